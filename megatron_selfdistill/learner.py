@@ -246,10 +246,18 @@ class Learner:
             token_loss,
             self.grid,
             self.vocab,
+            guided=self.guided_tokens,
             pair_order=self.pair_order,
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
             **options,
         )
+
+    @property
+    def guided_tokens(self) -> token_losses.GuidedTokens:
+        """What the configuration gives to the tokens of guided responses alone."""
+        weight, loss = self.config.target.guided_teacher_weight, self.config.loss
+        kind = loss.guided_divergence
+        return token_losses.GuidedTokens(weight, None if kind is None else Divergence(kind, loss.jsd_lambda))
 
     def _reference(
         self, target: Target, chunks: Sequence[torch.nn.Module] | None, measure_teacher: bool

@@ -54,6 +54,8 @@ class ContextPair:
     response: list[int]
     truncated: bool
     """Whether the response reached ``max_new_tokens`` without a stop token."""
+    guided: bool = False
+    """Whether the response was sampled from the target, which both contexts define, rather than from the student."""
 
     @property
     def student_length(self) -> int:
@@ -76,6 +78,10 @@ class SampledResponse(Protocol):
     @property
     def truncated(self) -> bool:
         """Whether the response reached ``max_new_tokens`` without a stop token."""
+
+    @property
+    def guided(self) -> bool:
+        """Whether the response was sampled from the target rather than from the student."""
 
 
 def plan_contexts(
@@ -171,6 +177,7 @@ def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[Sampl
             pair.teacher_prompt,
             list(response.token_ids),
             response.truncated,
+            response.guided,
         )
         for pair, response in zip(prompt_pairs, responses, strict=True)
     ]

@@ -58,6 +58,8 @@ class PackedBatch:
     teacher: list[Microbatch]
     response_tokens: Tensor
     """Response tokens [R_total] int64 of all contexts, in the order of the contexts."""
+    guided: Tensor
+    """Whether each of the response tokens belongs to a guided response, [R_total] bool."""
     num_contexts: int
 
     @property
@@ -174,6 +176,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
         student=microbatches([context.student_prompt for context in contexts], student),
         teacher=microbatches([context.teacher_prompt for context in contexts], teacher),
         response_tokens=_int64([token for context in contexts for token in context.response]),
+        guided=torch.tensor([context.guided for context in contexts for _ in context.response], dtype=torch.bool),
         num_contexts=len(contexts),
     )
 

@@ -48,6 +48,11 @@ TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
 """The divergence of all tokens; or the divergences of consecutive groups of tokens, each with its number of tokens."""
 
 
+def split_divergence(divergence: Divergence, num_tokens: int, last: tuple[int, Divergence] | None) -> TokenDivergences:
+    """Return the divergence of ``num_tokens`` tokens, of which ``last`` = (n, other) gives the last n another one."""
+    return divergence if last is None else [(num_tokens - last[0], divergence), last]
+
+
 def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[slice, Divergence]]:
     """Return the consecutive slices of ``num_tokens`` tokens that have one divergence, each with its divergence.
 

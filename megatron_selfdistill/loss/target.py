@@ -186,6 +186,17 @@ def mixed_logits(anchor: Tensor, teacher: Tensor, teacher_weight: float, anchor_
     return anchor if teacher_weight == 0 else torch.add(anchor, teacher, alpha=teacher_weight)
 
 
+def unit_mix(anchor: Tensor, teacher: Tensor, teacher_weight: float | Tensor) -> Tensor:
+    """Return m / (1 + w) = (w t + a) / (1 + w) in float32, of logits or of hidden states, [T, n] each.
+
+    teacher_weight: w of all tokens, or [T] the w of each token.
+    """
+    if not isinstance(teacher_weight, Tensor):
+        return mixed_logits(anchor.float(), teacher, teacher_weight, 1.0).div_(1 + teacher_weight)
+    weight = teacher_weight.float()[:, None]
+    return torch.where(weight > 0, weight * teacher, 0.0).add_(anchor).div_(1 + weight)
+
+
 def entropy(log_probs: Tensor) -> Tensor:
     """Return H in nats over the last axis; a column whose log-probability is -inf adds nothing."""
     return -(log_probs.exp() * log_probs.clamp(min=torch.finfo(log_probs.dtype).min)).sum(-1)

@@ -22,7 +22,7 @@ from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.divergence import Divergence, split_divergence
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
@@ -97,13 +97,16 @@ class FusedLoss:
         grid: RankGrid,
         reference_entropy: Tensor | None = None,
         reference: tuple[GPTModel, Tensor] | None = None,
+        teacher_weights: Tensor | None = None,
+        guided: tuple[int, Divergence] | None = None,
     ) -> TokenStats:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
         The gradients to ``hidden [s / cp (/ tp), 1, h]`` and to the student's output weight are also equal.
         ``student``, ``teacher``: the models of the last stage, one object where the current weights teach.
         ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
-        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.
+        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.  ``guided``: the number of tokens
+        at the end with another divergence, and this divergence.
         Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
         positions are gathered, and their gradient is reduce-scattered.
         """
@@ -117,10 +120,11 @@ class FusedLoss:
             None if teacher is student else output_weight(teacher, own),
             response_tokens,
             target=self.target,
-            divergence=self.divergence,
+            divergence=split_divergence(self.divergence, len(response_tokens), guided),
             vocab=vocab,
             reference_entropy=reference_entropy,
             reference=None if reference is None else (reference[1], output_weight(reference[0], own)),
+            teacher_weights=teacher_weights,
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
             gather_indices=positions.gathered,

@@ -21,7 +21,10 @@ from megatron_selfdistill.model.output_layer import ResponsePositions
 
 @dataclass(frozen=True)
 class StudentMicrobatch:
-    """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens."""
+    """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens.
+
+    The tokens of guided responses come last, so that both kinds of tokens are slices.
+    """
 
     inputs: ModelInputs
     positions: ResponsePositions
@@ -29,6 +32,8 @@ class StudentMicrobatch:
     """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64."""
     response_tokens: Tensor
     """Token ids of the R response tokens, [R] int64."""
+    num_guided: int
+    """Number of the R tokens that belong to guided responses."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +78,7 @@ class DeviceBatch:
 
         ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
-        held = [_held_by(microbatch, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
         teacher = _teacher_microbatches(batch, grid, local_attention) if with_teacher else []
         on_host = cls(
             student=[
@@ -82,6 +87,7 @@ class DeviceBatch:
                     positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
                     response_ids=ids,
                     response_tokens=batch.response_tokens[ids],
+                    num_guided=int(batch.guided[ids].sum()),
                 )
                 for microbatch, (positions, ids) in zip(batch.student, held, strict=True)
             ],
@@ -100,13 +106,13 @@ def _teacher_microbatches(batch: PackedBatch, grid: RankGrid, local_attention: b
     sizes = []  # states of each student microbatch on this rank
     for index, microbatch in enumerate(batch.student):
         for rank in range(grid.cp_size):
-            _, ids = _held_by(microbatch, grid.cp_size, rank)
+            _, ids = _held_by(microbatch, batch.guided, grid.cp_size, rank)
             owner[ids], student[ids], place[ids] = rank, index, torch.arange(len(ids))
             if rank == grid.cp_rank:
                 sizes.append(len(ids))
     microbatches = []
     for microbatch in batch.teacher:
-        held = [_held_by(microbatch, grid.cp_size, rank) for rank in range(grid.cp_size)]
+        held = [_held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
         positions, ids = held[grid.cp_rank]
         received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
         microbatches.append(
@@ -139,12 +145,17 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
     return routes
 
 
-def _held_by(microbatch: Microbatch, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
-    """Return the position in the rank's share and the response id of each response token whose state the rank holds."""
-    if cp_size == 1:
-        return microbatch.response_positions, microbatch.response_ids
-    held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
-    place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
-    place[held] = torch.arange(len(held))
-    positions = place[microbatch.response_positions]
-    return positions[positions >= 0], microbatch.response_ids[positions >= 0]
+def _held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
+    """Return the position in the rank's share and the response id of each response token whose state the rank holds.
+
+    Tokens of guided responses come after the others, and otherwise positions rise.
+    """
+    positions, ids = microbatch.response_positions, microbatch.response_ids
+    if cp_size > 1:
+        held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
+        place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
+        place[held] = torch.arange(len(held))
+        positions = place[positions]
+        positions, ids = positions[positions >= 0], ids[positions >= 0]
+    order = torch.argsort(guided[ids], stable=True)
+    return positions[order], ids[order]

@@ -14,7 +14,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Target, mixed_logits
+from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import project
 from megatron_selfdistill.model.output_layer import FusedLoss, nonlinear
@@ -62,13 +62,14 @@ class Reference:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def mix_into(self, teacher_logits: Tensor, states: Tensor) -> None:
+    def mix_into(self, teacher_logits: Tensor, states: Tensor, teacher_weights: Tensor | None = None) -> None:
         """Replace the teacher's logits t [R, v / tp] by (w t + r) / (1 + w), computed in float32 and rounded once.
 
         ``states [R, 1, h]``: the reference's states, which are projected to r ``chunk_tokens`` tokens at a time.
+        ``teacher_weights [R]``: the w of each token; None is the target's.
         """
-        weight = self.target.teacher_weight
-        for teacher, chunk in zip(
-            teacher_logits.split(self.chunk_tokens), states.split(self.chunk_tokens), strict=True
-        ):
-            teacher.copy_(mixed_logits(project(self.last, chunk).float(), teacher, weight, 1.0).div_(1 + weight))
+        for start in range(0, len(states), self.chunk_tokens):
+            chunk = slice(start, start + self.chunk_tokens)
+            weight = self.target.teacher_weight if teacher_weights is None else teacher_weights[chunk]
+            mix = unit_mix(project(self.last, states[chunk]), teacher_logits[chunk], weight)
+            teacher_logits[chunk] = mix

@@ -36,7 +36,7 @@ from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
-from megatron_selfdistill.pipeline.token_losses import TokenLoss, TokenWeights
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenLoss, TokenWeights
 
 
 class NoResponseTokens(RuntimeError):
@@ -72,6 +72,7 @@ def run(
     vocab: VocabShard,
     *,
     reference: Reference | None = None,
+    guided: GuidedTokens | None = None,
     token_weights: TokenWeights | None = None,
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
@@ -84,8 +85,9 @@ def run(
 
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
-    to a reference, whose chunks run each student microbatch, too, without gradients.  All ranks of a replica hold the
-    same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
+    to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
+    guided responses have of their own.  All ranks of a replica hold the same ``batch``; all replicas have the same
+    number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
@@ -105,6 +107,7 @@ def run(
         batch=on_device,
         token_loss=token_loss,
         reference=reference,
+        guided=guided or GuidedTokens(),
         token_weights=token_weights,
         grid=grid,
         vocab=vocab,
@@ -159,6 +162,7 @@ class _Step:
     batch: DeviceBatch
     token_loss: TokenLoss | FusedLoss
     reference: Reference | None
+    guided: GuidedTokens
     token_weights: TokenWeights | None
     grid: RankGrid
     vocab: VocabShard
@@ -216,7 +220,12 @@ class _Step:
             with torch.no_grad():
                 own = KeptStates(teacher=kept.teacher)
                 alone = self._loss_of(self.reference.teacher_alone, model, hidden, own, microbatch)
-        stats = self._loss_of(self.token_loss, model, hidden, kept, microbatch)
+        extra: dict[str, Any] = {}
+        if (weights := self._teacher_weights(microbatch)) is not None:
+            extra["teacher_weights"] = weights
+        if self.guided.divergence is not None:
+            extra["guided"] = (microbatch.num_guided, self.guided.divergence)
+        stats = self._loss_of(self.token_loss, model, hidden, kept, microbatch, **extra)
         if alone is None:
             return stats
         return replace(
@@ -233,11 +242,11 @@ class _Step:
         hidden: Tensor,
         kept: KeptStates,
         microbatch: StudentMicrobatch,
+        **extra: Any,
     ) -> TokenStats:
         """Return ``token_loss`` of the student's ``hidden`` and of the states that were ``kept`` for its tokens."""
         positions, tokens = microbatch.positions, microbatch.response_tokens
         block = kept.teacher if kept.mix is None else kept.mix
-        extra: dict[str, Any] = {}
         if kept.reference_entropy is not None:
             extra["reference_entropy"] = kept.reference_entropy
         if isinstance(token_loss, FusedLoss):
@@ -248,23 +257,28 @@ class _Step:
                 extra["reference"] = self.reference.last, kept.reference
             teacher = unwrapped(self.teacher[-1])
             return token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **extra)
-        teacher_logits = None if block is None else self._target_logits(block, kept.reference)
+        weights = extra.get("teacher_weights")
+        teacher_logits = None if block is None else self._target_logits(block, kept.reference, weights)
         student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
         return token_loss(student_logits, teacher_logits, tokens, self.vocab, **extra)
 
     @torch.no_grad()
-    def _target_logits(self, block: Tensor, reference_block: Tensor | None) -> Tensor:
+    def _target_logits(self, block: Tensor, reference_block: Tensor | None, teacher_weights: Tensor | None) -> Tensor:
         """Return the logits [R, v / tp] of ``block``, the states of teacher or mix, with the reference mixed in."""
         logits = project(unwrapped(self.teacher[-1]), self._bank.at_full_width(block))
         if reference_block is not None:
             assert self.reference is not None
-            self.reference.mix_into(logits, self._bank.at_full_width(reference_block))
+            self.reference.mix_into(logits, self._bank.at_full_width(reference_block), teacher_weights)
         return logits
 
     @property
     def _bank(self) -> TeacherHiddenStates:
         assert self.bank is not None, "only a step with a teacher has teacher and reference microbatches"
         return self.bank
+
+    def _teacher_weights(self, microbatch: StudentMicrobatch) -> Tensor | None:
+        """Return w [R] of the microbatch's tokens; None where all tokens have the target's, or no reference."""
+        return None if self.reference is None else self.guided.weights(microbatch, self.reference.target.teacher_weight)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         inputs = self.batch.teacher[index].inputs
@@ -273,6 +287,8 @@ class _Step:
     def _reference(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch, reference = self.batch.student[index], self.reference
         assert reference is not None
+        weights = self._teacher_weights(microbatch)
+        weight = reference.target.teacher_weight if weights is None else weights
 
         def keep(hidden: Tensor) -> None:
             states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
@@ -280,7 +296,7 @@ class _Step:
                 index,
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
-                mix_weight=reference.target.teacher_weight if reference.mixes_states(teacher) else None,
+                mix_weight=weight if reference.mixes_states(teacher) else None,
                 keep_teacher=reference.teacher_alone is not None,
             )
 

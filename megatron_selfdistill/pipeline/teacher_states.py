@@ -15,6 +15,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.target import unit_mix
 from megatron_selfdistill.model.forward import states_at
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, TeacherMicrobatch
 
@@ -72,14 +73,15 @@ class TeacherHiddenStates:
         states: Tensor,
         entropy: Tensor | None,
         *,
-        mix_weight: float | None,
+        mix_weight: float | Tensor | None,
         keep_teacher: bool,
     ) -> None:
         """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 
         ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
-        teacher's weight w, with which the states of the mix, rounded once to their dtype, take the place of both
-        models' states; ``keep_teacher`` keeps the teacher's own states beside the mix.  None keeps both models' states.
+        teacher's weight w, or the w of each token [R], with which the states of the mix, rounded once to their dtype,
+        take the place of both models' states; ``keep_teacher`` keeps the teacher's own states beside the mix.  None
+        keeps both models' states.
         """
         theirs = self._slice(states)
         if entropy is not None:
@@ -88,8 +90,7 @@ class TeacherHiddenStates:
             self._keep(index, "reference", theirs)
             return
         teacher = self._take(index, "teacher", theirs.dtype)
-        mix = torch.add(theirs.float(), teacher, alpha=mix_weight).div_(1 + mix_weight).to(theirs.dtype)
-        self._keep(index, "mix", mix)
+        self._keep(index, "mix", unit_mix(theirs, teacher, mix_weight).to(theirs.dtype))
         if keep_teacher:
             self._keep(index, "teacher", teacher)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,21 +12,45 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.divergence import Divergence, split_divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
+from megatron_selfdistill.pipeline.device_batch import StudentMicrobatch
 
 TokenLoss = Callable[..., TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient.
 
-With a reference whose entropy the target matches, the loss also takes ``reference_entropy [R]``.
+With a reference whose entropy the target matches, the loss also takes ``reference_entropy [R]``; with `GuidedTokens`
+``teacher_weights [R]`` and ``guided`` = (n, the divergence of the last n tokens).
 """
 TokenWeights = Callable[[Tensor, Tensor], Tensor]
 """(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, as constants.
 
 loss/weighting.py has such functions.
 """
+
+
+@dataclass(frozen=True)
+class GuidedTokens:
+    """The teacher's weight and the divergence of the tokens of guided responses, where they have their own."""
+
+    teacher_weight: float | None = None
+    """w of these tokens, which needs a target that is anchored to a reference; None is the w of the target."""
+    divergence: Divergence | None = None
+    """The divergence of these tokens; None is the divergence of the loss."""
+
+    def weights(self, microbatch: StudentMicrobatch, teacher_weight: float) -> Tensor | None:
+        """Return w [R] float64 of a microbatch's tokens, of which the plain tokens have ``teacher_weight``.
+
+        The result is None where all tokens have the w of the target.
+        """
+        if self.teacher_weight is None:
+            return None
+        num_plain = len(microbatch.response_tokens) - microbatch.num_guided
+        weights = torch.full_like(microbatch.response_tokens, self.teacher_weight, dtype=torch.float64)
+        weights[:num_plain] = teacher_weight
+        return weights
 
 
 def self_distillation(
@@ -50,6 +74,8 @@ def self_distillation(
         response_tokens: Tensor,
         vocab: VocabShard,
         reference_entropy: Tensor | None = None,
+        teacher_weights: Tensor | None = None,
+        guided: tuple[int, Divergence] | None = None,
     ) -> TokenStats:
         assert teacher is not None
         return distillation_loss(
@@ -57,9 +83,10 @@ def self_distillation(
             teacher,
             response_tokens,
             target=target,
-            divergence=divergence,
+            divergence=split_divergence(divergence, len(response_tokens), guided),
             vocab=vocab,
             reference_entropy=reference_entropy,
+            teacher_weights=teacher_weights,
             inplace_backward=True,
             backend=backend,
         )

@@ -56,15 +56,20 @@ def make_sampler(
 
 
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
-    """Return the sampling parameters of ``config.rollout``; guided requests are sampled from `configured_target`."""
-    rollout = config.rollout
+    """Return the sampling parameters of ``config.rollout``.
+
+    Guided requests are sampled from `configured_target`, with the teacher's weight of guided tokens.
+    """
+    rollout, target = config.rollout, configured_target(config.target, batch_k)
+    if config.target.guided_teacher_weight is not None:
+        target = target.with_teacher_weight(config.target.guided_teacher_weight)
     return SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,
         top_k=rollout.top_k,
         top_p=rollout.top_p,
         stop_token_ids=run_data.stop_token_ids,
-        target=configured_target(config.target, batch_k),
+        target=target,
         loss_backend=config.loss.backend,
     )
 

@@ -14,9 +14,12 @@ from layouts import Case
 from models import parallel
 
 from megatron_selfdistill.config import ScheduleConfig
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import packed_sequences
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import device_batch, schedule
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
 
 def traffic_of(case: Case) -> list[str]:
@@ -55,6 +58,7 @@ def traffic_of_each(cases: dict[str, Case]) -> dict[str, list[str]]:
     return {name: traffic_of(case) for name, case in cases.items()}
 
 
+GUIDED = GuidedTokens(2.0, Divergence("forward_kl"))
 CASES = {
     "one rank": {
         "plain": Case(kind="shallow"),
@@ -65,6 +69,7 @@ CASES = {
             schedule=ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
         ),
         "tied": Case(kind="tied"),
+        "guided": Case(kind="shallow", target=Target(anchor="reference"), guided=GUIDED),
     },
     "TP2 with sequence parallelism": {
         "plain": Case(kind="shallow", parallel=parallel(tp=2, sp=True)),

@@ -55,6 +55,8 @@ class Case:
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     model_changes: dict[str, Any] = field(default_factory=dict)
     divergence: str = "reverse_kl"
+    guided: token_losses.GuidedTokens | None = None
+    """What the tokens of every third response have of their own; None: no response is guided."""
     target: Target = field(default_factory=Target)
     pair_order: str = "teacher_first"
     paired: bool = False
@@ -105,9 +107,15 @@ def contexts() -> list[ContextPair]:
     return pairs
 
 
+def contexts_of(case: Case) -> list[ContextPair]:
+    """Return `contexts`, of which every third one is guided where the case has guided tokens."""
+    some = case.guided is not None
+    return [dataclasses.replace(context, guided=some and i % 3 == 1) for i, context in enumerate(contexts())]
+
+
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
-    """Return this replica's share of `contexts`, with as many microbatches as on other replicas and an empty one."""
-    mine = contexts()[grid.dp_rank :: grid.dp_size]
+    """Return this replica's share of the contexts, with as many microbatches as on other replicas and an empty one."""
+    mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
     arguments: dict[str, Any] = {
         "max_tokens": case.max_tokens,
         "cp_size": grid.cp_size,
@@ -164,6 +172,7 @@ def run(case: Case) -> Outcome:
                 grid,
                 vocab,
                 reference=reference(case, frozen),
+                guided=case.guided,
                 pair_order=case.pair_order,
             )
             if outcome is None:

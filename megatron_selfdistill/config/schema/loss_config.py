@@ -15,8 +15,10 @@ class LossConfig:
 
     divergence: str = "reverse_kl"
     """The divergence: reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
+    guided_divergence: str | None = None
+    """The divergence for the tokens of guided responses (rollout.guidance=mixed); null is divergence."""
     jsd_lambda: float = 0.5
-    """Weight of q in the mixture of divergence=jsd."""
+    """Weight of q in the mixture of the divergence jsd."""
     backend: str | None = None
     """The implementation of the loss: torch, or triton (kernels for NVIDIA GPUs).  Null takes triton where the logits
     are on a GPU and triton is installed, otherwise torch; the log names the choice and the reason."""
@@ -52,4 +54,6 @@ class LossConfig:
             f"loss.rollout_correction_cap must be positive, got {self.rollout_correction_cap}",
         )
         one_of("loss.divergence", self.divergence, DIVERGENCES)
+        if self.guided_divergence is not None:
+            one_of("loss.guided_divergence", self.guided_divergence, DIVERGENCES)
         require(0 < self.jsd_lambda < 1, f"loss.jsd_lambda must lie in (0, 1), got {self.jsd_lambda}")

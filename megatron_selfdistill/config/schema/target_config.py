@@ -19,6 +19,9 @@ class TargetConfig:
     teacher_alone (no mix: the target is the teacher)."""
     teacher_weight: float = 0.75
     """Weight w of the teacher's logits; the weight of the anchor's logits is 1."""
+    guided_teacher_weight: float | None = None
+    """Weight w for the tokens of guided responses (rollout.guidance=mixed), which are also sampled with it; null is
+    teacher_weight.  Needs anchor=reference, and k_max and k that are not numbers."""
     k_max: Any = "1 + w"
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: float | None = None
@@ -33,7 +36,7 @@ class TargetConfig:
     def __post_init__(self) -> None:
         normalise("target", self)
         one_of("target.rule", self.rule, TARGET_RULES)
-        at_least(0, "target", self, "teacher_weight")
+        at_least(0, "target", self, "teacher_weight guided_teacher_weight")
         number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
         require(
             self.k_max is None or self.k_max == "1 + w" or (number and self.k_max > 0),
@@ -48,6 +51,21 @@ class TargetConfig:
         require(
             self.anchor == "student" or self.rule != "teacher_alone",
             "target.rule=teacher_alone mixes the teacher with nothing: leave target.anchor=student",
+        )
+        if self.guided_teacher_weight is not None:
+            self._check_guided_teacher_weight()
+
+    def _check_guided_teacher_weight(self) -> None:
+        require(
+            self.anchor == "reference",
+            "target.guided_teacher_weight needs target.anchor=reference: a mix with the current student has one "
+            "target.teacher_weight",
+        )
+        key, value = ("k", self.k) if self.rule == "fixed" else ("k_max", self.k_max)
+        require(
+            value is None or isinstance(value, str),
+            f"target.{key}={value} belongs to one teacher weight, and target.guided_teacher_weight sets another: "
+            f"set target.{key}=null" + (" or '1 + w'" if key == "k_max" else ""),
         )
 
 

@@ -95,6 +95,7 @@ class Config:
             self._check_correction()
         if self.target.anchor == "reference":
             self._check_reference()
+        self._check_guided_tokens()
         require(
             self.objective == "self_distillation" or self.loss.fused in (None, "none"),
             f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but objective="
@@ -155,6 +156,17 @@ class Config:
             f"but rollout.engine={self.rollout.engine} has the trained weights only: set rollout.engine=megatron, "
             "rollout.guidance=none or target.anchor=student",
         )
+
+    def _check_guided_tokens(self) -> None:
+        for key, value in (
+            ("target.guided_teacher_weight", self.target.guided_teacher_weight),
+            ("loss.guided_divergence", self.loss.guided_divergence),
+        ):
+            require(
+                value is None or (self.rollout.guidance == "mixed" and self.objective == "self_distillation"),
+                f"{key} is for the tokens of guided responses: it needs rollout.guidance=mixed and "
+                f"objective=self_distillation, got {self.rollout.guidance} and {self.objective}",
+            )
 
     def _check_conversations(self) -> None:
         require(

@@ -1,0 +1,128 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A step in which the tokens of guided responses have their own weight of the teacher and their own divergence."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import models
+import pytest
+import torch
+from layouts import Case, Outcomes, contexts_of, worst_difference
+from models import parallel
+from tiers import combinations
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens
+
+W, GUIDED_W = 0.5, 2.0
+ANCHORED = Target(anchor="reference", teacher_weight=W)
+BOTH = Case(target=ANCHORED, guided=GuidedTokens(GUIDED_W, Divergence("forward_kl")))
+CASES = {
+    "weight and divergence": BOTH,
+    "weight": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W)),
+    "divergence": Case(target=Target(teacher_weight=W), guided=GuidedTokens(None, Divergence("jsd", 0.3))),
+}
+LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
+    "TP2+SP": ("gqa", parallel(tp=2, sp=True), 2),
+    "PP2": ("gqa", parallel(pp=2), 2),
+    "CP2": ("gqa", parallel(cp=2), 2),
+    "TP2 tied": ("tied", parallel(tp=2), 2),
+    "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
+    "DP2": ("gqa", parallel(), 2),
+    "EP2": ("moe", parallel(ep=2), 2),
+    "CP2xPP2": ("gqa", parallel(cp=2, pp=2), 4),
+}
+QUICK = ["TP2+SP", "PP2", "CP2"]
+ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}
+OUTPUT_LAYERS = {"materialised": None, "fused": Fusion("keep_gradient", 4), "low memory": Fusion("low_memory", 4)}
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks) -> Outcomes:
+    return Outcomes(ranks)
+
+
+@combinations(
+    name=list(LAYOUTS), own=CASES, order=ORDERS, output_layer=OUTPUT_LAYERS, quick={"name": QUICK}, strength=1
+)
+def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_layer):
+    kind, cuts, world_size = LAYOUTS[name]
+    alone, expected, _ = outcomes(dataclasses.replace(own, kind=kind))
+    assert alone.loss > 0.02, "the target must differ from the student"
+    case = dataclasses.replace(own, kind=kind, parallel=cuts, fusion=output_layer, **order)
+    got, gradients, _ = outcomes(case, world_size)
+    worst, where = worst_difference(gradients, expected)
+    assert worst <= 1e-5, f"gradient of {where} differs by {worst:.1e}"
+    assert got.loss == pytest.approx(alone.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_guided_tokens_change_the_gradient(outcomes, name):
+    case = CASES[name]
+    _, gradients, _ = outcomes(case)
+    for guided in (None, GuidedTokens()):
+        _, without, _ = outcomes(dataclasses.replace(case, guided=guided))
+        assert worst_difference(without, gradients)[0] > 0.05
+
+
+def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
+    """Return the mean divergence from whole rows of logits in float64, one context after the other.
+
+    The second result is its gradient to the weights of the final norm, which all tokens share.
+    """
+    model = models.model_config(case.kind)
+    student, grid = models.build(model, ParallelConfig())
+    teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
+    models.fill_from_names(teacher, seed=1)
+    losses = []
+    for context in contexts_of(case):
+        rows = []
+        for chunk, prompt in (
+            (student[0], context.student_prompt),
+            (teacher[0], context.teacher_prompt),
+            (teacher[0], context.student_prompt),
+        ):
+            tokens = torch.tensor([prompt + context.response])
+            logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+            rows.append(logits[len(prompt) - 1 : -1].double())
+        s, t, r = rows
+        target, kind = case.target, Divergence(case.divergence)
+        if context.guided:
+            if case.guided.teacher_weight is not None:
+                target = dataclasses.replace(target, teacher_weight=case.guided.teacher_weight)
+            kind = case.guided.divergence or kind
+        r = r.detach() if target.is_anchored else None
+        log_p, log_q = s.log_softmax(-1), mixed_target(s.detach(), t.detach(), target, r).log_q
+        lam = kind.jsd_lambda
+        log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
+        terms = {
+            "reverse_kl": log_p.exp() * (log_p - log_q),
+            "forward_kl": log_q.exp() * (log_q - log_p),
+            "jsd": lam * log_q.exp() * (log_q - log_m) + (1 - lam) * log_p.exp() * (log_p - log_m),
+        }
+        losses.append(terms[kind.kind].sum(-1))
+    loss = torch.cat(losses).mean()
+    weight = student[0].decoder.final_layernorm.weight
+    (gradient,) = torch.autograd.grad(loss, weight)
+    return float(loss), gradient
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes, name):
+    ((loss, gradient),) = ranks.run(loss_and_gradient_by_definition, CASES[name], world_size=1)
+    got, gradients, _ = outcomes(CASES[name])
+    assert got.loss == pytest.approx(loss, rel=1e-4)
+    torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)
+
+
+def test_packing_marks_the_tokens_of_guided_responses():
+    pairs = contexts_of(BOTH)
+    batch = pack(pairs, PackingRules(max_tokens=56, cp_size=1, tp_size=1, paired=False))
+    assert batch.guided.tolist() == [pair.guided for pair in pairs for _ in pair.response]
+    assert 0 < batch.guided.sum() < len(batch.guided)
