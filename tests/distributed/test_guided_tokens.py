@@ -26,6 +26,7 @@ BOTH = Case(target=ANCHORED, guided=GuidedTokens(GUIDED_W, Divergence("forward_k
 CASES = {
     "weight and divergence": BOTH,
     "weight": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W)),
+    "weight, reference of its own": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W), reference_copy=True),
     "divergence": Case(target=Target(teacher_weight=W), guided=GuidedTokens(None, Divergence("jsd", 0.3))),
 }
 LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
@@ -80,13 +81,17 @@ def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
     student, grid = models.build(model, ParallelConfig())
     teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
     models.fill_from_names(teacher, seed=1)
+    reference = teacher
+    if case.reference_copy:
+        reference = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
+        models.fill_from_names(reference, seed=case.reference_seed)
     losses = []
     for context in contexts_of(case):
         rows = []
         for chunk, prompt in (
             (student[0], context.student_prompt),
             (teacher[0], context.teacher_prompt),
-            (teacher[0], context.student_prompt),
+            (reference[0], context.student_prompt),
         ):
             tokens = torch.tensor([prompt + context.response])
             logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]

@@ -1,0 +1,69 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole runs in which guided problems have their own weight of the teacher and their own divergence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
+
+OWN = ["target.guided_teacher_weight=2", "loss.guided_divergence=forward_kl"]
+OPTIONS = ["target=anchored", "rollout.guidance=mixed", "metrics.show_samples=0", "model.num_layers=2", *OWN]
+GUIDED_BELOW = ["rollout.guide_below=0.5", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
+
+
+def test_guided_and_plain_problems_share_a_batch_and_a_resumed_run_equals_the_whole_run(ranks, data, tmp_path):
+    """With rule=fixed, k is 1 + w of each token, so that its mean counts the guided tokens."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join((data / "problems.jsonl").read_text().splitlines(keepends=True)[:8]))
+    recorded, whole = tmp_path / "recorded.jsonl", tmp_path / "whole"
+    options = [*OPTIONS, *GUIDED_BELOW, f"data.path={problems}", "num_steps=2", "checkpoint.save_every=1"]
+
+    def arguments(run_dir: Path) -> list[str]:
+        return overrides(data, run_dir, *options, "target.rule=fixed", "model.num_layers=4")
+
+    train(ranks, [*arguments(whole), f"rollout.record={recorded}"])
+    tokens = {step: {True: 0, False: 0} for step in range(2)}
+    for record in map(json.loads, recorded.read_text().splitlines()):
+        tokens[record["step"]][record["teacher_log_probs"] is not None] += len(record["token_ids"])
+    lines = reproducible_metrics(whole)
+    for line, counts in zip(lines, tokens.values(), strict=True):
+        mean = (3.0 * counts[True] + 1.75 * counts[False]) / sum(counts.values())
+        assert line["k/mean"] == pytest.approx(mean, rel=1e-6)
+    assert tokens[0][True] == 0 and 0 < tokens[1][True] < sum(tokens[1].values())
+    assert lines[0]["loss/mean"] == pytest.approx(lines[0]["loss/reverse_kl"], rel=1e-6)
+    assert lines[1]["loss/mean"] != pytest.approx(lines[1]["loss/reverse_kl"], rel=1e-4)
+    assert_resumes_equal(ranks, whole, arguments, step=1, num_steps=2)
+
+
+def test_one_k_per_step_is_in_proportion_to_1_plus_w_of_the_guided_tokens(ranks, data, tmp_path):
+    """All problems are guided; the first step has k = 1 + w, and the second a k that was solved."""
+    train(ranks, overrides(data, tmp_path / "run", *OPTIONS, "target.rule=batch", "num_steps=2"))
+    first, second = reproducible_metrics(tmp_path / "run")
+    assert first["k/mean"] == pytest.approx(3.0)
+    assert second["k/mean"] < 3.0 - 1e-3 and second["k/p99"] - second["k/p01"] < 0.02 * second["k/mean"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["rollout.guidance=none"], "target.guided_teacher_weight is for the tokens of guided responses"),
+        (
+            ["rollout.guidance=none", "target.guided_teacher_weight=null"],
+            "loss.guided_divergence is for the tokens of guided responses: it needs rollout.guidance=mixed",
+        ),
+        (["target.anchor=student"], "target.guided_teacher_weight needs target.anchor=reference"),
+        (["target.guided_teacher_weight=-1"], "target.guided_teacher_weight must be at least 0, got -1"),
+        (["target.k_max=1.5"], r"target.k_max=1.5 belongs to one teacher weight.*set target.k_max=null or '1 \+ w'"),
+        (["target.rule=fixed", "target.k=1.5"], "target.k=1.5 belongs to one teacher weight.*set target.k=null"),
+        (["loss.guided_divergence=reverse"], "loss.guided_divergence must be one of reverse_kl, forward_kl, jsd"),
+    ],
+)
+def test_keys_that_do_not_fit_are_refused(data, tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides(data, tmp_path / "run", *OPTIONS, *keys))
