@@ -126,7 +126,7 @@ def training_flops(config: Config, transformer: Any, parameters: float, vocab_si
     """
     models = 1 + (config.objective == "self_distillation") + config.is_anchored
     passes = models + 2 + (transformer.recompute_granularity == "full")
-    flops = 2.0 * passes * parameters
+    flops: float = 2.0 * passes * parameters
     if config.is_anchored:
         matches = configured_target(config.target, None).needs_reference_entropy
         projections = 1 + config.copies_reference + matches
