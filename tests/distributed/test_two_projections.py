@@ -11,6 +11,7 @@ from layouts import Case, Outcomes, worst_difference
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.output_layer import Fusion
 
 FUSED = {name: fusion for name, fusion in OUTPUT_LAYERS.items() if fusion is not None}
 
@@ -28,6 +29,14 @@ def same_weights() -> Case:
     return dataclasses.replace(ANCHORED, reference_copy=True, reference_seed=1)
 
 
+def can_be(name: str, apart: str, order: dict, output_layer: Fusion | None) -> bool:
+    """Return whether a case is possible: a layer that is not linear cannot be fused.
+
+    The teachers differ in their weights only, so the current teacher runs in one order.
+    """
+    return (apart != "soft cap" or output_layer is None) and (apart != "current teacher" or not order)
+
+
 @combinations(
     name=list(LAYOUTS),
     apart=list(APART),
@@ -35,12 +44,11 @@ def same_weights() -> Case:
     output_layer=OUTPUT_LAYERS,
     quick={"name": ["TP2+SP", "PP2xVPP2", "CP2"]},
     strength=1,
+    valid=can_be,
 )
 def test_gradients_equal_those_of_one_rank(outcomes, name, apart, order, output_layer):
     kind, cuts, world_size = LAYOUTS[name]
     case = dataclasses.replace(APART[apart], kind=kind)
-    if apart == "soft cap":
-        output_layer = None  # a layer that is not linear cannot be fused
     alone, expected, _ = outcomes(case)
     assert alone.loss > 0.02, "the target must differ from the student"
     got, gradients, _ = outcomes(dataclasses.replace(case, parallel=cuts, fusion=output_layer, **order), world_size)

@@ -300,6 +300,35 @@ def test_two_projections_in_float64_equal_the_definition(mode: str) -> None:
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("mode", FUSED_MODES)
+def test_one_projection_of_the_mixed_states_equals_two_in_float64(mode: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    student, teacher, reference = torch.randn(3, 11, 16, generator=generator, dtype=torch.float64)
+    weight, frozen = torch.randn(2, PADDED_VOCAB_SIZE, 16, generator=generator, dtype=torch.float64)
+    found = []
+    for states, apart in (((W * teacher + reference) / (1 + W), None), (teacher, (reference, frozen))):
+        trained = student.clone().requires_grad_()
+        stats = fused_distillation_loss(
+            trained,
+            states,
+            weight,
+            frozen,
+            torch.zeros(11, dtype=torch.int64),
+            target=TARGETS["geometric mean"],
+            divergence=Divergence(),
+            vocab=VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE),
+            reference=apart,
+            chunk_tokens=4,
+            mode=mode,
+        )
+        stats.loss.sum().backward()
+        assert trained.grad is not None
+        found.append((stats.loss.detach(), trained.grad))
+    assert found[0][0].min() > 0.01
+    for once, twice in zip(*found, strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-11, atol=1e-12)
+
+
 def test_a_reference_of_another_shape_or_without_its_target_is_refused() -> None:
     student, weight = torch.randn(3, 16), torch.randn(PADDED_VOCAB_SIZE, 16)
     vocab = VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE)

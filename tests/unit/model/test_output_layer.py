@@ -19,8 +19,9 @@ from tiers import combinations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.evaluation.inference import decided_output_layer
 from megatron_selfdistill.model import architecture, build, output_layer
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.output_layer import Fusion, MainGrad, unfusable
@@ -294,6 +295,21 @@ def reasons() -> list[str | None]:
         of(lambda layer: layer.register_full_backward_hook(lambda *_: None)),
         of(lambda layer: layer.register_forward_pre_hook(lambda *_: None)),
     ]
+
+
+def output_layers() -> list[str]:
+    """Return the modes of a run with a reference, with a linear and another output layer, which prefers fused ones."""
+    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig())
+    config = from_mapping({"target": {"anchor": "reference"}, "loss": {"max_logits_gb": 0, "fused_chunk_tokens": 8}})
+    linear = decided_output_layer(config, chunks)
+    unwrapped(chunks[-1]).output_layer.forward = torch.tanh
+    return [linear.mode, str(decided_output_layer(config, chunks))]
+
+
+def test_with_a_reference_a_layer_that_is_not_linear_is_materialised(ranks):
+    (linear, other) = ranks.run(output_layers, world_size=1)[0]
+    assert linear in MODES
+    assert "output layer: materialised" in other and "not fused, because its" in other
 
 
 def test_a_layer_that_does_more_than_multiply_is_not_fused(ranks):
