@@ -76,10 +76,11 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     }
     if not config.samples:
         return Memory(_gib(resident | working), {})
-    offloaded = config.teacher.offload == "cpu"
-    engine = {name: 0.0 if offloaded else size for name, size in frozen.items()}
-    engine |= {"engine weights": 0.0, "weight bucket": 0.0}
     rollout = config.rollout
+    guides = config.is_anchored and rollout.guidance != "none"  # these weights then sample responses, too
+    rests = config.teacher.offload == "cpu" and not guides
+    engine = {name: 0.0 if rests else size for name, size in frozen.items()}
+    engine |= {"engine weights": 0.0, "weight bucket": 0.0}
     if rollout.engine == "vllm":
         engine["weight bucket"] = rollout.bucket_mb * 2**20
         if (

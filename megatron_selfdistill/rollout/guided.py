@@ -103,7 +103,10 @@ def select_mixed_tokens(
     limit = _MAX_ELEMENTS["cpu" if student_logits.device.type == "cpu" else "other"]
     rows = max(1, limit // max(1, student_logits.size(1)))
     parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]
-    sampled = [_select(*part, target, greedy, backend) for part in zip(*parts, strict=True)]
+    sampled = [
+        _select(student, teacher, anchor, some, target, greedy, backend)
+        for student, teacher, anchor, some in zip(*parts, strict=True)
+    ]
     token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
     return MixedTokens(token_ids, student_log_probs, teacher_log_probs, mixed_log_probs)
 

@@ -3,19 +3,23 @@
 
     python tools/benchmarks/rollout_time.py                                  in an environment with vLLM
     torchrun --nproc-per-node 2 tools/benchmarks/rollout_time.py --tp 2 --engine-tp 2
+    python tools/benchmarks/rollout_time.py --no-vllm                        the sampler in process alone
 
 All samplers have the same random Llama, the same prompts and the same number of new tokens.  Calls of the samplers take
 turns, so that other load on the machine affects all of them, and the medians are compared.  A guided response counts
-once, although the model reads two contexts for it.
+once, although the model reads two contexts for it.  The sampler in process also guides with a target that is anchored
+to a reference, for which a second copy of the weights reads two of three contexts.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import random
 import statistics
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,7 @@ def main() -> None:
 
     from megatron_selfdistill.config import ParallelConfig, RolloutConfig
     from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.rollout.guided import RoleWeights
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)
@@ -46,48 +51,63 @@ def main() -> None:
         cuts, grid, arguments.vocab, num_layers=arguments.layers, hidden_size=arguments.hidden, init_method_std=0.1
     )
     chunks, max_length = llama.chunks(), 2 * arguments.prompt + arguments.new_tokens
-    rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp, guidance="mixed")
-    engine = llama.colocated_sampler(chunks, rollout, max_length)
-    samplers: dict[str, Any] = {"megatron": MegatronSampler(chunks, grid, arguments.vocab, max_length), "vllm": engine}
+    frozen = RoleWeights(("teacher", "reference"), llama.chunks(), contextlib.nullcontext)
+    in_process = MegatronSampler(chunks, grid, arguments.vocab, max_length, role_weights=[frozen])
+    samplers: dict[str, Any] = {"megatron": in_process}
+    if arguments.vllm:
+        rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp, guidance="mixed")
+        samplers["vllm"] = llama.colocated_sampler(chunks, rollout, max_length)
     for sampler in samplers.values():
         sampler.update_weights(0)
     found = _measure(samplers, arguments, grid.dp_rank)
-    syncs = [seconds_of(lambda: engine.update_weights(1)) for _ in range(arguments.repeats)]
-    num_bytes = engine.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1)
-    engine.close()
+    table = _table(found, arguments, grid.device)
+    numbers: dict[str, Any] = {"arguments": vars(arguments), "seconds": found}
+    if arguments.vllm:
+        engine = samplers["vllm"]
+        syncs = [seconds_of(lambda: engine.update_weights(1)) for _ in range(arguments.repeats)]
+        num_bytes = engine.metrics()["rollout/sync_bytes"] / (arguments.repeats + 1)
+        engine.close()
+        numbers |= {"sync_seconds": syncs, "sync_bytes": num_bytes}
+        sync, mib = statistics.median(syncs), num_bytes / 2**20
+        table += f"\n\nweight sync: {sync:.3f} s for {mib:.1f} MiB ({mib / sync / 2**10:.2f} GiB/s)"
     if grid.is_reporter:
-        print(_table(found, statistics.median(syncs), num_bytes, arguments, grid.device))
+        print(table)
         if arguments.json:
-            numbers = {"arguments": vars(arguments), "seconds": found, "sync_seconds": syncs, "sync_bytes": num_bytes}
             Path(arguments.json).write_text(json.dumps(numbers, indent=2))
     ranks.shutdown()
 
 
 def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: int) -> dict[str, list[float]]:
     """Return the seconds of each call, by sampler and kind."""
+    from megatron_selfdistill.loss.target import Target
     from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
     params = SamplingParams(max_new_tokens=arguments.new_tokens)  # no stop token: all responses have the same length
+    kinds = {
+        "": params,
+        ", guided": params,
+        ", guided with a reference": replace(params, target=Target(anchor="reference")),
+    }
     found: dict[str, list[float]] = {}
     for repeat in range(arguments.repeats + 1):
-        for guided in (False, True):
+        for kind, sampling in kinds.items():
             rng = random.Random(f"{dp_rank}/{repeat}")  # new prompts each time: no cache of prefixes helps
             requests = []
             for number in range(arguments.batch):
                 prompt = [rng.randrange(arguments.vocab) for _ in range(arguments.prompt)]
                 hint = [rng.randrange(arguments.vocab) for _ in range(arguments.prompt)]
                 seed = sample_seed(repeat, dp_rank, "benchmark", number)
-                requests.append(Request(prompt, seed, prompt + hint if guided else None))
+                requests.append(Request(prompt, seed, prompt + hint if kind else None))
             for name, sampler in samplers.items():
-                seconds = seconds_of(lambda s=sampler, r=requests: s.generate(r, params))  # type: ignore[misc]
+                if name == "vllm" and sampling.target.is_anchored:
+                    continue
+                seconds = seconds_of(lambda s=sampler, r=requests, p=sampling: s.generate(r, p))  # type: ignore[misc]
                 if repeat:  # the first call warms up
-                    found.setdefault(f"{name}, guided" if guided else name, []).append(seconds)
+                    found.setdefault(f"{name}{kind}", []).append(seconds)
     return found
 
 
-def _table(
-    found: dict[str, list[float]], sync: float, num_bytes: float, arguments: argparse.Namespace, device: torch.device
-) -> str:
+def _table(found: dict[str, list[float]], arguments: argparse.Namespace, device: torch.device) -> str:
     tokens = arguments.batch * arguments.new_tokens
     speeds = {name: tokens / statistics.median(seconds) for name, seconds in found.items()}
     lines = [
@@ -101,7 +121,6 @@ def _table(
     for name, speed in speeds.items():
         plain, same_kind = speeds[name.split(",")[0]], speeds[name.replace("vllm", "megatron")]
         lines.append(f"| {name} | {speed:.0f} | {speed / plain:.2f} | {speed / same_kind:.2f} |")
-    lines.append(f"\nweight sync: {sync:.3f} s for {num_bytes / 2**20:.1f} MiB ({num_bytes / sync / 2**30:.2f} GiB/s)")
     return "\n".join(lines)
 
 
@@ -121,6 +140,7 @@ def _parser() -> argparse.ArgumentParser:
             "repeats": 5,
         },
     )
+    parser.add_argument("--no-vllm", dest="vllm", action="store_false", help="measure the sampler in process alone")
     return parser
 
 

@@ -55,7 +55,8 @@ class RolloutConfig:
     """Number of optimizer steps by which the weights that sampled a response may be older than the present weights."""
     guidance: str = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
-    itself, from both contexts at once, by the present weights; such responses are off-policy for the student)."""
+    itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
+    and reference, which needs engine=megatron; such responses are off-policy for the student)."""
     guide_below: float | None = None
     """The recent success rate below which guidance=mixed guides a problem, which needs answers; null guides all
     problems."""

@@ -222,6 +222,10 @@ def test_a_colocated_engine_comes_beside_the_resident_parts_only():
     both = {"target": {"anchor": "reference"}, "teacher": {"weights": "ema"}}
     resting = planned_memory(rollout=kept, target=both["target"], teacher={"weights": "ema", "offload": "cpu"})
     assert resting.rollout_peak == pytest.approx(offloaded.rollout_peak), "the reference rests like the teacher"
+    guided = {"engine": "megatron", "guidance": "mixed", "kv_cache_gb": 7.0}
+    sampling = planned_memory(rollout=guided, target=both["target"], teacher={"weights": "ema", "offload": "cpu"})
+    parts = "teacher", "reference"
+    assert [sampling.rollout[part] for part in parts] == [sampling.training[part] for part in parts], "both sample"
     held = planned_memory(rollout=kept, **both)
     assert held.rollout["reference"] == held.training["reference"] == found.training["teacher"] > 0
 

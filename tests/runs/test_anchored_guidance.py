@@ -1,0 +1,74 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole runs whose guided responses are sampled from a target with a frozen reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
+
+OPTIONS = ["target=anchored", "rollout.guidance=mixed", "metrics.show_samples=0", "model.num_layers=2"]
+
+
+def test_guided_responses_of_an_anchored_run_are_the_same_after_a_restart(ranks, data, tmp_path):
+    """Guide the problems on which the student fails; 8 problems, so each is visited at every step."""
+    problems = tmp_path / "problems.jsonl"
+    problems.write_text("".join((data / "problems.jsonl").read_text().splitlines(keepends=True)[:8]))
+    options = [
+        *OPTIONS,
+        f"data.path={problems}",
+        "rollout.guide_below=0.5",
+        "evaluation.verifier=tiny_run.starts_with_an_even_token",
+        "teacher.offload=cpu",
+        "model.num_layers=4",
+        "num_steps=4",
+        "checkpoint.save_every=2",
+    ]
+
+    def arguments(run_dir: Path) -> list[str]:
+        return overrides(data, run_dir, *options)
+
+    train(ranks, arguments(tmp_path / "whole"))
+    shares = [line.get("guided/share", 0.0) for line in reproducible_metrics(tmp_path / "whole")]
+    assert shares[0] == 0 and 0 < shares[1] < 1, "first alone, then guided where the verifier says no"
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, step=2, num_steps=4)
+
+
+@pytest.mark.parametrize("teacher", ["ema", pytest.param("frozen", marks=pytest.mark.full), "current"])
+def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tmp_path, teacher):
+    """The mean log-probs that the responses carry are those that the loss computes in every step."""
+    recorded = tmp_path / "recorded.jsonl"
+    options = [f"teacher.weights={teacher}", "teacher.ema_decay=0.5", "teacher.offload=cpu", "target.match=student"]
+    options += ["num_steps=3", "optimizer.lr=1e-2", "optimizer.lr_warmup_steps=0", "metrics.teacher_every=1"]
+    train(ranks, overrides(data, tmp_path / "run", *OPTIONS, *options, f"rollout.record={recorded}"))
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
+        assert line["guided/share"] == 1
+        means = {}
+        for name in ("log_probs", "teacher_log_probs"):
+            values = [value for record in records if record["step"] == step for value in record[name]]
+            means[name] = sum(values) / len(values)
+        assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
+        assert line["sampler/log_prob_max_abs_diff"] < 1e-3
+        assert step == 0 or abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (["rollout.engine=vllm"], "rollout.engine=vllm has the trained weights only: set rollout.engine=megatron"),
+        (
+            ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"],
+            "rollout.engine=vllm has the trained weights only: set rollout.engine=megatron",
+        ),
+        (["objective=rft"], "which only objective=self_distillation has, got rft"),
+    ],
+)
+def test_samplers_without_the_weights_of_the_reference_are_refused(data, tmp_path, keys, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides(data, tmp_path / "run", *OPTIONS, *keys))
