@@ -127,5 +127,5 @@ def _is_limited(config: pytest.Config) -> bool:
 def _messages(config: pytest.Config) -> list[str]:
     if config.option.markexpr != "not full":  # another selection than that of make test
         return []
-    limit = config.getoption("--file-seconds")
-    return too_slow(config.stash[_SECONDS], LIMIT_S if limit is None else limit)
+    seconds, limit = config.stash[_SECONDS], config.getoption("--file-seconds")
+    return too_slow(seconds, LIMIT_S if limit is None else limit)
