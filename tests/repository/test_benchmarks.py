@@ -20,7 +20,7 @@ import torch
 from ranks import RankError, RankPool
 from scripts import load_script
 
-from megatron_selfdistill.loss import VocabShard
+from megatron_selfdistill.loss import Target, VocabShard
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools" / "benchmarks"
 TWO_RANKS = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
@@ -212,6 +212,50 @@ def test_a_step_is_measured_by_parts(tmp_path, launcher, fused):
     assert found["num_microbatches"] == {"next token": 1} | in_pairs
     assert [sorted(seconds) for seconds in found["seconds"]] == [sorted(found["num_microbatches"])]
     assert "of the student's step and the teacher's forward together" in shown
+
+
+def test_an_anchored_target_costs_the_products_and_states_of_its_mode(ranks, tmp_path):
+    sizes = "--layers=1 --hidden=64 --head-size=32 --vocab=300 --problems=3 --response=16 --tokens=256 --repeats=1"
+    options = [*sizes.split(), "--rows=14", "--width=64", "--columns=200", f"--json={tmp_path}/found"]
+    ranks.run(run_on_this_rank, "anchored_cost.py", options, world_size=1, init_process_group=False)
+    found = json.loads((tmp_path / "found").read_text())["found"]
+    costs = {
+        name: (one["forwards"], one["products_forward"], one["products_backward"], round(one["kept"], 1), one["moved"])
+        for name, one in found.items()
+    }
+    anchored, to_reference = "anchor=reference", "anchor=reference, match=reference"
+    assert costs == {
+        "anchor=student": (2, 2, 2, 1, 2),
+        f"{anchored}, k = 1 + w": (3, 2, 2, 1, 4),
+        f"{anchored}, k = 1 + w, measured": (3, 4, 2, 2, 6),
+        f"{anchored}, match=student": (3, 2, 2, 1, 4),
+        f"{anchored}, match=student, measured": (3, 4, 2, 2, 6),
+        to_reference: (3, 3, 2, 1, 4),
+        f"{to_reference}, measured": (3, 5, 2, 2, 6),
+        f"{to_reference}, own weights": (3, 4, 2, 2, 4),
+    }
+    assert all(len(one["seconds"]) == 1 and one["seconds"][0] > 0 for one in found.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_error_of_a_folded_row_is_that_of_rounding_alone(tools, monkeypatch, dtype):
+    module, generator = tools("folded_row_error"), torch.Generator().manual_seed(1)
+    monkeypatch.setattr(module, "ROUNDED", dtype)
+    weight = module.output_weight(300, 64, generator)
+    states = module.random_rows(50, 64, generator)
+    for target in (Target("fixed", anchor="reference"), Target(anchor="reference")):
+        rows = module.rows_of(states, weight, target)
+        for one, other in module.PAIRS:
+            found = module.differences(rows[one], rows[other])
+            assert 0 < found["loss"][1] <= found["loss"][0], "every pair rounds differently"
+            largest = max(maximum for maximum, _ in found.values())
+            assert largest < 2e-4 if dtype is torch.float32 else 1e-3 < largest < 0.5
+    nasty = module.nasty_rows(33, weight, generator)
+    assert {len(part) for part in vars(nasty).values()} == {33}
+    assert torch.equal(nasty.student[:5], nasty.teacher[:5]) and torch.equal(
+        nasty.teacher[5:10], -nasty.reference[5:10]
+    )
+    assert "nan" not in module.table({"k": target}, 14, 64, 200, torch.device("cpu"))
 
 
 class Sampler:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure the loss, a training step and sampling on a GPU, and write docs/benchmarks_gpu.md: ``make bench-gpu``.
+"""Measure the loss, training steps and sampling on a GPU, and write docs/benchmarks_gpu.md: ``make bench-gpu``.
 
     python tools/benchmarks/on_gpu.py                           one GPU, at most nine minutes
     python tools/benchmarks/on_gpu.py --gpus 8                  also five steps of the recipe qwen3_8b, on eight GPUs
@@ -92,7 +92,18 @@ def measurements(on_gpu: bool, gpus: int) -> list[Measurement]:
             + ("1.7e9 parameters" if on_gpu else "a tiny model"),
             "tools/benchmarks/step_time.py",
             step.split(),
-            limit_s=230,
+            limit_s=200,
+        )
+    )
+    wide = "--layers 4 --hidden 2048 --head-size 128 --vocab 151936 --tokens 8192 --repeats 5 --fused keep_gradient"
+    sizes = f"{wide} --problems 16 --prompt 256 --hint 256 --response 256 --width 4096 --columns 151936"
+    narrow = "--layers 1 --hidden 64 --head-size 32 --vocab 300 --problems 3 --response 16 --tokens 256 --repeats 1"
+    found.append(
+        Measurement(
+            "The price of an anchored target, and the error of its folded row",
+            "tools/benchmarks/anchored_cost.py",
+            (sizes if on_gpu else f"{narrow} --rows 35 --width 64 --columns 500").split(),
+            limit_s=60,
         )
     )
     recipe = "tools/benchmarks/recipe_steps.py"

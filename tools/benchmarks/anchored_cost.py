@@ -1,0 +1,315 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Measure the price of an anchored target: products, bytes and time of a step, and the error of its folded row.
+
+    python tools/benchmarks/anchored_cost.py
+    python tools/benchmarks/anchored_cost.py --layers 16 --hidden 2048 --vocab 151936 --fused keep_gradient
+
+The targets take turns on the same contexts of a random dense model, with frozen weights as the teacher and, where the
+target is anchored to a reference, as the reference too.  Every ratio is the median, over the rounds, of the ratio
+within one round.  On a CPU the script compares the processor's time, which depends less on other work.
+
+    own weights  a reference beside a teacher that is not frozen (teacher.weights=ema), projected separately
+    measured     a step on which the teacher's own metrics are measured (metrics.teacher_every)
+    forwards     forward passes of the model per problem: student, teacher and reference
+    products     products of the output layer with the vocabulary per response token, forward + backward; the
+                 backward pass of a fused layer with --fused low_memory makes its logits again
+    kept         the most that the bank of hidden states holds at a time, in hidden states per response token; all
+                 teachers come before all students (schedule.pair_order=teacher_first)
+    moved        states put into the bank and taken from it, in hidden states per response token
+    step         time of forward and backward, divided by that of the first line
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from folded_row_error import table as error_table
+from measuring_parser import measuring_parser
+from step_parts import now, wait
+
+from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.loss.target import Target
+
+BASELINE = "anchor=student"
+TARGETS = {
+    BASELINE: Target(),
+    "anchor=reference, k = 1 + w": Target("fixed", anchor="reference"),
+    "anchor=reference, match=student": Target(anchor="reference", match="student"),
+    "anchor=reference, match=reference": Target(anchor="reference"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of step: the name of its target, and whether its reference has weights of its own or is measured."""
+
+    name: str
+    own_weights: bool = False
+    measured: bool = False
+
+    @property
+    def target(self) -> Target:
+        """The target that the step trains towards."""
+        return TARGETS[self.name]
+
+    def __str__(self) -> str:
+        """Return the words of the table."""
+        return self.name + ", own weights" * self.own_weights + ", measured" * self.measured
+
+
+CASES = [
+    Case(BASELINE),
+    *(Case(name, False, measured) for name in list(TARGETS)[1:] for measured in (False, True)),
+    Case("anchor=reference, match=reference", own_weights=True),
+]
+
+
+def main() -> None:
+    """Measure all targets in turn and print the tables."""
+    arguments = _parser().parse_args()
+    silence_known_warnings()
+    if not torch.cuda.is_available():
+        torch.set_num_threads(arguments.threads)
+    from megatron_selfdistill.distributed import ranks
+
+    bench = _Bench.build(arguments)
+    counts = {case: bench.counts(case) for case in CASES}  # also the warm-up
+    rounds: list[dict[Case, float]] = []
+    for repeat in range(arguments.repeats):
+        order = CASES[:: 1 if repeat % 2 else -1]  # no case always comes after the same one
+        rounds.append({case: bench.seconds(case) for case in order})
+    print(_table(counts, rounds, bench, arguments), flush=True)
+    anchored = {name: target for name, target in TARGETS.items() if target.is_anchored}
+    sizes = arguments.rows, arguments.width, arguments.columns
+    print("\n" + error_table(anchored, *sizes, bench.grid.device), flush=True)
+    if arguments.json:
+        found = {str(case): {**vars(counts[case]), "seconds": [one[case] for one in rounds]} for case in CASES}
+        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), "found": found}, indent=2))
+    ranks.shutdown()
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What one step does per response token: see the columns of the table."""
+
+    forwards: int
+    products_forward: float
+    products_backward: float
+    kept: float
+    moved: float
+
+
+class ProductCount(TorchDispatchMode):
+    """The multiplications of PyTorch's matrix products that have a side of ``vocab`` columns, in this context."""
+
+    def __init__(self, vocab: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.vocab = vocab
+        self.forward = self.backward = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            if self.vocab in (*left.shape, *right.shape):
+                number = left.numel() * right.shape[-1]
+                if torch._C._current_graph_task_id() == -1:
+                    self.forward += number
+                else:
+                    self.backward += number
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def counted_bank() -> Iterator[list[Any]]:
+    """Let the steps of this context count bytes in their banks; yield the banks, with ``kept`` and ``moved``."""
+    from megatron_selfdistill.pipeline import schedule
+    from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
+
+    class CountedStates(TeacherHiddenStates):
+        """A bank that counts bytes: the most that it holds, and all that it has written and read."""
+
+        kept = moved = 0
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            banks.append(self)
+
+        def _keep(self, index: int, name: str, states: Any, place: Any = None) -> None:
+            super()._keep(index, name, states, place)
+            self.moved += states.nbytes
+            tensors = [part.states for shelf in self.shelves for parts in shelf.values() for part in parts]
+            tensors += self.reference_entropies.values()
+            self.kept = max(self.kept, sum(tensor.nbytes for tensor in tensors))
+
+        def _take(self, *args: Any) -> Any:
+            states = super()._take(*args)
+            self.moved += states.nbytes
+            return states
+
+    banks: list[Any] = []
+    with mock.patch.object(schedule, "TeacherHiddenStates", CountedStates):
+        yield banks
+
+
+@dataclass
+class _Bench:
+    """A random model, its frozen teacher, and one batch of random contexts."""
+
+    grid: Any
+    chunks: list[Any]
+    teacher: list[Any]
+    own_weights: list[Any]
+    vocab: Any
+    batch: Any
+    losses: Mapping[str, Any]
+    teacher_alone: Any
+
+    @classmethod
+    def build(cls, arguments: argparse.Namespace) -> _Bench:
+        from random_llama import RandomLlama
+
+        from megatron_selfdistill.config import ParallelConfig
+        from megatron_selfdistill.distributed import ranks
+        from megatron_selfdistill.loss.divergence import Divergence
+        from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+        from megatron_selfdistill.model.build import unwrapped, wrap_for_training
+        from megatron_selfdistill.model.output_layer import Fusion
+        from megatron_selfdistill.pipeline import token_losses
+
+        grid = ranks.initialize(ParallelConfig(), seed=0)
+        llama = RandomLlama.of(
+            ParallelConfig(),
+            grid,
+            arguments.vocab,
+            num_layers=arguments.layers,
+            hidden_size=arguments.hidden,
+            num_attention_heads=arguments.hidden // arguments.head_size,
+            max_position_embeddings=arguments.prompt + arguments.hint + arguments.response,
+        )
+        chunks = wrap_for_training(llama.chunks(), llama.optimizer)
+        fusion = None if arguments.fused == "none" else Fusion(arguments.fused, arguments.chunk)
+
+        def loss_of(target: Target) -> Any:
+            return token_losses.self_distillation(target, Divergence(), fusion=fusion)
+
+        return cls(
+            grid=grid,
+            chunks=chunks,
+            teacher=llama.chunks(),
+            own_weights=llama.chunks(),
+            vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, None),
+            batch=_random_batch(arguments),
+            losses={name: loss_of(target) for name, target in TARGETS.items()},
+            teacher_alone=loss_of(Target("teacher_alone")),
+        )
+
+    def step(self, case: Case) -> None:
+        """Run forward and backward of all microbatches."""
+        from megatron_selfdistill.pipeline import schedule
+        from megatron_selfdistill.pipeline.reference import Reference
+
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+        reference = None
+        if case.target.is_anchored:
+            alone = self.teacher_alone if case.measured else None
+            reference = Reference(case.target, self.own_weights if case.own_weights else self.teacher, alone)
+        loss = self.losses[case.name]
+        schedule.run(self.chunks, self.teacher, self.batch, loss, self.grid, self.vocab, reference=reference)
+
+    def seconds(self, case: Case) -> float:
+        """Return the seconds of a `step`."""
+        wait()
+        began = now()
+        self.step(case)
+        wait()
+        return now() - began
+
+    def counts(self, case: Case) -> Counts:
+        """Return what a `step` does per response token."""
+        from megatron_selfdistill.model.build import unwrapped
+
+        config, num_tokens = unwrapped(self.chunks[-1]).config, len(self.batch.response_tokens)
+        with counted_bank() as banks, ProductCount(self.vocab.size) as products:
+            self.step(case)
+        (bank,) = banks
+        product = num_tokens * config.hidden_size * self.vocab.size
+        state = num_tokens * config.hidden_size * config.params_dtype.itemsize
+        return Counts(
+            forwards=3 if case.target.is_anchored else 2,
+            products_forward=products.forward / product,
+            products_backward=products.backward / product,
+            kept=bank.kept / state,
+            moved=bank.moved / state,
+        )
+
+
+def _random_batch(arguments: argparse.Namespace) -> Any:
+    """Return packed contexts of random tokens; the hint stands before the problem."""
+    from megatron_selfdistill.data.contexts import ContextPair
+    from megatron_selfdistill.data.packing import PackingRules, pack
+
+    rng = random.Random(0)
+    contexts = []
+    for number in range(arguments.problems):
+        prompt, hint, response = (
+            [rng.randrange(arguments.vocab) for _ in range(length)]
+            for length in (arguments.prompt, arguments.hint, arguments.response)
+        )
+        contexts.append(ContextPair(str(number), prompt, hint + prompt, response, False))
+    return pack(contexts, PackingRules(max_tokens=arguments.tokens, cp_size=1, tp_size=1, paired=False))
+
+
+def _table(
+    counts: Mapping[Case, Counts],
+    rounds: list[dict[Case, float]],
+    bench: _Bench,
+    arguments: argparse.Namespace,
+) -> str:
+    config = bench.chunks[-1].config
+    layer = "materialised" if arguments.fused == "none" else f"fused, {arguments.fused}"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, threads: {torch.get_num_threads()}"
+    lines = [
+        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, {config.params_dtype}; "
+        f"{arguments.problems} problems of {arguments.prompt} tokens, hints of {arguments.hint}, responses of "
+        f"{arguments.response}; output layer {layer}; torch {torch.__version__}, {where}",
+        "",
+        "| target | forwards | products | kept | moved | step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for case, found in counts.items():
+        ratio = statistics.median(one[case] / one[CASES[0]] for one in rounds)
+        lines.append(
+            f"| {case} | {found.forwards} | {found.products_forward:.3g} + {found.products_backward:.3g} | "
+            f"{found.kept:.3g} | {found.moved:.3g} | {ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    sizes = {"problems": 8, "prompt": 64, "hint": 64, "response": 128, "tokens": 1024, "layers": 4, "hidden": 256}
+    sizes |= {"head-size": 64, "vocab": 8192, "chunk": 4096, "repeats": 5, "threads": 1}
+    sizes |= {"rows": 512, "width": 1024, "columns": 8192}  # of the table of errors
+    parser = measuring_parser(__doc__, sizes)
+    modes = ("none", "keep_gradient", "low_memory")
+    parser.add_argument("--fused", choices=modes, default="none", help="the output layer with the loss (loss.fused)")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
