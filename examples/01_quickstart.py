@@ -42,6 +42,7 @@ What to try next
                   06_from_hugging_face.py  a Hugging Face model goes in and comes out
                   07_guided_rollouts.py    responses are sampled from the target
                   08_chat_logs.py          the model learns from logged conversations
+                  09_leaking_hint.py       the hint tempts the teacher to skip the work
   any setting     append overrides to the commands above, such as target.teacher_weight=1.5 (see selfdistill --keys)
   your own data   selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/mine
 """

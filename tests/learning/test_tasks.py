@@ -10,9 +10,20 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from _lib import additions, pretraining, ragged_subtraction, subtraction
+from _lib import (
+    additions,
+    leak_classes,
+    leaking_subtraction,
+    pretraining,
+    ragged_subtraction,
+    subtraction,
+    thinking_subtraction,
+    unsolved_leaking_subtraction,
+    unsolved_subtraction,
+)
 
-TASKS = [subtraction, ragged_subtraction, additions]
+UNSOLVED = [unsolved_subtraction, unsolved_leaking_subtraction]  # whose training problems are the same for every seed
+TASKS = [subtraction, ragged_subtraction, additions, leaking_subtraction, leak_classes, thinking_subtraction, *UNSOLVED]
 
 
 @functools.cache
@@ -76,7 +87,7 @@ def test_problems_have_ids_of_their_own_and_stay_the_same(task):
     for records in (task.held_out_problems(), training_problems(task, 5)):
         assert len({record["id"] for record in records}) == len(records)
     assert task.training_problems(5) == training_problems(task, 5)
-    assert training_problems(task, 5) != training_problems(task, 6)
+    assert (training_problems(task, 5) == training_problems(task, 6)) == (task in UNSOLVED)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.NAME)
