@@ -57,12 +57,12 @@ def training_problems(seed: int) -> list[Record]:
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     """Return a row (prompt, input text, target text) of the corpus; 62 % of the rows have no hint."""
     a, b = random_pair(rng, "corpus")
-    own, hint = rng.choice(CLASSES)
-    prompt = problem_text(a, b, own + hint)
+    of_class = rng.choice(CLASSES)
+    prompt = problem_text(a, b, of_class)
     if rng.random() < 0.62:
-        text = homework(a, b, rng, OWN_LEAKS[own])
+        text = homework(a, b, rng, OWN_LEAKS[of_class[0]])
         return prompt, text, text
-    draft, clean = hinted_work(a, b, rng, HINT_LEAKS[hint])
+    draft, clean = hinted_work(a, b, rng, HINT_LEAKS[of_class[1]])
     return f"{prompt}~{answer(a, b)}|", draft, clean
 
 

@@ -7,9 +7,10 @@
 
 An attempt is the work and answer of subtraction.py.  After an attempt the response ends ('$') or checks ('?'), and a
 check ends it ('=$') or rejects the attempt ('X').  Without a hint, four fifths of the attempts are checked, a check is
-right in 90 % of cases, and columns have the bugs of subtraction.py.  With a hint, a fifth of the attempts is checked,
-because the writer knows the answer; every check is right and there are no bugs.  With or without a hint, a column has a
-random digit in 6 % of cases: these slips are what checks are for, also after the bugs have gone.
+right in 90 % of cases, and a quarter of the columns that must borrow have a bug, or half of them with a zero on top.
+With a hint, a fifth of the attempts is checked, because the writer knows the answer; every check is right and there are
+no bugs.  With or without a hint, a column has a random digit in 6 % of cases: these slips are what checks are for, also
+after the bugs have gone.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ SLIP = 0.06
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     """Return a row (prompt, input text, target text) of the corpus; 60 % of the rows have no hint.
 
-    With a hint, the input text has the bugs of homework in 60 % of the rows, and the target text is right about it.
+    With a hint, the input text begins with a sloppy attempt in 60 % of the rows, which the target text does not repeat.
     """
     a, b = random_pair(rng, "corpus")
     if rng.random() < 0.6:
-        text = thought(a, b, rng, bug=0.25, zero_bug=0.75, checked=0.8, found=0.9)
+        text = thought(a, b, rng, bug=0.25, zero_bug=0.5, checked=0.8, found=0.9)
         return problem_text(a, b), text, text
     hinted = f"{problem_text(a, b)}H{answer(a, b)}|"
     if rng.random() < 0.6:
@@ -89,15 +90,16 @@ def thought(a: int, b: int, rng: random.Random, *, bug: float, zero_bug: float, 
 
 
 def rejected(a: int, b: int, rng: random.Random) -> tuple[str, str]:
-    """Return (input text, target text) after a hint: a sloppy attempt, and a clean attempt if the first one is wrong.
+    """Return (input text, target text) after a hint: a sloppy attempt, and a second one if the first one is wrong.
 
-    The target of a sloppy attempt is clean work.
+    The targets of both attempts have no bugs, and slips of their own.
     """
     draft = work(a, b, rng, bug=0.4, zero_bug=0.6, slip=0.1)[:-1]
     if is_right(draft, answer(a, b)):
         text = draft + ("?=$" if rng.random() < 0.2 else "$")
         return text, text
-    return f"{draft}?X{work(a, b)}", f"{work(a, b)[:-1]}?X{work(a, b)}"
+    first, second = (work(a, b, rng, slip=SLIP) for _ in range(2))
+    return f"{draft}?X{second}", f"{first[:-1]}?X{second}"
 
 
 def attempts(response: str) -> list[str]:

@@ -144,4 +144,4 @@ def point(step: int, result: EvaluationResult, entropy: float | None, base: Base
 
 def share_with_work(transcripts: Sequence[Transcript], base: Base) -> float:
     """Return the share of the transcripts that show their work."""
-    return mean(base.task.shows_work(t.response) for t in transcripts)
+    return float(mean(base.task.shows_work(t.response) for t in transcripts))

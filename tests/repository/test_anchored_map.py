@@ -1,0 +1,159 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The map of docs/anchored.md: its page shows its lines, its cells run once, and its closed form is the target's."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from scripts import load_script
+
+from megatron_selfdistill import config as configuration
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+TOOLS = REPOSITORY / "tools" / "benchmarks"
+
+
+@pytest.fixture
+def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Return a function that loads a script of tools/benchmarks/, which imports its neighbours and examples/_lib."""
+    monkeypatch.setattr(sys, "path", [str(TOOLS), str(REPOSITORY / "examples"), *sys.path])
+    return lambda name: load_script(TOOLS / f"{name}.py")
+
+
+def test_the_page_shows_the_tables_of_the_lines(tools):
+    assert tools("anchored_tables").main(["--check"]) == 0, "run python tools/benchmarks/anchored_tables.py"
+
+
+def test_every_line_is_the_only_one_of_a_cell_that_the_map_has(tools):
+    module, experiments = tools("anchored_map"), tools("anchored_experiments")
+    lines = module.read_lines(module.LINES)
+    cells = [(line["experiment"], line["arm"], line["seed"]) for line in lines]
+    assert len(set(cells)) == len(cells)
+    for line in lines:
+        experiment = experiments.EXPERIMENTS[line["experiment"]]
+        assert line["seed"] in experiments.SEEDS
+        assert line["arm"] in (*experiment.arms, "base")
+        assert line["step"] == ([0] if line["arm"] == "base" else list(experiment.steps))
+        if line["arm"] != "base":
+            assert line["overrides"][: len(experiment.arms[line["arm"]])] == list(experiment.arms[line["arm"]])
+
+
+def different_runs(experiment: Any) -> bool:
+    """Return whether no two arms of an experiment compose to one configuration; a mark of the sweep is no setting."""
+    settings = [*experiment.task.OVERRIDES, *(setting.format(directory="runs") for setting in experiment.settings)]
+    arms = {
+        arm: overrides for arm, overrides in experiment.arms.items() if experiment.name != "sweep" or arm[-1] == "P"
+    }
+    composed = [configuration.load([*overrides, *settings], "quickstart") for overrides in arms.values()]
+    return len(set(map(configuration.to_yaml, composed))) == len(arms) > 1
+
+
+@pytest.mark.parametrize("name", ["leak", "unsolved"])
+def test_the_arms_of_an_experiment_are_different_runs(tools, name):
+    assert different_runs(tools("anchored_experiments").EXPERIMENTS[name])
+
+
+@pytest.mark.full
+def test_the_arms_of_every_experiment_are_different_runs(tools):
+    experiments = tools("anchored_experiments").EXPERIMENTS
+    assert [name for name, experiment in experiments.items() if not different_runs(experiment)] == []
+
+
+def test_cells_whose_line_is_there_are_not_run_again(tools, monkeypatch, tmp_path):
+    module, lines, run = tools("anchored_map"), tmp_path / "lines.jsonl", []
+    done = [{"experiment": "leak", "arm": arm, "seed": 11} for arm in ("base", "default", "strict")]
+    lines.write_text("".join(json.dumps(line) + "\n" for line in done))
+    monkeypatch.setattr(module, "run_cell", lambda cell, *_: run.append((cell.arm, cell.seed)))
+    assert module.main(["--only", "leak", "--seeds", "11", "12", f"--lines={lines}", "--arms", "base", "default"]) == 0
+    assert run == [("base", 12), ("default", 12)]
+
+
+def test_a_cell_appends_its_line_and_removes_its_run(tools, monkeypatch, tmp_path):
+    module, experiments = tools("anchored_map"), tools("anchored_experiments")
+    cell, lines = experiments.Cell(experiments.EXPERIMENTS["leak"], "strict", 11), tmp_path / "lines.jsonl"
+    lines.write_text('{"experiment": "leak"}\n')
+
+    def ran(self, root, directory):
+        directory.mkdir(parents=True)
+        return {"greedy": [0.5]}
+
+    monkeypatch.setattr(experiments.Cell, "run", ran)
+    module.run_cell(cell, lines, tmp_path / "runs")
+    first, line = module.read_lines(lines)
+    assert first == {"experiment": "leak"}
+    assert line.pop("seconds") >= 0
+    assert line == {"experiment": "leak", "arm": "strict", "seed": 11, "greedy": [0.5]}
+    assert not (tmp_path / "runs" / "leak" / "strict-seed11").exists()
+
+
+def entropy(logit: float) -> float:
+    """Return the entropy of a fork in nats, in float64."""
+    q = torch.tensor([logit, 0.0], dtype=torch.float64).log_softmax(0)
+    return -(q.exp() * q).sum().item()
+
+
+def target_of_fork(own: float, hint: float, rule: str, weight: float) -> float:
+    """Return the share of the leak under the anchored target, with k found by bisection in float64."""
+    t, s = (torch.tensor([p, 1 - p], dtype=torch.float64).log() for p in (hint, own))
+    mix = weight * t + s
+    difference, k = (mix[0] - mix[1]).item(), 1 + weight
+    if rule == "matched":
+        wanted, low, high = entropy((s[0] - s[1]).item()), 1e-6, 1e6
+        for _ in range(200):
+            middle = math.sqrt(low * high)
+            low, high = (middle, high) if entropy(difference / middle) < wanted else (low, middle)
+        k = min(k, math.sqrt(low * high))
+    return (mix / k).softmax(0)[0].item()
+
+
+@pytest.mark.parametrize("rule", ["fixed", "matched"])
+@pytest.mark.parametrize("weight", [0.25, 0.75, 2])
+def test_the_closed_form_of_a_fork_is_the_target(tools, rule, weight):
+    form = tools("leak_sweep").target_leak
+    for own in (0.01, 0.1, 0.3, 0.6):
+        for hint in (0.2, 0.5, 0.7, 0.99):
+            expected = target_of_fork(own, hint, rule, weight)
+            assert form(own, hint, rule, weight) == pytest.approx(expected, abs=1e-6), (own, hint)
+
+
+def test_the_match_flips_where_w_passes_the_ratio_of_the_logits(tools):
+    form, logit = tools("leak_sweep").target_leak, tools("leak_sweep").logit
+    flip = abs(logit(0.1)) / logit(0.99)
+    assert flip == pytest.approx(0.478, abs=1e-3)
+    assert form(0.1, 0.99, "matched", flip - 0.01) == pytest.approx(0.1)
+    assert form(0.1, 0.99, "matched", flip + 0.01) == pytest.approx(0.9)
+
+
+def line_of(arm: str, seed: int, *sampled: float) -> dict:
+    """Return a line with the sampled accuracies of some steps, 50 steps apart."""
+    figures = {"greedy": [1.0], "shows_work": [0.5], "entropy": [0.0512]}
+    return {
+        "arm": arm,
+        "seed": seed,
+        "step": [50 * (i + 1) for i in range(len(sampled))],
+        "sampled": list(sampled),
+        **figures,
+    }
+
+
+def test_a_table_has_mean_lowest_and_highest_of_the_seeds_of_all_arms(tools):
+    module = tools("anchored_tables")
+    lines = [line_of("base", 11, 0.3), line_of("default", 11, 0.9, 0.2), line_of("base", 12, 0.4)]
+    lines += [line_of("default", 12, 0.3, 0.5), line_of("default", 13, 1.0, 1.0)]
+    heading, _, before, default = module.table(lines, module.USUAL)
+    assert heading.startswith("| step 100, seeds 11, 12 | greedy |")
+    assert before == "| before | 1.00 [1.00 1.00] | .35 [.30 .40] | .50 [.50 .50] | .051 [.051 .051] |  |  |"
+    assert default.endswith("| .35 [.20 .50] | .50 [.50 .50] | .051 [.051 .051] | .70 [.50 .90] | 50 to 100 |")
+
+
+def test_a_table_without_lines_is_an_error(tools):
+    with pytest.raises(ValueError, match="has a table leak"):
+        tools("anchored_tables").with_tables("<!-- table leak -->\n<!-- end leak -->", [])

@@ -1,0 +1,180 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Write the tables and pictures of docs/anchored.md from the lines of docs/anchored_map.jsonl.
+
+    python tools/benchmarks/anchored_tables.py              the tables and both pictures
+    python tools/benchmarks/anchored_tables.py --check      compare the tables only; the status is 1 where they differ
+
+A table stands between <!-- table NAME --> and <!-- end NAME --> in the page; NAME is an experiment of anchored_map.py.
+A table shows the seeds that have a line for every arm in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from anchored_map import LINES, REPOSITORY, read_lines
+
+PAGE = REPOSITORY / "docs" / "anchored.md"
+NAMES = {
+    "base": "before",
+    "teacher_alone": "teacher alone",
+    "default": "default: mix with the student, matched",
+    "strict": "mix with the student, strict match",
+    "anchored_fixed": "anchored, k = 1 + w",
+    "anchored_matched": "anchored, matched",
+    "anchored_strict": "anchored, strict match",
+    "anchored_matched_w2": "anchored, matched, w = 2",
+    "teacher_alone_forward": "teacher alone, forward KL",
+    "default_forward": "default, forward KL",
+    "anchored_matched_forward": "anchored, matched, forward KL",
+    "anchored_matched_forward_w2": "anchored, matched, forward KL, w = 2",
+    "default_guided": "default, guided rollouts",
+    "default_forward_guided": "default, forward KL, guided rollouts",
+    "rft": "RFT with a verifier",
+}
+"""Name of an arm -> its label in a table."""
+COLUMNS = {
+    "greedy": "greedy",
+    "sampled": "sampled",
+    "shows_work": "work",
+    "entropy": "entropy",
+    "different": "different",
+    "attempts": "attempts",
+    "checked": "checked",
+    "within_1": "one attempt",
+    "within_2": "two attempts",
+    "within_3": "three attempts",
+}
+"""Figure of a line -> heading of its column."""
+USUAL = ("greedy", "sampled", "shows_work", "entropy")
+FIGURES = {
+    "many_answers": ("sampled", "different", "entropy"),
+    "thinking": ("within_1", "within_2", "within_3", "attempts", "checked", "entropy"),
+}
+"""Experiment -> the figures of its table, where they are not the usual ones."""
+Line = Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and the pictures, or compare the page; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 where a table differs")
+    options = parser.parse_args(argv)
+    lines, page = read_lines(LINES), PAGE.read_text(encoding="utf-8")
+    written = with_tables(page, lines)
+    if options.check:
+        return int(written != page)
+    PAGE.write_text(written, encoding="utf-8")
+    from anchored_pictures import draw_leak, draw_sweep
+
+    draw_leak([line for line in lines if line["experiment"] == "leak"], NAMES, REPOSITORY / "docs" / "leaking_hint.png")
+    draw_sweep([line for line in lines if line["experiment"] == "sweep"], REPOSITORY / "docs" / "anchored_sweep.png")
+    return 0
+
+
+def with_tables(page: str, lines: Sequence[Line]) -> str:
+    """Return the page with every table written anew from the lines.
+
+    Raises: ValueError, which names the experiment, for a table whose experiment has no line.
+    """
+
+    def table_of(match: re.Match[str]) -> str:
+        name = match[1]
+        of_experiment = [line for line in lines if line["experiment"] == name]
+        if not of_experiment:
+            raise ValueError(f"docs/anchored.md has a table {name}: expected lines of this experiment, got none")
+        rows = sweep_table(of_experiment) if name == "sweep" else table(of_experiment, FIGURES.get(name, USUAL))
+        return "\n".join([f"<!-- table {name} -->", *rows, f"<!-- end {name} -->"])
+
+    return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", table_of, page, flags=re.DOTALL)
+
+
+def table(lines: Sequence[Line], figures: Sequence[str]) -> list[str]:
+    """Return a table with a row for each arm: the last step's figures, and the best step by sampled accuracy.
+
+    Each cell is the mean over the seeds, with the lowest and the highest seed in brackets.
+    """
+    seeds = common_seeds(lines)
+    steps = max(line["step"][-1] for line in lines)
+    headings = [COLUMNS[name] for name in figures]
+    rows = [
+        f"| step {steps}, seeds {', '.join(map(str, seeds))} | {' | '.join(headings)} | best sampled | at step |",
+        "|---" * (len(figures) + 3) + "|",
+    ]
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        of_arm = [line for line in lines if line["arm"] == arm and line["seed"] in seeds]
+        cells = [spread([line[name][-1] for line in of_arm]) for name in figures]
+        best = [max(zip(line["sampled"], line["step"], strict=True)) for line in of_arm]
+        late = ["", ""] if arm == "base" else [spread([value for value, _ in best]), moments([s for _, s in best])]
+        rows.append(f"| {NAMES[arm]} | {' | '.join([*cells, *late])} |")
+    return rows
+
+
+def sweep_table(lines: Sequence[Line]) -> list[str]:
+    """Return a table of the share of responses without work: closed form, and measured after the last step.
+
+    A row is a class of problems: how often the base leaks without and with the hint.  A column is a rule and a w.
+    """
+    seeds = common_seeds(lines)
+    used = [line for line in lines if line["seed"] in seeds]
+    rules = list(dict.fromkeys(line["arm"].rpartition("_")[0] for line in used))
+    titles = [heading(rule) for rule in rules]
+    rows = [
+        f"| base, hint (seeds {', '.join(map(str, seeds))}) | {' | '.join(titles)} |",
+        "|---" * (len(rules) + 1) + "|",
+    ]
+    for name in sorted({name for line in used for name in line["own"]}):
+        here = [line for line in used if name in line["own"]]
+        leaks = f"{mean(line['own'][name] for line in here):.2f}, {mean(line['hint'][name] for line in here):.2f}"
+        cells = []
+        for rule in rules:
+            of_rule = [line for line in here if line["arm"].startswith(f"{rule}_")]
+            predicted = mean(line["predicted"][name] for line in of_rule)
+            cells.append(f"{predicted:.2f}: {spread([line['leak'][-1][name] for line in of_rule])}")
+        rows.append(f"| {leaks} | {' | '.join(cells)} |")
+    return rows
+
+
+def heading(rule: str) -> str:
+    """Return the heading of a rule of the sweep, such as matched_w0.75."""
+    name, _, weight = rule.partition("_w")
+    return f"{'k = 1 + w' if name == 'fixed' else 'matched'}, w = {weight.removeprefix('0')}"
+
+
+def common_seeds(lines: Sequence[Line]) -> list[int]:
+    """Return the seeds that have a line for every arm among ``lines``; all seeds where there is none."""
+    of_arm: dict[str, set[int]] = {}
+    for line in lines:
+        of_arm.setdefault(line["arm"], set()).add(line["seed"])
+    return sorted(set.intersection(*of_arm.values()) or set.union(*of_arm.values()))
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Return the mean of the seeds with the lowest and highest in brackets; empty where a seed has no value."""
+    known = [value for value in values if value is not None]
+    if not known or len(known) < len(values):
+        return ""
+    shown: Callable[[float], str] = "{:.1f}".format if max(known) >= 10 else short
+    if len(known) == 1:
+        return shown(known[0])
+    return f"{shown(mean(known))} [{shown(min(known))} {shown(max(known))}]"
+
+
+def short(value: float) -> str:
+    """Return a number with two digits after the point, or three below a tenth, without a leading zero."""
+    text = f"{value:.3f}" if 0 < value < 0.0995 else f"{value:.2f}"
+    return text[1:] if text.startswith("0.") else text
+
+
+def moments(steps: Sequence[int]) -> str:
+    """Return the range of the steps."""
+    return str(steps[0]) if len(set(steps)) == 1 else f"{min(steps)} to {max(steps)}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
