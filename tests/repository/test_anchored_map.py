@@ -94,6 +94,26 @@ def test_a_cell_appends_its_line_and_removes_its_run(tools, monkeypatch, tmp_pat
     assert not (tmp_path / "runs" / "leak" / "strict-seed11").exists()
 
 
+def test_a_cell_of_the_sweep_trains_and_measures_one_mark_only(tools, monkeypatch, tmp_path):
+    experiments, seen = tools("anchored_experiments"), {}
+    from _lib.pretraining import Base
+
+    def measured(variant: Any, base: Any, run_dir: Path, *rule: Any) -> dict:
+        loaded = configuration.load([*base.overrides, *variant.overrides], "quickstart")
+        seen.update(problems=Path(loaded.data.path), held_out=Path(loaded.evaluation.path), rule=rule)
+        seen["w"] = loaded.target.teacher_weight
+        return {}
+
+    monkeypatch.setattr(experiments, "measured_leaks", measured)
+    monkeypatch.setattr(experiments, "make_base", lambda task, seed, root: Base(task, seed, tmp_path, tmp_path, 0.0))
+    cell = experiments.Cell(experiments.EXPERIMENTS["sweep"], "fixed_w0.25_R", 11)
+    cell.run(tmp_path, tmp_path / "sweep" / "run")
+    for name in ("problems", "held_out"):
+        ids = [json.loads(line)["id"] for line in seen[name].read_text().splitlines()]
+        assert {of_class[-2:] for of_class in ids} == {"AR", "BR", "CR", "DR"}
+    assert seen["rule"] == ((50, 100), "fixed", 0.25) and seen["w"] == 0.25
+
+
 def entropy(logit: float) -> float:
     """Return the entropy of a fork in nats, in float64."""
     q = torch.tensor([logit, 0.0], dtype=torch.float64).log_softmax(0)

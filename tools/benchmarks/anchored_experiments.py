@@ -164,9 +164,10 @@ class Cell:
             (shared / name).write_text(text, encoding="utf-8")
         settings = [setting.format(directory=shared) for setting in experiment.settings]
         overrides = (*experiment.arms.get(self.arm, ()), *settings)
-        variant = Variant(self.arm, (*overrides, *WITHOUT_GUARDS)).on(problems)
+        unguarded = Variant(self.arm, (*overrides, *WITHOUT_GUARDS))
         if experiment.task is leak_classes:
-            return {"overrides": list(overrides), **self._leaks(variant, base, directory)}
+            return {"overrides": list(overrides), **self._leaks(unguarded, base, directory)}
+        variant = unguarded.on(problems)
         if self.arm == "base":
             return measured_base(variant, base, directory, experiment)
         return {"overrides": list(overrides), **self._columns(variant, base, directory)}
@@ -182,8 +183,10 @@ class Cell:
         held_out = [r for r in leak_classes.held_out_problems() if r["id"].endswith(mark)]
         here = directory.parent / f"{self.arm}-seed{self.seed}"
         base = dataclasses.replace(base, held_out=write_records(here / "held_out.jsonl", held_out))
-        variant = variant.on(write_records(here / "train.jsonl", chosen))
-        return measured_leaks(variant, base, directory / "run", self.experiment.steps, rule, float(weight[1:]))
+        problems = write_records(here / "train.jsonl", chosen)
+        return measured_leaks(
+            variant.on(problems), base, directory / "run", self.experiment.steps, rule, float(weight[1:])
+        )
 
 
 def measured_base(variant: Variant, base: Base, directory: Path, experiment: Experiment) -> Record:

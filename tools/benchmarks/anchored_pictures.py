@@ -51,7 +51,7 @@ def draw_sweep(lines: Sequence[Line], path: Path) -> None:
         for number, weight in enumerate(weights):
             of_arm = [line for line in lines if arm_parts(line)[:2] == (rule, weight)]
             points = [(line["predicted"][name], line["leak"][-1][name]) for line in of_arm for name in line["own"]]
-            across, up = zip(*points, strict=True)
+            across, up = [point[0] for point in points], [point[1] for point in points]
             axis.scatter(across, up, s=14, alpha=0.6, color=f"C{number}", label=f"w = {weight:g}")
         axis.plot([0, 1], [0, 1], color="0.6", linewidth=1)
         finish(axis, title)

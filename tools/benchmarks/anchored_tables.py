@@ -130,12 +130,12 @@ def sweep_table(lines: Sequence[Line]) -> list[str]:
     ]
     for name in sorted({name for line in used for name in line["own"]}):
         here = [line for line in used if name in line["own"]]
-        leaks = f"{mean(line['own'][name] for line in here):.2f}, {mean(line['hint'][name] for line in here):.2f}"
+        leaks = ", ".join(short(mean(line[kind][name] for line in here)) for kind in ("own", "hint"))
         cells = []
         for rule in rules:
             of_rule = [line for line in here if line["arm"].startswith(f"{rule}_")]
             predicted = mean(line["predicted"][name] for line in of_rule)
-            cells.append(f"{predicted:.2f}: {spread([line['leak'][-1][name] for line in of_rule])}")
+            cells.append(f"{short(predicted)}: {spread([line['leak'][-1][name] for line in of_rule])}")
         rows.append(f"| {leaks} | {' | '.join(cells)} |")
     return rows
 
