@@ -36,7 +36,7 @@ WHAT_NEXT = """
 What to try next
   --literal       run the strict match with forward KL and the current weights as teacher: a guard stops its collapse
   other examples  02_wrong_hints.py        most hints are wrong
-                  03_hard_problems.py      the base never answers correctly
+                  03_hard_problems.py      problems that the base never solves
                   04_many_answers.py       each problem has many right answers: does the model keep them?
                   05_variable_widths.py    prompts, hints and responses have every length
                   06_from_hugging_face.py  a Hugging Face model goes in and comes out

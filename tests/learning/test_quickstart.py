@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from _lib import additions, pretraining, ragged_subtraction, subtraction, tables, variants
+from _lib import additions, pretraining, ragged_subtraction, subtraction, tables, unsolved_subtraction, variants
 from _lib.command_line import command
 from _lib.measurement import Measurement, measure
 from megatron_selfdistill import config as configuration
@@ -137,10 +137,19 @@ def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeyp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["01_quickstart", "02_wrong_hints", "03_hard_problems"])
+@pytest.mark.parametrize("name", ["01_quickstart", "02_wrong_hints"])
 def test_the_other_examples_run_to_their_end(base, root, load_example, name, capsys):
     assert load_example(name).main(["--directory", str(root), "--steps", "2"]) == 0
     assert "curves.png" in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("arguments", [[], ["--quickstart-base"]], ids=["never", "seldom"])
+def test_the_example_of_hard_problems_runs_to_its_end(base, root, load_example, arguments, monkeypatch, capsys):
+    monkeypatch.setattr(unsolved_subtraction, "PRETRAINING_STEPS", 20)
+    assert load_example("03_hard_problems").main(["--directory", str(root), "--steps", "2", *arguments]) == 0
+    shown = capsys.readouterr().out
+    assert "curves.png" in shown and "Fewer than one in twenty is right after: " in shown
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
