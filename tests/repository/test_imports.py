@@ -33,7 +33,7 @@ ORDER = {
         "triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
         "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
         "triton.solver_launches "
-        "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy sharded.fused_linear"
+        "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy sharded.rare_mass sharded.fused_linear"
     ),
     "data": (
         "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "
