@@ -34,6 +34,7 @@ from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
 from megatron_selfdistill.rollout.guided import RoleWeights
@@ -160,18 +161,22 @@ class Learner:
     ) -> schedule.StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
-        ``measure_teacher``: whether a step with a reference computes the statistics of the teacher alone, which cost
-        two more projections; without a reference the statistics always include the teacher.
+        ``measure_teacher``: whether the step takes the `TokenMeasures`, which cost a projection of every model, and
+        with a reference computes the statistics of the teacher alone, which cost two more projections; without a
+        reference the statistics always include the teacher.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = self._distillation_loss(self._target()) if self.has_teacher else token_losses.next_token
+        options: dict[str, Any] = {"token_weights": token_weights}
+        if measure_teacher and self.has_teacher:
+            options["measurement"] = self._measurement()
         with self.target_models() as models:
             reference = self._reference(self._target(), models.reference, measure_teacher)
             teacher = models.teacher if self.has_teacher else None
-            return self._schedule(packed, teacher, loss, reference=reference, token_weights=token_weights)
+            return self._schedule(packed, teacher, loss, reference=reference, **options)
 
     def measure(self, contexts: Sequence[ContextPair]) -> schedule.StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained."""
@@ -179,7 +184,8 @@ class Learner:
         loss = self._distillation_loss(self._target())
         with self.target_models() as models:
             reference = self._reference(self._target(), models.reference, True)
-            return self._schedule(packed, models.teacher, loss, reference=reference, forward_only=True)
+            options = {"reference": reference, "measurement": self._measurement(), "forward_only": True}
+            return self._schedule(packed, models.teacher, loss, **options)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
@@ -272,6 +278,9 @@ class Learner:
             self.config.loss.fused_chunk_tokens,
             self.config.loss.backend,
         )
+
+    def _measurement(self) -> TokenMeasurement:
+        return TokenMeasurement(self._target(), self.config.loss.fused_chunk_tokens, self.config.loss.backend)
 
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)

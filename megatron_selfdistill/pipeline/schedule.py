@@ -11,7 +11,6 @@ computed; a fused output layer does both in one piece (model/output_layer.py).
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -35,8 +34,10 @@ from megatron_selfdistill.model.forward import ModelInputs, hidden_states, proje
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
 from megatron_selfdistill.pipeline.reference import Reference
+from megatron_selfdistill.pipeline.router_losses import router_losses_per_weighted_microbatch
 from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenLoss, TokenWeights
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement, TokenMeasures
 
 
 class NoResponseTokens(RuntimeError):
@@ -61,6 +62,10 @@ class StepOutput:
     """Weights [R] of the tokens' losses; None where all weights are 1."""
     measures_teacher: bool = True
     """Whether ``stats`` describe the teacher; False on a step with a `Reference` that does not measure the teacher."""
+    measures: TokenMeasures | None = None
+    """Further measures of the R tokens; None without a `TokenMeasurement`, and on the other stages."""
+    anchor_entropy: Tensor | None = None
+    """Entropy [R] in nats of the target's anchor, student or reference; None where it is unknown."""
 
 
 def run(
@@ -73,6 +78,7 @@ def run(
     *,
     reference: Reference | None = None,
     guided: GuidedTokens | None = None,
+    measurement: TokenMeasurement | None = None,
     token_weights: TokenWeights | None = None,
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
@@ -86,8 +92,8 @@ def run(
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
-    guided responses have of their own.  All ranks of a replica hold the same ``batch``; all replicas have the same
-    number of microbatches and ``seq_length``.
+    guided responses have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a
+    replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
@@ -108,16 +114,16 @@ def run(
         token_loss=token_loss,
         reference=reference,
         guided=guided or GuidedTokens(),
+        measurement=measurement,
         token_weights=token_weights,
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
         bank=bank,
     )
-    with _auxiliary_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)):
+    with router_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)):
         step.run(order, batch.seq_length, forward_only)
-    measures_teacher = reference is None or reference.teacher_alone is not None
-    return StepOutput(num_response_tokens, *step.collected(), measures_teacher)
+    return step.collected(num_response_tokens)
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -163,6 +169,7 @@ class _Step:
     token_loss: TokenLoss | FusedLoss
     reference: Reference | None
     guided: GuidedTokens
+    measurement: TokenMeasurement | None
     token_weights: TokenWeights | None
     grid: RankGrid
     vocab: VocabShard
@@ -171,6 +178,7 @@ class _Step:
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    measures: list[TokenMeasures] = field(default_factory=list)
 
     def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
         """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule."""
@@ -226,6 +234,8 @@ class _Step:
         if self.guided.divergence is not None:
             extra["guided"] = (microbatch.num_guided, self.guided.divergence)
         stats = self._loss_of(self.token_loss, model, hidden, kept, microbatch, **extra)
+        if self.measurement is not None:
+            self.measures.append(self._measures(self.measurement, model, hidden, kept, microbatch, stats.beta))
         if alone is None:
             return stats
         return replace(
@@ -245,20 +255,19 @@ class _Step:
         **extra: Any,
     ) -> TokenStats:
         """Return ``token_loss`` of the student's ``hidden`` and of the states that were ``kept`` for its tokens."""
-        positions, tokens = microbatch.positions, microbatch.response_tokens
-        block = kept.teacher if kept.mix is None else kept.mix
+        positions, tokens, (block, apart) = microbatch.positions, microbatch.response_tokens, kept.of_target()
         if kept.reference_entropy is not None:
             extra["reference_entropy"] = kept.reference_entropy
         if isinstance(token_loss, FusedLoss):
             if block is None:
                 raise ValueError("a fused distillation loss needs a teacher, got none")
-            if kept.reference is not None:
+            if apart is not None:
                 assert self.reference is not None
-                extra["reference"] = self.reference.last, kept.reference
+                extra["reference"] = self.reference.last, apart
             teacher = unwrapped(self.teacher[-1])
             return token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **extra)
         weights = extra.get("teacher_weights")
-        teacher_logits = None if block is None else self._target_logits(block, kept.reference, weights)
+        teacher_logits = None if block is None else self._target_logits(block, apart, weights)
         student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
         return token_loss(student_logits, teacher_logits, tokens, self.vocab, **extra)
 
@@ -270,6 +279,30 @@ class _Step:
             assert self.reference is not None
             self.reference.mix_into(logits, self._bank.at_full_width(reference_block), teacher_weights)
         return logits
+
+    @torch.no_grad()
+    def _measures(
+        self,
+        measurement: TokenMeasurement,
+        model: GPTModel,
+        hidden: Tensor,
+        kept: KeptStates,
+        microbatch: StudentMicrobatch,
+        beta: Tensor,
+    ) -> TokenMeasures:
+        """Return the measures of the microbatch's response tokens; the arguments are those of `_loss_of`."""
+        states, (block, apart) = states_at(hidden, microbatch.positions.in_sequence, self.grid), kept.of_target()
+        weights = self._teacher_weights(microbatch)
+        assert block is not None, "a measurement needs a teacher"
+
+        def logits_of(tokens: slice) -> list[Tensor]:
+            parts = [None if values is None else values[tokens] for values in (apart, weights)]
+            logits = [project(model, states[tokens]), self._target_logits(block[tokens], *parts)]
+            if self.reference is not None and kept.reference is not None:
+                logits.append(project(self.reference.last, self._bank.at_full_width(kept.reference[tokens])))
+            return logits
+
+        return measurement.measures(beta, logits_of, self.vocab, weights)
 
     @property
     def _bank(self) -> TeacherHiddenStates:
@@ -298,6 +331,7 @@ class _Step:
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
                 mix_weight=weight if reference.mixes_states(teacher) else None,
                 keep_teacher=reference.teacher_alone is not None,
+                keep_reference=self.measurement is not None,
             )
 
         teacher = unwrapped(self.teacher[-1])
@@ -327,17 +361,28 @@ class _Step:
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             keep(hidden)
-            loss = torch.zeros((), device=self.grid.device)
-            return _Bridge.apply(loss, edge), {}  # type: ignore[no-untyped-call]
+            return _Bridge.apply(torch.zeros((), device=self.grid.device), edge), {}  # type: ignore[no-untyped-call]
 
         return hidden, loss_func
 
-    def collected(self) -> tuple[Tensor, TokenStats | None, Tensor | None]:
-        """Return the response ids, statistics and weights of all student microbatches of this rank."""
+    def collected(self, num_response_tokens: int) -> StepOutput:
+        """Return the results of all student microbatches of this rank."""
         if not self.stats:
-            return torch.empty(0, dtype=torch.int64, device=self.grid.device), None, None
-        weights = torch.cat(self.weights) if self.weights else None
-        return torch.cat(self.ids), TokenStats.concatenate(self.stats), weights
+            return StepOutput(num_response_tokens, torch.empty(0, dtype=torch.int64, device=self.grid.device), None)
+        stats = TokenStats.concatenate(self.stats)
+        measures = TokenMeasures.concatenate(self.measures) if self.measures else None
+        anchor_entropy: Tensor | None = stats.wanted_entropy
+        if self.reference is not None and not self.reference.target.needs_reference_entropy:
+            anchor_entropy = None if measures is None else measures.reference_entropy
+        return StepOutput(
+            num_response_tokens=num_response_tokens,
+            response_ids=torch.cat(self.ids),
+            stats=stats,
+            weights=torch.cat(self.weights) if self.weights else None,
+            measures_teacher=self.reference is None or self.reference.teacher_alone is not None,
+            measures=measures,
+            anchor_entropy=anchor_entropy,
+        )
 
 
 class _Bridge(torch.autograd.Function):
@@ -355,25 +400,6 @@ class _Bridge(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         shape, dtype, device = ctx.edge
         return None, torch.zeros(shape, dtype=dtype, device=device)
-
-
-@contextlib.contextmanager
-def _auxiliary_losses_per_weighted_microbatch(chunks: Sequence[torch.nn.Module], factor: float) -> Iterator[None]:
-    """Raise the coefficients of router losses, so that each is the mean over the weighted student microbatches.
-
-    Megatron divides router losses by all microbatches and data-parallel ranks.  Teacher microbatches have no router
-    losses (no gradient), and weightless microbatches should have none.
-    """
-    configs = {id(c): c for c in (unwrapped(chunk).config for chunk in chunks)}.values()
-    before = [(c, c.moe_aux_loss_coeff, c.moe_z_loss_coeff) for c in configs]
-    for config, aux, z in before:
-        config.moe_aux_loss_coeff = [a * factor for a in aux] if isinstance(aux, list) else aux and aux * factor
-        config.moe_z_loss_coeff = z and z * factor
-    try:
-        yield
-    finally:
-        for config, aux, z in before:
-            config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z
 
 
 def _detached(stats: TokenStats) -> TokenStats:

@@ -27,11 +27,15 @@ class KeptStates:
     teacher: Tensor | None = None
     """The teacher's own states; None without a teacher, and where only the mix is needed."""
     reference: Tensor | None = None
-    """The reference's states, where teacher and reference are projected apart."""
+    """The reference's states, where teacher and reference are projected apart, and where they are wanted anyway."""
     mix: Tensor | None = None
     """The states (w h_t + h_r) / (1 + w) of the mix, where one projection serves teacher and reference."""
     reference_entropy: Tensor | None = None
     """The reference's entropy [R] in nats, float64, where the target matches it."""
+
+    def of_target(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the states of the mix and None; without a mix, those of the teacher and of the reference."""
+        return (self.teacher, self.reference) if self.mix is None else (self.mix, None)
 
 
 class TeacherHiddenStates:
@@ -75,19 +79,21 @@ class TeacherHiddenStates:
         *,
         mix_weight: float | Tensor | None,
         keep_teacher: bool,
+        keep_reference: bool = False,
     ) -> None:
         """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
 
         ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
         teacher's weight w, or the w of each token [R], with which the states of the mix, rounded once to their dtype,
-        take the place of both models' states; ``keep_teacher`` keeps the teacher's own states beside the mix.  None
-        keeps both models' states.
+        take the place of both models' states; ``keep_teacher`` and ``keep_reference`` keep a model's own states beside
+        the mix.  None keeps both models' states.
         """
         theirs = self._slice(states)
         if entropy is not None:
             self.reference_entropies[index] = entropy
-        if mix_weight is None:
+        if mix_weight is None or keep_reference:
             self._keep(index, "reference", theirs)
+        if mix_weight is None:
             return
         teacher = self._take(index, "teacher", theirs.dtype)
         self._keep(index, "mix", unit_mix(theirs, teacher, mix_weight).to(theirs.dtype))

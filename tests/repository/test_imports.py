@@ -33,7 +33,8 @@ ORDER = {
         "triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
         "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
         "triton.solver_launches "
-        "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy sharded.rare_mass sharded.fused_linear"
+        "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy "
+        "sharded.rare_mass sharded.fused_linear"
     ),
     "data": (
         "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "
@@ -66,7 +67,7 @@ ORDER = {
         "vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers vllm.plugin.weight_backend "
         "vllm.plugin.worker vllm.server.serve factory"
     ),
-    "pipeline": "device_batch teacher_states token_losses reference schedule batch score",
+    "pipeline": "device_batch teacher_states token_losses token_measures router_losses reference schedule batch score",
     "metrics": "guards samples pace phases step sample_views token_numbers step_samples log",
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "

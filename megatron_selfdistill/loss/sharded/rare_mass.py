@@ -31,12 +31,14 @@ def mass_on_rare(
     target: Target,
     vocab: VocabShard,
     reference_logits: Tensor | None = None,
+    teacher_weights: Tensor | None = None,
 ) -> Tensor:
     """Return the sum of q over the columns with p < `RARE`, and the same for the reference's r in place of p.
 
     The result is [T, 1] float64, or [T, 2] with ``reference_logits``, equal on all ranks of ``vocab.group``.
     Shapes: all logits [T, vocab.size], any float dtype; beta [T]: `TokenStats.beta` of the same tokens and target.
-    Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, as for `distillation_loss`.
+    Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, and ``teacher_weights [T]`` the w
+    of each token, None the target's; as for `distillation_loss`.
     -inf: a column with -inf in the student counts as rare.  NaN: a token with NaN in its logits or beta gives NaN.
     Collectives: two all-gathers over ``vocab.group``, none for T = 0.
     Raises: ValueError if shapes do not fit.
@@ -50,7 +52,7 @@ def mass_on_rare(
         )
     shard = make_shard(student_logits, teacher_logits, target, vocab)
     models = [logits[:, : vocab.num_valid] for logits in (student_logits, reference_logits) if logits is not None]
-    mix_beta = beta.double() * mix_unit(target)
+    mix_beta = beta.double() * (mix_unit(target) if teacher_weights is None else 1 + teacher_weights.double())
 
     def scaled(rows: Chunk) -> list[tuple[Tensor, Tensor]]:
         """Return beta m and the logits of each model, as `_shifted` returns them."""
