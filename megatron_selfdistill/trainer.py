@@ -30,6 +30,7 @@ from megatron_selfdistill.metrics.guards import (
     check_teacher_canary,
     warning_of_a_silent_teacher,
 )
+from megatron_selfdistill.metrics.leakage import leakage_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
@@ -167,6 +168,7 @@ class Trainer:
         metrics = {
             **metrics,
             **rollout_metrics(batch.responses, self.grid, packed),
+            **self._leakage(batch),
             **batch.metrics,
             **self.sampler.metrics(),
         }
@@ -215,6 +217,7 @@ class Trainer:
                     step=self.step,
                     hinted=hinted,
                     num_transcripts=num_transcripts,
+                    leak_words=self.config.metrics.leak_words,
                 ),
                 self.grid,
             )
@@ -281,6 +284,12 @@ class Trainer:
     def _score(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()
         return self.learner.learnabilities(candidates)
+
+    def _leakage(self, batch: StepBatch) -> dict[str, float]:
+        """Return the `leakage_metrics` of a batch whose responses are trained towards a hinted teacher.  Collective."""
+        if not self.learner.has_teacher:
+            return {}
+        return leakage_metrics(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
 
     def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)

@@ -143,6 +143,7 @@ def _evaluate_with(
                 majority_at_k=arguments.majority_at_k,
                 hinted=arguments.hinted,
                 num_transcripts=arguments.responses,
+                leak_words=config.metrics.leak_words,
             ),
             grid,
         )
@@ -272,6 +273,7 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
         "top_k": rollout.top_k,
         "top_p": rollout.top_p,
         "stop_token_ids": list(run_data.stop_token_ids),
+        "leak_words": list(config.metrics.leak_words),
         "system_prompt": data["system_prompt"],
         "student_template": data["student_template"],
         "teacher_template": data["teacher_template"] if arguments.hinted else None,

@@ -132,6 +132,15 @@ class EvaluationResult:
     """The responses to the first problems as text: for each problem the greedy response, then the samples."""
     overlooked: Overlooked | None = None
     """The wrong responses that mention the answer; None if a response is right or no response mentions the answer."""
+    greedy_hint_8grams: float | None = None
+    """The share of the 8-grams of the greedy responses that occur in the teacher's prompt and not in the student's,
+    over the problems that have a solution; None where there are no 8-grams."""
+    greedy_leak_words_per_1000: float | None = None
+    """The number of words that speak of the hint per 1000 tokens of the greedy responses; None where none is listed."""
+    sampled_hint_8grams: float | None = None
+    """As ``greedy_hint_8grams``, of the sampled responses."""
+    sampled_leak_words_per_1000: float | None = None
+    """As ``greedy_leak_words_per_1000``, of the sampled responses."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.

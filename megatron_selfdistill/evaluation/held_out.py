@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.evaluation_result import (
@@ -18,6 +20,14 @@ from megatron_selfdistill.evaluation.evaluation_result import (
     Verdict,
 )
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judged_by_all, mentions_answer, voted_answer
+from megatron_selfdistill.metrics.leakage import (
+    Gram,
+    LeakCounts,
+    grams_of_hint,
+    hint_counts,
+    word_counts,
+    word_pattern,
+)
 from megatron_selfdistill.prechecks import require_answers_per_problem
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
 
@@ -49,6 +59,8 @@ class EvaluationOptions:
     """Whether the prompt is the teacher's, which shows the solution."""
     num_transcripts: int | None = 4
     """The number of first problems whose responses are kept as text; None keeps all responses."""
+    leak_words: Sequence[str] = ()
+    """The words and phrases by which a response speaks of its hint (`word_pattern`)."""
 
 
 def evaluate(
@@ -78,7 +90,8 @@ def evaluate(
     responses = _sample(sampler, problems, prompts, options, grid)
     num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
     kept_ids = {problem.id for problem in problems[:num_kept]}
-    judge = _Judge(verifier, tokenizer, kept_ids, reads_answers=options.majority_at_k is not None)
+    hints = _Hints(builder, word_pattern(options.leak_words))
+    judge = _Judge(verifier, tokenizer, kept_ids, hints, reads_answers=options.majority_at_k is not None)
     questions = {key: (problems[key[0]], response) for key, response in responses.items()}
     verdicts = judged_by_all(questions, judge, grid)
     transcripts = _transcripts(verdicts, prompts[:num_kept], problems, tokenizer, options.num_samples)
@@ -111,11 +124,38 @@ def _sample(
     return responses
 
 
+class _Hints:
+    """The hint of the last problem, whose responses mostly come one after the other, and the leakage of responses."""
+
+    def __init__(self, builder: PromptBuilder, pattern: re.Pattern[str] | None) -> None:
+        self._builder, self._pattern = builder, pattern
+        self._problem: Problem | None = None
+        self._grams: frozenset[Gram] = frozenset()
+
+    def leakage(self, problem: Problem, response: Response, text: str) -> LeakCounts:
+        """Return the counts of one response; a problem without a solution has no hint."""
+        counts = word_counts(text, len(response.token_ids), self._pattern)
+        if not problem.solution:
+            return counts
+        if problem is not self._problem:
+            student, teacher = self._builder.student_prompt(problem), self._builder.teacher_prompt(problem)
+            self._problem, self._grams = problem, grams_of_hint(student, teacher)
+        return counts + hint_counts(response.token_ids, self._grams)
+
+
 class _Judge:
     """The judgement of one response, with the few ends of responses that this rank keeps as examples."""
 
-    def __init__(self, verifier: Verifier, tokenizer: Tokenizer, kept_ids: set[str], *, reads_answers: bool) -> None:
-        self._verifier, self._tokenizer = verifier, tokenizer
+    def __init__(
+        self,
+        verifier: Verifier,
+        tokenizer: Tokenizer,
+        kept_ids: set[str],
+        hints: _Hints,
+        *,
+        reads_answers: bool,
+    ) -> None:
+        self._verifier, self._tokenizer, self._hints = verifier, tokenizer, hints
         self._kept_ids, self._reads_answers = kept_ids, reads_answers
         self._num_ends = 0
 
@@ -127,7 +167,9 @@ class _Judge:
         mentions = not truncated and not correct and mentions_answer(text, problem)
         self._num_ends += mentions
         end = text[-_END:] if mentions and self._num_ends <= _NUM_EXAMPLES else None
-        return _Judged(Verdict(correct, len(response.token_ids), truncated, answer), kept, mentions, end)
+        verdict = Verdict(correct, len(response.token_ids), truncated, answer)
+        leakage = self._hints.leakage(problem, response, text)
+        return _Judged(verdict, kept, mentions, end, leakage)
 
 
 def _check_lengths(
@@ -153,6 +195,7 @@ class _Judged:
     """Whether the text mentions the answer, although the verifier judged the response as wrong."""
     end: str | None
     """The end of the text; None except for the first few responses on each rank that mention the answer."""
+    leakage: LeakCounts
 
 
 _Verdicts = dict[tuple[int, "int | None"], _Judged]
@@ -197,6 +240,10 @@ def _result(
     greedy = [result.greedy for result in results]
     sampled = [verdict for result in results for verdict in result.samples]
     ks, majority_ks = (options.pass_at_k, options.majority_at_k or ()) if num_samples else ((), ())
+    greedy_leaks, sampled_leaks = (
+        sum((judged.leakage for (_, sample), judged in verdicts.items() if (sample is None) == is_greedy), LeakCounts())
+        for is_greedy in (True, False)
+    )
 
     def mean(values: list[float]) -> float:
         return sum(values) / len(values)
@@ -218,4 +265,8 @@ def _result(
         problems=results,
         transcripts=transcripts,
         overlooked=_overlooked(verdicts, problems),
+        greedy_hint_8grams=greedy_leaks.hint_share,
+        greedy_leak_words_per_1000=greedy_leaks.words_per_1000,
+        sampled_hint_8grams=sampled_leaks.hint_share,
+        sampled_leak_words_per_1000=sampled_leaks.words_per_1000,
     )

@@ -22,7 +22,8 @@ def show_summary(summary: dict[str, Any], line: str) -> None:
     table.add_column("value", justify="right")
     table.add_column("95 %", justify="right")
     intervals = summary["intervals"]
-    for name in intervals or summary["metrics"]:  # a single problem has no intervals
+    alone = [name for name in summary["metrics"] if name not in intervals and name != "sampled_accuracy"]
+    for name in (*intervals, *alone):  # a single problem has no intervals
         interval = " to ".join(map(_shown, intervals.get(name, ())))
         table.add_row(name, _shown(summary["metrics"][name]), interval)
     _console().print(table)

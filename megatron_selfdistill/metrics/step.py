@@ -18,6 +18,15 @@ from torch import Tensor
 from megatron_selfdistill.data.packing import Microbatch, PackedBatch
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.status import Status
+from megatron_selfdistill.metrics.claims import (
+    TENTHS,
+    find_forks,
+    fork_values,
+    rare_values,
+    response_tenths,
+    tenth_values,
+)
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
@@ -50,17 +59,29 @@ _OVER = {
     "sampler/log_prob_mean_abs_diff": "sampled",
     "correction/weight_mean": "weighted",
     "correction/capped": "weighted",
+    "target/mass_on_rare_student": "with_measures",
+    "target/mass_on_rare_reference": "with_reference",
+    "forks/entropy_student": "forks",
+    "forks/entropy_target": "forks",
+    "forks/capped": "forks",
+    **{f"reverse_kl/{tenth}": tenth for tenth in TENTHS},
 }
-_SUMS = ("tokens/response", "targets", "measured", "sampled", "weighted", *_OVER)
+_SUMS = tuple(dict.fromkeys((*_OVER.values(), *_OVER)))
 
 
 def step_metrics(
-    output: StepOutput, sampler_log_probs: Tensor | None, grid: RankGrid, weight_cap: float = math.inf
+    output: StepOutput,
+    sampler_log_probs: Tensor | None,
+    grid: RankGrid,
+    weight_cap: float = math.inf,
+    response_lengths: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Return the means over the response tokens of the global batch, under flat keys, equal on all ranks.
 
     ``sampler_log_probs`` [R_total], on the device: the sampler's raw log-prob of each of this replica's
     ``PackedBatch.response_tokens``, to compare with the student's in this forward pass; None if no sampler ran.
+    ``response_lengths``: the lengths of this replica's responses, in the order of these tokens; None leaves out the
+    tenths.
 
         tokens/response, loss/mean, student_nll = mean -log p(response token)
         loss/reverse_kl, entropy/{student,teacher,target}, entropy/target_minus_student = mean H(q) - H(p)
@@ -69,17 +90,31 @@ def step_metrics(
         top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
         sampler/log_prob_{mean,max}_abs_diff
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
+        target/mass_on_rare_{student,reference} = mean of `TokenMeasures`, on steps that take them
+        forks/entropy_{student,target}, forks/capped = share with `Status.CAPPED`, over the forks: the tokens whose
+            ``anchor_entropy`` is at least forks/entropy_at_least, see `find_forks`; on steps that know this entropy
+        reverse_kl/tenth_{01..10} = mean reverse KL of the tokens in each tenth of their response, see `response_tenths`
 
     A loss without a target (`token_losses.next_token`) has only the first line.  With a reference, entropy/teacher and
     the two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
     ``sampler_log_probs``, and the correction's keys need token weights.  A token with NaN makes each mean that includes
     the token NaN; percentiles skip the token.
-    Collectives over the world: as in `over_all_ranks`, for 1,400 sums and 3 maxima; the host waits once.
+    Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 4 maxima; the host
+    waits once.
     """
+    holds = output.stats is not None and _holds_tokens(grid)
+    forks = find_forks(output.anchor_entropy if holds else None, grid)
     sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
-    maxima = torch.full((3,), -math.inf, dtype=torch.float64, device=grid.device)
-    if output.stats is not None and _holds_tokens(grid):
+    maxima = torch.full((4,), -math.inf, dtype=torch.float64, device=grid.device)
+    if output.stats is not None and holds:
         by_key = _token_values(output.stats, output.response_ids, sampler_log_probs, output.measures_teacher)
+        by_key |= rare_values(output.measures)
+        if forks is not None:
+            by_key |= fork_values(output.stats, forks)
+            maxima[3] = forks.entropy_at_least
+        if response_lengths is not None and "targets" in by_key:
+            tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
+            by_key |= tenth_values(output.stats, tenths[output.response_ids])
         if output.weights is not None:
             weights = output.weights.double()
             by_key |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
@@ -110,6 +145,8 @@ def step_metrics(
             metrics[name] = min(max(_percentile(counts, share), -maximum[1]), maximum[0])
     if named["sampled"]:
         metrics["sampler/log_prob_max_abs_diff"] = maximum[2]
+    if named["forks"]:
+        metrics["forks/entropy_at_least"] = maximum[3]
     return metrics
 
 

@@ -67,7 +67,8 @@ class ChatLogs(CommittedState):
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
         turns = Turns.of(batch.problems, batch.contexts)
         metrics = turn_metrics(output, turns, batch.token_weights is not None, self._grid)
-        return metrics | step_metrics(replace(output, weights=None), None, self._grid)
+        unweighted = replace(output, weights=None)
+        return metrics | step_metrics(unweighted, None, self._grid, response_lengths=batch.response_lengths)
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class OnPolicy(CommittedState):
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return the `step_metrics` of the batch, which compare student and sampler.  Collective."""
         options = self._options
-        return step_metrics(output, batch.sampler_log_probs, options.grid, options.weight_cap)
+        return step_metrics(output, batch.sampler_log_probs, options.grid, options.weight_cap, batch.response_lengths)
 
     def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> _Asked:
         grid, num_samples = self._options.grid, self._options.num_samples

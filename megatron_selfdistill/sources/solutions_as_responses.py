@@ -40,7 +40,7 @@ class SolutionsAsResponses(CommittedState):
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return the `step_metrics` of the batch.  Collective."""
-        return step_metrics(output, batch.sampler_log_probs, self._grid)
+        return step_metrics(output, batch.sampler_log_probs, self._grid, response_lengths=batch.response_lengths)
 
     def _response(self, problem: Problem, limit: int) -> Response:
         """Return the solution's own text as a response of at most ``limit`` tokens, with unknown log-probs."""

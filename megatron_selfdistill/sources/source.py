@@ -55,6 +55,11 @@ class StepBatch:
     next_state: SourceState | None = None
     """The state of the source once this step is finished; None where the batch leaves the state as it is."""
 
+    @property
+    def response_lengths(self) -> list[int]:
+        """The number of response tokens of each of ``contexts``."""
+        return [len(context.response) for context in self.contexts]
+
 
 class ResponseSource(Protocol):
     """The protocol of the sources of responses.

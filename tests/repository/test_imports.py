@@ -68,7 +68,7 @@ ORDER = {
         "vllm.plugin.worker vllm.server.serve factory"
     ),
     "pipeline": "device_batch teacher_states token_losses token_measures router_losses reference schedule batch score",
-    "metrics": "guards samples pace phases step sample_views token_numbers step_samples log",
+    "metrics": "guards samples pace phases claims step leakage sample_views token_numbers step_samples log",
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "
         "tables"

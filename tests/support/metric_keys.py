@@ -17,7 +17,7 @@ PAGE = REPOSITORY / "docs" / "metrics.md"
 SOURCES = [
     PACKAGE / "trainer.py",
     *(PACKAGE / "evaluation" / name for name in ("held_out.py", "evaluation_result.py")),
-    *(PACKAGE / "metrics" / name for name in ("step.py", "phases.py")),
+    *(PACKAGE / "metrics" / name for name in ("step.py", "leakage.py", "phases.py")),
     *(file for room in ("rollout", "sources") for file in sorted((PACKAGE / room).rglob("*.py"))),
 ]
 NO_KEYS = {"application/json"}
@@ -43,7 +43,8 @@ def in_sources() -> set[str]:
     from megatron_selfdistill.metrics.step import _OVER
 
     found = {key for path in SOURCES for key in _spelt(ast.parse(path.read_text()))} - NO_KEYS
-    found |= {"step", *_OVER, *(f"status/{status.name.lower()}" for status in Status)}
+    found |= {"step", *(f"status/{status.name.lower()}" for status in Status)}
+    found |= {re.sub(r"_\d+$", "_N", key) for key in _OVER}
     rates = {f.name for f in fields(EvaluationResult) if f.type in ("float", "float | None")}
     return found | {f"evaluation/{name}" for name in (*rates, "avg_at_N", "pass_at_K", "majority_at_K")}
 

@@ -46,6 +46,17 @@ class CheckpointConfig:
         at_least(1, "checkpoint", self, "keep_last")
 
 
+LEAK_WORDS = (
+    "hint",
+    "hints",
+    "given solution",
+    "provided solution",
+    "reference solution",
+    "solution above",
+    "as shown above",
+)
+
+
 @dataclass(frozen=True)
 class MetricsConfig:
     """The display of the metrics and of some responses of a step.
@@ -60,9 +71,13 @@ class MetricsConfig:
     console_every: int = 1
     """Number of steps between console lines."""
     teacher_every: int = 10
-    """Number of steps between measurements of the teacher alone (entropy/teacher, top1_agreement,
-    teacher_cross_entropy) with target.anchor=reference, whose loss does not see the teacher's own logits; the first
-    step, and steps with samples, are always measured.  With target.anchor=student every step has these metrics."""
+    """Number of steps between measurements of target/mass_on_rare_student and target/mass_on_rare_reference, and, with
+    target.anchor=reference, whose loss does not see the teacher's own logits, of the teacher alone (entropy/teacher,
+    top1_agreement, teacher_cross_entropy).  The first step, and steps with samples, are always measured.  With
+    target.anchor=student every step has the metrics of the teacher."""
+    leak_words: list[str] = field(default_factory=lambda: list(LEAK_WORDS))
+    """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts them as whole words, in
+    upper or lower case.  An empty list counts nothing."""
     show_samples: int = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
     disagreement: on the console, in TensorBoard, and in full in samples.jsonl in the run directory; 0 is none.
@@ -74,6 +89,11 @@ class MetricsConfig:
         normalise("metrics", self)
         at_least(1, "metrics", self, "console_every show_samples_every teacher_every")
         at_least(0, "metrics", self, "show_samples")
+        for word in self.leak_words:
+            require(
+                isinstance(word, str) and bool(word.strip()),
+                f"metrics.leak_words must hold words or phrases, got {word!r}",
+            )
 
     def teacher_due(self, step: int) -> bool:
         """Return whether ``step``, counted from 1, measures the teacher alone."""

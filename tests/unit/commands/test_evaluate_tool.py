@@ -155,7 +155,8 @@ def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     response = json.loads((tmp_path / "hinted" / RESPONSES).read_text())
     assert "H" in response["prompt"] and response["prompt"].endswith("|")
     metrics = summary_of(tmp_path / "hinted")["metrics"]
-    assert set(metrics) == {f"greedy_{name}" for name in ("accuracy", "mean_length", "truncated_share")}
+    names = ("accuracy", "mean_length", "truncated_share", "hint_8grams", "leak_words_per_1000")
+    assert set(metrics) == {f"greedy_{name}" for name in names}
 
 
 def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):

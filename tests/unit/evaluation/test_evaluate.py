@@ -205,6 +205,48 @@ def test_metrics_are_flat_numbers():
     assert all(isinstance(value, float) for value in metrics.values())
 
 
+class Reciting(FakeSampler):
+    """Recites the solution of its problem, without a hint, in every second sample and in no greedy response."""
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        a = "".join(map(chr, request.prompt)).split("+")[0]
+        text = (
+            f"the hint: we know that it is {int(a) + 8}$" if request.seed % 2 and params.temperature else "8+8 or so$"
+        )
+        ids = [ord(character) for character in text]
+        return Response(ids, [-0.5] * len(ids), [0.0] * len(ids), "stop")
+
+
+def with_solutions(text: str) -> list[Problem]:
+    """Return `sums` with ``text`` and the answer as solutions; p3 has no solution, and so no hint."""
+    return [
+        Problem(p.id, p.messages, f"{text} {p.answer}" if text and p.id != "p3" else "", p.answer, p.location)
+        for p in sums()
+    ]
+
+
+def test_leakage_is_counted_over_the_responses_of_each_kind():
+    problems, arguments = with_solutions("We know that it is"), {"sampler": Reciting(), "max_length": 200}
+    result = run(problems, leak_words=["hint", "solution"], num_transcripts=None, **arguments)
+    texts = [t for t in result.transcripts if t.sample is not None]
+    reciting = [t for t in texts if t.response.startswith("the hint")]
+    assert 0 < len(reciting) < len(texts)
+    num_grams = num_leaked = 0
+    for t in texts:
+        solution = next(p.solution for p in problems if p.id == t.problem_id)
+        if solution:
+            whole, hinted = f"{t.response}$", f"{t.prompt[:-1]}|{solution}:"
+            grams = [whole[i : i + 8] for i in range(len(whole) - 7)]
+            num_grams += len(grams)
+            num_leaked += sum(gram in hinted and gram not in t.prompt for gram in grams)
+    metrics = result.metrics("test")
+    assert metrics["test/sampled_hint_8grams"] == num_leaked / num_grams > 0
+    assert metrics["test/greedy_hint_8grams"] == metrics["test/greedy_leak_words_per_1000"] == 0
+    words = 1000 * len(reciting) / sum(t.length for t in texts)
+    assert metrics["test/sampled_leak_words_per_1000"] == pytest.approx(words)
+    assert not any("hint" in key or "leak" in key for key in run(with_solutions(""), **arguments).metrics())
+
+
 def test_samples_depend_on_seed_and_step():
     first = run(sums(), num_transcripts=None).transcripts
     assert run(sums(), num_transcripts=None).transcripts == first

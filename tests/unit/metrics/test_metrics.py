@@ -73,7 +73,14 @@ def some_rows(stats: TokenStats, rows: Any) -> TokenStats:
 def output_of(stats: TokenStats | None, ids: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> Any:
     if ids is None:
         ids = torch.arange(0 if stats is None else len(stats.loss))
-    return SimpleNamespace(stats=stats, response_ids=ids, weights=weights, measures_teacher=True)
+    return SimpleNamespace(
+        stats=stats,
+        response_ids=ids,
+        weights=weights,
+        measures_teacher=True,
+        measures=None,
+        anchor_entropy=None,
+    )
 
 
 def sampler_log_probs(stats: TokenStats) -> torch.Tensor:

@@ -1,0 +1,115 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Leakage: how much of a response can only come from the hint, and how often a response speaks of the hint."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.metrics.step import over_all_ranks
+
+if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
+    from megatron_selfdistill.data.tokenizer import Tokenizer
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
+NUM_TOKENS = 8
+"""The length in tokens of the sequences that are searched for: the n of n-grams."""
+
+Gram = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LeakCounts:
+    """The counts of one response or of several responses."""
+
+    hint_grams: int = 0
+    """The number of 8-grams that occur in the hint and not in the student's prompt."""
+    grams: int = 0
+    """The number of all 8-grams of responses whose hint is known."""
+    words: int = 0
+    """The number of occurrences of the words that speak of the hint."""
+    tokens: int = 0
+    """The number of tokens in which these words were counted."""
+
+    def __add__(self, other: LeakCounts) -> LeakCounts:
+        """Return the counts of both."""
+        return LeakCounts(*(mine + theirs for mine, theirs in zip(self.numbers(), other.numbers(), strict=True)))
+
+    def numbers(self) -> tuple[int, int, int, int]:
+        """Return the four counts in their order."""
+        return self.hint_grams, self.grams, self.words, self.tokens
+
+    @property
+    def hint_share(self) -> float | None:
+        """The share of the 8-grams that occur in the hint only; None where there are no 8-grams."""
+        return self.hint_grams / self.grams if self.grams else None
+
+    @property
+    def words_per_1000(self) -> float | None:
+        """The number of words per 1000 tokens; None where no words were counted."""
+        return 1000 * self.words / self.tokens if self.tokens else None
+
+
+def grams_of_hint(student_prompt: Sequence[int], teacher_prompt: Sequence[int]) -> frozenset[Gram]:
+    """Return the 8-grams that occur in the teacher's prompt and not in the student's prompt."""
+    return frozenset(_grams(teacher_prompt)).difference(_grams(student_prompt))
+
+
+def hint_counts(response: Sequence[int], hint: frozenset[Gram]) -> LeakCounts:
+    """Return the 8-grams of a response, and how many of them are in ``hint``, the result of `grams_of_hint`.
+
+    An 8-gram that occurs twice in the response counts twice.
+    """
+    found = _grams(response)
+    return LeakCounts(hint_grams=sum(gram in hint for gram in found), grams=len(found))
+
+
+def word_pattern(words: Sequence[str]) -> re.Pattern[str] | None:
+    """Return the pattern of `word_counts`; None for no words.
+
+    A word or phrase is found as whole words, in upper or lower case, with any white space between its words.
+    """
+    if not words:
+        return None
+    choices = (r"\s+".join(map(re.escape, word.split())) for word in sorted(words, key=len, reverse=True))
+    return re.compile(rf"(?<!\w)(?:{'|'.join(choices)})(?!\w)", re.IGNORECASE)
+
+
+def word_counts(text: str, num_tokens: int, pattern: re.Pattern[str] | None) -> LeakCounts:
+    """Return how often ``pattern`` occurs in the ``text`` of a response of ``num_tokens`` tokens."""
+    return LeakCounts() if pattern is None else LeakCounts(words=len(pattern.findall(text)), tokens=num_tokens)
+
+
+def leakage_metrics(
+    contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid
+) -> dict[str, float]:
+    """Return the leakage of the responses of the global batch, equal on all ranks.
+
+    ``contexts``: those of this replica, the same on each of its ranks, which share the work.  ``words``: words and
+    phrases that speak of the hint.
+    Keys: leak/hint_8grams, the share of the 8-grams of the responses that occur in the teacher's prompt and not in the
+    student's; leak/words_per_1000, the number of ``words`` per 1000 tokens.  A key without anything to count is absent.
+    Collectives: as in `over_all_ranks`.
+    """
+    num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
+    rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
+    pattern, counts = word_pattern(words), LeakCounts()
+    for context in contexts[rank::num_ranks]:
+        counts += hint_counts(context.response, grams_of_hint(context.student_prompt, context.teacher_prompt))
+        if pattern is not None:
+            text = tokenizer.decode(context.response, skip_special_tokens=True)
+            counts += word_counts(text, len(context.response), pattern)
+    sums = torch.tensor(counts.numbers(), dtype=torch.float64).to(grid.device)
+    totals, _ = over_all_ranks(sums, sums[:0], grid)
+    found = LeakCounts(*map(int, totals))
+    metrics = {"leak/hint_8grams": found.hint_share, "leak/words_per_1000": found.words_per_1000}
+    return {key: value for key, value in metrics.items() if value is not None}
+
+
+def _grams(tokens: Sequence[int]) -> list[Gram]:
+    return list(zip(*(tokens[start:] for start in range(NUM_TOKENS)), strict=False))
