@@ -14,6 +14,8 @@ from megatron_selfdistill.errors import ConfigError
 
 OPTIONS = ["target=anchored", "metrics.teacher_every=3", "metrics.show_samples=0", "model.num_layers=2"]
 TEACHER = {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
+RARE = {"target/mass_on_rare_student", "target/mass_on_rare_reference"}
+FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}
 
 
 def metrics(run_dir: Path) -> list[dict]:
@@ -21,15 +23,17 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def test_a_resumed_run_equals_one_that_never_stopped_and_measures_the_teacher_when_due(ranks, data, tmp_path):
-    """The teacher alone is measured at steps 1 and 3, whether the run was resumed or not."""
+    """The teacher alone and the mass on rare tokens are measured at steps 1 and 3, whether the run was resumed or not."""
     whole, options = tmp_path / "whole", [*OPTIONS, "num_steps=4", "checkpoint.save_every=2"]
     train(ranks, overrides(data, whole, *options))
     assert_resumes_equal(ranks, whole, lambda run_dir: overrides(data, run_dir, *options), step=2, num_steps=4)
 
     lines = metrics(whole)
-    measured = {line["step"] for line in lines if TEACHER <= line.keys()}
+    measured = {line["step"] for line in lines if line.keys() >= TEACHER | RARE}
     assert measured == {1, 3}
-    assert not any(TEACHER & line.keys() for line in lines if line["step"] not in measured)
+    assert not any((TEACHER | RARE) & line.keys() for line in lines if line["step"] not in measured)
+    assert all(line.keys() >= FORKS | {"reverse_kl/tenth_01", "reverse_kl/tenth_10"} for line in lines)
+    assert all(line["leak/words_per_1000"] == line["leak/hint_8grams"] == 0 for line in lines), "hints are short"
     assert lines[-1]["entropy/target"] != pytest.approx(lines[-1]["entropy/student"], rel=1e-6)
 
 

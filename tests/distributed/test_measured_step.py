@@ -1,0 +1,165 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The numbers of the method's claims are those of whole rows of logits, in every layout, and change no gradient."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import models
+import pytest
+import torch
+from layouts import Case, contexts, packed, reference, vocab_shard
+from models import parallel
+from tiers import combinations
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.rare_mass import RARE
+from megatron_selfdistill.loss.target import Target, entropy, mixed_target
+from megatron_selfdistill.metrics import step_metrics
+from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
+from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.teacher import Teacher
+
+TARGETS = {
+    "student": Target(teacher_weight=2.0),
+    "reference": Target(anchor="reference", teacher_weight=2.0),
+    "reference, the student's entropy": Target(anchor="reference", match="student"),
+}
+FUSED = Fusion("keep_gradient", 4)
+LAYOUTS: dict[str, tuple[Case, int]] = {
+    "one rank, fused": (Case(fusion=FUSED), 1),
+    "TP2+SP": (Case(parallel=parallel(tp=2, sp=True)), 2),
+    "TP2, fused": (Case(parallel=parallel(tp=2), fusion=FUSED), 2),
+    "PP2": (Case(parallel=parallel(pp=2)), 2),
+    "CP2": (Case(parallel=parallel(cp=2)), 2),
+    "DP2": (Case(pair_order="alternating", paired=True), 2),
+}
+CLAIMS = ("target/", "forks/", "reverse_kl/")
+# Random models of a tiny vocabulary have no rare tokens: logits are this much larger than theirs.
+SCALE = 4.0
+
+
+@dataclasses.dataclass
+class Measured:
+    """The results of one step on one rank."""
+
+    metrics: dict[str, float]
+    gradients: list[torch.Tensor]
+
+
+def sharpened(chunks: Sequence[Any]) -> None:
+    """Multiply the output weights of the last stage by SCALE."""
+    for chunk in chunks:
+        layer = getattr(unwrapped(chunk), "output_layer", None)
+        if layer is not None and layer.weight is not None:
+            layer.weight.data.mul_(SCALE)
+
+
+def step(case: Case, measures: bool = True) -> Measured:
+    """Run one step of ``case`` on this rank."""
+    model = models.model_config(case.kind)
+    chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
+    config = unwrapped(chunks[0]).config
+    sharpened(chunks)
+    student = wrap_for_training(chunks, case.optimizer)
+    teacher = Teacher("frozen", student, lambda: build_chunks(model, config, grid, models.VOCAB_SIZE))
+    models.fill_from_names(teacher.chunks, seed=1)
+    sharpened(teacher.chunks)
+    for chunk in student:
+        chunk.zero_grad_buffer()
+    output = schedule.run(
+        student,
+        teacher.chunks,
+        packed(case, grid),
+        token_losses.self_distillation(case.target, Divergence(), fusion=case.fusion),
+        grid,
+        vocab_shard(student, grid),
+        reference=reference(case),
+        measurement=TokenMeasurement(case.target, chunk_tokens=5) if measures else None,
+        pair_order=case.pair_order,
+    )
+    lengths = [len(context.response) for context in contexts()[grid.dp_rank :: grid.dp_size]]
+    metrics = step_metrics(output, None, grid, response_lengths=lengths)
+    gradients = [parameter.main_grad.clone() for chunk in student for parameter in chunk.parameters()]
+    return Measured({key: metrics[key] for key in metrics if key.startswith(CLAIMS)}, gradients)
+
+
+def steps(case: Case, measures: bool = True) -> list[Measured]:
+    """Return the results of each target."""
+    return [step(dataclasses.replace(case, kind="shallow", target=target), measures) for target in TARGETS.values()]
+
+
+@pytest.fixture(scope="module")
+def alone(ranks) -> list[Measured]:
+    (found,) = ranks.run(steps, Case(), world_size=1)
+    return found
+
+
+def logits_by_definition(kind: str) -> list[torch.Tensor]:
+    """Return whole rows of logits [R, V] in float64 of student, teacher and reference, context by context."""
+    model = models.model_config(kind)
+    student, grid = models.build(model, ParallelConfig())
+    teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
+    models.fill_from_names(teacher, seed=1)
+    for chunks in (student, teacher):
+        sharpened(chunks)
+    rows: list[list[torch.Tensor]] = [[], [], []]
+    for context in contexts():
+        prompts = context.student_prompt, context.teacher_prompt, context.student_prompt
+        for kept, chunk, prompt in zip(rows, (student[0], teacher[0], teacher[0]), prompts, strict=True):
+            tokens = torch.tensor([prompt + context.response])
+            with torch.no_grad():
+                logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+            kept.append(logits[len(prompt) - 1 : -1].double())
+    return [torch.cat(parts) for parts in rows]
+
+
+def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
+    ((s, t, r),) = ranks.run(logits_by_definition, "shallow", world_size=1)
+    log_p, log_r = s.log_softmax(-1), r.log_softmax(-1)
+    tenths = torch.cat([torch.arange(n) * 10 // n for n in (len(context.response) for context in contexts())])
+    for target, measured in zip(TARGETS.values(), alone, strict=True):
+        found = measured.metrics
+        log_q = mixed_target(s, t, target, r if target.is_anchored else None).log_q
+        anchor = log_r if target.is_anchored else log_p
+        forks = entropy(anchor) >= found["forks/entropy_at_least"] * (1 - 1e-6)
+        assert len(forks) > 60 and 0.1 * len(forks) <= forks.sum() <= 0.15 * len(forks)
+        expected = {
+            "forks/entropy_student": entropy(log_p)[forks].mean(),
+            "forks/entropy_target": entropy(log_q)[forks].mean(),
+            "target/mass_on_rare_student": torch.where(log_p < math.log(RARE), log_q.exp(), 0.0).sum(-1).mean(),
+        }
+        if target.is_anchored:
+            mass = torch.where(log_r < math.log(RARE), log_q.exp(), 0.0).sum(-1)
+            expected["target/mass_on_rare_reference"] = mass.mean()
+        reverse_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        for tenth in range(10):
+            expected[f"reverse_kl/tenth_{tenth + 1:02d}"] = reverse_kl[tenths == tenth].mean()
+        assert found.keys() == {*expected, "forks/entropy_at_least", "forks/capped"}
+        assert {key: found[key] for key in expected} == pytest.approx(
+            {key: float(value) for key, value in expected.items()}, rel=2e-3
+        )
+        assert min(found[key] for key in expected if key.startswith("target/")) > 1e-3, "a test of nothing"
+
+
+@combinations(name=list(LAYOUTS), quick={"name": ["TP2, fused", "CP2"]}, strength=1)
+def test_every_layout_has_the_numbers_of_one_rank(ranks, alone, name):
+    case, world_size = LAYOUTS[name]
+    for found in ranks.run(steps, case, world_size=world_size):
+        for measured, expected in zip(found, alone, strict=True):
+            assert measured.metrics == pytest.approx(expected.metrics, rel=1e-4)
+
+
+def test_a_measurement_changes_no_bit_of_a_gradient(ranks, alone):
+    (without,) = ranks.run(steps, Case(), False, world_size=1)
+    for measured, plain in zip(alone, without, strict=True):
+        assert not any(key.startswith("target/") for key in plain.metrics)
+        assert all(map(torch.equal, measured.gradients, plain.gradients)) and measured.gradients
+    knows_forks = ["forks/capped" in plain.metrics for plain in without]
+    assert knows_forks == [True, True, False], "only the match with the reference needs its entropy at every step"
