@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Teacher and student microbatches through one pipeline-parallel ``forward_backward`` call of Megatron's own schedules.
 
-A teacher microbatch runs under ``no_grad`` and keeps no activations; `_Bridge` returns a zero gradient for it, so that
-the schedule's sends and receives match.  On the last stage the teacher leaves its final hidden states at response
-positions in a `TeacherHiddenStates`.  With a target that is anchored to a reference, there are also reference
+A teacher microbatch runs under ``no_grad`` and keeps no activations; `GradientBridge` returns a zero gradient for it,
+so that the schedule's sends and receives match.  On the last stage the teacher leaves its final hidden states at
+response positions in a `TeacherHiddenStates`.  With a target that is anchored to a reference, there are also reference
 microbatches: the student's contexts through the reference's weights, whose states are mixed with the teacher's or kept
 beside them.  When the student's microbatch arrives, the states of all models are projected to logits, and the loss is
 computed; a fused output layer does both in one piece (model/output_layer.py).
@@ -33,6 +33,7 @@ from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, states_at, uses_local_attention
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
+from megatron_selfdistill.pipeline.gradient_bridge import GradientBridge
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.router_losses import router_losses_per_weighted_microbatch
 from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
@@ -357,11 +358,11 @@ class _Step:
         with torch.no_grad():
             hidden = hidden_states(runs, inputs, self.grid)
         if not model.post_process:
-            return _Bridge.apply(hidden, edge), None  # type: ignore[no-untyped-call]
+            return GradientBridge.apply(hidden, edge), None  # type: ignore[no-untyped-call]
 
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             keep(hidden)
-            return _Bridge.apply(torch.zeros((), device=self.grid.device), edge), {}  # type: ignore[no-untyped-call]
+            return GradientBridge.apply(torch.zeros((), device=self.grid.device), edge), {}  # type: ignore[no-untyped-call]
 
         return hidden, loss_func
 
@@ -383,23 +384,6 @@ class _Step:
             measures=measures,
             anchor_entropy=anchor_entropy,
         )
-
-
-class _Bridge(torch.autograd.Function):
-    """A value computed under ``no_grad``, with an autograd edge to ``edge`` that carries a zero gradient.
-
-    Autograd, and so the schedule, treats a teacher microbatch like any other.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, edge: Tensor) -> Tensor:
-        ctx.edge = edge.shape, edge.dtype, edge.device
-        return value.detach()  # it has no `_base`, so the schedule may deallocate it
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        shape, dtype, device = ctx.edge
-        return None, torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _detached(stats: TokenStats) -> TokenStats:

@@ -8,8 +8,8 @@ change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -37,8 +37,11 @@ class TokenMeasures:
     @classmethod
     def concatenate(cls, parts: Sequence[TokenMeasures]) -> TokenMeasures:
         """Return the measures of the tokens of all parts, at least one, in their order."""
-        columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(cls)}
-        return cls(**{name: None if values[0] is None else torch.cat(values) for name, values in columns.items()})
+        return cls(
+            torch.cat([part.mass_on_rare_student for part in parts]),
+            _joined(part.mass_on_rare_reference for part in parts),
+            _joined(part.reference_entropy for part in parts),
+        )
 
 
 @dataclass(frozen=True)
@@ -87,3 +90,9 @@ class TokenMeasurement:
                 entropy = vocab_entropy(reference, vocab, backend=self.backend)
             parts.append(TokenMeasures(masses[0], None if reference is None else masses[1], entropy))
         return TokenMeasures.concatenate(parts)
+
+
+def _joined(parts: Iterable[Tensor | None]) -> Tensor | None:
+    """Return the concatenation of the parts, which are all tensors or all None."""
+    given = [part for part in parts if part is not None]
+    return torch.cat(given) if given else None

@@ -67,7 +67,10 @@ ORDER = {
         "vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers vllm.plugin.weight_backend "
         "vllm.plugin.worker vllm.server.serve factory"
     ),
-    "pipeline": "device_batch teacher_states token_losses token_measures router_losses reference schedule batch score",
+    "pipeline": (
+        "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
+        "batch score"
+    ),
     "metrics": "guards samples pace phases claims step leakage sample_views token_numbers step_samples log",
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "

@@ -99,6 +99,26 @@ def test_shards_equal_the_definition_with_the_same_bits_on_every_rank(ranks: Ran
         check(found[0], target, torch.float32)
 
 
+def test_tokens_may_have_their_own_teacher_weights() -> None:
+    student, teacher, reference = rows(torch.float64)
+    weights, target = torch.linspace(0.1, 4.0, NUM_ROWS).double(), TARGETS["reference, geometric mean"]
+    vocab = VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
+    mix = (weights[:, None] * teacher + reference) / (1 + weights[:, None])
+    found = mass_on_rare(
+        student,
+        mix,
+        1 / (1 + weights),
+        target=target,
+        vocab=vocab,
+        reference_logits=reference,
+        teacher_weights=weights,
+    )
+    for row, weight in enumerate(weights.tolist()):
+        q = mixed_target(student[row], teacher[row], target.with_teacher_weight(weight), reference[row]).log_q.exp()
+        expected = [torch.where(logits[row].softmax(-1) < RARE, q, 0.0).sum() for logits in (student, reference)]
+        torch.testing.assert_close(found[row], torch.stack(expected), rtol=0, atol=1e-9)
+
+
 def test_a_token_with_nan_gives_nan_and_no_other_token_changes() -> None:
     student, teacher, reference = rows(torch.float64)
     target, vocab = TARGETS["reference, geometric mean"], VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
