@@ -61,16 +61,18 @@ def sharpened(chunks: Sequence[Any]) -> None:
             layer.weight.data.mul_(SCALE)
 
 
-def step(case: Case, measures: bool = True) -> Measured:
-    """Run one step of ``case`` on this rank."""
+def step(case: Case, measures: bool, apart: bool) -> Measured:
+    """Run one step of ``case`` on this rank; ``apart`` gives the reference a copy of the weights of its own."""
     model = models.model_config(case.kind)
     chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
     config = unwrapped(chunks[0]).config
     sharpened(chunks)
     student = wrap_for_training(chunks, case.optimizer)
     teacher = Teacher("frozen", student, lambda: build_chunks(model, config, grid, models.VOCAB_SIZE))
-    models.fill_from_names(teacher.chunks, seed=1)
-    sharpened(teacher.chunks)
+    copies = build_chunks(model, config, grid, models.VOCAB_SIZE) if apart else teacher.chunks
+    for frozen in [teacher.chunks, copies][: 1 + apart]:
+        models.fill_from_names(frozen, seed=1)
+        sharpened(frozen)
     for chunk in student:
         chunk.zero_grad_buffer()
     output = schedule.run(
@@ -80,7 +82,7 @@ def step(case: Case, measures: bool = True) -> Measured:
         token_losses.self_distillation(case.target, Divergence(), fusion=case.fusion),
         grid,
         vocab_shard(student, grid),
-        reference=reference(case),
+        reference=reference(case, copies),
         measurement=TokenMeasurement(case.target, chunk_tokens=5) if measures else None,
         pair_order=case.pair_order,
     )
@@ -90,9 +92,10 @@ def step(case: Case, measures: bool = True) -> Measured:
     return Measured({key: metrics[key] for key in metrics if key.startswith(CLAIMS)}, gradients)
 
 
-def steps(case: Case, measures: bool = True) -> list[Measured]:
+def steps(case: Case, measures: bool = True, apart: bool = False) -> list[Measured]:
     """Return the results of each target."""
-    return [step(dataclasses.replace(case, kind="shallow", target=target), measures) for target in TARGETS.values()]
+    cases = [dataclasses.replace(case, kind="shallow", target=target) for target in TARGETS.values()]
+    return [step(each, measures, apart) for each in cases]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,12 @@ def test_every_layout_has_the_numbers_of_one_rank(ranks, alone, name):
     for found in ranks.run(steps, case, world_size=world_size):
         for measured, expected in zip(found, alone, strict=True):
             assert measured.metrics == pytest.approx(expected.metrics, rel=1e-4)
+
+
+def test_a_reference_with_its_own_copy_of_the_weights_has_the_same_numbers(ranks, alone):
+    (found,) = ranks.run(steps, Case(), True, True, world_size=1)
+    for measured, expected in zip(found, alone, strict=True):
+        assert measured.metrics == pytest.approx(expected.metrics, rel=1e-4)
 
 
 def test_a_measurement_changes_no_bit_of_a_gradient(ranks, alone):
