@@ -164,14 +164,22 @@ def line_of(arm: str, seed: int, *sampled: float) -> dict:
     }
 
 
-def test_a_table_has_mean_lowest_and_highest_of_the_seeds_of_all_arms(tools):
+def test_a_table_has_mean_lowest_and_highest_of_the_seeds_that_have_all_arms(tools):
     module = tools("anchored_tables")
     lines = [line_of("base", 11, 0.3), line_of("default", 11, 0.9, 0.2), line_of("base", 12, 0.4)]
     lines += [line_of("default", 12, 0.3, 0.5), line_of("default", 13, 1.0, 1.0)]
-    heading, _, before, default = module.table(lines, module.USUAL)
+    heading, _, before, default = module.table(module.complete(lines, ["base", "default"]), module.USUAL)
     assert heading.startswith("| step 100, seeds 11, 12 | greedy |")
     assert before == "| before | 1.00 [1.00 1.00] | .35 [.30 .40] | .50 [.50 .50] | .051 [.051 .051] |  |  |"
     assert default.endswith("| .35 [.20 .50] | .50 [.50 .50] | .051 [.051 .051] | .70 [.50 .90] | 50 to 100 |")
+
+
+def test_the_flips_are_the_weights_at_which_the_closed_form_passes_a_half(tools):
+    form, rows = tools("leak_sweep").target_leak, tools("anchored_tables").flips()[2:]
+    for own, row in zip((0.01, 0.03, 0.1, 0.3), rows, strict=True):
+        for hint, cell in zip((0.7, 0.9, 0.99), row.split("|")[2:5], strict=True):
+            flip = float(cell)
+            assert form(own, hint, "matched", flip - 0.01) < 0.5 < form(own, hint, "matched", flip + 0.01)
 
 
 def test_a_table_without_lines_is_an_error(tools):

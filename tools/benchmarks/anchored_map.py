@@ -48,15 +48,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     prepare_process()
     for seed in options.seeds:
         for experiment in chosen:
-            for arm in arms_of(experiment):
+            for arm in arms_of(experiment.name):
                 if (experiment.name, arm, seed) not in done and (options.arms is None or arm in options.arms):
                     run_cell(Cell(experiment, arm, seed), options.lines, options.directory)
     return 0
 
 
-def arms_of(experiment: Experiment) -> list[str]:
+def arms_of(name: str) -> list[str]:
     """Return the base and the arms of an experiment; a cell of the sweep measures the base itself."""
-    return [*([] if experiment.arms is SWEEP else ["base"]), *experiment.arms]
+    arms = EXPERIMENTS[name].arms
+    return [*([] if arms is SWEEP else ["base"]), *arms]
 
 
 def run_cell(cell: Cell, lines: Path, root: Path) -> None:
@@ -79,7 +80,7 @@ def show(experiments: Sequence[Experiment], done: set[tuple[str, str, int]]) -> 
     """Print the experiments, their arms and the seeds that have a line."""
     for experiment in experiments:
         print(f"{experiment.name}: {experiment.title}")
-        for arm in arms_of(experiment):
+        for arm in arms_of(experiment.name):
             seeds = sorted(seed for name, of, seed in done if (name, of) == (experiment.name, arm))
             print(f"    {arm:24} {' '.join(map(str, seeds))}")
 

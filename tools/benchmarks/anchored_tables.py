@@ -13,11 +13,12 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from statistics import mean
 from typing import Any
 
-from anchored_map import LINES, REPOSITORY, read_lines
+from anchored_map import LINES, REPOSITORY, arms_of, read_lines
+from leak_sweep import logit
 
 PAGE = REPOSITORY / "docs" / "anchored.md"
 NAMES = {
@@ -72,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     PAGE.write_text(written, encoding="utf-8")
     from anchored_pictures import draw_leak, draw_sweep
 
-    draw_leak([line for line in lines if line["experiment"] == "leak"], NAMES, REPOSITORY / "docs" / "leaking_hint.png")
-    draw_sweep([line for line in lines if line["experiment"] == "sweep"], REPOSITORY / "docs" / "anchored_sweep.png")
+    draw_leak(lines_of("leak", lines), NAMES, REPOSITORY / "docs" / "leaking_hint.png")
+    draw_sweep(lines_of("sweep", lines), REPOSITORY / "docs" / "anchored_sweep.png")
     return 0
 
 
@@ -85,13 +86,35 @@ def with_tables(page: str, lines: Sequence[Line]) -> str:
 
     def table_of(match: re.Match[str]) -> str:
         name = match[1]
-        of_experiment = [line for line in lines if line["experiment"] == name]
-        if not of_experiment:
-            raise ValueError(f"docs/anchored.md has a table {name}: expected lines of this experiment, got none")
-        rows = sweep_table(of_experiment) if name == "sweep" else table(of_experiment, FIGURES.get(name, USUAL))
+        rows = flips() if name == "flips" else experiment_table(name, lines)
         return "\n".join([f"<!-- table {name} -->", *rows, f"<!-- end {name} -->"])
 
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", table_of, page, flags=re.DOTALL)
+
+
+def experiment_table(name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the table of an experiment."""
+    of_experiment = lines_of(name, lines)
+    if not of_experiment:
+        raise ValueError(f"docs/anchored.md has a table {name}: expected a seed with a line for every arm, got none")
+    if name == "sweep":
+        return [*sweep_table(of_experiment), "", differences(of_experiment)]
+    return table(of_experiment, FIGURES.get(name, USUAL))
+
+
+def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines of an experiment, of the seeds that have a line for each of its arms."""
+    of_experiment = [line for line in lines if line["experiment"] == name]
+    return complete(of_experiment, arms_of(name))
+
+
+def flips() -> list[str]:
+    """Return a table of the w at which the matched target of a fork flips to the leak: -logit(r) / logit(t)."""
+    hints = (0.7, 0.9, 0.99)
+    rows = [f"| reference leaks | {' | '.join(f'hint leaks {100 * hint:.0f} %' for hint in hints)} |", "|---|---|---|---|"]
+    for own in (0.01, 0.03, 0.1, 0.3):
+        rows.append(f"| {100 * own:.0f} % | {' | '.join(short(-logit(own) / logit(hint)) for hint in hints)} |")
+    return rows
 
 
 def table(lines: Sequence[Line], figures: Sequence[str]) -> list[str]:
@@ -99,15 +122,14 @@ def table(lines: Sequence[Line], figures: Sequence[str]) -> list[str]:
 
     Each cell is the mean over the seeds, with the lowest and the highest seed in brackets.
     """
-    seeds = common_seeds(lines)
     steps = max(line["step"][-1] for line in lines)
     headings = [COLUMNS[name] for name in figures]
     rows = [
-        f"| step {steps}, seeds {', '.join(map(str, seeds))} | {' | '.join(headings)} | best sampled | at step |",
+        f"| step {steps}, {seeds_of(lines)} | {' | '.join(headings)} | best sampled | at step |",
         "|---" * (len(figures) + 3) + "|",
     ]
     for arm in dict.fromkeys(line["arm"] for line in lines):
-        of_arm = [line for line in lines if line["arm"] == arm and line["seed"] in seeds]
+        of_arm = [line for line in lines if line["arm"] == arm]
         cells = [spread([line[name][-1] for line in of_arm]) for name in figures]
         best = [max(zip(line["sampled"], line["step"], strict=True)) for line in of_arm]
         late = ["", ""] if arm == "base" else [spread([value for value, _ in best]), moments([s for _, s in best])]
@@ -120,16 +142,14 @@ def sweep_table(lines: Sequence[Line]) -> list[str]:
 
     A row is a class of problems: how often the base leaks without and with the hint.  A column is a rule and a w.
     """
-    seeds = common_seeds(lines)
-    used = [line for line in lines if line["seed"] in seeds]
-    rules = list(dict.fromkeys(line["arm"].rpartition("_")[0] for line in used))
+    rules = list(dict.fromkeys(line["arm"].rpartition("_")[0] for line in lines))
     titles = [heading(rule) for rule in rules]
     rows = [
-        f"| base, hint (seeds {', '.join(map(str, seeds))}) | {' | '.join(titles)} |",
+        f"| base, hint ({seeds_of(lines)}) | {' | '.join(titles)} |",
         "|---" * (len(rules) + 1) + "|",
     ]
-    for name in sorted({name for line in used for name in line["own"]}):
-        here = [line for line in used if name in line["own"]]
+    for name in sorted({name for line in lines for name in line["own"]}):
+        here = [line for line in lines if name in line["own"]]
         leaks = ", ".join(short(mean(line[kind][name] for line in here)) for kind in ("own", "hint"))
         cells = []
         for rule in rules:
@@ -140,18 +160,33 @@ def sweep_table(lines: Sequence[Line]) -> list[str]:
     return rows
 
 
+def differences(lines: Sequence[Line]) -> str:
+    """Return the sentence about the differences between closed form and measurement, over all seeds and classes."""
+    found = [abs(line["leak"][-1][name] - line["predicted"][name]) for line in lines for name in line["own"]]
+    return (
+        f"Over the {len(found)} pairs of a closed form and a measured share, the mean difference is "
+        f"{short(mean(found))} and the largest {short(max(found))}."
+    )
+
+
 def heading(rule: str) -> str:
     """Return the heading of a rule of the sweep, such as matched_w0.75."""
     name, _, weight = rule.partition("_w")
     return f"{'k = 1 + w' if name == 'fixed' else 'matched'}, w = {weight.removeprefix('0')}"
 
 
-def common_seeds(lines: Sequence[Line]) -> list[int]:
-    """Return the seeds that have a line for every arm among ``lines``; all seeds where there is none."""
-    of_arm: dict[str, set[int]] = {}
+def complete(lines: Sequence[Line], arms: Collection[str]) -> list[Line]:
+    """Return the lines of the seeds that have a line for every one of ``arms``."""
+    of_seed: dict[int, set[str]] = {}
     for line in lines:
-        of_arm.setdefault(line["arm"], set()).add(line["seed"])
-    return sorted(set.intersection(*of_arm.values()) or set.union(*of_arm.values()))
+        of_seed.setdefault(line["seed"], set()).add(line["arm"])
+    return [line for line in lines if of_seed[line["seed"]] >= set(arms)]
+
+
+def seeds_of(lines: Sequence[Line]) -> str:
+    """Return the seeds of the lines as text."""
+    seeds = sorted({line["seed"] for line in lines})
+    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
 
 
 def spread(values: Sequence[float | None]) -> str:
