@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,8 +89,6 @@ def _hard_problems(base: Base, seed: int) -> list[Record]:
 
 def _hard_wrong_hints(base: Base, seed: int) -> list[Record]:
     """Return the hard problems; 60 % of the hints have one wrong digit, whose answers stay right."""
-    import random
-
     rng = random.Random(seed)
     records = subtraction.hard_training_problems()
     return [

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=sorted(EXPERIMENTS), help="experiments (default: all)")
     parser.add_argument("--arms", nargs="+", help="names of arms (default: all of an experiment)")
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help=f"(default: {' '.join(map(str, SEEDS))})")
-    parser.add_argument("--lines", type=Path, default=LINES, help="the file of the lines (default: docs/%(const)s)")
+    parser.add_argument("--lines", type=Path, default=LINES, help="(default: docs/anchored_map.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/anchored_map"), help="bases and runs")
     parser.add_argument("--list", action="store_true", help="show the experiments and run nothing")
     options = parser.parse_args(argv)

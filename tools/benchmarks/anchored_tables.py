@@ -111,7 +111,10 @@ def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
 def flips() -> list[str]:
     """Return a table of the w at which the matched target of a fork flips to the leak: -logit(r) / logit(t)."""
     hints = (0.7, 0.9, 0.99)
-    rows = [f"| reference leaks | {' | '.join(f'hint leaks {100 * hint:.0f} %' for hint in hints)} |", "|---|---|---|---|"]
+    rows = [
+        f"| reference leaks | {' | '.join(f'hint leaks {100 * hint:.0f} %' for hint in hints)} |",
+        "|---|---|---|---|",
+    ]
     for own in (0.01, 0.03, 0.1, 0.3):
         rows.append(f"| {100 * own:.0f} % | {' | '.join(short(-logit(own) / logit(hint)) for hint in hints)} |")
     return rows
