@@ -4,21 +4,26 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import models
 import pytest
 import torch
-from layouts import Case, Outcomes, contexts_of, worst_difference
+from layouts import Case, Outcomes, contexts_of, packed, reference, vocab_shard, worst_difference
 from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded import rare_mass
 from megatron_selfdistill.loss.target import Target, mixed_target
-from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 W, GUIDED_W = 0.5, 2.0
 ANCHORED = Target(anchor="reference", teacher_weight=W)
@@ -72,6 +77,20 @@ def test_guided_tokens_change_the_gradient(outcomes, name):
         assert worst_difference(without, gradients)[0] > 0.05
 
 
+def rows_of(context: ContextPair, student: Any, teacher: Any, reference: Any) -> list[torch.Tensor]:
+    """Return whole rows of logits [R, V] in float64 of the three models for one response."""
+    rows = []
+    for chunk, prompt in (
+        (student, context.student_prompt),
+        (teacher, context.teacher_prompt),
+        (reference, context.student_prompt),
+    ):
+        tokens = torch.tensor([prompt + context.response])
+        logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+        rows.append(logits[len(prompt) - 1 : -1].double())
+    return rows
+
+
 def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
     """Return the mean divergence from whole rows of logits in float64, one context after the other.
 
@@ -81,22 +100,13 @@ def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:
     student, grid = models.build(model, ParallelConfig())
     teacher = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
     models.fill_from_names(teacher, seed=1)
-    reference = teacher
+    frozen = teacher
     if case.reference_copy:
-        reference = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
-        models.fill_from_names(reference, seed=case.reference_seed)
+        frozen = build_chunks(model, student[0].config, grid, models.VOCAB_SIZE)
+        models.fill_from_names(frozen, seed=case.reference_seed)
     losses = []
     for context in contexts_of(case):
-        rows = []
-        for chunk, prompt in (
-            (student[0], context.student_prompt),
-            (teacher[0], context.teacher_prompt),
-            (reference[0], context.student_prompt),
-        ):
-            tokens = torch.tensor([prompt + context.response])
-            logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
-            rows.append(logits[len(prompt) - 1 : -1].double())
-        s, t, r = rows
+        s, t, r = rows_of(context, student[0], teacher[0], frozen[0])
         target, kind = case.target, Divergence(case.divergence)
         if context.guided:
             if case.guided.teacher_weight is not None:
@@ -124,6 +134,47 @@ def test_loss_and_gradient_of_a_step_are_those_of_the_definition(ranks, outcomes
     got, gradients, _ = outcomes(CASES[name])
     assert got.loss == pytest.approx(loss, rel=1e-4)
     torch.testing.assert_close(gradients["decoder.final_layernorm.weight"], gradient, rtol=1e-3, atol=1e-7)
+
+
+def measured_masses(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the target's mass on tokens that are rare for the student: measured, and by definition, token by token.
+
+    Rare is what has less than a fiftieth, since random models of a tiny vocabulary have no tokens that are rarer.
+    """
+    model = models.model_config(case.kind)
+    chunks, grid = models.build(model, case.parallel)
+    teacher = build_chunks(model, chunks[0].config, grid, models.VOCAB_SIZE)
+    models.fill_from_names(teacher, seed=1)
+    student = wrap_for_training(chunks, case.optimizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rare_mass, "RARE", 0.02)
+        output = schedule.run(
+            student,
+            teacher,
+            packed(case, grid),
+            token_losses.self_distillation(case.target, Divergence(), fusion=case.fusion),
+            grid,
+            vocab_shard(student, grid),
+            reference=reference(case, teacher),
+            guided=case.guided,
+            measurement=TokenMeasurement(case.target, chunk_tokens=5),
+            forward_only=True,
+        )
+    masses = torch.full((len(output.response_ids),), torch.nan, dtype=torch.float64)
+    masses[output.response_ids] = output.measures.mass_on_rare_student
+    expected = []
+    for context in contexts_of(case):
+        s, t, r = rows_of(context, unwrapped(student[0]), teacher[0], teacher[0])
+        weight = case.guided.teacher_weight if context.guided else case.target.teacher_weight
+        log_q = mixed_target(s, t, dataclasses.replace(case.target, teacher_weight=weight), r).log_q
+        expected.append(torch.where(s.softmax(-1) < 0.02, log_q.exp(), 0.0).sum(-1).detach())
+    return masses, torch.cat(expected)
+
+
+def test_the_mass_on_rare_tokens_is_measured_with_each_tokens_own_weight(ranks):
+    ((measured, expected),) = ranks.run(measured_masses, CASES["weight"], world_size=1)
+    assert expected.mean() > 1e-2, "a test of nothing"
+    torch.testing.assert_close(measured, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_packing_marks_the_tokens_of_guided_responses():

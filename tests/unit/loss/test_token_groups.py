@@ -13,6 +13,7 @@ from torch import Tensor
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.divergence import token_groups
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.rare_mass import RARE, mass_on_rare
 from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
@@ -248,6 +249,27 @@ def test_the_grid_of_a_token_is_in_proportion_to_its_weight() -> None:
     expected = entropy((betas[:, :, None] * mix[:, None]).log_softmax(-1))
     torch.testing.assert_close(stats.grid_entropies.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(stats.beta.double(), 1 / (1 + WEIGHTS), rtol=1e-6, atol=0)
+
+
+def test_the_mass_on_rare_tokens_is_that_of_each_tokens_own_target() -> None:
+    target, groups = CASES["batch"]
+    student, teacher, reference, _ = rows()
+    _, beta = by_definition(student.double(), teacher.double(), reference.double(), target, groups)
+    mass = mass_on_rare(
+        student,
+        mixed(teacher, reference),
+        beta,
+        target=target,
+        vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
+        reference_logits=reference,
+        teacher_weights=WEIGHTS,
+    )
+    mix = WEIGHTS[:, None] * teacher.double() + reference.double()
+    q = (beta[:, None] * mix).softmax(-1)
+    rare = [logits.double().softmax(-1) < RARE for logits in (student, reference)]
+    expected = torch.stack([(q * where).sum(-1) for where in rare], 1)
+    known = torch.arange(NUM_TOKENS) != 5  # its float32 logits near 1e4 have three digits behind the point
+    torch.testing.assert_close(mass[known], expected[known], rtol=1e-4, atol=1e-6)
 
 
 def test_groups_are_consecutive_slices_and_without_tokens_one_slice_is_left() -> None:
