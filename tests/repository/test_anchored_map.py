@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
@@ -112,6 +113,36 @@ def test_a_cell_of_the_sweep_trains_and_measures_one_mark_only(tools, monkeypatc
         ids = [json.loads(line)["id"] for line in seen[name].read_text().splitlines()]
         assert {of_class[-2:] for of_class in ids} == {"AR", "BR", "CR", "DR"}
     assert seen["rule"] == ((50, 100), "fixed", 0.25) and seen["w"] == 0.25
+
+
+EXPERIMENTS = (
+    "leak sweep leak_forward quickstart wrong_hints wrong_hints_forward hard many_answers chat_logs unsolved "
+    "unsolved_leaking unsolved_wrong thinking leak_slow leak_long quickstart_long"
+).split()
+
+
+def test_the_experiments_that_run_below_are_all(tools):
+    assert list(tools("anchored_experiments").EXPERIMENTS) == EXPERIMENTS
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_runs_with_its_base_and_its_last_arm(tools, monkeypatch, tmp_path, name):
+    """A base of three steps is measured, and one step is trained; chat logs hold forty conversations."""
+    experiments, module = tools("anchored_experiments"), tools("anchored_map")
+    load_example = experiments._example
+    chats = load_example("08_chat_logs")
+    chats.NUM_SESSIONS = 40
+    monkeypatch.setattr(experiments, "_example", lambda of: chats if of == "08_chat_logs" else load_example(of))
+    experiment = experiments.EXPERIMENTS[name]
+    monkeypatch.setattr(experiment.task, "PRETRAINING_STEPS", 3)
+    short = dataclasses.replace(experiment, steps=(1,))
+    *base, last = [arm for arm in module.arms_of(name) if arm in ("base", list(experiment.arms)[-1])]
+    for arm in (*base, last):
+        module.run_cell(experiments.Cell(short, arm, 11), tmp_path / "lines.jsonl", tmp_path / "runs")
+    line = module.read_lines(tmp_path / "lines.jsonl")[-1]
+    assert line["arm"] == last and line["step"] == [1]
+    assert set(line["leak"][0]) == {"AS", "BS", "CS", "DS"} if name == "sweep" else 0 <= line["sampled"][0] <= 1
 
 
 def entropy(logit: float) -> float:
