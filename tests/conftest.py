@@ -23,6 +23,15 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("tiny_run", "parity")  # before they are imported: their assertions are those of tests
 
+# The examples of hypothesis are the same in every session, and none is too slow on a busy machine.
+if importlib.util.find_spec("hypothesis") is not None:  # the environment of a GPU's owner may lack it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "busy machine", derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("busy machine")
+
 TESTS = Path(__file__).resolve().parent
 pytest_plugins = ["cpu_seconds", "shared"]
 
