@@ -117,7 +117,8 @@ def test_a_cell_of_the_sweep_trains_and_measures_one_mark_only(tools, monkeypatc
 
 EXPERIMENTS = (
     "leak sweep leak_forward quickstart wrong_hints wrong_hints_forward hard many_answers chat_logs unsolved "
-    "unsolved_leaking unsolved_wrong thinking leak_slow leak_long quickstart_long"
+    "unsolved_leaking unsolved_wrong unsolved_guided unsolved_leaking_guided unsolved_wrong_guided thinking choosing "
+    "choosing_surer leak_slow leak_long quickstart_long"
 ).split()
 
 

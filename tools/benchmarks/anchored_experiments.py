@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from leak_sweep import measured_leaks
+from thinking_forks import measured_thinking
 
 from _lib import (
     additions,
+    choosing_subtraction,
     leak_classes,
     leaking_subtraction,
     subtraction,
@@ -62,6 +64,19 @@ GUIDED_AND_RFT = {
     "default_forward_guided": (FORWARD, GUIDED),
     "rft": ("objective=rft",),
 }
+GUIDED_AND_ANCHORED = {
+    "anchored_matched_forward_guided": (*SIX["anchored_matched"], FORWARD, GUIDED),
+    "anchored_matched_forward_w2_guided": (*SIX["anchored_matched"], FORWARD, "target.teacher_weight=2", GUIDED),
+    "anchored_matched_per_problem": (
+        *SIX["anchored_matched"],
+        GUIDED,
+        "rollout.guide_below=0.2",
+        "loss.guided_divergence=forward_kl",
+        "target.guided_teacher_weight=2",
+    ),
+}
+"""Guided rollouts from the anchored target; the last arm has reverse KL and w = 0.75, and for problems that the student
+rarely solves forward KL, w = 2 and guided rollouts."""
 WEIGHTS = (0.25, 0.75, 2)
 SWEEP = {
     f"{rule}_w{weight}_{mark}": (*SIX[f"anchored_{rule}"], f"target.teacher_weight={weight}")
@@ -95,6 +110,11 @@ def _hard_wrong_hints(base: Base, seed: int) -> list[Record]:
         entry | {"solution": subtraction.with_one_wrong_digit(entry["answer"], rng)} if rng.random() < 0.6 else entry
         for entry in records
     ]
+
+
+def _surer_hints(base: Base, seed: int) -> list[Record]:
+    """Return the problems of choosing_subtraction.py with the hint after which the base checks least."""
+    return choosing_subtraction.training_problems(seed, "K")
 
 
 def _conversations(base: Base, seed: int) -> list[Record]:
@@ -140,6 +160,8 @@ class Experiment:
     """Further figures of the samples."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Files that ``settings`` name: name in {directory} -> text."""
+    measure: Callable[[Variant, Base, Path, Sequence[int]], Record] | None = None
+    """Trains and measures a run in place of `watch`, from the variant, the base, the run directory and the steps."""
 
 
 @dataclass(frozen=True)
@@ -167,6 +189,9 @@ class Cell:
         if experiment.task is leak_classes:
             return {"overrides": list(overrides), **self._leaks(unguarded, base, directory)}
         variant = unguarded.on(problems)
+        if experiment.measure is not None:
+            steps = (0,) if self.arm == "base" else experiment.steps
+            return {"overrides": list(overrides), **experiment.measure(variant, base, directory, steps)}
         if self.arm == "base":
             return measured_base(variant, base, directory, experiment)
         return {"overrides": list(overrides), **self._columns(variant, base, directory)}
@@ -286,11 +311,50 @@ EXPERIMENTS = {
             problems=_hard_wrong_hints,
         ),
         Experiment(
+            "unsolved_guided",
+            "Problems that the base never solves, guided rollouts from the anchored target",
+            unsolved_subtraction,
+            (50, 100),
+            GUIDED_AND_ANCHORED,
+        ),
+        Experiment(
+            "unsolved_leaking_guided",
+            "Problems that the base never solves, with a leaking hint, guided rollouts from the anchored target",
+            unsolved_leaking_subtraction,
+            (50, 100, 200),
+            GUIDED_AND_ANCHORED,
+        ),
+        Experiment(
+            "unsolved_wrong_guided",
+            "Problems that the base never solves, with 60 % wrong hints, guided rollouts from the anchored target",
+            unsolved_subtraction,
+            (50, 100),
+            GUIDED_AND_ANCHORED,
+            problems=_hard_wrong_hints,
+        ),
+        Experiment(
             "thinking",
             "A base that tries, checks and corrects",
             thinking_subtraction,
             (50, 100, 200),
             further=_thinking,
+        ),
+        Experiment(
+            "choosing",
+            "A base that tries, checks and tries again; after the hint, half of the texts check nothing",
+            choosing_subtraction,
+            (50, 100, 150, 200),
+            measure=measured_thinking,
+        ),
+        Experiment(
+            "choosing_surer",
+            "The same; after the hint, nine tenths of the texts check nothing",
+            choosing_subtraction,
+            (50, 100, 150, 200),
+            SIX | {"anchored_matched_w025": (*SIX["anchored_matched"], "target.teacher_weight=0.25")},
+            problems=_surer_hints,
+            held_out=lambda: choosing_subtraction.held_out_problems("K"),
+            measure=measured_thinking,
         ),
         Experiment(
             "leak_slow",
