@@ -30,7 +30,7 @@ from megatron_selfdistill.metrics.guards import (
     check_teacher_canary,
     warning_of_a_silent_teacher,
 )
-from megatron_selfdistill.metrics.leakage import leakage_metrics
+from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
@@ -167,8 +167,7 @@ class Trainer:
         self.source.commit(batch)
         metrics = {
             **metrics,
-            **rollout_metrics(batch.responses, self.grid, packed),
-            **self._leakage(batch),
+            **rollout_metrics(batch.responses, self.grid, packed, self._leaks(batch)),
             **batch.metrics,
             **self.sampler.metrics(),
         }
@@ -285,11 +284,11 @@ class Trainer:
         self.sampler.sleep()
         return self.learner.learnabilities(candidates)
 
-    def _leakage(self, batch: StepBatch) -> dict[str, float]:
-        """Return the `leakage_metrics` of a batch whose responses are trained towards a hinted teacher.  Collective."""
+    def _leaks(self, batch: StepBatch) -> LeakCounts | None:
+        """Return this rank's `leak_counts` of a batch that is trained towards a hinted teacher, else None."""
         if not self.learner.has_teacher:
-            return {}
-        return leakage_metrics(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
+            return None
+        return leak_counts(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
 
     def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
-
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.metrics.step import over_all_ranks
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -54,6 +51,11 @@ class LeakCounts:
         """The number of words per 1000 tokens; None where no words were counted."""
         return 1000 * self.words / self.tokens if self.tokens else None
 
+    def metrics(self) -> dict[str, float]:
+        """Return the share of 8-grams and the words per 1000 tokens under flat keys, without what is None."""
+        named = {"leak/hint_8grams": self.hint_share, "leak/words_per_1000": self.words_per_1000}
+        return {key: value for key, value in named.items() if value is not None}
+
 
 def grams_of_hint(student_prompt: Sequence[int], teacher_prompt: Sequence[int]) -> frozenset[Gram]:
     """Return the 8-grams that occur in the teacher's prompt and not in the student's prompt."""
@@ -85,16 +87,13 @@ def word_counts(text: str, num_tokens: int, pattern: re.Pattern[str] | None) -> 
     return LeakCounts() if pattern is None else LeakCounts(words=len(pattern.findall(text)), tokens=num_tokens)
 
 
-def leakage_metrics(
+def leak_counts(
     contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid
-) -> dict[str, float]:
-    """Return the leakage of the responses of the global batch, equal on all ranks.
+) -> LeakCounts:
+    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has.
 
-    ``contexts``: those of this replica, the same on each of its ranks, which share the work.  ``words``: words and
-    phrases that speak of the hint.
-    Keys: leak/hint_8grams, the share of the 8-grams of the responses that occur in the teacher's prompt and not in the
-    student's; leak/words_per_1000, the number of ``words`` per 1000 tokens.  A key without anything to count is absent.
-    Collectives: as in `over_all_ranks`.
+    ``words``: words and phrases that speak of the hint.  The sum over the ranks of the world counts every response
+    once.  Collectives: none.
     """
     num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
     rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
@@ -104,11 +103,7 @@ def leakage_metrics(
         if pattern is not None:
             text = tokenizer.decode(context.response, skip_special_tokens=True)
             counts += word_counts(text, len(context.response), pattern)
-    sums = torch.tensor(counts.numbers(), dtype=torch.float64).to(grid.device)
-    totals, _ = over_all_ranks(sums, sums[:0], grid)
-    found = LeakCounts(*map(int, totals))
-    metrics = {"leak/hint_8grams": found.hint_share, "leak/words_per_1000": found.words_per_1000}
-    return {key: value for key, value in metrics.items() if value is not None}
+    return counts
 
 
 def _grams(tokens: Sequence[int]) -> list[Gram]:

@@ -26,6 +26,7 @@ from megatron_selfdistill.metrics.claims import (
     response_tenths,
     tenth_values,
 )
+from megatron_selfdistill.metrics.leakage import LeakCounts
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.rollout.base import Response
 
@@ -182,7 +183,10 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
 
 
 def rollout_metrics(
-    responses: Sequence[Response], grid: RankGrid, batch: PackedBatch | None = None
+    responses: Sequence[Response],
+    grid: RankGrid,
+    batch: PackedBatch | None = None,
+    leaks: LeakCounts | None = None,
 ) -> dict[str, float]:
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
@@ -192,9 +196,11 @@ def rollout_metrics(
     tokens).
     If any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
     tokens, which estimates KL(q || p) in nats: how far off-policy the guided responses are for the student.
-    Without any response, tokens/rollout is the only key.  Collectives as in `step_metrics`.
+    With ``leaks``, this rank's `leak_counts`: leak/hint_8grams and leak/words_per_1000, where there is anything to
+    count.
+    Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
-    sums = torch.zeros(10, dtype=torch.float64, device=grid.device)
+    sums = torch.zeros(14, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]
@@ -204,11 +210,13 @@ def rollout_metrics(
         guided = [response for response in responses if response.guided]
         ratios = [q - p for r in guided for q, p in zip(r.sampled_log_probs, r.log_probs, strict=True)]
         numbers += [len(guided), len(ratios), sum(ratios)]
-        sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        sums[:10] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
+    if leaks is not None:
+        sums[10:] += torch.tensor(leaks.numbers(), dtype=torch.float64, device=grid.device)
     totals, (length_max,) = over_all_ranks(sums, longest, grid)
-    count, tokens, truncated, *padding, num_guided, guided_tokens, log_ratio = totals
-    metrics = {"tokens/rollout": tokens}
+    count, tokens, truncated, *padding, num_guided, guided_tokens, log_ratio = totals[:10]
+    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[10:])).metrics()}
     if count:
         metrics |= {"response/length_mean": tokens / count, "response/length_max": length_max}
         metrics["response/truncated_share"] = truncated / count

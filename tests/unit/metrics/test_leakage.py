@@ -12,17 +12,26 @@ import torch
 from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics import rollout_metrics
 from megatron_selfdistill.metrics.leakage import (
     LeakCounts,
     grams_of_hint,
     hint_counts,
-    leakage_metrics,
+    leak_counts,
     word_counts,
     word_pattern,
 )
 
 ONE_RANK = SimpleNamespace(
-    world_size=1, device=torch.device("cpu"), tp_size=1, cp_size=1, pp_size=1, tp_rank=0, cp_rank=0, pp_rank=0
+    is_first_of_replica=True,
+    world_size=1,
+    device=torch.device("cpu"),
+    tp_size=1,
+    cp_size=1,
+    pp_size=1,
+    tp_rank=0,
+    cp_rank=0,
+    pp_rank=0,
 )
 WORDS = ["hint", "reference solution"]
 LAYOUTS = [
@@ -52,6 +61,12 @@ def contexts() -> list[ContextPair]:
         text = "".join(rng.choices("ab", k=rng.randrange(40))) + hint[start : start + 2 * index] + index % 3 * " Hint!"
         pairs.append(ContextPair(str(index), ids(prompt), ids(prompt + "|" + hint), [*ids(text), 0], False))
     return pairs
+
+
+def leakage_metrics(contexts, words, tokenizer, grid):
+    found = rollout_metrics([], grid, leaks=leak_counts(contexts, words, tokenizer, grid))
+    assert found.pop("tokens/rollout") == 0
+    return found
 
 
 def metrics_in_layout(sizes: dict[str, int]) -> dict[str, float]:
