@@ -39,5 +39,5 @@ def test_the_printed_plan_is_what_the_plan_says():
 
 
 def test_the_page_has_all_rows_and_the_length_of_the_default_wording():
-    assert len(ROWS) == 8
+    assert len(ROWS) == 10
     assert f"has {len(DEFAULT_TEACHER_TEMPLATE) - len('{problem}{solution}')} characters of its own" in PAGE
