@@ -109,6 +109,7 @@ def pretrain(config: Config, task: ModuleType) -> None:
     try:
         trainer = Trainer(config, RunData.load(config), grid)
         try:
+            trainer.run_directory.write()
             while trainer.step < config.num_steps:
                 rng = random.Random(f"{config.seed}/{trainer.step}")  # by step: a resumed run reads the same rows
                 rows = [task.corpus_row(rng) for _ in range(config.data.global_batch_size)]
