@@ -214,6 +214,12 @@ def test_the_flips_are_the_weights_at_which_the_closed_form_passes_a_half(tools)
             assert form(own, hint, "matched", flip - 0.01) < 0.5 < form(own, hint, "matched", flip + 0.01)
 
 
+def test_every_arm_has_a_label(tools):
+    module, experiments = tools("anchored_map"), tools("anchored_experiments").EXPERIMENTS
+    arms = {arm for name in experiments if name != "sweep" for arm in module.arms_of(name)}
+    assert arms == set(tools("anchored_tables").NAMES)
+
+
 def test_a_table_without_lines_is_an_error(tools):
     with pytest.raises(ValueError, match="has a table leak"):
         tools("anchored_tables").with_tables("<!-- table leak -->\n<!-- end leak -->", [])
