@@ -19,6 +19,7 @@ from typing import Any
 
 from anchored_map import LINES, REPOSITORY, arms_of, read_lines
 from leak_sweep import logit
+from thinking_table import thinking_table
 
 PAGE = REPOSITORY / "docs" / "anchored.md"
 NAMES = {
@@ -41,6 +42,10 @@ NAMES = {
     "default_guided": "default, guided rollouts",
     "default_forward_guided": "default, forward KL, guided rollouts",
     "rft": "RFT with a verifier",
+    "anchored_matched_forward_guided": "anchored, matched, forward KL, guided rollouts",
+    "anchored_matched_forward_w2_guided": "anchored, matched, forward KL, w = 2, guided rollouts",
+    "anchored_matched_per_problem": "anchored, matched; where the student fails, forward KL, w = 2, guided rollouts",
+    "anchored_matched_w025": "anchored, matched, w = .25",
 }
 """Name of an arm -> its label in a table."""
 COLUMNS = {
@@ -103,6 +108,8 @@ def experiment_table(name: str, lines: Sequence[Line]) -> list[str]:
         raise ValueError(f"docs/anchored.md has a table {name}: expected a seed with a line for every arm, got none")
     if name == "sweep":
         return [*sweep_table(of_experiment), "", differences(of_experiment)]
+    if name in ("choosing", "choosing_surer"):
+        return thinking_table(of_experiment, NAMES, spread)
     return table(of_experiment, FIGURES.get(name, USUAL))
 
 
