@@ -42,10 +42,6 @@ NAMES = {
     "default_guided": "default, guided rollouts",
     "default_forward_guided": "default, forward KL, guided rollouts",
     "rft": "RFT with a verifier",
-    "anchored_matched_forward_guided": "anchored, matched, forward KL, guided rollouts",
-    "anchored_matched_forward_w2_guided": "anchored, matched, forward KL, w = 2, guided rollouts",
-    "anchored_matched_per_problem": "anchored, matched; where the student fails, forward KL, w = 2, guided rollouts",
-    "anchored_matched_w025": "anchored, matched, w = .25",
 }
 """Name of an arm -> its label in a table."""
 COLUMNS = {
