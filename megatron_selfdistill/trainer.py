@@ -30,7 +30,7 @@ from megatron_selfdistill.metrics.guards import (
     check_teacher_canary,
     warning_of_a_silent_teacher,
 )
-from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts
+from megatron_selfdistill.metrics.leakage import leak_counts
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
@@ -165,12 +165,11 @@ class Trainer:
         self.run_directory.require_ownership()
         self.step += 1
         self.source.commit(batch)
-        metrics = {
-            **metrics,
-            **rollout_metrics(batch.responses, self.grid, packed, self._leaks(batch)),
-            **batch.metrics,
-            **self.sampler.metrics(),
-        }
+        leaks = None
+        if self.learner.has_teacher:
+            leaks = leak_counts(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
+        rollout = rollout_metrics(batch.responses, self.grid, packed, leaks)
+        metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         read = tokens_read(packed, metrics, self.grid.dp_size, self.learner.has_teacher)
         self.log.log(self.step, metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read))
         warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if self.step == 1 else None
@@ -283,12 +282,6 @@ class Trainer:
     def _score(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         self.sampler.sleep()
         return self.learner.learnabilities(candidates)
-
-    def _leaks(self, batch: StepBatch) -> LeakCounts | None:
-        """Return this rank's `leak_counts` of a batch that is trained towards a hinted teacher, else None."""
-        if not self.learner.has_teacher:
-            return None
-        return leak_counts(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
 
     def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)

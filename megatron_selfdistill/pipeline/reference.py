@@ -71,5 +71,5 @@ class Reference:
         for start in range(0, len(states), self.chunk_tokens):
             chunk = slice(start, start + self.chunk_tokens)
             weight = self.target.teacher_weight if teacher_weights is None else teacher_weights[chunk]
-            mix = unit_mix(project(self.last, states[chunk]), teacher_logits[chunk], weight)
-            teacher_logits[chunk] = mix
+            # No name keeps the logits of one chunk while the next one is projected.
+            teacher_logits[chunk] = unit_mix(project(self.last, states[chunk]).float(), teacher_logits[chunk], weight)

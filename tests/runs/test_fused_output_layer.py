@@ -14,7 +14,10 @@ from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.train import main
 
 # 20 tokens of a microbatch's 100 or so; rounding has moved no sampled token in these few steps
-FUSED = {mode: [f"loss.fused={mode}", "loss.fused_chunk_tokens=20"] for mode in ("keep_gradient", "low_memory")}
+CHUNK_TOKENS = 20
+FUSED = {
+    mode: [f"loss.fused={mode}", f"loss.fused_chunk_tokens={CHUNK_TOKENS}"] for mode in ("keep_gradient", "low_memory")
+}
 TP2 = "parallel.tensor_model_parallel_size=2"
 LAYOUTS = {
     "DP2, all overlapped": ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true"],
@@ -49,14 +52,15 @@ def test_a_run_has_the_same_metrics_fused_and_materialised(ranks, data, tmp_path
 
 
 def start_counting(arguments: list[str]) -> tuple[int, int, int]:
-    """Return the exit status, the number of projections of a whole microbatch, and the number of scored responses."""
-    projected: list[torch.Size] = []
+    """Return the exit status, the number of projections of more than a chunk, and the number of scored responses."""
+    projected: list[int] = []
     scored: list[int] = []
     project, learnabilities = schedule.project, learner.learnabilities
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(schedule, "project", lambda *a: (projected.append(a[1].shape), project(*a))[1])
+        patch.setattr(schedule, "project", lambda *a: (projected.append(len(a[1])), project(*a))[1])
         patch.setattr(learner, "learnabilities", lambda a, *b: (scored.append(len(a)), learnabilities(a, *b))[1])
-        return tiny_run.start(arguments), len(projected), sum(scored)
+        status = tiny_run.start(arguments)
+    return status, sum(num_tokens > CHUNK_TOKENS for num_tokens in projected), sum(scored)
 
 
 SCORING = [
