@@ -144,10 +144,9 @@ def test_the_other_examples_run_to_their_end(base, root, load_example, name, cap
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("arguments", [[], ["--quickstart-base"]], ids=["never", "seldom"])
-def test_the_example_of_hard_problems_runs_to_its_end(base, root, load_example, arguments, monkeypatch, capsys):
+def test_the_example_of_hard_problems_runs_to_its_end(base, root, load_example, monkeypatch, capsys):
     monkeypatch.setattr(unsolved_subtraction, "PRETRAINING_STEPS", 20)
-    assert load_example("03_hard_problems").main(["--directory", str(root), "--steps", "2", *arguments]) == 0
+    assert load_example("03_hard_problems").main(["--directory", str(root), "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "curves.png" in shown and "Fewer than one in twenty is right after: " in shown
 
