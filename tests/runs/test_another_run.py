@@ -56,29 +56,29 @@ CHANGED = {
 
 
 @pytest.mark.parametrize("name", CHANGED)
-def test_what_decides_what_is_learned_is_refused_before_anything_is_read(finished, data, capfd, name):
+def test_what_decides_what_is_learned_is_refused_before_anything_is_read(run, data, capfd, name):
     changes, expected = CHANGED[name]
-    before = bytes_of(finished)
-    assert main(overrides(data, finished, *MORE_STEPS, "data.path=nowhere", *changes)) == 2
+    before = bytes_of(run)
+    assert main(overrides(data, run, *MORE_STEPS, "data.path=nowhere", *changes)) == 2
     message = capfd.readouterr().err.strip()
     assert len(message.splitlines()) == 1 and "iter_0000006 was trained with another configuration" in message
     assert [line for line in expected if line not in message] == []
     assert "num_steps" not in message, "what may change is no reason"
     assert message.endswith("checkpoint.resume=force")
-    assert bytes_of(finished) == before
+    assert bytes_of(run) == before
 
 
-def test_what_has_another_form_on_disk_is_refused_even_by_force(ranks, finished, data):
+def test_what_has_another_form_on_disk_is_refused_even_by_force(ranks, run, data):
     changes = ["teacher.weights=ema", "optimizer.use_distributed_optimizer=false", "checkpoint.resume=force"]
-    status, message = started(ranks, data, finished, *changes)
+    status, message = started(ranks, data, run, *changes)
     assert status == 2 and "Traceback" not in message
     assert "teacher.weights: 'frozen' in the checkpoint, now 'ema'" in message
     assert "optimizer.use_distributed_optimizer, teacher.weights cannot change within a run" in message
     assert "checkpoint.load=" in message and "checkpoint.resume=force" not in message
 
 
-def test_another_architecture_names_both_and_the_directory(finished, data, capfd):
-    assert main(overrides(data, finished, "model.num_layers=2")) == 2
+def test_another_architecture_names_both_and_the_directory(run, data, capfd):
+    assert main(overrides(data, run, "model.num_layers=2")) == 2
     message = capfd.readouterr().err
     assert "iter_0000006: model.num_layers is 2, but the checkpoint was saved with 4" in message
     assert "another run_dir" in message
@@ -121,12 +121,12 @@ def shortened(data: Path, directory: Path) -> Path:
     return path
 
 
-def test_other_problems_are_refused_wherever_they_lie(ranks, data, finished, tmp_path):
-    before = bytes_of(finished)
-    status, output = started(ranks, data, finished, f"data.path={shortened(data, tmp_path)}")
+def test_other_problems_are_refused_wherever_they_lie(ranks, data, run, tmp_path):
+    before = bytes_of(run)
+    status, output = started(ranks, data, run, f"data.path={shortened(data, tmp_path)}")
     assert status == 2 and "Traceback" not in output
     assert "the problems that data.path gives (their digest): '" in output and "checkpoint.resume=force" in output
-    assert bytes_of(finished) == before
+    assert bytes_of(run) == before
 
 
 def test_force_continues_with_the_stored_state_and_starts_other_problems_from_their_beginning(
