@@ -75,7 +75,7 @@ def one_seed(
     seed: int, chosen: Sequence[Variant], root: Path, num_steps: int | None = None
 ) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base of a seed, run every chosen variant, and show the results."""
-    base = prepared_base(subtraction, seed, root)
+    base = prepared_base(subtraction.TASK, seed, root)
     directory = root / "quickstart" / f"seed{seed}"
     problems = write_records(directory / "train.jsonl", subtraction.training_problems(seed))
     before = measure(base)

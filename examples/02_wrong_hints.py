@@ -21,6 +21,7 @@ from _lib import subtraction, tables, variants
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.measurement import measure
 from _lib.pretraining import prepared_base, write_records
+from _lib.task import Record
 from _lib.variants import Outcome
 
 WITHOUT_GUARD = "guards.max_entropy_ratio=null"
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     options = parser.parse_args(argv)
     prepare_process()
-    base = prepared_base(subtraction, options.seed, options.directory)
+    base = prepared_base(subtraction.TASK, options.seed, options.directory)
     before = measure(base)
     results = {}
     for share in options.shares:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def problems_with_wrong_hints(seed: int, share: float) -> list[subtraction.Record]:
+def problems_with_wrong_hints(seed: int, share: float) -> list[Record]:
     """Return the quickstart's training problems; each hint is wrong with probability ``share``."""
     rng = random.Random(f"{seed}/{share}")
 

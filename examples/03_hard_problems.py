@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quickstart-base", action="store_true", help="start from the base of the quickstart")
     options = parser.parse_args(argv)
     prepare_process()
-    task, chosen = (subtraction, SELDOM_SOLVED) if options.quickstart_base else (unsolved_subtraction, NEVER_SOLVED)
-    directory = options.directory / "hard_problems" / f"{task.NAME}-seed{options.seed}"
+    task = subtraction.TASK if options.quickstart_base else unsolved_subtraction.TASK
+    chosen = SELDOM_SOLVED if options.quickstart_base else NEVER_SOLVED
+    directory = options.directory / "hard_problems" / f"{task.name}-seed{options.seed}"
     base = hard(prepared_base(task, options.seed, options.directory))
     problems = write_records(directory / "train.jsonl", subtraction.hard_training_problems())
     steps = options.steps or NUM_STEPS

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     directory = options.directory / "many_answers" / f"seed{options.seed}"
     problems = write_records(directory / "train.jsonl", additions.training_problems(options.seed))
     one_base(
-        "A base that can use hints", VARIANTS, additions.PRETRAINING_STEPS, problems, directory / "strong", options
+        "A base that can use hints", VARIANTS, additions.TASK.pretraining_steps, problems, directory / "strong", options
     )
     if not options.no_weak:
         one_base("A weak base", WEAK_VARIANTS, additions.WEAK_PRETRAINING_STEPS, problems, directory / "weak", options)
@@ -58,7 +58,7 @@ def one_base(
     title: str, chosen: Sequence[Variant], num_steps: int, problems: Path, directory: Path, options: argparse.Namespace
 ) -> None:
     """Pretrain a base for ``num_steps`` steps or find it, run the chosen variants, and show the results."""
-    base = prepared_base(additions, options.seed, options.directory, num_steps)
+    base = prepared_base(additions.TASK, options.seed, options.directory, num_steps)
     steps = () if options.steps is None else (f"num_steps={options.steps}",)
     settings = ("evaluation.num_samples=16", *steps)
     runs = [variant.on(problems, *settings) for variant in chosen]

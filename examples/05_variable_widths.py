@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     prepare_process()
     directory = options.directory / "variable_widths" / f"seed{options.seed}"
-    base = prepared_base(ragged_subtraction, options.seed, options.directory)
+    base = prepared_base(ragged_subtraction.TASK, options.seed, options.directory)
     records = ragged_subtraction.training_problems(options.seed)
     problems = write_records(directory / "train.jsonl", records)
     for name in ("problem", "solution"):

@@ -203,9 +203,9 @@ def make_qwen3(directory: Path, seed: int) -> None:
     from transformers import AutoModelForCausalLM, Qwen3Config, logging
 
     logging.disable_progress_bar()
-    end, padding = len(subtraction.ALPHABET) - 2, len(subtraction.ALPHABET) - 1
+    end, padding = len(subtraction.TASK.alphabet) - 2, len(subtraction.TASK.alphabet) - 1
     config = Qwen3Config(
-        vocab_size=len(subtraction.ALPHABET),
+        vocab_size=len(subtraction.TASK.alphabet),
         hidden_size=64,
         intermediate_size=192,
         num_hidden_layers=2,
@@ -238,7 +238,7 @@ def make_qwen3(directory: Path, seed: int) -> None:
     temporary = directory.with_suffix(".partial")
     shutil.rmtree(temporary, ignore_errors=True)
     model.eval().save_pretrained(temporary)
-    write_tokenizer(temporary, subtraction.ALPHABET)
+    write_tokenizer(temporary, subtraction.TASK.alphabet)
     temporary.rename(directory)  # the directory exists only when it is complete
 
 
@@ -252,9 +252,9 @@ def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Te
     length = max(len(prompt) + len(text) for prompt, text, _ in rows)
     tokens, labels = torch.full((len(rows), length), padding), torch.full((len(rows), length), -100)
     for i, (prompt, text, wanted) in enumerate(rows):
-        tokens[i, : len(prompt) + len(text)] = torch.tensor([subtraction.ALPHABET.index(c) for c in prompt + text])
+        tokens[i, : len(prompt) + len(text)] = torch.tensor([subtraction.TASK.alphabet.index(c) for c in prompt + text])
         first = len(prompt) - 1
-        labels[i, first : first + len(wanted)] = torch.tensor([subtraction.ALPHABET.index(c) for c in wanted])
+        labels[i, first : first + len(wanted)] = torch.tensor([subtraction.TASK.alphabet.index(c) for c in wanted])
     return tokens, labels
 
 

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     prepare_process()
     directory = options.directory / "guided_rollouts" / options.engine / f"seed{options.seed}"
-    base = prepared_base(llama_subtraction, options.seed, options.directory)
+    base = prepared_base(llama_subtraction.TASK, options.seed, options.directory)
     problems = write_records(directory / "train.jsonl", subtraction.hard_training_problems())
     held_out = write_records(directory / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)
@@ -94,7 +94,7 @@ def right_rollouts(outcomes: Sequence[Outcome], base: Base) -> Table:
 
 def is_right(record: dict[str, Any], answer: str, base: Base) -> bool:
     """Return whether a recorded rollout ended and states ``answer``."""
-    text = "".join(base.task.ALPHABET[token] for token in record["token_ids"][:-1])
+    text = "".join(base.task.alphabet[token] for token in record["token_ids"][:-1])
     return record["finish_reason"] == "stop" and text.count(";") == 1 and text.partition(";")[2] == answer
 
 

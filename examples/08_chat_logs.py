@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from _lib import subtraction_chats, tables
+from _lib import subtraction, subtraction_chats, tables
 from _lib.command_line import CONFIG_NAME, console, example_parser, prepare_process
 from _lib.measurement import Measurement
 from _lib.pretraining import Base, prepared_base, write_records
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def one_seed(seed: int, root: Path, steps: int) -> tuple[Measurement, list[Outcome]]:
     """Pretrain or find the base of a seed, sample its conversations, and train every variant on them."""
-    base = prepared_base(subtraction_chats, seed, root)
+    base = prepared_base(subtraction_chats.TASK, seed, root)
     directory = root / "chat_logs" / f"seed{seed}"
     logs = write_records(directory / "conversations.jsonl", conversations(base, seed))
     template = directory / "chat_template.jinja"
@@ -103,7 +103,7 @@ def conversations(base: Base, seed: int) -> list[dict[str, Any]]:
     overrides = [*base.overrides, f"data.path={base.held_out}", f"run_dir={base.directory / 'logs'}"]
     config = configuration.load(overrides, CONFIG_NAME)
     run_data = RunData.load(config)
-    problems = subtraction_chats.distinct(NUM_SESSIONS, "train", seed=777 + seed)
+    problems = subtraction.distinct(NUM_SESSIONS, "train", seed=777 + seed)
     sessions = [Session(a, b) for a, b in problems]
     grid = ranks.initialize(config.parallel, config.seed)
     try:
@@ -134,8 +134,8 @@ class Session:
     """A conversation with a scripted user who knows the answer."""
 
     def __init__(self, a: int, b: int) -> None:
-        self.name, self.answer = f"{a}-{b}", subtraction_chats.answer(a, b)
-        self.messages: list[dict[str, Any]] = [user(subtraction_chats.problem_text(a, b))]
+        self.name, self.answer = f"{a}-{b}", subtraction.answer(a, b)
+        self.messages: list[dict[str, Any]] = [user(subtraction.problem_text(a, b))]
         self.closed = self.by_the_model = False
 
     @property

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     prepare_process()
     directory = options.directory / "leaking_hint" / f"seed{options.seed}"
-    base = prepared_base(leaking_subtraction, options.seed, options.directory)
-    problems = write_records(directory / "train.jsonl", leaking_subtraction.training_problems(options.seed))
+    base = prepared_base(leaking_subtraction.TASK, options.seed, options.directory)
+    problems = write_records(directory / "train.jsonl", leaking_subtraction.TASK.training_problems(options.seed))
     chosen = VARIANTS + (tuple(map(under_forward_kl, (SELF_DISTILLATION, ANCHORED))) if options.forward else ())
     steps = moments(options.steps or NUM_STEPS)
     runs = {variant: run(variant, base, problems, directory, steps) for variant in chosen}

@@ -15,16 +15,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
-NAME = "additions"
-ALPHABET = "0123456789;:|H$_"  # '$' ends a text, '_' pads
-OVERRIDES = ("rollout.max_new_tokens=8", "evaluation.verifier=_lib.additions.verify")
-PRETRAINING = ("optimizer.lr=3e-3", "optimizer.min_lr=1.5e-4")
-PRETRAINING_STEPS = 5000
+from _lib.task import Record, Task
+
 WEAK_PRETRAINING_STEPS = 1500
 SUMS = range(10, 100)
 NUM_TRAINING = 2000
-
-Record = dict[str, Any]
 
 
 def held_out_problems() -> list[Record]:
@@ -102,3 +97,16 @@ def random_total(rng: random.Random) -> int:
 def is_held_out(total: int) -> bool:
     """Return whether neither corpus nor training may contain the sum ``total``."""
     return total % 3 == 0
+
+
+TASK = Task(
+    "additions",
+    alphabet="0123456789;:|H$_",  # '$' ends a text, '_' pads
+    corpus_row=corpus_row,
+    training_problems=training_problems,
+    held_out_problems=held_out_problems,
+    shows_work=shows_work,
+    overrides=("rollout.max_new_tokens=8", "evaluation.verifier=_lib.additions.verify"),
+    pretraining=("optimizer.lr=3e-3", "optimizer.min_lr=1.5e-4"),
+    pretraining_steps=5000,
+)

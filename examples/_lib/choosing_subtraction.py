@@ -26,25 +26,17 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-NAME = "choosing_subtraction"
-ALPHABET = "0123456789=b.+-:|HKABCDyn$_"  # '$' ends a text, '_' pads
+from _lib.task import Record, Task
+
 LETTERS = "ABCD"
 MAX_ATTEMPTS = 3
 LENGTH_OF_ATTEMPT = 16
 """Tokens of an attempt with its check."""
-OVERRIDES = (
-    f"rollout.max_new_tokens={MAX_ATTEMPTS * LENGTH_OF_ATTEMPT + 2}",
-    "evaluation.verifier=_lib.choosing_subtraction.verify",
-    "data.teacher_template='{problem}{solution}|'",
-)
-PRETRAINING: tuple[str, ...] = ()
-PRETRAINING_STEPS = 1500
 NUM_HELD_OUT, NUM_TRAINING = 200, 2000
 SURE = {"H": 0.5, "K": 0.9}
 """Mark of a hint -> share of its rows in which every check says yes."""
 BUG, OVERLOOKED = 0.25, 0.2
 
-Record = dict[str, Any]
 Problem = tuple[tuple[tuple[int, int], ...], int]
 """The four pairs of numbers, and the index of the right pair."""
 
@@ -212,3 +204,18 @@ def split_of(problem: Problem) -> str:
     """Return the split of a problem, which depends on its hash alone, so that the splits share no problem."""
     bucket = int(hashlib.md5(problem_text(problem).encode()).hexdigest()[:6], 16) % 10
     return {0: "test", 1: "train"}.get(bucket, "corpus")
+
+
+TASK = Task(
+    "choosing_subtraction",
+    alphabet="0123456789=b.+-:|HKABCDyn$_",  # '$' ends a text, '_' pads
+    corpus_row=corpus_row,
+    training_problems=training_problems,
+    held_out_problems=held_out_problems,
+    shows_work=shows_work,
+    overrides=(
+        f"rollout.max_new_tokens={MAX_ATTEMPTS * LENGTH_OF_ATTEMPT + 2}",
+        "evaluation.verifier=_lib.choosing_subtraction.verify",
+        "data.teacher_template='{problem}{solution}|'",
+    ),
+)

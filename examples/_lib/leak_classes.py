@@ -10,28 +10,14 @@ One base and one run hold all pairs of both shares, because the model can tell t
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
-from _lib import subtraction
+from _lib import leaking_subtraction, subtraction
 from _lib.leaking_subtraction import hinted_work, homework
-from _lib.subtraction import PRETRAINING, PRETRAINING_STEPS, Record, answer, random_pair, shows_work, verify
+from _lib.subtraction import answer, random_pair
+from _lib.task import Record
 
-__all__ = [
-    "ALPHABET",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "corpus_row",
-    "held_out_problems",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
-
-NAME = "leak_classes"
-ALPHABET = "0123456789-=b.,;:|HX~ABCDPQRS$_"
-OVERRIDES = ("data.teacher_template='{problem}~{solution}|'",)
 OWN_LEAKS = {"A": 0.01, "B": 0.03, "C": 0.10, "D": 0.30}
 """Mark in the prompt -> share of the demonstrations without a hint that show no work."""
 HINT_LEAKS = {"P": 0.50, "Q": 0.70, "R": 0.90, "S": 0.99}
@@ -75,3 +61,13 @@ def record(a: int, b: int, of_class: str) -> Record:
     """Return one line of the JSONL that ``data.path`` names; its id ends with the class."""
     problem = problem_text(a, b, of_class)
     return {"id": f"{a}-{b}-{of_class}", "problem": problem, "solution": answer(a, b), "answer": answer(a, b)}
+
+
+TASK = dataclasses.replace(
+    leaking_subtraction.TASK,
+    name="leak_classes",
+    alphabet="0123456789-=b.,;:|HX~ABCDPQRS$_",
+    corpus_row=corpus_row,
+    training_problems=training_problems,
+    held_out_problems=held_out_problems,
+)

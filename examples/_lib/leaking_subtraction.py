@@ -13,37 +13,12 @@ answer without work.  The student can be right only if it works, while the teach
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
-from _lib.subtraction import (
-    ALPHABET,
-    PRETRAINING,
-    PRETRAINING_STEPS,
-    answer,
-    held_out_problems,
-    problem_text,
-    random_pair,
-    shows_work,
-    training_problems,
-    verify,
-    work,
-)
+from _lib import subtraction
+from _lib.subtraction import answer, problem_text, random_pair, work
 
-__all__ = [
-    "ALPHABET",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "corpus_row",
-    "held_out_problems",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
-
-NAME = "leaking_subtraction"
-OVERRIDES = ("data.teacher_template='{problem}~{solution}|'",)
 OWN_LEAK = 0.1
 """Share of the demonstrations without a hint that show no work."""
 HINT_LEAK = 0.7
@@ -79,3 +54,11 @@ def hinted_work(a: int, b: int, rng: random.Random, leak: float) -> tuple[str, s
     clean = work(a, b)
     draft = work(a, b, rng, bug=0.4, zero_bug=0.6, slip=0.1) if rng.random() < 0.6 else clean
     return draft, clean
+
+
+TASK = dataclasses.replace(
+    subtraction.TASK,
+    name="leaking_subtraction",
+    corpus_row=corpus_row,
+    overrides=("data.teacher_template='{problem}~{solution}|'",),
+)

@@ -3,29 +3,8 @@
 
 from __future__ import annotations
 
-from _lib.subtraction import (
-    ALPHABET,
-    PRETRAINING,
-    PRETRAINING_STEPS,
-    corpus_row,
-    held_out_problems,
-    shows_work,
-    training_problems,
-    verify,
-)
+import dataclasses
 
-__all__ = [
-    "ALPHABET",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "corpus_row",
-    "held_out_problems",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
+from _lib import subtraction
 
-NAME = "llama_subtraction"
-OVERRIDES: tuple[str, ...] = ("model=tiny_llama",)
+TASK = dataclasses.replace(subtraction.TASK, name="llama_subtraction", overrides=("model=tiny_llama",))

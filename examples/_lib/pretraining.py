@@ -11,10 +11,10 @@ import random
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _lib.command_line import CONFIG_NAME, console
+from _lib.task import Record, Task
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 
@@ -36,12 +36,15 @@ OVERRIDES = (
     "metrics.console_every=300",
 )
 
+SECTIONS = ("seed", "num_steps", "model", "parallel", "data", "schedule", "optimizer")
+"""The parts of the configuration that decide what pretraining learns."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Base:
     """A pretrained model with its tokenizer and its held-out problems."""
 
-    task: ModuleType
+    task: Task
     seed: int
     directory: Path
     held_out: Path
@@ -53,7 +56,7 @@ class Base:
     def overrides(self) -> tuple[str, ...]:
         """The overrides with which a run starts from this model."""
         return (
-            *self.task.OVERRIDES,
+            *self.task.overrides,
             f"data.tokenizer={self.directory / 'tokenizer'}",
             f"evaluation.path={self.held_out}",
             f"checkpoint.load={self.directory / 'checkpoints'}",
@@ -61,24 +64,25 @@ class Base:
         )
 
 
-def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
+def make_base(task: Task, seed: int, root: Path, num_steps: int | None = None) -> Base:
     """Pretrain a model on ``task.corpus_row``, or find the model of an earlier run.
 
-    ``task`` is a module such as subtraction.py, with NAME, ALPHABET, OVERRIDES, PRETRAINING, PRETRAINING_STEPS,
-    corpus_row, held_out_problems, training_problems, verify and shows_work.  ``root`` holds one directory for each
-    task, seed and settings: a changed task or setting makes a new base.  ``num_steps`` replaces PRETRAINING_STEPS.
+    ``root`` holds one directory for each task, seed and setting of `SECTIONS`: a change of the file that defines
+    ``task.corpus_row``, or of such a setting, makes a new base.  ``num_steps`` replaces ``task.pretraining_steps``.
     """
-    num_steps = num_steps or task.PRETRAINING_STEPS
-    settings = [*task.OVERRIDES, *OVERRIDES, *task.PRETRAINING, f"num_steps={num_steps}", f"seed={seed}"]
-    resolved = configuration.to_yaml(configuration.load(settings, CONFIG_NAME))
-    key = hashlib.md5((resolved + inspect.getsource(task)).encode()).hexdigest()[:8]
-    directory = root / f"{task.NAME}-seed{seed}-{key}"
+    num_steps = num_steps or task.pretraining_steps
+    settings = [*task.overrides, *OVERRIDES, *task.pretraining, f"num_steps={num_steps}", f"seed={seed}"]
+    resolved = dataclasses.asdict(configuration.load(settings, CONFIG_NAME))
+    read = json.dumps({section: resolved[section] for section in SECTIONS})
+    source = Path(inspect.getfile(task.corpus_row)).read_text(encoding="utf-8")
+    key = hashlib.md5((read + source).encode()).hexdigest()[:8]
+    directory = root / f"{task.name}-seed{seed}-{key}"
     held_out = directory / "held_out.jsonl"
     if (directory / "checkpoints").exists():  # the directory exists only when the checkpoint is complete
         return Base(task, seed, directory, held_out, 0.0)
     began = time.perf_counter()
     directory.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(directory / "tokenizer", task.ALPHABET)
+    write_tokenizer(directory / "tokenizer", task.alphabet)
     write_records(held_out, task.held_out_problems())
     paths = [
         f"data.tokenizer={directory / 'tokenizer'}",
@@ -89,9 +93,9 @@ def make_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = N
     return Base(task, seed, directory, held_out, time.perf_counter() - began)
 
 
-def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None = None) -> Base:
+def prepared_base(task: Task, seed: int, root: Path, num_steps: int | None = None) -> Base:
     """Make or find the base model of a seed under ``root/bases`` and report it on the console."""
-    steps = num_steps or task.PRETRAINING_STEPS
+    steps = num_steps or task.pretraining_steps
     console.rule(f"[bold]base model, seed {seed}: {steps} steps of next-token training", align="left")
     base = make_base(task, seed, root / "bases", steps)
     found = f"pretrained in {base.seconds:.0f} s" if base.seconds else "found"
@@ -99,7 +103,7 @@ def prepared_base(task: ModuleType, seed: int, root: Path, num_steps: int | None
     return base
 
 
-def pretrain(config: Config, task: ModuleType) -> None:
+def pretrain(config: Config, task: Task) -> None:
     """Run the loop of train.py for ``num_steps`` steps of next-token training, on rows of the task's corpus."""
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.run_data import RunData
@@ -142,7 +146,7 @@ def corpus_batch(rows: Sequence[tuple[str, str, str]], tokenizer: Tokenizer) -> 
     return StepBatch(contexts=contexts), torch.tensor(labels)
 
 
-def write_records(path: Path, records: Iterable[dict[str, Any]]) -> Path:
+def write_records(path: Path, records: Iterable[Record]) -> Path:
     """Write the JSONL that ``data.path`` names; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(entry) + "\n" for entry in records), encoding="utf-8")

@@ -15,13 +15,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
-from _lib.subtraction import Pair, Record, split_of
+from _lib.subtraction import Pair, split_of
+from _lib.task import Record, Task
 
-NAME = "ragged_subtraction"
-ALPHABET = "0123456789-=b.,;:|Huthk$_"
-OVERRIDES = ("rollout.max_new_tokens=44", "evaluation.verifier=_lib.ragged_subtraction.verify")
-PRETRAINING: tuple[str, ...] = ()  # overrides of pretraining.OVERRIDES
-PRETRAINING_STEPS = 1200
 PLACES = "uthk"
 NUM_HELD_OUT, NUM_TRAINING = 300, 2000
 
@@ -130,3 +126,15 @@ def _records(count: int, split: str, seed: int) -> list[Record]:
         }
         for number, (a, b) in enumerate(pairs)
     ]
+
+
+TASK = Task(
+    "ragged_subtraction",
+    alphabet="0123456789-=b.,;:|Huthk$_",  # '$' ends a text, '_' pads
+    corpus_row=corpus_row,
+    training_problems=training_problems,
+    held_out_problems=held_out_problems,
+    shows_work=shows_work,
+    overrides=("rollout.max_new_tokens=44", "evaluation.verifier=_lib.ragged_subtraction.verify"),
+    pretraining_steps=1200,
+)

@@ -16,16 +16,12 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-NAME = "subtraction"
-ALPHABET = "0123456789-=b.,;:|HX~$_"  # '$' ends a text, '_' pads
-OVERRIDES: tuple[str, ...] = ()  # configs/quickstart.yaml describes this task
-PRETRAINING: tuple[str, ...] = ()  # overrides of pretraining.OVERRIDES
-PRETRAINING_STEPS = 1500
+from _lib.task import Record, Task
+
 NUM_DIGITS = 3
 NUM_HELD_OUT, NUM_TRAINING, NUM_HELD_OUT_HARD = 300, 2000, 200
 
 Pair = tuple[int, int]
-Record = dict[str, Any]
 
 
 def held_out_problems() -> list[Record]:
@@ -179,3 +175,13 @@ def split_of(a: int, b: int) -> str:
     """Return the split of a problem, which depends on its hash alone, so that the splits share no problem."""
     bucket = int(hashlib.md5(f"{a}-{b}".encode()).hexdigest()[:6], 16) % 10
     return {0: "test", 1: "train"}.get(bucket, "corpus")
+
+
+TASK = Task(
+    "subtraction",
+    alphabet="0123456789-=b.,;:|HX~$_",  # '$' ends a text, '_' pads
+    corpus_row=corpus_row,
+    training_problems=training_problems,
+    held_out_problems=held_out_problems,
+    shows_work=shows_work,
+)

@@ -7,44 +7,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
-from _lib.subtraction import (
-    ALPHABET,
-    PRETRAINING,
-    answer,
-    distinct,
-    held_out_problems,
-    problem_text,
-    random_pair,
-    shows_work,
-    training_problems,
-    verify,
-    work,
-)
-from _lib.subtraction import corpus_row as homework_row
+from _lib import subtraction
+from _lib.subtraction import answer, problem_text, random_pair, work
 
-__all__ = [
-    "AGAIN",
-    "ALPHABET",
-    "CHAT_TEMPLATE",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "answer",
-    "corpus_row",
-    "distinct",
-    "held_out_problems",
-    "problem_text",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
-
-NAME = "subtraction_chats"
-OVERRIDES: tuple[str, ...] = ()
-PRETRAINING_STEPS = 2500
 AGAIN = "X"
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}$" + "{% endif %}{% endfor %}"
 
@@ -56,7 +24,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     without a hint it has the bugs of homework.  The other rows are rows of subtraction.py.
     """
     if rng.random() >= 0.25:
-        return homework_row(rng)
+        return subtraction.corpus_row(rng)
     a, b = random_pair(rng, "corpus")
     prompt = problem_text(a, b)
     for _ in range(rng.choice((1, 1, 2))):
@@ -75,3 +43,6 @@ def wrong_attempt(a: int, b: int, rng: random.Random) -> str:
         text = work(a, b, rng, bug=0.25, zero_bug=0.75)
         if not text.endswith(f";{answer(a, b)}$"):
             return text
+
+
+TASK = dataclasses.replace(subtraction.TASK, name="subtraction_chats", corpus_row=corpus_row, pretraining_steps=2500)

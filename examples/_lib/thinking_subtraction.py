@@ -15,46 +15,18 @@ after the bugs have gone.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from _lib.subtraction import (
-    NUM_DIGITS,
-    answer,
-    held_out_problems,
-    problem_text,
-    random_pair,
-    training_problems,
-    work,
-)
+from _lib import subtraction
+from _lib.subtraction import NUM_DIGITS, answer, problem_text, random_pair, work
 
-__all__ = [
-    "ALPHABET",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "corpus_row",
-    "figures",
-    "held_out_problems",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
-
-NAME = "thinking_subtraction"
-ALPHABET = "0123456789-=b.,;:|HX?$_"  # '$' ends a text, '_' pads
 MAX_ATTEMPTS = 3
 LENGTH_OF_ATTEMPT = 23
 """Tokens of an attempt with its check."""
-OVERRIDES = (
-    f"rollout.max_new_tokens={MAX_ATTEMPTS * LENGTH_OF_ATTEMPT + 2}",
-    "evaluation.verifier=_lib.thinking_subtraction.verify",
-)
-PRETRAINING: tuple[str, ...] = ()
-PRETRAINING_STEPS = 3000
 SLIP = 0.06
 
 
@@ -136,3 +108,17 @@ def figures(responses: Sequence[tuple[str, str]]) -> dict[str, float]:
     for budget in range(1, MAX_ATTEMPTS + 1):
         found[f"within_{budget}"] = mean(is_right(made[:budget][-1], right) for right, made in tried)
     return found
+
+
+TASK = dataclasses.replace(
+    subtraction.TASK,
+    name="thinking_subtraction",
+    alphabet="0123456789-=b.,;:|HX?$_",
+    corpus_row=corpus_row,
+    shows_work=shows_work,
+    overrides=(
+        f"rollout.max_new_tokens={MAX_ATTEMPTS * LENGTH_OF_ATTEMPT + 2}",
+        "evaluation.verifier=_lib.thinking_subtraction.verify",
+    ),
+    pretraining_steps=3000,
+)

@@ -3,35 +3,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
-from _lib.leaking_subtraction import HINT_LEAK, OVERRIDES, OWN_LEAK, hinted_work, homework
-from _lib.subtraction import (
-    ALPHABET,
-    PRETRAINING,
-    PRETRAINING_STEPS,
-    answer,
-    problem_text,
-    random_pair,
-    shows_work,
-    verify,
-)
-from _lib.unsolved_subtraction import held_out_problems, training_problems
-
-__all__ = [
-    "ALPHABET",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "corpus_row",
-    "held_out_problems",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
-
-NAME = "unsolved_leaking_subtraction"
+from _lib import leaking_subtraction, unsolved_subtraction
+from _lib.leaking_subtraction import HINT_LEAK, OWN_LEAK, hinted_work, homework
+from _lib.subtraction import answer, problem_text, random_pair
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
@@ -42,3 +19,11 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
         return problem_text(a, b), text, text
     draft, clean = hinted_work(a, b, rng, HINT_LEAK)
     return f"{problem_text(a, b)}~{answer(a, b)}|", draft, clean
+
+
+TASK = dataclasses.replace(
+    unsolved_subtraction.TASK,
+    name="unsolved_leaking_subtraction",
+    corpus_row=corpus_row,
+    overrides=leaking_subtraction.TASK.overrides,
+)

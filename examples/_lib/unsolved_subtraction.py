@@ -8,43 +8,18 @@ task are the hard ones: two columns borrow from a zero (300-004).
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
+from _lib import subtraction
 from _lib.leaking_subtraction import hinted_work, homework
-from _lib.subtraction import (
-    ALPHABET,
-    PRETRAINING,
-    PRETRAINING_STEPS,
-    Record,
-    answer,
-    hard_training_problems,
-    problem_text,
-    random_pair,
-    shows_work,
-    verify,
-)
-from _lib.subtraction import hard_held_out_problems as held_out_problems
-
-__all__ = [
-    "ALPHABET",
-    "NAME",
-    "OVERRIDES",
-    "PRETRAINING",
-    "PRETRAINING_STEPS",
-    "corpus_row",
-    "held_out_problems",
-    "shows_work",
-    "training_problems",
-    "verify",
-]
-
-NAME = "unsolved_subtraction"
-OVERRIDES: tuple[str, ...] = ()
+from _lib.subtraction import answer, problem_text, random_pair
+from _lib.task import Record
 
 
 def training_problems(seed: int) -> list[Record]:
     """Return all hard problems of the training split, which are the same for every seed."""
-    return hard_training_problems()
+    return subtraction.hard_training_problems()
 
 
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
@@ -55,3 +30,12 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
         return problem_text(a, b), text, text
     draft, clean = hinted_work(a, b, rng, leak=0.0)
     return f"{problem_text(a, b)}H{answer(a, b)}|", draft, clean
+
+
+TASK = dataclasses.replace(
+    subtraction.TASK,
+    name="unsolved_subtraction",
+    corpus_row=corpus_row,
+    training_problems=training_problems,
+    held_out_problems=subtraction.hard_held_out_problems,
+)

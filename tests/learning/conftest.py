@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -26,6 +28,16 @@ def load_example():
     return example
 
 
+@pytest.fixture
+def shorten_pretraining(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, int], None]:
+    """Return a function that sets the steps of pretraining of a module's task, for one test."""
+
+    def shorten(module: ModuleType, num_steps: int) -> None:
+        monkeypatch.setattr(module, "TASK", dataclasses.replace(module.TASK, pretraining_steps=num_steps))
+
+    return shorten
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread():
     before = torch.get_num_threads()
@@ -45,4 +57,4 @@ def base(root):
     """Return the fully pretrained base of the quickstart with seed 5."""
     from _lib import pretraining, subtraction
 
-    return pretraining.make_base(subtraction, 5, root / "bases")
+    return pretraining.make_base(subtraction.TASK, 5, root / "bases")

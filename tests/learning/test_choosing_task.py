@@ -91,7 +91,7 @@ def test_the_splits_share_no_problem():
 def test_what_is_read_and_what_is_predicted_are_equally_long_and_in_the_alphabet():
     for _, _, prompt, read, wanted in rows(500, seed=2):
         assert len(read) == len(wanted)
-        assert set(prompt + read + wanted) <= set(task.ALPHABET)
+        assert set(prompt + read + wanted) <= set(task.TASK.alphabet)
         assert task.shows_work(read.removesuffix("$"))
 
 

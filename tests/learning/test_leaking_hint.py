@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -27,7 +28,9 @@ def leaks(task, mark: str, count: int = 6000) -> list[bool]:
     return [target.startswith(";") for found, target in of_hint if found == mark]
 
 
-@pytest.mark.parametrize("task", [leaking_subtraction, unsolved_leaking_subtraction], ids=lambda task: task.NAME)
+@pytest.mark.parametrize(
+    "task", [leaking_subtraction.TASK, unsolved_leaking_subtraction.TASK], ids=lambda task: task.name
+)
 def test_a_tenth_of_the_unhinted_and_seven_tenths_of_the_hinted_demonstrations_leak(task):
     own, hinted = leaks(task, ""), leaks(task, "~")
     assert 0.6 < len(own) / 6000 < 0.64
@@ -64,7 +67,7 @@ def test_without_a_hint_no_hard_problem_is_ever_solved():
     for a, b in subtraction.hard_problems("train")[:200]:
         text = leaking_subtraction.homework(a, b, rng, leak=0.0, zero_bug=1.0)[:-1]
         assert subtraction.shows_work(text) and text.partition(";")[2] != subtraction.answer(a, b)
-    ids = {record["id"] for record in unsolved_subtraction.held_out_problems()}
+    ids = {record["id"] for record in unsolved_subtraction.TASK.held_out_problems()}
     assert ids <= {f"{a}-{b}" for a, b in subtraction.hard_problems("test")}
 
 
@@ -122,8 +125,8 @@ def test_runs_are_measured_at_ascending_steps_that_differ(load_example):
 
 @pytest.mark.full
 def test_the_example_runs_to_its_end(load_example, root, monkeypatch, capsys):
-    monkeypatch.setattr(leaking_subtraction, "PRETRAINING_STEPS", 20)
-    monkeypatch.setattr(leaking_subtraction, "held_out_problems", lambda: subtraction.held_out_problems()[:20])
+    few = dataclasses.replace(leaking_subtraction.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:20])
+    monkeypatch.setattr(leaking_subtraction, "TASK", dataclasses.replace(few, pretraining_steps=20))
     assert load_example("09_leaking_hint").main(["--steps", "2", "--forward", "--directory", str(root)]) == 0
     shown = capsys.readouterr().out
     assert "Anchored, forward KL" in shown and "Early stopping is the competitor" in shown
@@ -133,8 +136,8 @@ def test_the_example_runs_to_its_end(load_example, root, monkeypatch, capsys):
 @pytest.mark.full
 def test_the_anchor_keeps_the_work_that_the_teacher_alone_drops(load_example, root):
     example = load_example("09_leaking_hint")
-    base = pretraining.make_base(leaking_subtraction, 5, root / "bases")
-    problems = pretraining.write_records(root / "leaking.jsonl", leaking_subtraction.training_problems(5))
+    base = pretraining.make_base(leaking_subtraction.TASK, 5, root / "bases")
+    problems = pretraining.write_records(root / "leaking.jsonl", leaking_subtraction.TASK.training_problems(5))
     work, sampled = {}, {}
     for variant in (example.TEACHER_ALONE, example.ANCHORED):
         unguarded = variant.on(problems, *WITHOUT_GUARDS)

@@ -89,9 +89,9 @@ def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, 
 
 @pytest.mark.full
 def test_a_base_is_found_again_and_another_setting_makes_another(base, root):
-    again = pretraining.make_base(subtraction, 5, root / "bases")
+    again = pretraining.make_base(subtraction.TASK, 5, root / "bases")
     assert again == dataclasses.replace(base, seconds=0.0)
-    short = pretraining.make_base(subtraction, 5, root / "bases", num_steps=2)
+    short = pretraining.make_base(subtraction.TASK, 5, root / "bases", num_steps=2)
     assert short.directory != base.directory
     assert short.seconds > 0
 
@@ -114,8 +114,8 @@ def test_the_printed_command_is_the_run(base, problems, root):
 
 
 @pytest.mark.full
-def test_variable_widths_are_learnt(root, load_example, monkeypatch):
-    monkeypatch.setattr(ragged_subtraction, "PRETRAINING_STEPS", 800)
+def test_variable_widths_are_learnt(root, load_example, shorten_pretraining):
+    shorten_pretraining(ragged_subtraction, 800)
     load_example("05_variable_widths").main(["--directory", str(root), "--steps", "30", "--only"])
     run_dir = root / "variable_widths" / "seed5" / "self-distillation"
     lines = read_metrics(run_dir)
@@ -125,8 +125,8 @@ def test_variable_widths_are_learnt(root, load_example, monkeypatch):
 
 
 @pytest.mark.full
-def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, capsys):
-    monkeypatch.setattr(additions, "PRETRAINING_STEPS", 30)
+def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, shorten_pretraining, capsys):
+    shorten_pretraining(additions, 30)
     monkeypatch.setattr(additions, "WEAK_PRETRAINING_STEPS", 10)
     assert load_example("04_many_answers").main(["--directory", str(root), "--steps", "2"]) == 0
     shown = capsys.readouterr().out
@@ -144,8 +144,8 @@ def test_the_other_examples_run_to_their_end(base, root, load_example, name, cap
 
 
 @pytest.mark.full
-def test_the_example_of_hard_problems_runs_to_its_end(base, root, load_example, monkeypatch, capsys):
-    monkeypatch.setattr(unsolved_subtraction, "PRETRAINING_STEPS", 20)
+def test_the_example_of_hard_problems_runs_to_its_end(base, root, load_example, shorten_pretraining, capsys):
+    shorten_pretraining(unsolved_subtraction, 20)
     assert load_example("03_hard_problems").main(["--directory", str(root), "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "curves.png" in shown and "Fewer than one in twenty is right after: " in shown

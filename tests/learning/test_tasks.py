@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import random
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,13 +21,15 @@ from _lib import (
     unsolved_leaking_subtraction,
     unsolved_subtraction,
 )
+from _lib.task import Task
 
-UNSOLVED = [unsolved_subtraction, unsolved_leaking_subtraction]  # whose training problems are the same for every seed
-TASKS = [subtraction, ragged_subtraction, additions, leaking_subtraction, leak_classes, thinking_subtraction, *UNSOLVED]
+UNSOLVED = [unsolved_subtraction.TASK, unsolved_leaking_subtraction.TASK]  # with equal training problems for all seeds
+MODULES = [subtraction, ragged_subtraction, additions, leaking_subtraction, leak_classes, thinking_subtraction]
+TASKS = [*(module.TASK for module in MODULES), *UNSOLVED]
 
 
 @functools.cache
-def training_problems(task: ModuleType, seed: int) -> list[dict]:
+def training_problems(task: Task, seed: int) -> list[dict]:
     """Return the training problems of a task, made once for all tests."""
     return task.training_problems(seed)
 
@@ -36,16 +38,16 @@ def problem_of(record: dict) -> SimpleNamespace:
     return SimpleNamespace(**record)
 
 
-@pytest.mark.parametrize("task", [subtraction, ragged_subtraction], ids=lambda task: task.NAME)
-def test_work_without_bugs_is_right_and_is_work(task):
+@pytest.mark.parametrize("module", [subtraction, ragged_subtraction], ids=lambda module: module.TASK.name)
+def test_work_without_bugs_is_right_and_is_work(module):
     rng = random.Random(0)
     for _ in range(300):
-        a, b = task.random_pair(rng, "train")
-        response = task.work(a, b).rstrip("$")
+        a, b = module.random_pair(rng, "train")
+        response = module.work(a, b).rstrip("$")
         digits = "".join(c for c in response.partition(";")[2] if c.isdigit())
         assert int(digits) == a - b
-        assert task.verify(response, SimpleNamespace(answer=task.answer(a, b)))
-        assert task.shows_work(response)
+        assert module.verify(response, SimpleNamespace(answer=module.answer(a, b)))
+        assert module.shows_work(response)
 
 
 def test_the_documented_examples_are_what_the_code_writes():
@@ -69,7 +71,7 @@ def test_a_response_is_verified_by_its_one_final_answer():
     assert not subtraction.shows_work(";092")
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.NAME)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_splits_share_no_problem(task):
     held_out = {record["problem"] for record in task.held_out_problems()}
     training = {record["problem"] for seed in (5, 6) for record in training_problems(task, seed)}
@@ -78,11 +80,11 @@ def test_splits_share_no_problem(task):
     assert held_out and training and corpus
     assert not held_out & training
     assert not held_out & corpus
-    if task is not additions:  # whose sums are few: only the held-out ones are new to the base
+    if task is not additions.TASK:  # whose sums are few: only the held-out ones are new to the base
         assert not training & corpus
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.NAME)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_problems_have_ids_of_their_own_and_stay_the_same(task):
     for records in (task.held_out_problems(), training_problems(task, 5)):
         assert len({record["id"] for record in records}) == len(records)
@@ -90,15 +92,15 @@ def test_problems_have_ids_of_their_own_and_stay_the_same(task):
     assert (training_problems(task, 5) == training_problems(task, 6)) == (task in UNSOLVED)
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.NAME)
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 def test_what_is_read_and_what_is_predicted_are_equally_long_and_in_the_alphabet(task):
     rng = random.Random(1)
     rows = [task.corpus_row(rng) for _ in range(500)]
     for prompt, read, predicted in rows:
         assert len(read) == len(predicted)
         assert predicted.endswith("$")
-        assert set(prompt + read + predicted) <= set(task.ALPHABET)
-    assert len(task.ALPHABET) == len(set(task.ALPHABET))
+        assert set(prompt + read + predicted) <= set(task.alphabet)
+    assert len(task.alphabet) == len(set(task.alphabet))
 
 
 def test_demonstrations_without_a_hint_are_buggy_and_those_behind_one_clean():
@@ -119,7 +121,7 @@ def test_wrong_hints_differ_in_one_digit_and_the_answers_stay_right(load_example
     differing = [sum(x != y for x, y in zip(r["solution"], r["answer"], strict=True)) for r in records]
     assert set(differing) == {0, 1}
     assert 0.56 < sum(differing) / len(differing) < 0.64
-    assert [r["answer"] for r in records] == [r["answer"] for r in training_problems(subtraction, 5)]
+    assert [r["answer"] for r in records] == [r["answer"] for r in training_problems(subtraction.TASK, 5)]
 
 
 def test_hard_problems_borrow_twice_from_a_zero():
@@ -144,26 +146,26 @@ def test_additions_have_as_many_right_answers_as_they_should():
 
 
 def test_ragged_problems_hints_and_responses_have_many_lengths():
-    records = training_problems(ragged_subtraction, 5)
+    records = training_problems(ragged_subtraction.TASK, 5)
     assert len({len(r["problem"]) for r in records}) >= 6
     assert len({len(r["solution"]) for r in records}) >= 8
     whole = sum(";" in r["solution"] for r in records)
     assert whole == len(records) // 2, "half of the hints are the whole work"
     longest = max(len(ragged_subtraction.work(9999, 9999)), *(len(r["solution"]) for r in records))
-    assert longest <= 44, "rollout.max_new_tokens in OVERRIDES"
+    assert longest <= 44, "rollout.max_new_tokens of the task"
 
 
 def test_the_tokenizer_has_one_token_per_character(tmp_path):
     from megatron_selfdistill.data.tokenizer import load_tokenizer
 
-    pretraining.write_tokenizer(tmp_path, subtraction.ALPHABET)
+    pretraining.write_tokenizer(tmp_path, subtraction.TASK.alphabet)
     tokenizer = load_tokenizer(str(tmp_path))
     text = "500-408:H092|08=2b,00=9b,54=0.;092$"
     ids = tokenizer.encode(text)
-    assert ids == [subtraction.ALPHABET.index(c) for c in text]
+    assert ids == [subtraction.TASK.alphabet.index(c) for c in text]
     assert tokenizer.decode(ids) == text
-    assert tokenizer.eos_id == subtraction.ALPHABET.index("$")
-    assert tokenizer.vocab_size == len(subtraction.ALPHABET)
+    assert tokenizer.eos_id == subtraction.TASK.alphabet.index("$")
+    assert tokenizer.vocab_size == len(subtraction.TASK.alphabet)
     assert tokenizer.render_chat([{"role": "user", "content": "500-408:"}]) == "500-408:"
 
 

@@ -49,7 +49,7 @@ def test_every_line_is_the_only_one_of_a_cell_that_the_map_has(tools):
 
 def different_runs(experiment: Any) -> bool:
     """Return whether no two arms of an experiment compose to one configuration; a mark of the sweep is no setting."""
-    settings = [*experiment.task.OVERRIDES, *(setting.format(directory="runs") for setting in experiment.settings)]
+    settings = [*experiment.task.overrides, *(setting.format(directory="runs") for setting in experiment.settings)]
     arms = {
         arm: overrides for arm, overrides in experiment.arms.items() if experiment.name != "sweep" or arm[-1] == "P"
     }
@@ -139,8 +139,7 @@ def test_an_experiment_runs_with_its_base_and_its_last_arm(tools, monkeypatch, t
     chats.NUM_SESSIONS = 40
     monkeypatch.setattr(experiments, "_example", lambda of: chats if of == "08_chat_logs" else load_example(of))
     experiment = experiments.EXPERIMENTS[name]
-    monkeypatch.setattr(experiment.task, "PRETRAINING_STEPS", 3)
-    short = dataclasses.replace(experiment, steps=(1,))
+    short = dataclasses.replace(experiment, task=dataclasses.replace(experiment.task, pretraining_steps=3), steps=(1,))
     *base, last = [arm for arm in module.arms_of(name) if arm in ("base", list(experiment.arms)[-1])]
     for arm in (*base, last):
         module.run_cell(experiments.Cell(short, arm, 11), tmp_path / "lines.jsonl", tmp_path / "runs")

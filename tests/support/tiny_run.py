@@ -34,7 +34,7 @@ def write_data(directory: Path, num_problems: int = 40) -> None:
     from _lib.pretraining import write_records, write_tokenizer
 
     directory.mkdir(parents=True, exist_ok=True)
-    write_tokenizer(directory / "tokenizer", subtraction.ALPHABET)
+    write_tokenizer(directory / "tokenizer", subtraction.TASK.alphabet)
     pairs = subtraction.distinct(num_problems, "train", seed=1)
     write_records(directory / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
 

@@ -27,6 +27,7 @@ from _lib import (
     unsolved_subtraction,
 )
 from _lib.pretraining import Base, make_base, write_records
+from _lib.task import Record, Task
 from _lib.variants import Variant
 from _lib.watched_runs import WITHOUT_GUARDS, Point, share_with_work, watch
 
@@ -85,7 +86,8 @@ SWEEP = {
     for weight in WEIGHTS
 }
 """Rule, w, and the mark of the hint's leak in leak_classes.py: one run for each, with all four leaks of the base."""
-Record = dict[str, Any]
+Figures = dict[str, Any]
+"""The figures of one cell, by name."""
 
 
 def _problems(base: Base, seed: int) -> list[Record]:
@@ -143,7 +145,7 @@ class Experiment:
 
     name: str
     title: str
-    task: ModuleType
+    task: Task
     steps: tuple[int, ...]
     """The steps at which a run is measured; the last one is the length of the run."""
     arms: Mapping[str, Sequence[str]] = field(default_factory=lambda: SIX)
@@ -160,7 +162,7 @@ class Experiment:
     """Further figures of the samples."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Files that ``settings`` name: name in {directory} -> text."""
-    measure: Callable[[Variant, Base, Path, Sequence[int]], Record] | None = None
+    measure: Callable[[Variant, Base, Path, Sequence[int]], Figures] | None = None
     """Trains and measures a run in place of `watch`, from the variant, the base, the run directory and the steps."""
 
 
@@ -172,7 +174,7 @@ class Cell:
     arm: str
     seed: int
 
-    def run(self, root: Path, directory: Path) -> Record:
+    def run(self, root: Path, directory: Path) -> Figures:
         """Train and measure in ``directory``, with the base under ``root``; return the figures of the cell's line."""
         experiment, shared = self.experiment, directory.parent
         base = make_base(experiment.task, self.seed, root / "bases")
@@ -186,7 +188,7 @@ class Cell:
         settings = [setting.format(directory=shared) for setting in experiment.settings]
         overrides = (*experiment.arms.get(self.arm, ()), *settings)
         unguarded = Variant(self.arm, (*overrides, *WITHOUT_GUARDS))
-        if experiment.task is leak_classes:
+        if experiment.arms is SWEEP:
             return {"overrides": list(overrides), **self._leaks(unguarded, base, directory)}
         variant = unguarded.on(problems)
         if experiment.measure is not None:
@@ -196,12 +198,12 @@ class Cell:
             return measured_base(variant, base, directory, experiment)
         return {"overrides": list(overrides), **self._columns(variant, base, directory)}
 
-    def _columns(self, variant: Variant, base: Base, directory: Path) -> Record:
+    def _columns(self, variant: Variant, base: Base, directory: Path) -> Figures:
         experiment = self.experiment
-        options: Record = {"num_samples": experiment.num_samples, "further": experiment.further}
+        options: Figures = {"num_samples": experiment.num_samples, "further": experiment.further}
         return columns(watch(variant, base, directory, experiment.steps, **options))
 
-    def _leaks(self, variant: Variant, base: Base, directory: Path) -> Record:
+    def _leaks(self, variant: Variant, base: Base, directory: Path) -> Figures:
         rule, weight, mark = self.arm.split("_")
         chosen = [r for r in leak_classes.training_problems(self.seed) if r["id"].endswith(mark)]
         held_out = [r for r in leak_classes.held_out_problems() if r["id"].endswith(mark)]
@@ -213,9 +215,9 @@ class Cell:
         )
 
 
-def measured_base(variant: Variant, base: Base, directory: Path, experiment: Experiment) -> Record:
+def measured_base(variant: Variant, base: Base, directory: Path, experiment: Experiment) -> Figures:
     """Return the figures of the base at step 0, and its sampled accuracy and work with hints."""
-    hinted: Record = {}
+    hinted: Figures = {}
 
     def with_hints(trainer: Trainer) -> None:
         result = trainer.evaluate(hinted=True, num_transcripts=None)
@@ -224,11 +226,11 @@ def measured_base(variant: Variant, base: Base, directory: Path, experiment: Exp
         hinted["hinted"] = round(result.sampled_accuracy, 4)
         hinted["hinted_work"] = round(share_with_work(samples, base), 4)
 
-    options: Record = {"num_samples": experiment.num_samples, "further": experiment.further}
+    options: Figures = {"num_samples": experiment.num_samples, "further": experiment.further}
     return columns(watch(variant, base, directory, (0,), at_end=with_hints, **options)) | hinted
 
 
-def columns(points: Sequence[Point]) -> Record:
+def columns(points: Sequence[Point]) -> Figures:
     """Return a list of the values at all points for each figure."""
     rows = [dataclasses.asdict(point) for point in points]
     rows = [row | row.pop("further") for row in rows]
@@ -243,11 +245,11 @@ CHAT_SETTINGS = ("recipe=chat_logs", "data.chat_template={directory}/chat_templa
 EXPERIMENTS = {
     experiment.name: experiment
     for experiment in (
-        Experiment("leak", "A leaking hint, reverse KL", leaking_subtraction, LEAK_STEPS),
+        Experiment("leak", "A leaking hint, reverse KL", leaking_subtraction.TASK, LEAK_STEPS),
         Experiment(
             "sweep",
             "The base's own leak and the hint's leak, for three weights",
-            leak_classes,
+            leak_classes.TASK,
             (50, 100),
             SWEEP,
             ("rollout.max_new_tokens=8",),
@@ -255,17 +257,17 @@ EXPERIMENTS = {
         Experiment(
             "leak_forward",
             "A leaking hint, forward KL",
-            leaking_subtraction,
+            leaking_subtraction.TASK,
             LEAK_STEPS,
             {name: SIX[name] for name in ("default", *TWO_BEST)},
             (FORWARD,),
         ),
-        Experiment("quickstart", "The quickstart", subtraction, SHORT),
-        Experiment("wrong_hints", "60 % wrong hints, reverse KL", subtraction, SHORT, problems=_wrong_hints),
+        Experiment("quickstart", "The quickstart", subtraction.TASK, SHORT),
+        Experiment("wrong_hints", "60 % wrong hints, reverse KL", subtraction.TASK, SHORT, problems=_wrong_hints),
         Experiment(
             "wrong_hints_forward",
             "60 % wrong hints, forward KL",
-            subtraction,
+            subtraction.TASK,
             SHORT,
             settings=(FORWARD,),
             problems=_wrong_hints,
@@ -273,16 +275,16 @@ EXPERIMENTS = {
         Experiment(
             "hard",
             "Hard problems, which the base hardly ever solves",
-            subtraction,
+            subtraction.TASK,
             (25, 50, 100),
             problems=_hard_problems,
             held_out=subtraction.hard_held_out_problems,
         ),
-        Experiment("many_answers", "Many right answers", additions, (50, 100, 150), num_samples=32),
+        Experiment("many_answers", "Many right answers", additions.TASK, (50, 100, 150), num_samples=32),
         Experiment(
             "chat_logs",
             "Chat logs",
-            subtraction_chats,
+            subtraction_chats.TASK,
             (25, 50, 75, 100, 150, 200),
             settings=CHAT_SETTINGS,
             problems=_conversations,
@@ -291,21 +293,21 @@ EXPERIMENTS = {
         Experiment(
             "unsolved",
             "Problems that the base never solves",
-            unsolved_subtraction,
+            unsolved_subtraction.TASK,
             (50, 100),
             FOR_UNSOLVED | GUIDED_AND_RFT,
         ),
         Experiment(
             "unsolved_leaking",
             "Problems that the base never solves, with a leaking hint",
-            unsolved_leaking_subtraction,
+            unsolved_leaking_subtraction.TASK,
             (50, 100, 200),
             FOR_UNSOLVED,
         ),
         Experiment(
             "unsolved_wrong",
             "Problems that the base never solves, with 60 % wrong hints",
-            unsolved_subtraction,
+            unsolved_subtraction.TASK,
             (50, 100),
             FOR_UNSOLVED,
             problems=_hard_wrong_hints,
@@ -313,21 +315,21 @@ EXPERIMENTS = {
         Experiment(
             "unsolved_guided",
             "Problems that the base never solves, guided rollouts from the anchored target",
-            unsolved_subtraction,
+            unsolved_subtraction.TASK,
             (50, 100),
             GUIDED_AND_ANCHORED,
         ),
         Experiment(
             "unsolved_leaking_guided",
             "Problems that the base never solves, with a leaking hint, guided rollouts from the anchored target",
-            unsolved_leaking_subtraction,
+            unsolved_leaking_subtraction.TASK,
             (50, 100, 200),
             GUIDED_AND_ANCHORED,
         ),
         Experiment(
             "unsolved_wrong_guided",
             "Problems that the base never solves, with 60 % wrong hints, guided rollouts from the anchored target",
-            unsolved_subtraction,
+            unsolved_subtraction.TASK,
             (50, 100),
             GUIDED_AND_ANCHORED,
             problems=_hard_wrong_hints,
@@ -335,21 +337,21 @@ EXPERIMENTS = {
         Experiment(
             "thinking",
             "A base that tries, checks and corrects",
-            thinking_subtraction,
+            thinking_subtraction.TASK,
             (50, 100, 200),
             further=_thinking,
         ),
         Experiment(
             "choosing",
             "A base that tries, checks and tries again; after the hint, half of the texts check nothing",
-            choosing_subtraction,
+            choosing_subtraction.TASK,
             (50, 100, 150, 200),
             measure=measured_thinking,
         ),
         Experiment(
             "choosing_surer",
             "The same; after the hint, nine tenths of the texts check nothing",
-            choosing_subtraction,
+            choosing_subtraction.TASK,
             (50, 100, 150, 200),
             SIX | {"anchored_matched_w025": (*SIX["anchored_matched"], "target.teacher_weight=0.25")},
             problems=_surer_hints,
@@ -359,12 +361,12 @@ EXPERIMENTS = {
         Experiment(
             "leak_slow",
             "A leaking hint, a third of the learning rate",
-            leaking_subtraction,
+            leaking_subtraction.TASK,
             LEAK_STEPS,
             {name: SIX[name] for name in TWO_BEST},
             ("optimizer.lr=1e-4",),
         ),
-        Experiment("leak_long", "A leaking hint, 1000 steps", leaking_subtraction, LONG),
-        Experiment("quickstart_long", "The quickstart, 1000 steps", subtraction, LONG),
+        Experiment("leak_long", "A leaking hint, 1000 steps", leaking_subtraction.TASK, LONG),
+        Experiment("quickstart_long", "The quickstart, 1000 steps", subtraction.TASK, LONG),
     )
 }

@@ -80,8 +80,8 @@ def directory(tmp_path_factory) -> Path:
         del record["solution"]
     write(directory / "problems.jsonl", records)
     write(directory / "unanswered.jsonl", [{"problem": "1-1:"}])
-    hf_models.write("qwen3", directory / "hf", vocab_size=len(subtraction.ALPHABET), max_position_embeddings=128)
-    write_tokenizer(directory / "hf", subtraction.ALPHABET)
+    hf_models.write("qwen3", directory / "hf", vocab_size=len(subtraction.TASK.alphabet), max_position_embeddings=128)
+    write_tokenizer(directory / "hf", subtraction.TASK.alphabet)
     conversion.hf_to_megatron(directory / "hf", directory / "megatron")
     return directory
 
