@@ -57,13 +57,14 @@ def watch(
     *,
     num_samples: int = 2,
     further: Further | None = None,
+    before_step: Callable[[Trainer, int], None] | None = None,
     at_end: Callable[[Trainer], None] | None = None,
 ) -> list[Point]:
     """Train ``variant`` from ``base`` in a new ``run_dir`` and return its points at ``steps``, which ascend.
 
     The run has as many steps as the last of ``steps``.  ``num_samples`` is the number of sampled responses per problem.
-    ``further`` returns further figures of the samples.  ``at_end`` receives the trainer of the last step, before the
-    trainer closes.
+    ``further`` returns further figures of the samples.  ``before_step`` receives the trainer and the number of steps
+    that are done, before each step.  ``at_end`` receives the trainer of the last step, before the trainer closes.
     Raises: `RunUnhealthy` where a guard stops the run.
     """
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -77,6 +78,8 @@ def watch(
                     point(step, trainer.evaluate(num_transcripts=None), recent(entropies, trainer), base, further)
                 )
             if step < steps[-1]:
+                if before_step is not None:
+                    before_step(trainer, step)
                 entropies.append(train_one_step(trainer))
         if at_end is not None:
             at_end(trainer)

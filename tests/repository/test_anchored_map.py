@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,10 +118,12 @@ def test_a_cell_of_the_sweep_trains_and_measures_one_mark_only(tools, monkeypatc
 EXPERIMENTS = (
     "leak sweep leak_forward quickstart wrong_hints wrong_hints_forward hard many_answers chat_logs unsolved "
     "unsolved_leaking unsolved_wrong unsolved_guided unsolved_leaking_guided unsolved_wrong_guided thinking choosing "
-    "choosing_surer leak_slow leak_long quickstart_long"
+    "choosing_surer leak_slow leak_refreshed leak_long quickstart_long"
 ).split()
 # One experiment for each task and each kind of measurement; the others differ in their overrides, which are composed.
-DIFFERENT = "leak sweep wrong_hints many_answers chat_logs unsolved_leaking_guided thinking choosing".split()
+DIFFERENT = (
+    "leak sweep wrong_hints many_answers chat_logs unsolved_leaking_guided thinking choosing leak_refreshed".split()
+)
 
 
 def test_the_experiments_are_those_that_the_tests_know(tools):
@@ -146,6 +148,21 @@ def test_an_experiment_runs_with_its_base_and_its_last_arm(tools, monkeypatch, t
     line = module.read_lines(tmp_path / "lines.jsonl")[-1]
     assert line["arm"] == last and line["step"] == [1]
     assert set(line["leak"][0]) == {"AS", "BS", "CS", "DS"} if name == "sweep" else 0 <= line["sampled"][0] <= 1
+
+
+def test_an_anchor_follows_every_hundred_steps_or_as_an_average(tools):
+    module, calls = tools("refreshed_anchors"), []
+    frozen = SimpleNamespace(weights="frozen", copy_student=lambda: calls.append(step))
+    learner = SimpleNamespace(teacher=frozen, reference=frozen)
+    for step in range(2 * module.EVERY + 1):
+        module.refresh(SimpleNamespace(learner=learner), step)
+    assert calls == [module.EVERY, 2 * module.EVERY]
+    averaged, first = SimpleNamespace(weights="ema"), object()
+    learner = SimpleNamespace(teacher=averaged, reference=first)
+    module.follow_average(SimpleNamespace(learner=learner), 1)
+    assert learner.reference is first, "the trainer has built a frozen copy, which a later step would go back to"
+    module.follow_average(SimpleNamespace(learner=learner), 0)
+    assert learner.reference is averaged
 
 
 def entropy(logit: float) -> float:

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from leak_sweep import measured_leaks
+from refreshed_anchors import AVERAGED, EVERY, watch_refreshed
 from thinking_forks import measured_thinking
 
 from _lib import (
@@ -137,6 +138,10 @@ def _example(name: str) -> ModuleType:
 def _thinking(samples: Sequence[Transcript]) -> Mapping[str, float]:
     answers = [subtraction.answer(*map(int, sample.problem_id.split("-"))) for sample in samples]
     return thinking_subtraction.figures([(a, s.response) for a, s in zip(answers, samples, strict=True)])
+
+
+def _refreshed(variant: Variant, base: Base, run_dir: Path, steps: Sequence[int]) -> Figures:
+    return columns(watch_refreshed(variant, base, run_dir, steps, num_samples=2))
 
 
 @dataclass(frozen=True)
@@ -365,6 +370,15 @@ EXPERIMENTS = {
             LEAK_STEPS,
             {name: SIX[name] for name in TWO_BEST},
             ("optimizer.lr=1e-4",),
+        ),
+        Experiment(
+            "leak_refreshed",
+            f"A leaking hint, an anchor that follows: every {EVERY} steps, or as an average",
+            leaking_subtraction.TASK,
+            LEAK_STEPS,
+            {f"{name}_refreshed": SIX[name] for name in TWO_BEST}
+            | {f"{name}_averaged": (*SIX[name], *AVERAGED) for name in TWO_BEST},
+            measure=_refreshed,
         ),
         Experiment("leak_long", "A leaking hint, 1000 steps", leaking_subtraction.TASK, LONG),
         Experiment("quickstart_long", "The quickstart, 1000 steps", subtraction.TASK, LONG),
