@@ -105,11 +105,21 @@ def run(
     *,
     backend: str = "triton",
     vocab: VocabShard | None = None,
+    reference_entropy: Tensor | None = None,
 ) -> tuple[TokenStats, Tensor]:
     """Return the statistics and the gradient of the student's logits, under different weights of the tokens."""
     leaf = student.clone(memory_format=torch.preserve_format).requires_grad_()
     vocab = vocab or VocabShard(0, student.shape[1], student.shape[1])
-    stats = distillation_loss(leaf, teacher, tokens, target=target, divergence=kind, vocab=vocab, backend=backend)
+    stats = distillation_loss(
+        leaf,
+        teacher,
+        tokens,
+        target=target,
+        divergence=kind,
+        vocab=vocab,
+        reference_entropy=reference_entropy,
+        backend=backend,
+    )
     (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()
     stats.loss = stats.loss.detach()
     assert leaf.grad is not None

@@ -373,13 +373,16 @@ def test_the_solving_kernels_equal_the_solver_in_pytorch(rule: str, forward_kl: 
             torch.testing.assert_close(a, b, **tolerances, msg=lambda m, f=field: f"{f.name}: {m}")
 
 
-def test_solve_target_finds_what_the_loss_finds_bit_for_bit() -> None:
+@pytest.mark.parametrize("anchored", after(1, [False, True]))
+def test_solve_target_finds_what_the_loss_finds_bit_for_bit(anchored: bool) -> None:
+    """With a reference, the second logits are the mix already, and the entropy to match is given."""
     student, teacher, tokens = (values[:3] for values in logits(8, 333))
-    vocab = VocabShard(0, 333, 333)
-    solution = solve_target(student, teacher, Target(), vocab, backend="triton")
-    stats, _ = run(student, teacher, tokens, Target(), Divergence())
+    vocab, target = VocabShard(0, 333, 333), Target(anchor="reference" if anchored else "student")
+    entropy = vocab_entropy(logits(8, 333, seed=1)[0][:3], vocab, backend="triton") if anchored else None
+    solution = solve_target(student, teacher, target, vocab, reference_entropy=entropy, backend="triton")
+    stats, _ = run(student, teacher, tokens, target, Divergence(), reference_entropy=entropy)
     assert torch.equal(solution.beta.float(), stats.beta)
-    mix = student.double() + 0.75 * teacher.double()
+    mix = 1.75 * teacher.double() if anchored else student.double() + 0.75 * teacher.double()
     log_q = solution.beta[:, None] * mix - solution.log_normaliser[:, None]
     torch.testing.assert_close(log_q.exp().sum(1), torch.ones(3, device=DEVICE).double(), rtol=0, atol=3e-6)
 
