@@ -161,9 +161,9 @@ class Learner:
     ) -> schedule.StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
-        ``measure_teacher``: whether the step takes the `TokenMeasures`, which cost a projection of every model, and
-        with a reference computes the statistics of the teacher alone, which cost two more projections; without a
-        reference the statistics always include the teacher.
+        ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference include the numbers of
+        the teacher and cost a projection of teacher and reference; without a reference the statistics always include
+        the teacher.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         for chunk in self.chunks:
@@ -199,7 +199,7 @@ class Learner:
         same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
         anchor = "reference" if self.config.is_anchored else "student"
         target = Target(teacher_weight=self.config.target.teacher_weight, anchor=anchor)
-        loss, reference = self._distillation_loss(target), self._reference(target, self.chunks, True)
+        loss, reference = self._distillation_loss(target), self._reference(target, self.chunks, False)
         output = self._schedule(self.pack(same), self.chunks, loss, reference=reference, forward_only=True)
         return step_metrics(output, None, self.grid)["loss/mean"]
 
@@ -274,7 +274,7 @@ class Learner:
         return Reference(
             target,
             chunks,
-            self._distillation_loss(Target("teacher_alone")) if measure_teacher else None,
+            measure_teacher,
             self.config.loss.fused_chunk_tokens,
             self.config.loss.backend,
         )

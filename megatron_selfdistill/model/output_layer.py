@@ -24,7 +24,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.divergence import Divergence, split_divergence
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import Observer, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.forward import states_at
 
@@ -99,6 +99,7 @@ class FusedLoss:
         reference: tuple[GPTModel, Tensor] | None = None,
         teacher_weights: Tensor | None = None,
         guided: tuple[int, Divergence] | None = None,
+        observe: Observer | None = None,
     ) -> TokenStats:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
@@ -106,7 +107,7 @@ class FusedLoss:
         ``student``, ``teacher``: the models of the last stage, one object where the current weights teach.
         ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
         the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.  ``guided``: the number of tokens
-        at the end with another divergence, and this divergence.
+        at the end with another divergence, and this divergence.  ``observe``: as for `fused_distillation_loss`.
         Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
         positions are gathered, and their gradient is reduce-scattered.
         """
@@ -129,6 +130,7 @@ class FusedLoss:
             mode=self.fusion.mode,
             gather_indices=positions.gathered,
             weight_gradient=MainGrad.of(weight, student.output_layer),
+            observe=observe,
             backend=self.backend,
         )
 

@@ -17,8 +17,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import project
-from megatron_selfdistill.model.output_layer import FusedLoss, nonlinear
-from megatron_selfdistill.pipeline.token_losses import TokenLoss
+from megatron_selfdistill.model.output_layer import nonlinear
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Reference:
     """The target, which is anchored to a reference."""
     chunks: Sequence[torch.nn.Module]
     """The reference's chunks on this rank, cut like the student's; the teacher's own where one copy serves as both."""
-    teacher_alone: TokenLoss | FusedLoss | None = None
-    """A loss under the rule teacher_alone, whose statistics describe the teacher; None on steps that do not measure
-    the teacher."""
+    measures_teacher: bool | None = None
+    """Whether a step with a `TokenMeasurement` also measures the teacher, whose own logits the loss does not see; None
+    is no."""
     chunk_tokens: int = 4096
     """The number of tokens whose logits of the reference exist at a time."""
     backend: str | None = None

@@ -12,7 +12,8 @@ computed; a fused output layer does both in one piece (model/output_layer.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.router_losses import router_losses_per_weighted_microbatch
 from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenLoss, TokenWeights
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement, TokenMeasures
+from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
 
 class NoResponseTokens(RuntimeError):
@@ -224,86 +225,56 @@ class _Step:
     def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
         """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
         kept = KeptStates() if self.bank is None else self.bank.take(index, model.config.params_dtype)
-        alone = None
-        if self.reference is not None and self.reference.teacher_alone is not None:
-            with torch.no_grad():
-                own = KeptStates(teacher=kept.teacher)
-                alone = self._loss_of(self.reference.teacher_alone, model, hidden, own, microbatch)
-        extra: dict[str, Any] = {}
-        if (weights := self._teacher_weights(microbatch)) is not None:
-            extra["teacher_weights"] = weights
-        if self.guided.divergence is not None:
-            extra["guided"] = (microbatch.num_guided, self.guided.divergence)
-        stats = self._loss_of(self.token_loss, model, hidden, kept, microbatch, **extra)
-        if self.measurement is not None:
-            self.measures.append(self._measures(self.measurement, model, hidden, kept, microbatch, stats.beta))
-        if alone is None:
-            return stats
-        return replace(
-            stats,
-            teacher_entropy=alone.teacher_entropy,
-            teacher_log_prob=alone.teacher_log_prob,
-            top1_agreement=alone.top1_agreement,
-        )
-
-    def _loss_of(
-        self,
-        token_loss: TokenLoss | FusedLoss,
-        model: GPTModel,
-        hidden: Tensor,
-        kept: KeptStates,
-        microbatch: StudentMicrobatch,
-        **extra: Any,
-    ) -> TokenStats:
-        """Return ``token_loss`` of the student's ``hidden`` and of the states that were ``kept`` for its tokens."""
         positions, tokens, (block, apart) = microbatch.positions, microbatch.response_tokens, kept.of_target()
+        weights = self._teacher_weights(microbatch)
+        options: dict[str, Any] = {}
+        if weights is not None:
+            options["teacher_weights"] = weights
+        if self.guided.divergence is not None:
+            options["guided"] = (microbatch.num_guided, self.guided.divergence)
         if kept.reference_entropy is not None:
-            extra["reference_entropy"] = kept.reference_entropy
-        if isinstance(token_loss, FusedLoss):
+            options["reference_entropy"] = kept.reference_entropy
+        measuring = None
+        if self.measurement is not None:
+            own_logits = partial(self._own_logits, kept)
+            measuring = MeasuringObserver(self.measurement, self.vocab, tokens, own_logits, weights)
+            options["observe"] = measuring
+        if isinstance(self.token_loss, FusedLoss):
             if block is None:
                 raise ValueError("a fused distillation loss needs a teacher, got none")
             if apart is not None:
                 assert self.reference is not None
-                extra["reference"] = self.reference.last, apart
+                options["reference"] = self.reference.last, apart
             teacher = unwrapped(self.teacher[-1])
-            return token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **extra)
-        weights = extra.get("teacher_weights")
-        teacher_logits = None if block is None else self._target_logits(block, apart, weights)
-        student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
-        return token_loss(student_logits, teacher_logits, tokens, self.vocab, **extra)
+            stats = self.token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **options)
+        else:
+            teacher_logits = None if block is None else self._target_logits(block, apart, weights)
+            student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
+            stats = self.token_loss(student_logits, teacher_logits, tokens, self.vocab, **options)
+        if measuring is None:
+            return stats
+        self.measures.append(TokenMeasures.concatenate(measuring.parts))
+        return self.measures[-1].with_teacher(stats)
+
+    def _own_logits(self, kept: KeptStates, tokens: slice) -> OwnLogits:
+        """Return the logits of teacher and reference of some of the tokens, where the step measures them."""
+        if self.reference is None or kept.reference is None:
+            return OwnLogits()
+        reference = project(self.reference.last, self._bank.at_full_width(kept.reference[tokens]))
+        if kept.teacher is None or not self.reference.measures_teacher:
+            return OwnLogits(reference=reference)
+        return OwnLogits(self._target_logits(kept.teacher[tokens]), reference)
 
     @torch.no_grad()
-    def _target_logits(self, block: Tensor, reference_block: Tensor | None, teacher_weights: Tensor | None) -> Tensor:
+    def _target_logits(
+        self, block: Tensor, reference_block: Tensor | None = None, teacher_weights: Tensor | None = None
+    ) -> Tensor:
         """Return the logits [R, v / tp] of ``block``, the states of teacher or mix, with the reference mixed in."""
         logits = project(unwrapped(self.teacher[-1]), self._bank.at_full_width(block))
         if reference_block is not None:
             assert self.reference is not None
             self.reference.mix_into(logits, self._bank.at_full_width(reference_block), teacher_weights)
         return logits
-
-    @torch.no_grad()
-    def _measures(
-        self,
-        measurement: TokenMeasurement,
-        model: GPTModel,
-        hidden: Tensor,
-        kept: KeptStates,
-        microbatch: StudentMicrobatch,
-        beta: Tensor,
-    ) -> TokenMeasures:
-        """Return the measures of the microbatch's response tokens; the arguments are those of `_loss_of`."""
-        states, (block, apart) = states_at(hidden, microbatch.positions.in_sequence, self.grid), kept.of_target()
-        weights = self._teacher_weights(microbatch)
-        assert block is not None, "a measurement needs a teacher"
-
-        def logits_of(tokens: slice) -> list[Tensor]:
-            parts = [None if values is None else values[tokens] for values in (apart, weights)]
-            logits = [project(model, states[tokens]), self._target_logits(block[tokens], *parts)]
-            if self.reference is not None and kept.reference is not None:
-                logits.append(project(self.reference.last, self._bank.at_full_width(kept.reference[tokens])))
-            return logits
-
-        return measurement.measures(beta, logits_of, self.vocab, weights)
 
     @property
     def _bank(self) -> TeacherHiddenStates:
@@ -331,7 +302,7 @@ class _Step:
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
                 mix_weight=weight if reference.mixes_states(teacher) else None,
-                keep_teacher=reference.teacher_alone is not None,
+                keep_teacher=self.measurement is not None and bool(reference.measures_teacher),
                 keep_reference=self.measurement is not None,
             )
 
@@ -380,7 +351,7 @@ class _Step:
             response_ids=torch.cat(self.ids),
             stats=stats,
             weights=torch.cat(self.weights) if self.weights else None,
-            measures_teacher=self.reference is None or self.reference.teacher_alone is not None,
+            measures_teacher=self.reference is None or (measures is not None and measures.has_teacher),
             measures=measures,
             anchor_entropy=anchor_entropy,
         )

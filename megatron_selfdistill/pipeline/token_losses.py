@@ -13,7 +13,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_selfdistill.loss.divergence import Divergence, split_divergence
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import Observer, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.pipeline.device_batch import StudentMicrobatch
@@ -22,7 +22,8 @@ TokenLoss = Callable[..., TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient.
 
 With a reference whose entropy the target matches, the loss also takes ``reference_entropy [R]``; with `GuidedTokens`
-``teacher_weights [R]`` and ``guided`` = (n, the divergence of the last n tokens).
+``teacher_weights [R]`` and ``guided`` = (n, the divergence of the last n tokens); with a `TokenMeasurement`
+``observe``, the `Observer` of the logits.
 """
 TokenWeights = Callable[[Tensor, Tensor], Tensor]
 """(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, as constants.
@@ -76,9 +77,10 @@ def self_distillation(
         reference_entropy: Tensor | None = None,
         teacher_weights: Tensor | None = None,
         guided: tuple[int, Divergence] | None = None,
+        observe: Observer | None = None,
     ) -> TokenStats:
         assert teacher is not None
-        return distillation_loss(
+        stats = distillation_loss(
             student,
             teacher,
             response_tokens,
@@ -90,6 +92,9 @@ def self_distillation(
             inplace_backward=True,
             backend=backend,
         )
+        if observe is not None:
+            observe(slice(0, len(response_tokens)), student, teacher, stats)
+        return stats
 
     return loss
 

@@ -1,47 +1,75 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The numbers of response tokens that the loss does not need, and that only some steps measure.
 
-They need the logits of student, target and reference at the same time.  After the loss of a student microbatch, the
-last stage projects the hidden states of all three once more, a few tokens at a time; the loss and its gradient do not
-change.
+They are taken from the logits that the loss reads, a few tokens at a time, between its forward pass and its gradient.
+With a reference these are the logits of the student and of the mix, so the states of teacher and reference are
+projected, too.  The loss and its gradient do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.rare_mass import mass_on_rare
 from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
 
 CHUNK_TOKENS = 512
-"""The largest number of tokens whose logits, of up to three models, exist at a time."""
+"""The largest number of tokens whose logits of teacher and reference exist at a time, besides those of the loss."""
+_OF_TEACHER = ("teacher_entropy", "teacher_log_prob", "top1_agreement")
+
+
+class OwnLogits(NamedTuple):
+    """The logits of the models that a target with a reference mixes, ``[n, v / tp]`` each; None is not measured."""
+
+    teacher: Tensor | None = None
+    reference: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """The measures of R response tokens, [R] float64 each, equal on all tensor-parallel ranks."""
+    """The measures of R response tokens, [R] each, equal on all tensor-parallel ranks."""
 
     mass_on_rare_student: Tensor
-    """The target's mass on tokens that are rare for the student, see `mass_on_rare`."""
-    mass_on_rare_reference: Tensor | None
+    """The target's mass on tokens that are rare for the student, see `mass_on_rare`; float64."""
+    mass_on_rare_reference: Tensor | None = None
     """The same for the reference; None without a reference."""
-    reference_entropy: Tensor | None
-    """The entropy of the reference in nats; None without a reference, and where the loss takes it anyway."""
+    reference_entropy: Tensor | None = None
+    """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
+    teacher_entropy: Tensor | None = None
+    """The entropy of the teacher in nats; None without a reference, where the loss takes it, and where the step does
+    not measure the teacher."""
+    teacher_log_prob: Tensor | None = None
+    """The teacher's log-prob of the response token in nats; None where ``teacher_entropy`` is None."""
+    top1_agreement: Tensor | None = None
+    """Whether student and teacher have the same argmax, bool; None where ``teacher_entropy`` is None."""
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenMeasures]) -> TokenMeasures:
         """Return the measures of the tokens of all parts, at least one, in their order."""
-        return cls(
-            torch.cat([part.mass_on_rare_student for part in parts]),
-            _joined(part.mass_on_rare_reference for part in parts),
-            _joined(part.reference_entropy for part in parts),
-        )
+        joined: dict[str, Any] = {}
+        for field_name in (f.name for f in fields(cls)):
+            values = [getattr(part, field_name) for part in parts]
+            joined[field_name] = None if values[0] is None else torch.cat(values)
+        return cls(**joined)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the numbers that describe the teacher are measured."""
+        return self.teacher_entropy is not None
+
+    def with_teacher(self, stats: TokenStats) -> TokenStats:
+        """Return ``stats`` with the numbers that describe the teacher, where they are measured."""
+        if not self.has_teacher:
+            return stats
+        return replace(stats, **{name: getattr(self, name) for name in _OF_TEACHER})
 
 
 @dataclass(frozen=True)
@@ -51,48 +79,71 @@ class TokenMeasurement:
     target: Target
     """The target of the step's loss, which has a teacher."""
     chunk_tokens: int = CHUNK_TOKENS
-    """The largest number of tokens whose logits exist at a time."""
+    """The largest number of tokens whose logits of teacher and reference exist at a time."""
     backend: str | None = None
-    """The backend that computes the reference's entropy, as for `distillation_loss`."""
+    """The backend that computes the entropy of the reference and the numbers of the teacher."""
+
+
+@dataclass
+class MeasuringObserver:
+    """The `Observer` of the loss of R tokens that measures each chunk, a few tokens at a time."""
+
+    measurement: TokenMeasurement
+    """The choice of what is measured."""
+    vocab: VocabShard
+    """The columns of all logits on this rank."""
+    response_tokens: Tensor
+    """The response tokens [R] int64."""
+    own_logits: Callable[[slice], OwnLogits]
+    """The function that projects the states of teacher and reference of a slice of the R tokens."""
+    teacher_weights: Tensor | None = None
+    """The w of each token [R]; None is the target's."""
+    parts: list[TokenMeasures] = field(default_factory=list)
+    """The measures so far, in the order of the tokens."""
 
     @torch.no_grad()
-    def measures(
-        self,
-        beta: Tensor,
-        logits_of: Callable[[slice], Sequence[Tensor]],
-        vocab: VocabShard,
-        teacher_weights: Tensor | None = None,
-    ) -> TokenMeasures:
-        """Return the measures of R tokens.
+    def __call__(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, stats: TokenStats) -> None:
+        """Measure the tokens of a chunk.
 
-        ``beta [R]``: `TokenStats.beta`.  ``logits_of(tokens)``: the logits ``[n, v / tp]`` of a slice of the tokens, of
-        the student, of the teacher (with a reference of the mix, as `distillation_loss` takes it), and of the reference
-        where the target has one.  ``teacher_weights [R]``: the w of each token; None is the target's.
-        Collectives over TP, per chunk of tokens: those of ``logits_of``, `mass_on_rare` and `vocab_entropy`.
+        Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `mass_on_rare`,
+        `vocab_entropy` and `distillation_loss`.
         """
-        parts = []
-        step = max(1, min(self.chunk_tokens, CHUNK_TOKENS))
-        for start in range(0, max(len(beta), 1), step):
-            tokens = slice(start, min(start + step, len(beta)))
-            student, teacher, *rest = logits_of(tokens)
-            reference = rest[0] if self.target.is_anchored else None
-            masses = mass_on_rare(
-                student,
-                teacher,
-                beta[tokens],
-                target=self.target,
-                vocab=vocab,
-                reference_logits=reference,
-                teacher_weights=None if teacher_weights is None else teacher_weights[tokens],
-            ).unbind(1)
-            entropy = None
-            if reference is not None and not self.target.needs_reference_entropy:
-                entropy = vocab_entropy(reference, vocab, backend=self.backend)
-            parts.append(TokenMeasures(masses[0], None if reference is None else masses[1], entropy))
-        return TokenMeasures.concatenate(parts)
+        length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
+        start = tokens.start
+        for student, teacher, beta in zip(
+            student_logits.split(length), teacher_logits.split(length), stats.beta.split(length), strict=True
+        ):
+            part = slice(start, start + len(beta))
+            self.parts.append(self._measures(part, student, teacher, beta))
+            start = part.stop
 
-
-def _joined(parts: Iterable[Tensor | None]) -> Tensor | None:
-    """Return the concatenation of the parts, which are all tensors or all None."""
-    given = [part for part in parts if part is not None]
-    return torch.cat(given) if given else None
+    def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
+        """Return the measures of a slice of the R tokens."""
+        target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
+        masses = mass_on_rare(
+            student_logits,
+            teacher_logits,
+            beta,
+            target=target,
+            vocab=self.vocab,
+            reference_logits=own.reference,
+            teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
+        )
+        of_reference = entropy = None
+        if own.reference is not None:
+            of_reference = masses[:, 1]
+            if not target.needs_reference_entropy:
+                entropy = vocab_entropy(own.reference, self.vocab, backend=backend)
+        of_teacher: dict[str, Tensor] = {}
+        if own.teacher is not None:
+            alone = distillation_loss(
+                student_logits,
+                own.teacher,
+                self.response_tokens[tokens],
+                target=Target("teacher_alone"),
+                divergence=Divergence(),
+                vocab=self.vocab,
+                backend=backend,
+            )
+            of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
+        return TokenMeasures(masses[:, 0], of_reference, entropy, **of_teacher)

@@ -41,6 +41,7 @@ LAYOUTS: dict[str, tuple[Case, int]] = {
     "DP2": (Case(pair_order="alternating", paired=True), 2),
 }
 CLAIMS = ("target/", "forks/", "reverse_kl/")
+OF_TEACHER = ("entropy/teacher", "teacher_cross_entropy", "top1_agreement")
 # Random models of a tiny vocabulary have no rare tokens: logits are this much larger than theirs.
 SCALE = 4.0
 
@@ -89,7 +90,7 @@ def step(case: Case, measures: bool, apart: bool) -> Measured:
     lengths = [len(context.response) for context in contexts()[grid.dp_rank :: grid.dp_size]]
     metrics = step_metrics(output, None, grid, response_lengths=lengths)
     gradients = [parameter.main_grad.clone() for chunk in student for parameter in chunk.parameters()]
-    return Measured({key: metrics[key] for key in metrics if key.startswith(CLAIMS)}, gradients)
+    return Measured({key: metrics[key] for key in metrics if key.startswith(CLAIMS + OF_TEACHER)}, gradients)
 
 
 def steps(case: Case, measures: bool = True, apart: bool = False) -> list[Measured]:
@@ -125,7 +126,8 @@ def logits_by_definition(kind: str) -> list[torch.Tensor]:
 
 def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
     ((s, t, r),) = ranks.run(logits_by_definition, "shallow", world_size=1)
-    log_p, log_r = s.log_softmax(-1), r.log_softmax(-1)
+    log_p, log_t, log_r = s.log_softmax(-1), t.log_softmax(-1), r.log_softmax(-1)
+    tokens = torch.tensor([token for context in contexts() for token in context.response])
     tenths = torch.cat([torch.arange(n) * 10 // n for n in (len(context.response) for context in contexts())])
     for target, measured in zip(TARGETS.values(), alone, strict=True):
         found = measured.metrics
@@ -136,6 +138,9 @@ def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
         expected = {
             "forks/entropy_student": entropy(log_p)[forks].mean(),
             "forks/entropy_target": entropy(log_q)[forks].mean(),
+            "entropy/teacher": entropy(log_t).mean(),
+            "teacher_cross_entropy": -log_t.gather(1, tokens[:, None]).mean(),
+            "top1_agreement": (s.argmax(-1) == t.argmax(-1)).double().mean(),
             "target/mass_on_rare_student": torch.where(log_p < math.log(RARE), log_q.exp(), 0.0).sum(-1).mean(),
         }
         if target.is_anchored:
@@ -169,6 +174,9 @@ def test_a_measurement_changes_no_bit_of_a_gradient(ranks, alone):
     (without,) = ranks.run(steps, Case(), False, world_size=1)
     for measured, plain in zip(alone, without, strict=True):
         assert not any(key.startswith("target/") for key in plain.metrics)
+        assert set(OF_TEACHER) <= measured.metrics.keys()
         assert all(map(torch.equal, measured.gradients, plain.gradients)) and measured.gradients
+    knows_teacher = ["entropy/teacher" in plain.metrics for plain in without]
+    assert knows_teacher == [True, False, False], "the loss sees the teacher's own logits without a reference only"
     knows_forks = ["forks/capped" in plain.metrics for plain in without]
     assert knows_forks == [True, True, False], "only the match with the reference needs its entropy at every step"

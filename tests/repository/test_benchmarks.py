@@ -226,13 +226,13 @@ def test_an_anchored_target_costs_the_products_and_states_of_its_mode(ranks, tmp
     anchored, to_reference = "anchor=reference", "anchor=reference, match=reference"
     assert costs == {
         "anchor=student": (2, 2, 2, 1, 2),
-        "anchor=student, measured": (2, 4, 2, 1, 2),
+        "anchor=student, measured": (2, 2, 2, 1, 2),
         f"{anchored}, k = 1 + w": (3, 2, 2, 1, 4),
-        f"{anchored}, k = 1 + w, measured": (3, 7, 2, 3, 8),
+        f"{anchored}, k = 1 + w, measured": (3, 4, 2, 3, 8),
         f"{anchored}, match=student": (3, 2, 2, 1, 4),
-        f"{anchored}, match=student, measured": (3, 7, 2, 3, 8),
+        f"{anchored}, match=student, measured": (3, 4, 2, 3, 8),
         to_reference: (3, 3, 2, 1, 4),
-        f"{to_reference}, measured": (3, 8, 2, 3, 8),
+        f"{to_reference}, measured": (3, 5, 2, 3, 8),
         f"{to_reference}, own weights": (3, 4, 2, 2, 4),
     }
     assert all(len(one["seconds"]) == 1 and one["seconds"][0] > 0 for one in found.values())

@@ -33,6 +33,7 @@ from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwr
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.reference import Reference
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -173,6 +174,7 @@ def run(case: Case) -> Outcome:
                 vocab,
                 reference=reference(case, frozen),
                 guided=case.guided,
+                measurement=TokenMeasurement(case.target, chunk_tokens=5) if case.target.is_anchored else None,
                 pair_order=case.pair_order,
             )
             if outcome is None:
@@ -260,11 +262,10 @@ def joined(per_rank: Sequence[Outcome]) -> Joined:
 
 
 def reference(case: Case, chunks: Sequence[Any]) -> Reference | None:
-    """Return the reference of the case's target, with the statistics of the teacher; None without a reference."""
+    """Return the reference of the case's target, which lets a step measure the teacher; None without a reference."""
     if not case.target.is_anchored:
         return None
-    alone = token_losses.self_distillation(Target("teacher_alone"), Divergence(), fusion=case.fusion)
-    return Reference(case.target, chunks, alone, chunk_tokens=5)
+    return Reference(case.target, chunks, measures_teacher=True, chunk_tokens=5)
 
 
 def first_step(

@@ -33,6 +33,7 @@ from megatron_selfdistill.loss.sharded.projection_gradients import ProjectionGra
 from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     ForwardResult,
+    Observer,
     TokenStats,
     VocabShard,
     make_shard,
@@ -58,6 +59,7 @@ def fused_distillation_loss(
     mode: str = "keep_gradient",
     gather_indices: Tensor | None = None,
     weight_gradient: WeightGradient | None = None,
+    observe: Observer | None = None,
     backend: str | None = None,
 ) -> TokenStats:
     """Return ``distillation_loss(hidden_s @ student_weight^T, hidden_t @ teacher_weight^T, ...)`` of R response tokens.
@@ -78,6 +80,7 @@ def fused_distillation_loss(
     rows without a token) and to student_weight.  The incoming gradient may differ between tokens.
     weight_gradient: receives the weight's gradient, within backward only.  Without it, autograd gets the gradient in
     the weight's dtype, summed over chunks in float32, which takes a float32 copy of the weight's shape in low_memory.
+    observe: reads the logits of each chunk in the forward pass, in the order of the tokens.
     Statistics, ranks, backend, -inf and NaN: as `distillation_loss`.
     Collectives: per chunk the all-gathers of `distillation_loss` (three, JSD four, one less for a given beta), and one
     each of the teacher's and the reference's hidden states where these are cut.  With gather_indices one all-gather in
@@ -105,7 +108,7 @@ def fused_distillation_loss(
     with torch.no_grad():
         all_hidden = placement.start_gather(student_hidden)()
         logits = _Logits(layer, all_hidden, student_weight, others, keep)
-        forward = _forward_chunks(layer, logits, response_tokens, reference_entropy)
+        forward = _forward_chunks(layer, logits, response_tokens, reference_entropy, observe)
     stats = forward.stats
     if not trained:
         return stats
@@ -238,6 +241,7 @@ def _forward_chunks(
     logits: _Logits,
     response_tokens: Tensor,
     reference_entropy: Tensor | None,
+    observe: Observer | None,
 ) -> ForwardResult:
     """Return the statistics of all tokens, and what backward needs besides the logits.
 
@@ -257,6 +261,8 @@ def _forward_chunks(
             reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
             teacher_weights=None if layer.teacher_weights is None else layer.teacher_weights[tokens],
         )
+        if observe is not None:
+            observe(tokens, student_logits, teacher_logits, forward.stats)
         if logits.kept is not None:
             unit = torch.ones_like(forward.kl_value)
             layer.write_gradient(shard, forward.constants, forward.kl_value, divergence, unit, logits.kept[tokens])

@@ -17,7 +17,7 @@ Sums are taken in float32 (float64 for float64 logits); merging and solving run 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -124,6 +124,13 @@ class TokenStats:
         per_token = [f.name for f in fields(cls) if f.name != "grid_betas"]
         values = {name: torch.cat([getattr(part, name) for part in parts]) for name in per_token}
         return cls(**values, grid_betas=parts[0].grid_betas)
+
+
+Observer = Callable[[slice, Tensor, Tensor, TokenStats], None]
+"""A function of a chunk of tokens, their logits of student and teacher, and their statistics.
+
+The function only reads the logits, which are valid until it returns.
+"""
 
 
 def distillation_loss(

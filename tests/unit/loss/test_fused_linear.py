@@ -71,6 +71,32 @@ def test_every_chunking_equals_the_materialised_path(chunk_tokens: int, mode: st
 
 
 @every_tying
+@every_mode
+@pytest.mark.parametrize("chunk_tokens", [CHUNK, 100])
+def test_an_observer_sees_the_logits_and_statistics_of_every_chunk_and_changes_no_bit(
+    chunk_tokens: int, mode: str, tied: bool
+) -> None:
+    example = Example(tied)
+    expected = fused(example, Target(), Divergence(), mode, chunk_tokens)
+    seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def observe(tokens: slice, student_logits: Tensor, teacher_logits: Tensor, stats: TokenStats) -> None:
+        assert tokens.start == sum(len(beta) for *_, beta in seen) and tokens.stop - tokens.start == len(stats.beta)
+        seen.append((student_logits.clone(), teacher_logits.clone(), stats.beta))
+
+    got = fused(example, Target(), Divergence(), mode, chunk_tokens, observe=observe)
+    student_logits, teacher_logits, beta = map(torch.cat, zip(*seen, strict=True))
+    of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
+    torch.testing.assert_close(student_logits, example.student @ example.weight.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(teacher_logits, example.teacher @ of_teacher.T, rtol=1e-5, atol=1e-5)
+    assert torch.equal(beta, got[0].beta)
+    assert all(
+        torch.equal(getattr(got[0], field.name), getattr(expected[0], field.name)) for field in fields(TokenStats)
+    )
+    assert all(map(torch.equal, got[1:], expected[1:]))
+
+
+@every_tying
 def test_low_memory_in_one_chunk_gives_the_materialised_paths_bits(tied: bool) -> None:
     example = Example(tied, torch.bfloat16)
     expected = materialised(example, Target(), Divergence("jsd"))
