@@ -101,9 +101,19 @@ class RankGrid:
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
     @property
+    def replica_size(self) -> int:
+        """The number of the TP x CP x PP ranks that work on the same problems."""
+        return self.tp_size * self.cp_size * self.pp_size
+
+    @property
+    def replica_rank(self) -> int:
+        """The index of this rank among the TP x CP x PP ranks that work on the same problems."""
+        return (self.pp_rank * self.cp_size + self.cp_rank) * self.tp_size + self.tp_rank
+
+    @property
     def is_first_of_replica(self) -> bool:
         """Whether this rank is the first of the TP x CP x PP ranks that work on the same problems."""
-        return self.tp_rank == self.cp_rank == self.pp_rank == 0
+        return self.replica_rank == 0
 
     @property
     def is_reporter(self) -> bool:

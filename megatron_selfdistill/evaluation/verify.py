@@ -55,11 +55,9 @@ def judged_by_all(
     Collectives: one all_gather_object over the world.
     Raises: `VerifierError` on every rank if the verifier failed on one rank.
     """
-    num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
-    rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
     verdicts: dict[Key, Verdict] = {}
     failure = None
-    for key, (problem, content) in list(questions.items())[rank::num_ranks]:
+    for key, (problem, content) in list(questions.items())[grid.replica_rank :: grid.replica_size]:
         try:
             verdicts[key] = judgement(problem, content)
         except Exception as error:  # raised below on every rank, so that no rank waits

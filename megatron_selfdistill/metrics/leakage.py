@@ -95,10 +95,8 @@ def leak_counts(
     ``words``: words and phrases that speak of the hint.  The sum over the ranks of the world counts every response
     once.  Collectives: none.
     """
-    num_ranks = grid.tp_size * grid.cp_size * grid.pp_size
-    rank = (grid.pp_rank * grid.cp_size + grid.cp_rank) * grid.tp_size + grid.tp_rank
     pattern, counts = word_pattern(words), LeakCounts()
-    for context in contexts[rank::num_ranks]:
+    for context in contexts[grid.replica_rank :: grid.replica_size]:
         counts += hint_counts(context.response, grams_of_hint(context.student_prompt, context.teacher_prompt))
         if pattern is not None:
             text = tokenizer.decode(context.response, skip_special_tokens=True)

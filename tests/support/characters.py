@@ -18,7 +18,8 @@ ONE_RANK = SimpleNamespace(
     dp_size=1,
     dp_group=None,
     device=torch.device("cpu"),
-    **{f"{axis}_{what}": n for axis in ("tp", "cp", "pp") for what, n in (("rank", 0), ("size", 1))},
+    replica_rank=0,
+    replica_size=1,
 )
 
 

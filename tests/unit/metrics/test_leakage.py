@@ -26,12 +26,8 @@ ONE_RANK = SimpleNamespace(
     is_first_of_replica=True,
     world_size=1,
     device=torch.device("cpu"),
-    tp_size=1,
-    cp_size=1,
-    pp_size=1,
-    tp_rank=0,
-    cp_rank=0,
-    pp_rank=0,
+    replica_rank=0,
+    replica_size=1,
 )
 WORDS = ["hint", "reference solution"]
 LAYOUTS = [
