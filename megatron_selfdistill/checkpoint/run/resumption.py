@@ -157,13 +157,16 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
     now = stored_values(config)
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
-        architecture = architecture_from_args(args)
         # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.
         before = {
             field.name: getattr(config.model, field.name) if now["model"][field.name] == value else value
             for field in fields(ModelConfig)
             if (value := stored["model"].get(field.name, field.default)) is not MISSING
         }
+        if any(isinstance(value, str) and "${" in value for value in before.values()):
+            # The checkpoint has the text of an interpolation, whose value nobody knows: only texts can be compared.
+            return differences(stored, now)
+        architecture = architecture_from_args(args)
         given_fields = (
             None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
         )
@@ -172,8 +175,6 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             now = now | {"model": _completed(config.model, architecture, given_fields)}
         except ConfigError as error:
             raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
-        except TypeError:  # an interpolation with another text in the checkpoint: `differences` compares the texts
-            pass
     return differences(stored, now)
 
 
