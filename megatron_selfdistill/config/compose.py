@@ -111,15 +111,19 @@ def _literal(override: str) -> str:
     key, equals, value = override.partition("=")
     if not equals or (key not in _text_keys() and not key.startswith("data.fields.")):
         return override
+    if _gives_text(override):
+        return override
+    quote = Quote.double if "'" in value else Quote.single
+    return f"{key}={QuotedString(value, quote).with_quotes()}"
+
+
+def _gives_text(override: str) -> bool:
+    """Return whether hydra reads the value of ``override`` as one text or null."""
     try:
         parsed = _parsed(override)
     except HydraException:
-        pass
-    else:
-        if not parsed.is_sweep_override() and isinstance(parsed.value(), str | NoneType):
-            return override
-    quote = Quote.double if "'" in value else Quote.single
-    return f"{key}={QuotedString(value, quote).with_quotes()}"
+        return False  # such as a path with a colon and a space, which hydra reads once it is quoted
+    return not parsed.is_sweep_override() and isinstance(parsed.value(), str | NoneType)
 
 
 def _parsed(override: str) -> Override:

@@ -143,7 +143,7 @@ class RollCall:
                 time.sleep(_LOOK_S)
                 left = self._store.add("left", 0)
         except RuntimeError:
-            pass
+            pass  # the process that holds the store has left, so this rank has nobody to wait for
         self._store = None
 
     def _connected(self) -> Any:

@@ -42,7 +42,7 @@ def _is_alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # the process exists and belongs to another user
     return True
 
 
