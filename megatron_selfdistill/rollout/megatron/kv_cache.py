@@ -116,18 +116,18 @@ class RaggedAttention:
     """
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
-        self._caches: list[RaggedCache] = []  # of the present pass
+        self._cache: RaggedCache | None = None  # of the present pass
         self._replacements: dict[int, tuple[torch.nn.Module, str, Callable[..., Any]]] = {}
         for layer in _attention_layers(models):
             self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", _ragged_step(layer)
             if isinstance(layer, MultiLatentAttention):
                 rotary = layer.rotary_pos_emb
-                self._replacements[id(rotary)] = rotary, "forward", _ragged_table(rotary, self._caches)
+                self._replacements[id(rotary)] = rotary, "forward", self._ragged_table(rotary)
 
     @contextlib.contextmanager
     def reading(self, cache: RaggedCache) -> Iterator[None]:
         """Let a pass of the model decode with ``cache``."""
-        self._caches.append(cache)
+        self._cache = cache
         try:
             for owner, name, replacement in self._replacements.values():
                 owner.__dict__[name] = replacement
@@ -135,7 +135,20 @@ class RaggedAttention:
         finally:
             for owner, name, _ in self._replacements.values():
                 owner.__dict__.pop(name, None)
-            self._caches.clear()
+            self._cache = None
+
+    def _ragged_table(self, rotary: torch.nn.Module) -> Callable[..., Any]:
+        """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor."""
+        whole_table = rotary.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert self._cache is not None, "the function takes the place of forward during a pass only"
+            table = whole_table(*args, **kwargs)
+            if isinstance(table, tuple):
+                return self._cache.rows_of(table[0]), *table[1:]
+            return self._cache.rows_of(table)
+
+        return forward
 
 
 def _ragged_step(layer: Attention) -> Callable[..., tuple[Any, ...]]:
@@ -163,20 +176,6 @@ def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
         mscale=_yarn_get_concentration_factor_from_config(layer.config),
     )
     return rotated.to(query.dtype)
-
-
-def _ragged_table(rotary: torch.nn.Module, caches: Sequence[RaggedCache]) -> Callable[..., Any]:
-    """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor.
-
-    ``caches``: the cache of the pass in which the function is called.
-    """
-    whole_table = rotary.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        table, [cache] = whole_table(*args, **kwargs), caches
-        return (cache.rows_of(table[0]), *table[1:]) if isinstance(table, tuple) else cache.rows_of(table)
-
-    return forward
 
 
 def _attention_layers(models: Sequence[torch.nn.Module]) -> Iterator[Attention]:
