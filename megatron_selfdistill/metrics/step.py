@@ -8,7 +8,7 @@ in nats.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,6 +20,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.metrics.claims import (
     TENTHS,
+    Forks,
     find_forks,
     fork_values,
     rare_values,
@@ -103,40 +104,51 @@ def step_metrics(
     Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 4 maxima; the host
     waits once.
     """
-    holds = output.stats is not None and _holds_tokens(grid)
-    forks = find_forks(output.anchor_entropy if holds else None, grid)
-    sums = torch.zeros(len(_SUMS) + _NUM_BINS, dtype=torch.float64, device=grid.device)
-    maxima = torch.full((4,), -math.inf, dtype=torch.float64, device=grid.device)
-    if output.stats is not None and holds:
-        by_key = _token_values(output.stats, output.response_ids, sampler_log_probs, output.measures_teacher)
+    stats = output.stats if _holds_tokens(grid) else None
+    forks = find_forks(None if stats is None else output.anchor_entropy, grid)
+    by_key: dict[str, Tensor] = {}
+    if stats is not None:
+        by_key = _token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
         by_key |= rare_values(output.measures)
         if forks is not None:
-            by_key |= fork_values(output.stats, forks)
-            maxima[3] = forks.entropy_at_least
+            by_key |= fork_values(stats, forks)
         if response_lengths is not None and "targets" in by_key:
             tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
-            by_key |= tenth_values(output.stats, tenths[output.response_ids])
+            by_key |= tenth_values(stats, tenths[output.response_ids])
         if output.weights is not None:
             weights = output.weights.double()
             by_key |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
             by_key["correction/capped"] = (weights >= weight_cap).double()
-        nothing = sums[:0]
-        sums[: len(_SUMS)] = torch.stack([by_key.get(key, nothing).sum() for key in _SUMS])
-        k = by_key.get("k/mean", nothing)
-        known = torch.isfinite(k)
-        sums[len(_SUMS) :] = _histogram(k, known)
-        differences = by_key.get("sampler/log_prob_mean_abs_diff", nothing)
-        # The maximum of NaN and a number depends on their order.
-        for i, values in enumerate(
-            (
-                torch.where(known, k, -math.inf),
-                torch.where(known, -k, -math.inf),
-                differences.nan_to_num(nan=math.inf, posinf=math.inf),
-            )
-        ):
-            maxima[i] = values.max() if values.numel() else -math.inf
-    total, maximum = over_all_ranks(sums, maxima, grid)
+    return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, grid), grid))
 
+
+def _sums_and_maxima(by_key: Mapping[str, Tensor], forks: Forks | None, grid: RankGrid) -> tuple[Tensor, Tensor]:
+    """Return this rank's sums (`_SUMS`, then the histogram of k) and maxima (k, -k, sampler's difference, forks' edge).
+
+    ``by_key``: the summands, empty on a rank whose tokens do not count.
+    """
+    nothing = torch.zeros(0, dtype=torch.float64, device=grid.device)
+    k = by_key.get("k/mean", nothing)
+    known = torch.isfinite(k)
+    sums = torch.stack([by_key.get(key, nothing).sum() for key in _SUMS])
+    differences = by_key.get("sampler/log_prob_mean_abs_diff", nothing)
+    maxima = torch.full((4,), -math.inf, dtype=torch.float64, device=grid.device)
+    for i, values in enumerate(
+        (
+            torch.where(known, k, -math.inf),
+            torch.where(known, -k, -math.inf),
+            differences.nan_to_num(nan=math.inf, posinf=math.inf),  # the maximum of NaN and a number depends on order
+        )
+    ):
+        if values.numel():
+            maxima[i] = values.max()
+    if forks is not None:
+        maxima[3] = forks.entropy_at_least
+    return torch.cat([sums, _histogram(k, known)]), maxima
+
+
+def _means(total: list[float], maximum: list[float]) -> dict[str, float]:
+    """Return the metrics of `step_metrics` from the sums and maxima of all ranks."""
     named = dict(zip(_SUMS, total, strict=False))
     metrics = {"tokens/response": named["tokens/response"]}
     metrics |= {key: named[key] / named[over] for key, over in _OVER.items() if named[over]}
