@@ -253,13 +253,14 @@ def _forward_chunks(
         shard = layer.shard(student_logits, teacher_logits)
         forward = run_forward(
             shard,
-            response_tokens[tokens],
+            tokens,
+            response_tokens,
             layer.target,
             divergence,
             layer.vocab,
             layer.backend,
-            reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
-            teacher_weights=None if layer.teacher_weights is None else layer.teacher_weights[tokens],
+            reference_entropy=reference_entropy,
+            teacher_weights=layer.teacher_weights,
         )
         if observe is not None:
             observe(tokens, student_logits, teacher_logits, forward.stats)

@@ -181,30 +181,21 @@ def distillation_loss(
         parts = [
             run_forward(
                 shard.of_tokens(tokens),
-                response_tokens[tokens],
+                tokens,
+                response_tokens,
                 target,
                 kind,
                 vocab,
                 chosen_backend,
-                reference_entropy=None if reference_entropy is None else reference_entropy[tokens],
-                teacher_weights=None if teacher_weights is None else teacher_weights[tokens],
+                reference_entropy=reference_entropy,
+                teacher_weights=teacher_weights,
             )
             for tokens, kind in groups
         ]
         forward = ForwardResult.concatenate(parts)
-    loss = _HandWrittenBackward.apply(  # type: ignore[no-untyped-call]
-        student_logits,
-        teacher_logits,
-        forward.stats.loss,
-        forward.constants,
-        forward.kl_value,
-        groups,
-        shard,
-        inplace_backward,
-        chosen_backend,
-    )
-    forward.stats.loss = loss
-    return forward.stats
+    options = groups, shard, inplace_backward, chosen_backend
+    loss = _HandWrittenBackward.apply(student_logits, teacher_logits, forward, *options)  # type: ignore[no-untyped-call]
+    return replace(forward.stats, loss=loss)
 
 
 def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
@@ -267,6 +258,7 @@ class ForwardResult:
 
 def run_forward(
     shard: Shard,
+    tokens: slice,
     response_tokens: Tensor,
     target: Target,
     divergence: Divergence,
@@ -276,10 +268,15 @@ def run_forward(
     reference_entropy: Tensor | None = None,
     teacher_weights: Tensor | None = None,
 ) -> ForwardResult:
-    """Return the statistics of all tokens of a shard, and what backward needs besides the logits.
+    """Return the statistics of a slice of all tokens, and what backward needs besides the logits.
 
+    ``shard``: the logits of the slice; response_tokens, reference_entropy and teacher_weights have all tokens.
     Collectives: as `distillation_loss`.
     """
+    response_tokens = response_tokens[tokens]
+    reference_entropy, teacher_weights = (
+        None if values is None else values[tokens] for values in (reference_entropy, teacher_weights)
+    )
     grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.kind == "forward_kl"
     shard, results = solve_shard(
         shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl, reference_entropy=reference_entropy
@@ -339,18 +336,16 @@ class _HandWrittenBackward(torch.autograd.Function):
         ctx: Any,
         student_logits: Tensor,
         teacher_logits: Tensor,
-        loss: Tensor,
-        constants: TokenConstants,
-        kl_value: Tensor,
+        result: ForwardResult,
         groups: list[tuple[slice, Divergence]],
         shard: Shard,
         inplace: bool,
         backend: Backend,
     ) -> Tensor:
-        ctx.save_for_backward(student_logits, teacher_logits, kl_value, *constants.tensors())
+        ctx.save_for_backward(student_logits, teacher_logits, result.kl_value, *result.constants.tensors())
         ctx.groups, ctx.inplace, ctx.backend = groups, inplace, backend
         ctx.num_valid, ctx.mix_weights, ctx.dtype = shard.student.shape[1], shard.mix_weights, shard.dtype
-        return loss.clone()
+        return result.stats.loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
@@ -369,4 +364,4 @@ class _HandWrittenBackward(torch.autograd.Function):
                 gradient[tokens, valid],
             )
         gradient[:, ctx.num_valid :] = 0
-        return gradient, *(None,) * 8
+        return gradient, *(None,) * 6
