@@ -8,13 +8,12 @@ device, on the steps that measure it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.beta_grid import mix_unit
-from megatron_selfdistill.loss.sharded.shard_sums import Chunk, Shard
+from megatron_selfdistill.loss.sharded.shard_sums import Chunk
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, gather_parts, make_shard
 from megatron_selfdistill.loss.target import Target, mixed_logits
 
@@ -65,7 +64,8 @@ def mass_on_rare(
         return torch.stack([values.logsumexp(1).double() + top for values, top in scaled(rows)], 1)
 
     num_models = len(models)
-    log_normalisers = _over_ranks(shard, log_sums, 1 + num_models, -math.inf, vocab).logsumexp(0)
+    parts = shard.over_rows(log_sums, 1 + num_models, empty=-math.inf, dtype=torch.float64)
+    log_normalisers = gather_parts(parts, vocab.group).logsumexp(0)
 
     def masses(rows: Chunk) -> Tensor:
         (log_q, *log_probs) = (
@@ -75,7 +75,7 @@ def mass_on_rare(
         q = log_q.exp()
         return torch.stack([(q * (log_p < math.log(RARE))).sum(1).double() for log_p in log_probs], 1)
 
-    mass = _over_ranks(shard, masses, num_models, 0.0, vocab).sum(0)
+    mass = gather_parts(shard.over_rows(masses, num_models, dtype=torch.float64), vocab.group).sum(0)
     return mass.masked_fill(log_normalisers.isnan().any(1, keepdim=True), math.nan)
 
 
@@ -85,14 +85,3 @@ def _shifted(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     top = values.amax(1)
     top = torch.where(torch.isneginf(top), 0.0, top)
     return values - top[:, None], top.double()
-
-
-def _over_ranks(
-    shard: Shard, work: Callable[[Chunk], Tensor], num_outputs: int, empty: float, vocab: VocabShard
-) -> Tensor:
-    """Return [tp_size, T, num_outputs] float64: ``work`` on every chunk of rows; ``empty`` on a shard of padding."""
-    out = torch.full((1, len(shard.student), num_outputs), empty, dtype=torch.float64, device=shard.student.device)
-    if shard.student.shape[1]:
-        for rows in shard.chunks():
-            out[0, rows] = work(rows)
-    return gather_parts(out, vocab.group)

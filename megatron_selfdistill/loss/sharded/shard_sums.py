@@ -72,9 +72,20 @@ class Shard:
             return torch.split(rows, step) if len(rows) else ()
         return (slice(start, min(start + step, num_rows)) for start in range(0, num_rows, step))
 
-    def over_rows(self, work: Callable[[Chunk], Tensor], num_outputs: int, needed: Tensor | None = None) -> Tensor:
-        """Return [1, T, num_outputs]: the result of ``work`` on every chunk; zeros on a shard of padding only."""
-        out = self.student.new_zeros(self.student.shape[0], num_outputs, dtype=self.dtype)
+    def over_rows(
+        self,
+        work: Callable[[Chunk], Tensor],
+        num_outputs: int,
+        needed: Tensor | None = None,
+        *,
+        empty: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return [1, T, num_outputs]: the result of ``work`` on every chunk; ``empty`` on a shard of padding only.
+
+        dtype: the dtype of the result; None is the dtype of the sums.
+        """
+        out = self.student.new_full((self.student.shape[0], num_outputs), empty, dtype=dtype or self.dtype)
         if self.student.shape[1]:
             for rows in self.chunks(needed):
                 out[rows] = work(rows)
