@@ -9,12 +9,12 @@ from typing import Any
 import models
 import pytest
 import torch
+from anchored import rows_of
 from layouts import Case, Outcomes, contexts_of, packed, reference, vocab_shard, worst_difference
 from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded import rare_mass
@@ -89,20 +89,6 @@ def test_guided_tokens_change_the_gradient(outcomes, name):
     for guided in (None, GuidedTokens()):
         _, without, _ = outcomes(dataclasses.replace(case, guided=guided))
         assert worst_difference(without, gradients)[0] > 0.05
-
-
-def rows_of(context: ContextPair, student: Any, teacher: Any, reference: Any) -> list[torch.Tensor]:
-    """Return whole rows of logits [R, V] in float64 of the three models for one response."""
-    rows = []
-    for chunk, prompt in (
-        (student, context.student_prompt),
-        (teacher, context.teacher_prompt),
-        (reference, context.student_prompt),
-    ):
-        tokens = torch.tensor([prompt + context.response])
-        logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
-        rows.append(logits[len(prompt) - 1 : -1].double())
-    return rows
 
 
 def loss_and_gradient_by_definition(case: Case) -> tuple[float, torch.Tensor]:

@@ -11,6 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from anchored import rows_of
 from layouts import Case, contexts, packed, reference, vocab_shard
 from models import parallel
 from tiers import combinations
@@ -113,15 +114,9 @@ def logits_by_definition(kind: str) -> list[torch.Tensor]:
     models.fill_from_names(teacher, seed=1)
     for chunks in (student, teacher):
         sharpened(chunks)
-    rows: list[list[torch.Tensor]] = [[], [], []]
-    for context in contexts():
-        prompts = context.student_prompt, context.teacher_prompt, context.student_prompt
-        for kept, chunk, prompt in zip(rows, (student[0], teacher[0], teacher[0]), prompts, strict=True):
-            tokens = torch.tensor([prompt + context.response])
-            with torch.no_grad():
-                logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
-            kept.append(logits[len(prompt) - 1 : -1].double())
-    return [torch.cat(parts) for parts in rows]
+    with torch.no_grad():
+        rows = [rows_of(context, student[0], teacher[0], teacher[0]) for context in contexts()]
+    return [torch.cat(parts) for parts in zip(*rows, strict=True)]
 
 
 def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):

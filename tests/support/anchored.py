@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import models
 import torch
@@ -11,6 +12,7 @@ from layouts import Case, contexts, soft_capped
 from models import parallel
 
 from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss.target import Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.output_layer import Fusion
@@ -51,22 +53,27 @@ def chunks_of(case: Case) -> list[torch.nn.Module]:
     return soft_capped([student, teacher, reference], case.soft_cap)
 
 
+def rows_of(context: ContextPair, student: Any, teacher: Any, reference: Any) -> list[torch.Tensor]:
+    """Return whole rows of logits [R, V] in float64 of the three models for one response."""
+    rows = []
+    for chunk, prompt in (
+        (student, context.student_prompt),
+        (teacher, context.teacher_prompt),
+        (reference, context.student_prompt),
+    ):
+        tokens = torch.tensor([prompt + context.response])
+        logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+        rows.append(logits[len(prompt) - 1 : -1].double())
+    return rows
+
+
 def loss_by_definition(case: Case) -> float:
     """Return the mean reverse KL from whole rows of logits in float64, one context after the other."""
     student, teacher, reference = chunks_of(case)
     losses = []
     for context in contexts():
-        rows = []
-        for chunk, prompt in (
-            (student, context.student_prompt),
-            (teacher, context.teacher_prompt),
-            (reference, context.student_prompt),
-        ):
-            tokens = torch.tensor([prompt + context.response])
-            with torch.no_grad():
-                logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
-            rows.append(logits[len(prompt) - 1 : -1].double())
-        s, t, r = rows
+        with torch.no_grad():
+            s, t, r = rows_of(context, student, teacher, reference)
         log_p, log_q = s.log_softmax(-1), mixed_target(s, t, case.target, r).log_q
         losses.append((log_p.exp() * (log_p - log_q)).sum(-1))
     return float(torch.cat(losses).mean())
