@@ -169,23 +169,13 @@ class Learner:
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        loss = self._distillation_loss(self._target()) if self.has_teacher else token_losses.next_token
-        options: dict[str, Any] = {"token_weights": token_weights}
-        if measure_teacher and self.has_teacher:
-            options["measurement"] = self._measurement()
-        with self.target_models() as models:
-            reference = self._reference(self._target(), models.reference, measure_teacher)
-            teacher = models.teacher if self.has_teacher else None
-            return self._schedule(packed, teacher, loss, reference=reference, **options)
+        if not self.has_teacher:
+            return self._schedule(packed, None, token_losses.next_token, token_weights=token_weights)
+        return self._self_distillation(packed, measure_teacher, token_weights=token_weights)
 
     def measure(self, contexts: Sequence[ContextPair]) -> schedule.StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained."""
-        packed = self.pack(contexts)
-        loss = self._distillation_loss(self._target())
-        with self.target_models() as models:
-            reference = self._reference(self._target(), models.reference, True)
-            options = {"reference": reference, "measurement": self._measurement(), "forward_only": True}
-            return self._schedule(packed, models.teacher, loss, **options)
+        return self._self_distillation(self.pack(contexts), True, forward_only=True)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
@@ -238,6 +228,17 @@ class Learner:
             )
             return learnabilities(candidates, models, self.config, self.run_data)
 
+    def _self_distillation(self, packed: PackedBatch, measure_teacher: bool, **options: Any) -> schedule.StepOutput:
+        target = self._target()
+        if measure_teacher:
+            loss = self.config.loss
+            options["measurement"] = TokenMeasurement(target, loss.fused_chunk_tokens, loss.backend)
+        with self.target_models() as models:
+            reference = self._reference(target, models.reference, measure_teacher)
+            return self._schedule(
+                packed, models.teacher, self._distillation_loss(target), reference=reference, **options
+            )
+
     def _schedule(
         self,
         packed: PackedBatch,
@@ -278,9 +279,6 @@ class Learner:
             self.config.loss.fused_chunk_tokens,
             self.config.loss.backend,
         )
-
-    def _measurement(self) -> TokenMeasurement:
-        return TokenMeasurement(self._target(), self.config.loss.fused_chunk_tokens, self.config.loss.backend)
 
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)
