@@ -125,7 +125,10 @@ def _sample(
 
 
 class _Hints:
-    """The hint of the last problem, whose responses mostly come one after the other, and the leakage of responses."""
+    """The leakage of responses.
+
+    The object keeps the 8-grams of the last problem's hint: the responses to a problem mostly come one after the other.
+    """
 
     def __init__(self, builder: PromptBuilder, pattern: re.Pattern[str] | None) -> None:
         self._builder, self._pattern = builder, pattern

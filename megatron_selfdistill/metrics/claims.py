@@ -44,8 +44,8 @@ class Forks:
 def find_forks(entropy: Tensor | None, grid: RankGrid) -> Forks | None:
     """Return the fork tokens: the tenth of the tokens of the global batch with the largest ``entropy``.
 
-    ``entropy [R]``: nats, of this rank's tokens; None on a rank whose tokens do not count, or whose entropy nobody
-    knows, where the result is None, too.  Tokens whose entropy is not finite are no tokens here.
+    ``entropy [R]``: nats, of this rank's tokens.  It is None where the rank's tokens do not count or their entropy is
+    unknown, and then the result is None.  Tokens whose entropy is not finite are ignored.
     The forks are the tokens from an edge of a bin on, the largest edge that at least a tenth of the tokens reach, so
     that all tokens of one bin are forks or none is.  The choice does not depend on the layout.
     Collectives: a sum of 850 counts over the world.

@@ -60,6 +60,9 @@ class ForwardPasses:
 
     @staticmethod
     def _turn(wanted: int) -> int:
-        """Return 1 + the index of the model that all ranks run now, of those that ranks want; 0 where none does."""
+        """Return 1 + the index of the model that all ranks run now; 0 where no rank wants a model.
+
+        ``wanted``: 1 + the index of the model that this rank wants; 0 for none.  Of all, the largest has its turn.
+        """
         [turn] = max_over_ranks([wanted])
         return turn

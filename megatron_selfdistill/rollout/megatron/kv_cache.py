@@ -109,7 +109,9 @@ class RaggedCache(StaticInferenceContext):
 
 
 class RaggedAttention:
-    """The attention of a model that decodes with a `RaggedCache`: Megatron's own has one offset for all rows, no mask.
+    """The attention of a model that decodes with a `RaggedCache`.
+
+    Megatron's own attention has one offset for all rows and takes no mask.
 
     Two functions are replaced during a pass: the step of each attention layer that writes and reads the cache and, in
     multi-latent attention, the table of rotary embeddings, which is applied before that step.
