@@ -60,6 +60,7 @@ EXTRAS = {
     # 0.33 was read name by name and not run (it wants torch 2.14, and has no build for a CPU): servers, whose
     # environment has its own torch, may have it.
     "vllm": ["vllm>=0.32,<0.34"],
+    "wandb": ["wandb>=0.31,<1"],
     "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12.0"],  # what megatron-core 0.16.1 declares for its own extra
     "dev": [
         # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
@@ -68,6 +69,7 @@ EXTRAS = {
         "pytest-xdist>=3.6,<4",
         "filelock>=3",
         "hypothesis>=6.100",
+        "wandb>=0.31,<1",
         "ruff>=0.17,<0.18",  # its formatting changes between minor versions
         "mypy>=2.4,<3",
         "codespell>=2.4,<3",

@@ -96,5 +96,8 @@ PRECISIONS = ("bf16", "fp32")
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 """Values of optimizer.lr_decay_style, as Megatron spells them."""
 
+LOGGERS = ("tensorboard", "wandb")
+"""Values that metrics.loggers may hold besides dotted paths; each is also the name of the package that it needs."""
+
 VERIFY_LEVELS = ("checksums", "sizes", "none")
 """Values of checkpoint.verify."""

@@ -6,12 +6,14 @@ The code that reads the inputs later has the same messages.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.choices import LOGGERS
+from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -57,6 +59,43 @@ def require_lengths(config: Config) -> None:
     """
     if names_its_model(config):
         longest_context(config)
+
+
+def require_loggers(config: Config) -> None:
+    """Raise `ConfigError` if a logger of ``metrics.loggers`` is not installed or cannot be imported.
+
+    For wandb, the error is also raised if no key is configured, unless wandb's mode needs none.  Only the rank that
+    logs calls this function, which imports wandb and the modules of dotted paths.
+    """
+    for name in config.metrics.loggers:
+        if name not in LOGGERS:
+            function_named("metrics.loggers", name, {})
+        elif not _is_installed(name):
+            raise ConfigError(
+                f"metrics.loggers: {name} is not installed: pip install {name}, or remove {name} from metrics.loggers"
+            )
+        elif name == "wandb":
+            _require_wandb_key()
+
+
+def _is_installed(package: str) -> bool:
+    found = importlib.util.find_spec(package)
+    return found is not None and found.origin is not None  # a directory of data with this name has no origin
+
+
+def _require_wandb_key() -> None:
+    import wandb
+
+    try:
+        is_offline = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
+        if is_offline or wandb.login(prompt=False, verify=False):
+            return
+    except wandb.errors.Error as error:
+        raise ConfigError(f"metrics.loggers: wandb cannot log in: {error}") from error
+    raise ConfigError(
+        "metrics.loggers: wandb has no key: run `wandb login`, set WANDB_API_KEY, log into local files with "
+        "WANDB_MODE=offline, or remove wandb from metrics.loggers"
+    )
 
 
 def names_its_model(config: Config) -> bool:

@@ -114,6 +114,8 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     prechecks.require_lengths(config)
     prechecks.require_data(config)
     prechecks.require_start(config)
+    if ranks.rank == 0:  # the only rank with loggers
+        prechecks.require_loggers(config)
     with stop.at_sudden_end(lock.release):
         try:
             if ranks.rank == 0 and not config.dry_run:

@@ -13,10 +13,11 @@ from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, latest_resumption
 from megatron_selfdistill.checkpoint.run.run_directory import RunDirectory
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import Config, writable
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.stop import Stop
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
@@ -92,13 +93,15 @@ class Trainer:
         self.log = MetricsLog(
             self.run_dir,
             num_steps=config.num_steps,
-            tensorboard=config.metrics.tensorboard,
+            loggers=config.metrics.loggers,
+            config=writable(config),
             console=config.metrics.console,
             console_every=config.metrics.console_every,
             enabled=grid.is_reporter,
         )
         if not config.dry_run:  # a dry run writes nothing: another run may be using the directory
-            self.log.resume(self.step)
+            with raise_on_all_ranks():  # a logger that cannot start ends all ranks alike
+                self.log.resume(self.step)
         if config.metrics.show_samples and not config.shows_contents:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.stop = Stop(

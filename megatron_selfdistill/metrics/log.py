@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The log of a run's metrics and samples: JSON lines, TensorBoard, and console lines above a progress bar."""
+"""The log of a run's metrics and samples: JSON lines, the loggers, and console lines above a progress bar."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from typing import Any
 from megatron_selfdistill.config.console_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.console_line import LINE, Column
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.pace import Pace
-from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
+from megatron_selfdistill.metrics.sample_views import console_text
 from megatron_selfdistill.metrics.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -35,6 +36,9 @@ class MetricsLog:
     "Infinity" and "-Infinity", which `read_metrics` converts back.  samples.jsonl has one object per sample, with the
     step and the content of `Sample.record`.
 
+    ``loggers``: the names of the loggers (metrics.loggers), which `resume` starts; they get ``config``, the
+    configuration as config.yaml has it, once, and everything that is logged.
+
     ``console``: a progress bar with the remaining time, and a line every ``console_every`` steps; without a terminal,
     only the lines.  Console lines hide values that come from the environment (`config.hidden`).  ``output``: a rich
     Console that replaces standard output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and
@@ -46,7 +50,8 @@ class MetricsLog:
         run_dir: str | Path,
         *,
         num_steps: int,
-        tensorboard: bool = True,
+        loggers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
         console: bool = True,
         console_every: int = 1,
         enabled: bool = True,
@@ -54,16 +59,17 @@ class MetricsLog:
     ) -> None:
         self.path, self.num_steps, self.console_every = Path(run_dir) / METRICS_FILE, num_steps, console_every
         self.samples_path = Path(run_dir) / SAMPLES_FILE
-        self.enabled, self._tensorboard = enabled, tensorboard
+        self.enabled, self._logger_names, self._config = enabled, loggers, config or {}
         self._file: Any = None
-        self._writer: Any = None
+        self._loggers = Loggers()
         self._console = _Console(num_steps, output) if console and enabled else None
 
     def resume(self, step: int) -> None:
-        """Drop the log of all steps after ``step`` (for 0, the whole log), then open the files.
+        """Drop the log of all steps after ``step`` (for 0, the whole log), then open the files and start the loggers.
 
         A run that is killed after a log line and before the next checkpoint repeats these steps.  The function replaces
         the file in one move, so a kill at this point loses nothing.
+        Raises: `ConfigError` if a logger of a new run cannot start (`Loggers`).
         """
         if not self.enabled:
             return
@@ -71,7 +77,8 @@ class MetricsLog:
         for path in (self.path, self.samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
-        self._open(step)
+        self._file = self.path.open("a+", encoding="utf-8")  # `_restore` reads the file
+        self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
         if self._console is not None:
             self._console.start(step)
 
@@ -108,10 +115,9 @@ class MetricsLog:
             with self.samples_path.open("a", encoding="utf-8") as lines:
                 for sample in samples:
                     lines.write(json.dumps({"step": step, **sample.record()}, allow_nan=False) + "\n")
-            for number, sample in enumerate(samples, 1):
-                if self._writer is not None:
-                    self._writer.add_text(f"samples/{number}", tensorboard_html(sample), step)
-                if self._console is not None:
+            self._loggers.add_samples(step, samples)
+            if self._console is not None:
+                for number, sample in enumerate(samples, 1):
                     self._console.sample(sample, f"step {step}, sample {number} of {len(samples)}")
         except Exception as error:
             warning = f"the samples of step {step} are not shown: {type(error).__name__}: {error}"
@@ -125,32 +131,24 @@ class MetricsLog:
             self._console.print(text)
 
     def close(self) -> None:
-        """Close the files and restore the terminal; a second call does nothing.
+        """Close the files, restore the terminal, and end the loggers; a second call does nothing.
 
-        A file that cannot be closed becomes a warning.
+        A file or a logger that cannot be closed becomes a warning.
         """
-        for part in (self._file, self._writer, self._console):
+        for part in (self._file, self._console):
             try:
                 if part is not None:
                     part.close()
             except OSError as error:
                 logger.warning("%s may lack the last lines: %s", hidden(str(self.path.parent)), hidden(str(error)))
-        self._file = self._writer = self._console = None
+        self._file = self._console = None
+        self._loggers.close()  # may print, and may wait for a server
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-    def _open(self, step: int) -> None:
-        """Open both files, and make TensorBoard drop the steps after ``step``."""
-        self._file = self.path.open("a+", encoding="utf-8")  # `_restore` reads the file
-        if self._tensorboard:
-            from torch.utils.tensorboard import SummaryWriter  # takes a second to import
-
-            directory = str(self.path.parent / "tensorboard")
-            self._writer = SummaryWriter(directory, purge_step=step + 1 if step else 0, flush_secs=10)
 
     def _is_there(self) -> bool:
         """Return whether the open file still has its name, since another program may remove or replace the file."""
@@ -160,7 +158,7 @@ class MetricsLog:
             return False
 
     def _restore(self) -> None:
-        """Write the log again from the open file that has lost its name, to its path and to TensorBoard.
+        """Write the log again from the open file that has lost its name, to its path and to the loggers' files.
 
         A file that has taken the name is kept as metrics.replaced.jsonl.
         """
@@ -171,22 +169,15 @@ class MetricsLog:
         except OSError as error:  # a network file system may have forgotten the file
             text, outcome = "", f"it starts empty: the logged lines cannot be read any more ({error})"
         logger.warning("%s was removed or replaced while the run wrote it: %s", hidden(str(self.path)), outcome)
-        for part in (self._file, self._writer):
-            if part is not None:
-                with contextlib.suppress(OSError):  # an error of TensorBoard's thread, whose file was removed
-                    part.close()
+        with contextlib.suppress(OSError):
+            self._file.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             os.replace(self.path, self.path.with_suffix(f".replaced{self.path.suffix}"))
         self.path.write_text(text, encoding="utf-8")
-        self._open(0)
-        if self._writer is not None:
-            for _, values in _complete_lines(self.path):
-                self._scalars(int(values["step"]), {key: v for key, v in values.items() if key != "step"})
-
-    def _scalars(self, step: int, metrics: Mapping[str, float]) -> None:
-        for key, value in metrics.items():
-            self._writer.add_scalar(key, float(value), step)
+        self._file = self.path.open("a+", encoding="utf-8")
+        lines = [(int(line.pop("step")), line) for line in read_metrics(self.path.parent)]
+        self._loggers.rewrite(lines)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._file is None:
@@ -196,8 +187,7 @@ class MetricsLog:
         values = {key: _json_number(float(value)) for key, value in metrics.items()}
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
-        if self._writer is not None:
-            self._scalars(step, metrics)
+        self._loggers.add_scalars(step, metrics)
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A sample for people: on the console with colours or without, and as the HTML that TensorBoard shows."""
+"""A sample for people: on the console with colours or without, and as the HTML that loggers show."""
 
 from __future__ import annotations
 
@@ -60,8 +60,11 @@ def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
     return text
 
 
-def tensorboard_html(sample: Sample) -> str:
-    """Return the sample for TensorBoard's page of texts, which strips colours but keeps bold and italic type."""
+def sample_html(sample: Sample) -> str:
+    """Return the sample as HTML in which only bold and italic type mark tokens, since TensorBoard strips colours.
+
+    All texts of the sample are escaped.
+    """
     parts = [f"<p>problem {_escaped(sample.problem_id)}</p>"]
     parts += [f"<h4>{name}</h4><pre>{_escaped(part)}</pre>" for name, part in _around(sample)]
     pieces = [

@@ -98,7 +98,7 @@ class LaunchUnderTest:
                 f"schedule.max_tokens={MAX_TOKENS}",
                 f"optimizer.precision={self.precision}",
                 "metrics.console=false",
-                "metrics.tensorboard=false",
+                "metrics.loggers=[]",
                 "checkpoint.keep_last=null",
                 "stop.time_limit_minutes=1e6",  # overrides the time limit that Slurm states
                 "stop.hang_timeout_minutes=0",  # the meeting watches

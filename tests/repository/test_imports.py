@@ -71,7 +71,7 @@ ORDER = {
         "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
         "batch score"
     ),
-    "metrics": "guards samples pace phases claims leakage step sample_views token_numbers step_samples log",
+    "metrics": "guards samples pace phases claims leakage step sample_views token_numbers step_samples loggers log",
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "
         "tables"

@@ -61,7 +61,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "num_steps=6",
         "checkpoint.save_every=3",
         "metrics.console=false",
-        "metrics.tensorboard=false",
+        "metrics.loggers=[]",
         *more,
     ]
 

@@ -83,7 +83,7 @@ def recipe_keys(directory: Path, options: argparse.Namespace) -> list[str]:
     return [
         *(f"recipe={options.recipe}", f"run_dir={directory / 'run'}", f"num_steps={options.steps}"),
         *(f"data.path={directory}/problems.jsonl", f"data.tokenizer={directory}/tokenizer"),
-        *("data.teacher_template='{problem}H{solution}|'", "checkpoint.save_every=1000", "metrics.tensorboard=false"),
+        *("data.teacher_template='{problem}H{solution}|'", "checkpoint.save_every=1000", "metrics.loggers=[]"),
         *(f"cluster.num_gpus={options.ranks}", "rollout.max_new_tokens=1024", "guards.min_length_ratio=null"),
         *without,
         *options.keys,

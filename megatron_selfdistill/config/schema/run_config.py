@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.choices import VERIFY_LEVELS
+from megatron_selfdistill.choices import LOGGERS, VERIFY_LEVELS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -64,8 +64,10 @@ class MetricsConfig:
     Metrics are always written to metrics.jsonl in the run directory.
     """
 
-    tensorboard: bool = True
-    """Whether TensorBoard events are written to the run directory."""
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Places that show the metrics and samples, besides the files of the run: tensorboard (event files in the run
+    directory), wandb (Weights & Biases; its own environment variables choose the project and the mode), and dotted
+    paths of classes or functions that take a LoggedRun and return a MetricsLogger."""
     console: bool = True
     """Whether the console shows a progress bar, and a line every console_every steps."""
     console_every: int = 1
@@ -80,7 +82,7 @@ class MetricsConfig:
     upper or lower case.  An empty list counts nothing."""
     show_samples: int = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
-    disagreement: on the console, in TensorBoard, and in full in samples.jsonl in the run directory; 0 is none.
+    disagreement: on the console, in the loggers, and in full in samples.jsonl in the run directory; 0 is none.
     Responses of conversations are shown only with conversations.show_contents=true."""
     show_samples_every: int = 10
     """Number of steps between samples; the samples of the first step are always shown."""
@@ -89,6 +91,13 @@ class MetricsConfig:
         normalise("metrics", self)
         at_least(1, "metrics", self, "console_every show_samples_every teacher_every")
         at_least(0, "metrics", self, "show_samples")
+        for name in self.loggers:
+            known = ", ".join(LOGGERS)
+            require(
+                name in LOGGERS or "." in name,
+                f"metrics.loggers must hold {known} or dotted paths (package.module.function), got {name!r}",
+            )
+        require(len(set(self.loggers)) == len(self.loggers), f"metrics.loggers holds a name twice, got {self.loggers}")
         for word in self.leak_words:
             require(
                 isinstance(word, str) and bool(word.strip()),

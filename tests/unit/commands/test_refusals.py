@@ -20,7 +20,7 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.plan.plan_checks import check_plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors".split()
+HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors wandb".split()
 
 # Runs a command as its own main module, then prints its status and the heavy modules that it has imported.
 RUN = """
@@ -64,6 +64,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
     "train, a recipe": ([TRAIN, "recipe=nope"], "recipe=nope: there is no such file"),
     "train, a type": ([TRAIN, "num_steps=three"], "'three' of type 'str' could not be converted to Integer"),
+    "train, a logger": ([TRAIN, *RUNNABLE, "metrics.loggers=[nope.Logger]"], "nope cannot be imported"),
     "train, too long contexts": ([TRAIN, *RUNNABLE, "data.max_length=1000000"], "exceeds the longest packed sequence"),
     "a plan, a layout": ([TRAIN, *PLAN, THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
     "a plan, engines": ([TRAIN, *PLAN, "rollout.engine=vllm", "rollout.engine_tp=3"], "ranks form one engine"),

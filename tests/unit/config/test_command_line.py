@@ -19,7 +19,7 @@ from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich".split()
+HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich wandb".split()
 
 
 def printed(capsys, *arguments: str) -> str:

@@ -91,6 +91,11 @@ def message_of_load(*overrides: str) -> str:
         ("optimizer.lr_warmup_steps=-1", "optimizer.lr_warmup_steps must be at least 0"),
         ("optimizer.overlap_param_gather=true", "needs use_distributed_optimizer and overlap_grad_reduce"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
+        (
+            "metrics.loggers=[wandbb]",
+            "must hold tensorboard, wandb or dotted paths (package.module.function), got 'wandbb'",
+        ),
+        ("metrics.loggers=[wandb,wandb]", "metrics.loggers holds a name twice"),
         ("metrics.console_every=0", "metrics.console_every must be at least 1"),
         ("evaluation.pass_at_k=[4]", "pass@4 but evaluation.num_samples is 1"),
         ("evaluation.pass_at_k=[0]", "must hold numbers of at least 1"),

@@ -197,7 +197,7 @@ def test_a_run_writes_and_prints_no_value_from_the_environment(ranks, data, tmp_
         "evaluation.limit=2",
         "rollout.engine_args={hf_token: '${oc.env:LAB_SECRET}'}",
         "metrics.console=true",
-        "metrics.tensorboard=true",
+        "metrics.loggers=[tensorboard]",
         "num_steps=1",
     ]
     run = tmp_path / "run"

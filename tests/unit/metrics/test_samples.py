@@ -20,7 +20,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
-from megatron_selfdistill.metrics.sample_views import console_text, tensorboard_html
+from megatron_selfdistill.metrics.sample_views import console_text, sample_html
 from megatron_selfdistill.metrics.samples import NUMBERS, Sample, SampleToken, chosen, sample_of
 from tests.unit.metrics.test_metrics import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
@@ -105,13 +105,13 @@ def test_without_a_teacher_a_response_is_shown_without_marks():
     numbers = {name: [math.nan] for name in NUMBERS} | {"loss": [0.5], "student_log_prob": [-0.5], "status": [0.0]}
     found = sample_of(context("a", [4]), "", numbers, Letters())
     assert not found.has_teacher and found.record()["tokens"]["teacher_log_prob"] == [None]
-    for text in (console_text(found, "step 1", coloured=False).plain, tensorboard_html(found)):
+    for text in (console_text(found, "step 1", coloured=False).plain, sample_html(found)):
         assert "e" in text and "hint" not in text and "marks" not in text and "largest loss" not in text
 
 
 def shown(found: Sample, *, terminal: bool, **options: Any) -> str:
     output = Console(file=io.StringIO(), force_terminal=terminal, width=200, **options)
-    with MetricsLog("unused", num_steps=1, tensorboard=False, output=output) as log:
+    with MetricsLog("unused", num_steps=1, output=output) as log:
         log._console.sample(found, "step 3, sample 1 of 2")
     return output.file.getvalue()
 
@@ -143,7 +143,7 @@ def test_tensorboard_keeps_the_marks_and_shows_texts_as_they_are():
     from tensorboard.plugin_util import markdown_to_safe_html
 
     tokens = token("a *b*\n\n# c <i> &amp;"), token(" 137", -3.2), token(" now", 1.5), token("```")
-    page = markdown_to_safe_html(tensorboard_html(sample(*tokens, solution="- one\n\n- two")))
+    page = markdown_to_safe_html(sample_html(sample(*tokens, solution="- one\n\n- two")))
     assert "a *b*\n\n# c &lt;i&gt; &amp;amp;<strong> 137</strong><em> now</em>```</pre>" in page
     assert "<pre>- one\n\n- two</pre>" in page and "<strong>bold</strong>: at least 1 nat less likely" in page
 
@@ -159,7 +159,7 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
     text = console_text(long, "", coloured=False).plain
     assert "[-0000-]0001" in text and "0374 [... 500 tokens ...] 0875" in text and "0998[-0999-]" in text
     assert "[-0500-]" not in text and f"prompt: ... {'x' * 399}?\n" in text and f"{'y' * 400} ...\n" in text
-    with MetricsLog(tmp_path, num_steps=1, tensorboard=False, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=1, console=False) as log:
         log.resume(0)
         log.log_samples(1, lambda: [long])
     [record] = read_samples(tmp_path)
@@ -167,7 +167,7 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
 
 
 def log_samples(run_dir: Any, steps: range, done: int, **options: Any) -> None:
-    with MetricsLog(run_dir, **{"num_steps": 9, "tensorboard": False, "console": False} | options) as log:
+    with MetricsLog(run_dir, **{"num_steps": 9, "console": False} | options) as log:
         log.resume(done)
         for step in steps:
             log.log(step, {"loss/mean": 0.5})
@@ -183,7 +183,7 @@ def test_a_resumed_run_writes_no_sample_twice(tmp_path):
 
 
 def test_numbers_that_json_lacks_are_written_as_texts(tmp_path):
-    with MetricsLog(tmp_path, num_steps=1, tensorboard=False, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=1, console=False) as log:
         log.resume(0)
         log.log_samples(1, lambda: [sample(token("a", 0.0, loss=math.inf), token("b", math.nan))])
     line = (tmp_path / "samples.jsonl").read_text()
@@ -195,7 +195,7 @@ def test_numbers_that_json_lacks_are_written_as_texts(tmp_path):
 def test_tensorboard_has_the_samples_of_each_step_as_text(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    log_samples(tmp_path, range(1, 3), done=0, tensorboard=True)
+    log_samples(tmp_path, range(1, 3), done=0, loggers=["tensorboard"])
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     texts = events.Tensors("samples/2/text_summary")
     assert [event.step for event in texts] == [1, 2]
@@ -208,14 +208,14 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     def broken() -> list[Sample]:
         raise OverflowError("token 7 is out of range")
 
-    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, output=output) as log:
+    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
         log.resume(0)
         log.log_samples(3, broken)
         log.log(3, {"loss/mean": 0.5})
     text = output.file.getvalue()
     assert "warning: the samples of step 3 are not shown: OverflowError: token 7 is out of range\n" in text
     assert read_samples(tmp_path) == [] and "loss 0.5000" in text and not caplog.records
-    with MetricsLog(tmp_path, num_steps=9, tensorboard=False, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=9, console=False) as log:
         log.resume(3)
         log.log_samples(4, broken)
     assert "the samples of step 4 are not shown" in caplog.text

@@ -1,0 +1,143 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every logger gets what the run logs; a logger that fails is dropped, and one that cannot start is refused."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import recorded_logger
+import tiny_run
+import yaml
+
+from megatron_selfdistill import prechecks
+from megatron_selfdistill.choices import LOGGERS
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.metrics import MetricsLog, loggers, read_metrics
+from tests.unit.metrics.test_samples import MARKED
+
+RECORDED, FAILING, NO_START = (f"recorded_logger.{n}" for n in ("RecordedLogger", "FailingLogger", "failing_start"))
+
+
+def log_of(run_dir: Path, *names: str) -> MetricsLog:
+    return MetricsLog(run_dir, num_steps=9, loggers=names, config={"seed": 3}, console=False)
+
+
+def test_every_choice_is_built_in():
+    assert tuple(loggers.BUILT_IN) == LOGGERS
+
+
+def test_a_logger_of_a_dotted_path_gets_everything_in_order(tmp_path):
+    with log_of(tmp_path, RECORDED) as log:
+        log.resume(3)
+        log.log(4, {"loss/mean": math.inf})
+        log.log_samples(4, lambda: [MARKED, MARKED])
+        log.log_evaluation(4, {"evaluation/greedy_accuracy": 0.5})
+    log.close()
+    assert recorded_logger.calls(tmp_path) == [
+        ["init", 3, {"seed": 3}],
+        ["scalars", 4, {"loss/mean": math.inf}],
+        ["samples", 4, [MARKED.response] * 2],
+        ["scalars", 4, {"evaluation/greedy_accuracy": 0.5}],
+        ["close"],
+    ]
+
+
+def test_a_logger_learns_that_the_run_directory_was_removed(tmp_path):
+    with log_of(tmp_path / "run", RECORDED) as log:
+        log.resume(0)
+        log.log(1, {"loss/mean": math.nan, "k/mean": 1.5})
+        shutil.rmtree(tmp_path / "run")
+        log.log(2, {"loss/mean": 0.25})
+    name, [[step, metrics]] = recorded_logger.calls(tmp_path / "run")[0]
+    assert (name, step) == ("rewrite", 1) and math.isnan(metrics["loss/mean"]) and metrics["k/mean"] == 1.5
+    assert recorded_logger.calls(tmp_path / "run")[1] == ["scalars", 2, {"loss/mean": 0.25}]
+
+
+def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tmp_path, caplog):
+    with log_of(tmp_path, FAILING, RECORDED) as log:
+        log.resume(0)
+        for step in (1, 2, 3):
+            log.log(step, {"loss/mean": step / 10})
+    expected = f"metrics.loggers: {FAILING} gets nothing more in this launch: ConnectionError: the server is gone"
+    assert [record.getMessage() for record in caplog.records] == [expected]
+    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 3]
+    steps = [call[1] for call in recorded_logger.calls(tmp_path) if call[0] == "scalars"]
+    assert steps == [1, 1, 2, 3], "step 1 of both loggers, then steps 2 and 3 of the one that works"
+    assert [call[0] for call in recorded_logger.calls(tmp_path)].count("close") == 1
+
+
+def test_a_logger_that_cannot_start_ends_a_new_run_and_not_a_resumed_run(tmp_path, caplog):
+    message = f"metrics.loggers: {NO_START} cannot start: ConnectionError: no answer; remove {NO_START} from"
+    log = log_of(tmp_path, RECORDED, NO_START)
+    with pytest.raises(ConfigError, match=message):
+        log.resume(0)
+    assert recorded_logger.calls(tmp_path)[-1] == ["close"], "the logger that has started is closed"
+    with log:
+        log.resume(2)
+        log.log(3, {"loss/mean": 0.5})
+    assert f"this launch runs without {NO_START}: ConnectionError: no answer" in caplog.text
+    assert ["scalars", 3, {"loss/mean": 0.5}] in recorded_logger.calls(tmp_path)
+
+
+def test_a_run_gives_its_loggers_the_metrics_and_the_configuration_of_its_files(ranks, data, tmp_path):
+    """By a run of two ranks, of which only the reporter has loggers."""
+    run = tmp_path / "run"
+    options = [f"metrics.loggers=[{RECORDED}]", "num_steps=1", "metrics.show_samples=1", "checkpoint.save_every=0"]
+    tiny_run.train(ranks, tiny_run.overrides(data, run, *options), 2)
+    [init, samples, scalars, close] = recorded_logger.calls(run)
+    assert init == ["init", 0, yaml.safe_load((run / "config.yaml").read_text())]
+    assert (samples[:2], len(samples[2])) == (["samples", 1], 1) and close == ["close"]
+    assert [{"step": 1, **scalars[2]}] == read_metrics(run)
+
+
+def test_a_logger_that_cannot_start_ends_all_ranks_with_one_message(ranks, data, tmp_path):
+    arguments = tiny_run.overrides(data, tmp_path / "run", f"metrics.loggers=[{NO_START}]")
+    found = ranks.run(tiny_run.start_and_listen, arguments, world_size=2, init_process_group=False)
+    assert [status for status, _ in found] == [2, 2]
+    assert sum(output.count("cannot start: ConnectionError: no answer") for _, output in found) == 1
+
+
+@pytest.mark.parametrize("name", LOGGERS)
+def test_a_package_that_is_not_installed_is_refused_also_beside_a_directory_of_its_name(monkeypatch, tmp_path, name):
+    (tmp_path / name).mkdir()  # wandb keeps its files in a directory wandb
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    with pytest.raises(ConfigError, match=f"{name} is not installed: pip install {name}, or remove {name}"):
+        prechecks.require_loggers(load([f"metrics.loggers=[{name}]"]))
+
+
+@pytest.mark.parametrize("name", ["nowhere.Logger", "recorded_logger.Nothing", "recorded_logger.CALLS"])
+def test_a_dotted_path_without_a_function_is_refused(name):
+    with pytest.raises(ConfigError, match=rf"metrics\.loggers must be the dotted path .*, got '{name}'"):
+        prechecks.require_loggers(load([f"metrics.loggers=[{name}]"]))
+
+
+def refusals_of_wandb(home: str) -> list[str]:
+    """Return the message without a key, in offline mode and with a key, in a process of their own."""
+    import wandb
+
+    messages = []
+    for environment in ({}, {"WANDB_MODE": "offline"}, {"WANDB_API_KEY": "x" * 40}):
+        for name in [name for name in os.environ if name.startswith("WANDB_")]:
+            del os.environ[name]
+        os.environ.update(environment | {"HOME": home, "NETRC": f"{home}/netrc", "WANDB_CONFIG_DIR": home})
+        wandb.teardown()
+        try:
+            prechecks.require_loggers(load(["metrics.loggers=[wandb]"]))
+            messages.append("")
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_wandb_is_refused_without_a_key_unless_its_mode_needs_none(ranks, tmp_path):
+    [[without, offline, with_key]] = ranks.run(refusals_of_wandb, str(tmp_path), world_size=1, init_process_group=False)
+    assert without.startswith("metrics.loggers: wandb has no key: run `wandb login`, set WANDB_API_KEY")
+    assert (offline, with_key) == ("", "")
