@@ -40,9 +40,10 @@ quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
 
 # One thread a process: the distributed tests run several processes on few cores.  Nothing is fetched from the hub.
-# A file's tests run in one worker, so that they share what the file makes once.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 \
-	$(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+# A file's tests run in one worker, so that they share what the file makes once.  The workers and their children share
+# bytecode, too, also where PYTHONDONTWRITEBYTECODE is set.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: venv ## run the tests, in minutes (ARGS="-k jsd" for a part)
 	@$(PYTEST) $(TESTS) $(ARGS)

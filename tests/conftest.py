@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import hidden_gpus
 
+gc.disable()  # until all tests are collected: imports make millions of objects, and almost all of them stay
 VISIBLE = hidden_gpus.hide()  # before torch is imported: a process that has looked for GPUs does not look again
 
 import pytest  # noqa: E402
@@ -95,6 +97,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu_items and not hidden_gpus.number(VISIBLE):
         for item in gpu_items:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, but look at no object of the modules that are loaded by now."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(wrapper=True)

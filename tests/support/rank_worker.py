@@ -311,8 +311,6 @@ def _load(task: Task) -> Callable[..., Any]:
 
 def _load_test_file(task: Task) -> types.ModuleType:
     """Execute a test file as pytest does: under its dotted name, with asserts that show their values."""
-    from _pytest.assertion.rewrite import rewrite_asserts
-
     assert task.file is not None
     spec = importlib.util.spec_from_file_location(task.module, task.file)
     assert spec is not None
@@ -322,16 +320,27 @@ def _load_test_file(task: Task) -> types.ModuleType:
         name = ".".join(parents[:depth])
         directory = Path(task.file).parents[len(parents) - depth]  # where a test file finds its neighbours
         sys.modules.setdefault(name, types.ModuleType(name)).__dict__.setdefault("__path__", [str(directory)])
-    source = Path(task.file).read_bytes()
-    tree = ast.parse(source, task.file)
-    rewrite_asserts(tree, source, task.file)
+    code = _rewritten(Path(task.file))
     sys.modules[task.module] = module
     try:
-        exec(compile(tree, task.file, "exec"), module.__dict__)
+        exec(code, module.__dict__)
     except BaseException:
         del sys.modules[task.module]
         raise
     return module
+
+
+def _rewritten(file: Path) -> types.CodeType:
+    """Return the code of a test file with pytest's asserts, from pytest's cache of bytecode where the file is there."""
+    from _pytest.assertion import rewrite
+
+    code: types.CodeType | None = rewrite._read_pyc(file, rewrite.get_cache_dir(file) / (file.stem + rewrite.PYC_TAIL))
+    if code is not None:
+        return code
+    source = file.read_bytes()
+    tree = ast.parse(source, str(file))
+    rewrite.rewrite_asserts(tree, source, str(file))
+    return cast("types.CodeType", compile(tree, str(file), "exec"))
 
 
 def _exit_with_parent(alive: int) -> None:
@@ -344,6 +353,7 @@ def _import_once(modules: Sequence[str]) -> str | None:
     """Load what the ranks need, in the order it must have; return the traceback if that fails."""
     # Megatron warns about each optional accelerator that is absent; it says nothing about a test.
     warnings.simplefilter("ignore")
+    gc.disable()  # almost all objects of the modules stay
     try:
         for name in modules:
             importlib.import_module(name)
@@ -357,6 +367,7 @@ def _import_once(modules: Sequence[str]) -> str | None:
     except Exception:
         return traceback.format_exc()
     finally:
+        gc.enable()
         warnings.resetwarnings()
 
 
