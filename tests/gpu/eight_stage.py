@@ -72,7 +72,7 @@ def hang(directory: Path) -> Outcome:
     run_dir = directory / "hang"
     arguments = tiny_run.overrides(directory, run_dir, f"stop.hang_timeout_minutes={HANG_MINUTES}", *on_device())
     began = time.time()
-    done = launched([str(REPOSITORY / "tests" / "hanging_run.py"), "is stopped", "1", *arguments], 2)
+    done = launched([str(REPOSITORY / "tests" / "support" / "hanging_run.py"), "is stopped", "1", *arguments], 2)
     verdict = run_dir / "stacks" / "verdict.txt"
     text = verdict.read_text() if verdict.exists() else ""
     seconds = verdict.stat().st_mtime - began if text else None  # torchrun gives a stopped rank 30 s more
