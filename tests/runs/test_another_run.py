@@ -78,9 +78,9 @@ def test_what_has_another_form_on_disk_is_refused_even_by_force(ranks, run, data
 
 
 def test_another_architecture_names_both_and_the_directory(run, data, capfd):
-    assert main(overrides(data, run, "model.num_layers=2")) == 2
+    assert main(overrides(data, run, "model.num_layers=4")) == 2
     message = capfd.readouterr().err
-    assert "iter_0000006: model.num_layers is 2, but the checkpoint was saved with 4" in message
+    assert "iter_0000006: model.num_layers is 4, but the checkpoint was saved with 2" in message
     assert "another run_dir" in message
 
 

@@ -193,7 +193,7 @@ def test_a_run_on_logs_builds_no_sampler_lists_unusable_turns_once_and_resumes_b
     """Almost two epochs of all turns, so that some unusable ones come up twice."""
 
     def arguments(run_dir: Path) -> list[str]:
-        return chats(logs, run_dir, mixed, "data.global_batch_size=18", "num_steps=4", "checkpoint.save_every=2")
+        return chats(logs, run_dir, mixed, "data.global_batch_size=18", "num_steps=4", "checkpoint.save_every=3")
 
     no_sampler = {"start": start_where_no_sampler_can_be_built}
     train(ranks, arguments(tmp_path / "whole"), **no_sampler)
@@ -204,7 +204,7 @@ def test_a_run_on_logs_builds_no_sampler_lists_unusable_turns_once_and_resumes_b
     assert sum(line["turns/skipped_long"] for line in lines) > NUM_LONG
     assert sum(line["turns/skipped_bad"] for line in lines) > NUM_BROKEN
     assert sorted(lines_listed(tmp_path / "whole")) == list(range(NUM_GOOD + 1, NUM_GOOD + NUM_LONG + NUM_BROKEN + 1))
-    halves = assert_resumes_equal(ranks, tmp_path / "whole", arguments, step=2, num_steps=4, **no_sampler)
+    halves = assert_resumes_equal(ranks, tmp_path / "whole", arguments, step=3, num_steps=4, **no_sampler)
     assert lines_listed(halves) == lines_listed(tmp_path / "whole"), "nothing is listed twice"
 
 

@@ -9,7 +9,7 @@ FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks
 
 
 def test_a_run_without_a_reference_logs_the_claims_and_a_baseline_does_not(ranks, data, tmp_path):
-    common = ["metrics.teacher_every=2", "metrics.show_samples=0", "model.num_layers=2"]
+    common = ["metrics.teacher_every=2", "metrics.show_samples=0"]
     words = "metrics.leak_words=['0','1','2','3','4','5','6','7','8','9']"
     run, baseline = tmp_path / "run", tmp_path / "baseline"
     train_each(

@@ -22,22 +22,31 @@ LAYOUTS = {
     "CP2": ["parallel.context_parallel_size=2"],
     "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
 }
+FOUR_LAYERS = "model.num_layers=4"  # for the four chunks of PP2xVPP2
 
 
 NUM_STEPS = [
-    pytest.param("PP2xVPP2", 5, id="PP2xVPP2, 5 steps"),
+    pytest.param("PP2xVPP2", 3, id="PP2xVPP2, 3 steps"),
     *(pytest.param(name, 20, id=f"{name}, 20 steps", marks=pytest.mark.full) for name in LAYOUTS),
 ]
 
 
-def run_of(finished: Path, data: Path, run_dir: Path, num_steps: int, *options: str) -> list[str]:
-    """Return the arguments of a run that starts from the weights of the finished run."""
-    start = f"checkpoint.load={finished}/checkpoints"
-    return overrides(data, run_dir, start, f"num_steps={num_steps}", "checkpoint.save_every=0", *options)
+@pytest.fixture(scope="module")
+def base(ranks, data, tmp_path_factory) -> Path:
+    """Return the directory of a run of one step, with whose weights the runs of all layouts start."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    train(ranks, overrides(data, run, FOUR_LAYERS, "num_steps=1"))
+    return run
+
+
+def run_of(base: Path, data: Path, run_dir: Path, num_steps: int, *options: str) -> list[str]:
+    """Return the arguments of a run that starts from the weights of ``base``."""
+    more = [f"checkpoint.load={base}/checkpoints", f"num_steps={num_steps}", "checkpoint.save_every=0"]
+    return overrides(data, run_dir, FOUR_LAYERS, *more, *options)
 
 
 @pytest.fixture(scope="module")
-def on_one_rank(ranks, data, finished, tmp_path_factory) -> Callable[[int], Path]:
+def on_one_rank(ranks, data, base, tmp_path_factory) -> Callable[[int], Path]:
     """Return a function that returns the directory of a run of one rank with its number of steps.
 
     The directory also has the responses of the run, responses.jsonl.
@@ -46,7 +55,7 @@ def on_one_rank(ranks, data, finished, tmp_path_factory) -> Callable[[int], Path
     @functools.cache
     def run_of_steps(num_steps: int) -> Path:
         run = tmp_path_factory.mktemp("one") / "run"
-        train(ranks, run_of(finished, data, run, num_steps, f"rollout.record={run}/responses.jsonl"))
+        train(ranks, run_of(base, data, run, num_steps, f"rollout.record={run}/responses.jsonl"))
         return run
 
     return run_of_steps
@@ -54,20 +63,20 @@ def on_one_rank(ranks, data, finished, tmp_path_factory) -> Callable[[int], Path
 
 @pytest.mark.parametrize(("name", "num_steps"), NUM_STEPS)
 def test_steps_on_recorded_responses_have_the_same_losses(
-    ranks, data, finished, on_one_rank, tmp_path, name, num_steps
+    ranks, data, base, on_one_rank, tmp_path, name, num_steps
 ):
     one = on_one_rank(num_steps)
     replay = f"rollout.replay={one}/responses.jsonl"
-    train(ranks, run_of(finished, data, tmp_path / "run", num_steps, *LAYOUTS[name], replay), 2)
+    train(ranks, run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS[name], replay), 2)
     assert_same_losses(one, tmp_path / "run", num_steps)
 
 
 @pytest.mark.full
-def test_torchrun_gives_the_same_losses(data, finished, on_one_rank, tmp_path):
+def test_torchrun_gives_the_same_losses(data, base, on_one_rank, tmp_path):
     """The command that a lab types, with two processes that torchrun starts."""
     one, num_steps = on_one_rank(20), 20
     replay = f"rollout.replay={one}/responses.jsonl"
-    arguments = run_of(finished, data, tmp_path / "run", num_steps, *LAYOUTS["PP2"], replay)
+    arguments = run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS["PP2"], replay)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_selfdistill.train", *arguments]
     environment = os.environ | {"PYTHONPATH": str(tiny_run.REPOSITORY), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=200)
@@ -76,10 +85,10 @@ def test_torchrun_gives_the_same_losses(data, finished, on_one_rank, tmp_path):
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["CP2"]}, strength=1)
-def test_the_first_steps_sampled_responses_are_equal(ranks, data, finished, on_one_rank, tmp_path, name):
+def test_the_first_steps_sampled_responses_are_equal(ranks, data, base, on_one_rank, tmp_path, name):
     record = f"rollout.record={tmp_path}/responses.jsonl"
-    train(ranks, run_of(finished, data, tmp_path / "run", 1, *LAYOUTS[name], record), 2)
-    assert recorded(tmp_path / "responses.jsonl", step=0) == recorded(on_one_rank(5) / "responses.jsonl", step=0)
+    train(ranks, run_of(base, data, tmp_path / "run", 1, *LAYOUTS[name], record), 2)
+    assert recorded(tmp_path / "responses.jsonl", step=0) == recorded(on_one_rank(3) / "responses.jsonl", step=0)
 
 
 def assert_same_losses(one: Path, other: Path, num_steps: int) -> None:

@@ -31,6 +31,7 @@ LAYOUTS = {
         [
             "parallel.pipeline_model_parallel_size=2",
             "parallel.virtual_pipeline_model_parallel_size=2",
+            "model.num_layers=4",
             "checkpoint.async_save=true",
         ],
     ),
@@ -51,13 +52,13 @@ LAYOUTS = {
 @combinations(name=list(LAYOUTS), quick={"name": ["PP2xVPP2, saved in the background"]}, strength=1)
 def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name):
     world_size, options = LAYOUTS[name]
-    options = [*options, "num_steps=4", "checkpoint.save_every=2"]
+    options = [*options, "num_steps=3", "checkpoint.save_every=2"]
 
     def arguments(run_dir: Path) -> list[str]:
         return overrides(data, run_dir, *options)
 
     train(ranks, arguments(tmp_path / "whole"), world_size)
-    assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=4)
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=3)
 
 
 @combinations(place=["step", "save"], quick={"place": ["save"]}, strength=1)
@@ -81,13 +82,13 @@ OTHER_LAYOUTS = {
 @combinations(name=list(OTHER_LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and_loss(ranks, data, tmp_path, name):
     """Data position, seeds and teacher exactly; the first loss to 1e-5."""
-    options = ["teacher.weights=ema", "checkpoint.keep_last=null", "num_steps=4"]
+    options = ["teacher.weights=ema", "checkpoint.keep_last=null", "checkpoint.save_every=2", "num_steps=3"]
     train(ranks, overrides(data, tmp_path / "whole", *options, f"rollout.record={tmp_path}/whole.jsonl"))
     shutil.copytree(tmp_path / "whole", tmp_path / "other")
-    go_back_to_step(3, tmp_path / "other")
+    go_back_to_step(2, tmp_path / "other")
     options += OTHER_LAYOUTS[name] + [f"rollout.record={tmp_path}/other.jsonl"]
     train(ranks, overrides(data, tmp_path / "other", *options), 2)
-    assert recorded(tmp_path / "other.jsonl", step=3) == recorded(tmp_path / "whole.jsonl", step=3)
-    one, other = (reproducible_metrics(tmp_path / run)[3] for run in ("whole", "other"))
+    assert recorded(tmp_path / "other.jsonl", step=2) == recorded(tmp_path / "whole.jsonl", step=2)
+    one, other = (reproducible_metrics(tmp_path / run)[2] for run in ("whole", "other"))
     assert other["loss/mean"] == pytest.approx(one["loss/mean"], abs=1e-5)
     assert other["teacher_cross_entropy"] == pytest.approx(one["teacher_cross_entropy"], abs=1e-5)

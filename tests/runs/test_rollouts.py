@@ -75,7 +75,8 @@ def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_surviv
         "rollout.guidance=mixed",
         "rollout.guide_below=0.5",
         "evaluation.verifier=tiny_run.starts_with_an_even_token",
-        "num_steps=4",
+        "model.num_layers=4",
+        "num_steps=3",
         "checkpoint.save_every=2",
     ]
     recorded = tmp_path / "recorded.jsonl"
@@ -95,4 +96,4 @@ def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_surviv
             text = "".join("0123456789-=b.,;:|HX~$_"[token] for token in record["token_ids"][:-1])
             right = record["finish_reason"] == "stop" and tiny_run.starts_with_an_even_token(text, None)
             first[record["problem_id"]] = right
-    assert_resumes_equal(ranks, tmp_path / "whole", arguments, 2, step=2, num_steps=4)
+    assert_resumes_equal(ranks, tmp_path / "whole", arguments, 2, step=2, num_steps=3)

@@ -49,7 +49,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "data.global_batch_size=8",
         "rollout.max_new_tokens=14",
         "schedule.max_tokens=256",
-        "model.num_layers=4",
+        "model.num_layers=2",
         "model.hidden_size=32",
         "model.num_query_groups=2",
         "model.make_vocab_size_divisible_by=8",
