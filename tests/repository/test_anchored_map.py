@@ -57,7 +57,7 @@ def different_runs(experiment: Any) -> bool:
     return len(set(map(configuration.to_yaml, composed))) == len(arms) > 1
 
 
-@pytest.mark.parametrize("name", ["leak", "unsolved"])
+@pytest.mark.parametrize("name", ["leak", pytest.param("unsolved", marks=pytest.mark.full)])
 def test_the_arms_of_an_experiment_are_different_runs(tools, name):
     assert different_runs(tools("anchored_experiments").EXPERIMENTS[name])
 

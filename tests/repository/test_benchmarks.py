@@ -69,6 +69,7 @@ def case_of(contenders: ModuleType, tokens: int, vocab: int, dtype: torch.dtype,
     return contenders.Case(tokens, vocab, None, dtype, torch.device("cpu"), VocabShard(0, vocab, vocab), kind)
 
 
+@pytest.mark.full
 def test_the_loss_is_measured_at_every_size_with_its_error_and_a_plot(ranks, tmp_path):
     measure(ranks, tmp_path, "--tokens", "40", "80", "--vocab", "1000", "3000", f"--plot={tmp_path}/loss.png")
     found = measurements(tmp_path)

@@ -121,6 +121,7 @@ def test_train_trains(use, directory):
     assert (directory / "run" / "checkpoints" / "iter_0000001" / "metadata.json").is_file()
 
 
+@pytest.mark.full
 def test_plan_finds_its_recipe_and_shows_how_to_launch_it(use):
     done = use("plan")
     assert done.returncode == 0, done.stderr

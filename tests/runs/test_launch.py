@@ -50,6 +50,7 @@ def assert_reported_once(output: str, rank: int, words: str, statuses: int = 2) 
     assert words in report, "torchrun's own report has the message for its traceback"
 
 
+@pytest.mark.full
 def test_an_error_of_the_configuration_is_said_once(data, tmp_path):
     assert_reported_once(failed(overrides(data, tmp_path / "run", "traget=1")), 0, "unknown configuration key 'traget'")
 

@@ -222,6 +222,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, capfd, na
     assert list(tmp_path.rglob("*.json*")) == [] and not any(tmp_path.glob("results/*"))
 
 
+@pytest.mark.full
 def test_results_are_overwritten_only_when_asked(directory, alone, ranks, tmp_path, capfd):
     out = tmp_path / "results"
     shutil.copytree(alone, out)

@@ -198,7 +198,7 @@ def test_what_is_done_is_not_done_again(ranks, directory, summary):
     assert (directory / "own.jsonl").read_bytes() == before
 
 
-@combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2", "TP2"]}, strength=1)
+@combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2"]}, strength=1)
 def test_every_layout_writes_the_same_solutions(ranks, directory, summary, layout):
     name = f"{layout}.jsonl"
     arguments = arguments_of(directory, name, "--pick", "learnable", *LAYOUTS[layout])

@@ -187,6 +187,7 @@ def test_the_balancing_loss_of_a_microbatch_that_is_all_padding_is_zero(ranks):
 # -- Megatron Core on CPU, and a machine with CUDA --------------------------------------------------------------
 
 
+@pytest.mark.full
 def test_a_machine_with_cuda_is_left_as_it_was():
     """Nothing of torch is replaced, nothing set, and Megatron not even imported.
 

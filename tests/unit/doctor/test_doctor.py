@@ -250,6 +250,7 @@ SOUND = {
 }
 
 
+@pytest.mark.full
 def test_what_is_installed_but_does_not_load_is_a_failure_with_its_reason_and_fix(ranks, tmp_path):
     """A library may be compiled for another torch; a library that ends the process ends its own."""
     directory = write(tmp_path, BROKEN)
