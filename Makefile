@@ -25,7 +25,7 @@ SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh e
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-gpu check format bench bench-gpu docs docs-serve clean
+.PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-browser test-gpu check format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,11 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_SLURM=1 \
 		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
+
+# The tests speak to Chromium themselves, without a package that drives browsers.
+test-browser: venv ## run the tests of pages in a real Chromium (needs chromium: .ci/run installs it)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_BROWSER=1 \
+		$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
 # One GPU, at most nine minutes; docs/gpu.md says what each stage proves.
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)

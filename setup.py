@@ -143,7 +143,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={f"{PACKAGE}.data.chat": ["*.yaml"]},
+    package_data={f"{PACKAGE}.data.chat": ["*.yaml"], f"{PACKAGE}.report": ["page/*"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.cli:main"]},

@@ -40,6 +40,10 @@ pytest_plugins = ["cpu_seconds", "shared"]
 
 # Left out where what they need is not there: `make test-vllm` brings it.
 NEEDS = {
+    "browser": (
+        os.environ.get("SELFDISTILL_TEST_BROWSER") == "1",
+        "SELFDISTILL_TEST_BROWSER=1 and Chromium (make test-browser)",
+    ),
     "vllm/colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
     "vllm/server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
     "slurm": (

@@ -80,7 +80,7 @@ ORDER = {
         "problem_prompts source on_demand_sampler synced_sampler recording solution_search own_solutions guidance "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
-    "report": "curves next_steps",
+    "report": "curves next_steps html_page",
     "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",
     "learner": "",
     "trainer": "",

@@ -1,0 +1,17 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""One Chromium for all tests of pages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from chromium import Chromium
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    """Yield a running Chromium; ``browser.open(path)`` shows a page."""
+    started = Chromium(tmp_path_factory.mktemp("chromium"))
+    yield started
+    started.close()
