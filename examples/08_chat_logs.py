@@ -33,8 +33,8 @@ from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.metrics import read_metrics
-from megatron_selfdistill.metrics.log import METRICS_FILE
 from megatron_selfdistill.report.curves import GREEDY, SAMPLED, plot_curves
+from megatron_selfdistill.run_log import METRICS_FILE
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
     from megatron_selfdistill.evaluation.inference import Inference

@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from megatron_selfdistill.checkpoint.run.run_lock import LOCK
 from megatron_selfdistill.data.packing import length_quantum
 from megatron_selfdistill.distributed.ranks import about_allocator
-from megatron_selfdistill.model.architecture import uses_transformer_engine
+from megatron_selfdistill.launch_facts import launch_facts, layers, layout, start
 from megatron_selfdistill.model.build import megatron_in_use, unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
 from megatron_selfdistill.report import next_steps
@@ -17,13 +17,17 @@ from megatron_selfdistill.sources.chat_logs import SKIPPED_FILE, list_skipped
 from megatron_selfdistill.trainer import Trainer
 
 
-def announce(trainer: Trainer) -> None:
-    """Write the resolved configuration into the run directory, unless this is a dry run, and report what will run."""
+def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
+    """Write the resolved configuration into the run directory, unless this is a dry run, and report what will run.
+
+    ``given``: as in `launch_facts`.
+    """
     if not trainer.grid.is_reporter:
         return
     directory, data, dry_run = trainer.run_directory.path, trainer.run_data, trainer.config.dry_run
     if not dry_run:
         trainer.run_directory.write()
+        trainer.events.record(trainer.step, "started", **launch_facts(trainer, given))
     for line in _lines(trainer):
         trainer.log.message(line)
     if dry_run and (directory / LOCK).exists():
@@ -43,6 +47,7 @@ def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
     if trainer.step < trainer.config.num_steps:
         return  # the run was asked to stop, and has reported so
     trainer.checkpointer.finish()
+    trainer.events.record(trainer.step, "finished")
     run_dir, steps = trainer.run_dir, trainer.step - first_step
     if steps > 0:
         lines = next_steps.done(run_dir, trainer.step, steps, seconds, trainer.checkpoint)
@@ -54,17 +59,12 @@ def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
 
 def _lines(trainer: Trainer) -> Iterator[str]:
     config, grid, data, learner = trainer.config, trainer.grid, trainer.run_data, trainer.learner
-    layers = "Transformer Engine" if uses_transformer_engine() else "Megatron's local spec"
-    yield f"{megatron_in_use()}; layers: {layers}; device: {grid.device.type}"
+    yield f"{megatron_in_use()}; {layers()}; device: {grid.device.type}"
     yield kernels_in_use(unwrapped(learner.chunks[0]).config)
     if grid.device.type == "cuda":
         quantum = length_quantum(config.schedule.max_tokens)
         yield f"GPU memory: {about_allocator(os.environ)}; packed sequences of multiples of {quantum} tokens"
-    vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
-    yield (
-        f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
-        f"pair order {learner.pair_order}"
-    )
+    yield layout(trainer)
     if learner.has_teacher:
         yield f"loss: {trainer.loss_backend}"
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
@@ -72,9 +72,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     if data.about_prompts:
         yield data.about_prompts
     yield from data.about_conversations
-    start = f"starts from {config.checkpoint.load or 'random weights'}"
-    start = f"resumes {trainer.resumed_from}" if trainer.resumed_from else start
-    yield f"{start}, at step {trainer.step} of {config.num_steps}; everything goes to {trainer.run_directory.path}"
+    yield f"{start(trainer)}; everything goes to {trainer.run_directory.path}"
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan

@@ -50,6 +50,11 @@ COMMANDS = {
         "Sample solutions from a model, verify them, and write the best ones.",
         "--out own.jsonl --hf Qwen3-8B data.path=problems.jsonl",
     ),
+    "report": Command(
+        "commands.report",
+        "Show runs in one HTML file: curves, differences, responses and events.",
+        "runs/first runs/second -o comparison.html",
+    ),
     "doctor": Command(
         "commands.doctor",
         "Report what this node has and lacks, and let its GPUs verify what they compute.",

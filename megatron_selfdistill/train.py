@@ -142,10 +142,12 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
         return _already_complete(config, Path(checkpoint), ranks)
     run_data = RunData.load(config)
     ranks.answer("inputs", timeout_s=patience_s)
-    return _train(config, run_data, None if config.dry_run else lock.renew)
+    return _train(config, run_data, None if config.dry_run else lock.renew, given)
 
 
-def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None] | None) -> int:
+def _train(
+    config: Config, run_data: RunData, prove_ownership: Callable[[], None] | None, given: Collection[str] | None
+) -> int:
     from megatron_selfdistill.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.metrics.guards import RunUnhealthy
@@ -160,7 +162,7 @@ def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None
             with watchdog.moving_files():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
             try:
-                announce(trainer)
+                announce(trainer, given)
                 if not config.dry_run:
                     first, began = trainer.step, time.monotonic()
                     loop(trainer)
@@ -171,10 +173,14 @@ def _train(config: Config, run_data: RunData, prove_ownership: Callable[[], None
                     trainer.leave()  # the end of the job has also ended its servers
                     return 0
                 trainer.save()
+                unhealthy = isinstance(reason, RunUnhealthy)
+                trainer.events.record(trainer.step, "guard" if unhealthy else "engine", reason=str(reason))
                 trainer.log.message(f"stopped: {reason}")
-                return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
+                return EXIT_UNHEALTHY if unhealthy else EXIT_NO_ROLLOUT
             finally:
                 trainer.close()
+                if trainer.run_directory.is_owned:
+                    trainer.report.finish()
     finally:
         ranks.shutdown()
 

@@ -35,9 +35,11 @@ from megatron_selfdistill.metrics.leakage import leak_counts
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
+from megatron_selfdistill.report.refresh import ReportRefresh
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.factory import sampling_params
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
 from megatron_selfdistill.sources.source import StepBatch
 
@@ -99,6 +101,9 @@ class Trainer:
             console_every=config.metrics.console_every,
             enabled=grid.is_reporter,
         )
+        writes = grid.is_reporter and not config.dry_run
+        self.events = EventLog(self.run_dir, enabled=writes)
+        self.report = ReportRefresh(self.run_dir, enabled=writes and config.report.every != 0)
         if not config.dry_run:  # a dry run writes nothing: another run may be using the directory
             with raise_on_all_ranks():  # a logger that cannot start ends all ranks alike
                 self.log.resume(self.step)
@@ -180,8 +185,11 @@ class Trainer:
             self.log.message(warning)
         self.guards.check(self.step, metrics)
         last = self.step == self.config.num_steps
-        if self.config.evaluation.every and (self.step % self.config.evaluation.every == 0 or last):
+        evaluates = bool(self.config.evaluation.every) and (self.step % self.config.evaluation.every == 0 or last)
+        if evaluates:
             self.evaluate()
+        if self.config.report.due(self.step, evaluates) and not last:
+            self.report.start()
         if last or (self.config.checkpoint.save_every and self.step % self.config.checkpoint.save_every == 0):
             self.save()
         self.checkpointer.poll()
@@ -201,9 +209,12 @@ class Trainer:
     def evaluate(self, hinted: bool = False, num_transcripts: int | None = 4) -> EvaluationResult:
         """Evaluate on held-out problems, without hints unless ``hinted``, and log the result under the present step.
 
-        ``num_transcripts``: the problems whose responses are kept as text; None keeps all.
+        ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
+        keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
-        wanted = self.config.evaluation
+        wanted, num_shown = self.config.evaluation, self.config.report.num_problems
+        if not self.config.shows_contents or hinted:
+            num_shown = 0
         self.sampler.update_weights(self.step)
         with self.phases("evaluation"):
             result = evaluate(
@@ -217,7 +228,7 @@ class Trainer:
                     seed=self.config.seed,
                     step=self.step,
                     hinted=hinted,
-                    num_transcripts=num_transcripts,
+                    num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
                     leak_words=self.config.metrics.leak_words,
                 ),
                 self.grid,
@@ -226,6 +237,8 @@ class Trainer:
             for line in result.overlooked.lines(wanted.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
+        if num_shown:
+            self.log.log_evaluation_samples(self.step, result.records(num_shown))
         return result
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
@@ -254,6 +267,7 @@ class Trainer:
                 args=megatron_args(self.learner.chunks[0], model),
             )
         self.saved_step = self.step
+        self.events.record(self.step, "saved", checkpoint=str(self.checkpoint))
 
     def leave(self) -> None:
         """End before the last step, on request: save a checkpoint of the present step, and leave a marker."""
@@ -263,6 +277,7 @@ class Trainer:
         self.checkpointer.finish()
         self.stop.leave_marker(self.step)
         checkpoint = self.checkpoint if self.step else None
+        self.events.record(self.step, "stopped", reason=self.stop.reason)
         self.log.message(next_steps.stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
 
     def close(self) -> None:

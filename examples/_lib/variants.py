@@ -70,6 +70,8 @@ def run_variant(variant: Variant, base: Base, directory: Path, *, num_samples: i
     by_hand = command((*overrides, f"run_dir={run_dir}-by-hand"))
     console.print(by_hand, style="dim", markup=False, soft_wrap=True)
     began = time.perf_counter()
-    status = train(configuration.load([*overrides, f"run_dir={run_dir}"], CONFIG_NAME))
+    settings = [*overrides, f"run_dir={run_dir}"]
+    given = configuration.GivenKeys(settings, CONFIG_NAME)  # events.jsonl and the report name the command
+    status = train(configuration.load(settings, CONFIG_NAME), given)
     seconds = time.perf_counter() - began
     return Outcome(variant, run_dir, status, seconds, measure(base, run_dir, num_samples=num_samples))

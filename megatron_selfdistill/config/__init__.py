@@ -32,6 +32,7 @@ from megatron_selfdistill.config.schema.run_config import (
     EvaluationConfig,
     GuardsConfig,
     MetricsConfig,
+    ReportConfig,
     StopConfig,
 )
 from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
@@ -53,6 +54,7 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "ReportConfig",
     "RolloutConfig",
     "ScheduleConfig",
     "SolutionsConfig",

@@ -66,7 +66,7 @@ RULES: dict[str, str] = {
                 "evaluation.limit",
             ),
             *("evaluation.num_samples", "evaluation.pass_at_k"),
-            *("parallel", "cluster", "schedule", "metrics", "guards", "stop"),
+            *("parallel", "cluster", "schedule", "metrics", "report", "guards", "stop"),
             # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned
             # table of positions, which must fit.
             *("model.make_vocab_size_divisible_by", "model.max_position_embeddings", "model.allow_untested_fp8"),

@@ -76,6 +76,13 @@ class GivenKeys(Collection[str]):
     def _keys(self) -> frozenset[str]:
         return given_keys(*self._arguments)
 
+    @property
+    def arguments(self) -> list[str]:
+        """The arguments of `selfdistill train` that set these keys."""
+        overrides, config_name, search_path = self._arguments
+        name = [] if config_name == "train" else ["--config-name", config_name]
+        return [*name, *(part for place in search_path for part in ("--config-dir", str(place))), *overrides]
+
     def __contains__(self, key: object) -> bool:
         return key in self._keys
 

@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
+from megatron_selfdistill.hidden_values import hidden
 
 
 @dataclass(frozen=True)
@@ -153,3 +155,12 @@ class EvaluationResult:
         numbers |= {f"pass_at_{k}": value for k, value in self.pass_at_k.items()}
         numbers |= {f"majority_at_{k}": value for k, value in self.majority_at_k.items()}
         return {f"{prefix}/{name}": value for name, value in numbers.items()}
+
+    def records(self, num_problems: int) -> list[dict[str, Any]]:
+        """Return the greedy response and the first sample of the first ``num_problems`` problems, as JSON values.
+
+        Only responses among ``transcripts`` are there.  Prompts hide values that come from the environment.
+        """
+        first = {problem.id for problem in self.problems[:num_problems]}
+        shown = [t for t in self.transcripts if t.problem_id in first and t.sample in (None, 0)]
+        return [asdict(transcript) | {"prompt": hidden(transcript.prompt)} for transcript in shown]

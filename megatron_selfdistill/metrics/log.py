@@ -8,7 +8,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,9 @@ from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text
 from megatron_selfdistill.metrics.samples import Sample
+from megatron_selfdistill.run_log import EVALUATION_SAMPLES_FILE, METRICS_FILE, SAMPLES_FILE, complete_lines, read_metrics
 
 logger = logging.getLogger(__name__)
-
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 
 
 class MetricsLog:
@@ -59,6 +58,7 @@ class MetricsLog:
     ) -> None:
         self.path, self.num_steps, self.console_every = Path(run_dir) / METRICS_FILE, num_steps, console_every
         self.samples_path = Path(run_dir) / SAMPLES_FILE
+        self.evaluation_samples_path = Path(run_dir) / EVALUATION_SAMPLES_FILE
         self.enabled, self._logger_names, self._config = enabled, loggers, config or {}
         self._file: Any = None
         self._loggers = Loggers()
@@ -74,7 +74,7 @@ class MetricsLog:
         if not self.enabled:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        for path in (self.path, self.samples_path):
+        for path in (self.path, self.samples_path, self.evaluation_samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
         self._file = self.path.open("a+", encoding="utf-8")  # `_restore` reads the file
@@ -124,6 +124,17 @@ class MetricsLog:
             if self._console is None:
                 logger.warning("%s", hidden(warning))
             self.message(f"warning: {warning}")
+
+    def log_evaluation_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+        """Save responses of the evaluation after ``step`` steps, one JSON object each; a failure becomes a warning."""
+        if not self.enabled:
+            return
+        try:
+            with self.evaluation_samples_path.open("a", encoding="utf-8") as lines:
+                for record in records:
+                    lines.write(json.dumps({"step": step, **record}) + "\n")
+        except OSError as error:
+            self.message(f"warning: the responses of the evaluation of step {step} are not saved: {error}")
 
     def message(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
@@ -190,37 +201,12 @@ class MetricsLog:
         self._loggers.add_scalars(step, metrics)
 
 
-def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl in order, as numbers, without a last line that a kill cut short."""
-    return [
-        {key: float(value) for key, value in values.items()} | {"step": values["step"]}
-        for _, values in _complete_lines(Path(run_dir) / METRICS_FILE)
-    ]
-
-
-def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's samples.jsonl in order, without a last line that a kill cut short."""
-    return [values for _, values in _complete_lines(Path(run_dir) / SAMPLES_FILE)]
-
-
 def _forget_after(step: int, path: Path) -> None:
     """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file in one move."""
-    kept = [line for line, values in _complete_lines(path) if step and values["step"] <= step]
+    kept = [line for line, values in complete_lines(path) if step and values["step"] <= step]
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, path)
-
-
-def _complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n"):
-            yield line, values
 
 
 def _json_number(value: float) -> float | str:

@@ -25,6 +25,7 @@ ORDER = {
         "schema.run_config schema.whole_config checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
+    "run_log": "",
     "distributed": "collectives launch_store roll_call watchdog ranks stop",
     "loss": (
         "status target batch_k divergence weighting "
@@ -80,17 +81,18 @@ ORDER = {
         "problem_prompts source on_demand_sampler synced_sampler recording solution_search own_solutions guidance "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
-    "report": "curves next_steps html_page",
+    "report": ("curves next_steps html_page downsampling figures run_record run_facts run_report refresh"),
     "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",
     "learner": "",
     "trainer": "",
+    "launch_facts": "",
     "announcement": "",
     "train": "",
     "selftest": (
         "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test"
     ),
     "doctor": "imports findings",
-    "commands": "convert doctor evaluate_options evaluate plan solution_journal solution_job solutions",
+    "commands": "convert report doctor evaluate_options evaluate plan solution_journal solution_job solutions",
     "cli": "",
     "__main__": "",
 }

@@ -62,6 +62,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "checkpoint.save_every=3",
         "metrics.console=false",
         "metrics.loggers=[]",
+        "report.every=0",
         *more,
     ]
 

@@ -24,7 +24,7 @@ PAGES = {
         "evaluation.comparison evaluation.bootstrap",
     ),
     "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.conversion checkpoint.describe model.export"),
-    "metrics": ("Metrics and guards", "metrics.log metrics.loggers metrics.step metrics.guards"),
+    "metrics": ("Metrics and guards", "metrics.log metrics.loggers run_log metrics.step metrics.guards"),
 }
 """Name of a page under reference/api -> its title, and its modules in the order of the page."""
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections ``checkpoint``, ``metrics``, ``evaluation``, ``guards`` and ``stop`` of the schema."""
+"""The sections ``checkpoint``, ``metrics``, ``report``, ``evaluation``, ``guards`` and ``stop`` of the schema."""
 
 from __future__ import annotations
 
@@ -111,6 +111,30 @@ class MetricsConfig:
     def samples_due(self, step: int) -> bool:
         """Return whether samples of ``step``, counted from 1, are to be shown."""
         return self.show_samples > 0 and (step == 1 or step % self.show_samples_every == 0)
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """The report of a run: report.html in the run directory, one file for any browser."""
+
+    every: int | None = None
+    """Number of steps after which a run writes its report again, besides after every evaluation and at its end; null is
+    only then, and 0 is never.  Another process writes the report, so training does not wait.  `selfdistill report`
+    writes the report at any time."""
+    num_problems: int = 20
+    """Number of held-out problems of which every evaluation keeps two responses as text, the greedy response and the
+    first sample, in evaluation_samples.jsonl in the run directory, for the report.  With conversations, responses are
+    kept only with conversations.show_contents=true."""
+
+    def __post_init__(self) -> None:
+        normalise("report", self)
+        at_least(0, "report", self, "every num_problems")
+
+    def due(self, step: int, evaluated: bool) -> bool:
+        """Return whether the report is to be written after ``step``, which has or has not ended with an evaluation."""
+        if self.every is None:
+            return evaluated
+        return self.every > 0 and (evaluated or step % self.every == 0)
 
 
 @dataclass(frozen=True)

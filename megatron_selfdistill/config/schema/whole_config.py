@@ -20,6 +20,7 @@ from megatron_selfdistill.config.schema.run_config import (
     EvaluationConfig,
     GuardsConfig,
     MetricsConfig,
+    ReportConfig,
     StopConfig,
 )
 from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
@@ -73,6 +74,8 @@ class Config:
     """The checkpoints that are read and written."""
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
     """The display of metrics and samples."""
+    report: ReportConfig = field(default_factory=ReportConfig)
+    """The report of the run."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The evaluation on held-out problems."""
     guards: GuardsConfig = field(default_factory=GuardsConfig)

@@ -1,0 +1,241 @@
+// Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+// The responses of a report: held-out problems before and after, and samples of the training token by token.
+"use strict";
+
+/**
+ * @typedef {{step: number, problem_id: string, sample: number | null, prompt: string, response: string,
+ *            correct: boolean, length: number, truncated: boolean}} Answer
+ * @typedef {[string, number | null, number | null, number | null, string | null]} Token text, teacher minus student in
+ *   nats, loss, k, status
+ * @typedef {{step: number, problem_id: string, prompt: string, solution: string, truncated: boolean,
+ *            tokens: Token[]}} TrainingSample
+ */
+
+const PAGE_LENGTH = 20;
+
+/** A filter's name -> whether a pair of answers passes. */
+const OUTCOMES = /** @type {Record<string, (before: Answer | null, after: Answer | null) => boolean>} */ ({
+  "all outcomes": () => true,
+  "wrong, then right": (before, after) => before !== null && after !== null && !before.correct && after.correct,
+  "right, then wrong": (before, after) => before !== null && after !== null && before.correct && !after.correct,
+  "right in both": (before, after) => before !== null && after !== null && before.correct && after.correct,
+  "wrong in both": (before, after) => before !== null && after !== null && !before.correct && !after.correct,
+  "cut in one of them": (before, after) => [before, after].some((answer) => answer !== null && answer.truncated),
+});
+
+/** @param {Run[]} runs */
+function showResponses(runs) {
+  const parts = [];
+  if (hasBlock("evaluations")) parts.push(foldedPart("Held-out problems, before and after", "evaluations", evaluationsPart));
+  if (hasBlock("samples")) parts.push(foldedPart("Samples of the training, token by token", "samples", samplesPart));
+  byId("responses").hidden = parts.length === 0;
+  byId("responses-body").append(...parts.map((make) => make(runs)));
+}
+
+/**
+ * Return a function that makes a folded part of the page, whose data block is read when the part is first opened.
+ * @param {string} title
+ * @param {string} block
+ * @param {(runs: Run[], data: any) => HTMLElement} make
+ */
+function foldedPart(title, block, make) {
+  return (/** @type {Run[]} */ runs) => {
+    const part = element("details", { id: `part-${block}` }, element("summary", {}, title));
+    part.addEventListener("toggle", async () => {
+      if (part.childElementCount === 1) part.append(make(runs, await openBlock(block)));
+    });
+    return part;
+  };
+}
+
+/**
+ * Return a labelled select.
+ * @param {string} label
+ * @param {string[]} options
+ * @param {number} chosen
+ */
+function choice(label, options, chosen = 0) {
+  const select = /** @type {HTMLSelectElement} */ (element("select", {}));
+  options.forEach((name, i) => select.append(element("option", { value: i, selected: i === chosen }, name)));
+  return { select, label: element("label", {}, label, select) };
+}
+
+/**
+ * Return the texts with each place that contains ``wanted`` marked.
+ * @param {string} text
+ * @param {string} wanted in lower case
+ * @returns {(Node | string)[]}
+ */
+function marked(text, wanted) {
+  if (wanted === "") return [text];
+  const lower = text.toLowerCase();
+  if (lower.length !== text.length) return [text];
+  /** @type {(Node | string)[]} */
+  const parts = [];
+  let end = 0;
+  for (let at = lower.indexOf(wanted); at >= 0; at = lower.indexOf(wanted, end)) {
+    parts.push(text.slice(end, at), element("mark", {}, text.slice(at, at + wanted.length)));
+    end = at + wanted.length;
+  }
+  parts.push(text.slice(end));
+  return parts;
+}
+
+/**
+ * Return the part that shows answers to the same problems side by side.
+ * @param {Run[]} runs
+ * @param {Answer[][]} answers of each run
+ */
+function evaluationsPart(runs, answers) {
+  const places = answers.flatMap((ofRun, run) => [...new Set(ofRun.map(({ step }) => step))].map((step) => ({ run, step })));
+  const names = places.map(({ run, step }) => (runs.length > 1 ? `${runs[run].label}, step ${step}` : `step ${step}`));
+  const left = choice("Left", names);
+  const right = choice("Right", names, names.length - 1);
+  const samples = [...new Set(answers.flat().map(({ sample }) => sample))];
+  const kind = choice("Response", samples.map((sample) => (sample === null ? "greedy" : `sample ${sample + 1}`)));
+  const outcome = choice("Outcome", Object.keys(OUTCOMES));
+  const search = /** @type {HTMLInputElement} */ (element("input", { type: "search", placeholder: "text" }));
+  const count = element("output", { class: "soft small", "aria-live": "polite" });
+  const list = element("div", { id: "pairs" });
+  const more = element("button", { type: "button" }, "Show more");
+  let limit = PAGE_LENGTH;
+
+  const pairs = () => {
+    const sample = samples[Number(kind.select.value)];
+    const sides = [left, right].map(({ select }) => {
+      const place = places[Number(select.value)];
+      const found = answers[place.run].filter((answer) => answer.step === place.step && answer.sample === sample);
+      return new Map(found.map((answer) => [answer.problem_id, answer]));
+    });
+    const ids = new Set([...sides[0].keys(), ...sides[1].keys()]);
+    return [...ids].map((id) => ({ id, before: sides[0].get(id) || null, after: sides[1].get(id) || null }));
+  };
+  const show = () => {
+    const wanted = search.value.toLowerCase();
+    const passes = OUTCOMES[Object.keys(OUTCOMES)[Number(outcome.select.value)]];
+    const all = pairs();
+    const found = all.filter(({ id, before, after }) => {
+      const texts = [id, ...[before, after].flatMap((answer) => (answer === null ? [] : [answer.prompt, answer.response]))];
+      return passes(before, after) && texts.some((text) => text.toLowerCase().includes(wanted));
+    });
+    count.textContent = `${found.length} of ${all.length} problems`;
+    const titles = [left, right].map(({ select }) => names[Number(select.value)]);
+    list.replaceChildren(...found.slice(0, limit).map((pair) => pairElement(pair, titles, wanted)));
+    more.hidden = found.length <= limit;
+  };
+  const restart = () => {
+    limit = PAGE_LENGTH;
+    show();
+  };
+  for (const { select } of [left, right, kind, outcome]) select.addEventListener("change", restart);
+  search.addEventListener("input", restart);
+  more.addEventListener("click", () => {
+    limit += PAGE_LENGTH;
+    show();
+  });
+  show();
+  const controls = [left.label, right.label, kind.label, outcome.label, element("label", {}, "Search", search), count];
+  return element("div", {}, element("div", { class: "toolbar panel" }, ...controls), list, more);
+}
+
+/**
+ * @param {{id: string, before: Answer | null, after: Answer | null}} pair
+ * @param {string[]} titles
+ * @param {string} wanted
+ */
+function pairElement({ id, before, after }, titles, wanted) {
+  const known = after || before;
+  const prompt = known === null ? "" : known.prompt;
+  const sides = [before, after].map((answer, i) => {
+    const heading = element("h4", { class: "small soft" }, titles[i]);
+    if (answer === null) return element("div", { class: "answer" }, heading, element("p", { class: "soft" }, "no response"));
+    const name = answer.truncated ? "cut" : answer.correct ? "right" : "wrong";
+    const badge = element("span", { class: `badge ${name}` }, name);
+    const length = element("span", { class: "soft small" }, `${answer.length} tokens`);
+    return element("div", { class: "answer" }, heading, badge, length, element("pre", {}, ...marked(answer.response, wanted)));
+  });
+  return element(
+    "article",
+    { class: "panel pair" },
+    element("h3", { class: "small" }, ...marked(id, wanted)),
+    element("pre", { class: "prompt" }, ...marked(prompt, wanted)),
+    element("div", { class: "sides" }, ...sides),
+  );
+}
+
+/**
+ * Return the part that shows samples of the training, with each token in the colour of the teacher's disagreement.
+ * @param {Run[]} runs
+ * @param {TrainingSample[][]} samples of each run
+ */
+function samplesPart(runs, samples) {
+  const places = samples.flatMap((ofRun, run) => [...new Set(ofRun.map(({ step }) => step))].map((step) => ({ run, step })));
+  const names = places.map(({ run, step }) => (runs.length > 1 ? `${runs[run].label}, step ${step}` : `step ${step}`));
+  const place = choice("Samples of", names, names.length - 1);
+  const list = element("div", { id: "samples" });
+  const show = () => {
+    const { run, step } = places[Number(place.select.value)];
+    list.replaceChildren(...samples[run].filter((sample) => sample.step === step).map(sampleElement));
+  };
+  place.select.addEventListener("change", show);
+  show();
+  const key = element(
+    "span",
+    { class: "small" },
+    tokenElement(["red, solid line", -2, null, null, null]),
+    ": less likely for the teacher than for the student; ",
+    tokenElement(["green, dotted line", 2, null, null, null]),
+    ": more likely.",
+  );
+  return element("div", {}, element("div", { class: "toolbar panel" }, place.label, key), list);
+}
+
+/** @param {TrainingSample} sample */
+function sampleElement(sample) {
+  const disagreed = sample.tokens
+    .filter(([, difference]) => difference !== null && Math.abs(difference) >= 0.3)
+    .sort((a, b) => Math.abs(Number(b[1])) - Math.abs(Number(a[1])))
+    .slice(0, 10);
+  const rows = disagreed.map(([text, difference, loss, k, status]) =>
+    element(
+      "tr",
+      {},
+      element("td", {}, element("code", {}, JSON.stringify(text))),
+      ...[difference, loss, k].map((value) => element("td", { class: "number" }, numberText(value))),
+      element("td", {}, status || ""),
+    ),
+  );
+  const head = ["token", "teacher - student", "loss", "k", "status"].map((name, i) =>
+    element("th", { scope: "col", class: i > 0 && i < 4 ? "number" : "" }, name),
+  );
+  const table = element(
+    "table",
+    {},
+    element("caption", { class: "small" }, "The tokens at which teacher and student differ most, in nats"),
+    element("thead", {}, element("tr", {}, ...head)),
+    element("tbody", {}, ...rows),
+  );
+  return element(
+    "article",
+    { class: "panel pair" },
+    element("h3", { class: "small" }, sample.problem_id, sample.truncated ? " (cut)" : ""),
+    element("pre", { class: "prompt" }, sample.prompt),
+    sample.solution === "" ? "" : element("details", { class: "small" }, element("summary", {}, "Hint"), element("pre", {}, sample.solution)),
+    element("pre", { class: "token-text" }, ...sample.tokens.map(tokenElement)),
+    rows.length > 0 ? element("div", { class: "scroll" }, table) : "",
+  );
+}
+
+/**
+ * Return a token in the colour of the difference between teacher and student.
+ * @param {Token} token
+ */
+function tokenElement([text, difference, loss, k, status]) {
+  if (difference === null || Math.abs(difference) < 0.3) return element("span", { class: "token" }, text);
+  const made = element("span", { class: `token ${difference < 0 ? "less" : "more"}` }, text);
+  made.style.setProperty("--strength", `${Math.round(Math.min(1, Math.abs(difference) / 4) * 45 + 10)}%`);
+  if (loss !== null) {
+    made.title = `teacher - student ${numberText(difference)} nats, loss ${numberText(loss)}, k ${numberText(k)}, ${status}`;
+  }
+  return made;
+}

@@ -1,0 +1,214 @@
+// Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+// The page of a report: what ran, differences between runs, figures, the time of a step, and events.
+"use strict";
+
+startPage(async () => {
+  const overview = await openBlock("overview");
+  const curves = unpackAll(await openBlock("curves"));
+  /** @type {Run[]} */
+  const runs = overview.runs;
+  byId("title").textContent = runs.map((run) => run.label).join(" · ");
+  byId("theme").append(themeSwitch());
+  showFacts(runs);
+  showTables(overview.differences);
+  byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
+  showFigures(overview.groups, runs, curves);
+  showShares(runs);
+  showResponses(runs);
+  showEvents(runs);
+  showSections();
+});
+
+/**
+ * Return every curve of the data block, unpacked, and remember the first and the last step.
+ * @param {Record<string, any[]>} packed
+ * @returns {Record<string, (Curve | null)[]>}
+ */
+function unpackAll(packed) {
+  /** @type {Record<string, (Curve | null)[]>} */
+  const curves = {};
+  let first = Infinity;
+  let last = -Infinity;
+  for (const [key, ofRuns] of Object.entries(packed)) {
+    curves[key] = ofRuns.map((curve) => (curve === null ? null : unpackCurve(curve)));
+    for (const curve of curves[key]) {
+      if (curve === null) continue;
+      first = Math.min(first, curve.steps[0]);
+      last = Math.max(last, curve.steps[curve.steps.length - 1]);
+    }
+  }
+  if (first <= last) [view.first, view.last] = [first, Math.max(last, first + 1)];
+  return curves;
+}
+
+/** @param {Run[]} runs */
+function showFacts(runs) {
+  byId("statuses").append(
+    ...runs.map((run) => element("li", {}, runs.length > 1 ? `${run.label}: ${run.status}` : run.status)),
+  );
+  byId("facts").append(
+    ...runs.map((run, i) => {
+      const list = element("dl", { class: "facts" });
+      for (const [name, text] of run.facts) {
+        list.append(element("dt", {}, name), element("dd", { class: name === "command" ? "command" : "" }, text));
+      }
+      const heading = element("h3", {}, ...(runs.length > 1 ? [runSwatch(i)] : []), run.label);
+      return element("div", { class: "panel" }, heading, list);
+    }),
+  );
+}
+
+/**
+ * Return a short line in the colour of a run.
+ * @param {number} run
+ */
+function runSwatch(run) {
+  const swatch = element("span", { class: "swatch" });
+  swatch.style.borderTopColor = `var(--series-${(run % NUM_COLOURS) + 1})`;
+  return swatch;
+}
+
+/** @param {{title: string, columns: string[], rows: string[][]}[]} tables */
+function showTables(tables) {
+  const shown = tables.map(({ title, columns, rows }) => {
+    if (rows.length === 0) return element("p", { class: "soft" }, `${title}: none.`);
+    const numeric = title !== "Facts that differ" && title !== "Keys of the configuration that differ";
+    const cell = numeric ? { class: "number" } : {};
+    const head = ["", ...columns].map((name) => element("th", { scope: "col", ...(name ? cell : {}) }, name));
+    const table = element("table", {}, element("caption", {}, title), element("thead", {}, element("tr", {}, ...head)));
+    const body = rows.map(([name, ...texts]) =>
+      element("tr", {}, element("th", { scope: "row" }, name), ...texts.map((text) => element("td", cell, text))),
+    );
+    table.append(element("tbody", {}, ...body));
+    return element("div", { class: "scroll" }, table);
+  });
+  byId("differences").append(element("div", { class: "tables" }, ...shown));
+}
+
+/**
+ * @param {{title: string, figures: FigureData[]}[]} groups
+ * @param {Run[]} runs
+ * @param {Record<string, (Curve | null)[]>} curves
+ */
+function showFigures(groups, runs, curves) {
+  const seen = new IntersectionObserver(
+    (entries) => {
+      for (const entry of entries) {
+        const figure = figures.find(({ holder }) => holder === entry.target);
+        if (entry.isIntersecting && figure !== undefined && figure.plot === null) figure.draw();
+      }
+    },
+    { rootMargin: "600px" },
+  );
+  for (const group of groups) {
+    const made = group.figures.map((data) => new ReportFigure(data, runs, curves));
+    figures.push(...made);
+    const grid = element("div", { class: "figures" }, ...made.map((figure) => figure.element));
+    byId("groups").append(element("section", { class: "group" }, element("h3", {}, group.title), grid));
+  }
+  for (const figure of figures) seen.observe(figure.holder);
+  if (figures.length === 0) byId("groups").append(element("p", { class: "soft" }, "No step is logged yet."));
+  onThemeChange(redrawFigures);
+  let width = innerWidth;
+  addEventListener("resize", () => {
+    if (innerWidth === width) return;
+    width = innerWidth;
+    redrawFigures();
+  });
+  addEventListener("beforeprint", () => figures.forEach((figure) => figure.draw()));
+  connectSmoothing();
+  byId("all-steps").addEventListener("click", () => zoomTo(null));
+}
+
+/** Draw those figures anew that have been drawn. */
+function redrawFigures() {
+  for (const figure of figures) if (figure.plot !== null) figure.draw();
+}
+
+function connectSmoothing() {
+  const slider = /** @type {HTMLInputElement} */ (byId("smoothing"));
+  const show = () => {
+    const share = Number(slider.value) / 100;
+    view.smoothing = Math.round(share * share * Math.max(20, (view.last - view.first) / 4) * 10) / 10;
+    const text = view.smoothing === 0 ? "none" : `mean over about ${numberText(view.smoothing)} steps`;
+    byId("smoothing-text").textContent = text;
+    slider.setAttribute("aria-valuetext", text);
+    redrawFigures();
+  };
+  slider.addEventListener("input", show);
+  show();
+}
+
+const PHASE_NAMES = {
+  rollout: "sampling",
+  sync: "sending weights",
+  solutions: "own solutions",
+  read: "reading turns",
+  pack: "packing",
+  train: "training",
+  optimizer: "optimizer",
+  evaluation: "evaluation",
+  checkpoint: "saving",
+  other: "the rest",
+};
+
+/** @param {Run[]} runs */
+function showShares(runs) {
+  const cards = runs.flatMap((run) => {
+    const total = Object.values(run.shares).reduce((sum, seconds) => sum + seconds, 0);
+    if (total === 0) return [];
+    const bar = element("div", { class: "share-bar", "aria-hidden": "true" });
+    const list = element("div", { class: "share-list", role: "list" });
+    Object.entries(PHASE_NAMES).forEach(([phase, name], i) => {
+      const seconds = run.shares[phase];
+      if (seconds === undefined) return;
+      const colour = phase === "other" ? "var(--line)" : `var(--series-${(i % NUM_COLOURS) + 1})`;
+      const opacity = i < NUM_COLOURS ? "1" : "0.55";
+      const part = element("span", { title: name });
+      Object.assign(part.style, { flexGrow: String(seconds / total), background: colour, opacity });
+      bar.append(part);
+      const box = element("span", { class: "box" });
+      Object.assign(box.style, { background: colour, opacity });
+      const text = `${name}: ${numberText(seconds)} s, ${((100 * seconds) / total).toFixed(1)} %`;
+      list.append(element("div", { role: "listitem" }, box, text));
+    });
+    const heading = element("h3", {}, `${run.label}: ${numberText(total)} s per step`);
+    return [element("div", { class: "panel" }, heading, bar, list)];
+  });
+  byId("shares").append(...cards);
+  byId("time-of-a-step").hidden = cards.length === 0;
+}
+
+/** @param {Run[]} runs */
+function showEvents(runs) {
+  for (const run of runs) {
+    if (runs.length > 1) byId("event-tables").append(element("h3", {}, run.label));
+    if (run.events.length === 0) {
+      byId("event-tables").append(element("p", { class: "soft" }, "The run directory has no events.jsonl."));
+      continue;
+    }
+    const head = ["time (UTC)", "step", "event", ""].map((name) => element("th", { scope: "col" }, name));
+    const rows = run.events.map(([time, step, event, details]) =>
+      element(
+        "tr",
+        {},
+        element("td", {}, time.replace("T", " ").replace("+00:00", "")),
+        element("td", { class: "number" }, step),
+        element("td", {}, event),
+        element("td", {}, details),
+      ),
+    );
+    const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)));
+    table.append(element("tbody", {}, ...rows));
+    byId("event-tables").append(element("div", { class: "scroll" }, table));
+  }
+}
+
+/** List the visible sections above the page. */
+function showSections() {
+  for (const section of document.querySelectorAll("main section[id]")) {
+    const heading = section.querySelector("h2");
+    if (heading === null || /** @type {HTMLElement} */ (section).hidden) continue;
+    byId("sections").append(element("li", {}, element("a", { href: `#${section.id}` }, heading.textContent || "")));
+  }
+}

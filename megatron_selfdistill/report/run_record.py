@@ -1,0 +1,169 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a run directory says about its run, as plain values: facts, configuration, metrics, events and responses."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.run_log import (
+    METRICS_FILE,
+    read_evaluation_samples,
+    read_events,
+    read_metrics,
+    read_samples,
+)
+
+PHASES = ("rollout", "sync", "solutions", "read", "pack", "train", "optimizer", "evaluation", "checkpoint")
+"""The phases of a step, in the order of the bar that shows where the time of a step goes."""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """One run as its directory describes it; every field may be empty where the directory lacks the file."""
+
+    label: str
+    """The short name of the run, unique in a report."""
+    config: Mapping[str, Any]
+    """The keys of config.yaml with their values, flat: ``optimizer.lr``."""
+    metrics: Mapping[str, tuple[list[int], list[float]]]
+    """The key of a metric -> (steps, values)."""
+    events: Sequence[Mapping[str, Any]]
+    """The lines of events.jsonl."""
+    samples: Sequence[Mapping[str, Any]]
+    """The lines of samples.jsonl; empty if the run must not show contents."""
+    evaluation_samples: Sequence[Mapping[str, Any]]
+    """The lines of evaluation_samples.jsonl; empty if the run must not show contents."""
+
+    @property
+    def launches(self) -> list[Mapping[str, Any]]:
+        """The events ``started``, one per launch."""
+        return [event for event in self.events if event["event"] == "started"]
+
+    @property
+    def last_step(self) -> int:
+        """The last step of the metrics; 0 without metrics."""
+        return max((steps[-1] for steps, _ in self.metrics.values()), default=0)
+
+    def values(self, key: str) -> list[float]:
+        """Return the finite values of a metric, in order."""
+        return [value for value in self.metrics.get(key, ([], []))[1] if math.isfinite(value)]
+
+
+def read_runs(run_dirs: Sequence[str | Path]) -> list[RunRecord]:
+    """Return the records of runs, with unique labels: the shortest ends of their paths that differ.
+
+    Raises: `ConfigError` for a directory without metrics.jsonl, and for a directory that is named twice.
+    """
+    paths = [Path(run_dir) for run_dir in run_dirs]
+    for path in paths:
+        if not (path / METRICS_FILE).is_file():
+            raise ConfigError(f"expected a run directory, got {path}, which has no {METRICS_FILE}; name a run_dir")
+    resolved = [path.resolve() for path in paths]
+    if len(set(resolved)) < len(resolved):
+        raise ConfigError("expected different run directories, got one of them twice; name each run once")
+    return [read_run(path, label) for path, label in zip(paths, _labels(resolved), strict=True)]
+
+
+def read_run(run_dir: Path, label: str) -> RunRecord:
+    """Return the record of one run.
+
+    The configuration decides whether the record has texts: those of chat logs need conversations.show_contents=true,
+    whatever earlier launches wrote.  Without a readable config.yaml there are none.
+    """
+    config = dict(_flat(_configuration(run_dir)))
+    shows = bool(config) and (
+        config.get("data.kind") != "conversations" or config.get("conversations.show_contents") is True
+    )
+    return RunRecord(
+        label=label,
+        config=config,
+        metrics=_columns(read_metrics(run_dir)),
+        events=[event for event in read_events(run_dir) if {"time", "step", "event"} <= event.keys()],
+        samples=read_samples(run_dir) if shows else [],
+        evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
+    )
+
+
+def limits(run: RunRecord, key: str) -> dict[str, float]:
+    """Return name -> value of the limits that the guards set on a metric; empty until the reference is complete."""
+    steps = run.config.get("guards.reference_steps")
+    reference = run.values(key)[:steps] if isinstance(steps, int) else []
+    if not reference or len(reference) < steps:
+        return {}
+    mean = sum(reference) / len(reference)
+    found = {}
+    for option in _OPTIONS.get(key, ()):
+        ratio = run.config.get(f"guards.{option}")
+        if ratio is not None:
+            found[f"guards.{option}"] = ratio * mean
+    if "guards.max_entropy_ratio" in found:
+        rise = run.config.get("guards.min_entropy_rise") or 0.0
+        found["guards.max_entropy_ratio"] = max(found["guards.max_entropy_ratio"], mean + rise)
+    return found
+
+
+_OPTIONS = {
+    "entropy/student": ("min_entropy_ratio", "max_entropy_ratio"),
+    "response/length_mean": ("min_length_ratio",),
+}
+
+
+def step_shares(run: RunRecord) -> dict[str, float]:
+    """Return phase -> mean seconds per step, without the first step, and ``other`` for the rest of the step.
+
+    Empty for a run of fewer than two steps.
+    """
+    steps, seconds = run.metrics.get("seconds/step", ([], []))
+    later = set(steps[1:])
+    total = sum(value for step, value in zip(steps, seconds, strict=True) if step in later)
+    if not later or not total > 0:
+        return {}
+    shares = {}
+    for phase in PHASES:
+        at, spent = run.metrics.get(f"seconds/{phase}", ([], []))
+        in_phase = sum(value for step, value in zip(at, spent, strict=True) if step in later and math.isfinite(value))
+        if in_phase > 0:
+            shares[phase] = in_phase / len(later)
+    rest = total / len(later) - sum(shares.values())
+    return shares | ({"other": rest} if rest > 0 else {})
+
+
+def _configuration(run_dir: Path) -> Any:
+    try:
+        return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+
+
+def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if not isinstance(values, Mapping):
+        return
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _columns(lines: Sequence[Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
+    columns: dict[str, dict[int, float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key != "step":
+                columns.setdefault(key, {})[int(line["step"])] = value
+    return {key: (sorted(at), [at[step] for step in sorted(at)]) for key, at in columns.items()}
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    for length in range(1, max(len(path.parts) for path in paths) + 1):
+        labels = ["/".join(path.parts[-length:]) for path in paths]
+        if len(set(labels)) == len(labels):
+            return labels
+    return [str(path) for path in paths]

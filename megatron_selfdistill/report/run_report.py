@@ -1,0 +1,152 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The report of runs: one page with facts, curves, differences, responses and events."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.report.downsampling import curve_of
+from megatron_selfdistill.report.figures import GROUPS
+from megatron_selfdistill.report.html_page import asset, html_page
+from megatron_selfdistill.report.run_facts import differences, event_rows, facts, status
+from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
+
+REPORT_FILE = "report.html"
+MAX_STEPS_WITH_TEXT = 12
+"""The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
+between them at equal distances."""
+
+SCRIPTS = ("uplot.min.js", "figure.js", "responses.js", "run_report.js")
+STYLES = ("uplot.min.css", "run_report.css")
+
+
+def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None) -> Path:
+    """Write the report of one run or of several runs over each other, and return its path.
+
+    ``path``: the file, by default report.html in the first run directory.  The file is replaced in one move, so a kill
+    leaves the report that was there before.
+    Raises: `ConfigError` for a directory that is no run directory; OSError if the file cannot be written.
+    """
+    page = report_page(read_runs(run_dirs))
+    target = Path(run_dirs[0]) / REPORT_FILE if path is None else Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return target
+
+
+def report_page(runs: Sequence[RunRecord]) -> str:
+    """Return the page of runs as one HTML file (`html_page`)."""
+    keys = {key for run in runs for key in run.metrics}
+    groups = {title: [(figure, figure.present(keys)) for figure in figures] for title, figures in GROUPS.items()}
+    shown = {key for figures in groups.values() for _, metrics in figures for key in metrics}
+    overview = {
+        "runs": [_run(run) for run in runs],
+        "groups": [
+            {
+                "title": title,
+                "figures": [
+                    {
+                        "title": figure.title,
+                        "unit": figure.unit,
+                        "healthy": figure.healthy,
+                        "sick": figure.sick,
+                        "guarded": figure.guarded,
+                        "lines": list(metrics.items()),
+                    }
+                    for figure, metrics in figures
+                    if metrics
+                ],
+            }
+            for title, figures in groups.items()
+            if any(metrics for _, metrics in figures)
+        ],
+        "differences": differences(runs),
+    }
+    curves = {key: [_curve(run, key) for run in runs] for key in sorted(shown)}
+    data: dict[str, Any] = {"overview": overview, "curves": curves}
+    if any(run.evaluation_samples for run in runs):
+        data["evaluations"] = [_spread(run.evaluation_samples, _evaluated) for run in runs]
+    if any(run.samples for run in runs):
+        data["samples"] = [_spread(run.samples, _sampled) for run in runs]
+    title = " and ".join(run.label for run in runs)
+    body = files("megatron_selfdistill.report").joinpath("page", "run_report.html").read_text(encoding="utf-8")
+    return html_page(
+        f"{title} · report", body, [asset(name) for name in STYLES], [asset(name) for name in SCRIPTS], data
+    )
+
+
+def _run(run: RunRecord) -> dict[str, Any]:
+    return {
+        "label": run.label,
+        "status": status(run),
+        "facts": facts(run),
+        "events": event_rows(run),
+        "resumed": [launch["step"] for launch in run.launches if launch["step"] > 0],
+        "shares": step_shares(run),
+        "limits": {key: limits(run, key) for key in ("entropy/student", "response/length_mean")},
+    }
+
+
+def _curve(run: RunRecord, key: str) -> Any:
+    steps, values = run.metrics.get(key, ([], []))
+    return curve_of(steps, values).block() if steps else None
+
+
+def _spread(
+    records: Sequence[Mapping[str, Any]], compact: Callable[[Mapping[str, Any]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Return the records of at most `MAX_STEPS_WITH_TEXT` steps, each with its step."""
+    steps = sorted({record["step"] for record in records})
+    if len(steps) > MAX_STEPS_WITH_TEXT:
+        last = MAX_STEPS_WITH_TEXT - 1
+        steps = [steps[i * (len(steps) - 1) // last] for i in range(last + 1)]
+    kept = set(steps)
+    return [{"step": record["step"], **compact(record)} for record in records if record["step"] in kept]
+
+
+def _evaluated(record: Mapping[str, Any]) -> dict[str, Any]:
+    names = ("problem_id", "sample", "prompt", "response", "correct", "length", "truncated")
+    return {name: record[name] for name in names}
+
+
+def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a sample with three numbers per token: text, teacher minus student in hundredths of a nat, loss, k."""
+    tokens = record["tokens"]
+    columns = zip(
+        tokens["text"],
+        tokens["student_log_prob"],
+        tokens["teacher_log_prob"],
+        tokens["loss"],
+        tokens["k"],
+        tokens["status"],
+        strict=True,
+    )
+    return {
+        "problem_id": record["problem_id"],
+        "prompt": record["prompt"],
+        "solution": record["solution"],
+        "truncated": record["truncated"],
+        "tokens": [
+            [text, _difference(teacher, student), _number(loss), _number(k), status]
+            for text, student, teacher, loss, k, status in columns
+        ],
+    }
+
+
+def _number(value: Any) -> float | None:
+    """Return a number of samples.jsonl to 3 significant digits; None for null and for NaN and infinities, strings."""
+    return float(f"{value:.3g}") if isinstance(value, int | float) else None
+
+
+def _difference(teacher: Any, student: Any) -> float | None:
+    if not isinstance(teacher, int | float) or not isinstance(student, int | float):
+        return None
+    return round(teacher - student, 2)

@@ -1,0 +1,176 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a report holds: curves, guards, events and responses of run directories, also of damaged and private ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+from reported_runs import NASTY, blocks_of, write_run
+
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.report.figures import GROUPS
+from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
+from megatron_selfdistill.report.run_report import report_page, write_report
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a run directory, which tests read and do not change."""
+    return write_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def page_of(*run_dirs):
+    return report_page(read_runs(run_dirs))
+
+
+def curve(blocks, key, run=0):
+    differences, values, _, _ = blocks["curves"][key][run]
+    steps = [sum(differences[: i + 1]) for i in range(len(differences))]
+    return dict(zip(steps, values, strict=True))
+
+
+def test_the_curves_are_those_of_the_log(run):
+    blocks = blocks_of(page_of(run))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss/mean", "evaluation/greedy_accuracy"):
+        assert curve(blocks, key) == {
+            line["step"]: pytest.approx(line[key], rel=1e-4) for line in logged if key in line
+        }
+
+
+def test_what_ran_is_there_with_versions_hardware_layout_commit_and_command(run):
+    (shown,) = blocks_of(page_of(run))["overview"]["runs"]
+    facts = dict(shown["facts"])
+    assert facts["recipe"] == "anchored" and facts["command"].startswith("torchrun --nproc-per-node=8")
+    assert "torch 2.13.0" in facts["versions"] and "NVIDIA H200" in facts["hardware"]
+    assert facts["git commit"].startswith("0123") and facts["layout"].startswith("TP 2 x PP 1")
+    assert (facts["seed"], facts["launches"]) == ("0", "2")
+    assert shown["status"] == "30 of 30 steps; the run is complete"
+    assert [row[1:3] for row in shown["events"]] == [
+        ["0", "started"],
+        ["15", "saved"],
+        ["15", "stopped"],
+        ["15", "resumed"],
+        ["30", "saved"],
+        ["30", "finished"],
+    ]
+    assert shown["resumed"] == [15] and shown["events"][2][3] == "SIGTERM"
+
+
+def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_path):
+    other = write_run(tmp_path / "second", 30, "optimizer.lr=1e-3", "seed=4", shift=1.0)
+    blocks = blocks_of(page_of(run, other))
+    first, _, last = blocks["overview"]["differences"]
+    assert first["columns"] == ["first", "second"]
+    assert first["rows"] == [["optimizer.lr", "1e-06", "0.001"], ["seed", "0", "4"]]
+    loss = next(row for row in last["rows"] if row[0].startswith("loss"))
+    assert float(loss[2]) - float(loss[1]) == pytest.approx(1.0, abs=1e-3)
+    assert curve(blocks, "loss/mean", 1)[7] - curve(blocks, "loss/mean", 0)[7] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
+    (record,) = read_runs([run])
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mean = sum(line["entropy/student"] for line in logged if line["step"] in range(1, 6) and "loss/mean" in line) / 5
+    assert limits(record, "entropy/student") == {
+        "guards.min_entropy_ratio": pytest.approx(0.02 * mean),
+        "guards.max_entropy_ratio": pytest.approx(3 * mean),
+    }
+    assert list(limits(record, "response/length_mean")) == ["guards.min_length_ratio"]
+    assert limits(record, "loss/mean") == {}
+
+
+def test_a_tiny_reference_leaves_room_for_the_smallest_rise(tmp_path):
+    tiny = {(step, "entropy/student"): 0.001 for step in range(1, 6)}
+    (record,) = read_runs([write_run(tmp_path / "tiny", changes=tiny)])
+    assert limits(record, "entropy/student")["guards.max_entropy_ratio"] == pytest.approx(0.051)
+
+
+def test_the_bar_of_a_step_adds_up(run):
+    shares = step_shares(read_runs([run])[0])
+    assert shares == {phase: pytest.approx(s) for phase, s in _SECONDS.items()}
+
+
+_SECONDS = {"rollout": 1.2, "train": 0.5, "optimizer": 0.1, "other": 0.2}
+
+
+def test_numbers_that_are_not_finite_are_gaps(tmp_path):
+    run_dir = write_run(tmp_path / "nan", changes={(4, "loss/mean"): math.nan, (5, "loss/mean"): math.inf})
+    shown = curve(blocks_of(page_of(run_dir)), "loss/mean")
+    assert shown[4] is None and shown[5] is None and shown[6] is not None
+
+
+def test_a_run_that_was_killed_in_the_middle_of_every_line_has_a_report(run, tmp_path):
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    for file in killed.glob("*.jsonl"):
+        file.write_bytes(file.read_bytes()[:-9])
+    shown = blocks_of(write_report([killed]).read_text())
+    assert max(curve(shown, "loss/mean")) == 30 or max(curve(shown, "loss/mean")) == 29
+    assert shown["overview"]["runs"][0]["events"][-1][2] == "saved"
+    assert list(killed.glob(".report*")) == []
+
+
+def test_a_directory_with_metrics_alone_has_a_report(run, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    shown = blocks_of(write_report([tmp_path]).read_text())
+    assert shown.keys() == {"overview", "curves"}
+    assert shown["overview"]["runs"][0]["facts"] == []
+
+
+def test_responses_are_blocks_and_never_markup(run):
+    page = page_of(run)
+    assert NASTY not in page and "<img" not in page
+    blocks = blocks_of(page)
+    assert blocks["evaluations"][0][0]["response"] == f"{NASTY} 0"
+    assert blocks["samples"][0][0]["tokens"][0] == [NASTY, -2.5, 0.1, 1.5, "matched"]
+    assert blocks["samples"][0][0]["tokens"][3][1] is None  # the student's log-prob is no number
+
+
+CHATS = ("data.kind=conversations",)
+
+
+@pytest.mark.parametrize(("overrides", "shown"), [(CHATS, False), ((*CHATS, "conversations.show_contents=true"), True)])
+def test_texts_of_chat_logs_need_show_contents_whatever_the_files_hold(tmp_path, overrides, shown):
+    run_dir = write_run(tmp_path / "chats", 30, *overrides, text="a private word")
+    blocks = blocks_of(page_of(run_dir))
+    assert ("private" in json.dumps(blocks)) is shown
+    assert ("evaluations" in blocks, "samples" in blocks) == (shown, shown)
+
+
+def test_texts_need_a_configuration_that_allows_them(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text("data: [")
+    assert "evaluations" not in blocks_of(page_of(copy))
+
+
+def test_three_runs_of_10000_steps_are_below_5_mb_without_responses():
+    keys = [key.replace("*", "8") for figures in GROUPS.values() for figure in figures for key in figure.metrics]
+    steps = list(range(1, 10_001))
+    runs = []
+    for number in range(3):
+        rng = random.Random(number)
+        noise = [rng.gauss(0, 1) for _ in steps]
+        metrics = {key: (steps, [value * 10 ** (i % 7 - 4) for value in noise]) for i, key in enumerate(keys)}
+        runs.append(RunRecord(f"run {number}", {}, metrics, [], [], []))
+    page = report_page(runs)
+    assert len(set(keys)) > 60 and len(page) < 5e6
+    assert 1000 < len(blocks_of(page)["curves"]["loss/mean"][2][0]) < 1210
+
+
+def test_runs_of_one_name_have_labels_that_differ(run, tmp_path):
+    shutil.copytree(run, tmp_path / "b" / "first")
+    labels = [record.label for record in read_runs([run, tmp_path / "b" / "first"])]
+    assert labels == [f"{run.parent.name}/first", "b/first"]
+
+
+def test_directories_that_are_no_runs_are_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a run directory, got .*, which has no metrics\.jsonl"):
+        read_runs([run, tmp_path])
+    with pytest.raises(ConfigError, match="one of them twice"):
+        read_runs([run, run])
