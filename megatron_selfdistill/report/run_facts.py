@@ -84,7 +84,7 @@ def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     keys = sorted({key for run in runs for key in run.config} - set(_PLACES))
     configured = [[key, *(_text(run.config.get(key)) for run in runs)] for key in keys]
     facts_of = [dict(facts(run)) for run in runs]
-    names = ("recipe", "layout", "hardware", "versions", "git commit", "launches", "command")
+    names = ("recipe", "layout", "hardware", "versions", "git commit", "launches")
     known = [[name, *(of.get(name, "-") for of in facts_of)] for name in names]
     results = [[name, *(_value(values[-1] if values else None) for values in all_)] for name, all_ in _results(runs)]
     return [
@@ -143,7 +143,8 @@ def _data(config: Mapping[str, Any]) -> str | None:
     if not config:
         return None
     batch, samples = config.get("data.global_batch_size"), config.get("rollout.num_samples")
-    return f"{_text(config.get('data.path'))}; {batch} problems per step, {samples} responses each"
+    responses = "1 response" if samples == 1 else f"{samples} responses"
+    return f"{_text(config.get('data.path'))}; {batch} problems per step, {responses} each"
 
 
 def _optimizer(config: Mapping[str, Any]) -> str | None:

@@ -176,8 +176,7 @@ class ReportFigure {
       element(
         "tr",
         {},
-        element("th", { scope: "row", class: "soft" }, name),
-        element("td"),
+        element("th", { scope: "row", class: "soft limit", colspan: 2 }, name),
         element("td", { class: "number" }, numberText(value)),
       ),
     );
@@ -280,7 +279,7 @@ class ReportFigure {
       width,
       height: this.holder.clientHeight,
       legend: { show: false },
-      padding: [8, 8, 0, 0],
+      padding: [8, 18, 0, 0],
       scales: { x: { time: false }, y: { range: (/** @type {any} */ _, low, high) => this.range(low, high) } },
       axes: [
         { ...axis, size: 26, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map(stepText) },

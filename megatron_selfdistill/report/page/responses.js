@@ -171,7 +171,7 @@ function pairElement({ id, before, after }, titles, wanted) {
 function samplesPart(runs, samples) {
   const places = samples.flatMap((ofRun, run) => [...new Set(ofRun.map(({ step }) => step))].map((step) => ({ run, step })));
   const names = places.map(({ run, step }) => (runs.length > 1 ? `${runs[run].label}, step ${step}` : `step ${step}`));
-  const place = choice("Samples of", names, names.length - 1);
+  const place = choice("Samples of", names);
   const list = element("div", { id: "samples" });
   const show = () => {
     const { run, step } = places[Number(place.select.value)];

@@ -11,6 +11,7 @@ startPage(async () => {
   byId("theme").append(themeSwitch());
   showFacts(runs);
   showTables(overview.differences);
+  byId("top").classList.toggle("several", runs.length > 1);
   byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
   showFigures(overview.groups, runs, curves);
   showShares(runs);
@@ -195,7 +196,7 @@ function showEvents(runs) {
         element("td", {}, time.replace("T", " ").replace("+00:00", "")),
         element("td", { class: "number" }, step),
         element("td", {}, event),
-        element("td", {}, details),
+        element("td", { class: "long" }, details),
       ),
     );
     const table = element("table", {}, element("thead", {}, element("tr", {}, ...head)));

@@ -1,0 +1,241 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A report in a real Chromium: figures, zoom, smoothing, keys, responses, themes, widths, paper, and its speed."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+
+import pytest
+from reported_runs import NASTY, write_run
+
+from megatron_selfdistill.report.figures import GROUPS
+from megatron_selfdistill.report.run_record import RunRecord
+from megatron_selfdistill.report.run_report import report_page, write_report
+
+LOSS = "figures.find((figure) => figure.data.title === 'Loss')"
+PLOT = "figure.panel .plot"
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return two run directories, which tests read and do not change."""
+    root = tmp_path_factory.mktemp("runs")
+    return write_run(root / "first"), write_run(root / "second", 40, "optimizer.lr=1e-3", shift=0.5)
+
+
+@pytest.fixture(scope="module")
+def one(runs, tmp_path_factory):
+    """Return the report of one run."""
+    return write_report(runs[:1], tmp_path_factory.mktemp("page") / "one.html")
+
+
+@pytest.fixture(scope="module")
+def two(runs, tmp_path_factory):
+    """Return the report of two runs."""
+    return write_report(runs, tmp_path_factory.mktemp("page") / "two.html")
+
+
+def logged(run_dir, key):
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [400, 1280])
+def test_a_page_loads_without_errors_and_fits_its_window(browser, two, width, dark):
+    tab = browser.open(two, width=width, dark=dark)
+    tab.value("void figures.forEach((figure) => figure.draw())")
+    assert tab.value("figures.length") >= 15 and tab.value("document.querySelectorAll('canvas').length") >= 15
+    assert tab.value("document.documentElement.scrollWidth") <= width
+    assert tab.problems == []
+    paper = tab.value("getComputedStyle(document.body).backgroundColor")
+    assert (paper == "rgb(255, 255, 255)") is not dark
+    tab.close()
+
+
+def test_the_figure_draws_its_line_in_the_colours_of_the_theme(browser, one):
+    """Count the pixels of the canvas that have the colour of the line, in both themes."""
+    tab = browser.open(one)
+    count = f"""(async () => {{
+        const figure = {LOSS}; figure.draw();
+        await new Promise(requestAnimationFrame);  // uPlot draws after the present task
+        const canvas = figure.holder.querySelector("canvas");
+        const [r, g, b] = themeColour("--series-1").match(/\\d+/g).map(Number);
+        const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
+        let found = 0;
+        for (let i = 0; i < data.length; i += 4)
+          if (data[i] === r && data[i + 1] === g && data[i + 2] === b && data[i + 3] === 255) found++;
+        return found;
+    }})()"""
+    assert tab.value(count) > 100
+    tab.click(".theme-switch")
+    tab.click(".theme-switch")
+    assert tab.value("document.documentElement.dataset.theme") == "dark" and tab.value(count) > 100
+    tab.close()
+
+
+def test_hovering_shows_the_values_of_the_step_under_the_mouse(browser, one, runs):
+    tab = browser.open(one)
+    tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
+    tab.hover("#loss .u-over", 0.5)
+    tab.wait_for("document.querySelector('#loss thead th:nth-child(2)').textContent !== 'step 30'")
+    step = int(tab.text("#loss thead th:nth-child(2)").removeprefix("step "))
+    assert abs(step - 15) <= 1
+    assert float(tab.text("#loss tbody td")) == pytest.approx(logged(runs[0], "loss/mean")[step], rel=1e-3)
+    tab.close()
+
+
+def test_dragging_zooms_every_figure_and_the_button_shows_all_steps_again(browser, one):
+    tab = browser.open(one)
+    tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
+    assert tab.value("byId('all-steps').disabled")
+    tab.drag("#loss .u-over", 0.2, 0.6)
+    scales = "figures.filter((f) => f.plot).map((f) => [f.plot.scales.x.min, f.plot.scales.x.max])"
+    tab.wait_for("view.zoom !== null")
+    (low, high), *others = tab.value(scales)
+    assert (low, high) == (6, 18) and len(others) >= 2 and all(other == [6, 18] for other in others)
+    tab.click("#all-steps")
+    assert all(scale == [0, 30] for scale in tab.value(scales)) and tab.value("byId('all-steps').disabled")
+    tab.close()
+
+
+def test_keys_move_the_cursor_and_zoom(browser, one, runs):
+    tab = browser.open(one)
+    tab.value(f"void ({LOSS}.draw(), {LOSS}.holder.focus())")
+    now = f"{LOSS}.holder.getAttribute('aria-valuetext')"
+    for _ in range(3):
+        tab.key("ArrowLeft")
+    step, _, value = tab.value(now).partition(": loss ")
+    assert step == "step 27" and float(value) == pytest.approx(logged(runs[0], "loss/mean")[27], rel=1e-3)
+    tab.key("Home")
+    assert tab.value(now).startswith("step 0")
+    tab.key("End")
+    tab.key("+")
+    assert tab.value("view.zoom") == [15, 30]
+    tab.key("-")
+    assert tab.value("view.zoom") == [8, 30]
+    tab.key("0")
+    assert tab.value("view.zoom") is None
+    tab.close()
+
+
+def test_smoothing_is_the_exponential_mean_that_python_computes(browser, one, runs):
+    tab = browser.open(one)
+    tab.value("(() => { byId('smoothing').value = 60; byId('smoothing').dispatchEvent(new Event('input')); })()")
+    scale = tab.value("view.smoothing")
+    shown = tab.value(f"{LOSS}.drawn()[1].values")
+    total = weight = 0.0
+    for value, expected in zip(logged(runs[0], "loss/mean").values(), shown, strict=True):
+        decay = math.exp(-1 / scale)
+        total, weight = total * decay + value, weight * decay + 1
+        assert expected == pytest.approx(total / weight, rel=1e-4)
+    assert scale > 1 and f"{scale:g} steps" in tab.text("#smoothing-text")
+    tab.close()
+
+
+def test_the_legend_hides_a_curve_and_names_the_runs(browser, two):
+    tab = browser.open(two)
+    tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
+    assert tab.text("#loss tbody tr:nth-child(1) button") == "first"
+    assert tab.text("#loss tbody tr:nth-child(2) button") == "second"
+    assert tab.value(f"{LOSS}.plot.series.length") == 3
+    tab.click("#loss tbody tr:nth-child(2) button")
+    assert tab.value(f"{LOSS}.plot.series.length") == 2
+    assert "optimizer.lr" in tab.text("#differences table")
+    tab.close()
+
+
+def test_responses_are_filtered_searched_and_shown_as_text(browser, one):
+    tab = browser.open(one)
+    assert tab.value("document.querySelectorAll('#pairs').length") == 0, "nothing is read before it is opened"
+    tab.click("#part-evaluations > summary")
+    tab.wait_for("document.querySelector('#pairs .pair')")
+    assert tab.text("#part-evaluations output") == "30 of 30 problems"
+    assert tab.value("document.querySelector('#pairs .answer pre').textContent") == f"{NASTY} 0"
+    assert tab.value("document.images.length") == 0 and tab.value("document.title") == "first · report"
+    choose = (
+        "(() => {{ const s = document.querySelectorAll('#part-evaluations select')[3];"
+        "s.value = {}; s.dispatchEvent(new Event('change')); }})()"
+    )
+    tab.value(choose.format(1))
+    assert tab.text("#part-evaluations output") == "10 of 30 problems"
+    assert (
+        tab.value("[...document.querySelectorAll('#pairs .badge')].map((b) => b.textContent)")
+        == ["wrong", "right"] * 10
+    )
+    tab.value(choose.format(0))
+    tab.value("document.querySelector('#part-evaluations input').focus()")
+    for character in "7 + 7":
+        tab.key(character)
+    assert tab.text("#part-evaluations output") == "1 of 30 problems"
+    assert tab.text("#pairs mark") == "7 + 7"
+    tab.close()
+
+
+def test_samples_show_where_teacher_and_student_disagree(browser, one):
+    tab = browser.open(one)
+    tab.click("#part-samples > summary")
+    tab.wait_for("document.querySelector('#samples .token')")
+    tokens = tab.value("[...document.querySelectorAll('#samples .token')].map((t) => [t.textContent, t.className])")
+    assert tokens == [
+        [NASTY, "token less"],
+        [" two", "token more"],
+        [" three", "token"],
+        ["<end>", "token"],
+    ]
+    assert tab.problems == []
+    tab.close()
+
+
+def test_guards_resumptions_events_and_the_time_of_a_step_are_there(browser, one):
+    tab = browser.open(one)
+    guard = "figures.find((figure) => figure.data.guarded === 'entropy/student')"
+    assert tab.value(f"{guard}.limits.map(([name]) => name)") == [
+        "guards.min_entropy_ratio",
+        "guards.max_entropy_ratio",
+    ]
+    assert "stopped\tSIGTERM" in tab.text("#events") and "resumed" in tab.text("#events")
+    assert "sampling: 1.2 s, 60.0 %" in tab.text("#shares")
+    low, high = tab.value(f"{guard}.range(0.5, 0.8)")
+    assert low < 0.1 and high > 2
+    tab.close()
+
+
+def test_on_paper_every_figure_is_drawn_on_white_with_its_names(browser, one, tmp_path):
+    tab = browser.open(one, dark=True)
+    tab.media(dark=True, printed=True)
+    assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    tab.value("void dispatchEvent(new Event('beforeprint'))")
+    assert tab.value("figures.every((figure) => figure.plot !== null)")
+    assert tab.value("getComputedStyle(document.querySelector('.legend button')).display") != "none"
+    assert tab.value("getComputedStyle(document.querySelector('.controls')).display") == "none"
+    tab.close()
+
+
+def test_a_run_that_was_killed_leaves_a_page_without_errors(browser, runs, tmp_path):
+    shutil.copytree(runs[0], tmp_path / "killed")
+    for file in (tmp_path / "killed").glob("*.jsonl"):
+        file.write_bytes(file.read_bytes()[:-9])
+    tab = browser.open(write_report([tmp_path / "killed"]))
+    assert tab.value("figures.length") >= 15 and tab.problems == []
+    (tmp_path / "killed" / "metrics.jsonl").write_text("")
+    tab = browser.open(write_report([tmp_path / "killed"]))
+    assert "No step is logged yet." in tab.text("#groups") and tab.problems == []
+    tab.close()
+
+
+def test_three_runs_of_10000_steps_open_in_less_than_two_seconds(browser, tmp_path):
+    keys = [key.replace("*", "8") for figures in GROUPS.values() for figure in figures for key in figure.metrics]
+    steps, records = list(range(1, 10_001)), []
+    for number in range(3):
+        rng = random.Random(number)
+        noise = [rng.gauss(0, 1) for _ in steps]
+        records.append(RunRecord(f"run {number}", {}, dict.fromkeys(keys, (steps, noise)), [], [], []))
+    page = tmp_path / "large.html"
+    page.write_text(report_page(records), encoding="utf-8")
+    fastest = min(browser.open(page).seconds for _ in range(3))
+    print(f"{page.stat().st_size / 1e6:.2f} MB, open in {fastest:.2f} s")
+    assert fastest < 2
