@@ -12,6 +12,7 @@
  */
 
 const NUM_COLOURS = 6;
+const DIGITS = 3; // of the numbers in a legend
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [4, 2], [1, 5]];
 
 /** The steps that all figures show, null for all steps; and the time constant of smoothing, in steps, 0 for none. */
@@ -100,7 +101,7 @@ class ReportFigure {
         const curve = curves[key][r];
         if (curve === null) return;
         const colour = `--series-${((runs.length > 1 ? r : i) % NUM_COLOURS) + 1}`;
-        const name = runs.length === 1 ? label : data.lines.length === 1 ? run.label : `${run.label}: ${label}`;
+        const name = runs.length === 1 ? label : data.lines.length === 1 ? run.label : `${label}, ${run.label}`;
         const dash = DASHES[(runs.length > 1 ? i : Math.floor(i / NUM_COLOURS)) % DASHES.length];
         this.lines.push({ name, colour, dash, curve, shown: true });
       });
@@ -168,7 +169,7 @@ class ReportFigure {
       });
       const last = line.curve.values[line.curve.values.length - 1];
       const numbers = [last, Math.min(...finite), Math.max(...finite)].map((value) =>
-        element("td", { class: "number" }, finite.length > 0 && value !== null ? numberText(value) : "not finite"),
+        element("td", { class: "number" }, finite.length > 0 && value !== null ? numberText(value, DIGITS) : "not finite"),
       );
       return element("tr", {}, element("th", { scope: "row" }, button), this.cells[i], ...numbers);
     });
@@ -177,7 +178,7 @@ class ReportFigure {
         "tr",
         {},
         element("th", { scope: "row", class: "soft limit", colspan: 2 }, name),
-        element("td", { class: "number" }, numberText(value)),
+        element("td", { class: "number" }, numberText(value, DIGITS)),
       ),
     );
     const table = element("table", { class: "legend" }, element("thead", {}, head));
@@ -194,8 +195,8 @@ class ReportFigure {
       const { steps, values } = line.curve;
       const place = nearest(steps, step);
       const far = Math.abs(steps[place] - step) > Math.max(1, (view.last - view.first) / 20);
-      this.cells[i].textContent = far ? "" : numberText(values[place]);
-      return far ? [] : [`${line.name} ${numberText(values[place])}`];
+      this.cells[i].textContent = far ? "" : numberText(values[place], DIGITS);
+      return far ? [] : [`${line.name} ${numberText(values[place], DIGITS)}`];
     });
     this.step = step;
     this.at.textContent = `step ${step}`;
@@ -283,7 +284,7 @@ class ReportFigure {
       scales: { x: { time: false }, y: { range: (/** @type {any} */ _, low, high) => this.range(low, high) } },
       axes: [
         { ...axis, size: 26, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map(stepText) },
-        { ...axis, size: 56, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map(numberText) },
+        { ...axis, size: 56, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((value) => numberText(value)) },
       ],
       cursor: {
         y: false,
@@ -320,7 +321,7 @@ class ReportFigure {
       width: faint ? 1 : 1.7,
       dash: line.dash,
       spanGaps: true,
-      points: { show: steps.length <= 40 && !faint, size: 5, fill: themeColour(line.colour) },
+      points: { show: isSparse(steps) && !faint, size: 5, fill: themeColour(line.colour) },
     };
   }
 
@@ -383,6 +384,14 @@ function widened(low, high) {
   const half = (high - low) / 2;
   const wider = [Math.max(view.first, Math.round(low - half)), Math.min(view.last, Math.round(high + half))];
   return wider[0] === view.first && wider[1] === view.last ? null : [wider[0], wider[1]];
+}
+
+/**
+ * Return whether a line has so few points that each one is worth a mark.
+ * @param {number[]} steps
+ */
+function isSparse(steps) {
+  return steps.length * (view.last - view.first) <= 40 * Math.max(1, steps[steps.length - 1] - steps[0]);
 }
 
 /** @param {number} step */

@@ -54,15 +54,16 @@ function byId(id) {
 }
 
 /**
- * Return a number as short text: 4 significant digits, "–" for null.
+ * Return a number as short text with these significant digits, "–" for null.
  * @param {number | null | undefined} value
+ * @param {number} [digits]
  */
-function numberText(value) {
+function numberText(value, digits = 4) {
   if (value === null || value === undefined) return "–";
   if (Number.isInteger(value) && Math.abs(value) < 1e6) return String(value);
   const size = Math.abs(value);
-  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(2).replace("e+", "e");
-  return String(Number(value.toPrecision(4)));
+  if (size !== 0 && (size < 1e-3 || size >= 1e6)) return value.toExponential(digits - 2).replace("e+", "e");
+  return String(Number(value.toPrecision(digits)));
 }
 
 /**
