@@ -25,7 +25,7 @@ SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh e
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-browser test-gpu check format bench bench-gpu docs docs-serve clean
+.PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-browser test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -79,6 +79,10 @@ check: venv ## format, lint, docstrings, spelling, types, shell scripts; changes
 	@echo "[check] codespell"; $(BIN)/codespell $(PYTHON_DIRECTORIES) configs docs .ci Makefile $(wildcard *.md)
 	@echo "[check] mypy"; $(BIN)/mypy
 	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
+
+# Plain JavaScript with types in its comments; only this target needs npm, which fetches TypeScript's compiler.
+check-pages: ## check the types of the JavaScript in the pages of reports (needs npm)
+	@npx --yes --package typescript@5.9.3 -- tsc -p tools/page_types
 
 format: venv ## let ruff format and fix what it can
 	@$(BIN)/ruff check --fix $(PYTHON_DIRECTORIES); $(BIN)/ruff format $(PYTHON_DIRECTORIES)

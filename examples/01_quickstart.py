@@ -27,6 +27,7 @@ from _lib.command_line import console, example_parser, prepare_process
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Outcome, Variant
+from megatron_selfdistill.report.run_report import write_report
 
 IMITATION = Variant("Fine-tuning on the hint text", ("objective=sft", "data.fields.solution=as_response"))
 
@@ -89,6 +90,8 @@ def one_seed(
     tables.show_transcripts(before, outcomes[0].measurement)
     console.print(judgement(outcomes), soft_wrap=True)
     write_numbers(directory / "results.json", before, outcomes)
+    report = write_report([outcome.run_dir for outcome in outcomes], directory / "report.html")
+    console.print(f"the runs of this seed over each other, for a browser: {report}", soft_wrap=True)
     return before, outcomes
 
 

@@ -50,7 +50,7 @@ def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
     trainer.events.record(trainer.step, "finished")
     run_dir, steps = trainer.run_dir, trainer.step - first_step
     if steps > 0:
-        lines = next_steps.done(run_dir, trainer.step, steps, seconds, trainer.checkpoint)
+        lines = next_steps.done(run_dir, trainer.step, steps, seconds, trainer.checkpoint, trainer.report.path)
     else:
         lines = next_steps.complete(run_dir, trainer.step, trainer.checkpoint)
     for line in lines:

@@ -16,14 +16,18 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 EVALUATION_SAMPLES_FILE, EVENTS_FILE = "evaluation_samples.jsonl", "events.jsonl"
+REPORT_FILE = "report.html"
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """Return the lines of a run's metrics.jsonl in order, as numbers, without a last line that a kill cut short."""
-    return [
-        {key: float(value) for key, value in values.items()} | {"step": values["step"]}
-        for _, values in complete_lines(Path(run_dir) / METRICS_FILE)
-    ]
+    return list(each_metrics(run_dir))
+
+
+def each_metrics(run_dir: str | Path) -> Iterator[dict[str, float]]:
+    """Yield what `read_metrics` returns, one line at a time."""
+    for _, values in complete_lines(Path(run_dir) / METRICS_FILE):
+        yield {key: float(value) for key, value in values.items()} | {"step": values["step"]}
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -45,13 +49,14 @@ def complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (line, value) for each complete line of a file of JSON lines; nothing without the file."""
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith("\n"):
-            yield line, values
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            try:
+                values = json.loads(line)
+            except ValueError:
+                continue
+            if line.endswith("\n"):
+                yield line, values
 
 
 class EventLog:

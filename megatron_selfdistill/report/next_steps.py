@@ -7,11 +7,17 @@ import shlex
 from pathlib import Path
 
 
-def done(run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path) -> list[str]:
-    """Return the last lines of a run that has done its last step; ``steps_here``: the steps of this launch."""
+def done(
+    run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path, report: Path | None = None
+) -> list[str]:
+    """Return the last lines of a run that has done its last step.
+
+    ``steps_here``: the steps of this launch.  ``report``: the report that the run writes; None for a run without one.
+    """
     part = "" if steps_here == num_steps else f" ({steps_here} of them in this launch)"
     return [
         f"done: {num_steps} steps{part} in {duration(seconds)}; checkpoint: {checkpoint}",
+        *([f"report: {report} (open it in a browser)"] if report is not None else []),
         *_next(run_dir, num_steps),
     ]
 

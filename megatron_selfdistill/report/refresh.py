@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.run_log import REPORT_FILE
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,8 @@ class ReportRefresh:
 
     def __init__(self, run_dir: str | Path, *, enabled: bool = True) -> None:
         self.run_dir, self.enabled = Path(run_dir), enabled
+        self.path = self.run_dir / REPORT_FILE if enabled else None
+        """The file of the report; None if this rank writes no report."""
         self._process: subprocess.Popen[bytes] | None = None
         self._errors: IO[bytes] | None = None
         self._warned: set[str] = set()

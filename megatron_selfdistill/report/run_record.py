@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import yaml
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_log import (
     METRICS_FILE,
+    each_metrics,
     read_evaluation_samples,
     read_events,
-    read_metrics,
     read_samples,
 )
 
@@ -84,7 +84,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
     return RunRecord(
         label=label,
         config=config,
-        metrics=_columns(read_metrics(run_dir)),
+        metrics=_columns(each_metrics(run_dir)),
         events=[event for event in read_events(run_dir) if {"time", "step", "event"} <= event.keys()],
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
@@ -152,7 +152,7 @@ def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _columns(lines: Sequence[Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
+def _columns(lines: Iterable[Mapping[str, float]]) -> dict[str, tuple[list[int], list[float]]]:
     columns: dict[str, dict[int, float]] = {}
     for line in lines:
         for key, value in line.items():

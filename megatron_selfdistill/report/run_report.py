@@ -14,8 +14,8 @@ from megatron_selfdistill.report.figures import GROUPS
 from megatron_selfdistill.report.html_page import asset, html_page
 from megatron_selfdistill.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
+from megatron_selfdistill.run_log import REPORT_FILE
 
-REPORT_FILE = "report.html"
 MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
 between them at equal distances."""

@@ -83,6 +83,8 @@ def directory(tmp_path_factory) -> Path:
     hf_models.write("qwen3", directory / "hf", vocab_size=23)
     for path in (directory / "tokenizer").iterdir():
         (directory / "hf" / path.name).write_bytes(path.read_bytes())
+    (directory / "logged").mkdir()
+    (directory / "logged" / "metrics.jsonl").write_text('{"step": 1, "loss/mean": 0.5}\n')
     return directory
 
 
@@ -96,6 +98,7 @@ def use(programs, directory) -> Callable[[str], Done]:
         "solutions": ["--out", "own.jsonl", *model, "--num-samples", "2", f"data.path={data}", *SMALL, TEMPLATE],
         "convert": ["hf-to-megatron", *model, "--out", "megatron"],
         "plan": ["recipe=qwen3_8b", "data.global_batch_size=64"],
+        "report": ["logged"],
         "doctor": ["--brief"],
         "serve": ["--help"] if HAS_VLLM else ["--hf-config", "hf"],
     }
@@ -112,6 +115,12 @@ def test_the_program_is_that_of_the_wheel(programs, tmp_path):
 def test_help_shows_an_example(programs, tmp_path, name):
     done = run(programs / "selfdistill", name, "--help", cwd=tmp_path)
     assert done.returncode == 0 and f"  selfdistill {name} " in done.stdout.replace("doctor\n", "doctor \n"), done
+
+
+def test_report_finds_the_files_of_its_page(use, directory):
+    done = use("report")
+    assert done.returncode == 0, done.stderr
+    assert "uPlot" in (directory / "logged" / "report.html").read_text()
 
 
 @pytest.mark.full

@@ -281,7 +281,7 @@ class ReportFigure {
       height: this.holder.clientHeight,
       legend: { show: false },
       padding: [8, 18, 0, 0],
-      scales: { x: { time: false }, y: { range: (/** @type {any} */ _, low, high) => this.range(low, high) } },
+      scales: { x: { time: false }, y: { range: (/** @type {any} */ _, /** @type {any} */ low, /** @type {any} */ high) => this.range(low, high) } },
       axes: [
         { ...axis, size: 26, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map(stepText) },
         { ...axis, size: 56, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((value) => numberText(value)) },

@@ -26,8 +26,8 @@ function hasBlock(name) {
 /**
  * Return a new element.  Strings among the children become text, never markup.
  * @param {string} tag
- * @param {Record<string, string | number | boolean | ((event: any) => void)>} [attributes] attributes; true stands for
- *   an attribute without a value, false leaves the attribute out; a function under "onclick" listens to "click"
+ * @param {Record<string, string | number | boolean | undefined | ((event: any) => void)>} [attributes] true stands for an
+ *   attribute without a value, false and undefined leave the attribute out; a function under "onclick" listens to "click"
  * @param {...(Node | string)} children
  * @returns {HTMLElement}
  */
@@ -36,7 +36,7 @@ function element(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (typeof value === "function") made.addEventListener(name.slice(2), value);
     else if (value === true) made.setAttribute(name, "");
-    else if (value !== false) made.setAttribute(name, String(value));
+    else if (value !== false && value !== undefined) made.setAttribute(name, String(value));
   }
   made.append(...children);
   return made;

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_run
 from omegaconf import OmegaConf
+from reported_runs import blocks_of
 
 from megatron_selfdistill import train
 from megatron_selfdistill.config import from_mapping, load, to_yaml, writable
@@ -198,6 +200,7 @@ def test_a_run_writes_and_prints_no_value_from_the_environment(ranks, data, tmp_
         "rollout.engine_args={hf_token: '${oc.env:LAB_SECRET}'}",
         "metrics.console=true",
         "metrics.loggers=[tensorboard]",
+        "report.every=1",
         "num_steps=1",
     ]
     run = tmp_path / "run"
@@ -215,4 +218,6 @@ def test_a_run_writes_and_prints_no_value_from_the_environment(ranks, data, tmp_
     assert "run_dir: ${oc.env:LAB_RUN}" in (run / "config.yaml").read_text()
     assert (run / "checkpoints" / "iter_0000001").is_dir() and files_with("seconds/step", run)
     assert files_with(SECRET, run) == []
+    shown = blocks_of((run / "report.html").read_text())
+    assert len(shown["evaluations"][0]) == 4 and SECRET not in json.dumps(shown)
     assert "${oc.env:LAB_DATA}/problems.jsonl" in (run / "config.yaml").read_text()
