@@ -69,6 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         console.print(over_seeds(results))
     console.print(WHAT_NEXT, soft_wrap=True)
     console.print(f"{time.perf_counter() - began:.0f} s in all")
+    for _, outcomes in results.values():
+        run_dirs = [outcome.run_dir for outcome in outcomes]
+        report = write_report(run_dirs, run_dirs[0].with_name("report.html"))
+        console.print(f"the runs over each other, for a browser: {report}", soft_wrap=True)
     return 0
 
 
@@ -90,8 +94,6 @@ def one_seed(
     tables.show_transcripts(before, outcomes[0].measurement)
     console.print(judgement(outcomes), soft_wrap=True)
     write_numbers(directory / "results.json", before, outcomes)
-    report = write_report([outcome.run_dir for outcome in outcomes], directory / "report.html")
-    console.print(f"the runs of this seed over each other, for a browser: {report}", soft_wrap=True)
     return before, outcomes
 
 

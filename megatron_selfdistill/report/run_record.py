@@ -94,7 +94,9 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
 def limits(run: RunRecord, key: str) -> dict[str, float]:
     """Return name -> value of the limits that the guards set on a metric; empty until the reference is complete."""
     steps = run.config.get("guards.reference_steps")
-    reference = run.values(key)[:steps] if isinstance(steps, int) else []
+    if not isinstance(steps, int):
+        return {}
+    reference = run.values(key)[:steps]
     if not reference or len(reference) < steps:
         return {}
     mean = sum(reference) / len(reference)

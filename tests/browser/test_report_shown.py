@@ -16,14 +16,14 @@ from megatron_selfdistill.report.run_record import RunRecord
 from megatron_selfdistill.report.run_report import report_page, write_report
 
 LOSS = "figures.find((figure) => figure.data.title === 'Loss')"
-PLOT = "figure.panel .plot"
+OTHER = ("optimizer.lr=1e-3", f"data.tokenizer=/{'models/' * 20}tokenizer", "checkpoint.load=/base")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """Return two run directories, which tests read and do not change."""
     root = tmp_path_factory.mktemp("runs")
-    return write_run(root / "first"), write_run(root / "second", 40, "optimizer.lr=1e-3", shift=0.5)
+    return write_run(root / "first"), write_run(root / "second", 40, *OTHER, shift=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,8 @@ def logged(run_dir, key):
 def test_a_page_loads_without_errors_and_fits_its_window(browser, two, width, dark):
     tab = browser.open(two, width=width, dark=dark)
     tab.value("void figures.forEach((figure) => figure.draw())")
+    tab.value("void document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    tab.wait_for("document.querySelector('#pairs .pair') && document.querySelector('#samples .token')")
     assert tab.value("figures.length") >= 15 and tab.value("document.querySelectorAll('canvas').length") >= 15
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.problems == []
@@ -84,7 +86,7 @@ def test_hovering_shows_the_values_of_the_step_under_the_mouse(browser, one, run
     tab.wait_for("document.querySelector('#loss thead th:nth-child(2)').textContent !== 'step 30'")
     step = int(tab.text("#loss thead th:nth-child(2)").removeprefix("step "))
     assert abs(step - 15) <= 1
-    assert float(tab.text("#loss tbody td")) == pytest.approx(logged(runs[0], "loss/mean")[step], rel=1e-3)
+    assert float(tab.text("#loss tbody td")) == pytest.approx(logged(runs[0], "loss/mean")[step], rel=5e-3)
     tab.close()
 
 
@@ -109,7 +111,7 @@ def test_keys_move_the_cursor_and_zoom(browser, one, runs):
     for _ in range(3):
         tab.key("ArrowLeft")
     step, _, value = tab.value(now).partition(": loss ")
-    assert step == "step 27" and float(value) == pytest.approx(logged(runs[0], "loss/mean")[27], rel=1e-3)
+    assert step == "step 27" and float(value) == pytest.approx(logged(runs[0], "loss/mean")[27], rel=5e-3)
     tab.key("Home")
     assert tab.value(now).startswith("step 0")
     tab.key("End")
@@ -144,7 +146,7 @@ def test_the_legend_hides_a_curve_and_names_the_runs(browser, two):
     assert tab.value(f"{LOSS}.plot.series.length") == 3
     tab.click("#loss tbody tr:nth-child(2) button")
     assert tab.value(f"{LOSS}.plot.series.length") == 2
-    assert "optimizer.lr" in tab.text("#differences table")
+    assert tab.text("#differences tbody th") == "checkpoint.load"
     tab.close()
 
 
@@ -208,10 +210,17 @@ def test_on_paper_every_figure_is_drawn_on_white_with_its_names(browser, one, tm
     tab = browser.open(one, dark=True)
     tab.media(dark=True, printed=True)
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    tab.media(dark=True)
+    assert tab.value("themeColour('--paper')") != "rgb(255, 255, 255)"
     tab.value("void dispatchEvent(new Event('beforeprint'))")
+    assert tab.value("themeColour('--paper')") == "rgb(255, 255, 255)", "figures are drawn before the medium changes"
+    tab.media(dark=True, printed=True)
     assert tab.value("figures.every((figure) => figure.plot !== null)")
     assert tab.value("getComputedStyle(document.querySelector('.legend button')).display") != "none"
     assert tab.value("getComputedStyle(document.querySelector('.controls')).display") == "none"
+    tab.media(dark=True)
+    tab.value("void dispatchEvent(new Event('afterprint'))")
+    assert tab.value("themeColour('--paper')") != "rgb(255, 255, 255)"
     tab.close()
 
 

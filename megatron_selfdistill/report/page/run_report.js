@@ -116,9 +116,22 @@ function showFigures(groups, runs, curves) {
     width = innerWidth;
     redrawFigures();
   });
-  addEventListener("beforeprint", () => figures.forEach((figure) => figure.draw()));
+  addEventListener("beforeprint", drawForPaper);
   connectSmoothing();
   byId("all-steps").addEventListener("click", () => zoomTo(null));
+}
+
+/** Draw all figures in the light theme, until the page is printed. */
+function drawForPaper() {
+  const root = document.documentElement;
+  const theme = root.dataset.theme;
+  root.dataset.theme = "light";
+  figures.forEach((figure) => figure.draw());
+  const restore = () => {
+    root.dataset.theme = theme;
+    redrawFigures();
+  };
+  addEventListener("afterprint", restore, { once: true });
 }
 
 /** Draw those figures anew that have been drawn. */
