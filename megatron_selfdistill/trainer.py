@@ -212,33 +212,17 @@ class Trainer:
         ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
         keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
-        wanted, num_shown = self.config.evaluation, self.config.report.num_problems
-        if not self.config.shows_contents or hinted:
-            num_shown = 0
+        options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts)
+        verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         with self.phases("evaluation"):
-            result = evaluate(
-                self.sampler,
-                self.run_data,
-                load_verifier(wanted.verifier),
-                EvaluationOptions(
-                    params=self.sampling,
-                    num_samples=wanted.num_samples,
-                    pass_at_k=wanted.pass_at_k,
-                    seed=self.config.seed,
-                    step=self.step,
-                    hinted=hinted,
-                    num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
-                    leak_words=self.config.metrics.leak_words,
-                ),
-                self.grid,
-            )
+            result = evaluate(self.sampler, self.run_data, verifier, options, self.grid)
         if result.overlooked is not None:
-            for line in result.overlooked.lines(wanted.verifier, self.run_data.builder.show_contents):
+            shows = self.run_data.builder.show_contents
+            for line in result.overlooked.lines(self.config.evaluation.verifier, shows):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
-        if num_shown:
-            self.log.log_evaluation_samples(self.step, result.records(num_shown))
+        self.log.log_evaluation_samples(self.step, result.records(0 if hinted else self.config.num_shown_problems))
         return result
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
@@ -307,6 +291,23 @@ class Trainer:
         samples = step_samples(output, batch.contexts, solutions, count, tokenizer, self.grid)
         if samples is not None:
             self.log.log_samples(self.step + 1, samples)
+
+
+def evaluation_options(
+    config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None
+) -> EvaluationOptions:
+    """Return the settings of an evaluation after ``step`` steps; see `Trainer.evaluate`."""
+    num_shown = 0 if hinted else config.num_shown_problems
+    return EvaluationOptions(
+        params=params,
+        num_samples=config.evaluation.num_samples,
+        pass_at_k=config.evaluation.pass_at_k,
+        seed=config.seed,
+        step=step,
+        hinted=hinted,
+        num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
+        leak_words=config.metrics.leak_words,
+    )
 
 
 def tokens_read(packed: PackedBatch, metrics: Mapping[str, float], num_replicas: int, has_teacher: bool) -> float:

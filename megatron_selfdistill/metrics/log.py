@@ -127,7 +127,7 @@ class MetricsLog:
 
     def log_evaluation_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Save responses of the evaluation after ``step`` steps, one JSON object each; a failure becomes a warning."""
-        if not self.enabled:
+        if not self.enabled or not records:
             return
         try:
             with self.evaluation_samples_path.open("a", encoding="utf-8") as lines:

@@ -145,6 +145,11 @@ class Config:
         """Whether problems and responses may be shown as text (conversations: conversations.show_contents)."""
         return self.data.kind != "conversations" or self.conversations.show_contents
 
+    @property
+    def num_shown_problems(self) -> int:
+        """The number of held-out problems of which an evaluation keeps responses as text: report.num_problems, or 0."""
+        return self.report.num_problems if self.shows_contents else 0
+
     def _check_reference(self) -> None:
         guided = self.rollout.guidance != "none"
         require(

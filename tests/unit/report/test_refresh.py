@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import time
 
@@ -63,3 +65,14 @@ def test_a_rank_that_is_not_the_reporter_starts_nothing(tmp_path, monkeypatch):
     writer.start()
     writer.finish()
     assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_process_imports_neither_torch_nor_numpy(tmp_path):
+    run_dir = write_run(tmp_path / "run", 10)
+    code = (
+        "import sys\nfrom megatron_selfdistill.report.refresh import main\nmain(sys.argv[1:])\n"
+        "sys.exit(repr({'torch', 'numpy', 'megatron', 'hydra', 'matplotlib'} & set(sys.modules) or ''))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, env=environment)
+    assert done.stderr.strip() == "''" and (run_dir / "report.html").is_file()
