@@ -19,7 +19,13 @@ from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text
 from megatron_selfdistill.metrics.samples import Sample
-from megatron_selfdistill.run_log import EVALUATION_SAMPLES_FILE, METRICS_FILE, SAMPLES_FILE, complete_lines, read_metrics
+from megatron_selfdistill.run_log import (
+    EVALUATION_SAMPLES_FILE,
+    METRICS_FILE,
+    SAMPLES_FILE,
+    complete_lines,
+    read_metrics,
+)
 
 logger = logging.getLogger(__name__)
 
