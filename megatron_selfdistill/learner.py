@@ -189,7 +189,7 @@ class Learner:
         same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
         anchor = "reference" if self.config.is_anchored else "student"
         target = Target(teacher_weight=self.config.target.teacher_weight, anchor=anchor)
-        loss, reference = self._distillation_loss(target), self._reference(target, self.chunks, False)
+        loss, reference = self._distillation_loss(target), self._reference(target, self.chunks)
         output = self._schedule(self.pack(same), self.chunks, loss, reference=reference, forward_only=True)
         return step_metrics(output, None, self.grid)["loss/mean"]
 
@@ -234,7 +234,7 @@ class Learner:
             loss = self.config.loss
             options["measurement"] = TokenMeasurement(target, loss.fused_chunk_tokens, loss.backend)
         with self.target_models() as models:
-            reference = self._reference(target, models.reference, measure_teacher)
+            reference = self._reference(target, models.reference)
             return self._schedule(
                 packed, models.teacher, self._distillation_loss(target), reference=reference, **options
             )
@@ -266,19 +266,11 @@ class Learner:
         kind = loss.guided_divergence
         return token_losses.GuidedTokens(weight, None if kind is None else Divergence(kind, loss.jsd_lambda))
 
-    def _reference(
-        self, target: Target, chunks: Sequence[torch.nn.Module] | None, measure_teacher: bool
-    ) -> Reference | None:
+    def _reference(self, target: Target, chunks: Sequence[torch.nn.Module] | None) -> Reference | None:
         if not self.config.is_anchored:
             return None
         assert chunks is not None
-        return Reference(
-            target,
-            chunks,
-            measure_teacher,
-            self.config.loss.fused_chunk_tokens,
-            self.config.loss.backend,
-        )
+        return Reference(target, chunks, self.config.loss.fused_chunk_tokens, self.config.loss.backend)
 
     def _target(self) -> Target:
         return configured_target(self.config.target, self.batch_k)

@@ -28,9 +28,6 @@ class Reference:
     """The target, which is anchored to a reference."""
     chunks: Sequence[torch.nn.Module]
     """The reference's chunks on this rank, cut like the student's; the teacher's own where one copy serves as both."""
-    measures_teacher: bool | None = None
-    """Whether a step with a `TokenMeasurement` also measures the teacher, whose own logits the loss does not see; None
-    is no."""
     chunk_tokens: int = 4096
     """The number of tokens whose logits of the reference exist at a time."""
     backend: str | None = None

@@ -260,9 +260,8 @@ class _Step:
         """Return the logits of teacher and reference of some of the tokens, where the step measures them."""
         if self.reference is None or kept.reference is None:
             return OwnLogits()
+        assert kept.teacher is not None, "a step that measures keeps the states of both"
         reference = project(self.reference.last, self._bank.at_full_width(kept.reference[tokens]))
-        if kept.teacher is None or not self.reference.measures_teacher:
-            return OwnLogits(reference=reference)
         return OwnLogits(self._target_logits(kept.teacher[tokens]), reference)
 
     @torch.no_grad()
@@ -302,7 +301,7 @@ class _Step:
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
                 mix_weight=weight if reference.mixes_states(teacher) else None,
-                keep_teacher=self.measurement is not None and bool(reference.measures_teacher),
+                keep_teacher=self.measurement is not None,
                 keep_reference=self.measurement is not None,
             )
 

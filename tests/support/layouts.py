@@ -262,10 +262,10 @@ def joined(per_rank: Sequence[Outcome]) -> Joined:
 
 
 def reference(case: Case, chunks: Sequence[Any]) -> Reference | None:
-    """Return the reference of the case's target, which lets a step measure the teacher; None without a reference."""
+    """Return the reference of the case's target; None without a reference."""
     if not case.target.is_anchored:
         return None
-    return Reference(case.target, chunks, measures_teacher=True, chunk_tokens=5)
+    return Reference(case.target, chunks, chunk_tokens=5)
 
 
 def first_step(

@@ -340,7 +340,7 @@ def _rewritten(file: Path) -> types.CodeType:
     source = file.read_bytes()
     tree = ast.parse(source, str(file))
     rewrite.rewrite_asserts(tree, source, str(file))
-    return cast("types.CodeType", compile(tree, str(file), "exec"))
+    return compile(tree, str(file), "exec")
 
 
 def _exit_with_parent(alive: int) -> None:

@@ -114,6 +114,9 @@ class Counts:
     moved: float
 
 
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm, torch.ops.aten.addmm_)
+
+
 class ProductCount(TorchDispatchMode):
     """The multiplications of PyTorch's matrix products that have a side of ``vocab`` columns, in this context."""
 
@@ -123,7 +126,7 @@ class ProductCount(TorchDispatchMode):
         self.forward = self.backward = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+        if func.overloadpacket in PRODUCTS:
             left, right = args[-2:]
             if self.vocab in (*left.shape, *right.shape):
                 number = left.numel() * right.shape[-1]
@@ -177,7 +180,6 @@ class _Bench:
     vocab: Any
     batch: Any
     losses: Mapping[str, Any]
-    teacher_alone: Any
 
     @classmethod
     def build(cls, arguments: argparse.Namespace) -> _Bench:
@@ -215,7 +217,6 @@ class _Bench:
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, None),
             batch=_random_batch(arguments),
             losses={name: loss_of(target) for name, target in TARGETS.items()},
-            teacher_alone=loss_of(Target("teacher_alone")),
         )
 
     def step(self, case: Case) -> None:
@@ -228,8 +229,7 @@ class _Bench:
             chunk.zero_grad_buffer()
         reference = None
         if case.target.is_anchored:
-            alone = self.teacher_alone if case.measured else None
-            reference = Reference(case.target, self.own_weights if case.own_weights else self.teacher, alone)
+            reference = Reference(case.target, self.own_weights if case.own_weights else self.teacher)
         schedule.run(
             self.chunks,
             self.teacher,
