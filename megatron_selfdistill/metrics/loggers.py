@@ -121,9 +121,9 @@ class WandbLogger:
         import wandb
 
         self._wandb, self._id_file = wandb, run.run_dir / WANDB_RUN_ID
-        is_new = not self._id_file.exists()
+        has_id = self._id_file.exists()
         self._id = (
-            os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12] if is_new else self._id_file.read_text().strip()
+            self._id_file.read_text().strip() if has_id else os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
         )
         self._write_id()  # first, so that a launch that is killed meanwhile has used the same id
         settings = {key: value for key, value in WANDB_SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
@@ -131,8 +131,8 @@ class WandbLogger:
             id=self._id,
             resume="allow",
             reinit="create_new",
-            # A later launch does not take back the name that somebody has given to the run on wandb's pages.
-            name=os.environ.get("WANDB_NAME") or hidden(run.run_dir.name) if is_new else None,
+            # A resumed run does not take back the name that somebody has given to it on wandb's pages.
+            name=None if has_id and run.step else os.environ.get("WANDB_NAME") or hidden(run.run_dir.name),
             dir=os.environ.get("WANDB_DIR") or str(run.run_dir),
             config=dict(run.config),
             settings=wandb.Settings(**settings),

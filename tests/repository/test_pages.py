@@ -26,12 +26,9 @@ PAGES = [
     *sorted(DOCS.rglob("*.md")),
 ]
 NOT_KEYS = {
-    "loss.solver",
-    "metrics.read_metrics",
-    "model.num_carried_mtp_layers",
-    "model.safetensors",
-    "target.svg",
-} | {"report.html", "report.png"}
+    *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
+    *("model.safetensors", "report.html", "report.png", "target.svg"),
+}
 """Words of the form ``section.name`` that are no keys today: a removed key, a renamed key, a function, files."""
 
 
