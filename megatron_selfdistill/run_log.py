@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,8 +81,10 @@ class EventLog:
         now = datetime.now(UTC).isoformat(timespec="seconds")
         line = {"time": now, "step": step, "event": event, **_hidden(details)}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            with self.path.open("a+b") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+                cut_short = file.read() not in (b"", b"\n")  # by a kill
+                file.write(b"\n" * cut_short + json.dumps(line).encode() + b"\n")
         except OSError as error:
             logger.warning("the event %s of step %d is not in %s: %s", event, step, hidden(str(self.path)), error)
 

@@ -19,6 +19,8 @@ def test_an_event_has_time_step_and_details_and_a_resumed_run_appends(tmp_path):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first.pop("time"))
     assert first == {"step": 0, "event": "started", "versions": {"torch": "2.13"}}
     assert (second["step"], second["event"], second["reason"]) == (3, "stopped", "SIGTERM")
+    EventLog(tmp_path).record(3, "started")
+    assert [event["event"] for event in read_events(tmp_path)] == ["started", "stopped", "started"]
 
 
 def test_values_from_the_environment_are_hidden_at_every_depth(tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ from megatron_selfdistill.metrics import (
     pace,
     read_metrics,
 )
+from megatron_selfdistill.run_log import read_evaluation_samples
 
 TENSORBOARD = ["tensorboard"]
 
@@ -49,6 +50,16 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
     log_steps(tmp_path, range(1, 6), done=0)  # killed after step 5; the checkpoint is of step 3
     log_steps(tmp_path, range(4, 9), done=3)
     assert [values["step"] for values in read_metrics(tmp_path)] == list(range(1, 9))
+
+
+def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
+    for done, steps in ((0, (2, 4)), (3, (4, 6))):  # killed after step 4; the checkpoint is of step 3
+        with MetricsLog(tmp_path, num_steps=8, tensorboard=False, console=False) as log:
+            log.resume(done)
+            for step in steps:
+                log.log_evaluation_samples(step, [{"problem_id": "a"}, {"problem_id": "b"}])
+    kept = [(record["step"], record["problem_id"]) for record in read_evaluation_samples(tmp_path)]
+    assert kept == [(2, "a"), (2, "b"), (4, "a"), (4, "b"), (6, "a"), (6, "b")]
 
 
 def test_a_run_that_starts_again_forgets_everything(tmp_path):
