@@ -59,7 +59,9 @@ def status(run: RunRecord) -> str:
         "guard": "a guard stopped the run",
         "engine": "an engine failed",
     }
-    return f"{done}; {endings[last]}" if last in endings else done
+    if last is None:
+        return done
+    return f"{done}; {endings.get(last, 'the run is training, or was killed')}"
 
 
 def event_rows(run: RunRecord) -> list[list[str]]:
@@ -82,7 +84,7 @@ def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         return [{"title": "First and last values", "columns": ["first", "last"], "rows": rows}]
     labels = [run.label for run in runs]
     keys = sorted({key for run in runs for key in run.config} - set(_PLACES))
-    configured = [[key, *(_text(run.config.get(key)) for run in runs)] for key in keys]
+    configured = [[key, *(_text(run.config[key]) if key in run.config else "-" for run in runs)] for key in keys]
     facts_of = [dict(facts(run)) for run in runs]
     names = ("recipe", "layout", "hardware", "versions", "git commit", "launches")
     known = [[name, *(of.get(name, "-") for of in facts_of)] for name in names]

@@ -78,9 +78,9 @@ def report_page(runs: Sequence[RunRecord]) -> str:
         data["samples"] = [_spread(run.samples, _sampled) for run in runs]
     title = " and ".join(run.label for run in runs)
     body = files("megatron_selfdistill.report").joinpath("page", "run_report.html").read_text(encoding="utf-8")
-    return html_page(
-        f"{title} · report", body, [asset(name) for name in STYLES], [asset(name) for name in SCRIPTS], data
-    )
+    licence = f"/*\n{asset('uplot.LICENSE')}*/\n"  # the licence asks for its notice in every copy of uPlot
+    scripts = [licence + asset(name) if name == "uplot.min.js" else asset(name) for name in SCRIPTS]
+    return html_page(f"{title} · report", body, [asset(name) for name in STYLES], scripts, data)
 
 
 def _run(run: RunRecord) -> dict[str, Any]:

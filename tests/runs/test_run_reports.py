@@ -83,5 +83,5 @@ def test_a_run_that_is_killed_leaves_a_report_and_the_command_writes_a_newer_one
     assert left["overview"]["runs"][0]["events"][0][2] == "started"
     newer = write_report([run_dir], tmp_path / "newer.html")
     (run,) = blocks_of(newer.read_text())["overview"]["runs"]
-    assert run["status"] == "4 of 6 steps"
+    assert run["status"] == "4 of 6 steps; the run is training, or was killed"
     assert numbers(run_dir)[-1]["step"] == 4

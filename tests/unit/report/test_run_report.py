@@ -112,6 +112,7 @@ def test_a_run_that_was_killed_in_the_middle_of_every_line_has_a_report(run, tmp
     shown = blocks_of(write_report([killed]).read_text())
     assert max(curve(shown, "loss/mean")) == 30 or max(curve(shown, "loss/mean")) == 29
     assert shown["overview"]["runs"][0]["events"][-1][2] == "saved"
+    assert shown["overview"]["runs"][0]["status"].endswith("the run is training, or was killed")
     assert list(killed.glob(".report*")) == []
 
 
@@ -120,6 +121,10 @@ def test_a_directory_with_metrics_alone_has_a_report(run, tmp_path):
     shown = blocks_of(write_report([tmp_path]).read_text())
     assert shown.keys() == {"overview", "curves"}
     assert shown["overview"]["runs"][0]["facts"] == []
+
+
+def test_a_page_has_the_licence_of_the_library_in_it(run):
+    assert "The MIT License (MIT)" in page_of(run) and "Copyright (c) 2022 Leon Sorokin" in page_of(run)
 
 
 def test_responses_are_blocks_and_never_markup(run):
