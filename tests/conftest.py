@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib.util
 import os
@@ -107,6 +108,7 @@ def pytest_collection_finish() -> None:
     """Collect garbage from now on, but look at no object of the modules that are loaded by now."""
     gc.freeze()
     gc.enable()
+    atexit.register(gc.unfreeze)  # else nanobind reports Triton's objects as leaked at the end of the process
 
 
 @pytest.hookimpl(wrapper=True)
