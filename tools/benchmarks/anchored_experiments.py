@@ -191,17 +191,18 @@ class Cell:
         for name, text in experiment.files.items():
             (shared / name).write_text(text, encoding="utf-8")
         settings = [setting.format(directory=shared) for setting in experiment.settings]
-        overrides = (*experiment.arms.get(self.arm, ()), *settings)
+        arm = experiment.arms.get(self.arm, ())
+        overrides, shown = (*arm, *settings), {"overrides": [*arm, *experiment.settings]}
         unguarded = Variant(self.arm, (*overrides, *WITHOUT_GUARDS))
         if experiment.arms is SWEEP:
-            return {"overrides": list(overrides), **self._leaks(unguarded, base, directory)}
+            return shown | self._leaks(unguarded, base, directory)
         variant = unguarded.on(problems)
         if experiment.measure is not None:
             steps = (0,) if self.arm == "base" else experiment.steps
-            return {"overrides": list(overrides), **experiment.measure(variant, base, directory, steps)}
+            return shown | experiment.measure(variant, base, directory, steps)
         if self.arm == "base":
             return measured_base(variant, base, directory, experiment)
-        return {"overrides": list(overrides), **self._columns(variant, base, directory)}
+        return shown | self._columns(variant, base, directory)
 
     def _columns(self, variant: Variant, base: Base, directory: Path) -> Figures:
         experiment = self.experiment
