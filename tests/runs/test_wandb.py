@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The launches of a run are one run on wandb, with its numbers, its samples and no secret: the real package, offline."""
+"""All launches of a run are one run on wandb, with its numbers and samples and no secret: the real package, offline."""
 
 from __future__ import annotations
 
@@ -95,17 +95,23 @@ def test_the_configuration_is_that_of_each_launch_and_no_file_of_wandb_holds_a_s
     assert len(files) > 4 and [file for file in files if SECRET.encode() in file.read_bytes()] == []
 
 
-def test_neither_the_output_nor_the_sources_are_copied(run):
-    names = {file.name for file in (run / "wandb").rglob("*") if file.is_file()}
-    assert names.isdisjoint({"output.log", "diff.patch"}) and not list((run / "wandb").rglob("code/*"))
-    for launched in wandb_files.launches(run):
-        kinds = {record.WhichOneof("record_type") for record in wandb_files.records(launched)}
-        assert "history" in kinds and kinds.isdisjoint({"output", "output_raw"})
+def log_a_script(run_dir: Path) -> None:
+    loggers = Loggers(["wandb"], LoggedRun(run_dir, 3, {}))
+    loggers.add_samples(4, [sample(token("<script>你好"), token(" no", -2.0))])
+    loggers.add_scalars(4, {"loss/mean": math.nan, "k/mean": math.inf})
+    loggers.close()
 
 
-def test_the_samples_are_pages_with_the_texts_escaped(ranks, tmp_path):
-    ranks.run(offline, log_a_script, tmp_path, world_size=1, init_process_group=False)
-    (launched,) = wandb_files.launches(tmp_path)
+@pytest.fixture(scope="module")
+def launched(ranks, tmp_path_factory) -> Path:
+    """Return wandb's directory of `log_a_script`, which runs in a checkout."""
+    run_dir = tmp_path_factory.mktemp("script")
+    ranks.run(offline, log_a_script, run_dir, world_size=1, init_process_group=False)
+    (launched,) = wandb_files.launches(run_dir)
+    return launched
+
+
+def test_the_samples_are_pages_with_the_texts_escaped(launched):
     with_sample, with_numbers = wandb_files.history(launched)
     assert with_sample["step"] == 4 and with_sample["samples/1._type"] == "html-file"
     page = (launched / "files" / with_sample["samples/1.path"]).read_text(encoding="utf-8")
@@ -113,8 +119,10 @@ def test_the_samples_are_pages_with_the_texts_escaped(ranks, tmp_path):
     assert math.isnan(with_numbers["loss/mean"]) and with_numbers["k/mean"] == math.inf
 
 
-def log_a_script(run_dir: Path) -> None:
-    loggers = Loggers(["wandb"], LoggedRun(run_dir, 3, {}))
-    loggers.add_samples(4, [sample(token("<script>你好"), token(" no", -2.0))])
-    loggers.add_scalars(4, {"loss/mean": math.nan, "k/mean": math.inf})
-    loggers.close()
+def test_neither_the_output_nor_the_state_of_git_nor_the_sources_are_copied(launched):
+    records = wandb_files.records(launched)
+    assert "redirect: off" in (launched / "logs" / "debug.log").read_text()
+    environments = [record.environment for record in records if record.HasField("environment")]
+    assert environments and not any(environment.HasField("git") for environment in environments)
+    names = {file.name for file in (launched / "files").rglob("*") if file.is_file()}
+    assert names.isdisjoint({"output.log", "diff.patch"}) and not list(launched.rglob("code/*"))
