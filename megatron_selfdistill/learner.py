@@ -26,6 +26,7 @@ from megatron_selfdistill.loss.sharded.backend import in_use
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
+from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
@@ -171,11 +172,30 @@ class Learner:
         self.optimizer.zero_grad()
         if not self.has_teacher:
             return self._schedule(packed, None, token_losses.next_token, token_weights=token_weights)
-        return self._self_distillation(packed, measure_teacher, token_weights=token_weights)
+        measurement = self._measurement() if measure_teacher else None
+        return self._self_distillation(packed, measurement, token_weights=token_weights)
 
-    def measure(self, contexts: Sequence[ContextPair]) -> schedule.StepOutput:
-        """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained."""
-        return self._self_distillation(self.pack(contexts), True, forward_only=True)
+    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False) -> schedule.StepOutput:
+        """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.
+
+        ``summarises``: whether the measures include the summaries of the logits of all models.
+        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
+        """
+        return self._self_distillation(self.pack(contexts), self._measurement(summarises), forward_only=True)
+
+    def explore(self, contexts: Sequence[ContextPair], solutions: Sequence[str]) -> list[ExploredResponse]:
+        """Return the responses of this replica's ``contexts`` for the target explorer; nothing is trained.
+
+        ``solutions``: the solution in the teacher's prompt of each context.  Every rank of the replica gets the
+        result.  Collectives: those of `measure`, and those of `explored_responses` in each replica with contexts.
+        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
+        """
+        shown = [cut(context) for context in contexts]
+        output = self.measure(shown, summarises=True)
+        if not shown:
+            return []
+        settings = [self.token_target(context.guided) for context in shown]
+        return explored_responses(output, shown, solutions, settings, self.run_data.vocab_size, self.grid)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
@@ -228,16 +248,19 @@ class Learner:
             )
             return learnabilities(candidates, models, self.config, self.run_data)
 
-    def _self_distillation(self, packed: PackedBatch, measure_teacher: bool, **options: Any) -> schedule.StepOutput:
+    def _self_distillation(
+        self, packed: PackedBatch, measurement: TokenMeasurement | None, **options: Any
+    ) -> schedule.StepOutput:
         target = self._target()
-        if measure_teacher:
-            loss = self.config.loss
-            options["measurement"] = TokenMeasurement(target, loss.fused_chunk_tokens, loss.backend)
+        loss = self._distillation_loss(target)
         with self.target_models() as models:
             reference = self._reference(target, models.reference)
-            return self._schedule(
-                packed, models.teacher, self._distillation_loss(target), reference=reference, **options
-            )
+            options |= {"reference": reference, "measurement": measurement}
+            return self._schedule(packed, models.teacher, loss, **options)
+
+    def _measurement(self, summarises: bool = False) -> TokenMeasurement:
+        loss = self.config.loss
+        return TokenMeasurement(self._target(), loss.fused_chunk_tokens, loss.backend, summarises)
 
     def _schedule(
         self,
@@ -258,6 +281,14 @@ class Learner:
             teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
             **options,
         )
+
+    def token_target(self, guided: bool) -> TokenTarget:
+        """Return the target and the divergence of the tokens of a plain or a guided response."""
+        own, loss = self.guided_tokens if guided else token_losses.GuidedTokens(), self.config.loss
+        target, divergence = self._target(), Divergence(loss.divergence, loss.jsd_lambda)
+        if own.teacher_weight is not None:
+            target = target.with_teacher_weight(own.teacher_weight)
+        return TokenTarget(target, own.divergence or divergence)
 
     @property
     def guided_tokens(self) -> token_losses.GuidedTokens:

@@ -32,6 +32,7 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_a_silent_teacher,
 )
 from megatron_selfdistill.metrics.leakage import leak_counts
+from megatron_selfdistill.metrics.samples import chosen
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
@@ -136,6 +137,8 @@ class Trainer:
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
+        if self._explores(self.step + 1):
+            self._save_explored(batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             tolerance = self.config.guards.identity_tolerance
@@ -185,7 +188,7 @@ class Trainer:
             self.log.message(warning)
         self.guards.check(self.step, metrics)
         last = self.step == self.config.num_steps
-        evaluates = bool(self.config.evaluation.every) and (self.step % self.config.evaluation.every == 0 or last)
+        evaluates = self.config.evaluation.due(self.step, self.config.num_steps)
         if evaluates:
             self.evaluate()
         if self.config.report.due(self.step, evaluates) and not last:
@@ -291,6 +294,25 @@ class Trainer:
         samples = step_samples(output, batch.contexts, solutions, count, tokenizer, self.grid)
         if samples is not None:
             self.log.log_samples(self.step + 1, samples)
+
+    def _explores(self, step: int) -> bool:
+        """Return whether samples of ``step`` are saved for the target explorer: those of the steps of evaluations."""
+        wanted = self.config.evaluation
+        due = wanted.due(step, self.config.num_steps) or (step == 1 and wanted.at_start)
+        allowed = self.learner.has_teacher and self.config.shows_contents
+        return due and allowed and self.config.metrics.num_explored > 0
+
+    def _save_explored(self, batch: StepBatch) -> None:
+        """Save the first samples of the batch of the first replica for the target explorer.  Collective."""
+        self.sampler.sleep()
+        shown = chosen(batch.contexts, self.config.metrics.num_explored) if self.grid.dp_rank == 0 else []
+        solution_of = {id(context): text for context, text in zip(batch.contexts, batch.solutions, strict=True)}
+        solutions = [solution_of[id(context)] for context, _ in shown]
+        step, tokenizer = self.step + 1, self.run_data.tokenizer
+        with self.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):
+            explored = self.learner.explore([context for context, _ in shown], solutions)
+            if explored:
+                self.log.save_explored(step, lambda: [one.record(tokenizer, step=step) for one in explored])
 
 
 def evaluation_options(

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_selfdistill.config.console_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.console_line import LINE, Column
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.metrics.explored_files import forget_explored_after, write_explored
 from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text
@@ -83,6 +84,7 @@ class MetricsLog:
         for path in (self.path, self.samples_path, self.evaluation_samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
+        forget_explored_after(self.path.parent, step)
         self._file = self.path.open("a+", encoding="utf-8")  # `_restore` reads the file
         self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
         if self._console is not None:
@@ -126,10 +128,19 @@ class MetricsLog:
                 for number, sample in enumerate(samples, 1):
                     self._console.sample(sample, f"step {step}, sample {number} of {len(samples)}")
         except Exception as error:
-            warning = f"the samples of step {step} are not shown: {type(error).__name__}: {error}"
-            if self._console is None:
-                logger.warning("%s", hidden(warning))
-            self.message(f"warning: {warning}")
+            self._warn(f"the samples of step {step} are not shown: {type(error).__name__}: {error}")
+
+    def save_explored(self, step: int, make: Callable[[], Sequence[Mapping[str, Any]]]) -> None:
+        """Save the records of the explored responses of ``step``, see `write_explored`; only the reporter calls it.
+
+        The records never stop a run: an error in ``make`` or while writing becomes a warning of one line.
+        """
+        if not self.enabled:
+            return
+        try:
+            write_explored(self.path.parent, step, make())
+        except Exception as error:
+            self._warn(f"the responses of step {step} are not saved for the explorer: {type(error).__name__}: {error}")
 
     def log_evaluation_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Save responses of the evaluation after ``step`` steps, one JSON object each; a failure becomes a warning."""
@@ -146,6 +157,11 @@ class MetricsLog:
         """Print a line on the console, above the progress bar."""
         if self._console is not None:
             self._console.print(text)
+
+    def _warn(self, warning: str) -> None:
+        if self._console is None:
+            logger.warning("%s", hidden(warning))
+        self.message(f"warning: {warning}")
 
     def close(self) -> None:
         """Close the files, restore the terminal, and end the loggers; a second call does nothing.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
 from megatron_selfdistill.loss.sharded.rare_mass import mass_on_rare
 from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, distillation_loss
@@ -35,7 +36,7 @@ class OwnLogits(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenMeasures:
-    """The measures of R response tokens, [R] each, equal on all tensor-parallel ranks."""
+    """The measures of R response tokens, [R] each if not stated, equal on all tensor-parallel ranks."""
 
     mass_on_rare_student: Tensor
     """The target's mass on tokens that are rare for the student, see `mass_on_rare`; float64."""
@@ -50,6 +51,8 @@ class TokenMeasures:
     """The teacher's log-prob of the response token in nats; None where ``teacher_entropy`` is None."""
     top1_agreement: Tensor | None = None
     """Whether student and teacher have the same argmax, bool; None where ``teacher_entropy`` is None."""
+    summary: LogitSummary | None = None
+    """The summaries of the logits of student, teacher and, where there is one, reference; None unless asked for."""
 
     @classmethod
     def concatenate(cls, parts: Sequence[TokenMeasures]) -> TokenMeasures:
@@ -57,7 +60,8 @@ class TokenMeasures:
         joined: dict[str, Any] = {}
         for field_name in (f.name for f in fields(cls)):
             values = [getattr(part, field_name) for part in parts]
-            joined[field_name] = None if values[0] is None else torch.cat(values)
+            join = LogitSummary.concatenate if field_name == "summary" else torch.cat
+            joined[field_name] = None if values[0] is None else join(values)
         return cls(**joined)
 
     @property
@@ -82,6 +86,8 @@ class TokenMeasurement:
     """The largest number of tokens whose logits of teacher and reference exist at a time."""
     backend: str | None = None
     """The backend that computes the entropy of the reference and the numbers of the teacher."""
+    summarises: bool = False
+    """Whether the measures include the summaries of the logits."""
 
 
 @dataclass
@@ -106,7 +112,7 @@ class MeasuringObserver:
         """Measure the tokens of a chunk.
 
         Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `mass_on_rare`,
-        `vocab_entropy` and `distillation_loss`.
+        `vocab_entropy`, `distillation_loss` and `summarise_logits`.
         """
         length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
         start = tokens.start
@@ -146,4 +152,6 @@ class MeasuringObserver:
                 backend=backend,
             )
             of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
-        return TokenMeasures(masses[:, 0], of_reference, entropy, **of_teacher)
+        models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
+        summary = summarise_logits(models, self.vocab) if self.measurement.summarises else None
+        return TokenMeasures(masses[:, 0], of_reference, entropy, **of_teacher, summary=summary)

@@ -35,7 +35,7 @@ ORDER = {
         "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
         "triton.solver_launches "
         "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy "
-        "sharded.rare_mass sharded.fused_linear"
+        "sharded.rare_mass sharded.logit_summary sharded.fused_linear"
     ),
     "data": (
         "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "
@@ -72,7 +72,10 @@ ORDER = {
         "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
         "batch score"
     ),
-    "metrics": "guards samples pace phases claims leakage step sample_views token_numbers step_samples loggers log",
+    "metrics": (
+        "guards samples pace phases claims leakage step sample_views token_numbers step_samples explored "
+        "explored_files loggers log"
+    ),
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "
         "tables"
@@ -81,7 +84,7 @@ ORDER = {
         "problem_prompts source on_demand_sampler synced_sampler recording solution_search own_solutions guidance "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
-    "report": ("curves next_steps html_page downsampling figures run_record run_facts run_report refresh"),
+    "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",
     "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",
     "learner": "",
     "trainer": "",

@@ -86,11 +86,16 @@ class MetricsConfig:
     Responses of conversations are shown only with conversations.show_contents=true."""
     show_samples_every: int = 10
     """Number of steps between samples; the samples of the first step are always shown."""
+    explore_samples: int = 1
+    """Number of samples whose tokens are saved for the target explorer at the steps of evaluations, in the directory
+    explored of the run directory, with about 4 KB per token; at most show_samples.  0 is none.  Each of these steps
+    reads the samples once more with every model.  Responses of conversations are saved only with
+    conversations.show_contents=true."""
 
     def __post_init__(self) -> None:
         normalise("metrics", self)
         at_least(1, "metrics", self, "console_every show_samples_every teacher_every")
-        at_least(0, "metrics", self, "show_samples")
+        at_least(0, "metrics", self, "show_samples explore_samples")
         for name in self.loggers:
             known = ", ".join(LOGGERS)
             require(
@@ -111,6 +116,11 @@ class MetricsConfig:
     def samples_due(self, step: int) -> bool:
         """Return whether samples of ``step``, counted from 1, are to be shown."""
         return self.show_samples > 0 and (step == 1 or step % self.show_samples_every == 0)
+
+    @property
+    def num_explored(self) -> int:
+        """The number of samples that are saved for the target explorer at an evaluation."""
+        return min(self.explore_samples, self.show_samples)
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,10 @@ class EvaluationConfig:
             worst <= max(self.num_samples, 1),
             f"evaluation.pass_at_k asks for pass@{worst} but evaluation.num_samples is {self.num_samples}",
         )
+
+    def due(self, step: int, num_steps: int) -> bool:
+        """Return whether the run is evaluated after ``step`` of ``num_steps`` steps."""
+        return bool(self.every) and (step % self.every == 0 or step == num_steps)
 
 
 @dataclass(frozen=True)

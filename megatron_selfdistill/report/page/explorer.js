@@ -1,0 +1,326 @@
+// Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+// The target explorer: the tokens of a response, coloured by their loss, and the distributions at the chosen token.
+"use strict";
+
+const LEVELS = [0.003, 0.01, 0.03, 0.1, 0.3, 1];
+const SHOWN_CANDIDATES = 12;
+const SLICE_MS = 12;
+const MODEL_COLOURS = ["--series-1", "--series-2", "--series-4"];
+const STATUS_TEXTS = /** @type {Record<string, string>} */ ({
+  matched: "matched: the target has the wanted entropy",
+  capped: "capped: k is at its bound, and the matching k is larger",
+  out_of_range: "out of range: k is at the end of the range of the solver",
+  undetermined: "undetermined: the entropy to match is almost 0",
+  given: "given: the rule fixes k",
+  unconverged: "unconverged: the solver has not reached the entropy to match",
+});
+const RULES = /** @type {Record<string, {text: string, values: Partial<Settings>}>} */ ({
+  bounded: { text: "entropy matched, k ≤ 1 + w", values: { rule: "entropy_matched", k_max: "1 + w", k: null } },
+  matched: { text: "entropy matched, no bound on k", values: { rule: "entropy_matched", k_max: null, k: null } },
+  fixed: { text: "fixed k = 1 + w", values: { rule: "fixed", k_max: "1 + w", k: null } },
+  teacher: { text: "teacher alone", values: { rule: "teacher_alone", k_max: "1 + w", k: null } },
+});
+const DIVERGENCES = { reverse_kl: "reverse KL(p ‖ q)", forward_kl: "forward KL(q ‖ p)", jsd: "Jensen-Shannon" };
+
+/** The whole page in one object: data, settings, and the choice of a token. */
+class Explorer {
+  /**
+   * @param {any} overview the record of the response without blocks and texts
+   * @param {Record<string, string>} texts the text of each candidate by its id
+   */
+  constructor(overview, texts) {
+    this.overview = overview;
+    this.texts = texts;
+    this.tokens = overview.tokens;
+    this.numTokens = overview.tokens.id.length;
+    /** @type {Settings} */
+    this.saved = overview.settings;
+    this.settings = { ...this.saved };
+    /** @type {Map<number, Promise<Summary[]>>} */
+    this.blocks = new Map();
+    /** @type {HTMLElement[]} */
+    this.spans = [];
+    this.values = Float64Array.from(this.tokens.loss, (value) => value ?? NaN);
+    this.differs = new Uint8Array(this.numTokens);
+    this.errors = new Float64Array(this.numTokens).fill(NaN);
+    this.chosen = -1;
+    this.pinned = false;
+    this.generation = 0;
+    this.showsAll = false;
+    /** @type {string[]} */
+    this.statuses = [...this.tokens.status];
+  }
+
+  /**
+   * Return the summary of a token, decoded when its block is first needed.
+   * @param {number} token
+   */
+  async summary(token) {
+    const size = this.overview.block_tokens;
+    const block = Math.floor(token / size);
+    if (!this.blocks.has(block)) {
+      const decoded = openBlock(`block-${block}`).then((value) => decodeBlock(value, this.overview.models.length));
+      this.blocks.set(block, decoded);
+    }
+    return (await /** @type {Promise<Summary[]>} */ (this.blocks.get(block)))[token % size];
+  }
+
+  /**
+   * Return the stored entropies that the target of a token needs.
+   * @param {number} token
+   */
+  entropies(token) {
+    return { student: this.tokens.student_entropy[token], reference: this.tokens.reference_entropy[token] };
+  }
+
+  get isAsSaved() {
+    return Object.entries(this.saved).every(([name, value]) => Object(this.settings)[name] === value);
+  }
+
+  /** Compute the target of every token with the present settings, in slices that leave the page responsive. */
+  async recompute() {
+    const generation = ++this.generation;
+    const asSaved = this.isAsSaved;
+    byId("progress").textContent = "computing …";
+    let until = performance.now() + SLICE_MS;
+    for (const token of this.order()) {
+      const summary = await this.summary(token);
+      if (generation !== this.generation) return;
+      this.take(token, targetOf(summary, this.settings, this.entropies(token)), asSaved);
+      if (performance.now() > until) {
+        await new Promise((resolve) => setTimeout(resolve, 0));
+        if (generation !== this.generation) return;
+        until = performance.now() + SLICE_MS;
+      }
+    }
+    this.showTotals();
+    document.documentElement.dataset.computed = String(generation);
+  }
+
+  /** Return the tokens in the order in which they are computed: those that can be seen come first. */
+  order() {
+    const middle = this.spans.findIndex((span) => span.getBoundingClientRect().bottom > 0);
+    const first = Math.max(0, middle);
+    return Array.from({ length: this.numTokens }, (_, i) => (i + first) % this.numTokens);
+  }
+
+  /**
+   * Keep what is shown of a token's target.
+   * @param {number} token
+   * @param {TokenTarget} target
+   * @param {boolean} asSaved
+   */
+  take(token, target, asSaved) {
+    this.values[token] = target.loss;
+    this.differs[token] = target.best === target.studentBest ? 0 : 1;
+    this.statuses[token] = target.status;
+    const stored = this.tokens.k[token];
+    if (asSaved && stored !== null) this.errors[token] = Math.abs(target.k / stored - 1);
+    this.paint(token);
+  }
+
+  /** @param {number} token */
+  paint(token) {
+    const span = this.spans[token];
+    const level = LEVELS.filter((limit) => this.values[token] >= limit).length;
+    span.className = `t l${level}${this.differs[token] ? " differs" : ""}`;
+  }
+
+  showTotals() {
+    const values = Array.from(this.values).filter(Number.isFinite);
+    const mean = values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
+    const differing = this.differs.reduce((sum, value) => sum + value, 0);
+    const capped = this.statuses.filter((status) => status === "capped").length;
+    const share = (/** @type {number} */ count) => `${numberText((100 * count) / Math.max(1, this.numTokens))} %`;
+    byId("progress").textContent =
+      `${this.numTokens} tokens: mean ${divergenceName(this.settings)} ${numberText(mean)} nats; ` +
+      `k at its bound at ${share(capped)}; the target's first choice differs from the student's at ${differing}.`;
+    const errors = Array.from(this.errors).filter(Number.isFinite).sort((a, b) => a - b);
+    if (errors.length) {
+      byId("accuracy").textContent =
+        `With the saved settings this page's k differs from the stored k by ${errorText(errors[errors.length >> 1])} ` +
+        `(median) and at most ${errorText(errors[errors.length - 1])}, over ${errors.length} tokens.`;
+    }
+  }
+
+  /**
+   * Choose a token and show its distributions.
+   * @param {number} token
+   * @param {{scroll?: boolean}} [options]
+   */
+  async choose(token, options = {}) {
+    if (token < 0 || token >= this.numTokens) return;
+    this.spans[this.chosen]?.setAttribute("aria-selected", "false");
+    this.spans[this.chosen]?.removeAttribute("data-chosen");
+    this.chosen = token;
+    const span = this.spans[token];
+    span.setAttribute("aria-selected", "true");
+    span.setAttribute("data-chosen", "");
+    byId("tokens").setAttribute("aria-activedescendant", span.id);
+    if (options.scroll) span.scrollIntoView({ block: "nearest" });
+    const summary = await this.summary(token);
+    if (token !== this.chosen) return;
+    showToken(this, token, summary, targetOf(summary, this.settings, this.entropies(token)));
+  }
+
+  /**
+   * Change the settings, and show everything with them.
+   * @param {Partial<Settings>} changes
+   */
+  change(changes) {
+    this.settings = { ...this.settings, ...changes };
+    if (this.chosen >= 0) void this.choose(this.chosen);
+    void this.recompute();
+  }
+}
+
+/** @param {Settings} settings */
+function divergenceName(settings) {
+  return DIVERGENCES[/** @type {keyof typeof DIVERGENCES} */ (settings.divergence)];
+}
+
+/**
+ * Return a relative error as text.
+ * @param {number} error
+ */
+function errorText(error) {
+  return error < 1e-12 ? "less than 1e-12" : error.toExponential(1);
+}
+
+/**
+ * Return the text of a token in which white space can be seen.
+ * @param {string} text
+ */
+function visibleText(text) {
+  const shown = text.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥");
+  // Marks of text direction and other control characters could rearrange the page.
+  return shown === "" ? "∅" : shown.replace(/[\p{Cc}\p{Cf}]/gu, (c) => `\\u${(c.codePointAt(0) ?? 0).toString(16)}`);
+}
+
+/**
+ * Show the numbers and the candidates of a token.
+ * @param {Explorer} explorer
+ * @param {number} token
+ * @param {Summary} summary
+ * @param {TokenTarget} target
+ */
+function showToken(explorer, token, summary, target) {
+  const { tokens, settings } = explorer;
+  const text = visibleText(tokens.text[token]);
+  byId("chosen-title").textContent = `Token ${token + 1} of ${explorer.numTokens}: `;
+  byId("chosen-text").textContent = text;
+  byId("announcement").textContent =
+    `Token ${token + 1}, ${text}: ${divergenceName(settings)} ${numberText(target.loss)} nats, ` +
+    `k ${numberText(target.k)}, ${target.status.replaceAll("_", " ")}` +
+    (target.best === target.studentBest ? "" : ", the target's first choice differs from the student's");
+  byId("numbers").replaceChildren(...numberRows(explorer, token, target));
+  byId("candidates").replaceChildren(candidateTable(explorer, token, summary, target));
+  const hidden = summary.ids.length > SHOWN_CANDIDATES;
+  byId("all-candidates").hidden = !hidden;
+}
+
+/**
+ * Return the rows of the table of numbers of a token.
+ * @param {Explorer} explorer
+ * @param {number} token
+ * @param {TokenTarget} target
+ */
+function numberRows(explorer, token, target) {
+  const { tokens } = explorer;
+  const stored = tokens.k[token];
+  const error = explorer.isAsSaved && stored !== null ? ` (stored: ${numberText(stored)}, ` +
+    `differs by ${errorText(Math.abs(target.k / stored - 1))})` : "";
+  /** @type {[string, string, string][]} */
+  const rows = [
+    ["k", `${numberText(target.k)}${error}`, "k"],
+    ["status", STATUS_TEXTS[target.status], "status"],
+    [divergenceName(explorer.settings), `${numberText(target.loss)} nats`, "loss"],
+    ["entropy of the student", `${numberText(tokens.student_entropy[token])} nats`, "student-entropy"],
+    ["entropy of the target", `${numberText(target.entropy)} nats`, "target-entropy"],
+    ["entropy of the teacher", `${numberText(tokens.teacher_entropy[token])} nats`, "teacher-entropy"],
+  ];
+  if (explorer.overview.models.length === 3) {
+    rows.push(["entropy of the reference", `${numberText(tokens.reference_entropy[token])} nats`, "reference-entropy"]);
+  }
+  rows.push(["mass on tokens that the student did not consider (below 1e-3)", numberText(target.rareMass), "rare"]);
+  return rows.map(([name, value, key]) =>
+    element("tr", {}, element("th", { scope: "row" }, name), element("td", { "data-number": key }, value)),
+  );
+}
+
+/**
+ * Return the table of the likeliest candidates with a bar per distribution.
+ * @param {Explorer} explorer
+ * @param {number} token
+ * @param {Summary} summary
+ * @param {TokenTarget} target
+ */
+function candidateTable(explorer, token, summary, target) {
+  const models = explorer.overview.models;
+  const columns = /** @type {{name: string, colour: string, of: (slot: number) => number}[]} */ (
+    models.map((/** @type {string} */ name, /** @type {number} */ model) => ({
+      name,
+      colour: MODEL_COLOURS[model],
+      of: (/** @type {number} */ slot) => Math.exp(summary.logits[model][slot] - summary.logNormalisers[model]),
+    }))
+  );
+  columns.push({ name: "target", colour: "--series-3", of: (slot) => target.q[slot] });
+  const sampled = explorer.tokens.id[token];
+  const rows = [];
+  for (let slot = 0; slot < summary.ids.length; slot++) {
+    if (summary.ids[slot] < 0) continue;
+    const shares = columns.map((column) => column.of(slot));
+    rows.push({ slot, id: summary.ids[slot], shares, largest: Math.max(...shares) });
+  }
+  rows.sort((a, b) => b.largest - a.largest);
+  const shown = explorer.showsAll ? rows : rows.filter((row, i) => i < SHOWN_CANDIDATES || row.id === sampled);
+  const head = columns.map((column) => element("th", { scope: "col", class: "number" }, swatch(column.colour), column.name));
+  return element(
+    "table",
+    { class: "candidates" },
+    element("caption", {}, `Probabilities of the likeliest ${shown.length} tokens`),
+    element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "token"), ...head)),
+    element("tbody", {}, ...shown.map((row) => candidateRow(explorer, row, columns, target, sampled))),
+  );
+}
+
+/**
+ * @param {Explorer} explorer
+ * @param {{slot: number, id: number, shares: number[]}} row
+ * @param {{name: string, colour: string}[]} columns
+ * @param {TokenTarget} target
+ * @param {number} sampled the id of the token of the response
+ */
+function candidateRow(explorer, row, columns, target, sampled) {
+  const marks = [
+    row.id === sampled ? "sampled" : "",
+    row.slot === target.studentBest ? "student's first" : "",
+    row.slot === target.best ? "target's first" : "",
+  ].filter(Boolean);
+  const text = visibleText(explorer.texts[row.id] ?? "");
+  const name = element("th", { scope: "row", title: `id ${row.id}` }, element("code", {}, text));
+  if (marks.length) name.append(" ", element("span", { class: "soft small" }, marks.join(", ")));
+  const cells = columns.map((column, i) => {
+    const bar = element("span", { class: "bar", "aria-hidden": "true" });
+    bar.style.width = `${100 * row.shares[i]}%`;
+    bar.style.background = `var(${column.colour})`;
+    return element("td", { class: "number" }, shareText(row.shares[i]), element("span", { class: "rail" }, bar));
+  });
+  return element("tr", { "data-id": row.id }, name, ...cells);
+}
+
+/** @param {string} colour */
+function swatch(colour) {
+  const made = element("span", { class: "swatch", "aria-hidden": "true" });
+  made.style.background = `var(${colour})`;
+  return made;
+}
+
+/**
+ * Return a probability as text.
+ * @param {number} share
+ */
+function shareText(share) {
+  if (share >= 0.0005) return share.toFixed(3);
+  return share > 0 ? share.toExponential(0) : "0";
+}

@@ -1,0 +1,98 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The page of the target explorer: one explored response, whose target the page computes again for other settings."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.metrics.explored_files import explored_files, read_explored
+from megatron_selfdistill.report.html_page import asset, html_page
+
+VERSION = 1
+"""The version of the form of a record that the page reads."""
+
+_BODY = """\
+<header>
+<h1>Target explorer</h1>
+<p id="about" class="soft"></p>
+</header>
+<div id="controls" class="toolbar" role="group" aria-label="Settings of the target"></div>
+<p id="progress" role="status" class="small"></p>
+<p id="accuracy" class="small soft"></p>
+<div class="explorer">
+<main>
+<details><summary>Prompt of the student</summary><pre id="prompt"></pre></details>
+<details><summary>Solution, which only the teacher sees</summary><pre id="solution"></pre></details>
+<p class="small soft">Each token is coloured and underlined by its divergence between student and target, in nats. Point at a
+token, or use the arrow keys: left and right go from token to token, down and up to the next token at which the target's
+first choice is not the student's. A click holds a token; Escape lets it go.</p>
+<div id="legend" class="small" aria-label="Divergence of a token in nats"></div>
+<div id="tokens" role="listbox" tabindex="0" aria-label="Tokens of the response; arrow keys choose a token"></div>
+</main>
+<aside class="panel" aria-label="The chosen token">
+<h2 class="small"><span id="chosen-title">Choose a token</span><span id="chosen-text"></span></h2>
+<p id="pinned" class="small soft" hidden>Held: press Escape in the response, or click the token again, to follow the pointer.</p>
+<p id="announcement" aria-live="polite"></p>
+<table><tbody id="numbers"></tbody></table>
+<div id="candidates"></div>
+<button type="button" id="all-candidates" hidden>Show all candidates</button>
+</aside>
+</div>
+"""
+
+
+@dataclass(frozen=True)
+class TargetPage:
+    """The page of one explored response of a run."""
+
+    path: Path
+    step: int
+    """The step of the response, counted from 1."""
+    problem_id: str
+    num_tokens: int
+
+
+def target_page(record: Mapping[str, Any]) -> str:
+    """Return the page of an explored response: one HTML file that needs nothing else.
+
+    ``record``: as `ExploredResponse.record` returns it.  The page decodes the logits of 64 tokens at a time, when it
+    needs them.
+    Raises: ValueError for a record of another version.
+    """
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"expected an explored response of version {VERSION}, got version {record.get('version')}: "
+            "use the version of this package that has written it"
+        )
+    overview = {name: value for name, value in record.items() if name not in ("blocks", "texts")}
+    blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
+    scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
+    data = {"overview": overview, "texts": record["texts"], **blocks}
+    return html_page("Target explorer", _BODY, [asset("explorer.css")], scripts, data)
+
+
+def write_target_page(record: Mapping[str, Any], path: Path) -> None:
+    """Write the page of an explored response in one move.  Raises: OSError, ValueError."""
+    temporary = path.with_name(f".{path.name}.writing")
+    temporary.write_text(target_page(record), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_target_pages(run_dir: Path) -> list[TargetPage]:
+    """Write the missing pages of a run's explored responses beside their files, and return all pages in their order.
+
+    A page is written again where its file is newer.  Reading a page's number of tokens reads its file, but no page.
+    Raises: OSError, ValueError.
+    """
+    pages = []
+    for source in explored_files(run_dir):
+        path = source.with_name(source.name.removesuffix(".json.gz") + ".html")
+        record = read_explored(source)
+        if not path.exists() or path.stat().st_mtime_ns < source.stat().st_mtime_ns:
+            write_target_page(record, path)
+        pages.append(TargetPage(path, record["step"], record["problem_id"], len(record["tokens"]["id"])))
+    return pages

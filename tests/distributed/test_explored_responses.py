@@ -1,0 +1,117 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Explored responses hold the logits of whole rows, and are the same in every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import models
+import pytest
+import torch
+from layouts import Case, contexts, packed, reference, vocab_shard
+from models import parallel
+from tiers import combinations
+
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, explored_responses
+from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+
+TARGETS = {"student": Target(), "reference": Target(anchor="reference", teacher_weight=2.0)}
+LAYOUTS: dict[str, tuple[Case, int]] = {
+    "one rank, fused": (Case(fusion=Fusion("keep_gradient", 4)), 1),
+    "TP2+SP": (Case(parallel=parallel(tp=2, sp=True)), 2),
+    "PP2": (Case(parallel=parallel(pp=2)), 2),
+    "CP2": (Case(parallel=parallel(cp=2)), 2),
+    "CP2xPP2": (Case(parallel=parallel(cp=2, pp=2)), 4),
+}
+
+
+def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
+    """Return all contexts as explored responses; ``apart`` gives the reference other weights than the teacher."""
+    model = models.model_config(case.kind)
+    student, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
+
+    def filled(seed: int) -> list[torch.nn.Module]:
+        chunks = build_chunks(model, unwrapped(student[0]).config, grid, models.VOCAB_SIZE)
+        models.fill_from_names(chunks, seed=seed)
+        return chunks
+
+    teacher = filled(1)
+    divergence = Divergence()
+    output = schedule.run(
+        student,
+        teacher,
+        packed(case, grid),
+        token_losses.self_distillation(case.target, divergence, fusion=case.fusion),
+        grid,
+        vocab_shard(student, grid),
+        reference=reference(case, filled(2) if apart else teacher),
+        measurement=TokenMeasurement(case.target, chunk_tokens=5, summarises=True),
+        pair_order=case.pair_order,
+        forward_only=True,
+    )
+    pairs = contexts()
+    settings = [TokenTarget(case.target, divergence)] * len(pairs)
+    return explored_responses(output, pairs, ["" for _ in pairs], settings, models.VOCAB_SIZE, grid)
+
+
+def in_layout(case: Case, apart: bool = False) -> list[list[ExploredResponse]]:
+    """Return the explored responses of each target."""
+    return [explored(dataclasses.replace(case, kind="shallow", target=target), apart) for target in TARGETS.values()]
+
+
+@pytest.fixture(scope="module")
+def alone(ranks) -> list[list[ExploredResponse]]:
+    (found,) = ranks.run(in_layout, Case(), world_size=1)
+    return found
+
+
+def whole_rows(one: ExploredResponse) -> list[torch.Tensor]:
+    """Return the logits [n, V] of each model: the vocabulary is so small that every token is a candidate."""
+    ids = one.summary.ids[:, : models.VOCAB_SIZE].long()
+    assert ids.equal(torch.arange(models.VOCAB_SIZE).expand_as(ids)) and one.summary.counts.sum() == 0
+    return list(one.summary.logits[:, :, : models.VOCAB_SIZE].unbind(1))
+
+
+def check(found: list[list[ExploredResponse]]) -> None:
+    for target, responses in zip(TARGETS.values(), found, strict=True):
+        assert len(responses) == len(contexts()) > 3
+        for one in responses:
+            s, t, *rest = whole_rows(one)
+            exact = mixed_target(s, t, target, rest[0] if rest else None)
+            torch.testing.assert_close(torch.tensor(one.numbers["beta"]), exact.beta.float(), rtol=2e-3, atol=0)
+            log_p = s.log_softmax(-1)
+            reverse_kl = (log_p.exp() * (log_p - exact.log_q)).sum(-1)
+            assert one.numbers["reverse_kl"] == pytest.approx(reverse_kl.tolist(), rel=1e-2, abs=1e-5)
+            tokens = torch.tensor(one.context.response)[:, None]
+            for name, logits in (("student_log_prob", s), ("teacher_log_prob", t)):
+                expected = logits.log_softmax(-1).gather(1, tokens)[:, 0].tolist()
+                assert one.numbers[name] == pytest.approx(expected, rel=1e-4, abs=1e-4), name
+
+
+def test_the_numbers_are_those_of_the_saved_logits(alone):
+    check(alone)
+
+
+def test_a_reference_with_weights_of_its_own_keeps_its_logits_apart(ranks):
+    (found,) = ranks.run(in_layout, Case(), True, world_size=1)
+    check(found)
+    _, t, r = whole_rows(found[1][0])
+    assert (t - r).abs().max() > 0.1
+
+
+@combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "CP2xPP2"]}, strength=1)
+def test_every_rank_of_every_layout_has_the_same(ranks, alone, name):
+    case, world_size = LAYOUTS[name]
+    for found in ranks.run(in_layout, case, world_size=world_size):
+        for mine, theirs in zip(found, alone, strict=True):
+            for one, other in zip(mine, theirs, strict=True):
+                assert one.context == other.context and one.summary.ids.equal(other.summary.ids)
+                torch.testing.assert_close(one.summary.flat(), other.summary.flat(), rtol=1e-3, atol=1e-3)
+                for key in ("beta", "reverse_kl", "mass_on_rare_student", "reference_entropy"):
+                    expected = pytest.approx(other.numbers[key], rel=1e-3, abs=1e-5, nan_ok=True)
+                    assert one.numbers[key] == expected, key

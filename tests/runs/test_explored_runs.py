@@ -1,0 +1,105 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Runs save responses for the target explorer at evaluations: the same in every layout, and never in a run's way."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from explored_records import summary_of, target_of
+from summed_target import matching_beta
+from tiny_run import NOT_REPRODUCIBLE, overrides, train, train_each
+
+from megatron_selfdistill.loss.status import MIN_ENTROPY
+from megatron_selfdistill.metrics import read_metrics, read_samples
+from megatron_selfdistill.metrics.explored_files import explored_files, forget_explored_after, read_explored
+
+OPTIONS = [
+    *("model.num_layers=2", "num_steps=3", "metrics.show_samples=2", "metrics.show_samples_every=2"),
+    *("evaluation.every=2", "evaluation.limit=4", "evaluation.verifier=exact_match", "metrics.explore_samples=2"),
+]
+TARGETS = {"student": ["target.teacher_weight=2"], "reference": ["target=anchored", "teacher.weights=ema"]}
+
+
+def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
+    return overrides(data, run_dir, *OPTIONS, f"evaluation.path={data}/problems.jsonl", *more)
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, data, tmp_path_factory) -> Path:
+    """Return a directory with a run per target, and one that saves nothing for the explorer."""
+    directory = tmp_path_factory.mktemp("explored")
+    each = [arguments(data, directory / name, *options) for name, options in TARGETS.items()]
+    train_each(ranks, [*each, arguments(data, directory / "none", *TARGETS["reference"], "metrics.explore_samples=0")])
+    return directory
+
+
+def records(run_dir: Path) -> list[dict[str, Any]]:
+    return [read_explored(path) for path in explored_files(run_dir)]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_samples_of_evaluated_steps_are_saved_with_the_numbers_of_the_loss(runs, name):
+    found = records(runs / name)
+    assert [path.name[:14] for path in explored_files(runs / name)] == [
+        "step_0000002_1",
+        "step_0000002_2",
+        "step_0000003_1",
+        "step_0000003_2",
+    ]
+    assert [record["step"] for record in found] == [2, 2, 3, 3]
+    samples = [sample for sample in read_samples(runs / name) if sample["step"] == 2]
+    for record, sample in zip(found[:2], samples, strict=True):
+        tokens = record["tokens"]
+        for key in ("id", "text", "status"):
+            assert tokens[key] == sample["tokens"][key]
+        for key in ("loss", "k", "student_log_prob", "teacher_log_prob"):
+            assert tokens[key] == pytest.approx(sample["tokens"][key], rel=2e-4, abs=2e-6), key
+        for key in ("problem_id", "prompt", "solution", "truncated"):
+            assert record[key] == sample[key]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_k_follows_from_the_saved_logits(runs, name):
+    for record in records(runs / name):
+        summary, target, tokens = summary_of(record), target_of(record), record["tokens"]
+        assert record["models"] == ["student", "teacher", "reference"][: 2 + target.is_anchored]
+        entropies = tokens["reference_entropy" if target.matches_reference else "student_entropy"]
+        for row, wanted in enumerate(entropies):
+            beta = matching_beta(summary, row, max(wanted, MIN_ENTROPY), target)
+            assert 1 / beta == pytest.approx(tokens["k"][row], rel=2e-3)
+            assert all(record["texts"][str(int(token))] is not None for token in summary.ids[row] if token >= 0)
+
+
+def test_saving_changes_nothing_of_the_run(runs):
+    def numbers(name: str) -> list[dict[str, float]]:
+        lines = read_metrics(runs / name)
+        return [{key: v for key, v in line.items() if not key.startswith(NOT_REPRODUCIBLE)} for line in lines]
+
+    assert numbers("none") == numbers("reference") and not (runs / "none" / "explored").exists()
+
+
+def test_a_resumed_run_forgets_what_it_repeats(ranks, data, runs, tmp_path):
+    options = ["checkpoint.save_every=2", "num_steps=4"]
+    train(ranks, arguments(data, tmp_path / "run", *options))
+    before = {path.name: path.read_bytes() for path in explored_files(tmp_path / "run")}
+    tiny_run.go_back_to_step(2, tmp_path / "run")
+    for path in explored_files(tmp_path / "run")[2:]:
+        path.with_name(path.name.replace(".json.gz", ".html")).write_text("a page")
+        path.write_bytes(b"a leftover")
+    train(ranks, arguments(data, tmp_path / "run", *options))
+    assert {path.name: path.read_bytes() for path in explored_files(tmp_path / "run")} == before
+    assert not list((tmp_path / "run" / "explored").glob("*.html"))
+    forget_explored_after(tmp_path / "run", 0)
+    assert explored_files(tmp_path / "run") == []
+
+
+def test_an_error_while_saving_becomes_a_warning(ranks, data, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "explored").write_text("a file where the directory should be")
+    train(ranks, arguments(data, tmp_path / "run", "num_steps=2"))
+    lines = read_metrics(tmp_path / "run")
+    assert lines[-1]["step"] == 2 and math.isfinite(lines[0]["loss/mean"])
