@@ -45,6 +45,11 @@ COMMANDS = {
         "Evaluate a model on problems with answers, and compare two evaluations.",
         "--hf Qwen3-8B --data test.jsonl --out results/before",
     ),
+    "explore": Command(
+        "commands.explore",
+        "Write a page that shows the target of every token of a response.",
+        'Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
+    ),
     "solutions": Command(
         "commands.solutions",
         "Sample solutions from a model, verify them, and write the best ones.",

@@ -94,6 +94,28 @@ class RunData:
             raise ConfigError(str(error)) from error
 
     @classmethod
+    def of_problem(cls, config: Config, problem: Problem) -> RunData:
+        """Return the data of one problem, as those of an evaluation.
+
+        Raises: `ConfigError`, which names the key.
+        """
+        try:
+            assert config.data.tokenizer is not None, "the caller has set data.tokenizer"
+            tokenizer = _tokenizer(config.data)
+            return cls(
+                tokenizer=tokenizer,
+                builder=PromptBuilder(tokenizer, _templates(config.data)),
+                problems=ProblemSet([]),
+                counts=ContextCounts(),
+                evaluation=[problem],
+                vocab_size=_vocab_size(config, tokenizer),
+                max_length=config.data.max_length or config.model.max_position_embeddings,
+                stop_token_ids=_stop_tokens(config, tokenizer),
+            )
+        except (ValueError, OSError) as error:
+            raise ConfigError(str(error)) from error
+
+    @classmethod
     def _load(cls, config: Config) -> RunData:
         data = config.data
         if data.path is None or data.tokenizer is None:

@@ -6,14 +6,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
@@ -91,6 +88,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
+    from megatron_selfdistill.commands.given_model import temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.inference import converted
@@ -107,7 +105,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     grid = ranks.initialize(config.parallel, config.seed)
     try:
-        with _temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
+        with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
             load = model["path"]
             if arguments.hf is not None:
                 load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
@@ -159,28 +157,16 @@ def _evaluate_with(
 
 def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the entry of summary.json about the model, after a look at its files.  Raises: `CheckpointError`."""
-    from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
+    from megatron_selfdistill.commands.given_model import find_model
 
-    if arguments.hf is not None:
-        return {"format": "hugging_face", "path": str(arguments.hf), "iteration": None}
-    weights = open_weights(arguments.megatron, arguments.iteration)
-    return {"format": "megatron", "path": str(weights.path), "iteration": weights.iteration}
+    return find_model(arguments.hf, arguments.megatron, arguments.iteration)
 
 
 def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
     """Return the trainer's configuration with the command's options and the architecture of the model."""
-    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
-    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+    from megatron_selfdistill.commands.given_model import configured
 
-    config, given = _loaded(arguments)
-    tokenizer = config.data.tokenizer or _tokenizer_of(Path(model["path"]), model["format"])
-    config = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer=tokenizer))
-    if arguments.hf is not None:
-        return _with_hf_architecture(config, given, arguments.hf)
-    checkpoint = dataclasses.replace(config.checkpoint, load=model["path"], resume=False)
-    config = with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
-    require_same_tokenizer(config)
-    return config
+    return configured(*_loaded(arguments), model)
 
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
@@ -206,47 +192,6 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
         ),
     )
     return config, given
-
-
-def _with_hf_architecture(config: Config, given: frozenset[str], hf: Path) -> Config:
-    """Return ``config`` with the architecture that the checkpoint converted from ``hf`` will have."""
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-    from megatron_selfdistill.checkpoint.formats.stored_model import reconcile
-    from megatron_selfdistill.model.hf.mapping import family_of
-
-    description = read_config(hf)
-    fields = {key.removeprefix("model.") for key in given if key.startswith("model.")}
-    stored = family_of(description).model_config(description)
-    return dataclasses.replace(config, model=reconcile(config.model, fields, stored))
-
-
-def _tokenizer_of(path: Path, model_format: str) -> str:
-    """Return the directory of the tokenizer in a Hugging Face directory, or among the HF assets of a checkpoint."""
-    from megatron_selfdistill.checkpoint.describe import hf_assets_of
-    from megatron_selfdistill.errors import ConfigError
-
-    directory = path if model_format == "hugging_face" else hf_assets_of(path)
-    files = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-    if directory is None or not any((directory / name).is_file() for name in files):
-        raise ConfigError(f"expected a tokenizer in {path}, got none: set data.tokenizer=DIR")
-    return str(directory)
-
-
-@contextmanager
-def _temporary_directory(parent: Path, grid: RankGrid) -> Iterator[Path]:
-    """Make a temporary directory in ``parent`` that all ranks see, and remove it at the end."""
-    from megatron_selfdistill.distributed.collectives import run_on_rank_0
-
-    def make() -> str:
-        parent.mkdir(parents=True, exist_ok=True)
-        return tempfile.mkdtemp(dir=parent, prefix=".evaluate-")
-
-    directory = Path(run_on_rank_0(make))
-    try:
-        yield directory
-    finally:
-        if grid.is_reporter:
-            shutil.rmtree(directory, ignore_errors=True)
 
 
 def _data(run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:

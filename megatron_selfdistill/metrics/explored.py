@@ -78,6 +78,11 @@ class ExploredResponse:
     summary: LogitSummary
     vocab_size: int
 
+    @property
+    def statuses(self) -> list[str]:
+        """The names of `Status`, in lower case, one per token."""
+        return [Status(int(value)).name.lower() for value in self.numbers["status"]]
+
     def record(self, tokenizer: Tokenizer, **about: Any) -> dict[str, Any]:
         """Return the response as JSON values: texts, lists with a number per token, and blocks of summaries.
 
@@ -90,7 +95,7 @@ class ExploredResponse:
         numbers = {name: [_number(value) for value in values] for name, values in self.numbers.items()}
         beta = numbers.pop("beta")
         numbers["k"] = [None if value is None or value == 0 else 1 / value for value in beta]
-        status = [None if value is None else Status(int(value)).name.lower() for value in numbers.pop("status")]
+        del numbers["status"]
         return {
             "version": VERSION,
             **about,
@@ -102,7 +107,7 @@ class ExploredResponse:
             "models": ["student", "teacher", "reference"][: self.summary.logits.shape[1]],
             "settings": self.settings.record(),
             "block_tokens": BLOCK_TOKENS,
-            "tokens": {"id": list(ids), "text": pieces(ids, tokenizer), "status": status, **numbers},
+            "tokens": {"id": list(ids), "text": pieces(ids, tokenizer), "status": self.statuses, **numbers},
             "texts": {str(token): tokenizer.decode([token]) for token in known},
             "blocks": [self._block(start) for start in range(0, len(ids), BLOCK_TOKENS)],
         }

@@ -17,25 +17,29 @@ VERSION = 1
 
 _BODY = """\
 <header>
-<h1>Target explorer</h1>
+<div id="title"><h1>Target explorer</h1></div>
 <p id="about" class="soft"></p>
 </header>
+<details id="settings" open><summary>Settings of the target</summary>
 <div id="controls" class="toolbar" role="group" aria-label="Settings of the target"></div>
+</details>
 <p id="progress" role="status" class="small"></p>
 <p id="accuracy" class="small soft"></p>
 <div class="explorer">
 <main>
 <details><summary>Prompt of the student</summary><pre id="prompt"></pre></details>
 <details><summary>Solution, which only the teacher sees</summary><pre id="solution"></pre></details>
-<p class="small soft">Each token is coloured and underlined by its divergence between student and target, in nats. Point at a
-token, or use the arrow keys: left and right go from token to token, down and up to the next token at which the target's
-first choice is not the student's. A click holds a token; Escape lets it go.</p>
+<details><summary>How to read this page</summary>
+<p class="small soft">The colour and the underline of a token show its divergence between student and target, in nats.
+Point at a token, or use the arrow keys: left and right go from token to token, down and up to the next token at which
+the target's first choice is not the student's. A click holds a token, and Escape lets it go.
+In the table of candidates, bold numbers are the first choice of a model.</p></details>
 <div id="legend" class="small" aria-label="Divergence of a token in nats"></div>
 <div id="tokens" role="listbox" tabindex="0" aria-label="Tokens of the response; arrow keys choose a token"></div>
 </main>
 <aside class="panel" aria-label="The chosen token">
 <h2 class="small"><span id="chosen-title">Choose a token</span><span id="chosen-text"></span></h2>
-<p id="pinned" class="small soft" hidden>Held: press Escape in the response, or click the token again, to follow the pointer.</p>
+<p id="pinned" class="small soft" hidden>Held: Escape, or another click, follows the pointer again.</p>
 <p id="announcement" aria-live="polite"></p>
 <table><tbody id="numbers"></tbody></table>
 <div id="candidates"></div>

@@ -95,7 +95,10 @@ ORDER = {
         "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test"
     ),
     "doctor": "imports findings",
-    "commands": "convert report doctor evaluate_options evaluate plan solution_journal solution_job solutions",
+    "commands": (
+        "convert report doctor given_model evaluate_options evaluate exploration explore_options explore plan "
+        "solution_journal solution_job solutions"
+    ),
     "cli": "",
     "__main__": "",
 }

@@ -115,7 +115,8 @@ class Explorer {
     this.differs[token] = target.best === target.studentBest ? 0 : 1;
     this.statuses[token] = target.status;
     const stored = this.tokens.k[token];
-    if (asSaved && stored !== null) this.errors[token] = Math.abs(target.k / stored - 1);
+    const isSolved = this.tokens.status[token] === "matched" || target.status === "matched";
+    if (asSaved && stored !== null && isSolved) this.errors[token] = Math.abs(target.k / stored - 1);
     this.paint(token);
   }
 
@@ -138,8 +139,9 @@ class Explorer {
     const errors = Array.from(this.errors).filter(Number.isFinite).sort((a, b) => a - b);
     if (errors.length) {
       byId("accuracy").textContent =
-        `With the saved settings this page's k differs from the stored k by ${errorText(errors[errors.length >> 1])} ` +
-        `(median) and at most ${errorText(errors[errors.length - 1])}, over ${errors.length} tokens.`;
+        `At the ${errors.length} tokens whose k is solved for, the k of this page differs from the k of the run by ` +
+        `${errorText(errors[errors.length >> 1])} (median) and at most ${errorText(errors[errors.length - 1])}, as a ` +
+        "share of k and with the saved settings.";
     }
   }
 
@@ -232,20 +234,25 @@ function numberRows(explorer, token, target) {
     `differs by ${errorText(Math.abs(target.k / stored - 1))})` : "";
   /** @type {[string, string, string][]} */
   const rows = [
+    [divergenceName(explorer.settings), `${numberText(target.loss)} nats`, "loss"],
     ["k", `${numberText(target.k)}${error}`, "k"],
     ["status", STATUS_TEXTS[target.status], "status"],
-    [divergenceName(explorer.settings), `${numberText(target.loss)} nats`, "loss"],
-    ["entropy of the student", `${numberText(tokens.student_entropy[token])} nats`, "student-entropy"],
-    ["entropy of the target", `${numberText(target.entropy)} nats`, "target-entropy"],
-    ["entropy of the teacher", `${numberText(tokens.teacher_entropy[token])} nats`, "teacher-entropy"],
+    ["mass on tokens that the student did not consider (below 1e-3)", numberText(target.rareMass), "rare"],
   ];
-  if (explorer.overview.models.length === 3) {
-    rows.push(["entropy of the reference", `${numberText(tokens.reference_entropy[token])} nats`, "reference-entropy"]);
-  }
-  rows.push(["mass on tokens that the student did not consider (below 1e-3)", numberText(target.rareMass), "rare"]);
-  return rows.map(([name, value, key]) =>
+  const made = rows.map(([name, value, key]) =>
     element("tr", {}, element("th", { scope: "row" }, name), element("td", { "data-number": key }, value)),
   );
+  /** @type {[string, number | null][]} */
+  const entropies = explorer.overview.models.map(
+    (/** @type {string} */ name) => [name, tokens[`${name}_entropy`][token]],
+  );
+  const cell = element("td");
+  for (const [name, value] of [...entropies, /** @type {[string, number]} */ (["target", target.entropy])]) {
+    if (cell.childNodes.length) cell.append(", ");
+    cell.append(`${name} `, element("span", { "data-number": `${name}-entropy` }, numberText(value)));
+  }
+  made.push(element("tr", {}, element("th", { scope: "row" }, "entropies in nats"), cell));
+  return made;
 }
 
 /**
@@ -266,6 +273,7 @@ function candidateTable(explorer, token, summary, target) {
   );
   columns.push({ name: "target", colour: "--series-3", of: (slot) => target.q[slot] });
   const sampled = explorer.tokens.id[token];
+  /** @type {{slot: number, id: number, shares: number[], largest: number}[]} */
   const rows = [];
   for (let slot = 0; slot < summary.ids.length; slot++) {
     if (summary.ids[slot] < 0) continue;
@@ -273,38 +281,40 @@ function candidateTable(explorer, token, summary, target) {
     rows.push({ slot, id: summary.ids[slot], shares, largest: Math.max(...shares) });
   }
   rows.sort((a, b) => b.largest - a.largest);
+  const firsts = columns.map((_, i) => Math.max(...rows.map((row) => row.shares[i])));
   const shown = explorer.showsAll ? rows : rows.filter((row, i) => i < SHOWN_CANDIDATES || row.id === sampled);
-  const head = columns.map((column) => element("th", { scope: "col", class: "number" }, swatch(column.colour), column.name));
+  const head = columns.map(({ name, colour }) =>
+    element("th", { scope: "col", class: "number" }, swatch(colour), name),
+  );
   return element(
     "table",
     { class: "candidates" },
     element("caption", {}, `Probabilities of the likeliest ${shown.length} tokens`),
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "token"), ...head)),
-    element("tbody", {}, ...shown.map((row) => candidateRow(explorer, row, columns, target, sampled))),
+    element("tbody", {}, ...shown.map((row) => candidateRow(explorer, row, columns, row.id === sampled, firsts))),
   );
 }
 
 /**
+ * Return the row of a candidate.
  * @param {Explorer} explorer
  * @param {{slot: number, id: number, shares: number[]}} row
  * @param {{name: string, colour: string}[]} columns
- * @param {TokenTarget} target
- * @param {number} sampled the id of the token of the response
+ * @param {boolean} isSampled whether the candidate is the token of the response
+ * @param {number[]} firsts the largest probability of each column
  */
-function candidateRow(explorer, row, columns, target, sampled) {
-  const marks = [
-    row.id === sampled ? "sampled" : "",
-    row.slot === target.studentBest ? "student's first" : "",
-    row.slot === target.best ? "target's first" : "",
-  ].filter(Boolean);
+function candidateRow(explorer, row, columns, isSampled, firsts) {
   const text = visibleText(explorer.texts[row.id] ?? "");
   const name = element("th", { scope: "row", title: `id ${row.id}` }, element("code", {}, text));
-  if (marks.length) name.append(" ", element("span", { class: "soft small" }, marks.join(", ")));
+  if (isSampled) name.append(" ", element("span", { class: "soft" }, "sampled"));
   const cells = columns.map((column, i) => {
     const bar = element("span", { class: "bar", "aria-hidden": "true" });
     bar.style.width = `${100 * row.shares[i]}%`;
     bar.style.background = `var(${column.colour})`;
-    return element("td", { class: "number" }, shareText(row.shares[i]), element("span", { class: "rail" }, bar));
+    const isFirst = row.shares[i] === firsts[i];
+    const number = isFirst ? element("strong", { title: `first choice of the ${column.name}` }) : element("span");
+    number.textContent = shareText(row.shares[i]);
+    return element("td", { class: "number" }, number, element("span", { class: "rail" }, bar));
   });
   return element("tr", { "data-id": row.id }, name, ...cells);
 }

@@ -94,8 +94,8 @@ function showControls(explorer) {
     labelled("entropy of", match),
     labelled("divergence", divergence),
     reset,
-    themeSwitch(),
   );
+  byId("title").append(themeSwitch());
 }
 
 /** @param {HTMLElement} made an input, a select or a button */
@@ -141,8 +141,13 @@ function ruleName(settings) {
 
 /** @param {Settings} settings */
 function savedRuleText(settings) {
-  if (settings.rule === "entropy_matched") return `entropy matched, k ≤ ${numberText(/** @type {number} */ (settings.k_max))}`;
+  if (settings.rule === "entropy_matched") return `entropy matched, k ≤ ${numberText(Number(settings.k_max))}`;
   return `${settings.rule === "batch" ? "one k per step" : "fixed k"} = ${numberText(settings.k)}`;
+}
+
+/** Fold the settings where they would leave no room for the response. */
+function foldSettings() {
+  if (matchMedia("(max-width: 60rem)").matches) byId("settings").removeAttribute("open");
 }
 
 /** Make the legend of the colours and marks. */
@@ -246,6 +251,7 @@ startPage(async () => {
   showLegend();
   showTokens(explorer);
   showControls(explorer);
+  foldSettings();
   listen(explorer);
   if (explorer.numTokens) await explorer.choose(0);
   setTimeout(() => void explorer.recompute(), 0);

@@ -1,5 +1,5 @@
 // Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-// The target of a token from the summary of its logits: the conventions of loss/target.py and loss/status.py, in float64.
+// The target of a token from the summary of its logits, in float64: the conventions of loss/target.py and loss/status.py.
 "use strict";
 
 const MIN_ENTROPY = 1e-6;
@@ -108,7 +108,9 @@ function mixOf(summary, weights) {
   }
   const bins = [];
   for (let bin = 0; bin < summary.counts.length; bin++) if (summary.counts[bin] > 0) bins.push(bin);
-  const means = Float64Array.from(bins, (bin) => used.reduce((sum, u) => sum + u.weight * summary.means[u.model][bin], 0));
+  const means = Float64Array.from(bins, (bin) =>
+    used.reduce((sum, { weight, model }) => sum + weight * summary.means[model][bin], 0),
+  );
   const variances = Float64Array.from(bins, (bin) => Math.max(0, quadratic(summary, bin, weights, weights)));
   const logCounts = Float64Array.from(bins, (bin) => Math.log(summary.counts[bin]));
   return { slots, values: Float64Array.from(values), bins, logCounts, means, variances, top: Math.max(...values) };
@@ -254,7 +256,8 @@ function givenBeta(settings) {
 }
 
 /**
- * Return of each bin that has columns: its mass under q, the student's mean logit under q, and its mean log p.
+ * Return of each bin that has columns: its mass under q and under p, mean and deviation of the student's logit under q,
+ * and of log q - log p its mean under p and under q and its deviation.
  * @param {Summary} summary
  * @param {Mix} mix
  * @param {number[]} weights
@@ -263,12 +266,23 @@ function givenBeta(settings) {
  */
 function binsUnder(summary, mix, weights, beta, logZ) {
   const ofStudent = weights.map((_, model) => (model === 0 ? 1 : 0));
-  return mix.bins.map((bin, b) => ({
-    count: summary.counts[bin],
-    mass: Math.exp(mix.logCounts[b] + beta * mix.means[b] + (beta * beta * mix.variances[b]) / 2 - logZ),
-    student: summary.means[0][bin] + beta * quadratic(summary, bin, weights, ofStudent),
-    meanLogP: summary.means[0][bin] + summary.covariances[0][bin] / 2 - summary.logNormalisers[0],
-  }));
+  const normaliser = summary.logNormalisers[0];
+  return mix.bins.map((bin, b) => {
+    const student = summary.means[0][bin];
+    const variance = Math.max(0, summary.covariances[0][bin]);
+    const together = beta * quadratic(summary, bin, weights, ofStudent); // the covariance of beta m and s
+    const mixVariance = beta * beta * mix.variances[b];
+    const ratio = beta * mix.means[b] - logZ - student + normaliser;
+    return {
+      mass: Math.exp(mix.logCounts[b] + beta * mix.means[b] + mixVariance / 2 - logZ),
+      studentMass: Math.exp(mix.logCounts[b] + student + variance / 2 - normaliser),
+      student: student + together,
+      deviation: Math.sqrt(variance),
+      ratioUnderStudent: ratio + together - variance,
+      ratioUnderTarget: ratio + mixVariance - together,
+      ratioDeviation: Math.sqrt(Math.max(0, mixVariance - 2 * together + variance)),
+    };
+  });
 }
 
 /**
@@ -289,21 +303,42 @@ function divergenceOf(summary, settings, target) {
   }
   const lambda = settings.jsd_lambda;
   let total = 0;
-  /** @type {(p: number, q: number, count: number) => void} */
-  const add = (p, q, count) => {
-    const middle = lambda * q + (1 - lambda) * p;
-    if (q > 0) total += count * lambda * q * Math.log(q / middle);
-    if (p > 0) total += count * (1 - lambda) * p * Math.log(p / middle);
-  };
   for (let slot = 0; slot < q.length; slot++) {
-    if (summary.ids[slot] >= 0) add(Math.exp(summary.logits[0][slot] - normaliser), q[slot], 1);
+    if (summary.ids[slot] < 0) continue;
+    const p = Math.exp(summary.logits[0][slot] - normaliser);
+    const middle = lambda * q[slot] + (1 - lambda) * p;
+    if (q[slot] > 0) total += lambda * q[slot] * Math.log(q[slot] / middle);
+    if (p > 0) total += (1 - lambda) * p * Math.log(p / middle);
   }
-  for (const bin of rest) add(Math.exp(bin.meanLogP), bin.mass / bin.count, bin.count);
+  // In a bin d = log q - log p counts as normally distributed, under p and under q with means of their own.
+  /** @type {(d: number) => number} */
+  const logMiddle = (d) => Math.log(lambda * Math.exp(d) + 1 - lambda); // log of M / p
+  for (const bin of rest) {
+    const ofStudent = normalMean((d) => -logMiddle(d), bin.ratioUnderStudent, bin.ratioDeviation);
+    const ofTarget = normalMean((d) => d - logMiddle(d), bin.ratioUnderTarget, bin.ratioDeviation);
+    total += (1 - lambda) * bin.studentMass * ofStudent + lambda * bin.mass * ofTarget;
+  }
   return Math.max(0, total);
 }
 
 /**
- * Return the mass of q on the columns to which the student gives less than RARE.
+ * Return the mean of a smooth function of a normal number (Gauss-Hermite quadrature with 5 nodes).
+ * @param {(x: number) => number} of
+ * @param {number} mean
+ * @param {number} deviation
+ */
+function normalMean(of, mean, deviation) {
+  const [near, far] = [1.3556261799742659 * deviation, 2.8569700138728056 * deviation];
+  return (
+    (8 / 15) * of(mean) +
+    0.2220759220056126 * (of(mean - near) + of(mean + near)) +
+    0.01125741132772069 * (of(mean - far) + of(mean + far))
+  );
+}
+
+/**
+ * Return the mass of q on the columns to which the student gives less than RARE.  In a bin the student's logits count as
+ * normally distributed.
  * @param {Summary} summary
  * @param {Float64Array} q
  * @param {ReturnType<typeof binsUnder>} rest
@@ -313,8 +348,21 @@ function rareMass(summary, q, rest) {
   for (let slot = 0; slot < q.length; slot++) {
     if (q[slot] > 0 && Math.exp(summary.logits[0][slot] - summary.logNormalisers[0]) < RARE) mass += q[slot];
   }
-  for (const bin of rest) if (Math.exp(bin.meanLogP) < RARE) mass += bin.mass;
+  const limit = Math.log(RARE) + summary.logNormalisers[0];
+  for (const bin of rest) mass += bin.mass * normalBelow((limit - bin.student) / Math.max(bin.deviation, 1e-9));
   return mass;
+}
+
+/**
+ * Return the probability that a standard normal number is below x, to 1e-7 (Abramowitz and Stegun, 26.2.17).
+ * @param {number} x
+ */
+function normalBelow(x) {
+  if (Math.abs(x) > 8) return x > 0 ? 1 : 0;
+  const t = 1 / (1 + 0.2316419 * Math.abs(x));
+  const series = t * (0.31938153 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))));
+  const above = (Math.exp((-x * x) / 2) / Math.sqrt(2 * Math.PI)) * series;
+  return x > 0 ? 1 - above : above;
 }
 
 /**
@@ -349,7 +397,8 @@ function decodeBlock(block, numModels) {
       return values.subarray(start, start + size);
     });
   };
-  const [logits, counts, means, covariances, studentMeans] = ["logits", "counts", "means", "covariances", "student_means"].map(numbers);
+  const [logits, counts, means] = ["logits", "counts", "means"].map(numbers);
+  const [covariances, studentMeans] = ["covariances", "student_means"].map(numbers);
   const width = ids.length / numTokens;
   return Array.from({ length: numTokens }, (_, token) => ({
     ids: ids.subarray(token * width, (token + 1) * width),

@@ -1,0 +1,193 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The work of `selfdistill explore` on every rank: generate a response, read it with every model, write the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_selfdistill.checkpoint.run.external import load_weights
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.hints import check_student_prompt, check_teacher_prompt
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.collectives import broadcast_object
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.evaluation.inference import Inference, decided_output_layer, new_chunks, open_inference
+from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.fp8 import token_multiple
+from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.reference import Reference
+from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.report.target_page import write_target_page
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.factory import configured_target
+from megatron_selfdistill.run_data import RunData
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """One problem, its response where one is given, and the models that read the response."""
+
+    config: Config
+    """The configuration, whose ``checkpoint.load`` names the student."""
+    run_data: RunData
+    problem: Problem
+    prompts: PromptPair
+    response: Response | None
+    """The given response; None where the student generates one."""
+    teacher: str | None = None
+    """The Megatron checkpoint of the teacher, which is also the reference; None where the student is both."""
+
+    @classmethod
+    def of_problem(cls, config: Config, problem: Problem, text: str | None) -> Exploration:
+        """Return the exploration of ``text``, or of a response that the student generates; it has no models yet.
+
+        Raises: `ConfigError` for a problem that does not fit or that the prompts do not show.
+        """
+        run_data = RunData.of_problem(config, problem)
+        response = None
+        if text is not None:
+            ids = [*run_data.tokenizer.encode(text), run_data.stop_token_ids[0]]
+            unknown = [math.nan] * len(ids)
+            response = Response(ids, unknown, unknown, "stop")
+        try:
+            prompts = fit_teacher_prompt(
+                run_data.builder,
+                problem,
+                max_length=run_data.max_length,
+                max_new_tokens=config.rollout.max_new_tokens if response is None else len(response.token_ids),
+                policy="error",
+            )
+            assert prompts is not None, "the policy error returns prompts or raises"
+            student, teacher = prompts.student_prompt, prompts.teacher_prompt
+            check_student_prompt(run_data.builder, problem, student)
+            check_teacher_prompt(run_data.builder, problem, student, teacher, problem.solution)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return cls(config, run_data, problem, prompts, response)
+
+    def with_models(self, *, student: str, teacher: str | None, run_dir: str) -> Exploration:
+        """Return the exploration with the Megatron checkpoints of its models, and a directory for an engine's files."""
+        checkpoint = replace(self.config.checkpoint, load=student)
+        return replace(self, config=replace(self.config, checkpoint=checkpoint, run_dir=run_dir), teacher=teacher)
+
+    def write_page(self, out: Path, grid: RankGrid, about: Mapping[str, Any]) -> str | None:
+        """Write the page of the explored response, and return lines for the user on rank 0, None on other ranks.
+
+        ``about``: further entries of the record.
+        Every rank of the world calls this method.  Raises: `ConfigError`, `CheckpointError`, `EngineError`.
+        """
+        if self.response is None:
+            with open_inference(self.config, self.run_data, grid) as inference:
+                response = self._generated(inference, grid)
+                inference.sampler.sleep()
+                found = self._explored(self._contexts(response, grid), inference.chunks, grid)
+        else:
+            found = self._explored(self._contexts(self.response, grid), self._chunks(self._student, grid), grid)
+        if not grid.is_reporter:
+            return None
+        (explored,) = found
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_target_page(explored.record(self.run_data.tokenizer, **about), out)
+        return _summary(explored, out)
+
+    def _generated(self, inference: Inference, grid: RankGrid) -> Response:
+        """Return the student's response on every rank; the first replica generates it."""
+        seed = sample_seed(self.config.seed, 0, self.problem.id, 0)
+        requests = [Request(self.prompts.student_prompt, seed)] if grid.dp_rank == 0 else []
+        responses = inference.sampler.generate(requests, inference.sampling)
+        found: Sequence[Response] = broadcast_object(list(responses))
+        return found[0]
+
+    def _contexts(self, response: Response, grid: RankGrid) -> list[ContextPair]:
+        """Return both contexts of the response on the first replica, and none on the others."""
+        (context,) = build_contexts([self.prompts], [response])
+        if not context.response:
+            raise ConfigError("expected a response of at least one token, got none; give one with --response")
+        return [cut(context)] if grid.dp_rank == 0 else []
+
+    def _explored(
+        self, contexts: Sequence[ContextPair], student: list[torch.nn.Module], grid: RankGrid
+    ) -> list[ExploredResponse]:
+        """Return the contexts of this replica, read by every model, on each of its ranks."""
+        config = self.config
+        teacher = student if self.teacher is None else self._chunks(self.teacher, grid)
+        vocab = VocabShard.from_group(unwrapped(student[-1]).vocab_size, self.run_data.vocab_size, grid.tp_group)
+        settings = TokenTarget(
+            configured_target(config.target), Divergence(config.loss.divergence, config.loss.jsd_lambda)
+        )
+        fusion = decided_output_layer(config, student).fusion
+        backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
+
+        def loss_of(target: Target) -> Any:
+            return token_losses.self_distillation(target, settings.divergence, backend, fusion=fusion)
+
+        reference = None
+        if settings.target.is_anchored:
+            alone = loss_of(Target("teacher_alone"))
+            reference = Reference(settings.target, teacher, alone, chunk_tokens, backend)
+        # Alternating, so that the states of only one packed sequence are kept.
+        order = "alternating"
+        batch = pack_everywhere(
+            contexts,
+            max_tokens=self._longest_sequence(grid),
+            pair_order=order,
+            with_teacher=True,
+            grid=grid,
+            with_reference=reference is not None,
+            seq_multiple=token_multiple(unwrapped(student[0]).config),
+        )
+        output = schedule.run(
+            student,
+            teacher,
+            batch,
+            loss_of(settings.target),
+            grid,
+            vocab,
+            reference=reference,
+            measurement=TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True),
+            pair_order=order,
+            forward_only=True,
+        )
+        if not contexts:
+            return []
+        return explored_responses(output, contexts, [self.prompts.solution], [settings], self.run_data.vocab_size, grid)
+
+    @property
+    def _student(self) -> str:
+        load = self.config.checkpoint.load
+        assert load is not None, "with_models has set the checkpoint"
+        return load
+
+    def _chunks(self, checkpoint: str, grid: RankGrid) -> list[torch.nn.Module]:
+        """Return this rank's chunks of the model with the weights of a Megatron checkpoint."""
+        chunks = new_chunks(self.config, grid, self.run_data.vocab_size)
+        load_weights(Path(checkpoint), chunks, self.run_data.vocab_size, self.config.checkpoint.verify)
+        return chunks
+
+    def _longest_sequence(self, grid: RankGrid) -> int:
+        """Return a length of packed sequences that holds every context and that the layout can cut."""
+        multiple = 16 * grid.tp_size * 2 * grid.cp_size
+        return -(-self.run_data.max_length // multiple) * multiple
+
+
+def _summary(explored: ExploredResponse, out: Path) -> str:
+    losses, status = explored.numbers["loss"], explored.statuses
+    text = ", ".join(f"{name.replace('_', ' ')} {status.count(name)}" for name in dict.fromkeys(status))
+    mean = sum(losses) / len(losses)
+    return (
+        f"{len(losses)} tokens, mean {explored.settings.divergence.kind} {mean:.4g} nats per token; k: {text}\n"
+        f"written to {out}: open it in a browser"
+    )

@@ -1,0 +1,145 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command `selfdistill explore`: the page of the target of every token of one response."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import signal
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill.commands.explore_options import exploration_arguments, given_text
+
+if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
+    from megatron_selfdistill.config import Config
+    from megatron_selfdistill.data.problems import Problem
+
+EXIT_REFUSED, EXIT_FAILED = 2, 4
+RESERVED = {
+    "data.path": "--problem and --solution",
+    "evaluation.path": "--problem and --solution",
+    "checkpoint.load": "the argument CHECKPOINT",
+    "run_dir": "--out",
+}
+"""The keys that options set -> the options."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` and return the exit status.
+
+    0 is success, 2 follows a message about bad input, and 4 follows a message about an engine that failed.
+    """
+    arguments = exploration_arguments(list(sys.argv[1:] if argv is None else argv))
+    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+    from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
+
+    silence_known_warnings()
+    try:
+        check(arguments)
+        return explore(arguments)
+    except (CheckpointError, ConfigError, OSError) as error:
+        print(f"explore: {error}", file=sys.stderr)
+        return EXIT_REFUSED
+    except EngineError as error:
+        print(f"explore: {error}", file=sys.stderr)
+        return EXIT_FAILED
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.errors import ConfigError
+
+    for option in ("problem", "solution", "response"):
+        if getattr(arguments, option) is not None:
+            given_text(f"--{option}", getattr(arguments, option))
+    config, _ = _loaded(arguments)
+    if config.objective != "self_distillation":
+        raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
+    if arguments.out.is_dir():
+        raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
+    for path, iteration in ((arguments.checkpoint, arguments.iteration), (arguments.teacher, None)):
+        if path is None:
+            continue
+        if _is_hugging_face(path):
+            if iteration is not None:
+                raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
+            prechecks.require_hugging_face(path)
+        else:
+            prechecks.require_checkpoint(path, iteration)
+    prechecks.require_data(config)
+    config.check_ranks(world_size())
+
+
+def explore(arguments: argparse.Namespace) -> int:
+    """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
+    from megatron_selfdistill.commands.exploration import Exploration
+    from megatron_selfdistill.commands.given_model import configured, find_model, temporary_directory
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.evaluation.inference import converted
+
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
+    )  # so that temporary directories are removed
+    path = arguments.checkpoint
+    hf, megatron = (path, None) if _is_hugging_face(path) else (None, path)
+    model = find_model(hf, megatron, arguments.iteration)
+    config = configured(*_loaded(arguments), model)
+    config.check_world(world_size())
+    response = None if arguments.response is None else given_text("--response", arguments.response)
+    exploration = Exploration.of_problem(config, _problem(arguments), response)
+    grid = ranks.initialize(config.parallel, config.seed)
+    try:
+        with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
+
+            def place(model: Path, name: str) -> str:
+                """Return a Megatron checkpoint of the model, converted where it is a Hugging Face directory."""
+                if not _is_hugging_face(model):
+                    return str(model)
+                return str(stack.enter_context(converted(model, directory / name)))
+
+            exploration = exploration.with_models(
+                student=place(Path(model["path"]), "student"),
+                teacher=None if arguments.teacher is None else place(arguments.teacher, "teacher"),
+                run_dir=str(directory / "run"),
+            )
+            summary = exploration.write_page(arguments.out, grid, about={"model": str(path)})
+    finally:
+        ranks.shutdown()
+    if summary is not None:
+        print(summary, flush=True)
+    return 0
+
+
+def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
+    """Return the configuration of the command line before the model is known, and the keys that the user has set."""
+    from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.errors import ConfigError
+
+    named = (arguments.overrides, arguments.config_name, arguments.config_dir)
+    config, given = configuration.load(*named), configuration.given_keys(*named)
+    overridden = {override.lstrip("+~").partition("=")[0] for override in arguments.overrides}
+    if taken := sorted(overridden & RESERVED.keys()):
+        raise ConfigError(f"{taken[0]} cannot be set here: use {RESERVED[taken[0]]}")
+    # Nothing is trained, so the size of a batch limits no layout.
+    data = dataclasses.replace(config.data, path=None, global_batch_size=world_size())
+    evaluation = dataclasses.replace(config.evaluation, path=None)
+    return dataclasses.replace(config, data=data, evaluation=evaluation), given
+
+
+def _problem(arguments: argparse.Namespace) -> Problem:
+    from megatron_selfdistill.data.problems import Problem
+
+    text, solution = (given_text(f"--{name}", getattr(arguments, name)) for name in ("problem", "solution"))
+    return Problem("given", ({"role": "user", "content": text},), solution, None, "--problem")
+
+
+def _is_hugging_face(path: Path) -> bool:
+    return (path / "config.json").is_file()

@@ -1,0 +1,213 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The explorer's page in a real Chromium: its numbers are those of whole rows in float64, and keys choose tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from explored_records import Words, logit_rows, record_of
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Target, mixed_target
+from megatron_selfdistill.loss.divergence import divergence as divergence_of_rows
+from megatron_selfdistill.loss.target import entropy
+from megatron_selfdistill.report.target_page import target_page, write_target_page
+
+NUM_TOKENS, VOCAB_SIZE = 150, 3000
+SAVED = Target(anchor="reference", teacher_weight=1.0)
+STUDENT = {"anchor": "student", "match": "student"}
+TOLERANCE_OF_K = {"reference": 1e-3, "student": 2e-2}
+"""Greatest relative errors of k: the bins of the page lie along the mix with the reference, which the run has used."""
+SETTINGS: dict[str, tuple[dict[str, Any], Target]] = {
+    "as saved": ({}, SAVED),
+    "a small weight": ({"teacher_weight": 0.3}, dataclasses.replace(SAVED, teacher_weight=0.3)),
+    "a large weight without a bound": (
+        {"teacher_weight": 4, "k_max": None},
+        dataclasses.replace(SAVED, teacher_weight=4.0, k_max=None),
+    ),
+    "the student's entropy": ({"match": "student"}, dataclasses.replace(SAVED, match="student")),
+    "fixed": ({"rule": "fixed", "k": None}, dataclasses.replace(SAVED, rule="fixed")),
+    "a mix with the student": (STUDENT, Target(teacher_weight=1.0)),
+    "teacher alone": (STUDENT | {"rule": "teacher_alone"}, Target("teacher_alone")),
+    "forward KL": ({"divergence": "forward_kl"}, SAVED),
+    "JSD": ({"divergence": "jsd", "jsd_lambda": 0.3}, SAVED),
+}
+NUMBERS = """(async () => {
+  const rows = [];
+  for (let token = 0; token < explorer.numTokens; token++) {
+    const summary = await explorer.summary(token);
+    const t = targetOf(summary, {...explorer.saved, ...%s}, explorer.entropies(token));
+    rows.push([t.k, t.entropy, t.reverseKl, t.loss, t.rareMass, t.best === t.studentBest ? 0 : 1, t.status]);
+  }
+  return rows;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Tensor]:
+    return logit_rows(NUM_TOKENS, VOCAB_SIZE, 3)
+
+
+@pytest.fixture(scope="module")
+def page(rows, tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("explorer") / "target.html"
+    write_target_page(record_of(rows, SAVED, step=100), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def tab(browser, page):
+    return shown(browser, page)
+
+
+def shown(browser, page, **window: Any):
+    """Return a tab with the page after it has computed every token once."""
+    tab = browser.open(page, **window)
+    tab.wait_for("document.documentElement.dataset.computed === '1'")
+    return tab
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_page_computes_the_target_of_whole_rows(tab, rows, name):
+    changes, target = SETTINGS[name]
+    s, t, r = (each.double() for each in rows)
+    found = tab.value(NUMBERS % json.dumps(changes))
+    numbers = torch.tensor([row[:6] for row in found], dtype=torch.float64)
+    exact = mixed_target(s, t, target, r if target.is_anchored else None)
+    torch.testing.assert_close(1 / numbers[:, 0], exact.beta, rtol=TOLERANCE_OF_K[target.anchor], atol=0)
+    kind = Divergence(changes.get("divergence", "reverse_kl"), changes.get("jsd_lambda", 0.5))
+    log_p, q = s.log_softmax(-1), exact.log_q.exp()
+    expected = {
+        1: entropy(exact.log_q),
+        2: divergence_of_rows(log_p, exact.log_q, Divergence()),
+        3: divergence_of_rows(log_p, exact.log_q, kind),
+        4: torch.where(log_p.exp() < 1e-3, q, 0.0).sum(-1),
+        5: (q.argmax(-1) != log_p.argmax(-1)).double(),
+    }
+    for column, values in expected.items():
+        torch.testing.assert_close(numbers[:, column], values, rtol=1e-2, atol=3e-3)
+    names = ["matched", "capped", "out_of_range", "undetermined", "given", "unconverged"]
+    same = [row[6] == names[status] for row, status in zip(found, exact.status.tolist(), strict=True)]
+    assert sum(same) >= 0.97 * NUM_TOKENS, "a token near its bound may have another status"
+    assert tab.problems == []
+
+
+def test_the_slider_changes_the_numbers_and_the_button_brings_them_back(browser, page, rows):
+    tab = shown(browser, page)
+    tab.value("explorer.choose(18)")
+    before = tab.text("[data-number=k]")
+    assert before.startswith(f"{1 / float(_exact(rows, SAVED)[18]):.4g}"[:4]) and "differs by" in before
+    tab.drag("#weight", 0.25, 1.0)
+    tab.wait_for("document.querySelector('#weight-value').textContent === '4'")
+    weight = dataclasses.replace(SAVED, teacher_weight=4.0)
+    assert float(tab.text("[data-number=k]")) == pytest.approx(1 / float(_exact(rows, weight)[18]), rel=2e-3)
+    tab.wait_for("document.documentElement.dataset.computed !== '1'")
+    assert "mean reverse KL" in tab.text("#progress")
+    tab.click("#reset")
+    tab.wait_for(f"document.querySelector('[data-number=k]').innerText === {json.dumps(before)}")
+    assert tab.value("document.querySelector('#reset').disabled") and tab.problems == []
+
+
+def _exact(rows: list[Tensor], target: Target) -> Tensor:
+    s, t, r = (each.double() for each in rows)
+    return mixed_target(s, t, target, r).beta
+
+
+def test_switches_change_the_rule_the_anchor_and_the_divergence(browser, page):
+    tab = shown(browser, page)
+
+    def choose(name: str, value: str) -> dict[str, Any]:
+        tab.value(
+            f"void (document.getElementById('{name}').value = '{value}', "
+            f"document.getElementById('{name}').dispatchEvent(new Event('change')))"
+        )
+        return dict(tab.value("explorer.settings"))
+
+    assert choose("rule", "matched")["k_max"] is None
+    assert choose("rule", "fixed")["rule"] == "fixed"
+    assert choose("anchor", "student")["match"] == "student"
+    assert choose("divergence", "jsd")["divergence"] == "jsd"
+    settings = choose("rule", "teacher")
+    assert settings["rule"] == "teacher_alone" and tab.value("document.getElementById('weight').disabled")
+    assert tab.text("[data-number=status]").startswith("given")
+    assert tab.problems == []
+
+
+def test_pointer_and_keys_choose_tokens_and_tell_a_screen_reader(browser, page):
+    tab = shown(browser, page)
+    tab.hover("#t30")
+    tab.wait_for("explorer.chosen === 30")
+    assert tab.value("byId('announcement').textContent").startswith("Token 31, ␣w")
+    assert tab.value("byId('announcement').getAttribute('aria-live')") == "polite"
+    tab.click("#t40")
+    tab.hover("#t50")
+    tab.wait_for("!byId('pinned').hidden && explorer.chosen === 40")
+    for key, expected in (("ArrowRight", 41), ("ArrowLeft", 40), ("PageDown", 90), ("End", 149), ("Home", 0)):
+        tab.key(key)
+        tab.wait_for(f"explorer.chosen === {expected}")
+    tab.key("ArrowDown")
+    differs = tab.value("explorer.differs.findIndex((value, i) => i > 0 && value === 1)")
+    tab.wait_for(f"explorer.chosen === {differs}")
+    assert tab.value("byId('tokens').getAttribute('aria-activedescendant')") == f"t{differs}"
+    assert "first choice differs" in tab.value("byId('announcement').textContent")
+    tab.key("Escape")
+    assert tab.value("byId('pinned').hidden") and tab.problems == []
+
+
+def test_markup_in_a_response_is_text(tab):
+    tab.value("explorer.choose(0)")
+    assert tab.value("document.title") == "Target explorer" and tab.value("document.images.length") == 0
+    text = tab.value("byId('tokens').textContent")
+    assert text.startswith(Words.NASTY[0] + Words.NASTY[1] + "↵\n")
+    assert tab.value("byId('solution').textContent") == "<b>a solution</b>"
+    assert tab.value("document.querySelectorAll('#solution b').length") == 0
+    assert tab.value("byId('chosen-text').textContent") == Words.NASTY[0].replace(" ", "␣")
+
+
+def test_the_page_says_how_accurate_its_k_is(tab):
+    text = tab.text("#accuracy")
+    median, most = (float(part.split()[-1]) for part in (text.split(" (median)")[0], text.split(",")[-2]))
+    assert 0 < median < 1e-4 and median <= most < 1e-3
+
+
+def test_candidates_have_a_row_with_the_probability_of_each_model(tab, rows):
+    tab.value("explorer.choose(20)")
+    best = int(rows[0][20].argmax())
+    cells = tab.value(
+        f"[...document.querySelectorAll('tr[data-id=\"{best}\"] td')].map((cell) => cell.innerText.trim())"
+    )
+    expected = [float(each[20].double().softmax(0)[best]) for each in (rows[0], rows[1], rows[2])]
+    assert [float(cell) for cell in cells[:3]] == pytest.approx(expected, abs=6e-4) and len(cells) == 4
+    few = tab.value("document.querySelectorAll('.candidates tbody tr').length")
+    tab.click("#all-candidates")
+    tab.wait_for(f"document.querySelectorAll('.candidates tbody tr').length > {few}")
+    tab.click("#all-candidates")
+    assert few <= 13
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("dark", [False, True])
+def test_the_page_fits_the_window(browser, page, width, dark):
+    tab = shown(browser, page, width=width, dark=dark)
+    assert tab.value("document.documentElement.scrollWidth") <= width
+    assert tab.problems == []
+    tab.close()
+
+
+def test_a_long_response_opens_at_once_and_needs_no_block_before(browser, tmp_path):
+    """Opening takes a quarter of a second on a quiet machine; the bound is for a busy one."""
+    record = record_of(logit_rows(500, 500, 2), Target())
+    for part in ("id", "text", "status", *(key for key, value in record["tokens"].items() if len(value) == 500)):
+        record["tokens"][part] = (record["tokens"][part] * 8)[:4000]
+    record["blocks"] = (record["blocks"][:7] * 9)[:63]
+    (tmp_path / "long.html").write_text(target_page(record), encoding="utf-8")
+    tab = browser.open(tmp_path / "long.html")
+    print(f"4000 tokens opened in {tab.seconds:.2f} s")
+    assert tab.seconds < 4 and tab.value("explorer.spans.length") == 4000
+    tab.wait_for("document.documentElement.dataset.computed === '1'", 60)
+    assert tab.problems == []
