@@ -134,7 +134,8 @@ class Explorer {
     const capped = this.statuses.filter((status) => status === "capped").length;
     const share = (/** @type {number} */ count) => `${numberText((100 * count) / Math.max(1, this.numTokens))} %`;
     byId("progress").textContent =
-      `${this.numTokens} tokens: mean ${divergenceName(this.settings)} ${numberText(mean)} nats; ` +
+      `${settingsText(this.settings)}. ${this.numTokens} tokens: ` +
+      `mean ${divergenceName(this.settings)} ${numberText(mean)} nats; ` +
       `k at its bound at ${share(capped)}; the target's first choice differs from the student's at ${differing}.`;
     const errors = Array.from(this.errors).filter(Number.isFinite).sort((a, b) => a - b);
     if (errors.length) {
@@ -174,6 +175,41 @@ class Explorer {
     if (this.chosen >= 0) void this.choose(this.chosen);
     void this.recompute();
   }
+}
+
+/**
+ * Return the target of the settings in words.
+ * @param {Settings} settings
+ */
+function settingsText(settings) {
+  const text = ruleText(settings);
+  if (settings.rule === "teacher_alone") return `Target: ${text}`;
+  const entropy = settings.match === settings.anchor ? "" : `, with the entropy of the ${settings.match}`;
+  return `Target: w = ${numberText(settings.teacher_weight)}, mixed with the ${settings.anchor}, ${text}${entropy}`;
+}
+
+/**
+ * Return the name in RULES of the rule of these settings; "saved" for another one.
+ * @param {Settings} settings
+ */
+function ruleName(settings) {
+  if (settings.rule === "teacher_alone") return "teacher";
+  if (settings.rule === "entropy_matched") {
+    return settings.k_max === null ? "matched" : settings.k_max === "1 + w" ? "bounded" : "saved";
+  }
+  return settings.rule === "fixed" && settings.k === null ? "fixed" : "saved";
+}
+
+/**
+ * Return the rule of these settings in words.
+ * @param {Settings} settings
+ */
+function ruleText(settings) {
+  const name = ruleName(settings);
+  if (name !== "saved") return RULES[name].text;
+  if (settings.rule === "entropy_matched") return `entropy matched, k ≤ ${numberText(Number(settings.k_max))}`;
+  const k = numberText(settings.k ?? 1 + settings.teacher_weight);
+  return `${settings.rule === "batch" ? "one k per step" : "fixed k"} = ${k}`;
 }
 
 /** @param {Settings} settings */

@@ -32,11 +32,12 @@ function showTokens(explorer) {
 function showContext(overview) {
   byId("prompt").textContent = overview.prompt;
   byId("solution").textContent = overview.solution;
-  const where = overview.step === undefined ? "" : `step ${overview.step}, `;
+  const model = overview.model === undefined ? "" : `${overview.model}, `;
+  const where = overview.step === undefined ? model : `step ${overview.step}, problem ${overview.problem_id}, `;
   byId("about").textContent =
-    `${where}problem ${overview.problem_id}; ${overview.tokens.id.length} tokens` +
+    `${where}${overview.tokens.id.length} tokens` +
     (overview.truncated ? ", cut at rollout.max_new_tokens" : "") +
-    `; vocabulary of ${overview.vocab_size}.`;
+    `, vocabulary of ${overview.vocab_size}`;
 }
 
 /**
@@ -49,7 +50,7 @@ function showControls(explorer) {
   const shown = element("output", { for: "weight", id: "weight-value" });
   const rules = Object.entries(RULES).map(([name, rule]) => option(name, rule.text));
   const own = ruleName(saved);
-  if (own === "saved") rules.unshift(option("saved", savedRuleText(saved)));
+  if (own === "saved") rules.unshift(option("saved", ruleText(saved)));
   const rule = select("rule", rules);
   const anchors = [option("student", "the student")];
   if (explorer.overview.models.length === 3) anchors.push(option("reference", "the reference"));
@@ -125,24 +126,6 @@ function select(id, options) {
  */
 function labelled(text, ...parts) {
   return element("label", {}, element("span", { class: "soft" }, text), ...parts);
-}
-
-/**
- * Return the name in RULES of the rule of these settings; "saved" for another one.
- * @param {Settings} settings
- */
-function ruleName(settings) {
-  if (settings.rule === "teacher_alone") return "teacher";
-  if (settings.rule === "entropy_matched") {
-    return settings.k_max === null ? "matched" : settings.k_max === "1 + w" ? "bounded" : "saved";
-  }
-  return settings.rule === "fixed" && settings.k === null ? "fixed" : "saved";
-}
-
-/** @param {Settings} settings */
-function savedRuleText(settings) {
-  if (settings.rule === "entropy_matched") return `entropy matched, k ≤ ${numberText(Number(settings.k_max))}`;
-  return `${settings.rule === "batch" ? "one k per step" : "fixed k"} = ${numberText(settings.k)}`;
 }
 
 /** Fold the settings where they would leave no room for the response. */
