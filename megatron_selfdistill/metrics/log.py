@@ -14,8 +14,8 @@ from typing import Any
 
 from megatron_selfdistill.config.console_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.console_line import LINE, Column
+from megatron_selfdistill.explored_files import forget_explored_after, write_explored
 from megatron_selfdistill.hidden_values import hidden
-from megatron_selfdistill.metrics.explored_files import forget_explored_after, write_explored
 from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.pace import Pace
 from megatron_selfdistill.metrics.sample_views import console_text

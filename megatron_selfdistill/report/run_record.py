@@ -40,6 +40,8 @@ class RunRecord:
     """The lines of samples.jsonl; empty if the run must not show contents."""
     evaluation_samples: Sequence[Mapping[str, Any]]
     """The lines of evaluation_samples.jsonl; empty if the run must not show contents."""
+    shows_contents: bool = True
+    """Whether a report may show the texts of the run."""
 
     @property
     def launches(self) -> list[Mapping[str, Any]]:
@@ -88,6 +90,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
         events=[event for event in read_events(run_dir) if {"time", "step", "event"} <= event.keys()],
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
+        shows_contents=shows,
     )
 
 

@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from megatron_selfdistill.report.downsampling import curve_of
 from megatron_selfdistill.report.figures import GROUPS
 from megatron_selfdistill.report.html_page import asset, html_page
 from megatron_selfdistill.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
+from megatron_selfdistill.report.target_page import write_target_pages
 from megatron_selfdistill.run_log import REPORT_FILE
 
 MAX_STEPS_WITH_TEXT = 12
@@ -31,8 +33,9 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
     leaves the report that was there before.
     Raises: `ConfigError` for a directory that is no run directory; OSError if the file cannot be written.
     """
-    page = report_page(read_runs(run_dirs))
+    runs = read_runs(run_dirs)
     target = Path(run_dirs[0]) / REPORT_FILE if path is None else Path(path)
+    page = report_page(runs, [_explored(run, Path(place), target) for run, place in zip(runs, run_dirs, strict=True)])
     temporary = target.with_name(f".{target.name}.{os.getpid()}")
     try:
         temporary.write_text(page, encoding="utf-8")
@@ -42,8 +45,11 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
     return target
 
 
-def report_page(runs: Sequence[RunRecord]) -> str:
-    """Return the page of runs as one HTML file (`html_page`)."""
+def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[str, Any]]] = ()) -> str:
+    """Return the page of runs as one HTML file (`html_page`).
+
+    ``explored``: for each run its links to pages of the target explorer, each with href, step and sample.
+    """
     keys = {key for run in runs for key in run.metrics}
     groups = {title: [(figure, figure.present(keys)) for figure in figures] for title, figures in GROUPS.items()}
     shown = {key for figures in groups.values() for _, metrics in figures for key in metrics}
@@ -69,6 +75,7 @@ def report_page(runs: Sequence[RunRecord]) -> str:
             if any(metrics for _, metrics in figures)
         ],
         "differences": differences(runs),
+        "explored": list(explored) if any(explored) else None,
     }
     curves = {key: [_curve(run, key) for run in runs] for key in sorted(shown)}
     data: dict[str, Any] = {"overview": overview, "curves": curves}
@@ -81,6 +88,20 @@ def report_page(runs: Sequence[RunRecord]) -> str:
     licence = f"/*\n{asset('uplot.LICENSE')}*/\n"  # the licence asks for its notice in every copy of uPlot
     scripts = [licence + asset(name) if name == "uplot.min.js" else asset(name) for name in SCRIPTS]
     return html_page(f"{title} · report", body, [asset(name) for name in STYLES], scripts, data)
+
+
+def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any]]:
+    """Write the pages of a run's explored responses, and return the links to them from the report ``target``."""
+    if not run.shows_contents:
+        return []
+    return [
+        {"href": _reference(page.path, target.parent), "step": page.step, "sample": page.sample}
+        for page in write_target_pages(run_dir)
+    ]
+
+
+def _reference(path: Path, start: Path) -> str:
+    return quote(os.path.relpath(path.resolve(), start.resolve()).replace(os.sep, "/"))
 
 
 def _run(run: RunRecord) -> dict[str, Any]:

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.metrics.explored_files import explored_files, read_explored
+from megatron_selfdistill.explored_files import explored_files, page_of, read_explored, step_and_sample
 from megatron_selfdistill.report.html_page import asset, html_page
+
+logger = logging.getLogger(__name__)
 
 VERSION = 1
 """The version of the form of a record that the page reads."""
@@ -56,8 +60,8 @@ class TargetPage:
     path: Path
     step: int
     """The step of the response, counted from 1."""
-    problem_id: str
-    num_tokens: int
+    sample: int
+    """The number of the sample within the step, counted from 1."""
 
 
 def target_page(record: Mapping[str, Any]) -> str:
@@ -81,22 +85,34 @@ def target_page(record: Mapping[str, Any]) -> str:
 
 def write_target_page(record: Mapping[str, Any], path: Path) -> None:
     """Write the page of an explored response in one move.  Raises: OSError, ValueError."""
-    temporary = path.with_name(f".{path.name}.writing")
-    temporary.write_text(target_page(record), encoding="utf-8")
-    os.replace(temporary, path)
+    _replace(path, target_page(record))
 
 
 def write_target_pages(run_dir: Path) -> list[TargetPage]:
     """Write the missing pages of a run's explored responses beside their files, and return all pages in their order.
 
-    A page is written again where its file is newer.  Reading a page's number of tokens reads its file, but no page.
-    Raises: OSError, ValueError.
+    A page is written again where its file is newer.  A file that cannot be read gets no page, and a warning.
+    Raises: OSError if a page cannot be written.
     """
     pages = []
     for source in explored_files(run_dir):
-        path = source.with_name(source.name.removesuffix(".json.gz") + ".html")
-        record = read_explored(source)
-        if not path.exists() or path.stat().st_mtime_ns < source.stat().st_mtime_ns:
-            write_target_page(record, path)
-        pages.append(TargetPage(path, record["step"], record["problem_id"], len(record["tokens"]["id"])))
+        page = TargetPage(page_of(source), *step_and_sample(source))
+        if not page.path.exists() or page.path.stat().st_mtime_ns < source.stat().st_mtime_ns:
+            try:
+                record = read_explored(source)
+                text = target_page(record)
+            except (ValueError, EOFError, OSError, zlib.error) as error:
+                logger.warning("%s has no page: %s: %s", source, type(error).__name__, error)
+                continue
+            _replace(page.path, text)
+        pages.append(page)
     return pages
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

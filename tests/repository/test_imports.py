@@ -26,6 +26,7 @@ ORDER = {
     ),
     "compat": "cpu known_warnings repairs",
     "run_log": "",
+    "explored_files": "",
     "distributed": "collectives launch_store roll_call watchdog ranks stop",
     "loss": (
         "status target batch_k divergence weighting "
@@ -73,8 +74,7 @@ ORDER = {
         "batch score"
     ),
     "metrics": (
-        "guards samples pace phases claims leakage step sample_views token_numbers step_samples explored "
-        "explored_files loggers log"
+        "guards samples pace phases claims leakage step sample_views token_numbers step_samples explored loggers log"
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "

@@ -15,7 +15,7 @@ from tiny_run import NOT_REPRODUCIBLE, overrides, train, train_each
 
 from megatron_selfdistill.loss.status import MIN_ENTROPY
 from megatron_selfdistill.metrics import read_metrics, read_samples
-from megatron_selfdistill.metrics.explored_files import explored_files, forget_explored_after, read_explored
+from megatron_selfdistill.explored_files import explored_files, forget_explored_after, read_explored
 
 OPTIONS = [
     *("model.num_layers=2", "num_steps=3", "metrics.show_samples=2", "metrics.show_samples_every=2"),

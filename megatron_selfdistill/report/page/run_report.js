@@ -16,6 +16,7 @@ startPage(async () => {
   showFigures(overview.groups, runs, curves);
   showShares(runs);
   showResponses(runs);
+  showExplored(runs, overview.explored);
   showEvents(runs);
   showSections();
 });
@@ -216,6 +217,24 @@ function showEvents(runs) {
     table.append(element("tbody", {}, ...rows));
     byId("event-tables").append(element("div", { class: "scroll" }, table));
   }
+}
+
+/**
+ * Link the pages of the target explorer.
+ * @param {Run[]} runs
+ * @param {{href: string, step: number, sample: number}[][] | null} explored the pages of each run
+ */
+function showExplored(runs, explored) {
+  if (explored === null) return;
+  byId("explored").hidden = false;
+  explored.forEach((pages, run) => {
+    if (pages.length === 0) return;
+    if (runs.length > 1) byId("explored-links").append(element("h3", {}, runs[run].label));
+    const links = pages.map(({ href, step, sample }) =>
+      element("li", {}, element("a", { href }, `step ${step}, sample ${sample}`)),
+    );
+    byId("explored-links").append(element("ul", { class: "plain toolbar" }, ...links));
+  });
 }
 
 /** List the visible sections above the page. */

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The files in which a run keeps responses for the target explorer."""
+"""The files in which a run keeps responses for the target explorer.  Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 EXPLORED_DIRECTORY = "explored"
 """The directory of a run with one file per explored response."""
 
-_FILE = re.compile(r"step_(\d{7})_(\d+)\.json\.gz")
+_FILE = re.compile(r"step_(\d{7,})_(\d+)\.json\.gz")
 
 
 def write_explored(run_dir: Path, step: int, records: Sequence[Mapping[str, Any]]) -> list[Path]:
@@ -35,16 +35,28 @@ def write_explored(run_dir: Path, step: int, records: Sequence[Mapping[str, Any]
 def forget_explored_after(run_dir: Path, step: int) -> None:
     """Remove the explored responses of steps after ``step``, with the pages that were made of them; for 0, all."""
     for path in explored_files(run_dir):
-        if int(path.name.split("_")[1]) > step:
-            path.with_name(path.name.removesuffix(".json.gz") + ".html").unlink(missing_ok=True)
+        if step_and_sample(path)[0] > step:
+            page_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
 
 def explored_files(run_dir: Path) -> list[Path]:
     """Return the files of the explored responses of a run, in the order of steps and samples."""
-    found = [(path, _FILE.fullmatch(path.name)) for path in (run_dir / EXPLORED_DIRECTORY).glob("step_*.json.gz")]
-    named = [(int(match[1]), int(match[2]), path) for path, match in found if match is not None]
-    return [path for _, _, path in sorted(named)]
+    found = [path for path in (run_dir / EXPLORED_DIRECTORY).glob("step_*.json.gz") if _FILE.fullmatch(path.name)]
+    return sorted(found, key=step_and_sample)
+
+
+def step_and_sample(path: Path) -> tuple[int, int]:
+    """Return the step and the number of the sample, counted from 1, of a file of `explored_files`."""
+    match = _FILE.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"expected a file step_STEP_SAMPLE.json.gz, got {path}")
+    return int(match[1]), int(match[2])
+
+
+def page_of(path: Path) -> Path:
+    """Return the place of the page of a file of `explored_files`: beside the file."""
+    return path.with_name(path.name.removesuffix(".json.gz") + ".html")
 
 
 def read_explored(path: Path) -> dict[str, Any]:
