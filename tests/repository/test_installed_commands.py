@@ -95,6 +95,7 @@ def use(programs, directory) -> Callable[[str], Done]:
     commands = {
         "train": tiny_run.overrides(Path(), Path("run"), "num_steps=1", "model.num_layers=2"),
         "evaluate": [*model, "--data", data, "--out", "results", "--num-samples", "1", *SMALL],
+        "explore": ["hf", "--problem", "500-408:", "--solution", "092", "-o", "target.html", *SMALL, TEMPLATE],
         "solutions": ["--out", "own.jsonl", *model, "--num-samples", "2", f"data.path={data}", *SMALL, TEMPLATE],
         "convert": ["hf-to-megatron", *model, "--out", "megatron"],
         "plan": ["recipe=qwen3_8b", "data.global_batch_size=64"],
@@ -151,6 +152,14 @@ def test_evaluate_evaluates(use, directory):
     done = use("evaluate")
     assert done.returncode == 0, done.stderr
     assert json.loads((directory / "results" / "summary.json").read_text())["data"]["num_problems"] == 4
+
+
+@pytest.mark.full
+def test_explore_writes_a_page_with_the_scripts_of_the_wheel(use, directory):
+    done = use("explore")
+    assert done.returncode == 0, done.stderr
+    page = (directory / "target.html").read_text(encoding="utf-8")
+    assert "written to target.html" in done.stdout and "function targetOf(" in page
 
 
 @pytest.mark.full

@@ -2,7 +2,8 @@
 // The parts of the explorer's page that are made once: the tokens, the controls, keys and pointer.
 "use strict";
 
-const LINE_TOKENS = 50;
+const PAGE_TOKENS = 50;
+const SHORT_TEXT = 200;
 
 /**
  * Fill the page with the tokens of the response.
@@ -30,8 +31,10 @@ function showTokens(explorer) {
  * @param {any} overview
  */
 function showContext(overview) {
-  byId("prompt").textContent = overview.prompt;
-  byId("solution").textContent = overview.solution;
+  for (const name of ["prompt", "solution"]) {
+    byId(name).textContent = overview[name];
+    byId(name).parentElement?.toggleAttribute("open", overview[name].length <= SHORT_TEXT);
+  }
   const model = overview.model === undefined ? "" : `${overview.model}, `;
   const where = overview.step === undefined ? model : `step ${overview.step}, problem ${overview.problem_id}, `;
   byId("about").textContent =
@@ -202,9 +205,9 @@ function wantedToken(explorer, key) {
     case "ArrowUp":
       return nextDiffering(explorer, -1);
     case "PageDown":
-      return within(now + LINE_TOKENS);
+      return within(now + PAGE_TOKENS);
     case "PageUp":
-      return within(now - LINE_TOKENS);
+      return within(now - PAGE_TOKENS);
     case "Home":
       return 0;
     case "End":

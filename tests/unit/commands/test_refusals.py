@@ -47,6 +47,7 @@ RUNNABLE = ["run_dir=run", "data.path=data.jsonl", "data.tokenizer=hf"]
 PLAN = ["dry_run=true", "cluster.num_gpus=16", "model.vocab_size=1000"]
 OUT = ["--out", "out"]
 EVALUATED = ["--hf", "hf", "--data", "data.jsonl", *OUT]
+EXPLORED = ["--problem", "1 + 1", "--solution", "2"]
 SOLVED = ["--out", "own.jsonl", "--hf", "hf", "data.path=data.jsonl"]
 THREE = "parallel.tensor_model_parallel_size=3"
 NOT_CUT = "the world size 1 must be a multiple of TP x PP x CP = 3 x 1 x 1 = 3"
@@ -98,6 +99,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         [EVALUATE, *EVALUATED, "--num-samples", "2", "--pass-at-k", "3"],
         "expected every k of pass@k from 1 to the 2 samples, got [3]",
     ),
+    "explore, a missing text": ([PROGRAM, "explore", "hf", "--problem", "nope.txt", "--solution", "x"], "got nope.txt"),
+    "explore, a missing checkpoint": ([PROGRAM, "explore", "nope", *EXPLORED], NO_CHECKPOINT),
+    "explore, a reserved key": ([PROGRAM, "explore", "hf", *EXPLORED, "data.path=x"], "data.path cannot be set here"),
+    "explore, a layout": ([PROGRAM, "explore", "hf", *EXPLORED, THREE], NOT_CUT),
     "evaluate, a layout": ([EVALUATE, *EVALUATED, THREE], NOT_CUT),
     "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),
     "solutions, a key": ([SOLUTIONS, *SOLVED, "rollot.top_p=1"], "did you mean"),
