@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import torch
 from explored_records import Words, logit_rows, record_of
+from reported_runs import write_run
 from torch import Tensor
 
+from megatron_selfdistill.explored_files import write_explored
 from megatron_selfdistill.loss import Divergence, Target, mixed_target
 from megatron_selfdistill.loss.divergence import divergence as divergence_of_rows
 from megatron_selfdistill.loss.target import entropy
+from megatron_selfdistill.report.run_report import write_report
 from megatron_selfdistill.report.target_page import target_page, write_target_page
 
 NUM_TOKENS, VOCAB_SIZE = 150, 3000
@@ -90,7 +93,9 @@ def test_the_page_computes_the_target_of_whole_rows(tab, rows, name):
         5: (q.argmax(-1) != log_p.argmax(-1)).double(),
     }
     for column, values in expected.items():
-        torch.testing.assert_close(numbers[:, column], values, rtol=1e-2, atol=3e-3)
+        # The threshold of rare tokens may cut a bin, whose columns count as normally distributed.
+        rtol, atol = (1e-2, 4e-3) if column == 4 else (2e-3, 3e-4)
+        torch.testing.assert_close(numbers[:, column], values, rtol=rtol, atol=atol)
     names = ["matched", "capped", "out_of_range", "undetermined", "given", "unconverged"]
     same = [row[6] == names[status] for row, status in zip(found, exact.status.tolist(), strict=True)]
     assert sum(same) >= 0.97 * NUM_TOKENS, "a token near its bound may have another status"
@@ -197,6 +202,16 @@ def test_the_page_fits_the_window(browser, page, width, dark):
     assert tab.value("document.documentElement.scrollWidth") <= width
     assert tab.problems == []
     tab.close()
+
+
+def test_a_link_of_the_report_opens_the_page(browser, rows, tmp_path):
+    run_dir = write_run(tmp_path / "a run")
+    write_explored(run_dir, 10, [record_of([each[:20] for each in rows], SAVED, step=10)])
+    tab = browser.open(write_report([run_dir]))
+    assert tab.text("#explored a") == "step 10, sample 1"
+    tab.click("#explored a")
+    tab.wait_for("window.explorer !== undefined && explorer.chosen === 0")
+    assert tab.text("#about").startswith("step 10, problem p<1>, 20 tokens") and tab.problems == []
 
 
 def test_a_long_response_opens_at_once_and_needs_no_block_before(browser, tmp_path):

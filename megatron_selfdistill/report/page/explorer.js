@@ -268,12 +268,13 @@ function numberRows(explorer, token, target) {
   const stored = tokens.k[token];
   const error = explorer.isAsSaved && stored !== null ? ` (stored: ${numberText(stored)}, ` +
     `differs by ${errorText(Math.abs(target.k / stored - 1))})` : "";
+  const storedMass = explorer.isAsSaved ? tokens.mass_on_rare_student?.[token] : null;
   /** @type {[string, string, string][]} */
   const rows = [
     [divergenceName(explorer.settings), `${numberText(target.loss)} nats`, "loss"],
     ["k", `${numberText(target.k)}${error}`, "k"],
     ["status", STATUS_TEXTS[target.status], "status"],
-    ["mass on tokens that the student did not consider (below 1e-3)", numberText(target.rareMass), "rare"],
+    ["mass on tokens that the student did not consider (below 1e-3)", numberText(storedMass ?? target.rareMass), "rare"],
   ];
   const made = rows.map(([name, value, key]) =>
     element("tr", {}, element("th", { scope: "row" }, name), element("td", { "data-number": key }, value)),
