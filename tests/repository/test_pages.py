@@ -27,7 +27,7 @@ PAGES = [
 ]
 NOT_KEYS = {
     *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
-    *("model.safetensors", "report.html", "report.png", "target.svg"),
+    *("model.safetensors", "report.html", "report.png", "target.html", "target.svg"),
 }
 """Words of the form ``section.name`` that are no keys today: a removed key, a renamed key, a function, files."""
 
