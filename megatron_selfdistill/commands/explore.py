@@ -59,11 +59,12 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             given_text(f"--{option}", getattr(arguments, option))
     config, _ = _loaded(arguments)
+    checkpoint, teacher = _models(arguments)
     if config.objective != "self_distillation":
         raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    for path, iteration in ((arguments.checkpoint, arguments.iteration), (arguments.teacher, None)):
+    for path, iteration in ((checkpoint, arguments.iteration), (teacher, None)):
         if path is None:
             continue
         if _is_hugging_face(path):
@@ -87,7 +88,7 @@ def explore(arguments: argparse.Namespace) -> int:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # so that temporary directories are removed
-    path = arguments.checkpoint
+    path, teacher = _models(arguments)
     hf, megatron = (path, None) if _is_hugging_face(path) else (None, path)
     model = find_model(hf, megatron, arguments.iteration)
     config = configured(*_loaded(arguments), model)
@@ -106,20 +107,22 @@ def explore(arguments: argparse.Namespace) -> int:
 
             exploration = exploration.with_models(
                 student=place(Path(model["path"]), "student"),
-                teacher=None if arguments.teacher is None else place(arguments.teacher, "teacher"),
+                teacher=None if teacher is None else place(teacher, "teacher"),
                 run_dir=str(directory / "run"),
             )
-            summary = exploration.write_page(arguments.out, grid, about={"model": str(path)})
+            about = {"model": str(path), "teacher": str(teacher or path)}
+            summary = exploration.write_page(arguments.out, grid, about)
     finally:
         ranks.shutdown()
     if summary is not None:
-        print(summary, flush=True)
+        print(f"student: {path}; teacher: {teacher or path}", summary, sep="\n", flush=True)
     return 0
 
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """Return the configuration of the command line before the model is known, and the keys that the user has set."""
     from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.commands.run_settings import is_run, with_settings_of
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
 
@@ -131,7 +134,10 @@ def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     # Nothing is trained, so the size of a batch limits no layout.
     data = dataclasses.replace(config.data, path=None, global_batch_size=world_size())
     evaluation = dataclasses.replace(config.evaluation, path=None)
-    return dataclasses.replace(config, data=data, evaluation=evaluation), given
+    config = dataclasses.replace(config, data=data, evaluation=evaluation)
+    if is_run(arguments.checkpoint):
+        config = with_settings_of(arguments.checkpoint, config, overridden)
+    return config, given
 
 
 def _problem(arguments: argparse.Namespace) -> Problem:
@@ -139,6 +145,16 @@ def _problem(arguments: argparse.Namespace) -> Problem:
 
     text, solution = (given_text(f"--{name}", getattr(arguments, name)) for name in ("problem", "solution"))
     return Problem("given", ({"role": "user", "content": text},), solution, None, "--problem")
+
+
+def _models(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
+    """Return the checkpoint of the student and that of the teacher; None where the student teaches itself."""
+    from megatron_selfdistill.commands.run_settings import initial_weights, is_run
+
+    path: Path = arguments.checkpoint
+    if not is_run(path):
+        return path, arguments.teacher
+    return path / "checkpoints", arguments.teacher or initial_weights(path)
 
 
 def _is_hugging_face(path: Path) -> bool:

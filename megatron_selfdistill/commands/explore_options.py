@@ -12,11 +12,14 @@ from megatron_selfdistill.errors import ConfigError
 DESCRIPTION = """Write a page that shows the target of every token of a response.
 
     selfdistill explore Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144" -o target.html
-    selfdistill explore runs/first/checkpoints --teacher Qwen3-8B --problem p.txt --solution s.txt --response r.txt
+    selfdistill explore runs/first --problem p.txt --solution s.txt --response r.txt
 
-Without --response the model generates one.  The page needs nothing but a browser: it colours each token by its
-divergence between student and target, shows the candidates of student, teacher and target, and computes the target
-again for another teacher's weight, rule, anchor or divergence.
+A run directory stands for its latest checkpoint, with the prompts, the target and the sampling of the run, and with the
+checkpoint that the run has started from as the teacher.  Without --response the model generates one.
+
+The page needs nothing but a browser.  It colours each token by its divergence between student and target, shows the
+candidates of student, teacher and target, and computes the target again for another teacher's weight, rule, anchor or
+divergence.
 
 key=value changes any key of the trainer: target.teacher_weight=2, target=anchored, data.teacher_template=...,
 rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
@@ -39,7 +42,8 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "checkpoint",
         type=Path,
         metavar="CHECKPOINT",
-        help="Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging Face directory",
+        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
+        "Face directory",
     )
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
@@ -49,7 +53,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
         type=Path,
         metavar="DIR",
         help="checkpoint of the teacher, and of the reference with target=anchored (default: CHECKPOINT, as at the "
-        "start of a run)",
+        "start of a run; of a run directory what the run has started from)",
     )
     text = "a text, or the name of a file with the text"
     parser.add_argument("--problem", required=True, metavar="TEXT", help=text)

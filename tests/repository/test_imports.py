@@ -96,8 +96,8 @@ ORDER = {
     ),
     "doctor": "imports findings",
     "commands": (
-        "convert report doctor given_model evaluate_options evaluate exploration explore_options explore plan "
-        "solution_journal solution_job solutions"
+        "convert report doctor given_model evaluate_options evaluate exploration explore_options run_settings "
+        "explore plan solution_journal solution_job solutions"
     ),
     "cli": "",
     "__main__": "",

@@ -17,6 +17,7 @@ import tiny_run
 from explored_records import summary_of, target_of
 from summed_target import matching_beta
 
+from megatron_selfdistill import config as configuration
 from megatron_selfdistill.commands import explore as tool
 from megatron_selfdistill.commands.explore_options import given_text
 from megatron_selfdistill.errors import ConfigError
@@ -90,6 +91,30 @@ def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(
     assert many["tokens"]["id"] == one["tokens"]["id"]
     for key in ("k", "reverse_kl", "student_entropy", "reference_entropy", "teacher_log_prob"):
         assert many["tokens"][key] == pytest.approx(one["tokens"][key], rel=1e-3, abs=1e-5), key
+
+
+def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, capsys):
+    run_dir = directory / "run"
+    shutil.copytree(directory / "megatron", run_dir / "checkpoints")
+    settings = ["data.teacher_template='{problem}H{solution}|'", "target.teacher_weight=3", "loss.divergence=jsd"]
+    config = configuration.load([*settings, f"checkpoint.load={directory / 'hf'}", "rollout.max_new_tokens=4"])
+    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+    out = directory / "run.html"
+    arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1", "target.k_max=null"]
+    assert ranks.run(run_tool, arguments, world_size=1, init_process_group=False) == [0]
+    record = record_of(out)
+    assert record["settings"]["teacher_weight"] == 3 and record["settings"]["k_max"] is None
+    assert record["settings"]["divergence"] == "jsd" and len(record["tokens"]["id"]) <= 4
+    assert record["teacher"] == str(directory / "hf") and sum(record["tokens"]["reverse_kl"]) > 0
+
+
+def test_a_setting_from_the_environment_is_asked_for(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data: {system_prompt: '${oc.env:PROMPT}'}", encoding="utf-8")
+    assert tool.main([str(tmp_path), *TEXTS]) == 2
+    assert "data.system_prompt was read from the environment: set it again" in capsys.readouterr().err
+    (tmp_path / "config.yaml").write_text("data: {", encoding="utf-8")
+    assert tool.main([str(tmp_path), *TEXTS]) == 2
+    assert "expected the configuration of a run in" in capsys.readouterr().err
 
 
 REFUSALS = {

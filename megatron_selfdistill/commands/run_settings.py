@@ -1,0 +1,75 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The settings of a finished or interrupted run that decide its prompts, its target and its samples."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Set
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.errors import ConfigError
+
+CONFIGURATION_FILE = "config.yaml"
+SETTINGS = {
+    "data": (
+        "tokenizer chat_template chat_template_kwargs system_prompt student_template teacher_template "
+        "trust_remote_code on_long_context max_length"
+    ).split(),
+    "target": "rule teacher_weight guided_teacher_weight k_max k anchor match".split(),
+    "loss": "divergence jsd_lambda".split(),
+    "rollout": "max_new_tokens temperature top_k top_p stop_token_ids".split(),
+}
+"""The keys that `with_settings_of` takes from a run, by section."""
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a directory is that of a run: it has the run's configuration."""
+    return (path / CONFIGURATION_FILE).is_file()
+
+
+def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Config:
+    """Return ``config`` with the `SETTINGS` of a run, except the keys and the sections that ``overridden`` names.
+
+    Raises: `ConfigError` for a file that cannot be read, and for a value from the environment, which the file does not
+    hold.
+    """
+    stored = _configuration(run_dir)
+    for section, names in SETTINGS.items():
+        if section in overridden:
+            continue
+        values = {
+            name: value
+            for name, value in stored.get(section, {}).items()
+            if name in names and f"{section}.{name}" not in overridden
+        }
+        for name, value in values.items():
+            if "${" in str(value):
+                raise ConfigError(
+                    f"{run_dir / CONFIGURATION_FILE}: {section}.{name} was read from the environment: set it again, "
+                    f"{section}.{name}=..."
+                )
+        replaced = dataclasses.replace(getattr(config, section), **values)
+        config = dataclasses.replace(config, **{section: replaced})
+    return config
+
+
+def initial_weights(run_dir: Path) -> Path | None:
+    """Return the checkpoint that a run has started from, which is its frozen teacher; None where it has none."""
+    stored = _configuration(run_dir)
+    load, weights = stored.get("checkpoint", {}).get("load"), stored.get("teacher", {}).get("weights")
+    return None if load is None or weights != "frozen" else Path(load)
+
+
+def _configuration(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / CONFIGURATION_FILE
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected the configuration of a run in {path}, got {error}") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"expected the configuration of a run in {path}, got {type(stored).__name__}")
+    return stored
