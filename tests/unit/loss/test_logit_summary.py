@@ -91,14 +91,15 @@ def test_k_is_that_of_whole_rows_of_a_large_vocabulary():
 
 
 def test_without_the_bins_k_is_wrong():
-    student, teacher = tool.draw("llm", 2, 4096, 3)
+    student, teacher = tool.draw("language model", 2, 4096, 3)
+    target = Target(k_max=None)
     rows = [student.double(), teacher.double()]
     summary = of_rows(rows, 4096)
     summary.counts.zero_()
-    exact = mixed_target(*rows, TARGETS[1]).beta
+    exact = mixed_target(*rows, target).beta
     wanted = entropy(rows[0].log_softmax(-1)).tolist()
-    found = torch.tensor([matching_beta(summary, row, h, TARGETS[1]) for row, h in enumerate(wanted)])
-    assert ((found / exact - 1).abs() > 0.01).any()
+    found = torch.tensor([matching_beta(summary, row, h, target) for row, h in enumerate(wanted)])
+    assert ((found / exact - 1).abs() > 0.05).any()
 
 
 def test_a_summary_counts_every_column_once_and_keeps_the_largest():
