@@ -22,7 +22,6 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, decided_output_layer, new_chunks, open_inference
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.fp8 import token_multiple
@@ -131,13 +130,9 @@ class Exploration:
         fusion = decided_output_layer(config, student).fusion
         backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
 
-        def loss_of(target: Target) -> Any:
-            return token_losses.self_distillation(target, settings.divergence, backend, fusion=fusion)
-
-        reference = None
-        if settings.target.is_anchored:
-            alone = loss_of(Target("teacher_alone"))
-            reference = Reference(settings.target, teacher, alone, chunk_tokens, backend)
+        loss = token_losses.self_distillation(settings.target, settings.divergence, backend, fusion=fusion)
+        anchored = settings.target.is_anchored
+        reference = Reference(settings.target, teacher, chunk_tokens, backend) if anchored else None
         # Alternating, so that the states of only one packed sequence are kept.
         order = "alternating"
         batch = pack_everywhere(
@@ -153,7 +148,7 @@ class Exploration:
             student,
             teacher,
             batch,
-            loss_of(settings.target),
+            loss,
             grid,
             vocab,
             reference=reference,
