@@ -27,6 +27,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.metrics.samples import chosen
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
@@ -183,19 +184,23 @@ class Learner:
         """
         return self._self_distillation(self.pack(contexts), self._measurement(summarises), forward_only=True)
 
-    def explore(self, contexts: Sequence[ContextPair], solutions: Sequence[str]) -> list[ExploredResponse]:
-        """Return the responses of this replica's ``contexts`` for the target explorer; nothing is trained.
+    def explore(self, contexts: Sequence[ContextPair], solutions: Sequence[str], count: int) -> list[ExploredResponse]:
+        """Return responses to the first ``count`` problems of the first replica for the target explorer.
 
-        ``solutions``: the solution in the teacher's prompt of each context.  Every rank of the replica gets the
-        result.  Collectives: those of `measure`, and those of `explored_responses` in each replica with contexts.
-        Raises: `NoResponseTokens` on all ranks where no replica has a response token.
+        ``solutions``: the solution in the teacher's prompt of each context.  Every rank of the first replica gets the
+        result; the other replicas get none.  Nothing is trained.
+        Collectives: those of `measure`, and those of `explored_responses` in the first replica.
+        Raises: `NoResponseTokens` on all ranks where the first replica has no response token.
         """
-        shown = [cut(context) for context in contexts]
+        first = chosen(contexts, count) if self.grid.dp_rank == 0 else []
+        shown = [cut(context) for context, _ in first]
         output = self.measure(shown, summarises=True)
         if not shown:
             return []
+        solution_of = {id(context): text for context, text in zip(contexts, solutions, strict=True)}
+        texts = [solution_of[id(context)] for context, _ in first]
         settings = [self.token_target(context.guided) for context in shown]
-        return explored_responses(output, shown, solutions, settings, self.run_data.vocab_size, self.grid)
+        return explored_responses(output, shown, texts, settings, self.run_data.vocab_size, self.grid)
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.

@@ -13,7 +13,7 @@ from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, latest_resumption
 from megatron_selfdistill.checkpoint.run.run_directory import RunDirectory
-from megatron_selfdistill.config import Config, writable
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -24,7 +24,7 @@ from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.learner import Learner, loss_backend
-from megatron_selfdistill.metrics import MetricsLog, Phases, rollout_metrics
+from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.guards import (
     Guards,
     check_identity,
@@ -32,7 +32,6 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_a_silent_teacher,
 )
 from megatron_selfdistill.metrics.leakage import leak_counts
-from megatron_selfdistill.metrics.samples import chosen
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
@@ -93,15 +92,7 @@ class Trainer:
             self._resume(found)
         self.run_directory = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
-        self.log = MetricsLog(
-            self.run_dir,
-            num_steps=config.num_steps,
-            loggers=config.metrics.loggers,
-            config=writable(config),
-            console=config.metrics.console,
-            console_every=config.metrics.console_every,
-            enabled=grid.is_reporter,
-        )
+        self.log = configured_log(config, enabled=grid.is_reporter)
         writes = grid.is_reporter and not config.dry_run
         self.events = EventLog(self.run_dir, enabled=writes)
         self.report = ReportRefresh(self.run_dir, enabled=writes and config.report.every != 0)
@@ -137,7 +128,7 @@ class Trainer:
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        if self._explores(self.step + 1):
+        if self.config.explores(self.step + 1):
             self._save_explored(batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
@@ -295,22 +286,12 @@ class Trainer:
         if samples is not None:
             self.log.log_samples(self.step + 1, samples)
 
-    def _explores(self, step: int) -> bool:
-        """Return whether samples of ``step`` are saved for the target explorer: those of the steps of evaluations."""
-        wanted = self.config.evaluation
-        due = wanted.due(step, self.config.num_steps) or (step == 1 and wanted.at_start)
-        allowed = self.learner.has_teacher and self.config.shows_contents
-        return due and allowed and self.config.metrics.num_explored > 0
-
     def _save_explored(self, batch: StepBatch) -> None:
         """Save the first samples of the batch of the first replica for the target explorer.  Collective."""
         self.sampler.sleep()
-        shown = chosen(batch.contexts, self.config.metrics.num_explored) if self.grid.dp_rank == 0 else []
-        solution_of = {id(context): text for context, text in zip(batch.contexts, batch.solutions, strict=True)}
-        solutions = [solution_of[id(context)] for context, _ in shown]
-        step, tokenizer = self.step + 1, self.run_data.tokenizer
+        step, count, tokenizer = self.step + 1, self.config.metrics.num_explored, self.run_data.tokenizer
         with self.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):
-            explored = self.learner.explore([context for context, _ in shown], solutions)
+            explored = self.learner.explore(batch.contexts, batch.solutions, count)
             if explored:
                 self.log.save_explored(step, lambda: [one.record(tokenizer, step=step) for one in explored])
 

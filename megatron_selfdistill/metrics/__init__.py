@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.metrics.log import COLUMNS, MetricsLog
+from megatron_selfdistill.metrics.log import COLUMNS, MetricsLog, configured_log
 from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.step import batch_entropies, rollout_metrics, step_metrics
 from megatron_selfdistill.run_log import read_metrics, read_samples
@@ -13,6 +13,7 @@ __all__ = [
     "MetricsLog",
     "Phases",
     "batch_entropies",
+    "configured_log",
     "read_metrics",
     "read_samples",
     "rollout_metrics",

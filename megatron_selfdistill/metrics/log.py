@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_selfdistill.config import Config, writable
 from megatron_selfdistill.config.console_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.console_line import LINE, Column
 from megatron_selfdistill.explored_files import forget_explored_after, write_explored
@@ -221,6 +222,19 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
         self._file.flush()
         self._loggers.add_scalars(step, metrics)
+
+
+def configured_log(config: Config, *, enabled: bool) -> MetricsLog:
+    """Return the log of a run in its directory; ``enabled`` as for `MetricsLog`."""
+    return MetricsLog(
+        config.run_dir,
+        num_steps=config.num_steps,
+        loggers=config.metrics.loggers,
+        config=writable(config),
+        console=config.metrics.console,
+        console_every=config.metrics.console_every,
+        enabled=enabled,
+    )
 
 
 def _forget_after(step: int, path: Path) -> None:

@@ -140,6 +140,12 @@ class Config:
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
         return not self.logged or bool(evaluates)
 
+    def explores(self, step: int) -> bool:
+        """Return whether samples of ``step``, counted from 1, are saved for the target explorer: at evaluations."""
+        due = self.evaluation.due(step, self.num_steps) or (step == 1 and self.evaluation.at_start)
+        allowed = self.objective == "self_distillation" and self.shows_contents
+        return due and allowed and self.metrics.num_explored > 0
+
     @property
     def shows_contents(self) -> bool:
         """Whether problems and responses may be shown as text (conversations: conversations.show_contents)."""
