@@ -26,7 +26,7 @@ ANCHORED = [
     for k_max in ("1 + w", None)
     for match in ("reference", "student")
 ]
-BOUNDS = (1e-5, 2e-4, 1e-3)
+BOUNDS = (1e-5, 3e-4, 2e-3)
 """The greatest relative errors of k that a summary may cause: the median, of 95 % of the rows, and of all rows."""
 SWITCHED = (2e-5, 1e-3, 5e-2)
 """The same where the bins lie along another mix: that of the reference for the mix with the student."""
