@@ -54,7 +54,7 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
 
 def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
     for done, steps in ((0, (2, 4)), (3, (4, 6))):  # killed after step 4; the checkpoint is of step 3
-        with MetricsLog(tmp_path, num_steps=8, tensorboard=False, console=False) as log:
+        with MetricsLog(tmp_path, num_steps=8, loggers=[], console=False) as log:
             log.resume(done)
             for step in steps:
                 log.log_evaluation_samples(step, [{"problem_id": "a"}, {"problem_id": "b"}])
