@@ -116,5 +116,5 @@ def test_a_run_says_whether_servers_may_open_its_memory(monkeypatch, overrides, 
     monkeypatch.setattr(ranks, "initialize", initialize)
     config = load(overrides)
     with pytest.raises(InterruptedError):
-        train._train(dataclasses.replace(config), SimpleNamespace(), None)
+        train._train(dataclasses.replace(config), SimpleNamespace(), None, None)
     assert seen == [shares]
