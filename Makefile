@@ -64,8 +64,9 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
-# The tests speak to Chromium themselves, without a package that drives browsers.
+# playwright drives Chromium; the environment gets playwright here, and no other target needs it.
 test-browser: venv ## run the tests of pages in a real Chromium (needs chromium: .ci/run installs it)
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" browser
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_BROWSER=1 \
 		$(BIN)/python -m pytest -q tests/browser $(ARGS)
 

@@ -62,6 +62,8 @@ EXTRAS = {
     "vllm": ["vllm>=0.32,<0.34"],
     "wandb": ["wandb>=0.31,<1"],
     "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12.0"],  # what megatron-core 0.16.1 declares for its own extra
+    # For `make test-browser` alone, and not in dev: it has 190 MB.
+    "browser": ["playwright>=1.55,<2"],
     "dev": [
         # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',

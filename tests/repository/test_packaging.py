@@ -191,10 +191,20 @@ def test_every_tested_version_is_one_that_an_install_takes():
     assert taken == versions.keys()
 
 
-def test_the_environment_finds_the_one_requirement_of_megatron_core():
-    [command] = re.findall(r"requirement=\$\((sed .*)\)", (REPOSITORY / "tools" / "venv.sh").read_text())
-    done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, check=True)
-    assert [done.stdout.strip()] == [r for r in constants_of_setup()["REQUIREMENTS"] if r.startswith("megatron-core")]
+@pytest.mark.parametrize("name", ["megatron-core", "playwright"])
+def test_the_environment_finds_the_one_requirement_of_a_package(name):
+    [function] = re.findall(r"^requirement_of\(\) {.*?^}", (REPOSITORY / "tools" / "venv.sh").read_text(), re.M | re.S)
+    command = ["bash", "-c", f"{function}\nrequirement_of {name}"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    setup = constants_of_setup()
+    requirements = [*setup["REQUIREMENTS"], *setup["EXTRAS"]["browser"]]
+    assert [done.stdout.strip()] == [line for line in requirements if line.startswith(name)]
+
+
+def test_the_environment_of_a_newcomer_holds_no_browser():
+    extras = constants_of_setup()["EXTRAS"]
+    assert [Requirement(line).name for line in extras["browser"]] == ["playwright"]
+    assert "playwright" not in [Requirement(line).name for line in extras["dev"]]
 
 
 def test_whatever_decides_results_has_an_upper_bound():
