@@ -92,7 +92,7 @@ class Trainer:
             self._resume(found)
         self.run_directory = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
-        self.log = configured_log(config, enabled=grid.is_reporter)
+        self.log = configured_log(config, self.phases, enabled=grid.is_reporter)
         writes = grid.is_reporter and not config.dry_run
         self.events = EventLog(self.run_dir, enabled=writes)
         self.report = ReportRefresh(self.run_dir, enabled=writes and config.report.every != 0)

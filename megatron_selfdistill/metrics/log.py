@@ -19,6 +19,8 @@ from megatron_selfdistill.explored_files import forget_explored_after, write_exp
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics.loggers import LoggedRun, Loggers
 from megatron_selfdistill.metrics.pace import Pace
+from megatron_selfdistill.metrics.phases import Phases
+from megatron_selfdistill.metrics.progress import PhaseProgress, SlowPhaseLines
 from megatron_selfdistill.metrics.sample_views import console_text
 from megatron_selfdistill.metrics.samples import Sample
 from megatron_selfdistill.run_log import (
@@ -30,6 +32,10 @@ from megatron_selfdistill.run_log import (
 )
 
 logger = logging.getLogger(__name__)
+
+# The live line of a run of one replica fits into 80 columns.
+_BAR_WIDTH = 16
+_REFRESHES_PER_SECOND = 4.0
 
 
 class MetricsLog:
@@ -46,10 +52,10 @@ class MetricsLog:
     ``loggers``: the names of the loggers (metrics.loggers), which `resume` starts; they get ``config``, the
     configuration as config.yaml has it, once, and everything that is logged.
 
-    ``console``: a progress bar with the remaining time, and a line every ``console_every`` steps; without a terminal,
-    only the lines.  Console lines hide values that come from the environment (`config.hidden`).  ``output``: a rich
-    Console that replaces standard output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and
-    prints nothing.
+    ``console``: a progress bar with the remaining time and the phase under way (`show_phases`), and a line every
+    ``console_every`` steps; without a terminal, only the lines, and one per minute about a slow phase.  Console lines
+    hide values that come from the environment (`config.hidden`).  ``output``: a rich Console that replaces standard
+    output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and prints nothing.
     """
 
     def __init__(
@@ -71,6 +77,11 @@ class MetricsLog:
         self._file: Any = None
         self._loggers = Loggers()
         self._console = _Console(num_steps, output) if console and enabled else None
+
+    def show_phases(self, phases: Phases) -> None:
+        """Show from now on the phases of this rank on the console, where this rank has a console."""
+        if self._console is not None:
+            phases.listener = self._console.progress
 
     def resume(self, step: int) -> None:
         """Drop the log of all steps after ``step`` (for 0, the whole log), then open the files and start the loggers.
@@ -224,9 +235,9 @@ class MetricsLog:
         self._loggers.add_scalars(step, metrics)
 
 
-def configured_log(config: Config, *, enabled: bool) -> MetricsLog:
-    """Return the log of a run in its directory; ``enabled`` as for `MetricsLog`."""
-    return MetricsLog(
+def configured_log(config: Config, phases: Phases, *, enabled: bool) -> MetricsLog:
+    """Return the log of a run in its directory, which shows ``phases``; ``enabled`` as for `MetricsLog`."""
+    log = MetricsLog(
         config.run_dir,
         num_steps=config.num_steps,
         loggers=config.metrics.loggers,
@@ -235,6 +246,8 @@ def configured_log(config: Config, *, enabled: bool) -> MetricsLog:
         console_every=config.metrics.console_every,
         enabled=enabled,
     )
+    log.show_phases(phases)
+    return log
 
 
 def _forget_after(step: int, path: Path) -> None:
@@ -252,28 +265,43 @@ def _json_number(value: float) -> float | str:
 
 
 class _Console:
-    """A progress bar if the output is a terminal, else plain lines with the remaining time."""
+    """A live line with a progress bar if the output is a terminal, else plain lines with the remaining time.
+
+    The end of a run, or an error, erases the live line.
+    """
 
     def __init__(self, num_steps: int, output: Any) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, RenderableColumn, TextColumn
 
         self.num_steps = num_steps
         self.output = output if output is not None else Console()
-        columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.fields[left]}"))
-        self.bar = Progress(*columns, console=self.output)
+        self.progress = PhaseProgress(num_steps)
+        self.slow_phases = SlowPhaseLines(self.progress, self._print)
+        columns = (
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=_BAR_WIDTH),
+            TextColumn("{task.fields[left]}"),
+            RenderableColumn(self.progress),
+        )
+        self.bar = Progress(*columns, console=self.output, refresh_per_second=_REFRESHES_PER_SECOND, transient=True)
         self.task = self.bar.add_task("", total=num_steps, left="")
         self.pace = Pace(num_steps)
         self.explained = False
 
     def start(self, step: int) -> None:
         self.pace = Pace(self.num_steps)
+        self.progress.done = step
         self.bar.reset(self.task, completed=step)
         if self.output.is_terminal:
             self.bar.start()
+        else:
+            self.slow_phases.start()
 
     def advance(self, completed: int) -> None:
         self.pace.advance(completed)
+        self.progress.done = completed
         self.bar.update(self.task, completed=completed, left=self.pace.left)
 
     def step_line(self, step: int, columns: Sequence[Column], metrics: Mapping[str, float]) -> None:
@@ -298,5 +326,6 @@ class _Console:
         self.output.print(text, markup=False, highlight=False, soft_wrap=not self.output.is_terminal)
 
     def close(self) -> None:
+        self.slow_phases.close()
         if self.output.is_terminal:
             self.bar.stop()

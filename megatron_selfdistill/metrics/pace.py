@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The estimate of the remaining time of a run, from the duration of its steps so far."""
+"""The estimate of the remaining time of a run, from the duration of its steps so far, and durations as text."""
 
 from __future__ import annotations
 
@@ -30,6 +30,11 @@ class Pace:
         if self._warm is None or done < self._warm[0] + 2:
             return ""
         seconds_per_step = (now - self._warm[1]) / (done - self._warm[0])
-        minutes, seconds = divmod(round(seconds_per_step * (self.num_steps - done)), 60)
-        hours, minutes = divmod(minutes, 60)
-        return f"{hours}:{minutes:02d}:{seconds:02d} left" if hours else f"{minutes}:{seconds:02d} left"
+        return f"{duration(seconds_per_step * (self.num_steps - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in minutes and seconds, with hours where there are any: ``5:15``, ``2:05:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

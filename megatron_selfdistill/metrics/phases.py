@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 
@@ -14,6 +14,22 @@ from megatron_selfdistill.distributed import watchdog
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
+
+
+class PhaseListener(Protocol):
+    """An object that `Phases` informs of the phases and of the finished responses of this rank."""
+
+    def entered(self, name: str) -> None:
+        """Learn that the phase ``name`` begins."""
+        ...
+
+    def left(self) -> None:
+        """Learn that the phase entered last has ended, also where it raised."""
+        ...
+
+    def counted(self, finished: int, total: int, whose: str) -> None:
+        """Learn how many responses are finished (`rollout.base.Progress`); any thread calls it."""
+        ...
 
 
 class Phases:
@@ -26,22 +42,43 @@ class Phases:
     A phase lasts from the moment when the device (the current device, unless given) has finished the work queued before
     the phase until it has finished the work queued in the phase.  On a GPU, events mark both moments, so no phase makes
     the host wait; `metrics` waits once.  A phase that is entered again adds to its time.
-    The beginning and the end of a phase are signs of progress (distributed/watchdog.py).
+    The beginning and the end of a phase are signs of progress (distributed/watchdog.py).  A listener hears of both at
+    once, by the host's clock, and never waits for the device.
     """
 
     def __init__(self, device: torch.device | None = None) -> None:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         self._spans: list[tuple[str, Mark, Mark]] = []
         self._began = time.perf_counter()
+        self.listener: PhaseListener | None = None
+        """The object that hears of the phases of this rank; None on ranks that show nothing."""
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Time the phase ``name`` from the entry of this context to its end."""
         start = self._mark()
         watchdog.entered(name)
-        yield
+        with self._heard(name):
+            yield
         watchdog.left(name)
         self._spans.append((name, start, self._mark()))
+
+    @contextlib.contextmanager
+    def _heard(self, name: str) -> Iterator[None]:
+        listener = self.listener
+        if listener is None:
+            yield
+            return
+        listener.entered(name)
+        try:
+            yield
+        finally:
+            listener.left()
+
+    def counted(self, finished: int, total: int, whose: str) -> None:
+        """Pass on to the listener, if there is any, how many responses are finished (`rollout.base.Progress`)."""
+        if self.listener is not None:
+            self.listener.counted(finished, total, whose)
 
     def _mark(self) -> Mark:
         if self.device.type != "cuda":

@@ -8,9 +8,9 @@ that no batch, order, split or layout changes the response.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -26,6 +26,18 @@ _MAX_ELEMENTS = 2**24
 
 FINISH_REASONS = ("stop", "length")
 """The ways in which a response ends: with a stop token, or at its greatest length."""
+
+Progress: TypeAlias = Callable[[int, int, str], None]
+"""A function that `Sampler.generate` calls whenever more responses are finished, on the ranks that know it.
+
+The arguments are the number of finished responses, the number of all responses that this rank waits for, and whose
+responses these are, such as ``of this replica``; empty for the responses of the whole world.  The function returns at
+once and calls no collective.
+"""
+
+
+def ignore_progress(finished: int, total: int, whose: str) -> None:
+    """Ignore how many responses are finished: the `Progress` of a sampler that nobody watches."""
 
 
 class Sampler(Protocol):

@@ -11,7 +11,7 @@ import torch
 from megatron_selfdistill.config import Config, TargetConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+from megatron_selfdistill.rollout.base import Progress, Sampler, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 
@@ -22,11 +22,13 @@ def make_sampler(
     chunks: Sequence[torch.nn.Module],
     grid: RankGrid,
     role_weights: Sequence[RoleWeights] = (),
+    progress: Progress = ignore_progress,
 ) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
     ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses where the
     target is anchored to a reference; other samplers do not take them.
+    ``progress``: gets the number of finished responses while the sampler generates.
     A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
     response.
 
@@ -37,7 +39,7 @@ def make_sampler(
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
         return MegatronSampler(
-            chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb, role_weights
+            chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb, role_weights, progress
         )
     from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 
@@ -46,12 +48,26 @@ def make_sampler(
         from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
         return ServerSampler(
-            chunks, grid, directory, rules, rollout, max_length=run_data.max_length, run_dir=Path(config.run_dir)
+            chunks,
+            grid,
+            directory,
+            rules,
+            rollout,
+            max_length=run_data.max_length,
+            run_dir=Path(config.run_dir),
+            progress=progress,
         )
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     return ColocatedSampler(
-        chunks, grid, directory, rules, rollout, vocab_size=run_data.vocab_size, max_length=run_data.max_length
+        chunks,
+        grid,
+        directory,
+        rules,
+        rollout,
+        vocab_size=run_data.vocab_size,
+        max_length=run_data.max_length,
+        progress=progress,
     )
 
 

@@ -72,13 +72,16 @@ def configured_sampler(
 ) -> SyncedSampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank.
 
-    ``role_weights``: as for `make_sampler`.  If the responses come from a log, the first evaluation, if there is any,
+    ``phases``: gets the time of sending weights, and the number of finished responses.  ``role_weights``: as for
+    `make_sampler`.  If the responses come from a log, the first evaluation, if there is any,
     builds the sampler.
     Collectives: every rank of the world calls it.  Raises: `ConfigError`.
     """
+    progress = phases.counted
     if config.logged:
-        return SyncedSampler(OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid)), phases)
-    return SyncedSampler(make_sampler(config, run_data, chunks, grid, role_weights), phases)
+        sampler = OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid, progress=progress))
+        return SyncedSampler(sampler, phases)
+    return SyncedSampler(make_sampler(config, run_data, chunks, grid, role_weights, progress), phases)
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

@@ -74,7 +74,8 @@ ORDER = {
         "batch score"
     ),
     "metrics": (
-        "guards samples pace phases claims leakage step sample_views token_numbers step_samples explored loggers log"
+        "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "
+        "loggers log"
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators evaluation_result verify inference held_out evaluations comparison "

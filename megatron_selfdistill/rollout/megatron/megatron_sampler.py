@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,7 +19,15 @@ from megatron_selfdistill.distributed.collectives import gather_objects, max_ove
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room, select_tokens
+from megatron_selfdistill.rollout.base import (
+    Progress,
+    Request,
+    Response,
+    SamplingParams,
+    ignore_progress,
+    require_room,
+    select_tokens,
+)
 from megatron_selfdistill.rollout.guided import (
     RoleWeights,
     guided_roles,
@@ -62,6 +71,7 @@ class MegatronSampler:
         max_length: int,
         kv_cache_gb: float | None = None,
         role_weights: Sequence[RoleWeights] = (),
+        progress: Progress = ignore_progress,
     ) -> None:
         """Prepare the ``chunks`` for decoding, as built or as wrapped for training.
 
@@ -70,6 +80,7 @@ class MegatronSampler:
         is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
         log-probs, repeatable.  ``role_weights``: the weights that read contexts of guided requests where the target is
         anchored to a reference, with chunks of the student's architecture, in the same order on all ranks.
+        ``progress``: called with the responses that this rank decodes, at every pass, on every rank.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -77,6 +88,7 @@ class MegatronSampler:
         self._max_length = max_length
         self._kv_cache_gb = kv_cache_gb
         self._version = 0
+        self._progress = progress
         self._student = DecodingModel(chunks, grid, vocab_size)
         self._role_weights = list(role_weights)
         self._role_models = [DecodingModel(weights.chunks, grid, vocab_size) for weights in role_weights]
@@ -112,6 +124,7 @@ class MegatronSampler:
         plain = [i for i in own if requests[i].teacher_prompt is None]
         guided = [i for i in own if requests[i].teacher_prompt is not None]
         responses: dict[int, Response] = {}
+        self._report(0, len(own))
         with ExitStack() as stack:
             role_models = self._role_models if self._needs_role_models(requests, params) else []
             for weights in self._role_weights if role_models else ():
@@ -126,13 +139,20 @@ class MegatronSampler:
                 lengths = [longest_prompt(requests[i]) for i in share]
                 for batch in split_batches(lengths, params.max_new_tokens, room):
                     indices = [share[i] for i in batch]
-                    generated = sample([requests[i] for i in indices], params)
+                    report = partial(self._report, total=len(own), before=len(responses))
+                    generated = sample([requests[i] for i in indices], params, report)
                     responses.update(zip(indices, generated, strict=True))
+                    report(len(indices))
             self._passes.finish()
         if self._grid.cp_size > 1:
             shares = gather_objects(responses, self._grid.cp_group)
             responses = {index: response for share in shares for index, response in share.items()}
         return [replace(responses[i], weight_version=self._version) for i in range(len(requests))]
+
+    def _report(self, finished: int, total: int, before: int = 0) -> None:
+        """Report ``before + finished`` of the ``total`` responses that this rank decodes as finished."""
+        whose = "of this rank" if self._grid.cp_size > 1 else "of this replica" if self._grid.dp_size > 1 else ""
+        self._progress(before + finished, total, whose)
 
     def _needs_role_models(self, requests: Sequence[Request], params: SamplingParams) -> bool:
         """Return whether any rank has a guided request, with a target that other weights than the student's define."""
@@ -170,8 +190,13 @@ class MegatronSampler:
             )
         return capacity
 
-    def _sample_batch(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return the responses to plain requests that decode together; each pass gives one token of every row."""
+    def _sample_batch(
+        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
+    ) -> list[Response]:
+        """Return the responses to plain requests that decode together; each pass gives one token of every row.
+
+        ``report`` gets the number of these responses that are known to be finished, after each pass.
+        """
         batch = GeneratedBatch.after_prompts(requests, params, self._grid.device)
         length, position = batch.tokens.size(1), min(len(request.prompt) for request in requests)
         live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
@@ -182,6 +207,7 @@ class MegatronSampler:
             batch.append(live, position, self._sample(batch, live, position, logits, params))
             position += 1
             num_unfinished, kept = survivors.after_pass(batch.ends[live] > position)
+            report(len(requests) - num_unfinished)
             if num_unfinished == 0 or position == length:
                 break
             if kept is not None:
@@ -193,8 +219,13 @@ class MegatronSampler:
             self._broadcast(batch.log_probs)
         return batch.responses()
 
-    def _sample_guided(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return the responses to guided requests that decode together; pass i of each model gives token i."""
+    def _sample_guided(
+        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
+    ) -> list[Response]:
+        """Return the responses to guided requests that decode together; pass i of each model gives token i.
+
+        ``report``: as for `_sample_batch`.
+        """
         device, longest = self._grid.device, params.max_new_tokens
         batch = GeneratedBatch.guided(requests, params, device)
         live = torch.arange(len(requests), device=device)
@@ -208,6 +239,7 @@ class MegatronSampler:
             logits = {role: rows for group in groups for role, rows in group.next_logits(tokens).items()}
             batch.append(live, step, self._sample_mixed(batch, live, step, logits, params))
             num_unfinished, kept = survivors.after_pass(batch.ends[live] > step + 1)
+            report(len(requests) - num_unfinished)
             if num_unfinished == 0:
                 break
             if kept is not None:

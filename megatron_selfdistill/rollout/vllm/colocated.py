@@ -22,7 +22,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.export import Exporter
 from megatron_selfdistill.model.hf.rules import Rule
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
@@ -62,13 +62,15 @@ class ColocatedSampler:
         *,
         vocab_size: int,
         max_length: int,
+        progress: Progress = ignore_progress,
     ) -> None:
         """Build the engines of all ranks; their weights are random until `update_weights`.
 
         ``chunks``: the model's chunks on this rank, as built or as wrapped for training; the engines compute in their
         dtype.  ``hf_config``: the directory of the model's config.json, and ``rules`` the model's tensors
         (hf_directory.py).  ``vocab_size``: number of valid columns.  ``max_length``: longest prompt plus response, in
-        tokens.
+        tokens.  ``progress``: called with the responses of this rank's engine, at every pass, on every rank; guided
+        responses finish together.
 
         On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is the memory that the trainer
         leaves free, unless ``rollout.engine_args`` sets the share.
@@ -89,7 +91,7 @@ class ColocatedSampler:
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
         self._engine_number, self._engine_rank = divmod(grid.rank, engine_tp)
         self._num_engines = grid.world_size // engine_tp
-        self._guided = rollout.guidance != "none"
+        self._guided, self._progress = rollout.guidance != "none", progress
         self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20))
         self._version: int | None = None
         self._asleep = False
@@ -190,11 +192,17 @@ class ColocatedSampler:
     def _generate_share(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
         plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
-        outputs = self._engine.generate([engine_request(requests[i], params) for i in plain])
+
+        def report(finished: int) -> None:
+            self._progress(finished, len(requests), "of this engine" if self._num_engines > 1 else "")
+
+        report(0)
+        outputs = self._engine.generate([engine_request(requests[i], params) for i in plain], report)
         responses = dict(zip(plain, (response_of(output, params) for output in outputs), strict=True))
         if guided:
             pairs = generate_guided(self._engine, [requests[i] for i in guided], params, self._pair_counts)
             responses.update(zip(guided, pairs, strict=True))
+            report(len(requests))
         self._check_versions(responses.values())
         return [responses[i] for i in range(len(requests))]
 

@@ -104,9 +104,12 @@ class InProcessEngine:
             )
         _live = self
 
-    def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+    def generate(
+        self, requests: Sequence[EngineRequest], report: Callable[[int], None] = lambda finished: None
+    ) -> list[EngineOutput]:
         """Return one output per request, in order.
 
+        ``report`` gets the number of finished requests after each pass of the engine.
         Raises `EngineError` if an output is missing or was aborted.
         """
         if not requests:
@@ -120,7 +123,8 @@ class InProcessEngine:
             raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
-        with trainer_state_kept(), _replaced(llm.llm_engine, "step", _with_beat(llm.llm_engine.step)):
+        step = _reporting(llm.llm_engine.step, report)
+        with trainer_state_kept(), _replaced(llm.llm_engine, "step", step):
             try:
                 outputs = llm.generate(prompts, params, use_tqdm=False)
             except Exception as error:
@@ -275,12 +279,19 @@ def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any
             )
 
 
-def _with_beat(step: Callable[[], Any]) -> Callable[[], Any]:
-    def step_and_beat() -> Any:
-        beat()
-        return step()
+def _reporting(step: Callable[[], Any], report: Callable[[int], None]) -> Callable[[], Any]:
+    """Return ``step`` of vLLM's engine, which also is a sign of progress and reports the finished requests so far."""
+    finished = 0
 
-    return step_and_beat
+    def step_and_report() -> Any:
+        nonlocal finished
+        beat()
+        outputs = step()
+        finished += sum(output.finished for output in outputs)
+        report(finished)
+        return outputs
+
+    return step_and_report
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ import atexit
 import os
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.export import Exporter
 from megatron_selfdistill.model.hf.rules import Rule
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
@@ -62,6 +62,7 @@ class ServerSampler:
         *,
         max_length: int,
         run_dir: Path,
+        progress: Progress = ignore_progress,
     ) -> None:
         """Start the servers of ``rollout``, or connect to the servers that it names; return when all are up.
 
@@ -69,12 +70,13 @@ class ServerSampler:
         tensors.  ``hf_config``: the directory of the config.json that servers which start here load.  Their logs go to
         ``run_dir/servers``.  The token of servers that run already is in the environment variable
         SELFDISTILL_SERVER_TOKEN.  ``max_length``: longest prompt plus response, in tokens.
+        ``progress``: called on rank 0 alone, with the responses of all replicas, whenever a server has answered.
 
         Raises, on all ranks alike: `EngineError` where a server is not up, `ConfigError` where a server was started for
         shorter responses, or has workers that ``rollout.transfer`` does not reach.
         """
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
-        self._guided = rollout.guidance != "none"
+        self._guided, self._progress = rollout.guidance != "none", progress
         self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20), on_ranks=[0])
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
@@ -217,7 +219,7 @@ class ServerSampler:
         groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
         counts: list[PairCounts] = []
         tasks = [self._task([requests[i] for i in group], params, counts) for group in groups]
-        dispatched = dispatch(tasks, servers)
+        dispatched = dispatch(tasks, servers, self._counter(len(requests)))
         self._pool.lose(dispatched.failures)
         self._count("requests_retried", dispatched.num_retried)
         if guided:
@@ -231,6 +233,18 @@ class ServerSampler:
             oldest = min(response.weight_version for response in generated.values())  # type: ignore[type-var]
             self._metrics["rollout/staleness_max"] = self._version - oldest  # type: ignore[operator]
         return generated
+
+    def _counter(self, total: int) -> Callable[[list[Response]], None]:
+        """Return a function that adds the responses that it is given to those finished, of ``total``."""
+        finished = 0
+        self._progress(finished, total, "")
+
+        def arrived(responses: list[Response]) -> None:
+            nonlocal finished
+            finished += len(responses)
+            self._progress(finished, total, "")
+
+        return arrived
 
     def _task(
         self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]
