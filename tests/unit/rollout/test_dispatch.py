@@ -120,5 +120,19 @@ def test_a_fast_server_takes_over_from_a_slow_one(monkeypatch):
     assert Counter(where.values())[servers[1].address] >= 22
 
 
+def test_each_result_arrives_once_on_the_callers_thread_also_where_a_server_fails():
+    servers = servers_of(2)
+    arrived: list[tuple[int, threading.Thread]] = []
+
+    def before(i: int, server: VllmServer) -> None:
+        if server is servers[0] and i > 3:
+            raise EngineError("gone")
+
+    tasks, _, _ = counting(20, before)
+    assert dispatch(tasks, servers, lambda i: arrived.append((i, threading.current_thread()))).num_retried
+    assert sorted(i for i, _ in arrived) == list(range(20))
+    assert {thread for _, thread in arrived} == {threading.current_thread()}
+
+
 def test_no_tasks_give_no_results():
     assert dispatch([], servers_of(2)).results == []

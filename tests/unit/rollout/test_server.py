@@ -21,7 +21,7 @@ from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.base import Request, SamplingParams
+from megatron_selfdistill.rollout.base import Request, SamplingParams, ignore_progress
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
 MODEL = models.model_config("gqa", num_layers=2)
@@ -49,7 +49,9 @@ def tell(address: str, **fault: Any) -> None:
 
 
 @contextmanager
-def sampler(addresses: list[str], layout: dict[str, int], **options: Any) -> Iterator[tuple[Any, Any]]:
+def sampler(
+    addresses: list[str], layout: dict[str, int], progress: Any = ignore_progress, **options: Any
+) -> Iterator[tuple[Any, Any]]:
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
@@ -74,6 +76,7 @@ def sampler(addresses: list[str], layout: dict[str, int], **options: Any) -> Ite
             ),
             max_length=64,
             run_dir=Path(directory),
+            progress=progress,
         )
         try:
             yield built, grid
@@ -160,6 +163,19 @@ def test_in_any_layout_all_requests_are_answered_once_with_the_weights_that_were
         fakes[0].weights["model.norm.weight"],
         models.full_weight("decoder.final_layernorm.weight", (MODEL.hidden_size,)),
     )
+
+
+def counts_of_replies(addresses: list[str]) -> list[tuple[int, int, str]]:
+    counts: list[tuple[int, int, str]] = []
+    with sampler(addresses, {}, lambda *counted: counts.append(counted)) as (built, grid):
+        built.update_weights(0)
+        built.generate(everybodys(24)[grid.dp_rank :: grid.dp_size], GREEDY)
+    return counts
+
+
+def test_rank_0_counts_the_replies_to_the_requests_of_all_replicas(ranks, fakes):
+    first, second = ranks.run(counts_of_replies, [fake.address for fake in fakes], world_size=2, timeout=TIMEOUT)
+    assert first == [(finished, 24, "") for finished in range(25)] and second == []
 
 
 def test_without_a_named_transfer_workers_that_cannot_read_files_get_the_weights_another_way(ranks, fakes):

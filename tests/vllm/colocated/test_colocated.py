@@ -169,9 +169,16 @@ def written_alone_stopped_and_cut() -> dict[str, list[Response]]:
     stops = replace(DRAWN, stop_token_ids=tuple(range(0, models.VOCAB_SIZE, 8)))
     with sampler(MODELS["gqa"], chunks, grid) as it:
         it.update_weights(7)
+        counts: list[tuple[int, int, str]] = []
+        it._progress = lambda *counted: counts.append(counted)
+        stopped = it.generate(requests(), stops)
+        lengths = sorted(len(response.token_ids) for response in stopped)
+        assert len(set(lengths)) > 2, "the responses must end at different passes"
+        assert sorted(counts) == counts and len(set(counts)) >= len(set(lengths))
+        assert [counts[0], counts[-1]] == [(0, 8, ""), (8, 8, "")]
         return {
             "alone": [it.generate([request], DRAWN)[0] for request in requests()],
-            "stopped": it.generate(requests(), stops),
+            "stopped": stopped,
             "cut": it.generate(requests(), replace(DRAWN, top_k=1)),
             "cool": it.generate(requests(), replace(DRAWN, temperature=0.5)),
             "greedy": it.generate(requests(), replace(GREEDY, max_new_tokens=24)),
@@ -226,7 +233,12 @@ def guided_beside_plain(engine_tp: int) -> tuple[list[Response], dict[str, float
     chunks, grid = models.build(MODELS["gqa"], models.parallel(tp=2))
     with sampler(MODELS["gqa"], chunks, grid, engine_tp=engine_tp, guidance="mixed") as it:
         it.update_weights(7)
-        return it.generate(mixed_requests(), DRAWN), it.metrics()
+        counts: list[tuple[int, int, str]] = []
+        it._progress = lambda *counted: counts.append(counted)
+        responses = it.generate(mixed_requests(), DRAWN)
+        total, whose = (4, "of this engine") if engine_tp == 1 else (8, "")
+        assert [counts[0], counts[-1]] == [(0, total, whose), (total, total, whose)]
+        return responses, it.metrics()
 
 
 @pytest.mark.parametrize("engine_tp", [1, 2])

@@ -1,0 +1,91 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The sampler in process reports each finished response at the pass that finishes it."""
+
+from __future__ import annotations
+
+import dataclasses
+from itertools import pairwise
+
+import pytest
+from decoding import GREEDY, MAX_LENGTH, NEW_TOKENS, PROMPT_LENGTHS, make_pairs, make_requests
+from models import VOCAB_SIZE, build, model_config, parallel
+from responses import own, stops_of, tokens
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.megatron import survivors
+from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+Counts = list[tuple[int, int, str]]
+
+
+def ends_of_plain(requests: list[Request], responses: list[Response]) -> list[int]:
+    """Return the number of finished responses after each pass: row i ends at its prompt's length plus its own."""
+    ends = [len(q.prompt) + len(r.token_ids) for q, r in zip(requests, responses, strict=True)]
+    return [sum(end <= position for end in ends) for position in range(min(PROMPT_LENGTHS) + 1, max(ends) + 1)]
+
+
+def ends_of_guided(responses: list[Response]) -> list[int]:
+    ends = [len(response.token_ids) for response in responses]
+    return [sum(end <= step for end in ends) for step in range(1, max(ends) + 1)]
+
+
+def changes(counts: Counts) -> Counts:
+    """Return the counts without those that repeat the count before."""
+    return counts[:1] + [after for before, after in pairwise(counts) if before != after]
+
+
+def check_on_one_rank() -> None:
+    chunks, grid = build(model_config("gqa"), parallel())
+    counts: Counts = []
+    sampler = MegatronSampler(
+        chunks, grid, VOCAB_SIZE, MAX_LENGTH, 0.1, progress=lambda *counted: counts.append(counted)
+    )
+    plain, pairs = make_requests(), make_pairs(4)
+    stops = stops_of(tokens(sampler.generate(plain, GREEDY)))
+    params: SamplingParams = dataclasses.replace(GREEDY, stop_token_ids=stops)
+    counts.clear()
+    responses = sampler.generate([*pairs, *plain], params)
+    guided, rest = responses[:4], responses[4:]
+    before, number = len(plain), len(plain) + len(pairs)
+    passes = ends_of_plain(plain, rest) + [before + finished for finished in ends_of_guided(guided)]
+    assert len(set(passes)) >= 6, "the responses must end at different passes"
+    assert changes(counts) == changes([(finished, number, "") for finished in [0, *passes]])
+    with pytest.MonkeyPatch.context() as patch:  # a GPU knows each number one pass late
+        patch.setattr(survivors, "lag_of", lambda device: 1)
+        counts.clear()
+        assert tokens(sampler.generate([*pairs, *plain], params)) == tokens(responses)
+    assert sorted(counts) == counts and counts[-1] == (number, number, "")
+    per_token = sampler._bytes_per_token
+    sampler._kv_cache_gb = 2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30  # several batches
+    counts.clear()
+    sampler.generate(plain, params)
+    assert sorted(counts) == counts
+    assert (counts[0], counts[-1]) == ((0, before, ""), (before, before, ""))
+
+
+def test_each_response_is_reported_at_the_pass_that_ends_it(ranks):
+    ranks.run(check_on_one_rank, world_size=1)
+
+
+def counts_in(config: ParallelConfig, mode: str) -> Counts:
+    chunks, grid = build(model_config("gqa"), config)
+    counts: Counts = []
+    sampler = MegatronSampler(chunks, grid, VOCAB_SIZE, MAX_LENGTH, progress=lambda *counted: counts.append(counted))
+    requests = own(grid, make_requests()) if mode == "own" else make_requests()[:1]
+    sampler.generate(requests, GREEDY)
+    return [counts[0], counts[-1]]
+
+
+@pytest.mark.parametrize(
+    ("config", "mode", "expected"),
+    [
+        (parallel(), "own", [(4, "of this replica"), (3, "of this replica")]),
+        (parallel(cp=2), "own", [(4, "of this rank"), (3, "of this rank")]),
+        (parallel(cp=2), "one", [(1, "of this rank"), (0, "of this rank")]),
+        (parallel(pp=2), "own", [(7, ""), (7, "")]),
+    ],
+)
+def test_a_rank_reports_the_responses_that_it_decodes(ranks, config, mode, expected):
+    found = ranks.run(counts_in, config, mode, world_size=2)
+    assert found == [[(0, total, whose), (total, total, whose)] for total, whose in expected]
