@@ -178,9 +178,9 @@ def split_into_batches() -> tuple[list[list[int]], list[list[int]], list[int]]:
     [whole, small], _ = samplers_of("shallow", parallel(), TEACHERS["frozen"], None, room)
     held, sample = [], small._sample_guided
 
-    def count(requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+    def count(requests: Sequence[Request], *rest: Any) -> list[Response]:
         held.append(3 * len(requests) * (max(len(p) for r in requests for p in (r.prompt, r.teacher_prompt)) + 8))
-        return sample(requests, params)
+        return sample(requests, *rest)
 
     small._sample_guided = count
     return tokens(whole.generate(make_pairs(), SAMPLED)), tokens(small.generate(make_pairs(), SAMPLED)), held

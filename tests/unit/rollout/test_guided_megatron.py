@@ -113,7 +113,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     small = sampler_of(chunks, grid, kv_cache_gb=room * sampler._bytes_per_token / 2**30)
     batches: list[list[Request]] = []
     sample_guided = small._sample_guided
-    small._sample_guided = lambda some, params: batches.append(some) or sample_guided(some, params)
+    small._sample_guided = lambda some, *rest: batches.append(some) or sample_guided(some, *rest)
     split = small.generate(pairs[::-1], stopping)[::-1]
     drawn = sampler.generate(pairs, SAMPLED_PAIRS)
     held = [
