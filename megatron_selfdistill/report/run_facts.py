@@ -137,7 +137,9 @@ def _objective(config: Mapping[str, Any]) -> str | None:
         return None
     if config.get("objective") != "self_distillation":
         return _text(config.get("objective"))
-    names = ("target.anchor", "target.teacher_weight", "target.k_max", "loss.divergence", "teacher.weights")
+    mixed = ("target.anchor", "target.teacher_weight", "target.k_max")
+    mixes = config.get("target.rule") != "teacher_alone"
+    names = ("target.rule", *(mixed if mixes else ()), "loss.divergence", "teacher.weights")
     return ", ".join(f"{name}={_text(config[name])}" for name in names if name in config)
 
 

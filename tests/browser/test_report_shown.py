@@ -58,6 +58,12 @@ def test_a_page_loads_without_errors_and_fits_its_window(browser, two, width, da
     tab.close()
 
 
+def test_several_runs_begin_with_their_differences_also_in_the_menu(browser, one, two):
+    first = "[...document.querySelectorAll('#sections a')].slice(0, 2).map((link) => link.textContent)"
+    assert browser.open(one).value(first) == ["What ran", "Results"]
+    assert browser.open(two).value(first) == ["Differences between the runs", "What ran"]
+
+
 def test_the_figure_draws_its_line_in_the_colours_of_the_theme(browser, one):
     """Count the pixels of the canvas that have the colour of the line, in both themes."""
     tab = browser.open(one)

@@ -11,7 +11,10 @@ startPage(async () => {
   byId("theme").append(themeSwitch());
   showFacts(runs);
   showTables(overview.differences);
-  byId("top").classList.toggle("several", runs.length > 1);
+  if (runs.length > 1) {
+    byId("top").classList.add("several");
+    byId("top").prepend(byId("results")); // also the order for the keyboard and for screen readers
+  }
   byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
   showFigures(overview.groups, runs, curves);
   showShares(runs);

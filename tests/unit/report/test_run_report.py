@@ -7,8 +7,10 @@ import json
 import math
 import random
 import shutil
+from pathlib import Path
 
 import pytest
+import yaml
 from reported_runs import NASTY, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
@@ -49,6 +51,7 @@ def test_what_ran_is_there_with_versions_hardware_layout_commit_and_command(run)
     assert "torch 2.13.0" in facts["versions"] and "NVIDIA H200" in facts["hardware"]
     assert facts["git commit"].startswith("0123") and facts["layout"].startswith("TP 2 x PP 1")
     assert (facts["seed"], facts["launches"]) == ("0", "2")
+    assert facts["objective"].startswith("target.rule=entropy_matched, target.anchor=student, target.teacher_weight")
     assert shown["status"] == "30 of 30 steps; the run is complete"
     assert [row[1:3] for row in shown["events"]] == [
         ["0", "started"],
@@ -70,6 +73,15 @@ def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_
     loss = next(row for row in last["rows"] if row[0].startswith("loss"))
     assert float(loss[2]) - float(loss[1]) == pytest.approx(1.0, abs=1e-3)
     assert curve(blocks, "loss/mean", 1)[7] - curve(blocks, "loss/mean", 0)[7] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_teacher_alone_is_described_without_a_mix(run, tmp_path):
+    alone = Path(shutil.copytree(run, tmp_path / "alone"))
+    config = yaml.safe_load((alone / "config.yaml").read_text())
+    config["target"] |= {"rule": "teacher_alone", "anchor": "student"}
+    (alone / "config.yaml").write_text(yaml.safe_dump(config))
+    (shown,) = blocks_of(page_of(alone))["overview"]["runs"]
+    assert dict(shown["facts"])["objective"].startswith("target.rule=teacher_alone, loss.divergence=")
 
 
 def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
