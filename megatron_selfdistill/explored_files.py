@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from megatron_selfdistill.replaced_files import replace_file
 
 EXPLORED_DIRECTORY = "explored"
 """The directory of a run with one file per explored response."""
@@ -24,10 +25,8 @@ def write_explored(run_dir: Path, step: int, records: Sequence[Mapping[str, Any]
     paths = []
     for number, record in enumerate(records, 1):
         path = directory / f"step_{step:07d}_{number}.json.gz"
-        temporary = path.with_name(f".{path.name}.writing")
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        temporary.write_bytes(gzip.compress(text.encode(), compresslevel=6, mtime=0))
-        os.replace(temporary, path)
+        replace_file(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
         paths.append(path)
     return paths
 

@@ -171,27 +171,11 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.commands.given_config import given_config
 
-    named = (arguments.overrides, arguments.config_name, arguments.config_dir)
-    config, given = configuration.load(*named), configuration.given_keys(*named)
-    overridden = {override.lstrip("+~").partition("=")[0] for override in arguments.overrides}
-    if taken := sorted(overridden & RESERVED.keys()):
-        raise ConfigError(f"{taken[0]} cannot be set here: use {RESERVED[taken[0]]}")
-    # The problems come from --data.  Nothing is trained, so the size of a batch limits no layout.
-    config = dataclasses.replace(
-        config,
-        data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
-        evaluation=dataclasses.replace(
-            config.evaluation,
-            path=str(arguments.data),
-            num_samples=arguments.num_samples,
-            pass_at_k=arguments.pass_at_k,
-        ),
-    )
-    return config, given
+    measured = {"path": str(arguments.data), "num_samples": arguments.num_samples, "pass_at_k": arguments.pass_at_k}
+    given = given_config(arguments, RESERVED, measured)
+    return given.config, given.keys
 
 
 def _data(run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -121,23 +120,13 @@ def explore(arguments: argparse.Namespace) -> int:
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.commands.given_config import given_config
     from megatron_selfdistill.commands.run_settings import is_run, with_settings_of
-    from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.errors import ConfigError
 
-    named = (arguments.overrides, arguments.config_name, arguments.config_dir)
-    config, given = configuration.load(*named), configuration.given_keys(*named)
-    overridden = {override.lstrip("+~").partition("=")[0] for override in arguments.overrides}
-    if taken := sorted(overridden & RESERVED.keys()):
-        raise ConfigError(f"{taken[0]} cannot be set here: use {RESERVED[taken[0]]}")
-    # Nothing is trained, so the size of a batch limits no layout.
-    data = dataclasses.replace(config.data, path=None, global_batch_size=world_size())
-    evaluation = dataclasses.replace(config.evaluation, path=None)
-    config = dataclasses.replace(config, data=data, evaluation=evaluation)
+    given = given_config(arguments, RESERVED, {"path": None})
     if is_run(arguments.checkpoint):
-        config = with_settings_of(arguments.checkpoint, config, overridden)
-    return config, given
+        return with_settings_of(arguments.checkpoint, given.config, given.overridden), given.keys
+    return given.config, given.keys
 
 
 def _problem(arguments: argparse.Namespace) -> Problem:

@@ -23,6 +23,7 @@ from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.metrics.progress import PhaseProgress, SlowPhaseLines
 from megatron_selfdistill.metrics.sample_views import console_text
 from megatron_selfdistill.metrics.samples import Sample
+from megatron_selfdistill.replaced_files import replace_file
 from megatron_selfdistill.run_log import (
     EVALUATION_SAMPLES_FILE,
     METRICS_FILE,
@@ -253,9 +254,7 @@ def configured_log(config: Config, phases: Phases, *, enabled: bool) -> MetricsL
 def _forget_after(step: int, path: Path) -> None:
     """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file in one move."""
     kept = [line for line, values in complete_lines(path) if step and values["step"] <= step]
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    replace_file(path, "".join(kept))
 
 
 def _json_number(value: float) -> float | str:

@@ -17,6 +17,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics.sample_views import sample_html
 from megatron_selfdistill.metrics.samples import Sample
+from megatron_selfdistill.replaced_files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -159,9 +160,7 @@ class WandbLogger:
         self._run.finish()
 
     def _write_id(self) -> None:
-        temporary = self._id_file.with_suffix(".tmp")
-        temporary.write_text(f"{self._id}\n")
-        os.replace(temporary, self._id_file)
+        replace_file(self._id_file, f"{self._id}\n")
 
 
 BUILT_IN: Mapping[str, Callable[[LoggedRun], MetricsLogger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}

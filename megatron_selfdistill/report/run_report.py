@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from megatron_selfdistill.replaced_files import replace_file
 from megatron_selfdistill.report.downsampling import curve_of
 from megatron_selfdistill.report.figures import GROUPS
 from megatron_selfdistill.report.html_page import asset, html_page
@@ -36,12 +37,7 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
     runs = read_runs(run_dirs)
     target = Path(run_dirs[0]) / REPORT_FILE if path is None else Path(path)
     page = report_page(runs, [_explored(run, Path(place), target) for run, place in zip(runs, run_dirs, strict=True)])
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        temporary.write_text(page, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    replace_file(target, page)
     return target
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.explored_files import explored_files, page_of, read_explored, step_and_sample
+from megatron_selfdistill.replaced_files import replace_file
 from megatron_selfdistill.report.html_page import asset, html_page
 
 logger = logging.getLogger(__name__)
@@ -85,7 +85,7 @@ def target_page(record: Mapping[str, Any]) -> str:
 
 def write_target_page(record: Mapping[str, Any], path: Path) -> None:
     """Write the page of an explored response in one move.  Raises: OSError, ValueError."""
-    _replace(path, target_page(record))
+    replace_file(path, target_page(record))
 
 
 def write_target_pages(run_dir: Path) -> list[TargetPage]:
@@ -104,15 +104,6 @@ def write_target_pages(run_dir: Path) -> list[TargetPage]:
             except (ValueError, EOFError, OSError, zlib.error) as error:
                 logger.warning("%s has no page: %s: %s", source, type(error).__name__, error)
                 continue
-            _replace(page.path, text)
+            replace_file(page.path, text)
         pages.append(page)
     return pages
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ ORDER = {
         "schema.run_config schema.whole_config checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
+    "replaced_files": "",
     "run_log": "",
     "explored_files": "",
     "distributed": "collectives launch_store roll_call watchdog ranks stop",
@@ -97,8 +98,8 @@ ORDER = {
     ),
     "doctor": "imports findings",
     "commands": (
-        "convert report doctor given_model evaluate_options evaluate exploration explore_options run_settings "
-        "explore plan solution_journal solution_job solutions"
+        "convert report doctor given_config given_model evaluate_options evaluate exploration explore_options "
+        "run_settings explore plan solution_journal solution_job solutions"
     ),
     "cli": "",
     "__main__": "",
