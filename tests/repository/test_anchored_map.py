@@ -70,16 +70,16 @@ def test_the_arms_of_every_experiment_are_different_runs(tools):
 
 def test_cells_whose_line_is_there_are_not_run_again(tools, monkeypatch, tmp_path):
     module, lines, run = tools("anchored_map"), tmp_path / "lines.jsonl", []
-    done = [{"experiment": "leak", "arm": arm, "seed": 11} for arm in ("base", "default", "strict")]
+    done = [{"experiment": "leak", "arm": arm, "seed": 11} for arm in ("base", "student_matched", "student_strict")]
     lines.write_text("".join(json.dumps(line) + "\n" for line in done))
     monkeypatch.setattr(module, "run_cell", lambda cell, *_: run.append((cell.arm, cell.seed)))
-    assert module.main(["--only", "leak", "--seeds", "11", "12", f"--lines={lines}", "--arms", "base", "default"]) == 0
-    assert run == [("base", 12), ("default", 12)]
+    assert module.main(["--only", "leak", "--seeds", "11", "12", f"--lines={lines}", "--arms", "base", "student_matched"]) == 0
+    assert run == [("base", 12), ("student_matched", 12)]
 
 
 def test_a_cell_appends_its_line_and_removes_its_run(tools, monkeypatch, tmp_path):
     module, experiments = tools("anchored_map"), tools("anchored_experiments")
-    cell, lines = experiments.Cell(experiments.EXPERIMENTS["leak"], "strict", 11), tmp_path / "lines.jsonl"
+    cell, lines = experiments.Cell(experiments.EXPERIMENTS["leak"], "student_strict", 11), tmp_path / "lines.jsonl"
     lines.write_text('{"experiment": "leak"}\n')
 
     def ran(self, root, directory):
@@ -91,8 +91,8 @@ def test_a_cell_appends_its_line_and_removes_its_run(tools, monkeypatch, tmp_pat
     first, line = module.read_lines(lines)
     assert first == {"experiment": "leak"}
     assert line.pop("seconds") >= 0
-    assert line == {"experiment": "leak", "arm": "strict", "seed": 11, "greedy": [0.5]}
-    assert not (tmp_path / "runs" / "leak" / "strict-seed11").exists()
+    assert line == {"experiment": "leak", "arm": "student_strict", "seed": 11, "greedy": [0.5]}
+    assert not (tmp_path / "runs" / "leak" / "student_strict-seed11").exists()
 
 
 def test_a_cell_of_the_sweep_trains_and_measures_one_mark_only(tools, monkeypatch, tmp_path):
@@ -217,12 +217,12 @@ def line_of(arm: str, seed: int, *sampled: float) -> dict:
 
 def test_a_table_has_mean_lowest_and_highest_of_the_seeds_that_have_all_arms(tools):
     module = tools("anchored_tables")
-    lines = [line_of("base", 11, 0.3), line_of("default", 11, 0.9, 0.2), line_of("base", 12, 0.4)]
-    lines += [line_of("default", 12, 0.3, 0.5), line_of("default", 13, 1.0, 1.0)]
-    heading, _, before, default = module.table(module.complete(lines, ["base", "default"]), module.USUAL)
+    lines = [line_of("base", 11, 0.3), line_of("student_matched", 11, 0.9, 0.2), line_of("base", 12, 0.4)]
+    lines += [line_of("student_matched", 12, 0.3, 0.5), line_of("student_matched", 13, 1.0, 1.0)]
+    heading, _, before, matched = module.table(module.complete(lines, ["base", "student_matched"]), module.USUAL)
     assert heading.startswith("| step 100, seeds 11, 12 | greedy |")
     assert before == "| before | 1.00 [1.00 1.00] | .35 [.30 .40] | .50 [.50 .50] | .051 [.051 .051] |  |  |"
-    assert default.endswith("| .35 [.20 .50] | .50 [.50 .50] | .051 [.051 .051] | .70 [.50 .90] | 50 to 100 |")
+    assert matched.endswith("| .35 [.20 .50] | .50 [.50 .50] | .051 [.051 .051] | .70 [.50 .90] | 50 to 100 |")
 
 
 def test_the_flips_are_the_weights_at_which_the_closed_form_passes_a_half(tools):

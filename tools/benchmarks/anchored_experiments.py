@@ -42,28 +42,28 @@ FORWARD = "loss.divergence=forward_kl"
 GUIDED = "rollout.guidance=mixed"
 SIX = {
     "teacher_alone": ("target=teacher_alone",),
-    "default": (),
-    "strict": ("target=strict",),
+    "student_matched": ("target=capped",),
+    "student_strict": ("target=strict",),
     "anchored_fixed": ("target=geometric_mean", "target.anchor=reference"),
     "anchored_matched": ("target=anchored",),
     "anchored_strict": ("target=anchored", "target.k_max=null"),
 }
-"""The six arms: the teacher alone, today's default, the strict match, and the anchored target with k = 1 + w, with the
-match and the bound, and with the strict match."""
+"""The six arms: the teacher alone, the mix with the student with the match and the bound and with the strict match, and the
+anchored target with k = 1 + w, with the match and the bound, and with the strict match."""
 TWO_BEST = ("anchored_matched", "anchored_fixed")
 FOR_UNSOLVED = {
     "teacher_alone": SIX["teacher_alone"],
-    "default": (),
+    "student_matched": SIX["student_matched"],
     "anchored_matched": SIX["anchored_matched"],
     "anchored_matched_w2": (*SIX["anchored_matched"], "target.teacher_weight=2"),
     "teacher_alone_forward": (*SIX["teacher_alone"], FORWARD),
-    "default_forward": (FORWARD,),
+    "student_matched_forward": (*SIX["student_matched"], FORWARD),
     "anchored_matched_forward": (*SIX["anchored_matched"], FORWARD),
     "anchored_matched_forward_w2": (*SIX["anchored_matched"], FORWARD, "target.teacher_weight=2"),
 }
 GUIDED_AND_RFT = {
-    "default_guided": (GUIDED,),
-    "default_forward_guided": (FORWARD, GUIDED),
+    "student_matched_guided": (*SIX["student_matched"], GUIDED),
+    "student_matched_forward_guided": (*SIX["student_matched"], FORWARD, GUIDED),
     "rft": ("objective=rft",),
 }
 GUIDED_AND_ANCHORED = {
@@ -265,7 +265,7 @@ EXPERIMENTS = {
             "A leaking hint, forward KL",
             leaking_subtraction.TASK,
             LEAK_STEPS,
-            {name: SIX[name] for name in ("default", *TWO_BEST)},
+            {name: SIX[name] for name in ("student_matched", *TWO_BEST)},
             (FORWARD,),
         ),
         Experiment("quickstart", "The quickstart", subtraction.TASK, SHORT),

@@ -25,14 +25,14 @@ PAGE = REPOSITORY / "docs" / "anchored.md"
 NAMES = {
     "base": "before",
     "teacher_alone": "teacher alone",
-    "default": "default: mix with the student, matched",
-    "strict": "mix with the student, strict match",
+    "student_matched": "mix with the student, matched",
+    "student_strict": "mix with the student, strict match",
     "anchored_fixed": "anchored, k = 1 + w",
     "anchored_matched": "anchored, matched",
     "anchored_strict": "anchored, strict match",
     "anchored_matched_w2": "anchored, matched, w = 2",
     "teacher_alone_forward": "teacher alone, forward KL",
-    "default_forward": "default, forward KL",
+    "student_matched_forward": "mix with the student, matched, forward KL",
     "anchored_matched_forward": "anchored, matched, forward KL",
     "anchored_matched_forward_w2": "anchored, matched, forward KL, w = 2",
     "anchored_matched_forward_guided": "anchored, matched, forward KL, guided rollouts",
@@ -43,8 +43,8 @@ NAMES = {
     "anchored_fixed_refreshed": "k = 1 + w, refreshed every 100 steps",
     "anchored_matched_averaged": "matched, average of the weights",
     "anchored_fixed_averaged": "k = 1 + w, average of the weights",
-    "default_guided": "default, guided rollouts",
-    "default_forward_guided": "default, forward KL, guided rollouts",
+    "student_matched_guided": "mix with the student, matched, guided rollouts",
+    "student_matched_forward_guided": "mix with the student, matched, forward KL, guided rollouts",
     "rft": "RFT with a verifier",
 }
 """Name of an arm -> its label in a table."""
