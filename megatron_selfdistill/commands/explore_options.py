@@ -21,7 +21,7 @@ The page needs nothing but a browser.  It colours each token by its divergence b
 candidates of student, teacher and target, and computes the target again for another teacher's weight, rule, anchor or
 divergence.
 
-key=value changes any key of the trainer: target.teacher_weight=2, target=anchored, data.teacher_template=...,
+key=value changes any key of the trainer: target.teacher_weight=2, target=capped, data.teacher_template=...,
 rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
 
     torchrun --nproc-per-node 2 -m megatron_selfdistill explore Qwen3-8B --problem p.txt --solution s.txt \\
@@ -52,7 +52,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--teacher",
         type=Path,
         metavar="DIR",
-        help="checkpoint of the teacher, and of the reference with target=anchored (default: CHECKPOINT, as at the "
+        help="checkpoint of the teacher, and of the reference with target=capped (default: CHECKPOINT, as at the "
         "start of a run; of a run directory what the run has started from)",
     )
     text = "a text, or the name of a file with the text"
@@ -72,7 +72,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=anchored")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=capped")
     arguments = parser.parse_intermixed_args(argv)
     if wrong := [word for word in arguments.overrides if "=" not in word]:
         parser.error(f"expected one checkpoint and then key=value, got {wrong[0]}")

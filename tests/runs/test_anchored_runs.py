@@ -58,7 +58,7 @@ def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path)
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("target.rule=teacher_alone", "leave target.anchor=student"),
+        ("target.rule=teacher_alone", "set target=teacher_alone"),
         ("target.match=teacher", "target.match must be null, student or target.anchor"),
     ],
 )

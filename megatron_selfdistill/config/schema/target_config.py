@@ -26,12 +26,12 @@ class TargetConfig:
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: float | None = None
     """The value of k under rule=fixed; null is 1 + w."""
-    anchor: str = "student"
-    """The model that the teacher is mixed with, on the student's context: student (the weights that are trained) or
-    reference (the weights at the start of the run, so that the target stands still with a frozen teacher, whose weights
-    are also the reference's; with another teacher the reference is one more copy of the weights)."""
+    anchor: str = "reference"
+    """The model that the teacher is mixed with, on the student's context: reference (the weights at the start of the
+    run, so that the target stands still with a frozen teacher, whose weights are also the reference's; with another
+    teacher the reference is one more copy of the weights) or student (the weights that are trained)."""
     match: str | None = None
-    """The model whose entropy the target has: student, or with anchor=reference reference; null is the anchor."""
+    """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
 
     def __post_init__(self) -> None:
         normalise("target", self)
@@ -50,7 +50,8 @@ class TargetConfig:
         )
         require(
             self.anchor == "student" or self.rule != "teacher_alone",
-            "target.rule=teacher_alone mixes the teacher with nothing: leave target.anchor=student",
+            "target.rule=teacher_alone mixes the teacher with nothing: set target=teacher_alone, which also sets "
+            "target.anchor=student",
         )
         if self.guided_teacher_weight is not None:
             self._check_guided_teacher_weight()
