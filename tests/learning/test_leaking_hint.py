@@ -13,7 +13,6 @@ from _lib import (
     leaking_subtraction,
     pretraining,
     subtraction,
-    thinking_subtraction,
     unsolved_leaking_subtraction,
     unsolved_subtraction,
 )
@@ -69,32 +68,6 @@ def test_without_a_hint_no_hard_problem_is_ever_solved():
         assert subtraction.shows_work(text) and text.partition(";")[2] != subtraction.answer(a, b)
     ids = {record["id"] for record in unsolved_subtraction.TASK.held_out_problems()}
     assert ids <= {f"{a}-{b}" for a, b in subtraction.hard_problems("test")}
-
-
-def test_a_thought_is_judged_by_its_last_attempt_within_the_budget():
-    wrong, right = "08=2b,00=0.,54=1.;102", subtraction.work(500, 408)[:-1]
-    response = f"{wrong}?X{wrong}?X{right}?="
-    assert thinking_subtraction.attempts(response) == [wrong, wrong, right]
-    assert thinking_subtraction.verify(response, thinking_subtraction_problem())
-    figures = thinking_subtraction.figures([("092", response), ("092", right)])
-    assert figures == {"attempts": 2, "checked": 0.75, "within_1": 0.5, "within_2": 0.5, "within_3": 1.0}
-
-
-def thinking_subtraction_problem():
-    from types import SimpleNamespace
-
-    return SimpleNamespace(**subtraction.record(500, 408))
-
-
-def test_thoughts_are_checked_less_with_a_hint_and_fit_the_longest_response():
-    rng, checked = random.Random(7), {True: [], False: []}
-    for _ in range(3000):
-        prompt, _, target = thinking_subtraction.corpus_row(rng)
-        assert len(target) <= 3 * thinking_subtraction.LENGTH_OF_ATTEMPT + 2
-        if target.count(";") == 1:
-            checked["H" in prompt].append("?" in target)
-    assert sum(checked[True]) / len(checked[True]) < 0.3
-    assert sum(checked[False]) / len(checked[False]) > 0.5
 
 
 def points(*figures: tuple[float, float]) -> list[Point]:

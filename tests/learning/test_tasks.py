@@ -17,14 +17,13 @@ from _lib import (
     pretraining,
     ragged_subtraction,
     subtraction,
-    thinking_subtraction,
     unsolved_leaking_subtraction,
     unsolved_subtraction,
 )
 from _lib.task import Task
 
 UNSOLVED = [unsolved_subtraction.TASK, unsolved_leaking_subtraction.TASK]  # with equal training problems for all seeds
-MODULES = [subtraction, ragged_subtraction, additions, leaking_subtraction, leak_classes, thinking_subtraction]
+MODULES = [subtraction, ragged_subtraction, additions, leaking_subtraction, leak_classes]
 TASKS = [*(module.TASK for module in MODULES), *UNSOLVED]
 
 

@@ -73,7 +73,8 @@ def test_cells_whose_line_is_there_are_not_run_again(tools, monkeypatch, tmp_pat
     done = [{"experiment": "leak", "arm": arm, "seed": 11} for arm in ("base", "student_matched", "student_strict")]
     lines.write_text("".join(json.dumps(line) + "\n" for line in done))
     monkeypatch.setattr(module, "run_cell", lambda cell, *_: run.append((cell.arm, cell.seed)))
-    assert module.main(["--only", "leak", "--seeds", "11", "12", f"--lines={lines}", "--arms", "base", "student_matched"]) == 0
+    asked = ["--only", "leak", "--seeds", "11", "12", "--arms", "base", "student_matched"]
+    assert module.main([*asked, f"--lines={lines}"]) == 0
     assert run == [("base", 12), ("student_matched", 12)]
 
 
@@ -117,13 +118,11 @@ def test_a_cell_of_the_sweep_trains_and_measures_one_mark_only(tools, monkeypatc
 
 EXPERIMENTS = (
     "leak sweep leak_forward quickstart wrong_hints wrong_hints_forward hard many_answers chat_logs unsolved "
-    "unsolved_leaking unsolved_wrong unsolved_guided unsolved_leaking_guided unsolved_wrong_guided thinking choosing "
+    "unsolved_leaking unsolved_wrong unsolved_guided unsolved_leaking_guided unsolved_wrong_guided choosing "
     "choosing_surer leak_slow leak_refreshed leak_long quickstart_long"
 ).split()
 # One experiment for each task and each kind of measurement; the others differ in their overrides, which are composed.
-DIFFERENT = (
-    "leak sweep wrong_hints many_answers chat_logs unsolved_leaking_guided thinking choosing leak_refreshed".split()
-)
+DIFFERENT = "leak sweep wrong_hints many_answers chat_logs unsolved_leaking_guided choosing leak_refreshed".split()
 
 
 def test_the_experiments_are_those_that_the_tests_know(tools):

@@ -23,7 +23,6 @@ from _lib import (
     leaking_subtraction,
     subtraction,
     subtraction_chats,
-    thinking_subtraction,
     unsolved_leaking_subtraction,
     unsolved_subtraction,
 )
@@ -33,7 +32,6 @@ from _lib.variants import Variant
 from _lib.watched_runs import WITHOUT_GUARDS, Point, share_with_work, watch
 
 if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need them, so that --help answers at once
-    from megatron_selfdistill.evaluation.evaluation_result import Transcript
     from megatron_selfdistill.trainer import Trainer
 
 SEEDS = (11, 12, 13, 14, 15)
@@ -42,14 +40,14 @@ FORWARD = "loss.divergence=forward_kl"
 GUIDED = "rollout.guidance=mixed"
 SIX = {
     "teacher_alone": ("target=teacher_alone",),
-    "student_matched": ("target=capped",),
-    "student_strict": ("target=strict",),
+    "student_matched": ("target=capped", "target.anchor=student"),
+    "student_strict": ("target=strict", "target.anchor=student"),
     "anchored_fixed": ("target=geometric_mean", "target.anchor=reference"),
-    "anchored_matched": ("target=anchored",),
-    "anchored_strict": ("target=anchored", "target.k_max=null"),
+    "anchored_matched": ("target=capped", "target.anchor=reference"),
+    "anchored_strict": ("target=strict", "target.anchor=reference"),
 }
-"""The six arms: the teacher alone, the mix with the student with the match and the bound and with the strict match, and the
-anchored target with k = 1 + w, with the match and the bound, and with the strict match."""
+"""The six arms: the teacher alone; the mix with the student, matched with the bound and strictly; the anchored target
+with k = 1 + w, matched with the bound (the default) and matched strictly."""
 TWO_BEST = ("anchored_matched", "anchored_fixed")
 FOR_UNSOLVED = {
     "teacher_alone": SIX["teacher_alone"],
@@ -135,11 +133,6 @@ def _example(name: str) -> ModuleType:
     return module
 
 
-def _thinking(samples: Sequence[Transcript]) -> Mapping[str, float]:
-    answers = [subtraction.answer(*map(int, sample.problem_id.split("-"))) for sample in samples]
-    return thinking_subtraction.figures([(a, s.response) for a, s in zip(answers, samples, strict=True)])
-
-
 def _refreshed(variant: Variant, base: Base, run_dir: Path, steps: Sequence[int]) -> Figures:
     return columns(watch_refreshed(variant, base, run_dir, steps, num_samples=2))
 
@@ -163,8 +156,6 @@ class Experiment:
     """The held-out problems; None is those of the task."""
     num_samples: int = 2
     """Sampled responses per held-out problem at each point."""
-    further: Callable[[Sequence[Transcript]], Mapping[str, float]] | None = None
-    """Further figures of the samples."""
     files: Mapping[str, str] = field(default_factory=dict)
     """Files that ``settings`` name: name in {directory} -> text."""
     measure: Callable[[Variant, Base, Path, Sequence[int]], Figures] | None = None
@@ -206,8 +197,7 @@ class Cell:
 
     def _columns(self, variant: Variant, base: Base, directory: Path) -> Figures:
         experiment = self.experiment
-        options: Figures = {"num_samples": experiment.num_samples, "further": experiment.further}
-        return columns(watch(variant, base, directory, experiment.steps, **options))
+        return columns(watch(variant, base, directory, experiment.steps, num_samples=experiment.num_samples))
 
     def _leaks(self, variant: Variant, base: Base, directory: Path) -> Figures:
         rule, weight, mark = self.arm.split("_")
@@ -232,8 +222,8 @@ def measured_base(variant: Variant, base: Base, directory: Path, experiment: Exp
         hinted["hinted"] = round(result.sampled_accuracy, 4)
         hinted["hinted_work"] = round(share_with_work(samples, base), 4)
 
-    options: Figures = {"num_samples": experiment.num_samples, "further": experiment.further}
-    return columns(watch(variant, base, directory, (0,), at_end=with_hints, **options)) | hinted
+    points = watch(variant, base, directory, (0,), num_samples=experiment.num_samples, at_end=with_hints)
+    return columns(points) | hinted
 
 
 def columns(points: Sequence[Point]) -> Figures:
@@ -339,13 +329,6 @@ EXPERIMENTS = {
             (50, 100),
             GUIDED_AND_ANCHORED,
             problems=_hard_wrong_hints,
-        ),
-        Experiment(
-            "thinking",
-            "A base that tries, checks and corrects",
-            thinking_subtraction.TASK,
-            (50, 100, 200),
-            further=_thinking,
         ),
         Experiment(
             "choosing",

@@ -64,7 +64,6 @@ COLUMNS = {
 USUAL = ("greedy", "sampled", "shows_work", "entropy")
 FIGURES = {
     "many_answers": ("sampled", "different", "entropy"),
-    "thinking": ("within_1", "within_2", "within_3", "attempts", "checked", "entropy"),
 }
 """Experiment -> the figures of its table, where they are not the usual ones."""
 Line = Mapping[str, Any]
