@@ -107,7 +107,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "Entropy of the target minus entropy of the student",
             {"entropy/target_minus_student": "target - student"},
             NATS,
-            "The difference is at most 0 with the bound of k, and near 0 if most tokens are matched.",
+            "The difference is at most 0 with the bound of k, and comes near 0 as the student learns.",
             "The difference is clearly above 0.",
         ),
         ReportFigure(
