@@ -288,7 +288,7 @@ class Learner:
         )
 
     def token_target(self, guided: bool) -> TokenTarget:
-        """Return the target and the divergence of the tokens of a plain or a guided response."""
+        """Return the target and the divergence of the tokens of a plain or a guided problem."""
         own, loss = self.guided_tokens if guided else token_losses.GuidedTokens(), self.config.loss
         target, divergence = self._target(), Divergence(loss.divergence, loss.jsd_lambda)
         if own.teacher_weight is not None:
@@ -297,7 +297,7 @@ class Learner:
 
     @property
     def guided_tokens(self) -> token_losses.GuidedTokens:
-        """What the configuration gives to the tokens of guided responses alone."""
+        """What the configuration gives to the tokens of guided problems alone."""
         weight, loss = self.config.target.guided_teacher_weight, self.config.loss
         kind = loss.guided_divergence
         return token_losses.GuidedTokens(weight, None if kind is None else Divergence(kind, loss.jsd_lambda))

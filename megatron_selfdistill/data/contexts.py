@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -55,7 +55,7 @@ class ContextPair:
     truncated: bool
     """Whether the response reached ``max_new_tokens`` without a stop token."""
     guided: bool = False
-    """Whether the response was sampled from the target, which both contexts define, rather than from the student."""
+    """Whether the problem is guided: its tokens have the teacher weight and the divergence of guided problems."""
 
     @property
     def student_length(self) -> int:
@@ -78,10 +78,6 @@ class SampledResponse(Protocol):
     @property
     def truncated(self) -> bool:
         """Whether the response reached ``max_new_tokens`` without a stop token."""
-
-    @property
-    def guided(self) -> bool:
-        """Whether the response was sampled from the target rather than from the student."""
 
 
 def plan_contexts(
@@ -161,10 +157,13 @@ def shortened_to_fit(
     return replace(pair, teacher_prompt=teacher, solution=solution, solution_truncated=True)
 
 
-def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse]) -> list[ContextPair]:
+def build_contexts(
+    prompt_pairs: Sequence[PromptPair], responses: Sequence[SampledResponse], guided: Collection[str] = ()
+) -> list[ContextPair]:
     """Return one context pair per response; ``responses[i]`` answers ``prompt_pairs[i]``.
 
     Several samples of a problem have the same pair.  The token ids of responses are those that were sampled.
+    ``guided``: the ids of the problems that are guided.
     """
     if len(prompt_pairs) != len(responses):
         raise ValueError(
@@ -177,7 +176,7 @@ def build_contexts(prompt_pairs: Sequence[PromptPair], responses: Sequence[Sampl
             pair.teacher_prompt,
             list(response.token_ids),
             response.truncated,
-            response.guided,
+            pair.problem_id in guided,
         )
         for pair, response in zip(prompt_pairs, responses, strict=True)
     ]

@@ -59,7 +59,7 @@ class PackedBatch:
     response_tokens: Tensor
     """Response tokens [R_total] int64 of all contexts, in the order of the contexts."""
     guided: Tensor
-    """Whether each of the response tokens belongs to a guided response, [R_total] bool."""
+    """Whether each of the response tokens belongs to a guided problem, [R_total] bool."""
     num_contexts: int
 
     @property

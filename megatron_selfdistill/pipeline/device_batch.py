@@ -23,7 +23,7 @@ from megatron_selfdistill.model.output_layer import ResponsePositions
 class StudentMicrobatch:
     """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens.
 
-    The tokens of guided responses come last, so that both kinds of tokens are slices.
+    The tokens of guided problems come last, so that both kinds of tokens are slices.
     """
 
     inputs: ModelInputs
@@ -33,7 +33,7 @@ class StudentMicrobatch:
     response_tokens: Tensor
     """Token ids of the R response tokens, [R] int64."""
     num_guided: int
-    """Number of the R tokens that belong to guided responses."""
+    """Number of the R tokens that belong to guided problems."""
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) 
 def _held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
     """Return the position in the rank's share and the response id of each response token whose state the rank holds.
 
-    Tokens of guided responses come after the others, and otherwise positions rise.
+    Tokens of guided problems come after the others, and otherwise positions rise.
     """
     positions, ids = microbatch.response_positions, microbatch.response_ids
     if cp_size > 1:

@@ -94,7 +94,7 @@ def run(
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
-    guided responses have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a
+    guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a
     replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.

@@ -34,7 +34,7 @@ loss/weighting.py has such functions.
 
 @dataclass(frozen=True)
 class GuidedTokens:
-    """The teacher's weight and the divergence of the tokens of guided responses, where they have their own."""
+    """The teacher's weight and the divergence of the tokens of guided problems, where they have their own."""
 
     teacher_weight: float | None = None
     """w of these tokens, which needs a target that is anchored to a reference; None is the w of the target."""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guidance as a decorator of prompts: which problems get responses sampled from the mix of student and teacher.
+"""Guidance as a decorator of prompts: which problems get responses sampled from the target.
 
 Under ``rollout.guide_below`` guidance goes to the problems that the student alone has rarely solved of late.
 """
@@ -46,16 +46,14 @@ class SuccessRates:
     visits: Mapping[str, _Visits] = field(default_factory=dict)
     """The problem id -> the visits to the problem so far."""
 
-    def guides(self, problem_id: str) -> bool:
-        """Return whether the next visit is guided.
-
-        The first visit is not guided, and every PROBE_EVERY-th visit to a guided problem is not guided either.
-        """
+    def is_guided(self, problem_id: str) -> bool:
+        """Return whether the success rate of a problem is known and below ``guide_below``."""
         visits = self.visits.get(problem_id)
-        if visits is None or not visits.alone:
-            return False
-        rate = sum(visits.alone) / len(visits.alone)
-        return rate < self.guide_below and visits.guided_since < PROBE_EVERY - 1
+        return visits is not None and bool(visits.alone) and sum(visits.alone) / len(visits.alone) < self.guide_below
+
+    def guides(self, problem_id: str) -> bool:
+        """Return whether the next visit samples with guidance: PROBE_EVERY - 1 of PROBE_EVERY to a guided problem."""
+        return self.is_guided(problem_id) and self.visits[problem_id].guided_since < PROBE_EVERY - 1
 
     def recorded(self, visits: Iterable[Visit]) -> SuccessRates:
         """Return the rates after all visits of a step."""
@@ -103,6 +101,10 @@ class GuidedPrompts:
     def has_solution(self, problem: Problem) -> bool:
         """Return whether the teacher's prompt of `pair` shows a solution."""
         return self.inner.has_solution(problem)
+
+    def is_guided(self, problem: Problem) -> bool:
+        """Return whether ``problem`` has a solution and, where success rates decide, is rarely solved."""
+        return self.inner.has_solution(problem) and (self.success is None or self.success.is_guided(problem.id))
 
     def guides(self, problem: Problem) -> bool:
         """Return whether the next responses to ``problem`` are sampled with guidance."""

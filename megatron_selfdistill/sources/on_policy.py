@@ -83,10 +83,11 @@ class OnPolicy(CommittedState):
         with options.phases("pack"):
             trained, chosen = self._trained(prompts, answers)
             kept = [answer.response for answer in trained]
+            guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
             return StepBatch(
                 problems=asked.problems,
                 responses=responses,
-                contexts=build_contexts([answer.prompts for answer in trained], kept),
+                contexts=build_contexts([answer.prompts for answer in trained], kept, guided),
                 solutions=[answer.problem.solution for answer in trained],
                 sampler_log_probs=self._on_device(response.log_probs for response in kept),
                 token_weights=self._corrections(kept) if options.corrects else None,

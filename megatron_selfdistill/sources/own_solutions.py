@@ -199,6 +199,10 @@ class OwnSolutionPrompts:
         """Return whether an own solution of ``problem`` has been found."""
         return self.own.solution_for(problem.id) is not None
 
+    def is_guided(self, problem: Problem) -> bool:
+        """Return False: no problem is guided."""
+        return False
+
     def guides(self, problem: Problem) -> bool:
         """Return False: responses are sampled from the student alone."""
         return False

@@ -49,6 +49,13 @@ class Prompts(Protocol):
         """Return whether the teacher's prompt of `pair` shows a solution."""
         ...
 
+    def is_guided(self, problem: Problem) -> bool:
+        """Return whether ``problem`` is guided: its tokens have their own teacher weight and divergence.
+
+        Its responses are sampled with guidance, except now and then, see `guides`.
+        """
+        ...
+
     def guides(self, problem: Problem) -> bool:
         """Return whether the next responses to ``problem`` are sampled with guidance."""
         ...
@@ -109,6 +116,10 @@ class GivenSolutions:
     def has_solution(self, problem: Problem) -> bool:
         """Return True: the data give a solution to every problem."""
         return True
+
+    def is_guided(self, problem: Problem) -> bool:
+        """Return False: no problem is guided."""
+        return False
 
     def guides(self, problem: Problem) -> bool:
         """Return False: responses are sampled from the student alone."""

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A step in which the tokens of guided responses have their own weight of the teacher and their own divergence."""
+"""A step in which the tokens of guided problems have their own weight of the teacher and their own divergence."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ def test_one_k_per_step_is_in_proportion_to_1_plus_w_of_the_guided_tokens(ranks,
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["rollout.guidance=none"], "target.guided_teacher_weight is for the tokens of guided responses"),
+        (["rollout.guidance=none"], "target.guided_teacher_weight is for the tokens of guided problems"),
         (
             ["rollout.guidance=none", "target.guided_teacher_weight=null"],
-            "loss.guided_divergence is for the tokens of guided responses: it needs rollout.guidance=mixed",
+            "loss.guided_divergence is for the tokens of guided problems: it needs rollout.guidance=mixed",
         ),
         (["target.anchor=student"], "target.guided_teacher_weight needs target.anchor=reference"),
         (["target.guided_teacher_weight=-1"], "target.guided_teacher_weight must be at least 0, got -1"),

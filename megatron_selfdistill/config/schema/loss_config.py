@@ -16,7 +16,8 @@ class LossConfig:
     divergence: str = "reverse_kl"
     """The divergence: reverse_kl = KL(p || q), forward_kl = KL(q || p), or jsd (generalised Jensen-Shannon)."""
     guided_divergence: str | None = None
-    """The divergence for the tokens of guided responses (rollout.guidance=mixed); null is divergence."""
+    """The divergence for the tokens of guided problems (rollout.guidance=mixed; with rollout.guide_below the problems
+    below it); null is divergence."""
     jsd_lambda: float = 0.5
     """Weight of q in the mixture of the divergence jsd."""
     backend: str | None = None

@@ -58,8 +58,8 @@ class RolloutConfig:
     itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
     and reference, which needs engine=megatron; such responses are off-policy for the student)."""
     guide_below: float | None = None
-    """The recent success rate below which guidance=mixed guides a problem, which needs answers; null guides all
-    problems."""
+    """The recent success rate below which guidance=mixed guides a problem, which needs answers; every fourth visit to
+    such a problem samples without guidance, to know its rate.  Null guides all problems."""
     num_samples: int = 1
     """Number of responses per problem and step."""
     max_new_tokens: int = 256

@@ -20,8 +20,9 @@ class TargetConfig:
     teacher_weight: float = 0.75
     """Weight w of the teacher's logits; the weight of the anchor's logits is 1."""
     guided_teacher_weight: float | None = None
-    """Weight w for the tokens of guided responses (rollout.guidance=mixed), which are also sampled with it; null is
-    teacher_weight.  Needs anchor=reference, and k_max and k that are not numbers."""
+    """Weight w for the tokens of guided problems (rollout.guidance=mixed; with rollout.guide_below the problems below
+    it), whose guided responses are also sampled with it; null is teacher_weight.  Needs anchor=reference, and k_max and
+    k that are not numbers."""
     k_max: Any = "1 + w"
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
     k: float | None = None

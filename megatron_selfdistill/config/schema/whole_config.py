@@ -178,7 +178,7 @@ class Config:
         ):
             require(
                 value is None or (self.rollout.guidance == "mixed" and self.objective == "self_distillation"),
-                f"{key} is for the tokens of guided responses: it needs rollout.guidance=mixed and "
+                f"{key} is for the tokens of guided problems: it needs rollout.guidance=mixed and "
                 f"objective=self_distillation, got {self.rollout.guidance} and {self.objective}",
             )
 

@@ -108,12 +108,11 @@ def test_impossible_settings_are_refused(characters: PromptBuilder) -> None:
 class Sampled:
     token_ids: list[int]
     truncated: bool
-    guided: bool = False
 
 
 def test_contexts_pair_each_response_with_its_prompts() -> None:
     pairs = [PromptPair("a", [1, 2], [1, 2, 3]), PromptPair("b", [4], [5, 6])]
-    contexts = build_contexts(pairs, [Sampled([7, 8], False), Sampled([9], True, guided=True)])
+    contexts = build_contexts(pairs, [Sampled([7, 8], False), Sampled([9], True)], guided={"b"})
     assert contexts == [
         ContextPair("a", [1, 2], [1, 2, 3], [7, 8], False),
         ContextPair("b", [4], [5, 6], [9], True, guided=True),

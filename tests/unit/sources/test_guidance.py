@@ -29,6 +29,17 @@ def test_a_problem_that_is_never_solved_is_guided_but_for_every_fourth_visit():
     assert guided == [False] + 3 * ([True] * (PROBE_EVERY - 1) + [False])
 
 
+def test_a_visit_without_guidance_leaves_a_rarely_solved_problem_a_guided_one():
+    problem = Visited(SuccessRates(0.3))
+    assert not problem.rates.is_guided("a"), "its rate is not known yet"
+    problem.visit(0.0)
+    probes = [(problem.rates.is_guided("a"), problem.visit(0.0)) for _ in range(2 * PROBE_EVERY)]
+    assert all(is_guided for is_guided, _ in probes) and [guided for _, guided in probes].count(False) == 2
+    for _ in range(WINDOW * PROBE_EVERY):
+        problem.visit(1.0)
+    assert not problem.rates.is_guided("a")
+
+
 def test_success_under_guidance_ends_no_guidance_and_success_alone_does():
     problem = Visited(SuccessRates(0.5))
     problem.visit(0.0)

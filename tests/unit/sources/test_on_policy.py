@@ -83,6 +83,15 @@ def test_the_sampler_gets_each_prompt_in_its_role_with_the_seed_of_the_sample(dp
         assert "hint" not in str(text(context.student_prompt)) and "hint" in str(text(context.teacher_prompt))
 
 
+def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guidance(monkeypatch):
+    source = source_on(0, monkeypatch)
+    monkeypatch.setattr(SuccessRates, "is_guided", lambda self, name: name in ("a", "b"))
+    batches = [source.next_step(STEP, SamplingParams(8)), source_on(1, monkeypatch).next_step(STEP, SamplingParams(8))]
+    assert all(request.teacher_prompt is None for request in source._options.sampler.calls[1])
+    guided = {context.problem_id: context.guided for batch in batches for context in batch.contexts}
+    assert guided == {"a": True, "b": True, "c": False, "d": False}
+
+
 def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatch):
     source = source_on(0, monkeypatch, only_right=True, corrects=True)
     batch = source.next_step(STEP, SamplingParams(8))

@@ -74,6 +74,7 @@ def test_an_own_solution_takes_the_place_of_the_given_one_but_never_of_itself(no
 def test_guidance_goes_to_problems_with_a_solution():
     prompts = GuidedPrompts(own_solutions(p=["8"]), JUDGE, num_samples=2)
     assert prompts.guides(PROBLEM) and not prompts.guides(OTHER)
+    assert prompts.is_guided(PROBLEM) and not prompts.is_guided(OTHER)
     assert GuidedPrompts(GIVEN, JUDGE, num_samples=2).guides(OTHER)
 
 
