@@ -70,7 +70,7 @@ GUIDED_AND_ANCHORED = {
     "anchored_matched_per_problem": (
         *SIX["anchored_matched"],
         GUIDED,
-        "rollout.guide_below=0.2",
+        "rollout.guide_below=0.9",
         "loss.guided_divergence=forward_kl",
         "target.guided_teacher_weight=2",
     ),
