@@ -146,6 +146,7 @@ class RankPool:
         paths = [str(here), str(here.parents[1]), *([inherited] if inherited else [])]
         environment = os.environ | rank_worker.ENVIRONMENT | self._environment
         environment["PYTHONPATH"] = os.pathsep.join(paths)
+        environment["TMPDIR"] = str(self._directory)  # the ranks end without removing temporary files of libraries
         requests, answers = connection.Pipe()
         code = f"import rank_worker; rank_worker.serve({answers.fileno()}, {self._preloaded})"
         with answers, (self._directory / "server.log").open("wb") as log:
