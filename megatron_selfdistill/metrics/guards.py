@@ -166,7 +166,7 @@ def _limits(config: GuardsConfig) -> list[_Limit]:
             _Limit("entropy collapse", "entropy/student", "min_entropy_ratio", config.min_entropy_ratio, advice)
         )
     if config.max_entropy_ratio is not None:
-        advice = "use reverse KL, k_max = 1 + w and a frozen teacher (the defaults), or lower optimizer.lr"
+        advice = "use the defaults (reverse KL, k_max = 1 + w, a frozen teacher and reference), or lower optimizer.lr"
         limits.append(
             _Limit(
                 "entropy explosion",
