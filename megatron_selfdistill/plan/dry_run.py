@@ -33,7 +33,12 @@ _SERVED_SHARE = 0.8
 
 RECOMPUTE_ALL = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
 """The keys with which a run keeps only the inputs of layers, in a form that can be pasted into a command."""
-_WITHOUT_SECOND_COPY = "set teacher.weights=frozen, whose copy of the weights is also the reference"
+_WITHOUT_REFERENCE = "target.anchor=student, which needs no reference"
+_WITHOUT_OWN_COPY = {
+    "ema": f"set teacher.weights=frozen, whose copy of the weights is also the reference, or {_WITHOUT_REFERENCE}",
+    "current": f"set {_WITHOUT_REFERENCE}",
+}
+"""The advice where a reference is a copy of the weights of its own, by the value of teacher.weights."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ class Plan:
             else "raise rollout.engine_tp, lower rollout.kv_cache_gb, set teacher.offload=cpu, or sample on servers"
         )
         if self.config.copies_reference:
-            advice += f", or {_WITHOUT_SECOND_COPY}"
+            advice += f", or {_WITHOUT_OWN_COPY[self.config.teacher.weights]}"
         return (
             f"pipeline stage {stage} needs {most.peak:.1f} GiB per GPU while {'training' if trains else 'sampling'} "
             f"({parts}), but cluster.gpu_memory_gb is {room:g}: {advice}"
@@ -106,7 +111,7 @@ class Plan:
         if self.host.resting["teacher"] or self.host.resting["reference"]:
             advice.append("set teacher.offload=none")
         if self.host.resting["reference"]:
-            advice.append(_WITHOUT_SECOND_COPY)
+            advice.append(_WITHOUT_OWN_COPY[self.config.teacher.weights])
         if self.host.resting["teacher states"]:
             advice.append("raise schedule.teacher_store_gb")
         return (

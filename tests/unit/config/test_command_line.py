@@ -63,7 +63,7 @@ def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
     text = printed(capsys, "--keys", "target")
     keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
     assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
-    assert "(sets several at once: target=anchored|batch|capped|" in text
+    assert "(sets several at once: target=batch|capped|" in text
     assert printed(capsys, "--keys", "optimizer.lr").splitlines()[-2:] == [
         "optimizer.lr=1e-06",
         "    Learning rate after warm-up.",
@@ -89,7 +89,7 @@ def test_help_lists_recipes_groups_columns_and_exit_statuses(capsys):
         *("--version", "--keys [SECTION]", "--recipes", "--print", "--config-dir"),
         *(
             "recipe=teacher_alone ",
-            "target=anchored|batch|capped",
+            "target=batch|capped",
             "parallel=node_of_8",
             "selfdistill --help",
         ),

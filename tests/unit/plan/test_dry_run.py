@@ -17,6 +17,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.plan.dry_run import dry_run, microbatches
 from megatron_selfdistill.plan.launch import launch_commands
+from megatron_selfdistill.plan.memory import GIB
 from megatron_selfdistill.plan.plan_checks import longest_sequence
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
@@ -131,17 +132,31 @@ def test_the_first_part_that_does_not_fit_is_named(overrides, words):
     ],
     ids=["training", "sampling", "host"],
 )
-def test_the_second_copy_of_a_reference_is_named_where_something_does_not_fit(part):
-    advice = "set teacher.weights=frozen, whose copy of the weights is also the reference"
-    anchored = ["recipe=qwen3_8b", "target=anchored", *part]
-    for weights in ("ema", "current"):
-        message = dry_run(load([*anchored, f"teacher.weights={weights}"])).misfit()
+def test_a_references_own_copy_is_named_where_something_does_not_fit(part):
+    student = "target.anchor=student, which needs no reference"
+    for weights, advice in {
+        "ema": f"set teacher.weights=frozen, whose copy of the weights is also the reference, or {student}",
+        "current": f"set {student}",
+    }.items():
+        message = dry_run(load(["recipe=qwen3_8b", f"teacher.weights={weights}", *part])).misfit()
         assert message is not None and message.endswith(f", or {advice}") and "\n" not in message
-    assert advice not in (dry_run(load(anchored)).misfit() or "")
+    assert "reference" not in (dry_run(load(["recipe=qwen3_8b", *part])).misfit() or "")
+
+
+def test_the_advice_about_a_references_copy_saves_this_copy():
+    def peak(*overrides: str) -> float:
+        return dry_run(load(["recipe=qwen3_8b", *overrides])).memory[0].rollout_peak
+
+    copy = 2 * dry_run(load(["recipe=qwen3_8b"])).stages[0].parameters / GIB
+    for weights in ("ema", "current"):
+        mixed_with_student = peak(f"teacher.weights={weights}", "target.anchor=student")
+        assert peak(f"teacher.weights={weights}") - mixed_with_student == pytest.approx(copy)
+    assert peak() - peak("teacher.weights=current", "target.anchor=student") == pytest.approx(copy)
+    assert peak() == peak("target.anchor=student") == peak("teacher.weights=current")
 
 
 def test_a_run_that_fits_with_one_copy_does_not_fit_with_a_second_one():
-    small = ["recipe=qwen3_8b", "target=anchored", "rollout.kv_cache_gb=1"]
+    small = ["recipe=qwen3_8b", "rollout.kv_cache_gb=1"]
     one, two = (dry_run(load([*small, f"teacher.weights={weights}"])) for weights in ("frozen", "ema"))
     between = (max(each.peak for each in one.memory) + max(each.peak for each in two.memory)) / 2
     small.append(f"cluster.gpu_memory_gb={between}")
@@ -253,11 +268,12 @@ def test_rows_divide_by_what_cuts_them():
 def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleaving_takes():
     interleaved = "parallel.pipeline_model_parallel_size=4 parallel.virtual_pipeline_model_parallel_size=2".split()
     assert microbatches(load(), 10, 4) == (3, 3)
-    assert microbatches(load(interleaved), 10, 4) == (5, 3)
+    assert microbatches(load(interleaved), 10, 4) == (3, 6), "the reference reads the student's 3 once more"
     assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
     assert microbatches(load(["objective=sft"]), 10, 4) == (3, 0)
-    assert microbatches(load([*interleaved, "target=anchored"]), 10, 4) == (3, 6)
-    assert microbatches(load([*interleaved, "target=anchored", "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
+    mixed_with_student = [*interleaved, "target.anchor=student"]
+    assert microbatches(load(mixed_with_student), 10, 4) == (5, 3)
+    assert microbatches(load([*mixed_with_student, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
 
 
 def test_one_node_is_launched_alone_and_several_meet_at_the_head():

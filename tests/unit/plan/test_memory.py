@@ -99,9 +99,9 @@ def test_a_teacher_takes_its_copy_and_an_average_its_master(teacher, factor):
 @pytest.mark.parametrize(("weights", "copies"), [("frozen", 0), ("ema", 1), ("current", 1)])
 def test_a_frozen_teacher_is_the_reference_and_another_one_needs_a_second_copy(weights, copies):
     (stage,) = planned(model_config(), parallel(), 1)
-    anchored = from_mapping({"target": {"anchor": "reference"}, "teacher": {"weights": weights}})
+    anchored = from_mapping({"teacher": {"weights": weights}})
     assert parameter_bytes(anchored, stage)["reference"] == copies * 2 * stage.parameters
-    for without in ({"objective": "sft"}, {"target": TargetConfig()}):
+    for without in ({"objective": "sft"}, {"target": TargetConfig(anchor="student")}):
         assert parameter_bytes(dataclasses.replace(anchored, **without), stage)["reference"] == 0
 
 
@@ -192,18 +192,19 @@ def planned_memory(*, model_kind="gqa", **sections):
 
 def test_rows_and_logits_are_the_last_stages():
     last = planned_memory().training
-    assert last["teacher states"] == 4096 * 32 * 2 / GIB
+    assert last["teacher states"] == 2 * 4096 * 32 * 2 / GIB, "of teacher and reference"
+    assert planned_memory(target={"anchor": "student"}).training["teacher states"] == 4096 * 32 * 2 / GIB
     assert last["logits"] == 2 * 1024 * (64 + 32) * 2 / GIB
     chunk = {"fused_chunk_tokens": 100}
     kept = planned_memory(loss={"fused": "keep_gradient", **chunk}).training["logits"]
     assert kept == ((1024 + 100) * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
     made_again = planned_memory(loss={"fused": "low_memory", **chunk}).training["logits"]
     assert made_again == (2 * 100 * 64 + (1024 + 3 * 100) * 32) * 2 / GIB
-    reference = {"target": {"anchor": "reference"}, "teacher": {"weights": "current"}}
-    apart = planned_memory(**reference, loss={"fused": "none", **chunk}).training
-    assert apart["teacher states"] == 2 * last["teacher states"], "teacher and reference, or teacher and mix"
+    own_copy = {"teacher": {"weights": "current"}}
+    apart = planned_memory(**own_copy, loss={"fused": "none", **chunk}).training
+    assert apart["teacher states"] == last["teacher states"], "of teacher and reference, or of teacher and mix"
     assert apart["logits"] == (2 * 1024 * 64 + 4 * 100 * 64 + 3 * 1024 * 32) * 2 / GIB
-    apart = planned_memory(**reference, loss={"fused": "keep_gradient", **chunk}).training
+    apart = planned_memory(**own_copy, loss={"fused": "keep_gradient", **chunk}).training
     assert apart["logits"] == ((1024 + 100) * 64 + (1024 + 4 * 100) * 32) * 2 / GIB
     capped = planned_memory(schedule={"teacher_store_gb": 1e-6}).training
     assert capped["teacher states"] == pytest.approx(1e-6)
@@ -219,14 +220,13 @@ def test_a_colocated_engine_comes_beside_the_resident_parts_only():
     offloaded = planned_memory(rollout=kept, teacher={"offload": "cpu"})
     assert offloaded.rollout_peak == pytest.approx(found.rollout_peak - found.training["teacher"])
     assert offloaded.training_peak == found.training_peak
-    both = {"target": {"anchor": "reference"}, "teacher": {"weights": "ema"}}
-    resting = planned_memory(rollout=kept, target=both["target"], teacher={"weights": "ema", "offload": "cpu"})
+    resting = planned_memory(rollout=kept, teacher={"weights": "ema", "offload": "cpu"})
     assert resting.rollout_peak == pytest.approx(offloaded.rollout_peak), "the reference rests like the teacher"
     guided = {"engine": "megatron", "guidance": "mixed", "kv_cache_gb": 7.0}
-    sampling = planned_memory(rollout=guided, target=both["target"], teacher={"weights": "ema", "offload": "cpu"})
+    sampling = planned_memory(rollout=guided, teacher={"weights": "ema", "offload": "cpu"})
     parts = "teacher", "reference"
     assert [sampling.rollout[part] for part in parts] == [sampling.training[part] for part in parts], "both sample"
-    held = planned_memory(rollout=kept, **both)
+    held = planned_memory(rollout=kept, teacher={"weights": "ema"})
     assert held.rollout["reference"] == held.training["reference"] == found.training["teacher"] > 0
 
 
