@@ -12,7 +12,7 @@ from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, trai
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 
-OPTIONS = ["target=anchored", "rollout.guidance=mixed", "metrics.show_samples=0"]
+OPTIONS = ["target.anchor=reference", "rollout.guidance=mixed", "metrics.show_samples=0"]
 
 
 def test_guided_responses_of_an_anchored_run_are_the_same_after_a_restart(ranks, data, tmp_path):

@@ -12,7 +12,7 @@ from tiny_run import assert_resumes_equal, bytes_of, overrides, train
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 
-OPTIONS = ["target=anchored", "metrics.teacher_every=3", "metrics.show_samples=0"]
+OPTIONS = ["target.anchor=reference", "metrics.teacher_every=3", "metrics.show_samples=0"]
 TEACHER = {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
 RARE = {"target/mass_on_rare_student", "target/mass_on_rare_reference"}
 FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}

@@ -66,7 +66,7 @@ def start(finished) -> str:
     return f"checkpoint.load={finished}/checkpoints"
 
 
-WEIGHTS = ["num_steps=2", "conversations.min_log_prob=-4", "conversations.unlikely=down_weight"]
+WEIGHTS = ["num_steps=2", "conversations.min_log_prob=-3.75", "conversations.unlikely=down_weight"]
 ALL_TURNS = ["num_steps=1", "data.global_batch_size=80", "checkpoint.save_every=0"]
 
 

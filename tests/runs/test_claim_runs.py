@@ -15,7 +15,7 @@ def test_a_run_without_a_reference_logs_the_claims_and_a_baseline_does_not(ranks
     train_each(
         ranks,
         [
-            overrides(data, run, *common, words, "num_steps=3"),
+            overrides(data, run, *common, words, "target.anchor=student", "num_steps=3"),
             overrides(data, baseline, *common, "objective=sft", "num_steps=1"),
         ],
     )

@@ -21,7 +21,7 @@ OPTIONS = [
     *("model.num_layers=2", "num_steps=3", "metrics.show_samples=2", "metrics.show_samples_every=2"),
     *("evaluation.every=2", "evaluation.limit=4", "evaluation.verifier=exact_match", "metrics.explore_samples=2"),
 ]
-TARGETS = {"student": ["target.teacher_weight=2"], "reference": ["target=anchored", "teacher.weights=ema"]}
+TARGETS = {"student": ["target.anchor=student", "target.teacher_weight=2"], "reference": ["teacher.weights=ema"]}
 
 
 def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:

@@ -25,6 +25,7 @@ LAYOUTS = {
         TP2,
         "parallel.sequence_parallel=true",
         "teacher.weights=current",
+        "target.anchor=student",
     ],
     "PP2, tied, average teacher": [
         "parallel.pipeline_model_parallel_size=2",

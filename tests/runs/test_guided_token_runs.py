@@ -13,7 +13,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 
 OWN = ["target.guided_teacher_weight=2", "loss.guided_divergence=forward_kl"]
-OPTIONS = ["target=anchored", "rollout.guidance=mixed", "metrics.show_samples=0", *OWN]
+OPTIONS = ["target.anchor=reference", "rollout.guidance=mixed", "metrics.show_samples=0", *OWN]
 GUIDED_BELOW = ["rollout.guide_below=0.5", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
 
 

@@ -23,9 +23,12 @@ from tiny_run import (
 LAYOUTS = {
     "one rank": (1, []),
     "one rank, bf16, EMA teacher": (1, ["optimizer.precision=bf16", "teacher.weights=ema", "teacher.ema_decay=0.9"]),
-    "one rank, current weights, one k per batch": (1, ["teacher.weights=current", "target=batch"]),
+    "one rank, current weights, one k per batch": (1, ["teacher.weights=current", "target=batch", "target.anchor=student"]),
     "DP2, bf16, overlapped": (2, ["optimizer=overlapped", "optimizer.precision=bf16"]),
-    "TP2+SP": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
+    "TP2+SP": (
+        2,
+        ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "target.anchor=student"],
+    ),
     "PP2xVPP2, saved in the background": (
         2,
         [
@@ -81,8 +84,9 @@ OTHER_LAYOUTS = {
 
 @combinations(name=list(OTHER_LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_resuming_in_another_layout_goes_on_with_the_same_problems_responses_and_loss(ranks, data, tmp_path, name):
-    """Data position, seeds and teacher exactly; the first loss to 1e-5."""
+    """Data position, seeds, teacher and reference exactly; the first loss to 1e-5."""
     options = ["teacher.weights=ema", "checkpoint.keep_last=null", "checkpoint.save_every=2", "num_steps=3"]
+    options.append("metrics.teacher_every=1")
     train(ranks, overrides(data, tmp_path / "whole", *options, f"rollout.record={tmp_path}/whole.jsonl"))
     shutil.copytree(tmp_path / "whole", tmp_path / "other")
     go_back_to_step(2, tmp_path / "other")

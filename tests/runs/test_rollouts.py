@@ -72,6 +72,7 @@ def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_surviv
     problems.write_text("".join((data / "problems.jsonl").read_text().splitlines(keepends=True)[:8]))
     options = [
         f"data.path={problems}",
+        "target.anchor=student",
         "rollout.guidance=mixed",
         "rollout.guide_below=0.5",
         "evaluation.verifier=tiny_run.starts_with_an_even_token",

@@ -19,6 +19,7 @@ OWN = ["data.solutions=own", "solutions.num_samples=6", "data.on_long_context=dr
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 SOURCES = {
     "on-policy, one k per batch": ["target=batch"],
+    "on-policy, mixed with the student, one k per batch": ["target=batch", "target.anchor=student"],
     "own solutions": [*OWN, VERIFIED],
     "guided below a success rate": ["rollout.guidance=mixed", "rollout.guide_below=0.5", VERIFIED],
     "sft": ["objective=sft"],
@@ -282,7 +283,9 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
 def test_a_step_moves_the_student_and_an_average_and_each_scores_with_its_own_weights(ranks, data, tmp_path, weights):
     [moved] = ranks.run(
         who_moves_in_a_step,
-        arguments(data, tmp_path / "run", f"teacher.weights={weights}", "optimizer.lr_warmup_steps=0"),
+        arguments(
+            data, tmp_path / "run", f"teacher.weights={weights}", "optimizer.lr_warmup_steps=0", "target.anchor=student"
+        ),
         world_size=1,
         init_process_group=False,
     )

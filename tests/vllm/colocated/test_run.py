@@ -23,7 +23,15 @@ VLLM = [
     ("world_size", "options"),
     [
         (1, []),
-        (2, ["parallel.tensor_model_parallel_size=2", "rollout.guidance=mixed", "rollout.engine_tp=2"]),
+        (
+            2,
+            [
+                "parallel.tensor_model_parallel_size=2",
+                "target.anchor=student",
+                "rollout.guidance=mixed",
+                "rollout.engine_tp=2",
+            ],
+        ),
         (2, ["loss.rollout_correction=truncated", "rollout.num_samples=2"]),
     ],
     ids=["one rank", "TP2, guided, one engine", "DP2, corrected, two engines"],
