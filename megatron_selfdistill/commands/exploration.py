@@ -47,7 +47,9 @@ class Exploration:
     response: Response | None
     """The given response; None where the student generates one."""
     teacher: str | None = None
-    """The Megatron checkpoint of the teacher, which is also the reference; None where the student is both."""
+    """The Megatron checkpoint of the teacher; None where the student is its own teacher."""
+    reference: str | None = None
+    """The Megatron checkpoint of a reference that is not the teacher; None where the teacher is also the reference."""
 
     @classmethod
     def of_problem(cls, config: Config, problem: Problem, text: str | None) -> Exploration:
@@ -77,10 +79,11 @@ class Exploration:
             raise ConfigError(str(error)) from error
         return cls(config, run_data, problem, prompts, response)
 
-    def with_models(self, *, student: str, teacher: str | None, run_dir: str) -> Exploration:
+    def with_models(self, *, student: str, teacher: str | None, reference: str | None, run_dir: str) -> Exploration:
         """Return the exploration with the Megatron checkpoints of its models, and a directory for an engine's files."""
         checkpoint = replace(self.config.checkpoint, load=student)
-        return replace(self, config=replace(self.config, checkpoint=checkpoint, run_dir=run_dir), teacher=teacher)
+        config = replace(self.config, checkpoint=checkpoint, run_dir=run_dir)
+        return replace(self, config=config, teacher=teacher, reference=reference)
 
     def write_page(self, out: Path, grid: RankGrid, about: Mapping[str, Any]) -> str | None:
         """Write the page of the explored response, and return lines for the user on rank 0, None on other ranks.
@@ -131,8 +134,10 @@ class Exploration:
         backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
 
         loss = token_losses.self_distillation(settings.target, settings.divergence, backend, fusion=fusion)
-        anchored = settings.target.is_anchored
-        reference = Reference(settings.target, teacher, chunk_tokens, backend) if anchored else None
+        reference = None
+        if settings.target.is_anchored:
+            weights = teacher if self.reference is None else self._chunks(self.reference, grid)
+            reference = Reference(settings.target, weights, chunk_tokens, backend)
         # Alternating, so that the states of only one packed sequence are kept.
         order = "alternating"
         batch = pack_everywhere(

@@ -58,12 +58,12 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             given_text(f"--{option}", getattr(arguments, option))
     config, _ = _loaded(arguments)
-    checkpoint, teacher = _models(arguments)
+    checkpoint, teacher, reference = _models(arguments, config)
     if config.objective != "self_distillation":
         raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    for path, iteration in ((checkpoint, arguments.iteration), (teacher, None)):
+    for path, iteration in ((checkpoint, arguments.iteration), (teacher, None), (reference, None)):
         if path is None:
             continue
         if _is_hugging_face(path):
@@ -87,10 +87,11 @@ def explore(arguments: argparse.Namespace) -> int:
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # so that temporary directories are removed
-    path, teacher = _models(arguments)
+    given, keys = _loaded(arguments)
+    path, teacher, reference = _models(arguments, given)
     hf, megatron = (path, None) if _is_hugging_face(path) else (None, path)
     model = find_model(hf, megatron, arguments.iteration)
-    config = configured(*_loaded(arguments), model)
+    config = configured(given, keys, model)
     config.check_world(world_size())
     response = None if arguments.response is None else given_text("--response", arguments.response)
     exploration = Exploration.of_problem(config, _problem(arguments), response)
@@ -107,6 +108,7 @@ def explore(arguments: argparse.Namespace) -> int:
             exploration = exploration.with_models(
                 student=place(Path(model["path"]), "student"),
                 teacher=None if teacher is None else place(teacher, "teacher"),
+                reference=place(reference, "reference") if reference is not None and reference != teacher else None,
                 run_dir=str(directory / "run"),
             )
             about = {"model": str(path), "teacher": str(teacher or path)}
@@ -136,14 +138,18 @@ def _problem(arguments: argparse.Namespace) -> Problem:
     return Problem("given", ({"role": "user", "content": text},), solution, None, "--problem")
 
 
-def _models(arguments: argparse.Namespace) -> tuple[Path, Path | None]:
-    """Return the checkpoint of the student and that of the teacher; None where the student teaches itself."""
-    from megatron_selfdistill.commands.run_settings import initial_weights, is_run
+def _models(arguments: argparse.Namespace, config: Config) -> tuple[Path, Path | None, Path | None]:
+    """Return the checkpoints of student, teacher and reference; None for the student's weights, or for no reference."""
+    from megatron_selfdistill.commands.run_settings import has_frozen_teacher, initial_weights, is_run
 
     path: Path = arguments.checkpoint
+    teacher: Path | None = arguments.teacher
     if not is_run(path):
-        return path, arguments.teacher
-    return path / "checkpoints", arguments.teacher or initial_weights(path)
+        return path, teacher, teacher if config.is_anchored else None
+    initial = teacher or initial_weights(path)
+    if has_frozen_teacher(path):
+        teacher = initial
+    return path / "checkpoints", teacher, initial if config.is_anchored else None
 
 
 def _is_hugging_face(path: Path) -> bool:

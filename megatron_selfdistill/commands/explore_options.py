@@ -15,13 +15,14 @@ DESCRIPTION = """Write a page that shows the target of every token of a response
     selfdistill explore runs/first --problem p.txt --solution s.txt --response r.txt
 
 A run directory stands for its latest checkpoint, with the prompts, the target and the sampling of the run, and with the
-checkpoint that the run has started from as the teacher.  Without --response the model generates one.
+checkpoint that the run has started from as a frozen teacher and as the reference.  Without --response the model
+generates one.
 
 The page needs nothing but a browser.  It colours each token by its divergence between student and target, shows the
 candidates of student, teacher and target, and computes the target again for another teacher's weight, rule, anchor or
 divergence.
 
-key=value changes any key of the trainer: target.teacher_weight=2, target=capped, data.teacher_template=...,
+key=value changes any key of the trainer: target.teacher_weight=2, target=strict, data.teacher_template=...,
 rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
 
     torchrun --nproc-per-node 2 -m megatron_selfdistill explore Qwen3-8B --problem p.txt --solution s.txt \\
@@ -52,8 +53,8 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--teacher",
         type=Path,
         metavar="DIR",
-        help="checkpoint of the teacher, and of the reference with target=capped (default: CHECKPOINT, as at the "
-        "start of a run; of a run directory what the run has started from)",
+        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
+        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
     )
     text = "a text, or the name of a file with the text"
     parser.add_argument("--problem", required=True, metavar="TEXT", help=text)
@@ -72,7 +73,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=capped")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
     arguments = parser.parse_intermixed_args(argv)
     if wrong := [word for word in arguments.overrides if "=" not in word]:
         parser.error(f"expected one checkpoint and then key=value, got {wrong[0]}")

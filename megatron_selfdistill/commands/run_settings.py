@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.bound_keys import OLD_DEFAULTS
 from megatron_selfdistill.errors import ConfigError
 
 CONFIGURATION_FILE = "config.yaml"
@@ -34,6 +35,7 @@ def is_run(path: Path) -> bool:
 def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Config:
     """Return ``config`` with the `SETTINGS` of a run, except the keys and the sections that ``overridden`` names.
 
+    A key that the run's configuration lacks, and whose default has changed, has its old default (`OLD_DEFAULTS`).
     Raises: `ConfigError` for a file that cannot be read, and for a value from the environment, which the file does not
     hold.
     """
@@ -43,7 +45,7 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
             continue
         values = {
             name: value
-            for name, value in stored.get(section, {}).items()
+            for name, value in _stored_section(stored, section).items()
             if name in names and f"{section}.{name}" not in overridden
         }
         for name, value in values.items():
@@ -57,11 +59,21 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
     return config
 
 
+def _stored_section(stored: dict[str, Any], section: str) -> dict[str, Any]:
+    old = {key.partition(".")[2]: value for key, value in OLD_DEFAULTS.items() if key.partition(".")[0] == section}
+    return old | stored.get(section, {})
+
+
 def initial_weights(run_dir: Path) -> Path | None:
-    """Return the checkpoint that a run has started from, which is its frozen teacher; None where it has none."""
-    stored = _configuration(run_dir)
-    load, weights = stored.get("checkpoint", {}).get("load"), stored.get("teacher", {}).get("weights")
-    return None if load is None or weights != "frozen" else Path(load)
+    """Return the checkpoint that a run has started from; None where the run has started from random weights."""
+    load = _configuration(run_dir).get("checkpoint", {}).get("load")
+    return None if load is None else Path(load)
+
+
+def has_frozen_teacher(run_dir: Path) -> bool:
+    """Return whether the weights that a run has started from are its teacher."""
+    frozen: bool = _configuration(run_dir).get("teacher", {}).get("weights") == "frozen"
+    return frozen
 
 
 def _configuration(run_dir: Path) -> dict[str, Any]:

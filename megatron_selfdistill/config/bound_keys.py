@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +90,10 @@ RULES: dict[str, str] = {
 """Key, section or item of a free-form key -> rule.  The longest name that leads to a key decides."""
 
 
+OLD_DEFAULTS: dict[str, Any] = {"target.anchor": "student"}
+"""Key -> its value in a configuration that lacks the key, where this value is no longer the default."""
+
+
 @dataclass(frozen=True)
 class KeyDifference:
     """One key that has different values in a checkpoint and in the present configuration."""
@@ -124,20 +128,20 @@ def stored_values(config: Config) -> dict[str, Any]:
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDifference]:
     """Return the keys with different values in two configurations, which have the form of `stored_values`.
 
-    A key that ``stored`` lacks had its default: the program that stored it did not know the key yet.  A key that this
-    program no longer knows is not compared.
+    A key that ``stored`` lacks had its default (`OLD_DEFAULTS`, or the present one): the program that stored it did not
+    know the key yet.  A key that this program no longer knows is not compared.
     """
     before, after = (dict(_items(values)) for values in (stored, now))
-    judges = any(_trains_on_verdicts(values) for values in (before, after))
+    free = _without_effect(before, after)
     found = []
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
-            found.append(KeyDifference(key, before.get(key), after.get(key), _rule(key, judges)))
+            found.append(KeyDifference(key, before.get(key), after.get(key), _rule(key, free)))
     then, today = (values.get(ENVIRONMENT, {}) for values in (stored, now))
     for key in sorted(then.keys() & today.keys()):
         if then[key] != today[key]:
             was, is_now = (f"a value from the environment with the digest {d[key]}" for d in (then, today))
-            found.append(KeyDifference(key, was, is_now, _rule(key, judges)))
+            found.append(KeyDifference(key, was, is_now, _rule(key, free)))
     return found
 
 
@@ -154,10 +158,18 @@ def rule_of(key: str) -> str:
     raise KeyError(f"{key} has no rule in {__name__}: add it to RULES")
 
 
-def _rule(key: str, judges: bool) -> str:
-    """Return the rule of a key in a run that trains on verdicts (``judges``) or does not."""
+def _rule(key: str, free: Collection[str]) -> str:
+    """Return the rule of a key in a run in which the keys and sections ``free`` do not decide what is learned."""
     rule = rule_of(key)
-    return (BOUND if judges else FREE) if rule == JUDGE else rule
+    if key in free or key.partition(".")[0] in free:
+        return FREE
+    return BOUND if rule == JUDGE else rule
+
+
+def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
+    """Return the bound keys and sections that decide nothing in all ``configurations``: the verifier, the target."""
+    judges = any(map(_trains_on_verdicts, configurations))
+    return ["evaluation.verifier"] * (not judges) + ["target"] * (not any(map(_has_target, configurations)))
 
 
 def _digest(value: Any) -> str:
@@ -192,7 +204,7 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         value: Any = values
         for part in key.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
-        value = _plain(default) if value is _MISSING else value
+        value = OLD_DEFAULTS.get(key, _plain(default)) if value is _MISSING else value
         if isinstance(default, dict):
             yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
         else:
@@ -210,6 +222,11 @@ def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
     """Return whether verdicts decide what a run trains on, and not only what an evaluation reports."""
     guides = values.get("rollout.guide_below") is not None
     return guides or values.get("objective") == "rft" or values.get("data.solutions") == "own"
+
+
+def _has_target(values: Mapping[str, Any]) -> bool:
+    """Return whether a run trains towards the target, or samples from it."""
+    return values.get("objective") == "self_distillation" or values.get("rollout.guidance") != "none"
 
 
 def _shown(value: Any) -> str:

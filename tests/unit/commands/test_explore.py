@@ -49,9 +49,10 @@ def directory(tmp_path_factory) -> Path:
 
     directory = tmp_path_factory.mktemp("explore")
     tiny_run.write_data(directory, 2)
-    hf_models.write("qwen3", directory / "hf", vocab_size=23)
-    for path in (directory / "tokenizer").iterdir():
-        shutil.copy(path, directory / "hf" / path.name)
+    for name, seed in {"hf": 0, "first": 1}.items():
+        hf_models.write("qwen3", directory / name, seed, vocab_size=23)
+        for path in (directory / "tokenizer").iterdir():
+            shutil.copy(path, directory / name / path.name)
     hf_to_megatron(directory / "hf", directory / "megatron")
     return directory
 
@@ -63,7 +64,7 @@ def explore(ranks, model: Path, out: Path, *more: str, world_size: int = 1) -> d
 
 
 def test_the_page_has_a_generated_response_and_the_target_of_each_token(directory, ranks):
-    record = explore(ranks, directory / "megatron", directory / "generated.html")
+    record = explore(ranks, directory / "megatron", directory / "generated.html", "target.anchor=student")
     tokens, summary, target = record["tokens"], summary_of(record), target_of(record)
     assert 1 <= len(tokens["id"]) <= 9 and target.teacher_weight == 2 and record["models"] == ["student", "teacher"]
     assert record["prompt"] == "500-408:" and record["solution"] == "092"
@@ -83,7 +84,7 @@ def test_the_page_has_a_generated_response_and_the_target_of_each_token(director
 )
 def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(directory, ranks, world_size, layout):
     (directory / "response.txt").write_text("092$", encoding="utf-8")
-    options = ["--response", str(directory / "response.txt"), "target=anchored", "target.teacher_weight=2"]
+    options = ["--response", str(directory / "response.txt"), "target.teacher_weight=2"]
     one = explore(ranks, directory / "megatron", directory / "one.html", *options)
     teacher = ["--teacher", str(directory / "megatron")]
     many = explore(ranks, directory / "hf", directory / "many.html", *options, *teacher, *layout, world_size=world_size)
@@ -106,6 +107,28 @@ def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, ca
     assert record["settings"]["teacher_weight"] == 3 and record["settings"]["k_max"] is None
     assert record["settings"]["divergence"] == "jsd" and len(record["tokens"]["id"]) <= 4
     assert record["teacher"] == str(directory / "hf") and sum(record["tokens"]["reverse_kl"]) > 0
+
+
+@pytest.mark.parametrize("anchor", ["reference", None])
+def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the_student(directory, ranks, anchor):
+    """A run that is older than the key target.anchor was mixed with the student."""
+    run_dir = directory / f"moving {anchor}"
+    shutil.copytree(directory / "megatron", run_dir / "checkpoints")
+    settings = ["data.teacher_template='{problem}H{solution}|'", "teacher.weights=current"]
+    config = configuration.load([*settings, f"checkpoint.load={directory / 'first'}", "rollout.max_new_tokens=4"])
+    lines = configuration.to_yaml(config).splitlines(keepends=True)
+    kept = [line for line in lines if anchor is not None or not line.lstrip().startswith("anchor:")]
+    assert len(kept) == len(lines) - (anchor is None)
+    (run_dir / "config.yaml").write_text("".join(kept))
+    out = directory / f"moving {anchor}.html"
+    arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1"]
+    assert ranks.run(run_tool, arguments, world_size=1, init_process_group=False) == [0]
+    record = record_of(out)
+    assert record["settings"]["anchor"] == (anchor or "student")
+    assert record["models"] == ["student", "teacher", "reference"][: 2 + (anchor is not None)]
+    if anchor is not None:
+        tokens = record["tokens"]
+        assert tokens["reference_entropy"] != pytest.approx(tokens["student_entropy"], rel=1e-3)
 
 
 def test_a_setting_from_the_environment_is_asked_for(tmp_path, capsys):

@@ -89,6 +89,32 @@ def test_a_key_that_an_older_program_did_not_know_had_its_default_and_one_that_i
     assert found == KeyDifference("loss.divergence", "reverse_kl", "jsd", BOUND)
 
 
+def test_a_run_that_did_not_know_the_anchor_was_mixed_with_the_student():
+    older = values("target.anchor=student")
+    del older["target"]["anchor"]
+    assert differences(older, values("target.anchor=student")) == []
+    (found,) = differences(older, values())
+    assert found == KeyDifference("target.anchor", "student", "reference", BOUND)
+    message = refusal([found], "iter_1") or ""
+    assert "target.anchor: 'student' in the checkpoint, now 'reference': set them back" in message
+
+
+@pytest.mark.parametrize("objective", ["sft", "rft"])
+def test_the_target_is_free_in_a_run_that_does_not_use_it(objective):
+    baseline = [f"objective={objective}", "target.anchor=student"]
+    (found,) = differences(values(*baseline), values(baseline[0], "target.anchor=reference"))
+    assert (found.key, found.rule) == ("target.anchor", FREE)
+    (found, *_) = differences(values(*baseline), values("target.anchor=student"))
+    assert (found.key, found.rule) == ("objective", BOUND)
+
+
+@pytest.mark.parametrize("first", [[], ["objective=rft", "rollout.guidance=mixed"]])
+def test_the_target_is_bound_in_a_run_that_trains_towards_it_or_samples_from_it(first):
+    stored, now = (values(*first, "target.anchor=student", f"target.teacher_weight={w}") for w in (1, 2))
+    (found,) = differences(stored, now)
+    assert (found.key, found.rule) == ("target.teacher_weight", BOUND)
+
+
 def test_another_value_of_the_same_environment_variable_is_noticed_and_neither_value_is_stored(monkeypatch):
     written = ["checkpoint.load=${oc.env:BASE}/model", "rollout.transfer_dir=${oc.env:BASE}"]
     monkeypatch.setenv("BASE", "/models/first")
