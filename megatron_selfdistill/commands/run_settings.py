@@ -61,7 +61,8 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
 
 def _stored_section(stored: dict[str, Any], section: str) -> dict[str, Any]:
     old = {key.partition(".")[2]: value for key, value in OLD_DEFAULTS.items() if key.partition(".")[0] == section}
-    return old | stored.get(section, {})
+    values: dict[str, Any] = stored.get(section, {})
+    return old | values
 
 
 def initial_weights(run_dir: Path) -> Path | None:

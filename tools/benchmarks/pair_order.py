@@ -6,7 +6,7 @@
 The script starts one process per pipeline stage on this machine (gloo on CPU, NCCL with as many GPUs).  Steps of both
 orders take turns, so that other load on the machine affects both; compare the ratio of the medians.  With fewer cores
 than stages, computation hides the bubbles: ``--stage-ms F B`` makes every stage wait F ms more in each forward pass and
-B ms more in each backward pass.
+B ms more in each backward pass.  The target mixes the teacher with the student (target.anchor=student).
 """
 
 from __future__ import annotations

@@ -7,9 +7,10 @@
 The problems are the subtractions of the tests; responses of random weights never end, so all are as long as
 rollout.max_new_tokens.  The first step, which compiles and allocates everything, does not count in the medians.
 
-    utilisation   4 FLOPs per token that student (6) and teacher (2) read and parameter, to what the GPUs' tensor cores
-                  could have done in seconds/train.  Both count alike, though hints make the teacher's share larger;
-                  attention's products between tokens are not counted
+    utilisation   FLOPs per parameter and token of both contexts, to what the GPUs' tensor cores could have done in
+                  seconds/train: half of student (6) and teacher (2), and with target.anchor=reference of the reference
+                  (2), that is 4 or 5.  Both contexts count alike, though hints make the teacher's longer; attention's
+                  products between tokens are not counted
     plan          GiB that the dry run expects while training on the fullest rank, what it reserves included
 """
 
@@ -37,7 +38,7 @@ import sys
 from megatron_selfdistill import config
 from megatron_selfdistill.plan.dry_run import dry_run
 plan = dry_run(config.load(sys.argv[1:]))
-print(max(memory.training_peak for memory in plan.memory), plan.parameters)
+print(max(memory.training_peak for memory in plan.memory), plan.parameters, int(plan.config.is_anchored))
 """
 
 
@@ -66,8 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if planned.returncode:
             print(planned.stderr[-2000:], file=sys.stderr)
             return planned.returncode
-        gib, parameters = map(float, planned.stdout.split()[-2:])
-        print(table(directory / "run", options, keys, gib, parameters))
+        gib, parameters, is_anchored = map(float, planned.stdout.split()[-3:])
+        print(table(directory / "run", options, keys, gib, parameters, bool(is_anchored)))
     return 0
 
 
@@ -90,8 +91,15 @@ def recipe_keys(directory: Path, options: argparse.Namespace) -> list[str]:
     ]
 
 
-def table(run_dir: Path, options: argparse.Namespace, keys: Sequence[str], planned: float, parameters: float) -> str:
-    """Return Markdown: medians over the steps behind the first one."""
+def table(
+    run_dir: Path,
+    options: argparse.Namespace,
+    keys: Sequence[str],
+    planned: float,
+    parameters: float,
+    is_anchored: bool,
+) -> str:
+    """Return Markdown: medians over the steps behind the first one.  ``is_anchored``: whether there is a reference."""
     from megatron_selfdistill.metrics import read_metrics
 
     lines = [line for line in read_metrics(run_dir) if "seconds/train" in line][1:]
@@ -103,7 +111,8 @@ def table(run_dir: Path, options: argparse.Namespace, keys: Sequence[str], plann
     whole = median("seconds/step")
     engine = "in process" if options.tiny or "rollout.engine=megatron" in keys else "vLLM, colocated"
     found = [
-        f"{parameters:.3g} parameters; sampler {engine}; medians of {len(lines)} steps of {whole:.3g} s",
+        f"{parameters:.3g} parameters; teacher mixed with the {'reference' if is_anchored else 'student'}; sampler "
+        f"{engine}; medians of {len(lines)} steps of {whole:.3g} s",
         "",
         "| | |",
         "|---|---|",
@@ -111,7 +120,7 @@ def table(run_dir: Path, options: argparse.Namespace, keys: Sequence[str], plann
     ]
     if not options.tiny:
         read = median("tokens_per_second/train") * median("seconds/train")
-        done = 4 * read * parameters / median("seconds/train") / options.ranks / 1e12
+        done = (5 if is_anchored else 4) * read * parameters / median("seconds/train") / options.ranks / 1e12
         found.append(f"| utilisation in seconds/train | {done:.0f} TFLOP/s per GPU, {done / options.peak_tflops:.0%} |")
     if lines[0].get("rollout/sync_bytes"):
         speed = median("rollout/sync_bytes") / max(median("rollout/sync_seconds"), 1e-9) / 1e9

@@ -5,6 +5,7 @@ r"""Measure the price of self-distillation: a training step, against next-token 
     torchrun --nproc-per-node 8 tools/benchmarks/step_time.py --tp 8 --layers 32 --hidden 4096 --vocab 128256 \
         --fused keep_gradient
 
+The target mixes the teacher with the student (target.anchor=student); anchored_cost.py measures what a reference adds.
 The model is random and dense; prompts, hints and responses have fixed lengths, and its own sampler generates the
 responses.  Steps of self-distillation and of next-token training (the same student contexts packed for themselves, no
 teacher, no rollout) take turns with the two things that self-distillation cannot avoid: the student's step (next-token
@@ -289,7 +290,7 @@ def _table(
         f"{bench.optimizer.config.params_dtype}; "
         f"{arguments.problems} problems of {arguments.prompt} tokens, hints of {arguments.hint}, responses of "
         f"{arguments.response}; TP {arguments.tp} x DP {bench.grid.dp_size}; sampler {arguments.engine}; "
-        f"{_output_layer(arguments)}; "
+        f"{_output_layer(arguments)}; target.anchor=student; "
         f"torch {torch.__version__}, {_where()}",
         "",
         f"| | microbatches | {unit} (median) | to next-token training |",

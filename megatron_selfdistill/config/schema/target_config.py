@@ -76,8 +76,9 @@ class TeacherConfig:
     """The weights that score the response with the solution in their context."""
 
     weights: str = "frozen"
-    """The teacher's weights: frozen (the weights at the start of the run), ema (a moving average of the student's
-    weights) or current (the student's weights themselves)."""
+    """The teacher's weights: frozen (the weights at the start of the run, also those of the reference), ema (a moving
+    average of the student's weights) or current (the student's weights themselves).  Beside ema and current, the
+    reference of target.anchor=reference is a copy of the weights of its own."""
     ema_decay: float = 0.99
     """Decay of the moving average per optimizer step."""
     offload: str = "none"
