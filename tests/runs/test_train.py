@@ -53,7 +53,8 @@ def test_kernels_that_cannot_run_are_refused_with_status_2(data, tmp_path):
 
 
 def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, tmp_path):
-    train(ranks, overrides(data, tmp_path / "run", "num_steps=3", "metrics.loggers=[tensorboard]"))
+    options = ["num_steps=3", "metrics.loggers=[tensorboard]", "metrics.teacher_every=1"]
+    train(ranks, overrides(data, tmp_path / "run", *options))
     run = tmp_path / "run"
     assert (run / "config.yaml").is_file() and list(run.rglob("events.out.tfevents*"))
     assert saved_step(run) == 3

@@ -51,7 +51,7 @@ def test_what_ran_is_there_with_versions_hardware_layout_commit_and_command(run)
     assert "torch 2.13.0" in facts["versions"] and "NVIDIA H200" in facts["hardware"]
     assert facts["git commit"].startswith("0123") and facts["layout"].startswith("TP 2 x PP 1")
     assert (facts["seed"], facts["launches"]) == ("0", "2")
-    assert facts["objective"].startswith("target.rule=entropy_matched, target.anchor=student, target.teacher_weight")
+    assert facts["objective"].startswith("target.rule=entropy_matched, target.anchor=reference, target.teacher_weight")
     assert shown["status"] == "30 of 30 steps; the run is complete"
     assert [row[1:3] for row in shown["events"]] == [
         ["0", "started"],
