@@ -3,9 +3,9 @@
 
 The example takes minutes on a CPU.  A base model learns column subtraction from pupils' homework, which contains
 mistakes; where the homework shows the answer as a hint, the work is clean.  Then the model trains itself on 2000
-problems with answers.  It responds without the hint, scores its response with the hint in the prompt, and moves towards
-a mix of the two.  The model never sees a worked solution and nothing ever judges a response.  Held-out problems are
-answered without hints, before and after.
+problems with answers.  It responds without the hint; the base scores the response with the hint in the prompt and
+without it, and the model moves towards a mix of the two scores.  The model never sees a worked solution and nothing
+ever judges a response.  Held-out problems are answered without hints, before and after.
 
     python examples/01_quickstart.py
     python examples/01_quickstart.py --seeds 5 6 7        mean and worst of three seeds
@@ -35,7 +35,9 @@ NUMBERS = ("greedy", "sampled", "pass_at_8", "hinted", "entropy", "shows_work", 
 
 WHAT_NEXT = """
 What to try next
-  --literal       run the strict match with forward KL and the current weights as teacher: a guard stops its collapse
+  --student-mix   mix the teacher with the student that is being trained instead of with the frozen reference
+  --literal       run the strict match with the student, forward KL and the current weights as the teacher: a guard
+                  stops its collapse
   other examples  02_wrong_hints.py        most hints are wrong
                   03_hard_problems.py      problems that the base never solves
                   04_many_answers.py       each problem has many right answers: does the model keep them?
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
     parser = example_parser(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", help="run these seeds; report the mean and the worst")
+    parser.add_argument("--student-mix", action="store_true", help="also run the mix with the student")
     parser.add_argument("--literal", action="store_true", help="also run recipe=literal, which collapses")
     parser.add_argument("--only", action="store_true", help="run self-distillation alone, without baselines")
     options = parser.parse_args(argv)
@@ -61,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     chosen = [variants.SELF_DISTILLATION]
     if not options.only:
         chosen += [variants.TEACHER_ALONE, IMITATION]
+    if options.student_mix:
+        chosen.append(variants.STUDENT_MIX)
     if options.literal:
         chosen.append(variants.LITERAL)
     seeds = options.seeds or [options.seed]
@@ -108,9 +113,9 @@ def judgement(outcomes: Sequence[Outcome]) -> str:
         verdict = f"The mix is better than the teacher alone here, by {difference:.3f} (sampled)."
     else:
         verdict = (
-            f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): under reverse KL and with "
-            "a good teacher,\nplain on-policy self-distillation does as well.  02_wrong_hints.py shows where the mix "
-            "helps, under forward KL."
+            f"The mix is no better than the teacher alone here ({difference:+.3f} sampled): these hints do not tempt, "
+            "so there is nothing to\nhold back, and the mix keeps a part of the base's noise.  09_leaking_hint.py "
+            "shows what the mix is for."
         )
     return (
         f"{verdict}\nFine-tuning on the text of the hints teaches the model to state answers without working them out "

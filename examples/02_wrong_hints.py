@@ -25,7 +25,14 @@ from _lib.task import Record
 from _lib.variants import Outcome
 
 WITHOUT_GUARD = "guards.max_entropy_ratio=null"
-VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD_KL, variants.TEACHER_ALONE_FORWARD_KL)
+VARIANTS = (
+    variants.SELF_DISTILLATION,
+    variants.STUDENT_MIX,
+    variants.TEACHER_ALONE,
+    variants.FORWARD_KL,
+    variants.STUDENT_MIX_FORWARD_KL,
+    variants.TEACHER_ALONE_FORWARD_KL,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

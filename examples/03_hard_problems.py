@@ -27,20 +27,19 @@ from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 
 GUIDED = "rollout.guidance=mixed"
-FORWARD = "loss.divergence=forward_kl"
 NEVER_SOLVED = (
     variants.SELF_DISTILLATION,
     Variant("Self-distillation, guided", (GUIDED,)),
     variants.REJECTION,
     variants.FORWARD_KL,
-    Variant("Forward KL, guided", (FORWARD, GUIDED)),
-    Variant("Anchored, forward KL", ("target=anchored", FORWARD)),
-    Variant("Anchored, forward KL, w = 2", ("target=anchored", FORWARD, "target.teacher_weight=2")),
+    variants.SURER_FORWARD_KL,
+    Variant("Forward KL, w = 2, guided", (*variants.SURER_FORWARD_KL.overrides, GUIDED)),
+    variants.STUDENT_MIX_FORWARD_KL,
     variants.TEACHER_ALONE_FORWARD_KL,
 )
 SELDOM_SOLVED = (
     variants.SELF_DISTILLATION,
-    variants.STRICT,
+    variants.STUDENT_MIX,
     variants.TEACHER_ALONE,
     variants.FORWARD_KL,
     variants.REJECTION,

@@ -26,8 +26,8 @@ from _lib.variants import Variant
 from megatron_selfdistill.report.curves import ENTROPY, SAMPLED
 
 IMITATION = Variant("Fine-tuning on solutions", ("objective=sft",))
-VARIANTS = (variants.SELF_DISTILLATION, variants.STRICT, variants.TEACHER_ALONE, IMITATION, variants.REJECTION)
-WEAK_VARIANTS = (variants.SELF_DISTILLATION, variants.TEACHER_ALONE, variants.FORWARD_KL, variants.REJECTION)
+VARIANTS = (variants.SELF_DISTILLATION, variants.STUDENT_MIX, variants.TEACHER_ALONE, IMITATION, variants.REJECTION)
+WEAK_VARIANTS = (variants.SELF_DISTILLATION, variants.STUDENT_MIX, variants.TEACHER_ALONE, variants.REJECTION)
 NUM_SAMPLES = 32
 COLUMNS = ("greedy", "sampled", "different", "pass@8", "hinted", "entropy")
 

@@ -29,8 +29,15 @@ from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 
 GUIDED = "rollout.guidance=mixed"
-VARIANTS = (variants.SELF_DISTILLATION, variants.STRICT, variants.FORWARD_KL)
-CORRECTED = Variant("Self-distillation, guided, corrected", (GUIDED, "loss.rollout_correction=truncated"))
+STUDENT_MIXES = (variants.STUDENT_MIX, variants.STUDENT_MIX_STRICT, variants.STUDENT_MIX_FORWARD_KL)
+VARIANTS = {
+    "megatron": (variants.SELF_DISTILLATION, variants.SURER_FORWARD_KL, *STUDENT_MIXES),
+    "vllm": STUDENT_MIXES,
+}
+"""The variants that an engine can guide: vLLM holds the trained weights only, and no reference."""
+CORRECTED = Variant(
+    "Mix with the student, guided, corrected", ("target.anchor=student", GUIDED, "loss.rollout_correction=truncated")
+)
 ENGINES = {
     "megatron": (),
     "vllm": ("rollout.engine=vllm", "rollout.kv_cache_gb=0.25"),
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
     settings = (f"num_steps={steps}", "evaluation.num_samples=4", *ENGINES[options.engine])
-    runs = [variant.on(problems) for variant in with_and_without_guidance(settings, directory)]
+    runs = [variant.on(problems) for variant in with_and_without_guidance(options.engine, settings, directory)]
     _, outcomes = tables.compare(f"Two borrows from a zero, rollouts by {options.engine}", base, runs, directory)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy on held-out problems by step", outcomes, moments))
@@ -61,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def with_and_without_guidance(settings: Sequence[str], directory: Path) -> list[Variant]:
-    """Return each variant followed by the same variant with guided rollouts; every run records its rollouts."""
-    pairs = [(variant, Variant(f"{variant.title}, guided", (*variant.overrides, GUIDED))) for variant in VARIANTS]
+def with_and_without_guidance(engine: str, settings: Sequence[str], directory: Path) -> list[Variant]:
+    """Return each variant of an engine, followed by the same variant with guided rollouts; every run records them."""
+    pairs = [(v, Variant(f"{v.title}, guided", (*v.overrides, GUIDED))) for v in VARIANTS[engine]]
     found = []
     for variant in [*itertools.chain(*pairs), CORRECTED]:
         recorded = recording(directory, variant)

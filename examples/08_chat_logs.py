@@ -45,8 +45,9 @@ NUM_ATTEMPTS = 3
 NUM_STEPS = 100
 LOGGED = Variant("Chat logs", ("recipe=chat_logs",))
 LIKELY = Variant("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
+STUDENT_MIX = Variant("Chat logs, mix with the student", ("recipe=chat_logs", "target.anchor=student"))
 ON_POLICY = Variant("Sampled anew", ("recipe=chat_logs", "conversations.responses=sampled"))
-VARIANTS = (LOGGED, LIKELY, ON_POLICY)
+VARIANTS = (LOGGED, LIKELY, STUDENT_MIX, ON_POLICY)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -5,9 +5,10 @@ In a tenth of its pretraining texts without a hint, the base states an answer wi
 the hint it does so in 70 %, and the answer is right.  So the teacher rates a leak, which the student proposes by itself
 now and then, higher than work.  The student can be right only by working.
 
-Each variant is a target: the teacher alone, mixes with the current student, and mixes with the anchor, which is the
-base itself on the student's prompt.  A mix with the student moves with the student; a mix with the anchor stands still.
-The tables show the figures by step, so that the best step of a variant can be compared with the last one.
+Each variant is a target: the teacher alone, mixes with the current student, and anchored targets, which mix the teacher
+with the reference, that is the base itself on the student's prompt.  A mix with the student moves with the student; an
+anchored target stands still.  The variant Anchored is the default recipe.  The tables show the figures by step, so that
+the best step of a variant can be compared with the last one.
 
     python examples/09_leaking_hint.py
     python examples/09_leaking_hint.py --steps 400 --forward     longer, and also under forward KL
@@ -24,15 +25,15 @@ from rich.table import Table
 from _lib import leaking_subtraction, tables
 from _lib.command_line import command, console, example_parser, prepare_process
 from _lib.pretraining import Base, prepared_base, write_records
-from _lib.variants import FORWARD_KL, SELF_DISTILLATION, STRICT, TEACHER_ALONE, Variant
+from _lib.variants import FORWARD_KL, STUDENT_MIX, STUDENT_MIX_STRICT, TEACHER_ALONE, Variant
 from _lib.watched_runs import WITHOUT_GUARDS, Point, watch
 from megatron_selfdistill.report.curves import ENTROPY, GREEDY, SAMPLED, plot_curves
 
-ANCHORED = Variant("Anchored", ("target=anchored",))
-"""The mix with the frozen base, whose entropy is matched, with k <= 1 + w."""
-ANCHORED_MEAN = Variant("Anchored, k = 1 + w", ("target=geometric_mean", "target.anchor=reference"))
-ANCHORED_STRICT = Variant("Anchored, strict match", ("target=anchored", "target.k_max=null"))
-VARIANTS = (TEACHER_ALONE, SELF_DISTILLATION, STRICT, ANCHORED_MEAN, ANCHORED, ANCHORED_STRICT)
+ANCHORED = Variant("Anchored")
+"""The default recipe: the mix with the frozen base, whose entropy is matched, with k <= 1 + w."""
+ANCHORED_MEAN = Variant("Anchored, k = 1 + w", ("target=geometric_mean",))
+ANCHORED_STRICT = Variant("Anchored, strict match", ("target=strict",))
+VARIANTS = (TEACHER_ALONE, STUDENT_MIX, STUDENT_MIX_STRICT, ANCHORED_MEAN, ANCHORED, ANCHORED_STRICT)
 NUM_STEPS = 200
 FIGURES: dict[str, Callable[[Point], float | None]] = {
     "Greedy accuracy": lambda point: point.greedy,
@@ -46,13 +47,13 @@ Runs = Mapping[Variant, Sequence[Point]]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
     parser = example_parser(__doc__)
-    parser.add_argument("--forward", action="store_true", help="also run the default and the anchor under forward KL")
+    parser.add_argument("--forward", action="store_true", help="also run both matched mixes under forward KL")
     options = parser.parse_args(argv)
     prepare_process()
     directory = options.directory / "leaking_hint" / f"seed{options.seed}"
     base = prepared_base(leaking_subtraction.TASK, options.seed, options.directory)
     problems = write_records(directory / "train.jsonl", leaking_subtraction.TASK.training_problems(options.seed))
-    chosen = VARIANTS + (tuple(map(under_forward_kl, (SELF_DISTILLATION, ANCHORED))) if options.forward else ())
+    chosen = VARIANTS + (tuple(map(under_forward_kl, (STUDENT_MIX, ANCHORED))) if options.forward else ())
     steps = moments(options.steps or NUM_STEPS)
     runs = {variant: run(variant, base, problems, directory, steps) for variant in chosen}
     for title, figure in FIGURES.items():
@@ -102,7 +103,7 @@ def by_step(title: str, runs: Runs, figure: Callable[[Point], float | None]) -> 
 
 def conclusion(runs: Runs) -> str:
     """Return the sentences that interpret the measured points."""
-    moving = [variant for variant in (TEACHER_ALONE, SELF_DISTILLATION, STRICT) if variant in runs]
+    moving = [variant for variant in (TEACHER_ALONE, STUDENT_MIX, STUDENT_MIX_STRICT) if variant in runs]
     still = [variant for variant in (ANCHORED_MEAN, ANCHORED, ANCHORED_STRICT) if variant in runs]
     before = runs[moving[0]][0]
     lines = [

@@ -33,10 +33,18 @@ class Variant:
 
 
 SELF_DISTILLATION = Variant("Self-distillation")
-"""The default recipe: the entropy match with k capped at 1 + w, reverse KL, and a frozen teacher."""
-STRICT = Variant("Strict match", ("target=strict",))
+"""The default recipe: the mix with the frozen reference, whose entropy is matched with k capped at 1 + w, reverse KL,
+and a frozen teacher."""
+STUDENT_MIX = Variant("Mix with the student", ("target.anchor=student",))
+"""The default recipe with the student that is being trained in the place of the reference."""
+STUDENT_MIX_STRICT = Variant("Mix with the student, strict match", ("target=strict", "target.anchor=student"))
+STUDENT_MIX_FORWARD_KL = Variant(
+    "Mix with the student, forward KL", ("target.anchor=student", "loss.divergence=forward_kl")
+)
 TEACHER_ALONE = Variant("Teacher alone", ("recipe=teacher_alone",))
 FORWARD_KL = Variant("Forward KL", ("loss.divergence=forward_kl",))
+"""The default recipe under forward KL."""
+SURER_FORWARD_KL = Variant("Forward KL, w = 2", ("loss.divergence=forward_kl", "target.teacher_weight=2"))
 TEACHER_ALONE_FORWARD_KL = Variant("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
 LITERAL = Variant("Literal recipe", ("recipe=literal",))
 REJECTION = Variant("RFT with a verifier", ("objective=rft",))

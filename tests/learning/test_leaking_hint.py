@@ -84,7 +84,7 @@ def test_the_conclusion_follows_from_the_points(load_example):
     shown = example.conclusion(held)
     assert "reaches 0.600 (step 50), which is below the 0.800" in shown
     assert "Anchored keeps the most work: the share changes by -0.05" in shown
-    lost = {example.SELF_DISTILLATION: points((0.3, 0.9), (0.7, 0.8)), example.ANCHORED: points((0.3, 0.9), (0.5, 0.4))}
+    lost = {example.STUDENT_MIX: points((0.3, 0.9), (0.7, 0.8)), example.ANCHORED: points((0.3, 0.9), (0.5, 0.4))}
     shown = example.conclusion(lost)
     assert "which is not below the 0.500" in shown
     assert "even Anchored loses 0.50 of the work" in shown
