@@ -7,9 +7,11 @@ right answer ends the conversation with thanks.  After the last wrong answer the
 it.  Then the model scores its own turns with the accepted answers as hints, and moves towards its own predictions with
 the hints.
 
-The logs stay the same while the student changes.  After some steps the student learns from turns that it would no
-longer sample, and forgets.  The second variant therefore skips turns that the current student finds unlikely.  The
-third variant samples the same turns again from the current weights: this is on-policy self-distillation, the baseline.
+The logs stay the same while the student changes, so after some steps the student might learn from turns that it would
+no longer sample.  The default target mixes the teacher with the frozen base, which has written the logs, and so keeps
+the student near them.  The second variant also skips turns that the current student finds unlikely.  The third variant
+mixes the teacher with the student itself: it drifts away from its logs and forgets.  The last variant samples the same
+turns again from the current weights: this is on-policy self-distillation, the baseline.
 
     python examples/08_chat_logs.py
     python examples/08_chat_logs.py --seeds 5 6 7        with a figure over three seeds
@@ -42,7 +44,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help 
 
 NUM_SESSIONS = 2000
 NUM_ATTEMPTS = 3
-NUM_STEPS = 100
+NUM_STEPS = 200
 LOGGED = Variant("Chat logs", ("recipe=chat_logs",))
 LIKELY = Variant("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
 STUDENT_MIX = Variant("Chat logs, mix with the student", ("recipe=chat_logs", "target.anchor=student"))
@@ -71,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure = plot_curves(runs, directory / "chat_logs.png", (GREEDY, SAMPLED), title)
     console.print(f"curves: {figure}\n", soft_wrap=True)
     console.print(
-        "Logs teach less than new samples of the model, and less with every step that the student moves away from "
-        "them:\nevaluate often, and skip turns that have become unlikely (conversations.min_log_prob).",
+        "Logs teach less than new samples of the model.  With the reference the student stays near its logs; a mix with "
+        "the student\n(target.anchor=student) drifts away from them.  Watch turns/log_prob_mean, and evaluate often.",
         soft_wrap=True,
     )
     return 0
