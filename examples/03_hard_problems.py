@@ -4,8 +4,9 @@
 Without a hint, every text of this base's pretraining gets a borrow from a zero wrong, so neither its greedy responses
 nor its samples are right.  A verifier then accepts nothing, and reverse KL, which weighs a token by the student's own
 probability, hardly moves what the student never samples.  Forward KL asks for every token that is likely under the
-target; guided rollouts show the student where such a token leads.  A small weight of the teacher holds a right token
-back just as it holds back a leak: the anchored target therefore needs a larger one here.
+target; guided rollouts show the student where such a token leads.  The reference holds a right token that the base
+never proposes back just as it holds back a leak: here the default target needs forward KL and a larger weight w of the
+teacher, while a mix with the student, and the teacher alone, need forward KL only.
 
 The base of the quickstart solves these problems now and then: greedily never, but in a few per cent of its samples.
 That is enough for reverse KL, and also for rejection fine-tuning with a verifier, which only starts later.

@@ -2,9 +2,9 @@
 """Many right answers: training shows one answer of 57 = 12 + 45 = 31 + 26 = ..., and the model should keep the others.
 
 The example counts the accuracy and the number of different right answers among 32 samples, on held-out sums.
-Self-distillation removes the errors and keeps the variety; rejection fine-tuning with a verifier loses variety.
-Fine-tuning on the solutions does as well as self-distillation, because a solution here is a response in the student's
-own format.
+Self-distillation removes errors and gains variety.  The mix with the student is ahead of the default in both, because
+the reference keeps a part of the base's noise; rejection fine-tuning with a verifier gains less variety.  Fine-tuning
+on the solutions does as well as self-distillation: a solution here is a response in the student's own format.
 
 The second part starts from a weak base, which was pretrained too briefly to use a hint.  Self-distillation does not
 help this base; a verifier does.

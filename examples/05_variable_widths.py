@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Variable widths: numbers have two to four digits, and a hint is an answer or a whole worked solution.
 
-The recipe is that of the quickstart; nothing in it needs texts of one length.  The teacher alone does as well as the
-mix here too, and so does rejection fine-tuning with a verifier.
+The recipe is that of the quickstart; nothing in it needs texts of one length.  The teacher alone does at least as
+well as the mix here too, and so does rejection fine-tuning with a verifier.
 
     python examples/05_variable_widths.py
 """

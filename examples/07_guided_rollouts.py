@@ -5,7 +5,8 @@ The problems are those of 03_hard_problems.py.  When the student alone samples, 
 each token is sampled from the mix of the same model with and without the hint, most responses are right from the first
 step on.  The variants come in pairs that differ only in how responses are sampled; both are evaluated on held-out
 problems, without hints and without guidance.  Guided rollouts are off-policy for the student; only the last variant
-corrects for that, by truncated importance weights.
+corrects for that, by truncated importance weights.  A vLLM engine holds the trained weights only, and no reference:
+with it, all variants mix the teacher with the student.
 
     python examples/07_guided_rollouts.py
     python examples/07_guided_rollouts.py --engine vllm        vLLM samples all responses (vLLM must be installed)

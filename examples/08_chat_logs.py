@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     figure = plot_curves(runs, directory / "chat_logs.png", (GREEDY, SAMPLED), title)
     console.print(f"curves: {figure}\n", soft_wrap=True)
     console.print(
-        "Logs teach less than new samples of the model.  With the reference the student stays near its logs; a mix with "
-        "the student\n(target.anchor=student) drifts away from them.  Watch turns/log_prob_mean, and evaluate often.",
+        "Logs teach less than new samples of the model.  With the reference the student stays near its logs; with "
+        "target.anchor=student\nit drifts away from them.  Watch turns/log_prob_mean, and evaluate often.",
         soft_wrap=True,
     )
     return 0

@@ -137,10 +137,11 @@ def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeyp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["01_quickstart", "02_wrong_hints"])
-def test_the_other_examples_run_to_their_end(base, root, load_example, name, capsys):
-    assert load_example(name).main(["--directory", str(root), "--steps", "2"]) == 0
-    assert "curves.png" in capsys.readouterr().out
+@pytest.mark.parametrize(("name", "options"), [("01_quickstart", ["--student-mix"]), ("02_wrong_hints", [])])
+def test_the_other_examples_run_to_their_end(base, root, load_example, name, options, capsys):
+    assert load_example(name).main(["--directory", str(root), "--steps", "2", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "curves.png" in shown and "Mix with the student" in shown
 
 
 @pytest.mark.full
