@@ -94,7 +94,8 @@ def pairs_in_another_sequence(patch: pytest.MonkeyPatch) -> None:
     def other_order(batch: Any, pair_order: str, with_teacher: bool, **options: bool) -> list[tuple[str, int]]:
         right = order(batch, pair_order, with_teacher=with_teacher, **options)
         if pair_order == "alternating" and with_teacher:
-            return [item for i in range(len(right) - 2, -1, -2) for item in right[i : i + 2]]
+            size = 3 if options["with_reference"] else 2
+            return [item for i in range(len(right) - size, -1, -size) for item in right[i : i + size]]
         return right
 
     patch.setattr(schedule, "_order", other_order)
