@@ -157,7 +157,7 @@ class Learner:
     def forward_backward(
         self,
         packed: PackedBatch,
-        token_weights: token_losses.TokenWeights | None = None,
+        token_coefficients: token_losses.TokenCoefficients | None = None,
         *,
         measure_teacher: bool = True,
     ) -> schedule.StepOutput:
@@ -172,9 +172,9 @@ class Learner:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
         if not self.has_teacher:
-            return self._schedule(packed, None, token_losses.next_token, token_weights=token_weights)
+            return self._schedule(packed, None, token_losses.next_token, token_coefficients=token_coefficients)
         measurement = self._measurement() if measure_teacher else None
-        return self._self_distillation(packed, measurement, token_weights=token_weights)
+        return self._self_distillation(packed, measurement, token_coefficients=token_coefficients)
 
     def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False) -> schedule.StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.

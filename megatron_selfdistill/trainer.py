@@ -136,7 +136,7 @@ class Trainer:
             if not self.checked and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
             measure_teacher = self.config.metrics.teacher_due(self.step + 1)
-            return self.learner.forward_backward(packed, batch.token_weights, measure_teacher=measure_teacher)
+            return self.learner.forward_backward(packed, batch.token_coefficients, measure_teacher=measure_teacher)
         return None
 
     def update(self, batch: StepBatch, output: schedule.StepOutput | None) -> dict[str, float]:

@@ -1,13 +1,59 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The weights of response tokens in the loss; they are constants, through which no gradient flows."""
+"""The coefficients of response tokens in the loss; they are constants, through which no gradient flows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """The coefficients w and a of R response tokens, each of whose losses is ``w D(p, q) + a (-log p(token))``.
+
+    The first term distils the whole distribution q of the target; the second term raises (a > 0) or lowers (a < 0) the
+    probability of the response token, as policy gradients and likelihood do.  Both coefficients are constants.
+    """
+
+    divergence: Tensor
+    """[R] w >= 0."""
+    policy: Tensor | None = None
+    """[R] a, of either sign; None where there is no second term: for all microbatches of a step, or for none."""
+    clipped: Tensor | None = None
+    """[R] bool: whether a clip has set a to 0; None where nothing is clipped."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[Coefficients]) -> Coefficients:
+        """Return the coefficients of the tokens of all parts, at least one, in their order.
+
+        Raises: ValueError if only some of the parts have ``policy``, or only some have ``clipped``.
+        """
+
+        def joined(name: str) -> Tensor | None:
+            values = [getattr(part, name) for part in parts]
+            known = [value for value in values if value is not None]
+            if known and len(known) != len(values):
+                raise ValueError(
+                    f"Coefficients.{name} must be given for all microbatches of a step or for none; got it for "
+                    f"{len(known)} of {len(values)}."
+                )
+            return torch.cat(known) if known else None
+
+        return cls(torch.cat([part.divergence for part in parts]), joined("policy"), joined("clipped"))
+
+    def token_losses(self, divergence: Tensor, log_prob: Tensor) -> Tensor:
+        """Return ``w D - a log p(token)`` [R] of every response token.
+
+        divergence: [R] D(p, q); log_prob: [R] log p of the tokens; both in nats, and a gradient flows to both.
+        A token with a = 0 has no second term, also where its log-prob is -inf or NaN.
+        """
+        losses = divergence * self.divergence
+        if self.policy is None:
+            return losses
+        return losses - torch.where(self.policy == 0, 0.0, self.policy * log_prob)
 
 
 @dataclass(frozen=True)
@@ -28,15 +74,15 @@ class TruncatedImportance:
     cap: float = 2.0
     """The largest weight."""
 
-    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
-        """Return the weight [R] of every response token.
+    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
+        """Return the weight [R] of every response token as the coefficient of its divergence.
 
         student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
         tokens.
         """
         sampled = self.sampled_log_probs[response_ids].to(student_log_prob)
         with torch.no_grad():
-            return (student_log_prob - sampled).exp().clamp(max=self.cap)
+            return Coefficients((student_log_prob - sampled).exp().clamp(max=self.cap))
 
 
 @dataclass(frozen=True)
@@ -63,8 +109,8 @@ class LikelyTurns:
     """The sum over the ranks that hold tokens of the same turns, with the same bits on all of these ranks, so that all
     of them decide alike."""
 
-    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Tensor:
-        """Return the weight [R] of every response token.
+    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
+        """Return the weight [R] of every response token as the coefficient of its divergence.
 
         student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
         tokens.
@@ -78,7 +124,7 @@ class LikelyTurns:
             log_prob, count = self.over_ranks(sums)
             excess = log_prob / count.clamp(min=1) - self.min_log_prob
             weights = torch.where(excess < 0, self.weight(excess), torch.ones_like(excess))
-            return weights[turns].to(student_log_prob)
+            return Coefficients(weights[turns].to(student_log_prob))
 
 
 def dropped(excess: Tensor) -> Tensor:

@@ -115,8 +115,8 @@ def step_metrics(
         if response_lengths is not None and "targets" in by_key:
             tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
             by_key |= tenth_values(stats, tenths[output.response_ids])
-        if output.weights is not None:
-            weights = output.weights.double()
+        if output.coefficients is not None:
+            weights = output.coefficients.divergence.double()
             by_key |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
             by_key["correction/capped"] = (weights >= weight_cap).double()
     return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, grid), grid))

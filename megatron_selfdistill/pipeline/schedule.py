@@ -30,6 +30,7 @@ from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, states_at, uses_local_attention
 from megatron_selfdistill.model.output_layer import FusedLoss
@@ -38,7 +39,7 @@ from megatron_selfdistill.pipeline.gradient_bridge import GradientBridge
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.router_losses import router_losses_per_weighted_microbatch
 from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenLoss, TokenWeights
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenCoefficients, TokenLoss
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
 
 
@@ -59,9 +60,9 @@ class StepOutput:
     response_ids: Tensor
     """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64 on the device."""
     stats: TokenStats | None
-    """Statistics of the R tokens, detached, the loss without weights; None on the other stages."""
-    weights: Tensor | None = None
-    """Weights [R] of the tokens' losses; None where all weights are 1."""
+    """Statistics of the R tokens, detached, the loss without coefficients; None on the other stages."""
+    coefficients: Coefficients | None = None
+    """Coefficients of the R tokens; None where the loss of every token is its divergence."""
     measures_teacher: bool = True
     """Whether ``stats`` describe the teacher; False on a step with a `Reference` that does not measure the teacher."""
     measures: TokenMeasures | None = None
@@ -81,15 +82,16 @@ def run(
     reference: Reference | None = None,
     guided: GuidedTokens | None = None,
     measurement: TokenMeasurement | None = None,
-    token_weights: TokenWeights | None = None,
+    token_coefficients: TokenCoefficients | None = None,
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
-    The gradient is that of ``sum(token_weights * token_loss) / N``, with N the response tokens of the global batch, in
-    every layout; without ``token_weights`` all weights are 1.
+    The gradient is that of ``sum(w * loss - a * student_log_prob) / N`` over the response tokens, with N the response
+    tokens of the global batch, in every layout.  ``token_coefficients`` gives w and a, which are constants; without
+    ``token_coefficients`` w is 1 and a is 0.  Coefficients without a policy term cost nothing in the loss.
 
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
@@ -98,7 +100,8 @@ def run(
     replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
-    Raises: ValueError for an order that does not fit the microbatches, `NoResponseTokens` on all ranks where N is 0.
+    Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
+    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0.
     """
     num_response_tokens, num_weighted = _global_counts(batch, grid)
     if num_response_tokens == 0:
@@ -117,7 +120,7 @@ def run(
         reference=reference,
         guided=guided or GuidedTokens(),
         measurement=measurement,
-        token_weights=token_weights,
+        token_coefficients=token_coefficients,
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / num_response_tokens,
@@ -172,14 +175,14 @@ class _Step:
     reference: Reference | None
     guided: GuidedTokens
     measurement: TokenMeasurement | None
-    token_weights: TokenWeights | None
+    token_coefficients: TokenCoefficients | None
     grid: RankGrid
     vocab: VocabShard
     loss_scale: float
     bank: TeacherHiddenStates | None
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
+    coefficients: list[Coefficients] = field(default_factory=list)
     measures: list[TokenMeasures] = field(default_factory=list)
 
     def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
@@ -212,9 +215,15 @@ class _Step:
         def loss_func(hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             stats = self._stats(index, model, hidden, microbatch)
             losses = stats.loss
-            if self.token_weights is not None:
-                self.weights.append(self.token_weights(stats.student_log_prob, microbatch.response_ids))
-                losses = losses * self.weights[-1]
+            if self.token_coefficients is not None:
+                log_prob = stats.student_log_prob
+                coefficients = self.token_coefficients(log_prob.detach(), microbatch.response_ids)
+                if coefficients.policy is not None and torch.is_grad_enabled() and not log_prob.requires_grad:
+                    raise ValueError(
+                        "token_coefficients has a policy term, whose gradient the token loss does not have"
+                    )
+                losses = coefficients.token_losses(stats.loss, log_prob)
+                self.coefficients.append(coefficients)
             loss = losses.sum() * self.loss_scale
             self.ids.append(microbatch.response_ids)
             self.stats.append(_detached(stats))
@@ -349,7 +358,7 @@ class _Step:
             num_response_tokens=num_response_tokens,
             response_ids=torch.cat(self.ids),
             stats=stats,
-            weights=torch.cat(self.weights) if self.weights else None,
+            coefficients=Coefficients.concatenate(self.coefficients) if self.coefficients else None,
             measures_teacher=self.reference is None or (measures is not None and measures.has_teacher),
             measures=measures,
             anchor_entropy=anchor_entropy,

@@ -15,6 +15,7 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from megatron_selfdistill.loss.divergence import Divergence, split_divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import Observer, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
 from megatron_selfdistill.pipeline.device_batch import StudentMicrobatch
 
@@ -25,8 +26,10 @@ With a reference whose entropy the target matches, the loss also takes ``referen
 ``teacher_weights [R]`` and ``guided`` = (n, the divergence of the last n tokens); with a `TokenMeasurement`
 ``observe``, the `Observer` of the logits.
 """
-TokenWeights = Callable[[Tensor, Tensor], Tensor]
-"""(student_log_prob [R], response_ids [R]), both on the device -> weights [R] of the tokens' losses, as constants.
+TokenCoefficients = Callable[[Tensor, Tensor], Coefficients]
+"""(student_log_prob [R], response_ids [R]), both on the device -> the `Coefficients` of a microbatch's tokens.
+
+The log-probs are detached, and the coefficients carry no gradient.
 
 loss/weighting.py has such functions.
 """

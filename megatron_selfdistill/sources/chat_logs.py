@@ -58,7 +58,7 @@ class ChatLogs(CommittedState):
                 responses=responses,
                 contexts=contexts,
                 solutions=[problem.solution for problem in read.problems],
-                token_weights=turn_weights(self._conversations, turns, self._grid),
+                token_coefficients=turn_weights(self._conversations, turns, self._grid),
                 metrics=read.metrics,
                 next_state=SourceState(problem_sampler, self.state.prompts),
             )
@@ -66,8 +66,8 @@ class ChatLogs(CommittedState):
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
         turns = Turns.of(batch.problems, batch.contexts)
-        metrics = turn_metrics(output, turns, batch.token_weights is not None, self._grid)
-        unweighted = replace(output, weights=None)
+        metrics = turn_metrics(output, turns, batch.token_coefficients is not None, self._grid)
+        unweighted = replace(output, coefficients=None)
         return metrics | step_metrics(unweighted, None, self._grid, response_lengths=batch.response_lengths)
 
 

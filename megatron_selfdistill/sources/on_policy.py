@@ -90,7 +90,7 @@ class OnPolicy(CommittedState):
                 contexts=build_contexts([answer.prompts for answer in trained], kept, guided),
                 solutions=[answer.problem.solution for answer in trained],
                 sampler_log_probs=self._on_device(response.log_probs for response in kept),
-                token_weights=self._corrections(kept) if options.corrects else None,
+                token_coefficients=self._corrections(kept) if options.corrects else None,
                 metrics={**found, **chosen},
                 next_state=SourceState(problem_sampler, prompts_after),
             )

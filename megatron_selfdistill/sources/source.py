@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.pipeline.schedule import StepOutput
-from megatron_selfdistill.pipeline.token_losses import TokenWeights
+from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Prompts
 
@@ -48,8 +48,8 @@ class StepBatch:
     made by hand may have no solutions; its responses are then not shown as samples."""
     sampler_log_probs: Tensor | None = None
     """[R_total] float64 nats, on the device: the log-probs from the sampler; None if nothing was sampled."""
-    token_weights: TokenWeights | None = None
-    """The weights of the tokens' losses; None where all weights are 1."""
+    token_coefficients: TokenCoefficients | None = None
+    """The coefficients of the tokens' losses; None where the loss of every token is its divergence."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Counts from the making of the batch, over the global batch, under flat keys; equal on all ranks."""
     next_state: SourceState | None = None

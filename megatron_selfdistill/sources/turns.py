@@ -43,7 +43,7 @@ class Turns:
 
 
 def turn_weights(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> LikelyTurns | None:
-    """Return the token weights that ``conversations.min_log_prob`` asks for; None where the key is null."""
+    """Return the weights of tokens that ``conversations.min_log_prob`` asks for; None where the key is null."""
     if wanted.min_log_prob is None:
         return None
     weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
@@ -78,8 +78,8 @@ def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGri
         )
         ids = turn_ids[output.response_ids]
         sums[0].index_add_(0, ids, output.stats.student_log_prob.double())
-        if output.weights is not None:
-            sums[1].index_add_(0, ids, (output.weights < 1).double())
+        if output.coefficients is not None:
+            sums[1].index_add_(0, ids, (output.coefficients.divergence < 1).double())
         sums = over_last_stage(sums, grid)
         if grid.tp_rank == 0 and grid.cp_rank == 0 and turns.lengths:
             means, unlikely = sums[0] / tokens, (sums[1] > 0).double()

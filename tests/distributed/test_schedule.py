@@ -105,10 +105,12 @@ def gradients_of_plain_autograd() -> tuple[dict, dict]:
         clear(student)
         loss_of = token_losses.self_distillation(Target(), Divergence(), fusion=fusion)
         weight = TruncatedImportance(sampled, cap) if cap is not None else None
-        output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_weights=weight)
+        output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_coefficients=weight)
         if cap is not None:
-            assert 0.2 < (output.weights == cap).double().mean() < 0.9, "some weights are cut and some are not"
-        weights = 1 if output.weights is None else output.weights
+            assert 0.2 < (output.coefficients.divergence == cap).double().mean() < 0.9, (
+                "some weights are cut and some are not"
+            )
+        weights = 1 if output.coefficients is None else output.coefficients.divergence
         ours[cap, fusion] = float((weights * output.stats.loss).mean()), main_grads(student)
     return plain, ours
 

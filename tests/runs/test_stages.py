@@ -101,7 +101,7 @@ def gradients_in_and_out_of_order(overrides: Sequence[str]) -> list[list[bool]]:
         by_hand = StepBatch(contexts=[dataclasses.replace(c, response=c.response[:3]) for c in ahead.contexts])
         num_tokens = sum(len(context.response) for context in by_hand.contexts)
         weights = TruncatedImportance(torch.linspace(-9, -1, num_tokens, dtype=torch.float64), cap=1.5)
-        batches = {"first": first, "ahead": ahead, "weighted": dataclasses.replace(by_hand, token_weights=weights)}
+        batches = {"first": first, "ahead": ahead, "weighted": dataclasses.replace(by_hand, token_coefficients=weights)}
         in_order = {name: gradients(trainer, batch) for name, batch in batches.items()}
         assert all(gradient.abs().sum() > 0 for gradient in in_order.values())
         assert not in_order["weighted"].equal(gradients(trainer, by_hand)), "weights count"

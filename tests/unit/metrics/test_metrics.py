@@ -17,6 +17,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 from megatron_selfdistill.loss.batch_k import solve_batch_k
+from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.metrics import (
     Phases,
     batch_entropies,
@@ -70,13 +71,15 @@ def some_rows(stats: TokenStats, rows: Any) -> TokenStats:
     return TokenStats(**{k: v if k == "grid_betas" else v[rows] for k, v in values.items()})
 
 
-def output_of(stats: TokenStats | None, ids: torch.Tensor | None = None, weights: torch.Tensor | None = None) -> Any:
+def output_of(
+    stats: TokenStats | None, ids: torch.Tensor | None = None, coefficients: Coefficients | None = None
+) -> Any:
     if ids is None:
         ids = torch.arange(0 if stats is None else len(stats.loss))
     return SimpleNamespace(
         stats=stats,
         response_ids=ids,
-        weights=weights,
+        coefficients=coefficients,
         measures_teacher=True,
         measures=None,
         anchor_entropy=None,
@@ -184,7 +187,7 @@ def test_k_percentiles_are_nearest_ranks_within_the_stated_resolution(spread):
 
 
 def test_the_metrics_of_a_step_wait_for_the_device_once():
-    output = output_of(all_rows(), torch.arange(NUM_TOKENS), weights=torch.ones(NUM_TOKENS))
+    output = output_of(all_rows(), torch.arange(NUM_TOKENS), Coefficients(torch.ones(NUM_TOKENS)))
     sampled = -torch.rand(NUM_TOKENS, dtype=torch.float64)
     with host_traffic() as found:
         step_metrics(output, sampled, ONE_RANK, weight_cap=2.0)

@@ -99,9 +99,9 @@ def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatc
     kept = [batch.responses[0], batch.responses[2]]
     assert [context.response for context in batch.contexts] == [response.token_ids for response in kept]
     assert batch.sampler_log_probs.tolist() == [-1.0, -2.0] * 2
-    assert batch.token_weights.sampled_log_probs.tolist() == [-3.0, -4.0, -3.0, -6.0]
+    assert batch.token_coefficients.sampled_log_probs.tolist() == [-3.0, -4.0, -3.0, -6.0]
     student = torch.tensor([-3.5, -3.0, -9.0, -6.0], dtype=torch.float64)
-    weights = batch.token_weights(student, torch.arange(4))
+    weights = batch.token_coefficients(student, torch.arange(4)).divergence
     torch.testing.assert_close(weights, torch.tensor([-0.5, 1.0, -6.0, 0.0]).double().exp().clamp(max=2.0))
 
 
