@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config
@@ -35,7 +36,7 @@ from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities
+from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
@@ -241,8 +242,23 @@ class Learner:
 
     def learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
         """Return the learnability of each response for the student (pipeline/score.py).  Collective."""
+        with self._scoring_models() as models:
+            return learnabilities(candidates, models, self.config, self.run_data)
+
+    def log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+        """Return the log-probs of every response token under student and teacher, as `score.log_probs` does.
+
+        The weights are the present ones, and nothing is trained.  A reference takes no part.  Collective over the
+        world; the teacher is on the device for the duration of the call.
+        """
+        with self._scoring_models() as models:
+            return log_probs(contexts, models)
+
+    @contextlib.contextmanager
+    def _scoring_models(self) -> Iterator[ScoringModels]:
+        """Yield student and teacher as models that score texts; an offloaded teacher leaves the device at the end."""
         with self.teacher.on_device() as teacher:
-            models = ScoringModels(
+            yield ScoringModels(
                 student=self.chunks,
                 teacher=teacher,
                 grid=self.grid,
@@ -251,7 +267,6 @@ class Learner:
                 fusion=self.output_layer.fusion,
                 backend=self.config.loss.backend,
             )
-            return learnabilities(candidates, models, self.config, self.run_data)
 
     def _self_distillation(
         self, packed: PackedBatch, measurement: TokenMeasurement | None, **options: Any

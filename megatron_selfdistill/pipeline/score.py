@@ -1,5 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The learnability of a text for the student, from forward passes of teacher and student, after Sakana's RLT.
+"""The measuring pass, which returns log-probs of given texts, and the learnability of a text after Sakana's RLT.
+
+`log_probs` runs student and teacher without gradients and returns the log-prob of every token.  `score_texts` reduces
+these log-probs to one learnability per text.
 
 For a text y of n tokens that answers the problem x, and a teacher's prompt x' that shows the reference as well:
 
@@ -88,18 +91,9 @@ class ScoringModels:
 
 
 def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Scores]:
-    """Return the `Scores` of each pair's response, its stop token included; no activation is kept.
+    """Return the `Scores` of each pair's response, its stop token included, one per pair.
 
-    ``pairs``: the pairs of this replica, the same on each of its ranks; replicas may have different numbers of pairs,
-    also none.  Where ``models`` have a fused output layer, of either mode, ``[2 chunk_tokens, V / tp]`` logits exist at
-    a time, besides the temporaries of the loss's passes; the logits of both models for all response tokens never exist
-    at once.
-
-    Returns: one per pair, with the same bits on every rank of the replica.  Another layout packs and sums in another
-    order, which changes float32 log-probs by their rounding.
-
-    Collectives: every rank of the world calls it; the collectives of `pack_everywhere` and `schedule.run`, and of the
-    log-probs ``[2, tokens]`` in float64 one sum over CP and one broadcast each over TP and PP.
+    ``pairs``, memory, collectives and the bits of the result: as for `log_probs`.
 
     Raises: ValueError for a response without tokens, a context that is longer than a packed sequence, or a backend that
     cannot run.
@@ -107,9 +101,35 @@ def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Sco
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
         raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
+    student, teacher = log_probs(pairs, models)
+    lengths = [len(pair.response) for pair in pairs]
+    return [_scores(*own) for own in zip(student.split(lengths), teacher.split(lengths), strict=True)] if pairs else []
+
+
+def log_probs(pairs: Sequence[ContextPair], models: ScoringModels) -> tuple[Tensor, Tensor]:
+    """Return the log-probs of every response token under student and teacher, [R] float64 each, in nats, on the host.
+
+    The student reads the token after its own prompt, and the teacher after the teacher's prompt.  The tokens have the
+    order of ``PackedBatch.response_tokens``: response after response, in the order of ``pairs``.  A response without
+    tokens is allowed and adds none.
+
+    ``pairs``: the pairs of this replica, the same on each of its ranks; replicas may have different numbers of pairs,
+    also none.  Where ``models`` have a fused output layer, of either mode, ``[2 chunk_tokens, V / tp]`` logits exist at
+    a time, besides the temporaries of the loss's passes; the logits of both models for all response tokens never exist
+    at once.  No activation is kept.
+
+    Returns: the same bits on every rank of the replica; empty tensors where no replica has a token.  Another layout
+    packs and sums in another order, which changes float32 log-probs by their rounding.
+
+    Collectives: every rank of the world calls it; one maximum over the data-parallel ranks, the collectives of
+    `pack_everywhere` and `schedule.run`, and of the log-probs ``[2, R]`` in float64 one sum over CP and one broadcast
+    each over TP and PP.
+
+    Raises: ValueError for a context that is longer than a packed sequence, or a backend that cannot run.
+    """
     grid = models.grid
-    if not max_over_ranks([len(pairs)], grid.dp_group)[0]:
-        return []
+    if not max_over_ranks([sum(len(pair.response) for pair in pairs)], grid.dp_group)[0]:
+        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
     # Alternating, so that the teacher's states of only one packed sequence are kept, for any number of texts.
     order = "alternating"
     batch = pack_everywhere(
@@ -136,8 +156,8 @@ def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Sco
         both[0, ids] = output.stats.student_log_prob.double()
         both[1, ids] = output.stats.teacher_log_prob.double()
     _to_whole_replica(both, grid)
-    lengths = [len(pair.response) for pair in pairs]
-    return [_scores(*log_probs) for log_probs in both.cpu().split(lengths, dim=1)] if pairs else []
+    student, teacher = both.cpu()
+    return student, teacher
 
 
 def learnabilities(

@@ -297,6 +297,63 @@ def test_a_step_moves_the_student_and_an_average_and_each_scores_with_its_own_we
     }
 
 
+def log_probs_after_a_step(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the measured log-probs of a batch after a step, those of two independent ways, and what they change."""
+
+    def use(trainer: Any) -> dict[str, Any]:
+        trainer.run_directory.write()
+        one_step(trainer)
+        batch = trainer.next_batch()
+        contexts, before = batch.contexts, gradients(trainer, batch)
+        student, teacher = trainer.learner.log_probs(contexts)
+        found = {"contexts": [context.response for context in contexts], "sampler": batch.sampler_log_probs}
+        found |= {"student": student.tolist(), "teacher": teacher.tolist()}
+        output = trainer.learner.measure(contexts)
+        if output.stats is not None:
+            for name in ("student", "teacher"):
+                values = torch.zeros(len(student))
+                values[output.response_ids] = getattr(output.stats, f"{name}_log_prob")
+                found[f"loss of the {name}"] = values.tolist()
+        same = dataclasses.replace(contexts[0], teacher_prompt=contexts[0].student_prompt)
+        found["with one prompt"] = [values.tolist() for values in trainer.learner.log_probs([same])]
+        found["gradients"] = gradients(trainer, batch).equal(before)
+        return found
+
+    return with_trainer(overrides, use)
+
+
+TEACHERS = {"frozen, also the reference": [], "an average beside a reference": ["teacher.weights=ema"]}
+TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"
+
+
+@pytest.mark.parametrize(
+    ("teacher", "layout"),
+    [
+        ("frozen, also the reference", []),
+        *(pytest.param("an average beside a reference", layout, marks=pytest.mark.full) for layout in ([], [TP2])),
+        pytest.param("frozen, also the reference", [PP2, "loss.fused=low_memory"], marks=pytest.mark.full),
+    ],
+)
+def test_the_measured_log_probs_are_those_of_sampler_and_loss_and_train_nothing(ranks, data, tmp_path, teacher, layout):
+    found = ranks.run(
+        log_probs_after_a_step,
+        arguments(data, tmp_path / "run", *TEACHERS[teacher], *layout, "optimizer.lr_warmup_steps=0"),
+        world_size=2 if layout else 1,
+        init_process_group=False,
+    )
+    for of_rank in found:
+        assert of_rank["gradients"], "the step has the same gradients before and after"
+        assert of_rank["student"] == found[0]["student"] and of_rank["teacher"] == found[0]["teacher"]
+        assert of_rank["student"] == pytest.approx(of_rank["sampler"].tolist(), abs=1e-4)
+        assert of_rank["teacher"] != pytest.approx(of_rank["student"], abs=0.1)
+        one_student, one_teacher = of_rank["with one prompt"]
+        assert one_student == pytest.approx(of_rank["student"][: len(one_student)], abs=1e-5)
+        assert one_teacher != one_student, "the student has moved, and the teacher has weights of its own"
+    last = found[-1]
+    for name in ("student", "teacher"):
+        assert last[name] == pytest.approx(last[f"loss of the {name}"], abs=1e-5)
+
+
 def test_the_trainer_fits_on_a_few_screens_and_the_loop_on_one():
     from megatron_selfdistill.train import loop
     from megatron_selfdistill.trainer import Trainer

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The learnability score is what its equations say, in every layout."""
+"""The measured log-probs and the learnability score are what their equations say, in every layout."""
 
 from __future__ import annotations
 
@@ -14,12 +14,20 @@ import torch
 from bytes_alive import BytesAlive
 from tiers import combinations
 
+from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.output_layer import MATERIALISED, Fusion, OutputLayer
-from megatron_selfdistill.pipeline.score import Scores, ScoringModels, candidate_contexts, score_texts, with_reference
+from megatron_selfdistill.pipeline.score import (
+    Scores,
+    ScoringModels,
+    candidate_contexts,
+    log_probs,
+    score_texts,
+    with_reference,
+)
 from megatron_selfdistill.rollout.base import Response
 
 LAYOUTS = {
@@ -50,6 +58,8 @@ class Scored:
     """The student is its own teacher."""
     by_copy: list[Scores]
     """The teacher is a copy of the student."""
+    log_probs: list[list[list[float]]]
+    """The log-probs of all response tokens under student and teacher, by each of the fusions."""
 
 
 def scores_in_layout(cuts: dict, fusions: list[Fusion | None], count: int = 7) -> Scored:
@@ -57,14 +67,28 @@ def scores_in_layout(cuts: dict, fusions: list[Fusion | None], count: int = 7) -
     mine = list(range(count))[grid.dp_rank :: grid.dp_size]
     by_other = [scored(mine, student, teacher, grid, fusion) for fusion in fusions]
     by_itself = [scored(mine, student, student, grid, fusion) for fusion in fusions]
+    measured = [log_probs(measured_contexts(mine), scoring(student, teacher, grid, fusion)) for fusion in fusions]
+    assert all(values.dtype == torch.float64 for both in measured for values in both)
     models.fill_from_names(teacher, seed=0)
-    return Scored(mine, by_other, by_itself, scored(mine, student, teacher, grid, None))
+    by_copy = scored(mine, student, teacher, grid, None)
+    return Scored(mine, by_other, by_itself, by_copy, [[values.tolist() for values in both] for both in measured])
+
+
+def measured_contexts(indices: list[int]) -> list[ContextPair]:
+    """Return these contexts, every other one guided, with a response without tokens after each."""
+    contexts = [dataclasses.replace(layouts.contexts()[i], guided=i % 2 == 1) for i in indices]
+    return [pair for context in contexts for pair in (context, dataclasses.replace(context, response=[]))]
 
 
 def scored(
     indices: list[int], student: list, teacher: list, grid: RankGrid, fusion: Fusion | None, max_tokens: int = 56
 ) -> list[Scores]:
-    models = ScoringModels(
+    contexts = [layouts.contexts()[i] for i in indices]
+    return score_texts(contexts, scoring(student, teacher, grid, fusion, max_tokens))
+
+
+def scoring(student: list, teacher: list, grid: RankGrid, fusion: Fusion | None, max_tokens: int = 56) -> ScoringModels:
+    return ScoringModels(
         student=student,
         teacher=teacher,
         grid=grid,
@@ -73,7 +97,6 @@ def scored(
         fusion=fusion,
         backend=None,
     )
-    return score_texts([layouts.contexts()[i] for i in indices], models)
 
 
 def num_layers_of(cuts: dict) -> int:
@@ -88,8 +111,8 @@ def student_and_teacher(cuts: dict, num_layers: int, **changes: Any) -> tuple[li
     return student, teacher, grid
 
 
-def expected_scores(num_layers: int) -> list[tuple[float, float, float, float]]:
-    """Return the scores from complete rows of logits, one context at a time, in float64."""
+def expected_rows(num_layers: int) -> list[tuple[list[float], list[float]]]:
+    """Return the log-probs of student and teacher from complete rows of logits, one context at a time, in float64."""
     student, teacher, _ = student_and_teacher({}, num_layers)
     found = []
     for context in layouts.contexts():
@@ -101,19 +124,29 @@ def expected_scores(num_layers: int) -> list[tuple[float, float, float, float]]:
             log_probs = logits - logits.logsumexp(-1, keepdim=True)
             places = range(len(prompt) - 1, tokens.size(1) - 1)
             rows.append([log_probs[at, tokens[0, at + 1]].item() for at in places])
-        own, ratio = rows[0], [t - s for s, t in zip(*rows, strict=True)]
-        found.append((sum(own) / len(own), min(own), sum(ratio) / len(ratio), max(ratio)))
+        found.append((rows[0], rows[1]))
     return found
 
 
+def scores_of_rows(own: list[float], others: list[float]) -> tuple[float, float, float, float]:
+    ratio = [t - s for s, t in zip(own, others, strict=True)]
+    return sum(own) / len(own), min(own), sum(ratio) / len(ratio), max(ratio)
+
+
 @pytest.fixture(scope="module")
-def expected(ranks) -> dict[int, list[tuple[float, float, float, float]]]:
+def rows(ranks) -> dict[int, list[tuple[list[float], list[float]]]]:
+    """Return the log-probs of student and teacher by the number of layers."""
+    return {layers: ranks.run(expected_rows, layers, world_size=1)[0] for layers in (2, 4)}
+
+
+@pytest.fixture(scope="module")
+def expected(rows) -> dict[int, list[tuple[float, float, float, float]]]:
     """Return the scores by the number of layers."""
-    return {layers: ranks.run(expected_scores, layers, world_size=1)[0] for layers in (2, 4)}
+    return {layers: [scores_of_rows(*both) for both in found] for layers, found in rows.items()}
 
 
 @combinations(name=list(LAYOUTS), quick={"name": QUICK}, strength=1)
-def test_scores_are_those_of_whole_rows_in_every_layout_fused_or_not(ranks, expected, name):
+def test_scores_and_log_probs_are_those_of_whole_rows_in_every_layout(ranks, rows, expected, name):
     """A model that is its own teacher scores as a copy of the model would."""
     world_size, cuts = LAYOUTS[name]
     fusions = FUSIONS + (CHUNKS if name == "one rank" else [])
@@ -127,6 +160,10 @@ def test_scores_are_those_of_whole_rows_in_every_layout_fused_or_not(ranks, expe
             # A few float32 digits of 7 nats.
             assert_near(by_other, astuples(materialised), 3e-6, f"as without fusion, {fusion}")
             assert_near(by_itself, astuples(found.by_copy), 3e-6, f"by a model that is its own teacher, {fusion}")
+        of_contexts = [rows[num_layers_of(cuts)][i] for i in found.contexts]
+        for both in found.log_probs:
+            for values, of_model in zip(both, zip(*of_contexts, strict=True), strict=True):
+                assert values == pytest.approx([value for row in of_model for value in row], abs=2e-5)
     assert sorted(i for mine in of_replica for i in mine) == list(range(7))
 
 
@@ -177,16 +214,24 @@ def test_logits_take_what_the_run_says_and_all_of_them_never_exist_where_the_lay
             assert two_chunks < peak < two_chunks + rest and two_chunks <= announced
 
 
-def scores_of_few(counts: list[int]) -> list[list[Scores]]:
-    """Return the scores of this replica's contexts of the first ``count``, for each count."""
+def scores_of_few(counts: list[int]) -> tuple[list[list[Scores]], list[list[list[float]]]]:
+    """Return scores and log-probs of this replica's contexts of the first ``count``, for each count."""
     student, teacher, grid = student_and_teacher({}, num_layers=2)
-    return [scored(list(range(count))[grid.dp_rank :: 2], student, teacher, grid, None) for count in counts]
+    few = [list(range(count))[grid.dp_rank :: 2] for count in counts]
+    by_tokens = [log_probs(measured_contexts(mine), scoring(student, teacher, grid, None)) for mine in few]
+    nothing = [dataclasses.replace(layouts.contexts()[0], response=[])]
+    by_tokens.append(log_probs(nothing, scoring(student, teacher, grid, None)))
+    scores = [scored(mine, student, teacher, grid, None) for mine in few]
+    return scores, [[values.tolist() for values in both] for both in by_tokens]
 
 
-def test_a_replica_without_texts_waits_for_the_others_and_no_text_at_all_is_no_error(ranks, expected):
-    first, second = ranks.run(scores_of_few, [1, 0], world_size=2)
+def test_a_replica_without_texts_waits_for_the_others_and_no_text_at_all_is_no_error(ranks, rows, expected):
+    (first, of_first), (second, of_second) = ranks.run(scores_of_few, [1, 0], world_size=2)
     assert_near(first[0], expected[2][:1], 2e-5, "of the only text")
     assert second[0] == first[1] == second[1] == []
+    for values, wanted in zip(of_first[0], rows[2][0], strict=True):
+        assert values == pytest.approx(wanted, abs=2e-5)
+    assert of_second == [[[], []]] * 3 and of_first[1:] == [[[], []]] * 2
 
 
 def test_learnability_is_the_difference_of_both_terms():
