@@ -24,7 +24,7 @@ FUSED_MODES = ("keep_gradient", "low_memory")
 LOSS_FUSED = ("none", *FUSED_MODES)
 """Values of loss.fused; null chooses one of them by the memory that the logits take."""
 
-OBJECTIVES = ("self_distillation", "sft", "rft")
+OBJECTIVES = ("self_distillation", "sft", "rft", "policy_gradient")
 """Values of objective."""
 
 NORMALIZATIONS = ("RMSNorm", "LayerNorm")
@@ -45,7 +45,7 @@ RECOMPUTE_GRANULARITIES = ("selective", "full")
 DATA_KINDS = ("problems", "conversations")
 """Values of data.kind."""
 
-SOLUTION_SOURCES = ("given", "own")
+SOLUTION_SOURCES = ("given", "answer", "own", "peer")
 """Values of data.solutions."""
 
 BAD_RECORD_POLICIES = ("error", "skip")
@@ -78,8 +78,23 @@ TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
 GUIDANCES = ("none", "mixed")
 """Values of rollout.guidance."""
 
-ROLLOUT_CORRECTIONS = ("none", "truncated")
+ROLLOUT_CORRECTIONS = ("none", "truncated", "truncated_sequence")
 """Values of loss.rollout_correction."""
+
+NORMALIZES = ("tokens", "sequences", "prompts")
+"""Values of loss.normalize."""
+
+DISTILL_SIGNALS = ("full", "sampled", "advantage")
+"""Values of distill.signal."""
+
+DISTILL_RULES = ("uniform", "scope", "uni_opd")
+"""Values of distill.rule."""
+
+MARGIN_GAPS = ("mean", "min_max")
+"""Values of distill.margin_gap."""
+
+ADVANTAGE_STDS = ("sample", "population", "none")
+"""Values of policy.advantage_std."""
 
 TEACHER_WEIGHTS = ("frozen", "ema", "current")
 """Values of teacher.weights."""

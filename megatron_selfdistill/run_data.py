@@ -128,9 +128,11 @@ class RunData:
             return cls._load_conversations(config, tokenizer)
         builder = PromptBuilder(tokenizer, _templates(data))
         fields: dict[str, str | None] = {**data.fields}
-        if data.solutions == "own":
+        if data.solutions != "given":
             fields["solution"] = None
         problems = load_problems(_record_source(data, fields), require_solution=True)
+        if data.solutions == "answer":
+            problems = replace(problems, problems=[_with_answer_as_solution(p) for p in problems.problems])
         max_length = longest_context(config)
         problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
         return cls(
@@ -298,6 +300,15 @@ def longest_context(config: Config) -> int:
     return min(limit, longest)
 
 
+_SHOWN_PARTS = {
+    "given": "solution",
+    "answer": "answer",
+    "own": "answer, until there are own solutions",
+    "peer": "answer, in place of a peer's response",
+}
+"""The name of what the first prompts show as the solution, for each value of data.solutions."""
+
+
 def _fitting_problems(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
 ) -> tuple[ProblemSet, ContextCounts, str | None]:
@@ -327,8 +338,18 @@ def _fitting_problems(
         for problem, pair in looked_at:
             check_student_prompt(builder, problem, pair.student_prompt)
         return replace(problems, problems=kept), counts, None
-    shown_part = "solution" if config.data.solutions == "given" else "answer, until there are own solutions"
+    shown_part = _SHOWN_PARTS[config.data.solutions]
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
+
+
+def _with_answer_as_solution(problem: Problem) -> Problem:
+    """Return the problem with its answer as the solution.  Raises: `ConfigError` where it has no answer."""
+    if not problem.answer:
+        raise ConfigError(
+            f"{problem.location}: expected an answer, which data.solutions=answer shows to the teacher, got none: set "
+            "data.fields.answer"
+        )
+    return replace(problem, solution=problem.answer)
 
 
 def _none_fits(first: Problem, number: int, builder: PromptBuilder, max_length: int, config: Config) -> str:

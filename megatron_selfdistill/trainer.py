@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from megatron_selfdistill.checkpoint.run.run_directory import RunDirectory
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.packing import PackedBatch
-from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.stop import Stop
@@ -36,7 +35,7 @@ from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.report.refresh import ReportRefresh
-from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
@@ -82,7 +81,7 @@ class Trainer:
         self.sampler = configured_sampler(
             config, self.run_data, self.learner.chunks, grid, self.phases, self.learner.role_weights
         )
-        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self._score)
+        self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
         self.guards = Guards(config.guards)
         self.step = 0
         """Optimizer steps done."""
@@ -274,10 +273,6 @@ class Trainer:
         if found.same_problems:
             self.source.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
-
-    def _score(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
-        self.sampler.sleep()
-        return self.learner.learnabilities(candidates)
 
     def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)

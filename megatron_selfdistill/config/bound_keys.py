@@ -28,8 +28,8 @@ RULES: dict[str, str] = {
             *("rollout.guidance", "rollout.guide_below", "rollout.num_samples", "rollout.max_new_tokens"),
             *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
-            *("loss.rollout_correction", "loss.rollout_correction_cap"),
-            *("teacher.ema_decay", "model", "target"),
+            *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
+            *("teacher.ema_decay", "model", "target", "distill", "policy"),
         ),
         BOUND,
     ),
@@ -167,9 +167,15 @@ def _rule(key: str, free: Collection[str]) -> str:
 
 
 def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
-    """Return the bound keys and sections that decide nothing in all ``configurations``: the verifier, the target."""
-    judges = any(map(_trains_on_verdicts, configurations))
-    return ["evaluation.verifier"] * (not judges) + ["target"] * (not any(map(_has_target, configurations)))
+    """Return the bound keys and sections that decide nothing in all ``configurations``."""
+    found = []
+    if not any(map(_trains_on_verdicts, configurations)):
+        found.append("evaluation.verifier")
+    if not any(map(_has_target, configurations)):
+        found.append("target")
+    if not any(values.get("objective") == "self_distillation" for values in configurations):
+        found.append("distill")
+    return found
 
 
 def _digest(value: Any) -> str:
@@ -220,8 +226,9 @@ def _plain(default: Any) -> Any:
 
 def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
     """Return whether verdicts decide what a run trains on, and not only what an evaluation reports."""
+    rewards = bool(values.get("policy.weight")) or values.get("distill.rule") != "uniform"
     guides = values.get("rollout.guide_below") is not None
-    return guides or values.get("objective") == "rft" or values.get("data.solutions") == "own"
+    return rewards or guides or values.get("objective") == "rft" or values.get("data.solutions") in ("own", "peer")
 
 
 def _has_target(values: Mapping[str, Any]) -> bool:

@@ -86,6 +86,38 @@ class TruncatedImportance:
 
 
 @dataclass(frozen=True)
+class SequenceImportance:
+    """Truncated importance weights ``min(mean of p / mu over the response, cap)``, the same for a response's tokens."""
+
+    sampled_log_probs: Tensor
+    """[R_total] nats: log mu, as for `TruncatedImportance`."""
+    sequence_ids: Tensor
+    """[R_total] int64: the response of every response token of this replica, counted from 0, in the same order and on
+    the same device.  All tokens of a response lie in one microbatch."""
+    num_sequences: int
+    """The number of responses in ``sequence_ids``."""
+    over_ranks: Callable[[Tensor], Tensor]
+    """As for `LikelyTurns`."""
+    cap: float = 2.0
+    """The largest weight."""
+
+    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
+        """Return the weight [R] of every response token as the coefficient of its divergence.
+
+        Arguments: as for `TruncatedImportance`.  Collectives: `over_ranks`, once.
+        """
+        with torch.no_grad():
+            sequences = self.sequence_ids[response_ids]
+            ratios = (student_log_prob.double() - self.sampled_log_probs[response_ids].double()).exp()
+            sums = torch.zeros(2, self.num_sequences, dtype=torch.float64, device=student_log_prob.device)
+            sums[0].index_add_(0, sequences, ratios)
+            sums[1].index_add_(0, sequences, torch.ones_like(ratios))
+            total, count = self.over_ranks(sums)
+            weights = (total / count.clamp(min=1)).clamp(max=self.cap)
+            return Coefficients(weights[sequences].to(student_log_prob))
+
+
+@dataclass(frozen=True)
 class LikelyTurns:
     """Weights that are equal within a logged turn: 1 where the student could have generated the turn, else smaller.
 

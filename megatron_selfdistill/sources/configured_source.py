@@ -4,15 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.problems import ProblemSampler
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.rollout.base import Sampler
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import make_sampler
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
@@ -21,23 +24,46 @@ from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
 from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.own_solutions import Finder, OwnSolutionPrompts, OwnSolutions
+from megatron_selfdistill.sources.peer_hints import PeerPrompts
 from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts
 from megatron_selfdistill.sources.recording import Recording
 from megatron_selfdistill.sources.replay import Replay
-from megatron_selfdistill.sources.solution_search import Score, Search
+from megatron_selfdistill.sources.solution_search import Search
 from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
+from megatron_selfdistill.sources.step_terms import StepTerms
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 
 
+class ReadingModels(Protocol):
+    """The models of a run as readers of given responses.  Every method is collective over the world."""
+
+    def learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
+        """Return how learnable each response is for the student."""
+        ...
+
+    def log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+        """Return log p and log q of every response token, [R] float64 each, on the host."""
+        ...
+
+
 def configured_source(
-    config: Config, run_data: RunData, grid: RankGrid, sampler: Sampler, phases: Phases, score: Score
+    config: Config, run_data: RunData, grid: RankGrid, sampler: SyncedSampler, phases: Phases, models: ReadingModels
 ) -> ResponseSource:
     """Return the source of ``config``, at the beginning of the data.
 
-    ``score``: how learnable responses are, for solutions.pick=learnable.
+    ``models``: the models that score solutions and measure responses; the sampler sleeps while they do.
     Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
     """
+
+    def score(candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
+        sampler.sleep()
+        return models.learnabilities(candidates)
+
+    def measure(contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+        sampler.sleep()
+        return models.log_probs(contexts)
+
     judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
@@ -54,9 +80,11 @@ def configured_source(
         grid=grid,
         seed=config.seed,
         num_samples=config.rollout.num_samples,
+        judges=config.uses_rewards or config.objective == "rft",
         only_right=config.objective == "rft",
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
+        terms=StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
         record=config.rollout.record,
     )
     return OnPolicy(state, options) if recording is None else Replay(state, options, recording)
@@ -104,12 +132,15 @@ def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:
 def _prompts(config: Config, run_data: RunData, judge: Judge, finder: Finder) -> Prompts:
     given, wanted, below = given_solutions(config, run_data), config.solutions, config.rollout.guide_below
     owns = config.data.solutions == "own"
-    if owns or below is not None:
+    keeps_unhinted = config.policy.weight > 0 or config.distill.rule == "scope"
+    if owns or below is not None or config.uses_rewards:
         check_answers(run_data.problems.problems, judge.verifier)
     prompts: Prompts = given
     if owns:
         search = Search(wanted.num_samples, wanted.keep, wanted.pick, config.seed)
-        prompts = OwnSolutionPrompts(given, OwnSolutions(search, wanted.refresh_every), finder)
+        prompts = OwnSolutionPrompts(given, OwnSolutions(search, wanted.refresh_every), finder, keeps_unhinted)
+    if config.data.solutions == "peer":
+        prompts = PeerPrompts(given, judge.grid, keeps_unhinted)
     if config.rollout.guidance != "none":
         success = SuccessRates(below) if below is not None else None
         prompts = GuidedPrompts(prompts, judge, config.rollout.num_samples, success)

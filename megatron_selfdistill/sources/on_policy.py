@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,10 +16,12 @@ from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 from megatron_selfdistill.sources.recording import SampleKey, record
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+from megatron_selfdistill.sources.step_terms import StepTerms
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,16 @@ class OnPolicyOptions:
     """The seed of the run."""
     num_samples: int
     """The number of responses per problem and step."""
+    judges: bool
+    """Whether the verifier judges all responses of a step."""
     only_right: bool
-    """Whether the run trains only on responses that the verifier finds right."""
+    """Whether the run trains only on responses that the verifier finds right, which needs ``judges``."""
     corrects: bool
     """Whether token weights correct for the difference of student and sampler (`TruncatedImportance`)."""
     weight_cap: float
     """The largest token weight of this correction."""
+    terms: StepTerms | None
+    """The rule that gives the coefficients of the tokens in place of this correction; None where all of them are 1."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
 
@@ -73,10 +79,15 @@ class OnPolicy(CommittedState):
         asked = self._asked(step, problem_sampler.next_batch(), prompts)
         responses = self._responses(step, asked.keys, asked.requests, sampling)
         answers = [
-            Answer(problem, asked.pairs[problem.id], response)
-            for problem, response in zip(_repeated(asked.problems, options.num_samples), responses, strict=True)
+            Answer(problem, asked.pairs[problem.id], response, group=i // options.num_samples)
+            for i, (problem, response) in enumerate(
+                zip(_repeated(asked.problems, options.num_samples), responses, strict=True)
+            )
         ]
         with options.phases("rollout"):
+            if options.judges:
+                right = options.judge.right(answers)
+                answers = [replace(answer, correct=is_right) for answer, is_right in zip(answers, right, strict=True)]
             if options.record is not None:
                 record(options.record, asked.keys, responses, options.grid.dp_group, options.grid.is_reporter)
             prompts_after = prompts.record(answers, asked.guided)
@@ -84,16 +95,22 @@ class OnPolicy(CommittedState):
             trained, chosen = self._trained(prompts, answers)
             kept = [answer.response for answer in trained]
             guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
-            return StepBatch(
-                problems=asked.problems,
-                responses=responses,
-                contexts=build_contexts([answer.prompts for answer in trained], kept, guided),
-                solutions=[answer.problem.solution for answer in trained],
-                sampler_log_probs=self._on_device(response.log_probs for response in kept),
-                token_coefficients=self._corrections(kept) if options.corrects else None,
-                metrics={**found, **chosen},
-                next_state=SourceState(problem_sampler, prompts_after),
-            )
+            contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
+        coefficients: TokenCoefficients | None = self._corrections(kept) if options.corrects else None
+        rewarded: Mapping[str, float] = {}
+        if options.terms is not None:
+            rewarded = options.terms.metrics(answers, trained)
+            coefficients = options.terms.coefficients(trained, contexts)
+        return StepBatch(
+            problems=asked.problems,
+            responses=responses,
+            contexts=contexts,
+            solutions=[answer.problem.solution for answer in trained],
+            sampler_log_probs=self._on_device(response.log_probs for response in kept),
+            token_coefficients=coefficients,
+            metrics={**found, **chosen, **rewarded},
+            next_state=SourceState(problem_sampler, prompts_after),
+        )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return the `step_metrics` of the batch, which compare student and sampler.  Collective."""
@@ -128,8 +145,7 @@ class OnPolicy(CommittedState):
     def _trained(self, prompts: Prompts, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers that are trained on, with their prompts, and metrics.  Collective."""
         if self._options.only_right:
-            right = self._options.judge.right(answers)
-            answers = [answer for answer, keep in zip(answers, right, strict=True) if keep]
+            answers = [answer for answer in answers if answer.correct]
         return prompts.choose(answers)
 
     def _corrections(self, responses: Sequence[Response]) -> TruncatedImportance:

@@ -164,6 +164,8 @@ class OwnSolutionPrompts:
     """The prompts that show a chosen solution."""
     own: OwnSolutions
     finder: Finder
+    keeps_unhinted: bool = False
+    """Whether responses without a solution are trained on, for their rewards; else they are skipped."""
 
     def prepare(
         self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
@@ -210,7 +212,8 @@ class OwnSolutionPrompts:
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers to problems with a solution other than the response itself, and solutions/skipped_share.
 
-        The prompts of these answers show that solution.
+        The prompts of these answers show that solution.  Under ``keeps_unhinted`` the other answers, whose share is
+        solutions/skipped_share, stay without a hint.
 
         Collectives: one sum over the data-parallel ranks.
         """
@@ -220,8 +223,12 @@ class OwnSolutionPrompts:
             solution = self.own.solution_for(answer.problem.id, response)
             pair = self._pair_with(answer.problem, solution.text) if solution is not None else None
             if solution is not None and pair is not None:
-                kept.append(Answer(replace(answer.problem, solution=solution.text), pair, answer.response))
-        counts = torch.tensor([len(answers) - len(kept), len(answers)], device=self.finder.grid.device)
+                problem = replace(answer.problem, solution=solution.text)
+                kept.append(replace(answer, problem=problem, prompts=pair))
+            elif self.keeps_unhinted:
+                kept.append(answer.without_hint())
+        hinted = sum(answer.hinted for answer in kept)
+        counts = torch.tensor([len(answers) - hinted, len(answers)], device=self.finder.grid.device)
         dist.all_reduce(counts, group=self.finder.grid.dp_group)
         return kept, {"solutions/skipped_share": int(counts[0]) / max(int(counts[1]), 1)}
 

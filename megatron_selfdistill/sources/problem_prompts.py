@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
@@ -26,6 +26,21 @@ class Answer:
     """The problem, with the complete solution for the teacher."""
     prompts: PromptPair
     response: Response
+    group: int = 0
+    """The number of the group, counted from 0 on this replica: all responses of one visit to a problem."""
+    correct: bool | None = None
+    """Whether the verifier finds the response right; None where nothing needs its verdict."""
+    hinted: bool = True
+    """Whether the teacher's prompt shows a hint."""
+
+    def without_hint(self) -> Answer:
+        """Return this answer without a hint, and so without a teacher's part in its loss."""
+        return replace(self, prompts=without_hint(self.prompts), hinted=False)
+
+
+def without_hint(pair: PromptPair) -> PromptPair:
+    """Return ``pair`` with the student's prompt as the teacher's."""
+    return replace(pair, teacher_prompt=pair.student_prompt, solution="", solution_truncated=False)
 
 
 class Prompts(Protocol):

@@ -66,8 +66,9 @@ class DataConfig:
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""
     solutions: str = "given"
-    """The solutions that the teacher sees: given (the solutions of the data) or own (responses of the model whose
-    answer is right; see the section solutions)."""
+    """The hint that the teacher sees: given (the solution of the data), answer (the answer of the data alone), own
+    (an earlier response of the model whose answer is right; see the section solutions) or peer (another right response
+    among rollout.num_samples of the same step; a response without such a peer has no teacher)."""
 
     def __post_init__(self) -> None:
         normalise("data", self)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_selfdistill.choices import DIVERGENCES, LOSS_BACKENDS, LOSS_FUSED, ROLLOUT_CORRECTIONS
+from megatron_selfdistill.choices import DIVERGENCES, LOSS_BACKENDS, LOSS_FUSED, NORMALIZES, ROLLOUT_CORRECTIONS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -24,11 +24,18 @@ class LossConfig:
     """The implementation of the loss: torch, or triton (kernels for NVIDIA GPUs).  Null takes triton where the logits
     are on a GPU and triton is installed, otherwise torch; the log names the choice and the reason."""
     rollout_correction: str = "none"
-    """Importance weight of each token's loss: none, or truncated: min(p / mu, rollout_correction_cap), where p is the
-    student's probability of the token and mu its probability under the distribution that sampled it (another engine, or
-    the guided mix)."""
+    """Importance weight of each token's divergence: none, truncated: min(p / mu, rollout_correction_cap), where p is
+    the student's probability of the token and mu its probability under the distribution that sampled it (another
+    engine, or the guided mix), or truncated_sequence: the same with the mean of p / mu over the tokens of the
+    response."""
     rollout_correction_cap: float = 2.0
-    """The largest importance weight under rollout_correction=truncated."""
+    """The largest importance weight under rollout_correction."""
+    normalize: str = "tokens"
+    """The things that the loss is a mean over: tokens (all response tokens alike), sequences (the tokens of each
+    response, then the responses) or prompts (the sum over the tokens of all responses to a problem, then the
+    problems)."""
+    skip_first_tokens: int = 0
+    """Number of tokens at the start of each response that are not trained on."""
     fused: str | None = None
     """The computation of the output layer: none (all logits of a microbatch, of student and teacher, exist at once), or
     together with the loss in chunks of tokens: keep_gradient (the gradient of the student's logits is kept until
@@ -48,7 +55,8 @@ class LossConfig:
         if self.fused is not None:
             one_of("loss.fused", self.fused, LOSS_FUSED)
         at_least(1, "loss", self, "fused_chunk_tokens")
-        at_least(0, "loss", self, "max_logits_gb")
+        at_least(0, "loss", self, "max_logits_gb skip_first_tokens")
+        one_of("loss.normalize", self.normalize, NORMALIZES)
         one_of("loss.rollout_correction", self.rollout_correction, ROLLOUT_CORRECTIONS)
         require(
             self.rollout_correction_cap > 0,

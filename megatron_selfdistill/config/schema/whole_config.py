@@ -14,6 +14,7 @@ from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
 from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.policy_config import DistillConfig, PolicyConfig
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
@@ -40,8 +41,9 @@ class Config:
     seed: int = 0
     """Seed of the order of the data, of sampling and of the initial weights."""
     objective: str = "self_distillation"
-    """The objective of the training: self_distillation, or a baseline on the same data: sft (next-token training on the
-    text of the solutions) or rft (next-token training on the model's responses whose answer is right)."""
+    """The objective of the training: self_distillation (also with rewards beside the teacher, policy.weight), or a
+    baseline on the same data without a teacher: sft (next-token training on the text of the solutions), rft (next-token
+    training on the model's responses whose answer is right) or policy_gradient (rewards alone, as in GRPO)."""
     dry_run: bool = False
     """Whether the run only checks and ends.  Under a launch it ends after everything has been built, before the first
     step.  Without a launch, and with cluster.num_gpus, it computes the memory of every rank and the bubble from shapes
@@ -64,6 +66,10 @@ class Config:
     """The target of the training."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The divergence from the target."""
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    """The teacher's part in the loss."""
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    """The part of rewards in the loss."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The weights of the teacher."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -95,7 +101,8 @@ class Config:
         if self.data.kind == "conversations":
             self._check_conversations()
         if self.loss.rollout_correction != "none":
-            self._check_correction()
+            self._check_correction(f"loss.rollout_correction={self.loss.rollout_correction}")
+        self._check_terms()
         if self.target.anchor == "reference":
             self._check_reference()
         self._check_guided_tokens()
@@ -133,6 +140,29 @@ class Config:
     def copies_reference(self) -> bool:
         """Whether the reference is a copy of the weights of its own; a frozen teacher's weights are the reference's."""
         return self.is_anchored and self.teacher.weights != "frozen"
+
+    @property
+    def has_policy_term(self) -> bool:
+        """Whether the loss has a term -log p of the response token beside the divergence from a target."""
+        return self.objective == "self_distillation" and (self.policy.weight > 0 or self.distill.signal != "full")
+
+    @property
+    def measures_log_probs(self) -> bool:
+        """Whether a step measures the log-probs of its responses under student and target before it trains."""
+        return self.objective == "self_distillation" and self.distill.signal != "full"
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the coefficients of response tokens are other than 1 and 0, corrections token by token aside."""
+        distills = self.objective == "self_distillation" and self.distill != DistillConfig()
+        by_sequence = self.loss.rollout_correction == "truncated_sequence" or self.loss.normalize != "tokens"
+        return bool(self.policy.weight or distills or by_sequence or self.loss.skip_first_tokens)
+
+    @property
+    def uses_rewards(self) -> bool:
+        """Whether verdicts on all responses of a step decide what the step trains on, or with which hint."""
+        ranks = self.objective == "self_distillation" and self.distill.rule != "uniform"
+        return self.policy.weight > 0 or ranks or self.data.solutions == "peer"
 
     @property
     def samples(self) -> bool:
@@ -206,8 +236,51 @@ class Config:
         minutes = self.parallel.distributed_timeout_minutes * 5 / 6 if minutes is None else minutes
         return minutes * 60 or None
 
-    def _check_correction(self) -> None:
-        rollout, key = self.rollout, f"loss.rollout_correction={self.loss.rollout_correction}"
+    def _check_terms(self) -> None:
+        distill, loss, weight = self.distill, self.loss, self.policy.weight
+        require(
+            weight > 0 if self.objective == "policy_gradient" else not weight or self.objective == "self_distillation",
+            f"objective={self.objective} with policy.weight={weight:g}: policy_gradient trains on rewards alone and "
+            "needs a weight above 0, self_distillation may have one, and sft and rft have none",
+        )
+        require(
+            distill.weight > 0 or self.objective != "self_distillation",
+            "distill.weight=0 trains without the teacher: set objective=policy_gradient, or a weight above 0",
+        )
+        ratios = {"policy.weight": weight > 0, f"distill.signal={distill.signal}": self.measures_log_probs}
+        rewards = {
+            "policy.weight": weight > 0,
+            f"distill.rule={distill.rule}": self.objective == "self_distillation" and distill.rule != "uniform",
+            "data.solutions=peer": self.data.solutions == "peer",
+        }
+        others = {
+            "distill.weight": distill.weight != 1,
+            f"loss.normalize={loss.normalize}": loss.normalize != "tokens",
+            "loss.skip_first_tokens": loss.skip_first_tokens > 0,
+        }
+        for key in (key for key, is_set in {**ratios, **rewards, **others}.items() if is_set):
+            require(
+                not self.logged and self.objective != "sft",
+                f"{key} weighs the tokens of sampled responses, but "
+                + ("objective=sft" if self.objective == "sft" else "conversations.responses=logged")
+                + " samples nothing",
+            )
+        for key in (key for key, is_set in rewards.items() if is_set):
+            require(
+                self.data.kind == "problems" and self.rollout.num_samples >= 2,
+                f"{key} compares the responses to one problem: it needs data.kind=problems and at least 2 for "
+                f"rollout.num_samples, got {self.data.kind} and {self.rollout.num_samples}",
+            )
+        for key in (key for key, is_set in ratios.items() if is_set):
+            self._check_correction(key)
+        require(
+            self.data.solutions != "peer" or self.rollout.guidance == "none",
+            "data.solutions=peer knows a hint only after the responses are sampled, but rollout.guidance=mixed samples "
+            "with it: set rollout.guidance=none",
+        )
+
+    def _check_correction(self, key: str) -> None:
+        rollout = self.rollout
         require(self.objective != "sft", f"{key} corrects samples, but objective=sft samples nothing")
         require(
             rollout.temperature > 0,

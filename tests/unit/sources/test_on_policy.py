@@ -54,7 +54,14 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
     given = GivenSolutions(PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}")), 40, 8, policy="error")
     problem_sampler = ProblemSampler(ProblemSet(PROBLEMS), batch_size=4, seed=1)
     state = SourceState(problem_sampler, GuidedPrompts(given, judge, SAMPLES, SuccessRates(0.5)))
-    options = {"only_right": False, "corrects": False, "weight_cap": 2.0, "record": None} | options
+    options = {
+        "judges": False,
+        "only_right": False,
+        "corrects": False,
+        "weight_cap": 2.0,
+        "terms": None,
+        "record": None,
+    } | options
     options |= {"sampler": Sampler(), "judge": judge, "phases": Phases(), "grid": grid}
     return OnPolicy(state, OnPolicyOptions(seed=SEED, num_samples=SAMPLES, **options))
 
@@ -93,7 +100,7 @@ def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guid
 
 
 def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatch):
-    source = source_on(0, monkeypatch, only_right=True, corrects=True)
+    source = source_on(0, monkeypatch, judges=True, only_right=True, corrects=True)
     batch = source.next_step(STEP, SamplingParams(8))
     assert len(batch.responses) == 4 and len(batch.contexts) == 2
     kept = [batch.responses[0], batch.responses[2]]

@@ -1,0 +1,76 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The sections ``policy`` and ``distill`` of the schema: how rewards and the teacher weigh the tokens of a response.
+
+The loss of a response token y is ``w D(p, q) + a (-log p(y))``; recipes/ computes w and a from these keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_selfdistill.choices import ADVANTAGE_STDS, DISTILL_RULES, DISTILL_SIGNALS, MARGIN_GAPS
+from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    """The policy gradient: each response's reward compared with the rewards of the other responses to its problem.
+
+    The reward is 1 for a response that evaluation.verifier finds right, and 0 for another.
+    """
+
+    weight: float = 0.0
+    """Weight of the advantages in the loss; 0 trains on no rewards."""
+    advantage_std: str = "sample"
+    """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
+    population (with n) or none (Dr. GRPO)."""
+    clip_low: float | None = 0.2
+    """Clip of PPO from below: a token with a negative advantage and p / mu < 1 - clip_low has no gradient; null clips
+    nothing."""
+    clip_high: float | None = 0.2
+    """Clip of PPO from above: a token with a positive advantage and p / mu > 1 + clip_high has no gradient; null clips
+    nothing."""
+
+    def __post_init__(self) -> None:
+        normalise("policy", self)
+        at_least(0, "policy", self, "weight clip_low clip_high")
+        require(self.clip_low is None or self.clip_low <= 1, f"policy.clip_low must be at most 1, got {self.clip_low}")
+        one_of("policy.advantage_std", self.advantage_std, ADVANTAGE_STDS)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """The teacher's part in the loss of a response with a hint; a response without a hint has no such part."""
+
+    weight: float = 1.0
+    """Weight of the teacher's part."""
+    signal: str = "full"
+    """The form of the teacher's part: full (the divergence over the whole vocabulary), sampled (its form for the
+    sampled token: log q(y) - log p(y), times p / mu, as in the k3 estimator) or advantage (log q(y) - log mu(y) as an
+    advantage beside the reward's, which the clip of policy holds).  The last two take another forward pass of teacher
+    and student per step."""
+    rule: str = "uniform"
+    """The weights of responses: uniform, scope (right responses teach by likelihood, wrong ones by the teacher,
+    weighted by perplexity; needs signal=sampled) or uni_opd (right responses are moved above wrong ones; needs
+    signal=advantage)."""
+    tau: float = 1.0
+    """Temperature of the weights under rule=scope."""
+    margin: float = 0.4
+    """Smallest difference of right and wrong responses under rule=uni_opd, in nats per token."""
+    margin_gap: str = "mean"
+    """The difference that margin bounds: mean (of the means of right and wrong responses) or min_max (of the least
+    right and the greatest wrong response)."""
+    max_log_ratio: float = 10.0
+    """Bound of |log q(y) - log mu(y)|, in nats, from which on a token is skipped under rule=uni_opd."""
+
+    def __post_init__(self) -> None:
+        normalise("distill", self)
+        at_least(0, "distill", self, "weight margin")
+        one_of("distill.signal", self.signal, DISTILL_SIGNALS)
+        one_of("distill.rule", self.rule, DISTILL_RULES)
+        one_of("distill.margin_gap", self.margin_gap, MARGIN_GAPS)
+        for name in ("tau", "max_log_ratio"):
+            value = getattr(self, name)
+            require(value > 0, f"distill.{name} must be positive, got {value}")
+        signal = {"scope": "sampled", "uni_opd": "advantage"}.get(self.rule, self.signal)
+        require(self.signal == signal, f"distill.rule={self.rule} needs distill.signal={signal}, got {self.signal}")

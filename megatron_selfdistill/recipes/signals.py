@@ -1,0 +1,102 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a rule knows about the responses of a step, and what it says about their tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Signals:
+    """The B responses of a step on one replica and their R tokens, as arrays on one device.
+
+    The tokens of the responses follow each other, as in ``PackedBatch.response_tokens``.  All ranks of the replica hold
+    the same bits, so that a rule, which is a pure function of these arrays, gives the same bits on all of them.
+    Log-probs are in nats.  p is the student, mu the distribution that the token was sampled from, and q the target.
+    """
+
+    lengths: Tensor
+    """Number of tokens of each response, [B] int64; at least 1."""
+    groups: Tensor
+    """The group of each response, [B] int64 from 0: a group is all responses to one problem."""
+    rewards: Tensor
+    """Reward of each response, [B] float64."""
+    hinted: Tensor
+    """Whether the teacher's prompt of the response shows a hint, [B] bool."""
+    sampled_log_prob: Tensor
+    """log mu of each token, [R] float64."""
+    student_log_prob: Tensor | None = None
+    """log p of each token, [R] float64; None where no pass has measured it."""
+    target_log_prob: Tensor | None = None
+    """log q of each token, [R] float64; None where no pass has measured it."""
+
+    @property
+    def num_groups(self) -> int:
+        """The number of groups: one more than the last group's number."""
+        return int(self.groups.max()) + 1 if len(self.groups) else 0
+
+    @property
+    def right(self) -> Tensor:
+        """Whether each response is right, [B] bool: its reward is at least .5."""
+        return self.rewards >= 0.5
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """Return [R]: the value of each token's response; ``values [B]``."""
+        return values.repeat_interleave(self.lengths)
+
+    def mean_per_sample(self, values: Tensor) -> Tensor:
+        """Return [B]: the mean over the tokens of each response; ``values [R]``."""
+        owner = self.per_token(torch.arange(len(self.lengths), device=values.device))
+        sums = values.new_zeros(len(self.lengths)).index_add_(0, owner, values)
+        return sums / self.lengths
+
+    def sum_per_group(self, values: Tensor) -> Tensor:
+        """Return [num_groups]: the sum over the responses of each group; ``values [B]``."""
+        return values.new_zeros(self.num_groups).index_add_(0, self.groups, values)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What a rule says about the R tokens: four numbers per token, constants of the loss.
+
+    With rho = p(y) / mu(y), the coefficients of the loss ``w D(p, q) + a (-log p(y))`` are
+
+        w = divergence
+        a = rho advantage, clipped as in PPO  +  rho sampled_kl (log q(y) - log p(y))  +  likelihood
+
+    Each is [R] float64.
+    """
+
+    divergence: Tensor
+    """Weight of the divergence over the whole vocabulary, at least 0."""
+    advantage: Tensor
+    """Advantage of the token."""
+    sampled_kl: Tensor
+    """Weight of KL(p || q) in its form for the sampled token: the k3 estimator with the ratio rho has this gradient."""
+    likelihood: Tensor
+    """Weight of the token's log-likelihood, without rho."""
+
+    @classmethod
+    def of(
+        cls,
+        like: Tensor,
+        *,
+        divergence: Tensor | None = None,
+        advantage: Tensor | None = None,
+        sampled_kl: Tensor | None = None,
+        likelihood: Tensor | None = None,
+    ) -> Terms:
+        """Return the given terms, and zeros in the shape of ``like`` for the others."""
+        given = {"divergence": divergence, "advantage": advantage, "sampled_kl": sampled_kl, "likelihood": likelihood}
+        return cls(**{name: torch.zeros_like(like) if value is None else value for name, value in given.items()})
+
+    def __add__(self, other: Terms) -> Terms:
+        """Return the sum of both, token by token."""
+        return Terms(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def scaled(self, factor: Tensor) -> Terms:
+        """Return these terms times ``factor [R]``."""
+        return Terms(*(getattr(self, f.name) * factor for f in fields(self)))

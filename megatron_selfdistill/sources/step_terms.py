@@ -1,0 +1,154 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The coefficients of a step's response tokens: the configured rule, applied to the answers of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.weighting import SequenceImportance, TruncatedImportance
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
+from megatron_selfdistill.recipes.advantages import group_advantage
+from megatron_selfdistill.recipes.normalization import token_factors
+from megatron_selfdistill.recipes.ratio_terms import RatioTerms
+from megatron_selfdistill.recipes.scope import scope
+from megatron_selfdistill.recipes.signals import Signals, Terms
+from megatron_selfdistill.recipes.teacher_terms import uniform
+from megatron_selfdistill.recipes.uni_opd import uni_opd
+from megatron_selfdistill.sources.problem_prompts import Answer
+
+Measure = Callable[[Sequence[ContextPair]], tuple[Tensor, Tensor]]
+"""A function of this replica's contexts that returns log p and log q of every response token, [R] float64 each, on the
+host.  Collective over the world."""
+
+
+@dataclass(frozen=True)
+class StepTerms:
+    """The rule that the configuration names for the tokens of sampled responses."""
+
+    config: Config
+    measure: Measure
+    grid: RankGrid
+    phases: Phases
+
+    def coefficients(self, answers: Sequence[Answer], contexts: Sequence[ContextPair]) -> TokenCoefficients:
+        """Return the coefficients of the tokens of ``contexts``, the contexts of these answers of this replica.
+
+        Collectives: those of ``measure`` where the rule needs log-probs of student and target, and a sum over the
+        data-parallel ranks where loss.normalize is not tokens.
+        """
+        config, student, target = self.config, None, None
+        if config.measures_log_probs:
+            with self.phases("measure"):
+                student, target = self.measure(contexts)
+        signals = signals_of(answers, student, target)
+        terms = rule_terms(config, signals).scaled(
+            token_factors(signals, config.loss.normalize, self._totals(signals), config.loss.skip_first_tokens)
+        )
+        on_host = RatioTerms(
+            terms=terms,
+            sampled_log_prob=signals.sampled_log_prob,
+            target_log_prob=target,
+            clip_low=config.policy.clip_low,
+            clip_high=config.policy.clip_high,
+            correction=self._correction(signals),
+            has_policy_term=config.has_policy_term or config.objective == "policy_gradient",
+        )
+        return to_device_in_one_copy(on_host, self.grid.device)
+
+    def metrics(self, answers: Sequence[Answer], trained: Sequence[Answer]) -> Mapping[str, float]:
+        """Return metrics of the rewards of all ``answers`` of a step, equal on all ranks; none without rewards.
+
+        rewards/mean: the share of right answers.  rewards/mixed_groups: the share of the groups with right and wrong
+        answers, the only groups with advantages.  rewards/trained_share: the share of the answers that are trained on.
+        Collectives: one sum over the data-parallel ranks.
+        """
+        if not self.config.uses_rewards:
+            return {}
+        groups = [[bool(a.correct) for a in group] for _, group in groupby(answers, key=lambda a: a.group)]
+        right = sum(map(sum, groups))
+        mixed = sum(any(group) and not all(group) for group in groups)
+        counts = [right, len(answers), mixed, len(groups), len(trained)]
+        right, number, mixed, number_of_groups, kept = self._over_replicas(counts)
+        return {
+            "rewards/mean": right / max(number, 1),
+            "rewards/mixed_groups": mixed / max(number_of_groups, 1),
+            "rewards/trained_share": kept / max(number, 1),
+        }
+
+    def _correction(self, signals: Signals) -> TokenCoefficients | None:
+        kind, cap = self.config.loss.rollout_correction, self.config.loss.rollout_correction_cap
+        if kind == "none":
+            return None
+        if kind == "truncated":
+            return TruncatedImportance(signals.sampled_log_prob, cap)
+        owners = signals.per_token(torch.arange(len(signals.lengths)))
+        over_ranks = partial(over_last_stage, grid=self.grid)
+        return SequenceImportance(signals.sampled_log_prob, owners, len(signals.lengths), over_ranks, cap)
+
+    def _totals(self, signals: Signals) -> tuple[int, int, int]:
+        """Return the numbers of tokens, responses and groups of the global batch, where the loss needs them."""
+        counts = [len(signals.sampled_log_prob), len(signals.lengths), signals.num_groups]
+        if self.config.loss.normalize == "tokens":
+            return counts[0], counts[1], counts[2]
+        num_tokens, num_responses, num_groups = self._over_replicas(counts)
+        return num_tokens, num_responses, num_groups
+
+    def _over_replicas(self, counts: Sequence[int]) -> list[int]:
+        totals = torch.tensor(counts, device=self.grid.device)
+        dist.all_reduce(totals, group=self.grid.dp_group)
+        return [int(total) for total in totals.tolist()]
+
+
+def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target: Tensor | None = None) -> Signals:
+    """Return the signals of one replica's answers, on the host; ``student`` and ``target``: measured log-probs [R]."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(answer.group for answer in answers))}
+    sampled = [value for answer in answers for value in answer.response.sampled_log_probs]
+    return Signals(
+        lengths=torch.tensor([len(answer.response.token_ids) for answer in answers], dtype=torch.int64),
+        groups=torch.tensor([numbers[answer.group] for answer in answers], dtype=torch.int64),
+        rewards=torch.tensor([float(bool(answer.correct)) for answer in answers], dtype=torch.float64),
+        hinted=torch.tensor([answer.hinted for answer in answers], dtype=torch.bool),
+        sampled_log_prob=torch.tensor(sampled, dtype=torch.float64),
+        student_log_prob=student,
+        target_log_prob=target,
+    )
+
+
+def rule_terms(config: Config, signals: Signals) -> Terms:
+    """Return the terms that ``config`` gives to all tokens: the teacher's part plus the part of rewards."""
+    terms = _teacher_terms(config, signals)
+    if config.policy.weight > 0:
+        terms += group_advantage(signals, weight=config.policy.weight, std=config.policy.advantage_std)
+    return terms
+
+
+def _teacher_terms(config: Config, signals: Signals) -> Terms:
+    distill = config.distill
+    if config.objective == "policy_gradient":
+        return Terms.of(signals.sampled_log_prob)
+    if config.objective != "self_distillation":
+        return uniform(signals, weight=1.0, signal="full")
+    if distill.rule == "scope":
+        return scope(signals, weight=distill.weight, tau=distill.tau)
+    if distill.rule == "uni_opd":
+        return uni_opd(
+            signals,
+            weight=distill.weight,
+            margin=distill.margin,
+            gap=distill.margin_gap,
+            max_log_ratio=distill.max_log_ratio,
+        )
+    return uniform(signals, weight=distill.weight, signal=distill.signal)

@@ -1,0 +1,71 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The recipes of the literature as whole runs: on one rank, resumed, and equal in other layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiers import combinations
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
+
+LAYOUTS = {
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "CP2": ["parallel.context_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+    "DP2": [],
+}
+VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
+REWARDED = {"grpo", "sdpo", "opsd_rl", "scope", "uni_opd"}
+WITH_POLICY_TERM = {"grpo", "opsd_rl", "scope", "uni_opd"}
+RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
+NUM_STEPS = 2
+
+
+def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
+    """Return the arguments of a short run of ``recipe`` on problems that an untrained model sometimes solves."""
+    tiny = overrides(data, run_dir, "data.global_batch_size=4", "rollout.num_samples=4", "rollout.max_new_tokens=10")
+    tiny += ["data.on_long_context=drop", "rollout.temperature=1", VERIFIED, "optimizer.lr_warmup_steps=0"]
+    return [f"recipe={recipe}", *tiny, f"num_steps={NUM_STEPS}", "checkpoint.save_every=1", *more]
+
+
+@pytest.fixture(scope="module")
+def run_of(ranks, data, tmp_path_factory):
+    """Return a function that returns the directory of the finished run of a recipe on one rank."""
+    runs: dict[str, Path] = {}
+
+    def run(recipe: str) -> Path:
+        if recipe not in runs:
+            runs[recipe] = tmp_path_factory.mktemp(recipe) / "run"
+            record = f"rollout.record={runs[recipe]}/responses.jsonl"
+            train(ranks, arguments(data, runs[recipe], recipe, record))
+        return runs[recipe]
+
+    return run
+
+
+@combinations(recipe=RECIPES, quick={"recipe": ["scope"]}, strength=1)
+def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, run_of, recipe):
+    whole = run_of(recipe)
+    for step in reproducible_metrics(whole):
+        assert step["gradient_norm"] > 0
+        assert ("terms/policy_mean" in step) == (recipe in WITH_POLICY_TERM)
+        assert ("rewards/mean" in step) == (recipe in REWARDED)
+    assert_resumes_equal(
+        ranks, whole, lambda run: arguments(data, run, recipe), step=1, num_steps=NUM_STEPS
+    )
+
+
+@combinations(
+    recipe=RECIPES, layout=list(LAYOUTS), quick={"recipe": ["grpo", "sdpo", "uni_opd"], "layout": ["CP2", "DP2"]}, strength=1
+)
+def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, run_of, tmp_path, recipe, layout):
+    one = run_of(recipe)
+    replay = f"rollout.replay={one}/responses.jsonl"
+    train(ranks, arguments(data, tmp_path / "run", recipe, replay, *LAYOUTS[layout]), 2)
+    for expected, found in zip(reproducible_metrics(one), reproducible_metrics(tmp_path / "run"), strict=True):
+        compared = {key for key in expected if key.startswith(("terms/", "rewards/", "hints/", "loss/", "correction/"))}
+        assert compared and compared == {key for key in found if key in compared}
+        for key in compared:
+            assert found[key] == pytest.approx(expected[key], abs=2e-5), key
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
