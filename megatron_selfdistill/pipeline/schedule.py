@@ -12,7 +12,7 @@ computed; a fused output layer does both in one piece (model/output_layer.py).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -226,7 +226,7 @@ class _Step:
                 self.coefficients.append(coefficients)
             loss = losses.sum() * self.loss_scale
             self.ids.append(microbatch.response_ids)
-            self.stats.append(_detached(stats))
+            self.stats.append(stats.detached())
             return loss, {}
 
         return hidden, loss_func
@@ -363,7 +363,3 @@ class _Step:
             measures=measures,
             anchor_entropy=anchor_entropy,
         )
-
-
-def _detached(stats: TokenStats) -> TokenStats:
-    return TokenStats(**{f.name: getattr(stats, f.name).detach() for f in fields(TokenStats)})

@@ -105,6 +105,7 @@ def self_distillation(
 def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
     """Return -log p(response token) over the valid vocabulary, in nats, by Megatron's vocab-parallel cross entropy.
 
+    ``loss`` and ``student_log_prob``, the same number with the other sign, are differentiable.
     The function overwrites ``student``: the padding becomes -inf, and in float32 the logits become the softmax and then
     the gradient.  In bf16 the softmax and the gradient take the place of a float32 copy
     (`output_layer.next_token_copies`).
@@ -114,6 +115,6 @@ def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor,
     loss = vocab_parallel_cross_entropy(student.float().unsqueeze(1), response_tokens.unsqueeze(1)).squeeze(1)
     unknown = torch.full_like(loss.detach(), float("nan"))
     values = {f.name: unknown for f in fields(TokenStats)}
-    values |= {"loss": loss, "student_log_prob": -loss.detach(), "status": torch.zeros_like(response_tokens)}
+    values |= {"loss": loss, "student_log_prob": -loss, "status": torch.zeros_like(response_tokens)}
     values |= {"grid_betas": unknown[:0], "grid_entropies": unknown.new_empty(len(loss), 0)}
     return TokenStats(**values)

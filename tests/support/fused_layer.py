@@ -115,7 +115,7 @@ def fused(
         **options,
     )
     (stats.loss * example.row_weights).sum().backward()
-    stats.loss = stats.loss.detach()
+    stats = stats.detached()
     return stats, hidden.grad, weight.grad
 
 
@@ -132,7 +132,7 @@ def materialised(example: Example, target: Target, kind: Divergence) -> tuple[To
         vocab=shard_of(None)[0],
     )
     (stats.loss * example.row_weights).sum().backward()
-    stats.loss = stats.loss.detach()
+    stats = stats.detached()
     return stats, hidden.grad, weight.grad
 
 

@@ -9,6 +9,7 @@ chunk.  The mode determines the tensors that are kept for backward:
     low_memory      a few numbers per token: backward projects each chunk again, without the loss's collectives, and
                     both GEMMs run per chunk
 
+A kept gradient can only be scaled, so only low_memory has a gradient of the log-probs of the response tokens.
 keep_gradient takes 4 GEMMs of R x h x V / tp, and low_memory takes 6; a reference that is projected apart from the
 teacher takes one more per projection of the teacher.  With chunks of c tokens, the logits of R + c or
 of 2 c tokens exist at a time; without fusion, the logits of 2 R tokens.
@@ -30,7 +31,7 @@ from megatron_selfdistill.loss.sharded.argument_checks import check_reference
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.gathered_hidden import HiddenPlacement, gather_width
 from megatron_selfdistill.loss.sharded.projection_gradients import ProjectionGradients, WeightGradient
-from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
+from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     ForwardResult,
     Observer,
@@ -77,7 +78,9 @@ def fused_distillation_loss(
     tokens of one group.
     chunk_tokens, mode: see the module; the result depends on them by rounding only.
     Gradient: to student_hidden (summed over the ranks; with gather_indices the gradient of the rank's own rows, 0 for
-    rows without a token) and to student_weight.  The incoming gradient may differ between tokens.
+    rows without a token) and to student_weight.  The incoming gradient may differ between tokens.  In low_memory
+    ``student_log_prob`` is differentiable beside ``loss``, as in `distillation_loss`.  In keep_gradient it is not: a
+    backward that reaches it raises ValueError.
     weight_gradient: receives the weight's gradient, within backward only.  Without it, autograd gets the gradient in
     the weight's dtype, summed over chunks in float32, which takes a float32 copy of the weight's shape in low_memory.
     observe: reads the logits of each chunk in the forward pass, in the order of the tokens.
@@ -112,11 +115,12 @@ def fused_distillation_loss(
     stats = forward.stats
     if not trained:
         return stats
-    kept: tuple[Any, ...] = (logits.kept, None, None)
+    kept: tuple[Any, ...] = (logits.kept, None, None, None)
     if not keep:
-        kept = (None, forward.constants, forward.kl_value, *others)
-    loss = _Backward.apply(student_hidden, student_weight, stats.loss, layer, *kept)  # type: ignore[no-untyped-call]
-    return replace(stats, loss=loss)
+        kept = (None, forward.constants, forward.kl_value, response_tokens, *others)
+    values = stats.loss, stats.student_log_prob
+    loss, log_prob = _Backward.apply(student_hidden, student_weight, *values, layer, *kept)  # type: ignore[no-untyped-call]
+    return replace(stats, loss=loss, student_log_prob=log_prob)
 
 
 @dataclass(frozen=True)
@@ -159,13 +163,14 @@ class _Layer:
         divergence: Divergence,
         grad_loss: Tensor,
         out: Tensor,
+        log_prob: LogProbGradient | None = None,
     ) -> None:
-        """Write the gradient of the student's logits times grad_loss [n] into ``out`` [n, V / tp]; 0 at padding.
+        """Write the gradient of the student's logits into ``out`` [n, V / tp], see `Backend`; 0 at padding.
 
         ``out`` may be the student's logits.
         """
         valid = out[:, : self.vocab.num_valid]
-        self.backend.write_gradient(shard, constants, kl_value, divergence, grad_loss, valid)
+        self.backend.write_gradient(shard, constants, kl_value, divergence, grad_loss, valid, log_prob)
         out[:, self.vocab.num_valid :] = 0
 
 
@@ -271,8 +276,14 @@ def _forward_chunks(
     return ForwardResult.concatenate(parts)
 
 
+_NO_LOG_PROB = (
+    "fused_distillation_loss: mode keep_gradient holds the gradient of the divergence alone, and student_log_prob is "
+    "used beside it; set mode (loss.fused) to low_memory, or materialise the logits."
+)
+
+
 class _Backward(torch.autograd.Function):
-    """The autograd function that returns the loss and, in backward, computes the gradients of states and weight."""
+    """The autograd function that returns the loss and log p, and computes the gradients of states and weight."""
 
     @staticmethod
     def forward(
@@ -280,25 +291,32 @@ class _Backward(torch.autograd.Function):
         student_hidden: Tensor,
         student_weight: Tensor,
         loss: Tensor,
+        log_prob: Tensor,
         layer: _Layer,
         gradient: Tensor | None,
         constants: TokenConstants | None,
         kl_value: Tensor | None,
+        response_tokens: Tensor | None,
         *others: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         per_token = constants.tensors() if constants is not None else ()
-        ctx.save_for_backward(student_hidden, student_weight, gradient, kl_value, *others, *per_token)
+        ctx.save_for_backward(student_hidden, student_weight, gradient, kl_value, response_tokens, *others, *per_token)
+        ctx.set_materialize_grads(False)  # an output that nobody uses has no gradient, not a gradient of zeros
         ctx.layer, ctx.num_others = layer, len(others)
-        return loss.clone()
+        return loss.clone(), log_prob.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        layer, no_gradient = ctx.layer, (None,) * (5 + ctx.num_others)
-        hidden, weight, kept, kl_value, *rest = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_log_prob: Tensor | None) -> tuple[Tensor | None, ...]:
+        layer, no_gradient = ctx.layer, (None,) * (7 + ctx.num_others)
+        hidden, weight, kept, kl_value, response_tokens, *rest = ctx.saved_tensors
+        if grad_loss is None:
+            grad_loss = hidden.new_zeros(layer.num_tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
         others, constants = rest[: ctx.num_others], rest[ctx.num_others :]
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if kept is not None:
+            if grad_log_prob is not None:
+                raise ValueError(_NO_LOG_PROB)
             wait = layer.placement.start_gather(hidden) if needs_weight else None
             grads = layer.gradients(wait, hidden, weight, needs_hidden)
             grads.add(slice(0, layer.num_tokens), kept, scale=grad_loss[:, None], last=True)
@@ -306,11 +324,13 @@ class _Backward(torch.autograd.Function):
         all_hidden = layer.placement.start_gather(hidden)()
         grads = layer.gradients((lambda: all_hidden) if needs_weight else None, hidden, weight, needs_hidden)
         logits = _Logits(layer, all_hidden, weight, _Others(*others), keep=False)
+        log_prob = LogProbGradient.of(grad_log_prob, response_tokens, layer.vocab.start, layer.vocab.vocab_size)
         for tokens, divergence in layer.chunks():
             student_logits, teacher_logits = logits.of(tokens)
             shard = layer.shard(student_logits, teacher_logits)
             chunk, scale = TokenConstants(*(values[tokens] for values in constants)), grad_loss[tokens].to(shard.dtype)
-            layer.write_gradient(shard, chunk, kl_value[tokens], divergence, scale, student_logits)
+            of_log_prob = None if log_prob is None else log_prob.of_tokens(tokens)
+            layer.write_gradient(shard, chunk, kl_value[tokens], divergence, scale, student_logits, of_log_prob)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *no_gradient
 

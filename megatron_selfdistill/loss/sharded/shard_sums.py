@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +115,33 @@ class TokenConstants:
     def rows(self, rows: Chunk) -> TokenConstants:
         """Return the constants of a chunk as columns [n, 1]."""
         return TokenConstants(*(t[rows, None] for t in self.tensors()))
+
+
+class LogProbGradient(NamedTuple):
+    """The incoming gradient of log p of T response tokens, and the places of these tokens on a shard."""
+
+    incoming: Tensor
+    """[T] in the dtype of the sums; NaN, or 0, for a token that is a valid column of no shard."""
+    columns: Tensor
+    """[T] int64: the column of the response token, counted from the shard's first column.  The shard holds the token if
+    the column lies in 0 .. num_valid - 1."""
+
+    @classmethod
+    def of(
+        cls, incoming: Tensor | None, response_tokens: Tensor, start: int, vocab_size: int
+    ) -> LogProbGradient | None:
+        """Return the gradient on the shard that begins at the global column ``start``; None where nothing comes in.
+
+        response_tokens: [T] int64, global ids, valid in 0 .. vocab_size - 1.
+        """
+        if incoming is None:
+            return None
+        known = (response_tokens >= 0) & (response_tokens < vocab_size)
+        return cls(torch.where(known | (incoming == 0), incoming, torch.nan), response_tokens - start)
+
+    def of_tokens(self, tokens: slice) -> LogProbGradient:
+        """Return the gradient of a slice of the tokens."""
+        return LogProbGradient(self.incoming[tokens], self.columns[tokens])
 
 
 FIRST_PASS = (
@@ -260,10 +288,13 @@ def write_gradient(
     divergence: Divergence,
     grad_loss: Tensor,
     out: Tensor,
+    log_prob: LogProbGradient | None = None,
 ) -> None:
-    """Write the gradient of the student's logits times grad_loss [T] into ``out`` [T, num_valid].
+    """Write the gradient of the student's logits s into ``out`` [T, num_valid].
 
-    kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, unused for forward KL.
+    The gradient is ``grad_loss dD / ds + incoming (onehot(response token) - p)``, without the second term where
+    ``log_prob`` is None.
+    kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, unused for forward KL.  grad_loss: [T].
     out: may be the student's logits themselves.
     """
     if shard.student.shape[1] == 0:
@@ -276,7 +307,18 @@ def write_gradient(
             gradient = q_minus_p(p, q, d).neg_()
         else:
             gradient = jsd_gradient(p, d, divergence.jsd_lambda, kl_value[rows])
-        out[rows] = gradient.mul_(grad_loss[rows, None])
+        gradient.mul_(grad_loss[rows, None])
+        if log_prob is not None:
+            _add_log_prob_gradient(gradient, p, log_prob.incoming[rows], log_prob.columns[rows])
+        out[rows] = gradient
+
+
+def _add_log_prob_gradient(gradient: Tensor, p: Tensor, incoming: Tensor, columns: Tensor) -> None:
+    """Add ``incoming (onehot(columns) - p)`` to the gradient [n, num_valid] of a chunk; no device is waited for."""
+    num_valid = gradient.shape[1]
+    here = (columns >= 0) & (columns < num_valid)
+    gradient.addcmul_(p, incoming[:, None], value=-1)
+    gradient.scatter_add_(1, columns.clamp(0, num_valid - 1)[:, None], torch.where(here, incoming, 0.0)[:, None])
 
 
 def _shifted(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ rule gives beta), and backward makes none, whatever the number of tokens:
     second pass, at that beta  -> gather -> move beta to the root, divergences
     third pass, over the tokens whose root is not yet reached -> gather -> the same for these tokens
     (JSD: one more pass and gather)
-    backward: one pass, which writes the gradient
+    backward: one pass, which writes the gradient of the loss and, where it is used, of the log-probs
 
 The host waits for nothing here, so the third gather is made whether a token needs it or not: 24 bytes per token (44 for
 forward KL), rank and part of a row.  A token that does not need the third pass costs the pass nothing else.
@@ -30,7 +30,7 @@ from megatron_selfdistill.loss.sharded.argument_checks import check_logits, chec
 from megatron_selfdistill.loss.sharded.backend import Backend, chosen
 from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
-from megatron_selfdistill.loss.sharded.shard_sums import Shard, TokenConstants
+from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
 from megatron_selfdistill.loss.target import Target
 
@@ -84,7 +84,7 @@ class TokenStats:
     """The loss and the statistics of T response tokens, equal on all ranks of the group.
 
     The dtype is float32, or float64 for float64 logits.  Entropies, divergences and log-probs are in nats.
-    Only ``loss`` carries a gradient, to the student's logits.
+    Only ``loss`` and ``student_log_prob`` carry a gradient, to the student's logits.
     """
 
     loss: Tensor
@@ -105,7 +105,7 @@ class TokenStats:
     status: Tensor
     """[T] int64, values of ``Status``."""
     student_log_prob: Tensor
-    """[T] log p of the response token; NaN if the token is no valid column."""
+    """[T] log p of the response token, with a gradient of its own; NaN if the token is no valid column."""
     teacher_log_prob: Tensor
     """[T] log softmax(t) of the response token; NaN if the token is no valid column."""
     target_log_prob: Tensor
@@ -124,6 +124,10 @@ class TokenStats:
         per_token = [f.name for f in fields(cls) if f.name != "grid_betas"]
         values = {name: torch.cat([getattr(part, name) for part in parts]) for name in per_token}
         return cls(**values, grid_betas=parts[0].grid_betas)
+
+    def detached(self) -> TokenStats:
+        """Return the same statistics without gradients."""
+        return TokenStats(**{f.name: getattr(self, f.name).detach() for f in fields(self)})
 
 
 Observer = Callable[[slice, Tensor, Tensor, TokenStats], None]
@@ -158,7 +162,10 @@ def distillation_loss(
     target of the token is ``target.with_teacher_weight(w)``.  ``divergence`` may have groups of consecutive tokens,
     equal on all ranks; each group makes the collectives of a call.
     Ranks: T and response_tokens are equal on all ranks of ``vocab.group``, and so is the result.
-    Gradient: to ``student_logits`` only, in their dtype; the target is a constant; 0 at padding columns.
+    Gradient: to ``student_logits`` s only, in their dtype; the target is a constant; 0 at padding columns.  ``loss``
+    and ``student_log_prob`` are differentiable, and one pass writes the gradient of both, ``grad_loss dD / ds +
+    grad_log_prob (onehot(response token) - p)``; the second term costs nothing where only the loss is used.  A token
+    that is no valid column has a log-prob of NaN, whose gradient is NaN unless the incoming gradient is 0.
     inplace_backward: backward writes the gradient over the student's logits, which nobody may read afterwards.
     backend: "torch", "triton", or None for the default of `backend.chosen`; equal on all ranks.
     -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has -inf, q = 0,
@@ -168,7 +175,8 @@ def distillation_loss(
     Accuracy: |H(q) - H(p)| <= 1e-5 nats for every token that is MATCHED, whatever the shape of its logits; a token
     whose root is not reached to this accuracy is UNCONVERGED.
     Collectives: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
-    Kept for backward: both logits and seven numbers per token.  README.md in `loss` has reads, writes and temporaries.
+    Kept for backward: both logits, seven numbers per token and response_tokens.  README.md in `loss` has reads, writes
+    and temporaries.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
     check_logits("distillation_loss", student_logits, teacher_logits, vocab.size)
@@ -193,9 +201,11 @@ def distillation_loss(
             for tokens, kind in groups
         ]
         forward = ForwardResult.concatenate(parts)
-    options = groups, shard, inplace_backward, chosen_backend
-    loss = _HandWrittenBackward.apply(student_logits, teacher_logits, forward, *options)  # type: ignore[no-untyped-call]
-    return replace(forward.stats, loss=loss)
+    options = groups, shard, vocab, inplace_backward, chosen_backend
+    loss, log_prob = _HandWrittenBackward.apply(  # type: ignore[no-untyped-call]
+        student_logits, teacher_logits, response_tokens, forward, *options
+    )
+    return replace(forward.stats, loss=loss, student_log_prob=log_prob)
 
 
 def make_shard(student_logits: Tensor, teacher_logits: Tensor, target: Target, vocab: VocabShard) -> Shard:
@@ -329,30 +339,36 @@ def gather_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 
 class _HandWrittenBackward(torch.autograd.Function):
-    """The autograd function that returns the loss and, in backward, writes the gradient of the student's logits."""
+    """The autograd function that returns the loss and log p, and writes the gradient of the student's logits."""
 
     @staticmethod
     def forward(
         ctx: Any,
         student_logits: Tensor,
         teacher_logits: Tensor,
+        response_tokens: Tensor,
         result: ForwardResult,
         groups: list[tuple[slice, Divergence]],
         shard: Shard,
+        vocab: VocabShard,
         inplace: bool,
         backend: Backend,
-    ) -> Tensor:
-        ctx.save_for_backward(student_logits, teacher_logits, result.kl_value, *result.constants.tensors())
-        ctx.groups, ctx.inplace, ctx.backend = groups, inplace, backend
-        ctx.num_valid, ctx.mix_weights, ctx.dtype = shard.student.shape[1], shard.mix_weights, shard.dtype
-        return result.stats.loss.clone()
+    ) -> tuple[Tensor, Tensor]:
+        per_token = response_tokens, result.kl_value, *result.constants.tensors()
+        ctx.save_for_backward(student_logits, teacher_logits, *per_token)
+        ctx.set_materialize_grads(False)  # an output that nobody uses has no gradient, not a gradient of zeros
+        ctx.groups, ctx.inplace, ctx.backend, ctx.vocab = groups, inplace, backend, vocab
+        ctx.mix_weights, ctx.dtype = shard.mix_weights, shard.dtype
+        return result.stats.loss.clone(), result.stats.student_log_prob.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        student_logits, teacher_logits, kl_value, *constants = ctx.saved_tensors
+    def backward(ctx: Any, grad_loss: Tensor | None, grad_log_prob: Tensor | None) -> tuple[Tensor | None, ...]:
+        student_logits, teacher_logits, response_tokens, kl_value, *constants = ctx.saved_tensors
+        grad_loss = torch.zeros_like(kl_value) if grad_loss is None else grad_loss.to(ctx.dtype)
+        log_prob = LogProbGradient.of(grad_log_prob, response_tokens, ctx.vocab.start, ctx.vocab.vocab_size)
         # detach shares the version counter: autograd refuses a second backward through overwritten logits
         gradient = student_logits.detach() if ctx.inplace else torch.empty_like(student_logits)
-        valid = slice(0, ctx.num_valid)
+        valid = slice(0, ctx.vocab.num_valid)
         shard = Shard(student_logits.detach()[:, valid], teacher_logits[:, valid], ctx.mix_weights, ctx.dtype)
         for tokens, divergence in ctx.groups:
             ctx.backend.write_gradient(
@@ -360,8 +376,9 @@ class _HandWrittenBackward(torch.autograd.Function):
                 TokenConstants(*(values[tokens] for values in constants)),
                 kl_value[tokens],
                 divergence,
-                grad_loss[tokens].to(ctx.dtype),
+                grad_loss[tokens],
                 gradient[tokens, valid],
+                None if log_prob is None else log_prob.of_tokens(tokens),
             )
-        gradient[:, ctx.num_valid :] = 0
-        return gradient, *(None,) * 6
+        gradient[:, ctx.vocab.num_valid :] = 0
+        return gradient, *(None,) * 8

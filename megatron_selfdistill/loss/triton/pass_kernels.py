@@ -176,6 +176,8 @@ def gradient_kernel(
     log_sum,
     kl_values,
     grad_losses,
+    grad_log_probs,
+    token_columns,
     out,
     student_stride,
     teacher_stride,
@@ -187,10 +189,12 @@ def gradient_kernel(
     jsd_lambda,
     MIX: tl.constexpr,
     KIND: tl.constexpr,
+    WITH_LOG_PROB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write one block of ``shard_sums.write_gradient``.
 
+    WITH_LOG_PROB: whether the log-prob of the response token has a gradient; else its two operands are not read.
     A program reads a block and then writes it, because ``out`` may be the student's logits.
     """
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
@@ -208,7 +212,11 @@ def gradient_kernel(
     else:
         over_p = _log_mixture_over_larger(d, jsd_lambda) + tl.maximum(d, 0.0)
         gradient = (jsd_lambda - 1) * p * (over_p + kl_value)
-    gradient = (gradient * grad_loss).to(out.dtype.element_ty)
+    gradient = gradient * grad_loss
+    if WITH_LOG_PROB:
+        here = offsets == tl.load(token_columns + row) - start
+        gradient += tl.load(grad_log_probs + row) * (tl.where(here, 1.0, 0.0) - p)
+    gradient = gradient.to(out.dtype.element_ty)
     out += row * out_stride + start
     if start + BLOCK <= num_columns:
         tl.store(out + offsets, gradient)

@@ -23,6 +23,7 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
     SECOND_PASS,
     SECOND_PASS_FORWARD,
+    LogProbGradient,
     Shard,
     TokenConstants,
 )
@@ -142,10 +143,17 @@ def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tens
 
 
 def write_gradient(
-    shard: Shard, constants: TokenConstants, kl_value: Tensor, divergence: Divergence, grad_loss: Tensor, out: Tensor
+    shard: Shard,
+    constants: TokenConstants,
+    kl_value: Tensor,
+    divergence: Divergence,
+    grad_loss: Tensor,
+    out: Tensor,
+    log_prob: LogProbGradient | None = None,
 ) -> None:
     """Launch the kernel of `shard_sums.write_gradient`."""
     num_rows, num_columns = shard.student.shape
+    unread = kl_value, kl_value
     if num_rows and num_columns:
         with launching_on(shard.student):
             gradient_kernel[(num_rows, triton.cdiv(num_columns, GRADIENT_BLOCK))](
@@ -154,6 +162,7 @@ def write_gradient(
                 *constants.tensors(),
                 kl_value,
                 grad_loss,
+                *(unread if log_prob is None else (operand.contiguous() for operand in log_prob)),
                 out,
                 _row_stride(shard.student),
                 _row_stride(shard.teacher),
@@ -165,6 +174,7 @@ def write_gradient(
                 as_sum(divergence.jsd_lambda),
                 MIX=mix_of(shard.mix_weights),
                 KIND=DIVERGENCES.index(divergence.kind),
+                WITH_LOG_PROB=log_prob is not None,
                 BLOCK=GRADIENT_BLOCK,
                 num_warps=GRADIENT_WARPS,
                 **COMPILED,

@@ -30,7 +30,7 @@ def run(
     leaf = student[:, columns].float().requires_grad_()
     stats = distillation_loss(leaf, teacher[:, columns], tokens, target=target, divergence=kind, vocab=vocab)
     stats.loss.sum().backward()
-    stats.loss = stats.loss.detach()
+    stats = stats.detached()
     assert leaf.grad is not None
     return stats, leaf.grad
 

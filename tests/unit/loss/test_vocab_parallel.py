@@ -122,7 +122,7 @@ def run_loss(
     t = torch.cat([teacher, garbage.flip(1)], 1)[:, columns].clone()
     stats = distillation_loss(s, t, tokens, target=rule, divergence=kind, vocab=vocab)
     (stats.loss if weights is None else stats.loss * weights).sum().backward()
-    stats.loss = stats.loss.detach()
+    stats = stats.detached()
     assert s.grad is not None
     return stats, s.grad
 
