@@ -20,6 +20,7 @@ from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 from megatron_selfdistill.sources.recording import SampleKey, record
+from megatron_selfdistill.sources.reward_metrics import reward_metrics
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.sources.step_terms import StepTerms
 
@@ -97,10 +98,9 @@ class OnPolicy(CommittedState):
             guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
             contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
         coefficients: TokenCoefficients | None = self._corrections(kept) if options.corrects else None
-        rewarded: Mapping[str, float] = {}
         if options.terms is not None:
-            rewarded = options.terms.metrics(answers, trained)
             coefficients = options.terms.coefficients(trained, contexts)
+        rewarded = reward_metrics(answers, trained, options.grid) if options.judges else {}
         return StepBatch(
             problems=asked.problems,
             responses=responses,

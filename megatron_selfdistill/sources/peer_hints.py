@@ -7,15 +7,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.own_solutions import prompts_with
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts, without_hint
+from megatron_selfdistill.sources.reward_metrics import over_replicas
 
 
 @dataclass(frozen=True)
@@ -66,14 +64,13 @@ class PeerPrompts:
         chosen = []
         for i, answer in enumerate(answers):
             peer = next((j for j in peers.get(answer.group, ()) if j != i), None)
-            hinted = self._with_hint(answer, answers[peer]) if peer is not None else None
-            if hinted is not None:
-                chosen.append(hinted)
+            taught = self._with_hint(answer, answers[peer]) if peer is not None else None
+            if taught is not None:
+                chosen.append(taught)
             elif self.keeps_unhinted:
                 chosen.append(answer.without_hint())
-        counts = torch.tensor([sum(answer.hinted for answer in chosen), len(answers)], device=self.grid.device)
-        dist.all_reduce(counts, group=self.grid.dp_group)
-        return chosen, {"hints/share": int(counts[0]) / max(int(counts[1]), 1)}
+        num_hinted, number = over_replicas((sum(answer.hinted for answer in chosen), len(answers)), self.grid)
+        return chosen, {"hints/share": num_hinted / max(number, 1)}
 
     def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
         """Return these prompts: no answer changes the prompts of later steps."""

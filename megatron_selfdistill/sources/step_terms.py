@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.config import Config
@@ -28,6 +26,7 @@ from megatron_selfdistill.recipes.signals import Signals, Terms
 from megatron_selfdistill.recipes.teacher_terms import uniform
 from megatron_selfdistill.recipes.uni_opd import uni_opd
 from megatron_selfdistill.sources.problem_prompts import Answer
+from megatron_selfdistill.sources.reward_metrics import over_replicas
 
 Measure = Callable[[Sequence[ContextPair]], tuple[Tensor, Tensor]]
 """A function of this replica's contexts that returns log p and log q of every response token, [R] float64 each, on the
@@ -68,26 +67,6 @@ class StepTerms:
         )
         return to_device_in_one_copy(on_host, self.grid.device)
 
-    def metrics(self, answers: Sequence[Answer], trained: Sequence[Answer]) -> Mapping[str, float]:
-        """Return metrics of the rewards of all ``answers`` of a step, equal on all ranks; none without rewards.
-
-        rewards/mean: the share of right answers.  rewards/mixed_groups: the share of the groups with right and wrong
-        answers, the only groups with advantages.  rewards/trained_share: the share of the answers that are trained on.
-        Collectives: one sum over the data-parallel ranks.
-        """
-        if not self.config.uses_rewards:
-            return {}
-        groups = [[bool(a.correct) for a in group] for _, group in groupby(answers, key=lambda a: a.group)]
-        right = sum(map(sum, groups))
-        mixed = sum(any(group) and not all(group) for group in groups)
-        counts = [right, len(answers), mixed, len(groups), len(trained)]
-        right, number, mixed, number_of_groups, kept = self._over_replicas(counts)
-        return {
-            "rewards/mean": right / max(number, 1),
-            "rewards/mixed_groups": mixed / max(number_of_groups, 1),
-            "rewards/trained_share": kept / max(number, 1),
-        }
-
     def _correction(self, signals: Signals) -> TokenCoefficients | None:
         kind, cap = self.config.loss.rollout_correction, self.config.loss.rollout_correction_cap
         if kind == "none":
@@ -100,16 +79,11 @@ class StepTerms:
 
     def _totals(self, signals: Signals) -> tuple[int, int, int]:
         """Return the numbers of tokens, responses and groups of the global batch, where the loss needs them."""
-        counts = [len(signals.sampled_log_prob), len(signals.lengths), signals.num_groups]
+        counts = len(signals.sampled_log_prob), len(signals.lengths), signals.num_groups
         if self.config.loss.normalize == "tokens":
-            return counts[0], counts[1], counts[2]
-        num_tokens, num_responses, num_groups = self._over_replicas(counts)
+            return counts
+        num_tokens, num_responses, num_groups = over_replicas(counts, self.grid)
         return num_tokens, num_responses, num_groups
-
-    def _over_replicas(self, counts: Sequence[int]) -> list[int]:
-        totals = torch.tensor(counts, device=self.grid.device)
-        dist.all_reduce(totals, group=self.grid.dp_group)
-        return [int(total) for total in totals.tolist()]
 
 
 def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target: Tensor | None = None) -> Signals:

@@ -21,7 +21,8 @@ ORDER = {
     "choices": "",
     "config": (
         "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
-        "schema.data_config schema.rollout_config schema.target_config schema.loss_config schema.optimizer_config "
+        "schema.data_config schema.rollout_config schema.target_config schema.loss_config "
+        "schema.policy_config schema.optimizer_config "
         "schema.run_config schema.whole_config checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
@@ -74,6 +75,7 @@ ORDER = {
         "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
         "batch score"
     ),
+    "recipes": "signals advantages teacher_terms scope uni_opd normalization ratio_terms",
     "metrics": (
         "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "
         "loggers log"
@@ -83,7 +85,8 @@ ORDER = {
         "tables"
     ),
     "sources": (
-        "problem_prompts source on_demand_sampler synced_sampler recording solution_search own_solutions guidance "
+        "problem_prompts reward_metrics step_terms source on_demand_sampler synced_sampler recording solution_search "
+        "own_solutions peer_hints guidance "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

@@ -20,7 +20,19 @@ from megatron_selfdistill.config.bound_keys import (
     stored_values,
 )
 
-WHOLE_SECTIONS = {"model", "target", "distill", "policy", "parallel", "cluster", "schedule", "metrics", "report", "guards", "stop"}
+WHOLE_SECTIONS = {
+    "model",
+    "target",
+    "distill",
+    "policy",
+    "parallel",
+    "cluster",
+    "schedule",
+    "metrics",
+    "report",
+    "guards",
+    "stop",
+}
 
 
 def test_every_key_is_classified():

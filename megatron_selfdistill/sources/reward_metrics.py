@@ -1,0 +1,40 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The metrics of the rewards of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.sources.problem_prompts import Answer
+
+
+def reward_metrics(answers: Sequence[Answer], trained: Sequence[Answer], grid: RankGrid) -> dict[str, float]:
+    """Return metrics of the verdicts on all ``answers`` of a step, in the order of their groups; equal on all ranks.
+
+    rewards/mean: the share of right answers.  rewards/mixed_groups: the share of the groups with right and wrong
+    answers, the only groups with advantages.  rewards/trained_share: the share of the answers that are ``trained`` on.
+    Collectives: one sum over the data-parallel ranks.
+    """
+    groups = [[bool(answer.correct) for answer in group] for _, group in groupby(answers, key=lambda a: a.group)]
+    right = sum(map(sum, groups))
+    mixed = sum(any(group) and not all(group) for group in groups)
+    right, number, mixed, num_groups, num_trained = over_replicas(
+        (right, len(answers), mixed, len(groups), len(trained)), grid
+    )
+    return {
+        "rewards/mean": right / max(number, 1),
+        "rewards/mixed_groups": mixed / max(num_groups, 1),
+        "rewards/trained_share": num_trained / max(number, 1),
+    }
+
+
+def over_replicas(counts: Sequence[int], grid: RankGrid) -> list[int]:
+    """Return the sums of ``counts`` over the data-parallel ranks.  Collectives: one sum over them."""
+    totals = torch.tensor(counts, device=grid.device)
+    dist.all_reduce(totals, group=grid.dp_group)
+    return [int(total) for total in totals.tolist()]
