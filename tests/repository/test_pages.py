@@ -129,7 +129,9 @@ def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
     assert re.findall(r"\| \*{0,2}([0-9]+\.[0-9])\*{0,2} \|$", page, re.MULTILINE) == figures
 
 
-@pytest.mark.parametrize("recipe", "default teacher_alone literal chat_logs grpo rft sdft opsd sdpo opsd_rl scope uni_opd".split())
+@pytest.mark.parametrize(
+    "recipe", "default teacher_alone literal chat_logs grpo rft sdft opsd sdpo opsd_rl scope uni_opd".split()
+)
 def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):
     settings = yaml.safe_load((REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
     page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")

@@ -194,6 +194,29 @@ def test_parallel_sizes_are_checked_without_torch():
         ),
         (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
         (["data.solutions=own", "objective=sft"], "leave data.solutions=given"),
+        (["objective=policy_gradient"], "policy_gradient trains on rewards alone and needs a weight above 0"),
+        (["objective=rft", "policy.weight=1", "rollout.num_samples=4"], "objective=rft with policy.weight=1"),
+        (["distill.weight=0"], "distill.weight=0 trains without the teacher: set objective=policy_gradient"),
+        (["policy.weight=1"], "policy.weight compares the responses to one problem: it needs data.kind=problems"),
+        (["data.solutions=peer"], "data.solutions=peer compares the responses to one problem"),
+        (
+            ["distill.rule=scope", "distill.signal=sampled", "rollout.num_samples=1"],
+            "distill.rule=scope compares the responses to one problem",
+        ),
+        (["distill.rule=scope"], "distill.rule=scope needs distill.signal=sampled, got full"),
+        (["distill.rule=uni_opd", "distill.signal=sampled"], "distill.rule=uni_opd needs distill.signal=advantage"),
+        (["distill.signal=sampled", "rollout.temperature=0"], "rollout.temperature=0 (greedy) samples none"),
+        (
+            ["policy.weight=1", "rollout.num_samples=2", "rollout.engine=vllm", "rollout.top_k=5"],
+            "policy.weight needs the log-probs of sampled tokens, and vLLM reports log-probs at temperature 1 only",
+        ),
+        (
+            ["data.solutions=peer", "rollout.num_samples=2", "rollout.guidance=mixed"],
+            "knows a hint only after the responses are sampled",
+        ),
+        (["objective=sft", "loss.normalize=sequences"], "loss.normalize=sequences weighs the tokens of sampled"),
+        (["policy.clip_low=1.5"], "policy.clip_low must be at most 1, got 1.5"),
+        (["distill.tau=0"], "distill.tau must be positive, got 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):
@@ -218,6 +241,10 @@ def chat_logs() -> str:
         (["rollout.record=here.jsonl"], "conversations.responses=logged samples nothing"),
         (["rollout.guidance=mixed"], "conversations.responses=logged samples nothing"),
         (["loss.rollout_correction=truncated"], "conversations.responses=logged samples nothing"),
+        (["loss.skip_first_tokens=2"], "loss.skip_first_tokens weighs the tokens of sampled responses"),
+        (["distill.signal=sampled"], "but conversations.responses=logged samples nothing"),
+        (["conversations.responses=sampled", "data.solutions=peer"], "and data.solutions=given, got"),
+        (["conversations.responses=sampled", "policy.weight=1"], "it needs data.kind=problems"),
         (
             ["conversations.responses=sampled", "conversations.min_log_prob=-1"],
             "min_log_prob drops unlikely logged turns",

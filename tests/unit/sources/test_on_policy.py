@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from characters import ONE_RANK, Characters
 
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
@@ -49,6 +50,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
     grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": dp_rank, "dp_size": 2}))
     judge = Judge(exact_match, Characters(), grid)
     monkeypatch.setattr(Judge, "right", lambda self, answers: [i % 2 == 0 for i in range(len(answers))])
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
     monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name in guided)
     monkeypatch.setattr(GuidedPrompts, "record", lambda self, answers, guided: self)
     given = GivenSolutions(PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}")), 40, 8, policy="error")
