@@ -24,7 +24,8 @@ from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 
-CLAIMS = [str(REPOSITORY / "tests" / "unit" / "loss" / name) for name in ("kernel_claims.py", "launch_claims.py")]
+LOSS = REPOSITORY / "tests" / "unit" / "loss"
+CLAIMS = [str(LOSS / f"{name}_claims.py") for name in ("kernel", "launch", "two_term")]
 ON_GPU = os.environ.get(hidden_gpus.VARIABLE) != ""
 MOST_PROCESSES = 12
 SANITIZED = (

@@ -109,16 +109,13 @@ def cases() -> Iterator[Case]:
             types = logits | {"argmaxes": "*i32", "statuses": "*i64" if some_rows else "*i32"}
             yield Case(name, pass_kernels.second_pass_kernel, types, constants, reading)
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
-        for i, kind in enumerate(DIVERGENCES):
+        gradient, options = pass_kernels.gradient_kernel, reading | {"num_warps": pass_launches.GRADIENT_WARPS}
+        for (i, kind), log_prob in itertools.product(enumerate(DIVERGENCES), (False, True)):
             constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": pass_launches.GRADIENT_BLOCK}
-            name = f"gradient, {kind}, {dtype}"
-            yield Case(
-                name,
-                pass_kernels.gradient_kernel,
-                logits,
-                constants,
-                reading | {"num_warps": pass_launches.GRADIENT_WARPS},
-            )
+            constants["WITH_LOG_PROB"] = log_prob
+            types = logits | {"token_columns": "*i64" if log_prob else "*fp32"}
+            name = f"gradient, {kind}{', two terms' if log_prob else ''}, {dtype}"
+            yield Case(name, gradient, types, constants, options)
     yield from solving_cases()
 
 

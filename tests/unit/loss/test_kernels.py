@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The Triton kernels of the loss: right in the interpreter and on a GPU, well compiled for three architectures.
 
-The claims are the tests of kernel_claims.py and launch_claims.py.  They run in a process of
+The claims are the tests of kernel_claims.py, launch_claims.py and two_term_claims.py.  They run in a process of
 their own, because triton decides at its import how it runs a kernel; each claim is reported here under its own name.
 """
 
@@ -26,7 +26,7 @@ from megatron_selfdistill.loss.sharded.backend import in_use
 
 HERE = Path(__file__).resolve().parent
 REPOSITORY = HERE.parents[2]
-CLAIM_FILES = [HERE / "kernel_claims.py", HERE / "launch_claims.py"]
+CLAIM_FILES = [HERE / f"{name}_claims.py" for name in ("kernel", "launch", "two_term")]
 FUNCTIONS = [
     node
     for file in CLAIM_FILES
