@@ -26,9 +26,9 @@ ROWS = 16384
 COLUMNS = 32768  # in bf16 a row is 64 KiB, so 16384 of them are 1 GiB
 
 
-def chosen(cannot: str | None = None, **loss: Any) -> OutputLayer:
+def chosen(cannot: str | None = None, policy_term: bool = False, **loss: Any) -> OutputLayer:
     sections: dict[str, Any] = {"schedule": {"max_tokens": ROWS}, "loss": loss}
-    return choose_output_layer(from_mapping(sections), COLUMNS, cannot)
+    return choose_output_layer(from_mapping(sections), COLUMNS, cannot, policy_term=policy_term)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,22 @@ def test_the_choice_by_the_size_of_the_logits(limit, chunk, mode, size):
     layer = chosen(max_logits_gb=limit, fused_chunk_tokens=chunk)
     assert (layer.mode, layer.largest / GIB) == (mode, size)
     assert layer.fusion == (None if mode == "materialised" else Fusion(mode, chunk))
+
+
+@pytest.mark.parametrize(("limit", "mode"), [(2.0, "materialised"), (1.99, "low_memory"), (0.1, "low_memory")])
+def test_with_a_policy_term_low_memory_takes_the_place_of_keep_gradient_and_the_log_says_so(limit, mode):
+    layer, without = (chosen(policy_term=term, max_logits_gb=limit) for term in (True, False))
+    assert (layer.mode, without.mode == "keep_gradient") == (mode, limit == 1.99)
+    said = "low_memory, at most 0.50 GiB of logits per microbatch; not keep_gradient, which has no gradient of a policy"
+    assert (said in str(layer)) == (limit == 1.99)
+    assert "policy" not in str(without)
+
+
+def test_keep_gradient_is_refused_beside_a_policy_term():
+    with pytest.raises(ConfigError, match=r"loss\.fused=keep_gradient .* policy term: set loss\.fused=low_memory"):
+        chosen(policy_term=True, fused="keep_gradient")
+    for mode in ("low_memory", "none"):
+        assert chosen(policy_term=True, fused=mode).mode == chosen(fused=mode).mode
 
 
 def test_the_default_limit_is_a_twentieth_of_the_memory():
