@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_selfdistill.data.packing import Microbatch, PackedBatch
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.status import Status
+from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.metrics.claims import (
     TENTHS,
     Forks,
@@ -45,7 +46,8 @@ MAX_GRID = 16
 _NUM_BINS = math.ceil(2 * math.log(K_RANGE) / math.log1p(K_RESOLUTION))
 
 # The count that divides the sum of each mean, by key: all response tokens, the tokens with a target (a baseline has
-# none), the tokens at which the teacher is measured, those with a log-prob of the sampler, or those with a weight.
+# none), the tokens at which the teacher is measured, those with a log-prob of the sampler, those with a weight, those
+# with a policy term, or those whose policy term may be clipped.
 _OVER = {
     "loss/mean": "tokens/response",
     "student_nll": "tokens/response",
@@ -61,6 +63,11 @@ _OVER = {
     "sampler/log_prob_mean_abs_diff": "sampled",
     "correction/weight_mean": "weighted",
     "correction/capped": "weighted",
+    "terms/divergence_mean": "two_terms",
+    "terms/policy_mean": "two_terms",
+    "terms/policy_abs_mean": "two_terms",
+    "terms/clipped_share": "may_be_clipped",
+    "terms/silent_share": "two_terms",
     "target/mass_on_rare_student": "with_measures",
     "target/mass_on_rare_reference": "with_reference",
     "forks/entropy_student": "forks",
@@ -92,6 +99,9 @@ def step_metrics(
         top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
         sampler/log_prob_{mean,max}_abs_diff
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
+        terms/divergence_mean = mean w, terms/policy_mean = mean a, terms/policy_abs_mean = mean abs(a),
+            terms/clipped_share = share of the tokens whose a a clip has set to 0, terms/silent_share = share of the
+            tokens with w = a = 0
         target/mass_on_rare_{student,reference} = mean of `TokenMeasures`, on steps that take them
         forks/entropy_{student,target}, forks/capped = share with `Status.CAPPED`, over the forks: the tokens whose
             ``anchor_entropy`` is at least forks/entropy_at_least, see `find_forks`; on steps that know this entropy
@@ -99,7 +109,8 @@ def step_metrics(
 
     A loss without a target (`token_losses.next_token`) has only the first line.  With a reference, entropy/teacher and
     the two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
-    ``sampler_log_probs``, and the correction's keys need token weights.  A token with NaN makes each mean that includes
+    ``sampler_log_probs``.  The correction's keys need coefficients without a policy term, and the keys of the terms
+    need a policy term.  A token with NaN makes each mean that includes
     the token NaN; percentiles skip the token.
     Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 4 maxima; the host
     waits once.
@@ -116,9 +127,7 @@ def step_metrics(
             tenths = to_device_in_one_copy(response_tenths(response_lengths), grid.device)
             by_key |= tenth_values(stats, tenths[output.response_ids])
         if output.coefficients is not None:
-            weights = output.coefficients.divergence.double()
-            by_key |= {"weighted": torch.ones_like(weights), "correction/weight_mean": weights}
-            by_key["correction/capped"] = (weights >= weight_cap).double()
+            by_key |= _coefficient_values(output.coefficients, weight_cap)
     return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, grid), grid))
 
 
@@ -273,6 +282,26 @@ def _token_values(
     if sampler_log_probs is not None:
         theirs = sampler_log_probs[ids].double()
         values |= {"sampled": one, "sampler/log_prob_mean_abs_diff": (theirs - student_log_prob).abs()}
+    return values
+
+
+def _coefficient_values(coefficients: Coefficients, weight_cap: float) -> dict[str, Tensor]:
+    """Return the summands of `_SUMS` for the coefficients of the tokens, [R] float64 each."""
+    weights = coefficients.divergence.double()
+    one = torch.ones_like(weights)
+    if coefficients.policy is None:
+        capped = (weights >= weight_cap).double()
+        return {"weighted": one, "correction/weight_mean": weights, "correction/capped": capped}
+    policy = coefficients.policy.double()
+    values = {
+        "two_terms": one,
+        "terms/divergence_mean": weights,
+        "terms/policy_mean": policy,
+        "terms/policy_abs_mean": policy.abs(),
+        "terms/silent_share": ((weights == 0) & (policy == 0)).double(),
+    }
+    if coefficients.clipped is not None:
+        values |= {"may_be_clipped": one, "terms/clipped_share": coefficients.clipped.double()}
     return values
 
 

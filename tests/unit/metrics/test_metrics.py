@@ -86,6 +86,13 @@ def output_of(
     )
 
 
+def two_terms(rows: Any = slice(None)) -> Coefficients:
+    """Return the coefficients of some of the tokens: every third w and every second a is 0, every sixth by a clip."""
+    index = torch.arange(NUM_TOKENS)[rows]
+    w, a = (index % 3) / 4, (index % 2) * torch.sin(index.double())
+    return Coefficients(w.double(), a, index % 6 == 2)
+
+
 def sampler_log_probs(stats: TokenStats) -> torch.Tensor:
     generator = torch.Generator().manual_seed(6)
     noise = 0.01 * torch.randn(len(stats.loss), generator=generator, dtype=torch.float64)
@@ -101,7 +108,8 @@ def share_of_rank(sizes: dict[str, int]) -> tuple[Any, Any, torch.Tensor]:
     stats = all_rows()
     replica = torch.arange(NUM_TOKENS)[grid.dp_rank :: grid.dp_size]
     ids = torch.arange(len(replica)).flip(0)[grid.cp_rank :: grid.cp_size]  # packing changes the order
-    output = output_of(some_rows(stats, replica[ids]), ids) if grid.is_last_stage else output_of(None)
+    rows = replica[ids]
+    output = output_of(some_rows(stats, rows), ids, two_terms(rows)) if grid.is_last_stage else output_of(None)
     return grid, output, sampler_log_probs(stats)[replica]
 
 
@@ -160,6 +168,26 @@ def test_step_metrics_are_the_means_over_tokens():
         assert found[key] == pytest.approx(float(value), rel=tolerance), key
 
 
+def test_a_step_with_a_policy_term_reports_both_coefficients_and_no_correction():
+    terms, stats = two_terms(), all_rows()
+    found = step_metrics(output_of(stats, None, terms), None, ONE_RANK)
+    plain = step_metrics(output_of(stats), None, ONE_RANK)
+    w, a = terms.divergence.numpy(), terms.policy.numpy()
+    expected = {
+        "terms/divergence_mean": w.mean(),
+        "terms/policy_mean": a.mean(),
+        "terms/policy_abs_mean": abs(a).mean(),
+        "terms/clipped_share": sum(i % 6 == 2 for i in range(NUM_TOKENS)) / NUM_TOKENS,
+        "terms/silent_share": sum(i % 6 == 0 for i in range(NUM_TOKENS)) / NUM_TOKENS,
+    }
+    assert {key: value for key, value in found.items() if key not in plain} == pytest.approx(expected, rel=1e-12)
+    unclipped = step_metrics(output_of(stats, None, dataclasses.replace(terms, clipped=None)), None, ONE_RANK)
+    assert found.keys() - unclipped.keys() == {"terms/clipped_share"}
+    corrected = step_metrics(output_of(stats, None, Coefficients(terms.divergence)), None, ONE_RANK, weight_cap=0.5)
+    assert corrected.keys() - plain.keys() == {"correction/weight_mean", "correction/capped"}
+    assert corrected["correction/capped"] == pytest.approx((w == 0.5).mean())
+
+
 def test_the_share_of_tokens_whose_entropies_do_not_match_is_logged():
     stats = all_rows()
     assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == 0
@@ -170,7 +198,8 @@ def test_the_share_of_tokens_whose_entropies_do_not_match_is_logged():
 @pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
 def test_step_metrics_are_equal_on_all_ranks_and_do_not_depend_on_the_layout(ranks, world_size, sizes):
     stats = all_rows()
-    alone = step_metrics(output_of(stats), sampler_log_probs(stats), ONE_RANK)
+    alone = step_metrics(output_of(stats, None, two_terms()), sampler_log_probs(stats), ONE_RANK)
+    assert "terms/policy_mean" in alone
     found = ranks.run(metrics_in_layout, sizes, world_size=world_size)
     assert all(other == found[0] for other in found)
     assert found[0] == pytest.approx(alone, rel=1e-12)
