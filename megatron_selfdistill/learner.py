@@ -76,7 +76,7 @@ class Learner:
             return new_chunks(config, grid, run_data.vocab_size)
 
         self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
-        self.output_layer = decided_output_layer(config, self.chunks, policy_term=False)
+        self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
         self.vocab = VocabShard.from_group(last.vocab_size, run_data.vocab_size, grid.tp_group)
         load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None

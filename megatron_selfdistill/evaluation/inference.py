@@ -83,9 +83,7 @@ def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn
     return build_chunks(config.model, architecture, grid, vocab_size)
 
 
-def decided_output_layer(
-    config: Config, chunks: Sequence[torch.nn.Module], *, policy_term: bool = False
-) -> OutputLayer:
+def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
     """Return `choose_output_layer` for the model of which this rank holds ``chunks``, equal on all ranks.
 
     Collectives: one all_gather_object over the world, of the last stages' reasons against fusing.
@@ -93,4 +91,4 @@ def decided_output_layer(
     """
     last = unwrapped(chunks[-1])
     reasons = gather_objects(unfusable(last) if last.post_process else None)
-    return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None), policy_term=policy_term)
+    return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))

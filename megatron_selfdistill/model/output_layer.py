@@ -285,15 +285,13 @@ def next_token_copies(element_size: int) -> float:
     return 1.0 if element_size == 4 else 1.0 + 4 / element_size
 
 
-def choose_output_layer(
-    config: Config, padded_vocab_size: int, cannot: str | None = None, *, policy_term: bool = False
-) -> OutputLayer:
+def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | None = None) -> OutputLayer:
     """Return the output layer that ``loss.fused`` asks for.
 
     A null ``loss.fused`` chooses the first of materialised, keep_gradient and low_memory whose logits of the largest
     microbatch need at most ``loss.max_logits_gb``.  The result depends on the arguments only, so that all ranks choose
-    the same.  ``cannot``: the result of `unfusable`.  ``policy_term``: whether the loss has a policy term beside the
-    divergence from a teacher, whose gradient keep_gradient does not have.
+    the same.  keep_gradient has no gradient of a policy term, so that a null never chooses it beside one.  ``cannot``:
+    the result of `unfusable`.
 
     Raises: `ConfigError` where ``loss.fused`` asks for a fused layer that is not possible.
     """
@@ -304,11 +302,6 @@ def choose_output_layer(
         raise ConfigError(
             f"loss.fused={asked} is not possible with this model's output layer, because {cannot}: "
             "set loss.fused=none, or null"
-        )
-    if asked == "keep_gradient" and policy_term:
-        raise ConfigError(
-            "loss.fused=keep_gradient keeps the gradient of the divergence alone, but this run also trains on a policy "
-            "term: set loss.fused=low_memory, none or null"
         )
     element_size = 2 if config.optimizer.precision == "bf16" else 4
     layer = OutputLayer(
@@ -327,7 +320,7 @@ def choose_output_layer(
     if cannot is not None:
         return replace(layer, note=f"; not fused, because {cannot}")
     keeping, small = (replace(layer, mode=mode) for mode in FUSED_MODES)
-    if keeping.largest <= limit and policy_term:
+    if keeping.largest <= limit and config.has_policy_term:
         return replace(small, note="; not keep_gradient, which has no gradient of a policy term")
     if keeping.largest <= limit:
         return keeping

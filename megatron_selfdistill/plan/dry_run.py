@@ -169,7 +169,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         pair_order=step.pair_order,
         schedule=step.schedule,
         host=host_memory(config, transformer, built, load),
-        output_layer=choose_output_layer(config, load.vocab_size, policy_term=False),
+        output_layer=choose_output_layer(config, load.vocab_size),
         engines=engines(config, transformer, built, num_gpus, kv_cache_gib, load.vocab_size) if samples else None,
     )
 

@@ -253,7 +253,7 @@ def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> f
     The bytes include the gradient that takes the place of the logits, and the full-width hidden states that the logits
     are computed from.  Scoring own solutions, which keeps nothing for backward, takes no more.
     """
-    layer = choose_output_layer(config, load.vocab_size, policy_term=False)
+    layer = choose_output_layer(config, load.vocab_size)
     tokens = load.seq_length / transformer.context_parallel_size
     hidden = layer.tokens_with_states(tokens) * transformer.hidden_size * element_size(config)
     return float(layer.tokens_with_logits(tokens) * layer.token_bytes + hidden)

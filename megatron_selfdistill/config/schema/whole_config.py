@@ -247,6 +247,11 @@ class Config:
             distill.weight > 0 or self.objective != "self_distillation",
             "distill.weight=0 trains without the teacher: set objective=policy_gradient, or a weight above 0",
         )
+        require(
+            loss.fused != "keep_gradient" or not self.has_policy_term,
+            "loss.fused=keep_gradient keeps the gradient of the divergence alone, but policy.weight or distill.signal "
+            "adds a term of another gradient: set loss.fused=low_memory, none or null",
+        )
         ratios = {"policy.weight": weight > 0, f"distill.signal={distill.signal}": self.measures_log_probs}
         rewards = {
             "policy.weight": weight > 0,

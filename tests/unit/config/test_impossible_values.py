@@ -216,6 +216,7 @@ def test_parallel_sizes_are_checked_without_torch():
         ),
         (["objective=sft", "loss.normalize=sequences"], "loss.normalize=sequences weighs the tokens of sampled"),
         (["policy.clip_low=1.5"], "policy.clip_low must be at most 1, got 1.5"),
+        (["distill.signal=sampled", "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
         (["distill.tau=0"], "distill.tau must be positive, got 0"),
     ],
 )

@@ -28,7 +28,9 @@ COLUMNS = 32768  # in bf16 a row is 64 KiB, so 16384 of them are 1 GiB
 
 def chosen(cannot: str | None = None, policy_term: bool = False, **loss: Any) -> OutputLayer:
     sections: dict[str, Any] = {"schedule": {"max_tokens": ROWS}, "loss": loss}
-    return choose_output_layer(from_mapping(sections), COLUMNS, cannot, policy_term=policy_term)
+    if policy_term:
+        sections["distill"] = {"signal": "sampled"}
+    return choose_output_layer(from_mapping(sections), COLUMNS, cannot)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +61,7 @@ def test_with_a_policy_term_low_memory_takes_the_place_of_keep_gradient_and_the_
 
 
 def test_keep_gradient_is_refused_beside_a_policy_term():
-    with pytest.raises(ConfigError, match=r"loss\.fused=keep_gradient .* policy term: set loss\.fused=low_memory"):
+    with pytest.raises(ConfigError, match=r"loss\.fused=keep_gradient .* another gradient: set loss\.fused=low_memory"):
         chosen(policy_term=True, fused="keep_gradient")
     for mode in ("low_memory", "none"):
         assert chosen(policy_term=True, fused=mode).mode == chosen(fused=mode).mode
