@@ -245,14 +245,14 @@ class Learner:
         with self._scoring_models() as models:
             return learnabilities(candidates, models, self.config, self.run_data)
 
-    def log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+    def log_probs(self, contexts: Sequence[ContextPair], *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """Return the log-probs of every response token under student and teacher, as `score.log_probs` does.
 
         The weights are the present ones, and nothing is trained.  A reference takes no part.  Collective over the
         world; the teacher is on the device for the duration of the call.
         """
         with self._scoring_models() as models:
-            return log_probs(contexts, models)
+            return log_probs(contexts, models, temperature=temperature)
 
     @contextlib.contextmanager
     def _scoring_models(self) -> Iterator[ScoringModels]:

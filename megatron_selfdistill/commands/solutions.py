@@ -93,7 +93,7 @@ def _configured(arguments: argparse.Namespace) -> Config:
     from megatron_selfdistill.errors import ConfigError
 
     config = configuration.load(["data.solutions=own", *arguments.overrides], arguments.config_name)
-    named = {name: getattr(arguments, name) for name in ("num_samples", "keep", "pick", "alpha")}
+    named = {name: getattr(arguments, name) for name in ("num_samples", "keep", "pick", "alpha", "ratio_weight")}
     config = replace(config, solutions=replace(config.solutions, **named))
     if arguments.num_problems is not None:
         config = replace(config, data=replace(config.data, limit=arguments.num_problems))
@@ -146,6 +146,13 @@ def _parser() -> argparse.ArgumentParser:
         help="which right solutions are kept (default: shortest)",
     )
     option("--alpha", type=float, default=0.01, help="with --pick learnable: weight of the worst token (default: 0.01)")
+    option(
+        "--ratio-weight",
+        type=float,
+        default=1.0,
+        metavar="W",
+        help="with --pick learnable: weight of the divergence from the hinted model (default: 1)",
+    )
     option("--num-problems", type=_at_least_1, metavar="N", help="only the first N problems (default: all)")
     option("--group-size", type=_at_least_1, default=64, metavar="N", help="number of problems at a time (default: 64)")
     option("--config-name", default="train", help="the primary configuration (default: train)")

@@ -25,6 +25,7 @@ RULES: dict[str, str] = {
             *("conversations.accepted_rule", "conversations.turns", "conversations.responses"),
             *("conversations.min_log_prob", "conversations.unlikely"),
             *("solutions.num_samples", "solutions.keep", "solutions.pick", "solutions.alpha"),
+            "solutions.ratio_weight",
             *("rollout.guidance", "rollout.guide_below", "rollout.num_samples", "rollout.max_new_tokens"),
             *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),

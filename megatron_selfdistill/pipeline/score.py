@@ -2,35 +2,44 @@
 """The measuring pass, which returns log-probs of given texts, and the learnability of a text after Sakana's RLT.
 
 `log_probs` runs student and teacher without gradients and returns the log-prob of every token.  `score_texts` reduces
-these log-probs to one learnability per text.
+the same pass to one learnability per text.  For a text y of n tokens that the student sampled for the problem x, and a
+teacher's prompt x' that shows the reference as well:
 
-For a text y of n tokens that answers the problem x, and a teacher's prompt x' that shows the reference as well:
-
-    l_t = log p_student(y_t | x, y_<t)            d_t = log p_teacher(y_t | x', y_<t) - l_t
+    l_t = log p(y_t | x, y_<t)                    D_t = KL(p(. | x, y_<t) || p_teacher(. | x', y_<t))
     r_SS = mean_t l_t + alpha min_t l_t           high if the student could generate every token itself
-    r_KL = mean_t d_t + alpha max_t d_t           low if the student foresees every token without the reference
-    learnability = r_SS - w r_KL
+    r_KL = mean_t D_t + alpha max_t D_t           low if the student foresees the teacher without the reference
+    learnability = r_SS - ratio_weight r_KL
 
 Source: Cetin, Zhao, Tang 2025 (arXiv 2506.08388, SakanaAI/RLT `teacher_rewards.py`), whose reward is r_SS - 3 r_KL with
-alpha = 0.01.  There a trained teacher generates an explanation; r_SS scores the given *solution* conditioned on
-question and explanation, r_KL scores the *explanation*.  Here the candidate is both, since a model's own solution holds
-its reasoning and its answer: the student scores it conditioned on the problem alone (r_SS), and both models score it
-conditioned on their prompts (r_KL).  The reference in the teacher's prompt is the solution of the data or, where the
-data have no solution, the answer.  The reference is never the candidate, which the teacher would only copy.  Log-probs
-are at temperature 1 (RLT:  0.7), nothing is clipped, and RLT's term for missing tags does not exist here.
+alpha = 0.01; recipes/explanation_reward.py has this reward itself.  There a trained teacher generates an explanation;
+r_SS scores the given *solution* conditioned on question and explanation, and r_KL scores the *explanation*.  Here the
+candidate is both, since a model's own solution holds its reasoning and its answer: the student scores it conditioned on
+the problem alone (r_SS), and both models score it conditioned on their prompts (r_KL).  RLT takes the sampled log-ratio
+log p_teacher(y_t) - log p(y_t) for D_t, which estimates KL(teacher || student) for tokens that the teacher sampled.
+For tokens that the student sampled the log-ratio estimates -KL(student || teacher), and the score would rise as the
+teacher finds the text less likely.  Therefore D_t is the divergence over the whole vocabulary.
 
-The distillation loss takes these log-probs as statistics anyway, so scoring computes logits as training does: the
-logits of a microbatch or, where the output layer is fused with the loss, the logits of a chunk of tokens.
+The reference in the teacher's prompt is the solution of the data or, where the data have no solution, the answer.  The
+reference is never the candidate, which the teacher would only copy.  The score takes log-probs at temperature 1
+(RLT: 0.7), nothing is clipped, and RLT's term for missing tags does not exist here.
+
+The distillation loss takes log-probs and divergence as statistics anyway, so the pass computes logits as training does:
+the logits of a microbatch or, where the output layer is fused with the loss, the logits of a chunk of tokens.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
@@ -39,11 +48,11 @@ from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.fp8 import token_multiple
-from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
+from megatron_selfdistill.model.output_layer import FusedLoss, Fusion, ResponsePositions
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import over_last_stage, pack_everywhere
 from megatron_selfdistill.rollout.base import Response
@@ -52,24 +61,24 @@ from megatron_selfdistill.run_data import RunData
 
 @dataclass(frozen=True)
 class Scores:
-    """Statistics of the log-probs of one text over its tokens, in nats per token."""
+    """Statistics of log-probs and divergences of one text over its tokens, in nats per token."""
 
     mean_log_prob: float
     """Mean over t of l_t."""
     min_log_prob: float
     """Minimum over t of l_t."""
-    mean_log_ratio: float
-    """Mean over t of d_t."""
-    max_log_ratio: float
-    """Maximum over t of d_t."""
+    mean_kl: float
+    """Mean over t of D_t."""
+    max_kl: float
+    """Maximum over t of D_t."""
 
-    def learnability(self, alpha: float, ratio_weight: float = 1.0) -> float:
-        """Return ``(mean l + alpha min l) - ratio_weight (mean d + alpha max d)``.
+    def learnability(self, alpha: float, ratio_weight: float) -> float:
+        """Return ``(mean l + alpha min l) - ratio_weight (mean D + alpha max D)``.
 
         A text with a greater value is easier to learn from.
         """
         solution = self.mean_log_prob + alpha * self.min_log_prob
-        return solution - ratio_weight * (self.mean_log_ratio + alpha * self.max_log_ratio)
+        return solution - ratio_weight * (self.mean_kl + alpha * self.max_kl)
 
 
 @dataclass(frozen=True)
@@ -101,12 +110,14 @@ def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Sco
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
         raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
-    student, teacher = log_probs(pairs, models)
+    values = _measured(pairs, models, temperature=1.0)
     lengths = [len(pair.response) for pair in pairs]
-    return [_scores(*own) for own in zip(student.split(lengths), teacher.split(lengths), strict=True)] if pairs else []
+    return [_scores(own[0], own[2]) for own in values.split(lengths, dim=1)] if pairs else []
 
 
-def log_probs(pairs: Sequence[ContextPair], models: ScoringModels) -> tuple[Tensor, Tensor]:
+def log_probs(
+    pairs: Sequence[ContextPair], models: ScoringModels, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Return the log-probs of every response token under student and teacher, [R] float64 each, in nats, on the host.
 
     The student reads the token after its own prompt, and the teacher after the teacher's prompt.  The tokens have the
@@ -114,22 +125,34 @@ def log_probs(pairs: Sequence[ContextPair], models: ScoringModels) -> tuple[Tens
     tokens is allowed and adds none.
 
     ``pairs``: the pairs of this replica, the same on each of its ranks; replicas may have different numbers of pairs,
-    also none.  Where ``models`` have a fused output layer, of either mode, ``[2 chunk_tokens, V / tp]`` logits exist at
-    a time, besides the temporaries of the loss's passes; the logits of both models for all response tokens never exist
+    also none.  ``temperature``: the number that divides the logits of both models; the quotient is rounded in the dtype
+    of the logits or, where the output layer is fused, of the hidden states.
+
+    Memory: where ``models`` have a fused output layer, of either mode, ``[2 chunk_tokens, V / tp]`` logits exist at a
+    time, besides the temporaries of the loss's passes; the logits of both models for all response tokens never exist
     at once.  No activation is kept.
 
     Returns: the same bits on every rank of the replica; empty tensors where no replica has a token.  Another layout
     packs and sums in another order, which changes float32 log-probs by their rounding.
 
     Collectives: every rank of the world calls it; one maximum over the data-parallel ranks, the collectives of
-    `pack_everywhere` and `schedule.run`, and of the log-probs ``[2, R]`` in float64 one sum over CP and one broadcast
-    each over TP and PP.
+    `pack_everywhere` and `schedule.run`, and of ``[3, R]`` numbers in float64 one sum over CP and one broadcast each
+    over TP and PP.
 
-    Raises: ValueError for a context that is longer than a packed sequence, or a backend that cannot run.
+    Raises: ValueError for a temperature that is not above 0, a context that is longer than a packed sequence, or a
+    backend that cannot run.
     """
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(f"log_probs: expected a temperature above 0, got {temperature}.")
+    student, teacher, _ = _measured(pairs, models, temperature)
+    return student, teacher
+
+
+def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: float) -> Tensor:
+    """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R]; see `log_probs`."""
     grid = models.grid
     if not max_over_ranks([sum(len(pair.response) for pair in pairs)], grid.dp_group)[0]:
-        return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+        return torch.empty(3, 0, dtype=torch.float64)
     # Alternating, so that the teacher's states of only one packed sequence are kept, for any number of texts.
     order = "alternating"
     batch = pack_everywhere(
@@ -144,20 +167,18 @@ def log_probs(pairs: Sequence[ContextPair], models: ScoringModels) -> tuple[Tens
         models.student,
         models.teacher,
         batch,
-        _reading_log_probs(models.fusion, models.backend),
+        _reading_loss(models.fusion, models.backend, temperature),
         grid,
         models.vocab,
         pair_order=order,
         forward_only=True,
     )
-    both = torch.zeros(2, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
-    if output.stats is not None:
-        ids = output.response_ids
-        both[0, ids] = output.stats.student_log_prob.double()
-        both[1, ids] = output.stats.teacher_log_prob.double()
-    _to_whole_replica(both, grid)
-    student, teacher = both.cpu()
-    return student, teacher
+    values = torch.zeros(3, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
+    if (stats := output.stats) is not None:
+        read = stats.student_log_prob, stats.teacher_log_prob, stats.reverse_kl
+        values[:, output.response_ids] = torch.stack(read).double()
+    _to_whole_replica(values, grid)
+    return values.cpu()
 
 
 def learnabilities(
@@ -174,7 +195,8 @@ def learnabilities(
         max_new_tokens=config.rollout.max_new_tokens,
         policy=config.data.on_long_context,
     )
-    return [scores.learnability(config.solutions.alpha) for scores in score_texts(pairs, models)]
+    alpha, ratio_weight = config.solutions.alpha, config.solutions.ratio_weight
+    return [scores.learnability(alpha, ratio_weight) for scores in score_texts(pairs, models)]
 
 
 def candidate_contexts(
@@ -220,19 +242,52 @@ def with_reference(problem: Problem) -> Problem:
     return replace(problem, solution=reference)
 
 
-def _reading_log_probs(fusion: Fusion | None, backend: str | None) -> token_losses.TokenLoss | FusedLoss:
-    """Return the loss whose statistics hold both log-probs at the lowest cost: its target needs no beta."""
-    return token_losses.self_distillation(Target("teacher_alone"), Divergence(), backend, fusion=fusion)
+def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float) -> token_losses.TokenLoss | FusedLoss:
+    """Return the loss whose statistics hold the log-probs and KL(student || teacher) at the lowest cost.
+
+    Its target needs no beta, and q is the teacher.
+    """
+    target, divergence = Target("teacher_alone"), Divergence()
+    if fusion is not None:
+        return _FusedAtTemperature(target, divergence, fusion, backend, temperature)
+    loss = token_losses.self_distillation(target, divergence, backend)
+
+    def at_temperature(student: Tensor, teacher: Tensor, *others: Any, **options: Any) -> TokenStats:
+        if temperature != 1.0:
+            student, teacher = student.div_(temperature), teacher.div_(temperature)  # nobody else reads the logits
+        return loss(student, teacher, *others, **options)
+
+    return at_temperature
 
 
-def _to_whole_replica(both: Tensor, grid: RankGrid) -> None:
-    """Sum ``both`` over the last stage's context-parallel ranks, and send the sum to every rank of the replica."""
+@dataclass(frozen=True)
+class _FusedAtTemperature(FusedLoss):
+    """The fused loss of logits that are divided by a temperature; a fused output layer is linear without a bias."""
+
+    temperature: float = 1.0
+
+    def __call__(
+        self,
+        student: GPTModel,
+        teacher: GPTModel,
+        hidden: Tensor,
+        positions: ResponsePositions,
+        teacher_hidden: Tensor,
+        *others: Any,
+        **options: Any,
+    ) -> TokenStats:
+        if self.temperature != 1.0:
+            hidden, teacher_hidden = hidden / self.temperature, teacher_hidden / self.temperature
+        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *others, **options)
+
+
+def _to_whole_replica(values: Tensor, grid: RankGrid) -> None:
+    """Sum ``values`` over the last stage's context-parallel ranks, and send the sum to every rank of the replica."""
     if grid.is_last_stage:
-        over_last_stage(both, grid)
+        over_last_stage(values, grid)
     if grid.pp_size > 1:
-        dist.broadcast(both, grid.last_stage_rank, group=grid.pp_group)
+        dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
 
 
-def _scores(student: Tensor, teacher: Tensor) -> Scores:
-    ratio = teacher - student
-    return Scores(student.mean().item(), student.min().item(), ratio.mean().item(), ratio.max().item())
+def _scores(log_probs: Tensor, divergences: Tensor) -> Scores:
+    return Scores(log_probs.mean().item(), log_probs.min().item(), divergences.mean().item(), divergences.max().item())

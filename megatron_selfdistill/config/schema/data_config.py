@@ -130,10 +130,13 @@ class SolutionsConfig:
     """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
     learnable (the score of pipeline/score.py)."""
     alpha: float = 0.01
-    """Weight of the least likely token and of the largest log-ratio of teacher and student under pick=learnable."""
+    """Weight of the least likely token and of the largest divergence from the teacher under pick=learnable."""
+    ratio_weight: float = 1.0
+    """Weight of the divergence of the student from the teacher against the log-prob of the response under
+    pick=learnable; 0 ranks by the log-prob alone."""
 
     def __post_init__(self) -> None:
         normalise("solutions", self)
         at_least(1, "solutions", self, "refresh_every num_samples keep")
-        at_least(0, "solutions", self, "alpha")
+        at_least(0, "solutions", self, "alpha ratio_weight")
         one_of("solutions.pick", self.pick, SOLUTION_RANKINGS)

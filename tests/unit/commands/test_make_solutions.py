@@ -154,6 +154,16 @@ def test_each_line_says_where_it_comes_from(directory, summary):
     assert second and all(best[name] >= value for name, value in second.items())
 
 
+def test_without_both_weights_the_learnability_is_the_mean_log_prob(ranks, directory, summary):
+    """The sampler gives the log-probs, and the pass over student and teacher gives the learnability."""
+    made(ranks, arguments_of(directory, "bare.jsonl", "--pick", "learnable", "--alpha", "0", "--ratio-weight", "0"))
+    records = lines_of(directory / "bare.jsonl")
+    assert all(record["learnability"] == pytest.approx(record["mean_log_prob"], abs=1e-4) for record in records)
+    weighted = {record["solution"]: record for record in lines_of(directory / "own.jsonl")}
+    shared = [record for record in records if record["solution"] in weighted]
+    assert shared and all(weighted[r["solution"]]["learnability"] < r["learnability"] - 1e-3 for r in shared)
+
+
 def test_the_summary_counts_what_the_attempts_say(directory, summary):
     _, *attempts = lines_of(directory / "own.attempts.jsonl")
     assert [attempt["problem_id"] for attempt in attempts] == [f"p{i}" for i in range(NUM_PROBLEMS)]
@@ -254,6 +264,7 @@ def refusals(ranks, command_lines: list[list[str]]) -> list[str]:
 
 OTHER_SETTINGS = {
     "was begun with keep = 2, and now it is 3": ["--pick", "learnable", "--keep", "3"],
+    "was begun with ratio_weight = 1.0, and now it is 3.0": ["--pick", "learnable", "--ratio-weight", "3"],
     "was begun with prompts = ": ["--pick", "shortest"],
     "was begun with sampling = ": ["--pick", "learnable", "rollout.temperature=0.5"],
     "was begun with data = ": ["--pick", "learnable", "--num-problems", "4"],
@@ -282,6 +293,7 @@ BAD_INPUT = {
     "no such verifier": (["evaluation.verifier=no_such.thing"], CHECKPOINT, "evaluation.verifier must be"),
     "an unknown key": (["rolout.top_k=3"], CHECKPOINT, "rollout"),
     "a negative alpha": (["--alpha", "-1"], CHECKPOINT, "solutions.alpha must be at least 0"),
+    "a negative ratio weight": (["--ratio-weight", "-1"], CHECKPOINT, "solutions.ratio_weight must be at least 0"),
     "problems without an answer": (
         ["data.path={}/unanswered.jsonl", "evaluation.verifier=exact_match"],
         CHECKPOINT,

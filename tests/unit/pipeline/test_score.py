@@ -18,11 +18,14 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.output_layer import MATERIALISED, Fusion, OutputLayer
 from megatron_selfdistill.pipeline.score import (
     Scores,
     ScoringModels,
+    _reading_loss,
+    _scores,
     candidate_contexts,
     log_probs,
     score_texts,
@@ -111,38 +114,43 @@ def student_and_teacher(cuts: dict, num_layers: int, **changes: Any) -> tuple[li
     return student, teacher, grid
 
 
-def expected_rows(num_layers: int) -> list[tuple[list[float], list[float]]]:
-    """Return the log-probs of student and teacher from complete rows of logits, one context at a time, in float64."""
+def expected_rows(num_layers: int, temperature: float = 1.0) -> list[tuple[list[float], ...]]:
+    """Return the log-probs of student and teacher and KL(student || teacher), from complete rows of logits in float64.
+
+    One context runs at a time.
+    """
     student, teacher, _ = student_and_teacher({}, num_layers)
     found = []
     for context in layouts.contexts():
-        rows = []
+        both = []
         for chunk, prompt in ((student[0], context.student_prompt), (teacher[0], context.teacher_prompt)):
             tokens = torch.tensor([prompt + context.response])
             with torch.no_grad():
                 logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE].double()
-            log_probs = logits - logits.logsumexp(-1, keepdim=True)
-            places = range(len(prompt) - 1, tokens.size(1) - 1)
-            rows.append([log_probs[at, tokens[0, at + 1]].item() for at in places])
-        found.append((rows[0], rows[1]))
+            logits = logits[len(prompt) - 1 : -1] / temperature
+            both.append(logits - logits.logsumexp(-1, keepdim=True))
+        p, q = both
+        read = [rows.gather(1, torch.tensor(context.response)[:, None])[:, 0].tolist() for rows in both]
+        found.append((*read, (p.exp() * (p - q)).sum(-1).tolist()))
     return found
 
 
-def scores_of_rows(own: list[float], others: list[float]) -> tuple[float, float, float, float]:
-    ratio = [t - s for s, t in zip(own, others, strict=True)]
-    return sum(own) / len(own), min(own), sum(ratio) / len(ratio), max(ratio)
+def scores_of_rows(
+    own: list[float], of_teacher: list[float], divergences: list[float]
+) -> tuple[float, float, float, float]:
+    return sum(own) / len(own), min(own), sum(divergences) / len(divergences), max(divergences)
 
 
 @pytest.fixture(scope="module")
-def rows(ranks) -> dict[int, list[tuple[list[float], list[float]]]]:
-    """Return the log-probs of student and teacher by the number of layers."""
+def rows(ranks) -> dict[int, list[tuple[list[float], ...]]]:
+    """Return the log-probs of student and teacher, and their divergences, by the number of layers."""
     return {layers: ranks.run(expected_rows, layers, world_size=1)[0] for layers in (2, 4)}
 
 
 @pytest.fixture(scope="module")
 def expected(rows) -> dict[int, list[tuple[float, float, float, float]]]:
     """Return the scores by the number of layers."""
-    return {layers: [scores_of_rows(*both) for both in found] for layers, found in rows.items()}
+    return {layers: [scores_of_rows(*values) for values in found] for layers, found in rows.items()}
 
 
 @combinations(name=list(LAYOUTS), quick={"name": QUICK}, strength=1)
@@ -160,7 +168,7 @@ def test_scores_and_log_probs_are_those_of_whole_rows_in_every_layout(ranks, row
             # A few float32 digits of 7 nats.
             assert_near(by_other, astuples(materialised), 3e-6, f"as without fusion, {fusion}")
             assert_near(by_itself, astuples(found.by_copy), 3e-6, f"by a model that is its own teacher, {fusion}")
-        of_contexts = [rows[num_layers_of(cuts)][i] for i in found.contexts]
+        of_contexts = [rows[num_layers_of(cuts)][i][:2] for i in found.contexts]
         for both in found.log_probs:
             for values, of_model in zip(both, zip(*of_contexts, strict=True), strict=True):
                 assert values == pytest.approx([value for row in of_model for value in row], abs=2e-5)
@@ -229,16 +237,65 @@ def test_a_replica_without_texts_waits_for_the_others_and_no_text_at_all_is_no_e
     (first, of_first), (second, of_second) = ranks.run(scores_of_few, [1, 0], world_size=2)
     assert_near(first[0], expected[2][:1], 2e-5, "of the only text")
     assert second[0] == first[1] == second[1] == []
-    for values, wanted in zip(of_first[0], rows[2][0], strict=True):
+    for values, wanted in zip(of_first[0], rows[2][0][:2], strict=True):
         assert values == pytest.approx(wanted, abs=2e-5)
     assert of_second == [[[], []]] * 3 and of_first[1:] == [[[], []]] * 2
 
 
+def log_probs_at(temperature: float) -> list[list[list[float]]]:
+    """Return the log-probs of both models at a temperature, without fusion and fused, and last those at 1."""
+    student, teacher, grid = student_and_teacher({}, num_layers=2)
+    contexts = layouts.contexts()
+    found = [log_probs(contexts, scoring(student, teacher, grid, f), temperature=temperature) for f in FUSIONS[:2]]
+    found.append(log_probs(contexts, scoring(student, teacher, grid, None)))
+    return [[values.tolist() for values in both] for both in found]
+
+
+def test_log_probs_at_a_temperature_are_those_of_divided_logits(ranks, rows):
+    """A pass at another temperature leaves the next pass as it was."""
+    [*found, at_one] = ranks.run(log_probs_at, 0.7, world_size=1)[0]
+    divided = ranks.run(expected_rows, 2, 0.7, world_size=1)[0]
+    for both, wanted in ((found[0], divided), (found[1], divided), (at_one, rows[2])):
+        for values, of_model in zip(both, list(zip(*wanted, strict=True))[:2], strict=True):
+            assert values == pytest.approx([value for row in of_model for value in row], abs=3e-5)
+
+
 def test_learnability_is_the_difference_of_both_terms():
-    scores = Scores(mean_log_prob=-0.5, min_log_prob=-4.0, mean_log_ratio=0.25, max_log_ratio=3.0)
-    assert scores.learnability(0.01) == pytest.approx((-0.5 - 0.04) - (0.25 + 0.03))
-    assert scores.learnability(0.0) == pytest.approx(-0.75)
+    scores = Scores(mean_log_prob=-0.5, min_log_prob=-4.0, mean_kl=0.25, max_kl=3.0)
+    assert scores.learnability(0.01, ratio_weight=1.0) == pytest.approx((-0.5 - 0.04) - (0.25 + 0.03))
+    assert scores.learnability(0.0, ratio_weight=1.0) == pytest.approx(-0.75)
     assert scores.learnability(0.01, ratio_weight=3.0) == pytest.approx((-0.5 - 0.04) - 3 * (0.25 + 0.03))
+    assert scores.learnability(0.01, ratio_weight=0.0) == pytest.approx(-0.5 - 0.04)
+
+
+STUDENT, TEACHER = torch.tensor([[1.2, 0.3, -0.5, 0.0], [0.2, 1.5, -1.0, 0.4]], dtype=torch.float64)
+
+
+def score_against(teacher: torch.Tensor) -> tuple[float, float]:
+    """Return the divergence and the expected learnability of one token that the student samples from `STUDENT`."""
+    tokens, count = torch.arange(4), 4
+    stats = _reading_loss(None, "torch", 1.0)(
+        STUDENT.repeat(count, 1), teacher.repeat(count, 1), tokens, VocabShard(0, 4, 4)
+    )
+    scores = [_scores(stats.student_log_prob[i : i + 1], stats.reverse_kl[i : i + 1]) for i in range(count)]
+    learnability = [score.learnability(alpha=0.01, ratio_weight=3.0) for score in scores]
+    expected = (STUDENT.softmax(0) * torch.tensor(learnability, dtype=torch.float64)).sum().item()
+    return scores[0].mean_kl, expected
+
+
+def test_the_score_of_sampled_tokens_falls_as_the_hinted_teacher_moves_away():
+    """The sampled log-ratio, whose mean is the negative divergence here, would raise the score instead."""
+    p, t = STUDENT.log_softmax(0), TEACHER.log_softmax(0)
+    wanted = (p.exp() * (p - t)).sum().item()
+    assert wanted == pytest.approx(0.442, abs=5e-4)
+    assert score_against(TEACHER)[0] == pytest.approx(wanted, rel=1e-12)
+    assert (t.exp() * (t - p)).sum().item() == pytest.approx(0.418, abs=5e-4)
+    path = [STUDENT + share * (TEACHER - STUDENT) for share in (0.0, 0.25, 0.5, 1.0, 2.0)]
+    divergences, scores = zip(*map(score_against, path), strict=True)
+    assert divergences[0] == pytest.approx(0, abs=1e-12) and list(divergences) == sorted(divergences)
+    assert list(scores) == sorted(scores, reverse=True) and len(set(scores)) == len(path)
+    by_log_ratio = [-3 * (p.exp() * (logits.log_softmax(0) - p)).sum().item() for logits in path]
+    assert by_log_ratio == sorted(by_log_ratio)
 
 
 class Letters:
@@ -286,5 +343,9 @@ def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match=r"^file.jsonl:7: expected prompts of at most 6 tokens"):
         contexts_of(problem("it is 7", None), max_length=10, policy="drop")
     context = dataclasses.replace(layouts.contexts()[0], response=[])
+    nobody = ScoringModels([], [], grid=None, vocab=None, max_tokens=56, fusion=None, backend=None)
     with pytest.raises(ValueError, match=r"^Problem p0: expected a text of at least one token"):
-        score_texts([context], ScoringModels([], [], grid=None, vocab=None, max_tokens=56, fusion=None, backend=None))
+        score_texts([context], nobody)
+    for temperature in (0.0, -0.7, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=r"^log_probs: expected a temperature above 0, got "):
+            log_probs([context], nobody, temperature=temperature)
