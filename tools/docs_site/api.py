@@ -9,7 +9,7 @@ PAGES = {
         "Loss",
         "loss.target loss.divergence loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
     ),
-    "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch"),
+    "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch pipeline.score"),
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (
