@@ -36,7 +36,7 @@ from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs
+from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, on_whole_replica
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
@@ -245,14 +245,20 @@ class Learner:
         with self._scoring_models() as models:
             return learnabilities(candidates, models, self.config, self.run_data)
 
-    def log_probs(self, contexts: Sequence[ContextPair], *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-        """Return the log-probs of every response token under student and teacher, as `score.log_probs` does.
+    def target_log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+        """Return log p and log q of every response token, student and target, [R] float64 each, in nats, on the host.
 
-        The weights are the present ones, and nothing is trained.  A reference takes no part.  Collective over the
-        world; the teacher is on the device for the duration of the call.
+        The tokens have the order of ``contexts``.  The weights are the present ones, and nothing is trained.  Both are
+        empty where no replica has a response token.
+        Collectives over the world: those of a step's forward pass, and those of `on_whole_replica`.
         """
-        with self._scoring_models() as models:
-            return log_probs(contexts, models, temperature=temperature)
+        packed = self.pack(contexts)
+        try:
+            output = self._self_distillation(packed, None, forward_only=True)
+        except schedule.NoResponseTokens:
+            return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
+        student, target = on_whole_replica(output, ("student_log_prob", "target_log_prob"), packed, self.grid)
+        return student, target
 
     @contextlib.contextmanager
     def _scoring_models(self) -> Iterator[ScoringModels]:

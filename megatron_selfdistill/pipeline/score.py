@@ -43,6 +43,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import max_over_ranks
@@ -173,11 +174,22 @@ def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: 
         pair_order=order,
         forward_only=True,
     )
-    values = torch.zeros(3, len(batch.response_tokens), dtype=torch.float64, device=grid.device)
-    if (stats := output.stats) is not None:
-        read = stats.student_log_prob, stats.teacher_log_prob, stats.reverse_kl
-        values[:, output.response_ids] = torch.stack(read).double()
-    _to_whole_replica(values, grid)
+    return on_whole_replica(output, ("student_log_prob", "teacher_log_prob", "reverse_kl"), batch, grid)
+
+
+def on_whole_replica(output: schedule.StepOutput, names: Sequence[str], batch: PackedBatch, grid: RankGrid) -> Tensor:
+    """Return the named `TokenStats` of every response token of ``batch``, [len(names), R] float64, on the host.
+
+    The result has the order of ``batch.response_tokens`` and the same bits on every rank of the replica, also on ranks
+    whose ``output`` has no statistics.  Collectives: one sum over CP and one broadcast each over TP and PP.
+    """
+    values = torch.zeros(len(names), len(batch.response_tokens), dtype=torch.float64, device=grid.device)
+    if output.stats is not None:
+        values[:, output.response_ids] = torch.stack([getattr(output.stats, name) for name in names]).double()
+    if grid.is_last_stage:
+        over_last_stage(values, grid)
+    if grid.pp_size > 1:
+        dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
     return values.cpu()
 
 
@@ -279,14 +291,6 @@ class _FusedAtTemperature(FusedLoss):
         if self.temperature != 1.0:
             hidden, teacher_hidden = hidden / self.temperature, teacher_hidden / self.temperature
         return super().__call__(student, teacher, hidden, positions, teacher_hidden, *others, **options)
-
-
-def _to_whole_replica(values: Tensor, grid: RankGrid) -> None:
-    """Sum ``values`` over the last stage's context-parallel ranks, and send the sum to every rank of the replica."""
-    if grid.is_last_stage:
-        over_last_stage(values, grid)
-    if grid.pp_size > 1:
-        dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
 
 
 def _scores(log_probs: Tensor, divergences: Tensor) -> Scores:

@@ -42,7 +42,7 @@ class ReadingModels(Protocol):
         """Return how learnable each response is for the student."""
         ...
 
-    def log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+    def target_log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
         """Return log p and log q of every response token, [R] float64 each, on the host."""
         ...
 
@@ -62,7 +62,7 @@ def configured_source(
 
     def measure(contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
         sampler.sleep()
-        return models.log_probs(contexts)
+        return models.target_log_probs(contexts)
 
     judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)

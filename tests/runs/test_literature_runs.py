@@ -30,7 +30,15 @@ def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def run_of(ranks, data, tmp_path_factory):
+def start(ranks, data, tmp_path_factory) -> str:
+    """Return the override with which all runs start from the same weights: random weights depend on the layout."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    train(ranks, overrides(data, run, "num_steps=1"))
+    return f"checkpoint.load={run}/checkpoints"
+
+
+@pytest.fixture(scope="module")
+def run_of(ranks, data, start, tmp_path_factory):
     """Return a function that returns the directory of the finished run of a recipe on one rank."""
     runs: dict[str, Path] = {}
 
@@ -38,31 +46,31 @@ def run_of(ranks, data, tmp_path_factory):
         if recipe not in runs:
             runs[recipe] = tmp_path_factory.mktemp(recipe) / "run"
             record = f"rollout.record={runs[recipe]}/responses.jsonl"
-            train(ranks, arguments(data, runs[recipe], recipe, record))
+            train(ranks, arguments(data, runs[recipe], recipe, start, record))
         return runs[recipe]
 
     return run
 
 
 @combinations(recipe=RECIPES, quick={"recipe": ["scope"]}, strength=1)
-def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, run_of, recipe):
+def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
     whole = run_of(recipe)
     for step in reproducible_metrics(whole):
         assert step["gradient_norm"] > 0
         assert ("terms/policy_mean" in step) == (recipe in WITH_POLICY_TERM)
         assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft"})
     assert_resumes_equal(
-        ranks, whole, lambda run: arguments(data, run, recipe), step=1, num_steps=NUM_STEPS
+        ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS
     )
 
 
 @combinations(
     recipe=RECIPES, layout=list(LAYOUTS), quick={"recipe": ["grpo", "sdpo", "uni_opd"], "layout": ["CP2", "DP2"]}, strength=1
 )
-def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, run_of, tmp_path, recipe, layout):
+def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
     replay = f"rollout.replay={one}/responses.jsonl"
-    train(ranks, arguments(data, tmp_path / "run", recipe, replay, *LAYOUTS[layout]), 2)
+    train(ranks, arguments(data, tmp_path / "run", recipe, start, replay, *LAYOUTS[layout]), 2)
     for expected, found in zip(reproducible_metrics(one), reproducible_metrics(tmp_path / "run"), strict=True):
         compared = {key for key in expected if key.startswith(("terms/", "rewards/", "hints/", "loss/", "correction/"))}
         assert compared and compared == {key for key in found if key in compared}

@@ -259,7 +259,7 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
         return torch.cat([parameter.detach().flatten() for chunk in chunks for parameter in chunk.parameters()])
 
     def use(trainer: Any) -> dict[str, bool]:
-        student, teacher = trainer.learner.chunks, trainer.learner.teacher.chunks
+        student, target = trainer.learner.chunks, trainer.learner.teacher.chunks
         trainer.run_directory.write()
         before = weights(student), weights(teacher)
         assert before[0].equal(before[1]), "the teacher begins as the student"
@@ -305,17 +305,17 @@ def log_probs_after_a_step(overrides: Sequence[str]) -> dict[str, Any]:
         one_step(trainer)
         batch = trainer.next_batch()
         contexts, before = batch.contexts, gradients(trainer, batch)
-        student, teacher = trainer.learner.log_probs(contexts)
+        student, target = trainer.learner.target_log_probs(contexts)
         found = {"contexts": [context.response for context in contexts], "sampler": batch.sampler_log_probs}
-        found |= {"student": student.tolist(), "teacher": teacher.tolist()}
+        found |= {"student": student.tolist(), "target": target.tolist()}
         output = trainer.learner.measure(contexts)
         if output.stats is not None:
-            for name in ("student", "teacher"):
+            for name in ("student", "target"):
                 values = torch.zeros(len(student))
                 values[output.response_ids] = getattr(output.stats, f"{name}_log_prob")
                 found[f"loss of the {name}"] = values.tolist()
         same = dataclasses.replace(contexts[0], teacher_prompt=contexts[0].student_prompt)
-        found["with one prompt"] = [values.tolist() for values in trainer.learner.log_probs([same])]
+        found["with one prompt"] = [values.tolist() for values in trainer.learner.target_log_probs([same])]
         found["gradients"] = gradients(trainer, batch).equal(before)
         return found
 
@@ -343,14 +343,14 @@ def test_the_measured_log_probs_are_those_of_sampler_and_loss_and_train_nothing(
     )
     for of_rank in found:
         assert of_rank["gradients"], "the step has the same gradients before and after"
-        assert of_rank["student"] == found[0]["student"] and of_rank["teacher"] == found[0]["teacher"]
+        assert of_rank["student"] == found[0]["student"] and of_rank["target"] == found[0]["target"]
         assert of_rank["student"] == pytest.approx(of_rank["sampler"].tolist(), abs=1e-4)
-        assert of_rank["teacher"] != pytest.approx(of_rank["student"], abs=0.1)
-        one_student, one_teacher = of_rank["with one prompt"]
+        assert of_rank["target"] != pytest.approx(of_rank["student"], abs=0.1)
+        one_student, one_target = of_rank["with one prompt"]
         assert one_student == pytest.approx(of_rank["student"][: len(one_student)], abs=1e-5)
-        assert one_teacher != one_student, "the student has moved, and the teacher has weights of its own"
+        assert one_target != one_student, "the student has moved, and the target has weights of its own"
     last = found[-1]
-    for name in ("student", "teacher"):
+    for name in ("student", "target"):
         assert last[name] == pytest.approx(last[f"loss of the {name}"], abs=1e-5)
 
 
