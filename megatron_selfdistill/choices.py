@@ -75,6 +75,9 @@ PLACEMENTS = ("colocated", "server")
 TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
 """Values of rollout.transfer; null chooses one of them by what the servers can reach."""
 
+ROLLOUT_VIEWS = ("plain", "privileged")
+"""Values of rollout.view."""
+
 GUIDANCES = ("none", "mixed")
 """Values of rollout.guidance."""
 
@@ -87,7 +90,7 @@ NORMALIZES = ("tokens", "sequences", "prompts")
 DISTILL_SIGNALS = ("full", "sampled", "advantage")
 """Values of distill.signal."""
 
-DISTILL_RULES = ("uniform", "scope", "uni_opd")
+DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill")
 """Values of distill.rule."""
 
 MARGIN_GAPS = ("mean", "min_max")

@@ -36,13 +36,18 @@ def group_advantage(signals: Signals, *, weight: float, std: str) -> Terms:
 
 
 def clipped_policy(
-    advantage: Tensor, log_ratio: Tensor, clip_low: float | None, clip_high: float | None
+    advantage: Tensor,
+    log_ratio: Tensor,
+    clip_low: float | None,
+    clip_high: float | None,
+    ratio_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the coefficient a of ``-log p(y)`` in PPO's clipped objective, and whether the clip has made it 0.
 
     With A = advantage and rho = exp(log_ratio): ``-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A)`` has the
     gradient of ``a (-log p)`` with a = rho A, and a = 0 where A > 0 and rho > 1 + clip_high, or A < 0 and
-    rho < 1 - clip_low.  A bound of None does not clip.  All tensors [r].
+    rho < 1 - clip_low.  A bound of None does not clip.  ``ratio_cap``: the largest rho that multiplies an advantage.
+    All tensors [r].
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; two bounds as in DAPO, Yu et al. 2025 (arXiv
     2503.14476).
     """
@@ -52,4 +57,6 @@ def clipped_policy(
         clipped |= (advantage > 0) & (ratio > 1 + clip_high)
     if clip_low is not None:
         clipped |= (advantage < 0) & (ratio < 1 - clip_low)
+    if ratio_cap is not None:
+        ratio = ratio.clamp(max=ratio_cap)
     return torch.where(clipped, 0.0, advantage * ratio), clipped

@@ -26,6 +26,7 @@ class RatioTerms:
     """log q of each token, [R_total] float64 nats; None where ``terms.sampled_kl`` is 0 everywhere."""
     clip_low: float | None
     clip_high: float | None
+    ratio_cap: float | None = None
     """The bounds of `clipped_policy`, for the advantage alone."""
     correction: Callable[[Tensor, Tensor], Coefficients] | None = None
     """Importance weights that multiply the divergence, as in `TruncatedImportance`; None multiplies it by nothing."""
@@ -43,7 +44,7 @@ class RatioTerms:
             if not self.has_policy_term:
                 return Coefficients(divergence.to(student_log_prob))
             policy, clipped = clipped_policy(
-                self.terms.advantage[response_ids], log_ratio, self.clip_low, self.clip_high
+                self.terms.advantage[response_ids], log_ratio, self.clip_low, self.clip_high, self.ratio_cap
             )
             if self.target_log_prob is not None:
                 weight = self.terms.sampled_kl[response_ids] * log_ratio.exp()

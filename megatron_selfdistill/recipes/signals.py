@@ -26,6 +26,9 @@ class Signals:
     """Reward of each response, [B] float64."""
     hinted: Tensor
     """Whether the teacher's prompt of the response shows a hint, [B] bool."""
+    privileged: Tensor
+    """Whether the response is trained on after the teacher's prompt, which shows the hint, [B] bool.  The student p is
+    then the model after that prompt."""
     sampled_log_prob: Tensor
     """log mu of each token, [R] float64."""
     student_log_prob: Tensor | None = None
@@ -65,7 +68,7 @@ class Terms:
     With rho = p(y) / mu(y), the coefficients of the loss ``w D(p, q) + a (-log p(y))`` are
 
         w = divergence
-        a = rho advantage, clipped as in PPO  +  rho sampled_kl (log q(y) - log p(y))  +  likelihood
+        a = rho advantage, bounded as in PPO  +  rho sampled_kl (log q(y) - log p(y))  +  likelihood
 
     Each is [R] float64.
     """

@@ -85,6 +85,8 @@ def configured_source(
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
         terms=StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
+        privileged=config.rollout.view == "privileged",
+        views=config.contexts_per_response,
         record=config.rollout.record,
     )
     return OnPolicy(state, options) if recording is None else Replay(state, options, recording)

@@ -47,6 +47,10 @@ class OnPolicyOptions:
     """The largest token weight of this correction."""
     terms: StepTerms | None
     """The rule that gives the coefficients of the tokens in place of this correction; None where all of them are 1."""
+    privileged: bool
+    """Whether responses are sampled after the teacher's prompt."""
+    views: int
+    """The number of contexts in which a response is trained on: 2 adds the privileged view to the plain one."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
 
@@ -94,19 +98,21 @@ class OnPolicy(CommittedState):
             prompts_after = prompts.record(answers, asked.guided)
         with options.phases("pack"):
             trained, chosen = self._trained(prompts, answers)
+            rewarded = reward_metrics(answers, trained, options.grid) if options.judges else {}
+            if options.views == 2:
+                trained = [*(answer.in_privileged_view() for answer in trained), *trained]
             kept = [answer.response for answer in trained]
             guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
             contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
         coefficients: TokenCoefficients | None = self._corrections(kept) if options.corrects else None
         if options.terms is not None:
             coefficients = options.terms.coefficients(trained, contexts)
-        rewarded = reward_metrics(answers, trained, options.grid) if options.judges else {}
         return StepBatch(
             problems=asked.problems,
             responses=responses,
             contexts=contexts,
             solutions=[answer.problem.solution for answer in trained],
-            sampler_log_probs=self._on_device(response.log_probs for response in kept),
+            sampler_log_probs=None if options.privileged else self._on_device(r.log_probs for r in kept),
             token_coefficients=coefficients,
             metrics={**found, **chosen, **rewarded},
             next_state=SourceState(problem_sampler, prompts_after),
@@ -131,7 +137,8 @@ class OnPolicy(CommittedState):
         requests = []
         for key in keys:
             pair, name = pairs[key[1]], sample_seed(self._options.seed, *key)
-            requests.append(Request(pair.student_prompt, name, pair.teacher_prompt if key[1] in guided else None))
+            prompt = pair.teacher_prompt if self._options.privileged else pair.student_prompt
+            requests.append(Request(prompt, name, pair.teacher_prompt if key[1] in guided else None))
         return _Asked(problems, pairs, guided, keys, requests)
 
     def _responses(

@@ -32,6 +32,14 @@ class Answer:
     """Whether the verifier finds the response right; None where nothing needs its verdict."""
     hinted: bool = True
     """Whether the teacher's prompt shows a hint."""
+    privileged: bool = False
+    """Whether the response is trained on after the teacher's prompt, with the student's prompt as the teacher's."""
+
+    def in_privileged_view(self) -> Answer:
+        """Return this answer with both prompts exchanged."""
+        pair = self.prompts
+        exchanged = replace(pair, student_prompt=pair.teacher_prompt, teacher_prompt=pair.student_prompt)
+        return replace(self, prompts=exchanged, privileged=True)
 
     def without_hint(self) -> Answer:
         """Return this answer without a hint, and so without a teacher's part in its loss."""

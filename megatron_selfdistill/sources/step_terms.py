@@ -18,8 +18,9 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
-from megatron_selfdistill.recipes.advantages import group_advantage
+from megatron_selfdistill.recipes.advantages import group_advantage, group_advantages
 from megatron_selfdistill.recipes.normalization import token_factors
+from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
 from megatron_selfdistill.recipes.scope import scope
 from megatron_selfdistill.recipes.signals import Signals, Terms
@@ -62,6 +63,7 @@ class StepTerms:
             target_log_prob=target,
             clip_low=config.policy.clip_low,
             clip_high=config.policy.clip_high,
+            ratio_cap=config.policy.ratio_cap,
             correction=self._correction(signals),
             has_policy_term=config.has_policy_term or config.objective == "policy_gradient",
         )
@@ -88,13 +90,15 @@ class StepTerms:
 
 def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target: Tensor | None = None) -> Signals:
     """Return the signals of one replica's answers, on the host; ``student`` and ``target``: measured log-probs [R]."""
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(answer.group for answer in answers))}
+    owners = [(answer.group, answer.privileged) for answer in answers]  # each view of a group is a group of its own
+    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
     sampled = [value for answer in answers for value in answer.response.sampled_log_probs]
     return Signals(
         lengths=torch.tensor([len(answer.response.token_ids) for answer in answers], dtype=torch.int64),
-        groups=torch.tensor([numbers[answer.group] for answer in answers], dtype=torch.int64),
+        groups=torch.tensor([numbers[owner] for owner in owners], dtype=torch.int64),
         rewards=torch.tensor([float(bool(answer.correct)) for answer in answers], dtype=torch.float64),
         hinted=torch.tensor([answer.hinted for answer in answers], dtype=torch.bool),
+        privileged=torch.tensor([answer.privileged for answer in answers], dtype=torch.bool),
         sampled_log_prob=torch.tensor(sampled, dtype=torch.float64),
         student_log_prob=student,
         target_log_prob=target,
@@ -103,9 +107,13 @@ def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target:
 
 def rule_terms(config: Config, signals: Signals) -> Terms:
     """Return the terms that ``config`` gives to all tokens: the teacher's part plus the part of rewards."""
+    distill, policy = config.distill, config.policy
+    if config.objective == "self_distillation" and distill.rule == "pi_distill":
+        advantages = policy.weight * group_advantages(signals, policy.advantage_std)
+        return pi_distill(signals, advantages, beta=distill.weight, alpha=distill.alpha)
     terms = _teacher_terms(config, signals)
-    if config.policy.weight > 0:
-        terms += group_advantage(signals, weight=config.policy.weight, std=config.policy.advantage_std)
+    if policy.weight > 0:
+        terms += group_advantage(signals, weight=policy.weight, std=policy.advantage_std)
     return terms
 
 

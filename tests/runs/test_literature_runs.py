@@ -16,8 +16,8 @@ LAYOUTS = {
     "DP2": [],
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
-REWARDED = {"grpo", "sdpo", "opsd_rl", "scope", "uni_opd"}
-WITH_POLICY_TERM = {"grpo", "opsd_rl", "scope", "uni_opd"}
+REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd"}
+WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd"}
 RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
 NUM_STEPS = 2
 

@@ -30,10 +30,12 @@ class PolicyConfig:
     clip_high: float | None = 0.2
     """Clip of PPO from above: a token with a positive advantage and p / mu > 1 + clip_high has no gradient; null clips
     nothing."""
+    ratio_cap: float | None = None
+    """The largest p / mu that multiplies an advantage; null bounds nothing."""
 
     def __post_init__(self) -> None:
         normalise("policy", self)
-        at_least(0, "policy", self, "weight clip_low clip_high")
+        at_least(0, "policy", self, "weight clip_low clip_high ratio_cap")
         require(self.clip_low is None or self.clip_low <= 1, f"policy.clip_low must be at most 1, got {self.clip_low}")
         one_of("policy.advantage_std", self.advantage_std, ADVANTAGE_STDS)
 
@@ -51,8 +53,11 @@ class DistillConfig:
     and student per step."""
     rule: str = "uniform"
     """The weights of responses: uniform, scope (right responses teach by likelihood, wrong ones by the teacher,
-    weighted by perplexity; needs signal=sampled) or uni_opd (right responses are moved above wrong ones; needs
-    signal=advantage)."""
+    weighted by perplexity; needs signal=sampled), uni_opd (right responses are moved above wrong ones; needs
+    signal=advantage) or pi_distill (responses of the teacher train teacher and student together; needs signal=full,
+    rollout.view=privileged and policy.weight above 0)."""
+    alpha: float = 0.5
+    """Share of the teacher's objective under rule=pi_distill, in 0 to 1; the rest is the student's."""
     tau: float = 1.0
     """Temperature of the weights under rule=scope."""
     margin: float = 0.4
@@ -72,5 +77,6 @@ class DistillConfig:
         for name in ("tau", "max_log_ratio"):
             value = getattr(self, name)
             require(value > 0, f"distill.{name} must be positive, got {value}")
-        signal = {"scope": "sampled", "uni_opd": "advantage"}.get(self.rule, self.signal)
+        require(0 <= self.alpha <= 1, f"distill.alpha must lie in 0 to 1, got {self.alpha}")
+        signal = {"scope": "sampled", "uni_opd": "advantage", "pi_distill": "full"}.get(self.rule, self.signal)
         require(self.signal == signal, f"distill.rule={self.rule} needs distill.signal={signal}, got {self.signal}")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, TRANSFERS
+from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, ROLLOUT_VIEWS, TRANSFERS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -53,6 +53,9 @@ class RolloutConfig:
     stop.hang_timeout_minutes, so that the other servers can sample the responses that are missing."""
     max_staleness: int = 0
     """Number of optimizer steps by which the weights that sampled a response may be older than the present weights."""
+    view: str = "plain"
+    """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
+    hint: the responses are then the teacher's own, off-policy for the student)."""
     guidance: str = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
@@ -87,6 +90,7 @@ class RolloutConfig:
         one_of("rollout.engine", self.engine, ENGINES)
         one_of("rollout.placement", self.placement, PLACEMENTS)
         one_of("rollout.guidance", self.guidance, GUIDANCES)
+        one_of("rollout.view", self.view, ROLLOUT_VIEWS)
         if self.transfer is not None:
             one_of("rollout.transfer", self.transfer, TRANSFERS)
         at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp")
@@ -116,6 +120,11 @@ class RolloutConfig:
             )
 
     def _check_guidance(self) -> None:
+        require(
+            self.view == "plain" or self.guidance == "none",
+            "rollout.view=privileged samples after the teacher's prompt alone, and rollout.guidance=mixed after both: "
+            "set one of them back",
+        )
         require(
             self.guide_below is None or (self.guidance == "mixed" and 0 < self.guide_below <= 1),
             f"rollout.guide_below must lie in (0, 1] and needs rollout.guidance=mixed, got {self.guide_below} with "

@@ -152,6 +152,11 @@ class Config:
         return self.objective == "self_distillation" and self.distill.signal != "full"
 
     @property
+    def contexts_per_response(self) -> int:
+        """The number of contexts in which a response is trained on: pi_distill trains on it after both prompts."""
+        return 2 if self.objective == "self_distillation" and self.distill.rule == "pi_distill" else 1
+
+    @property
     def weighs_tokens(self) -> bool:
         """Whether the coefficients of response tokens are other than 1 and 0, corrections token by token aside."""
         distills = self.objective == "self_distillation" and self.distill != DistillConfig()
@@ -278,6 +283,16 @@ class Config:
             )
         for key in (key for key, is_set in ratios.items() if is_set):
             self._check_correction(key)
+        require(
+            distill.rule != "pi_distill" or (self.rollout.view == "privileged" and weight > 0),
+            "distill.rule=pi_distill trains on rewards of the teacher's responses: it needs rollout.view=privileged "
+            f"and policy.weight above 0, got {self.rollout.view} and {weight:g}",
+        )
+        require(
+            self.rollout.view == "plain" or (self.data.solutions != "peer" and not self.logged),
+            "rollout.view=privileged samples after the hint, which data.solutions=peer and logged conversations do not "
+            "have: set rollout.view=plain",
+        )
         require(
             self.data.solutions != "peer" or self.rollout.guidance == "none",
             "data.solutions=peer knows a hint only after the responses are sampled, but rollout.guidance=mixed samples "

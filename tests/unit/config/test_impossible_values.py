@@ -217,6 +217,16 @@ def test_parallel_sizes_are_checked_without_torch():
         (["objective=sft", "loss.normalize=sequences"], "loss.normalize=sequences weighs the tokens of sampled"),
         (["policy.clip_low=1.5"], "policy.clip_low must be at most 1, got 1.5"),
         (["distill.signal=sampled", "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
+        (
+            ["distill.rule=pi_distill", "rollout.num_samples=2"],
+            "it needs rollout.view=privileged and policy.weight above 0, got plain and 0",
+        ),
+        (["rollout.view=privileged", "rollout.guidance=mixed"], "samples after the teacher's prompt alone"),
+        (
+            ["rollout.view=privileged", "data.solutions=peer", "rollout.num_samples=2"],
+            "rollout.view=privileged samples after the hint",
+        ),
+        (["distill.alpha=2"], "distill.alpha must lie in 0 to 1, got 2"),
         (["distill.tau=0"], "distill.tau must be positive, got 0"),
     ],
 )

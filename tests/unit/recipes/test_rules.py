@@ -9,6 +9,7 @@ import torch
 from megatron_selfdistill.loss.weighting import SequenceImportance, TruncatedImportance
 from megatron_selfdistill.recipes.advantages import clipped_policy, group_advantage, group_advantages
 from megatron_selfdistill.recipes.normalization import token_factors
+from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
 from megatron_selfdistill.recipes.scope import group_shares, scope
 from megatron_selfdistill.recipes.signals import Signals, Terms
@@ -25,7 +26,7 @@ def tensor(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def signals(rewards, groups=None, lengths=None, hinted=None, mu=None, p=None, q=None) -> Signals:
+def signals(rewards, groups=None, lengths=None, hinted=None, privileged=None, mu=None, p=None, q=None) -> Signals:
     """Return signals in which, unless given, all responses lie in one group, have a hint, and one token."""
     lengths = torch.tensor(lengths or [1] * len(rewards))
     num_tokens = int(lengths.sum())
@@ -34,6 +35,7 @@ def signals(rewards, groups=None, lengths=None, hinted=None, mu=None, p=None, q=
         groups=torch.tensor(groups or [0] * len(rewards)),
         rewards=tensor(*rewards),
         hinted=torch.tensor(hinted or [True] * len(rewards)),
+        privileged=torch.tensor(privileged or [False] * len(rewards)),
         sampled_log_prob=torch.zeros(num_tokens, dtype=torch.float64) if mu is None else tensor(*mu),
         student_log_prob=None if p is None else tensor(*p),
         target_log_prob=None if q is None else tensor(*q),
@@ -105,7 +107,7 @@ def test_clipped_coefficient_has_the_gradient_of_the_clipped_objective(advantage
 def coefficients(terms: Terms, mu=LOG_MU, q: float | None = LOG_Q, low=0.2, high=0.28, cap=None, p=LOG_P):
     target = None if q is None else tensor(q)
     correction = None if cap is None else TruncatedImportance(tensor(mu), cap)
-    return RatioTerms(terms, tensor(mu), target, low, high, correction)(tensor(p), torch.tensor([0]))
+    return RatioTerms(terms, tensor(mu), target, low, high, correction=correction)(tensor(p), torch.tensor([0]))
 
 
 def test_sampled_kl_has_the_gradient_of_k3_with_the_ratio():
@@ -155,7 +157,7 @@ def test_token_without_weight_ignores_a_target_that_excludes_it():
 
 def test_without_a_policy_term_the_coefficients_have_none():
     found = RatioTerms(
-        Terms.of(tensor(0.0), divergence=tensor(1.0)), tensor(LOG_MU), None, None, None, None, has_policy_term=False
+        Terms.of(tensor(0.0), divergence=tensor(1.0)), tensor(LOG_MU), None, None, None, has_policy_term=False
     )(tensor(LOG_P), torch.tensor([0]))
     assert found.policy is None and found.divergence.tolist() == [1.0]
 
@@ -249,6 +251,29 @@ def test_uni_opd_shifts_every_token_and_masks_large_ratios():
 def test_uni_opd_is_silent_without_a_hint():
     both = signals([1, 0], hinted=[False, True], mu=[0.0, 0.0], q=[-1.0, -1.0])
     assert uni_opd(both, weight=1.0, margin=0.4, gap="mean", max_log_ratio=10.0).advantage.tolist() == [0.0, -1.0]
+
+
+def test_pi_distill_trains_the_teacher_by_reward_and_the_student_by_imitation():
+    """Two responses of the teacher, once after its own prompt and once after the plain one."""
+    mu = [-0.2, -0.4, -0.1, -0.3, -0.2, -0.6]
+    plain = [-0.9, -0.6, -0.3, -0.5, -0.2, -1.4]
+    both = signals(
+        [1, 0, 1, 0], groups=[0, 0, 1, 1], lengths=[3] * 4, privileged=[True, True, False, False], mu=mu + mu
+    )
+    terms = pi_distill(both, group_advantages(both, "none"), beta=0.25, alpha=0.75)
+    assert terms.divergence.tolist() == [2 * 0.75 * 0.25] * 6 + [0.0] * 6
+    found = RatioTerms(terms, both.sampled_log_prob, None, None, None, ratio_cap=2.0)(
+        tensor(*mu, *plain), torch.arange(12)
+    )
+    share, ratios = 2 * 0.25, [0.496585, 0.818731, 0.818731, 0.818731, 1.0, 0.449329]
+    advantages = [0.5] * 3 + [-0.5] * 3
+    imitation = [share * (rho * advantage + 0.25) for rho, advantage in zip(ratios, advantages, strict=True)]
+    assert found.policy.tolist() == pytest.approx([0.75] * 3 + [-0.75] * 3 + imitation, abs=1e-6)
+
+
+def test_ratio_of_an_advantage_is_bounded():
+    a, clipped = clipped_policy(tensor(0.5, -0.5, 0.5), tensor(1.0, 1.0, 0.1), None, None, 2.0)
+    assert a.tolist() == pytest.approx([1.0, -1.0, 0.5 * 1.1051709]) and not clipped.any()
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,8 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
         "corrects": False,
         "weight_cap": 2.0,
         "terms": None,
+        "privileged": False,
+        "views": 1,
         "record": None,
     } | options
     options |= {"sampler": Sampler(), "judge": judge, "phases": Phases(), "grid": grid}
