@@ -15,6 +15,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
+from two_terms import GivenCoefficients
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.dict_utils import nested_values
@@ -73,6 +74,8 @@ class Case:
     soft_cap: float | None = None
     """The bound of the logits of all models, as c tanh(logits / c)."""
     fusion: Fusion | None = None
+    two_terms: bool = False
+    """Whether the tokens have the coefficients of `GivenCoefficients`."""
     mutation: str | None = None
 
 
@@ -153,6 +156,7 @@ def run(case: Case) -> Outcome:
         models.fill_from_names(frozen, seed=case.reference_seed)
     vocab = vocab_shard(student, grid)
     batch = packed(case, grid)
+    coefficients = GivenCoefficients.of(contexts_of(case)[grid.dp_rank :: grid.dp_size]) if case.two_terms else None
     with mutated(case.mutation, grid):
         if case.mutation == "padded column left in the softmax":
             vocab = dataclasses.replace(vocab, vocab_size=vocab.size * grid.tp_size)
@@ -175,6 +179,7 @@ def run(case: Case) -> Outcome:
                 reference=reference(case, frozen),
                 guided=case.guided,
                 measurement=TokenMeasurement(case.target, chunk_tokens=5) if case.target.is_anchored else None,
+                token_coefficients=coefficients,
                 pair_order=case.pair_order,
             )
             if outcome is None:
