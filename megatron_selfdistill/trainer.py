@@ -305,6 +305,7 @@ def evaluation_options(
         hinted=hinted,
         num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
         leak_words=config.metrics.leak_words,
+        confidence=config.evaluation.confidence_pattern,
     )
 
 

@@ -142,6 +142,7 @@ def _evaluate_with(
                 hinted=arguments.hinted,
                 num_transcripts=arguments.responses,
                 leak_words=config.metrics.leak_words,
+                confidence=config.evaluation.confidence_pattern,
             ),
             grid,
         )
@@ -195,6 +196,7 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
         "hinted": arguments.hinted,
         "seed": config.seed,
         "verifier": config.evaluation.verifier,
+        "confidence": config.evaluation.confidence,
         "engine": rollout.engine if rollout.engine == "megatron" else f"{rollout.engine} {rollout.placement}",
         "precision": config.optimizer.precision,
         "max_new_tokens": rollout.max_new_tokens,

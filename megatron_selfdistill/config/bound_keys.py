@@ -72,7 +72,7 @@ RULES: dict[str, str] = {
                 "evaluation.at_start",
                 "evaluation.limit",
             ),
-            *("evaluation.num_samples", "evaluation.pass_at_k"),
+            *("evaluation.num_samples", "evaluation.pass_at_k", "evaluation.confidence"),
             *("parallel", "cluster", "schedule", "metrics", "report", "guards", "stop"),
             # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned
             # table of positions, which must fit.

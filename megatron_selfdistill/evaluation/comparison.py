@@ -59,7 +59,7 @@ def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES,
     """Compare B with A by a paired bootstrap over problems: `bootstrap` of the differences of all metrics.
 
     avg@k, pass@k and majority@k are unbiased estimates, so A and B may have different numbers of samples; avg_at_N is
-    then called avg_at_k.
+    then called avg_at_k, and the comparison leaves out distinct_right and distinct_4grams, which depend on this number.
     Raises: `ConfigError` unless A and B have the same problems, and at least 2 problems.
     """
     _require_same_problems(a, b)
@@ -68,7 +68,8 @@ def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES,
     if avg_a and avg_b and avg_a != avg_b:
         values_a = {"avg_at_k" if name == avg_a else name: value for name, value in values_a.items()}
         values_b = {"avg_at_k" if name == avg_b else name: value for name, value in values_b.items()}
-    names = [name for name in values_a if name in values_b]
+    is_fair = avg_a == avg_b
+    names = [name for name in values_a if name in values_b and (is_fair or not name.startswith("distinct_"))]
     differences = np.stack([values_b[name] - values_a[name] for name in names], axis=1)
     found = bootstrap(differences, num_resamples, seed)
     return Comparison(

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.evaluation.calibration import Calibration
+from megatron_selfdistill.evaluation.diversity import pass_over_avg
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 from megatron_selfdistill.hidden_values import hidden
 
@@ -42,6 +44,10 @@ class Verdict:
     answer: str | None
     """The answer for which the response votes in a majority (`voted_answer`).  None if the response is truncated or
     has no answer, or if the evaluation counts no votes."""
+    confidence: float | None = None
+    """The confidence in the response (`Confidence`), in [0, 1]; None where it is unknown."""
+    states_confidence: bool = False
+    """Whether the text of the response states ``confidence``."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,10 @@ class ProblemResult:
     id: str
     greedy: Verdict
     samples: list[Verdict]
+    distinct_right: int | None = None
+    """The number of different answers among the right samples (`diversity.distinct_right`); None without samples."""
+    distinct_4grams: float | None = None
+    """The share of different 4-grams in the samples (`distinct_grams`); None where the samples have no 4-gram."""
 
     @property
     def num_correct(self) -> int:
@@ -143,17 +153,32 @@ class EvaluationResult:
     """As ``greedy_hint_8grams``, of the sampled responses."""
     sampled_leak_words_per_1000: float | None = None
     """As ``greedy_leak_words_per_1000``, of the sampled responses."""
+    distinct_right: float | None = None
+    """The mean over problems of the number of different answers among the right samples."""
+    distinct_4grams: float | None = None
+    """The mean of distinct-4 over the problems whose samples have a 4-gram; None where no problem has one."""
+    greedy_calibration: Calibration | None = None
+    """The calibration of the greedy responses; None where a confidence is unknown."""
+    sampled_calibration: Calibration | None = None
+    """The calibration of the sampled responses; None where a confidence is unknown."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.
 
-        avg_at_N of N samples is another name of sampled_accuracy.
+        avg_at_N of N samples is another name of sampled_accuracy.  pass_over_avg_at_k is pass_at_k over avg_at_N, for
+        each k above 1.
         """
         numbers = {name: value for name, value in vars(self).items() if isinstance(value, float)}
         if self.sampled_accuracy is not None:
             numbers[f"avg_at_{self.num_samples}"] = self.sampled_accuracy
         numbers |= {f"pass_at_{k}": value for k, value in self.pass_at_k.items()}
         numbers |= {f"majority_at_{k}": value for k, value in self.majority_at_k.items()}
+        for k, value in self.pass_at_k.items():
+            ratio = pass_over_avg(value, self.sampled_accuracy or 0.0) if k > 1 else None
+            numbers |= {} if ratio is None else {f"pass_over_avg_at_{k}": ratio}
+        for kind, found in (("greedy", self.greedy_calibration), ("sampled", self.sampled_calibration)):
+            measured = {} if found is None else vars(found)
+            numbers |= {f"{kind}_{name}": value for name, value in measured.items() if value is not None}
         return {f"{prefix}/{name}": value for name, value in numbers.items()}
 
     def records(self, num_problems: int) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@
  "metrics": {"greedy_accuracy": .., "avg_at_16": .., ..}, "intervals": {"greedy_accuracy": [low, high], ..}}
 
 {"id": .., "num_samples": 16, "num_correct": 5, "greedy": {"correct": .., "length": .., "truncated": .., "answer": ..},
- "samples": [{..}, ..], "pass_at_k": {"4": ..}, "majority_at_k": {"4": ..}}
+ "samples": [{..}, ..], "pass_at_k": {"4": ..}, "majority_at_k": {"4": ..}, "distinct_right": 2, "distinct_4grams": ..}
 """
 
 from __future__ import annotations
@@ -92,6 +92,8 @@ def _line(problem: ProblemResult, ks: Sequence[int], majority_ks: Sequence[int])
         "samples": [dataclasses.asdict(verdict) for verdict in problem.samples],
         "pass_at_k": {str(k): problem.pass_at_k(k) for k in ks},
         "majority_at_k": {str(k): problem.majority_at_k(k) for k in majority_ks},
+        "distinct_right": problem.distinct_right,
+        "distinct_4grams": problem.distinct_4grams,
     }
 
 
@@ -112,7 +114,27 @@ def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
         values[f"greedy_{name}"] = column(line["greedy"][what] for line in lines)
         if samples and all(samples):
             values[f"sampled_{name}"] = column(np.mean([s[what] for s in those]) for those in samples)
-    return values
+    for name in ("distinct_right", "distinct_4grams"):
+        if lines and all(line.get(name) is not None for line in lines):
+            values[name] = column(line[name] for line in lines)
+    values |= _values_of_calibration("greedy", [[line["greedy"]] for line in lines])
+    return values | _values_of_calibration("sampled", samples)
+
+
+def _values_of_calibration(kind: str, responses: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, np.ndarray]:
+    """Return the numbers of `Calibration` that are means over the problems, from the responses to each problem.
+
+    The result is empty without responses, and where a confidence is unknown.
+    """
+    if not responses or not all(responses) or any(it.get("confidence") is None for them in responses for it in them):
+        return {}
+    numbers = [[(it["confidence"], it["correct"], it["states_confidence"]) for it in them] for them in responses]
+    confidence, correct, states = np.moveaxis(np.array(numbers, dtype=np.float64), 2, 0)
+    return {
+        f"{kind}_brier": np.square(confidence - correct).mean(1),
+        f"{kind}_ocg": (confidence - correct).mean(1),
+        f"{kind}_stated_confidence": states.mean(1),
+    }
 
 
 def _intervals(values: Mapping[str, np.ndarray]) -> dict[str, list[float]]:

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration, split_confidence
+from megatron_selfdistill.evaluation.diversity import distinct_grams, distinct_right
 from megatron_selfdistill.evaluation.evaluation_result import (
     EvaluationResult,
     Overlooked,
@@ -19,7 +22,14 @@ from megatron_selfdistill.evaluation.evaluation_result import (
     Transcript,
     Verdict,
 )
-from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judged_by_all, mentions_answer, voted_answer
+from megatron_selfdistill.evaluation.verify import (
+    Verifier,
+    check_answers,
+    final_answer,
+    judged_by_all,
+    mentions_answer,
+    voted_answer,
+)
 from megatron_selfdistill.metrics.leakage import (
     Gram,
     LeakCounts,
@@ -61,6 +71,8 @@ class EvaluationOptions:
     """The number of first problems whose responses are kept as text; None keeps all responses."""
     leak_words: Sequence[str] = ()
     """The words and phrases by which a response speaks of its hint (`word_pattern`)."""
+    confidence: re.Pattern[str] | None = None
+    """The pattern of a text that states the confidence in the response (`split_confidence`)."""
 
 
 def evaluate(
@@ -91,8 +103,10 @@ def evaluate(
     num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
     kept_ids = {problem.id for problem in problems[:num_kept]}
     hints = _Hints(builder, word_pattern(options.leak_words))
-    judge = _Judge(verifier, tokenizer, kept_ids, hints, reads_answers=options.majority_at_k is not None)
-    questions = {key: (problems[key[0]], response) for key, response in responses.items()}
+    judge = _Judge(
+        verifier, tokenizer, kept_ids, hints, options.confidence, reads_answers=options.majority_at_k is not None
+    )
+    questions = {key: (problems[key[0]], _asked(key, responses, options.num_samples)) for key in responses}
     verdicts = judged_by_all(questions, judge, grid)
     transcripts = _transcripts(verdicts, prompts[:num_kept], problems, tokenizer, options.num_samples)
     return _result(verdicts, problems, options, transcripts)
@@ -122,6 +136,22 @@ def _sample(
         keys = [(p, i) for p in own for i in range(options.num_samples)]
         responses |= zip(keys, sampler.generate(requests(options.num_samples), options.params), strict=True)
     return responses
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the judgement of a response reads."""
+
+    response: Response
+    samples: Sequence[Response]
+    """All samples of the problem with the first sample; empty with all other responses."""
+
+
+def _asked(
+    key: tuple[int, int | None], responses: Mapping[tuple[int, int | None], Response], num_samples: int
+) -> _Asked:
+    p, sample = key
+    return _Asked(responses[key], [responses[p, i] for i in range(num_samples)] if sample == 0 else [])
 
 
 class _Hints:
@@ -155,24 +185,31 @@ class _Judge:
         tokenizer: Tokenizer,
         kept_ids: set[str],
         hints: _Hints,
+        pattern: re.Pattern[str] | None,
         *,
         reads_answers: bool,
     ) -> None:
-        self._verifier, self._tokenizer, self._hints = verifier, tokenizer, hints
+        self._verifier, self._tokenizer, self._hints, self._pattern = verifier, tokenizer, hints, pattern
         self._kept_ids, self._reads_answers = kept_ids, reads_answers
         self._num_ends = 0
 
-    def __call__(self, problem: Problem, response: Response) -> _Judged:
-        text, truncated = response_text(response, self._tokenizer), response.truncated
-        correct = not truncated and bool(self._verifier(text, problem))
-        answer = voted_answer(text, self._verifier) if self._reads_answers and not truncated else None
+    def __call__(self, problem: Problem, asked: _Asked) -> _Judged:
+        response, truncated = asked.response, asked.response.truncated
+        text = response_text(response, self._tokenizer)
+        stated, answering = split_confidence(text, self._pattern)
+        correct = not truncated and bool(self._verifier(answering, problem))
+        answer = voted_answer(answering, self._verifier) if self._reads_answers and not truncated else None
         kept = text if problem.id in self._kept_ids else None
-        mentions = not truncated and not correct and mentions_answer(text, problem)
+        mentions = not truncated and not correct and mentions_answer(answering, problem)
         self._num_ends += mentions
         end = text[-_END:] if mentions and self._num_ends <= _NUM_EXAMPLES else None
-        verdict = Verdict(correct, len(response.token_ids), truncated, answer)
+        confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
+        known = None if math.isnan(confidence.value) else confidence.value
+        verdict = Verdict(correct, len(response.token_ids), truncated, answer, known, confidence.is_stated)
         leakage = self._hints.leakage(problem, response, text)
-        return _Judged(verdict, kept, mentions, end, leakage)
+        right = final_answer(answering) if correct else ""
+        grams = distinct_grams(it.token_ids for it in asked.samples)
+        return _Judged(verdict, kept, mentions, end, leakage, confidence, right, grams)
 
 
 def _check_lengths(
@@ -199,6 +236,11 @@ class _Judged:
     end: str | None
     """The end of the text; None except for the first few responses on each rank that mention the answer."""
     leakage: LeakCounts
+    confidence: Confidence
+    right_answer: str
+    """The final answer of a right response; empty for a wrong one."""
+    distinct_4grams: float | None
+    """Distinct-4 of the samples of the problem, with the first sample; None with all other responses."""
 
 
 _Verdicts = dict[tuple[int, "int | None"], _Judged]
@@ -236,10 +278,7 @@ def _result(
     verdicts: _Verdicts, problems: Sequence[Problem], options: EvaluationOptions, transcripts: list[Transcript]
 ) -> EvaluationResult:
     num_samples = options.num_samples
-    results = [
-        ProblemResult(problem.id, verdicts[p, None].verdict, [verdicts[p, i].verdict for i in range(num_samples)])
-        for p, problem in enumerate(problems)
-    ]
+    results = [_problem_result(p, problem, verdicts, num_samples) for p, problem in enumerate(problems)]
     greedy = [result.greedy for result in results]
     sampled = [verdict for result in results for verdict in result.samples]
     ks, majority_ks = (options.pass_at_k, options.majority_at_k or ()) if num_samples else ((), ())
@@ -248,7 +287,9 @@ def _result(
         for is_greedy in (True, False)
     )
 
-    def mean(values: list[float]) -> float:
+    grams = [result.distinct_4grams for result in results if result.distinct_4grams is not None]
+
+    def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
     def share(verdicts: list[Verdict], name: str) -> float:
@@ -272,4 +313,27 @@ def _result(
         greedy_leak_words_per_1000=greedy_leaks.words_per_1000,
         sampled_hint_8grams=sampled_leaks.hint_share,
         sampled_leak_words_per_1000=sampled_leaks.words_per_1000,
+        distinct_right=mean([result.distinct_right or 0 for result in results]) if num_samples else None,
+        distinct_4grams=mean(grams) if grams else None,
+        greedy_calibration=_calibration(verdicts, is_greedy=True),
+        sampled_calibration=_calibration(verdicts, is_greedy=False),
     )
+
+
+def _problem_result(p: int, problem: Problem, verdicts: _Verdicts, num_samples: int) -> ProblemResult:
+    """Return the result of problem number ``p``."""
+    samples = [verdicts[p, i] for i in range(num_samples)]
+    right = [it.verdict.correct for it in samples]
+    return ProblemResult(
+        problem.id,
+        verdicts[p, None].verdict,
+        [it.verdict for it in samples],
+        distinct_right((it.right_answer for it in samples), right) if samples else None,
+        samples[0].distinct_4grams if samples else None,
+    )
+
+
+def _calibration(verdicts: _Verdicts, *, is_greedy: bool) -> Calibration | None:
+    """Return the calibration of the greedy or of the sampled responses, in the same order on every rank."""
+    keys = sorted((key for key in verdicts if (key[1] is None) == is_greedy), key=lambda key: (key[0], key[1] or 0))
+    return calibration([verdicts[key].confidence for key in keys], [verdicts[key].verdict.correct for key in keys])

@@ -58,6 +58,20 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "The accuracy rises while pass@k with a large k falls: the responses lose their variety.",
         ),
         ReportFigure(
+            "Different right answers",
+            {"evaluation/distinct_right": "different right answers per problem"},
+            "answers",
+            "The number rises with the accuracy, or stays where each problem has one right answer.",
+            "The number falls while the accuracy rises: the samples become one response.",
+        ),
+        ReportFigure(
+            "Overconfidence",
+            {"evaluation/greedy_ocg": "greedy", "evaluation/sampled_ocg": "sampled"},
+            "mean confidence less accuracy",
+            "The gap stays near its first value or comes nearer to 0.",
+            "The gap rises: the confidence grows faster than the accuracy.",
+        ),
+        ReportFigure(
             "Accuracy with hints",
             {"evaluation_hinted/greedy_accuracy": "greedy", "evaluation_hinted/sampled_accuracy": "sampled"},
             SHARE,

@@ -38,6 +38,7 @@ def undocumented(keys: Iterable[str]) -> set[str]:
 
 def in_sources() -> set[str]:
     """Return every key that stands in the sources, or that the sources make from a name in them."""
+    from megatron_selfdistill.evaluation.calibration import Calibration
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
     from megatron_selfdistill.loss import Status
     from megatron_selfdistill.metrics.step import _OVER
@@ -46,7 +47,9 @@ def in_sources() -> set[str]:
     found |= {"step", *(f"status/{status.name.lower()}" for status in Status)}
     found |= {re.sub(r"_\d+$", "_N", key) for key in _OVER}
     rates = {f.name for f in fields(EvaluationResult) if f.type in ("float", "float | None")}
-    return found | {f"evaluation/{name}" for name in (*rates, "avg_at_N", "pass_at_K", "majority_at_K")}
+    rates |= {f"{kind}_{f.name}" for kind in ("greedy", "sampled") for f in fields(Calibration)}
+    rates |= {"avg_at_N", "pass_at_K", "majority_at_K", "pass_over_avg_at_K"}
+    return found | {f"evaluation/{name}" for name in rates}
 
 
 def dynamic() -> set[str]:

@@ -3,11 +3,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.choices import LOGGERS, VERIFY_LEVELS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.errors import ConfigError
+
+CONFIDENCE = r"(?i)\bconfidence[\s*]*:[\s*]*([01]?\.\d+|[01])(?!\.?\d|\s*%)"
+"""The default of evaluation.confidence: ``Confidence: 0.9``, also in bold and in lower case, but no percentage."""
 
 
 @dataclass(frozen=True)
@@ -170,6 +175,10 @@ class EvaluationConfig:
     verifier: str = "math_verify"
     """The judge that finds a response right or wrong: math_verify (its final answer means the answer), exact_match (its
     final answer is the answer letter by letter), or the dotted path of ``verify(response_text, problem) -> bool``."""
+    confidence: str | None = CONFIDENCE
+    """Regular expression of the text in which a response states its confidence; the first group is a number from 0 to
+    1.  The verifier does not see this text.  Null reads no text: every confidence is the probability of the response.
+    """
 
     def __post_init__(self) -> None:
         normalise("evaluation", self)
@@ -184,6 +193,22 @@ class EvaluationConfig:
             worst <= max(self.num_samples, 1),
             f"evaluation.pass_at_k asks for pass@{worst} but evaluation.num_samples is {self.num_samples}",
         )
+        try:
+            has_group = self.confidence is None or re.compile(self.confidence).groups >= 1
+        except re.error as error:
+            raise ConfigError(
+                f"evaluation.confidence must be a regular expression, got {self.confidence!r}: {error}"
+            ) from error
+        require(
+            has_group,
+            "evaluation.confidence must have a group in parentheses that captures the number, such as "
+            f"'Confidence: ([01]?\\.\\d+|[01])', got {self.confidence!r}",
+        )
+
+    @property
+    def confidence_pattern(self) -> re.Pattern[str] | None:
+        """The compiled ``confidence``; None for null."""
+        return None if self.confidence is None else re.compile(self.confidence)
 
     def due(self, step: int, num_steps: int) -> bool:
         """Return whether the run is evaluated after ``step`` of ``num_steps`` steps."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import bootstrap, resampled_means
+from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration
 from megatron_selfdistill.evaluation.comparison import Difference, compare
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult, Verdict
@@ -77,8 +79,14 @@ def test_fewer_than_two_problems_have_no_interval():
 def write(directory: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[str] | None = None, **settings) -> Path:
     """Return an evaluation with these verdicts: per problem the greedy verdict, then the samples' verdicts."""
     names = ids or [f"p{i}" for i in range(len(outcomes))]
-    verdicts = [[Verdict(bool(right), 3 + i, False, str(right)) for i, right in enumerate(row)] for row in outcomes]
-    problems = [ProblemResult(name, row[0], row[1:]) for name, row in zip(names, verdicts, strict=True)]
+    verdicts = [
+        [Verdict(bool(right), 3 + i, False, str(right), 0.75, i % 2 == 0) for i, right in enumerate(row)]
+        for row in outcomes
+    ]
+    problems = [
+        ProblemResult(name, row[0], row[1:], sum(it.correct for it in row[1:]), 0.5)
+        for name, row in zip(names, verdicts, strict=True)
+    ]
     num_samples, ks = len(outcomes[0]) - 1, [1, 2]
     samples = [verdict.correct for it in problems for verdict in it.samples]
     result = EvaluationResult(
@@ -94,10 +102,19 @@ def write(directory: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[
         majority_at_k={k: float(np.mean([it.majority_at_k(k) for it in problems])) for k in ks},
         problems=problems,
         transcripts=[],
+        distinct_right=float(np.mean([it.num_correct for it in problems])),
+        distinct_4grams=0.5,
+        greedy_calibration=calibration_of([it.greedy for it in problems]),
+        sampled_calibration=calibration_of([verdict for it in problems for verdict in it.samples]),
     )
     data = {"path": "p.jsonl", "fingerprint": "-".join(names), "num_problems": len(problems)}
     write_evaluation(directory, result, {"model": {}, "data": data, "settings": settings})
     return directory
+
+
+def calibration_of(verdicts: Sequence[Verdict]) -> Calibration | None:
+    confidences = [Confidence(it.confidence, math.log(it.confidence), it.states_confidence) for it in verdicts]
+    return calibration(confidences, [it.correct for it in verdicts])
 
 
 def outcomes_of(seed: int, num_problems: int = 40, num_samples: int = 4, gain: float = 0.0) -> list[list[bool]]:
@@ -123,6 +140,25 @@ def test_what_is_written_is_read_back(tmp_path):
         low, high = it.summary["intervals"][name]
         assert low <= values.mean() <= high
     assert sorted(path.name for path in (tmp_path / "a").iterdir()) == [PROBLEMS, SUMMARY]
+    assert it.values["sampled_ocg"].tolist() == [0.75 - sum(row[1:]) / 4 for row in outcomes]
+    assert it.values["sampled_stated_confidence"].tolist() == [0.5] * 40 and "sampled_spr" in it.summary["metrics"]
+    assert set(it.summary["metrics"]) - set(it.values) == {
+        "sampled_accuracy", "pass_over_avg_at_2", "greedy_ece", "sampled_ece", "greedy_spr", "sampled_spr"
+    }  # fmt: skip
+
+
+def test_an_evaluation_of_an_older_version_is_compared_by_what_it_has(tmp_path):
+    new, old = write(tmp_path / "new", outcomes_of(1)), write(tmp_path / "old", outcomes_of(2))
+    lines = [json.loads(line) for line in (old / PROBLEMS).read_text().splitlines()]
+    for line in lines:
+        del line["distinct_right"], line["distinct_4grams"]
+        for verdict in (line["greedy"], *line["samples"]):
+            del verdict["confidence"], verdict["states_confidence"]
+    (old / PROBLEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    added = set(read_evaluation(new).values) - set(read_evaluation(old).values)
+    names = {f"{kind}_{name}" for kind in ("greedy", "sampled") for name in ("brier", "ocg", "stated_confidence")}
+    assert added == {"distinct_right", "distinct_4grams", *names}
+    assert added.isdisjoint(differences(new, old)) and "greedy_accuracy" in differences(new, old)
 
 
 def test_a_single_problem_is_shown_without_intervals(tmp_path, capsys):
@@ -187,6 +223,8 @@ def test_other_numbers_of_samples_and_other_settings_are_compared_and_said(tmp_p
     assert compared.other_settings == {"temperature": [1.0, 0.7]}
     names = [it.metric for it in compared.differences]
     assert names[:6] == "greedy_accuracy avg_at_k pass_at_1 pass_at_2 majority_at_1 majority_at_2".split()
+    assert "sampled_ocg" in names and not {"distinct_right", "distinct_4grams"} & {*names}, "they grow with samples"
+    assert {"distinct_right", "distinct_4grams"} <= differences(a, a).keys()
     assert json.loads(json.dumps(compared.json()))["differences"][1]["metric"] == "avg_at_k"
 
 

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 from unittest.mock import MagicMock
@@ -22,7 +24,7 @@ from megatron_selfdistill.data.contexts import ContextCounts
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
-from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Verdict
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Transcript, Verdict
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
@@ -48,7 +50,7 @@ class FakeSampler:
         total = int(a) + int(b) + (draw > 0.6 and "|" not in prompt)
         text = f"{total:04d}" if 0.2 < draw < 0.4 else f"{total}$"
         ids = [ord(character) for character in text[: params.max_new_tokens]]
-        return Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop" if ids[-1] == STOP else "length")
+        return Response(ids, [-0.125] * len(ids), [0.0] * len(ids), "stop" if ids[-1] == STOP else "length")
 
     def update_weights(self, version: int) -> None:
         pass
@@ -133,7 +135,7 @@ def test_each_problem_has_its_verdicts_and_answers():
         for sample, verdict in [(None, problem.greedy), *enumerate(problem.samples)]:
             it = by_sample[problem.id, sample]
             answer = None if it.truncated else it.response
-            assert verdict == Verdict(it.correct, it.length, it.truncated, answer)
+            assert verdict == Verdict(it.correct, it.length, it.truncated, answer, math.exp(-it.length / 8))
     assert result.problems[1].num_correct == sum(by_sample["p1", i].correct for i in range(6))
     assert result.majority_at_k[1] == pytest.approx(result.sampled_accuracy)
     expected = [
@@ -195,7 +197,8 @@ def test_without_samples_only_greedy_is_reported():
     result = run(sums(), sampler=sampler, num_samples=0, pass_at_k=[1])
     assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
     assert result.metrics().keys() == {
-        f"evaluation/greedy_{name}" for name in ("accuracy", "mean_length", "truncated_share")
+        f"evaluation/greedy_{name}"
+        for name in "accuracy mean_length truncated_share ece brier spr ocg stated_confidence".split()
     }
 
 
@@ -245,6 +248,92 @@ def test_leakage_is_counted_over_the_responses_of_each_kind():
     words = 1000 * len(reciting) / sum(t.length for t in texts)
     assert metrics["test/sampled_leak_words_per_1000"] == pytest.approx(words)
     assert not any("hint" in key or "leak" in key for key in run(with_solutions(""), **arguments).metrics())
+
+
+class Confident(FakeSampler):
+    """States its confidence in two of three responses after the sum; right sums have another probability."""
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        a = int("".join(map(chr, request.prompt)).split("+")[0])
+        number = random.Random(request.seed).randrange(6) if params.temperature else a
+        sum_ = a + 8 + (number % 2)
+        stated = "" if number % 3 == 0 else f"\nConfidence: 0.{number}"
+        ids = [ord(character) for character in f"{sum_}{stated}$"]
+        return Response(ids, [-0.125 * (1 + number)] + [0.0] * (len(ids) - 1), [0.0] * len(ids), "stop")
+
+
+def test_confidence_is_read_in_the_text_or_else_from_the_log_probs():
+    pattern = EvaluationConfig().confidence_pattern
+    arguments = {"sampler": Confident(), "max_length": 200, "num_transcripts": None}
+    result = run(sums(), confidence=pattern, **arguments)
+    verdicts = {(p.id, i): it for p in result.problems for i, it in [(None, p.greedy), *enumerate(p.samples)]}
+    assert {it.states_confidence for it in verdicts.values()} == {True, False}
+    for t in result.transcripts:
+        it, (total, _, stated) = verdicts[t.problem_id, t.sample], t.response.partition("\nConfidence: ")
+        number = next(n for n in range(8) if (f"0.{n}" == stated if stated else n % 3 == 0 and _has(n, t, total)))
+        assert it.correct == t.correct == (int(total) == int(t.problem_id[1:]) + 8)
+        assert it.confidence == (float(stated) if stated else math.exp(-0.125 * (1 + number)))
+        assert it.states_confidence == bool(stated)
+    for kind, is_greedy in (("greedy", True), ("sampled", False)):
+        own = [it for (_, sample), it in verdicts.items() if (sample is None) == is_greedy]
+        metrics = result.metrics("test")
+        brier = sum((it.confidence - it.correct) ** 2 for it in own) / len(own)
+        assert metrics[f"test/{kind}_brier"] == pytest.approx(brier)
+        pairs = [a.confidence > b.confidence for a in own for b in own if a.correct and not b.correct]
+        assert metrics[f"test/{kind}_spr"] == pytest.approx(sum(pairs) / len(pairs))
+        share = sum(it.states_confidence for it in own) / len(own)
+        assert metrics[f"test/{kind}_stated_confidence"] == pytest.approx(share) and 0 < share < 1
+    unread = run(sums(), **arguments)  # the last line of most responses is now no sum
+    assert unread.metrics()["evaluation/sampled_stated_confidence"] == 0
+    assert unread.sampled_accuracy < result.sampled_accuracy
+
+
+def _has(number: int, transcript: Transcript, total: str) -> bool:
+    """Return whether `Confident` may have sampled ``number`` for a response without a stated confidence."""
+    a = int(transcript.problem_id[1:])
+    return number == a if transcript.sample is None else number < 6 and int(total) == a + 8 + number % 2
+
+
+def test_a_sampler_without_log_probs_gives_no_calibration():
+    class Silent(FakeSampler):
+        def answer(self, request, params):
+            response = super().answer(request, params)
+            return replace(response, log_probs=[math.nan] * len(response.log_probs))
+
+    result = run(sums(), sampler=Silent())
+    assert result.greedy_calibration is None and result.problems[0].greedy.confidence is None
+    assert not any(name in key for key in result.metrics() for name in ("ece", "brier", "spr", "ocg", "confidence"))
+
+
+class Splitting(FakeSampler):
+    """Splits a number into two, in one of several ways, which are all right."""
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        total = int("".join(map(chr, request.prompt)).split("+")[0]) + 8
+        first = random.Random(request.seed).randrange(4)
+        ids = [ord(character) for character in f"{first}+{total - first}$"]
+        return Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop")
+
+
+def splits(text: str, problem: Problem) -> bool:
+    return sum(map(int, text.split("+"))) == int(problem.answer) and not text.startswith("3")
+
+
+def test_different_right_answers_and_4grams_are_counted_by_problem():
+    result = run(sums(), sampler=Splitting(), verifier=splits, num_transcripts=None)
+    texts = [
+        [t.response for t in result.transcripts if t.problem_id == f"p{a}" and t.sample is not None] for a in range(7)
+    ]
+    right = [{text for text in them if not text.startswith("3")} for them in texts]
+    assert [it.distinct_right for it in result.problems] == [len(it) for it in right]
+    assert max(map(len, right)) == 3
+    grams = [[f"{text}$"[i : i + 4] for text in them for i in range(len(text) - 2)] for them in texts]
+    assert [it.distinct_4grams for it in result.problems] == [len(set(it)) / len(it) for it in grams]
+    metrics = result.metrics("test")
+    assert metrics["test/distinct_right"] == pytest.approx(sum(map(len, right)) / 7)
+    assert metrics["test/distinct_4grams"] == pytest.approx(sum(len(set(it)) / len(it) for it in grams) / 7)
+    assert metrics["test/pass_over_avg_at_4"] == metrics["test/pass_at_4"] / metrics["test/avg_at_6"] > 1
+    assert "test/pass_over_avg_at_1" not in metrics
 
 
 def test_samples_depend_on_seed_and_step():
