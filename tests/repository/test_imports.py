@@ -81,8 +81,8 @@ ORDER = {
         "loggers log"
     ),
     "evaluation": (
-        "bootstrap evaluation_directory estimators calibration diversity evaluation_result verify inference held_out "
-        "evaluations comparison tables"
+        "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "
+        "held_out evaluations comparison tables"
     ),
     "sources": (
         "problem_prompts reward_metrics step_terms source on_demand_sampler synced_sampler recording solution_search "

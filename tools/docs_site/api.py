@@ -21,7 +21,7 @@ PAGES = {
     "evaluation": (
         "Evaluation",
         "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "
-        "evaluation.calibration evaluation.diversity "
+        "evaluation.calibration evaluation.diversity evaluation.alignment "
         "evaluation.comparison evaluation.bootstrap",
     ),
     "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.conversion checkpoint.describe model.export"),
