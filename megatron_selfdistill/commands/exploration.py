@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.checkpoint.run.external import load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts, fit_teacher_prompt
 from megatron_selfdistill.data.hints import check_student_prompt, check_teacher_prompt
@@ -19,19 +18,11 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import broadcast_object
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.inference import Inference, decided_output_layer, new_chunks, open_inference
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.fp8 import token_multiple
-from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import pack_everywhere
-from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.evaluation.all_models import AllModels, load_chunks, read_by_all_models
+from megatron_selfdistill.evaluation.inference import Inference, open_inference
+from megatron_selfdistill.metrics.explored import ExploredResponse, cut
 from megatron_selfdistill.report.target_page import write_target_page
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
-from megatron_selfdistill.rollout.factory import configured_target
 from megatron_selfdistill.run_data import RunData
 
 
@@ -97,7 +88,9 @@ class Exploration:
                 inference.sampler.sleep()
                 found = self._explored(self._contexts(response, grid), inference.chunks, grid)
         else:
-            found = self._explored(self._contexts(self.response, grid), self._chunks(self._student, grid), grid)
+            found = self._explored(
+                self._contexts(self.response, grid), load_chunks(self.config, self.run_data, self._student, grid), grid
+            )
         if not grid.is_reporter:
             return None
         (explored,) = found
@@ -124,63 +117,15 @@ class Exploration:
         self, contexts: Sequence[ContextPair], student: list[torch.nn.Module], grid: RankGrid
     ) -> list[ExploredResponse]:
         """Return the contexts of this replica, read by every model, on each of its ranks."""
-        config = self.config
-        teacher = student if self.teacher is None else self._chunks(self.teacher, grid)
-        vocab = VocabShard.from_group(unwrapped(student[-1]).vocab_size, self.run_data.vocab_size, grid.tp_group)
-        settings = TokenTarget(
-            configured_target(config.target), Divergence(config.loss.divergence, config.loss.jsd_lambda)
-        )
-        fusion = decided_output_layer(config, student).fusion
-        backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
-
-        loss = token_losses.self_distillation(settings.target, settings.divergence, backend, fusion=fusion)
-        reference = None
-        if settings.target.is_anchored:
-            weights = teacher if self.reference is None else self._chunks(self.reference, grid)
-            reference = Reference(settings.target, weights, chunk_tokens, backend)
-        # Alternating, so that the states of only one packed sequence are kept.
-        order = "alternating"
-        batch = pack_everywhere(
-            contexts,
-            max_tokens=self._longest_sequence(grid),
-            pair_order=order,
-            with_teacher=True,
-            grid=grid,
-            with_reference=reference is not None,
-            seq_multiple=token_multiple(unwrapped(student[0]).config),
-        )
-        output = schedule.run(
-            student,
-            teacher,
-            batch,
-            loss,
-            grid,
-            vocab,
-            reference=reference,
-            measurement=TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True),
-            pair_order=order,
-            forward_only=True,
-        )
-        if not contexts:
-            return []
-        return explored_responses(output, contexts, [self.prompts.solution], [settings], self.run_data.vocab_size, grid)
+        models = AllModels.load(self.config, self.run_data, grid, student, self.teacher, self.reference)
+        solutions = [self.prompts.solution] * len(contexts)
+        return read_by_all_models(self.config, self.run_data, models, contexts, solutions, grid)
 
     @property
     def _student(self) -> str:
         load = self.config.checkpoint.load
         assert load is not None, "with_models has set the checkpoint"
         return load
-
-    def _chunks(self, checkpoint: str, grid: RankGrid) -> list[torch.nn.Module]:
-        """Return this rank's chunks of the model with the weights of a Megatron checkpoint."""
-        chunks = new_chunks(self.config, grid, self.run_data.vocab_size)
-        load_weights(Path(checkpoint), chunks, self.run_data.vocab_size, self.config.checkpoint.verify)
-        return chunks
-
-    def _longest_sequence(self, grid: RankGrid) -> int:
-        """Return a length of packed sequences that holds every context and that the layout can cut."""
-        multiple = 16 * grid.tp_size * 2 * grid.cp_size
-        return -(-self.run_data.max_length // multiple) * multiple
 
 
 def _summary(explored: ExploredResponse, out: Path) -> str:

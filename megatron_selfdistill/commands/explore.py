@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.commands.explore_options import exploration_arguments, given_text
@@ -51,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(arguments: argparse.Namespace) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
+    from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
 
@@ -58,20 +58,11 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, option) is not None:
             given_text(f"--{option}", getattr(arguments, option))
     config, _ = _loaded(arguments)
-    checkpoint, teacher, reference = _models(arguments, config)
     if config.objective != "self_distillation":
         raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    for path, iteration in ((checkpoint, arguments.iteration), (teacher, None), (reference, None)):
-        if path is None:
-            continue
-        if _is_hugging_face(path):
-            if iteration is not None:
-                raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
-            prechecks.require_hugging_face(path)
-        else:
-            prechecks.require_checkpoint(path, iteration)
+    GivenModels.of(arguments, config).check()
     prechecks.require_data(config)
     config.check_ranks(world_size())
 
@@ -79,18 +70,17 @@ def check(arguments: argparse.Namespace) -> None:
 def explore(arguments: argparse.Namespace) -> int:
     """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
     from megatron_selfdistill.commands.exploration import Exploration
-    from megatron_selfdistill.commands.given_model import configured, find_model, temporary_directory
+    from megatron_selfdistill.commands.given_model import configured, temporary_directory
+    from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.evaluation.inference import converted
 
     signal.signal(
         signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
     )  # so that temporary directories are removed
     given, keys = _loaded(arguments)
-    path, teacher, reference = _models(arguments, given)
-    hf, megatron = (path, None) if _is_hugging_face(path) else (None, path)
-    model = find_model(hf, megatron, arguments.iteration)
+    models = GivenModels.of(arguments, given)
+    model = models.found_student()
     config = configured(given, keys, model)
     config.check_world(world_size())
     response = None if arguments.response is None else given_text("--response", arguments.response)
@@ -98,25 +88,14 @@ def explore(arguments: argparse.Namespace) -> int:
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
-
-            def place(model: Path, name: str) -> str:
-                """Return a Megatron checkpoint of the model, converted where it is a Hugging Face directory."""
-                if not _is_hugging_face(model):
-                    return str(model)
-                return str(stack.enter_context(converted(model, directory / name)))
-
-            exploration = exploration.with_models(
-                student=place(Path(model["path"]), "student"),
-                teacher=None if teacher is None else place(teacher, "teacher"),
-                reference=place(reference, "reference") if reference is not None and reference != teacher else None,
-                run_dir=str(directory / "run"),
-            )
-            about = {"model": str(path), "teacher": str(teacher or path)}
+            placed = models.placed(model, directory, stack)
+            exploration = exploration.with_models(**placed._asdict(), run_dir=str(directory / "run"))
+            about = {"model": str(models.student), "teacher": str(models.teacher or models.student)}
             summary = exploration.write_page(arguments.out, grid, about)
     finally:
         ranks.shutdown()
     if summary is not None:
-        print(f"student: {path}; teacher: {teacher or path}", summary, sep="\n", flush=True)
+        print(models.about(), summary, sep="\n", flush=True)
     return 0
 
 
@@ -136,21 +115,3 @@ def _problem(arguments: argparse.Namespace) -> Problem:
 
     text, solution = (given_text(f"--{name}", getattr(arguments, name)) for name in ("problem", "solution"))
     return Problem("given", ({"role": "user", "content": text},), solution, None, "--problem")
-
-
-def _models(arguments: argparse.Namespace, config: Config) -> tuple[Path, Path | None, Path | None]:
-    """Return the checkpoints of student, teacher and reference; None for the student's weights, or for no reference."""
-    from megatron_selfdistill.commands.run_settings import has_frozen_teacher, initial_weights, is_run
-
-    path: Path = arguments.checkpoint
-    teacher: Path | None = arguments.teacher
-    if not is_run(path):
-        return path, teacher, teacher if config.is_anchored else None
-    initial = teacher or initial_weights(path)
-    if has_frozen_teacher(path):
-        teacher = initial
-    return path / "checkpoints", teacher, initial if config.is_anchored else None
-
-
-def _is_hugging_face(path: Path) -> bool:
-    return (path / "config.json").is_file()

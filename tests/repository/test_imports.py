@@ -82,7 +82,7 @@ ORDER = {
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "
-        "held_out evaluations comparison tables"
+        "held_out evaluations comparison tables all_models"
     ),
     "sources": (
         "problem_prompts reward_metrics step_terms source on_demand_sampler synced_sampler recording solution_search "
@@ -102,7 +102,7 @@ ORDER = {
     "doctor": "imports findings",
     "commands": (
         "convert report doctor given_config given_model evaluate_options evaluate exploration explore_options "
-        "run_settings explore plan solution_journal solution_job solutions"
+        "run_settings given_models explore plan solution_journal solution_job solutions"
     ),
     "cli": "",
     "__main__": "",
