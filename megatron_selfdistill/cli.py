@@ -50,6 +50,11 @@ COMMANDS = {
         "Write a page that shows the target of every token of a response.",
         'Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
     ),
+    "alignment": Command(
+        "commands.gradient_alignment",
+        "Measure whether distillation pushes a model towards tokens with which it succeeds.",
+        "Qwen3-8B --data problems.jsonl -o alignment.json",
+    ),
     "solutions": Command(
         "commands.solutions",
         "Sample solutions from a model, verify them, and write the best ones.",

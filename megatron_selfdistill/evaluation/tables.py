@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from megatron_selfdistill.evaluation.alignment_groups import LOSSES, NodeGroup
 from megatron_selfdistill.evaluation.comparison import Comparison
 
 
@@ -55,6 +57,22 @@ def show_comparison(compared: Comparison) -> None:
         )
     for name, (a, b) in compared.other_settings.items():
         console.print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
+
+
+def show_alignment(groups: Sequence[NodeGroup], num_problems: int, line: str) -> None:
+    """Print the mean alignment of the groups of nodes as a table, with ``line`` below it."""
+    caption = (
+        "mean cosine between the step of a loss and the gradient of success; decided: nodes at which\n"
+        f"the candidates do not all succeed equally often\n{line}"
+    )
+    table = Table(title=f"gradient alignment, {num_problems} problems", caption=caption)
+    table.add_column("nodes", no_wrap=True)
+    for column in ("number", "decided", *(loss.replace("_", "\n", 1) for loss in LOSSES)):
+        table.add_column(column, justify="right")
+    for it in groups:
+        cosines = ("-" if (value := it.alignment[loss]) is None else f"{value:+.3f}" for loss in LOSSES)
+        table.add_row(it.name, str(it.num_nodes), str(it.num_decided), *cosines)
+    _console().print(table)
 
 
 def _console() -> Console:

@@ -82,7 +82,7 @@ ORDER = {
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "
-        "held_out evaluations comparison tables all_models"
+        "held_out evaluations comparison all_models alignment_groups alignment_nodes tables"
     ),
     "sources": (
         "problem_prompts reward_metrics step_terms source on_demand_sampler synced_sampler recording solution_search "
@@ -102,7 +102,8 @@ ORDER = {
     "doctor": "imports findings",
     "commands": (
         "convert report doctor given_config given_model evaluate_options evaluate exploration explore_options "
-        "run_settings given_models explore plan solution_journal solution_job solutions"
+        "run_settings given_models explore alignment_options alignment_job gradient_alignment plan "
+        "solution_journal solution_job solutions"
     ),
     "cli": "",
     "__main__": "",

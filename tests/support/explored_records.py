@@ -74,7 +74,12 @@ def logit_rows(num_tokens: int, vocab_size: int, num_models: int) -> list[Tensor
 def record_of(
     rows: Sequence[Tensor], target: Target, divergence: Divergence | None = None, **about: Any
 ) -> dict[str, Any]:
-    """Return the record of a response whose tokens are sampled from the student's logits, with the loss's numbers."""
+    """Return the record of `explored_of`."""
+    return explored_of(rows, target, divergence).record(cast(Any, Words()), **about)
+
+
+def explored_of(rows: Sequence[Tensor], target: Target, divergence: Divergence | None = None) -> ExploredResponse:
+    """Return a response whose tokens are sampled from the student's logits, with the loss's numbers."""
     student, teacher, *rest = rows
     divergence = divergence or Divergence()
     vocab = VocabShard(0, student.shape[1], student.shape[1])
@@ -97,5 +102,4 @@ def record_of(
     numbers["reference_entropy"] = (vocab_entropy(rest[0], vocab) if rest else torch.full(tokens.shape, nan)).tolist()
     context = ContextPair("p<1>", [5, 6], [7, 5, 6], tokens.tolist(), truncated=False)
     settings, summary = TokenTarget(target, divergence), summarise_logits(rows, vocab)
-    explored = ExploredResponse(context, "<b>a solution</b>", settings, numbers, summary, vocab.vocab_size)
-    return explored.record(cast(Any, Words()), **about)
+    return ExploredResponse(context, "<b>a solution</b>", settings, numbers, summary, vocab.vocab_size)

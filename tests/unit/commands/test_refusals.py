@@ -48,6 +48,7 @@ PLAN = ["dry_run=true", "cluster.num_gpus=16", "model.vocab_size=1000"]
 OUT = ["--out", "out"]
 EVALUATED = ["--hf", "hf", "--data", "data.jsonl", *OUT]
 EXPLORED = ["--problem", "1 + 1", "--solution", "2"]
+ALIGNED = ["hf", "--data", "data.jsonl"]
 SOLVED = ["--out", "own.jsonl", "--hf", "hf", "data.path=data.jsonl"]
 THREE = "parallel.tensor_model_parallel_size=3"
 NOT_CUT = "the world size 1 must be a multiple of TP x PP x CP = 3 x 1 x 1 = 3"
@@ -103,6 +104,15 @@ CASES: dict[str, tuple[list[str], str]] = {
     "explore, a missing checkpoint": ([PROGRAM, "explore", "nope", *EXPLORED], NO_CHECKPOINT),
     "explore, a reserved key": ([PROGRAM, "explore", "hf", *EXPLORED, "data.path=x"], "data.path cannot be set here"),
     "explore, a layout": ([PROGRAM, "explore", "hf", *EXPLORED, THREE], NOT_CUT),
+    "alignment, an option": ([PROGRAM, "alignment", *ALIGNED, "--top", "0"], "expected a number of at least 1, got 0"),
+    "alignment, no data": ([PROGRAM, "alignment", "hf"], "the following arguments are required: --data"),
+    "alignment, a missing checkpoint": ([PROGRAM, "alignment", "nope", *ALIGNED[1:]], NO_CHECKPOINT),
+    "alignment, a missing teacher": ([PROGRAM, "alignment", *ALIGNED, "--teacher", "nope"], NO_CHECKPOINT),
+    "alignment, a missing file": ([PROGRAM, "alignment", "hf", "--data", "nope.jsonl"], "got nope.jsonl"),
+    "alignment, a reserved key": ([PROGRAM, "alignment", *ALIGNED, "evaluation.limit=3"], "use --limit"),
+    "alignment, no target": ([PROGRAM, "alignment", *ALIGNED, "objective=sft"], "which has a target, got sft"),
+    "alignment, a directory in the way": ([PROGRAM, "alignment", *ALIGNED, "-o", "full"], "got the directory full"),
+    "alignment, a layout": ([PROGRAM, "alignment", *ALIGNED, THREE], NOT_CUT),
     "evaluate, a layout": ([EVALUATE, *EVALUATED, THREE], NOT_CUT),
     "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),
     "solutions, a key": ([SOLUTIONS, *SOLVED, "rollot.top_p=1"], "did you mean"),

@@ -1,0 +1,171 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The work of `selfdistill alignment` on every rank: respond, read with every model, complete from every node."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import PromptPair, build_contexts, fit_teacher_prompt
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.collectives import gather_items
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.evaluation.alignment import limit_groups
+from megatron_selfdistill.evaluation.alignment_groups import MeasuredNode, Node
+from megatron_selfdistill.evaluation.alignment_nodes import nodes_of
+from megatron_selfdistill.evaluation.all_models import AllModels, read_by_all_models
+from megatron_selfdistill.evaluation.calibration import split_confidence
+from megatron_selfdistill.evaluation.inference import Inference, open_inference
+from megatron_selfdistill.evaluation.verify import judge, load_verifier
+from megatron_selfdistill.metrics.explored import cut
+from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
+from megatron_selfdistill.run_data import RunData
+
+Key = tuple[int, int, int, int]
+"""A completion: the index of the problem, the position of the node, the candidate's token, the index of the sample."""
+
+
+@dataclass(frozen=True)
+class AlignmentJob:
+    """The problems, and what is measured on the response to each of them."""
+
+    config: Config
+    """The configuration, whose ``checkpoint.load`` names the student."""
+    run_data: RunData
+    """The data, whose ``evaluation`` problems have solutions."""
+    prompts: Sequence[PromptPair]
+    """The prompts of each problem."""
+    num_nodes: int
+    """The largest number of nodes of a response."""
+    num_top: int
+    """The number of most likely tokens of each model that are candidates at a node."""
+    num_completions: int
+    """The number of completions after each candidate."""
+
+    @classmethod
+    def of_problems(
+        cls, config: Config, run_data: RunData, *, num_nodes: int, num_top: int, num_completions: int
+    ) -> AlignmentJob:
+        """Return the job for ``run_data.evaluation``.  Raises: `ConfigError` for a problem that does not fit."""
+        prompts = []
+        for problem in run_data.evaluation:
+            try:
+                pair = fit_teacher_prompt(
+                    run_data.builder,
+                    problem,
+                    max_length=run_data.max_length,
+                    max_new_tokens=config.rollout.max_new_tokens,
+                    policy="error",
+                )
+            except ValueError as error:
+                raise ConfigError(str(error)) from error
+            assert pair is not None, "the policy error returns prompts or raises"
+            prompts.append(pair)
+        return cls(config, run_data, prompts, num_nodes, num_top, num_completions)
+
+    def measured(self, grid: RankGrid, teacher: str | None, reference: str | None) -> list[MeasuredNode]:
+        """Return the nodes of all problems in their order, the same on every rank.
+
+        ``teacher``, ``reference``: as for `AllModels.load`.  The replicas share the problems.
+        Every rank of the world calls this method.
+        Raises: `ConfigError`, `CheckpointError`, `EngineError`, `VerifierError`.
+        """
+        own = range(grid.dp_rank, len(self.prompts), grid.dp_size)
+        with open_inference(self.config, self.run_data, grid) as inference:
+            requests = [Request(self.prompts[p].student_prompt, self._seed(p, "response", 0)) for p in own]
+            responses = dict(zip(own, inference.sampler.generate(requests, inference.sampling), strict=True))
+            is_right = self._judged({(p, 0, 0, 0): response for p, response in responses.items()}, grid)
+            inference.sampler.sleep()
+            models = AllModels.load(self.config, self.run_data, grid, inference.chunks, teacher, reference)
+            nodes = self._nodes(responses, is_right, models, grid)
+            completed = self._completed(nodes, responses, inference)
+        verdicts = self._judged(completed, grid)
+        found = [(p, node.measured(self._success(p, node, verdicts))) for p, node in nodes]
+        everywhere = gather_items(found if grid.replica_rank == 0 else [])
+        return [it for _, it in sorted(everywhere, key=lambda pair: (pair[0], pair[1].node.position))]
+
+    def _nodes(
+        self, responses: dict[int, Response], is_right: dict[Key, bool], models: AllModels, grid: RankGrid
+    ) -> list[tuple[int, Node]]:
+        """Return the nodes of this replica's responses; every replica reads one response at a time."""
+        found = []
+        for start in range(0, len(self.prompts), grid.dp_size):
+            p = start + grid.dp_rank
+            contexts, solutions = [], []
+            if p in responses:
+                contexts = [cut(it) for it in build_contexts([self.prompts[p]], [responses[p]])]
+                solutions = [self.prompts[p].solution]
+            for explored in read_by_all_models(self.config, self.run_data, models, contexts, solutions, grid):
+                for node in nodes_of(explored, is_right[p, 0, 0, 0], self.num_nodes, self.num_top):
+                    found.append((p, node))
+        return found
+
+    def _completed(
+        self, nodes: Sequence[tuple[int, Node]], responses: dict[int, Response], inference: Inference
+    ) -> dict[Key, Response]:
+        """Return the responses that go on after each candidate of this replica's nodes.
+
+        A completion may have as many tokens as the response could still have.  A candidate that ends the response, or
+        that is its last possible token, has no completion and is judged once.
+        """
+        longest, stops = self.config.rollout.max_new_tokens, set(self.run_data.stop_token_ids)
+        done: dict[Key, Response] = {}
+        wanted: dict[int, list[tuple[Key, list[int]]]] = {}
+        for p, node in nodes:
+            limit = longest - node.position - 1
+            for token in (candidate.token for candidate in node.candidates):
+                begun = [*responses[p].token_ids[: node.position], token]
+                if token in stops or limit == 0:
+                    done[p, node.position, token, 0] = _response(begun, "stop" if token in stops else "length")
+                else:
+                    keys: list[Key] = [(p, node.position, token, i) for i in range(self.num_completions)]
+                    wanted.setdefault(limit, []).extend((key, begun) for key in keys)
+        room = self.run_data.max_length - longest - max(len(it.student_prompt) for it in self.prompts)
+        for group in limit_groups(gather_items(list(wanted)), room):
+            asked = [(key, begun, limit) for limit in group for key, begun in wanted.get(limit, ())]
+            done |= self._generated(asked, group[0], inference)
+        return done
+
+    def _generated(
+        self, asked: Sequence[tuple[Key, list[int], int]], longest: int, inference: Inference
+    ) -> dict[Key, Response]:
+        """Return the responses of (key, begun tokens, limit), sampled in one call with the limit ``longest``."""
+        requests = [
+            Request(self.prompts[key[0]].student_prompt + begun, self._seed(key[0], f"{key[1]}/{key[2]}", key[3]))
+            for key, begun, _ in asked
+        ]
+        params = replace(inference.sampling, max_new_tokens=longest)
+        found = {}
+        for (key, begun, limit), rest in zip(asked, inference.sampler.generate(requests, params), strict=True):
+            ended = rest.finish_reason == "stop" and len(rest.token_ids) <= limit
+            found[key] = _response(begun + rest.token_ids[:limit], "stop" if ended else "length")
+        return found
+
+    def _judged(self, responses: dict[Key, Response], grid: RankGrid) -> dict[Key, bool]:
+        """Return whether each response is right, over all replicas; a response without an end is wrong."""
+        pattern, tokenizer = self.config.evaluation.confidence_pattern, self.run_data.tokenizer
+        questions: dict[Key, tuple[Problem, str | None]] = {}
+        for key, response in responses.items():
+            _, text = split_confidence(response_text(response, tokenizer), pattern)
+            questions[key] = self.run_data.evaluation[key[0]], None if response.truncated else text
+        return judge(questions, load_verifier(self.config.evaluation.verifier), grid)
+
+    def _success(self, p: int, node: Node, verdicts: dict[Key, bool]) -> dict[int, float]:
+        """Return the share of right completions after each candidate of a node."""
+        found = {}
+        for token in (candidate.token for candidate in node.candidates):
+            keys: list[Key] = [(p, node.position, token, i) for i in range(self.num_completions)]
+            outcomes = [verdicts[key] for key in keys if key in verdicts]
+            found[token] = sum(outcomes) / len(outcomes)
+        return found
+
+    def _seed(self, p: int, name: str, index: int) -> int:
+        return sample_seed(self.config.seed, 0, f"alignment/{name}/{self.run_data.evaluation[p].id}", index)
+
+
+def _response(token_ids: list[int], finish_reason: str) -> Response:
+    unknown = [math.nan] * len(token_ids)
+    return Response(token_ids, unknown, unknown, finish_reason)
