@@ -25,6 +25,9 @@ Verdict = TypeVar("Verdict")
 Verifier = Callable[[str, Problem], bool]
 """A function ``verify(response_text, problem)`` that returns whether the response, without its stop token, is right."""
 
+Reward = Callable[[str, Problem], float]
+"""A function ``reward(response_text, problem)`` that returns a finite number; a verifier is such a function, too."""
+
 MATH_TIMEOUT_SECONDS = 5
 
 
@@ -44,14 +47,33 @@ def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifie
     return judged_by_all(questions, lambda problem, text: text is not None and bool(verifier(text, problem)), grid)
 
 
+def rewards(questions: Mapping[Key, tuple[Problem, str | None]], reward: Reward, grid: RankGrid) -> dict[Key, float]:
+    """Return the reward of each text, equal on every rank; None, a truncated text, has 0.
+
+    See `judged_by_all`.  Raises: `VerifierError` also for a reward that is not a finite number.
+    """
+
+    def rewarded(problem: Problem, text: str | None) -> float:
+        value = 0.0 if text is None else float(reward(text, problem))
+        if not math.isfinite(value):
+            raise ValueError(f"expected a finite reward, got {value}")
+        return value
+
+    return judged_by_all(questions, rewarded, grid, "reward function")
+
+
 def judged_by_all(
-    questions: Mapping[Key, tuple[Problem, Content]], judgement: Callable[[Problem, Content], Verdict], grid: RankGrid
+    questions: Mapping[Key, tuple[Problem, Content]],
+    judgement: Callable[[Problem, Content], Verdict],
+    grid: RankGrid,
+    judge_name: str = "verifier",
 ) -> dict[Key, Verdict]:
     """Return the judgement of every question, over all replicas, equal on every rank.
 
     ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks, under keys
     that no other replica has.  ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that
-    no question is judged twice and a verifier with a time limit cannot give two ranks different results.
+    no question is judged twice and a verifier with a time limit cannot give two ranks different results.  ``judge_name``: its name in
+    messages.
     Collectives: one all_gather_object over the world.
     Raises: `VerifierError` on every rank if the verifier failed on one rank.
     """
@@ -61,7 +83,7 @@ def judged_by_all(
         try:
             verdicts[key] = judgement(problem, content)
         except Exception as error:  # raised below on every rank, so that no rank waits
-            failure = f"{problem.location}: the verifier failed with {type(error).__name__}: {error}"
+            failure = f"{problem.location}: the {judge_name} failed with {type(error).__name__}: {error}"
             break
     gathered = gather_objects((verdicts, failure))
     failures = [message for _, message in gathered if message is not None]

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -64,7 +64,9 @@ def configured_source(
         sampler.sleep()
         return models.target_log_probs(contexts)
 
-    judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid)
+    own_reward = config.policy.reward
+    reward = None if own_reward is None else function_named("policy.reward", own_reward, {})
+    judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid, reward)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
     finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
@@ -80,7 +82,7 @@ def configured_source(
         grid=grid,
         seed=config.seed,
         num_samples=config.rollout.num_samples,
-        judges=config.uses_rewards or config.objective == "rft",
+        judges=config.judges_responses,
         only_right=config.objective == "rft",
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
@@ -135,7 +137,7 @@ def _prompts(config: Config, run_data: RunData, judge: Judge, finder: Finder) ->
     given, wanted, below = given_solutions(config, run_data), config.solutions, config.rollout.guide_below
     owns = config.data.solutions == "own"
     keeps_unhinted = config.policy.weight > 0 or config.distill.rule == "scope"
-    if owns or below is not None or config.uses_rewards:
+    if owns or below is not None or (config.judges_responses and judge.reward is None):
         check_answers(run_data.problems.problems, judge.verifier)
     prompts: Prompts = given
     if owns:

@@ -38,9 +38,9 @@ class OnPolicyOptions:
     num_samples: int
     """The number of responses per problem and step."""
     judges: bool
-    """Whether the verifier judges all responses of a step."""
+    """Whether all responses of a step get rewards."""
     only_right: bool
-    """Whether the run trains only on responses that the verifier finds right, which needs ``judges``."""
+    """Whether the run trains only on right responses, which needs ``judges``."""
     corrects: bool
     """Whether token weights correct for the difference of student and sampler (`TruncatedImportance`)."""
     weight_cap: float
@@ -91,8 +91,8 @@ class OnPolicy(CommittedState):
         ]
         with options.phases("rollout"):
             if options.judges:
-                right = options.judge.right(answers)
-                answers = [replace(answer, correct=is_right) for answer, is_right in zip(answers, right, strict=True)]
+                rewards = options.judge.rewards(answers)
+                answers = [replace(answer, reward=reward) for answer, reward in zip(answers, rewards, strict=True)]
             if options.record is not None:
                 record(options.record, asked.keys, responses, options.grid.dp_group, options.grid.is_reporter)
             prompts_after = prompts.record(answers, asked.guided)

@@ -11,7 +11,7 @@ from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
-from megatron_selfdistill.evaluation.verify import Verifier, judge
+from megatron_selfdistill.evaluation.verify import Reward, Verifier, judge, rewards
 from megatron_selfdistill.rollout.base import Response, SamplingParams, response_text
 
 if TYPE_CHECKING:
@@ -28,12 +28,17 @@ class Answer:
     response: Response
     group: int = 0
     """The number of the group, counted from 0 on this replica: all responses of one visit to a problem."""
-    correct: bool | None = None
-    """Whether the verifier finds the response right; None where nothing needs its verdict."""
+    reward: float | None = None
+    """The reward of the response; None where nothing needs it."""
     hinted: bool = True
     """Whether the teacher's prompt shows a hint."""
     privileged: bool = False
     """Whether the response is trained on after the teacher's prompt, with the student's prompt as the teacher's."""
+
+    @property
+    def correct(self) -> bool:
+        """Whether the response has a reward of at least 0.5."""
+        return self.reward is not None and self.reward >= 0.5
 
     def in_privileged_view(self) -> Answer:
         """Return this answer with both prompts exchanged."""
@@ -172,18 +177,32 @@ class Judge:
     verifier: Verifier
     tokenizer: Tokenizer
     grid: RankGrid
+    reward: Reward | None = None
+    """The function that rewards responses; None is 1 for the verdict right, else 0."""
 
     def right(self, answers: Sequence[Answer]) -> list[bool]:
         """Return whether each answer of this replica is right, equal on all ranks of the replica.
 
         A truncated response is wrong.  Collective over the world.
         """
-        questions = {
+        questions = self._questions(answers)
+        verdicts = judge(questions, self.verifier, self.grid)
+        return [verdicts[key] for key in questions]
+
+    def rewards(self, answers: Sequence[Answer]) -> list[float]:
+        """Return the reward of each answer of this replica, equal on all ranks of the replica.
+
+        A truncated response has 0.  Collective over the world.
+        """
+        questions = self._questions(answers)
+        found = rewards(questions, self.reward or self.verifier, self.grid)
+        return [found[key] for key in questions]
+
+    def _questions(self, answers: Sequence[Answer]) -> dict[tuple[int, int], tuple[Problem, str | None]]:
+        return {
             (self.grid.dp_rank, i): (
                 answer.problem,
                 None if answer.response.truncated else response_text(answer.response, self.tokenizer),
             )
             for i, answer in enumerate(answers)
         }
-        verdicts = judge(questions, self.verifier, self.grid)
-        return [verdicts[key] for key in questions]

@@ -16,18 +16,17 @@ from megatron_selfdistill.sources.problem_prompts import Answer
 def reward_metrics(answers: Sequence[Answer], trained: Sequence[Answer], grid: RankGrid) -> dict[str, float]:
     """Return metrics of the verdicts on all ``answers`` of a step, in the order of their groups; equal on all ranks.
 
-    rewards/mean: the share of right answers.  rewards/mixed_groups: the share of the groups with right and wrong
-    answers, the only groups with advantages.  rewards/trained_share: the share of the answers that are ``trained`` on.
-    Collectives: one sum over the data-parallel ranks.
+    rewards/mean: the mean reward.  rewards/mixed_groups: the share of the groups whose rewards are not all equal, the
+    only groups with advantages.  rewards/trained_share: the share of the answers that are ``trained`` on.
+    Collectives: two sums over the data-parallel ranks.
     """
-    groups = [[bool(answer.correct) for answer in group] for _, group in groupby(answers, key=lambda a: a.group)]
-    right = sum(map(sum, groups))
-    mixed = sum(any(group) and not all(group) for group in groups)
-    right, number, mixed, num_groups, num_trained = over_replicas(
-        (right, len(answers), mixed, len(groups), len(trained)), grid
-    )
+    groups = [{answer.reward for answer in group} for _, group in groupby(answers, key=lambda a: a.group)]
+    mixed = sum(len(group) > 1 for group in groups)
+    number, mixed, num_groups, num_trained = over_replicas((len(answers), mixed, len(groups), len(trained)), grid)
+    total = torch.tensor(sum(answer.reward or 0.0 for answer in answers), dtype=torch.float64, device=grid.device)
+    dist.all_reduce(total, group=grid.dp_group)
     return {
-        "rewards/mean": right / max(number, 1),
+        "rewards/mean": float(total) / max(number, 1),
         "rewards/mixed_groups": mixed / max(num_groups, 1),
         "rewards/trained_share": num_trained / max(number, 1),
     }

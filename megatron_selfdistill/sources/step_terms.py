@@ -96,7 +96,7 @@ def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target:
     return Signals(
         lengths=torch.tensor([len(answer.response.token_ids) for answer in answers], dtype=torch.int64),
         groups=torch.tensor([numbers[owner] for owner in owners], dtype=torch.int64),
-        rewards=torch.tensor([float(bool(answer.correct)) for answer in answers], dtype=torch.float64),
+        rewards=torch.tensor([answer.reward or 0.0 for answer in answers], dtype=torch.float64),
         hinted=torch.tensor([answer.hinted for answer in answers], dtype=torch.bool),
         privileged=torch.tensor([answer.privileged for answer in answers], dtype=torch.bool),
         sampled_log_prob=torch.tensor(sampled, dtype=torch.float64),

@@ -14,13 +14,14 @@ from megatron_selfdistill.config.schema.field_checks import at_least, normalise,
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    """The policy gradient: each response's reward compared with the rewards of the other responses to its problem.
-
-    The reward is 1 for a response that evaluation.verifier finds right, and 0 for another.
-    """
+    """The policy gradient: each response's reward compared with the rewards of the other responses to its problem."""
 
     weight: float = 0.0
     """Weight of the advantages in the loss; 0 trains on no rewards."""
+    reward: str | None = None
+    """Dotted path of a function ``reward(response_text, problem)`` that returns a finite number, wherever a run trains
+    on verdicts of its responses (also rft and peers); a response with a reward of at least 0.5 counts as right, and a
+    truncated response has 0.  Null is 1 for a response that evaluation.verifier finds right, else 0."""
     advantage_std: str = "sample"
     """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
     population (with n) or none (Dr. GRPO)."""

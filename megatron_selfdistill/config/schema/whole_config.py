@@ -170,6 +170,11 @@ class Config:
         return self.policy.weight > 0 or ranks or self.data.solutions == "peer"
 
     @property
+    def judges_responses(self) -> bool:
+        """Whether every response of a step is judged before the step trains: for rewards, for peers, or for rft."""
+        return self.uses_rewards or self.objective == "rft"
+
+    @property
     def samples(self) -> bool:
         """Whether anything is sampled: responses, or answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)

@@ -50,6 +50,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
     grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": dp_rank, "dp_size": 2}))
     judge = Judge(exact_match, Characters(), grid)
     monkeypatch.setattr(Judge, "right", lambda self, answers: [i % 2 == 0 for i in range(len(answers))])
+    monkeypatch.setattr(Judge, "rewards", lambda self, answers: [(i + 1) % 2 for i in range(len(answers))])
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
     monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name in guided)
     monkeypatch.setattr(GuidedPrompts, "record", lambda self, answers, guided: self)

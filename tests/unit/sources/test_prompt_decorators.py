@@ -87,7 +87,7 @@ def peers(keeps_unhinted: bool) -> PeerPrompts:
 
 
 def judged(prompts: Prompts, group: int, problem: Problem, text: str, correct: bool) -> Answer:
-    return replace(answer(prompts, problem, text), group=group, correct=correct)
+    return replace(answer(prompts, problem, text), group=group, reward=float(correct))
 
 
 def test_the_hint_is_the_first_other_right_response_of_the_group_without_its_thinking(no_collectives):

@@ -25,7 +25,7 @@ MU = [-1.0, -2.0, -0.5, -1.5, -2.0]
 
 def answer(group: int, sampled: list[float], correct: bool, hinted: bool = True) -> Answer:
     response = Response([5] * len(sampled), [0.0] * len(sampled), sampled, "stop")
-    return Answer(PROBLEM, PromptPair("p", [1], [2]), response, group, correct, hinted)
+    return Answer(PROBLEM, PromptPair("p", [1], [2]), response, group, float(correct), hinted)
 
 
 def answers(last_is_hinted: bool = False) -> list[Answer]:
