@@ -72,8 +72,8 @@ def judged_by_all(
 
     ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks, under keys
     that no other replica has.  ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that
-    no question is judged twice and a verifier with a time limit cannot give two ranks different results.  ``judge_name``: its name in
-    messages.
+    no question is judged twice and a verifier with a time limit cannot give two ranks different results.
+    ``judge_name``: what messages call the judge.
     Collectives: one all_gather_object over the world.
     Raises: `VerifierError` on every rank if the verifier failed on one rank.
     """

@@ -11,6 +11,11 @@ PAGES = {
     ),
     "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch pipeline.score"),
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
+    "recipes": (
+        "Rules of the literature",
+        "recipes.signals recipes.advantages recipes.teacher_terms recipes.scope recipes.uni_opd recipes.pi_distill "
+        "recipes.normalization recipes.ratio_terms recipes.explanation_reward",
+    ),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (
         "Data",
