@@ -10,11 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import hf_models
 import pytest
 import tiny_run
+from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
 from megatron_selfdistill.checkpoint.describe import HF_ASSETS
@@ -69,27 +69,6 @@ def alone(directory, ranks) -> Path:
         ranks, directory, out, "--pass-at-k", "1", "2", "4", "--majority-at-k", "3", "rollout.top_k=15"
     ) == [0]
     return out
-
-
-def read_lines(path: Path) -> list[Any]:
-    """Return the JSON values of a file: one for summary.json, and one per line for problems.jsonl."""
-    text = path.read_text()
-    return [json.loads(line) for line in ([text] if path.name == SUMMARY else text.splitlines())]
-
-
-def assert_equal_but_for_rounding(found: Any, expected: Any) -> None:
-    """Compare JSON values; the log-probs of the tokens, from which a confidence comes, round with the layout."""
-    assert type(found) is type(expected)
-    if isinstance(found, dict):
-        assert found.keys() == expected.keys()
-    if isinstance(found, float):
-        assert found == pytest.approx(expected, rel=1e-4, abs=1e-9)
-    elif isinstance(found, dict | list):
-        for key in found if isinstance(found, dict) else range(len(expected)):
-            assert_equal_but_for_rounding(found[key], expected[key])
-        assert len(found) == len(expected)
-    else:
-        assert found == expected
 
 
 def summary_of(out: Path) -> dict:

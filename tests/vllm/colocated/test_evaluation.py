@@ -10,6 +10,7 @@ from pathlib import Path
 import hf_models
 import pytest
 import tiny_run
+from rounded_json import assert_equal_but_for_rounding, read_lines
 
 from megatron_selfdistill.commands import evaluate as evaluate_command
 from megatron_selfdistill.evaluation.comparison import compare
@@ -65,9 +66,9 @@ def test_either_sampler_evaluates_a_hugging_face_directory(ranks, directory):
     on_two = evaluate(
         ranks, directory, "two", "rollout.engine=vllm", "parallel.tensor_model_parallel_size=2", world_size=2
     )
-    assert greedy_verdicts(trainers) == greedy_verdicts(vllms)
+    assert_equal_but_for_rounding(greedy_verdicts(trainers), greedy_verdicts(vllms), relative=1e-2)
     assert any(verdict["answer"] for verdict in greedy_verdicts(vllms))
-    assert (vllms / "problems.jsonl").read_text() == (on_two / "problems.jsonl").read_text()
+    assert_equal_but_for_rounding(*(read_lines(out / "problems.jsonl") for out in (vllms, on_two)), relative=1e-2)
     compared = compare(read_evaluation(trainers), read_evaluation(vllms))
     assert compared.other_settings == {"engine": ["megatron", "vllm colocated"]}
     sampled = next(it for it in compared.differences if it.metric == "sampled_mean_length")
