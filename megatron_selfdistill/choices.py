@@ -75,6 +75,9 @@ PLACEMENTS = ("colocated", "server")
 TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
 """Values of rollout.transfer; null chooses one of them by what the servers can reach."""
 
+SELECTIONS = ("none", "balance", "confidence")
+"""Values of rollout.select."""
+
 ROLLOUT_VIEWS = ("plain", "privileged")
 """Values of rollout.view."""
 

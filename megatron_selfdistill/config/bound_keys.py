@@ -30,6 +30,7 @@ RULES: dict[str, str] = {
                 "rollout.guidance",
                 "rollout.guide_below",
                 "rollout.view",
+                "rollout.select",
                 "rollout.num_samples",
                 "rollout.max_new_tokens",
             ),
@@ -234,6 +235,7 @@ def _plain(default: Any) -> Any:
 def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
     """Return whether verdicts decide what a run trains on, and not only what an evaluation reports."""
     rewards = bool(values.get("policy.weight")) or values.get("distill.rule") != "uniform"
+    rewards = rewards or values.get("rollout.select") != "none"
     guides = values.get("rollout.guide_below") is not None
     return rewards or guides or values.get("objective") == "rft" or values.get("data.solutions") in ("own", "peer")
 

@@ -28,6 +28,7 @@ from megatron_selfdistill.sources.peer_hints import PeerPrompts
 from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts
 from megatron_selfdistill.sources.recording import Recording
 from megatron_selfdistill.sources.replay import Replay
+from megatron_selfdistill.sources.selection import Balance, Select, StatedConfidence
 from megatron_selfdistill.sources.solution_search import Search
 from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
@@ -66,7 +67,13 @@ def configured_source(
 
     own_reward = config.policy.reward
     reward = None if own_reward is None else function_named("policy.reward", own_reward, {})
-    judge = Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid, reward)
+    judge = Judge(
+        load_verifier(config.evaluation.verifier),
+        run_data.tokenizer,
+        grid,
+        reward,
+        config.evaluation.confidence_pattern,
+    )
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
     finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
@@ -87,6 +94,8 @@ def configured_source(
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
         terms=StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
+        select=_select(config, run_data),
+        edits=config.rollout.select == "confidence",
         privileged=config.rollout.view == "privileged",
         views=config.contexts_per_response,
         record=config.rollout.record,
@@ -124,6 +133,14 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     if config.logged and wants_all_turns_read(config, run_data):
         return read_all_turns(config, run_data, grid)
     return run_data
+
+
+def _select(config: Config, run_data: RunData) -> Select | None:
+    if config.rollout.select == "none":
+        return None
+    if config.rollout.select == "balance":
+        return Balance(config.seed)
+    return StatedConfidence(given_solutions(config, run_data), config.evaluation.confidence_pattern)
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:

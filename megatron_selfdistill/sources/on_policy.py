@@ -21,6 +21,7 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 from megatron_selfdistill.sources.recording import SampleKey, record
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
+from megatron_selfdistill.sources.selection import Select
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.sources.step_terms import StepTerms
 
@@ -47,12 +48,21 @@ class OnPolicyOptions:
     """The largest token weight of this correction."""
     terms: StepTerms | None
     """The rule that gives the coefficients of the tokens in place of this correction; None where all of them are 1."""
+    select: Select | None
+    """The selection among the responses of a step, which needs ``judges``; None trains on all."""
+    edits: bool
+    """Whether the selection edits responses, so that the sampler's log-probs describe other texts."""
     privileged: bool
     """Whether responses are sampled after the teacher's prompt."""
     views: int
     """The number of contexts in which a response is trained on: 2 adds the privileged view to the plain one."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
+        return not (self.privileged or self.edits)
 
 
 @dataclass(frozen=True)
@@ -97,7 +107,7 @@ class OnPolicy(CommittedState):
                 record(options.record, asked.keys, responses, options.grid.dp_group, options.grid.is_reporter)
             prompts_after = prompts.record(answers, asked.guided)
         with options.phases("pack"):
-            trained, chosen = self._trained(prompts, answers)
+            trained, chosen = self._trained(step, prompts, answers)
             rewarded = reward_metrics(answers, trained, options.grid) if options.judges else {}
             if options.views == 2:
                 trained = [*(answer.in_privileged_view() for answer in trained), *trained]
@@ -112,7 +122,7 @@ class OnPolicy(CommittedState):
             responses=responses,
             contexts=contexts,
             solutions=[answer.problem.solution for answer in trained],
-            sampler_log_probs=None if options.privileged else self._on_device(r.log_probs for r in kept),
+            sampler_log_probs=self._on_device(r.log_probs for r in kept) if options.compares else None,
             token_coefficients=coefficients,
             metrics={**found, **chosen, **rewarded},
             next_state=SourceState(problem_sampler, prompts_after),
@@ -149,10 +159,14 @@ class OnPolicy(CommittedState):
         with self._options.phases("rollout"):
             return self._options.sampler.generate(requests, sampling)
 
-    def _trained(self, prompts: Prompts, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+    def _trained(
+        self, step: int, prompts: Prompts, answers: Sequence[Answer]
+    ) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers that are trained on, with their prompts, and metrics.  Collective."""
         if self._options.only_right:
             answers = [answer for answer in answers if answer.correct]
+        if self._options.select is not None:
+            answers = self._options.select(step, answers)
         return prompts.choose(answers)
 
     def _corrections(self, responses: Sequence[Response]) -> TruncatedImportance:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
@@ -11,6 +12,7 @@ from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
+from megatron_selfdistill.evaluation.calibration import split_confidence
 from megatron_selfdistill.evaluation.verify import Reward, Verifier, judge, rewards
 from megatron_selfdistill.rollout.base import Response, SamplingParams, response_text
 
@@ -179,6 +181,8 @@ class Judge:
     grid: RankGrid
     reward: Reward | None = None
     """The function that rewards responses; None is 1 for the verdict right, else 0."""
+    confidence: re.Pattern[str] | None = None
+    """The pattern of a stated confidence, which verifier and reward function do not see; None hides nothing."""
 
     def right(self, answers: Sequence[Answer]) -> list[bool]:
         """Return whether each answer of this replica is right, equal on all ranks of the replica.
@@ -202,7 +206,10 @@ class Judge:
         return {
             (self.grid.dp_rank, i): (
                 answer.problem,
-                None if answer.response.truncated else response_text(answer.response, self.tokenizer),
+                None if answer.response.truncated else self._text(answer),
             )
             for i, answer in enumerate(answers)
         }
+
+    def _text(self, answer: Answer) -> str:
+        return split_confidence(response_text(answer.response, self.tokenizer), self.confidence)[1]

@@ -18,7 +18,7 @@ LAYOUTS = {
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd"}
 WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd"}
-RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
+RECIPES = sorted({"sdft", "opsd", "rft", "caopd"} | REWARDED)
 NUM_STEPS = 2
 
 
@@ -58,7 +58,7 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
     for step in reproducible_metrics(whole):
         assert step["gradient_norm"] > 0
         assert ("terms/policy_mean" in step) == (recipe in WITH_POLICY_TERM)
-        assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft"})
+        assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft", "caopd"})
     assert_resumes_equal(
         ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS
     )

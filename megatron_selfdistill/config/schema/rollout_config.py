@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, ROLLOUT_VIEWS, TRANSFERS
+from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, ROLLOUT_VIEWS, SELECTIONS, TRANSFERS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -56,6 +56,10 @@ class RolloutConfig:
     view: str = "plain"
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
+    select: str = "none"
+    """The selection among the responses of a step: none, balance (as many right as wrong responses to each problem that
+    has both, by dropping at random) or confidence (responses, and the solution in the teacher's prompt, end in a line
+    "Confidence: P" with the share P of right responses to the problem, in place of the confidence that they state)."""
     guidance: str = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
@@ -91,6 +95,7 @@ class RolloutConfig:
         one_of("rollout.placement", self.placement, PLACEMENTS)
         one_of("rollout.guidance", self.guidance, GUIDANCES)
         one_of("rollout.view", self.view, ROLLOUT_VIEWS)
+        one_of("rollout.select", self.select, SELECTIONS)
         if self.transfer is not None:
             one_of("rollout.transfer", self.transfer, TRANSFERS)
         at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp")

@@ -167,7 +167,7 @@ class Config:
     def uses_rewards(self) -> bool:
         """Whether verdicts on all responses of a step decide what the step trains on, or with which hint."""
         ranks = self.objective == "self_distillation" and self.distill.rule != "uniform"
-        return self.policy.weight > 0 or ranks or self.data.solutions == "peer"
+        return self.policy.weight > 0 or ranks or self.data.solutions == "peer" or self.rollout.select != "none"
 
     @property
     def judges_responses(self) -> bool:
@@ -267,6 +267,7 @@ class Config:
             "policy.weight": weight > 0,
             f"distill.rule={distill.rule}": self.objective == "self_distillation" and distill.rule != "uniform",
             "data.solutions=peer": self.data.solutions == "peer",
+            f"rollout.select={self.rollout.select}": self.rollout.select != "none",
         }
         others = {
             "distill.weight": distill.weight != 1,
@@ -288,6 +289,13 @@ class Config:
             )
         for key in (key for key, is_set in ratios.items() if is_set):
             self._check_correction(key)
+        require(
+            self.rollout.select != "confidence"
+            or (loss.rollout_correction == "none" and not any(ratios.values()) and self.data.solutions == "given"),
+            "rollout.select=confidence edits responses, whose probability when they were sampled is then unknown, and "
+            "the given solution: it needs data.solutions=given, loss.rollout_correction=none, policy.weight=0 and "
+            "distill.signal=full",
+        )
         require(
             distill.rule != "pi_distill" or (self.rollout.view == "privileged" and weight > 0),
             "distill.rule=pi_distill trains on rewards of the teacher's responses: it needs rollout.view=privileged "

@@ -226,6 +226,11 @@ def test_parallel_sizes_are_checked_without_torch():
             ["rollout.view=privileged", "data.solutions=peer", "rollout.num_samples=2"],
             "rollout.view=privileged samples after the hint",
         ),
+        (["rollout.select=balance"], "rollout.select=balance compares the responses to one problem"),
+        (
+            ["rollout.select=confidence", "rollout.num_samples=2", "loss.rollout_correction=truncated"],
+            "rollout.select=confidence edits responses",
+        ),
         (["distill.alpha=2"], "distill.alpha must lie in 0 to 1, got 2"),
         (["distill.tau=0"], "distill.tau must be positive, got 0"),
     ],

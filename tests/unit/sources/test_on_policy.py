@@ -63,6 +63,8 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
         "corrects": False,
         "weight_cap": 2.0,
         "terms": None,
+        "select": None,
+        "edits": False,
         "privileged": False,
         "views": 1,
         "record": None,
