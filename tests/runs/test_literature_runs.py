@@ -18,7 +18,7 @@ LAYOUTS = {
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd"}
 WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd"}
-RECIPES = sorted({"sdft", "opsd", "rft", "caopd"} | REWARDED)
+RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
 NUM_STEPS = 2
 
 
@@ -58,7 +58,7 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
     for step in reproducible_metrics(whole):
         assert step["gradient_norm"] > 0
         assert ("terms/policy_mean" in step) == (recipe in WITH_POLICY_TERM)
-        assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft", "caopd"})
+        assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft"})
     assert_resumes_equal(
         ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS
     )
@@ -77,3 +77,21 @@ def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, start, run
         for key in compared:
             assert found[key] == pytest.approx(expected[key], abs=2e-5), key
         assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.full
+def test_responses_that_state_their_confidence_train_and_resume_bit_for_bit(ranks, data, tmp_path):
+    from _lib import subtraction
+    from _lib.pretraining import write_tokenizer
+
+    write_tokenizer(tmp_path / "tokenizer", subtraction.TASK.alphabet + "CNfidencTheomprcalqusxv.:' \n")
+    options = [f"data.tokenizer={tmp_path}/tokenizer", "data.student_template='{problem}'", "schedule.max_tokens=1024"]
+    options += ["rollout.max_new_tokens=64", "model.max_position_embeddings=512"]
+    whole = tmp_path / "run"
+    train(ranks, arguments(data, whole, "caopd", *options))
+    for step in reproducible_metrics(whole):
+        assert step["gradient_norm"] > 0 and 0 < step["rewards/trained_share"] < 1
+        assert "sampler/log_prob_mean_abs_diff" not in step, "the sampler knows nothing of the edited texts"
+    assert_resumes_equal(
+        ranks, whole, lambda run: arguments(data, run, "caopd", *options), step=1, num_steps=NUM_STEPS
+    )
