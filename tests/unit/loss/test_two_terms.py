@@ -223,7 +223,7 @@ def test_without_a_use_of_the_log_probs_the_backend_writes_the_gradient_of_the_l
 
 def test_a_token_that_is_no_valid_column_needs_a_coefficient_of_zero() -> None:
     tokens = TOKENS.clone()
-    tokens[:6] = torch.tensor([370, 511, -100, 512, 10**6, -1])
+    tokens[:7] = torch.tensor([370, 511, -100, 512, 10**6, -1, 5])
     w, a = (torch.ones(len(tokens), dtype=torch.float64) for _ in range(2))
     a[:3] = 0
     losses, gradient = computed(Target(), Divergence(), given=(w, a), tokens=tokens)
