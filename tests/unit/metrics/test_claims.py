@@ -60,7 +60,7 @@ def output_of_rank(rank: int = 0, num_replicas: int = 1, cp_rank: int = 0, cp_si
     output = SimpleNamespace(
         stats=TokenStats(**{name: value[tokens] for name, value in per_token.items()}, grid_betas=stats.grid_betas),
         response_ids=ids,
-        weights=None,
+        coefficients=None,
         measures_teacher=True,
         measures=TokenMeasures(*masses[:2, tokens], reference_entropy=None),
         anchor_entropy=masses[2, tokens] * stats.student_entropy[tokens],
