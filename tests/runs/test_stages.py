@@ -22,6 +22,7 @@ SOURCES = {
     "on-policy, mixed with the student, one k per batch": ["target=batch", "target.anchor=student"],
     "own solutions": [*OWN, VERIFIED],
     "guided below a success rate": ["rollout.guidance=mixed", "rollout.guide_below=0.5", VERIFIED],
+    "scope, which measures before it trains": ["recipe=scope", "rollout.num_samples=2", VERIFIED],
     "sft": ["objective=sft"],
     "rft": ["objective=rft", VERIFIED],
     "chat logs": ["recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"],
@@ -259,7 +260,7 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
         return torch.cat([parameter.detach().flatten() for chunk in chunks for parameter in chunk.parameters()])
 
     def use(trainer: Any) -> dict[str, bool]:
-        student, target = trainer.learner.chunks, trainer.learner.teacher.chunks
+        student, teacher = trainer.learner.chunks, trainer.learner.teacher.chunks
         trainer.run_directory.write()
         before = weights(student), weights(teacher)
         assert before[0].equal(before[1]), "the teacher begins as the student"
