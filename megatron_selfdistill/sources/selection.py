@@ -44,7 +44,7 @@ class Balance:
             count = min(map(len, kinds))
             places = set(range(len(group)))
             if count:
-                name = f"{group[0].problem.id}/balance"
+                name = f"balance/{group[0].problem.id}"
                 generator = random.Random(sample_seed(self.seed, step, name, 0))
                 places = {place for kind in kinds for place in generator.sample(kind, count)}
             kept += [answer for i, answer in enumerate(group) if i in places]
