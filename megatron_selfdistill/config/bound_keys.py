@@ -44,7 +44,7 @@ RULES: dict[str, str] = {
     # FIXED: the form of a checkpoint depends on the value.  Not even force can change the key within a run.
     **dict.fromkeys(("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"), FIXED),
     # JUDGE: bound if the run trains on verdicts, otherwise free.
-    "evaluation.verifier": JUDGE,
+    **dict.fromkeys(("evaluation.verifier", "evaluation.confidence"), JUDGE),
     # FREE: where, how fast and how long a run trains.  A resumed run compares the problems, not the names of the files.
     **dict.fromkeys(
         (
@@ -73,7 +73,7 @@ RULES: dict[str, str] = {
                 "evaluation.at_start",
                 "evaluation.limit",
             ),
-            *("evaluation.num_samples", "evaluation.pass_at_k", "evaluation.confidence"),
+            *("evaluation.num_samples", "evaluation.pass_at_k"),
             *("parallel", "cluster", "schedule", "metrics", "report", "guards", "stop"),
             # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned
             # table of positions, which must fit.
@@ -178,7 +178,7 @@ def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
     """Return the bound keys and sections that decide nothing in all ``configurations``."""
     found = []
     if not any(map(_trains_on_verdicts, configurations)):
-        found.append("evaluation.verifier")
+        found += [key for key, rule in RULES.items() if rule == JUDGE]
     if not any(map(_has_target, configurations)):
         found.append("target")
     if not any(values.get("objective") == "self_distillation" for values in configurations):

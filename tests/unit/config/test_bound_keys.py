@@ -111,6 +111,33 @@ def test_a_run_that_did_not_know_the_anchor_was_mixed_with_the_student():
     assert "target.anchor: 'student' in the checkpoint, now 'reference': set them back" in message
 
 
+SCOPE = ("distill.rule=scope", "distill.signal=sampled", "rollout.num_samples=2")
+
+
+@pytest.mark.parametrize(
+    ("judged", "rule"),
+    [
+        ((), FREE),
+        (("objective=rft",), BOUND),
+        (("policy.weight=1", "rollout.num_samples=2"), BOUND),
+        (("data.solutions=peer", "rollout.num_samples=2"), BOUND),
+        (("rollout.select=balance", "rollout.num_samples=2"), BOUND),
+        (SCOPE, BOUND),
+    ],
+)
+@pytest.mark.parametrize("key", ["evaluation.verifier=exact_match", "evaluation.confidence=null"])
+def test_what_judges_responses_is_bound_where_verdicts_decide_what_is_trained(judged, rule, key):
+    (found,) = differences(values(*judged), values(*judged, key))
+    assert (found.key, found.rule) == (key.partition("=")[0], rule)
+
+
+def test_what_the_teacher_weighs_is_free_in_a_run_without_a_teacher():
+    (found,) = differences(values("objective=rft"), values("objective=rft", "distill.weight=2"))
+    assert found.rule == FREE
+    (found,) = differences(values(), values("distill.weight=2"))
+    assert found.rule == BOUND
+
+
 @pytest.mark.parametrize("objective", ["sft", "rft"])
 def test_the_target_is_free_in_a_run_that_does_not_use_it(objective):
     baseline = [f"objective={objective}", "target.anchor=student"]
