@@ -61,6 +61,8 @@ class Outcome:
     """The exit status: 0, or 3 if a guard stopped the run."""
     seconds: float
     """Wall time of the run with its evaluations and without the measurement."""
+    cpu_seconds: float
+    """Processor time of the same, which other programs on the machine hardly change."""
     measurement: Measurement
 
     @property
@@ -77,9 +79,10 @@ def run_variant(variant: Variant, base: Base, directory: Path, *, num_samples: i
     console.rule(f"[bold]{variant.title}", align="left")
     by_hand = command((*overrides, f"run_dir={run_dir}-by-hand"))
     console.print(by_hand, style="dim", markup=False, soft_wrap=True)
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     settings = [*overrides, f"run_dir={run_dir}"]
     given = configuration.GivenKeys(settings, CONFIG_NAME)  # events.jsonl and the report name the command
     status = train(configuration.load(settings, CONFIG_NAME), given)
-    seconds = time.perf_counter() - began
-    return Outcome(variant, run_dir, status, seconds, measure(base, run_dir, num_samples=num_samples))
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    measured = measure(base, run_dir, num_samples=num_samples)
+    return Outcome(variant, run_dir, status, seconds, cpu_seconds, measured)

@@ -1,0 +1,204 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The recipes of the literature side by side: equal budgets, one base, three tasks.
+
+Every row samples 32 responses per step for 100 steps: one response to each of 32 problems, or eight to each of 4 where
+a recipe compares responses to the same problem.  All rows have the optimizer and the learning rate of the examples,
+the hint format of their base, and temperature 1; the published learning rates, batches, templates and temperatures
+belong to other models.  What a recipe says about target, divergence, teacher, weights and rewards stays as published.
+
+Three blocks:
+    subtraction   one right text per problem; the base is right in a third of its samples
+    additions     up to 100 right answers per problem: which recipe keeps them?
+    unsolved      subtraction that the base never solves, so that rewards are silent
+
+    python examples/10_recipes.py --block subtraction
+    python examples/10_recipes.py --block unsolved --only default sdft grpo
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from _lib import additions, subtraction, tables, unsolved_subtraction
+from _lib.command_line import console, example_parser, prepare_process
+from _lib.measurement import Measurement, measure
+from _lib.pretraining import Base, prepared_base, write_records
+from _lib.task import Task
+from _lib.variants import Outcome, Variant, run_variant
+from _lib.watched_runs import WITHOUT_GUARDS
+from megatron_selfdistill.metrics import read_metrics
+from megatron_selfdistill.report.curves import GREEDY, SAMPLED
+
+NUM_RESPONSES, NUM_STEPS = 32, 100
+
+
+@dataclass(frozen=True)
+class Row:
+    """A recipe with what it learns from."""
+
+    title: str
+    sees: str
+    """What the teacher sees, or what the recipe has in place of a teacher."""
+    num_samples: int
+    """Responses per problem; the number of problems per step is `NUM_RESPONSES` divided by it."""
+    overrides: tuple[str, ...]
+
+    @property
+    def budget(self) -> str:
+        """The responses of a step: problems x responses per problem."""
+        return f"{NUM_RESPONSES // self.num_samples} x {self.num_samples}"
+
+
+MIX = ("target=capped", "target.anchor=reference")
+"""The mix with the frozen base in place of the teacher alone: the target of the default recipe."""
+GUIDED = ("rollout.guidance=mixed", "loss.divergence=forward_kl", "target.teacher_weight=2")
+"""Responses sampled from the target itself, and the settings that example 03 needs on problems that nobody solves."""
+ROWS = {
+    "default": Row("default", "the solution", 1, ("recipe=default",)),
+    "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
+    "teacher_alone": Row("teacher alone", "the solution", 1, ("recipe=teacher_alone",)),
+    "sdft": Row("SDFT", "the solution", 1, ("recipe=sdft",)),
+    "opsd": Row("OPSD", "the solution", 1, ("recipe=opsd",)),
+    "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
+    "sdpo_frozen": Row("SDPO, frozen teacher", "another right response", 8, ("recipe=sdpo", "teacher.weights=frozen")),
+    "sdpo_mix": Row("SDPO, mix", "another right response", 8, ("recipe=sdpo", *MIX)),
+    "opsd_rl": Row("OPSD with rewards", "the solution, beside rewards", 8, ("recipe=opsd_rl",)),
+    "opsd_rl_mix": Row("OPSD with rewards, mix", "the solution, beside rewards", 8, ("recipe=opsd_rl", *MIX)),
+    "pi_distill": Row("pi-Distill", "the solution, and it writes", 8, ("recipe=pi_distill",)),
+    "scope": Row("SCOPE", "the solution, for wrong responses", 8, ("recipe=scope",)),
+    "uni_opd": Row("Uni-OPD", "the solution, shifted by rewards", 8, ("recipe=uni_opd",)),
+    "grpo": Row("GRPO", "no teacher: rewards", 8, ("recipe=grpo",)),
+    "rft": Row("RFT", "no teacher: own right responses", 8, ("recipe=rft",)),
+    "sft": Row("SFT", "no teacher: the solution as a response", 1, ("objective=sft",)),
+}
+
+
+@dataclass(frozen=True)
+class Block:
+    """A task with its base."""
+
+    title: str
+    task: Task
+    num_measured: int
+    """Sampled responses per held-out problem, in the measurement at the end; a quarter of them during the run."""
+    imitated: tuple[str, ...] = ("data.fields.solution=as_response",)
+    """The overrides that give SFT a solution in the form of a response: here the answer without work."""
+
+
+BLOCKS = {
+    "subtraction": Block("One right text", subtraction.TASK, 8),
+    "additions": Block("Many right answers", additions.TASK, 32, imitated=()),
+    "unsolved": Block("Never solved by the base", unsolved_subtraction.TASK, 8),
+}
+RESULTS = {
+    "greedy": ("greedy", "{:.3f}"),
+    "sampled": ("sampled", "{:.3f}"),
+    "pass@8": ("pass_at_8", "{:.3f}"),
+    "different": ("different", "{:.1f}"),
+    "entropy": ("entropy", "{:.3f}"),
+    "work": ("shows_work", "{:.2f}"),
+    "at 1/4": ("sampled_at_quarter", "{:.3f}"),
+    "at 1/2": ("sampled_at_half", "{:.3f}"),
+}
+BUDGET = {
+    "trained": ("trained", "{:.2f}"),
+    "with hint": ("with_hint", "{:.2f}"),
+    "tokens": ("tokens", "{:.0f}"),
+    "seconds": ("cpu_seconds", "{:.0f}"),
+}
+"""Heading of a column -> the figure and its format."""
+CAPTIONS = (
+    "different: different right answers among the samples of a problem; entropy: nats per token; work: share of the "
+    "samples that show their work; at 1/4, at 1/2: sampled accuracy after a quarter and half of the steps",
+    "budget: problems x responses per step; trained: share of the responses that are trained on; with hint: share "
+    "whose teacher sees a hint; tokens: sampled in training; seconds: processor time of the run with its evaluations",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the example with the arguments of the command line; return the exit status."""
+    parser = example_parser(__doc__)
+    parser.add_argument("--block", nargs="+", choices=BLOCKS, default=list(BLOCKS), help="tasks (default: all)")
+    parser.add_argument("--only", nargs="+", choices=ROWS, default=list(ROWS), help="recipes (default: all)")
+    options = parser.parse_args(argv)
+    prepare_process()
+    for name in options.block:
+        block, directory = BLOCKS[name], options.directory / "recipes" / f"{name}-seed{options.seed}"
+        base = prepared_base(block.task, options.seed, options.directory)
+        problems = write_records(directory / "train.jsonl", block.task.training_problems(options.seed))
+        before = measured(measure(base, num_samples=block.num_measured))
+        runs = {row: run(row, block, base, problems, directory, options.steps or NUM_STEPS) for row in options.only}
+        show(block.title, before, {row: figures(row, outcome) for row, outcome in runs.items()})
+    return 0
+
+
+def run(name: str, block: Block, base: Base, problems: Path, directory: Path, steps: int) -> Outcome:
+    """Train the row ``name`` of `ROWS` from ``base`` for ``steps`` steps and measure it."""
+    overrides = overrides_of(name, block)
+    often = (f"num_steps={steps}", f"evaluation.every={max(steps // 4, 1)}", "evaluation.at_start=false")
+    quiet = (f"evaluation.num_samples={block.num_measured // 4}", "metrics.show_samples=0", "report.every=0")
+    variant = Variant(name, overrides).on(problems, *often, *quiet, *WITHOUT_GUARDS)
+    return run_variant(variant, base, directory, num_samples=block.num_measured)
+
+
+def overrides_of(name: str, block: Block) -> tuple[str, ...]:
+    """Return what makes a run of ``block`` a run of the row: its recipe, and the budget that all rows share."""
+    row = ROWS[name]
+    budget = (f"data.global_batch_size={NUM_RESPONSES // row.num_samples}", f"rollout.num_samples={row.num_samples}")
+    equal = ("rollout.temperature=1", "optimizer.lr_decay_style=constant")
+    return (*row.overrides, *(block.imitated if name == "sft" else ()), *budget, *equal)
+
+
+def measured(measurement: Measurement) -> dict[str, Any]:
+    """Return the figures of a measurement by their names, without the transcripts."""
+    return {name: value for name, value in asdict(measurement).items() if name != "transcripts"}
+
+
+def figures(name: str, outcome: Outcome) -> dict[str, Any]:
+    """Return the figures of a run: its measurement, what it has cost, and its accuracy by step."""
+    logged = read_metrics(outcome.run_dir)
+    evaluated = [metrics for metrics in logged if SAMPLED.key in metrics]
+    sampled = [metrics[SAMPLED.key] for metrics in evaluated]  # after each quarter of the steps
+    return measured(outcome.measurement) | {
+        "trained": average(logged, "rewards/trained_share", 1.0),
+        "rewarded_groups": average(logged, "rewards/mixed_groups", None),
+        "with_hint": average(logged, "hints/share", None if ROWS[name].sees.startswith("no teacher") else 1.0),
+        "tokens": sum(metrics.get("tokens/rollout", 0) for metrics in logged) if name != "sft" else 0,
+        "cpu_seconds": outcome.cpu_seconds,
+        "step": [metrics["step"] for metrics in evaluated],
+        "greedy_by_step": [metrics[GREEDY.key] for metrics in evaluated],
+        "sampled_by_step": sampled,
+        "sampled_at_quarter": sampled[0],
+        "sampled_at_half": sampled[min(1, len(sampled) - 1)],
+    }
+
+
+def average(logged: Sequence[Mapping[str, Any]], key: str, otherwise: float | None) -> float | None:
+    """Return the mean of a metric over the steps that have it, or ``otherwise`` where no step has it."""
+    values = [metrics[key] for metrics in logged if key in metrics]
+    return mean(values) if values else otherwise
+
+
+def show(title: str, before: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Print what every row has reached, and what every row had to learn from."""
+    reached = tables.new_table(title, list(RESULTS), CAPTIONS[0])
+    reached.add_row("before", *cells(before, RESULTS))
+    budgets = tables.new_table("", ["budget", *BUDGET, "teacher sees"], CAPTIONS[1])
+    for name, row in rows.items():
+        reached.add_row(ROWS[name].title, *cells(row, RESULTS))
+        budgets.add_row(ROWS[name].title, ROWS[name].budget, *cells(row, BUDGET), ROWS[name].sees)
+    console.print(reached, budgets)
+
+
+def cells(row: Mapping[str, Any], columns: Mapping[str, tuple[str, str]]) -> list[str]:
+    """Return the figures of a row as text, empty where the row has no such figure."""
+    return ["" if row.get(name) is None else form.format(row[name]) for name, form in columns.values()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
