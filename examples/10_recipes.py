@@ -8,7 +8,7 @@ belong to other models.  What a recipe says about target, divergence, teacher, w
 
 Three blocks:
     subtraction   one right text per problem; the base is right in a third of its samples
-    additions     up to 100 right answers per problem: which recipe keeps them?
+    additions     many right answers per problem: which recipe keeps them?
     unsolved      subtraction that the base never solves, so that rewards are silent
 
     python examples/10_recipes.py --block subtraction

@@ -23,6 +23,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from anchored_map import REPOSITORY, read_lines
@@ -98,11 +99,10 @@ def cell(name: str, row: str, seed: int, root: Path) -> dict[str, Any]:
     block, directory = example.BLOCKS[name], root / f"{name}-seed{seed}"
     base = make_base(block.task, seed, root / "bases")
     if row == BEFORE:
-        figures: dict[str, Any] = example.measured(measure(base, num_samples=block.num_measured))
-        return figures
+        return dict(example.measured(measure(base, num_samples=block.num_measured)))
     problems = write_records(directory / "train.jsonl", block.task.training_problems(seed))
     outcome = example.run(row, block, base, problems, directory, example.NUM_STEPS)
-    return {"overrides": list(example.overrides_of(row, block))} | example.figures(row, outcome)
+    return {"overrides": list(example.overrides_of(row, block)), **example.figures(row, outcome)}
 
 
 def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def budget_table(name: str, lines: Sequence[Line]) -> list[str]:
 
 def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
     """Return the lines of a block, of the seeds that have a line for each row."""
-    return complete([line | {"arm": line["row"]} for line in lines if line["block"] == name], ROWS)
+    return complete([{**line, "arm": line["row"]} for line in lines if line["block"] == name], ROWS)
 
 
 def rows_of(
@@ -162,9 +162,15 @@ def rows_of(
         of_row = [line for line in lines if line["row"] == name]
         row = example.ROWS.get(name)
         about = [row.sees, row.budget] if row is not None and shows_row else []
-        cells = [spread([line.get(figure) for line in of_row]) for figure in figures]
+        cells = [shown(figure, [line.get(figure) for line in of_row]) for figure in figures]
         table.append(f"| {' | '.join([BEFORE if row is None else row.title, *about, *cells])} |")
     return table
+
+
+def shown(figure: str, values: Sequence[float | None]) -> str:
+    """Return the mean and the extremes of the seeds, or for tokens and seconds the mean as a whole number."""
+    whole = [value for value in values if value is not None and figure in ("tokens", "cpu_seconds")]
+    return f"{mean(whole):.0f}" if whole else spread(values)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,105 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The recipes side by side: rows have equal budgets and keep what is published; the figures are those of the logs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from _lib import additions
+from _lib.measurement import Measurement
+from _lib.variants import Outcome, Variant
+from megatron_selfdistill import config as configuration
+
+
+@pytest.fixture(scope="module")
+def example(load_example) -> ModuleType:
+    return load_example("10_recipes")
+
+
+@pytest.fixture(scope="module")
+def composed(example) -> dict[str, configuration.Config]:
+    """Return the configuration of each row on additions."""
+    block = example.BLOCKS["additions"]
+    given = (*block.task.overrides, "data.path=problems", "data.tokenizer=tokenizer", "checkpoint.load=base")
+    return {
+        name: configuration.load([*given, *example.overrides_of(name, block)], "quickstart") for name in example.ROWS
+    }
+
+
+def test_all_rows_have_the_same_budget_and_optimizer(example, composed):
+    plain = composed["default"]
+    for name, config in composed.items():
+        assert config.data.global_batch_size * config.rollout.num_samples == 32, name
+        assert config.optimizer == plain.optimizer and config.optimizer.lr == 3e-4, name
+        assert config.data.teacher_template == plain.data.teacher_template == "{problem}H{solution}|", name
+        assert config.rollout.temperature == 1 and config.rollout.max_new_tokens == 8, name
+    assert len(set(map(configuration.to_yaml, composed.values()))) == len(composed), "two rows are the same run"
+
+
+def test_rows_keep_what_their_recipe_publishes(composed):
+    assert composed["sdft"].teacher.ema_decay == 0.99 and composed["sdft"].loss.skip_first_tokens == 3
+    assert composed["sdpo"].loss.divergence == "jsd" and composed["sdpo"].data.solutions == "peer"
+    assert composed["opsd_rl"].distill.weight == 0.25 and composed["opsd_rl"].teacher.weights == "current"
+    assert composed["scope"].loss.normalize == "prompts" and composed["uni_opd"].policy.clip_high == 0.28
+    for name in ("sdpo", "opsd_rl"):
+        mix, alone = composed[f"{name}_mix"], composed[name]
+        assert mix.target == composed["default"].target != alone.target
+        assert dataclasses.replace(mix, target=alone.target) == alone
+
+
+def test_a_row_says_whether_it_has_a_teacher(example, composed):
+    for name, row in example.ROWS.items():
+        assert row.sees.startswith("no teacher") == (composed[name].objective != "self_distillation"), name
+        assert row.budget == f"{composed[name].data.global_batch_size} x {composed[name].rollout.num_samples}"
+
+
+def outcome_of(run_dir: Path, metrics: list[dict]) -> Outcome:
+    """Return the outcome of a run with these lines in its metrics.jsonl."""
+    run_dir.mkdir(exist_ok=True)
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
+    measurement = Measurement(0.9, 0.8, 1.0, 0.99, 0.1, 1.0, 22.0, 1.0, ())
+    return Outcome(Variant("any"), run_dir, 0, 9.0, 5.0, measurement)
+
+
+def test_figures_are_means_and_sums_of_the_logged_metrics(example, tmp_path):
+    steps = [
+        {"step": i + 1, "tokens/rollout": 100.0, "rewards/trained_share": share, "hints/share": share}
+        for i, share in enumerate((0.25, 0.5, 0.75, 1.0))
+    ]
+    evaluations = [
+        {"step": i + 1, "evaluation/greedy_accuracy": 0.1 * i, "evaluation/sampled_accuracy": 0.2 * i} for i in range(4)
+    ]
+    logged = [line for pair in zip(steps, evaluations, strict=True) for line in pair]
+    found = example.figures("sdpo", outcome_of(tmp_path, logged))
+    assert found["trained"] == found["with_hint"] == 0.625
+    assert found["tokens"] == 400 and found["cpu_seconds"] == 5.0 and found["greedy"] == 0.9
+    assert found["step"] == [1, 2, 3, 4] and found["sampled_by_step"] == [0.0, 0.2, 0.4, pytest.approx(0.6)]
+    assert (found["sampled_at_quarter"], found["sampled_at_half"]) == (0.0, 0.2)
+
+
+def test_rows_without_such_metrics_train_on_all_responses_and_have_a_hint_if_a_teacher(example, tmp_path):
+    evaluated = {"step": 1, "evaluation/greedy_accuracy": 0.0, "evaluation/sampled_accuracy": 0.0}
+    logged = [{"step": 1, "tokens/rollout": 7.0}, evaluated]
+    of_run = outcome_of(tmp_path, logged)
+    assert [example.figures("default", of_run)[key] for key in ("trained", "with_hint", "tokens")] == [1.0, 1.0, 7.0]
+    assert [example.figures("sft", of_run)[key] for key in ("trained", "with_hint", "tokens")] == [1.0, None, 0]
+
+
+@pytest.mark.full
+def test_the_recipes_run_to_their_end(load_example, root, monkeypatch, capsys):
+    example = load_example("10_recipes")
+    few = dataclasses.replace(additions.TASK, held_out_problems=lambda: additions.held_out_problems()[:8])
+    block = dataclasses.replace(
+        example.BLOCKS["additions"], task=dataclasses.replace(few, pretraining_steps=20), num_measured=8
+    )
+    monkeypatch.setitem(example.BLOCKS, "additions", block)
+    assert example.main(["--block", "additions", "--steps", "4", "--directory", str(root)]) == 0
+    shown = capsys.readouterr().out
+    for row in example.ROWS.values():
+        assert len(re.findall(rf"│ {re.escape(row.title)} +│", shown)) == 2, row.title
