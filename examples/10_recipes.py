@@ -62,6 +62,12 @@ ROWS = {
     "default": Row("default", "the solution", 1, ("recipe=default",)),
     "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
     "teacher_alone": Row("teacher alone", "the solution", 1, ("recipe=teacher_alone",)),
+    "off_policy": Row(
+        "off-policy distillation",
+        "the solution, and it writes",
+        1,
+        ("recipe=teacher_alone", "rollout.view=privileged", "loss.divergence=forward_kl"),
+    ),
     "sdft": Row("SDFT", "the solution", 1, ("recipe=sdft",)),
     "opsd": Row("OPSD", "the solution", 1, ("recipe=opsd",)),
     "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
