@@ -23,7 +23,7 @@ def metrics(run_dir: Path) -> list[dict]:
 
 
 def test_a_resumed_run_equals_one_that_never_stopped_and_measures_the_teacher_when_due(ranks, data, tmp_path):
-    """The teacher alone and the mass on rare tokens are measured at steps 1 and 3, whether the run was resumed or not."""
+    """The teacher alone and the mass on rare tokens are measured at steps 1 and 3, also where the run was resumed."""
     whole, options = tmp_path / "whole", [*OPTIONS, "num_steps=4", "checkpoint.save_every=2"]
     train(ranks, overrides(data, whole, *options))
     assert_resumes_equal(ranks, whole, lambda run_dir: overrides(data, run_dir, *options), step=2, num_steps=4)

@@ -13,9 +13,9 @@ from explored_records import summary_of, target_of
 from summed_target import matching_beta
 from tiny_run import NOT_REPRODUCIBLE, overrides, train, train_each
 
+from megatron_selfdistill.explored_files import explored_files, forget_explored_after, read_explored
 from megatron_selfdistill.loss.status import MIN_ENTROPY
 from megatron_selfdistill.metrics import read_metrics, read_samples
-from megatron_selfdistill.explored_files import explored_files, forget_explored_after, read_explored
 
 OPTIONS = [
     *("model.num_layers=2", "num_steps=3", "metrics.show_samples=2", "metrics.show_samples_every=2"),

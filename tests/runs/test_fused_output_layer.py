@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import tiny_run
-import torch
 from tiers import combinations
 from tiny_run import overrides, reproducible_metrics, train
 

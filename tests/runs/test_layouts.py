@@ -62,9 +62,7 @@ def on_one_rank(ranks, data, base, tmp_path_factory) -> Callable[[int], Path]:
 
 
 @pytest.mark.parametrize(("name", "num_steps"), NUM_STEPS)
-def test_steps_on_recorded_responses_have_the_same_losses(
-    ranks, data, base, on_one_rank, tmp_path, name, num_steps
-):
+def test_steps_on_recorded_responses_have_the_same_losses(ranks, data, base, on_one_rank, tmp_path, name, num_steps):
     one = on_one_rank(num_steps)
     replay = f"rollout.replay={one}/responses.jsonl"
     train(ranks, run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS[name], replay), 2)

@@ -59,13 +59,14 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
         assert step["gradient_norm"] > 0
         assert ("terms/policy_mean" in step) == (recipe in WITH_POLICY_TERM)
         assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft"})
-    assert_resumes_equal(
-        ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS
-    )
+    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)
 
 
 @combinations(
-    recipe=RECIPES, layout=list(LAYOUTS), quick={"recipe": ["grpo", "sdpo", "uni_opd"], "layout": ["CP2", "DP2"]}, strength=1
+    recipe=RECIPES,
+    layout=list(LAYOUTS),
+    quick={"recipe": ["grpo", "sdpo", "uni_opd"], "layout": ["CP2", "DP2"]},
+    strength=1,
 )
 def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
@@ -92,6 +93,4 @@ def test_responses_that_state_their_confidence_train_and_resume_bit_for_bit(rank
     for step in reproducible_metrics(whole):
         assert step["gradient_norm"] > 0 and 0 < step["rewards/trained_share"] < 1
         assert "sampler/log_prob_mean_abs_diff" not in step, "the sampler knows nothing of the edited texts"
-    assert_resumes_equal(
-        ranks, whole, lambda run: arguments(data, run, "caopd", *options), step=1, num_steps=NUM_STEPS
-    )
+    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, "caopd", *options), step=1, num_steps=NUM_STEPS)

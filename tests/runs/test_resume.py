@@ -23,7 +23,10 @@ from tiny_run import (
 LAYOUTS = {
     "one rank": (1, []),
     "one rank, bf16, EMA teacher": (1, ["optimizer.precision=bf16", "teacher.weights=ema", "teacher.ema_decay=0.9"]),
-    "one rank, current weights, one k per batch": (1, ["teacher.weights=current", "target=batch", "target.anchor=student"]),
+    "one rank, current weights, one k per batch": (
+        1,
+        ["teacher.weights=current", "target=batch", "target.anchor=student"],
+    ),
     "DP2, bf16, overlapped": (2, ["optimizer=overlapped", "optimizer.precision=bf16"]),
     "TP2+SP": (
         2,

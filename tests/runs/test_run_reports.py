@@ -59,7 +59,9 @@ def test_a_run_writes_its_report_and_trains_as_without_one(ranks, data, tmp_path
 def test_a_run_that_a_guard_stops_and_one_that_resumes_say_so(ranks, data, tmp_path):
     run_dir = tmp_path / "run"
     arguments = overrides(data, run_dir, *evaluated(data))
-    train(ranks, [*arguments, "guards.min_length_ratio=1000", "guards.reference_steps=1", "guards.patience=1"], expected=3)
+    train(
+        ranks, [*arguments, "guards.min_length_ratio=1000", "guards.reference_steps=1", "guards.patience=1"], expected=3
+    )
     train(ranks, [*arguments, "guards.min_length_ratio=null"])
     names = [event["event"] for event in read_events(run_dir)]
     assert names == ["started", "saved", "guard", "started", "saved", "finished"]
