@@ -14,6 +14,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -47,9 +48,9 @@ def require_ranks(config: Config, world_size: int) -> None:
 
     The check includes the sizes of the model only if no checkpoint states these sizes.
     """
-    config.check_ranks(world_size)
+    check_ranks(config, world_size)
     if names_its_model(config):
-        config.check_world(world_size)
+        check_world(config, world_size)
 
 
 def require_lengths(config: Config) -> None:

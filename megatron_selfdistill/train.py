@@ -20,6 +20,7 @@ from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.run.run_lock import RunLock
 from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 from megatron_selfdistill.config import Config, check_files, command_line
+from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
@@ -135,7 +136,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
     require_same_tokenizer(config)
-    config.check_world(ranks.world_size)
+    check_world(config, ranks.world_size)
     patience_s = config.parallel.distributed_timeout_minutes * 60
     finished = finished_run(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("directory", str(finished or ""), patience_s):

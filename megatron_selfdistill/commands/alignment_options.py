@@ -7,6 +7,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_selfdistill.commands.model_options import add_models, parsed
+
 DESCRIPTION = """Measure whether distillation pushes a model towards tokens with which it succeeds.
 
     selfdistill alignment Qwen3-8B --data problems.jsonl -o alignment.json evaluation.verifier=math_verify
@@ -35,23 +37,7 @@ def alignment_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="selfdistill alignment", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
-        "Face directory",
-    )
-    parser.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
-    )
-    parser.add_argument(
-        "--teacher",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
-        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
-    )
+    add_models(parser)
     parser.add_argument(
         "--data", required=True, metavar="PATH", help="problems with solutions and answers, in any form of data.path"
     )
@@ -79,21 +65,7 @@ def alignment_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="the results as JSON (default: alignment.json)",
     )
-    parser.add_argument(
-        "--tmp",
-        type=Path,
-        metavar="DIR",
-        help="directory for converted Hugging Face models, which all nodes see (default: --out/..)",
-    )
-    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
-    arguments = parser.parse_intermixed_args(argv)
-    if wrong := [word for word in arguments.overrides if "=" not in word]:
-        parser.error(f"expected one checkpoint and then key=value, got {wrong[0]}")
-    return arguments
+    return parsed(parser, argv)
 
 
 def _positive(text: str) -> int:

@@ -14,6 +14,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
+from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -73,7 +74,7 @@ def check(arguments: argparse.Namespace) -> None:
     else:
         prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
-    config.check_ranks(world_size())
+    check_ranks(config, world_size())
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -100,7 +101,7 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     )  # so that temporary directories are removed
     model = _model(arguments)
     config = _configured(arguments, model)
-    config.check_world(world_size())
+    check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     grid = ranks.initialize(config.parallel, config.seed)

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.commands.explore_options import exploration_arguments, given_text
+from megatron_selfdistill.config.world_checks import check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -49,22 +50,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.commands.given_models import GivenModels
-    from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.commands.given_models import check_reading
 
     for option in ("problem", "solution", "response"):
         if getattr(arguments, option) is not None:
             given_text(f"--{option}", getattr(arguments, option))
     config, _ = _loaded(arguments)
-    if config.objective != "self_distillation":
-        raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
-    if arguments.out.is_dir():
-        raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    GivenModels.of(arguments, config).check()
-    prechecks.require_data(config)
-    config.check_ranks(world_size())
+    check_reading(arguments, config)
 
 
 def explore(arguments: argparse.Namespace) -> int:
@@ -82,7 +74,7 @@ def explore(arguments: argparse.Namespace) -> int:
     models = GivenModels.of(arguments, given)
     model = models.found_student()
     config = configured(given, keys, model)
-    config.check_world(world_size())
+    check_world(config, world_size())
     response = None if arguments.response is None else given_text("--response", arguments.response)
     exploration = Exploration.of_problem(config, _problem(arguments), response)
     grid = ranks.initialize(config.parallel, config.seed)
@@ -100,14 +92,9 @@ def explore(arguments: argparse.Namespace) -> int:
 
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill.commands.given_config import given_config
-    from megatron_selfdistill.commands.run_settings import is_run, with_settings_of
+    from megatron_selfdistill.commands.given_models import config_before_the_model
 
-    given = given_config(arguments, RESERVED, {"path": None})
-    if is_run(arguments.checkpoint):
-        return with_settings_of(arguments.checkpoint, given.config, given.overridden), given.keys
-    return given.config, given.keys
+    return config_before_the_model(arguments, RESERVED, {"path": None})
 
 
 def _problem(arguments: argparse.Namespace) -> Problem:

@@ -7,6 +7,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_selfdistill.commands.model_options import add_models, parsed
 from megatron_selfdistill.errors import ConfigError
 
 DESCRIPTION = """Write a page that shows the target of every token of a response.
@@ -39,23 +40,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="selfdistill explore", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "checkpoint",
-        type=Path,
-        metavar="CHECKPOINT",
-        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
-        "Face directory",
-    )
-    parser.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
-    )
-    parser.add_argument(
-        "--teacher",
-        type=Path,
-        metavar="DIR",
-        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
-        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
-    )
+    add_models(parser)
     text = "a text, or the name of a file with the text"
     parser.add_argument("--problem", required=True, metavar="TEXT", help=text)
     parser.add_argument("--solution", required=True, metavar="TEXT", help=f"what only the teacher sees: {text}")
@@ -63,21 +48,7 @@ def exploration_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "-o", "--out", type=Path, default=Path("target.html"), metavar="FILE", help="the page (default: target.html)"
     )
-    parser.add_argument(
-        "--tmp",
-        type=Path,
-        metavar="DIR",
-        help="directory for converted Hugging Face models, which all nodes see (default: --out/..)",
-    )
-    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
-    arguments = parser.parse_intermixed_args(argv)
-    if wrong := [word for word in arguments.overrides if "=" not in word]:
-        parser.error(f"expected one checkpoint and then key=value, got {wrong[0]}")
-    return arguments
+    return parsed(parser, argv)
 
 
 def given_text(option: str, value: str) -> str:

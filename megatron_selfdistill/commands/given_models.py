@@ -4,14 +4,18 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_selfdistill import prechecks
-from megatron_selfdistill.commands.run_settings import has_frozen_teacher, initial_weights, is_run
+from megatron_selfdistill.commands.given_config import given_config
+from megatron_selfdistill.commands.run_settings import has_frozen_teacher, initial_weights, is_run, with_settings_of
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.world_checks import check_ranks
+from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.errors import ConfigError
 
 
@@ -91,6 +95,30 @@ class GivenModels:
     def about(self) -> str:
         """Return a line about the models for the user."""
         return f"student: {self.student}; teacher: {self.teacher or self.student}"
+
+
+def config_before_the_model(
+    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
+) -> tuple[Config, frozenset[str]]:
+    """Return the configuration of the command line before the model is known, and the keys that the user has set.
+
+    A run directory gives the settings of its run.  Arguments and errors: as for `given_config`.
+    """
+    given = given_config(arguments, reserved, evaluation)
+    if is_run(arguments.checkpoint):
+        return with_settings_of(arguments.checkpoint, given.config, given.overridden), given.keys
+    return given.config, given.keys
+
+
+def check_reading(arguments: argparse.Namespace, config: Config) -> None:
+    """Raise `ConfigError` or `CheckpointError` for models, an output file or ranks that cannot be used."""
+    if config.objective != "self_distillation":
+        raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
+    if arguments.out.is_dir():
+        raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
+    GivenModels.of(arguments, config).check()
+    prechecks.require_data(config)
+    check_ranks(config, world_size())
 
 
 def _is_hugging_face(path: Path) -> bool:

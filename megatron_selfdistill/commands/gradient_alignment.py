@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.alignment_options import alignment_arguments
+from megatron_selfdistill.config.world_checks import check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -53,19 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def check(arguments: argparse.Namespace) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
-    from megatron_selfdistill import prechecks
-    from megatron_selfdistill.commands.given_models import GivenModels
-    from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.commands.given_models import check_reading
 
     config, _ = _loaded(arguments)
-    if config.objective != "self_distillation":
-        raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
-    if arguments.out.is_dir():
-        raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    GivenModels.of(arguments, config).check()
-    prechecks.require_data(config)
-    config.check_ranks(world_size())
+    check_reading(arguments, config)
 
 
 def align(arguments: argparse.Namespace) -> int:
@@ -85,7 +77,7 @@ def align(arguments: argparse.Namespace) -> int:
     models = GivenModels.of(arguments, given)
     model = models.found_student()
     config = configured(given, keys, model)
-    config.check_world(world_size())
+    check_world(config, world_size())
     run_data = RunData.load_evaluation(config, with_solutions=True)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     numbers = {"num_nodes": arguments.nodes, "num_top": arguments.top, "num_completions": arguments.completions}
@@ -128,14 +120,9 @@ def _write(
 
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
-    """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill.commands.given_config import given_config
-    from megatron_selfdistill.commands.run_settings import is_run, with_settings_of
+    from megatron_selfdistill.commands.given_models import config_before_the_model
 
-    given = given_config(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
-    if is_run(arguments.checkpoint):
-        return with_settings_of(arguments.checkpoint, given.config, given.overridden), given.keys
-    return given.config, given.keys
+    return config_before_the_model(arguments, RESERVED, {"path": str(arguments.data), "limit": arguments.limit})
 
 
 def _settings(config: Config) -> dict[str, Any]:

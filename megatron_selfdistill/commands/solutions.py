@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.choices import SOLUTION_RANKINGS
+from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -60,7 +61,7 @@ def check(arguments: argparse.Namespace) -> None:
         prechecks.require_hugging_face(arguments.hf)
     prechecks.require_data(config)
     prechecks.require_start(config)
-    config.check_ranks(world_size())
+    check_ranks(config, world_size())
 
 
 def make_solutions(arguments: argparse.Namespace) -> int:
@@ -79,7 +80,7 @@ def make_solutions(arguments: argparse.Namespace) -> int:
         hf = arguments.hf
         with converted(hf, file_beside(out, ".model")) if hf is not None else nullcontext() as checkpoint:
             config = _of_checkpoint(config, arguments, checkpoint)
-            config.check_world(grid.world_size)
+            check_world(config, grid.world_size)
             SolutionJob(config, RunData.load(config), grid, out, arguments.group_size, hf).run()
         return 0
     finally:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
@@ -130,7 +131,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     num_gpus = planned_gpus(config)
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
-    config.check_world(num_gpus)
+    check_world(config, num_gpus)
     max_length, seq_length = longest_context(config), longest_sequence(config)
     check_lengths(config, max_length)
     check_engine(config, num_gpus)

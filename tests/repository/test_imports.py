@@ -23,7 +23,7 @@ ORDER = {
         "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
         "schema.data_config schema.rollout_config schema.target_config schema.loss_config "
         "schema.policy_config schema.optimizer_config "
-        "schema.run_config schema.whole_config checks compose functions bound_keys command_line"
+        "schema.run_config schema.whole_config checks world_checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
     "replaced_files": "",
@@ -101,8 +101,8 @@ ORDER = {
     ),
     "doctor": "imports findings",
     "commands": (
-        "convert report doctor given_config given_model evaluate_options evaluate exploration explore_options "
-        "run_settings given_models explore alignment_options alignment_job gradient_alignment plan "
+        "convert report doctor given_config given_model evaluate_options evaluate exploration model_options "
+        "explore_options run_settings given_models explore alignment_options alignment_job gradient_alignment plan "
         "solution_journal solution_job solutions"
     ),
     "cli": "",

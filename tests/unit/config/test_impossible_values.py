@@ -14,6 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import Config, check_files, from_mapping, load, to_yaml
+from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -135,7 +136,7 @@ IMPOSSIBLE_WORLDS = [
 @pytest.mark.parametrize(("world_size", "overrides", "words"), IMPOSSIBLE_WORLDS)
 def test_parallel_sizes_that_cannot_be_are_one_message(world_size, overrides, words):
     config = configured(*overrides)
-    assert words in one_message(lambda: config.check_world(world_size))
+    assert words in one_message(lambda: check_world(config, world_size))
 
 
 @pytest.mark.parametrize(
@@ -152,17 +153,18 @@ def test_parallel_sizes_that_cannot_be_are_one_message(world_size, overrides, wo
     ],
 )
 def test_parallel_sizes_that_can_be_pass(world_size, overrides):
-    configured(*overrides).check_world(world_size)
+    check_world(configured(*overrides), world_size)
 
 
 def test_the_shipped_layout_of_a_node_fits_a_shipped_model():
-    load(["parallel=node_of_8", "model=qwen3_8b"]).check_world(8)
+    check_world(load(["parallel=node_of_8", "model=qwen3_8b"]), 8)
 
 
 def test_parallel_sizes_are_checked_without_torch():
     code = (
         "import sys\nfrom megatron_selfdistill.config import load\n"
-        "try:\n    load(['parallel.tensor_model_parallel_size=2']).check_world(3)\n"
+        "from megatron_selfdistill.config.world_checks import check_world\n"
+        "try:\n    check_world(load(['parallel.tensor_model_parallel_size=2']), 3)\n"
         "except ValueError as error:\n    sys.exit(0 if 'torch' not in sys.modules else 2)\nsys.exit(1)"
     )
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True)

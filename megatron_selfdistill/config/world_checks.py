@@ -1,0 +1,87 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Checks of a configuration against the number of ranks that a launch has."""
+
+from __future__ import annotations
+
+from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.whole_config import Config
+
+
+def check_ranks(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` where the parallel sizes or the batch do not fit ``world_size`` ranks, for any model.
+
+    The parallel sizes must divide the number of ranks, and the batch needs at least one problem per replica.
+    """
+    p = config.parallel
+    tp, pp, cp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.context_parallel_size
+    ep, etp = p.expert_model_parallel_size, p.expert_tensor_parallel_size or tp
+    model_size = tp * pp * cp
+    made_for = config.cluster.num_gpus
+    require(
+        made_for is None or made_for == world_size,
+        f"cluster.num_gpus is {made_for}, but the launch has {world_size} ranks: launch {made_for}, or set "
+        f"cluster.num_gpus={world_size} and look at the plan of dry_run=true",
+    )
+    require(
+        world_size % model_size == 0,
+        f"the world size {world_size} must be a multiple of TP x PP x CP = {tp} x {pp} x {cp} = {model_size}",
+    )
+    require(
+        world_size % (etp * pp * ep) == 0,
+        f"the world size {world_size} must be a multiple of ETP x EP x PP = {etp} x {ep} x {pp} = {etp * ep * pp}",
+    )
+    dp = world_size // model_size
+    require(
+        config.data.global_batch_size >= dp,
+        f"data.global_batch_size ({config.data.global_batch_size}) must be at least the number of "
+        f"data-parallel ranks ({dp})",
+    )
+
+
+def check_world(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` where the parallel sizes, the model or the batch do not fit ``world_size`` ranks."""
+    check_ranks(config, world_size)
+    p, m = config.parallel, config.model
+    ep = p.expert_model_parallel_size
+    require(
+        ep == 1 or m.num_moe_experts is not None or m.provider is not None,
+        f"parallel.expert_model_parallel_size={ep} needs a mixture of experts (model.num_moe_experts)",
+    )
+    if m.provider is None:
+        _check_model_divides(config, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, ep)
+
+
+def _check_model_divides(config: Config, tp: int, pp: int, ep: int) -> None:
+    p, m = config.parallel, config.model
+    ffn = m.ffn_hidden_size or 4 * m.hidden_size
+    for name, size in [
+        ("model.hidden_size", m.hidden_size),
+        ("model.num_attention_heads", m.num_attention_heads),
+        ("model.num_query_groups", m.num_query_groups or m.num_attention_heads),
+        ("model.ffn_hidden_size", ffn),
+    ]:
+        require(size % tp == 0, f"{name} ({size}) must be a multiple of tensor_model_parallel_size ({tp})")
+    chunks = pp * (p.virtual_pipeline_model_parallel_size or 1)
+    uneven = {"num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"}
+    if not uneven & set(m.transformer) and "pipeline_model_parallel_layout" not in m.transformer:
+        require(
+            m.num_layers % chunks == 0,
+            f"model.num_layers ({m.num_layers}) must be a multiple of PP x VPP = {chunks}, "
+            "or give model.transformer.num_layers_in_first_pipeline_stage / ..._last_...",
+        )
+    if m.num_moe_experts is not None:
+        require(
+            m.num_moe_experts % ep == 0,
+            f"model.num_moe_experts ({m.num_moe_experts}) must be a multiple of EP ({ep})",
+        )
+        etp = p.expert_tensor_parallel_size or tp
+        expert_ffn = m.moe_ffn_hidden_size or ffn
+        require(
+            expert_ffn % etp == 0,
+            f"model.moe_ffn_hidden_size ({expert_ffn}) must be a multiple of the tensor parallelism "
+            f"inside an expert ({etp}): set parallel.expert_tensor_parallel_size",
+        )
+        require(
+            tp == 1 or p.sequence_parallel,
+            "a mixture of experts with tensor parallelism needs parallel.sequence_parallel=true",
+        )
