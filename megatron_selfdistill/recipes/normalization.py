@@ -9,7 +9,9 @@ from torch import Tensor
 from megatron_selfdistill.recipes.signals import Signals
 
 
-def token_factors(signals: Signals, normalize: str, totals: tuple[int, int, int], skip_first_tokens: int = 0) -> Tensor:
+def token_factors(
+    signals: Signals, normalize: str, totals: tuple[float, float, float], skip_first_tokens: int = 0
+) -> Tensor:
     """Return the factor [R] of each token's terms in a loss that divides by the number N of response tokens.
 
     ``totals``: N, the number of responses and the number of groups of the global batch.

@@ -18,22 +18,24 @@ def reward_metrics(answers: Sequence[Answer], trained: Sequence[Answer], grid: R
 
     rewards/mean: the mean reward.  rewards/mixed_groups: the share of the groups whose rewards are not all equal, the
     only groups with advantages.  rewards/trained_share: the share of the answers that are ``trained`` on.
-    Collectives: two sums over the data-parallel ranks.
+    Collectives: one sum over the data-parallel ranks.
     """
     groups = [{answer.reward for answer in group} for _, group in groupby(answers, key=lambda a: a.group)]
     mixed = sum(len(group) > 1 for group in groups)
-    number, mixed, num_groups, num_trained = over_replicas((len(answers), mixed, len(groups), len(trained)), grid)
-    total = torch.tensor(sum(answer.reward or 0.0 for answer in answers), dtype=torch.float64, device=grid.device)
-    dist.all_reduce(total, group=grid.dp_group)
+    total = sum(answer.reward or 0.0 for answer in answers)
+    total, number, mixed_groups, num_groups, num_trained = over_replicas(
+        (total, len(answers), mixed, len(groups), len(trained)), grid
+    )
     return {
-        "rewards/mean": float(total) / max(number, 1),
-        "rewards/mixed_groups": mixed / max(num_groups, 1),
+        "rewards/mean": total / max(number, 1),
+        "rewards/mixed_groups": mixed_groups / max(num_groups, 1),
         "rewards/trained_share": num_trained / max(number, 1),
     }
 
 
-def over_replicas(counts: Sequence[int], grid: RankGrid) -> list[int]:
-    """Return the sums of ``counts`` over the data-parallel ranks.  Collectives: one sum over them."""
-    totals = torch.tensor(counts, device=grid.device)
+def over_replicas(values: Sequence[float], grid: RankGrid) -> list[float]:
+    """Return the sums of ``values`` over the data-parallel ranks, in float64.  Collectives: one sum over them."""
+    totals = torch.tensor(values, dtype=torch.float64, device=grid.device)
     dist.all_reduce(totals, group=grid.dp_group)
-    return [int(total) for total in totals.tolist()]
+    found: list[float] = totals.tolist()
+    return found

@@ -79,7 +79,7 @@ class StepTerms:
         over_ranks = partial(over_last_stage, grid=self.grid)
         return SequenceImportance(signals.sampled_log_prob, owners, len(signals.lengths), over_ranks, cap)
 
-    def _totals(self, signals: Signals) -> tuple[int, int, int]:
+    def _totals(self, signals: Signals) -> tuple[float, float, float]:
         """Return the numbers of tokens, responses and groups of the global batch, where the loss needs them."""
         counts = len(signals.sampled_log_prob), len(signals.lengths), signals.num_groups
         if self.config.loss.normalize == "tokens":
