@@ -132,7 +132,7 @@ class RunData:
             fields["solution"] = None
         problems = load_problems(_record_source(data, fields), require_solution=True)
         if data.solutions == "answer":
-            problems = replace(problems, problems=[_with_answer_as_solution(p) for p in problems.problems])
+            problems = replace(problems, problems=[p.with_answer_as_solution() for p in problems.problems])
         max_length = longest_context(config)
         problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
         return cls(
@@ -340,16 +340,6 @@ def _fitting_problems(
         return replace(problems, problems=kept), counts, None
     shown_part = _SHOWN_PARTS[config.data.solutions]
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
-
-
-def _with_answer_as_solution(problem: Problem) -> Problem:
-    """Return the problem with its answer as the solution.  Raises: `ConfigError` where it has no answer."""
-    if not problem.answer:
-        raise ConfigError(
-            f"{problem.location}: expected an answer, which data.solutions=answer shows to the teacher, got none: set "
-            "data.fields.answer"
-        )
-    return replace(problem, solution=problem.answer)
 
 
 def _none_fits(first: Problem, number: int, builder: PromptBuilder, max_length: int, config: Config) -> str:

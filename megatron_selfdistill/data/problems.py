@@ -9,12 +9,12 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
-from megatron_selfdistill.errors import BadRecordError
+from megatron_selfdistill.errors import BadRecordError, ConfigError
 
 FIELDS = ("problem", "messages", "solution", "answer", "id")
 
@@ -50,6 +50,15 @@ class Problem:
     """Schemas of functions for the chat template, as in the log."""
     reply: LoggedReply | None = None
     """Logged reply to ``messages``, where the problem is a turn of a conversation."""
+
+    def with_answer_as_solution(self) -> Problem:
+        """Return this problem with its answer as the solution.  Raises: `ConfigError` where it has no answer."""
+        if not self.answer:
+            raise ConfigError(
+                f"{self.location}: expected an answer, which data.solutions=answer shows to the teacher, got none: set "
+                "data.fields.answer"
+            )
+        return replace(self, solution=self.answer)
 
 
 @dataclass(frozen=True)

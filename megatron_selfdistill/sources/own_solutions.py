@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
+from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
-from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import Verifier
 from megatron_selfdistill.metrics import Phases
@@ -34,23 +33,6 @@ class Solution:
     """Tokens of the response as it was sampled."""
     step: int
     """Optimizer steps done when the response was sampled."""
-
-
-def prompts_with(
-    builder: PromptBuilder, problem: Problem, solution: str, *, max_length: int, max_new_tokens: int, policy: str
-) -> PromptPair | None:
-    """Return the prompts of `fit_teacher_prompt` with an own solution; None where they do not fit.
-
-    The policy "error" concerns the data of the user, and an own solution can only be skipped, so "error" acts as
-    "drop".
-    """
-    return fit_teacher_prompt(
-        builder,
-        replace(problem, solution=solution),
-        max_length=max_length,
-        max_new_tokens=max_new_tokens,
-        policy="drop" if policy == "error" else policy,
-    )
 
 
 @dataclass(frozen=True)
@@ -188,7 +170,7 @@ class OwnSolutionPrompts:
                 builder=self.inner.builder,
                 verifier=finder.verifier,
                 score=finder.score,
-                fits=lambda problem, text: self._pair_with(problem, text) is not None,
+                fits=lambda problem, text: self.inner.pair_with(problem, text) is not None,
             )
         return replace(self, own=own), metrics
 
@@ -221,7 +203,7 @@ class OwnSolutionPrompts:
         for answer in answers:
             response = response_text(answer.response, self.inner.builder.tokenizer)
             solution = self.own.solution_for(answer.problem.id, response)
-            pair = self._pair_with(answer.problem, solution.text) if solution is not None else None
+            pair = self.inner.pair_with(answer.problem, solution.text) if solution is not None else None
             if solution is not None and pair is not None:
                 problem = replace(answer.problem, solution=solution.text)
                 kept.append(replace(answer, problem=problem, prompts=pair))
@@ -243,14 +225,3 @@ class OwnSolutionPrompts:
     def restored(self, state: Mapping[str, Any]) -> Prompts:
         """Return these prompts with the table of ``state``."""
         return self if state.get("own") is None else replace(self, own=self.own.restored(state["own"]))
-
-    def _pair_with(self, problem: Problem, solution: str) -> PromptPair | None:
-        inner = self.inner
-        return prompts_with(
-            inner.builder,
-            problem,
-            solution,
-            max_length=inner.max_length,
-            max_new_tokens=inner.max_new_tokens,
-            policy=inner.policy,
-        )

@@ -11,7 +11,6 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
-from megatron_selfdistill.sources.own_solutions import prompts_with
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts, without_hint
 from megatron_selfdistill.sources.reward_metrics import over_replicas
 
@@ -85,16 +84,8 @@ class PeerPrompts:
         return self
 
     def _with_hint(self, answer: Answer, peer: Answer) -> Answer | None:
-        inner = self.inner
-        hint = without_thinking(response_text(peer.response, inner.builder.tokenizer))
-        pair = prompts_with(
-            inner.builder,
-            answer.problem,
-            hint,
-            max_length=inner.max_length,
-            max_new_tokens=inner.max_new_tokens,
-            policy=inner.policy,
-        )
+        hint = without_thinking(response_text(peer.response, self.inner.builder.tokenizer))
+        pair = self.inner.pair_with(answer.problem, hint)
         return None if pair is None else replace(answer, problem=replace(answer.problem, solution=hint), prompts=pair)
 
 

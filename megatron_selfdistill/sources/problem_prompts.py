@@ -143,6 +143,20 @@ class GivenSolutions:
         assert pair is not None, "RunData.load kept only the problems that fit"
         return pair
 
+    def pair_with(self, problem: Problem, solution: str) -> PromptPair | None:
+        """Return both prompts of a problem with another solution for the teacher; None where they do not fit.
+
+        The policy "error" concerns the data of the user, and another solution can only be skipped, so "error" acts as
+        "drop".
+        """
+        return fit_teacher_prompt(
+            self.builder,
+            replace(problem, solution=solution),
+            max_length=self.max_length,
+            max_new_tokens=self.max_new_tokens,
+            policy="drop" if self.policy == "error" else self.policy,
+        )
+
     def has_solution(self, problem: Problem) -> bool:
         """Return True: the data give a solution to every problem."""
         return True

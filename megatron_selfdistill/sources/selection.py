@@ -12,7 +12,6 @@ from itertools import groupby
 
 from megatron_selfdistill.evaluation.calibration import split_confidence
 from megatron_selfdistill.rollout.base import Response, sample_seed
-from megatron_selfdistill.sources.own_solutions import prompts_with
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
 
 Select = Callable[[int, Sequence[Answer]], list[Answer]]
@@ -83,14 +82,7 @@ class StatedConfidence:
         text = self._stating(inner.builder.tokenizer.decode(tokens[:-1]), share)
         token_ids = [*inner.builder.tokenizer.encode(text), tokens[-1]]
         hint = f"{self._stating(answer.problem.solution, share)}\n\n{NOTE.format(share)}"
-        pair = prompts_with(
-            inner.builder,
-            answer.problem,
-            hint,
-            max_length=inner.max_length,
-            max_new_tokens=inner.max_new_tokens,
-            policy="drop",
-        )
+        pair = replace(inner, policy="drop").pair_with(answer.problem, hint)  # a shortened hint would lose its note
         if pair is None or len(token_ids) > inner.max_new_tokens:
             return None
         unknown = [math.nan] * len(token_ids)

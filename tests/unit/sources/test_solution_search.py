@@ -18,7 +18,8 @@ from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
 from megatron_selfdistill.run_data import RunData
-from megatron_selfdistill.sources.own_solutions import OwnSolutions, prompts_with
+from megatron_selfdistill.sources.own_solutions import OwnSolutions
+from megatron_selfdistill.sources.problem_prompts import GivenSolutions
 from megatron_selfdistill.sources.solution_search import Attempt, Search, content_of, solve
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
@@ -319,9 +320,9 @@ def test_metrics_say_what_was_found_and_what_there_is():
 
 @pytest.mark.parametrize(("policy", "fits"), [("error", False), ("drop", False), ("truncate_end", True)])
 def test_a_solution_that_does_not_fit_is_skipped_or_cut(policy, fits):
-    sizes = {"max_length": 12, "max_new_tokens": 4, "policy": policy}
-    assert len(prompts_with(BUILDER, sums(1)[0], "8", **sizes).teacher_prompt) == len("0+8|8:")
-    assert (prompts_with(BUILDER, sums(1)[0], "so it is 8", **sizes) is not None) is fits
+    given = GivenSolutions(BUILDER, max_length=12, max_new_tokens=4, policy=policy)
+    assert len(given.pair_with(sums(1)[0], "8").teacher_prompt) == len("0+8|8:")
+    assert (given.pair_with(sums(1)[0], "so it is 8") is not None) is fits
 
 
 def test_the_coming_problems_are_those_of_the_next_batches_and_nothing_moves():
