@@ -75,7 +75,10 @@ ORDER = {
         "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
         "batch score"
     ),
-    "recipes": "signals advantages teacher_terms scope uni_opd pi_distill normalization ratio_terms explanation_reward",
+    "recipes": (
+        "environments signals advantages teacher_terms scope uni_opd pi_distill normalization ratio_terms "
+        "explanation_reward"
+    ),
     "metrics": (
         "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "
         "loggers log"
