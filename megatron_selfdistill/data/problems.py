@@ -50,6 +50,9 @@ class Problem:
     """Schemas of functions for the chat template, as in the log."""
     reply: LoggedReply | None = None
     """Logged reply to ``messages``, where the problem is a turn of a conversation."""
+    reworded: int | None = None
+    """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn of
+    an episode sets the index, since the last user message can be a reply of the environment."""
 
     def with_answer_as_solution(self) -> Problem:
         """Return this problem with its answer as the solution.  Raises: `ConfigError` where it has no answer."""

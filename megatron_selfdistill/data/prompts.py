@@ -130,10 +130,10 @@ class PromptBuilder:
 
     def _reworded(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[dict[str, Any]]:
         messages = [dict(message) for message in problem.messages]
-        last = _last_user_message(problem)
-        texts = {"problem": messages[last]["content"], **slots}
+        index = _reworded_message(problem)
+        texts = {"problem": messages[index]["content"], **slots}
         # One pass over the template: a slot within a filled text stays as it is.
-        messages[last]["content"] = _SLOT.sub(
+        messages[index]["content"] = _SLOT.sub(
             lambda match: texts[match[2]] if match[2] else f"{{{match[1]}}}", template
         )
         if self.templates.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
@@ -156,12 +156,15 @@ class PromptBuilder:
 
 
 def last_user_text(problem: Problem) -> str:
-    """Return the text of the problem's last user message, which fills the slot ``{problem}``."""
-    text: str = problem.messages[_last_user_message(problem)]["content"]
+    """Return the text of the problem's reworded message, which fills the slot ``{problem}``."""
+    text: str = problem.messages[_reworded_message(problem)]["content"]
     return text
 
 
-def _last_user_message(problem: Problem) -> int:
+def _reworded_message(problem: Problem) -> int:
+    """Return the index of the message that the templates reword: `Problem.reworded`, or the last user message."""
+    if problem.reworded is not None:
+        return problem.reworded
     return max(index for index, message in enumerate(problem.messages) if message["role"] == "user")
 
 

@@ -35,6 +35,11 @@ class Signals:
     """log p of each token, [R] float64; None where no pass has measured it."""
     target_log_prob: Tensor | None = None
     """log q of each token, [R] float64; None where no pass has measured it."""
+    episodes: Tensor | None = None
+    """The episode of each response, [B] int64 from 0: the responses of one conversation with an environment, all of one
+    group; None where every response is an episode."""
+    turns: Tensor | None = None
+    """The number of each response within its episode, [B] int64 from 0; None where all numbers are 0."""
 
     @property
     def num_groups(self) -> int:

@@ -36,6 +36,13 @@ class Answer:
     """Whether the teacher's prompt shows a hint."""
     privileged: bool = False
     """Whether the response is trained on after the teacher's prompt, with the student's prompt as the teacher's."""
+    episode: int | None = None
+    """The number of the episode, counted from 0 on this replica: the responses of one conversation with an environment.
+    None where the response is an episode of its own."""
+    turn: int = 0
+    """The number of the response within its episode, counted from 0."""
+    feedback: str | None = None
+    """The text of the environment about this response, which only a teacher may see; None where there is none."""
 
     @property
     def correct(self) -> bool:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -90,19 +90,28 @@ class StepTerms:
 
 def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target: Tensor | None = None) -> Signals:
     """Return the signals of one replica's answers, on the host; ``student`` and ``target``: measured log-probs [R]."""
-    owners = [(answer.group, answer.privileged) for answer in answers]  # each view of a group is a group of its own
-    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+    # Each view of a group is a group of its own.
+    groups = _numbered([(answer.group, answer.privileged) for answer in answers])
+    episodes = _numbered([(a.episode, a.privileged) if a.episode is not None else i for i, a in enumerate(answers)])
     sampled = [value for answer in answers for value in answer.response.sampled_log_probs]
     return Signals(
         lengths=torch.tensor([len(answer.response.token_ids) for answer in answers], dtype=torch.int64),
-        groups=torch.tensor([numbers[owner] for owner in owners], dtype=torch.int64),
+        groups=torch.tensor(groups, dtype=torch.int64),
         rewards=torch.tensor([answer.reward or 0.0 for answer in answers], dtype=torch.float64),
         hinted=torch.tensor([answer.hinted for answer in answers], dtype=torch.bool),
         privileged=torch.tensor([answer.privileged for answer in answers], dtype=torch.bool),
         sampled_log_prob=torch.tensor(sampled, dtype=torch.float64),
         student_log_prob=student,
         target_log_prob=target,
+        episodes=torch.tensor(episodes, dtype=torch.int64),
+        turns=torch.tensor([answer.turn for answer in answers], dtype=torch.int64),
     )
+
+
+def _numbered(owners: Sequence[Hashable]) -> list[int]:
+    """Return the number of each owner: 0 for the first one, 1 for the next different one, and so on."""
+    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
+    return [numbers[owner] for owner in owners]
 
 
 def rule_terms(config: Config, signals: Signals) -> Terms:

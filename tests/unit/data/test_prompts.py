@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates, last_user_text
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")
@@ -97,6 +98,16 @@ def test_the_teachers_wording_replaces_the_last_user_message_only(chat_directory
         "<|im_start|>user\n[two|It is 7.]<|im_end|>\n<|im_start|>tool\nt<|im_end|>\n"
     )
     assert problem.messages[3]["content"] == "two", "the problem itself is not changed"
+
+
+def test_the_wording_stays_at_the_problem_where_an_environment_has_replied_as_the_user(chat_directory: Path) -> None:
+    build = builder(chat_directory, teacher="{problem}|{solution}", student="{problem}?")
+    problem = replace(chat(("user", "3 + 4"), ("assistant", "8"), ("user", "Wrong.")), reworded=0)
+    assert "user\n3 + 4?<|im_end|>" in build.student_text(problem) and "user\nWrong.<|im_end|>" in build.student_text(
+        problem
+    )
+    assert "user\n3 + 4|It is 7.<|im_end|>" in build.tokenizer.decode(build.teacher_prompt(problem))
+    assert last_user_text(problem) == "3 + 4" and last_user_text(replace(problem, reworded=None)) == "Wrong."
 
 
 def test_the_system_prompt_goes_before_both(chat_directory: Path) -> None:
