@@ -7,6 +7,7 @@ The code that reads the inputs later has the same messages.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,6 +61,25 @@ def require_lengths(config: Config) -> None:
     """
     if names_its_model(config):
         longest_context(config)
+
+
+def require_environment(config: Config) -> None:
+    """Raise `ConfigError` if the class of ``environment.name`` cannot be imported or does not take the options.
+
+    The class is not called: an environment is made once, where the run uses it.
+    """
+    name, options = config.environment.name, config.environment.options
+    if name in ("none", "http"):
+        return
+    make = function_named("environment.name", name, {})
+    try:
+        inspect.signature(make).bind(**options)
+    except TypeError as error:
+        raise ConfigError(
+            f"environment.options must be the keyword arguments of {name}, got {sorted(options)}: {error}"
+        ) from error
+    except ValueError:  # a callable of an extension module has no signature
+        return
 
 
 def require_loggers(config: Config) -> None:

@@ -115,6 +115,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     prechecks.require_lengths(config)
     prechecks.require_data(config)
     prechecks.require_start(config)
+    prechecks.require_environment(config)
     if ranks.rank == 0:  # the only rank with loggers
         prechecks.require_loggers(config)
     with stop.at_sudden_end(lock.release):

@@ -35,6 +35,7 @@ RULES: dict[str, str] = {
                 "rollout.max_new_tokens",
             ),
             *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
+            *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
             *("teacher.ema_decay", "model", "target", "distill", "policy"),
@@ -57,6 +58,8 @@ RULES: dict[str, str] = {
             "rollout.transfer",
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
             *("rollout.kv_cache_gb", "rollout.record"),
+            *("environment.url", "environment.api_key", "environment.timeout_s", "environment.retries"),
+            "environment.concurrency",
             *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
             "teacher.offload",
             *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
@@ -116,7 +119,7 @@ class KeyDifference:
         return f"{self.key}: {_shown(self.stored)} in the checkpoint, now {_shown(self.now)}"
 
 
-ENVIRONMENT = "environment"
+READ_VALUES = "from_environment"
 """The entry of `stored_values` that maps each bound key whose value was read from the environment to a digest."""
 
 
@@ -124,12 +127,12 @@ def stored_values(config: Config) -> dict[str, Any]:
     """Return the form of a configuration in a checkpoint: the nested values of `config.writable`, as JSON has them.
 
     A value that was read from the environment is stored as its interpolation.  For each such key that is not free, the
-    entry ENVIRONMENT has a digest of the value, which shows a later change.  Free keys, the place of tokens and
+    entry READ_VALUES has a digest of the value, which shows a later change.  Free keys, the place of tokens and
     passwords, have no digest.
     """
     values: dict[str, Any] = json.loads(json.dumps(writable(config)))
     read = {".".join(map(str, place)): found.value for place, found in config.from_environment.items()}
-    values[ENVIRONMENT] = {key: _digest(value) for key, value in read.items() if rule_of(key) != FREE}
+    values[READ_VALUES] = {key: _digest(value) for key, value in read.items() if rule_of(key) != FREE}
     return values
 
 
@@ -145,7 +148,7 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
     for key in sorted(before.keys() | after.keys()):
         if before.get(key) != after.get(key):
             found.append(KeyDifference(key, before.get(key), after.get(key), _rule(key, free)))
-    then, today = (values.get(ENVIRONMENT, {}) for values in (stored, now))
+    then, today = (_read_values(values) for values in (stored, now))
     for key in sorted(then.keys() & today.keys()):
         if then[key] != today[key]:
             was, is_now = (f"a value from the environment with the digest {d[key]}" for d in (then, today))
@@ -223,6 +226,12 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
         else:
             yield key, value
+
+
+def _read_values(values: Mapping[str, Any]) -> Mapping[str, str]:
+    """Return the entry READ_VALUES, which had the name of the section ``environment`` before this section existed."""
+    digests: Mapping[str, str] = values.get(READ_VALUES, values.get("environment", {}))
+    return digests
 
 
 _MISSING = object()

@@ -21,8 +21,8 @@ ORDER = {
     "choices": "",
     "config": (
         "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
-        "schema.data_config schema.rollout_config schema.target_config schema.loss_config "
-        "schema.policy_config schema.optimizer_config "
+        "schema.data_config schema.rollout_config schema.environment_config schema.target_config "
+        "schema.loss_config schema.policy_config schema.optimizer_config "
         "schema.run_config schema.whole_config checks world_checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from megatron_selfdistill.choices import OBJECTIVES
 from megatron_selfdistill.config.environment import FromEnvironment, Place
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
+from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import normalise, one_of, require
 from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
@@ -62,6 +63,8 @@ class Config:
     """Own solutions."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The sampling of responses."""
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
+    """What replies to responses."""
     target: TargetConfig = field(default_factory=TargetConfig)
     """The target of the training."""
     loss: LossConfig = field(default_factory=LossConfig)
@@ -103,6 +106,8 @@ class Config:
         if self.loss.rollout_correction != "none":
             self._check_correction(f"loss.rollout_correction={self.loss.rollout_correction}")
         self._check_terms()
+        if self.environment.exists:
+            self._check_environment()
         if self.target.anchor == "reference":
             self._check_reference()
         self._check_guided_tokens()
@@ -171,8 +176,8 @@ class Config:
 
     @property
     def judges_responses(self) -> bool:
-        """Whether every response of a step is judged before the step trains: for rewards, for peers, or for rft."""
-        return self.uses_rewards or self.objective == "rft"
+        """Whether every response gets a reward before the step trains: for rewards, peers, rft, or an environment."""
+        return self.uses_rewards or self.objective == "rft" or self.environment.exists
 
     @property
     def samples(self) -> bool:
@@ -311,6 +316,29 @@ class Config:
             "data.solutions=peer knows a hint only after the responses are sampled, but rollout.guidance=mixed samples "
             "with it: set rollout.guidance=none",
         )
+
+    def _check_environment(self) -> None:
+        name, rollout = f"environment.name={self.environment.name}", self.rollout
+        require(
+            self.objective != "sft" and self.data.kind == "problems",
+            f"{name} replies to sampled responses to problems: it needs data.kind=problems and another objective than "
+            f"sft, got {self.data.kind} and {self.objective}",
+        )
+        require(
+            rollout.guidance == "none",
+            f"{name} with rollout.guidance=mixed is not possible: set rollout.guidance=none",
+        )
+        turns = f"environment.max_turns={self.environment.max_turns}"
+        for key, value, default in (
+            ("rollout.select", rollout.select, "none"),
+            ("data.solutions", self.data.solutions if self.data.solutions == "peer" else "given", "given"),
+            ("distill.rule", self.distill.rule if self.distill.rule in ("scope", "uni_opd") else "uniform", "uniform"),
+        ):
+            require(
+                self.environment.max_turns == 1 or value == default,
+                f"{key}={value} compares responses to one prompt, but with {turns} the responses to a problem follow "
+                f"different conversations: set {key}={default} or environment.max_turns=1",
+            )
 
     def _check_correction(self, key: str) -> None:
         rollout = self.rollout

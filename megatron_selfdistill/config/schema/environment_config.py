@@ -1,0 +1,78 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The section ``environment`` of the schema: what replies to responses, so that a problem becomes an episode."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The environment that replies to the sampled responses, with texts and rewards."""
+
+    name: str = "none"
+    """The environment: none, http (an endpoint for chat completions that plays the environment) or the dotted path of a
+    class, or of a function that makes an environment, such as package.module.Class.  With an environment, the reward of
+    a response is the reward of the reply to it, unless policy.reward names a function."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class or the function that name names."""
+    max_turns: int = 1
+    """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
+    student no reply."""
+    url: str | None = None
+    """Address of the endpoint of name=http, such as http://host:8000/v1; requests go to url/chat/completions."""
+    model: str | None = None
+    """Name of the model in requests to the endpoint; null sends none."""
+    api_key: str | None = None
+    """Key that requests to the endpoint carry as a bearer token, such as ${oc.env:ENVIRONMENT_KEY}; null sends none."""
+    timeout_s: float = 60.0
+    """Seconds after which a request without an answer counts as failed."""
+    retries: int = 3
+    """Number of further attempts after a request has failed: no connection, no answer in time, or a status of 429 or of
+    500 and above."""
+    concurrency: int = 16
+    """Number of requests to the endpoint that a rank sends at the same time."""
+
+    def __post_init__(self) -> None:
+        normalise("environment", self)
+        at_least(1, "environment", self, "max_turns concurrency")
+        at_least(0, "environment", self, "retries")
+        require(self.timeout_s > 0, f"environment.timeout_s must be positive, got {self.timeout_s}")
+        require(
+            self.name in ("none", "http") or "." in self.name.strip("."),
+            "environment.name must be none, http or the dotted path of a class (package.module.Class), got "
+            f"{self.name!r}",
+        )
+        if self.name == "none":
+            self._check_unset()
+        self._check_endpoint()
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is an environment."""
+        return self.name != "none"
+
+    def _check_unset(self) -> None:
+        for one in fields(self):
+            default = {} if one.default is MISSING else one.default
+            require(
+                getattr(self, one.name) == default,
+                f"environment.{one.name} is a setting of an environment, but environment.name is none: set "
+                f"environment.name, or unset environment.{one.name}",
+            )
+
+    def _check_endpoint(self) -> None:
+        url = self.url
+        require(
+            url is None if self.name != "http" else url is not None and url.startswith(("http://", "https://")),
+            "environment.url must be an address such as http://host:8000/v1 for environment.name=http, and null "
+            f"otherwise, got {url!r} for environment.name={self.name}",
+        )
+        require(
+            self.name != "http" or not self.options,
+            "environment.options are the arguments of a class of yours, but environment.name=http names none: unset "
+            "environment.options",
+        )

@@ -1,0 +1,29 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""An environment that replies to any text, whose episodes have different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.recipes.environments import Reply
+
+
+class Replying:
+    """An environment that decides by the sum of the character codes of the last response.
+
+    A sum that three does not divide goes on; an even sum has the reward 1.  The reply is ``X`` and the number of the
+    turn, and so is the feedback, with an exclamation mark.
+    """
+
+    def __init__(self, role: str = "user") -> None:
+        self.role = role
+
+    def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
+        """Return the reply to the last text of ``said``."""
+        total = sum(map(ord, said[-1]))
+        number = (len(said) + 1) // 2
+        return Reply(f"X{number}", self.role, f"X{number}!", float(total % 2 == 0), total % 3 == 0)
+
+
+NOT_CALLABLE = "a text"

@@ -1,0 +1,113 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The section ``environment``: what it refuses, and which of its keys a checkpoint binds."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from megatron_selfdistill import prechecks
+from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.config.bound_keys import BOUND, FREE, differences, rule_of, stored_values
+from megatron_selfdistill.errors import ConfigError
+
+OWN = "environment.name=replying.Replying"
+HTTP = ["environment.name=http", "environment.url=http://host:8000/v1"]
+TURNS, SAMPLES = "environment.max_turns=2", "rollout.num_samples=2"
+
+
+def configured(*overrides: str) -> Config:
+    return from_mapping(OmegaConf.from_dotlist(list(overrides)))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ([TURNS], "environment.max_turns is a setting of an environment, but environment.name is none"),
+        (["environment.options={a: 1}"], "environment.options is a setting of an environment"),
+        (["environment.name=Checker"], "environment.name must be none, http or the dotted path of a class"),
+        (["environment.name=http"], "environment.url must be an address such as http://host:8000/v1"),
+        (["environment.name=http", "environment.url=host:8000"], "got 'host:8000' for environment.name=http"),
+        ([OWN, "environment.url=http://host:8000"], "and null otherwise, got 'http://host:8000'"),
+        ([*HTTP, "environment.options={role: tool}"], "environment.name=http names none: unset environment.options"),
+        ([OWN, "environment.max_turns=0"], "environment.max_turns must be at least 1, got 0"),
+        ([*HTTP, "environment.timeout_s=0"], "environment.timeout_s must be positive, got 0"),
+        ([*HTTP, "environment.retries=-1"], "environment.retries must be at least 0, got -1"),
+        ([*HTTP, "environment.concurrency=0"], "environment.concurrency must be at least 1, got 0"),
+        ([OWN, "objective=sft"], "another objective than sft, got problems and sft"),
+        ([OWN, "data.kind=conversations"], "it needs data.kind=problems"),
+        ([OWN, "rollout.guidance=mixed"], "with rollout.guidance=mixed is not possible"),
+        ([OWN, TURNS, SAMPLES, "data.solutions=peer"], "data.solutions=peer compares responses to one prompt"),
+        ([OWN, TURNS, SAMPLES, "rollout.select=balance"], "rollout.select=balance compares responses to one prompt"),
+        (
+            [OWN, TURNS, SAMPLES, "distill.rule=scope", "distill.signal=sampled"],
+            "set distill.rule=uniform or environment.max_turns=1",
+        ),
+    ],
+)
+def test_an_environment_that_cannot_work_is_one_message(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        configured(*overrides)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_possible_with_one_turn_is_not_refused():
+    for overrides in ([], [SAMPLES, "data.solutions=peer"], [SAMPLES, "rollout.select=balance"]):
+        assert configured(OWN, *overrides).judges_responses, "the environment gives the rewards"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["environment.name=no_such_module.Counter"], "no_such_module cannot be imported"),
+        (["environment.name=replying.NOT_CALLABLE"], "which is a str"),
+        (
+            [OWN, "environment.options={rol: tool}"],
+            r"must be the keyword arguments of replying.Replying, got \['rol'\]: got an unexpected .* 'rol'",
+        ),
+    ],
+)
+def test_a_class_that_is_missing_or_takes_other_arguments_is_refused_before_the_start(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        prechecks.require_environment(configured(*overrides))
+
+
+def test_a_class_that_takes_the_options_passes_without_being_made(monkeypatch):
+    def make(self, role: str) -> None:
+        raise AssertionError("a check before the start makes no environment")
+
+    monkeypatch.setattr("replying.Replying.__init__", make)
+    prechecks.require_environment(configured(OWN, "environment.options={role: tool}"))
+    prechecks.require_environment(configured(*HTTP))
+    prechecks.require_environment(configured())
+
+
+def test_what_decides_the_replies_is_bound_and_the_way_to_the_endpoint_is_free():
+    for name in ("name", "options.role", "max_turns", "model"):
+        assert rule_of(f"environment.{name}") == BOUND
+    for name in ("url", "api_key", "timeout_s", "retries", "concurrency"):
+        assert rule_of(f"environment.{name}") == FREE
+
+
+def test_digests_of_values_from_the_environment_stand_beside_the_section_environment(monkeypatch):
+    def stored(value: str, *overrides: str) -> dict:
+        monkeypatch.setenv("SOME_WORDING", value)
+        return stored_values(configured("data.system_prompt=${oc.env:SOME_WORDING}", *overrides))
+
+    before = stored("a")
+    assert [one.key for one in differences(before, stored("b", OWN))] == ["environment.name", "data.system_prompt"]
+    before["environment"] = before.pop("from_environment")  # as checkpoints were before the section existed
+    assert [one.key for one in differences(before, stored("b"))] == ["data.system_prompt"]
+    assert not differences(before, stored("a"))
+
+
+def test_a_refusal_imports_no_torch():
+    code = (
+        "import sys; from megatron_selfdistill.train import main\n"
+        f"status = main(['run_dir=x', 'data.path=x', 'data.tokenizer=x', {TURNS!r}])\n"
+        "assert status == 2 and 'torch' not in sys.modules"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
