@@ -99,6 +99,9 @@ DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill")
 MARGIN_GAPS = ("mean", "min_max")
 """Values of distill.margin_gap."""
 
+CREDITS = ("episode", "turn")
+"""Values of policy.credit."""
+
 ADVANTAGE_STDS = ("sample", "population", "none")
 """Values of policy.advantage_std."""
 

@@ -118,11 +118,17 @@ def rule_terms(config: Config, signals: Signals) -> Terms:
     """Return the terms that ``config`` gives to all tokens: the teacher's part plus the part of rewards."""
     distill, policy = config.distill, config.policy
     if config.objective == "self_distillation" and distill.rule == "pi_distill":
-        advantages = policy.weight * group_advantages(signals, policy.advantage_std)
+        advantages = policy.weight * group_advantages(signals, policy.advantage_std, policy.credit, policy.discount)
         return pi_distill(signals, advantages, beta=distill.weight, alpha=distill.alpha)
     terms = _teacher_terms(config, signals)
     if policy.weight > 0:
-        terms += group_advantage(signals, weight=policy.weight, std=policy.advantage_std)
+        terms += group_advantage(
+            signals,
+            weight=policy.weight,
+            std=policy.advantage_std,
+            credit=policy.credit,
+            discount=policy.discount,
+        )
     return terms
 
 

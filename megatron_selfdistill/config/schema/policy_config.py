@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_selfdistill.choices import ADVANTAGE_STDS, DISTILL_RULES, DISTILL_SIGNALS, MARGIN_GAPS
+from megatron_selfdistill.choices import ADVANTAGE_STDS, CREDITS, DISTILL_RULES, DISTILL_SIGNALS, MARGIN_GAPS
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -21,10 +21,16 @@ class PolicyConfig:
     reward: str | None = None
     """Dotted path of a function ``reward(response_text, problem)`` that returns a finite number, wherever a run trains
     on verdicts of its responses (also rft and peers); a response with a reward of at least 0.5 counts as right, and a
-    truncated response has 0.  Null is 1 for a response that evaluation.verifier finds right, else 0."""
+    truncated response has 0.  Null is the reward of the environment, where there is one, and otherwise 1
+    for a response that evaluation.verifier finds right, else 0."""
     advantage_std: str = "sample"
     """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
     population (with n) or none (Dr. GRPO)."""
+    credit: str = "episode"
+    """What is compared in an environment of several turns: episode (the sum of the rewards of an episode, for each of
+    its responses) or turn (the return from a response on, with the responses of the same turn)."""
+    discount: float = 1.0
+    """Factor by which a reward counts less for the turn before, under credit=turn."""
     clip_low: float | None = 0.2
     """Clip of PPO from below: a token with a negative advantage and p / mu < 1 - clip_low has no gradient; null clips
     nothing."""
@@ -39,6 +45,13 @@ class PolicyConfig:
         at_least(0, "policy", self, "weight clip_low clip_high ratio_cap")
         require(self.clip_low is None or self.clip_low <= 1, f"policy.clip_low must be at most 1, got {self.clip_low}")
         one_of("policy.advantage_std", self.advantage_std, ADVANTAGE_STDS)
+        one_of("policy.credit", self.credit, CREDITS)
+        require(0 <= self.discount <= 1, f"policy.discount must lie in 0 to 1, got {self.discount}")
+        require(
+            self.discount == 1 or self.credit == "turn",
+            f"policy.discount={self.discount} discounts the rewards of later turns, but policy.credit=episode adds all "
+            "rewards of an episode: set policy.credit=turn",
+        )
 
 
 @dataclass(frozen=True)

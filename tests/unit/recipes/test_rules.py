@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -73,6 +75,43 @@ def test_groups_do_not_touch_each_other():
     together = group_advantages(signals(one + other, groups=[0] * 3 + [1] * 4), "sample")
     apart = torch.cat([group_advantages(signals(rewards), "sample") for rewards in (one, other)])
     assert torch.equal(together, apart)
+
+
+def episodes_of(rewards, episodes, turns, groups) -> Signals:
+    numbers = {"episodes": torch.tensor(episodes), "turns": torch.tensor(turns)}
+    return replace(signals(rewards, groups=groups), **numbers)
+
+
+def test_every_turn_of_an_episode_has_the_advantage_of_its_sum_of_rewards():
+    # Three episodes of a group, of two, one and three turns, and one episode of another group.
+    found = group_advantages(
+        episodes_of([0, 1, 1, 0, 0, 0, 5], [0, 0, 1, 2, 2, 2, 3], [0, 1, 0, 0, 1, 2, 0], [0] * 6 + [1]), "none"
+    )
+    assert found.tolist() == pytest.approx([1 / 3] * 3 + [-2 / 3] * 3 + [0.0])
+
+
+@pytest.mark.parametrize("std", ["population", "sample", "none"])
+@pytest.mark.parametrize("credit", ["episode", "turn"])
+def test_an_episode_of_one_turn_is_a_response(std, credit):
+    rewards, groups = [1, 0, 0, 0.5, 1, 0], [0, 0, 0, 1, 1, 1]
+    single = episodes_of(rewards, [3, 1, 0, 2, 5, 4], [0] * 6, groups)
+    assert torch.equal(group_advantages(single, std, credit), group_advantages(signals(rewards, groups), std))
+
+
+def test_returns_of_turns_are_discounted_and_compared_with_the_same_turn():
+    # RLTF, four episodes of two turns: R(y0) = (0, 0, 1, 0), R(y1) = (1, 0, 1, 1), gamma = .1.
+    rewards = [reward for pair in zip((0, 0, 1, 0), (1, 0, 1, 1), strict=True) for reward in pair]
+    both = episodes_of(rewards, [0, 0, 1, 1, 2, 2, 3, 3], [0, 1] * 4, [0] * 8)
+    found = group_advantages(both, "none", "turn", 0.1)
+    assert found[::2].tolist() == pytest.approx([-0.225, -0.325, 0.775, -0.225], abs=1e-15)
+    assert found[1::2].tolist() == pytest.approx([0.25, -0.75, 0.25, 0.25], abs=1e-15)
+
+
+def test_a_turn_that_an_episode_does_not_reach_counts_in_no_mean():
+    found = group_advantages(
+        episodes_of([1, 0, 1, 0, 0], [0, 1, 1, 2, 2], [0, 0, 1, 0, 1], [0] * 5), "none", "turn", 0.5
+    )
+    assert found.tolist() == pytest.approx([1 - 0.5, 0.5 - 0.5, 0.5, 0 - 0.5, -0.5])
 
 
 def test_advantage_of_a_response_is_that_of_each_of_its_tokens():
