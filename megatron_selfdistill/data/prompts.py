@@ -130,7 +130,7 @@ class PromptBuilder:
 
     def _reworded(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[dict[str, Any]]:
         messages = [dict(message) for message in problem.messages]
-        index = _reworded_message(problem)
+        index = reworded_message(problem)
         texts = {"problem": messages[index]["content"], **slots}
         # One pass over the template: a slot within a filled text stays as it is.
         messages[index]["content"] = _SLOT.sub(
@@ -157,11 +157,11 @@ class PromptBuilder:
 
 def last_user_text(problem: Problem) -> str:
     """Return the text of the problem's reworded message, which fills the slot ``{problem}``."""
-    text: str = problem.messages[_reworded_message(problem)]["content"]
+    text: str = problem.messages[reworded_message(problem)]["content"]
     return text
 
 
-def _reworded_message(problem: Problem) -> int:
+def reworded_message(problem: Problem) -> int:
     """Return the index of the message that the templates reword: `Problem.reworded`, or the last user message."""
     if problem.reworded is not None:
         return problem.reworded

@@ -7,12 +7,14 @@ import math
 import re
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_objects
+from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError
 
 if TYPE_CHECKING:  # verifiers are also used without Megatron
@@ -67,28 +69,43 @@ def judged_by_all(
     judgement: Callable[[Problem, Content], Verdict],
     grid: RankGrid,
     judge_name: str = "verifier",
+    *,
+    threads: int = 1,
+    error: type[Exception] = VerifierError,
 ) -> dict[Key, Verdict]:
     """Return the judgement of every question, over all replicas, equal on every rank.
 
     ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks, under keys
     that no other replica has.  ``judgement(problem, response)`` gives the verdict.  The ranks share the work, so that
     no question is judged twice and a verifier with a time limit cannot give two ranks different results.
-    ``judge_name``: what messages call the judge.
+    ``judge_name``: what messages call the judge.  ``threads``: the number of questions that a rank judges at a time.
     Collectives: one all_gather_object over the world.
-    Raises: `VerifierError` on every rank if the verifier failed on one rank.
+    Raises: ``error`` on every rank if the judgement failed on one rank.
     """
     verdicts: dict[Key, Verdict] = {}
-    failure = None
-    for key, (problem, content) in list(questions.items())[grid.replica_rank :: grid.replica_size]:
+    failed: dict[Key, str] = {}
+
+    def attempt(key: Key) -> None:
+        if failed:
+            return
+        problem, content = questions[key]
         try:
             verdicts[key] = judgement(problem, content)
-        except Exception as error:  # raised below on every rank, so that no rank waits
-            failure = f"{problem.location}: the {judge_name} failed with {type(error).__name__}: {error}"
-            break
-    gathered = gather_objects((verdicts, failure))
+            beat()
+        except Exception as raised:  # raised below on every rank, so that no rank waits
+            failed[key] = f"{problem.location}: the {judge_name} failed with {type(raised).__name__}: {raised}"
+
+    mine = list(questions)[grid.replica_rank :: grid.replica_size]
+    if threads == 1:
+        for key in mine:
+            attempt(key)
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(attempt, mine))
+    gathered = gather_objects((verdicts, next((failed[key] for key in mine if key in failed), None)))
     failures = [message for _, message in gathered if message is not None]
     if failures:
-        raise VerifierError(failures[0])
+        raise error(failures[0])
     return {key: verdict for part, _ in gathered for key, verdict in part.items()}
 
 

@@ -3,16 +3,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_selfdistill.data.problems import Problem
 
+REPLY_ROLES = ("user", "tool")
+"""The roles of a message that shows a reply."""
+
 
 @dataclass(frozen=True)
 class Reply:
-    """The reply of an environment to the last response of an episode."""
+    """The reply of an environment to the last response of an episode.
+
+    Raises: ValueError for a field that has another type, another role or a reward that is not finite.
+    """
 
     text: str | None = None
     """The text that the next turn's prompt shows after the response; None shows nothing and ends the episode."""
@@ -24,6 +31,21 @@ class Reply:
     """The reward of the last response, a finite number."""
     done: bool = True
     """Whether the episode ends with the last response, although ``text`` may be there."""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "feedback"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), f"expected a text or None as {name}", value)
+        _require(self.role in REPLY_ROLES, f"expected {' or '.join(REPLY_ROLES)} as role", self.role)
+        is_number = isinstance(self.reward, int | float)
+        _require(is_number and math.isfinite(self.reward), "expected a finite number as reward", self.reward)
+        _require(isinstance(self.done, bool), "expected a boolean as done", self.done)
+        object.__setattr__(self, "reward", float(self.reward))
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another turn can follow."""
+        return not self.done and self.text is not None
 
 
 class Environment(Protocol):
@@ -37,3 +59,8 @@ class Environment(Protocol):
         Any rank may call it, also in threads, and a call may be repeated: equal arguments must give equal replies.
         """
         ...
+
+
+def _require(condition: bool, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{expected} of a reply, got {value!r}")

@@ -12,7 +12,9 @@ from torch import Tensor
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Response
@@ -20,6 +22,7 @@ from megatron_selfdistill.rollout.factory import make_sampler
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
+from megatron_selfdistill.sources.episodes import Episodes
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
 from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
@@ -98,6 +101,7 @@ def configured_source(
         edits=config.rollout.select == "confidence",
         privileged=config.rollout.view == "privileged",
         views=config.contexts_per_response,
+        episodes=_episodes(config, run_data, grid) if config.environment.exists else None,
         record=config.rollout.record,
     )
     return OnPolicy(state, options) if recording is None else Replay(state, options, recording)
@@ -135,6 +139,31 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     return run_data
 
 
+def _episodes(config: Config, run_data: RunData, grid: RankGrid) -> Episodes:
+    wanted = config.environment
+    with raise_on_all_ranks(ConfigError):
+        try:
+            environment = function_named("environment.name", wanted.name, {})(**wanted.options)
+        except ConfigError:
+            raise
+        except Exception as error:  # the constructor of a user can raise any exception
+            raise ConfigError(f"environment.name={wanted.name} failed with {type(error).__name__}: {error}") from error
+        if not callable(getattr(environment, "reply", None)):
+            raise ConfigError(
+                f"environment.name={wanted.name} must make an object with a method reply(problem, said), got a "
+                f"{type(environment).__name__}"
+            )
+    return Episodes(
+        environment=environment,
+        given=given_solutions(config, run_data),
+        grid=grid,
+        max_turns=wanted.max_turns,
+        threads=wanted.concurrency if wanted.name == "http" else 1,
+        has_teacher=config.objective == "self_distillation",
+        gives_rewards=config.policy.reward is None,
+    )
+
+
 def _select(config: Config, run_data: RunData) -> Select | None:
     if config.rollout.select == "none":
         return None
@@ -154,7 +183,8 @@ def _prompts(config: Config, run_data: RunData, judge: Judge, finder: Finder) ->
     given, wanted, below = given_solutions(config, run_data), config.solutions, config.rollout.guide_below
     owns = config.data.solutions == "own"
     keeps_unhinted = config.policy.weight > 0 or config.distill.rule == "scope"
-    if owns or below is not None or (config.judges_responses and judge.reward is None):
+    judges = config.judges_responses and judge.reward is None and not config.environment.exists
+    if owns or below is not None or judges:
         check_answers(run_data.problems.problems, judge.verifier)
     prompts: Prompts = given
     if owns:

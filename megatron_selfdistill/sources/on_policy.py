@@ -17,7 +17,9 @@ from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.schedule import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
+from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+from megatron_selfdistill.sources.episodes import Episode, Episodes, Turn, episode_metrics
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 from megatron_selfdistill.sources.recording import SampleKey, record
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
@@ -56,8 +58,15 @@ class OnPolicyOptions:
     """Whether responses are sampled after the teacher's prompt."""
     views: int
     """The number of contexts in which a response is trained on: 2 adds the privileged view to the plain one."""
+    episodes: Episodes | None
+    """The rules by which responses become episodes with an environment; None where nothing replies."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
+
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether the environment's replies are the rewards, so that the judge is not asked."""
+        return self.episodes is not None and self.episodes.gives_rewards
 
     @property
     def compares(self) -> bool:
@@ -67,13 +76,13 @@ class OnPolicyOptions:
 
 @dataclass(frozen=True)
 class _Asked:
-    """The problems of a step on this replica, and the requests to the sampler."""
+    """The problems of a step on this replica, and the samples of their first responses."""
 
     problems: list[Problem]
-    pairs: Mapping[str, PromptPair]
     guided: Collection[str]
-    keys: list[SampleKey]
-    requests: list[Request]
+    """The ids of the problems whose responses are sampled with guidance."""
+    samples: list[tuple[SampleKey, Problem, PromptPair]]
+    """Each sample with its problem and the problem's prompts."""
 
 
 class OnPolicy(CommittedState):
@@ -92,23 +101,22 @@ class OnPolicy(CommittedState):
         prompts, found = self.state.prompts.prepare(step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), prompts)
-        responses = self._responses(step, asked.keys, asked.requests, sampling)
-        answers = [
-            Answer(problem, asked.pairs[problem.id], response, group=i // options.num_samples)
-            for i, (problem, response) in enumerate(
-                zip(_repeated(asked.problems, options.num_samples), responses, strict=True)
-            )
-        ]
+        turns, num_cut = self._turns(step, asked, prompts, sampling)
+        answers = [turn.answer for turn in turns]
+        responses = [answer.response for answer in answers]
         with options.phases("rollout"):
-            if options.judges:
+            if options.judges and not options.gives_rewards:
                 rewards = options.judge.rewards(answers)
                 answers = [replace(answer, reward=reward) for answer, reward in zip(answers, rewards, strict=True)]
             if options.record is not None:
-                record(options.record, asked.keys, responses, options.grid.dp_group, options.grid.is_reporter)
+                keys, replies = [turn.key for turn in turns], [turn.reply for turn in turns]
+                record(options.record, keys, responses, replies, options.grid.dp_group, options.grid.is_reporter)
             prompts_after = prompts.record(answers, asked.guided)
         with options.phases("pack"):
             trained, chosen = self._trained(step, prompts, answers)
             rewarded = reward_metrics(answers, trained, options.grid) if options.judges else {}
+            if options.episodes is not None:
+                rewarded |= episode_metrics(turns, answers, num_cut, options.grid)
             if options.views == 2:
                 trained = [*(answer.in_privileged_view() for answer in trained), *trained]
             kept = [answer.response for answer in trained]
@@ -137,19 +145,36 @@ class OnPolicy(CommittedState):
         grid, num_samples = self._options.grid, self._options.num_samples
         problems = shard(global_batch, grid.dp_rank, grid.dp_size)
         first = shard(first_sample_indices(global_batch, num_samples), grid.dp_rank, grid.dp_size)
-        pairs = {problem.id: prompts.pair(problem) for problem in problems}
         guided = {problem.id for problem in problems if prompts.guides(problem)}
-        keys = [
-            (step, problem.id, start + i)
-            for problem, start in zip(problems, first, strict=True)
-            for i in range(num_samples)
+        samples = []
+        for problem, start in zip(problems, first, strict=True):
+            pair = prompts.pair(problem)
+            samples += [(SampleKey(step, problem.id, start + i), problem, pair) for i in range(num_samples)]
+        return _Asked(problems, guided, samples)
+
+    def _turns(self, step: int, asked: _Asked, prompts: Prompts, sampling: SamplingParams) -> tuple[list[Turn], int]:
+        """Return the turns of all episodes, and how many episodes end early; see `Episodes.played`."""
+
+        def generate(
+            keys: Sequence[SampleKey], pairs: Sequence[PromptPair], guided: Collection[str] = ()
+        ) -> list[Response]:
+            requests = [
+                self._request(key, pair, key.problem_id in guided) for key, pair in zip(keys, pairs, strict=True)
+            ]
+            return self._responses(step, keys, requests, sampling)
+
+        responses = generate([key for key, _, _ in asked.samples], [pair for _, _, pair in asked.samples], asked.guided)
+        first = [
+            Turn(key, Answer(problem, pair, response, group=i // self._options.num_samples))
+            for i, ((key, problem, pair), response) in enumerate(zip(asked.samples, responses, strict=True))
         ]
-        requests = []
-        for key in keys:
-            pair, name = pairs[key[1]], sample_seed(self._options.seed, *key)
-            prompt = pair.teacher_prompt if self._options.privileged else pair.student_prompt
-            requests.append(Request(prompt, name, pair.teacher_prompt if key[1] in guided else None))
-        return _Asked(problems, pairs, guided, keys, requests)
+        if self._options.episodes is None:
+            return first, 0
+        return self._options.episodes.played(first, prompts, generate, self._replies)
+
+    def _request(self, key: SampleKey, pair: PromptPair, is_guided: bool) -> Request:
+        prompt = pair.teacher_prompt if self._options.privileged else pair.student_prompt
+        return Request(prompt, key.seed(self._options.seed), pair.teacher_prompt if is_guided else None)
 
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
@@ -158,6 +183,12 @@ class OnPolicy(CommittedState):
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
             return self._options.sampler.generate(requests, sampling)
+
+    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
+        """Return the environment's reply to the last response of each episode."""
+        assert self._options.episodes is not None
+        with self._options.phases("environment"):
+            return self._options.episodes.replies(episodes)
 
     def _trained(
         self, step: int, prompts: Prompts, answers: Sequence[Answer]
@@ -190,7 +221,3 @@ def first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int
         first.append(seen[problem.id])
         seen[problem.id] += num_samples
     return first
-
-
-def _repeated(problems: Sequence[Problem], times: int) -> list[Problem]:
-    return [problem for problem in problems for _ in range(times)]

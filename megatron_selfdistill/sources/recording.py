@@ -7,29 +7,54 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from megatron_selfdistill.distributed.collectives import gather_items
-from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.rollout.base import Response, sample_seed
 
-SampleKey = tuple[int, str, int]
-"""(step, problem id, sample index): the name of a sample, and of its random numbers."""
+
+class SampleKey(NamedTuple):
+    """The name of a sample, and of its random numbers."""
+
+    step: int
+    problem_id: str
+    sample_index: int
+    turn: int = 0
+    """The number of the response within its episode."""
+
+    def seed(self, run_seed: int) -> int:
+        """Return the seed of the sample, from `sample_seed`; each turn of an episode has a seed of its own."""
+        name = f"{self.problem_id}/turn{self.turn}" if self.turn else self.problem_id
+        return sample_seed(run_seed, self.step, name, self.sample_index)
+
+    def __str__(self) -> str:
+        turn = f", turn {self.turn}" if self.turn else ""
+        return f"step {self.step} to problem {self.problem_id!r}, sample {self.sample_index}{turn}"
 
 
 class Recording:
-    """A JSONL file with one object per response: step, problem_id, sample_index and the fields of `Response`."""
+    """A JSONL file with one object per response: step, problem_id, sample_index and the fields of `Response`.
+
+    A run with an environment adds the fields turn, where it is not 0, and reply with the fields of `Reply`.
+    """
 
     def __init__(self, path: str | Path) -> None:
         """Read the whole file.  Raises: ValueError with file and line for a record that is not a response."""
         self.path = Path(path)
         self._responses: dict[SampleKey, Response] = {}
+        self._replies: dict[SampleKey, Reply] = {}
         with self.path.open() as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     record = json.loads(line)
-                    key = record.pop("step"), record.pop("problem_id"), record.pop("sample_index")
+                    turn, reply = record.pop("turn", 0), record.pop("reply", None)
+                    key = SampleKey(record.pop("step"), record.pop("problem_id"), record.pop("sample_index"), turn)
                     self._responses[key] = Response(**record)
+                    if reply is not None:
+                        self._replies[key] = Reply(**reply)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
                         f"{self.path}:{number}: expected a response as rollout.record writes it, got "
@@ -40,29 +65,47 @@ class Recording:
         """Return the responses of these keys, in order.  Raises: ValueError for a key that was not recorded."""
         for key in keys:
             if key not in self._responses:
-                step, problem_id, sample = key
                 raise ValueError(
-                    f"{self.path}: no response of step {step} to problem {problem_id!r}, sample {sample}; it was "
-                    "recorded with other data, another seed, or fewer steps"
+                    f"{self.path}: no response of {key}; it was recorded with other data, another seed, or fewer steps"
                 )
         return [self._responses[key] for key in keys]
+
+    def replies(self, keys: Sequence[SampleKey]) -> list[Reply]:
+        """Return the replies to the responses of these keys, in order.
+
+        Raises: ValueError for a response whose reply was not recorded.
+        """
+        for key in keys:
+            if key not in self._replies:
+                raise ValueError(
+                    f"{self.path}: no reply of an environment to the response of {key}; record the responses with an "
+                    "environment, or set environment.name=none"
+                )
+        return [self._replies[key] for key in keys]
 
 
 def record(
     path: str | Path,
     keys: Sequence[SampleKey],
     responses: Sequence[Response],
+    replies: Sequence[Reply | None],
     dp_group: dist.ProcessGroup,
     writes: bool,
 ) -> None:
     """Append this step's responses of all data-parallel ranks; only the rank with ``writes`` touches the file.
 
+    ``replies``: the environment's reply to each response; None where there is none.
+
     Collectives: one all-gather of objects over ``dp_group``.
     """
-    mine = [
-        {"step": step, "problem_id": problem_id, "sample_index": sample, **asdict(response)}
-        for (step, problem_id, sample), response in zip(keys, responses, strict=True)
-    ]
+    mine = []
+    for key, response, reply in zip(keys, responses, replies, strict=True):
+        entry: dict[str, Any] = {"step": key.step, "problem_id": key.problem_id, "sample_index": key.sample_index}
+        if key.turn:
+            entry["turn"] = key.turn
+        if reply is not None:
+            entry["reply"] = asdict(reply)
+        mine.append(entry | asdict(response))
     entries = gather_items(mine, dp_group)
     if writes:
         with Path(path).open("a") as lines:

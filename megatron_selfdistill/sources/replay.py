@@ -5,7 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.sources.episodes import Episode
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.recording import Recording, SampleKey
 from megatron_selfdistill.sources.source import SourceState
@@ -24,3 +26,7 @@ class Replay(OnPolicy):
         """Return the recorded responses of ``keys``.  Raises: ValueError for a key that was not recorded."""
         with self._options.phases("rollout"):
             return self._recording.responses(keys)
+
+    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
+        """Return the recorded replies.  Raises: ValueError for a reply that was not recorded."""
+        return self._recording.replies([episode[-1].key for episode in episodes])

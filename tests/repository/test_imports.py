@@ -89,7 +89,7 @@ ORDER = {
     ),
     "sources": (
         "problem_prompts reward_metrics step_terms source on_demand_sampler synced_sampler recording solution_search "
-        "own_solutions peer_hints selection guidance "
+        "own_solutions peer_hints selection guidance episodes "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

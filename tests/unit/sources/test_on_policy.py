@@ -67,6 +67,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
         "edits": False,
         "privileged": False,
         "views": 1,
+        "episodes": None,
         "record": None,
     } | options
     options |= {"sampler": Sampler(), "judge": judge, "phases": Phases(), "grid": grid}

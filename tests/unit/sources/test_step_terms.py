@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,7 +17,7 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.problem_prompts import Answer
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
-from megatron_selfdistill.sources.step_terms import StepTerms
+from megatron_selfdistill.sources.step_terms import StepTerms, signals_of
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 SAMPLES = "rollout.num_samples=2"
@@ -109,3 +111,24 @@ def test_metrics_count_right_answers_mixed_groups_and_trained_answers():
         "rewards/mixed_groups": pytest.approx(1 / 3),
         "rewards/trained_share": 0.75,
     }
+
+
+def test_turns_of_an_episode_are_numbered_and_answers_without_an_episode_stand_alone():
+    one = answer(3, MU[:2], True)
+    turns = [replace(one, episode=4), replace(one, episode=4, turn=1), replace(one, episode=9), one, one]
+    found = signals_of(turns)
+    assert found.episodes.tolist() == [0, 0, 1, 2, 3] and found.turns.tolist() == [0, 1, 0, 0, 0]
+
+
+def test_groups_are_mixed_where_episodes_have_other_rewards_turn_by_turn():
+    def group(*rewards: tuple[float, ...]) -> list[Answer]:
+        one = answer(0, MU[:2], True)
+        return [
+            replace(one, reward=reward, episode=i, turn=turn)
+            for i, of_turns in enumerate(rewards)
+            for turn, reward in enumerate(of_turns)
+        ]
+
+    alike, other = group((0.0, 1.0), (0.0, 1.0)), group((0.0, 1.0), (1.0,))
+    assert reward_metrics(alike, alike, ONE_RANK)["rewards/mixed_groups"] == 0.0
+    assert reward_metrics(other, other, ONE_RANK)["rewards/mixed_groups"] == 1.0

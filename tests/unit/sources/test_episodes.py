@@ -1,0 +1,259 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Episodes with an environment: prompts, seeds, replies, rewards and ends of every turn."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from characters import ONE_RANK, Characters
+
+from megatron_selfdistill.data.contexts import build_contexts
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.rollout.base import Response, sample_seed
+from megatron_selfdistill.sources.episodes import Episodes, Turn, episode_metrics
+from megatron_selfdistill.sources.peer_hints import PeerPrompts
+from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
+from megatron_selfdistill.sources.recording import SampleKey
+
+PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
+TEMPLATES = PromptTemplates(teacher="{problem}|{solution}", student="{problem}?")
+
+
+def given(max_length: int = 60) -> GivenSolutions:
+    return GivenSolutions(PromptBuilder(Characters(), TEMPLATES), max_length, 8, policy="error")
+
+
+def response(text: str) -> Response:
+    tokens = [ord(character) for character in text]
+    return Response(tokens, [-1.0] * len(tokens), [-2.0] * len(tokens), "stop" if text.endswith("$") else "length")
+
+
+class Script:
+    """An environment that goes on while the last response is a ``w``, with the number of the turn as its reply."""
+
+    def __init__(self, role: str = "user", **fields: Any) -> None:
+        self.role, self.fields = role, fields
+        self.heard: list[tuple[str, list[str]]] = []
+
+    def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
+        self.heard.append((problem.id, list(said)))
+        number, wrong = len(said) // 2 + 1, said[-1] == "w"
+        values = {"feedback": f"f{number}", "reward": float(not wrong), "done": not wrong} | self.fields
+        return Reply(f"#{number}", self.role, **values)
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """Make a reduction over ranks return the numbers of this rank."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, op=None, group=None: tensor)
+    monkeypatch.setattr(dist, "get_backend", lambda: "gloo")
+
+
+def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3, **options: Any):
+    """Return turns and number of cut episodes of one episode per item of ``texts``, and the requests of each turn."""
+    prompts = options.pop("prompts", options.get("given", given()))
+    settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True, "gives_rewards": True} | options
+    episodes = Episodes(environment=environment, max_turns=max_turns, **settings)
+    asked: list[list[SampleKey]] = []
+
+    def generate(keys, pairs):
+        asked.append(list(keys))
+        numbers = ["ab".index(key.problem_id) for key in keys]
+        return [response(texts[i][key.turn]) for i, key in zip(numbers, keys, strict=True)]
+
+    first = [
+        Turn(SampleKey(5, problem.id, 0), Answer(problem, prompts.pair(problem), response(text[0]), group=i))
+        for i, (problem, text) in enumerate(zip(PROBLEMS, texts, strict=False))
+    ]
+    return *episodes.played(first, prompts, generate, episodes.replies), asked
+
+
+def text(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_problem():
+    environment = Script()
+    turns, num_cut, asked = played(environment, [["w$", "w$", "r$"], ["r$"]])
+    assert num_cut == 0 and [[(key.problem_id, key.turn) for key in keys] for keys in asked] == [[("a", 1)], [("a", 2)]]
+    answers = [turn.answer for turn in turns]
+    assert [(answer.group, answer.episode, answer.turn) for answer in answers] == [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 0, 2),
+        (1, 1, 0),
+    ]
+    assert [text(answer.prompts.student_prompt) for answer in answers] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
+    assert [text(answer.prompts.teacher_prompt) for answer in answers] == [
+        "a|hint a:",
+        "a|hint aw#1:",
+        "a|hint aw#1w#2:",
+        "b|hint b:",
+    ]
+    assert [answer.reward for answer in answers] == [0.0, 0.0, 1.0, 1.0]
+    assert [answer.feedback for answer in answers] == ["f1", "f2", "f3", "f1"]
+    assert environment.heard == [
+        ("a", ["w"]),
+        ("b", ["r"]),
+        ("a", ["w", "#1", "w"]),
+        ("a", ["w", "#1", "w", "#2", "r"]),
+    ]
+    assert [message["role"] for message in answers[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_replies_are_prompt_tokens_and_so_never_trained_on():
+    turns, _, _ = played(Script(role="tool"), [["w$", "r$"]])
+    contexts = build_contexts([turn.answer.prompts for turn in turns], [turn.answer.response for turn in turns])
+    assert [text(context.response) for context in contexts] == ["w$", "r$"]
+    assert all("#" not in text(context.response) for context in contexts)
+    assert text(contexts[1].student_prompt).endswith("w#1:") and text(contexts[1].teacher_prompt).endswith("w#1:")
+    assert turns[1].answer.problem.messages[-1] == {"role": "tool", "content": "#1"}
+
+
+def test_every_turn_has_random_numbers_of_its_own_and_the_first_turn_those_of_a_run_without_environment():
+    seeds = [SampleKey(5, "a", 2, turn).seed(7) for turn in range(3)]
+    assert seeds[0] == sample_seed(7, 5, "a", 2) and len(set(seeds)) == 3
+    assert seeds[1] == sample_seed(7, 5, "a/turn1", 2)
+
+
+def test_an_episode_ends_at_the_last_turn_without_another_prompt():
+    turns, num_cut, asked = played(Script(), [["w$", "w$", "w$"]], max_turns=2)
+    assert len(turns) == 2 and len(asked) == 1 and num_cut == 0
+    metrics = episode_metrics(turns, [turn.answer for turn in turns], num_cut, ONE_RANK)
+    assert metrics["episodes/unfinished_share"] == 1.0 and metrics["episodes/too_long_share"] == 0.0
+
+
+def test_a_truncated_response_ends_its_episode_and_the_environment_does_not_see_it():
+    environment = Script()
+    turns, _, _ = played(environment, [["cut"], ["w$", "r$"]])
+    assert [turn.answer.problem.id for turn in turns] == ["a", "b", "b"] and turns[0].reply is None
+    assert all(name == "b" for name, _ in environment.heard) and turns[0].answer.reward is None
+
+
+@pytest.mark.parametrize("reply", [{"done": True}, {"done": False, "text": None}])
+def test_a_reply_that_is_done_or_shows_nothing_ends_the_episode(reply):
+    environment = SimpleNamespace(reply=lambda problem, said: Reply(**({"text": "#"} | reply)))
+    turns, _, asked = played(environment, [["w$", "w$"]])
+    assert len(turns) == 1 and not asked
+
+
+def test_a_turn_whose_prompts_do_not_fit_ends_the_episode():
+    # The teacher's prompt of turn 1 has 13 characters, and that of turn 2 has 16.
+    short = given(8 + 13)
+    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=short)
+    assert len(turns) == 3 and num_cut == 1
+    metrics = episode_metrics(turns, [turn.answer for turn in turns], num_cut, ONE_RANK)
+    assert metrics["episodes/too_long_share"] == metrics["episodes/unfinished_share"] == 0.5
+
+
+def test_without_a_teacher_only_the_students_prompt_must_fit():
+    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"]], given=given(8 + 13), has_teacher=False)
+    assert len(turns) == 3 and num_cut == 0
+    assert turns[2].answer.prompts.teacher_prompt == turns[2].answer.prompts.student_prompt
+
+
+def test_later_turns_show_no_hint_where_a_hint_is_known_only_afterwards():
+    prompts = PeerPrompts(given(), ONE_RANK, keeps_unhinted=True)
+    turns, _, _ = played(Script(), [["w$", "r$"]], prompts=prompts)
+    assert text(turns[1].answer.prompts.teacher_prompt) == "a?w#1:"
+
+
+def calls_on_this_rank() -> tuple[int, int, int]:
+    """Return how often this rank is asked for responses and replies; rank 1 has the only episode of three turns."""
+    rank = dist.get_rank()
+    grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": rank, "dp_size": 2}))
+    calls = {"replies": 0}
+
+    class Counted(Episodes):
+        def replies(self, episodes):
+            calls["replies"] += 1
+            return super().replies(episodes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(globals(), "Episodes", Counted)
+        turns, _, asked = played(Script(), [["w$", "w$", "r$"] if rank else ["r$"]], max_turns=5, grid=grid)
+    return len(turns), len(asked), calls["replies"]
+
+
+def test_every_replica_makes_as_many_calls_as_the_longest_episode_of_any_replica(ranks, monkeypatch):
+    monkeypatch.undo()
+    assert ranks.run(calls_on_this_rank, world_size=2) == [(1, 2, 3), (3, 2, 3)]
+
+
+def test_metrics_are_means_over_episodes():
+    turns, num_cut, _ = played(Script(reward=0.25), [["w$", "w$", "r$"], ["r$"]])
+    assert episode_metrics(turns, [turn.answer for turn in turns], num_cut, ONE_RANK) == {
+        "episodes/turns_mean": 2.0,
+        "episodes/reward_mean": 0.5,
+        "episodes/first_reward_mean": 0.25,
+        "episodes/last_reward_mean": 0.25,
+        "episodes/unfinished_share": 0.0,
+        "episodes/too_long_share": 0.0,
+    }
+    assert episode_metrics([], [], 0, ONE_RANK)["episodes/turns_mean"] == 0.0
+
+
+def test_rewards_stay_open_where_a_function_of_the_user_gives_them():
+    turns, _, _ = played(Script(), [["r$"]], gives_rewards=False)
+    assert turns[0].answer.reward is None and turns[0].answer.feedback == "f1"
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(threads):
+    def fail(problem, said):
+        raise KeyError("no such tool")
+
+    with pytest.raises(EngineError) as caught:
+        played(SimpleNamespace(reply=fail), [["r$"]], threads=threads)
+    assert str(caught.value) == "file:a: the environment failed with KeyError: 'no such tool'"
+
+
+def test_something_else_than_a_reply_is_refused():
+    with pytest.raises(EngineError, match=r"file:a: .* TypeError: expected a Reply of .*environments, got 'yes'"):
+        played(SimpleNamespace(reply=lambda problem, said: "yes"), [["r$"]])
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": 3}, "expected a text or None as text of a reply, got 3"),
+        ({"feedback": ["a"]}, r"expected a text or None as feedback of a reply, got \['a'\]"),
+        ({"role": "assistant"}, "expected user or tool as role of a reply, got 'assistant'"),
+        ({"reward": float("nan")}, "expected a finite number as reward of a reply, got nan"),
+        ({"reward": "1"}, "expected a finite number as reward of a reply, got '1'"),
+        ({"done": 1}, "expected a boolean as done of a reply, got 1"),
+    ],
+)
+def test_a_reply_has_the_types_of_the_protocol(fields, message):
+    with pytest.raises(ValueError, match=message):
+        Reply(**fields)
+
+
+def test_threads_ask_at_the_same_time():
+    meeting = threading.Barrier(2, timeout=20)
+
+    def reply(problem, said):
+        meeting.wait()  # breaks, unless another call is under way
+        return Reply()
+
+    turns, _, _ = played(SimpleNamespace(reply=reply), [["r$"], ["r$"]], threads=2)
+    assert len(turns) == 2
+
+
+def test_a_conversation_that_the_chat_template_refuses_names_the_turn(monkeypatch):
+    def refuse(self, messages, **options):
+        if len(messages) > 1:
+            raise ValueError("no assistant before the user")
+        return messages[0]["content"]
+
+    monkeypatch.setattr(Characters, "render_chat", refuse)
+    with pytest.raises(ConfigError, match="turn 1 of an episode: file:a: the chat template refused the conversation"):
+        played(Script(), [["w$", "r$"]])
