@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config import Config, EnvironmentConfig, function_named
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -17,6 +17,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.recipes.http_environment import HttpEnvironment
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import make_sampler
 from megatron_selfdistill.rollout.guided import RoleWeights
@@ -143,7 +144,8 @@ def _episodes(config: Config, run_data: RunData, grid: RankGrid) -> Episodes:
     wanted = config.environment
     with raise_on_all_ranks(ConfigError):
         try:
-            environment = function_named("environment.name", wanted.name, {})(**wanted.options)
+            make = function_named("environment.name", wanted.name, {"http": lambda: _endpoint(wanted)})
+            environment = make(**wanted.options)
         except ConfigError:
             raise
         except Exception as error:  # the constructor of a user can raise any exception
@@ -162,6 +164,11 @@ def _episodes(config: Config, run_data: RunData, grid: RankGrid) -> Episodes:
         has_teacher=config.objective == "self_distillation",
         gives_rewards=config.policy.reward is None,
     )
+
+
+def _endpoint(wanted: EnvironmentConfig) -> HttpEnvironment:
+    assert wanted.url is not None, "the schema has checked the address"
+    return HttpEnvironment(wanted.url, wanted.model, wanted.api_key, wanted.timeout_s, wanted.retries)
 
 
 def _select(config: Config, run_data: RunData) -> Select | None:

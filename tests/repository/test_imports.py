@@ -76,8 +76,8 @@ ORDER = {
         "batch score"
     ),
     "recipes": (
-        "environments signals advantages teacher_terms scope uni_opd pi_distill normalization ratio_terms "
-        "explanation_reward"
+        "environments http_environment signals advantages teacher_terms scope uni_opd pi_distill normalization "
+        "ratio_terms explanation_reward"
     ),
     "metrics": (
         "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "

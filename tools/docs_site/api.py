@@ -13,7 +13,8 @@ PAGES = {
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
     "recipes": (
         "Rules of the literature",
-        "recipes.environments recipes.signals recipes.advantages recipes.teacher_terms recipes.scope recipes.uni_opd "
+        "recipes.environments recipes.http_environment "
+        "recipes.signals recipes.advantages recipes.teacher_terms recipes.scope recipes.uni_opd "
         "recipes.pi_distill recipes.normalization recipes.ratio_terms recipes.explanation_reward",
     ),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),

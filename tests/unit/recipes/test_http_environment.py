@@ -1,0 +1,162 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""An environment behind a real HTTP server: requests, replies, and one message for everything that can go wrong."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from types import SimpleNamespace
+
+import pytest
+from characters import ONE_RANK, Characters
+from chat_server import chat_server, completion
+
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.recipes import http_environment
+from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.recipes.http_environment import HttpEnvironment
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.episodes import Episodes, Turn
+from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
+from megatron_selfdistill.sources.recording import SampleKey
+
+PROBLEM = Problem("p7", ({"role": "user", "content": "3 - 4"},), "", "-1", "file:7")
+
+
+@pytest.fixture(autouse=True)
+def no_pauses(monkeypatch):
+    """Let attempts follow each other at once."""
+    monkeypatch.setattr(http_environment, "_FIRST_PAUSE_SECONDS", 0.0)
+
+
+def reply_to(script, said=("-1",), problem=PROBLEM, **options) -> tuple[Reply, list]:
+    with chat_server(script) as (url, seen):
+        return HttpEnvironment(url, **options).reply(problem, said), seen
+
+
+def test_the_request_is_the_conversation_with_the_problem_in_the_metadata():
+    said = ["-7", "No.", "-1"]
+    _, (request,) = reply_to(lambda n, body: (200, completion(None)), said, model="judge", api_key="secret")
+    assert request["path"] == "/v1/chat/completions" and request["key"] == "Bearer secret"
+    assert request["body"] == {
+        "model": "judge",
+        "messages": [
+            {"role": "user", "content": "3 - 4"},
+            {"role": "assistant", "content": "-7"},
+            {"role": "user", "content": "No."},
+            {"role": "assistant", "content": "-1"},
+        ],
+        "metadata": {"problem_id": "p7", "turn": "1", "answer": "-1"},
+    }
+
+
+def test_without_key_model_and_answer_the_request_names_none():
+    unanswered = Problem("q", PROBLEM.messages, "", None, "file:8")
+    _, (request,) = reply_to(lambda n, body: (200, completion(None)), problem=unanswered)
+    assert request["key"] is None and "model" not in request["body"]
+    assert request["body"]["metadata"] == {"problem_id": "q", "turn": "0"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (completion("Look again.", reward=0.5, feedback="a hint", done=False), ("Look again.", "user", "a hint", 0.5)),
+        (completion("3", role="tool", done=False, reward=1), ("3", "tool", None, 1.0)),
+        (completion("Well.", role="user", done=False), ("Well.", "user", None, 0.0)),
+    ],
+)
+def test_a_reply_has_text_role_feedback_and_reward(answer, expected):
+    reply, _ = reply_to(lambda n, body: (200, answer))
+    assert (reply.text, reply.role, reply.feedback, reply.reward) == expected and not reply.done
+
+
+def test_missing_fields_have_the_defaults_of_a_reply():
+    reply, _ = reply_to(lambda n, body: (200, {"choices": [{"message": {}}]}))
+    assert reply == Reply()
+
+
+@pytest.mark.parametrize("status", [500, 503, 429])
+def test_an_attempt_that_fails_for_the_moment_is_repeated(status):
+    reply, seen = reply_to(lambda n, body: (200, completion("ok")) if n == 2 else (status, "busy"))
+    assert reply.text == "ok" and len(seen) == 3 and seen[0] == seen[2]
+
+
+@pytest.mark.parametrize(
+    ("script", "attempts", "message"),
+    [
+        (lambda n, body: (500, "no disk"), 3, r"none in 3 attempts; the last: status 500: 'no disk'$"),
+        (lambda n, body: (404, "no such path"), 1, r"with status 200, got status 404: 'no such path'$"),
+        (lambda n, body: (200, "<html>"), 1, r"^expected an answer in JSON, got '<html>'$"),
+        (lambda n, body: (200, [1]), 1, r"^expected an answer with choices\[0\].message, got \[1\]$"),
+        (lambda n, body: (200, {"choices": []}), 1, r"message, got \{\"choices\": \[\]\}$"),
+        (lambda n, body: (200, {"choices": [{"message": "x"}]}), 1, r"expected an answer with choices\[0\].message"),
+        (
+            lambda n, body: (200, completion("x", reward=float("nan"))),
+            1,
+            r"a finite number as reward of a reply, got nan",
+        ),
+        (lambda n, body: (200, completion("x", reward="1")), 1, r"a finite number as reward of a reply, got '1'"),
+        (lambda n, body: (200, completion("x", done="no")), 1, r"a boolean as done of a reply, got 'no'"),
+        (lambda n, body: (200, completion("x", feedback=1)), 1, r"a text or None as feedback of a reply, got 1"),
+        (lambda n, body: (200, completion(["x"])), 1, r"a text or None as text of a reply, got \['x'\]"),
+        (lambda n, body: (200, completion("x", role="system")), 1, r"user or tool as role of a reply, got 'system'"),
+    ],
+)
+def test_every_other_answer_is_one_message(script, attempts, message):
+    with chat_server(script) as (url, seen):
+        with pytest.raises((ValueError, RuntimeError), match=message) as caught:
+            HttpEnvironment(url, retries=2).reply(PROBLEM, ["-1"])
+        assert len(seen) == attempts and "\n" not in str(caught.value)
+
+
+def test_a_server_that_does_not_answer_in_time_fails_after_all_attempts():
+    def wait(number, body):
+        time.sleep(0.6)
+        return 200, completion("late")
+
+    with chat_server(wait) as (url, seen):
+        with pytest.raises(RuntimeError, match=r"within 0.2 s, got none in 2 attempts; the last: TimeoutError"):
+            HttpEnvironment(url, timeout_s=0.2, retries=1).reply(PROBLEM, ["-1"])
+        assert len(seen) == 2
+
+
+def test_an_address_where_nothing_listens_is_one_message():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    with pytest.raises(RuntimeError, match=rf"environment.url={url}: .* ConnectionRefusedError"):
+        HttpEnvironment(url, retries=0).reply(PROBLEM, ["-1"])
+
+
+def test_threads_ask_the_endpoint_at_the_same_time_and_a_failure_names_the_problem():
+    given = GivenSolutions(PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}")), 40, 8, policy="error")
+    response = Response([ord("1")], [0.0], [0.0], "length")
+    pair = PromptPair("p", [1], [1])
+    asked = [[Turn(SampleKey(0, "p", i), Answer(PROBLEM, pair, response))] for i in range(8)]
+
+    def episodes(url: str) -> Episodes:
+        return Episodes(
+            environment=HttpEnvironment(url, retries=0),
+            given=given,
+            grid=SimpleNamespace(**vars(ONE_RANK)),
+            max_turns=2,
+            threads=8,
+            has_teacher=True,
+            gives_rewards=True,
+        )
+
+    meeting = threading.Barrier(8, timeout=20)
+
+    def together(number, body):
+        meeting.wait()  # breaks, unless seven other requests are under way
+        return 200, completion("ok", reward=1.0)
+
+    with chat_server(together) as (url, _):
+        assert [reply.reward for reply in episodes(url).replies(asked)] == [1.0] * 8
+    message = r"^file:7: the environment failed with RuntimeError: environment.url="
+    with chat_server(lambda number, body: (400, "bad")) as (url, _), pytest.raises(EngineError, match=message):
+        episodes(url).replies(asked)
