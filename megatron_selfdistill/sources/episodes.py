@@ -21,7 +21,7 @@ from megatron_selfdistill.sources.reward_metrics import over_replicas
 
 
 @dataclass(frozen=True)
-class Turn:
+class EpisodeTurn:
     """One response of an episode, and the environment's reply to it."""
 
     key: SampleKey
@@ -31,7 +31,7 @@ class Turn:
     """None for a truncated response, which ends its episode with the reward 0."""
 
 
-Episode = list[Turn]
+Episode = list[EpisodeTurn]
 
 Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
 """A function that samples one response per key after its prompts.  Collective over the world."""
@@ -57,8 +57,8 @@ class Episodes:
     """Whether the rewards of the responses are those of the replies."""
 
     def played(
-        self, first: Sequence[Turn], prompts: Prompts, generate: Generate, replies: GetReplies
-    ) -> tuple[list[Turn], int]:
+        self, first: Sequence[EpisodeTurn], prompts: Prompts, generate: Generate, replies: GetReplies
+    ) -> tuple[list[EpisodeTurn], int]:
         """Return all turns, episode by episode, and the number of episodes whose next prompt does not fit.
 
         ``first``: the first response of each episode of this replica, the same on each of its ranks.  A turn's prompt
@@ -90,7 +90,7 @@ class Episodes:
             for episode, (key, problem, pair), response in zip(asked, following, responses, strict=True):
                 before = episode[-1].answer
                 answer = Answer(problem, pair, response, before.group, episode=before.episode, turn=number)
-                episode.append(Turn(key, answer))
+                episode.append(EpisodeTurn(key, answer))
         return [turn for episode in episodes for turn in episode], num_cut
 
     def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
@@ -121,10 +121,10 @@ class Episodes:
                 said.append(turn.reply.text or "")
         return said
 
-    def _text(self, turn: Turn) -> str:
+    def _text(self, turn: EpisodeTurn) -> str:
         return response_text(turn.answer.response, self.given.builder.tokenizer)
 
-    def _with_reply(self, turn: Turn, reply: Reply) -> Turn:
+    def _with_reply(self, turn: EpisodeTurn, reply: Reply) -> EpisodeTurn:
         reward = reply.reward if self.gives_rewards else None
         return replace(turn, answer=replace(turn.answer, reward=reward, feedback=reply.feedback), reply=reply)
 
@@ -165,12 +165,14 @@ class Episodes:
         return PromptPair(problem.id, student, student) if fits else None
 
 
-def _reply(turn: Turn) -> Reply:
+def _reply(turn: EpisodeTurn) -> Reply:
     assert turn.reply is not None, "the environment has replied"
     return turn.reply
 
 
-def episode_metrics(turns: Sequence[Turn], answers: Sequence[Answer], num_cut: int, grid: RankGrid) -> dict[str, float]:
+def episode_metrics(
+    turns: Sequence[EpisodeTurn], answers: Sequence[Answer], num_cut: int, grid: RankGrid
+) -> dict[str, float]:
     """Return metrics of the episodes of all replicas.
 
     ``turns`` is the first result of `Episodes.played`; ``answers`` are the answers of these turns with their rewards.

@@ -19,7 +19,7 @@ from megatron_selfdistill.pipeline.schedule import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
-from megatron_selfdistill.sources.episodes import Episode, Episodes, Turn, episode_metrics
+from megatron_selfdistill.sources.episodes import Episode, Episodes, EpisodeTurn, episode_metrics
 from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
 from megatron_selfdistill.sources.recording import SampleKey, record
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
@@ -152,7 +152,9 @@ class OnPolicy(CommittedState):
             samples += [(SampleKey(step, problem.id, start + i), problem, pair) for i in range(num_samples)]
         return _Asked(problems, guided, samples)
 
-    def _turns(self, step: int, asked: _Asked, prompts: Prompts, sampling: SamplingParams) -> tuple[list[Turn], int]:
+    def _turns(
+        self, step: int, asked: _Asked, prompts: Prompts, sampling: SamplingParams
+    ) -> tuple[list[EpisodeTurn], int]:
         """Return the turns of all episodes, and how many episodes end early; see `Episodes.played`."""
 
         def generate(
@@ -165,7 +167,7 @@ class OnPolicy(CommittedState):
 
         responses = generate([key for key, _, _ in asked.samples], [pair for _, _, pair in asked.samples], asked.guided)
         first = [
-            Turn(key, Answer(problem, pair, response, group=i // self._options.num_samples))
+            EpisodeTurn(key, Answer(problem, pair, response, group=i // self._options.num_samples))
             for i, ((key, problem, pair), response) in enumerate(zip(asked.samples, responses, strict=True))
         ]
         if self._options.episodes is None:

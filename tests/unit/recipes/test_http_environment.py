@@ -20,7 +20,7 @@ from megatron_selfdistill.recipes import http_environment
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.recipes.http_environment import HttpEnvironment
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.episodes import Episodes, Turn
+from megatron_selfdistill.sources.episodes import Episodes, EpisodeTurn
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
 from megatron_selfdistill.sources.recording import SampleKey
 
@@ -136,7 +136,7 @@ def test_threads_ask_the_endpoint_at_the_same_time_and_a_failure_names_the_probl
     given = GivenSolutions(PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}")), 40, 8, policy="error")
     response = Response([ord("1")], [0.0], [0.0], "length")
     pair = PromptPair("p", [1], [1])
-    asked = [[Turn(SampleKey(0, "p", i), Answer(PROBLEM, pair, response))] for i in range(8)]
+    asked = [[EpisodeTurn(SampleKey(0, "p", i), Answer(PROBLEM, pair, response))] for i in range(8)]
 
     def episodes(url: str) -> Episodes:
         return Episodes(

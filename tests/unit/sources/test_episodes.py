@@ -18,7 +18,7 @@ from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Response, sample_seed
-from megatron_selfdistill.sources.episodes import Episodes, Turn, episode_metrics
+from megatron_selfdistill.sources.episodes import Episodes, EpisodeTurn, episode_metrics
 from megatron_selfdistill.sources.peer_hints import PeerPrompts
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
 from megatron_selfdistill.sources.recording import SampleKey
@@ -70,7 +70,7 @@ def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3,
         return [response(texts[i][key.turn]) for i, key in zip(numbers, keys, strict=True)]
 
     first = [
-        Turn(SampleKey(5, problem.id, 0), Answer(problem, prompts.pair(problem), response(text[0]), group=i))
+        EpisodeTurn(SampleKey(5, problem.id, 0), Answer(problem, prompts.pair(problem), response(text[0]), group=i))
         for i, (problem, text) in enumerate(zip(PROBLEMS, texts, strict=False))
     ]
     return *episodes.played(first, prompts, generate, episodes.replies), asked
