@@ -62,7 +62,7 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
     ],
     TARGETS,
     DIVERGENCES,
-    quick=2,
+    quick=1,
 )
 def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str, kind: str) -> None:
     student, teacher, tokens = logits(8, 333)

@@ -35,6 +35,7 @@ def on_device(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.to(DEVICE) for tensor in tensors)
 
 
+@full
 @cases(
     "rule, kind",
     [("capped", "reverse"), ("teacher alone", "forward"), ("with a reference", "jsd"), ("matched", "forward")],

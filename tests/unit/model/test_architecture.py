@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from tiers import combinations
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
@@ -239,7 +240,7 @@ def built(option: str, changes: dict) -> dict:
     }
 
 
-@pytest.mark.parametrize("option", SHIPPED_MODELS)
+@combinations(option=SHIPPED_MODELS, quick={"option": ["tiny", "llama31_405b", "deepseek_v3"]}, strength=1)
 def test_every_shipped_architecture_is_accepted_and_builds_when_narrowed(ranks, option):
     config = load([f"model={option}"])
     full = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)

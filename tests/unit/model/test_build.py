@@ -11,6 +11,7 @@ import models
 import pytest
 import torch
 from layouts import Case, Outcomes
+from tiers import combinations
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core
@@ -37,7 +38,7 @@ PROVIDERS = {
 }
 
 
-@pytest.mark.parametrize("layout", PROVIDERS)
+@combinations(layout=list(PROVIDERS), quick={"layout": ["one rank", "PP2xVPP2"]}, strength=1)
 def test_a_providers_model_has_the_built_in_models_gradient(ranks, layout):
     parallel, providers = PROVIDERS[layout]
     case = Case(parallel=parallel)

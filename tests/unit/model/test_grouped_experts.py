@@ -113,7 +113,7 @@ def outcomes(ranks) -> Outcomes:
     return Outcomes(ranks, run_each)
 
 
-in_layouts = combinations(name=list(LAYOUTS), quick={"name": ["one rank", "EP2xTP2+SP", "ETP2"]}, strength=1)
+in_layouts = combinations(name=list(LAYOUTS), quick={"name": ["EP2xTP2+SP", "ETP2"]}, strength=1)
 
 
 @in_layouts

@@ -33,7 +33,11 @@ def bytes_in_a_save(setup: Setup, run_dir) -> int:
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("gqa", {}), ("gqa", {"tensor_model_parallel_size": 2}), ("moe", {"expert_model_parallel_size": 2})],
+    [
+        pytest.param("gqa", {}, marks=pytest.mark.full),
+        pytest.param("gqa", {"tensor_model_parallel_size": 2}, marks=pytest.mark.full),
+        ("moe", {"expert_model_parallel_size": 2}),
+    ],
 )
 def test_all_ranks_together_hold_what_is_planned_for_their_node(ranks, tmp_path, kind, sizes):
     from megatron_selfdistill.plan.host_memory import _saving

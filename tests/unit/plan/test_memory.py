@@ -58,10 +58,10 @@ def real_bytes(kind, cuts, optimizer_config):
 @pytest.mark.parametrize(
     ("kind", "cuts", "optimizer"),
     [
-        ("gqa", {"tp": 2}, OptimizerConfig()),
+        pytest.param("gqa", {"tp": 2}, OptimizerConfig(), marks=pytest.mark.full),
         ("moe", {"ep": 2}, OptimizerConfig()),
         ("gqa", {"pp": 2}, OptimizerConfig(use_distributed_optimizer=False)),
-        ("gqa", {"pp": 2}, OptimizerConfig(precision="fp32")),
+        pytest.param("gqa", {"pp": 2}, OptimizerConfig(precision="fp32"), marks=pytest.mark.full),
         ("gqa", {}, OptimizerConfig(optimizer="sgd", sgd_momentum=0.9, use_distributed_optimizer=False)),
     ],
 )

@@ -186,6 +186,7 @@ def split_into_batches() -> tuple[list[list[int]], list[list[int]], list[int]]:
     return tokens(whole.generate(make_pairs(), SAMPLED)), tokens(small.generate(make_pairs(), SAMPLED)), held
 
 
+@pytest.mark.full
 def test_batches_fit_into_the_cache_with_three_sequences_per_request(ranks):
     [(whole, split, held)] = ranks.run(split_into_batches, world_size=1)
     assert split == whole

@@ -202,6 +202,7 @@ def test_what_does_not_fit_is_refused_with_a_message() -> None:
         refuse_unguidable(SamplingParams(8, temperature=temperature))
 
 
+@pytest.mark.full
 def test_drawing_guided_tokens_imports_no_megatron() -> None:
     code = "import sys, megatron_selfdistill.rollout.guided; sys.exit('megatron' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,6 +22,7 @@ sys.exit(0 if len(receivers._RECEIVERS) == 4 else 1)
 """
 
 
+@pytest.mark.full
 def test_receivers_need_no_vllm():
     subprocess.run([sys.executable, "-c", BLOCKED], check=True)
 

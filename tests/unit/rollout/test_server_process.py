@@ -139,6 +139,7 @@ def test_a_setting_of_the_users_own_reaches_the_servers(at_start, kept):
     assert server_environment(at_start, at_start) == kept
 
 
+@pytest.mark.full
 def test_a_process_knows_what_it_was_started_with():
     code = (
         "import os; os.environ['NCCL_DEBUG'] = 'INFO'; os.environ['NCCL_ALGO'] = 'Ring';"
