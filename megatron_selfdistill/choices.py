@@ -96,6 +96,12 @@ DISTILL_SIGNALS = ("full", "sampled", "advantage")
 DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill")
 """Values of distill.rule."""
 
+TEACHER_PROMPTS = ("hinted", "same")
+"""Values of distill.teacher_prompt."""
+
+REWARDS = ("explanation",)
+"""Values of policy.reward besides dotted paths."""
+
 MARGIN_GAPS = ("mean", "min_max")
 """Values of distill.margin_gap."""
 

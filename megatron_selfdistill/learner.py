@@ -36,7 +36,7 @@ from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, on_whole_replica
+from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs, on_whole_replica
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
@@ -259,6 +259,11 @@ class Learner:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
         student, target = on_whole_replica(output, ("student_log_prob", "target_log_prob"), packed, self.grid)
         return student, target
+
+    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the log-probs of every response token under student and teacher (pipeline/score.py).  Collective."""
+        with self._scoring_models() as models:
+            return log_probs(contexts, models, temperature=temperature)
 
     @contextlib.contextmanager
     def _scoring_models(self) -> Iterator[ScoringModels]:

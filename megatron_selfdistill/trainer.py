@@ -173,7 +173,8 @@ class Trainer:
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         read = tokens_read(packed, metrics, self.grid.dp_size, self.learner.has_teacher)
         self.log.log(self.step, metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read))
-        warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if self.step == 1 else None
+        speaks = self.step == 1 and not self.config.reads_one_prompt  # else equal weights read the same prompt
+        warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if speaks else None
         if warning is not None:
             self.log.message(warning)
         self.guards.check(self.step, metrics)

@@ -38,7 +38,7 @@ RULES: dict[str, str] = {
             *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
-            *("teacher.ema_decay", "model", "target", "distill", "policy"),
+            *("teacher.ema_decay", "model", "target", "distill", "policy", "explanation"),
         ),
         BOUND,
     ),
@@ -186,6 +186,8 @@ def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
         found.append("target")
     if not any(values.get("objective") == "self_distillation" for values in configurations):
         found.append("distill")
+    if not any(values.get("policy.reward") == "explanation" for values in configurations):
+        found.append("explanation")
     return found
 
 

@@ -139,7 +139,12 @@ def _objective(config: Mapping[str, Any]) -> str | None:
         return _text(config.get("objective"))
     mixed = ("target.anchor", "target.teacher_weight", "target.k_max")
     mixes = config.get("target.rule") != "teacher_alone"
-    rules = {"distill.rule": "uniform", "distill.signal": "full", "policy.weight": 0.0}
+    rules = {
+        "distill.rule": "uniform",
+        "distill.signal": "full",
+        "distill.teacher_prompt": "hinted",
+        "policy.weight": 0.0,
+    }
     own = [name for name, default in rules.items() if config.get(name, default) != default]
     names = ("target.rule", *(mixed if mixes else ()), "loss.divergence", "teacher.weights", *own)
     return ", ".join(f"{name}={_text(config[name])}" for name in names if name in config)

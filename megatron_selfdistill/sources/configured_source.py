@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.choices import REWARDS
 from megatron_selfdistill.config import Config, EnvironmentConfig, function_named
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
@@ -24,12 +25,13 @@ from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
 from megatron_selfdistill.sources.episodes import Episodes
+from megatron_selfdistill.sources.explanations import ExplanationRewards, LogProbs, check_room_for_solutions
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
 from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.own_solutions import Finder, OwnSolutionPrompts, OwnSolutions
 from megatron_selfdistill.sources.peer_hints import PeerPrompts
-from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts
+from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts, Rewarder
 from megatron_selfdistill.sources.recording import Recording
 from megatron_selfdistill.sources.replay import Replay
 from megatron_selfdistill.sources.selection import Balance, Select, StatedConfidence
@@ -51,6 +53,10 @@ class ReadingModels(Protocol):
         """Return log p and log q of every response token, [R] float64 each, on the host."""
         ...
 
+    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the log-probs of every response token under student and teacher, [R] float64 each, on the host."""
+        ...
+
 
 def configured_source(
     config: Config, run_data: RunData, grid: RankGrid, sampler: SyncedSampler, phases: Phases, models: ReadingModels
@@ -69,15 +75,11 @@ def configured_source(
         sampler.sleep()
         return models.target_log_probs(contexts)
 
-    own_reward = config.policy.reward
-    reward = None if own_reward is None else function_named("policy.reward", own_reward, {})
-    judge = Judge(
-        load_verifier(config.evaluation.verifier),
-        run_data.tokenizer,
-        grid,
-        reward,
-        config.evaluation.confidence_pattern,
-    )
+    def read(contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
+        sampler.sleep()
+        return models.log_probs(contexts, temperature)
+
+    judge = _judge(config, run_data, grid)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
     finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
@@ -88,7 +90,7 @@ def configured_source(
         return ChatLogs(state, LoggedTurns(config, run_data, grid), config.conversations, grid, phases)
     options = OnPolicyOptions(
         sampler=sampler,
-        judge=judge,
+        rewarder=_rewarder(config, run_data, judge, read),
         phases=phases,
         grid=grid,
         seed=config.seed,
@@ -103,6 +105,7 @@ def configured_source(
         privileged=config.rollout.view == "privileged",
         views=config.contexts_per_response,
         episodes=_episodes(config, run_data, grid) if config.environment.exists else None,
+        reads_one_prompt=config.reads_one_prompt,
         record=config.rollout.record,
     )
     return OnPolicy(state, options) if recording is None else Replay(state, options, recording)
@@ -171,6 +174,26 @@ def _endpoint(wanted: EnvironmentConfig) -> HttpEnvironment:
     return HttpEnvironment(wanted.url, wanted.model, wanted.api_key, wanted.timeout_s, wanted.retries)
 
 
+def _judge(config: Config, run_data: RunData, grid: RankGrid) -> Judge:
+    name = config.policy.reward
+    reward = None if name is None or name in REWARDS else function_named("policy.reward", name, {})
+    pattern = config.evaluation.confidence_pattern
+    return Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid, reward, pattern)
+
+
+def _rewarder(config: Config, run_data: RunData, judge: Judge, read: LogProbs) -> Rewarder:
+    if config.policy.reward != "explanation":
+        return judge
+    check_room_for_solutions(
+        run_data.problems.problems,
+        run_data.builder,
+        config.explanation.closing_tag,
+        max_length=run_data.max_length,
+        max_new_tokens=config.rollout.max_new_tokens,
+    )
+    return ExplanationRewards(config.explanation, run_data.builder, read, judge.grid)
+
+
 def _select(config: Config, run_data: RunData) -> Select | None:
     if config.rollout.select == "none":
         return None
@@ -190,7 +213,7 @@ def _prompts(config: Config, run_data: RunData, judge: Judge, finder: Finder) ->
     given, wanted, below = given_solutions(config, run_data), config.solutions, config.rollout.guide_below
     owns = config.data.solutions == "own"
     keeps_unhinted = config.policy.weight > 0 or config.distill.rule == "scope"
-    judges = config.judges_responses and judge.reward is None and not config.environment.exists
+    judges = config.judges_responses and config.policy.reward is None and not config.environment.exists
     if owns or below is not None or judges:
         check_answers(run_data.problems.problems, judge.verifier)
     prompts: Prompts = given

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -20,7 +20,7 @@ from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.sources.episodes import Episode, Episodes, EpisodeTurn, episode_metrics
-from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
+from megatron_selfdistill.sources.problem_prompts import Answer, Prompts, Rewarder
 from megatron_selfdistill.sources.recording import SampleKey, record
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
 from megatron_selfdistill.sources.selection import Select
@@ -33,7 +33,7 @@ class OnPolicyOptions:
     """The options with which the student's own responses become batches."""
 
     sampler: Sampler
-    judge: Judge
+    rewarder: Rewarder
     phases: Phases
     grid: RankGrid
     seed: int
@@ -60,6 +60,8 @@ class OnPolicyOptions:
     """The number of contexts in which a response is trained on: 2 adds the privileged view to the plain one."""
     episodes: Episodes | None
     """The rules by which responses become episodes with an environment; None where nothing replies."""
+    reads_one_prompt: bool
+    """Whether student and teacher read a response after the prompt that it was sampled after."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
 
@@ -71,7 +73,7 @@ class OnPolicyOptions:
     @property
     def compares(self) -> bool:
         """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
-        return not (self.privileged or self.edits)
+        return not (self.edits or (self.privileged and not self.reads_one_prompt))
 
 
 @dataclass(frozen=True)
@@ -104,21 +106,22 @@ class OnPolicy(CommittedState):
         turns, num_cut = self._turns(step, asked, prompts, sampling)
         answers = [turn.answer for turn in turns]
         responses = [answer.response for answer in answers]
+        rewarded: Mapping[str, float] = {}
+        if options.judges and not options.gives_rewards:
+            with options.phases(options.rewarder.phase):
+                answers, rewarded = options.rewarder.rewarded(answers)
         with options.phases("rollout"):
-            if options.judges and not options.gives_rewards:
-                rewards = options.judge.rewards(answers)
-                answers = [replace(answer, reward=reward) for answer, reward in zip(answers, rewards, strict=True)]
             if options.record is not None:
                 keys, replies = [turn.key for turn in turns], [turn.reply for turn in turns]
                 record(options.record, keys, responses, replies, options.grid.dp_group, options.grid.is_reporter)
             prompts_after = prompts.record(answers, asked.guided)
         with options.phases("pack"):
             trained, chosen = self._trained(step, prompts, answers)
-            rewarded = reward_metrics(answers, trained, options.grid) if options.judges else {}
+            if options.judges:
+                rewarded = {**rewarded, **reward_metrics(answers, trained, options.grid)}
             if options.episodes is not None:
-                rewarded |= episode_metrics(turns, answers, num_cut, options.grid)
-            if options.views == 2:
-                trained = [*(answer.in_privileged_view() for answer in trained), *trained]
+                rewarded = {**rewarded, **episode_metrics(turns, answers, num_cut, options.grid)}
+            trained = self._in_views(trained)
             kept = [answer.response for answer in trained]
             guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
             contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
@@ -201,6 +204,15 @@ class OnPolicy(CommittedState):
         if self._options.select is not None:
             answers = self._options.select(step, answers)
         return prompts.choose(answers)
+
+    def _in_views(self, answers: Sequence[Answer]) -> list[Answer]:
+        """Return the answers with the prompts of the views that they are trained in."""
+        options = self._options
+        if options.reads_one_prompt:
+            return [answer.in_sampled_view(privileged=options.privileged) for answer in answers]
+        if options.views == 2:
+            return [*(answer.in_privileged_view() for answer in answers), *answers]
+        return list(answers)
 
     def _corrections(self, responses: Sequence[Response]) -> TruncatedImportance:
         sampled = self._on_device(response.sampled_log_probs for response in responses)

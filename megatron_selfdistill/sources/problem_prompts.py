@@ -55,6 +55,15 @@ class Answer:
         exchanged = replace(pair, student_prompt=pair.teacher_prompt, teacher_prompt=pair.student_prompt)
         return replace(self, prompts=exchanged, privileged=True)
 
+    def in_sampled_view(self, *, privileged: bool) -> Answer:
+        """Return this answer with the prompt that it was sampled after as both prompts.
+
+        ``privileged``: whether this prompt is the teacher's.
+        """
+        prompt = self.prompts.teacher_prompt if privileged else self.prompts.student_prompt
+        pair = replace(self.prompts, student_prompt=prompt, teacher_prompt=prompt)
+        return replace(self, prompts=pair, privileged=privileged)
+
     def without_hint(self) -> Answer:
         """Return this answer without a hint, and so without a teacher's part in its loss."""
         return replace(self, prompts=without_hint(self.prompts), hinted=False)
@@ -193,6 +202,23 @@ class GivenSolutions:
         return self
 
 
+class Rewarder(Protocol):
+    """The rewards of a step's answers."""
+
+    @property
+    def phase(self) -> str:
+        """The phase of a step that the work of `rewarded` belongs to."""
+        ...
+
+    def rewarded(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers of this replica with their rewards, and metrics of the rewards.
+
+        All ranks of the replica give the same answers and get the same rewards; the metrics are equal on all ranks.
+        Collective over the world.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class Judge:
     """The verdicts of a verifier on the answers of all replicas."""
@@ -204,6 +230,11 @@ class Judge:
     """The function that rewards responses; None is 1 for the verdict right, else 0."""
     confidence: re.Pattern[str] | None = None
     """The pattern of a stated confidence, which verifier and reward function do not see; None hides nothing."""
+
+    @property
+    def phase(self) -> str:
+        """The phase of a step that verdicts belong to: that of the responses."""
+        return "rollout"
 
     def right(self, answers: Sequence[Answer]) -> list[bool]:
         """Return whether each answer of this replica is right, equal on all ranks of the replica.
@@ -222,6 +253,11 @@ class Judge:
         questions = self._questions(answers)
         found = rewards(questions, self.reward or self.verifier, self.grid)
         return [found[key] for key in questions]
+
+    def rewarded(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers with their `rewards`, and no metrics of its own.  Collective over the world."""
+        found = self.rewards(answers)
+        return [replace(answer, reward=reward) for answer, reward in zip(answers, found, strict=True)], {}
 
     def _questions(self, answers: Sequence[Answer]) -> dict[tuple[int, int], tuple[Problem, str | None]]:
         return {

@@ -88,8 +88,8 @@ ORDER = {
         "held_out evaluations comparison all_models alignment_groups alignment_nodes tables"
     ),
     "sources": (
-        "problem_prompts reward_metrics step_terms source on_demand_sampler synced_sampler recording solution_search "
-        "own_solutions peer_hints selection guidance episodes "
+        "problem_prompts reward_metrics explanations step_terms source on_demand_sampler synced_sampler "
+        "recording solution_search own_solutions peer_hints selection guidance episodes "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections ``policy`` and ``distill`` of the schema: how rewards and the teacher weigh the tokens of a response.
+"""The sections ``policy``, ``explanation`` and ``distill`` of the schema: how rewards and the teacher weigh tokens.
 
 The loss of a response token y is ``w D(p, q) + a (-log p(y))``; recipes/ computes w and a from these keys.
 """
@@ -8,7 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_selfdistill.choices import ADVANTAGE_STDS, CREDITS, DISTILL_RULES, DISTILL_SIGNALS, MARGIN_GAPS
+from megatron_selfdistill.choices import (
+    ADVANTAGE_STDS,
+    CREDITS,
+    DISTILL_RULES,
+    DISTILL_SIGNALS,
+    MARGIN_GAPS,
+    TEACHER_PROMPTS,
+)
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
 
 
@@ -22,7 +29,8 @@ class PolicyConfig:
     """Dotted path of a function ``reward(response_text, problem)`` that returns a finite number, wherever a run trains
     on verdicts of its responses (also rft and peers); a response with a reward of at least 0.5 counts as right, and a
     truncated response has 0.  Null is the reward of the environment, where there is one, and otherwise 1
-    for a response that evaluation.verifier finds right, else 0."""
+    for a response that evaluation.verifier finds right, else 0.  explanation is the reward of RLT: how well the frozen
+    weights find the solution after they have read the response (see explanation)."""
     advantage_std: str = "sample"
     """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
     population (with n) or none (Dr. GRPO)."""
@@ -55,6 +63,37 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True)
+class ExplanationConfig:
+    """The reward of policy.reward=explanation, for explanations that the policy writes after it has seen the solution.
+
+    The frozen weights read an explanation after the problem.  The reward is r_SS - ratio_weight r_KL, less
+    missing_tag_penalty where the closing tag is missing.
+    """
+
+    closing_tag: str = "</think>"
+    """Text that ends an explanation.  The solution follows it when the frozen weights read the explanation, and in
+    data sets of explanations.  White space at its ends is written there, and is not needed in a response."""
+    temperature: float = 0.7
+    """Divisor of the logits of all log-probs of the reward."""
+    alpha: float = 0.01
+    """Weight of the least likely token of the solution in r_SS, and of the largest log-ratio of the explanation in
+    r_KL."""
+    ratio_weight: float = 3.0
+    """Weight of r_KL, the log-ratio of the policy, which sees the solution, and the frozen weights, which do not."""
+    missing_tag_penalty: float = 1.0
+    """Number that is subtracted from the reward of an explanation without its closing tag."""
+
+    def __post_init__(self) -> None:
+        normalise("explanation", self)
+        at_least(0, "explanation", self, "alpha ratio_weight missing_tag_penalty")
+        require(self.temperature > 0, f"explanation.temperature must be positive, got {self.temperature}")
+        require(
+            self.closing_tag.strip() != "",
+            "explanation.closing_tag must be a text that ends an explanation, such as </think>, got white space",
+        )
+
+
+@dataclass(frozen=True)
 class DistillConfig:
     """The teacher's part in the loss of a response with a hint; a response without a hint has no such part."""
 
@@ -65,6 +104,10 @@ class DistillConfig:
     sampled token: log q(y) - log p(y), times p / mu, as in the k3 estimator) or advantage (log q(y) - log mu(y) as an
     advantage beside the reward's, which the clip of policy holds).  The last two take another forward pass of teacher
     and student per step."""
+    teacher_prompt: str = "hinted"
+    """The prompt after which the teacher reads a response: hinted (with the hint) or same (the prompt that the response
+    was sampled after, rollout.view, which the student then trains after, too: the divergence from a frozen teacher
+    holds the policy near the weights of the start, as the KL penalty of reinforcement learning does)."""
     rule: str = "uniform"
     """The weights of responses: uniform, scope (right responses teach by likelihood, wrong ones by the teacher,
     weighted by perplexity; needs signal=sampled), uni_opd (right responses are moved above wrong ones; needs
@@ -87,6 +130,7 @@ class DistillConfig:
         at_least(0, "distill", self, "weight margin")
         one_of("distill.signal", self.signal, DISTILL_SIGNALS)
         one_of("distill.rule", self.rule, DISTILL_RULES)
+        one_of("distill.teacher_prompt", self.teacher_prompt, TEACHER_PROMPTS)
         one_of("distill.margin_gap", self.margin_gap, MARGIN_GAPS)
         for name in ("tau", "max_log_ratio"):
             value = getattr(self, name)

@@ -234,11 +234,31 @@ def test_parallel_sizes_are_checked_without_torch():
             "rollout.select=confidence edits responses",
         ),
         (["distill.alpha=2"], "distill.alpha must lie in 0 to 1, got 2"),
+        (["distill.teacher_prompt=same", "teacher.weights=current"], "compares the student with other weights after"),
+        (["distill.teacher_prompt=same", "rollout.guidance=mixed"], "guidance=none and no hints of data.solutions"),
+        (["explanation.closing_tag=' '"], "explanation.closing_tag must be a text that ends an explanation"),
+        (["explanation.temperature=0"], "explanation.temperature must be positive, got 0"),
         (["distill.tau=0"], "distill.tau must be positive, got 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):
     assert words in message_of(*overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["recipe=rlt", "distill.teacher_prompt=hinted"], "it needs distill.teacher_prompt=same, got hinted"),
+        (["recipe=rlt", "rollout.view=plain"], "it needs rollout.view=privileged, got plain"),
+        (["recipe=rlt", "teacher.weights=ema"], "it needs teacher.weights=frozen, got ema"),
+        (["recipe=rlt", "data.solutions=own"], "it needs data.solutions=given or answer, got own"),
+        (["recipe=rlt", "rollout.select=balance"], "it needs rollout.select=none, got balance"),
+        (["recipe=rlt", "policy.weight=0"], "policy.reward=explanation trains on rewards: it needs policy.weight"),
+        (["recipe=rlt", "rollout.num_samples=1"], "policy.weight compares the responses to one problem"),
+    ],
+)
+def test_a_recipe_of_scores_refuses_what_it_cannot_do(overrides, words):
+    assert words in message_of_load(*overrides)
 
 
 def test_the_command_line_refuses_contradictions_too():

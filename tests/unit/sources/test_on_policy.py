@@ -68,9 +68,10 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
         "privileged": False,
         "views": 1,
         "episodes": None,
+        "reads_one_prompt": False,
         "record": None,
     } | options
-    options |= {"sampler": Sampler(), "judge": judge, "phases": Phases(), "grid": grid}
+    options |= {"sampler": Sampler(), "rewarder": judge, "phases": Phases(), "grid": grid}
     return OnPolicy(state, OnPolicyOptions(seed=SEED, num_samples=SAMPLES, **options))
 
 

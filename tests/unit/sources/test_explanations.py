@@ -1,0 +1,155 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Explanations are found in responses, read after the right prompts, and rewarded as RLT rewards them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from characters import ONE_RANK, STOP, Characters
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.config.schema.policy_config import ExplanationConfig
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.explanations import ExplanationRewards, check_room_for_solutions, explanation_in
+from megatron_selfdistill.sources.problem_prompts import Answer
+
+BUILDER = PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}"))
+PROBLEM = Problem("a", ({"role": "user", "content": "2+2"},), "=4.", "4", "file:1")
+PAIR = PromptPair("a", BUILDER.student_prompt(PROBLEM), BUILDER.teacher_prompt(PROBLEM), "=4.")
+SOLUTION, POLICY, STUDENT = (-0.2, -1.5, -0.1), (-0.3, -0.1, -0.9, -0.2), (-0.5, -2.1, -0.8, -0.2)
+
+
+def response(text: str, finish_reason: str = "stop") -> Response:
+    ids = list(map(ord, text))
+    return Response(ids, [-1.0] * len(ids), [-1.0] * len(ids), finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "found"),
+    [
+        ("since</t>$", "stop", ("since", True)),
+        (" since </t> and more$", "stop", ("since", True)),
+        ("a</t>b</t>$", "stop", ("a", True)),
+        ("</t>$", "stop", ("", True)),
+        ("since$", "stop", ("since", False)),
+        ("since", "length", ("since", False)),
+        ("since</t>", "length", ("since", True)),
+        ("$", "stop", ("", False)),
+    ],
+)
+def test_the_explanation_ends_before_its_first_closing_tag(text, finish_reason, found):
+    explanation = explanation_in(response(text, finish_reason), Characters(), "\n</t>\n")
+    assert (explanation.text(Characters()), explanation.has_closing_tag) == found
+
+
+def test_a_closing_tag_may_be_the_stop_token():
+    assert explanation_in(response("since$"), Characters(), "$").has_closing_tag
+
+
+class Pairs(Characters):
+    """A tokenizer whose tokens are pairs of characters."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(f"{chr(i // 256)}{chr(i % 256)}" for i in ids)
+
+
+def test_a_token_across_the_tag_does_not_belong_to_the_explanation():
+    ids = [256 * ord(a) + ord(b) for a, b in ("ab", "c<", "/t", ">$")]
+    explanation = explanation_in(Response(ids, [], [], "stop"), Pairs(), "</t>")
+    assert (explanation.text(Pairs()), explanation.has_closing_tag) == ("ab", True)
+
+
+class Reading:
+    """Log-probs that are looked up by the text of the response; the calls are kept."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[ContextPair], float]] = []
+        self.known: dict[str, tuple[Sequence[float], Sequence[float]]] = {
+            "=4.": ((-9.0, -9.0, -9.0), SOLUTION),
+            "why?": (POLICY, STUDENT),
+            "": ((), ()),
+        }
+
+    def __call__(self, contexts: Sequence[ContextPair], temperature: float) -> Any:
+        self.calls.append((list(contexts), temperature))
+        found = [self.known["".join(map(chr, context.response))] for context in contexts]
+        return tuple(torch.tensor([v for one in found for v in one[i]], dtype=torch.float64) for i in (0, 1))
+
+
+def answers(*texts: str) -> list[Answer]:
+    return [Answer(PROBLEM, PAIR, response(text)) for text in texts]
+
+
+def rewards(monkeypatch: pytest.MonkeyPatch, *texts: str, **settings: Any) -> tuple[list[float], Any, Reading]:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+    reading = Reading()
+    rewarder = ExplanationRewards(ExplanationConfig(closing_tag="</t>", **settings), BUILDER, reading, ONE_RANK)
+    rewarded, metrics = rewarder.rewarded(answers(*texts))
+    return [answer.reward for answer in rewarded], metrics, reading
+
+
+def test_rewards_of_the_worked_example(monkeypatch):
+    found, metrics, _ = rewards(monkeypatch, "why?</t>$", "why?$", "</t>$")
+    silent = -0.6 + 0.01 * -1.5  # r_KL of no token is 0
+    assert found == pytest.approx([-2.25, -3.25, silent], abs=1e-12)
+    assert metrics == pytest.approx(
+        {
+            "explanations/solution_log_prob": -0.615,
+            "explanations/log_ratio": 2 * 0.545 / 3,
+            "explanations/closing_tags": 2 / 3,
+        }
+    )
+
+
+def test_every_setting_counts(monkeypatch):
+    found, _, reading = rewards(
+        monkeypatch, "why?$", alpha=0.5, ratio_weight=2.0, missing_tag_penalty=0.25, temperature=0.9
+    )
+    assert found == pytest.approx([-0.6 + 0.5 * -1.5 - 2 * (0.525 + 0.5 * 2.0) - 0.25], abs=1e-12)
+    assert reading.calls[0][1] == 0.9
+
+
+def test_the_policy_reads_after_the_solution_and_the_student_after_the_problem(monkeypatch):
+    _, _, reading = rewards(monkeypatch, "why?</t>$", "why?$")
+    (pairs, temperature) = reading.calls[0]
+    texts = [tuple("".join(map(chr, ids)) for ids in (p.student_prompt, p.teacher_prompt, p.response)) for p in pairs]
+    assert temperature == 0.7
+    assert texts[:2] == [("2+2|=4.:", "2+2:", "why?")] * 2
+    assert texts[2:] == [("2+2:why?</t>", "2+2:why?</t>", "=4.")] * 2
+
+
+def test_no_answers_have_no_rewards(monkeypatch):
+    assert rewards(monkeypatch)[0] == []
+
+
+def test_a_solution_that_does_not_fit_after_the_longest_explanation_is_refused():
+    options = {"closing_tag": "</t>", "max_new_tokens": 10}
+    check_room_for_solutions([PROBLEM], BUILDER, max_length=21, **options)  # 4 + 10 + 4 + 3
+    with pytest.raises(ConfigError, match=r"file:1: policy.reward=explanation .* at most 20 tokens .* got 3 and 21;"):
+        check_room_for_solutions([PROBLEM], BUILDER, max_length=20, **options)
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+def test_both_models_may_read_after_the_prompt_of_the_sample(privileged):
+    viewed = answers("why?$")[0].in_sampled_view(privileged=privileged)
+    prompt = PAIR.teacher_prompt if privileged else PAIR.student_prompt
+    assert viewed.prompts.student_prompt == viewed.prompts.teacher_prompt == prompt
+    assert (viewed.privileged, viewed.hinted) == (privileged, True)
+    assert viewed.response.token_ids[-1] == STOP
+
+
+def test_the_recipe_has_the_published_constants():
+    config = load(["recipe=rlt"])
+    assert config.explanation == ExplanationConfig("</think>", 0.7, 0.01, 3.0, 1.0)
+    assert (config.rollout.num_samples, config.rollout.num_samples * config.data.global_batch_size) == (64, 1024)
+    assert (config.optimizer.lr, config.optimizer.lr_decay_style, config.num_steps) == (1e-6, "constant", 125)
+    assert (config.distill.weight, config.distill.teacher_prompt, config.teacher.weights) == (0.04, "same", "frozen")
+    assert (config.rollout.view, config.policy.reward, config.policy.weight) == ("privileged", "explanation", 1.0)
