@@ -60,6 +60,11 @@ COMMANDS = {
         "Sample solutions from a model, verify them, and write the best ones.",
         "--out own.jsonl --hf Qwen3-8B data.path=problems.jsonl",
     ),
+    "explanations": Command(
+        "commands.explanations",
+        "Sample explanations of given solutions from a teacher that sees them, as data for a student.",
+        "--out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints ..",
+    ),
     "report": Command(
         "commands.report",
         "Show runs in one HTML file: curves, differences, responses and events.",

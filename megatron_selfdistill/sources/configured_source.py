@@ -25,7 +25,7 @@ from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
 from megatron_selfdistill.sources.episodes import Episodes
-from megatron_selfdistill.sources.explanations import ExplanationRewards, LogProbs, check_room_for_solutions
+from megatron_selfdistill.sources.explanation_rewards import ExplanationRewards, LogProbs, check_room_for_solutions
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
 from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions

@@ -88,7 +88,7 @@ ORDER = {
         "held_out evaluations comparison all_models alignment_groups alignment_nodes tables"
     ),
     "sources": (
-        "problem_prompts reward_metrics explanations step_terms source on_demand_sampler synced_sampler "
+        "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
         "recording solution_search own_solutions peer_hints selection guidance episodes "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
@@ -106,7 +106,7 @@ ORDER = {
     "commands": (
         "convert report doctor given_config given_model evaluate_options evaluate exploration model_options "
         "explore_options run_settings given_models explore alignment_options alignment_job gradient_alignment plan "
-        "solution_journal solution_job solutions"
+        "solution_journal data_set_job solution_job explanation_job data_set_command solutions explanations"
     ),
     "cli": "",
     "__main__": "",

@@ -98,6 +98,7 @@ def use(programs, directory) -> Callable[[str], Done]:
         "explore": ["hf", "--problem", "500-408:", "--solution", "092", "-o", "target.html", *SMALL, TEMPLATE],
         "alignment": ["hf", "--data", data, "--limit", "1", "--nodes", "2", "--completions", "1", *SMALL, TEMPLATE],
         "solutions": ["--out", "own.jsonl", *model, "--num-samples", "2", f"data.path={data}", *SMALL, TEMPLATE],
+        "explanations": ["--out", "explained.jsonl", *model, f"data.path={data}", *SMALL, TEMPLATE],
         "convert": ["hf-to-megatron", *model, "--out", "megatron"],
         "plan": ["recipe=qwen3_8b", "data.global_batch_size=64"],
         "report": ["logged"],
@@ -177,6 +178,13 @@ def test_solutions_samples_for_every_problem(use, directory):
     assert done.returncode == 0, done.stderr
     assert len((directory / "own.attempts.jsonl").read_text().splitlines()) == 1 + 4
     assert (directory / "own.jsonl").is_file()
+
+
+@pytest.mark.full
+def test_explanations_samples_for_every_problem(use, directory):
+    done = use("explanations")
+    assert done.returncode == 0, done.stderr
+    assert len((directory / "explained.attempts.jsonl").read_text().splitlines()) == 1 + 4
 
 
 @pytest.mark.full

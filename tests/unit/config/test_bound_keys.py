@@ -24,6 +24,7 @@ WHOLE_SECTIONS = {
     "model",
     "target",
     "distill",
+    "explanation",
     "policy",
     "parallel",
     "cluster",

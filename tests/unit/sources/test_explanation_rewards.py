@@ -18,7 +18,11 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.explanations import ExplanationRewards, check_room_for_solutions, explanation_in
+from megatron_selfdistill.sources.explanation_rewards import (
+    ExplanationRewards,
+    check_room_for_solutions,
+    explanation_in,
+)
 from megatron_selfdistill.sources.problem_prompts import Answer
 
 BUILDER = PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}"))

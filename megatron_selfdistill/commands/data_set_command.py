@@ -1,0 +1,151 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command lines of `selfdistill solutions` and `selfdistill explanations`, which write a data set with a model."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill.config.world_checks import check_ranks, check_world
+
+if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
+    from megatron_selfdistill.commands.data_set_job import DataSetWork
+    from megatron_selfdistill.config import Config
+    from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.run_data import RunData
+
+EXIT_REFUSED = 2
+
+MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
+"""A function that returns the work of a command for its configuration, on this rank."""
+
+
+def run_command(name: str, arguments: argparse.Namespace, config: Callable[[], Config], make_work: MakeWork) -> int:
+    """Check the command line, write the data set on every rank, and return the exit status.
+
+    The status is 0, or 2 after a message about bad input.  ``name``: the name of the command in messages.
+    ``config``: the function that returns the `configured` keys of the command line; it raises `ConfigError`.
+    """
+    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+    from megatron_selfdistill.errors import CheckpointError, ConfigError
+
+    silence_known_warnings()
+    try:
+        check(arguments, config())
+        return make_data_set(arguments, config(), make_work)
+    except (ConfigError, CheckpointError, OSError) as error:
+        print(f"{name}: [rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
+        return EXIT_REFUSED
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; the same command continues from here", file=sys.stderr)
+        return 130
+
+
+def check(arguments: argparse.Namespace, config: Config) -> None:
+    """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
+    from megatron_selfdistill import prechecks
+    from megatron_selfdistill.distributed.roll_call import world_size
+
+    if arguments.hf is not None:
+        prechecks.require_hugging_face(arguments.hf)
+    prechecks.require_data(config)
+    prechecks.require_start(config)
+    check_ranks(config, world_size())
+
+
+def make_data_set(arguments: argparse.Namespace, config: Config, make_work: MakeWork) -> int:
+    """Do the work and write the data set, on every rank; return the exit status."""
+    from megatron_selfdistill.commands.data_set_job import DataSetJob
+    from megatron_selfdistill.commands.solution_journal import file_beside
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.evaluation.inference import converted
+    from megatron_selfdistill.run_data import RunData
+
+    out = arguments.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid = ranks.initialize(config.parallel, config.seed)
+    try:
+        hf = arguments.hf
+        with converted(hf, file_beside(out, ".model")) if hf is not None else nullcontext() as checkpoint:
+            config = _of_checkpoint(config, arguments, checkpoint)
+            check_world(config, grid.world_size)
+            run_data = RunData.load(config)
+            work = make_work(config, run_data, grid)
+            DataSetJob(config, run_data, grid, out, arguments.group_size, work).run()
+        return 0
+    finally:
+        ranks.shutdown()
+
+
+def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> Config:
+    """Return the configuration of the command line, before the model is known; ``defaults``: keys of the command."""
+    from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.commands.solution_journal import file_beside
+    from megatron_selfdistill.errors import ConfigError
+
+    config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)
+    if arguments.num_problems is not None:
+        config = replace(config, data=replace(config.data, limit=arguments.num_problems))
+    if (arguments.hf is None) == (config.checkpoint.load is None):
+        raise ConfigError("expected one model: either --hf DIR or checkpoint.load=DIR")
+    if arguments.hf is not None and config.data.tokenizer is None:
+        config = replace(config, data=replace(config.data, tokenizer=str(arguments.hf)))
+    # No run is resumed here: run_dir only holds the files that an engine needs beside the weights.
+    checkpoint = replace(config.checkpoint, resume=False)
+    return replace(config, checkpoint=checkpoint, run_dir=str(file_beside(arguments.out, ".engine")))
+
+
+def _of_checkpoint(config: Config, arguments: argparse.Namespace, checkpoint: Path | None) -> Config:
+    """Return ``config`` with the architecture of the model at ``checkpoint``; None is the model at checkpoint.load."""
+    from megatron_selfdistill import config as configuration
+    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
+    from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+
+    if checkpoint is not None:
+        config = replace(config, checkpoint=replace(config.checkpoint, load=str(checkpoint)))
+    config = with_stored_architecture(config, configuration.given_keys(arguments.overrides, arguments.config_name))
+    require_same_tokenizer(config)
+    return config
+
+
+def at_least_1(text: str) -> int:
+    """Return the number that an option has, for argparse; a number below 1 is refused."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def parser_of(name: str, description: str | None, *, wanted: str, num_samples: int) -> argparse.ArgumentParser:
+    """Return a parser with the options that both commands have.
+
+    ``wanted``: what the command writes, in the plural; ``num_samples``: the default of --num-samples.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"selfdistill {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    option = parser.add_argument
+    option(
+        "overrides", nargs="*", metavar="key=value", help="settings of selfdistill (`selfdistill --keys` lists them)"
+    )
+    option(
+        "--out", type=Path, required=True, metavar="FILE", help=f"JSONL file for the {wanted}, which data.path can read"
+    )
+    option("--hf", type=Path, metavar="DIR", help="Hugging Face directory of the model, instead of checkpoint.load")
+    option(
+        "--num-samples",
+        type=at_least_1,
+        default=num_samples,
+        metavar="N",
+        help=f"responses per problem (default: {num_samples})",
+    )
+    option("--keep", type=at_least_1, default=1, metavar="K", help=f"{wanted} per problem, at most (default: 1)")
+    option("--num-problems", type=at_least_1, metavar="N", help="only the first N problems (default: all)")
+    option("--group-size", type=at_least_1, default=64, metavar="N", help="number of problems at a time (default: 64)")
+    option("--config-name", default="train", help="the primary configuration (default: train)")
+    return parser

@@ -1,0 +1,143 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A trained teacher writes explanations, the same in every layout and after a kill, and a student learns from them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_run
+from ranks import RankError
+from tiers import combinations
+
+from megatron_selfdistill.commands import explanations, solution_journal
+
+NUM_PROBLEMS, NUM_SAMPLES = 10, 4
+TAG = "explanation.closing_tag=-"  # a character that an untrained model writes now and then
+SHORT = ["rollout.max_new_tokens=10", "data.global_batch_size=2", "num_steps=1", "checkpoint.save_every=0"]
+LAYOUTS = {
+    "DP2": [],
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+}
+
+
+def run_tool(arguments: Sequence[str], dies_in_group: int | None = None) -> tuple[int, str]:
+    """Return exit status and output of the command on this rank, which may be killed after that group."""
+    append, calls = solution_journal.Journal.append, []
+
+    def append_or_die(self: Any, lines: list[dict]) -> None:
+        append(self, lines)
+        calls.append(lines)
+        if len(calls) == dies_in_group:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    output, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(errors), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(solution_journal.Journal, "append", append_or_die)
+        status = explanations.main(list(arguments))
+    return status, output.getvalue() if status == 0 else errors.getvalue()
+
+
+@pytest.fixture(scope="module")
+def directory(ranks, tmp_path_factory) -> Path:
+    """Return a directory with problems and a teacher that `recipe=rlt` has trained for a step."""
+    directory = tmp_path_factory.mktemp("make_explanations")
+    tiny_run.write_data(directory, NUM_PROBLEMS)
+    arguments = tiny_run.overrides(directory, directory / "rlt", *SHORT, TAG, "rollout.num_samples=2")
+    tiny_run.train(ranks, ["recipe=rlt", *arguments])
+    return directory
+
+
+def arguments_of(directory: Path, name: str, *more: str) -> list[str]:
+    return [
+        *("--out", str(directory / name), "--num-samples", str(NUM_SAMPLES), "--keep", "2", "--group-size", "4"),
+        "recipe=rlt",
+        f"checkpoint.load={directory}/rlt/checkpoints",
+        f"data.path={directory}/problems.jsonl",
+        f"data.tokenizer={directory}/tokenizer",
+        "data.teacher_template='{problem}H{solution}|'",
+        *("rollout.max_new_tokens=10", "schedule.max_tokens=256", "optimizer=fp32", TAG),
+        *more,
+    ]
+
+
+def made(ranks, arguments: Sequence[str], world_size: int = 1, **options: Any) -> str:
+    results = ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False, **options)
+    assert [status for status, _ in results] == [0] * world_size, results
+    return results[0][1]
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def summary(ranks, directory) -> str:
+    """Return the summary of explained.jsonl, which one rank makes without interruption."""
+    return made(ranks, arguments_of(directory, "explained.jsonl"))
+
+
+def test_a_record_is_an_explanation_the_tag_and_the_given_solution(directory, summary):
+    records = lines_of(directory / "explained.jsonl")
+    given = {record["problem"]: record for record in lines_of(directory / "problems.jsonl")}
+    assert len(records) > len({record["problem_id"] for record in records}) > 2
+    for record in records:
+        source = given[record["problem"]]
+        assert record["solution"] == f"{record['explanation']}-{source['solution']}"
+        assert record["explanation"] and "-" not in record["explanation"]
+        assert record["answer"] == source["answer"] and record["closing_tags"][record["sample"]]
+        assert record["prompt"] == f"{record['problem']}H{source['solution']}|", "the teacher sees the solution"
+        assert len(record["lengths"]) == NUM_SAMPLES and record["mean_log_prob"] < 0
+        assert record["provenance"]["closing_tag"] == "-" and record["provenance"]["iteration"] == 1
+
+
+def test_the_summary_counts_what_the_attempts_say(directory, summary):
+    _, *attempts = lines_of(directory / "explained.attempts.jsonl")
+    tags = sum(sum(attempt["closing_tags"]) for attempt in attempts) / (NUM_PROBLEMS * NUM_SAMPLES)
+    kept = sum(len(attempt["solutions"]) for attempt in attempts)
+    assert len(attempts) == NUM_PROBLEMS and 0 < tags < 1
+    assert f"{NUM_PROBLEMS} problems, {tags:.1%} of the samples with the closing tag" in summary
+    assert f"{kept} explanations in {directory}/explained.jsonl" in summary
+
+
+def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, directory, summary):
+    arguments = arguments_of(directory, "killed.jsonl")
+    with pytest.raises(RankError):
+        made(ranks, arguments, dies_in_group=2)
+    assert not (directory / "killed.jsonl").exists()
+    made(ranks, arguments)
+    assert (directory / "killed.jsonl").read_text() == (directory / "explained.jsonl").read_text()
+
+
+@combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2"]}, strength=1)
+def test_every_layout_writes_the_same_explanations(ranks, directory, summary, layout):
+    made(ranks, arguments_of(directory, f"{layout}.jsonl", *LAYOUTS[layout]), world_size=2)
+    for expected, got in zip(
+        lines_of(directory / "explained.jsonl"), lines_of(directory / f"{layout}.jsonl"), strict=True
+    ):
+        assert got.pop("mean_log_prob") == pytest.approx(expected.pop("mean_log_prob"), abs=1e-4)
+        assert got == expected
+
+
+def test_another_tag_does_not_continue_the_file(ranks, directory, summary):
+    arguments = arguments_of(directory, "explained.jsonl", "explanation.closing_tag=b")
+    ((status, shown),) = ranks.run(run_tool, arguments, world_size=1, init_process_group=False)
+    assert status == 2 and "was begun with closing_tag = '-', and now it is 'b'" in shown
+
+
+def test_a_student_is_fine_tuned_on_the_explanations(ranks, directory, summary):
+    run = directory / "student"
+    data = [f"data.path={directory}/explained.jsonl", "objective=sft", "rollout.max_new_tokens=20"]
+    tiny_run.train(ranks, tiny_run.overrides(directory, run, *SHORT, *data))
+    (step,) = tiny_run.reproducible_metrics(run)
+    assert step["gradient_norm"] > 0
+    lengths = [len(record["solution"]) + 1 for record in lines_of(directory / "explained.jsonl")]
+    assert min(lengths) <= step["response/length_mean"] <= max(lengths)
