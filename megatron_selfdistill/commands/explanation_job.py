@@ -94,7 +94,7 @@ class ExplanationWork:
         """Return the journal's line of one problem."""
         tag, tokenizer = self.config.explanation.closing_tag, self.run_data.tokenizer
         explanations = [explanation_in(response, tokenizer, tag) for response in responses]
-        kept = []
+        kept: list[dict[str, Any]] = []
         for i, (response, explanation) in enumerate(zip(responses, explanations, strict=True)):
             text = explanation.text(tokenizer)
             if explanation.has_closing_tag and text and len(kept) < self.keep:
