@@ -93,7 +93,7 @@ NORMALIZES = ("tokens", "sequences", "prompts")
 DISTILL_SIGNALS = ("full", "sampled", "advantage")
 """Values of distill.signal."""
 
-DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill")
+DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill", "sod")
 """Values of distill.rule."""
 
 TEACHER_PROMPTS = ("hinted", "same")

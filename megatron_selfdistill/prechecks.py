@@ -66,9 +66,15 @@ def require_lengths(config: Config) -> None:
 def require_environment(config: Config) -> None:
     """Raise `ConfigError` if the class of ``environment.name`` cannot be imported or does not take the options.
 
-    The class is not called: an environment is made once, where the run uses it.
+    The class is not called: an environment is made once, where the run uses it.  The error is also raised if
+    ``distill.rule`` needs episodes of several turns, and the run has none.
     """
-    name, options = config.environment.name, config.environment.options
+    name, options, max_turns = config.environment.name, config.environment.options, config.environment.max_turns
+    if config.objective == "self_distillation" and config.distill.rule == "sod" and max_turns < 2:
+        raise ConfigError(
+            "distill.rule=sod weighs the turns of an episode: it needs an environment (environment.name) and at least "
+            f"2 for environment.max_turns, got {name} and {max_turns}"
+        )
     if name in ("none", "http"):
         return
     make = function_named("environment.name", name, {})

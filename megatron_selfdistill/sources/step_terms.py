@@ -24,6 +24,7 @@ from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
 from megatron_selfdistill.recipes.scope import scope
 from megatron_selfdistill.recipes.signals import Signals, Terms
+from megatron_selfdistill.recipes.sod import sod
 from megatron_selfdistill.recipes.teacher_terms import uniform
 from megatron_selfdistill.recipes.uni_opd import uni_opd
 from megatron_selfdistill.sources.problem_prompts import Answer
@@ -140,6 +141,8 @@ def _teacher_terms(config: Config, signals: Signals) -> Terms:
         return uniform(signals, weight=1.0, signal="full")
     if distill.rule == "scope":
         return scope(signals, weight=distill.weight, tau=distill.tau)
+    if distill.rule == "sod":
+        return sod(signals, weight=distill.weight, gain=distill.turn_gain)
     if distill.rule == "uni_opd":
         return uni_opd(
             signals,

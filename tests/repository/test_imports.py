@@ -76,7 +76,7 @@ ORDER = {
         "batch score"
     ),
     "recipes": (
-        "environments http_environment signals advantages teacher_terms scope uni_opd pi_distill normalization "
+        "environments http_environment signals advantages teacher_terms scope uni_opd sod pi_distill normalization "
         "ratio_terms explanation_reward"
     ),
     "metrics": (

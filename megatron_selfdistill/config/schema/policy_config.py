@@ -111,8 +111,9 @@ class DistillConfig:
     rule: str = "uniform"
     """The weights of responses: uniform, scope (right responses teach by likelihood, wrong ones by the teacher,
     weighted by perplexity; needs signal=sampled), uni_opd (right responses are moved above wrong ones; needs
-    signal=advantage) or pi_distill (responses of the teacher train teacher and student together; needs signal=full,
-    rollout.view=privileged and policy.weight above 0)."""
+    signal=advantage), pi_distill (responses of the teacher train teacher and student together; needs signal=full,
+    rollout.view=privileged and policy.weight above 0) or sod (the turns of an episode that lie far from the teacher
+    weigh less; needs signal=advantage and an environment of several turns)."""
     alpha: float = 0.5
     """Share of the teacher's objective under rule=pi_distill, in 0 to 1; the rest is the student's."""
     tau: float = 1.0
@@ -124,10 +125,12 @@ class DistillConfig:
     right and the greatest wrong response)."""
     max_log_ratio: float = 10.0
     """Bound of |log q(y) - log mu(y)|, in nats, from which on a token is skipped under rule=uni_opd."""
+    turn_gain: float = 0.2
+    """The weight of a turn is at most 1 + turn_gain under rule=sod; the first turn of an episode has a weight of 1."""
 
     def __post_init__(self) -> None:
         normalise("distill", self)
-        at_least(0, "distill", self, "weight margin")
+        at_least(0, "distill", self, "weight margin turn_gain")
         one_of("distill.signal", self.signal, DISTILL_SIGNALS)
         one_of("distill.rule", self.rule, DISTILL_RULES)
         one_of("distill.teacher_prompt", self.teacher_prompt, TEACHER_PROMPTS)
@@ -136,5 +139,6 @@ class DistillConfig:
             value = getattr(self, name)
             require(value > 0, f"distill.{name} must be positive, got {value}")
         require(0 <= self.alpha <= 1, f"distill.alpha must lie in 0 to 1, got {self.alpha}")
-        signal = {"scope": "sampled", "uni_opd": "advantage", "pi_distill": "full"}.get(self.rule, self.signal)
+        signals = {"scope": "sampled", "uni_opd": "advantage", "pi_distill": "full", "sod": "advantage"}
+        signal = signals.get(self.rule, self.signal)
         require(self.signal == signal, f"distill.rule={self.rule} needs distill.signal={signal}, got {self.signal}")

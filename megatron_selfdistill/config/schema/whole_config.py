@@ -279,7 +279,8 @@ class Config:
         ratios = {"policy.weight": weight > 0, f"distill.signal={distill.signal}": self.measures_log_probs}
         rewards = {
             "policy.weight": weight > 0,
-            f"distill.rule={distill.rule}": self.objective == "self_distillation" and distill.rule != "uniform",
+            f"distill.rule={distill.rule}": self.objective == "self_distillation"
+            and distill.rule not in ("uniform", "sod"),
             "data.solutions=peer": self.data.solutions == "peer",
             f"rollout.select={self.rollout.select}": self.rollout.select != "none",
         }

@@ -78,6 +78,18 @@ def test_a_class_that_is_missing_or_takes_other_arguments_is_refused_before_the_
         prechecks.require_environment(configured(*overrides))
 
 
+@pytest.mark.parametrize(
+    ("overrides", "found"),
+    [([], "none and 1"), ([OWN], "replying.Replying and 1"), ([OWN, TURNS], None)],
+)
+def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, found):
+    config = configured("distill.rule=sod", "distill.signal=advantage", *overrides)
+    if found is None:
+        return prechecks.require_environment(config)
+    with pytest.raises(ConfigError, match=f"needs an environment .* and at least 2 for .*max_turns, got {found}$"):
+        prechecks.require_environment(config)
+
+
 def test_a_class_that_takes_the_options_passes_without_being_made(monkeypatch):
     def make(self, role: str) -> None:
         raise AssertionError("a check before the start makes no environment")

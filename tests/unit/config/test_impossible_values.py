@@ -207,6 +207,8 @@ def test_parallel_sizes_are_checked_without_torch():
         ),
         (["distill.rule=scope"], "distill.rule=scope needs distill.signal=sampled, got full"),
         (["distill.rule=uni_opd", "distill.signal=sampled"], "distill.rule=uni_opd needs distill.signal=advantage"),
+        (["distill.rule=sod"], "distill.rule=sod needs distill.signal=advantage, got full"),
+        (["distill.turn_gain=-1"], "distill.turn_gain must be at least 0, got -1"),
         (["distill.signal=sampled", "rollout.temperature=0"], "rollout.temperature=0 (greedy) samples none"),
         (
             ["policy.weight=1", "rollout.num_samples=2", "rollout.engine=vllm", "rollout.top_k=5"],

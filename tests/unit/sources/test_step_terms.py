@@ -35,14 +35,14 @@ def answers(last_is_hinted: bool = False) -> list[Answer]:
     return [answer(3, MU[:2], True), answer(3, MU[2:4], False), answer(7, MU[4:], True, hinted=last_is_hinted)]
 
 
-def coefficients(*overrides: str, measured: bool = True, last_is_hinted: bool = False):
+def coefficients(*overrides: str, measured: bool = True, last_is_hinted: bool = False, given=None):
     config = load([SAMPLES, *overrides])
 
     def measure(contexts):
         assert measured, "nothing needs the log-probs of this step"
         return torch.tensor(STUDENT, dtype=torch.float64), torch.tensor(TARGET, dtype=torch.float64)
 
-    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(answers(last_is_hinted), [])
+    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(given or answers(last_is_hinted), [])
     return terms(torch.tensor(STUDENT, dtype=torch.float64), torch.arange(5))
 
 
@@ -86,6 +86,19 @@ def test_uni_opd_shifts_the_responses_with_a_hint():
     shift = (0.4 - (-0.25 - 0.625)) / 2
     expected = [0.5 + shift, -1.0 + shift, 0.25 - shift, 1.0 - shift, 0.0]
     assert found.policy.tolist() == pytest.approx(expected)
+
+
+def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes():
+    published = load(["recipe=sod"])
+    assert (published.distill.turn_gain, published.distill.weight, published.policy.weight) == (0.2, 1.0, 1.0)
+    first, second, other = (answer(0, mu, right) for mu, right in ((MU[:2], False), (MU[2:4], True), (MU[4:], False)))
+    turns = [replace(first, episode=4), replace(second, episode=4, turn=1), replace(other, episode=5)]
+    found = coefficients("recipe=sod", "policy.clip_low=null", "policy.clip_high=null", given=turns)
+    later, by_return = 0.75 / 0.625, 0.5**0.5
+    expected = [by_return + delta for delta in (0.5, -1.0, 0.25 * later, 1.0 * later)]
+    ratio = torch.tensor(1.0).double().exp().item()
+    assert found.policy.tolist() == pytest.approx([*expected, ratio * (0.75 - by_return)], abs=1e-5)
+    assert not found.divergence.any()
 
 
 def test_sequences_count_alike_and_first_tokens_are_skipped():
