@@ -39,7 +39,9 @@ def test_guided_responses_of_an_anchored_run_are_the_same_after_a_restart(ranks,
     assert_resumes_equal(ranks, tmp_path / "whole", arguments, step=2, num_steps=3)
 
 
-@pytest.mark.parametrize("teacher", ["ema", pytest.param("frozen", marks=pytest.mark.full), "current"])
+@pytest.mark.parametrize(
+    "teacher", ["ema", *(pytest.param(other, marks=pytest.mark.full) for other in ("frozen", "current"))]
+)
 def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tmp_path, teacher):
     """The mean log-probs that the responses carry are those that the loss computes in every step."""
     recorded = tmp_path / "recorded.jsonl"

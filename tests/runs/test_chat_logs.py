@@ -123,7 +123,7 @@ def test_turns_are_shown_where_the_user_asks_for_it(runs):
 LAYOUTS = [
     pytest.param(2, (), id="dp", marks=pytest.mark.full),
     pytest.param(2, ("parallel.tensor_model_parallel_size=2",), id="tp", marks=pytest.mark.full),
-    pytest.param(2, ("parallel.context_parallel_size=2",), id="cp"),
+    pytest.param(2, ("parallel.context_parallel_size=2",), id="cp", marks=pytest.mark.full),
     pytest.param(2, ("parallel.pipeline_model_parallel_size=2",), id="pp", marks=pytest.mark.full),
 ]
 

@@ -111,7 +111,7 @@ def test_a_run_directory_that_is_deleted_during_a_background_save_is_written_aga
     assert saved_step(run) == 7
 
 
-@combinations(world_size=[1, 2], quick={"world_size": ["2"]}, strength=1)
+@combinations(world_size=[1, 2], quick={"world_size": ["1"]}, strength=1)
 def test_a_run_directory_that_is_deleted_is_written_again_and_resumes(ranks, data, finished, tmp_path, world_size):
     run = tmp_path / "run"
     arguments = overrides(data, run)

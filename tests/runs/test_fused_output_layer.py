@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import pytest
 import tiny_run
-from tiers import combinations
 from tiny_run import overrides, reproducible_metrics, train
 
 from megatron_selfdistill import learner
@@ -34,7 +33,8 @@ LAYOUTS = {
 }
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2+SP, current teacher"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_has_the_same_metrics_fused_and_materialised(ranks, data, tmp_path, layout):
     runs = []
     for name, options in {"none": ["loss.fused=none"], **FUSED}.items():

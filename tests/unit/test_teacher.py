@@ -143,7 +143,9 @@ def masters_after(setup: Setup, steps: int) -> tuple[list[Tensor], list[Tensor],
 
 
 @pytest.mark.parametrize(
-    ("kind", "parallel"), [("shallow", ParallelConfig()), ("moe", EP2)], ids=["DP2", "EP2, two optimizers"]
+    ("kind", "parallel"),
+    [pytest.param("shallow", ParallelConfig(), marks=pytest.mark.full), ("moe", EP2)],
+    ids=["DP2", "EP2, two optimizers"],
 )
 def test_the_average_under_the_distributed_optimizer_is_that_of_the_plain_one(ranks, kind, parallel):
     setup = Setup(precision="bf16", kind=kind, parallel=parallel)
@@ -202,8 +204,8 @@ def frozen_teacher(setup: Setup) -> dict[str, bool]:
 @pytest.mark.parametrize(
     ("setup", "world_size"),
     [
-        (Setup(weights="frozen"), 1),
-        (Setup(weights="frozen", precision="bf16"), 1),
+        pytest.param(Setup(weights="frozen"), 1, marks=pytest.mark.full),
+        pytest.param(Setup(weights="frozen", precision="bf16"), 1, marks=pytest.mark.full),
         (Setup(weights="frozen", precision="bf16", distributed=True), 2),
         (Setup(weights="frozen", kind="tied", parallel=PP2), 2),
     ],
@@ -267,7 +269,9 @@ def offloaded(weights: str, precision: str) -> dict[str, bool]:
 
 
 # In float32 an average and its copy share their memory.
-@pytest.mark.parametrize(("weights", "precision"), [("frozen", "fp32"), ("ema", "fp32"), ("ema", "bf16")])
+@pytest.mark.parametrize(
+    ("weights", "precision"), [("frozen", "fp32"), pytest.param("ema", "fp32", marks=pytest.mark.full), ("ema", "bf16")]
+)
 def test_offloaded_weights_come_for_a_pass_and_change_only_with_the_average(ranks, weights, precision):
     (seen,) = ranks.run(offloaded, weights, precision, world_size=1)
     assert all(seen.values()), seen
@@ -309,13 +313,13 @@ def buffers(training: Training) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("setup", "world_size"),
     [
-        (Setup(precision="bf16"), 1),
-        (Setup(precision="bf16", parallel=TP2_SP), 2),
-        (Setup(precision="bf16", parallel=PP2, kind="tied"), 2),
+        pytest.param(Setup(precision="bf16"), 1, marks=pytest.mark.full),
+        pytest.param(Setup(precision="bf16", parallel=TP2_SP), 2, marks=pytest.mark.full),
+        pytest.param(Setup(precision="bf16", parallel=PP2, kind="tied"), 2, marks=pytest.mark.full),
         (Setup(precision="bf16", parallel=PP2_VPP2, kind="gqa"), 2),
         (Setup(precision="bf16", parallel=EP2, kind="moe", model_changes=EXPERT_BIAS, distributed=True), 2),
         (Setup(weights="frozen", precision="bf16", parallel=TP2_SP), 2),
-        (Setup(weights="frozen", parallel=PP2_VPP2, kind="gqa"), 2),
+        pytest.param(Setup(weights="frozen", parallel=PP2_VPP2, kind="gqa"), 2, marks=pytest.mark.full),
     ],
     ids=["ema", "ema TP2+SP", "ema PP2 tied", "ema PP2xVPP2", "ema EP2", "frozen TP2+SP", "frozen PP2xVPP2"],
 )

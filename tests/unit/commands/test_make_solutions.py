@@ -226,6 +226,7 @@ def run_tool_without_projecting(arguments: list[str]) -> tuple[int, str]:
         return run_tool(arguments)
 
 
+@pytest.mark.full
 def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, directory, summary):
     arguments = arguments_of(directory, "fused.jsonl", "--pick", "learnable", "loss.fused=low_memory")
     arguments.append("loss.fused_chunk_tokens=5")
@@ -236,6 +237,7 @@ def test_where_the_output_layer_is_fused_candidates_are_scored_in_chunks(ranks, 
         assert got == expected
 
 
+@pytest.mark.full
 def test_a_hugging_face_directory_gives_the_solutions_of_its_checkpoint(ranks, directory, summary):
     bare = [
         a for a in arguments_of(directory, "hf.jsonl", "--hf", f"{directory}/hf", model="") if "data.tokenizer" not in a

@@ -173,7 +173,7 @@ def sharded_cases() -> list[tuple[Tensor, ...]]:
     return [sharded(target, kind) for target, kind in zip(TARGETS.values(), 3 * list(DIVERGENCES), strict=False)]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_loss_gradient_and_k_on_shards_equal_float64(ranks: RankPool, world_size: int) -> None:
     per_rank = ranks.run(sharded_cases, world_size=world_size)
     for (target, kind), *shards in zip(
@@ -285,7 +285,7 @@ def fused_with_two_weights_in_each_mode() -> list[tuple[Tensor, Tensor, Tensor, 
     return [fused_with_two_weights(mode, torch.float32) for mode in FUSED_MODES]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.full)])
 def test_the_fused_layer_projects_a_reference_with_other_weights_apart(ranks: RankPool, world_size: int) -> None:
     for rank in ranks.run(fused_with_two_weights_in_each_mode, world_size=world_size):
         for loss, gradient, expected, expected_gradient in rank:

@@ -204,7 +204,7 @@ def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenSta
     return found
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_every_split_equals_one_rank(ranks: RankPool, world_size: int) -> None:
     per_rank = ranks.run(split_over_ranks, NUM_TOKENS, torch.float32, world_size=world_size)
     cases = list(itertools.product([True, False], FUSED_MODES, [False, True]))

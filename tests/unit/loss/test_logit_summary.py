@@ -79,6 +79,7 @@ def test_k_of_a_mix_with_a_reference_is_that_of_whole_rows():
     check(errors_of_k(triples(4096, 1), ANCHORED))
 
 
+@pytest.mark.full
 def test_a_summary_with_a_reference_also_serves_the_mix_with_the_student():
     check(errors_of_k(triples(4096, 1), TARGETS), SWITCHED)
 

@@ -65,7 +65,7 @@ def on_a_rank() -> dict[str, list[tuple[TokenStats, Tensor]]]:
     return {name: [run(sharded_rows(name), *case, dist.group.WORLD) for case in CASES] for name in SHARDED}
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.full)])
 def of_ranks(ranks: RankPool, request: pytest.FixtureRequest) -> list[dict[str, list[tuple[TokenStats, Tensor]]]]:
     """Return the results of each of 2 and of 4 ranks."""
     return ranks.run(on_a_rank, world_size=request.param)

@@ -91,7 +91,7 @@ def each_target() -> list[Tensor]:
     return [measured(name, torch.float32) for name in TARGETS]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_shards_equal_the_definition_with_the_same_bits_on_every_rank(ranks: RankPool, world_size: int) -> None:
     per_rank = ranks.run(each_target, world_size=world_size)
     for target, *found in zip(TARGETS.values(), *per_rank, strict=True):

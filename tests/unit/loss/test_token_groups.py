@@ -145,7 +145,7 @@ def sharded_cases() -> list[tuple[Tensor, ...]]:
     return [sharded(target, groups, inplace=True) for target, groups in CASES.values()]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_loss_gradient_and_k_on_shards_equal_float64(ranks: RankPool, world_size: int) -> None:
     per_rank = ranks.run(sharded_cases, world_size=world_size)
     for (target, groups), *shards in zip(CASES.values(), *per_rank, strict=True):

@@ -155,7 +155,7 @@ def all_cases() -> list[tuple[Tensor, Tensor]]:
     return [computed(TARGETS[rule], DIVERGENCES[kind], group=group) for rule, kind in CASES]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_every_split_of_the_vocabulary_gives_the_gradient_of_float64(ranks: RankPool, world_size: int) -> None:
     w, a = coefficients(len(TOKENS), torch.float64)
     per_rank = ranks.run(all_cases, world_size=world_size)
@@ -291,7 +291,7 @@ def all_fused_cases() -> list[tuple[Tensor, Tensor, Tensor]]:
     ]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.full)])
 def test_the_fused_layer_in_low_memory_has_these_gradients_in_every_split(ranks: RankPool, world_size: int) -> None:
     per_rank = ranks.run(all_fused_cases, world_size=world_size)
     for (tied, rule, kind), *shards in zip(FUSED_CASES, *per_rank, strict=True):
