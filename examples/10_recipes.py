@@ -6,10 +6,11 @@ a recipe compares responses to the same problem.  All rows have the optimizer an
 the hint format of their base, and temperature 1; the published learning rates, batches, templates and temperatures
 belong to other models.  What a recipe says about target, divergence, teacher, weights and rewards stays as published.
 
-Three blocks:
+Four blocks:
     subtraction   one right text per problem; the base is right in a third of its samples
     additions     many right answers per problem: which recipe keeps them?
     unsolved      subtraction that the base never solves, so that rewards are silent
+    calculator    subtraction with a tool, turn by turn: only the rows that an environment makes different
 
     python examples/10_recipes.py --block subtraction
     python examples/10_recipes.py --block unsolved --only default sdft grpo
@@ -24,7 +25,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from _lib import additions, subtraction, tables, unsolved_subtraction
+from _lib import additions, calculator, subtraction, tables, unsolved_subtraction
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base, prepared_base, write_records
@@ -35,6 +36,7 @@ from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.report.curves import GREEDY, SAMPLED
 
 NUM_RESPONSES, NUM_STEPS = 32, 100
+REWARD = "episodes/reward_mean"
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,12 @@ ROWS = {
     "pi_distill": Row("pi-Distill", "the solution, and it writes", 8, ("recipe=pi_distill",)),
     "scope": Row("SCOPE", "the solution, for wrong responses", 8, ("recipe=scope",)),
     "uni_opd": Row("Uni-OPD", "the solution, shifted by rewards", 8, ("recipe=uni_opd",)),
+    "sod": Row("SOD", "the solution, weaker in late turns", 8, ("recipe=sod",)),
     "grpo": Row("GRPO", "no teacher: rewards", 8, ("recipe=grpo",)),
     "rft": Row("RFT", "no teacher: own right responses", 8, ("recipe=rft",)),
     "sft": Row("SFT", "no teacher: the solution as a response", 1, ("objective=sft",)),
 }
+WITHOUT_ENVIRONMENT = tuple(name for name in ROWS if name != "sod")
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,15 @@ class Block:
     """Sampled responses per held-out problem, in the measurement at the end; a quarter of them during the run."""
     imitated: tuple[str, ...] = ("data.fields.solution=as_response",)
     """The overrides that give SFT a solution in the form of a response: here the answer without work."""
+    rows: tuple[str, ...] = WITHOUT_ENVIRONMENT
+    """The rows of the block."""
 
 
 BLOCKS = {
     "subtraction": Block("One right text", subtraction.TASK, 8),
     "additions": Block("Many right answers", additions.TASK, 32, imitated=()),
     "unsolved": Block("Never solved by the base", unsolved_subtraction.TASK, 8),
+    "calculator": Block("Turn by turn with a tool", calculator.TASK, 8, rows=("default", "grpo", "sod")),
 }
 RESULTS = {
     "greedy": ("greedy", "{:.3f}"),
@@ -138,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = prepared_base(block.task, options.seed, options.directory)
         problems = write_records(directory / "train.jsonl", block.task.training_problems(options.seed))
         before = measured(measure(base, num_samples=block.num_measured))
-        runs = {row: run(row, block, base, problems, directory, options.steps or NUM_STEPS) for row in options.only}
+        names = [row for row in options.only if row in block.rows]
+        runs = {row: run(row, block, base, problems, directory, options.steps or NUM_STEPS) for row in names}
         show(block.title, before, {row: figures(row, outcome) for row, outcome in runs.items()})
     return 0
 
@@ -146,7 +154,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, block: Block, base: Base, problems: Path, directory: Path, steps: int) -> Outcome:
     """Train the row ``name`` of `ROWS` from ``base`` for ``steps`` steps and measure it."""
     overrides = overrides_of(name, block)
-    often = (f"num_steps={steps}", f"evaluation.every={max(steps // 4, 1)}", "evaluation.at_start=false")
+    every = 0 if block.task.environment else max(steps // 4, 1)  # an evaluation plays no episodes
+    often = (f"num_steps={steps}", f"evaluation.every={every}", "evaluation.at_start=false")
     quiet = (f"evaluation.num_samples={block.num_measured // 4}", "metrics.show_samples=0", "report.every=0")
     variant = Variant(name, overrides).on(problems, *often, *quiet, *WITHOUT_GUARDS)
     return run_variant(variant, base, directory, num_samples=block.num_measured)
@@ -168,7 +177,7 @@ def measured(measurement: Measurement) -> dict[str, Any]:
 def figures(name: str, outcome: Outcome) -> dict[str, Any]:
     """Return the figures of a run: its measurement, what it has cost, and its accuracy by step."""
     logged = read_metrics(outcome.run_dir)
-    evaluated = [metrics for metrics in logged if SAMPLED.key in metrics]
+    evaluated = [metrics for metrics in logged if SAMPLED.key in metrics] or episodes_by_quarter(logged)
     sampled = [metrics[SAMPLED.key] for metrics in evaluated]  # after each quarter of the steps
     return measured(outcome.measurement) | {
         "trained": average(logged, "rewards/trained_share", 1.0),
@@ -177,11 +186,27 @@ def figures(name: str, outcome: Outcome) -> dict[str, Any]:
         "tokens": sum(metrics.get("tokens/rollout", 0) for metrics in logged) if name != "sft" else 0,
         "cpu_seconds": outcome.cpu_seconds,
         "step": [metrics["step"] for metrics in evaluated],
-        "greedy_by_step": [metrics[GREEDY.key] for metrics in evaluated],
+        "greedy_by_step": [metrics[GREEDY.key] for metrics in evaluated if GREEDY.key in metrics],
         "sampled_by_step": sampled,
         "sampled_at_quarter": sampled[0],
         "sampled_at_half": sampled[min(1, len(sampled) - 1)],
     }
+
+
+def episodes_by_quarter(logged: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """Return the step after each quarter of a run with an environment, and the mean reward of the ten steps up to it.
+
+    The rewards are those of the episodes on training problems that the steps sample.
+    """
+    steps = [metrics for metrics in logged if REWARD in metrics]
+    ends = [max(len(steps) * quarter // 4, 1) for quarter in range(1, 5)]
+    return [
+        {
+            "step": steps[end - 1]["step"],
+            SAMPLED.key: mean(metrics[REWARD] for metrics in steps[max(end - 10, 0) : end]),
+        }
+        for end in ends
+    ]
 
 
 def average(logged: Sequence[Mapping[str, Any]], key: str, otherwise: float | None) -> float | None:

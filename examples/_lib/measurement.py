@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from _lib.command_line import CONFIG_NAME, console
+from _lib.episode_measurement import play
 from _lib.pretraining import Base
 from megatron_selfdistill import config as configuration
 
@@ -42,7 +44,8 @@ class Measurement:
 def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) -> Measurement:
     """Measure the model of the run directory ``trained``, or the base itself, on the base's held-out problems.
 
-    ``num_samples`` is the number of sampled responses per problem, at least 8.
+    ``num_samples`` is the number of sampled responses per problem, at least 8.  Where the task has an environment, the
+    episodes take the place of responses, and `Measurement.length` is the number of their responses.
     """
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.run_data import RunData
@@ -59,6 +62,9 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
     ]
     if trained is not None:
         overrides.append(f"checkpoint.load={trained / 'checkpoints'}")
+    if base.task.environment:
+        with console.status("playing episodes with held-out problems"):
+            return _of_episodes(overrides, num_samples)
     config = configuration.load(overrides, CONFIG_NAME)
     with console.status("measuring on held-out problems"):
         grid = ranks.initialize(config.parallel, config.seed)
@@ -74,6 +80,21 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
             ranks.shutdown()
     assert hinted.sampled_accuracy is not None
     return _measurement(result, hinted.sampled_accuracy, own["entropy/student"], base.task.shows_work)
+
+
+def _of_episodes(overrides: list[str], num_samples: int) -> Measurement:
+    sampled = play(overrides, num_samples)
+    return Measurement(
+        greedy=play(overrides, 1, "rollout.temperature=0").accuracy,
+        sampled=sampled.accuracy,
+        pass_at_8=(sampled if num_samples == 8 else play(overrides, 8)).solved,
+        hinted=play(overrides, 1, "rollout.view=privileged").accuracy,
+        entropy=sampled.entropy,
+        shows_work=mean(turns > 1 for turns in sampled.turns),
+        length=mean(sampled.turns),
+        different=sampled.solved,
+        transcripts=(),
+    )
 
 
 def _measurement(

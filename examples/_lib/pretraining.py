@@ -57,6 +57,7 @@ class Base:
         """The overrides with which a run starts from this model."""
         return (
             *self.task.overrides,
+            *self.task.environment,
             f"data.tokenizer={self.directory / 'tokenizer'}",
             f"evaluation.path={self.held_out}",
             f"checkpoint.load={self.directory / 'checkpoints'}",

@@ -32,6 +32,8 @@ class Task:
     """Returns whether a response shows how it found its answer."""
     overrides: tuple[str, ...] = ()
     """Overrides of configs/quickstart.yaml that every run on this task needs."""
+    environment: tuple[str, ...] = ()
+    """Overrides with the environment of the task, which pretraining lacks; empty where a response is an episode."""
     pretraining: tuple[str, ...] = ()
     """Overrides of `pretraining.OVERRIDES`."""
     pretraining_steps: int = 1500

@@ -11,7 +11,7 @@ from types import ModuleType
 
 import pytest
 
-from _lib import additions
+from _lib import additions, calculator, pretraining, subtraction
 from _lib.measurement import Measurement
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
@@ -91,6 +91,26 @@ def test_rows_without_such_metrics_train_on_all_responses_and_have_a_hint_if_a_t
     assert [example.figures("sft", of_run)[key] for key in ("trained", "with_hint", "tokens")] == [1.0, None, 0]
 
 
+def test_a_run_with_an_environment_has_the_rewards_of_its_steps_by_quarter(example, tmp_path):
+    logged = [{"step": i + 1, "episodes/reward_mean": float(i >= 20)} for i in range(40)]
+    found = example.figures("sod", outcome_of(tmp_path, logged))
+    assert found["step"] == [10, 20, 30, 40] and found["sampled_by_step"] == [0.0, 0.0, 1.0, 1.0]
+    assert (found["sampled_at_quarter"], found["sampled_at_half"], found["greedy_by_step"]) == (0.0, 0.0, [])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["default", "grpo", "sod"])
+def test_an_episode_of_the_calculator_is_trained_on_and_measured(load_example, root, name):
+    example = load_example("10_recipes")
+    few = dataclasses.replace(calculator.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:8])
+    block = dataclasses.replace(example.BLOCKS["calculator"], task=dataclasses.replace(few, pretraining_steps=20))
+    base = pretraining.make_base(block.task, 5, root / "bases")
+    problems = pretraining.write_records(root / "calculator.jsonl", block.task.training_problems(5))
+    figures = example.figures(name, example.run(name, block, base, problems, root, 4))
+    assert figures["step"][-1] == 4 and len(figures["sampled_by_step"]) == 4
+    assert 1 <= figures["length"] <= 4 and 0 <= figures["sampled"] <= figures["pass_at_8"] <= 1
+
+
 @pytest.mark.full
 def test_the_recipes_run_to_their_end(load_example, root, monkeypatch, capsys):
     example = load_example("10_recipes")
@@ -101,5 +121,5 @@ def test_the_recipes_run_to_their_end(load_example, root, monkeypatch, capsys):
     monkeypatch.setitem(example.BLOCKS, "additions", block)
     assert example.main(["--block", "additions", "--steps", "4", "--directory", str(root)]) == 0
     shown = capsys.readouterr().out
-    for row in example.ROWS.values():
+    for row in (example.ROWS[name] for name in block.rows):
         assert len(re.findall(rf"│ {re.escape(row.title)} +│", shown)) == 2, row.title

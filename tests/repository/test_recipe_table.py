@@ -55,6 +55,15 @@ def test_cells_whose_line_is_there_are_not_run_again(tool, monkeypatch, tmp_path
     assert run == [("additions", "before", 21), ("additions", "before", 22), ("additions", "grpo", 22)]
 
 
+def test_a_block_runs_its_own_rows_alone(tool, monkeypatch, tmp_path):
+    run = []
+    monkeypatch.setattr(tool, "run_cell", lambda block, row, seed, *_: run.append((block, row)))
+    asked = ["--rows", "before", "sod", "rft", "--seeds", "21", "--blocks", "calculator", "unsolved"]
+    assert tool.main([*asked, f"--lines={tmp_path}/lines.jsonl"]) == 0
+    expected = [("calculator", "before"), ("calculator", "sod"), ("unsolved", "before"), ("unsolved", "rft")]
+    assert run == expected
+
+
 def test_a_cell_appends_its_line_and_removes_its_run(tool, monkeypatch, tmp_path):
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"block": "additions"}\n')
@@ -76,14 +85,16 @@ def lines_of_block(tool: ModuleType, seed: int, sampled: float) -> list[dict]:
     """Return a line for every row of the block additions, all with the same figures."""
     figures = dict.fromkeys((*tool.RESULTS, *tool.BUDGET), 0.5) | {"sampled": sampled, "with_hint": None}
     figures |= {"tokens": 70000 + 10 * seed, "cpu_seconds": 8.8}
-    return [{"block": "additions", "row": row, "seed": seed, **figures} for row in tool.ROWS]
+    return [{"block": "additions", "row": row, "seed": seed, **figures} for row in tool.rows_in("additions")]
 
 
 def test_a_table_has_the_mean_and_the_extremes_of_the_seeds_that_have_all_rows(tool):
     lines = lines_of_block(tool, 21, 0.2) + lines_of_block(tool, 22, 0.4) + lines_of_block(tool, 23, 1.0)[:-1]
     heading, _, before, *rows = tool.results_table("additions", lines)
     assert heading.startswith("| step 100, seeds 21, 22 | greedy | sampled | pass@8 | different | entropy |")
-    assert before.startswith("| before | .50 [.50 .50] | .30 [.20 .40] |") and len(rows) == len(tool.example.ROWS)
+    assert before.startswith("| before | .50 [.50 .50] | .30 [.20 .40] |") and len(rows) == len(
+        tool.example.BLOCKS["additions"].rows
+    )
     heading, _, *rows = tool.budget_table("additions", lines)
     assert heading == "| seeds 21, 22 | teacher sees | responses per step | trained | with hint | tokens | seconds |"
     assert rows[0] == "| default | the solution | 32 x 1 | .50 [.50 .50] |  | 70215 | 9 |"

@@ -52,7 +52,12 @@ RESULTS = {
 }
 BUDGET = {"trained": "trained", "with_hint": "with hint", "tokens": "tokens", "cpu_seconds": "seconds"}
 """Figure of a line -> heading of its column."""
-ABSENT = {"subtraction": ("different",), "additions": ("shows_work",), "unsolved": ("different",)}
+ABSENT = {
+    "subtraction": ("different",),
+    "additions": ("shows_work",),
+    "unsolved": ("different",),
+    "calculator": ("different", "shows_work"),
+}
 """The figures that say nothing in a block: one right text, or no work to show."""
 Line = Mapping[str, Any]
 
@@ -80,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for seed in options.seeds:
         for block in options.blocks:
             for row in options.rows:
-                if (block, row, seed) not in done:
+                if row in rows_in(block) and (block, row, seed) not in done:
                     run_cell(block, row, seed, options.lines, options.directory)
     return 0
 
@@ -135,18 +140,23 @@ def results_table(name: str, lines: Sequence[Line]) -> list[str]:
     """
     found = lines_of(name, lines)
     figures = {figure: heading for figure, heading in RESULTS.items() if figure not in ABSENT[name]}
-    return rows_of(found, figures, f"step {example.NUM_STEPS}, {seeds_of(found)}", ROWS)
+    return rows_of(found, figures, f"step {example.NUM_STEPS}, {seeds_of(found)}", rows_in(name))
 
 
 def budget_table(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the table of what the rows of a block learn from, and what they cost."""
     found = lines_of(name, lines)
-    return rows_of(found, BUDGET, seeds_of(found), ROWS[1:], shows_row=True)
+    return rows_of(found, BUDGET, seeds_of(found), rows_in(name)[1:], shows_row=True)
+
+
+def rows_in(name: str) -> tuple[str, ...]:
+    """Return the rows of a block, of which the first is the base itself."""
+    return (BEFORE, *example.BLOCKS[name].rows)
 
 
 def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
     """Return the lines of a block, of the seeds that have a line for each row."""
-    return complete([{**line, "arm": line["row"]} for line in lines if line["block"] == name], ROWS)
+    return complete([{**line, "arm": line["row"]} for line in lines if line["block"] == name], rows_in(name))
 
 
 def rows_of(
