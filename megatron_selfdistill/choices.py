@@ -108,6 +108,9 @@ MARGIN_GAPS = ("mean", "min_max")
 CREDITS = ("episode", "turn")
 """Values of policy.credit."""
 
+REVISION_BASELINES = ("first_turn", "same_turn")
+"""Values of policy.revision_baseline."""
+
 ADVANTAGE_STDS = ("sample", "population", "none")
 """Values of policy.advantage_std."""
 

@@ -128,9 +128,10 @@ class RunData:
             return cls._load_conversations(config, tokenizer)
         builder = PromptBuilder(tokenizer, _templates(data))
         fields: dict[str, str | None] = {**data.fields}
-        if data.solutions != "given":
+        only_replies = config.environment.exists and config.objective in ("policy_gradient", "rft")
+        if data.solutions != "given" or only_replies:  # an environment needs no solution where no teacher sees any
             fields["solution"] = None
-        problems = load_problems(_record_source(data, fields), require_solution=True)
+        problems = load_problems(_record_source(data, fields), require_solution=not only_replies)
         if data.solutions == "answer":
             problems = replace(problems, problems=[p.with_answer_as_solution() for p in problems.problems])
         max_length = longest_context(config)

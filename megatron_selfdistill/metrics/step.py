@@ -89,6 +89,7 @@ def step_metrics(
 
     ``sampler_log_probs`` [R_total], on the device: the sampler's raw log-prob of each of this replica's
     ``PackedBatch.response_tokens``, to compare with the student's in this forward pass; None if no sampler ran.
+    A log-prob of infinity is left out.
     ``response_lengths``: the lengths of this replica's responses, in the order of these tokens; None leaves out the
     tenths.
 
@@ -281,7 +282,9 @@ def _token_values(
         values |= {f"status/{status.name.lower()}": (stats.status == status).double() for status in Status}
     if sampler_log_probs is not None:
         theirs = sampler_log_probs[ids].double()
-        values |= {"sampled": one, "sampler/log_prob_mean_abs_diff": (theirs - student_log_prob).abs()}
+        sampled = theirs != math.inf
+        differences = torch.where(sampled, (theirs - student_log_prob).abs(), 0.0)
+        values |= {"sampled": sampled.double(), "sampler/log_prob_mean_abs_diff": differences}
     return values
 
 

@@ -30,6 +30,8 @@ class RatioTerms:
     """The bounds of `clipped_policy`, for the advantage alone."""
     correction: Callable[[Tensor, Tensor], Coefficients] | None = None
     """Importance weights that multiply the divergence, as in `TruncatedImportance`; None multiplies it by nothing."""
+    likelihood_floor: Tensor | None = None
+    """The log p below which each token has no likelihood term, [R_total] float64; None is minus infinity."""
     has_policy_term: bool = True
     """Whether any token may have a coefficient of -log p; without it the loss has the divergence alone."""
 
@@ -50,5 +52,8 @@ class RatioTerms:
                 weight = self.terms.sampled_kl[response_ids] * log_ratio.exp()
                 towards = self.target_log_prob[response_ids] - log_prob
                 policy = policy + torch.where(weight == 0, 0.0, weight * towards)
-            policy = policy + self.terms.likelihood[response_ids]
+            likelihood = self.terms.likelihood[response_ids]
+            if self.likelihood_floor is not None:
+                likelihood = torch.where(log_prob < self.likelihood_floor[response_ids], 0.0, likelihood)
+            policy = policy + likelihood
             return Coefficients(divergence.to(student_log_prob), policy.to(student_log_prob), clipped)

@@ -105,6 +105,11 @@ class Terms:
         """Return the sum of both, token by token."""
         return Terms(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
+    def extended(self, likelihood: Tensor) -> Terms:
+        """Return these terms, followed by those of tokens with a ``likelihood [n]`` alone."""
+        more = Terms.of(likelihood, likelihood=likelihood)
+        return Terms(*(torch.cat([getattr(self, f.name), getattr(more, f.name)]) for f in fields(self)))
+
     def scaled(self, factor: Tensor) -> Terms:
         """Return these terms times ``factor [R]``."""
         return Terms(*(getattr(self, f.name) * factor for f in fields(self)))

@@ -34,6 +34,7 @@ from megatron_selfdistill.sources.peer_hints import PeerPrompts
 from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts, Rewarder
 from megatron_selfdistill.sources.recording import Recording
 from megatron_selfdistill.sources.replay import Replay
+from megatron_selfdistill.sources.revisions import DEFAULT_REPLY_TEMPLATE, Revisions
 from megatron_selfdistill.sources.selection import Balance, Select, StatedConfidence
 from megatron_selfdistill.sources.solution_search import Search
 from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsResponses
@@ -106,6 +107,7 @@ def configured_source(
         views=config.contexts_per_response,
         episodes=_episodes(config, run_data, grid) if config.environment.exists else None,
         reads_one_prompt=config.reads_one_prompt,
+        revisions=_revisions(config, run_data, grid),
         record=config.rollout.record,
     )
     return OnPolicy(state, options) if recording is None else Replay(state, options, recording)
@@ -166,6 +168,19 @@ def _episodes(config: Config, run_data: RunData, grid: RankGrid) -> Episodes:
         threads=wanted.concurrency if wanted.name == "http" else 1,
         has_teacher=config.objective == "self_distillation",
         gives_rewards=config.policy.reward is None,
+    )
+
+
+def _revisions(config: Config, run_data: RunData, grid: RankGrid) -> Revisions | None:
+    policy = config.policy
+    if not (policy.revision_weight or policy.reply_weight):
+        return None
+    return Revisions(
+        given_solutions(config, run_data),
+        run_data.stop_token_ids[0],
+        policy.revision_weight > 0,
+        (policy.reply_template or DEFAULT_REPLY_TEMPLATE) if policy.reply_weight > 0 else None,
+        grid,
     )
 
 

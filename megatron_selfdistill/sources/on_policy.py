@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 from megatron_selfdistill.sources.episodes import Episode, Episodes, EpisodeTurn, episode_metrics
 from megatron_selfdistill.sources.problem_prompts import Answer, Prompts, Rewarder
 from megatron_selfdistill.sources.recording import SampleKey, record
+from megatron_selfdistill.sources.revisions import Revisions
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
 from megatron_selfdistill.sources.selection import Select
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
@@ -62,6 +64,8 @@ class OnPolicyOptions:
     """The rules by which responses become episodes with an environment; None where nothing replies."""
     reads_one_prompt: bool
     """Whether student and teacher read a response after the prompt that it was sampled after."""
+    revisions: Revisions | None
+    """The texts of episodes that are trained on after other prompts, which needs ``episodes``; None adds none."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
 
@@ -122,6 +126,9 @@ class OnPolicy(CommittedState):
             if options.episodes is not None:
                 rewarded = {**rewarded, **episode_metrics(turns, answers, num_cut, options.grid)}
             trained = self._in_views(trained)
+            if options.revisions is not None:
+                extra, counted = options.revisions.added(turns, answers)
+                trained, rewarded = [*trained, *extra], {**rewarded, **counted}
             kept = [answer.response for answer in trained]
             guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
             contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
@@ -133,7 +140,7 @@ class OnPolicy(CommittedState):
             responses=responses,
             contexts=contexts,
             solutions=[answer.problem.solution for answer in trained],
-            sampler_log_probs=self._on_device(r.log_probs for r in kept) if options.compares else None,
+            sampler_log_probs=self._on_device(map(_comparable, trained)) if options.compares else None,
             token_coefficients=coefficients,
             metrics={**found, **chosen, **rewarded},
             next_state=SourceState(problem_sampler, prompts_after),
@@ -235,3 +242,9 @@ def first_sample_indices(batch: Sequence[Problem], num_samples: int) -> list[int
         first.append(seen[problem.id])
         seen[problem.id] += num_samples
     return first
+
+
+def _comparable(answer: Answer) -> Sequence[float]:
+    """Return the sampler's log-probs of an answer's tokens; infinity where they are those after another prompt."""
+    response = answer.response
+    return response.log_probs if answer.part == "response" else [math.inf] * len(response.token_ids)

@@ -43,6 +43,9 @@ class Answer:
     """The number of the response within its episode, counted from 0."""
     feedback: str | None = None
     """The text of the environment about this response, which only a teacher may see; None where there is none."""
+    part: str = "response"
+    """The text that is trained on: response, revision (the last response of an episode after the problem alone) or
+    reply (the environment's reply, as a response to a request for it)."""
 
     @property
     def correct(self) -> bool:

@@ -47,8 +47,8 @@ class StepBatch:
     """The complete solution for each of ``contexts``, even if the teacher's prompt shows only a part.  A batch that is
     made by hand may have no solutions; its responses are then not shown as samples."""
     sampler_log_probs: Tensor | None = None
-    """[R_total] float64 nats, on the device: the log-probs from the sampler; None if nothing was sampled after the
-    student's prompt."""
+    """[R_total] float64 nats, on the device: the log-probs from the sampler; infinity for tokens that were not
+    sampled after the student's prompt, and None if no token was."""
     token_coefficients: TokenCoefficients | None = None
     """The coefficients of the tokens' losses; None where the loss of every token is its divergence."""
     metrics: Mapping[str, float] = field(default_factory=dict)

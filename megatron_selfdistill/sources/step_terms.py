@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from megatron_selfdistill.recipes.advantages import group_advantage, group_advan
 from megatron_selfdistill.recipes.normalization import token_factors
 from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
+from megatron_selfdistill.recipes.rltf import extra_likelihood, likelihood_floors, revision_advantages
 from megatron_selfdistill.recipes.scope import scope
 from megatron_selfdistill.recipes.signals import Signals, Terms
 from megatron_selfdistill.recipes.sod import sod
@@ -47,6 +49,7 @@ class StepTerms:
     def coefficients(self, answers: Sequence[Answer], contexts: Sequence[ContextPair]) -> TokenCoefficients:
         """Return the coefficients of the tokens of ``contexts``, the contexts of these answers of this replica.
 
+        Revisions and replies (`Answer.part`) come after all responses.
         Collectives: those of ``measure`` where the rule needs log-probs of student and target, and a sum over the
         data-parallel ranks where loss.normalize is not tokens.
         """
@@ -55,7 +58,8 @@ class StepTerms:
             with self.phases("measure"):
                 student, target = self.measure(contexts)
         signals = signals_of(answers, student, target)
-        terms = rule_terms(config, signals).scaled(
+        terms, floor = _all_terms(config, answers, signals)
+        terms = terms.scaled(
             token_factors(signals, config.loss.normalize, self._totals(signals), config.loss.skip_first_tokens)
         )
         on_host = RatioTerms(
@@ -66,6 +70,7 @@ class StepTerms:
             clip_high=config.policy.clip_high,
             ratio_cap=config.policy.ratio_cap,
             correction=self._correction(signals),
+            likelihood_floor=floor,
             has_policy_term=config.has_policy_term or config.objective == "policy_gradient",
         )
         return to_device_in_one_copy(on_host, self.grid.device)
@@ -113,6 +118,30 @@ def _numbered(owners: Sequence[Hashable]) -> list[int]:
     """Return the number of each owner: 0 for the first one, 1 for the next different one, and so on."""
     numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
     return [numbers[owner] for owner in owners]
+
+
+def _all_terms(config: Config, answers: Sequence[Answer], signals: Signals) -> tuple[Terms, Tensor | None]:
+    """Return the terms of all tokens, and the floors of their likelihood terms; None where no token has a floor."""
+    responses = [answer for answer in answers if answer.part == "response"]
+    extra = answers[len(responses) :]
+    if not extra:
+        return rule_terms(config, signals), None
+    policy, num_tokens = config.policy, sum(len(answer.response.token_ids) for answer in responses)
+    measured = (signals.student_log_prob, signals.target_log_prob)
+    own = signals_of(responses, *(None if values is None else values[:num_tokens] for values in measured))
+    advantages = revision_advantages(own, policy.revision_baseline)
+    places = {(answer.episode, answer.turn): i for i, answer in enumerate(responses)}
+    is_revision = torch.tensor([answer.part == "revision" for answer in extra])
+    likelihood = extra_likelihood(
+        advantages[[places[answer.episode, answer.turn] for answer in extra]],
+        is_revision,
+        revision_weight=policy.revision_weight,
+        reply_weight=policy.reply_weight,
+    )
+    lengths = signals.lengths[len(responses) :]
+    floors = likelihood_floors(is_revision, policy.revision_min_log_prob).repeat_interleave(lengths)
+    none = torch.full((num_tokens,), -math.inf, dtype=torch.float64)
+    return rule_terms(config, own).extended(likelihood.repeat_interleave(lengths)), torch.cat([none, floors])
 
 
 def rule_terms(config: Config, signals: Signals) -> Terms:

@@ -77,7 +77,7 @@ ORDER = {
     ),
     "recipes": (
         "environments http_environment signals advantages teacher_terms scope uni_opd sod pi_distill normalization "
-        "ratio_terms explanation_reward"
+        "ratio_terms rltf explanation_reward"
     ),
     "metrics": (
         "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "
@@ -89,7 +89,7 @@ ORDER = {
     ),
     "sources": (
         "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
-        "recording solution_search own_solutions peer_hints selection guidance episodes "
+        "recording solution_search own_solutions peer_hints selection guidance episodes revisions "
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

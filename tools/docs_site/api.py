@@ -15,7 +15,7 @@ PAGES = {
         "Rules of the literature",
         "recipes.environments recipes.http_environment "
         "recipes.signals recipes.advantages recipes.teacher_terms recipes.scope recipes.uni_opd recipes.sod "
-        "recipes.pi_distill recipes.normalization recipes.ratio_terms recipes.explanation_reward",
+        "recipes.pi_distill recipes.normalization recipes.ratio_terms recipes.rltf recipes.explanation_reward",
     ),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (

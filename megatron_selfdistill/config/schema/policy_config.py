@@ -6,6 +6,7 @@ The loss of a response token y is ``w D(p, q) + a (-log p(y))``; recipes/ comput
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from megatron_selfdistill.choices import (
@@ -14,6 +15,7 @@ from megatron_selfdistill.choices import (
     DISTILL_RULES,
     DISTILL_SIGNALS,
     MARGIN_GAPS,
+    REVISION_BASELINES,
     TEACHER_PROMPTS,
 )
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
@@ -39,6 +41,20 @@ class PolicyConfig:
     its responses) or turn (the return from a response on, with the responses of the same turn)."""
     discount: float = 1.0
     """Factor by which a reward counts less for the turn before, under credit=turn."""
+    revision_weight: float = 0.0
+    """Weight of the last response of an episode of several turns as an answer to the problem alone, without the replies
+    (RLTF-SD).  0 trains on it after the conversation only."""
+    revision_baseline: str = "first_turn"
+    """What is subtracted from the reward of such a response: first_turn (the mean reward of the first responses to the
+    problem) or same_turn (the mean reward of the responses of the same turn)."""
+    revision_min_log_prob: float | None = -5.0
+    """Log-prob after the problem alone, in nats, below which a token of such a response is not trained on; null trains
+    on all."""
+    reply_weight: float = 0.0
+    """Weight of the log-likelihood of the shown replies of episodes, which the model learns to predict (RLTF-FM)."""
+    reply_template: str | None = None
+    """Wording of the problem's message before such a reply, with the slots {problem} and {response}; null asks for a
+    critique of the attempt."""
     clip_low: float | None = 0.2
     """Clip of PPO from below: a token with a negative advantage and p / mu < 1 - clip_low has no gradient; null clips
     nothing."""
@@ -50,9 +66,15 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         normalise("policy", self)
-        at_least(0, "policy", self, "weight clip_low clip_high ratio_cap")
+        at_least(0, "policy", self, "weight clip_low clip_high ratio_cap revision_weight reply_weight")
         require(self.clip_low is None or self.clip_low <= 1, f"policy.clip_low must be at most 1, got {self.clip_low}")
         one_of("policy.advantage_std", self.advantage_std, ADVANTAGE_STDS)
+        one_of("policy.revision_baseline", self.revision_baseline, REVISION_BASELINES)
+        slots = re.findall(r"(?<!\{)\{([A-Za-z_]\w*)\}", self.reply_template or "")
+        require(
+            self.reply_template is None or set(slots) == {"problem", "response"},
+            f"policy.reply_template must have the slots {{problem}} and {{response}} and no other, got {slots}",
+        )
         one_of("policy.credit", self.credit, CREDITS)
         require(0 <= self.discount <= 1, f"policy.discount must lie in 0 to 1, got {self.discount}")
         require(

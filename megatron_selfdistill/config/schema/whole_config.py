@@ -108,6 +108,13 @@ class Config:
         if self.loss.rollout_correction != "none":
             self._check_correction(f"loss.rollout_correction={self.loss.rollout_correction}")
         self._check_terms()
+        for key in ("revision_weight", "reply_weight"):
+            require(
+                not getattr(self.policy, key) or (self.environment.max_turns > 1 and self.policy.weight > 0),
+                f"policy.{key} trains on texts of episodes of several turns beside their rewards: it needs "
+                f"environment.name, environment.max_turns of at least 2 and policy.weight above 0, got "
+                f"{self.environment.name}, {self.environment.max_turns} and {self.policy.weight:g}",
+            )
         if self.environment.exists:
             self._check_environment()
         self._check_same_prompt()
@@ -169,6 +176,13 @@ class Config:
     def reads_one_prompt(self) -> bool:
         """Whether student and teacher read a response after the prompt that it was sampled after."""
         return self.objective == "self_distillation" and self.distill.teacher_prompt == "same"
+
+    @property
+    def max_contexts_per_sample(self) -> int:
+        """The greatest number of contexts of one sample: the turns of its episode, its revision and its replies."""
+        turns = self.environment.max_turns
+        replies = turns - 1 if self.policy.reply_weight else 0
+        return turns * self.contexts_per_response + bool(self.policy.revision_weight) + replies
 
     @property
     def weighs_tokens(self) -> bool:

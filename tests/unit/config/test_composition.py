@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
+from recipe_needs import needed_by
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, from_mapping, keys, load, to_yaml
@@ -140,7 +141,7 @@ def test_a_value_of_the_wrong_type_names_its_key(override, words):
 @pytest.mark.parametrize("file", SHIPPED, ids=str)
 def test_every_shipped_file_composes_and_sets_what_it_says(file):
     group, option = file.parts[0], file.stem
-    config = dataclasses.asdict(load([f"{group}={option}"]))
+    config = dataclasses.asdict(load([f"{group}={option}", *(needed_by(option) if group == "recipe" else [])]))
     written = OmegaConf.to_container(OmegaConf.load(config_dir() / file))
     target = config if "_global_" in (config_dir() / file).read_text() else config[group]
     written.pop("defaults", None)
@@ -225,7 +226,7 @@ def test_the_configs_are_found_from_any_directory(tmp_path):
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
 def test_with_every_recipe_a_model_can_be_chosen(recipe):
-    assert load([f"recipe={recipe}", "model=tiny"]).model.hidden_size == 64
+    assert load([f"recipe={recipe}", "model=tiny", *needed_by(recipe)]).model.hidden_size == 64
 
 
 TEXTS = (

@@ -10,6 +10,7 @@ import shlex
 
 import pytest
 import yaml
+from recipe_needs import needed_by
 from tiers import combinations
 
 from megatron_selfdistill.config import Config, load
@@ -142,7 +143,7 @@ REAL_SIZES = sorted(PUBLISHED)
 
 @functools.cache
 def config_of(recipe: str) -> Config:
-    return load([f"recipe={recipe}"])
+    return load([f"recipe={recipe}", *needed_by(recipe)])
 
 
 @functools.cache
@@ -172,7 +173,8 @@ def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
 
 @pytest.mark.parametrize("recipe", sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)))
 def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
-    plan = dry_run(load([f"recipe={recipe}", "cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8"]))
+    size = ["cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8"]
+    plan = dry_run(load([f"recipe={recipe}", *size, *needed_by(recipe)]))
     assert plan.misfit() is None and plan.parameters == PUBLISHED["qwen3_8b"]
 
 

@@ -69,6 +69,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
         "views": 1,
         "episodes": None,
         "reads_one_prompt": False,
+        "revisions": None,
         "record": None,
     } | options
     options |= {"sampler": Sampler(), "rewarder": judge, "phases": Phases(), "grid": grid}
