@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 
 import pytest
+from chat_server import chat_server, completion
+from replying import Replying
 from tiers import combinations
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, start_and_listen, train
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, saved_step, start_and_listen, train
 
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],
@@ -17,14 +20,19 @@ LAYOUTS = {
     "DP2": [],
 }
 ENVIRONMENT = ["environment.name=replying.Replying", "environment.max_turns=3"]
+RECIPES = {
+    "default": ["policy.weight=1", *ENVIRONMENT],
+    "rltf_sd": [ENVIRONMENT[0], "policy.revision_min_log_prob=null"],
+    "rltf_fm": [ENVIRONMENT[0], "policy.reply_template='{problem}{response}'"],
+}
 NUM_STEPS = 2
 
 
-def arguments(data: Path, run_dir: Path, *more: str) -> list[str]:
-    """Return the arguments of a short run whose episodes have one to three turns, with rewards and a teacher."""
+def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
+    """Return the arguments of a short run of ``recipe``, whose episodes have different numbers of turns."""
     tiny = overrides(data, run_dir, "data.global_batch_size=4", "rollout.num_samples=2", "rollout.max_new_tokens=10")
-    tiny += ["data.on_long_context=drop", "policy.weight=1", "optimizer.lr_warmup_steps=0"]
-    return [*tiny, f"num_steps={NUM_STEPS}", "checkpoint.save_every=1", *ENVIRONMENT, *more]
+    tiny += ["data.on_long_context=drop", "optimizer.lr_warmup_steps=0", f"num_steps={NUM_STEPS}"]
+    return [f"recipe={recipe}", *tiny, "checkpoint.save_every=1", *RECIPES[recipe], *more]
 
 
 def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
@@ -44,46 +52,109 @@ def start(ranks, data, tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def whole(ranks, data, start, tmp_path_factory) -> Path:
-    """Return the directory of a finished run on one rank."""
-    run = tmp_path_factory.mktemp("episodes") / "run"
-    train(ranks, arguments(data, run, start, f"rollout.record={run}/responses.jsonl"))
+def run_of(ranks, data, start, tmp_path_factory):
+    """Return a function that returns the directory of the finished run of a recipe on one rank."""
+    runs: dict[str, Path] = {}
+
+    def run(recipe: str) -> Path:
+        if recipe not in runs:
+            runs[recipe] = tmp_path_factory.mktemp(recipe) / "run"
+            train(ranks, arguments(data, runs[recipe], recipe, start, f"rollout.record={runs[recipe]}/responses.jsonl"))
+        return runs[recipe]
+
     return run
 
 
-def test_episodes_have_different_lengths_and_train(whole):
-    first = turns_of(whole / "responses.jsonl", step=0)
-    assert {turn for _, _, turn in first} == {0, 1, 2}
+def test_episodes_have_different_lengths_and_train(run_of):
+    whole = run_of("default")
+    assert {turn for _, _, turn in turns_of(whole / "responses.jsonl", step=0)} == {0, 1, 2}
     for step in reproducible_metrics(whole):
         assert step["gradient_norm"] > 0 and "rewards/mean" in step
         assert 1 < step["episodes/turns_mean"] < 3 and step["episodes/reward_mean"] > 0
         assert step["rewards/trained_share"] == 1.0
 
 
-def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, whole):
-    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, start), step=1, num_steps=NUM_STEPS)
+@combinations(recipe=["rltf_sd", "rltf_fm"], quick={"recipe": ["rltf_sd"]}, strength=1)
+def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
+    whole = run_of(recipe)
+    for number, step in enumerate(reproducible_metrics(whole)):
+        assert step["gradient_norm"] > 0 and step["terms/divergence_mean"] == 0
+        responses = turns_of(whole / "responses.jsonl", number)
+        seconds = [tokens for (_, _, turn), tokens in responses.items() if turn == 1]
+        more = sum(map(len, seconds)) if recipe == "rltf_sd" else 3 * len(seconds)  # X, the number, the stop token
+        assert seconds and step["tokens/response"] == step["tokens/rollout"] + more
+        assert ("episodes/replies_trained_share" in step) == (recipe == "rltf_fm")
+        assert step["sampler/log_prob_max_abs_diff"] < 1e-4, "only responses are compared with the sampler"
+
+
+@combinations(recipe=list(RECIPES), quick={"recipe": ["rltf_sd"]}, strength=1)
+def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
+    whole = run_of(recipe)
+    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)
 
 
 @combinations(layout=list(LAYOUTS), quick={"layout": ["DP2"]}, strength=1)
-def test_layouts_sample_the_same_episodes_and_have_equal_terms(ranks, data, start, whole, tmp_path, layout):
+def test_layouts_sample_the_same_episodes(ranks, data, start, run_of, tmp_path, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
-    train(ranks, arguments(data, run, start, f"rollout.record={record}", *LAYOUTS[layout]), 2)
-    assert turns_of(record, step=0) == turns_of(whole / "responses.jsonl", step=0)
-    replay = f"rollout.replay={whole}/responses.jsonl"
-    train(ranks, arguments(data, tmp_path / "replayed", start, replay, *LAYOUTS[layout]), 2)
-    for expected, found in zip(reproducible_metrics(whole), reproducible_metrics(tmp_path / "replayed"), strict=True):
+    train(ranks, arguments(data, run, "default", start, f"rollout.record={record}", *LAYOUTS[layout]), 2)
+    assert turns_of(record, step=0) == turns_of(run_of("default") / "responses.jsonl", step=0)
+
+
+@combinations(
+    recipe=list(RECIPES),
+    layout=list(LAYOUTS),
+    quick={"recipe": ["rltf_sd"], "layout": ["TP2"]},
+    strength=1,
+)
+def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
+    one = run_of(recipe)
+    replay = f"rollout.replay={one}/responses.jsonl"
+    train(ranks, arguments(data, tmp_path / "run", recipe, start, replay, *LAYOUTS[layout]), 2)
+    for expected, found in zip(reproducible_metrics(one), reproducible_metrics(tmp_path / "run"), strict=True):
         compared = [key for key in expected if key.startswith(("terms/", "rewards/", "episodes/", "loss/"))]
+        assert "episodes/turns_mean" in compared and "terms/policy_mean" in compared
         for key in compared:
             assert found[key] == pytest.approx(expected[key], abs=2e-5), key
         assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
 
 
 @pytest.mark.full
+def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks, data, start, run_of, tmp_path):
+    from _lib.environment_server import server_of
+
+    server = server_of(Replying(), port=0)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        endpoint = ["environment.name=http", f"environment.url=http://127.0.0.1:{server.server_port}/v1"]
+        train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint))
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
+
+
+@pytest.mark.full
+def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(ranks, data, start, tmp_path):
+    def script(number: int, body: dict) -> tuple[int, object]:
+        return (200, completion("X1", done=True)) if number < 8 else (400, "no more")
+
+    with chat_server(script) as (url, _):
+        endpoint = ["environment.name=http", f"environment.url={url}", "environment.concurrency=1"]
+        train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint), expected=4)
+    assert saved_step(tmp_path / "run") == 1
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "the environment failed with RuntimeError: environment.url=" in events and "no more" in events
+
+
+@pytest.mark.full
 def test_a_recording_without_replies_is_refused_in_one_sentence(ranks, data, start, tmp_path):
     record = tmp_path / "plain.jsonl"
-    plain = [argument for argument in arguments(data, tmp_path / "plain", start) if argument not in ENVIRONMENT]
+    arguments_with = arguments(data, tmp_path / "plain", "default", start)
+    plain = [argument for argument in arguments_with if argument not in ENVIRONMENT]
     verified = "evaluation.verifier=tiny_run.starts_with_an_even_token"
     train(ranks, [*plain, verified, f"rollout.record={record}"])
     with pytest.raises(AssertionError, match="no reply of an environment to the response of step 0"):
-        replayed = arguments(data, tmp_path / "replayed", start, f"rollout.replay={record}")
+        replayed = arguments(data, tmp_path / "replayed", "default", start, f"rollout.replay={record}")
         train(ranks, replayed, start=start_and_listen, expected=(0, ""))

@@ -168,6 +168,17 @@ def test_step_metrics_are_the_means_over_tokens():
         assert found[key] == pytest.approx(float(value), rel=tolerance), key
 
 
+def test_a_token_that_was_sampled_after_another_prompt_is_not_compared_with_the_sampler():
+    stats, sampled = all_rows(), sampler_log_probs(all_rows())
+    known = torch.arange(NUM_TOKENS) % 3 > 0
+    found = step_metrics(output_of(stats), torch.where(known, sampled, math.inf), ONE_RANK)
+    difference = (sampled - stats.student_log_prob).abs()[known]
+    assert found["sampler/log_prob_mean_abs_diff"] == pytest.approx(difference.mean().item(), rel=1e-12)
+    assert found["sampler/log_prob_max_abs_diff"] == difference.max().item()
+    unknown = torch.full_like(sampled, math.inf)
+    assert "sampler/log_prob_mean_abs_diff" not in step_metrics(output_of(stats), unknown, ONE_RANK)
+
+
 def test_a_step_with_a_policy_term_reports_both_coefficients_and_no_correction():
     terms, stats = two_terms(), all_rows()
     found = step_metrics(output_of(stats, None, terms), None, ONE_RANK)

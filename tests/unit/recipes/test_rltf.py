@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.recipes.advantages import group_advantages
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
 from megatron_selfdistill.recipes.rltf import extra_likelihood, likelihood_floors, revision_advantages
@@ -93,6 +94,14 @@ def test_a_token_of_a_revision_has_no_ratio_to_the_prompt_with_the_reply():
 
 
 ENVIRONMENT = "environment.name=replying.Replying"
+
+
+@pytest.mark.parametrize("recipe", ["rltf_sd", "rltf_fm"])
+def test_the_recipes_ask_for_an_environment(recipe):
+    with pytest.raises(ConfigError, match=r"environment.name is none: set environment.name, or unset"):
+        load([f"recipe={recipe}"])
+    with pytest.raises(ConfigError, match=r"environment.max_turns of at least 2 and policy.weight above 0, got .* 1 "):
+        load([f"recipe={recipe}", ENVIRONMENT, "environment.max_turns=1"])
 
 
 @pytest.mark.parametrize("recipe", ["rltf_sd", "rltf_fm"])
