@@ -75,7 +75,7 @@ PLACEMENTS = ("colocated", "server")
 TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
 """Values of rollout.transfer; null chooses one of them by what the servers can reach."""
 
-SELECTIONS = ("none", "balance", "confidence")
+SELECTIONS = ("none", "balance", "confidence", "verbal")
 """Values of rollout.select."""
 
 ROLLOUT_VIEWS = ("plain", "privileged")
@@ -99,7 +99,7 @@ DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill", "sod")
 TEACHER_PROMPTS = ("hinted", "same")
 """Values of distill.teacher_prompt."""
 
-REWARDS = ("explanation",)
+REWARDS = ("explanation", "verbal")
 """Values of policy.reward besides dotted paths."""
 
 MARGIN_GAPS = ("mean", "min_max")

@@ -35,6 +35,7 @@ from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.candidates import candidate_log_probs
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs, on_whole_replica
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
@@ -85,7 +86,8 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
-        weights, offload = config.teacher.weights if self.has_teacher else "current", config.teacher.offload == "cpu"
+        weights = config.teacher.weights if config.keeps_teacher else "current"
+        offload = config.teacher.offload == "cpu"
         self.teacher = Teacher(
             weights, self.chunks, initial_chunks, ema_decay=config.teacher.ema_decay, offload=offload
         )
@@ -126,7 +128,7 @@ class Learner:
             "chunks": self.chunks,
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
-            "teacher": self.teacher if self.has_teacher else None,
+            "teacher": self.teacher if self.config.keeps_teacher else None,
             "reference": self.reference,
         }
 
@@ -264,6 +266,16 @@ class Learner:
         """Return the log-probs of every response token under student and teacher (pipeline/score.py).  Collective."""
         with self._scoring_models() as models:
             return log_probs(contexts, models, temperature=temperature)
+
+    def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        """Return the teacher's log-probs of candidates for the next token, [B, n] (pipeline/candidates.py).
+
+        Collective over the world.
+        """
+        with self.teacher.on_device() as teacher:
+            return candidate_log_probs(
+                prompts, token_ids, teacher, self.grid, self.vocab, max_tokens=self.config.schedule.max_tokens
+            )
 
     @contextlib.contextmanager
     def _scoring_models(self) -> Iterator[ScoringModels]:

@@ -29,6 +29,7 @@ from megatron_selfdistill.metrics.guards import (
     check_identity,
     check_teacher_canary,
     warning_of_a_silent_teacher,
+    warning_of_unused_scores,
 )
 from megatron_selfdistill.metrics.leakage import leak_counts
 from megatron_selfdistill.metrics.step_samples import step_samples
@@ -175,8 +176,9 @@ class Trainer:
         self.log.log(self.step, metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read))
         speaks = self.step == 1 and not self.config.reads_one_prompt  # else equal weights read the same prompt
         warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if speaks else None
-        if warning is not None:
-            self.log.message(warning)
+        for one in (warning, warning_of_unused_scores(metrics)):
+            if one is not None:
+                self.log.message(one)
         self.guards.check(self.step, metrics)
         last = self.step == self.config.num_steps
         evaluates = self.config.evaluation.due(self.step, self.config.num_steps)

@@ -38,7 +38,7 @@ RULES: dict[str, str] = {
             *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
-            *("teacher.ema_decay", "model", "target", "distill", "policy", "explanation"),
+            *("teacher.ema_decay", "model", "target", "distill", "policy", "explanation", "verbal"),
         ),
         BOUND,
     ),
@@ -188,6 +188,8 @@ def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
         found.append("distill")
     if not any(values.get("policy.reward") == "explanation" for values in configurations):
         found.append("explanation")
+    if not any("verbal" in (values.get("policy.reward"), values.get("rollout.select")) for values in configurations):
+        found.append("verbal")
     return found
 
 

@@ -137,6 +137,18 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
     )
 
 
+def warning_of_unused_scores(metrics: Mapping[str, float]) -> str | None:
+    """Return a warning if the teacher's scores of a step do not filter its responses (rollout.select=verbal)."""
+    if metrics.get("verbal/filters") != 0:
+        return None
+    area = metrics.get("verbal/auroc")
+    found = "responses of one kind only" if area is None else f"an AUROC of {area:.2f}"
+    return (
+        "warning: the teacher's scores did not filter the responses of this step, because they must tell right from "
+        f"wrong responses with an AUROC above .5: got {found}"
+    )
+
+
 @dataclass(frozen=True)
 class _Limit:
     """A limit: ``metrics[key]`` must stay on one side of ``ratio`` times its reference."""

@@ -183,9 +183,20 @@ def on_whole_replica(output: schedule.StepOutput, names: Sequence[str], batch: P
     The result has the order of ``batch.response_tokens`` and the same bits on every rank of the replica, also on ranks
     whose ``output`` has no statistics.  Collectives: one sum over CP and one broadcast each over TP and PP.
     """
-    values = torch.zeros(len(names), len(batch.response_tokens), dtype=torch.float64, device=grid.device)
-    if output.stats is not None:
-        values[:, output.response_ids] = torch.stack([getattr(output.stats, name) for name in names]).double()
+    own = None if output.stats is None else torch.stack([getattr(output.stats, name) for name in names]).double()
+    return over_whole_replica(own, len(names), output.response_ids, len(batch.response_tokens), grid)
+
+
+def over_whole_replica(own: Tensor | None, num_rows: int, ids: Tensor, num_tokens: int, grid: RankGrid) -> Tensor:
+    """Return rows of values of all response tokens, [num_rows, num_tokens] float64, on the host.
+
+    ``own [num_rows, len(ids)]``: the values that this rank has, for the tokens ``ids``; None where it has none.  The
+    result has the same bits on every rank of the replica.  Collectives: one sum over CP and one broadcast each over TP
+    and PP.
+    """
+    values = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=grid.device)
+    if own is not None:
+        values[:, ids] = own
     if grid.is_last_stage:
         over_last_stage(values, grid)
     if grid.pp_size > 1:

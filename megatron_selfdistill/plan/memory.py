@@ -119,7 +119,7 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     state += 4 if optimizer.precision == "bf16" else 0
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
     taught = 0
-    if config.objective == "self_distillation" and teacher.weights != "current":
+    if config.keeps_teacher and teacher.weights != "current":
         taught = size + (4 if teacher.weights == "ema" and teacher.offload == "none" else 0)
     return {
         "weights": stage.parameters * size,

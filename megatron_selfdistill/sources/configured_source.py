@@ -19,8 +19,8 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.recipes.http_environment import HttpEnvironment
-from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.rollout.factory import make_sampler
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
@@ -41,6 +41,15 @@ from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsRespo
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.step_terms import StepTerms
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
+from megatron_selfdistill.sources.verbal_scores import (
+    Candidates,
+    Generate,
+    VerbalRewards,
+    VerbalScorer,
+    VerbalSelection,
+    check_room_for_questions,
+    digit_tokens,
+)
 
 
 class ReadingModels(Protocol):
@@ -56,6 +65,10 @@ class ReadingModels(Protocol):
 
     def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probs of every response token under student and teacher, [R] float64 each, on the host."""
+        ...
+
+    def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        """Return the teacher's log-probs of n candidates for the token after each prompt, [B, n] float64."""
         ...
 
 
@@ -80,7 +93,17 @@ def configured_source(
         sampler.sleep()
         return models.log_probs(contexts, temperature)
 
+    def candidates(prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        sampler.sleep()
+        return models.candidate_log_probs(prompts, token_ids)
+
+    def generate(step: int, requests: Sequence[Request]) -> list[Response]:
+        sampler.update_weights(step)
+        return sampler.generate(requests, sampling_params(config, run_data))
+
     judge = _judge(config, run_data, grid)
+    scorer = _scorer(config, run_data, grid, candidates) if config.scores_responses else None
+    rewarder = _rewarder(config, run_data, judge, read, scorer)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
     finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
@@ -91,7 +114,7 @@ def configured_source(
         return ChatLogs(state, LoggedTurns(config, run_data, grid), config.conversations, grid, phases)
     options = OnPolicyOptions(
         sampler=sampler,
-        rewarder=_rewarder(config, run_data, judge, read),
+        rewarder=rewarder,
         phases=phases,
         grid=grid,
         seed=config.seed,
@@ -101,8 +124,8 @@ def configured_source(
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
         terms=StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
-        select=_select(config, run_data),
-        edits=config.rollout.select == "confidence",
+        select=_select(config, run_data, scorer, generate, rewarder),
+        edits=config.rollout.select in ("confidence", "verbal"),
         privileged=config.rollout.view == "privileged",
         views=config.contexts_per_response,
         episodes=_episodes(config, run_data, grid) if config.environment.exists else None,
@@ -196,7 +219,18 @@ def _judge(config: Config, run_data: RunData, grid: RankGrid) -> Judge:
     return Judge(load_verifier(config.evaluation.verifier), run_data.tokenizer, grid, reward, pattern)
 
 
-def _rewarder(config: Config, run_data: RunData, judge: Judge, read: LogProbs) -> Rewarder:
+def _scorer(config: Config, run_data: RunData, grid: RankGrid, candidates: Candidates) -> VerbalScorer:
+    template, builder, max_length = config.verbal.template, run_data.builder, run_data.max_length
+    digits = digit_tokens(run_data.tokenizer)
+    problems, max_new_tokens = run_data.problems.problems, config.rollout.max_new_tokens
+    check_room_for_questions(problems, builder, template, max_length=max_length, max_new_tokens=max_new_tokens)
+    return VerbalScorer(template, builder, digits, max_length, candidates, grid)
+
+
+def _rewarder(config: Config, run_data: RunData, judge: Judge, read: LogProbs, scorer: VerbalScorer | None) -> Rewarder:
+    if config.policy.reward == "verbal":
+        assert scorer is not None
+        return VerbalRewards(scorer)
     if config.policy.reward != "explanation":
         return judge
     check_room_for_solutions(
@@ -209,7 +243,12 @@ def _rewarder(config: Config, run_data: RunData, judge: Judge, read: LogProbs) -
     return ExplanationRewards(config.explanation, run_data.builder, read, judge.grid)
 
 
-def _select(config: Config, run_data: RunData) -> Select | None:
+def _select(
+    config: Config, run_data: RunData, scorer: VerbalScorer | None, generate: Generate, rewarder: Rewarder
+) -> Select | None:
+    if config.rollout.select == "verbal":
+        assert scorer is not None
+        return VerbalSelection(config.verbal.threshold, scorer, generate, rewarder, config.seed)
     if config.rollout.select == "none":
         return None
     if config.rollout.select == "balance":

@@ -55,7 +55,7 @@ class OnPolicyOptions:
     select: Select | None
     """The selection among the responses of a step, which needs ``judges``; None trains on all."""
     edits: bool
-    """Whether the selection edits responses, so that the sampler's log-probs describe other texts."""
+    """Whether the selection edits or replaces responses, so that the sampler's log-probs describe other contexts."""
     privileged: bool
     """Whether responses are sampled after the teacher's prompt."""
     views: int
@@ -119,8 +119,9 @@ class OnPolicy(CommittedState):
                 keys, replies = [turn.key for turn in turns], [turn.reply for turn in turns]
                 record(options.record, keys, responses, replies, options.grid.dp_group, options.grid.is_reporter)
             prompts_after = prompts.record(answers, asked.guided)
+            selected, counts = self._selected(step, answers)
         with options.phases("pack"):
-            trained, chosen = self._trained(step, prompts, answers)
+            trained, chosen = prompts.choose(selected)
             if options.judges:
                 rewarded = {**rewarded, **reward_metrics(answers, trained, options.grid)}
             if options.episodes is not None:
@@ -142,7 +143,7 @@ class OnPolicy(CommittedState):
             solutions=[answer.problem.solution for answer in trained],
             sampler_log_probs=self._on_device(map(_comparable, trained)) if options.compares else None,
             token_coefficients=coefficients,
-            metrics={**found, **chosen, **rewarded},
+            metrics={**found, **counts, **chosen, **rewarded},
             next_state=SourceState(problem_sampler, prompts_after),
         )
 
@@ -202,15 +203,11 @@ class OnPolicy(CommittedState):
         with self._options.phases("environment"):
             return self._options.episodes.replies(episodes)
 
-    def _trained(
-        self, step: int, prompts: Prompts, answers: Sequence[Answer]
-    ) -> tuple[list[Answer], Mapping[str, float]]:
-        """Return the answers that are trained on, with their prompts, and metrics.  Collective."""
+    def _selected(self, step: int, answers: Sequence[Answer]) -> tuple[Sequence[Answer], Mapping[str, float]]:
+        """Return the answers that may be trained on, and metrics of the selection.  Collective."""
         if self._options.only_right:
             answers = [answer for answer in answers if answer.correct]
-        if self._options.select is not None:
-            answers = self._options.select(step, answers)
-        return prompts.choose(answers)
+        return (answers, {}) if self._options.select is None else self._options.select(step, answers)
 
     def _in_views(self, answers: Sequence[Answer]) -> list[Answer]:
         """Return the answers with the prompts of the views that they are trained in."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -14,10 +14,11 @@ from megatron_selfdistill.evaluation.calibration import split_confidence
 from megatron_selfdistill.rollout.base import Response, sample_seed
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
 
-Select = Callable[[int, Sequence[Answer]], list[Answer]]
-"""A function of the step and of this replica's answers, group by group, that returns the answers to train on.
+Select = Callable[[int, Sequence[Answer]], tuple[list[Answer], Mapping[str, float]]]
+"""A function of the step and of this replica's answers, group by group: the answers to train on, and metrics.
 
-The answers have rewards.  The result is a function of the arguments alone, so that no layout changes it.
+The answers have rewards.  The result is a function of the step, the answers and the weights alone, so that no layout
+changes it; the metrics are equal on all ranks.  Collective over the world.
 """
 
 NOTE = "Note: The empirical confidence for this question is {:.2f}. Output this exact value in the 'Confidence:' field."
@@ -34,8 +35,8 @@ class Balance:
     seed: int
     """The seed of the run."""
 
-    def __call__(self, step: int, answers: Sequence[Answer]) -> list[Answer]:
-        """Return the responses that stay, in their order."""
+    def __call__(self, step: int, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the responses that stay, in their order, and no metrics."""
         kept = []
         for _, members in groupby(answers, key=lambda answer: answer.group):
             group = list(members)
@@ -47,7 +48,7 @@ class Balance:
                 generator = random.Random(sample_seed(self.seed, step, name, 0))
                 places = {place for kind in kinds for place in generator.sample(kind, count)}
             kept += [answer for i, answer in enumerate(group) if i in places]
-        return kept
+        return kept, {}
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class StatedConfidence:
     pattern: re.Pattern[str] | None
     """The pattern of a statement, as `split_confidence` takes it."""
 
-    def __call__(self, step: int, answers: Sequence[Answer]) -> list[Answer]:
-        """Return the edited answers, in their order."""
+    def __call__(self, step: int, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the edited answers, in their order, and no metrics."""
         edited = []
         for _, members in groupby(answers, key=lambda answer: answer.group):
             group = list(members)
             share = sum(answer.correct for answer in group) / len(group)
             edited += [answer for answer in (self._edited(one, share) for one in group) if answer is not None]
-        return edited
+        return edited, {}
 
     def _edited(self, answer: Answer, share: float) -> Answer | None:
         inner, tokens = self.inner, answer.response.token_ids

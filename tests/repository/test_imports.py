@@ -23,7 +23,8 @@ ORDER = {
         "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
         "schema.data_config schema.rollout_config schema.environment_config schema.target_config "
         "schema.loss_config schema.policy_config schema.optimizer_config "
-        "schema.run_config schema.whole_config checks world_checks compose functions bound_keys command_line"
+        "schema.run_config schema.reward_checks schema.whole_config checks world_checks compose functions "
+        "bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
     "replaced_files": "",
@@ -73,11 +74,11 @@ ORDER = {
     ),
     "pipeline": (
         "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
-        "batch score"
+        "batch score candidates"
     ),
     "recipes": (
         "environments http_environment signals advantages teacher_terms scope uni_opd sod pi_distill normalization "
-        "ratio_terms rltf explanation_reward"
+        "ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (
         "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "
@@ -89,7 +90,7 @@ ORDER = {
     ),
     "sources": (
         "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
-        "recording solution_search own_solutions peer_hints selection guidance episodes revisions "
+        "recording solution_search own_solutions peer_hints verbal_scores selection guidance episodes revisions"
         "on_policy replay solutions_as_responses turns chat_logs configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

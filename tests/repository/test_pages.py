@@ -132,7 +132,7 @@ def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
     "recipe",
     (
         "default teacher_alone literal chat_logs grpo rft sdft opsd sdpo opsd_rl pi_distill scope uni_opd caopd rlt "
-        "rltf_sd rltf_fm sod"
+        "ovd rltf_sd rltf_fm sod"
     ).split(),
 )
 def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):

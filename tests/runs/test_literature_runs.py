@@ -16,15 +16,16 @@ LAYOUTS = {
     "DP2": [],
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
-REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod"}
-WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod"}
+REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
+WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
 NUM_STEPS = 2
 OWN = {
     "rlt": ["explanation.closing_tag=-"],  # a character that an untrained model writes now and then
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
+    "ovd": ["verbal.template='{problem}{response}|'"],
 }
-COMPARED = ("terms/", "rewards/", "hints/", "loss/", "correction/", "explanations/", "episodes/")
+COMPARED = ("terms/", "rewards/", "hints/", "loss/", "correction/", "explanations/", "episodes/", "verbal/")
 
 
 def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
@@ -66,6 +67,8 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
         assert ("terms/policy_mean" in step) == (recipe in WITH_POLICY_TERM)
         assert ("rewards/mean" in step) == (recipe in REWARDED | {"rft"})
         assert step.get("episodes/turns_mean", 1) > 1 or recipe != "sod"
+    if recipe == "ovd":
+        assert max(step["verbal/replaced"] for step in reproducible_metrics(whole)) > 0
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)
 
 

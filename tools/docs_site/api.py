@@ -9,13 +9,17 @@ PAGES = {
         "Loss",
         "loss.target loss.divergence loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
     ),
-    "pipeline": ("A step through the pipeline", "pipeline.schedule teacher pipeline.batch pipeline.score"),
+    "pipeline": (
+        "A step through the pipeline",
+        "pipeline.schedule teacher pipeline.batch pipeline.score pipeline.candidates",
+    ),
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
     "recipes": (
         "Rules of the literature",
         "recipes.environments recipes.http_environment "
         "recipes.signals recipes.advantages recipes.teacher_terms recipes.scope recipes.uni_opd recipes.sod "
-        "recipes.pi_distill recipes.normalization recipes.ratio_terms recipes.rltf recipes.explanation_reward",
+        "recipes.pi_distill recipes.normalization recipes.ratio_terms recipes.rltf recipes.explanation_reward "
+        "recipes.verbal_score",
     ),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections ``policy``, ``explanation`` and ``distill`` of the schema: how rewards and the teacher weigh tokens.
+"""The sections ``policy``, ``explanation``, ``verbal`` and ``distill``: how rewards and the teacher weigh tokens.
 
 The loss of a response token y is ``w D(p, q) + a (-log p(y))``; recipes/ computes w and a from these keys.
 """
@@ -32,7 +32,8 @@ class PolicyConfig:
     on verdicts of its responses (also rft and peers); a response with a reward of at least 0.5 counts as right, and a
     truncated response has 0.  Null is the reward of the environment, where there is one, and otherwise 1
     for a response that evaluation.verifier finds right, else 0.  explanation is the reward of RLT: how well the frozen
-    weights find the solution after they have read the response (see explanation)."""
+    weights find the solution after they have read the response (see explanation).  verbal is a ninth of the score that
+    the teacher gives to the response (see verbal)."""
     advantage_std: str = "sample"
     """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
     population (with n) or none (Dr. GRPO)."""
@@ -113,6 +114,32 @@ class ExplanationConfig:
             self.closing_tag.strip() != "",
             "explanation.closing_tag must be a text that ends an explanation, such as </think>, got white space",
         )
+
+
+@dataclass(frozen=True)
+class VerbalConfig:
+    """The scores, 0 to 9, that the teacher gives to responses under rollout.select=verbal or policy.reward=verbal."""
+
+    template: str = (
+        "{problem}\n\nHere is the solution to this problem:\n\n{solution}\n\nHere is a response to it:\n\n"
+        "{response}\n\n"
+        "How good is the response, from 0 (useless) to 9 (flawless)? Answer with one digit."
+    )
+    """Wording of the last user message with which the teacher is asked for a score.  It has the slots {problem} and
+    {response}, and may have {solution}.  The score is the mean of the digits 0 to 9, each with its probability as the
+    first token of the answer; each digit must be one token."""
+    threshold: float = 5.0
+    """Score below which rollout.select=verbal replaces a response."""
+
+    def __post_init__(self) -> None:
+        normalise("verbal", self)
+        slots = set(re.findall(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})", self.template))
+        require(
+            {"problem", "response"} <= slots <= {"problem", "response", "solution"},
+            "verbal.template must have the slots {problem} and {response}, and may have {solution}, got "
+            + (", ".join(f"{{{slot}}}" for slot in sorted(slots)) or "none"),
+        )
+        require(0 <= self.threshold <= 9, f"verbal.threshold must lie in 0 to 9, got {self.threshold}")
 
 
 @dataclass(frozen=True)

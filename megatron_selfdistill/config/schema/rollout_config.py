@@ -57,9 +57,11 @@ class RolloutConfig:
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
     select: str = "none"
-    """The selection among the responses of a step: none, balance (as many right as wrong responses to each problem that
-    has both, by dropping at random) or confidence (responses, and the solution in the teacher's prompt, end in a line
-    "Confidence: P" with the share P of right responses to the problem, in place of the confidence that they state)."""
+    """The selection among the responses of a step: none, balance (as many right as wrong responses to each problem
+    that has both, by dropping at random), verbal (a response to which the teacher gives a score below
+    verbal.threshold is replaced by one that is sampled after the teacher's prompt) or confidence (responses, and
+    the solution in the teacher's prompt, end in a line "Confidence: P" with the share P of right responses to the
+    problem, in place of the confidence that they state)."""
     guidance: str = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher

@@ -15,7 +15,13 @@ from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
 from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.config.schema.policy_config import DistillConfig, ExplanationConfig, PolicyConfig
+from megatron_selfdistill.config.schema.policy_config import (
+    DistillConfig,
+    ExplanationConfig,
+    PolicyConfig,
+    VerbalConfig,
+)
+from megatron_selfdistill.config.schema.reward_checks import check_explanations, check_one_prompt, check_verbal_scores
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
@@ -75,6 +81,8 @@ class Config:
     """The part of rewards in the loss."""
     explanation: ExplanationConfig = field(default_factory=ExplanationConfig)
     """The reward of explanations."""
+    verbal: VerbalConfig = field(default_factory=VerbalConfig)
+    """The scores that the teacher gives to responses."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The weights of the teacher."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -117,8 +125,9 @@ class Config:
             )
         if self.environment.exists:
             self._check_environment()
-        self._check_same_prompt()
-        self._check_explanations()
+        check_one_prompt(self)
+        check_explanations(self)
+        check_verbal_scores(self)
         if self.target.anchor == "reference":
             self._check_reference()
         self._check_guided_tokens()
@@ -183,6 +192,16 @@ class Config:
         turns = self.environment.max_turns
         replies = turns - 1 if self.policy.reply_weight else 0
         return turns * self.contexts_per_response + bool(self.policy.revision_weight) + replies
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether the teacher gives scores to responses, as rewards or for a selection."""
+        return self.policy.reward == "verbal" or self.rollout.select == "verbal"
+
+    @property
+    def keeps_teacher(self) -> bool:
+        """Whether the run has a teacher's weights: for the loss, or to score responses."""
+        return self.objective == "self_distillation" or self.scores_responses
 
     @property
     def weighs_tokens(self) -> bool:
@@ -363,41 +382,6 @@ class Config:
                 f"{key}={value} compares responses to one prompt, but with {turns} the responses to a problem follow "
                 f"different conversations: set {key}={default} or environment.max_turns=1",
             )
-
-    def _check_same_prompt(self) -> None:
-        if not self.reads_one_prompt:
-            return
-        weights, rule, solutions = self.teacher.weights, self.distill.rule, self.data.solutions
-        require(
-            weights != "current" and rule == "uniform" and solutions != "peer" and self.rollout.guidance == "none",
-            "distill.teacher_prompt=same compares the student with other weights after the prompt of the samples: it "
-            "needs teacher.weights=frozen or ema, distill.rule=uniform, rollout.guidance=none and no hints of "
-            f"data.solutions=peer, got {weights}, {rule}, {self.rollout.guidance} and {solutions}",
-        )
-        require(
-            not self.logged,
-            "distill.teacher_prompt=same is for sampled responses, but conversations.responses=logged samples nothing",
-        )
-
-    def _check_explanations(self) -> None:
-        if self.policy.reward != "explanation":
-            return
-        needed = {
-            "objective": (self.objective, ("self_distillation",)),
-            "rollout.view": (self.rollout.view, ("privileged",)),
-            "rollout.select": (self.rollout.select, ("none",)),
-            "distill.teacher_prompt": (self.distill.teacher_prompt, ("same",)),
-            "teacher.weights": (self.teacher.weights, ("frozen",)),
-            "data.solutions": (self.data.solutions, ("given", "answer")),
-            "environment.name": (self.environment.name, ("none",)),
-        }
-        for key, (value, allowed) in needed.items():
-            require(
-                value in allowed,
-                "policy.reward=explanation rewards what the policy writes after the solution, as the frozen weights "
-                f"read it: it needs {key}={' or '.join(allowed)}, got {value}",
-            )
-        require(self.policy.weight > 0, "policy.reward=explanation trains on rewards: it needs policy.weight above 0")
 
     def _check_correction(self, key: str) -> None:
         rollout = self.rollout

@@ -25,6 +25,7 @@ WHOLE_SECTIONS = {
     "target",
     "distill",
     "explanation",
+    "verbal",
     "policy",
     "parallel",
     "cluster",

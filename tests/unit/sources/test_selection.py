@@ -35,13 +35,16 @@ def group_of(number: int, *rewards: float) -> list[Answer]:
 def test_each_group_with_both_kinds_keeps_as_many_of_each():
     groups = [group_of(0, 1, 0, 0, 0, 0), group_of(1, 1, 1, 1), group_of(2, 0, 0), group_of(3, 1, 0, 1, 1, 0)]
     answers = [one for group in groups for one in group]
-    kept = Balance(seed=5)(3, answers)
+    kept, metrics = Balance(seed=5)(3, answers)
     rewards = [[one.reward for one in kept if one.group == number] for number in range(4)]
     assert [(sum(own), len(own)) for own in rewards] == [(1, 2), (3, 3), (0, 2), (2, 4)]
     assert [one.response for one in kept] == [one.response for one in answers if one in kept], "the order stays"
-    assert Balance(seed=5)(3, answers) == kept, "the choice depends on seed, step and problem alone"
-    assert Balance(seed=5)(3, [one for one in answers if one.group == 3]) == [one for one in kept if one.group == 3]
-    choices = {tuple(one.response.token_ids[1] for one in Balance(5)(step, groups[0])) for step in range(30)}
+    assert metrics == {} and Balance(seed=5)(3, answers) == (kept, {}), (
+        "the choice depends on seed, step and problem alone"
+    )
+    last = [one for one in answers if one.group == 3]
+    assert Balance(seed=5)(3, last)[0] == [one for one in kept if one.group == 3]
+    choices = {tuple(one.response.token_ids[1] for one in Balance(5)(step, groups[0])[0]) for step in range(30)}
     assert len(choices) == 4, "every wrong response is dropped and kept at times"
 
 
@@ -52,7 +55,7 @@ def text_of(tokens: list[int]) -> str:
 def test_responses_and_the_solution_state_the_share_of_right_responses():
     select = StatedConfidence(GIVEN, re.compile(CONFIDENCE))
     answers = [answer("8\nConfidence: 0.99$", 1), answer("7 (confidence: 1) $", 0), answer("8$", 1), answer("9$", 0)]
-    edited = select(0, [*answers, answer("8$", 1, group=1)])
+    edited, _ = select(0, [*answers, answer("8$", 1, group=1)])
     assert [text_of(one.response.token_ids) for one in edited] == [
         "8\nConfidence: 0.50$",
         "7 ()\nConfidence: 0.50$",
@@ -74,4 +77,4 @@ def test_responses_and_the_solution_state_the_share_of_right_responses():
 )
 def test_a_response_that_cannot_state_its_confidence_is_dropped(text, max_length):
     given = GivenSolutions(GIVEN.builder, max_length, 40, policy="error")
-    assert StatedConfidence(given, re.compile(CONFIDENCE))(0, [answer(text, 1, given=given)]) == []
+    assert StatedConfidence(given, re.compile(CONFIDENCE))(0, [answer(text, 1, given=given)])[0] == []

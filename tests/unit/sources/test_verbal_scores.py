@@ -1,0 +1,175 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The teacher's scores: the question, the rewards, and which responses a filter replaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from characters import ONE_RANK, Characters
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.evaluation.verify import exact_match
+from megatron_selfdistill.metrics.guards import warning_of_unused_scores
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.sources import verbal_scores
+from megatron_selfdistill.sources.problem_prompts import Answer, Judge
+from megatron_selfdistill.sources.verbal_scores import (
+    VerbalRewards,
+    VerbalScorer,
+    VerbalSelection,
+    check_room_for_questions,
+    digit_tokens,
+)
+
+BUILDER = PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}"))
+PROBLEM = Problem("a", ({"role": "user", "content": "2+2"},), "=4.", "4", "file:1")
+PAIR = PromptPair("a", BUILDER.student_prompt(PROBLEM), BUILDER.teacher_prompt(PROBLEM), "=4.")
+TEMPLATE, SEED, STEP = "{problem}/{solution}/{response}?", 7, 3
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+    monkeypatch.setattr(verbal_scores, "gather_items", lambda items, group=None: list(items))
+    monkeypatch.setattr(Judge, "rewards", lambda self, answers: [float(text(one)[0] == "4") for one in answers])
+
+
+def response(content: str) -> Response:
+    ids = list(map(ord, content))
+    return Response(ids, [-1.0] * len(ids), [-2.0] * len(ids), "stop")
+
+
+def text(answer: Answer) -> str:
+    return "".join(map(chr, answer.response.token_ids))
+
+
+def answers(*contents: str, group: int = 0) -> list[Answer]:
+    return [Answer(PROBLEM, PAIR, response(one), group, reward=float(one[0] == "4")) for one in contents]
+
+
+class Teacher:
+    """Log-probs in which the digit that stands before the question mark is certain, with a mass of a half."""
+
+    def __init__(self) -> None:
+        self.questions: list[str] = []
+
+    def __call__(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> torch.Tensor:
+        assert list(token_ids) == list(map(ord, "0123456789"))
+        self.questions += ["".join(map(chr, prompt)) for prompt in prompts]
+        found = torch.full((len(prompts), 10), -torch.inf, dtype=torch.float64)
+        for row, prompt in enumerate(prompts):
+            found[row, int(chr(prompt[-3]))] = torch.tensor(0.5).log()
+        return found
+
+
+def scorer(max_length: int = 100) -> VerbalScorer:
+    return VerbalScorer(TEMPLATE, BUILDER, digit_tokens(Characters()), max_length, Teacher(), ONE_RANK)
+
+
+def test_the_teacher_sees_problem_solution_and_response():
+    judge = scorer()
+    found, metrics = judge.scores(answers("why 7$", "6$"))
+    assert judge.candidates.questions == ["2+2/=4./why 7?:", "2+2/=4./6?:"]
+    assert found == [7.0, 6.0]
+    assert metrics == pytest.approx({"verbal/score_mean": 6.5, "verbal/digit_mass": 0.5})
+
+
+def test_a_response_that_is_too_long_loses_its_beginning():
+    judge = scorer(max_length=14)
+    judge.scores(answers("0123456789$"))
+    assert judge.candidates.questions == ["2+2/=4./789?:"]
+
+
+def test_a_ninth_of_the_score_is_the_reward():
+    rewarded, _ = VerbalRewards(scorer()).rewarded(answers("9$", "3$"))
+    assert [one.reward for one in rewarded] == pytest.approx([1.0, 1 / 3])
+
+
+class Sampler:
+    """A sampler whose responses are right at even calls of one request; it keeps the requests."""
+
+    def __init__(self) -> None:
+        self.requests: list[Request] = []
+
+    def __call__(self, step: int, requests: Sequence[Request]) -> list[Response]:
+        assert step == STEP
+        self.requests += requests
+        return [response("4 new$" if i % 2 == 0 else "5 new$") for i in range(len(requests))]
+
+
+def selected(given: Sequence[Answer], threshold: float = 5.0) -> tuple[list[Answer], Any, Sampler]:
+    sampler = Sampler()
+    judge = Judge(exact_match, Characters(), ONE_RANK)
+    select = VerbalSelection(threshold, scorer(), sampler, judge, SEED)
+    chosen, metrics = select(STEP, given)
+    return chosen, metrics, sampler
+
+
+def test_a_low_score_replaces_a_response_by_one_behind_the_privileged_prompt():
+    given = answers("4 so 8$", "5 so 2$", "5 so 5$", "5 so 0$")
+    chosen, metrics, sampler = selected(given)
+    assert [text(one) for one in chosen] == ["4 so 8$", "4 new$", "5 so 5$", "5 new$"]
+    assert [one.reward for one in chosen] == [1.0, 1.0, 0.0, 0.0]
+    assert [request.prompt for request in sampler.requests] == [PAIR.teacher_prompt] * 2
+    assert [request.seed for request in sampler.requests] == [sample_seed(SEED, STEP, "verbal/a", i) for i in (0, 1)]
+    assert chosen[1].response.sampled_log_probs == [-2.0] * 6 and chosen[1].prompts == PAIR
+    assert (metrics["verbal/auroc"], metrics["verbal/filters"], metrics["verbal/replaced"]) == (1.0, 1.0, 0.5)
+    assert warning_of_unused_scores(metrics) is None
+
+
+def test_the_threshold_itself_is_enough():
+    assert selected(answers("4 so 8$", "5 so 5$"), threshold=5.0)[1]["verbal/replaced"] == 0
+    assert selected(answers("4 so 8$", "5 so 5$"), threshold=5.1)[1]["verbal/replaced"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (answers("4 so 2$", "5 so 8$"), "got an AUROC of 0.00"),
+        (answers("4 so 2$", "5 so 2$"), "got an AUROC of 0.50"),
+        (answers("5 so 2$", "5 so 8$"), "got responses of one kind only"),
+    ],
+)
+def test_scores_that_do_not_tell_right_from_wrong_do_not_filter(given, words):
+    chosen, metrics, sampler = selected(given)
+    assert chosen == given and not sampler.requests
+    assert (metrics["verbal/filters"], metrics["verbal/replaced"]) == (0.0, 0.0)
+    assert words in (warning_of_unused_scores(metrics) or "")
+
+
+def test_runs_without_scores_have_no_warning():
+    assert warning_of_unused_scores({"loss/mean": 1.0}) is None
+
+
+class TwoTokens(Characters):
+    """A tokenizer that puts a space before every text."""
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(f" {text}")
+
+
+def test_a_digit_of_two_tokens_is_refused():
+    with pytest.raises(ConfigError, match=r"data.tokenizer=characters: .* one token for 0, got the tokens \[32, 48\]"):
+        digit_tokens(TwoTokens())
+
+
+def test_a_question_without_room_for_the_longest_response_is_refused():
+    options = {"max_new_tokens": 10}
+    check_room_for_questions([PROBLEM], BUILDER, TEMPLATE, max_length=21, **options)  # 10 + 10 + 1
+    with pytest.raises(ConfigError, match=r"file:1: the question for a score .* at most 20 tokens, got 21;"):
+        check_room_for_questions([PROBLEM], BUILDER, TEMPLATE, max_length=20, **options)
+
+
+def test_the_recipe_filters_at_five_with_the_frozen_weights():
+    config = load(["recipe=ovd"])
+    assert (config.verbal.threshold, config.rollout.select, config.rollout.num_samples) == (5.0, "verbal", 8)
+    assert (config.teacher.weights, config.keeps_teacher, config.objective) == ("frozen", True, "policy_gradient")
+    assert (config.policy.clip_low, config.policy.clip_high, config.policy.ratio_cap) == (None, None, 2.0)
