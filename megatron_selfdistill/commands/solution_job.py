@@ -43,6 +43,7 @@ class SolutionWork:
         return {
             **provenance_of(self.config, self.run_data, self.model, wording),
             "verifier": writable(self.config)["evaluation"]["verifier"],
+            "confidence": self.config.evaluation.confidence,
             **{name: value for name, value in asdict(solutions).items() if name != "refresh_every"},
         }
 
@@ -80,6 +81,7 @@ class SolutionWork:
             generate=lambda requests: inference.sampler.generate(requests, inference.sampling),
             builder=self.run_data.builder,
             verifier=load_verifier(self.config.evaluation.verifier),
+            confidence=self.config.evaluation.confidence_pattern,
             grid=self.grid,
             score=score,
         )

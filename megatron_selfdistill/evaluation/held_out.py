@@ -13,7 +13,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration, split_confidence
+from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration
 from megatron_selfdistill.evaluation.diversity import distinct_grams, distinct_right
 from megatron_selfdistill.evaluation.evaluation_result import (
     EvaluationResult,
@@ -27,6 +27,7 @@ from megatron_selfdistill.evaluation.verify import (
     check_answers,
     final_answer,
     judged_by_all,
+    judged_text,
     mentions_answer,
     voted_answer,
 )
@@ -39,7 +40,7 @@ from megatron_selfdistill.metrics.leakage import (
     word_pattern,
 )
 from megatron_selfdistill.prechecks import require_answers_per_problem
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -195,8 +196,7 @@ class _Judge:
 
     def __call__(self, problem: Problem, asked: _Asked) -> _Judged:
         response, truncated = asked.response, asked.response.truncated
-        text = response_text(response, self._tokenizer)
-        stated, answering = split_confidence(text, self._pattern)
+        text, stated, answering = judged_text(response, self._tokenizer, self._pattern)
         correct = not truncated and bool(self._verifier(answering, problem))
         answer = voted_answer(answering, self._verifier) if self._reads_answers and not truncated else None
         kept = text if problem.id in self._kept_ids else None

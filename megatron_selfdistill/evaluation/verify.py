@@ -16,8 +16,11 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError
+from megatron_selfdistill.evaluation.calibration import split_confidence
+from megatron_selfdistill.rollout.base import Response, response_text
 
 if TYPE_CHECKING:  # verifiers are also used without Megatron
+    from megatron_selfdistill.data.tokenizer import Tokenizer
     from megatron_selfdistill.distributed.ranks import RankGrid
 
 Key = TypeVar("Key", bound=Hashable)
@@ -177,6 +180,17 @@ def voted_answer(response_text: str, verifier: Verifier) -> str | None:
         return str(timeout(seconds)(_text_of)(found[0]))
     except (TimeoutException, ValueError, ArithmeticError):  # the number is too large to become text
         return answer
+
+
+def judged_text(
+    response: Response, tokenizer: Tokenizer, confidence: re.Pattern[str] | None
+) -> tuple[str, float | None, str]:
+    """Return the text of a response, the confidence that it states, and the text that a verifier reads.
+
+    A verifier does not see the statements of confidence: see `split_confidence`, which takes ``confidence``.
+    """
+    text = response_text(response, tokenizer)
+    return (text, *split_confidence(text, confidence))
 
 
 def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:

@@ -106,7 +106,7 @@ def configured_source(
     rewarder = _rewarder(config, run_data, judge, read, scorer)
     problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
     recording = Recording(config.rollout.replay) if config.rollout.replay else None
-    finder = Finder(sampler, judge.verifier, score, phases, grid, config.data.global_batch_size)
+    finder = Finder(sampler, judge.verifier, judge.confidence, score, phases, grid, config.data.global_batch_size)
     state = SourceState(problem_sampler, _prompts(config, run_data, judge, finder))
     if config.objective == "sft":
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)

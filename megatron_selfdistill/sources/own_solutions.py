@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -61,7 +62,7 @@ class OwnSolutions:
 
         The search runs ``group_size`` problems at a time with the present weights.  The new solutions of a problem come
         first; older solutions, which are still right, fill the rest of ``search.keep``.  Other problems keep their
-        solutions.  ``tools``: generate, builder, verifier, score, fits as `solve` takes them.
+        solutions.  ``tools``: generate, builder, verifier, confidence, score, fits as `solve` takes them.
 
         The metrics, equal on all ranks: solutions/problems, solutions/pass_rate (right / sampled),
         solutions/solved_share (with a right sample in this search), solutions/available_share (with a solution in the
@@ -131,6 +132,8 @@ class Finder:
 
     sampler: Sampler
     verifier: Verifier
+    confidence: re.Pattern[str] | None
+    """The pattern of a stated confidence, which the verifier does not see."""
     score: Score
     phases: Phases
     grid: RankGrid
@@ -169,6 +172,7 @@ class OwnSolutionPrompts:
                 generate=lambda requests: finder.sampler.generate(requests, sampling),
                 builder=self.inner.builder,
                 verifier=finder.verifier,
+                confidence=finder.confidence,
                 score=finder.score,
                 fits=lambda problem, text: self.inner.pair_with(problem, text) is not None,
             )

@@ -12,9 +12,8 @@ from megatron_selfdistill.data.contexts import PromptPair, fit_teacher_prompt
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
-from megatron_selfdistill.evaluation.calibration import split_confidence
-from megatron_selfdistill.evaluation.verify import Reward, Verifier, judge, rewards
-from megatron_selfdistill.rollout.base import Response, SamplingParams, response_text
+from megatron_selfdistill.evaluation.verify import Reward, Verifier, judge, judged_text, rewards
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -272,4 +271,4 @@ class Judge:
         }
 
     def _text(self, answer: Answer) -> str:
-        return split_confidence(response_text(answer.response, self.tokenizer), self.confidence)[1]
+        return judged_text(answer.response, self.tokenizer, self.confidence)[2]

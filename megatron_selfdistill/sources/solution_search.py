@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.prompts import PromptBuilder
-from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge
-from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
+from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge, judged_text
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -51,7 +51,7 @@ class Candidate:
     """The index of the response among the samples of its problem."""
     response: Response
     text: str
-    """The response as text, as the verifier reads it and as the teacher's prompt would show it."""
+    """The response as text, as the teacher's prompt would show it."""
     correct: bool
     """The verdict of the verifier; a truncated response is wrong."""
     score: float | None = None
@@ -83,15 +83,17 @@ def solve(
     builder: PromptBuilder,
     verifier: Verifier,
     grid: RankGrid,
+    confidence: re.Pattern[str] | None = None,
     score: Score | None = None,
     fits: Callable[[Problem, str], bool] = lambda problem, text: True,
 ) -> list[Attempt]:
     """Sample ``search.num_samples`` responses to the own prompt of each problem, and keep the best right responses.
 
-    ``problems``: without repetitions, the same on all ranks.  Each replica takes every dp_size-th problem and returns
-    the attempts at these problems, the same on each of its ranks.  The seed of sample i is ``sample_seed(seed, step,
-    "solution/" + problem.id, i)``: no rollout and no evaluation has this seed, and no layout or order changes it.
-    ``score``: needed for pick=learnable.  ``fits(problem, text)``: whether a step could show that text.
+    ``problems``: without repetitions, the same on all ranks. Each replica takes every dp_size-th problem and
+    returns the attempts at these problems, the same on each of its ranks. The seed of sample i is
+    ``sample_seed(seed, step, "solution/" + problem.id, i)``: no rollout and no evaluation has this seed, and no
+    layout or order changes it. ``confidence``: the pattern of a stated confidence, which the verifier does not see.
+    ``score``: needed for pick=learnable. ``fits(problem, text)``: whether a step could show that text.
 
     Collectives: one call of ``generate``, one of `judge` and, for pick=learnable, one of ``score``.
     Raises: ValueError, before anything is sampled, for problems that cannot be judged; RuntimeError on every rank where
@@ -105,18 +107,18 @@ def solve(
         Request(prompts[problem.id], sample_seed(search.seed, step, f"solution/{problem.id}", i)) for problem, i in keys
     ]
     responses = generate(requests)
-    texts = [response_text(response, builder.tokenizer) for response in responses]
+    texts = [judged_text(response, builder.tokenizer, confidence) for response in responses]
     verdicts = judge(
         {
-            (problem.id, i): (problem, None if response.truncated else text)
-            for (problem, i), response, text in zip(keys, responses, texts, strict=True)
+            (problem.id, i): (problem, None if response.truncated else answering)
+            for (problem, i), response, (_, _, answering) in zip(keys, responses, texts, strict=True)
         },
         verifier,
         grid,
     )
     candidates = [
         Candidate(i, response, text, verdicts[problem.id, i])
-        for (problem, i), response, text in zip(keys, responses, texts, strict=True)
+        for (problem, i), response, (text, _, _) in zip(keys, responses, texts, strict=True)
     ]
     if search.pick == "learnable":
         if score is None:

@@ -34,7 +34,7 @@ def own_solutions(**table: list[str]) -> OwnSolutionPrompts:
     solutions = {name: [Solution(text, len(text), 0) for text in texts] for name, texts in table.items()}
     own = OwnSolutions(Search(4, 2, "shortest", 5), 10, solutions, refreshed_at=0)
     unused: Any = None
-    return OwnSolutionPrompts(GIVEN, own, Finder(unused, exact_match, unused, Phases(), ONE_RANK, 8))
+    return OwnSolutionPrompts(GIVEN, own, Finder(unused, exact_match, None, unused, Phases(), ONE_RANK, 8))
 
 
 def answer(prompts: Prompts, problem: Problem, text: str) -> Answer:

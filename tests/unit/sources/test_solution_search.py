@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from characters import ONE_RANK, Characters
 from record_sources import load_problems
 
 from megatron_selfdistill.config import from_mapping
+from megatron_selfdistill.config.schema.run_config import CONFIDENCE
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
@@ -194,6 +196,25 @@ def failing_solve() -> str:
     with pytest.raises(RuntimeError) as failure:
         attempts_at(sums(3), grid=grid, verifier=verifier_that_fails)
     return str(failure.value)
+
+
+def test_the_verifier_does_not_see_a_stated_confidence_and_the_teacher_does():
+    seen = []
+
+    def verifier(text: str, problem: Problem) -> bool:
+        seen.append(text)
+        return True
+
+    texts = [f"{text}\nConfidence: 0.85$" for text in ("8", "so 8")]
+    attempts = attempts_at(
+        sums(1),
+        generate=lambda requests: [written(text) for text in texts],
+        verifier=verifier,
+        confidence=re.compile(CONFIDENCE),
+        search={"num_samples": 2},
+    )
+    assert [text.strip() for text in seen] == ["8", "so 8"]
+    assert [candidate.text for candidate in attempts[0].kept] == [text[:-1] for text in texts]
 
 
 def verifier_that_fails(text: str, problem: Problem) -> bool:
