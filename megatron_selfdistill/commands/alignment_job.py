@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_selfdistill.config import Config
@@ -17,11 +17,10 @@ from megatron_selfdistill.evaluation.alignment import limit_groups
 from megatron_selfdistill.evaluation.alignment_groups import MeasuredNode, Node
 from megatron_selfdistill.evaluation.alignment_nodes import nodes_of
 from megatron_selfdistill.evaluation.all_models import AllModels, read_by_all_models
-from megatron_selfdistill.evaluation.calibration import split_confidence
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
-from megatron_selfdistill.evaluation.verify import judge, load_verifier
+from megatron_selfdistill.evaluation.verify import judge, judged_text, load_verifier
 from megatron_selfdistill.metrics.explored import cut
-from megatron_selfdistill.rollout.base import Request, Response, response_text, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
 
 Key = tuple[int, int, int, int]
@@ -36,8 +35,8 @@ class AlignmentJob:
     """The configuration, whose ``checkpoint.load`` names the student."""
     run_data: RunData
     """The data, whose ``evaluation`` problems have solutions."""
-    prompts: Sequence[PromptPair]
-    """The prompts of each problem."""
+    prompts: Mapping[str, Sequence[PromptPair]]
+    """The teacher's context -> the prompts of each problem, which differ in the teacher's prompt alone."""
     num_nodes: int
     """The largest number of nodes of a response."""
     num_top: int
@@ -47,60 +46,71 @@ class AlignmentJob:
 
     @classmethod
     def of_problems(
-        cls, config: Config, run_data: RunData, *, num_nodes: int, num_top: int, num_completions: int
+        cls,
+        config: Config,
+        run_data: RunData,
+        hints: Mapping[str, Sequence[Problem]],
+        *,
+        num_nodes: int,
+        num_top: int,
+        num_completions: int,
     ) -> AlignmentJob:
-        """Return the job for ``run_data.evaluation``.  Raises: `ConfigError` for a problem that does not fit."""
-        prompts = []
-        for problem in run_data.evaluation:
-            try:
-                pair = fit_teacher_prompt(
-                    run_data.builder,
-                    problem,
-                    max_length=run_data.max_length,
-                    max_new_tokens=config.rollout.max_new_tokens,
-                    policy="error",
-                )
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
-            assert pair is not None, "the policy error returns prompts or raises"
-            prompts.append(pair)
+        """Return the job for ``run_data.evaluation``.
+
+        ``hints``: the teacher's context -> these problems, with the hint of this context as the solution.
+        Raises: `ConfigError` for a problem that does not fit.
+        """
+        prompts = {context: [_fitted(problem, config, run_data) for problem in hints[context]] for context in hints}
         return cls(config, run_data, prompts, num_nodes, num_top, num_completions)
 
+    @property
+    def plain(self) -> Sequence[PromptPair]:
+        """The prompts of each problem in the first context, for the student's prompt, which all contexts share."""
+        return next(iter(self.prompts.values()))
+
     def measured(self, grid: RankGrid, teacher: str | None, reference: str | None) -> list[MeasuredNode]:
-        """Return the nodes of all problems in their order, the same on every rank.
+        """Return the nodes of all problems in their order, context by context, the same on every rank.
+
+        All contexts share the responses, and the completions of equal nodes.
 
         ``teacher``, ``reference``: as for `AllModels.load`.  The replicas share the problems.
         Every rank of the world calls this method.
         Raises: `ConfigError`, `CheckpointError`, `EngineError`, `VerifierError`.
         """
-        own = range(grid.dp_rank, len(self.prompts), grid.dp_size)
+        own = range(grid.dp_rank, len(self.plain), grid.dp_size)
         with open_inference(self.config, self.run_data, grid) as inference:
-            requests = [Request(self.prompts[p].student_prompt, self._seed(p, "response", 0)) for p in own]
+            requests = [Request(self.plain[p].student_prompt, self._seed(p, "response", 0)) for p in own]
             responses = dict(zip(own, inference.sampler.generate(requests, inference.sampling), strict=True))
             is_right = self._judged({(p, 0, 0, 0): response for p, response in responses.items()}, grid)
             inference.sampler.sleep()
             models = AllModels.load(self.config, self.run_data, grid, inference.chunks, teacher, reference)
-            nodes = self._nodes(responses, is_right, models, grid)
+            nodes = [it for name in self.prompts for it in self._nodes(name, responses, is_right, models, grid)]
             completed = self._completed(nodes, responses, inference)
         verdicts = self._judged(completed, grid)
-        found = [(p, node.measured(self._success(p, node, verdicts))) for p, node in nodes]
+        jsd_lambda = self.config.loss.jsd_lambda
+        found = [(p, node.measured(self._success(p, node, verdicts), jsd_lambda)) for p, node in nodes]
         everywhere = gather_items(found if grid.replica_rank == 0 else [])
-        return [it for _, it in sorted(everywhere, key=lambda pair: (pair[0], pair[1].node.position))]
+        place = {name: number for number, name in enumerate(self.prompts)}
+        everywhere.sort(key=lambda pair: (place[pair[1].node.teacher_context], pair[0], pair[1].node.position))
+        return [it for _, it in everywhere]
 
     def _nodes(
-        self, responses: dict[int, Response], is_right: dict[Key, bool], models: AllModels, grid: RankGrid
+        self, name: str, responses: dict[int, Response], is_right: dict[Key, bool], models: AllModels, grid: RankGrid
     ) -> list[tuple[int, Node]]:
-        """Return the nodes of this replica's responses; every replica reads one response at a time."""
-        found = []
-        for start in range(0, len(self.prompts), grid.dp_size):
+        """Return the nodes of this replica's responses in the context ``name``.
+
+        Every replica reads one response at a time.
+        """
+        found, prompts = [], self.prompts[name]
+        for start in range(0, len(prompts), grid.dp_size):
             p = start + grid.dp_rank
             contexts, solutions = [], []
             if p in responses:
-                contexts = [cut(it) for it in build_contexts([self.prompts[p]], [responses[p]])]
-                solutions = [self.prompts[p].solution]
+                contexts = [cut(it) for it in build_contexts([prompts[p]], [responses[p]])]
+                solutions = [prompts[p].solution]
             for explored in read_by_all_models(self.config, self.run_data, models, contexts, solutions, grid):
                 for node in nodes_of(explored, is_right[p, 0, 0, 0], self.num_nodes, self.num_top):
-                    found.append((p, node))
+                    found.append((p, replace(node, teacher_context=name)))
         return found
 
     def _completed(
@@ -113,7 +123,7 @@ class AlignmentJob:
         """
         longest, stops = self.config.rollout.max_new_tokens, set(self.run_data.stop_token_ids)
         done: dict[Key, Response] = {}
-        wanted: dict[int, list[tuple[Key, list[int]]]] = {}
+        wanted: dict[int, dict[Key, list[int]]] = {}
         for p, node in nodes:
             limit = longest - node.position - 1
             for token in (candidate.token for candidate in node.candidates):
@@ -122,10 +132,10 @@ class AlignmentJob:
                     done[p, node.position, token, 0] = _response(begun, "stop" if token in stops else "length")
                 else:
                     keys: list[Key] = [(p, node.position, token, i) for i in range(self.num_completions)]
-                    wanted.setdefault(limit, []).extend((key, begun) for key in keys)
-        room = self.run_data.max_length - longest - max(len(it.student_prompt) for it in self.prompts)
+                    wanted.setdefault(limit, {}).update(dict.fromkeys(keys, begun))
+        room = self.run_data.max_length - longest - max(len(it.student_prompt) for it in self.plain)
         for group in limit_groups(gather_items(list(wanted)), room):
-            asked = [(key, begun, limit) for limit in group for key, begun in wanted.get(limit, ())]
+            asked = [(key, begun, limit) for limit in group for key, begun in wanted.get(limit, {}).items()]
             done |= self._generated(asked, group[0], inference)
         return done
 
@@ -134,7 +144,7 @@ class AlignmentJob:
     ) -> dict[Key, Response]:
         """Return the responses of (key, begun tokens, limit), sampled in one call with the limit ``longest``."""
         requests = [
-            Request(self.prompts[key[0]].student_prompt + begun, self._seed(key[0], f"{key[1]}/{key[2]}", key[3]))
+            Request(self.plain[key[0]].student_prompt + begun, self._seed(key[0], f"{key[1]}/{key[2]}", key[3]))
             for key, begun, _ in asked
         ]
         params = replace(inference.sampling, max_new_tokens=longest)
@@ -149,7 +159,7 @@ class AlignmentJob:
         pattern, tokenizer = self.config.evaluation.confidence_pattern, self.run_data.tokenizer
         questions: dict[Key, tuple[Problem, str | None]] = {}
         for key, response in responses.items():
-            _, text = split_confidence(response_text(response, tokenizer), pattern)
+            _, _, text = judged_text(response, tokenizer, pattern)
             questions[key] = self.run_data.evaluation[key[0]], None if response.truncated else text
         return judge(questions, load_verifier(self.config.evaluation.verifier), grid)
 
@@ -164,6 +174,19 @@ class AlignmentJob:
 
     def _seed(self, p: int, name: str, index: int) -> int:
         return sample_seed(self.config.seed, 0, f"alignment/{name}/{self.run_data.evaluation[p].id}", index)
+
+
+def _fitted(problem: Problem, config: Config, run_data: RunData) -> PromptPair:
+    """Return both prompts of a problem.  Raises: `ConfigError` where they do not fit."""
+    longest = config.rollout.max_new_tokens
+    try:
+        pair = fit_teacher_prompt(
+            run_data.builder, problem, max_length=run_data.max_length, max_new_tokens=longest, policy="error"
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    assert pair is not None, "the policy error returns prompts or raises"
+    return pair
 
 
 def _response(token_ids: list[int], finish_reason: str) -> Response:

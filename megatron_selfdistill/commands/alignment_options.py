@@ -24,6 +24,10 @@ Problems need solutions for the teacher and answers for the verifier.  A run dir
 with the prompts, the target and the sampling of the run.  The work is nodes x candidates x completions samples for each
 problem: at most 16 x 12 x 8 with the defaults.
 
+With several --teacher-context, the same responses are read with each of the hints, and each hint has its own table:
+
+    selfdistill alignment Qwen3-8B --data problems.jsonl --teacher-context solution --teacher-context answer
+
 key=value changes any key of the trainer: target.teacher_weight=2, data.teacher_template=..., rollout.engine=vllm,
 parallel.tensor_model_parallel_size=2.  On several ranks:
 
@@ -43,6 +47,13 @@ def alignment_arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--limit", type=_positive, default=8, metavar="N", help="number of first problems (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--teacher-context",
+        action="append",
+        metavar="HINT",
+        help="what the teacher sees: solution, answer, or a file of `selfdistill solutions`; several times for several "
+        "contexts (default: solution)",
     )
     parser.add_argument(
         "--nodes", type=_positive, default=16, metavar="N", help="nodes of a response (default: %(default)s)"
@@ -65,7 +76,9 @@ def alignment_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="the results as JSON (default: alignment.json)",
     )
-    return parsed(parser, argv)
+    arguments = parsed(parser, argv)
+    arguments.teacher_context = arguments.teacher_context or ["solution"]
+    return arguments
 
 
 def _positive(text: str) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.commands.alignment_contexts import check_contexts, hinted_problems
 from megatron_selfdistill.commands.alignment_options import alignment_arguments
 from megatron_selfdistill.config.world_checks import check_world
 
@@ -57,6 +58,7 @@ def check(arguments: argparse.Namespace) -> None:
     from megatron_selfdistill.commands.given_models import check_reading
 
     config, _ = _loaded(arguments)
+    check_contexts(arguments.teacher_context)
     check_reading(arguments, config)
 
 
@@ -81,7 +83,8 @@ def align(arguments: argparse.Namespace) -> int:
     run_data = RunData.load_evaluation(config, with_solutions=True)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     numbers = {"num_nodes": arguments.nodes, "num_top": arguments.top, "num_completions": arguments.completions}
-    job = AlignmentJob.of_problems(config, run_data, **numbers)
+    hints = hinted_problems(arguments.teacher_context, run_data.evaluation)
+    job = AlignmentJob.of_problems(config, run_data, hints, **numbers)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
@@ -136,6 +139,7 @@ def _settings(config: Config) -> dict[str, Any]:
         "verifier": config.evaluation.verifier,
         "confidence": config.evaluation.confidence,
         "target": values["target"],
+        "jsd_lambda": config.loss.jsd_lambda,
         "max_new_tokens": rollout.max_new_tokens,
         "temperature": rollout.temperature,
         "top_k": rollout.top_k,

@@ -37,19 +37,24 @@ def ideal_direction(student: Array, success: Array) -> Array:
     return student * (success - student @ success)
 
 
-def descent(student: Array, target: Array, divergence: str) -> Array:
+def descent(student: Array, target: Array, divergence: str, jsd_lambda: float = 0.5) -> Array:
     """Return the negative gradient by the student's logits of a divergence between ``student`` P and ``target`` q.
 
     reverse_kl, KL(P || q): ``P_j (D_j - sum_k P_k D_k)`` with D = log q - log P.
     forward_kl, KL(q || P): ``q_j - P_j``.
+    jsd, lam KL(q || M) + (1 - lam) KL(P || M) with M = lam q + (1 - lam) P and lam = ``jsd_lambda``:
+    ``(1 - lam) P_j (D_j - sum_k P_k D_k)`` with D = log M - log P.
     Raises: ValueError for another divergence.
     """
     if divergence == "forward_kl":
         return target - student
-    if divergence != "reverse_kl":
-        raise ValueError(f"descent: expected reverse_kl or forward_kl, got {divergence!r}.")
+    if divergence not in ("reverse_kl", "jsd"):
+        raise ValueError(f"descent: expected reverse_kl, forward_kl or jsd, got {divergence!r}.")
+    weight = 1.0
+    if divergence == "jsd":
+        weight, target = 1 - jsd_lambda, jsd_lambda * target + (1 - jsd_lambda) * student
     gap = np.log(np.maximum(target, SMALLEST)) - np.log(np.maximum(student, SMALLEST))
-    down: Array = student * (gap - student @ gap)
+    down: Array = weight * student * (gap - student @ gap)
     return down
 
 
@@ -75,14 +80,15 @@ def success_with_rest(student: Array, success: Array) -> Array:
     return np.append(success, mean)
 
 
-def alignment(student: Array, target: Array, success: Array, divergence: str) -> float | None:
+def alignment(student: Array, target: Array, success: Array, divergence: str, jsd_lambda: float = 0.5) -> float | None:
     """Return the cosine between the ideal direction and the `descent` of a divergence, over candidates and the rest.
 
-    ``student``, ``target``: probabilities of the candidates.  ``success``: the success of the candidates.  The result
-    is None where all candidates succeed equally often, and where the target is the student.
+    ``student``, ``target``: probabilities of the candidates. ``success``: the success of the candidates.
+    ``jsd_lambda``: as for `descent`. The result is None where all candidates succeed equally often, and where the
+    target is the student.
     """
     p, q = with_rest(student), with_rest(target)
-    return cosine(ideal_direction(p, success_with_rest(student, success)), descent(p, q, divergence))
+    return cosine(ideal_direction(p, success_with_rest(student, success)), descent(p, q, divergence, jsd_lambda))
 
 
 def chosen_nodes(kl: Sequence[float], number: int) -> dict[int, str]:

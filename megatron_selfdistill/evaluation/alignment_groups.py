@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megatron_selfdistill.choices import DIVERGENCES
 from megatron_selfdistill.evaluation.alignment import alignment
 
 if TYPE_CHECKING:
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
 
 MODELS = ("student", "teacher", "target")
 """The distributions of `CandidateToken`, in the order of `candidate_log_probs`."""
-LOSSES = tuple(f"{model}_{kind}" for model in ("teacher", "target") for kind in ("reverse_kl", "forward_kl"))
-"""The losses whose alignment is measured: towards the teacher alone and towards the target, with both KLs."""
+LOSSES = tuple(f"{model}_{kind}" for model in ("teacher", "target") for kind in DIVERGENCES)
+"""The losses whose alignment is measured: towards the teacher alone and towards the target, with each divergence."""
 
 PARTS = ("beginning", "middle", "end")
 """The thirds of a response."""
@@ -51,11 +52,14 @@ class Node:
     correct: bool
     """Whether the response is right."""
     candidates: list[CandidateToken]
+    teacher_context: str = "solution"
+    """The hint that the teacher's prompt shows: solution, answer, or the file of the hints."""
 
-    def measured(self, success: Mapping[int, float]) -> MeasuredNode:
+    def measured(self, success: Mapping[int, float], jsd_lambda: float = 0.5) -> MeasuredNode:
         """Return the node with the alignment of each loss.
 
-        ``success``: the candidate's token -> the share of right completions after the token.
+        ``success``: the candidate's token -> the share of right completions after the token.  ``jsd_lambda``: of the
+        divergence jsd.
         """
         student, teacher, target = (np.array([getattr(it, name) for it in self.candidates]) for name in MODELS)
         after = np.array([success[it.token] for it in self.candidates])
@@ -63,7 +67,7 @@ class Node:
         found = {}
         for loss in LOSSES:
             model, _, divergence = loss.partition("_")
-            found[loss] = alignment(student, towards[model], after, divergence)
+            found[loss] = alignment(student, towards[model], after, divergence, jsd_lambda)
         return MeasuredNode(self, after.tolist(), found)
 
 
@@ -100,13 +104,24 @@ class NodeGroup:
     """The number of nodes whose candidates do not all succeed equally often; the others have no ideal direction."""
     alignment: dict[str, float | None]
     """The loss (`LOSSES`) -> the mean of the cosines of the decided nodes; None without one."""
+    teacher_context: str = "solution"
+    """The hint that the teacher's prompt shows, as in `Node`."""
 
 
 def node_groups(measured: Sequence[MeasuredNode]) -> list[NodeGroup]:
     """Return the groups of the nodes: all, by correctness, by rule, by third of the response, and by both.
 
-    A group without nodes is left out.
+    The nodes of each teacher's context are groups of their own, context by context.  A group without nodes is left out.
     """
+    contexts = dict.fromkeys(it.node.teacher_context for it in measured)
+    return [
+        replace(group, teacher_context=context)
+        for context in contexts
+        for group in _groups_of_one_context([it for it in measured if it.node.teacher_context == context])
+    ]
+
+
+def _groups_of_one_context(measured: Sequence[MeasuredNode]) -> list[NodeGroup]:
     kinds: dict[str, Callable[[MeasuredNode], bool]] = {"all": lambda it: True}
     kinds |= {"right": lambda it: it.node.correct, "wrong": lambda it: not it.node.correct}
     kinds |= {f"chosen by {rule}": partial(_is_chosen_by, rule) for rule in ("position", "kl")}

@@ -60,19 +60,23 @@ def show_comparison(compared: Comparison) -> None:
 
 
 def show_alignment(groups: Sequence[NodeGroup], num_problems: int, line: str) -> None:
-    """Print the mean alignment of the groups of nodes as a table, with ``line`` below it."""
+    """Print the mean alignment of the groups of nodes, a table per teacher's context, with ``line`` below them."""
     caption = (
         "mean cosine between the step of a loss and the gradient of success; decided: nodes at which\n"
         f"the candidates do not all succeed equally often\n{line}"
     )
-    table = Table(title=f"gradient alignment, {num_problems} problems", caption=caption)
-    table.add_column("nodes", no_wrap=True)
-    for column in ("number", "decided", *(loss.replace("_", "\n", 1) for loss in LOSSES)):
-        table.add_column(column, justify="right")
-    for it in groups:
-        cosines = ("-" if (value := it.alignment[loss]) is None else f"{value:+.3f}" for loss in LOSSES)
-        table.add_row(it.name, str(it.num_nodes), str(it.num_decided), *cosines)
-    _console().print(table)
+    contexts = list(dict.fromkeys(it.teacher_context for it in groups))
+    for context in contexts:
+        title = f"gradient alignment, {num_problems} problems, the teacher sees: {context}"
+        table = Table(title=title, caption=caption if context == contexts[-1] else None)
+        table.add_column("nodes", no_wrap=True)
+        for column in ("number", "decided", *(loss.replace("_", "\n", 1) for loss in LOSSES)):
+            table.add_column(column, justify="right")
+        for it in groups:
+            if it.teacher_context == context:
+                cosines = ("-" if (value := it.alignment[loss]) is None else f"{value:+.3f}" for loss in LOSSES)
+                table.add_row(it.name, str(it.num_nodes), str(it.num_decided), *cosines)
+        _console().print(table)
 
 
 def _console() -> Console:

@@ -53,7 +53,7 @@ def completed(monkeypatch, end: int, max_length: int) -> tuple[dict[module.Key, 
     problems = [SimpleNamespace(id=prompts.problem_id) for prompts in PROMPTS]
     data: Any = SimpleNamespace(stop_token_ids=(STOP,), max_length=max_length, evaluation=problems)
     config: Any = SimpleNamespace(seed=3, rollout=SimpleNamespace(max_new_tokens=LONGEST))
-    job, sampler = AlignmentJob(config, data, PROMPTS, 3, 3, 2), EndingSampler(end)
+    job, sampler = AlignmentJob(config, data, {"solution": PROMPTS}, 3, 3, 2), EndingSampler(end)
     nodes = [(0, node("p", 0)), (0, node("p", 3)), (0, node("p", 5)), (1, node("q", 1))]
     inference: Any = SimpleNamespace(sampler=sampler, sampling=SamplingParams(99, stop_token_ids=(STOP,)))
     return job._completed(nodes, RESPONSES, inference), sampler

@@ -79,6 +79,41 @@ def test_the_file_has_every_node_and_its_candidates(alone):
     assert alone["settings"]["num_completions"] == 3 and alone["data"]["num_problems"] == 3
 
 
+def test_each_context_of_the_teacher_has_its_own_groups_on_the_same_responses(directory, ranks, alone):
+    own = directory / "own.jsonl"
+    records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
+    ids = list(dict.fromkeys(node["problem_id"] for node in alone["nodes"]))
+    lines = [{"problem_id": name, "solution": record["solution"]} for name, record in zip(ids, records, strict=False)]
+    own.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    contexts = [argument for name in ("solution", str(own), "answer") for argument in ("--teacher-context", name)]
+    many = align(ranks, directory, "megatron", "contexts", "--teacher", str(directory / "first"), *contexts)
+    found = {name: [it for it in many["nodes"] if it["teacher_context"] == name] for name in contexts[1::2]}
+    assert found["solution"] == alone["nodes"]
+    without_name = [[{**it, "teacher_context": None} for it in found[name]] for name in ("solution", str(own))]
+    assert without_name[0] == without_name[1], "the file holds the same hints"
+    assert {it["correct"] for it in found["answer"]} == {it["correct"] for it in found["solution"]}
+    assert next(g["name"] for g in many["groups"] if g["teacher_context"] == "answer") == "all"
+    assert [g for g in many["groups"] if g["teacher_context"] == "solution"] == alone["groups"]
+
+
+def test_a_context_that_cannot_be_is_refused(directory, capsys):
+    short = directory / "short.jsonl"
+    short.write_text('{"problem_id": "nobody", "solution": "x"}\n')
+    broken = directory / "broken.jsonl"
+    broken.write_text("{}\n")
+    refused = {
+        "nope.jsonl": "expected solution, answer or a file that `selfdistill solutions` has written",
+        str(short): "expected a solution for each of the 3 problems, got none for",
+        str(broken): "broken.jsonl:1: expected a JSON object with problem_id and solution",
+    }
+    for name, message in refused.items():
+        assert run_tool(arguments(directory, "megatron", directory / "no.json", "--teacher-context", name)) == 2
+        assert message in capsys.readouterr().err
+    twice = ["--teacher-context", "answer"] * 2
+    assert run_tool(arguments(directory, "megatron", directory / "no.json", *twice)) == 2
+    assert "got this one twice" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def greedy(directory, ranks) -> dict[str, Any]:
     """Return the results of greedy responses and completions, some of which are right."""

@@ -112,6 +112,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "alignment, a reserved key": ([PROGRAM, "alignment", *ALIGNED, "evaluation.limit=3"], "use --limit"),
     "alignment, no target": ([PROGRAM, "alignment", *ALIGNED, "objective=sft"], "which has a target, got sft"),
     "alignment, a directory in the way": ([PROGRAM, "alignment", *ALIGNED, "-o", "full"], "got the directory full"),
+    "alignment, a context": ([PROGRAM, "alignment", *ALIGNED, "--teacher-context", "nope"], "got no such file"),
     "alignment, a layout": ([PROGRAM, "alignment", *ALIGNED, THREE], NOT_CUT),
     "evaluate, a layout": ([EVALUATE, *EVALUATED, THREE], NOT_CUT),
     "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),

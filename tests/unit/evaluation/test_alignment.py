@@ -39,27 +39,32 @@ def test_the_worked_example():
     logits = [torch.tensor([row], dtype=torch.float64) for row in (S, T)]
     mix = mixed_target(*logits, Target()).log_q[0].exp().numpy()
     assert cosine(g, descent(p, mix, "reverse_kl")) == pytest.approx(0.914264, abs=5e-7)
+    # The same direction by hand: D = log M - log p with M = (p + q) / 2.
+    gap = np.log((p + teacher) / 2) - np.log(p)
+    assert cosine(g, descent(p, teacher, "jsd")) == pytest.approx(cosine(g, p * (gap - p @ gap)), abs=1e-12)
     assert alignment(p, mix, SUCCESS, "reverse_kl") == pytest.approx(0.914264, abs=5e-7), "candidates without a rest"
 
 
 logits = st.lists(st.tuples(*[st.floats(-6, 6)] * 3), min_size=2, max_size=8)
 
 
-@given(logits)
-def test_directions_are_gradients(rows):
+@given(logits, st.floats(0.05, 0.95))
+def test_directions_are_gradients(rows, lam):
     s, t, chance = (torch.tensor(column, dtype=torch.float64) for column in zip(*rows, strict=True))
     s.requires_grad_()
     log_p, log_q, success = s.log_softmax(-1), t.log_softmax(-1), chance.sigmoid()
+    log_m = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
     values = {
         "success": (log_p.exp() * success).sum(),
         "reverse_kl": -(log_p.exp() * (log_p - log_q)).sum(),
         "forward_kl": -(log_q.exp() * (log_q - log_p)).sum(),
+        "jsd": -(lam * log_q.exp() * (log_q - log_m) + (1 - lam) * log_p.exp() * (log_p - log_m)).sum(),
     }
     expected = {name: torch.autograd.grad(value, s, retain_graph=True)[0].numpy() for name, value in values.items()}
     p, q = log_p.detach().exp().numpy(), log_q.exp().numpy()
     assert ideal_direction(p, success.numpy()) == pytest.approx(expected["success"], abs=1e-14)
-    for divergence in ("reverse_kl", "forward_kl"):
-        assert descent(p, q, divergence) == pytest.approx(expected[divergence], abs=1e-13)
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
+        assert descent(p, q, divergence, lam) == pytest.approx(expected[divergence], abs=1e-13)
 
 
 def test_the_rest_is_one_token_with_the_mean_success():
@@ -83,14 +88,14 @@ def test_a_token_that_the_target_excludes_gives_no_infinity():
 
 @pytest.mark.parametrize(("target", "success"), [([0.5, 0.25], [0.0, 1.0]), ([0.1, 0.5], [0.3, 0.3])])
 def test_without_a_direction_there_is_no_cosine(target, success):
-    for divergence in ("reverse_kl", "forward_kl"):
+    for divergence in ("reverse_kl", "forward_kl", "jsd"):
         assert alignment(np.array([0.5, 0.25]), np.array(target), np.array(success), divergence) is None
     assert cosine(np.array([1e-17, -2e-17]), np.array([1.0, -1.0])) is None, "only rounding is left"
 
 
 def test_another_divergence_is_refused():
-    with pytest.raises(ValueError, match="expected reverse_kl or forward_kl, got 'jsd'"):
-        descent(np.array([1.0]), np.array([1.0]), "jsd")
+    with pytest.raises(ValueError, match="expected reverse_kl, forward_kl or jsd, got 'skew'"):
+        descent(np.array([1.0]), np.array([1.0]), "skew")
 
 
 def test_nodes_are_chosen_by_position_and_by_kl():
