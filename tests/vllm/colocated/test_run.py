@@ -17,6 +17,7 @@ VLLM = [
     "model.num_layers=2",
     "num_steps=3",
 ]
+VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,18 @@ def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path
     written = [json.loads(line) for line in recorded.read_text().splitlines()]
     assert all(record["weight_version"] == record["step"] for record in written)
     assert {record["step"] for record in written} == {0, 1, 2}
+
+
+def test_a_recipe_with_rewards_trains_on_the_samples_of_its_own_weights(ranks, data, tmp_path):
+    """With equal weights p / mu is 1 at every token, so that nothing is clipped and the gradient is that of rewards."""
+    options = ["rollout.num_samples=8", "optimizer.lr_warmup_steps=0", VERIFIED]
+    train(ranks, ["recipe=grpo", *overrides(data, tmp_path / "run", *VLLM, *options)], timeout=TIMEOUT)
+    lines = reproducible_metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert 0 < line["rewards/mean"] < 1 and line["rewards/mixed_groups"] > 0
+        assert line["sampler/log_prob_max_abs_diff"] < 1e-4, "log p - log mu of every token"
+        assert line["terms/clipped_share"] == 0 and line["terms/policy_abs_mean"] > 0 and line["gradient_norm"] > 0
 
 
 def test_a_resumed_run_sends_its_weights_before_the_first_rollout(ranks, data, tmp_path):
