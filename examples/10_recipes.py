@@ -6,11 +6,12 @@ a recipe compares responses to the same problem.  All rows have the optimizer an
 the hint format of their base, and temperature 1; the published learning rates, batches, templates and temperatures
 belong to other models.  What a recipe says about target, divergence, teacher, weights and rewards stays as published.
 
-Four blocks:
+Five blocks:
     subtraction   one right text per problem; the base is right in a third of its samples
     additions     many right answers per problem: which recipe keeps them?
     unsolved      subtraction that the base never solves, so that rewards are silent
-    calculator    subtraction with a tool, turn by turn: only the rows that an environment makes different
+    calculator    subtraction with a tool, turn by turn
+    stating       subtraction by a base that states an honest confidence: which recipe keeps it honest?
 
     python examples/10_recipes.py --block subtraction
     python examples/10_recipes.py --block unsolved --only default sdft grpo
@@ -25,7 +26,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from _lib import additions, calculator, subtraction, tables, unsolved_subtraction
+from _lib import additions, calculator, stating_subtraction, subtraction, tables, unsolved_subtraction
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base, prepared_base, write_records
@@ -64,6 +65,7 @@ ROWS = {
     "default": Row("default", "the solution", 1, ("recipe=default",)),
     "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
     "teacher_alone": Row("teacher alone", "the solution", 1, ("recipe=teacher_alone",)),
+    "own": Row("own solutions", "an own right response, of 8 more", 1, ("recipe=default", "data.solutions=own")),
     "off_policy": Row(
         "off-policy distillation",
         "the solution, and it writes",
@@ -71,6 +73,7 @@ ROWS = {
         ("recipe=teacher_alone", "rollout.view=privileged", "loss.divergence=forward_kl"),
     ),
     "sdft": Row("SDFT", "the solution", 1, ("recipe=sdft",)),
+    "sdft_frozen": Row("SDFT, frozen teacher", "the solution", 1, ("recipe=sdft", "teacher.weights=frozen")),
     "opsd": Row("OPSD", "the solution", 1, ("recipe=opsd",)),
     "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
     "sdpo_frozen": Row("SDPO, frozen teacher", "another right response", 8, ("recipe=sdpo", "teacher.weights=frozen")),
@@ -84,50 +87,83 @@ ROWS = {
     "grpo": Row("GRPO", "no teacher: rewards", 8, ("recipe=grpo",)),
     "rft": Row("RFT", "no teacher: own right responses", 8, ("recipe=rft",)),
     "sft": Row("SFT", "no teacher: the solution as a response", 1, ("objective=sft",)),
+    "caopd": Row("CaOPD", "the solution, and the confidence to state", 8, ("recipe=caopd",)),
+    "caopd_frozen": Row(
+        "CaOPD, frozen teacher",
+        "the solution, and the confidence to state",
+        8,
+        ("recipe=caopd", "teacher.weights=frozen"),
+    ),
 }
-WITHOUT_ENVIRONMENT = tuple(name for name in ROWS if name != "sod")
+COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod"))
+"""The rows of the blocks with one turn whose responses state no confidence."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A task with its base."""
+    """A task with its base, and what is measured on it."""
 
     title: str
     task: Task
     num_measured: int
     """Sampled responses per held-out problem, in the measurement at the end; a quarter of them during the run."""
+    results: tuple[str, ...]
+    """The figures of `RESULTS` that say something about the task."""
+    rows: tuple[str, ...] = COMMON
+    """The rows of `ROWS` that run on the task."""
     imitated: tuple[str, ...] = ("data.fields.solution=as_response",)
     """The overrides that give SFT a solution in the form of a response: here the answer without work."""
-    rows: tuple[str, ...] = WITHOUT_ENVIRONMENT
-    """The rows of the block."""
 
 
+REACHED = ("greedy", "sampled", "pass_at_8")
+COURSE = ("entropy", "sampled_at_quarter", "sampled_at_half")
 BLOCKS = {
-    "subtraction": Block("One right text", subtraction.TASK, 8),
-    "additions": Block("Many right answers", additions.TASK, 32, imitated=()),
-    "unsolved": Block("Never solved by the base", unsolved_subtraction.TASK, 8),
-    "calculator": Block("Turn by turn with a tool", calculator.TASK, 8, rows=("default", "grpo", "sod")),
+    "subtraction": Block("One right text", subtraction.TASK, 8, (*REACHED, "shows_work", *COURSE)),
+    "additions": Block("Many right answers", additions.TASK, 32, (*REACHED, "different", *COURSE), imitated=()),
+    "unsolved": Block("Never solved by the base", unsolved_subtraction.TASK, 8, (*REACHED, "shows_work", *COURSE)),
+    "calculator": Block(
+        "Turn by turn with a tool",
+        calculator.TASK,
+        8,
+        ("sampled", "pass_at_8", "length", *COURSE),
+        rows=("default", "grpo", "sod"),
+    ),
+    "stating": Block(
+        "Honest about its confidence",
+        stating_subtraction.TASK,
+        8,
+        (*REACHED, "stated", "ocg", "ece", "spr", "entropy"),
+        rows=("default", "teacher_alone", "sdft", "sdft_frozen", "sdpo", "grpo", "rft", "caopd", "caopd_frozen"),
+    ),
 }
 RESULTS = {
     "greedy": ("greedy", "{:.3f}"),
     "sampled": ("sampled", "{:.3f}"),
-    "pass@8": ("pass_at_8", "{:.3f}"),
+    "pass_at_8": ("pass@8", "{:.3f}"),
     "different": ("different", "{:.1f}"),
+    "shows_work": ("work", "{:.2f}"),
+    "length": ("length", "{:.1f}"),
+    "stated": ("stated", "{:.2f}"),
+    "ocg": ("OCG", "{:+.3f}"),
+    "ece": ("ECE", "{:.3f}"),
+    "spr": ("SPR", "{:.2f}"),
     "entropy": ("entropy", "{:.3f}"),
-    "work": ("shows_work", "{:.2f}"),
-    "at 1/4": ("sampled_at_quarter", "{:.3f}"),
-    "at 1/2": ("sampled_at_half", "{:.3f}"),
+    "sampled_at_quarter": ("at 1/4", "{:.3f}"),
+    "sampled_at_half": ("at 1/2", "{:.3f}"),
 }
 BUDGET = {
     "trained": ("trained", "{:.2f}"),
-    "with hint": ("with_hint", "{:.2f}"),
+    "with_hint": ("with hint", "{:.2f}"),
     "tokens": ("tokens", "{:.0f}"),
-    "seconds": ("cpu_seconds", "{:.0f}"),
+    "cpu_seconds": ("seconds", "{:.0f}"),
 }
-"""Heading of a column -> the figure and its format."""
+"""Figure -> the heading of its column and its format."""
 CAPTIONS = (
     "different: different right answers among the samples of a problem; entropy: nats per token; work: share of the "
-    "samples that show their work; at 1/4, at 1/2: sampled accuracy after a quarter and half of the steps",
+    "samples that show their work; length: turns of an episode; stated: share of the samples that state a confidence; "
+    "OCG: mean confidence less accuracy, above 0 where the model is overconfident; ECE: expected calibration error; "
+    "SPR: share of the pairs of a right and a wrong sample in which the right one has the higher confidence; at 1/4, "
+    "at 1/2: sampled accuracy after a quarter and half of the steps",
     "budget: problems x responses per step; trained: share of the responses that are trained on; with hint: share "
     "whose teacher sees a hint; tokens: sampled in training; seconds: processor time of the run with its evaluations",
 )
@@ -145,19 +181,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = prepared_base(block.task, options.seed, options.directory)
         problems = write_records(directory / "train.jsonl", block.task.training_problems(options.seed))
         before = measured(measure(base, num_samples=block.num_measured))
-        names = [row for row in options.only if row in block.rows]
-        runs = {row: run(row, block, base, problems, directory, options.steps or NUM_STEPS) for row in names}
-        show(block.title, before, {row: figures(row, outcome) for row, outcome in runs.items()})
+        rows = [row for row in options.only if row in block.rows]
+        runs = {row: run(row, block, base, problems, directory, options.steps or NUM_STEPS) for row in rows}
+        show(block, before, {row: figures(row, outcome) for row, outcome in runs.items()})
     return 0
 
 
-def run(name: str, block: Block, base: Base, problems: Path, directory: Path, steps: int) -> Outcome:
-    """Train the row ``name`` of `ROWS` from ``base`` for ``steps`` steps and measure it."""
+def run(
+    name: str, block: Block, base: Base, problems: Path, directory: Path, steps: int, settings: Sequence[str] = ()
+) -> Outcome:
+    """Train the row ``name`` of `ROWS` from ``base`` for ``steps`` steps and measure it; ``settings`` come last."""
     overrides = overrides_of(name, block)
     every = 0 if block.task.environment else max(steps // 4, 1)  # an evaluation plays no episodes
     often = (f"num_steps={steps}", f"evaluation.every={every}", "evaluation.at_start=false")
     quiet = (f"evaluation.num_samples={block.num_measured // 4}", "metrics.show_samples=0", "report.every=0")
-    variant = Variant(name, overrides).on(problems, *often, *quiet, *WITHOUT_GUARDS)
+    variant = Variant(name, overrides).on(problems, *often, *quiet, *WITHOUT_GUARDS, *settings)
     return run_variant(variant, base, directory, num_samples=block.num_measured)
 
 
@@ -215,20 +253,22 @@ def average(logged: Sequence[Mapping[str, Any]], key: str, otherwise: float | No
     return mean(values) if values else otherwise
 
 
-def show(title: str, before: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
+def show(block: Block, before: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> None:
     """Print what every row has reached, and what every row had to learn from."""
-    reached = tables.new_table(title, list(RESULTS), CAPTIONS[0])
-    reached.add_row("before", *cells(before, RESULTS))
-    budgets = tables.new_table("", ["budget", *BUDGET, "teacher sees"], CAPTIONS[1])
+    results = {figure: RESULTS[figure] for figure in block.results}
+    reached = tables.new_table(block.title, [heading for heading, _ in results.values()], CAPTIONS[0])
+    reached.add_row("before", *cells(before, results))
+    headings = [heading for heading, _ in BUDGET.values()]
+    budgets = tables.new_table("", ["budget", *headings, "teacher sees"], CAPTIONS[1])
     for name, row in rows.items():
-        reached.add_row(ROWS[name].title, *cells(row, RESULTS))
+        reached.add_row(ROWS[name].title, *cells(row, results))
         budgets.add_row(ROWS[name].title, ROWS[name].budget, *cells(row, BUDGET), ROWS[name].sees)
     console.print(reached, budgets)
 
 
 def cells(row: Mapping[str, Any], columns: Mapping[str, tuple[str, str]]) -> list[str]:
     """Return the figures of a row as text, empty where the row has no such figure."""
-    return ["" if row.get(name) is None else form.format(row[name]) for name, form in columns.values()]
+    return ["" if row.get(name) is None else form.format(row[name]) for name, (_, form) in columns.items()]
 
 
 if __name__ == "__main__":

@@ -37,6 +37,15 @@ class Measurement:
     """Mean length of the sampled responses, in tokens."""
     different: float
     """Number of different right answers among the samples of a problem, mean over the problems."""
+    stated: float | None
+    """Share of the sampled responses that state a confidence; None, as the next three, for episodes."""
+    ocg: float | None
+    """Mean confidence of the sampled responses less their accuracy."""
+    ece: float | None
+    """Expected calibration error of the sampled responses."""
+    spr: float | None
+    """Share of the pairs of a right and a wrong sampled response in which the right one has the higher confidence; None
+    unless some are right and some are wrong."""
     transcripts: tuple[Transcript, ...]
     """The greedy response to each problem."""
 
@@ -93,6 +102,10 @@ def _of_episodes(overrides: list[str], num_samples: int) -> Measurement:
         shows_work=mean(turns > 1 for turns in sampled.turns),
         length=mean(sampled.turns),
         different=sampled.solved,
+        stated=None,
+        ocg=None,
+        ece=None,
+        spr=None,
         transcripts=(),
     )
 
@@ -105,7 +118,8 @@ def _measurement(
     for transcript in samples:
         if transcript.correct:
             right[transcript.problem_id].add(transcript.response)
-    assert result.sampled_accuracy is not None and result.sampled_mean_length is not None
+    confidence = result.sampled_calibration
+    assert result.sampled_accuracy is not None and result.sampled_mean_length is not None and confidence is not None
     return Measurement(
         greedy=result.greedy_accuracy,
         sampled=result.sampled_accuracy,
@@ -115,5 +129,9 @@ def _measurement(
         shows_work=sum(shows_work(t.response) for t in samples) / len(samples),
         length=result.sampled_mean_length,
         different=sum(map(len, right.values())) / len(right),
+        stated=confidence.stated_confidence,
+        ocg=confidence.ocg,
+        ece=confidence.ece,
+        spr=confidence.spr,
         transcripts=tuple(t for t in result.transcripts if t.sample is None),
     )

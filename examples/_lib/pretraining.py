@@ -165,7 +165,7 @@ def write_tokenizer(directory: Path, alphabet: str) -> None:
     end, padding = alphabet[-2], alphabet[-1]
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=padding))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=padding, unk_token=padding)
     fast.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"

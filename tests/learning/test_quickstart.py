@@ -164,7 +164,9 @@ def test_every_example_says_what_it_shows_and_how_it_is_run(load_example, name, 
 
 @pytest.mark.full
 def test_several_seeds_are_shown_as_mean_and_worst(load_example, base):
-    measured = [Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, ()) for greedy in (0.9, 0.98)]
+    measured = [
+        Measurement(greedy, 0.5, 1.0, 1.0, 0.1, 1.0, 22.0, 1.0, 0.0, 0.1, 0.1, 0.5, ()) for greedy in (0.9, 0.98)
+    ]
     outcomes = [
         [variants.Outcome(variants.SELF_DISTILLATION, base.directory, 0, seconds, seconds, m)]
         for seconds, m in zip((10.0, 20.0), measured, strict=True)

@@ -63,7 +63,7 @@ def outcome_of(run_dir: Path, metrics: list[dict]) -> Outcome:
     """Return the outcome of a run with these lines in its metrics.jsonl."""
     run_dir.mkdir(exist_ok=True)
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in metrics))
-    measurement = Measurement(0.9, 0.8, 1.0, 0.99, 0.1, 1.0, 22.0, 1.0, ())
+    measurement = Measurement(0.9, 0.8, 1.0, 0.99, 0.1, 1.0, 22.0, 1.0, 0.0, 0.1, 0.1, 0.5, ())
     return Outcome(Variant("any"), run_dir, 0, 9.0, 5.0, measurement)
 
 

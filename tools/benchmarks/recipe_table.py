@@ -6,11 +6,12 @@ there is not run again, so that the script may stop at any time and go on later.
 
     python tools/benchmarks/recipe_table.py                         every missing cell
     python tools/benchmarks/recipe_table.py --blocks additions --rows default grpo --seeds 21
+    python tools/benchmarks/recipe_table.py --learning-rates        the cells with other learning rates
     python tools/benchmarks/recipe_table.py --tables                the tables of the page from the lines
     python tools/benchmarks/recipe_table.py --check                 the status is 1 where the page has other tables
 
 A table stands between <!-- table BLOCK --> and <!-- end BLOCK --> in the page; BLOCK_budget is what the rows learn
-from.  A table shows the seeds that have a line for every row.
+from, and BLOCK_rates compares learning rates.  A table shows the seeds that have a line for each of its cells.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import re
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -40,25 +42,16 @@ SEEDS = (21, 22, 23)
 """The seeds that are reported; no setting was chosen on them."""
 BEFORE = "before"
 ROWS = (BEFORE, *example.ROWS)
-RESULTS = {
-    "greedy": "greedy",
-    "sampled": "sampled",
-    "pass_at_8": "pass@8",
-    "different": "different",
-    "shows_work": "work",
-    "entropy": "entropy",
-    "sampled_at_quarter": "at step 25",
-    "sampled_at_half": "at step 50",
+HEADINGS = {
+    "sampled_at_quarter": f"at step {example.NUM_STEPS // 4}",
+    "sampled_at_half": f"at step {example.NUM_STEPS // 2}",
 }
-BUDGET = {"trained": "trained", "with_hint": "with hint", "tokens": "tokens", "cpu_seconds": "seconds"}
-"""Figure of a line -> heading of its column."""
-ABSENT = {
-    "subtraction": ("different",),
-    "additions": ("shows_work",),
-    "unsolved": ("different",),
-    "calculator": ("different", "shows_work"),
-}
-"""The figures that say nothing in a block: one right text, or no work to show."""
+"""Figure of a line -> heading of its column, where the example says it in another way."""
+RATE = 3e-4
+"""The learning rate of all rows of a block."""
+RATES = (1e-4, RATE, 1e-3)
+RATED = ("default", "sdft", "sdpo", "pi_distill", "grpo", "rft")
+"""The rows that are compared at several learning rates."""
 Line = Mapping[str, Any]
 
 
@@ -68,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--blocks", nargs="+", choices=example.BLOCKS, default=list(example.BLOCKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help=f"(default: {' '.join(map(str, SEEDS))})")
+    parser.add_argument("--learning-rates", action="store_true", help="run the cells of the tables of learning rates")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: docs/recipe_table.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/recipe_table"), help="bases and runs")
     parser.add_argument("--tables", action="store_true", help="write the tables of the page and run nothing")
@@ -80,34 +74,53 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.tables:
             PAGE.write_text(written, encoding="utf-8")
         return int(options.check and written != page)
-    done = {(line["block"], line["row"], line["seed"]) for line in lines}
+    done = {(line["block"], line["row"], line["seed"], rate_of(line)) for line in lines}
+    rates = [rate for rate in RATES if rate != RATE] if options.learning_rates else [RATE]
     prepare_process()
-    for seed in options.seeds:
-        for block in options.blocks:
-            for row in options.rows:
-                if row in rows_in(block) and (block, row, seed) not in done:
-                    run_cell(block, row, seed, options.lines, options.directory)
+    for seed, block, row, rate in product(options.seeds, options.blocks, options.rows, rates):
+        asked = RATED if options.learning_rates else rows_of_block(block)
+        if row in asked and (block, row, seed, rate) not in done:
+            run_cell(block, row, seed, rate, options.lines, options.directory)
     return 0
 
 
-def run_cell(name: str, row: str, seed: int, lines: Path, root: Path) -> None:
+def rows_of_block(block: str) -> tuple[str, ...]:
+    """Return the rows of the tables of a block."""
+    return (BEFORE, *example.BLOCKS[block].rows)
+
+
+def rate_of(line: Line) -> float:
+    """Return the learning rate of a line's run."""
+    return float(line.get("lr", RATE))
+
+
+def settings_of(rate: float) -> tuple[str, ...]:
+    """Return the overrides of a run with a learning rate beside those of its row."""
+    return () if rate == RATE else (f"optimizer.lr={rate:g}",)
+
+
+def run_cell(name: str, row: str, seed: int, rate: float, lines: Path, root: Path) -> None:
     """Run a cell, append its line, and remove its run; the base stays for the other cells."""
-    line = {"block": name, "row": row, "seed": seed} | rounded(cell(name, row, seed, root))
+    about = {"block": name, "row": row, "seed": seed} | ({} if rate == RATE else {"lr": rate})
+    line = about | rounded(cell(name, row, seed, settings_of(rate), root))
     with lines.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     shutil.rmtree(root / f"{name}-seed{seed}", ignore_errors=True)
     print(json.dumps(line), flush=True)
 
 
-def cell(name: str, row: str, seed: int, root: Path) -> dict[str, Any]:
-    """Return the figures of a cell, and its overrides without the directories of this machine."""
+def cell(name: str, row: str, seed: int, settings: Sequence[str], root: Path) -> dict[str, Any]:
+    """Return the figures of a cell, and its overrides without the directories of this machine.
+
+    ``settings``: the overrides of the cell beside those of its row.
+    """
     block, directory = example.BLOCKS[name], root / f"{name}-seed{seed}"
     base = make_base(block.task, seed, root / "bases")
     if row == BEFORE:
         return dict(example.measured(measure(base, num_samples=block.num_measured)))
     problems = write_records(directory / "train.jsonl", block.task.training_problems(seed))
-    outcome = example.run(row, block, base, problems, directory, example.NUM_STEPS)
-    return {"overrides": list(example.overrides_of(row, block)), **example.figures(row, outcome)}
+    outcome = example.run(row, block, base, problems, directory, example.NUM_STEPS, settings)
+    return {"overrides": [*example.overrides_of(row, block), *settings], **example.figures(row, outcome)}
 
 
 def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,8 +139,8 @@ def with_tables(page: str, lines: Sequence[Line]) -> str:
     """Return the page with every table written anew from the lines."""
 
     def written(match: re.Match[str]) -> str:
-        name, _, budget = match[1].partition("_")
-        rows = (budget_table if budget else results_table)(name, lines)
+        name, _, kind = match[1].partition("_")
+        rows = {"": results_table, "budget": budget_table, "rates": rates_table}[kind](name, lines)
         return "\n".join([f"<!-- table {match[1]} -->", *rows, f"<!-- end {match[1]} -->"])
 
     return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", written, page, flags=re.DOTALL)
@@ -139,24 +152,38 @@ def results_table(name: str, lines: Sequence[Line]) -> list[str]:
     Each cell is the mean over the seeds, with the lowest and the highest seed in brackets.
     """
     found = lines_of(name, lines)
-    figures = {figure: heading for figure, heading in RESULTS.items() if figure not in ABSENT[name]}
-    return rows_of(found, figures, f"step {example.NUM_STEPS}, {seeds_of(found)}", rows_in(name))
+    figures = {figure: HEADINGS.get(figure, example.RESULTS[figure][0]) for figure in example.BLOCKS[name].results}
+    return rows_of(found, figures, f"step {example.NUM_STEPS}, {seeds_of(found)}", rows_of_block(name))
 
 
 def budget_table(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the table of what the rows of a block learn from, and what they cost."""
     found = lines_of(name, lines)
-    return rows_of(found, BUDGET, seeds_of(found), rows_in(name)[1:], shows_row=True)
+    figures = {figure: heading for figure, (heading, _) in example.BUDGET.items()}
+    return rows_of(found, figures, seeds_of(found), rows_of_block(name)[1:], shows_row=True)
 
 
-def rows_in(name: str) -> tuple[str, ...]:
-    """Return the rows of a block, of which the first is the base itself."""
-    return (BEFORE, *example.BLOCKS[name].rows)
+def rates_table(name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the table of the sampled accuracy of the rows of `RATED`, with a column for each learning rate."""
+    cells = [f"{row} {rate:g}" for row in RATED for rate in RATES]
+    of_block = [{**line, "arm": f"{line['row']} {rate_of(line):g}"} for line in lines if line["block"] == name]
+    found = complete([line for line in of_block if line["arm"] in cells], cells)
+    if not found:
+        return ["No seed has a line for every cell yet."]
+    corner = f"sampled at step {example.NUM_STEPS}, {seeds_of(found)}"
+    table = [f"| {' | '.join([corner, *(f'{rate:.0e}' for rate in RATES)])} |", "|---" * (len(RATES) + 1) + "|"]
+    for row in RATED:
+        shown_cells = [
+            spread([line["sampled"] for line in found if line["arm"] == f"{row} {rate:g}"]) for rate in RATES
+        ]
+        table.append(f"| {' | '.join([example.ROWS[row].title, *shown_cells])} |")
+    return table
 
 
 def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
-    """Return the lines of a block, of the seeds that have a line for each row."""
-    return complete([{**line, "arm": line["row"]} for line in lines if line["block"] == name], rows_in(name))
+    """Return the lines of a block at the common learning rate, of the seeds that have a line for each row."""
+    of_block = [line for line in lines if line["block"] == name and rate_of(line) == RATE]
+    return complete([{**line, "arm": line["row"]} for line in of_block], rows_of_block(name))
 
 
 def rows_of(
