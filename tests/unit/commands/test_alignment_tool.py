@@ -143,7 +143,7 @@ def test_completions_are_the_same_where_the_model_has_room_for_no_more_than_the_
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
-        (2, []),
+        pytest.param(2, [], marks=pytest.mark.full),
         pytest.param(2, ["parallel.tensor_model_parallel_size=2"], marks=pytest.mark.full),
         pytest.param(2, ["parallel.pipeline_model_parallel_size=2"], marks=pytest.mark.full),
     ],

@@ -109,7 +109,7 @@ def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, ca
     assert record["teacher"] == str(directory / "hf") and sum(record["tokens"]["reverse_kl"]) > 0
 
 
-@pytest.mark.parametrize("anchor", ["reference", None])
+@pytest.mark.parametrize("anchor", ["reference", pytest.param(None, marks=pytest.mark.full)])
 def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the_student(directory, ranks, anchor):
     """A run that is older than the key target.anchor was mixed with the student."""
     run_dir = directory / f"moving {anchor}"

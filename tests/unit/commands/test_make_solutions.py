@@ -248,6 +248,7 @@ def test_a_hugging_face_directory_gives_the_solutions_of_its_checkpoint(ranks, d
     assert not list(directory.glob(".hf.jsonl*")), "the converted model was removed"
 
 
+@pytest.mark.full
 def test_its_samples_are_no_rollouts_and_depend_on_the_seed(ranks, directory, summary):
     made(ranks, arguments_of(directory, "seed.jsonl", "--pick", "learnable", "seed=1"))
     lengths = [

@@ -99,6 +99,7 @@ def test_a_signal_before_the_first_step_ends_the_run_without_one(ranks, data, tm
     assert not list((tmp_path / "run").glob("checkpoints/*")), "there is nothing yet to save"
 
 
+@pytest.mark.full
 def test_a_signal_in_the_last_step_leaves_a_complete_run_and_no_marker(ranks, data, tmp_path):
     arguments = overrides(data, tmp_path / "run", "num_steps=1")
     train(ranks, arguments, start=asked, at="update", step=0, numbers=[signal.SIGTERM], who=[0])

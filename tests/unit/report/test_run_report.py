@@ -166,6 +166,7 @@ def test_texts_need_a_configuration_that_allows_them(run, tmp_path):
     assert "evaluations" not in blocks_of(page_of(copy))
 
 
+@pytest.mark.full
 def test_three_runs_of_10000_steps_are_below_5_mb_without_responses():
     keys = [key.replace("*", "8") for figures in GROUPS.values() for figure in figures for key in figure.metrics]
     steps = list(range(1, 10_001))
