@@ -45,8 +45,14 @@ RECOMPUTE_GRANULARITIES = ("selective", "full")
 DATA_KINDS = ("problems", "conversations")
 """Values of data.kind."""
 
-SOLUTION_SOURCES = ("given", "answer", "own", "peer")
-"""Values of data.solutions."""
+HINDSIGHT_HINTS = ("peer", "feedback", "peer_or_feedback")
+"""Values of data.solutions that are known once the responses of a step are sampled."""
+
+SOLUTION_SOURCES = ("given", "answer", "own", *HINDSIGHT_HINTS, "skill", "next_state")
+"""Values of data.solutions besides dotted paths."""
+
+HINT_WRITERS = ("model",)
+"""Values of hints.summarizer and hints.judge besides dotted paths."""
 
 BAD_RECORD_POLICIES = ("error", "skip")
 """Values of data.on_bad_record."""
@@ -76,7 +82,7 @@ TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
 """Values of rollout.transfer; null chooses one of them by what the servers can reach."""
 
 SELECTIONS = ("none", "balance", "confidence", "verbal")
-"""Values of rollout.select."""
+"""Values of rollout.select besides dotted paths."""
 
 ROLLOUT_VIEWS = ("plain", "privileged")
 """Values of rollout.view."""

@@ -15,6 +15,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.config import Config, function_named
+from megatron_selfdistill.config.schema.field_checks import is_dotted
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
@@ -64,12 +65,19 @@ def require_lengths(config: Config) -> None:
 
 
 def require_environment(config: Config) -> None:
-    """Raise `ConfigError` if the class of ``environment.name`` cannot be imported or does not take the options.
+    """Raise `ConfigError` if the class of ``environment.name`` is missing where hints need it, or cannot be called.
+
+    It cannot be called where it cannot be imported, or does not take the options.
 
     The class is not called: an environment is made once, where the run uses it.  The error is also raised if
     ``distill.rule`` needs episodes of several turns, and the run has none.
     """
     name, options, max_turns = config.environment.name, config.environment.options, config.environment.max_turns
+    if name == "none" and "feedback" in config.data.solutions.split("_"):
+        raise ConfigError(
+            f"data.solutions={config.data.solutions} shows the teacher the feedback of an environment: set "
+            "environment.name to http or to the dotted path of your class"
+        )
     if config.objective == "self_distillation" and config.distill.rule == "sod" and max_turns < 2:
         raise ConfigError(
             "distill.rule=sod weighs the turns of an episode: it needs an environment (environment.name) and at least "
@@ -103,6 +111,18 @@ def require_loggers(config: Config) -> None:
             )
         elif name == "wandb":
             _require_wandb_key()
+
+
+def require_functions(config: Config) -> None:
+    """Raise `ConfigError` if a function of the user that gives hints or selects responses cannot be imported."""
+    if is_dotted(config.data.solutions):
+        function_named("data.solutions", config.data.solutions, {})
+    if config.rollout.selects_by_function:
+        function_named("rollout.select", config.rollout.select, {})
+    writers = {"skill": "summarizer", "next_state": "judge"}
+    writer = writers.get(config.data.solutions)
+    if writer is not None and is_dotted(getattr(config.hints, writer)):
+        function_named(f"hints.{writer}", getattr(config.hints, writer), {})
 
 
 def _is_installed(package: str) -> bool:

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from megatron_selfdistill.choices import SOLUTION_SOURCES
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.data.chat.acceptance import load_rule
-from megatron_selfdistill.data.chat.conversations import ConversationSet, load_conversations
+from megatron_selfdistill.data.chat.conversations import load_conversations
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
 from megatron_selfdistill.data.hints import (
@@ -22,7 +23,12 @@ from megatron_selfdistill.data.hints import (
     mean_cost,
 )
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
-from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompts import (
+    DEFAULT_TEACHER_TEMPLATE,
+    TEACHER_TEMPLATES,
+    PromptBuilder,
+    PromptTemplates,
+)
 from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
@@ -129,9 +135,11 @@ class RunData:
         builder = PromptBuilder(tokenizer, _templates(data))
         fields: dict[str, str | None] = {**data.fields}
         only_replies = config.environment.exists and config.objective in ("policy_gradient", "rft")
-        if data.solutions != "given" or only_replies:  # an environment needs no solution where no teacher sees any
+        # A function of the user may read the solutions; an environment needs none where no teacher sees any.
+        if data.solutions in SOLUTION_SOURCES[1:] or only_replies:
             fields["solution"] = None
-        problems = load_problems(_record_source(data, fields), require_solution=not only_replies)
+        needs_solutions = data.solutions == "given" and not only_replies
+        problems = load_problems(_record_source(data, fields), require_solution=needs_solutions)
         if data.solutions == "answer":
             problems = replace(problems, problems=[p.with_answer_as_solution() for p in problems.problems])
         max_length = longest_context(config)
@@ -155,7 +163,7 @@ class RunData:
         stop_token_ids = _stop_tokens(config, tokenizer)
         log = load_conversations(
             _record_source(data, data.fields),
-            rule=load_rule(wanted.accepted_rule),
+            rule=None if data.solutions == "next_state" else load_rule(wanted.accepted_rule),
             turns=wanted.turns,
             show_contents=wanted.show_contents,
         )
@@ -164,7 +172,7 @@ class RunData:
             problems, counts = log.turns, ContextCounts()
             reader = _reader(data, builder, stop_token_ids, max_length)
             about_prompts: str | None
-            read, unusable, about_prompts = _look_at(problems.problems, reader, config.seed)
+            read, unusable, about_prompts = _look_at(problems.problems, reader, config)
             skipped += unusable
             about: tuple[str, ...] = (read,)
         else:
@@ -180,7 +188,7 @@ class RunData:
             max_length=max_length,
             stop_token_ids=stop_token_ids,
             about_prompts=about_prompts,
-            about_conversations=(_about(log), *about),
+            about_conversations=(log.about, *about),
             skipped=tuple(skipped),
         )
 
@@ -197,15 +205,6 @@ def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
     return {name: column for name, column in data.fields.items() if name in ours}
 
 
-def _about(log: ConversationSet) -> str:
-    return (
-        f"{log.num_conversations} conversations, the accepted answer of {log.num_marked} marked in the log and of "
-        f"{log.num_conversations - log.num_marked} found by the rule; {log.num_resolved_at_once} without a turn to "
-        f"train on; {log.num_later_turns} turns after the accepted answer skipped; skipped as unresolved: "
-        f"{log.num_unresolved}, as bad: {log.turns.num_skipped - log.num_unresolved}"
-    )
-
-
 def turn_reader(config: Config, run_data: RunData) -> TurnReader:
     """Return the reader of logged turns of the run."""
     return _reader(config.data, run_data.builder, run_data.stop_token_ids, run_data.max_length)
@@ -215,7 +214,7 @@ def _reader(data: DataConfig, builder: PromptBuilder, stop_token_ids: tuple[int,
     return TurnReader(builder, stop_token_ids, max_length, data.on_long_context, data.on_bad_record)
 
 
-def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tuple[str, list[str], str]:
+def _look_at(problems: Sequence[Problem], reader: TurnReader, config: Config) -> tuple[str, list[str], str]:
     """Read a sample of logged turns as the steps will read them, to find an unfit chat template before the start.
 
     Return a line with their numbers, a message for each unusable turn, and a line about the cost of their prompts.
@@ -223,7 +222,7 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tupl
     Raises: ValueError for an unusable turn that may not be skipped, for a sample without any usable turn, and for a
     teacher's prompt that does not show the accepted answer.
     """
-    numbers = sorted(random.Random(f"{seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
+    numbers = sorted(random.Random(f"{config.seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
     looked_at = [problems[number] for number in numbers]
     turns = reader.read(looked_at)
     for turn in turns:
@@ -233,7 +232,8 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, seed: int) -> tupl
         raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    return f"{which} turns were read: {counts}", unusable, _about_prompts(reader.builder, pairs, "accepted answer")
+    shown_part = "accepted answer" if config.data.solutions == "given" else "text in place of a hint"
+    return f"{which} turns were read: {counts}", unusable, _about_prompts(reader.builder, pairs, shown_part)
 
 
 def _evaluation_problems(
@@ -305,9 +305,8 @@ _SHOWN_PARTS = {
     "given": "solution",
     "answer": "answer",
     "own": "answer, until there are own solutions",
-    "peer": "answer, in place of a peer's response",
 }
-"""The name of what the first prompts show as the solution, for each value of data.solutions."""
+"""The name of what the first prompts show as the solution, for values of data.solutions that know it by then."""
 
 
 def _fitting_problems(
@@ -339,7 +338,7 @@ def _fitting_problems(
         for problem, pair in looked_at:
             check_student_prompt(builder, problem, pair.student_prompt)
         return replace(problems, problems=kept), counts, None
-    shown_part = _SHOWN_PARTS[config.data.solutions]
+    shown_part = _SHOWN_PARTS.get(config.data.solutions, "text in place of a hint")
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
 
 
@@ -372,7 +371,7 @@ def _chat_template(data: DataConfig) -> str | None:
 
 def _templates(data: DataConfig) -> PromptTemplates:
     return PromptTemplates(
-        teacher=data.teacher_template if data.teacher_template is not None else DEFAULT_TEACHER_TEMPLATE,
+        teacher=data.teacher_template or TEACHER_TEMPLATES.get(data.solutions, DEFAULT_TEACHER_TEMPLATE),
         student=data.student_template,
         system_prompt=data.system_prompt,
         chat_template_kwargs=data.chat_template_kwargs,

@@ -116,6 +116,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     prechecks.require_data(config)
     prechecks.require_start(config)
     prechecks.require_environment(config)
+    prechecks.require_functions(config)
     if ranks.rank == 0:  # the only rank with loggers
         prechecks.require_loggers(config)
     with stop.at_sudden_end(lock.release):

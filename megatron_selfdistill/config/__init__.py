@@ -23,6 +23,7 @@ from megatron_selfdistill.config.compose import (
 from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
+from megatron_selfdistill.config.schema.hints_config import HintsConfig
 from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
@@ -51,6 +52,7 @@ __all__ = [
     "EvaluationConfig",
     "GivenKeys",
     "GuardsConfig",
+    "HintsConfig",
     "LossConfig",
     "MetricsConfig",
     "ModelConfig",

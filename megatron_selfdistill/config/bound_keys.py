@@ -38,7 +38,7 @@ RULES: dict[str, str] = {
             *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
-            *("teacher.ema_decay", "model", "target", "distill", "policy", "explanation", "verbal"),
+            *("teacher.ema_decay", "model", "target", "distill", "policy", "explanation", "verbal", "hints"),
         ),
         BOUND,
     ),
@@ -250,7 +250,8 @@ def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
     rewards = bool(values.get("policy.weight")) or values.get("distill.rule") != "uniform"
     rewards = rewards or values.get("rollout.select") != "none"
     guides = values.get("rollout.guide_below") is not None
-    return rewards or guides or values.get("objective") == "rft" or values.get("data.solutions") in ("own", "peer")
+    hints = values.get("data.solutions") not in ("given", "answer", "feedback", "next_state")
+    return rewards or guides or values.get("objective") == "rft" or hints
 
 
 def _has_target(values: Mapping[str, Any]) -> bool:

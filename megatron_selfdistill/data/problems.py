@@ -29,6 +29,8 @@ class LoggedReply:
     """The message in the style of OpenAI; the arguments of tool calls are objects."""
     accepted: bool
     """Whether the user accepted this reply."""
+    next_state: tuple[dict[str, Any], ...] = ()
+    """The messages between this reply and the next one, of the user or of tools, where hints come from them."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class ProblemSet:
             if problem.reply is not None:
                 content[1] = [hashed(message) for message in problem.messages]
                 content += [hashed(problem.reply.message), problem.reply.accepted, problem.tools]
+                content += [hashed(message) for message in problem.reply.next_state]
             digest.update(_json(content))
         return digest.hexdigest()[:16]
 

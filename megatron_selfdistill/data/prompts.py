@@ -22,6 +22,19 @@ Here is a solution to this problem, for your eyes only:
 Use it only as a hint. Reason in your own words, step by step, from the problem itself to the final answer, as
 if you had not seen the solution. Never mention that a solution was given."""
 
+FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
+"""SDPO's heading of an environment's feedback, after the problem."""
+
+_CLOSING = "\n\nCorrectly solve the original question."
+
+TEACHER_TEMPLATES = {
+    "feedback": "{problem}" + FEEDBACK_HEADING + "{solution}" + _CLOSING,
+    "peer_or_feedback": "{problem}{solution}" + _CLOSING,
+    "skill": "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}" + _CLOSING,
+    "next_state": "{problem}\n\n[user's hint / instruction]\n{solution}",
+}
+"""Wordings in place of `DEFAULT_TEACHER_TEMPLATE`, for values of data.solutions whose hint may be no solution."""
+
 
 @dataclass(frozen=True)
 class PromptTemplates:
@@ -55,6 +68,14 @@ class PromptTemplates:
                     f"The {name}'s template: expected only the slots {wanted}, got {{{unknown[0]}}}; "
                     f"write {{{{{unknown[0]}}}}} for literal braces."
                 )
+
+
+def filled(template: str, texts: Mapping[str, str]) -> str:
+    """Return ``template`` with a text for each of its slots, in one pass: a slot within a text stays as it is.
+
+    Raises: KeyError for a slot without a text.
+    """
+    return _SLOT.sub(lambda match: texts[match[2]] if match[2] else f"{{{match[1]}}}", template)
 
 
 class PromptBuilder:
@@ -139,10 +160,7 @@ class PromptBuilder:
         messages = [dict(message) for message in problem.messages]
         index = reworded_message(problem)
         texts = {"problem": messages[index]["content"], **slots}
-        # One pass over the template: a slot within a filled text stays as it is.
-        messages[index]["content"] = _SLOT.sub(
-            lambda match: texts[match[2]] if match[2] else f"{{{match[1]}}}", template
-        )
+        messages[index]["content"] = filled(template, texts)
         if self.templates.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": self.templates.system_prompt})
         return messages

@@ -63,7 +63,8 @@ def _engines(plan: Plan) -> str:
     rollout, num_gpus = plan.config.rollout, plan.config.cluster.num_gpus or 1
     if not plan.config.samples:
         return "responses: from the log; nothing is sampled"
-    responses = "responses: from the log; evaluations" if plan.config.logged else "responses"
+    sampled = "hints and evaluations" if plan.config.asks_model else "evaluations"
+    responses = f"responses: from the log; {sampled}" if plan.config.logged else "responses"
     if rollout.engine == "megatron":
         return f"{responses}: sampled in process, by the trainer's own weights"
     if rollout.placement == "colocated":

@@ -71,6 +71,14 @@ def group_advantage(
     return Terms.of(signals.sampled_log_prob, advantage=signals.per_token(advantages))
 
 
+def reward_advantage(signals: Signals, *, weight: float) -> Terms:
+    """Return the terms of policy gradients whose advantage is the reward itself, for each token of its response.
+
+    Source: OpenClaw-RL (arXiv 2603.10165), where every turn has one response.
+    """
+    return Terms.of(signals.sampled_log_prob, advantage=signals.per_token(weight * signals.rewards))
+
+
 def clipped_policy(
     advantage: Tensor,
     log_ratio: Tensor,

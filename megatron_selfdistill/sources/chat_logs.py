@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,10 +21,14 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.pipeline.schedule import StepOutput
-from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
+from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
+from megatron_selfdistill.sources.hinted_turns import HintedTurns
+from megatron_selfdistill.sources.problem_prompts import Answer
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
-from megatron_selfdistill.sources.turns import Turns, turn_metrics, turn_weights
+from megatron_selfdistill.sources.step_terms import StepTerms
+from megatron_selfdistill.sources.turns import Turns, logged_response, turn_metrics, turn_weights
 
 SKIPPED_FILE = "skipped.txt"
 _CHUNK = 64  # turns that are tokenized at a time
@@ -33,42 +36,69 @@ _REPORT_EVERY_S = 30.0
 
 
 class ChatLogs(CommittedState):
-    """One response per problem: the reply in the log, which another policy generated; nothing is sampled."""
+    """One response per problem: the reply in the log, which another policy generated; no reply is sampled."""
 
     def __init__(
-        self, state: SourceState, turns: LoggedTurns, conversations: ConversationsConfig, grid: RankGrid, phases: Phases
+        self,
+        state: SourceState,
+        turns: LoggedTurns,
+        conversations: ConversationsConfig,
+        grid: RankGrid,
+        phases: Phases,
+        hinted: HintedTurns | None = None,
+        terms: StepTerms | None = None,
     ) -> None:
+        """Take the hints from ``hinted`` and the coefficients of tokens from ``terms``.
+
+        Without ``hinted`` the hints are the accepted answers; without ``terms`` the coefficients are `turn_weights`.
+        """
         super().__init__(state)
         self._turns, self._conversations, self._grid, self._phases = turns, conversations, grid, phases
+        self._hinted, self._terms = hinted, terms
 
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the batch of this replica's share of the next usable turns; nothing is sampled.
+        """Return the batch of this replica's share of the next usable turns.
 
-        Raises: `ConfigError` on all ranks for an unusable turn that may not be skipped, and where none is left.
+        Raises: `ConfigError` on all ranks for an unusable turn that may not be skipped, and where none is left;
+        `EngineError` on all ranks where the model could not be asked for hints.
         """
         problem_sampler = self.state.problem_sampler.fork()
         with self._phases("read"):
             read = self._turns.next_turns(problem_sampler)
+        answers, found = self._answers(step, sampling, read)
         with self._phases("pack"):
-            responses = [_logged_response(turn) for turn in read.turns]
-            contexts = build_contexts([turn.prompts for turn in read.turns], responses)
-            turns = Turns.of(read.problems, contexts)
-            return StepBatch(
-                problems=read.problems,
-                responses=responses,
-                contexts=contexts,
-                solutions=[problem.solution for problem in read.problems],
-                token_coefficients=turn_weights(self._conversations, turns, self._grid),
-                metrics=read.metrics,
-                next_state=SourceState(problem_sampler, self.state.prompts),
-            )
+            responses, problems = [answer.response for answer in answers], [answer.problem for answer in answers]
+            contexts = build_contexts([answer.prompts for answer in answers], responses)
+            coefficients: TokenCoefficients | None
+            coefficients = turn_weights(self._conversations, Turns.of(problems, contexts), self._grid)
+        if self._terms is not None:
+            coefficients = self._terms.coefficients(answers, contexts)
+        return StepBatch(
+            problems=problems,
+            responses=responses,
+            contexts=contexts,
+            solutions=[problem.solution for problem in problems],
+            token_coefficients=coefficients,
+            metrics={**read.metrics, **found},
+            next_state=SourceState(problem_sampler, self.state.prompts),
+        )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
         turns = Turns.of(batch.problems, batch.contexts)
-        metrics = turn_metrics(output, turns, batch.token_coefficients is not None, self._grid)
-        unweighted = replace(output, coefficients=None)
-        return metrics | step_metrics(unweighted, None, self._grid, response_lengths=batch.response_lengths)
+        weighted = self._conversations.min_log_prob is not None
+        metrics = turn_metrics(output, turns, weighted, self._grid)
+        output = replace(output, coefficients=None) if weighted else output
+        return metrics | step_metrics(output, None, self._grid, response_lengths=batch.response_lengths)
+
+    def _answers(
+        self, step: int, sampling: SamplingParams, read: StepTurns
+    ) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the turns that are trained on, with their hints, and metrics."""
+        if self._hinted is not None:
+            return self._hinted.answers(step, sampling, read.problems, read.turns)
+        pairs = zip(read.problems, read.turns, strict=True)
+        return [Answer(problem, turn.prompts, logged_response(turn)) for problem, turn in pairs], {}
 
 
 @dataclass(frozen=True)
@@ -213,9 +243,3 @@ def _checked(reader: TurnReader, turn: Unusable) -> None:
         reader.check(turn)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-
-
-def _logged_response(turn: Turn) -> Response:
-    """Return the reply of a log as a response with unknown log-probs."""
-    unknown = [math.nan] * len(turn.reply)
-    return Response(turn.reply, unknown, unknown, "stop")

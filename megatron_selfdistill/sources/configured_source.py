@@ -24,18 +24,18 @@ from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
+from megatron_selfdistill.sources.configured_hints import asked_model, hindsight_prompts, hinted_turns, skill_prompts
 from megatron_selfdistill.sources.episodes import Episodes
 from megatron_selfdistill.sources.explanation_rewards import ExplanationRewards, LogProbs, check_room_for_solutions
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
 from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.own_solutions import Finder, OwnSolutionPrompts, OwnSolutions
-from megatron_selfdistill.sources.peer_hints import PeerPrompts
 from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge, Prompts, Rewarder
 from megatron_selfdistill.sources.recording import Recording
 from megatron_selfdistill.sources.replay import Replay
 from megatron_selfdistill.sources.revisions import DEFAULT_REPLY_TEMPLATE, Revisions
-from megatron_selfdistill.sources.selection import Balance, Select, StatedConfidence
+from megatron_selfdistill.sources.selection import Balance, FunctionSelection, Select, StatedConfidence
 from megatron_selfdistill.sources.solution_search import Search
 from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
@@ -111,7 +111,18 @@ def configured_source(
     if config.objective == "sft":
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
     if config.logged:
-        return ChatLogs(state, LoggedTurns(config, run_data, grid), config.conversations, grid, phases)
+        asked = asked_model(config, run_data, sampler, phases)
+        return ChatLogs(
+            state,
+            LoggedTurns(config, run_data, grid),
+            config.conversations,
+            grid,
+            phases,
+            hinted_turns(config, run_data, asked, grid, judge.reward)
+            if config.data.solutions == "next_state"
+            else None,
+            StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
+        )
     options = OnPolicyOptions(
         sampler=sampler,
         rewarder=rewarder,
@@ -124,8 +135,8 @@ def configured_source(
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
         terms=StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
-        select=_select(config, run_data, scorer, generate, rewarder),
-        edits=config.rollout.select in ("confidence", "verbal"),
+        select=_select(config, run_data, grid, scorer, generate, rewarder),
+        edits=edits_responses(config),
         privileged=config.rollout.view == "privileged",
         views=config.contexts_per_response,
         episodes=_episodes(config, run_data, grid) if config.environment.exists else None,
@@ -243,8 +254,19 @@ def _rewarder(config: Config, run_data: RunData, judge: Judge, read: LogProbs, s
     return ExplanationRewards(config.explanation, run_data.builder, read, judge.grid)
 
 
+def edits_responses(config: Config) -> bool:
+    """Return whether the selection of ``config`` may edit responses, so that nobody has sampled their texts."""
+    by_function = config.rollout.selects_by_function and config.sampled_log_probs_key is None
+    return by_function or config.rollout.select in ("confidence", "verbal")
+
+
 def _select(
-    config: Config, run_data: RunData, scorer: VerbalScorer | None, generate: Generate, rewarder: Rewarder
+    config: Config,
+    run_data: RunData,
+    grid: RankGrid,
+    scorer: VerbalScorer | None,
+    generate: Generate,
+    rewarder: Rewarder,
 ) -> Select | None:
     if config.rollout.select == "verbal":
         assert scorer is not None
@@ -253,6 +275,15 @@ def _select(
         return None
     if config.rollout.select == "balance":
         return Balance(config.seed)
+    if config.rollout.selects_by_function:
+        return FunctionSelection(
+            function_named("rollout.select", config.rollout.select, {}),
+            run_data.tokenizer,
+            grid,
+            run_data.stop_token_ids[0],
+            config.rollout.max_new_tokens,
+            config.sampled_log_probs_key,
+        )
     return StatedConfidence(given_solutions(config, run_data), config.evaluation.confidence_pattern)
 
 
@@ -274,8 +305,11 @@ def _prompts(config: Config, run_data: RunData, judge: Judge, finder: Finder) ->
     if owns:
         search = Search(wanted.num_samples, wanted.keep, wanted.pick, config.seed)
         prompts = OwnSolutionPrompts(given, OwnSolutions(search, wanted.refresh_every), finder, keeps_unhinted)
-    if config.data.solutions == "peer":
-        prompts = PeerPrompts(given, judge.grid, keeps_unhinted)
+    if config.data.hints_follow_responses:
+        prompts = hindsight_prompts(config, given, judge, keeps_unhinted)
+    if config.data.solutions == "skill":
+        asked = asked_model(config, run_data, finder.sampler, finder.phases)
+        prompts = skill_prompts(config, given, judge, asked, keeps_unhinted)
     if config.rollout.guidance != "none":
         success = SuccessRates(below) if below is not None else None
         prompts = GuidedPrompts(prompts, judge, config.rollout.num_samples, success)

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
+from megatron_selfdistill.data.tokenizer import Tokenizer
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.calibration import split_confidence
-from megatron_selfdistill.rollout.base import Response, sample_seed
+from megatron_selfdistill.rollout.base import Response, response_text, sample_seed
+from megatron_selfdistill.sources.group_functions import SelectFunction, of_groups
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
 
 Select = Callable[[int, Sequence[Answer]], tuple[list[Answer], Mapping[str, float]]]
@@ -86,9 +89,54 @@ class StatedConfidence:
         pair = replace(inner, policy="drop").pair_with(answer.problem, hint)  # a shortened hint would lose its note
         if pair is None or len(token_ids) > inner.max_new_tokens:
             return None
-        unknown = [math.nan] * len(token_ids)
-        response = Response(token_ids, unknown, unknown, "stop")
-        return replace(answer, problem=replace(answer.problem, solution=hint), prompts=pair, response=response)
+        return replace(
+            answer, problem=replace(answer.problem, solution=hint), prompts=pair, response=_edited_response(token_ids)
+        )
 
     def _stating(self, text: str, share: float) -> str:
         return f"{split_confidence(text, self.pattern)[1].rstrip()}\nConfidence: {share:.2f}"
+
+
+@dataclass(frozen=True)
+class FunctionSelection:
+    """A selection by the user's function, which may keep, drop and edit the responses to a problem.
+
+    An edited response consists of the tokens of its text and a stop token, keeps its reward, and has no log-probs of
+    the sampler; an edited response that is longer than the limit is dropped.
+    """
+
+    function: SelectFunction
+    tokenizer: Tokenizer
+    grid: RankGrid
+    stop_token_id: int
+    """The token that ends an edited response."""
+    max_new_tokens: int
+    """The greatest length of a response in tokens, the stop token included."""
+    needs_log_probs: str | None
+    """The key that needs the sampler's log-probs, so that no response may be edited; None where no key does."""
+
+    def __call__(self, step: int, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers that stay, in their order, with the texts that the function returned, and no metrics.
+
+        Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function
+        failed, returned anything but one text or None for each response, or edited a text that must stay.
+        """
+        key = self.needs_log_probs
+        reason = None if key is None else f"{key} compares p with the probability that the sampled text had"
+        name = "selection function"
+        texts = of_groups(self.function, name, answers, self.tokenizer, self.grid, keeps_texts=reason)
+        kept = []
+        for answer, text in zip(answers, texts, strict=True):
+            if text == response_text(answer.response, self.tokenizer):
+                kept.append(answer)
+            elif text is not None:
+                token_ids = [*self.tokenizer.encode(text), self.stop_token_id]
+                if len(token_ids) <= self.max_new_tokens:
+                    kept.append(replace(answer, response=_edited_response(token_ids)))
+        return kept, {}
+
+
+def _edited_response(token_ids: list[int]) -> Response:
+    """Return a response that nobody has sampled: its log-probs are unknown."""
+    unknown = [math.nan] * len(token_ids)
+    return Response(token_ids, unknown, unknown, "stop")

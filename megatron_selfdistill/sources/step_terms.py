@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -19,7 +19,7 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
-from megatron_selfdistill.recipes.advantages import group_advantage, group_advantages
+from megatron_selfdistill.recipes.advantages import group_advantage, group_advantages, reward_advantage
 from megatron_selfdistill.recipes.normalization import token_factors
 from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
@@ -58,6 +58,8 @@ class StepTerms:
             with self.phases("measure"):
                 student, target = self.measure(contexts)
         signals = signals_of(answers, student, target)
+        if config.logged and student is not None:  # nobody sampled the replies from the student: p / mu = 1
+            signals = replace(signals, sampled_log_prob=student)
         terms, floor = _all_terms(config, answers, signals)
         terms = terms.scaled(
             token_factors(signals, config.loss.normalize, self._totals(signals), config.loss.skip_first_tokens)
@@ -151,7 +153,9 @@ def rule_terms(config: Config, signals: Signals) -> Terms:
         advantages = policy.weight * group_advantages(signals, policy.advantage_std, policy.credit, policy.discount)
         return pi_distill(signals, advantages, beta=distill.weight, alpha=distill.alpha)
     terms = _teacher_terms(config, signals)
-    if policy.weight > 0:
+    if policy.weight > 0 and config.logged:
+        terms += reward_advantage(signals, weight=policy.weight)
+    elif policy.weight > 0:
         terms += group_advantage(
             signals,
             weight=policy.weight,

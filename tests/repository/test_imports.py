@@ -21,10 +21,10 @@ ORDER = {
     "choices": "",
     "config": (
         "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
-        "schema.data_config schema.rollout_config schema.environment_config schema.target_config "
+        "schema.data_config schema.rollout_config schema.environment_config schema.hints_config schema.target_config "
         "schema.loss_config schema.policy_config schema.optimizer_config "
-        "schema.run_config schema.reward_checks schema.whole_config checks world_checks compose functions "
-        "bound_keys command_line"
+        "schema.run_config schema.reward_checks schema.data_checks schema.target_checks schema.whole_config checks "
+        "world_checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
     "replaced_files": "",
@@ -90,8 +90,9 @@ ORDER = {
     ),
     "sources": (
         "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
-        "recording solution_search own_solutions peer_hints verbal_scores selection guidance episodes revisions"
-        "on_policy replay solutions_as_responses turns chat_logs configured_source"
+        "recording solution_search own_solutions group_functions hindsight_hints asked_model skills verbal_scores "
+        "selection guidance episodes revisions on_policy replay solutions_as_responses turns next_state_hints "
+        "hinted_turns chat_logs configured_hints configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",
     "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",

@@ -131,8 +131,8 @@ def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
 @pytest.mark.parametrize(
     "recipe",
     (
-        "default teacher_alone literal chat_logs grpo rft sdft opsd sdpo opsd_rl pi_distill scope uni_opd caopd rlt "
-        "ovd rltf_sd rltf_fm sod"
+        "default teacher_alone literal chat_logs grpo rft sdft opsd sdpo sdpo_feedback opsd_rl pi_distill scope "
+        "uni_opd caopd rlt ovd rltf_sd rltf_fm sod skill_sd openclaw"
     ).split(),
 )
 def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):

@@ -25,7 +25,7 @@ def load_problems(path: Any, *, require_solution: bool = True, **changes: Any) -
     return problems.load_problems(record_source(path, **changes), require_solution=require_solution)
 
 
-def load_conversations(path: Any, *, rule: Rule, **changes: Any) -> conversations.ConversationSet:
+def load_conversations(path: Any, *, rule: Rule | None, **changes: Any) -> conversations.ConversationSet:
     wanted = ConversationsConfig()
     options = {name: changes.pop(name, getattr(wanted, name)) for name in ("turns", "show_contents")}
     return conversations.load_conversations(record_source(path, **changes), rule=rule, **options)

@@ -11,12 +11,20 @@ from megatron_selfdistill.choices import (
     CONVERSATION_RESPONSES,
     CONVERSATION_TURNS,
     DATA_KINDS,
+    HINDSIGHT_HINTS,
     LONG_CONTEXT_POLICIES,
     SOLUTION_RANKINGS,
     SOLUTION_SOURCES,
     UNLIKELY_TURN_POLICIES,
 )
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.config.schema.field_checks import (
+    at_least,
+    is_dotted,
+    normalise,
+    one_of,
+    one_of_or_dotted,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class DataConfig:
     """The student's user message, with the slot {problem}."""
     teacher_template: str | None = None
     """The teacher's user message, with the slots {problem} and {solution}; null takes the wording in
-    data/prompts.py."""
+    data/prompts.py for data.solutions."""
     global_batch_size: int = 32
     """Number of problems (of turns, where the records are conversations) per step, over all data-parallel ranks."""
     max_length: int | None = None
@@ -67,13 +75,18 @@ class DataConfig:
     truncate_end (this end of the solution is cut off)."""
     solutions: str = "given"
     """The hint that the teacher sees: given (the solution of the data), answer (the answer of the data alone), own
-    (an earlier response of the model whose answer is right; see the section solutions) or peer (another right response
-    among rollout.num_samples of the same step; a response without such a peer has no teacher)."""
+    (an earlier response of the model whose answer is right; see the section solutions), skill (a lesson of an earlier
+    response to the problem; see the section hints), next_state (what the next message of a log reveals about a logged
+    reply; needs data.kind=conversations, and see the section hints), peer (another right response
+    among rollout.num_samples of the same step), feedback (the environment's text about the response), peer_or_feedback
+    (a peer, or feedback where there is none, each under a heading) or the dotted path of a function ``hints(problem,
+    responses)``, which gets the text and the reward of each response to the problem and returns a text or None for
+    each.  From peer on, the hint is known after the sampling, and a response without a hint has no teacher."""
 
     def __post_init__(self) -> None:
         normalise("data", self)
         one_of("data.kind", self.kind, DATA_KINDS)
-        one_of("data.solutions", self.solutions, SOLUTION_SOURCES)
+        one_of_or_dotted("data.solutions", self.solutions, SOLUTION_SOURCES)
         one_of("data.on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
         one_of("data.on_long_context", self.on_long_context, LONG_CONTEXT_POLICIES)
         at_least(1, "data", self, "global_batch_size limit max_length")
@@ -82,6 +95,16 @@ class DataConfig:
             known |= {"accepted", "tools"}
         for name in self.fields:
             one_of("a key of data.fields", name, sorted(known))
+
+    @property
+    def hints_follow_responses(self) -> bool:
+        """Whether the hint for the teacher is known only once the responses of a step are sampled."""
+        return self.solutions in HINDSIGHT_HINTS or is_dotted(self.solutions)
+
+    @property
+    def compares_responses(self) -> bool:
+        """Whether the hint for a response depends on the other responses to its problem."""
+        return self.hints_follow_responses and self.solutions != "feedback"
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,18 @@ def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
     require(value in choices, f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
+def is_dotted(value: str) -> bool:
+    """Return whether ``value`` has the form of a dotted path, package.module.function."""
+    parts = value.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)
+
+
+def one_of_or_dotted(key: str, value: str, choices: Sequence[str]) -> None:
+    """Raise `ConfigError`, as `one_of` does, unless ``value`` is a choice or has the form of a dotted path."""
+    if not is_dotted(value):
+        one_of(key, value, (*choices, "a dotted path (package.module.function)"))
+
+
 def _require_finite(key: str, value: Any) -> None:
     if isinstance(value, dict):
         for name, entry in value.items():

@@ -26,12 +26,14 @@ class PolicyConfig:
     """The policy gradient: each response's reward compared with the rewards of the other responses to its problem."""
 
     weight: float = 0.0
-    """Weight of the advantages in the loss; 0 trains on no rewards."""
+    """Weight of the advantages in the loss; 0 trains on no rewards.  The advantage of a logged reply
+    (data.solutions=next_state) is its reward."""
     reward: str | None = None
     """Dotted path of a function ``reward(response_text, problem)`` that returns a finite number, wherever a run trains
     on verdicts of its responses (also rft and peers); a response with a reward of at least 0.5 counts as right, and a
     truncated response has 0.  Null is the reward of the environment, where there is one, and otherwise 1
-    for a response that evaluation.verifier finds right, else 0.  explanation is the reward of RLT: how well the frozen
+    for a response that evaluation.verifier finds right, else 0.  For a logged reply, null is the model's own verdict by
+    the next message: 1, -1 or 0.  explanation is the reward of RLT: how well the frozen
     weights find the solution after they have read the response (see explanation).  verbal is a ninth of the score that
     the teacher gives to the response (see verbal)."""
     advantage_std: str = "sample"

@@ -16,11 +16,13 @@ def check_one_prompt(config: Config) -> None:
     if not config.reads_one_prompt:
         return
     weights, rule, solutions = config.teacher.weights, config.distill.rule, config.data.solutions
+    is_known = not config.data.hints_follow_responses and solutions != "skill"
     require(
-        weights != "current" and rule == "uniform" and solutions != "peer" and config.rollout.guidance == "none",
+        weights != "current" and rule == "uniform" and is_known and config.rollout.guidance == "none",
         "distill.teacher_prompt=same compares the student with other weights after the prompt of the samples: it "
         "needs teacher.weights=frozen or ema, distill.rule=uniform, rollout.guidance=none and no hints of "
-        f"data.solutions=peer, got {weights}, {rule}, {config.rollout.guidance} and {solutions}",
+        f"data.solutions other than given, answer and own, got {weights}, {rule}, {config.rollout.guidance} and "
+        f"{solutions}",
     )
     require(
         not config.logged,

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, ROLLOUT_VIEWS, SELECTIONS, TRANSFERS
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.config.schema.field_checks import (
+    at_least,
+    is_dotted,
+    normalise,
+    one_of,
+    one_of_or_dotted,
+    require,
+)
 
 
 @dataclass(frozen=True)
@@ -59,9 +66,11 @@ class RolloutConfig:
     select: str = "none"
     """The selection among the responses of a step: none, balance (as many right as wrong responses to each problem
     that has both, by dropping at random), verbal (a response to which the teacher gives a score below
-    verbal.threshold is replaced by one that is sampled after the teacher's prompt) or confidence (responses, and
+    verbal.threshold is replaced by one that is sampled after the teacher's prompt), confidence (responses, and
     the solution in the teacher's prompt, end in a line "Confidence: P" with the share P of right responses to the
-    problem, in place of the confidence that they state)."""
+    problem, in place of the confidence that they state) or the dotted path of a function ``select(problem,
+    responses)``, which gets the text and the reward of each response to the problem and returns for each its text,
+    another text, or None to drop it."""
     guidance: str = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
@@ -97,7 +106,7 @@ class RolloutConfig:
         one_of("rollout.placement", self.placement, PLACEMENTS)
         one_of("rollout.guidance", self.guidance, GUIDANCES)
         one_of("rollout.view", self.view, ROLLOUT_VIEWS)
-        one_of("rollout.select", self.select, SELECTIONS)
+        one_of_or_dotted("rollout.select", self.select, SELECTIONS)
         if self.transfer is not None:
             one_of("rollout.transfer", self.transfer, TRANSFERS)
         at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp")
@@ -108,6 +117,11 @@ class RolloutConfig:
             require(value > 0, f"rollout.{name} must be positive, got {value}")
         self._check_servers()
         self._check_guidance()
+
+    @property
+    def selects_by_function(self) -> bool:
+        """Whether the user's function selects among the responses of a step."""
+        return is_dotted(self.select)
 
     def _check_servers(self) -> None:
         on_servers = self.engine == "vllm" and self.placement == "server"

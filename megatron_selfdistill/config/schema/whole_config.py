@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from megatron_selfdistill.choices import OBJECTIVES
 from megatron_selfdistill.config.environment import FromEnvironment, Place
+from megatron_selfdistill.config.schema.data_checks import check_conversations, check_hints, check_next_state
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import normalise, one_of, require
+from megatron_selfdistill.config.schema.hints_config import HintsConfig
 from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
@@ -31,6 +33,7 @@ from megatron_selfdistill.config.schema.run_config import (
     ReportConfig,
     StopConfig,
 )
+from megatron_selfdistill.config.schema.target_checks import check_guided_tokens, check_reference
 from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
 
 MAX_SEED = 2**32 - 1
@@ -67,6 +70,8 @@ class Config:
     """Chat logs."""
     solutions: SolutionsConfig = field(default_factory=SolutionsConfig)
     """Own solutions."""
+    hints: HintsConfig = field(default_factory=HintsConfig)
+    """Hints that are written during the run."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """The sampling of responses."""
     environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
@@ -112,9 +117,12 @@ class Config:
         require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
         require(0 <= self.seed <= MAX_SEED, f"seed must lie in 0 to {MAX_SEED}, got {self.seed}")
         if self.data.kind == "conversations":
-            self._check_conversations()
+            check_conversations(self.objective, self.data, self.conversations, self.rollout, self.loss)
+            if self.data.solutions == "next_state":
+                check_next_state(self.conversations, self.distill, self.rollout, self.weighs_tokens)
         if self.loss.rollout_correction != "none":
             self._check_correction(f"loss.rollout_correction={self.loss.rollout_correction}")
+        check_hints(self.objective, self.data, self.rollout, self.logged)
         self._check_terms()
         for key in ("revision_weight", "reply_weight"):
             require(
@@ -129,8 +137,8 @@ class Config:
         check_explanations(self)
         check_verbal_scores(self)
         if self.target.anchor == "reference":
-            self._check_reference()
-        self._check_guided_tokens()
+            check_reference(self.objective, self.rollout)
+        check_guided_tokens(self.objective, self.rollout, self.target, self.loss)
         require(
             self.objective == "self_distillation" or self.loss.fused in (None, "none"),
             f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but objective="
@@ -141,10 +149,6 @@ class Config:
             hang is None or hang < collective,
             f"stop.hang_timeout_minutes ({hang}) must be below parallel.distributed_timeout_minutes ({collective}), "
             "after which a waiting rank ends the run: raise parallel.distributed_timeout_minutes",
-        )
-        require(
-            self.data.solutions == "given" or self.objective != "sft",
-            "objective=sft trains on the text of given solutions: leave data.solutions=given",
         )
         require(
             self.rollout.guidance == "none" or self.rollout.replay is None,
@@ -173,8 +177,12 @@ class Config:
 
     @property
     def measures_log_probs(self) -> bool:
-        """Whether a step measures the log-probs of its responses under student and target before it trains."""
-        return self.objective == "self_distillation" and self.distill.signal != "full"
+        """Whether a step measures the log-probs of its responses under student and target before it trains.
+
+        The ratio p / mu of a logged reply, which nobody has sampled from the student, takes the measured p as mu.
+        """
+        takes_p_as_mu = self.logged and self.policy.weight > 0
+        return self.objective == "self_distillation" and (self.distill.signal != "full" or takes_p_as_mu)
 
     @property
     def contexts_per_response(self) -> int:
@@ -214,18 +222,38 @@ class Config:
     def uses_rewards(self) -> bool:
         """Whether verdicts on all responses of a step decide what the step trains on, or with which hint."""
         ranks = self.objective == "self_distillation" and self.distill.rule != "uniform"
-        return self.policy.weight > 0 or ranks or self.data.solutions == "peer" or self.rollout.select != "none"
+        hints = self.data.hints_follow_responses and self.data.solutions != "feedback"
+        hints |= self.data.solutions == "skill"
+        return self.policy.weight > 0 or ranks or hints or self.rollout.select != "none"
+
+    @property
+    def sampled_log_probs_key(self) -> str | None:
+        """The key that needs the probability of a response when it was sampled; None where no key needs it."""
+        correction = self.loss.rollout_correction
+        keys = {
+            "policy.weight": self.policy.weight > 0,
+            f"distill.signal={self.distill.signal}": self.measures_log_probs,
+            f"loss.rollout_correction={correction}": correction != "none",
+        }
+        return next((key for key, needs in keys.items() if needs), None)
 
     @property
     def judges_responses(self) -> bool:
-        """Whether every response gets a reward before the step trains: for rewards, peers, rft, or an environment."""
-        return self.uses_rewards or self.objective == "rft" or self.environment.exists
+        """Whether every response gets a reward before the step trains: for rewards, hints, rft, or an environment."""
+        return not self.logged and (self.uses_rewards or self.objective == "rft" or self.environment.exists)
 
     @property
     def samples(self) -> bool:
         """Whether anything is sampled: responses, or answers to held-out problems."""
         evaluates = self.evaluation.path is not None and (self.evaluation.every or self.evaluation.at_start)
-        return not self.logged or bool(evaluates)
+        return not self.logged or bool(evaluates) or self.asks_model
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether the model itself writes the hints or judges logged replies, so that a sampler must be built."""
+        judges = self.hints.judge == "model" or (self.policy.weight > 0 and self.policy.reward is None)
+        writes = {"skill": self.hints.summarizer == "model", "next_state": judges}
+        return writes.get(self.data.solutions, False)
 
     def explores(self, step: int) -> bool:
         """Return whether samples of ``step``, counted from 1, are saved for the target explorer: at evaluations."""
@@ -243,49 +271,6 @@ class Config:
         """The number of held-out problems of which an evaluation keeps responses as text: report.num_problems, or 0."""
         return self.report.num_problems if self.shows_contents else 0
 
-    def _check_reference(self) -> None:
-        guided = self.rollout.guidance != "none"
-        require(
-            not guided or self.objective == "self_distillation",
-            "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, "
-            f"which only objective=self_distillation has, got {self.objective}: set rollout.guidance=none or "
-            "target.anchor=student",
-        )
-        require(
-            not guided or self.rollout.engine == "megatron",
-            "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, "
-            f"but rollout.engine={self.rollout.engine} has the trained weights only: set rollout.engine=megatron, "
-            "rollout.guidance=none or target.anchor=student",
-        )
-
-    def _check_guided_tokens(self) -> None:
-        for key, value in (
-            ("target.guided_teacher_weight", self.target.guided_teacher_weight),
-            ("loss.guided_divergence", self.loss.guided_divergence),
-        ):
-            require(
-                value is None or (self.rollout.guidance == "mixed" and self.objective == "self_distillation"),
-                f"{key} is for the tokens of guided problems: it needs rollout.guidance=mixed and "
-                f"objective=self_distillation, got {self.rollout.guidance} and {self.objective}",
-            )
-
-    def _check_conversations(self) -> None:
-        require(
-            self.objective == "self_distillation" and self.data.solutions == "given",
-            "data.kind=conversations needs objective=self_distillation and data.solutions=given, got "
-            f"{self.objective} and {self.data.solutions}",
-        )
-        sampled = self.rollout.guidance != "none" or self.rollout.replay or self.rollout.record
-        require(
-            not (self.logged and (sampled or self.loss.rollout_correction != "none")),
-            "conversations.responses=logged samples nothing: unset rollout.guidance, rollout.replay, rollout.record "
-            "and loss.rollout_correction, or set conversations.responses=sampled",
-        )
-        require(
-            self.logged or self.conversations.min_log_prob is None,
-            "conversations.min_log_prob drops unlikely logged turns: unset it, or set conversations.responses=logged",
-        )
-
     @property
     def hang_timeout_s(self) -> float | None:
         """The value of ``stop.hang_timeout_minutes``, or its default, in seconds; None is never."""
@@ -295,6 +280,7 @@ class Config:
 
     def _check_terms(self) -> None:
         distill, loss, weight = self.distill, self.loss, self.policy.weight
+        hints = f"data.solutions={self.data.solutions}"
         require(
             weight > 0 if self.objective == "policy_gradient" else not weight or self.objective == "self_distillation",
             f"objective={self.objective} with policy.weight={weight:g}: policy_gradient trains on rewards alone and "
@@ -309,20 +295,25 @@ class Config:
             "loss.fused=keep_gradient keeps the gradient of the divergence alone, but policy.weight or distill.signal "
             "adds a term of another gradient: set loss.fused=low_memory, none or null",
         )
+        if self.logged and self.data.solutions == "next_state":
+            return
         ratios = {"policy.weight": weight > 0, f"distill.signal={distill.signal}": self.measures_log_probs}
+        by_function = self.rollout.selects_by_function
         rewards = {
             "policy.weight": weight > 0,
             f"distill.rule={distill.rule}": self.objective == "self_distillation"
             and distill.rule not in ("uniform", "sod"),
-            "data.solutions=peer": self.data.solutions == "peer",
-            f"rollout.select={self.rollout.select}": self.rollout.select != "none",
+            hints: self.data.solutions in ("peer", "peer_or_feedback"),
+            f"rollout.select={self.rollout.select}": self.rollout.select != "none" and not by_function,
         }
         others = {
+            hints: self.data.hints_follow_responses or self.data.solutions == "skill",
+            f"rollout.select={self.rollout.select}": by_function,
             "distill.weight": distill.weight != 1,
             f"loss.normalize={loss.normalize}": loss.normalize != "tokens",
             "loss.skip_first_tokens": loss.skip_first_tokens > 0,
         }
-        for key in (key for key, is_set in {**ratios, **rewards, **others}.items() if is_set):
+        for key in dict.fromkeys(key for part in (ratios, rewards, others) for key, is_set in part.items() if is_set):
             require(
                 not self.logged and self.objective != "sft",
                 f"{key} weighs the tokens of sampled responses, but "
@@ -349,16 +340,6 @@ class Config:
             "distill.rule=pi_distill trains on rewards of the teacher's responses: it needs rollout.view=privileged "
             f"and policy.weight above 0, got {self.rollout.view} and {weight:g}",
         )
-        require(
-            self.rollout.view == "plain" or (self.data.solutions != "peer" and not self.logged),
-            "rollout.view=privileged samples after the hint, which data.solutions=peer and logged conversations do not "
-            "have: set rollout.view=plain",
-        )
-        require(
-            self.data.solutions != "peer" or self.rollout.guidance == "none",
-            "data.solutions=peer knows a hint only after the responses are sampled, but rollout.guidance=mixed samples "
-            "with it: set rollout.guidance=none",
-        )
 
     def _check_environment(self) -> None:
         name, rollout = f"environment.name={self.environment.name}", self.rollout
@@ -374,7 +355,7 @@ class Config:
         turns = f"environment.max_turns={self.environment.max_turns}"
         for key, value, default in (
             ("rollout.select", rollout.select, "none"),
-            ("data.solutions", self.data.solutions if self.data.solutions == "peer" else "given", "given"),
+            ("data.solutions", self.data.solutions if self.data.compares_responses else "given", "given"),
             ("distill.rule", self.distill.rule if self.distill.rule in ("scope", "uni_opd") else "uniform", "uniform"),
         ):
             require(

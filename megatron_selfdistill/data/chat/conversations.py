@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from megatron_selfdistill.choices import CONVERSATION_TURNS
@@ -59,9 +60,26 @@ class ConversationSet:
     """Conversations without a turn to train on, since the first turn was accepted and ``turns`` is before_accepted."""
     num_later_turns: int = 0
     """Assistant turns after the accepted answer; they are not trained on, since nobody judged them."""
+    by_next_state: bool = False
+    """Whether the turns are those that a message follows, whatever answer was accepted."""
+
+    @property
+    def about(self) -> str:
+        """The numbers of conversations and turns, for the log."""
+        unresolved = self.num_unresolved
+        skipped = f"skipped as unresolved: {unresolved}, as bad: {self.turns.num_skipped - unresolved}"
+        if self.by_next_state:
+            return (
+                f"{self.num_conversations} conversations, {len(self.turns)} replies that a message follows; {skipped}"
+            )
+        return (
+            f"{self.num_conversations} conversations, the accepted answer of {self.num_marked} marked in the log and "
+            f"of {self.num_conversations - self.num_marked} found by the rule; {self.num_resolved_at_once} without a "
+            f"turn to train on; {self.num_later_turns} turns after the accepted answer skipped; {skipped}"
+        )
 
 
-def load_conversations(source: RecordSource, *, rule: Rule, turns: str, show_contents: bool) -> ConversationSet:
+def load_conversations(source: RecordSource, *, rule: Rule | None, turns: str, show_contents: bool) -> ConversationSet:
     """Read and check all conversations of ``source``, and return their turns.
 
     A record has ``messages`` in the style of OpenAI: system or developer first, then user, assistant and tool; the
@@ -74,6 +92,8 @@ def load_conversations(source: RecordSource, *, rule: Rule, turns: str, show_con
     - ``turns``: "all", which includes the accepted turn with its own text as the hint, or "before_accepted".  Turns
       after the accepted answer are never included, since nobody judged them.  The hint is the `answer_text` of the
       accepted message.
+    - ``rule``: None ignores acceptance.  Then every assistant turn that a message follows becomes a problem without a
+      solution, whose reply has these messages as its ``next_state``.
     - ``show_contents``: whether messages may quote the log; otherwise they have places, roles and numbers only.
 
     Raises: ValueError, which names file and line, for a bad record (``on_bad_record="error"``), and for a log without
@@ -81,7 +101,8 @@ def load_conversations(source: RecordSource, *, rule: Rule, turns: str, show_con
     """
     found, errors = _good_conversations(source, rule, show_contents)
     skipped = list(errors)
-    problems = [turn for conversation in found for turn in conversation_turns(conversation, turns)]
+    by_next_state = rule is None
+    problems = [turn for conversation in found for turn in conversation_turns(conversation, turns, by_next_state)]
     if not problems:
         first = f"; the first: {skipped[0]}" if skipped else ""
         raise ValueError(
@@ -96,14 +117,16 @@ def load_conversations(source: RecordSource, *, rule: Rule, turns: str, show_con
         num_unresolved=sum(isinstance(error, UnresolvedError) for error in errors.values()),
         num_resolved_at_once=sum(conversation.location not in with_turns for conversation in found),
         num_later_turns=sum(message["role"] == "assistant" for c in found for message in c.messages[c.accepted + 1 :]),
+        by_next_state=by_next_state,
     )
 
 
-def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
+def conversation_turns(conversation: Conversation, turns: str, by_next_state: bool = False) -> list[Problem]:
     """Return one problem for each assistant message up to the accepted answer.
 
     Its messages are those before the assistant message, its solution is the accepted answer, and its logged reply is
-    the assistant message.  ``turns`` is "all" or "before_accepted".
+    the assistant message.  ``turns`` is "all" or "before_accepted".  ``by_next_state``: whether the reply instead has
+    the messages that follow it as its next state; the problem then has no solution, and no reply counts as accepted.
     """
     if turns not in CONVERSATION_TURNS:
         raise ValueError(f"conversations.turns must be {' or '.join(CONVERSATION_TURNS)}, got {turns!r}")
@@ -113,19 +136,32 @@ def conversation_turns(conversation: Conversation, turns: str) -> list[Problem]:
         Problem(
             id=f"{conversation.id}/{index}",
             messages=messages[:index],
-            solution=answer_text(messages[accepted]),
+            solution="" if by_next_state else answer_text(messages[accepted]),
             answer=None,
             location=f"{conversation.location}, message {index}",
             tools=conversation.tools,
-            reply=LoggedReply(message, accepted=index == accepted),
+            reply=LoggedReply(message, accepted=False, next_state=_next_state(messages, index))
+            if by_next_state
+            else LoggedReply(message, accepted=index == accepted),
         )
         for index, message in enumerate(messages[:end])
         if message["role"] == "assistant"
     ]
 
 
+def _next_state(messages: Sequence[dict[str, Any]], index: int) -> tuple[dict[str, Any], ...]:
+    """Return the messages between the assistant message at ``index`` and the next one."""
+    after = messages[index + 1 :]
+    return tuple(takewhile(lambda message: message["role"] != "assistant", after))
+
+
+def _last_answered(messages: Sequence[dict[str, Any]]) -> int | None:
+    """Return the index of the last assistant message that a message follows."""
+    return next((i for i in range(len(messages) - 2, -1, -1) if messages[i]["role"] == "assistant"), None)
+
+
 def _good_conversations(
-    source: RecordSource, rule: Rule, show_contents: bool
+    source: RecordSource, rule: Rule | None, show_contents: bool
 ) -> tuple[list[Conversation], dict[str, BadConversationError]]:
     """Return the good conversations, and the error of each skipped conversation by its message."""
     columns = {name: column for name in FIELDS if (column := source.fields.get(name, name)) is not None}
@@ -150,7 +186,7 @@ def _good_conversations(
 
 
 def _conversation(
-    record: object, columns: Mapping[str, str], rule: Rule, location: str, seen: set[str]
+    record: object, columns: Mapping[str, str], rule: Rule | None, location: str, seen: set[str]
 ) -> Conversation:
     if isinstance(record, BadRecordError):
         raise BadConversationError(
@@ -169,7 +205,12 @@ def _conversation(
             raise BadConversationError(f"field {columns[name]!r}: {NO_TEXT}")
     messages = tuple(_message(message, _place(columns, i)) for i, message in enumerate(raw))
     _check_order(messages, columns)
-    accepted, is_marked = _accepted(record, raw, messages, columns, rule)
+    if rule is not None:
+        accepted, is_marked = _accepted(record, raw, messages, columns, rule)
+    elif (last := _last_answered(messages)) is not None:
+        accepted, is_marked = last, False
+    else:
+        raise UnresolvedError("unresolved: expected a message after a reply of the assistant, got none")
     conversation_id = record.get(columns["id"])
     if conversation_id is None:
         content = json.dumps([messages, accepted], sort_keys=True, default=str)

@@ -25,6 +25,7 @@ WHOLE_SECTIONS = {
     "target",
     "distill",
     "explanation",
+    "hints",
     "verbal",
     "policy",
     "parallel",

@@ -230,6 +230,30 @@ def test_parallel_sizes_are_checked_without_torch():
             ["rollout.view=privileged", "data.solutions=peer", "rollout.num_samples=2"],
             "rollout.view=privileged samples after the hint",
         ),
+        (["data.solutions=peer_or_feedback"], "data.solutions=peer_or_feedback compares the responses to one problem"),
+        (["rollout.view=privileged", "data.solutions=a.b"], "samples after the hint, which data.solutions=a.b and"),
+        (["rollout.guidance=mixed", "data.solutions=feedback"], "data.solutions=feedback knows a hint only after"),
+        (["objective=sft", "rollout.select=a.b"], "rollout.select=a.b weighs the tokens of sampled responses"),
+        (
+            ["data.solutions=next_state"],
+            "reads the next message of a log: it needs data.kind=conversations, got problems",
+        ),
+        (["data.solutions=skill", "rollout.view=privileged"], "data.solutions=skill shows skills to the teacher alone"),
+        (
+            ["data.solutions=skill", "objective=policy_gradient", "policy.weight=1"],
+            "it needs objective=self_distillation",
+        ),
+        (["hints.keep=0"], "hints.keep must be at least 1"),
+        (["hints.exploration=-1"], "hints.exploration must be at least 0"),
+        (
+            ["hints.judge=oracle"],
+            "hints.judge must be one of model, a dotted path (package.module.function), got 'oracle'",
+        ),
+        (
+            ["hints.judge_template='{response} {text}'"],
+            "must have the slots {response}, {role}, {next_state} and no others, got {response}, {text}",
+        ),
+        (["rollout.select=a..b"], "none, balance, confidence, a dotted path (package.module.function), got 'a..b'"),
         (["rollout.select=balance"], "rollout.select=balance compares the responses to one problem"),
         (
             ["rollout.select=confidence", "rollout.num_samples=2", "loss.rollout_correction=truncated"],
@@ -291,11 +315,21 @@ def chat_logs() -> str:
         (["loss.rollout_correction=truncated"], "conversations.responses=logged samples nothing"),
         (["loss.skip_first_tokens=2"], "loss.skip_first_tokens weighs the tokens of sampled responses"),
         (["distill.signal=sampled"], "but conversations.responses=logged samples nothing"),
-        (["conversations.responses=sampled", "data.solutions=peer"], "and data.solutions=given, got"),
+        (["conversations.responses=sampled", "data.solutions=peer"], "and data.solutions=given or next_state, got"),
         (["conversations.responses=sampled", "policy.weight=1"], "it needs data.kind=problems"),
         (
             ["conversations.responses=sampled", "conversations.min_log_prob=-1"],
             "min_log_prob drops unlikely logged turns",
+        ),
+        (
+            ["data.solutions=next_state", "conversations.turns=before_accepted"],
+            "takes every logged reply that a message",
+        ),
+        (["data.solutions=next_state", "conversations.responses=sampled"], "it needs conversations.responses=logged"),
+        (["data.solutions=next_state", "policy.weight=1", "conversations.min_log_prob=-1"], "of logged turns alone"),
+        (
+            ["data.solutions=next_state", "distill.rule=scope", "distill.signal=sampled"],
+            "has one reply per turn, which cannot be compared with others",
         ),
         (["conversations.min_log_prob=0.5"], "a log-prob in nats, at most 0, got 0.5"),
         (["conversations.turns=last"], "conversations.turns must be one of all, before_accepted"),

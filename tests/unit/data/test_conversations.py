@@ -391,3 +391,25 @@ def test_a_log_with_another_reply_is_another_data_set(tmp_path):
     other[2]["content"] = "9"
     one, two = (log(tmp_path, {"id": "c", "messages": m}, turns="before_accepted").turns for m in (CORRECTED, other))
     assert one.fingerprint != two.fingerprint
+
+
+def test_without_a_rule_every_reply_that_a_message_follows_is_a_turn_with_its_next_state(tmp_path):
+    called = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    with_tools = [*chat(("u", "3+4?")), called, *chat(("t", "no such file"), ("t", "7"), ("a", "7"), ("u", "Thanks!"))]
+    marked_log = {"messages": CORRECTED, "accepted": 2}
+    found = log(tmp_path, with_tools, marked_log, chat(("u", "hi"), ("a", "hello")), rule=None, on_bad_record="skip")
+    states = [[(m["role"], m["content"]) for m in turn.reply.next_state] for turn in found.turns.problems]
+    assert states == [
+        [("tool", "no such file"), ("tool", "7")],
+        [("user", "Thanks!")],
+        [("user", "No, wrong.")],
+        [("user", "Thanks!")],
+    ]
+    assert all(turn.solution == "" and not turn.reply.accepted for turn in found.turns.problems)
+    assert found.about == "2 conversations, 4 replies that a message follows; skipped as unresolved: 1, as bad: 0"
+
+
+def test_the_next_states_belong_to_the_fingerprint_of_the_data(tmp_path):
+    thanks, more = (chat(("u", "3+4?"), ("a", "7"), ("u", text)) for text in ("Thanks!", "And 5+6?"))
+    by_next_state = [log(tmp_path, messages, rule=None).turns.fingerprint for messages in (thanks, more)]
+    assert len(set(by_next_state)) == 2

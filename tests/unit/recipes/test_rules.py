@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_selfdistill.loss.weighting import SequenceImportance, TruncatedImportance
-from megatron_selfdistill.recipes.advantages import clipped_policy, group_advantage, group_advantages
+from megatron_selfdistill.recipes.advantages import clipped_policy, group_advantage, group_advantages, reward_advantage
 from megatron_selfdistill.recipes.normalization import token_factors
 from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
@@ -161,6 +162,27 @@ def test_sampled_kl_has_the_gradient_of_k3_with_the_ratio():
     assert a.item() == pytest.approx(RHO * DELTA, abs=1e-11)
 
 
+def test_skill_sd_adds_the_pull_of_the_skill_to_the_advantage():
+    """The worked example of Skill-SD: the loss of the pull alone, its coefficient and gradient, and both parts."""
+    one = signals([0.0], mu=[LOG_MU], q=[LOG_Q])
+    pull = uniform(one, weight=1.0, signal="sampled")
+    assert RHO * (math.exp(DELTA) - 1 - DELTA) == pytest.approx(0.594410944168, abs=1e-11)
+    a = coefficients(pull).policy
+    assert a.item() == pytest.approx(0.812124697702, abs=1e-11)
+    s = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(-a.squeeze() * s.log_softmax(0)[TOKEN], s)
+    expected = tensor(0.429593914900, -0.637464845900, 0.078479730300, 0.129391200700)
+    torch.testing.assert_close(gradient, expected, atol=1e-10, rtol=0)
+    both = uniform(one, weight=0.001, signal="sampled") + Terms.of(one.sampled_log_prob, advantage=tensor(0.7))
+    assert coefficients(both).policy.item() == pytest.approx(0.560874781986 + 0.001 * 0.812124697702, abs=1e-11)
+
+
+def test_reward_advantage_is_the_reward_itself():
+    found = reward_advantage(signals([1.0, -1.0, 0.0], groups=[0, 0, 1], lengths=[2, 1, 1]), weight=0.5)
+    assert found.advantage.tolist() == [0.5, 0.5, -0.5, 0.0]
+    assert not found.divergence.any() and not found.sampled_kl.any() and not found.likelihood.any()
+
+
 def test_expectation_of_the_sampled_signal_is_the_gradient_of_the_full_divergence():
     s = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
     log_p, log_q = s.log_softmax(0), log_probs(TEACHER)
@@ -214,10 +236,9 @@ def test_uniform_signal_is_silent_without_a_hint(signal, field, value):
 
 
 def test_advantage_of_reward_and_teacher_is_their_sum():
-    """The published number of OpenClaw-RL's combination: an advantage of .5 and the teacher's log-ratio to mu."""
-    one = signals([0.0], mu=[LOG_MU], q=[LOG_Q])
-    teacher = uniform(one, weight=1.0, signal="advantage")
-    both = teacher + Terms.of(one.sampled_log_prob, advantage=tensor(0.5))
+    """The published number of OpenClaw-RL's combination: a reward of .5 and the teacher's log-ratio to mu."""
+    one = signals([0.5], mu=[LOG_MU], q=[LOG_Q])
+    both = uniform(one, weight=1.0, signal="advantage") + reward_advantage(one, weight=1.0)
     assert both.advantage.item() == pytest.approx(1.291989900148, abs=1e-11)
 
 

@@ -19,7 +19,7 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Response, sample_seed
 from megatron_selfdistill.sources.episodes import Episodes, EpisodeTurn, episode_metrics
-from megatron_selfdistill.sources.peer_hints import PeerPrompts
+from megatron_selfdistill.sources.hindsight_hints import HindsightPrompts, PeerHints
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
 from megatron_selfdistill.sources.recording import SampleKey
 
@@ -161,7 +161,7 @@ def test_without_a_teacher_only_the_students_prompt_must_fit():
 
 
 def test_later_turns_show_no_hint_where_a_hint_is_known_only_afterwards():
-    prompts = PeerPrompts(given(), ONE_RANK, keeps_unhinted=True)
+    prompts = HindsightPrompts(given(), PeerHints(Characters()), ONE_RANK, keeps_unhinted=True)
     turns, _, _ = played(Script(), [["w$", "r$"]], prompts=prompts)
     assert text(turns[1].answer.prompts.teacher_prompt) == "a?w#1:"
 

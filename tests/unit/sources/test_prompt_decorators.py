@@ -18,7 +18,6 @@ from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
 from megatron_selfdistill.sources.own_solutions import Finder, OwnSolutionPrompts, OwnSolutions, Solution
-from megatron_selfdistill.sources.peer_hints import PeerPrompts
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Judge, Prompts
 from megatron_selfdistill.sources.solution_search import Search
 
@@ -80,51 +79,6 @@ def test_answers_without_an_own_solution_stay_for_their_rewards_where_these_coun
     assert [(one.group, one.hinted) for one in chosen] == [(1, False), (0, True)]
     assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt and "so 8" in shown(chosen[1])
     assert metrics == {"solutions/skipped_share": 0.5}
-
-
-def peers(keeps_unhinted: bool) -> PeerPrompts:
-    return PeerPrompts(GIVEN, ONE_RANK, keeps_unhinted)
-
-
-def judged(prompts: Prompts, group: int, problem: Problem, text: str, correct: bool) -> Answer:
-    return replace(answer(prompts, problem, text), group=group, reward=float(correct))
-
-
-def test_the_hint_is_the_first_other_right_response_of_the_group_without_its_thinking(no_collectives):
-    prompts = peers(keeps_unhinted=False)
-    answers = [
-        judged(prompts, 0, PROBLEM, "7$", False),
-        judged(prompts, 0, PROBLEM, "hm</think> so 8$", True),
-        judged(prompts, 0, PROBLEM, "8$", True),
-        judged(prompts, 1, OTHER, "9$", True),
-        judged(prompts, 1, OTHER, "1$", False),
-        judged(prompts, 2, PROBLEM, "8$", False),
-    ]
-    chosen, metrics = prompts.choose(answers)
-    assert [(one.response, one.problem.solution) for one in chosen] == [
-        (answers[0].response, "so 8"),
-        (answers[1].response, "8"),
-        (answers[2].response, "so 8"),
-        (answers[4].response, "9"),
-    ]
-    assert all(f"|{one.problem.solution}" in shown(one) and one.hinted for one in chosen)
-    assert not any("given" in shown(one) or "hm" in shown(one) for one in (*chosen, *answers))
-    assert metrics == {"hints/share": pytest.approx(4 / 6)}
-
-
-def test_responses_without_a_peer_stay_for_their_rewards_where_these_count(no_collectives):
-    prompts = peers(keeps_unhinted=True)
-    answers = [judged(prompts, 0, PROBLEM, "8$", True), judged(prompts, 0, PROBLEM, "7$", False)]
-    chosen, metrics = prompts.choose(answers)
-    assert [one.hinted for one in chosen] == [False, True] and metrics == {"hints/share": 0.5}
-    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
-
-
-def test_a_peer_that_does_not_fit_into_the_prompt_is_no_hint(no_collectives):
-    prompts = peers(keeps_unhinted=True)
-    answers = [judged(prompts, 0, PROBLEM, "8" * 60 + "$", True), judged(prompts, 0, PROBLEM, "7$", False)]
-    chosen, _ = prompts.choose(answers)
-    assert [one.hinted for one in chosen] == [False, False]
 
 
 def test_guidance_goes_to_problems_with_a_solution():

@@ -7,14 +7,15 @@ import math
 import re
 
 import pytest
-from characters import Characters
+from characters import ONE_RANK, STOP, Characters
 
 from megatron_selfdistill.config.schema.run_config import CONFIDENCE
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
-from megatron_selfdistill.sources.selection import Balance, StatedConfidence
+from megatron_selfdistill.sources.selection import Balance, FunctionSelection, StatedConfidence
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "so 8\nConfidence: 0.90", "8", "file.jsonl:1")
 GIVEN = GivenSolutions(
@@ -78,3 +79,34 @@ def test_responses_and_the_solution_state_the_share_of_right_responses():
 def test_a_response_that_cannot_state_its_confidence_is_dropped(text, max_length):
     given = GivenSolutions(GIVEN.builder, max_length, 40, policy="error")
     assert StatedConfidence(given, re.compile(CONFIDENCE))(0, [answer(text, 1, given=given)])[0] == []
+
+
+def selection(function, needs_log_probs: str | None = None) -> FunctionSelection:
+    return FunctionSelection(function, Characters(), ONE_RANK, STOP, 5, needs_log_probs)
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """Make a gathering over ranks return the part of this rank."""
+    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
+
+
+def test_a_function_keeps_drops_and_edits_responses(alone):
+    def select(problem, responses):
+        assert problem is PROBLEM and [reward for _, reward in responses] in ([1, 0, 0, 1], [0])
+        edits = {"7": "8", "6": "far too long", "9": None}
+        return [edits.get(text, text) for text, _ in responses]
+
+    answers = [answer("8$", 1), answer("7", 0), answer("6$", 0), answer("9$", 1), answer("5", 0, group=3)]
+    kept, _ = selection(select)(0, answers)
+    assert [(text_of(one.response.token_ids), one.reward) for one in kept] == [("8$", 1), ("8$", 0), ("5", 0)]
+    assert kept[0] is answers[0] and kept[2] is answers[4], "a truncated response may stay, too"
+    edited = kept[1].response
+    assert not edited.truncated and all(math.isnan(value) for value in edited.sampled_log_probs + edited.log_probs)
+
+
+def test_a_function_may_not_edit_where_the_probability_of_the_sampled_text_counts(alone):
+    answers = [answer("8$", 1), answer("7$", 0)]
+    assert selection(lambda problem, texts: ["8", None], "policy.weight")(0, answers)[0] == answers[:1]
+    with pytest.raises(VerifierError, match=r"the selection function failed .* since policy.weight compares p"):
+        selection(lambda problem, texts: ["8", "8"], "policy.weight")(0, answers)

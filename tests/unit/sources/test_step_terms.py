@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -35,14 +36,23 @@ def answers(last_is_hinted: bool = False) -> list[Answer]:
     return [answer(3, MU[:2], True), answer(3, MU[2:4], False), answer(7, MU[4:], True, hinted=last_is_hinted)]
 
 
-def coefficients(*overrides: str, measured: bool = True, last_is_hinted: bool = False, given=None):
+def coefficients(
+    *overrides: str, measured: bool = True, last_is_hinted: bool = False, sampled: bool = True, given=None
+):
+    """Return the coefficients of `answers`; without ``sampled``, nobody knows the probability of their sampling."""
     config = load([SAMPLES, *overrides])
+    given = given or answers(last_is_hinted)
+    if not sampled:
+        given = [
+            replace(one, response=replace(one.response, sampled_log_probs=[math.nan] * n))
+            for one, n in zip(given, (2, 2, 1), strict=True)
+        ]
 
     def measure(contexts):
         assert measured, "nothing needs the log-probs of this step"
         return torch.tensor(STUDENT, dtype=torch.float64), torch.tensor(TARGET, dtype=torch.float64)
 
-    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(given or answers(last_is_hinted), [])
+    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(given, [])
     return terms(torch.tensor(STUDENT, dtype=torch.float64), torch.arange(5))
 
 
@@ -99,6 +109,29 @@ def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes()
     ratio = torch.tensor(1.0).double().exp().item()
     assert found.policy.tolist() == pytest.approx([*expected, ratio * (0.75 - by_return)], abs=1e-5)
     assert not found.divergence.any()
+
+
+def test_skill_sd_pulls_weakly_towards_the_teacher_with_the_skill():
+    found = coefficients("recipe=skill_sd", "policy.advantage_std=none", "policy.clip_high=null")
+    assert found.divergence.tolist() == [0.0] * 5
+    towards = [0.001 * (q - p) for p, q in zip(STUDENT, TARGET, strict=True)]
+    advantages = [0.5, 0.5, -0.5, -0.5]
+    assert found.policy.tolist() == pytest.approx(
+        [a + b for a, b in zip(advantages, towards, strict=False)] + [0.0], abs=1e-12
+    )
+
+
+def test_openclaw_takes_the_measured_probability_of_a_logged_reply_as_that_of_its_sampling():
+    found = coefficients("recipe=openclaw", "policy.weight=0.5", sampled=False)
+    expected = [0.5 + 0.5, -1.0 + 0.5, 0.25, 1.0, 0.5]
+    assert found.policy.tolist() == pytest.approx(expected), "rewards of 1, 0 and 1, the last one without a hint"
+    assert not found.clipped.any() and found.divergence.tolist() == [0.0] * 5
+
+
+def test_rewards_of_logged_replies_beside_the_full_divergence_are_measured_too():
+    found = coefficients("recipe=openclaw", "distill.signal=full", sampled=False)
+    assert found.divergence.tolist() == [1.0] * 4 + [0.0]
+    assert found.policy.tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0, 1.0])
 
 
 def test_sequences_count_alike_and_first_tokens_are_skipped():

@@ -1,0 +1,141 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Runs whose hints are written on the way: by functions, from a bank of skills, and from the next messages of logs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiers import combinations
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
+
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
+FUNCTIONS = "hint_functions"
+VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
+ON_POLICY = ["data.global_batch_size=4", "rollout.num_samples=4", "rollout.max_new_tokens=10", VERIFIED]
+TRUNCATED = "data.on_long_context=truncate_end"
+LOGGED = ["data.global_batch_size=6", "rollout.max_new_tokens=10"]
+RUNS = {
+    "function": ["recipe=opsd_rl", *ON_POLICY, f"data.solutions={FUNCTIONS}.first_right_text"],
+    "selection": ["recipe=opsd", *ON_POLICY, f"rollout.select={FUNCTIONS}.without_last_character"],
+    "sdpo_feedback": ["recipe=sdpo_feedback", *ON_POLICY, "environment.name=replying.Replying"],
+    "skill_sd": ["recipe=skill_sd", *ON_POLICY, "hints.keep=2", f"hints.summarizer={FUNCTIONS}.skill_of"],
+    "openclaw": [
+        "recipe=openclaw",
+        *LOGGED,
+        f"hints.judge={FUNCTIONS}.hint_of",
+        "hints.min_length=3",
+        f"policy.reward={FUNCTIONS}.reward_of_reply",
+    ],
+    "full": [
+        "recipe=openclaw",
+        *LOGGED,
+        f"hints.judge={FUNCTIONS}.hint_of",
+        "hints.min_length=3",
+        "policy.weight=0",
+        "distill.signal=full",
+    ],
+    "asked": ["recipe=openclaw", *LOGGED, "hints.judge_template='{role}{response}{next_state}'"],
+}
+LAYOUTS = {
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "CP2": ["parallel.context_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+    "DP2": [],
+}
+NUM_STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def logs(own_data) -> Path:
+    """Return ``own_data`` with 30 conversations of two assistant turns, a correction and thanks."""
+    from _lib import subtraction
+    from _lib.pretraining import write_records
+
+    (own_data / "template.jinja").write_text(TEMPLATE)
+    records: list[dict[str, Any]] = []
+    for number, (a, b) in enumerate(subtraction.distinct(30, "train", seed=1)):
+        texts = [subtraction.problem_text(a, b), f"{number:03d};", "X", subtraction.answer(a, b), "thanks"]
+        roles = ("user", "assistant")
+        records.append({"messages": [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]})
+    write_records(own_data / "hindsight.jsonl", [*records, {"messages": records[0]["messages"][:2]}])
+    return own_data
+
+
+def arguments(data: Path, run_dir: Path, name: str, *more: str) -> list[str]:
+    options = ["data.teacher_template='{problem}H{solution}|'", TRUNCATED, "optimizer.lr_warmup_steps=0"]
+    if RUNS[name][0] == "recipe=openclaw":
+        options += [f"data.path={data}/hindsight.jsonl", f"data.chat_template={data}/template.jinja"]
+    options += [f"num_steps={NUM_STEPS}", "checkpoint.save_every=2"]
+    recipe, *own = RUNS[name]
+    return [recipe, *overrides(data, run_dir, *options, *own), *more]
+
+
+@pytest.fixture(scope="module")
+def start(ranks, logs, tmp_path_factory) -> str:
+    """Return the override with which all runs start from the same weights: random weights depend on the layout."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    train(ranks, overrides(logs, run, "num_steps=1"))
+    return f"checkpoint.load={run}/checkpoints"
+
+
+@pytest.fixture(scope="module")
+def run_of(ranks, logs, start, tmp_path_factory):
+    """Return a function that returns the directory of a finished run on one rank."""
+    runs: dict[str, Path] = {}
+
+    def run(name: str) -> Path:
+        if name not in runs:
+            runs[name] = tmp_path_factory.mktemp(name) / "run"
+            is_logged = RUNS[name][0] == "recipe=openclaw"
+            record = [] if is_logged else [f"rollout.record={runs[name]}/responses.jsonl"]
+            train(ranks, arguments(logs, runs[name], name, start, *record))
+        return runs[name]
+
+    return run
+
+
+@combinations(name=list(RUNS), quick={"name": ["skill_sd", "openclaw"]}, strength=1)
+def test_a_run_trains_and_resumes_bit_for_bit(ranks, logs, start, run_of, name):
+    whole = run_of(name)
+    lines = reproducible_metrics(whole)
+    assert len(lines) == NUM_STEPS
+    for line in lines:
+        assert line["gradient_norm"] > 0 or (name == "asked" and line["rewards/mean"] == 0)
+        assert ("hints/share" in line) == (name != "selection")
+        assert ("terms/policy_mean" in line) == (name not in ("selection", "full", "sdpo_feedback"))
+    if name == "skill_sd":
+        counts = [line["skills/count"] for line in lines]
+        assert counts == sorted(counts) and counts[0] == 0 < counts[1] <= counts[-1]
+        assert lines[0]["hints/share"] == 0
+    if name == "sdpo_feedback":
+        assert all(line["hints/share"] == line["rewards/trained_share"] for line in lines)
+    if name in ("function", "openclaw", "full"):
+        assert all(0 < line["hints/share"] < 1 for line in lines)
+    if name == "openclaw":
+        assert all(line["rewards/trained_share"] == 1 for line in lines)
+        assert all(line["rewards/mean"] == pytest.approx(1 - 2 * line["hints/share"]) for line in lines)
+        assert all(line["terms/clipped_share"] == 0 for line in lines), "the ratio of logged replies is 1"
+    if name == "full":
+        assert all(line["turns/count"] == pytest.approx(6 * line["hints/share"]) for line in lines)
+    assert_resumes_equal(ranks, whole, lambda run: arguments(logs, run, name, start), step=2, num_steps=NUM_STEPS)
+
+
+@combinations(
+    name=["function", "skill_sd", "openclaw", "full"],
+    layout=list(LAYOUTS),
+    quick={"name": ["skill_sd", "openclaw"], "layout": ["TP2", "DP2"]},
+    strength=1,
+)
+def test_hints_and_terms_are_equal_in_every_layout(ranks, logs, start, run_of, tmp_path, name, layout):
+    one = run_of(name)
+    is_logged = RUNS[name][0] == "recipe=openclaw"
+    replay = [] if is_logged else [f"rollout.replay={one}/responses.jsonl"]
+    train(ranks, arguments(logs, tmp_path / "run", name, start, *replay, *LAYOUTS[layout]), 2)
+    for expected, found in zip(reproducible_metrics(one), reproducible_metrics(tmp_path / "run"), strict=True):
+        compared = {key for key in expected if key.startswith(("terms/", "rewards/", "hints/", "skills/", "loss/"))}
+        assert compared and compared == {key for key in found if key in compared}
+        for key in compared:
+            assert found[key] == pytest.approx(expected[key], abs=2e-5), key
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)

@@ -1,0 +1,37 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Functions of users that give hints and select responses; runs name them by dotted paths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_selfdistill.data.problems import Problem
+
+
+def first_right_text(problem: Problem, responses: Sequence[tuple[str, float]]) -> list[str | None]:
+    """Return the first right response as the hint of all wrong ones, or the answer where none is right."""
+    right = next((text for text, reward in responses if reward >= 0.5), problem.answer)
+    return [None if reward >= 0.5 else right for _, reward in responses]
+
+
+def without_last_character(problem: Problem, responses: Sequence[tuple[str, float]]) -> list[str | None]:
+    """Return the texts of right responses, shortened texts of wrong ones, and nothing for one character."""
+    return [text if reward >= 0.5 else text[:-1] or None for text, reward in responses]
+
+
+def skill_of(problem: Problem, response_text: str, reward: float) -> str | None:
+    """Return a skill that depends on the response, in characters of the tiny tokenizer."""
+    return f"{len(response_text)}:{response_text[:3]}" if reward >= 0.5 else None
+
+
+def hint_of(problem: Problem, response_text: str, next_state: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the next message's text where it is no thanks, with the reply's first digits."""
+    text = str(next_state[0]["content"])
+    return None if text == "thanks" else f"{text}:{response_text[:3]}"
+
+
+def reward_of_reply(response_text: str, problem: Problem) -> float:
+    """Return 1 for a reply that the user thanks for, else -1."""
+    assert problem.reply is not None
+    return 1.0 if problem.reply.next_state[0]["content"] == "thanks" else -1.0
