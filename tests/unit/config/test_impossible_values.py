@@ -253,7 +253,7 @@ def test_parallel_sizes_are_checked_without_torch():
             ["hints.judge_template='{response} {text}'"],
             "must have the slots {response}, {role}, {next_state} and no others, got {response}, {text}",
         ),
-        (["rollout.select=a..b"], "none, balance, confidence, a dotted path (package.module.function), got 'a..b'"),
+        (["rollout.select=a..b"], "confidence, verbal, a dotted path (package.module.function), got 'a..b'"),
         (["rollout.select=balance"], "rollout.select=balance compares the responses to one problem"),
         (
             ["rollout.select=confidence", "rollout.num_samples=2", "loss.rollout_correction=truncated"],
