@@ -136,9 +136,12 @@ def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks
 
 
 @pytest.mark.full
-def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(ranks, data, start, tmp_path):
+def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(ranks, data, start, run_of, tmp_path):
+    records = map(json.loads, (run_of("default") / "responses.jsonl").read_text().splitlines())
+    asked = sum(r["step"] == 0 and r.get("turn", 0) == 0 and "reply" in r for r in records)  # the others are truncated
+
     def script(number: int, body: dict) -> tuple[int, object]:
-        return (200, completion("X1", done=True)) if number < 8 else (400, "no more")
+        return (200, completion("X1", done=True, reward=number % 2)) if number < asked else (400, "no more")
 
     with chat_server(script) as (url, _):
         endpoint = ["environment.name=http", f"environment.url={url}", "environment.concurrency=1"]
