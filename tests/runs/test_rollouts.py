@@ -66,6 +66,7 @@ def test_truncated_importance_weights_are_those_of_the_recorded_probabilities(ra
     assert weighted["gradient_norm"] != pytest.approx(plain["gradient_norm"], rel=1e-3)
 
 
+@pytest.mark.full
 def test_guidance_below_a_success_rate_reaches_the_problems_that_fail_and_survives_a_restart(ranks, data, tmp_path):
     """A verifier that some problems never satisfy; 8 problems, so each is visited at every step."""
     problems = tmp_path / "problems.jsonl"

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from recipe_needs import needed_by
+from tiers import combinations
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, from_mapping, keys, load, to_yaml
@@ -224,7 +225,11 @@ def test_the_configs_are_found_from_any_directory(tmp_path):
     assert done.stdout.strip() == "4096"
 
 
-@pytest.mark.parametrize("recipe", sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")))
+@combinations(
+    recipe=sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml")),
+    quick={"recipe": ["default", "sdpo", "qwen3_8b"]},
+    strength=1,
+)
 def test_with_every_recipe_a_model_can_be_chosen(recipe):
     assert load([f"recipe={recipe}", "model=tiny", *needed_by(recipe)]).model.hidden_size == 64
 

@@ -71,6 +71,7 @@ def check(errors: Tensor, bounds: tuple[float, float, float] = BOUNDS) -> None:
     assert all(found <= bound for found, bound in zip((median, most, worst), bounds, strict=True))
 
 
+@pytest.mark.full
 def test_k_of_a_mix_with_the_student_is_that_of_whole_rows():
     check(errors_of_k(list(pairs(4096, 1)), TARGETS))
 

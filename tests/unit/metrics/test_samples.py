@@ -259,7 +259,7 @@ RUNS = {
 }
 
 
-@combinations(name=list(RUNS), quick={"name": ["TP2"]}, strength=1)
+@combinations(name=list(RUNS), quick={"name": ["DP2"]}, strength=1)
 def test_a_run_shows_the_tokens_and_numbers_of_an_unsharded_one(ranks, own_data, one, name):
     world_size, layout, problems = RUNS[name]
     options = [*layout, f"checkpoint.load={own_data}/start/checkpoints", f"rollout.replay={own_data}/one.jsonl"]

@@ -43,7 +43,7 @@ LAYOUTS = {
     "PP2xVPP2": (2, {"pp": 2, "vpp": 2}),
     "TP2xPP2xVPP2+SP": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
 }
-QUICK = ["one rank", "DP2", "TP2+SP", "CP2", "PP2xVPP2"]
+QUICK = ["DP2", "TP2+SP", "PP2xVPP2"]
 
 CHUNKS = [Fusion("low_memory", tokens) for tokens in (1, 1000)]
 FUSIONS = [None, Fusion("low_memory", 5), Fusion("keep_gradient", 7)]
