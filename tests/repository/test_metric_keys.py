@@ -24,7 +24,7 @@ def test_every_place_that_makes_keys_up_is_known():
     """A new f-string with a key in it needs its names in metric_keys.py."""
     keys = {"status/*", "seconds/*", "padding/*", "tokens_per_second/*", "rollout/*", "reverse_kl/*"}
     evaluations = {"*/*", "avg_at_*", "pass_at_*", "majority_at_*", "pass_over_avg_at_*"}
-    names_of_random_streams = {"*/turn*", "balance/*", "eval/*", "pick/*", "solution/*"}
+    names_of_random_streams = {"*/turn*", "balance/*", "eval/*", "pick/*", "solution/*", "verbal/*"}
     assert dynamic() == keys | evaluations | names_of_random_streams
 
 
