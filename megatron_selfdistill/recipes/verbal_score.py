@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 DIGITS = "0123456789"
+QUESTION = (
+    "{problem}\n\nHere is the solution to this problem:\n\n{solution}\n\nHere is a response to it:\n\n{response}\n\n"
+    "How good is the response, from 0 (useless) to 9 (flawless)? Answer with one digit."
+)
+"""The wording of the question where ``verbal.template`` is null."""
 LARGEST = 9.0
 """The largest score."""
 

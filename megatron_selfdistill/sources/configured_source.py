@@ -19,6 +19,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.recipes.http_environment import HttpEnvironment
+from megatron_selfdistill.recipes.verbal_score import QUESTION
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.rollout.guided import RoleWeights
@@ -231,7 +232,7 @@ def _judge(config: Config, run_data: RunData, grid: RankGrid) -> Judge:
 
 
 def _scorer(config: Config, run_data: RunData, grid: RankGrid, candidates: Candidates) -> VerbalScorer:
-    template, builder, max_length = config.verbal.template, run_data.builder, run_data.max_length
+    template, builder, max_length = config.verbal.template or QUESTION, run_data.builder, run_data.max_length
     digits = digit_tokens(run_data.tokenizer)
     problems, max_new_tokens = run_data.problems.problems, config.rollout.max_new_tokens
     check_room_for_questions(problems, builder, template, max_length=max_length, max_new_tokens=max_new_tokens)

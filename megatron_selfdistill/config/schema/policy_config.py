@@ -118,24 +118,24 @@ class ExplanationConfig:
         )
 
 
+_SLOT = re.compile(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})")
+
+
 @dataclass(frozen=True)
 class VerbalConfig:
     """The scores, 0 to 9, that the teacher gives to responses under rollout.select=verbal or policy.reward=verbal."""
 
-    template: str = (
-        "{problem}\n\nHere is the solution to this problem:\n\n{solution}\n\nHere is a response to it:\n\n"
-        "{response}\n\n"
-        "How good is the response, from 0 (useless) to 9 (flawless)? Answer with one digit."
-    )
+    template: str | None = None
     """Wording of the last user message with which the teacher is asked for a score.  It has the slots {problem} and
-    {response}, and may have {solution}.  The score is the mean of the digits 0 to 9, each with its probability as the
-    first token of the answer; each digit must be one token."""
+    {response}, and may have {solution}.  Null shows all three and asks for one digit from 0 to 9.  The score is the
+    mean of the digits 0 to 9, each with its probability as the first token of the answer; each digit must be one
+    token."""
     threshold: float = 5.0
     """Score below which rollout.select=verbal replaces a response."""
 
     def __post_init__(self) -> None:
         normalise("verbal", self)
-        slots = set(re.findall(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})", self.template))
+        slots = {"problem", "response"} if self.template is None else set(_SLOT.findall(self.template))
         require(
             {"problem", "response"} <= slots <= {"problem", "response", "solution"},
             "verbal.template must have the slots {problem} and {response}, and may have {solution}, got "

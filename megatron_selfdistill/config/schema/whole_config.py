@@ -23,7 +23,7 @@ from megatron_selfdistill.config.schema.policy_config import (
     PolicyConfig,
     VerbalConfig,
 )
-from megatron_selfdistill.config.schema.reward_checks import check_explanations, check_one_prompt, check_verbal_scores
+from megatron_selfdistill.config.schema.reward_checks import check_readers
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
@@ -133,9 +133,8 @@ class Config:
             )
         if self.environment.exists:
             self._check_environment()
-        check_one_prompt(self)
-        check_explanations(self)
-        check_verbal_scores(self)
+        sections = self.data, self.rollout, self.distill, self.policy, self.teacher, self.environment
+        check_readers(self.objective, *sections, logged=self.logged)
         if self.target.anchor == "reference":
             check_reference(self.objective, self.rollout)
         check_guided_tokens(self.objective, self.rollout, self.target, self.loss)
