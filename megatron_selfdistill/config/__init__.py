@@ -21,6 +21,7 @@ from megatron_selfdistill.config.compose import (
     writable,
 )
 from megatron_selfdistill.config.functions import function_named
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
 from megatron_selfdistill.config.schema.hints_config import HintsConfig
@@ -42,6 +43,7 @@ from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
 __all__ = [
+    "AdapterConfig",
     "CheckpointConfig",
     "ClusterConfig",
     "Config",

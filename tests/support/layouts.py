@@ -288,7 +288,7 @@ def first_step(
         loss=float(means[0]),
         teacher_entropy=float(means[1]),
         grad_norm=float(optimizer.get_grad_norm()),
-        grads=shards(student, lambda p: p.main_grad),
+        grads=shards(student, lambda p: p.main_grad if p.requires_grad else torch.zeros_like(p)),
         params={},
         num_microbatches=len(batch.student) + len(batch.teacher),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_selfdistill.choices import OBJECTIVES
 from megatron_selfdistill.config.environment import FromEnvironment, Place
+from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_checks import check_conversations, check_hints, check_next_state
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
@@ -60,6 +61,8 @@ class Config:
     alone, on any machine and without GPUs."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The architecture of the model."""
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    """Low-rank adapters on frozen weights."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """The parallel layout."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)

@@ -1,0 +1,40 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The section ``adapter`` of the schema: low-rank adapters on frozen weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require
+
+LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Low-rank adapters (LoRA): small trained factors beside the frozen weights of linear layers."""
+
+    rank: int = 0
+    """Rank r of the adapters; 0 trains all weights and has no adapters."""
+    alpha: float = 32.0
+    """Numerator of the scale of the adapters, which is alpha / rank."""
+    rank_stabilised: bool = False
+    """Whether the scale is alpha / sqrt(rank) (rsLoRA), which keeps large ranks learning."""
+    layers: list[str] = field(default_factory=lambda: list(LINEAR_LAYERS))
+    """Names of the linear layers with adapters, as Megatron names them: linear_qkv, linear_proj, linear_fc1, linear_fc2,
+    and with latent attention linear_q_proj, linear_q_down_proj, linear_q_up_proj, linear_kv_down_proj,
+    linear_kv_up_proj."""
+    seed: int = 0
+    """Seed of the random factor A; B begins at 0."""
+
+    def __post_init__(self) -> None:
+        normalise("adapter", self)
+        at_least(0, "adapter", self, "rank seed")
+        require(self.alpha > 0, f"adapter.alpha must be above 0, got {self.alpha}")
+        require(self.rank == 0 or bool(self.layers), "adapter.layers must name at least one layer, got none")
+
+    @property
+    def scale(self) -> float:
+        """The factor of the adapters' output."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)

@@ -1,0 +1,142 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A step with adapters has the gradients of the merged model, by the chain rule, in every layout."""
+
+from __future__ import annotations
+
+import adapted
+import pytest
+import torch
+from adapted import ADAPTER, AdaptedCase
+from layouts import Case, Outcomes, worst_difference
+from models import parallel
+
+from megatron_selfdistill.config import AdapterConfig, OptimizerConfig
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.output_layer import Fusion
+
+TARGET = Target(anchor="reference")
+LAYOUTS = {
+    "tp2": (2, parallel(tp=2)),
+    "tp2 sp": (2, parallel(tp=2, sp=True)),
+    "pp2": (2, parallel(pp=2)),
+    "cp2": (2, parallel(cp=2)),
+    "dp2": (2, parallel()),
+    "pp2 vpp2": (2, parallel(pp=2, vpp=2)),
+}
+FULL_LAYOUTS = {
+    "tp4 sp": (4, parallel(tp=4, sp=True)),
+    "tp2 pp2 sp": (4, parallel(tp=2, pp=2, sp=True)),
+    "tp2 cp2 sp": (4, parallel(tp=2, cp=2, sp=True)),
+    "tp2 pp2 vpp2": (4, parallel(tp=2, pp=2, vpp=2)),
+    "cp2 dp2": (4, parallel(cp=2)),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks):
+    return Outcomes(ranks, adapted.run_each)
+
+
+def chained(weight_grads: dict[str, torch.Tensor], params: dict[str, torch.Tensor], scale: float) -> dict:
+    """Return the gradients of the factors that the gradients of the merged weights give, in float64."""
+    grads = {}
+    for key in (key for key in params if key.endswith("_adapter.a")):
+        layer = key.removesuffix("_adapter.a")
+        gradient = weight_grads[f"{layer}.weight"].double()
+        a, b = params[key].double(), params[f"{layer}_adapter.b"].double()
+        grads[key] = scale * b.mT @ gradient
+        grads[f"{layer}_adapter.b"] = scale * gradient @ a.mT
+    return grads
+
+
+def of_adapters(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {key: value for key, value in tensors.items() if "_adapter." in key}
+
+
+def expected(outcomes: Outcomes, job: AdaptedCase) -> tuple[float, dict[str, torch.Tensor]]:
+    """Return the loss, and the gradients of the factors by the chain rule, from the merged model on one rank."""
+    plain = adapted.with_layout(job, parallel=parallel(), pair_order="teacher_first", paired=False)
+    outcome, grads, _ = outcomes(AdaptedCase(plain.case, job.adapter, merged=True))
+    _, _, params = outcomes(adapted.with_layout(plain, steps=1, optimizer=still()))
+    return outcome.loss, chained(grads, params, job.adapter.scale)
+
+
+def still() -> OptimizerConfig:
+    """Return an optimizer that changes nothing."""
+    return OptimizerConfig(
+        optimizer="sgd", precision="fp32", lr=0.0, clip_grad=0.0, use_distributed_optimizer=False, weight_decay=0.0
+    )
+
+
+def check(outcomes: Outcomes, job: AdaptedCase, world_size: int) -> None:
+    loss, wanted = expected(outcomes, job)
+    outcome, grads, _ = outcomes(job, world_size)
+    assert outcome.loss == pytest.approx(loss, rel=2e-5)
+    got = of_adapters(grads)
+    assert got.keys() == wanted.keys() and len(got) > 0
+    assert all(gradient.norm() > 0 for gradient in got.values())
+    difference, name = worst_difference(got, wanted)
+    assert difference < 1e-4, f"{name}: {difference}"
+    others = [key for key, gradient in grads.items() if key not in got and gradient.any()]
+    assert not others, f"frozen weights have gradients: {others}"
+
+
+@pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
+def test_the_gradients_are_those_of_the_merged_model(outcomes, pair_order):
+    check(outcomes, AdaptedCase(Case(target=TARGET, pair_order=pair_order, paired=pair_order == "alternating")), 1)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_every_layout_has_the_same_gradients(outcomes, name):
+    world_size, layout = LAYOUTS[name]
+    check(outcomes, AdaptedCase(Case(target=TARGET, parallel=layout)), world_size)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("kind", ["gqa", "tied"])
+@pytest.mark.parametrize("name", FULL_LAYOUTS)
+def test_larger_layouts_have_the_same_gradients(outcomes, name, kind):
+    world_size, layout = FULL_LAYOUTS[name]
+    check(outcomes, AdaptedCase(Case(kind=kind, target=TARGET, parallel=layout)), world_size)
+
+
+@pytest.mark.parametrize("target", [Target(), TARGET])
+@pytest.mark.parametrize("mode", ["low_memory", "keep_gradient"])
+def test_a_fused_output_layer_needs_no_gradient_of_its_own(outcomes, mode, target):
+    check(outcomes, AdaptedCase(Case(target=target, fusion=Fusion(mode, 5))), 1)
+
+
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+def test_recomputed_layers_keep_their_adapters(outcomes, granularity):
+    check(outcomes, AdaptedCase(Case(target=TARGET, schedule=adapted.recomputing(granularity))), 1)
+
+
+def test_a_mixture_of_experts_has_adapters_in_its_attention(outcomes):
+    layout = parallel(ep=2)
+    job = AdaptedCase(Case(kind="moe", target=TARGET, parallel=layout, model_changes={"moe_aux_loss_coeff": 0.0}))
+    check(outcomes, job, 2)
+
+
+def test_some_layers_and_the_stabilised_scale(outcomes):
+    some = AdapterConfig(rank=4, alpha=0.2, rank_stabilised=True, layers=["linear_proj", "linear_fc2"])
+    assert some.scale == pytest.approx(0.1) and ADAPTER.scale == pytest.approx(0.1)
+    check(outcomes, AdaptedCase(Case(target=TARGET), some), 1)
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+def test_steps_change_the_factors_alone_and_every_layout_alike(outcomes, distributed):
+    optimizer = OptimizerConfig(
+        optimizer="adam",
+        precision="fp32",
+        lr=0.01,
+        lr_warmup_steps=0,
+        use_distributed_optimizer=distributed,
+        weight_decay=0.1,
+    )
+    job = AdaptedCase(Case(target=TARGET, optimizer=optimizer, steps=3))
+    _, _, before = outcomes(adapted.with_layout(job, steps=1, optimizer=still()))
+    _, _, after = outcomes(adapted.with_layout(job, parallel=parallel(tp=2, sp=True)), 2)
+    _, _, alone = outcomes(job)
+    for key, value in before.items():
+        assert torch.equal(after[key], value) == ("_adapter." not in key), key
+    assert worst_difference(of_adapters(after), of_adapters(alone))[0] < 1e-3
