@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
+from megatron_selfdistill.evaluation.inference import decided_output_layer, loaded_chunks, new_chunks
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import in_use
@@ -76,27 +76,34 @@ class Learner:
         def initial_chunks() -> list[torch.nn.Module]:
             return new_chunks(config, grid, run_data.vocab_size)
 
-        self.chunks = wrap_for_training(initial_chunks(), config.optimizer)
+        load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
+        weights_alone = config.checkpoint.load if load is not None and not config.checkpoint.load_optimizer else None
+        initial = loaded_chunks(config, grid, run_data.vocab_size, weights_alone)
+        self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
         self.vocab = VocabShard.from_group(last.vocab_size, run_data.vocab_size, grid.tp_group)
-        load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
-        if load is not None and not config.checkpoint.load_optimizer:
-            load_weights(load, self.chunks, run_data.vocab_size, config.checkpoint.verify)
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
         weights = config.teacher.weights if config.keeps_teacher else "current"
         offload = config.teacher.offload == "cpu"
         self.teacher = Teacher(
-            weights, self.chunks, initial_chunks, ema_decay=config.teacher.ema_decay, offload=offload
+            weights,
+            self.chunks,
+            initial_chunks,
+            ema_decay=config.teacher.ema_decay,
+            offload=offload,
+            adapted=config.adapter.rank > 0,
         )
         self.reference: Teacher | None = None
         """The initial weights that the target is anchored to: the teacher itself if it is frozen, else another copy."""
         if config.is_anchored:
             is_teacher = weights == "frozen"
             self.reference = (
-                self.teacher if is_teacher else Teacher("frozen", self.chunks, initial_chunks, offload=offload)
+                self.teacher
+                if is_teacher
+                else Teacher("frozen", self.chunks, initial_chunks, offload=offload, adapted=config.adapter.rank > 0)
             )
         self.batch_k: float | None = None
         """For target.rule=batch: the k that was solved from the last step; None before the first step."""

@@ -15,6 +15,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.build import unwrapped
 
 Chunks = list[torch.nn.Module]
@@ -25,7 +26,8 @@ class Teacher:
 
     With ``frozen`` and ``ema`` the teacher is a copy in the dtype of the parameters.  With ``ema`` there is also a
     float32 master copy, because an average in bf16 never moves: its step is below half a unit in the last place.  With
-    ``current`` the teacher is the student.  With ``offload`` the copy stays in pinned host memory, and is on the device
+    ``current`` the teacher is the student.  The frozen teacher of a student with adapters is the student without them,
+    with no copy.  With ``offload`` the copy stays in pinned host memory, and is on the device
     only within `on_device`.
     """
 
@@ -37,14 +39,20 @@ class Teacher:
         *,
         ema_decay: float = 0.99,
         offload: bool = False,
+        adapted: bool = False,
     ) -> None:
+        """Make the teacher; ``adapted``: whether the student is a frozen model with adapters."""
         self.weights, self.ema_decay = weights, ema_decay
         self.student = list(student)
-        self.offload = offload and weights != "current"
-        self.chunks = self.student if weights == "current" else build_chunks()
+        self.is_copy = weights != "current" and not adapted
+        """Whether the teacher has weights of its own."""
+        self.offload = offload and self.is_copy
+        self.chunks = build_chunks() if self.is_copy else self.student
+        if adapted and weights == "frozen":
+            self.chunks = [WithoutAdapters(chunk) for chunk in self.student]
         self.masters: list[Tensor] = []
         self._resting: list[Tensor] = []
-        if weights != "current":
+        if self.is_copy:
             for chunk in self.chunks:
                 chunk.requires_grad_(False)
                 chunk.eval()
@@ -52,7 +60,7 @@ class Teacher:
 
     def copy_student(self) -> None:
         """Copy the student's present weights, at the start of a run after its checkpoint was loaded."""
-        if self.weights == "current":
+        if not self.is_copy:
             return
         with torch.no_grad(), self.on_device(keep=True):
             for mine, theirs in self._pairs():
@@ -107,12 +115,12 @@ class Teacher:
                 param.data = host
 
     def sharded_state_dict(self) -> dict[str, Any]:
-        """Return the teacher's tensors for a checkpoint, shared and not copied; empty for ``current``.
+        """Return the teacher's tensors for a checkpoint, shared and not copied; empty without weights of its own.
 
         The tensors are the float32 masters for ``ema`` and the copy for ``frozen``.  Their keys begin with
         ``teacher.``.
         """
-        if self.weights == "current":
+        if not self.is_copy:
             return {}
         with self.masters_in_place():
             state = {}
@@ -122,7 +130,7 @@ class Teacher:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy ``state``, the loaded tensors of `sharded_state_dict`, into the teacher."""
-        if self.weights == "current":
+        if not self.is_copy:
             return
         with torch.no_grad(), self.on_device(keep=True):
             with self.masters_in_place():

@@ -38,12 +38,19 @@ RULES: dict[str, str] = {
             *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
-            *("teacher.ema_decay", "model", "target", "distill", "policy", "explanation", "verbal", "hints"),
+            *("teacher.ema_decay", "model", "adapter.alpha", "adapter.rank_stabilised"),
+            *("target", "distill", "policy", "explanation", "verbal", "hints"),
         ),
         BOUND,
     ),
     # FIXED: the form of a checkpoint depends on the value.  Not even force can change the key within a run.
-    **dict.fromkeys(("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"), FIXED),
+    **dict.fromkeys(
+        (
+            *("teacher.weights", "optimizer.optimizer", "optimizer.use_distributed_optimizer"),
+            *("adapter.rank", "adapter.layers", "adapter.seed"),
+        ),
+        FIXED,
+    ),
     # JUDGE: bound if the run trains on verdicts, otherwise free.
     **dict.fromkeys(("evaluation.verifier", "evaluation.confidence"), JUDGE),
     # FREE: where, how fast and how long a run trains.  A resumed run compares the problems, not the names of the files.

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.checkpoint.run.external import load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.evaluation.inference import decided_output_layer, new_chunks
+from megatron_selfdistill.evaluation.inference import decided_output_layer, loaded_chunks
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, explored_responses
@@ -60,9 +58,7 @@ class AllModels:
 
 def load_chunks(config: Config, run_data: RunData, checkpoint: str, grid: RankGrid) -> list[torch.nn.Module]:
     """Return this rank's chunks of the model with the weights of a Megatron checkpoint.  Raises: `CheckpointError`."""
-    chunks = new_chunks(config, grid, run_data.vocab_size)
-    load_weights(Path(checkpoint), chunks, run_data.vocab_size, config.checkpoint.verify)
-    return chunks
+    return loaded_chunks(config, grid, run_data.vocab_size, checkpoint)
 
 
 def read_by_all_models(

@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
-from megatron_selfdistill.checkpoint.run.external import load_weights
+from megatron_selfdistill.checkpoint.run.external import has_adapters, load_weights
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer, unfusable
@@ -43,9 +44,7 @@ def open_inference(config: Config, run_data: RunData, grid: RankGrid) -> Iterato
     The weights are random if ``checkpoint.load`` is null.
     Every rank of the world enters and leaves this context.  Raises: `ConfigError`, `CheckpointError`.
     """
-    chunks = new_chunks(config, grid, run_data.vocab_size)
-    if config.checkpoint.load is not None:
-        load_weights(Path(config.checkpoint.load), chunks, run_data.vocab_size, config.checkpoint.verify)
+    chunks = loaded_chunks(config, grid, run_data.vocab_size, config.checkpoint.load)
     vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, run_data.vocab_size, grid.tp_group)
     sampler = make_sampler(config, run_data, chunks, grid)
     try:
@@ -73,6 +72,25 @@ def converted(hf: Path, out: Path) -> Iterator[Path]:
     finally:
         if dist.get_rank() == 0:
             shutil.rmtree(out, ignore_errors=True)
+
+
+def loaded_chunks(config: Config, grid: RankGrid, vocab_size: int, checkpoint: str | None) -> list[torch.nn.Module]:
+    """Return this rank's chunks of the configured model with the weights of ``checkpoint``; null keeps initial weights.
+
+    Where ``adapter.rank`` is not 0 the chunks have adapters: those of the checkpoint, or new ones where it has none.
+    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    chunks, verify = new_chunks(config, grid, vocab_size), config.checkpoint.verify
+    path = None if checkpoint is None else Path(checkpoint)
+    adds = config.adapter.rank > 0
+    if adds and path is not None and has_adapters(path):
+        add_adapters(chunks, config.adapter, grid)
+        adds = False
+    if path is not None:
+        load_weights(path, chunks, vocab_size, verify)
+    if adds:
+        add_adapters(chunks, config.adapter, grid)
+    return chunks
 
 
 def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn.Module]:

@@ -52,7 +52,7 @@ class LowRankAdapter(MegatronModule):
     attribute ``sequence_parallel``.
     """
 
-    def __init__(self, linear: torch.nn.Module, name: str, adapter: AdapterConfig, grid: RankGrid) -> None:
+    def __init__(self, linear: Any, name: str, adapter: AdapterConfig, grid: RankGrid) -> None:
         """Make the factors for ``linear``, the layer ``name`` of the whole model: random A, and B = 0.
 
         A is uniform on (-1 / sqrt(in), 1 / sqrt(in)) and depends on the seed, the name and the full shape alone, so
@@ -73,7 +73,7 @@ class LowRankAdapter(MegatronModule):
         split, equal = (self.b, self.a) if self.is_column else (self.a, self.b)
         set_tensor_model_parallel_attributes(split, True, 0 if self.is_column else 1, 1)
         set_tensor_model_parallel_attributes(equal, False, -1, 1)
-        equal.sequence_parallel = self.sequence_parallel
+        equal.sequence_parallel = self.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what the adapter adds to the layer's output, for the layer's input x on this rank.
@@ -139,6 +139,11 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
             model.embedding.register_forward_hook(_require_gradient)
 
 
+def num_adapter_parameters(model: GPTModel, adapter: AdapterConfig) -> int:
+    """Return the number of parameters that `add_adapters` would add to ``model`` on this rank."""
+    return adapter.rank * sum(sum(linear.weight.shape) for _, _, linear, _ in _linears(model, adapter.layers))
+
+
 class _Hook:
     """A forward hook that adds an adapter's output to that of its linear layer."""
 
@@ -152,7 +157,7 @@ class _Hook:
         return result + self.adapter(_normed(linear, inputs[0])), bias
 
 
-def _normed(linear: torch.nn.Module, x: Tensor) -> Tensor:
+def _normed(linear: Any, x: Tensor) -> Tensor:
     """Return the input of the matrix product of ``linear``.
 
     Transformer Engine's fused layers normalise their input and keep the result to themselves, so that the norm runs
@@ -204,11 +209,9 @@ def adapters_off(model: GPTModel) -> Iterator[None]:
             adapter.enabled = enabled
 
 
-def _linears(
-    model: GPTModel, layers: Sequence[str]
-) -> Iterator[tuple[torch.nn.Module, str, torch.nn.Module, str]]:
+def _linears(model: GPTModel, layers: Sequence[str]) -> Iterator[tuple[torch.nn.Module, str, Any, str]]:
     """Yield parent, name in the parent, module and name in the whole model of each linear layer of ``layers``."""
-    for index, layer in enumerate(model.decoder.layers):
+    for layer in model.decoder.layers:
         for path, parent in layer.named_modules():
             if "experts" in path.split("."):  # routed experts; those that all tokens share are shared_experts
                 continue

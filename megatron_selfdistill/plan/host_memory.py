@@ -62,7 +62,7 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
     """Return the bytes that one rank of ``stage`` holds permanently."""
     teacher = config.teacher
     weights = reference = states = 0.0
-    if config.keeps_teacher and teacher.offload == "cpu" and teacher.weights != "current":
+    if config.keeps_teacher and teacher.offload == "cpu" and teacher.weights != "current" and not config.adapter.rank:
         weights = stage.parameters * (element_size(config) + (4 if teacher.weights == "ema" else 0))
     if config.objective == "self_distillation":
         if teacher.offload == "cpu" and config.copies_reference:
@@ -84,9 +84,10 @@ def _saving(config: Config, stage: Stage) -> dict[str, float]:
         state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
         state += 4 if optimizer.precision == "bf16" else 0
     share = stage.dense_parameters / stage.dp_cp_size + stage.expert_parameters / stage.expert_dp_size
+    trained = stage.adapter_parameters / stage.dp_cp_size if config.adapter.rank else share
     is_average = config.keeps_teacher and config.teacher.weights == "ema"
     return {
-        "optimizer in a save": share * state,
+        "optimizer in a save": trained * state,
         "weights in a save": share * element_size(config),
         "teacher in a save": share * 4 if is_average else 0.0,
     }

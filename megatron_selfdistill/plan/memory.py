@@ -111,13 +111,22 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     The gradients are float32.  The optimizer keeps two moments of Adam, or SGD's momentum, and in bf16 training a
     float32 copy of the weights.  An average teacher also has a float32 master, unless it rests in host memory.  A
     frozen teacher is also the reference; beside another teacher the reference is one more copy.  The distributed
-    optimizer divides its part over the ranks that hold the same parameters.
+    optimizer divides its part over the ranks that hold the same parameters.  With adapters, these alone have gradients
+    and optimizer state, and neither teacher nor reference is a copy.
     """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
     state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
     state += 4 if optimizer.precision == "bf16" else 0
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
+    if config.adapter.rank:
+        return {
+            "weights": (stage.parameters + stage.adapter_parameters) * size,
+            "gradients": stage.adapter_parameters * 4,
+            "optimizer": state * stage.adapter_parameters / sharers[0],
+            "teacher": 0,
+            "reference": 0,
+        }
     taught = 0
     if config.keeps_teacher and teacher.weights != "current":
         taught = size + (4 if teacher.weights == "ema" and teacher.offload == "none" else 0)

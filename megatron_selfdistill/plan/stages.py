@@ -4,17 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import ModelConfig, ParallelConfig
+from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConfig
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.adapters import num_adapter_parameters
 from megatron_selfdistill.model.build import build_on_meta
 
 
@@ -37,6 +38,8 @@ class Stage:
     """The number of ranks that share the optimizer state of dense parameters."""
     expert_dp_size: int
     """The number of ranks that share the optimizer state of experts."""
+    adapter_parameters: int = 0
+    """The parameters of the adapters on this rank, the only trained ones where there are any."""
 
     @property
     def parameters(self) -> int:
@@ -50,13 +53,18 @@ class Stage:
 
 
 def stages(
-    model: ModelConfig, config: TransformerConfig, cut: ParallelConfig, vocab_size: int, world_size: int
+    model: ModelConfig,
+    config: TransformerConfig,
+    cut: ParallelConfig,
+    vocab_size: int,
+    world_size: int,
+    adapter: AdapterConfig | None = None,
 ) -> list[Stage]:
     """Return one `Stage` per pipeline rank, each built on the meta device as that rank would build it.
 
     ``config``: Megatron's configuration of the model in the layout ``cut``; ``vocab_size``: the number of tokens
-    in the vocabulary, without padding.  Raises: `ConfigError` with Megatron Core's message if Megatron Core refuses the
-    layout.
+    in the vocabulary, without padding; ``adapter``: the adapters of the model, if it has any.
+    Raises: `ConfigError` with Megatron Core's message if Megatron Core refuses the layout.
     """
     found = []
     for pp_rank in range(cut.pipeline_model_parallel_size):
@@ -66,7 +74,8 @@ def stages(
             except (ValueError, AssertionError, RuntimeError) as error:
                 message = " ".join(str(error).split())
                 raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {message}") from error
-            found.append(_stage(chunks, cut, grid, vocab_size))
+            adapters = sum(num_adapter_parameters(chunk, adapter) for chunk in chunks) if adapter is not None else 0
+            found.append(replace(_stage(chunks, cut, grid, vocab_size), adapter_parameters=adapters))
     return found
 
 

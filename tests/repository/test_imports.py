@@ -20,10 +20,10 @@ ORDER = {
     "errors": "",
     "choices": "",
     "config": (
-        "console_line paths environment schema.field_checks schema.model_config schema.parallel_config "
-        "schema.data_config schema.rollout_config schema.environment_config schema.hints_config schema.target_config "
-        "schema.loss_config schema.policy_config schema.optimizer_config "
-        "schema.run_config schema.reward_checks schema.data_checks schema.target_checks schema.whole_config checks "
+        "console_line paths environment schema.field_checks schema.model_config schema.adapter_config "
+        "schema.parallel_config schema.data_config schema.rollout_config schema.environment_config "
+        "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
+        "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks schema.whole_config checks "
         "world_checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
@@ -46,7 +46,7 @@ ORDER = {
         "chat.replies packing"
     ),
     "model": (
-        "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build hf.rules "
+        "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build adapters hf.rules "
         "hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts hf.mapping export forward output_layer"
     ),
     "checkpoint": (

@@ -53,7 +53,8 @@ def run(job: AdaptedCase) -> layouts.Outcome:
         copy = Teacher("frozen", student, lambda: build_chunks(model, unwrapped(plain[0]).config, grid, 61))
         models.fill_from_names(copy.chunks)
         frozen = copy.chunks
-    batch, outcome = layouts.packed(case, grid), None
+    batch = layouts.packed(case, grid)
+    outcome: layouts.Outcome | None = None
     for _ in range(max(case.steps, 1)):
         for chunk in student:
             chunk.zero_grad_buffer()
@@ -74,6 +75,7 @@ def run(job: AdaptedCase) -> layouts.Outcome:
         if case.steps:
             scheduler.step(1)
             optimizer.step()
+    assert outcome is not None
     if case.optimizer.use_distributed_optimizer:
         outcome.grads = {}
     if case.steps:

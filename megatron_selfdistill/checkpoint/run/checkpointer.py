@@ -331,5 +331,5 @@ class Checkpointer:
 def _frozen(teacher: TeacherState | None, reference: TeacherState | None) -> TeacherState | None:
     """Return the frozen weights of a run, which may be its teacher, its reference or both; None without any."""
     if reference is not None:
-        return reference
-    return teacher if teacher is not None and teacher.weights == "frozen" else None
+        return reference if reference.is_copy else None
+    return teacher if teacher is not None and teacher.weights == "frozen" and teacher.is_copy else None

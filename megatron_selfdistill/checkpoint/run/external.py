@@ -60,6 +60,16 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     return directory.iteration_of(found)
 
 
+def has_adapters(path: Path) -> bool:
+    """Return whether the checkpoint at ``path`` holds low-rank adapters, on every rank; collective."""
+
+    def look() -> bool:
+        found, is_legacy = find(path)
+        return not is_legacy and any("_adapter." in name for name in sharded_io.stored_shapes(found))
+
+    return run_on_rank_0(look)
+
+
 def load_weights_and_optimizer(
     path: Path, chunks: Chunks, optimizer: MegatronOptimizer, vocab_size: int | None = None, verify: str = "checksums"
 ) -> int:

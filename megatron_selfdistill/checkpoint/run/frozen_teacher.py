@@ -32,6 +32,8 @@ class TeacherState(Protocol):
     """The parts of a `Teacher` that a checkpoint needs; ``weights`` is frozen, ema or current."""
 
     weights: str
+    is_copy: bool
+    """Whether the teacher has weights of its own."""
 
     def sharded_state_dict(self) -> dict[str, Any]:
         """Return the teacher's tensors for a checkpoint."""

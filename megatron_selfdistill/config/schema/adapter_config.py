@@ -22,8 +22,8 @@ class AdapterConfig:
     rank_stabilised: bool = False
     """Whether the scale is alpha / sqrt(rank) (rsLoRA), which keeps large ranks learning."""
     layers: list[str] = field(default_factory=lambda: list(LINEAR_LAYERS))
-    """Names of the linear layers with adapters, as Megatron names them: linear_qkv, linear_proj, linear_fc1, linear_fc2,
-    and with latent attention linear_q_proj, linear_q_down_proj, linear_q_up_proj, linear_kv_down_proj,
+    """Names of the linear layers with adapters, as Megatron names them: linear_qkv, linear_proj, linear_fc1 and
+    linear_fc2; with latent attention also linear_q_proj, linear_q_down_proj, linear_q_up_proj, linear_kv_down_proj and
     linear_kv_up_proj."""
     seed: int = 0
     """Seed of the random factor A; B begins at 0."""

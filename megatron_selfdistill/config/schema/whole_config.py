@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from megatron_selfdistill.choices import OBJECTIVES
 from megatron_selfdistill.config.environment import FromEnvironment, Place
+from megatron_selfdistill.config.schema.adapter_checks import check_adapters
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_checks import check_conversations, check_hints, check_next_state
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
@@ -146,6 +147,9 @@ class Config:
             f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but objective="
             f"{self.objective} trains on next tokens: set loss.fused=none, or null",
         )
+        if self.adapter.rank:
+            averages = self.keeps_teacher and self.teacher.weights == "ema"
+            check_adapters(self.adapter.rank, self.rollout, self.checkpoint, averages)
         hang, collective = self.stop.hang_timeout_minutes, self.parallel.distributed_timeout_minutes
         require(
             hang is None or hang < collective,
@@ -169,8 +173,11 @@ class Config:
 
     @property
     def copies_reference(self) -> bool:
-        """Whether the reference is a copy of the weights of its own; a frozen teacher's weights are the reference's."""
-        return self.is_anchored and self.teacher.weights != "frozen"
+        """Whether the reference is a copy of the weights of its own.
+
+        A frozen teacher's weights are the reference's, and with adapters it is the model without them.
+        """
+        return self.is_anchored and self.teacher.weights != "frozen" and not self.adapter.rank
 
     @property
     def has_policy_term(self) -> bool:

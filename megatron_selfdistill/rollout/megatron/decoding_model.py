@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model.adapters import WithoutAdapters, adapters_off
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.megatron.decoding import decoding, decoding_overrides, refuse_undecodable, takes_masks
 from megatron_selfdistill.rollout.megatron.kv_cache import RaggedAttention, RaggedCache, cache_bytes_per_token
@@ -34,6 +35,7 @@ class DecodingModel:
         """
         self._chunks = list(chunks)
         self.models = [unwrapped(chunk) for chunk in chunks]
+        self._without_adapters = any(isinstance(chunk, WithoutAdapters) for chunk in chunks)
         refuse_undecodable(self.models, grid)
         self._grid = grid
         self._vocab_size = vocab_size
@@ -94,7 +96,10 @@ class DecodingModel:
                 hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
-            output = model(tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True)
+            with adapters_off(model) if self._without_adapters else nullcontext():
+                output = model(
+                    tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
+                )
             if not model.post_process:
                 output = output.to(self._hidden_dtype).contiguous()
                 dist.send(output, dst=self._stage_rank(1), group=self._grid.pp_group)
