@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.run.external import has_adapters, load_weights_and_optimizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
@@ -78,6 +78,11 @@ class Learner:
 
         load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
         weights_alone = config.checkpoint.load if load is not None and not config.checkpoint.load_optimizer else None
+        if weights_alone is not None and has_adapters(Path(weights_alone)):
+            raise ConfigError(
+                f"checkpoint.load={weights_alone} holds adapters, but a run begins at weights without them: name the "
+                "checkpoint that the run of these adapters began at"
+            )
         initial = loaded_chunks(config, grid, run_data.vocab_size, weights_alone)
         self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)

@@ -3,11 +3,18 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import assert_resumes_equal, final_tensors, overrides, reproducible_metrics, train
+from tiny_run import assert_resumes_equal, final_tensors, go_back_to_step, overrides, reproducible_metrics, train
+
+from megatron_selfdistill.checkpoint.conversion import megatron_to_hf
+from megatron_selfdistill.commands import explore
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
 
@@ -66,3 +73,61 @@ def test_every_layout_learns_alike(ranks, data, base, whole, tmp_path, layout):
     for expected, found in zip(reproducible_metrics(whole), reproducible_metrics(tmp_path / "run"), strict=True):
         assert found["loss/mean"] == pytest.approx(expected["loss/mean"], rel=1e-3, abs=1e-6)
         assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize("teacher", ["frozen", pytest.param("current", marks=pytest.mark.full)])
+def test_guided_responses_are_sampled_from_the_target_of_the_loss(ranks, data, base, tmp_path, teacher):
+    """The sampler's teacher and reference are the base without adapters, and its student has them."""
+    recorded = tmp_path / "recorded.jsonl"
+    options = ["rollout.guidance=mixed", "target.match=student", "optimizer.lr=1e-1", "optimizer.lr_warmup_steps=0"]
+    options += [f"teacher.weights={teacher}", "metrics.teacher_every=1", "metrics.show_samples=0", "num_steps=3"]
+    train(ranks, arguments(data, tmp_path / "run", base, *options, f"rollout.record={recorded}"))
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
+        means = {}
+        for name in ("log_probs", "teacher_log_probs"):
+            values = [value for record in records if record["step"] == step for value in record[name]]
+            means[name] = sum(values) / len(values)
+        assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
+        assert line["sampler/log_prob_max_abs_diff"] < 1e-3
+        assert step == 0 or abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-3
+
+
+@pytest.mark.full
+def test_a_run_goes_on_in_another_layout(ranks, data, base, whole):
+    halves = Path(shutil.copytree(whole, whole.with_name("run_in_another_layout")))
+    go_back_to_step(3, halves)
+    replay = f"rollout.replay={whole}/responses.jsonl"
+    train(
+        ranks,
+        arguments(data, halves, base, replay, "parallel.tensor_model_parallel_size=2", "checkpoint.resume=force"),
+        2,
+    )
+    expected, found = weights(ranks, whole, 4), weights(ranks, halves, 4)
+    for name in (name for name in expected if "_adapter." in name):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+def test_other_commands_read_the_adapters_or_refuse_them(ranks, data, base, whole, tmp_path):
+    texts = ["--problem", "500-408:", "--solution", "092", "-o", str(tmp_path / "explored.html"), "optimizer=fp32"]
+    assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
+    with pytest.raises(CheckpointError, match=r"_adapter\.a.* is unexpected"):
+        megatron_to_hf(whole / "checkpoints", tmp_path / "hf")
+    start = f"checkpoint.load={whole}/checkpoints"
+    train(ranks, arguments(data, tmp_path / "run", base, start), expected=2)
+
+
+@pytest.mark.parametrize(
+    ("overriding", "words"),
+    [
+        (["teacher.weights=ema"], "the average of low-rank changes has full rank"),
+        (["rollout.engine=vllm"], "only the sampler in process reads adapters"),
+        (["checkpoint.load_optimizer=true", "checkpoint.load=x"], "trains the adapters alone"),
+        (["adapter.alpha=0"], "adapter.alpha must be above 0"),
+        (["adapter.layers=[]"], "adapter.layers must name at least one layer"),
+        (["adapter.rank=-1"], "adapter.rank must be at least 0"),
+    ],
+)
+def test_contradictions_are_one_sentence(overriding, words):
+    with pytest.raises(ConfigError, match=words):
+        load(["data.path=x", "data.tokenizer=t", *ADAPTED, *overriding])

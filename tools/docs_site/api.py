@@ -34,7 +34,10 @@ PAGES = {
         "evaluation.calibration evaluation.diversity evaluation.alignment "
         "evaluation.comparison evaluation.bootstrap",
     ),
-    "checkpoints": ("Checkpoints and Hugging Face", "checkpoint.conversion checkpoint.describe model.export"),
+    "checkpoints": (
+        "Checkpoints and Hugging Face",
+        "checkpoint.conversion checkpoint.describe model.adapters model.export",
+    ),
     "metrics": ("Metrics and guards", "metrics.log metrics.loggers run_log metrics.step metrics.guards"),
 }
 """Name of a page under reference/api -> its title, and its modules in the order of the page."""
