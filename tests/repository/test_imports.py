@@ -23,8 +23,8 @@ ORDER = {
         "console_line paths environment schema.field_checks schema.model_config schema.adapter_config "
         "schema.parallel_config schema.data_config schema.rollout_config schema.environment_config "
         "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
-        "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks schema.whole_config checks "
-        "world_checks compose functions bound_keys command_line"
+        "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks "
+        "schema.whole_config checks world_checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
     "replaced_files": "",

@@ -9,7 +9,7 @@ from megatron_selfdistill.config.schema.run_config import CheckpointConfig
 
 
 def check_adapters(rank: int, rollout: RolloutConfig, checkpoint: CheckpointConfig, averages: bool) -> None:
-    """Raise `ConfigError` where other keys contradict ``adapter.rank``; ``averages``: whether the teacher is an average."""
+    """Raise `ConfigError` where other keys contradict adapters; ``averages``: whether the teacher is an average."""
     key = f"adapter.rank={rank}"
     require(
         not averages,
