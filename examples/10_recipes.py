@@ -133,7 +133,7 @@ BLOCKS = {
         stating_subtraction.TASK,
         8,
         (*REACHED, "stated", "ocg", "ece", "spr", "entropy"),
-        rows=("default", "teacher_alone", "sdft", "sdft_frozen", "sdpo", "grpo", "rft", "caopd", "caopd_frozen"),
+        rows=("default", "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
     ),
 }
 RESULTS = {

@@ -20,7 +20,10 @@ from megatron_selfdistill.run_log import (
     read_samples,
 )
 
-PHASES = ("rollout", "sync", "solutions", "read", "pack", "measure", "train", "optimizer", "evaluation", "checkpoint")
+PHASES = (
+    *("rollout", "environment", "sync", "solutions", "read", "pack"),
+    *("measure", "train", "optimizer", "evaluation", "checkpoint"),
+)
 """The phases of a step, in the order of the bar that shows where the time of a step goes."""
 
 

@@ -16,14 +16,14 @@ from megatron_selfdistill.model.output_layer import Fusion
 
 TARGET = Target(anchor="reference")
 LAYOUTS = {
-    "tp2": (2, parallel(tp=2)),
     "tp2 sp": (2, parallel(tp=2, sp=True)),
-    "pp2": (2, parallel(pp=2)),
-    "cp2": (2, parallel(cp=2)),
-    "dp2": (2, parallel()),
     "pp2 vpp2": (2, parallel(pp=2, vpp=2)),
 }
 FULL_LAYOUTS = {
+    "tp2": (2, parallel(tp=2)),
+    "pp2": (2, parallel(pp=2)),
+    "cp2": (2, parallel(cp=2)),
+    "dp2": (2, parallel()),
     "tp4 sp": (4, parallel(tp=4, sp=True)),
     "tp2 pp2 sp": (4, parallel(tp=2, pp=2, sp=True)),
     "tp2 cp2 sp": (4, parallel(tp=2, cp=2, sp=True)),
@@ -81,7 +81,7 @@ def check(outcomes: Outcomes, job: AdaptedCase, world_size: int) -> None:
     assert not others, f"frozen weights have gradients: {others}"
 
 
-@pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
+@pytest.mark.parametrize("pair_order", ["teacher_first", pytest.param("alternating", marks=pytest.mark.full)])
 def test_the_gradients_are_those_of_the_merged_model(outcomes, pair_order):
     check(outcomes, AdaptedCase(Case(target=TARGET, pair_order=pair_order, paired=pair_order == "alternating")), 1)
 
@@ -95,18 +95,25 @@ def test_every_layout_has_the_same_gradients(outcomes, name):
 @pytest.mark.full
 @pytest.mark.parametrize("kind", ["gqa", "tied"])
 @pytest.mark.parametrize("name", FULL_LAYOUTS)
-def test_larger_layouts_have_the_same_gradients(outcomes, name, kind):
+def test_further_layouts_have_the_same_gradients(outcomes, name, kind):
     world_size, layout = FULL_LAYOUTS[name]
     check(outcomes, AdaptedCase(Case(kind=kind, target=TARGET, parallel=layout)), world_size)
 
 
-@pytest.mark.parametrize("target", [Target(), TARGET])
-@pytest.mark.parametrize("mode", ["low_memory", "keep_gradient"])
+@pytest.mark.parametrize(
+    ("mode", "target"),
+    [
+        ("low_memory", TARGET),
+        pytest.param("low_memory", Target(), marks=pytest.mark.full),
+        pytest.param("keep_gradient", Target(), marks=pytest.mark.full),
+        pytest.param("keep_gradient", TARGET, marks=pytest.mark.full),
+    ],
+)
 def test_a_fused_output_layer_needs_no_gradient_of_its_own(outcomes, mode, target):
     check(outcomes, AdaptedCase(Case(target=target, fusion=Fusion(mode, 5))), 1)
 
 
-@pytest.mark.parametrize("granularity", ["full", "selective"])
+@pytest.mark.parametrize("granularity", ["full", pytest.param("selective", marks=pytest.mark.full)])
 def test_recomputed_layers_keep_their_adapters(outcomes, granularity):
     check(outcomes, AdaptedCase(Case(target=TARGET, schedule=adapted.recomputing(granularity))), 1)
 
@@ -117,13 +124,14 @@ def test_a_mixture_of_experts_has_adapters_in_its_attention(outcomes):
     check(outcomes, job, 2)
 
 
+@pytest.mark.full
 def test_some_layers_and_the_stabilised_scale(outcomes):
     some = AdapterConfig(rank=4, alpha=0.2, rank_stabilised=True, layers=["linear_proj", "linear_fc2"])
     assert some.scale == pytest.approx(0.1) and ADAPTER.scale == pytest.approx(0.1)
     check(outcomes, AdaptedCase(Case(target=TARGET), some), 1)
 
 
-@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize("distributed", [pytest.param(False, marks=pytest.mark.full), True])
 def test_steps_change_the_factors_alone_and_every_layout_alike(outcomes, distributed):
     optimizer = OptimizerConfig(
         optimizer="adam",

@@ -22,7 +22,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import AdapterConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.distributed.ranks import RankGrid, current_grid, initialize
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
@@ -92,11 +92,13 @@ def build(
     return chunks, grid
 
 
-def planned(model: ModelConfig, parallel: ParallelConfig, world_size: int) -> list[Stage]:
+def planned(
+    model: ModelConfig, parallel: ParallelConfig, world_size: int, adapter: AdapterConfig | None = None
+) -> list[Stage]:
     """Return the stages of the same model as meta tensors, in a world of any size."""
     config = transformer_config(model, parallel, OptimizerConfig(), ScheduleConfig())
     assert model.vocab_size is not None
-    return stages(model, config, parallel, model.vocab_size, world_size)
+    return stages(model, config, parallel, model.vocab_size, world_size, adapter)
 
 
 @torch.no_grad()

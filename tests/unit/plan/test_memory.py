@@ -10,6 +10,7 @@ import torch
 from models import build, model_config, parallel, planned
 
 from megatron_selfdistill.config import (
+    AdapterConfig,
     Config,
     OptimizerConfig,
     ScheduleConfig,
@@ -18,24 +19,28 @@ from megatron_selfdistill.config import (
     from_mapping,
 )
 from megatron_selfdistill.data.packing import _microbatch
+from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
 from megatron_selfdistill.plan.memory import GIB, Load, activation_bytes, layer_bytes, memory, parameter_bytes
 from megatron_selfdistill.plan.stages import Stage
 
+NO_ADAPTERS = AdapterConfig()
 # Wide enough that the padding of Megatron's buffers is small.
 WIDE = {"hidden_size": 128, "ffn_hidden_size": 512, "moe_ffn_hidden_size": 256, "num_layers": 4}
 
 
-def real_bytes(kind, cuts, optimizer_config):
+def real_bytes(kind, cuts, optimizer_config, adapter=NO_ADAPTERS):
     """Return the memory of this rank after one step of the optimizer."""
-    chunks, _ = build(model_config(kind, **WIDE), parallel(**cuts), optimizer=optimizer_config)
+    chunks, grid = build(model_config(kind, **WIDE), parallel(**cuts), optimizer=optimizer_config)
+    if adapter.rank:
+        add_adapters(chunks, adapter, grid)
     wrapped = wrap_for_training(chunks, optimizer_config)
     optimizer, _ = build_optimizer(wrapped, optimizer_config, num_steps=1)
     for chunk in wrapped:
         chunk.zero_grad_buffer()
-        for param in chunk.parameters():
+        for param in (param for param in chunk.parameters() if param.requires_grad):
             param.main_grad.fill_(1e-3)
     optimizer.step()
     params = [p for chunk in chunks for p in unwrapped(chunk).parameters()]
@@ -77,6 +82,19 @@ def test_weights_gradients_and_optimizer_take_what_is_planned(ranks, kind, cuts,
     ranks_of_a_stage = 4 // len(by_stage)
     total = sum(sizes["optimizer"] for sizes in measured)
     assert total == pytest.approx(ranks_of_a_stage * sum(sizes["optimizer"] for sizes in by_stage), rel=0.02)
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp32", marks=pytest.mark.full)])
+def test_with_adapters_these_alone_have_gradients_and_state_and_no_model_is_a_copy(ranks, precision):
+    adapter, optimizer = AdapterConfig(rank=8), OptimizerConfig(precision=precision)
+    config = dataclasses.replace(Config(), optimizer=optimizer, adapter=adapter)
+    (stage,) = planned(model_config("gqa", **WIDE), parallel(tp=2), 4, adapter)
+    sizes = parameter_bytes(config, stage)
+    measured = ranks.run(real_bytes, "gqa", {"tp": 2}, optimizer, adapter, world_size=4)
+    for part in ("weights", "gradients"):
+        assert [found[part] for found in measured] == pytest.approx([sizes[part]] * 4, rel=0.02)
+    assert sum(found["optimizer"] for found in measured) == pytest.approx(4 * sizes["optimizer"], rel=0.02)
+    assert sizes["teacher"] == sizes["reference"] == 0 and 0 < sizes["gradients"] < sizes["weights"] / 4
 
 
 @pytest.mark.parametrize(
