@@ -12,7 +12,7 @@ import torch
 from tiny_run import assert_resumes_equal, final_tensors, go_back_to_step, overrides, reproducible_metrics, train
 
 from megatron_selfdistill.checkpoint.conversion import megatron_to_hf
-from megatron_selfdistill.commands import explore
+from megatron_selfdistill.commands import evaluate, explore
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 
@@ -111,6 +111,11 @@ def test_a_run_goes_on_in_another_layout(ranks, data, base, whole):
 def test_other_commands_read_the_adapters_or_refuse_them(ranks, data, base, whole, tmp_path):
     texts = ["--problem", "500-408:", "--solution", "092", "-o", str(tmp_path / "explored.html"), "optimizer=fp32"]
     assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
+    model = ["--megatron", str(whole / "checkpoints"), "--data", str(data / "problems.jsonl")]
+    out = ["--out", str(tmp_path / "evaluated"), "--num-samples", "2", f"data.tokenizer={data}/tokenizer"]
+    settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.1", *ADAPTED]
+    arguments_of_evaluate = [*model, *out, *settings, "data.limit=2"]
+    assert ranks.run(evaluate.main, arguments_of_evaluate, world_size=1, init_process_group=False) == [0]
     with pytest.raises(CheckpointError, match=r"_adapter\.a.* is unexpected"):
         megatron_to_hf(whole / "checkpoints", tmp_path / "hf")
     start = f"checkpoint.load={whole}/checkpoints"
