@@ -100,15 +100,9 @@ def test_further_layouts_have_the_same_gradients(outcomes, name, kind):
     check(outcomes, AdaptedCase(Case(kind=kind, target=TARGET, parallel=layout)), world_size)
 
 
-@pytest.mark.parametrize(
-    ("mode", "target"),
-    [
-        ("low_memory", TARGET),
-        pytest.param("low_memory", Target(), marks=pytest.mark.full),
-        pytest.param("keep_gradient", Target(), marks=pytest.mark.full),
-        pytest.param("keep_gradient", TARGET, marks=pytest.mark.full),
-    ],
-)
+@pytest.mark.full
+@pytest.mark.parametrize("target", [Target(), TARGET])
+@pytest.mark.parametrize("mode", ["low_memory", "keep_gradient"])
 def test_a_fused_output_layer_needs_no_gradient_of_its_own(outcomes, mode, target):
     check(outcomes, AdaptedCase(Case(target=target, fusion=Fusion(mode, 5))), 1)
 
