@@ -6,12 +6,13 @@ a recipe compares responses to the same problem.  All rows have the optimizer an
 the hint format of their base, and temperature 1; the published learning rates, batches, templates and temperatures
 belong to other models.  What a recipe says about target, divergence, teacher, weights and rewards stays as published.
 
-Five blocks:
+Six blocks:
     subtraction   one right text per problem; the base is right in a third of its samples
     additions     many right answers per problem: which recipe keeps them?
     unsolved      subtraction that the base never solves, so that rewards are silent
     calculator    subtraction with a tool, turn by turn
     stating       subtraction by a base that states an honest confidence: which recipe keeps it honest?
+    checked       subtraction by a base that reads critiques, skills and responses, and gives scores
 
     python examples/10_recipes.py --block subtraction
     python examples/10_recipes.py --block unsolved --only default sdft grpo
@@ -26,7 +27,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from _lib import additions, calculator, stating_subtraction, subtraction, tables, unsolved_subtraction
+from _lib import (
+    additions,
+    calculator,
+    checked_subtraction,
+    row_records,
+    stating_subtraction,
+    subtraction,
+    tables,
+    unsolved_subtraction,
+)
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base, prepared_base, write_records
@@ -48,19 +58,35 @@ class Row:
     sees: str
     """What the teacher sees, or what the recipe has in place of a teacher."""
     num_samples: int
-    """Responses per problem; the number of problems per step is `NUM_RESPONSES` divided by it."""
+    """Episodes per problem; an episode is one response where the recipe has no second turn."""
     overrides: tuple[str, ...]
+    turns: int = 1
+    """The greatest number of responses per episode, where the recipe itself asks for a second one."""
+    records: str = "problems"
+    """What the row trains on: problems, logs (conversations of the base with a user who checks it), or explanations
+    (of a teacher that sees the solutions)."""
+    teacher: tuple[str, ...] = ()
+    """The overrides of the run that trains the writer of explanations; empty where the base writes them."""
+
+    @property
+    def num_problems(self) -> int:
+        """The problems of a step, so that a step has at most `NUM_RESPONSES` responses."""
+        return NUM_RESPONSES // (self.num_samples * self.turns)
 
     @property
     def budget(self) -> str:
         """The responses of a step: problems x responses per problem."""
-        return f"{NUM_RESPONSES // self.num_samples} x {self.num_samples}"
+        return f"{self.num_problems} x {self.num_samples * self.turns}"
 
 
 MIX = ("target=capped", "target.anchor=reference")
 """The mix with the frozen base in place of the teacher alone: the target of the default recipe."""
 GUIDED = ("rollout.guidance=mixed", "loss.divergence=forward_kl", "target.teacher_weight=2")
 """Responses sampled from the target itself, and the settings that example 03 needs on problems that nobody solves."""
+CHECKER = "environment.name=_lib.checker.Checker"
+EXPLAINING = ("recipe=rlt", "explanation.closing_tag=';'")
+"""RLT on column subtraction: the columns explain the answer, which stands after the semicolon."""
+HINDSIGHT = ("hints.judge=_lib.checked_subtraction.hint", "hints.min_length=1")
 ROWS = {
     "default": Row("default", "the solution", 1, ("recipe=default",)),
     "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
@@ -94,8 +120,67 @@ ROWS = {
         8,
         ("recipe=caopd", "teacher.weights=frozen"),
     ),
+    "sdpo_feedback": Row(
+        "SDPO with feedback",
+        "another right response, else a critique",
+        8,
+        ("recipe=sdpo_feedback", CHECKER, "environment.max_turns=1"),
+    ),
+    "rltf_sd": Row(
+        "RLTF-SD", "no teacher: rewards, and a critique before the revision", 8, ("recipe=rltf_sd", CHECKER), 2
+    ),
+    "rltf_fm": Row(
+        "RLTF-FM",
+        "no teacher: rewards, and a critique to predict",
+        8,
+        ("recipe=rltf_fm", CHECKER, "policy.reply_template='{problem}{response}'"),
+        2,
+    ),
+    "skill_sd": Row(
+        "Skill-SD, 100 problems",
+        "a skill of earlier responses, beside rewards",
+        8,
+        ("recipe=skill_sd", "hints.summarizer=_lib.checked_subtraction.summarize", "data.limit=100"),
+    ),
+    "openclaw": Row(
+        "OpenClaw-RL",
+        "the user's critique in a log, beside rewards",
+        1,
+        ("recipe=openclaw", *HINDSIGHT, "policy.reward=_lib.checked_subtraction.satisfaction"),
+        records="logs",
+    ),
+    "openclaw_full": Row(
+        "OpenClaw-RL, full divergence",
+        "the user's critique in a log",
+        1,
+        ("recipe=openclaw", *HINDSIGHT, "distill.signal=full", "policy.weight=0"),
+        records="logs",
+    ),
+    "ovd": Row(
+        "OVD",
+        "no teacher: rewards, and the solution to give scores",
+        8,
+        ("recipe=ovd", f"verbal.template='{checked_subtraction.QUESTION}'"),
+    ),
+    "rlt": Row(
+        "RLT, then SFT",
+        "no teacher: explanations of a trained teacher",
+        1,
+        ("objective=sft",),
+        records="explanations",
+        teacher=EXPLAINING,
+    ),
+    "explained": Row(
+        "explanations of the base, SFT",
+        "no teacher: explanations of the base",
+        1,
+        ("objective=sft",),
+        records="explanations",
+    ),
 }
-COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod"))
+ASKING = ("sdpo_feedback", "rltf_sd", "rltf_fm", "skill_sd", "openclaw", "openclaw_full", "ovd", "rlt", "explained")
+"""The rows whose base must read critiques, skills or scores, or explain the solution."""
+COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", *ASKING))
 """The rows of the blocks with one turn whose responses state no confidence."""
 
 
@@ -134,6 +219,13 @@ BLOCKS = {
         8,
         (*REACHED, "stated", "ocg", "ece", "spr", "entropy"),
         rows=("default", "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
+    ),
+    "checked": Block(
+        "Critiques, skills, scores and explanations",
+        checked_subtraction.TASK,
+        8,
+        (*REACHED, "shows_work", *COURSE),
+        rows=("default", "grpo", *ASKING),
     ),
 }
 RESULTS = {
@@ -191,7 +283,12 @@ def run(
     name: str, block: Block, base: Base, problems: Path, directory: Path, steps: int, settings: Sequence[str] = ()
 ) -> Outcome:
     """Train the row ``name`` of `ROWS` from ``base`` for ``steps`` steps and measure it; ``settings`` come last."""
-    overrides = overrides_of(name, block)
+    row, overrides = ROWS[name], overrides_of(name, block)
+    if row.records == "logs":
+        problems, template = row_records.logged_conversations(base, directory)
+        overrides = (*overrides, f"data.chat_template={template}")
+    elif row.records == "explanations":
+        problems = explained(name, base, problems, directory, steps)
     every = 0 if block.task.environment else max(steps // 4, 1)  # an evaluation plays no episodes
     often = (f"num_steps={steps}", f"evaluation.every={every}", "evaluation.at_start=false")
     quiet = (f"evaluation.num_samples={block.num_measured // 4}", "metrics.show_samples=0", "report.every=0")
@@ -199,12 +296,28 @@ def run(
     return run_variant(variant, base, directory, num_samples=block.num_measured)
 
 
+def explained(name: str, base: Base, problems: Path, directory: Path, steps: int) -> Path:
+    """Return explanations of the solutions of ``problems``, by a teacher of ``steps`` steps or by the base itself."""
+    wanted, checkpoint = ROWS[name].teacher, base.directory / "checkpoints"
+    if wanted:
+        quiet = (f"num_steps={steps}", "evaluation.every=0", "evaluation.at_start=false", "report.every=0")
+        variant = Variant(f"{name} teacher", (*wanted, *budget_of(NUM_RESPONSES // 8, 8))).on(
+            problems, *quiet, *WITHOUT_GUARDS
+        )
+        checkpoint = run_variant(variant, base, directory).run_dir / "checkpoints"
+    return row_records.explained_problems(checkpoint, base, problems, directory, wanted or EXPLAINING, name)
+
+
 def overrides_of(name: str, block: Block) -> tuple[str, ...]:
     """Return what makes a run of ``block`` a run of the row: its recipe, and the budget that all rows share."""
     row = ROWS[name]
-    budget = (f"data.global_batch_size={NUM_RESPONSES // row.num_samples}", f"rollout.num_samples={row.num_samples}")
-    equal = ("rollout.temperature=1", "optimizer.lr_decay_style=constant")
-    return (*row.overrides, *(block.imitated if name == "sft" else ()), *budget, *equal)
+    return (*row.overrides, *(block.imitated if name == "sft" else ()), *budget_of(row.num_problems, row.num_samples))
+
+
+def budget_of(num_problems: int, num_samples: int) -> tuple[str, ...]:
+    """Return the overrides of a step with a number of problems, in which all rows are equal otherwise."""
+    budget = (f"data.global_batch_size={num_problems}", f"rollout.num_samples={num_samples}")
+    return (*budget, "rollout.temperature=1", "optimizer.lr_decay_style=constant")
 
 
 def measured(measurement: Measurement) -> dict[str, Any]:
@@ -221,7 +334,7 @@ def figures(name: str, outcome: Outcome) -> dict[str, Any]:
         "trained": average(logged, "rewards/trained_share", 1.0),
         "rewarded_groups": average(logged, "rewards/mixed_groups", None),
         "with_hint": average(logged, "hints/share", None if ROWS[name].sees.startswith("no teacher") else 1.0),
-        "tokens": sum(metrics.get("tokens/rollout", 0) for metrics in logged) if name != "sft" else 0,
+        "tokens": 0 if ROWS[name].overrides == ("objective=sft",) else sum(m.get("tokens/rollout", 0) for m in logged),
         "cpu_seconds": outcome.cpu_seconds,
         "step": [metrics["step"] for metrics in evaluated],
         "greedy_by_step": [metrics[GREEDY.key] for metrics in evaluated if GREEDY.key in metrics],

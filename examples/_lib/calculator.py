@@ -10,8 +10,9 @@
     reply       >0.
     response    ;092           the answer, which ends the episode
 
-In the corpus of the base model, a quarter of the calls that must lend forget it: ``T00.`` after ``>2b``.  The tool
-answers what it is asked, so that every later turn follows a wrong one.
+In the corpus of the base model, a quarter of the calls that must lend forget it, ``T00.`` after ``>2b``, and a quarter
+of the calls with the smaller digit on top exchange both digits, ``T80.``, also the first call.  The tool answers what
+it is asked, so that every later turn follows a wrong one.
 
 ``environment.name=_lib.calculator.Calculator`` with the directory ``examples`` on PYTHONPATH names this environment.
 """
@@ -29,8 +30,9 @@ from _lib.subtraction import NUM_DIGITS, answer, columns_of, problem_text, rando
 from megatron_selfdistill.recipes.environments import Reply
 
 CALL = re.compile(r"T(\d)(\d)([.b])")
-FORGETS = 0.25
-"""The share of the corpus's calls that forget to lend, among those that must."""
+SLIPS = 0.25
+"""The share of the corpus's calls that forget to lend, among those that must, and that exchange both digits, among
+those with the smaller one on top."""
 
 
 class Calculator:
@@ -50,15 +52,20 @@ def result(top: int, bottom: int, lends: bool) -> str:
     return f">{difference % 10}{'b' if difference < 0 else '.'}"
 
 
-def episode(a: int, b: int, rng: random.Random | None = None, forgets: float = 0.0) -> tuple[list[str], list[str]]:
+def episode(a: int, b: int, rng: random.Random | None = None, slips: float = 0.0) -> tuple[list[str], list[str]]:
     """Return the responses and the tool's replies at a - b.
 
-    ``forgets``: the share of the calls that forget to lend, among those that must; 0 is right.
+    ``slips``: the share of the calls with a mistake, among those that allow it (see `SLIPS`); 0 is right.
     """
     calls, results, lends = [], [], False
+
+    def slipped(possible: bool) -> bool:
+        return possible and rng is not None and rng.random() < slips
+
     for top, bottom in columns_of(a, b):
-        if lends and rng is not None and rng.random() < forgets:
-            lends = False
+        if slipped(top < bottom):
+            top, bottom = bottom, top
+        lends = lends and not slipped(lends)
         calls.append(f"T{top}{bottom}{'b' if lends else '.'}")
         results.append(result(top, bottom, lends))
         lends = results[-1].endswith("b")
@@ -69,16 +76,16 @@ def episode(a: int, b: int, rng: random.Random | None = None, forgets: float = 0
 def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     """Return a row (prompt, input text, target text) of the corpus: one turn, after the turns before it.
 
-    65 % of the rows have no hint, and their calls forget to lend.  The other rows have the answer as a hint: their last
-    turn does what is right after the turns before it, which forget in half of the rows, and the answer is the hint's.
+    65 % of the rows have no hint, and their calls slip.  The other rows have the answer as a hint: their last turn does
+    what is right after the turns before it, which slip in half of the rows, and the answer is the hint's.
     """
     a, b = random_pair(rng, "corpus")
     prompt, turn = problem_text(a, b), rng.randrange(NUM_DIGITS + 1)
     if rng.random() < 0.65:
-        responses, results = episode(a, b, rng, FORGETS)
+        responses, results = episode(a, b, rng, SLIPS)
         text = f"{responses[turn]}$"
         return prompt + history(responses, results, turn), text, text
-    responses, results = episode(a, b, rng, FORGETS if rng.random() < 0.5 else 0.0)
+    responses, results = episode(a, b, rng, SLIPS if rng.random() < 0.5 else 0.0)
     text = f";{answer(a, b)}$"
     if turn < NUM_DIGITS:
         top, bottom = columns_of(a, b)[turn]

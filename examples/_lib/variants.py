@@ -73,6 +73,13 @@ class Outcome:
 
 def run_variant(variant: Variant, base: Base, directory: Path, *, num_samples: int = 8) -> Outcome:
     """Train from ``base`` in a new ``directory/<title>`` and measure the trained model."""
+    run_dir, status, seconds, cpu_seconds = train_variant(variant, base, directory)
+    measured = measure(base, run_dir, num_samples=num_samples)
+    return Outcome(variant, run_dir, status, seconds, cpu_seconds, measured)
+
+
+def train_variant(variant: Variant, base: Base, directory: Path) -> tuple[Path, int, float, float]:
+    """Train from ``base`` in a new ``directory/<title>``; return it, the status, wall and processor seconds."""
     run_dir = directory / "".join(c if c.isalnum() or c == "-" else "_" for c in variant.title.lower())
     shutil.rmtree(run_dir, ignore_errors=True)
     overrides = (*base.overrides, *variant.overrides)
@@ -83,6 +90,4 @@ def run_variant(variant: Variant, base: Base, directory: Path, *, num_samples: i
     settings = [*overrides, f"run_dir={run_dir}"]
     given = configuration.GivenKeys(settings, CONFIG_NAME)  # events.jsonl and the report name the command
     status = train(configuration.load(settings, CONFIG_NAME), given)
-    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
-    measured = measure(base, run_dir, num_samples=num_samples)
-    return Outcome(variant, run_dir, status, seconds, cpu_seconds, measured)
+    return run_dir, status, time.perf_counter() - began, time.process_time() - cpu_began

@@ -38,7 +38,7 @@ RULES: dict[str, str] = {
             *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
-            *("teacher.ema_decay", "model", "adapter.alpha", "adapter.rank_stabilised"),
+            *("teacher.ema_decay", "model", "adapter.alpha", "adapter.rank_stabilised", "adapter.load"),
             *("target", "distill", "policy", "explanation", "verbal", "hints"),
         ),
         BOUND,
@@ -74,7 +74,7 @@ RULES: dict[str, str] = {
             *("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps", "optimizer.sgd_momentum"),
             *("optimizer.clip_grad", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
             *("checkpoint.verify", "checkpoint.save_every", "checkpoint.keep_last", "checkpoint.async_save"),
-            "checkpoint.resume",
+            *("checkpoint.resume", "adapter.base"),
             *(
                 "evaluation.path",
                 "evaluation.split",
@@ -187,6 +187,8 @@ def _rule(key: str, free: Collection[str]) -> str:
 def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
     """Return the bound keys and sections that decide nothing in all ``configurations``."""
     found = []
+    if all(values.get("adapter.rank") for values in configurations):
+        found.append("checkpoint.load")  # the digest of the base decides, wherever it is
     if not any(map(_trains_on_verdicts, configurations)):
         found += [key for key, rule in RULES.items() if rule == JUDGE]
     if not any(map(_has_target, configurations)):

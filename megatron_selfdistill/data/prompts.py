@@ -105,12 +105,16 @@ class PromptBuilder:
         """
         return self.tokenizer.encode(self._render(self._teacher_messages(problem, solution), problem, True))
 
-    def filled_prompt(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[int]:
-        """Return the token ids of the conversation whose reworded message is ``template``, filled.
+    def filled_text(self, problem: Problem, template: str, slots: Mapping[str, str]) -> str:
+        """Return the text of the conversation whose reworded message is ``template``, filled.
 
         ``slots``: the texts of the slots of ``template`` besides ``{problem}``.
         """
-        return self.tokenizer.encode(self._render(self._reworded(problem, template, slots), problem, True))
+        return self._render(self._reworded(problem, template, slots), problem, True)
+
+    def filled_prompt(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[int]:
+        """Return the token ids of `filled_text`."""
+        return self.tokenizer.encode(self.filled_text(problem, template, slots))
 
     def prompt_pair(self, problem: Problem, solution: str | None = None) -> tuple[list[int], list[int]]:
         """Return the student's and the teacher's prompt as token ids, which end in the same generation prompt.

@@ -44,18 +44,20 @@ def load_verifier(name: str) -> Verifier:
     return function_named("evaluation.verifier", name, BUILT_IN)
 
 
-def judge(questions: Mapping[Key, tuple[Problem, str | None]], verifier: Verifier, grid: RankGrid) -> dict[Key, bool]:
-    """Return whether each text answers its problem, equal on every rank; None, a truncated text, is wrong.
-
-    See `judged_by_all`.
-    """
-    return judged_by_all(questions, lambda problem, text: text is not None and bool(verifier(text, problem)), grid)
+def verdict_of(verifier: Verifier) -> Callable[[Problem, str | None], bool]:
+    """Return the function of a problem and a text that says whether the text is right; None, a cut text, is wrong."""
+    return lambda problem, text: text is not None and bool(verifier(text, problem))
 
 
-def rewards(questions: Mapping[Key, tuple[Problem, str | None]], reward: Reward, grid: RankGrid) -> dict[Key, float]:
-    """Return the reward of each text, equal on every rank; None, a truncated text, has 0.
+def judge(questions: Sequence[tuple[Problem, str | None]], verifier: Verifier, grid: RankGrid) -> list[bool]:
+    """Return whether each text answers its problem; None, a truncated text, is wrong.  See `judged_in_order`."""
+    return judged_in_order(questions, verdict_of(verifier), grid)
 
-    See `judged_by_all`.  Raises: `VerifierError` also for a reward that is not a finite number.
+
+def rewards(questions: Sequence[tuple[Problem, str | None]], reward: Reward, grid: RankGrid) -> list[float]:
+    """Return the reward of each text; None, a truncated text, has 0.
+
+    See `judged_in_order`.  Raises: `VerifierError` also for a reward that is not a finite number.
     """
 
     def rewarded(problem: Problem, text: str | None) -> float:
@@ -64,7 +66,26 @@ def rewards(questions: Mapping[Key, tuple[Problem, str | None]], reward: Reward,
             raise ValueError(f"expected a finite reward, got {value}")
         return value
 
-    return judged_by_all(questions, rewarded, grid, "reward function")
+    return judged_in_order(questions, rewarded, grid, "reward function")
+
+
+def judged_in_order(
+    questions: Sequence[tuple[Problem, Content]],
+    judgement: Callable[[Problem, Content], Verdict],
+    grid: RankGrid,
+    judge_name: str = "verifier",
+    *,
+    threads: int = 1,
+    error: type[Exception] = VerifierError,
+) -> list[Verdict]:
+    """Return the judgement of each of this replica's questions, in their order, equal on all ranks of the replica.
+
+    ``questions``: this replica's (problem, response) pairs, the same in the same order on each of its ranks.  The other
+    arguments, the collectives and the errors are those of `judged_by_all`.
+    """
+    keyed = {(grid.dp_rank, i): question for i, question in enumerate(questions)}
+    found = judged_by_all(keyed, judgement, grid, judge_name, threads=threads, error=error)
+    return [found[key] for key in keyed]
 
 
 def judged_by_all(

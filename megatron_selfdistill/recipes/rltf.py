@@ -29,6 +29,14 @@ def revision_advantages(signals: Signals, baseline: str) -> Tensor:
     return signals.rewards - mean[signals.groups]
 
 
+def weight_at(step: int, weight: float, warmup_steps: int) -> float:
+    """Return the weight of revisions in the step that ``step`` optimizer steps precede: weight min(1, step / warm-up).
+
+    Source: RLTF-SD raises it linearly from 0 for mathematics.
+    """
+    return weight if step >= warmup_steps else weight * step / warmup_steps
+
+
 def extra_likelihood(advantages: Tensor, is_revision: Tensor, *, revision_weight: float, reply_weight: float) -> Tensor:
     """Return [E]: the coefficient of -log p for the tokens of E texts that are trained on besides the responses.
 

@@ -22,13 +22,13 @@ from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.pipeline.schedule import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
-from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
 from megatron_selfdistill.sources.hinted_turns import HintedTurns
 from megatron_selfdistill.sources.problem_prompts import Answer
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.sources.step_terms import StepTerms
-from megatron_selfdistill.sources.turns import Turns, logged_response, turn_metrics, turn_weights
+from megatron_selfdistill.sources.turns import Turns, turn_metrics, turn_weights
 
 SKIPPED_FILE = "skipped.txt"
 _CHUNK = 64  # turns that are tokenized at a time
@@ -72,7 +72,7 @@ class ChatLogs(CommittedState):
             coefficients: TokenCoefficients | None
             coefficients = turn_weights(self._conversations, Turns.of(problems, contexts), self._grid)
         if self._terms is not None:
-            coefficients = self._terms.coefficients(answers, contexts)
+            coefficients = self._terms.coefficients(step, answers, contexts)
         return StepBatch(
             problems=problems,
             responses=responses,
@@ -98,7 +98,7 @@ class ChatLogs(CommittedState):
         if self._hinted is not None:
             return self._hinted.answers(step, sampling, read.problems, read.turns)
         pairs = zip(read.problems, read.turns, strict=True)
-        return [Answer(problem, turn.prompts, logged_response(turn)) for problem, turn in pairs], {}
+        return [Answer(problem, turn.prompts, Response.unsampled(turn.reply)) for problem, turn in pairs], {}
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,12 @@ def skill_prompts(
     else:
         function = function_named("hints.summarizer", hints.summarizer, {})
         summarizer = FunctionSummarizer(function, judge.tokenizer, judge.grid)
-    return SkillPrompts(given, SkillBank(hints.keep, hints.exploration), summarizer, judge.grid, keeps_unhinted)
+    return SkillPrompts(given, judge.grid, keeps_unhinted, SkillBank(hints.keep, hints.exploration), summarizer)
 
 
 def hindsight_prompts(config: Config, given: GivenSolutions, judge: Judge, keeps_unhinted: bool) -> HindsightPrompts:
     """Return the prompts with the hints of ``data.solutions`` that are known once the responses are sampled."""
-    return HindsightPrompts(given, _hints(config, judge), judge.grid, keeps_unhinted)
+    return HindsightPrompts(given, judge.grid, keeps_unhinted, _hints(config, judge))
 
 
 def _hints(config: Config, judge: Judge) -> Hints:

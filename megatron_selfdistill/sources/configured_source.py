@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -52,6 +52,9 @@ from megatron_selfdistill.sources.verbal_scores import (
     digit_tokens,
 )
 
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
 
 class ReadingModels(Protocol):
     """The models of a run as readers of given responses.  Every method is collective over the world."""
@@ -82,49 +85,52 @@ def configured_source(
     Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
     """
 
-    def score(candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
-        sampler.sleep()
-        return models.learnabilities(candidates)
+    def reading(read: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+        def read_while_the_sampler_sleeps(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+            sampler.sleep()
+            return read(*args, **kwargs)
 
-    def measure(contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
-        sampler.sleep()
-        return models.target_log_probs(contexts)
+        return read_while_the_sampler_sleeps
 
-    def read(contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
-        sampler.sleep()
-        return models.log_probs(contexts, temperature)
+    judge = _judge(config, run_data, grid)
+    score = reading(models.learnabilities)
+    finder = Finder(sampler, judge.verifier, judge.confidence, score, phases, grid, config.data.global_batch_size)
+    problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
+    state = SourceState(problem_sampler, _prompts(config, run_data, judge, finder))
+    if config.objective == "sft":
+        return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
+    terms = StepTerms(config, reading(models.target_log_probs), grid, phases) if config.weighs_tokens else None
+    if config.logged:
+        hinted = None
+        if config.data.solutions == "next_state":
+            hinted = hinted_turns(config, run_data, asked_model(config, run_data, sampler, phases), grid, judge.reward)
+        logged = LoggedTurns(config, run_data, grid)
+        return ChatLogs(state, logged, config.conversations, grid, phases, hinted, terms)
+    scorer = None
+    if config.scores_responses:
+        scorer = _scorer(config, run_data, grid, reading(models.candidate_log_probs))
+    rewarder = _rewarder(config, run_data, judge, reading(models.log_probs), scorer)
+    options = _on_policy_options(config, run_data, sampler, phases, rewarder, scorer, terms, grid)
+    if config.rollout.replay:
+        return Replay(state, options, Recording(config.rollout.replay))
+    return OnPolicy(state, options)
 
-    def candidates(prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
-        sampler.sleep()
-        return models.candidate_log_probs(prompts, token_ids)
 
+def _on_policy_options(
+    config: Config,
+    run_data: RunData,
+    sampler: SyncedSampler,
+    phases: Phases,
+    rewarder: Rewarder,
+    scorer: VerbalScorer | None,
+    terms: StepTerms | None,
+    grid: RankGrid,
+) -> OnPolicyOptions:
     def generate(step: int, requests: Sequence[Request]) -> list[Response]:
         sampler.update_weights(step)
         return sampler.generate(requests, sampling_params(config, run_data))
 
-    judge = _judge(config, run_data, grid)
-    scorer = _scorer(config, run_data, grid, candidates) if config.scores_responses else None
-    rewarder = _rewarder(config, run_data, judge, read, scorer)
-    problem_sampler = ProblemSampler(run_data.problems, batch_size=config.data.global_batch_size, seed=config.seed)
-    recording = Recording(config.rollout.replay) if config.rollout.replay else None
-    finder = Finder(sampler, judge.verifier, judge.confidence, score, phases, grid, config.data.global_batch_size)
-    state = SourceState(problem_sampler, _prompts(config, run_data, judge, finder))
-    if config.objective == "sft":
-        return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
-    if config.logged:
-        asked = asked_model(config, run_data, sampler, phases)
-        return ChatLogs(
-            state,
-            LoggedTurns(config, run_data, grid),
-            config.conversations,
-            grid,
-            phases,
-            hinted_turns(config, run_data, asked, grid, judge.reward)
-            if config.data.solutions == "next_state"
-            else None,
-            StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
-        )
-    options = OnPolicyOptions(
+    return OnPolicyOptions(
         sampler=sampler,
         rewarder=rewarder,
         phases=phases,
@@ -135,7 +141,7 @@ def configured_source(
         only_right=config.objective == "rft",
         corrects=config.loss.rollout_correction == "truncated",
         weight_cap=config.loss.rollout_correction_cap,
-        terms=StepTerms(config, measure, grid, phases) if config.weighs_tokens else None,
+        terms=terms,
         select=_select(config, run_data, grid, scorer, generate, rewarder),
         edits=edits_responses(config),
         privileged=config.rollout.view == "privileged",
@@ -145,7 +151,6 @@ def configured_source(
         revisions=_revisions(config, run_data, grid),
         record=config.rollout.record,
     )
-    return OnPolicy(state, options) if recording is None else Replay(state, options, recording)
 
 
 def configured_sampler(
@@ -271,7 +276,8 @@ def _select(
 ) -> Select | None:
     if config.rollout.select == "verbal":
         assert scorer is not None
-        return VerbalSelection(config.verbal.threshold, scorer, generate, rewarder, config.seed)
+        verbal, limit = config.verbal, config.rollout.max_new_tokens
+        return VerbalSelection(verbal.threshold, scorer, generate, rewarder, config.seed, verbal.step_separator, limit)
     if config.rollout.select == "none":
         return None
     if config.rollout.select == "balance":

@@ -12,7 +12,7 @@ from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.evaluation.verify import judged_by_all
+from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.recipes.environments import Environment, Reply
 from megatron_selfdistill.rollout.base import Response, response_text
 from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts
@@ -96,15 +96,13 @@ class Episodes:
     def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the environment's reply to the last response of each of this replica's episodes.
 
-        The ranks of a replica share the calls.  Collectives: those of `judged_by_all`.
+        The ranks of a replica share the calls.  Collectives: those of `judged_in_order`.
         Raises: `EngineError` on all ranks, with the place of the problem, where a call fails.
         """
-        questions = {
-            (self.grid.dp_rank, i): (episode[0].answer.problem, self._said(episode))
-            for i, episode in enumerate(episodes)
-        }
-        found = judged_by_all(questions, self._reply, self.grid, "environment", threads=self.threads, error=EngineError)
-        return [found[key] for key in questions]
+        questions = [(episode[0].answer.problem, self._said(episode)) for episode in episodes]
+        return judged_in_order(
+            questions, self._reply, self.grid, "environment", threads=self.threads, error=EngineError
+        )
 
     def _reply(self, problem: Problem, said: Sequence[str]) -> Reply:
         reply = self.environment.reply(problem, said)

@@ -97,7 +97,7 @@ class ExplanationRewards:
     def _reward(self, policy: Tensor, student: Tensor, solution: Tensor, has_closing_tag: bool) -> ExplanationReward:
         settings = self.settings
         silent = len(policy) == 0
-        reward = explanation_reward(
+        return explanation_reward(
             solution,
             policy.new_zeros(1) if silent else policy,
             student.new_zeros(1) if silent else student,
@@ -106,7 +106,6 @@ class ExplanationRewards:
             ratio_weight=settings.ratio_weight,
             missing_tag_penalty=settings.missing_tag_penalty,
         )
-        return reward
 
     def _explaining(self, answer: Answer, explanation: list[int]) -> ContextPair:
         """Return the explanation after the solution for the policy, and after the problem alone for S."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.evaluation.verify import judged_by_all
+from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.problem_prompts import Answer
 
@@ -46,23 +46,20 @@ def of_groups(
     groups: dict[int, list[int]] = {}
     for i, answer in enumerate(answers):
         groups.setdefault(answer.group, []).append(i)
-    questions = {
-        (grid.dp_rank, group): (
-            answers[members[0]].problem,
-            [(texts[i], 0.0 if (reward := answers[i].reward) is None else reward) for i in members],
-        )
-        for group, members in groups.items()
-    }
+    questions = [
+        (answers[members[0]].problem, [(texts[i], answers[i].reward or 0.0) for i in members])
+        for members in groups.values()
+    ]
 
     def checked(problem: Problem, responses: list[tuple[str, float]]) -> list[str | None]:
         found = function(problem, list(responses))
         _check(found, responses, keeps_texts)
         return list(found)
 
-    judged = judged_by_all(questions, checked, grid, name)
+    judged = judged_in_order(questions, checked, grid, name)
     results: list[str | None] = [None] * len(answers)
-    for group, members in groups.items():
-        for i, text in zip(members, judged[grid.dp_rank, group], strict=True):
+    for members, found in zip(groups.values(), judged, strict=True):
+        for i, text in zip(members, found, strict=True):
             results[i] = text
     return results
 

@@ -14,7 +14,13 @@ from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.group_functions import HintFunction, of_groups
-from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts, without_hint
+from megatron_selfdistill.sources.problem_prompts import (
+    Answer,
+    GivenSolutions,
+    Prompts,
+    UnguidedPrompts,
+    without_hint,
+)
 from megatron_selfdistill.sources.reward_metrics import over_replicas
 
 Hints = Callable[[Sequence[Answer]], list[str | None]]
@@ -28,40 +34,38 @@ PEER_SECTION = "\nCorrect solution:\n\n{}"
 
 
 @dataclass(frozen=True)
-class HindsightPrompts:
-    """Prompts that show the teacher hints about the responses that have just been sampled.
-
-    A response without a hint, or whose hint does not fit into the teacher's prompt, has no teacher.
-    """
+class HintedAfterSampling(UnguidedPrompts):
+    """Prompts whose teacher sees a hint only once the responses are sampled."""
 
     inner: GivenSolutions
     """The prompts that show a chosen text as the solution."""
-    hints: Hints
     grid: RankGrid
     keeps_unhinted: bool
     """Whether responses without a hint are trained on, for their rewards; else they are skipped."""
-
-    def prepare(
-        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
-    ) -> tuple[Prompts, Mapping[str, float]]:
-        """Return these prompts and no metrics."""
-        return self, {}
 
     def pair(self, problem: Problem) -> PromptPair:
         """Return both prompts of a problem before it is answered; the teacher's prompt is the student's."""
         return without_hint(self.inner.pair(problem))
 
     def has_solution(self, problem: Problem) -> bool:
-        """Return False: nothing is known before the responses are sampled."""
+        """Return False: the teacher sees no hint before the responses are sampled."""
         return False
 
-    def is_guided(self, problem: Problem) -> bool:
-        """Return False: no problem is guided."""
-        return False
 
-    def guides(self, problem: Problem) -> bool:
-        """Return False: responses are sampled from the student alone."""
-        return False
+@dataclass(frozen=True)
+class HindsightPrompts(HintedAfterSampling):
+    """Prompts that show the teacher hints about the responses that have just been sampled.
+
+    A response without a hint, or whose hint does not fit into the teacher's prompt, has no teacher.
+    """
+
+    hints: Hints
+
+    def prepare(
+        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
+    ) -> tuple[Prompts, Mapping[str, float]]:
+        """Return these prompts and no metrics."""
+        return self, {}
 
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers with their hints, and hints/share, the share of all answers with a hint.

@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from megatron_selfdistill.data.chat.replies import Turn, TurnReader
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.next_state_hints import HintJudge, JudgedReply, RewardJudge
 from megatron_selfdistill.sources.problem_prompts import Answer
 from megatron_selfdistill.sources.reward_metrics import over_replicas
-from megatron_selfdistill.sources.turns import logged_response
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class HintedTurns:
         answers = []
         for i, (problem, turn) in enumerate(zip(problems, turns, strict=True)):
             reward = None if rewards is None else rewards[i]
-            answer = Answer(problem, turn.prompts, logged_response(turn), group=i, reward=reward)
+            answer = Answer(problem, turn.prompts, Response.unsampled(turn.reply), group=i, reward=reward)
             if i in hinted:
                 shown, prompts = hinted[i]
                 answers.append(replace(answer, problem=shown, prompts=prompts.prompts))

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.evaluation.verify import Reward, judged_by_all
+from megatron_selfdistill.evaluation.verify import Reward, judged_in_order
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.sources.asked_model import AskedModel, Inquiry
 
@@ -231,6 +231,4 @@ def _called(call: Callable[[], Any], quotes: bool) -> Any:
 
 
 def _of_all(replies: Sequence[JudgedReply], judgement: Callable[..., Any], grid: RankGrid, name: str) -> list[Any]:
-    questions = {(grid.dp_rank, i): (reply.problem, reply) for i, reply in enumerate(replies)}
-    found = judged_by_all(questions, judgement, grid, name)
-    return [found[key] for key in questions]
+    return judged_in_order([(reply.problem, reply) for reply in replies], judgement, grid, name)

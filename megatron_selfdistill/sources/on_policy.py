@@ -135,7 +135,7 @@ class OnPolicy(CommittedState):
             contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
         coefficients: TokenCoefficients | None = self._corrections(kept) if options.corrects else None
         if options.terms is not None:
-            coefficients = options.terms.coefficients(trained, contexts)
+            coefficients = options.terms.coefficients(step, trained, contexts)
         return StepBatch(
             problems=asked.problems,
             responses=responses,

@@ -17,7 +17,7 @@ from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import Verifier
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Sampler, SamplingParams, response_text
-from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts
+from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts, UnguidedPrompts
 from megatron_selfdistill.sources.solution_search import Score, Search, content_of, solve
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class Finder:
 
 
 @dataclass(frozen=True)
-class OwnSolutionPrompts:
+class OwnSolutionPrompts(UnguidedPrompts):
     """Prompts that show the teacher the model's own solutions instead of the data's."""
 
     inner: GivenSolutions
@@ -186,14 +186,6 @@ class OwnSolutionPrompts:
     def has_solution(self, problem: Problem) -> bool:
         """Return whether an own solution of ``problem`` has been found."""
         return self.own.solution_for(problem.id) is not None
-
-    def is_guided(self, problem: Problem) -> bool:
-        """Return False: no problem is guided."""
-        return False
-
-    def guides(self, problem: Problem) -> bool:
-        """Return False: responses are sampled from the student alone."""
-        return False
 
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers to problems with a solution other than the response itself, and solutions/skipped_share.

@@ -131,8 +131,20 @@ class Prompts(Protocol):
         ...
 
 
+class UnguidedPrompts:
+    """Prompts of problems whose responses are all sampled from the student alone."""
+
+    def is_guided(self, problem: Problem) -> bool:
+        """Return False: no problem is guided."""
+        return False
+
+    def guides(self, problem: Problem) -> bool:
+        """Return False: responses are sampled from the student alone."""
+        return False
+
+
 @dataclass(frozen=True)
-class GivenSolutions:
+class GivenSolutions(UnguidedPrompts):
     """Prompts that show the teacher the solutions of the data, which nothing changes."""
 
     builder: PromptBuilder
@@ -178,14 +190,6 @@ class GivenSolutions:
     def has_solution(self, problem: Problem) -> bool:
         """Return True: the data give a solution to every problem."""
         return True
-
-    def is_guided(self, problem: Problem) -> bool:
-        """Return False: no problem is guided."""
-        return False
-
-    def guides(self, problem: Problem) -> bool:
-        """Return False: responses are sampled from the student alone."""
-        return False
 
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return all answers as they are."""
@@ -243,32 +247,22 @@ class Judge:
 
         A truncated response is wrong.  Collective over the world.
         """
-        questions = self._questions(answers)
-        verdicts = judge(questions, self.verifier, self.grid)
-        return [verdicts[key] for key in questions]
+        return judge(self._questions(answers), self.verifier, self.grid)
 
     def rewards(self, answers: Sequence[Answer]) -> list[float]:
         """Return the reward of each answer of this replica, equal on all ranks of the replica.
 
         A truncated response has 0.  Collective over the world.
         """
-        questions = self._questions(answers)
-        found = rewards(questions, self.reward or self.verifier, self.grid)
-        return [found[key] for key in questions]
+        return rewards(self._questions(answers), self.reward or self.verifier, self.grid)
 
     def rewarded(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers with their `rewards`, and no metrics of its own.  Collective over the world."""
         found = self.rewards(answers)
         return [replace(answer, reward=reward) for answer, reward in zip(answers, found, strict=True)], {}
 
-    def _questions(self, answers: Sequence[Answer]) -> dict[tuple[int, int], tuple[Problem, str | None]]:
-        return {
-            (self.grid.dp_rank, i): (
-                answer.problem,
-                None if answer.response.truncated else self._text(answer),
-            )
-            for i, answer in enumerate(answers)
-        }
+    def _questions(self, answers: Sequence[Answer]) -> list[tuple[Problem, str | None]]:
+        return [(answer.problem, None if answer.response.truncated else self._text(answer)) for answer in answers]
 
     def _text(self, answer: Answer) -> str:
         return judged_text(answer.response, self.tokenizer, self.confidence)[2]

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -90,7 +89,7 @@ class StatedConfidence:
         if pair is None or len(token_ids) > inner.max_new_tokens:
             return None
         return replace(
-            answer, problem=replace(answer.problem, solution=hint), prompts=pair, response=_edited_response(token_ids)
+            answer, problem=replace(answer.problem, solution=hint), prompts=pair, response=Response.unsampled(token_ids)
         )
 
     def _stating(self, text: str, share: float) -> str:
@@ -132,11 +131,5 @@ class FunctionSelection:
             elif text is not None:
                 token_ids = [*self.tokenizer.encode(text), self.stop_token_id]
                 if len(token_ids) <= self.max_new_tokens:
-                    kept.append(replace(answer, response=_edited_response(token_ids)))
+                    kept.append(replace(answer, response=Response.unsampled(token_ids)))
         return kept, {}
-
-
-def _edited_response(token_ids: list[int]) -> Response:
-    """Return a response that nobody has sampled: its log-probs are unknown."""
-    unknown = [math.nan] * len(token_ids)
-    return Response(token_ids, unknown, unknown, "stop")

@@ -13,17 +13,16 @@ from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import filled, last_user_text
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.evaluation.verify import judged_by_all
+from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.asked_model import AskedModel, Inquiry
-from megatron_selfdistill.sources.hindsight_hints import chosen_with_hints
-from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts, without_hint
+from megatron_selfdistill.sources.hindsight_hints import HintedAfterSampling, chosen_with_hints
+from megatron_selfdistill.sources.problem_prompts import Answer, Prompts
 
 SUMMARIZER_TEMPLATE = """\
 You have answered the problem below, and your answer has been rewarded with {reward} (1 is right, 0 is wrong).
@@ -125,7 +124,7 @@ class SkillBank:
 
 
 @dataclass(frozen=True)
-class SkillPrompts:
+class SkillPrompts(HintedAfterSampling):
     """Prompts that show the teacher a skill from the bank; the student never sees a skill.
 
     After the responses of a visit are rewarded, the skill that was shown is credited with their mean reward, and the
@@ -133,13 +132,8 @@ class SkillPrompts:
     episodes of several turns, the last response stands for its episode, with the sum of the episode's rewards.
     """
 
-    inner: GivenSolutions
-    """The prompts that show a chosen text as the solution."""
     bank: SkillBank
     summarizer: Summarizer
-    grid: RankGrid
-    keeps_unhinted: bool
-    """Whether responses to problems without a skill are trained on, for their rewards; else they are skipped."""
     now: tuple[int, SamplingParams] | None = None
     """The step and the sampling of the step that is under way."""
 
@@ -150,22 +144,6 @@ class SkillPrompts:
         counts = [len(skills) for skills in self.bank.skills.values()]
         metrics = {"skills/count": float(sum(counts)), "skills/problems": float(len(counts))}
         return replace(self, now=(step, sampling)), metrics
-
-    def pair(self, problem: Problem) -> PromptPair:
-        """Return both prompts of a problem before it is answered; the teacher's prompt is the student's."""
-        return without_hint(self.inner.pair(problem))
-
-    def has_solution(self, problem: Problem) -> bool:
-        """Return False: no response is sampled with a skill."""
-        return False
-
-    def is_guided(self, problem: Problem) -> bool:
-        """Return False: no problem is guided."""
-        return False
-
-    def guides(self, problem: Problem) -> bool:
-        """Return False: responses are sampled from the student alone."""
-        return False
 
     def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers with the skills of their problems, and hints/share, the share of all answers with one.
@@ -260,15 +238,11 @@ class FunctionSummarizer:
                 raise ValueError(f"expected a text or None, got a value of type {type(text).__name__}")
             return text if text and text.strip() else None
 
-        questions = {
-            (self.grid.dp_rank, i): (
-                answer.problem,
-                (response_text(answer.response, self.tokenizer), answer.reward or 0.0),
-            )
-            for i, answer in enumerate(answers)
-        }
-        found = judged_by_all(questions, written, self.grid, "summarizer")
-        return [found[key] for key in questions]
+        questions = [
+            (answer.problem, (response_text(answer.response, self.tokenizer), answer.reward or 0.0))
+            for answer in answers
+        ]
+        return judged_in_order(questions, written, self.grid, "summarizer")
 
 
 def _episode_returns(visit: Sequence[Answer]) -> list[Answer]:

@@ -108,17 +108,15 @@ def solve(
     ]
     responses = generate(requests)
     texts = [judged_text(response, builder.tokenizer, confidence) for response in responses]
-    verdicts = judge(
-        {
-            (problem.id, i): (problem, None if response.truncated else answering)
-            for (problem, i), response, (_, _, answering) in zip(keys, responses, texts, strict=True)
-        },
-        verifier,
-        grid,
-    )
+    questions = [
+        (problem, None if response.truncated else answering)
+        for (problem, _), response, (_, _, answering) in zip(keys, responses, texts, strict=True)
+    ]
     candidates = [
-        Candidate(i, response, text, verdicts[problem.id, i])
-        for (problem, i), response, (text, _, _) in zip(keys, responses, texts, strict=True)
+        Candidate(i, response, text, verdict)
+        for (_, i), response, (text, _, _), verdict in zip(
+            keys, responses, texts, judge(questions, verifier, grid), strict=True
+        )
     ]
     if search.pick == "learnable":
         if score is None:

@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -45,5 +43,4 @@ class SolutionsAsResponses(CommittedState):
     def _response(self, problem: Problem, limit: int) -> Response:
         """Return the solution's own text as a response of at most ``limit`` tokens, with unknown log-probs."""
         tokens = [*self._tokenizer.encode(problem.solution), self._stop_token]
-        unknown = [math.nan] * min(len(tokens), limit)
-        return Response(tokens[:limit], unknown, unknown, "stop" if len(tokens) <= limit else "length")
+        return Response.unsampled(tokens[:limit], "stop" if len(tokens) <= limit else "length")

@@ -23,7 +23,7 @@ from megatron_selfdistill.recipes.advantages import group_advantage, group_advan
 from megatron_selfdistill.recipes.normalization import token_factors
 from megatron_selfdistill.recipes.pi_distill import pi_distill
 from megatron_selfdistill.recipes.ratio_terms import RatioTerms
-from megatron_selfdistill.recipes.rltf import extra_likelihood, likelihood_floors, revision_advantages
+from megatron_selfdistill.recipes.rltf import extra_likelihood, likelihood_floors, revision_advantages, weight_at
 from megatron_selfdistill.recipes.scope import scope
 from megatron_selfdistill.recipes.signals import Signals, Terms
 from megatron_selfdistill.recipes.sod import sod
@@ -46,10 +46,11 @@ class StepTerms:
     grid: RankGrid
     phases: Phases
 
-    def coefficients(self, answers: Sequence[Answer], contexts: Sequence[ContextPair]) -> TokenCoefficients:
+    def coefficients(self, step: int, answers: Sequence[Answer], contexts: Sequence[ContextPair]) -> TokenCoefficients:
         """Return the coefficients of the tokens of ``contexts``, the contexts of these answers of this replica.
 
-        Revisions and replies (`Answer.part`) come after all responses.
+        ``step``: the number of optimizer steps before this one.  Revisions and replies (`Answer.part`) come after all
+        responses.
         Collectives: those of ``measure`` where the rule needs log-probs of student and target, and a sum over the
         data-parallel ranks where loss.normalize is not tokens.
         """
@@ -60,7 +61,7 @@ class StepTerms:
         signals = signals_of(answers, student, target)
         if config.logged and student is not None:  # nobody sampled the replies from the student: p / mu = 1
             signals = replace(signals, sampled_log_prob=student)
-        terms, floor = _all_terms(config, answers, signals)
+        terms, floor = _all_terms(config, step, answers, signals)
         terms = terms.scaled(
             token_factors(signals, config.loss.normalize, self._totals(signals), config.loss.skip_first_tokens)
         )
@@ -122,7 +123,7 @@ def _numbered(owners: Sequence[Hashable]) -> list[int]:
     return [numbers[owner] for owner in owners]
 
 
-def _all_terms(config: Config, answers: Sequence[Answer], signals: Signals) -> tuple[Terms, Tensor | None]:
+def _all_terms(config: Config, step: int, answers: Sequence[Answer], signals: Signals) -> tuple[Terms, Tensor | None]:
     """Return the terms of all tokens, and the floors of their likelihood terms; None where no token has a floor."""
     responses = [answer for answer in answers if answer.part == "response"]
     extra = answers[len(responses) :]
@@ -137,7 +138,7 @@ def _all_terms(config: Config, answers: Sequence[Answer], signals: Signals) -> t
     likelihood = extra_likelihood(
         advantages[[places[answer.episode, answer.turn] for answer in extra]],
         is_revision,
-        revision_weight=policy.revision_weight,
+        revision_weight=weight_at(step, policy.revision_weight, policy.revision_warmup_steps),
         reply_weight=policy.reply_weight,
     )
     lengths = signals.lengths[len(responses) :]

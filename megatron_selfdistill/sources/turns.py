@@ -11,7 +11,6 @@ from functools import partial
 import torch
 
 from megatron_selfdistill.config import ConversationsConfig
-from megatron_selfdistill.data.chat.replies import Turn
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -20,7 +19,6 @@ from megatron_selfdistill.metrics.step import over_all_ranks
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.schedule import StepOutput
-from megatron_selfdistill.rollout.base import Response
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,6 @@ class Turns:
     def ids(self) -> torch.Tensor:
         """The turn of each response token, counted from 0: [sum of lengths] int64 on the host."""
         return torch.repeat_interleave(torch.arange(len(self.lengths)), torch.tensor(self.lengths, dtype=torch.int64))
-
-
-def logged_response(turn: Turn) -> Response:
-    """Return the reply of a log as a response with unknown log-probs."""
-    unknown = [math.nan] * len(turn.reply)
-    return Response(turn.reply, unknown, unknown, "stop")
 
 
 def turn_weights(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> LikelyTurns | None:

@@ -89,8 +89,10 @@ class VerbalSelection:
     """A filter by the teacher's scores: a response with a score below the threshold is replaced.
 
     The replacement is sampled after the teacher's prompt with the student's weights, and has its own reward and its own
-    mu.  In a step whose scores do not tell right from wrong responses, with an AUROC of at most .5 or with responses of
-    one kind only, all responses stay.
+    mu.  With a separator of steps, it continues the response after its last good step: the longest beginning that ends
+    with a step, has a score of the threshold or more, and leaves room for a whole response.  The kept tokens keep their
+    mu, and the whole has at most ``max_new_tokens`` tokens.  In a step whose scores do not tell right from wrong
+    responses, with an AUROC of at most .5 or with responses of one kind only, all responses stay.
     """
 
     threshold: float
@@ -99,6 +101,10 @@ class VerbalSelection:
     rewarder: Rewarder
     seed: int
     """The seed of the run."""
+    step_separator: str | None = None
+    """The text in the token that ends a step (``verbal.step_separator``); None replaces whole responses."""
+    max_new_tokens: int = 0
+    """The largest number of tokens of a response; it counts only with a separator."""
 
     def __call__(self, step: int, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
         """Return the answers, some of them replaced, and metrics.
@@ -116,26 +122,68 @@ class VerbalSelection:
         if not filters:
             return list(answers), metrics
         low = [i for i, score in enumerate(scores) if score < self.threshold]
-        replaced = self._replacements(step, [answers[i] for i in low])
+        kept = self._kept([answers[i] for i in low])
+        replaced = self._replacements(step, [answers[i] for i in low], kept)
         chosen = list(answers)
         for i, answer in zip(low, replaced, strict=True):
             chosen[i] = answer
-        num_replaced, number = over_replicas((len(low), len(answers)), self.scorer.grid)
-        return chosen, {**metrics, "verbal/replaced": num_replaced / max(number, 1)}
+        num_replaced, number, num_continued = over_replicas(
+            (len(low), len(answers), sum(count > 0 for count in kept)), self.scorer.grid
+        )
+        metrics["verbal/replaced"] = num_replaced / max(number, 1)
+        if self.step_separator is not None:
+            metrics["verbal/continued"] = num_continued / max(num_replaced, 1)
+        return chosen, metrics
 
-    def _replacements(self, step: int, answers: Sequence[Answer]) -> list[Answer]:
+    def _kept(self, answers: Sequence[Answer]) -> list[int]:
+        """Return the number of tokens that each replaced response keeps.  Collective, as the scorer is."""
+        if self.step_separator is None:
+            return [0] * len(answers)
+        ends = [self._step_ends(answer) for answer in answers]
+        beginnings = [
+            replace(answer, response=Response.unsampled(answer.response.token_ids[:end], "length"))
+            for answer, of_answer in zip(answers, ends, strict=True)
+            for end in of_answer
+        ]
+        scores = iter(self.scorer.scores(beginnings)[0])
+        return [max((end for end in of_answer if next(scores) >= self.threshold), default=0) for of_answer in ends]
+
+    def _step_ends(self, answer: Answer) -> list[int]:
+        """Return the lengths of the beginnings of a response that end with a step and leave room for a response."""
+        ids, decode = answer.response.token_ids, self.scorer.builder.tokenizer.decode
+        room = self.scorer.max_length - len(answer.prompts.teacher_prompt) - self.max_new_tokens
+        last = min(room, len(ids) - 1)
+        return [end for end in range(1, last + 1) if str(self.step_separator) in decode([ids[end - 1]])]
+
+    def _replacements(self, step: int, answers: Sequence[Answer], kept: Sequence[int]) -> list[Answer]:
         seen: Counter[tuple[str, int]] = Counter()
         requests = []
-        for answer in answers:
+        for answer, count in zip(answers, kept, strict=True):
             own = answer.problem.id, answer.group
             name = f"verbal/{answer.problem.id}"
-            requests.append(Request(answer.prompts.teacher_prompt, sample_seed(self.seed, step, name, seen[own])))
+            prompt = [*answer.prompts.teacher_prompt, *answer.response.token_ids[:count]]
+            requests.append(Request(prompt, sample_seed(self.seed, step, name, seen[own])))
             seen[own] += 1
         responses = self.generate(step, requests)
         sampled = [
-            replace(answer, response=response, reward=None) for answer, response in zip(answers, responses, strict=True)
+            replace(answer, response=_continued(answer.response, count, rest, self.max_new_tokens), reward=None)
+            for answer, count, rest in zip(answers, kept, responses, strict=True)
         ]
         return self.rewarder.rewarded(sampled)[0]
+
+
+def _continued(response: Response, count: int, rest: Response, limit: int) -> Response:
+    """Return the first ``count`` tokens of ``response`` with ``rest`` after them, cut to ``limit`` tokens."""
+    if count == 0:
+        return rest
+    token_ids = [*response.token_ids[:count], *rest.token_ids]
+    return replace(
+        rest,
+        token_ids=token_ids[:limit],
+        log_probs=[*response.log_probs[:count], *rest.log_probs][:limit],
+        sampled_log_probs=[*response.sampled_log_probs[:count], *rest.sampled_log_probs][:limit],
+        finish_reason=rest.finish_reason if len(token_ids) <= limit else "length",
+    )
 
 
 def digit_tokens(tokenizer: Tokenizer) -> list[int]:
@@ -158,8 +206,10 @@ def check_room_for_questions(
 
     ``max_length``: the largest number of tokens of a context; ``max_new_tokens``: that of a response.
     """
-    for problem in problems:
-        question = builder.filled_prompt(problem, template, {"solution": problem.solution, "response": ""})
+    texts = [
+        builder.filled_text(problem, template, {"solution": problem.solution, "response": ""}) for problem in problems
+    ]
+    for problem, question in zip(problems, builder.tokenizer.encode_batch(texts), strict=True):
         length = len(question) + max_new_tokens + 1
         if length > max_length:
             raise ConfigError(

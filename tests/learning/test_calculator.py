@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The calculator of the example: what its tool answers, how episodes end, and how the base model forgets to lend."""
+"""The calculator of the example: what its tool answers, how episodes end, and how the base model slips."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from _lib import calculator
 from _lib.calculator import Calculator, episode
 from _lib.episode_measurement import episodes_of
-from _lib.subtraction import answer, random_pair
+from _lib.subtraction import answer, columns_of, random_pair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.recipes.environments import Reply
 
@@ -44,27 +44,36 @@ def played(a: int, b: int, responses: list[str]) -> tuple[list[str], float]:
     return [reply.text for reply in shown[:-1]], shown[-1].reward
 
 
-def test_right_calls_end_with_the_right_answer_and_a_forgotten_loan_with_a_wrong_one():
+def test_right_calls_end_with_the_right_answer_and_a_slip_with_a_wrong_one():
     rng = random.Random(0)
     assert episode(500, 408) == (["T08.", "T00b", "T54b", ";092"], [">2b", ">9b", ">0."])
-    assert episode(500, 408, rng, 1.0) == (["T08.", "T00.", "T54.", ";102"], [">2b", ">0.", ">1."])
+    assert episode(500, 408, rng, 1.0) == (["T80.", "T00.", "T54.", ";108"], [">8.", ">0.", ">1."])
     for _ in range(200):
         a, b = random_pair(rng, "corpus")
         responses, results = episode(a, b)
         assert played(a, b, responses) == (results, 1.0)
         wrong, results = episode(a, b, rng, 1.0)
         assert played(a, b, wrong) == (results, float(wrong == responses))
+    assert any(episode(52, 38, rng, 0.5)[0][:2] == ["T28.", "T53."] for _ in range(99)), "a loan is forgotten alone"
 
 
-def test_the_corpus_forgets_a_quarter_of_the_loans_without_a_hint_and_none_after_one():
-    rng, lent = random.Random(1), {False: [], True: []}
+def test_a_quarter_of_the_corpus_slips_without_a_hint_and_nothing_after_one():
+    rng, lent, in_order = random.Random(1), {False: [], True: []}, {False: [], True: []}
     for _ in range(6000):
         prompt, read, text = calculator.corpus_row(rng)
         assert read == text and text.endswith("$")
-        if prompt.endswith("b") and text[0] == "T":
-            lent["H" in prompt].append(text[3] == "b")
-    assert all(lent[True]) and len(lent[True]) > 300
-    assert 0.72 < sum(lent[False]) / len(lent[False]) < 0.78
+        if text[0] != "T":
+            continue
+        hinted, calls = "H" in prompt, prompt.count("T")
+        if prompt.endswith("b"):
+            lent[hinted].append(text[3] == "b")
+        a, b = map(int, prompt.partition(":")[0].split("-"))
+        top, bottom = columns_of(a, b)[calls]
+        if top < bottom:
+            in_order[hinted].append(text[1:3] == f"{top}{bottom}")
+    for found in (lent, in_order):
+        assert all(found[True]) and len(found[True]) > 300
+        assert 0.72 < sum(found[False]) / len(found[False]) < 0.78
 
 
 def test_recorded_episodes_are_counted_by_problem_and_sample(tmp_path):

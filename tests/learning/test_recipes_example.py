@@ -35,11 +35,15 @@ def composed(example) -> dict[str, configuration.Config]:
 def test_all_rows_have_the_same_budget_and_optimizer(example, composed):
     plain = composed["default"]
     for name, config in composed.items():
-        assert config.data.global_batch_size * config.rollout.num_samples == 32, name
+        assert config.data.global_batch_size * config.rollout.num_samples * example.ROWS[name].turns == 32, name
         assert config.optimizer == plain.optimizer and config.optimizer.lr == 3e-4, name
         assert config.data.teacher_template == plain.data.teacher_template == "{problem}H{solution}|", name
         assert config.rollout.temperature == 1 and config.rollout.max_new_tokens == 8, name
-    assert len(set(map(configuration.to_yaml, composed.values()))) == len(composed), "two rows are the same run"
+    runs = [
+        (configuration.to_yaml(config), example.ROWS[name].records, example.ROWS[name].teacher)
+        for name, config in composed.items()
+    ]
+    assert len(set(runs)) == len(runs), "two rows are the same run"
 
 
 def test_rows_keep_what_their_recipe_publishes(composed):
@@ -56,7 +60,8 @@ def test_rows_keep_what_their_recipe_publishes(composed):
 def test_a_row_says_whether_it_has_a_teacher(example, composed):
     for name, row in example.ROWS.items():
         assert row.sees.startswith("no teacher") == (composed[name].objective != "self_distillation"), name
-        assert row.budget == f"{composed[name].data.global_batch_size} x {composed[name].rollout.num_samples}"
+        problems, samples = composed[name].data.global_batch_size, composed[name].rollout.num_samples
+        assert row.budget == f"{problems} x {samples * row.turns}"
 
 
 def outcome_of(run_dir: Path, metrics: list[dict]) -> Outcome:

@@ -13,6 +13,7 @@ import pytest
 from _lib import (
     additions,
     calculator,
+    checked_subtraction,
     leak_classes,
     leaking_subtraction,
     pretraining,
@@ -25,7 +26,7 @@ from _lib.task import Task
 
 UNSOLVED = [unsolved_subtraction.TASK, unsolved_leaking_subtraction.TASK]  # with equal training problems for all seeds
 MODULES = [subtraction, ragged_subtraction, additions, leaking_subtraction, leak_classes]
-TASKS = [*(module.TASK for module in MODULES), *UNSOLVED, calculator.TASK]
+TASKS = [*(module.TASK for module in MODULES), *UNSOLVED, calculator.TASK, checked_subtraction.TASK]
 
 
 @functools.cache

@@ -47,6 +47,8 @@ class PolicyConfig:
     revision_weight: float = 0.0
     """Weight of the last response of an episode of several turns as an answer to the problem alone, without the replies
     (RLTF-SD).  0 trains on it after the conversation only."""
+    revision_warmup_steps: int = 0
+    """Number of steps over which this weight rises linearly from 0; 0 gives it from the first step on."""
     revision_baseline: str = "first_turn"
     """What is subtracted from the reward of such a response: first_turn (the mean reward of the first responses to the
     problem) or same_turn (the mean reward of the responses of the same turn)."""
@@ -69,9 +71,16 @@ class PolicyConfig:
 
     def __post_init__(self) -> None:
         normalise("policy", self)
-        at_least(0, "policy", self, "weight clip_low clip_high ratio_cap revision_weight reply_weight")
+        at_least(
+            0, "policy", self, "weight clip_low clip_high ratio_cap revision_weight revision_warmup_steps reply_weight"
+        )
         require(self.clip_low is None or self.clip_low <= 1, f"policy.clip_low must be at most 1, got {self.clip_low}")
         one_of("policy.advantage_std", self.advantage_std, ADVANTAGE_STDS)
+        require(
+            self.revision_warmup_steps == 0 or self.revision_weight > 0,
+            f"policy.revision_warmup_steps={self.revision_warmup_steps} needs policy.revision_weight above 0, got "
+            f"{self.revision_weight}",
+        )
         one_of("policy.revision_baseline", self.revision_baseline, REVISION_BASELINES)
         slots = re.findall(r"(?<!\{)\{([A-Za-z_]\w*)\}", self.reply_template or "")
         require(
@@ -132,6 +141,10 @@ class VerbalConfig:
     token."""
     threshold: float = 5.0
     """Score below which rollout.select=verbal replaces a response."""
+    step_separator: str | None = None
+    """Text in the token that ends a step of a response, such as a line feed.  Under rollout.select=verbal a replaced
+    response keeps its beginning up to its last step whose score is at least the threshold.  Null replaces whole
+    responses."""
 
     def __post_init__(self) -> None:
         normalise("verbal", self)
@@ -141,6 +154,7 @@ class VerbalConfig:
             "verbal.template must have the slots {problem} and {response}, and may have {solution}, got "
             + (", ".join(f"{{{slot}}}" for slot in sorted(slots)) or "none"),
         )
+        require(self.step_separator != "", "verbal.step_separator must be a text or null, got an empty text")
         require(0 <= self.threshold <= 9, f"verbal.threshold must lie in 0 to 9, got {self.threshold}")
 
 

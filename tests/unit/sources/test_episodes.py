@@ -161,7 +161,7 @@ def test_without_a_teacher_only_the_students_prompt_must_fit():
 
 
 def test_later_turns_show_no_hint_where_a_hint_is_known_only_afterwards():
-    prompts = HindsightPrompts(given(), PeerHints(Characters()), ONE_RANK, keeps_unhinted=True)
+    prompts = HindsightPrompts(given(), ONE_RANK, keeps_unhinted=True, hints=PeerHints(Characters()))
     turns, _, _ = played(Script(), [["w$", "r$"]], prompts=prompts)
     assert text(turns[1].answer.prompts.teacher_prompt) == "a?w#1:"
 

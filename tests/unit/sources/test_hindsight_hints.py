@@ -53,7 +53,7 @@ def shown(answer: Answer) -> str:
 
 
 def hinted(keeps_unhinted: bool, hints: Hints = PEERS, given: GivenSolutions = GIVEN) -> HindsightPrompts:
-    return HindsightPrompts(given, hints, ONE_RANK, keeps_unhinted)
+    return HindsightPrompts(given, ONE_RANK, keeps_unhinted, hints)
 
 
 def judged(prompts: Prompts, group: int, problem: Problem, text: str, correct: bool) -> Answer:

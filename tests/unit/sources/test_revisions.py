@@ -13,6 +13,7 @@ from characters import ONE_RANK, Characters
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Response
@@ -96,14 +97,16 @@ def test_the_default_request_shows_problem_and_response():
     assert "1+7\n\nAttempt: 9\n\n" in prompt and "{" not in prompt and "eight" not in prompt
 
 
-def coefficients(*overrides: str, log_prob: float = -2.0) -> list[list[float]]:
+def coefficients(*overrides: str, log_prob: float = -2.0, step: int = 0) -> list[list[float]]:
     """Return the coefficients of -log p of each text: three responses, the revision and the reply."""
     config = load(["recipe=rltf_sd", "environment.name=replying.Replying", *overrides])
     played = turns(*EPISODES)
     answers = [*(turn.answer for turn in played), *added(played)[0]]
     lengths = [len(answer.response.token_ids) for answer in answers]
     terms = StepTerms(config, lambda contexts: pytest.fail("nothing is measured"), ONE_RANK, Phases())
-    found = terms.coefficients(answers, [])(torch.full((sum(lengths),), log_prob).double(), torch.arange(sum(lengths)))
+    found = terms.coefficients(step, answers, [])(
+        torch.full((sum(lengths),), log_prob).double(), torch.arange(sum(lengths))
+    )
     assert not found.divergence.any()
     return [part.tolist() for part in found.policy.split(lengths)]
 
@@ -115,6 +118,15 @@ def test_responses_have_ratios_and_the_texts_beside_them_have_none():
     assert first == pytest.approx([rho * (0.1 - 0.55)] * 2) and other == pytest.approx([rho * (1 - 0.55)] * 2)
     assert second == [0.0, 0.0]
     assert revision == pytest.approx([0.1 * (1 - 0.5)] * 2) and reply == pytest.approx([0.2] * 3)
+
+
+def test_the_weight_of_a_revision_rises_linearly_with_the_steps_and_that_of_a_reply_does_not():
+    warm_up, half = ["policy.reply_weight=0.2", "policy.revision_warmup_steps=4"], 0.1 * 0.5 * 0.5
+    for step, wanted in ((0, 0.0), (1, half / 2), (2, half), (4, 2 * half), (9, 2 * half)):
+        *_, revision, reply = coefficients(*warm_up, step=step)
+        assert revision == pytest.approx([wanted] * 2) and reply == pytest.approx([0.2] * 3), step
+    with pytest.raises(ConfigError, match=r"needs policy.revision_weight above 0, got 0"):
+        load(["policy.revision_warmup_steps=4"])
 
 
 def test_the_mask_of_unlikely_tokens_holds_for_revisions_alone():

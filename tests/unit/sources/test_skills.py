@@ -87,7 +87,7 @@ def answer(problem: Problem, group: int, text: str, reward: float) -> Answer:
 
 
 def prompts_with(summarizer: Any, known: SkillBank, keeps_unhinted: bool = True) -> SkillPrompts:
-    prompts, _ = SkillPrompts(GIVEN, known, summarizer, ONE_RANK, keeps_unhinted).prepare(6, SAMPLING, None)
+    prompts, _ = SkillPrompts(GIVEN, ONE_RANK, keeps_unhinted, known, summarizer).prepare(6, SAMPLING, None)
     assert isinstance(prompts, SkillPrompts)
     return prompts
 
@@ -113,7 +113,7 @@ def test_a_step_shows_credits_and_writes_skills():
         "p": [Skill("skill 0", 0, 3, 0.0), Skill("skill 1", 1, 2, 1.5), Skill("new p", 6)],
     }
     assert prompts.bank.skills["p"][1].uses == 1, "old prompts stay as they were"
-    fresh = SkillPrompts(GIVEN, SkillBank(8, 1.0), summarize, ONE_RANK, True)
+    fresh = SkillPrompts(GIVEN, ONE_RANK, True, SkillBank(8, 1.0), summarize)
     assert fresh.restored(after.state_dict()).bank == after.bank and fresh.restored({"skills": None}) is fresh
 
 

@@ -52,7 +52,7 @@ def coefficients(
         assert measured, "nothing needs the log-probs of this step"
         return torch.tensor(STUDENT, dtype=torch.float64), torch.tensor(TARGET, dtype=torch.float64)
 
-    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(given, [])
+    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(0, given, [])
     return terms(torch.tensor(STUDENT, dtype=torch.float64), torch.arange(5))
 
 

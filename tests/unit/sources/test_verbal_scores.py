@@ -56,7 +56,7 @@ def answers(*contents: str, group: int = 0) -> list[Answer]:
 
 
 class Teacher:
-    """Log-probs in which the digit that stands before the question mark is certain, with a mass of a half."""
+    """Log-probs in which the last digit before the question mark is certain, with a mass of a half."""
 
     def __init__(self) -> None:
         self.questions: list[str] = []
@@ -66,7 +66,8 @@ class Teacher:
         self.questions += ["".join(map(chr, prompt)) for prompt in prompts]
         found = torch.full((len(prompts), 10), -torch.inf, dtype=torch.float64)
         for row, prompt in enumerate(prompts):
-            found[row, int(chr(prompt[-3]))] = torch.tensor(0.5).log()
+            last = next(chr(token) for token in reversed(prompt) if chr(token).isdigit())
+            found[row, int(last)] = torch.tensor(0.5).log()
         return found
 
 
@@ -123,6 +124,25 @@ def test_a_low_score_replaces_a_response_by_one_behind_the_privileged_prompt():
     assert chosen[1].response.sampled_log_probs == [-2.0] * 6 and chosen[1].prompts == PAIR
     assert (metrics["verbal/auroc"], metrics["verbal/filters"], metrics["verbal/replaced"]) == (1.0, 1.0, 0.5)
     assert warning_of_unused_scores(metrics) is None
+
+
+@pytest.mark.parametrize(
+    ("max_length", "kept", "first"),
+    [(100, "a8;b9;", "a8;b9;4 new"), (22, "a8;", "a8;4 new$"), (19, "", "4 new$")],
+)
+def test_a_replaced_response_keeps_its_beginning_up_to_the_last_good_step(max_length, kept, first):
+    given = answers("4 so 8$", "a8;b9;c1;d2$", "a3;b6$", "a1$", "c7;")
+    sampler, judge = Sampler(), Judge(exact_match, Characters(), ONE_RANK)
+    select = VerbalSelection(5.0, scorer(max_length), sampler, judge, SEED, ";", 11)
+    chosen, metrics = select(STEP, given)
+    prompts = ["".join(map(chr, request.prompt)) for request in sampler.requests]
+    teacher_prompt = "".join(map(chr, PAIR.teacher_prompt))
+    assert len(teacher_prompt) == 8 and prompts == [teacher_prompt + kept, teacher_prompt]
+    assert [text(one) for one in chosen] == ["4 so 8$", first, "a3;b6$", "5 new$", "c7;"]
+    continued = chosen[1].response
+    assert continued.sampled_log_probs == [-2.0] * len(first) and continued.log_probs == [-1.0] * len(first)
+    assert continued.finish_reason == ("stop" if first.endswith("$") else "length")
+    assert metrics["verbal/continued"] == (0.5 if kept else 0) and metrics["verbal/replaced"] == 0.4
 
 
 def test_the_threshold_itself_is_enough():
