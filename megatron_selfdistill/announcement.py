@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Iterator
 
 from megatron_selfdistill.checkpoint.run.run_lock import LOCK
+from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.packing import length_quantum
 from megatron_selfdistill.distributed.ranks import about_allocator
 from megatron_selfdistill.launch_facts import launch_facts, layers, layout, start
@@ -65,6 +66,8 @@ def _lines(trainer: Trainer) -> Iterator[str]:
         quantum = length_quantum(config.schedule.max_tokens)
         yield f"GPU memory: {about_allocator(os.environ)}; packed sequences of multiples of {quantum} tokens"
     yield layout(trainer)
+    if config.adapter.rank:
+        yield about_adapters(config.adapter, unwrapped(learner.chunks[0]).config.num_moe_experts)
     if learner.has_teacher:
         yield f"loss: {trainer.loss_backend}"
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
@@ -76,6 +79,14 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan
+
+
+def about_adapters(adapter: AdapterConfig, num_moe_experts: int | None) -> str:
+    """Return a line about the adapters that are trained, and about the experts that have none."""
+    line = (
+        f"adapters of rank {adapter.rank}, scale {adapter.scale:g}, on {', '.join(adapter.layers)}: all else is frozen"
+    )
+    return line if num_moe_experts is None else f"{line}; the routed experts have no adapters"
 
 
 def _problems(trainer: Trainer) -> str:

@@ -13,14 +13,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.run.external import has_adapters, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.run.adapter_base import AdapterBase
+from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.inference import decided_output_layer, loaded_chunks, new_chunks
+from megatron_selfdistill.evaluation.inference import decided_output_layer, load_first_adapters, new_chunks
 from megatron_selfdistill.loss.batch_k import solve_batch_k
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.backend import in_use
@@ -29,6 +30,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
 from megatron_selfdistill.metrics.samples import chosen
+from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
@@ -65,25 +67,31 @@ class Learner:
     ``batch_k``.
     """
 
-    def __init__(self, config: Config, run_data: RunData, grid: RankGrid, *, resumes: bool) -> None:
+    def __init__(
+        self, config: Config, run_data: RunData, grid: RankGrid, *, resumes: bool, base: AdapterBase | None = None
+    ) -> None:
         """Build the model with the weights of ``checkpoint.load``, or random weights where that is null.
 
         ``resumes``: the caller loads a checkpoint of the run afterwards, so that ``checkpoint.load`` is not read.
+        ``base``: the result of `adapter_base`, whose weights are always read; None for a run without adapters.
         Raises: `ConfigError`, `CheckpointError`.
         """
-        self.config, self.run_data, self.grid = config, run_data, grid
+        self.config, self.run_data, self.grid, self.base = config, run_data, grid, base
 
         def initial_chunks() -> list[torch.nn.Module]:
             return new_chunks(config, grid, run_data.vocab_size)
 
         load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
-        weights_alone = config.checkpoint.load if load is not None and not config.checkpoint.load_optimizer else None
-        if weights_alone is not None and has_adapters(Path(weights_alone)):
-            raise ConfigError(
-                f"checkpoint.load={weights_alone} holds adapters, but a run begins at weights without them: name the "
-                "checkpoint that the run of these adapters began at"
-            )
-        initial = loaded_chunks(config, grid, run_data.vocab_size, weights_alone)
+        weights_alone = None if config.checkpoint.load_optimizer else load
+        if base is not None:
+            weights_alone = base.load
+        initial = initial_chunks()
+        if weights_alone is not None:
+            load_weights(weights_alone, initial, run_data.vocab_size, config.checkpoint.verify)
+        if base is not None:
+            add_adapters(initial, base.settings, grid)
+            if config.adapter.load is not None and not resumes:
+                load_first_adapters(config, base, initial)
         self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
@@ -125,9 +133,15 @@ class Learner:
 
     @property
     def role_weights(self) -> list[RoleWeights]:
-        """The weights, other than the student's, with which a sampler guides responses; none without a reference."""
-        if self.reference is None or self.config.rollout.guidance == "none":
+        """The weights, other than the student's, with which a sampler guides responses.
+
+        Without a reference they are the frozen teacher's of a student with adapters, and no weights of another teacher.
+        """
+        if self.config.rollout.guidance == "none":
             return []
+        if self.reference is None:
+            is_base = self.config.adapter.rank > 0 and self.teacher.weights == "frozen"
+            return [_in_roles(self.teacher, "teacher")] if is_base else []
         if self.reference is self.teacher:
             return [_in_roles(self.teacher, "teacher", "reference")]
         reference = _in_roles(self.reference, "reference")
@@ -142,6 +156,7 @@ class Learner:
             "scheduler": self.scheduler,
             "teacher": self.teacher if self.config.keeps_teacher else None,
             "reference": self.reference,
+            "base": self.base,
         }
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
+from megatron_selfdistill.checkpoint.stored_adapters import read_stored_adapters, refuse_adapters, require_adapters
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.field_checks import is_dotted
@@ -40,9 +41,34 @@ def require_data(config: Config) -> None:
 
 
 def require_start(config: Config) -> None:
-    """Raise `CheckpointError` if ``checkpoint.load`` is no checkpoint, unless the run resumes its own checkpoint."""
-    if config.checkpoint.load is not None and not _resumes(config):
-        require_checkpoint(Path(config.checkpoint.load))
+    """Raise `ConfigError` or `CheckpointError` if a run cannot begin at ``checkpoint.load``, unless it resumes.
+
+    A run with adapters reads the weights below them at every start, also where it resumes.
+    """
+    load, resumes = config.checkpoint.load, _resumes(config)
+    if config.adapter.base is not None:
+        raise ConfigError(
+            f"adapter.base={config.adapter.base} is for commands that read adapters: a run names the base of its "
+            "adapters with checkpoint.load"
+        )
+    if config.adapter.load is not None and not config.adapter.rank:
+        raise ConfigError(
+            f"adapter.load={config.adapter.load} with adapter.rank=0, expected the rank of these adapters: set "
+            "adapter.rank, adapter.alpha and adapter.layers to the values that `selfdistill convert inspect` shows"
+        )
+    if load is None or (resumes and not config.adapter.rank):
+        return
+    if resumes and not Path(load).exists():
+        raise CheckpointError(
+            f"checkpoint.load={load} does not exist, but a run reads the base of its adapters at every start: set "
+            "checkpoint.load to the present place of the base"
+        )
+    require_checkpoint(Path(load))
+    refuse_adapters(Path(load))
+    if config.adapter.load is not None and not resumes:
+        if Path(config.adapter.load).exists():
+            require_adapters(Path(config.adapter.load))
+        require_checkpoint(Path(config.adapter.load))
 
 
 def require_ranks(config: Config, world_size: int) -> None:
@@ -172,6 +198,14 @@ def require_checkpoint(path: Path, iteration: int | None = None) -> None:
     holder = directory.tracked(chosen) or chosen
     if not directory.is_legacy(holder) and directory.lacks(holder):
         directory.resolve(chosen)
+
+
+def require_model(config: Config, path: Path, iteration: int | None = None) -> None:
+    """Raise `CheckpointError` if there is no model at ``path``: weights, or adapters whose base is there, too."""
+    require_checkpoint(path, iteration)
+    adapters = read_stored_adapters(directory.of_iteration(Path(path), iteration))
+    if adapters is not None:
+        require_checkpoint(adapters.base_place(config.adapter.base))
 
 
 def require_hugging_face(path: Path) -> None:

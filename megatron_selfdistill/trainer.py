@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_selfdistill.checkpoint.directory import iteration_name
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
+from megatron_selfdistill.checkpoint.run.adapter_base import adapter_base
 from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, latest_resumption
 from megatron_selfdistill.checkpoint.run.run_directory import RunDirectory
@@ -78,7 +79,8 @@ class Trainer:
         self.resumed_from = found.saved.path if found is not None else None
         self.changes = found.changes if found is not None else ()  # of the configuration, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
-        self.learner = Learner(config, self.run_data, grid, resumes=found is not None)
+        base = adapter_base(config, found.saved if found is not None else None)
+        self.learner = Learner(config, self.run_data, grid, resumes=found is not None, base=base)
         self.sampler = configured_sampler(
             config, self.run_data, self.learner.chunks, grid, self.phases, self.learner.role_weights
         )

@@ -12,7 +12,6 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.conversion_progress import FiniteCheck, Progress
 from megatron_selfdistill.checkpoint.describe import FORMATS, HF_ASSETS, hf_assets_of, num_tokens
-from megatron_selfdistill.checkpoint.formats import manifest, torch_dist_writer
-from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets, read_config, without_lost_code
+from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.full_weights import Weights
+from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.formats.megatron_args import converted_args
 from megatron_selfdistill.checkpoint.formats.read_ahead import read_ahead
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
@@ -36,8 +35,8 @@ from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.formats.tensor_names import names
 from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece
-from megatron_selfdistill.checkpoint.run.saved_run import SECTION
-from megatron_selfdistill.checkpoint.run.state import CONTENT
+from megatron_selfdistill.checkpoint.merged_weights import MergedWeights, open_merged_weights
+from megatron_selfdistill.checkpoint.release import hf_assets_bytes, write_release
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.model.architecture import padded_vocab_size
@@ -80,28 +79,8 @@ def hf_to_megatron(
     model, rules, tensors = _read_hf(hf)
     finite = FiniteCheck(str(hf), allow_non_finite, progress)
     pieces = _pieces(model, rules, _HFReader(tensors, _block(hf), dtype, finite), progress)
-    common = {
-        "args": converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces)),
-        "checkpoint_version": 3.0,
-        "iteration": 0,
-        "num_floating_point_operations_so_far": 0,
-        "content_metadata": dict(CONTENT),
-        SECTION: {"kind": "conversion"},
-    }
-    num_bytes = sum(piece.num_bytes for piece in pieces)
-    with _created_directory(out, num_bytes + _hf_assets_bytes(hf)) as temporary:
-        progress.start(num_bytes)
-        release = temporary / "release"
-        torch_dist_writer.write(release, pieces, common, empty_objects=_extra_states(rules), progress=progress.advance)
-        assets = release / HF_ASSETS
-        assets.mkdir()
-        shutil.copyfile(hf / "config.json", assets / "config.json")
-        copy_hf_assets(hf, assets, progress.report)
-        manifest.write(release)
-        (temporary / directory.TRACKER).write_text("release")
-        for path in (assets / "config.json", assets, release, temporary / directory.TRACKER):
-            manifest.sync(path)
-    return out / "release"
+    args = converted_args(model, _main_dtype((piece.dtype, piece.num_bytes) for piece in pieces))
+    return write_release(out, pieces, args, empty_objects=_extra_states(rules), assets=hf, progress=progress)
 
 
 def megatron_to_hf(
@@ -114,9 +93,12 @@ def megatron_to_hf(
     vocab_size: int | None = None,
     max_shard_bytes: int = 5 * 10**9,
     allow_non_finite: bool = False,
+    base: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
     """Write the Megatron checkpoint at ``megatron``, torch_dist or legacy, as the Hugging Face directory ``out``.
+
+    Adapters are merged into their base (`merged_weights`); ``base``: the place of the base, where it has moved.
 
     ``hf_config``: a directory with the original config.json and tokenizer files.  Null takes the files in the
     checkpoint; without such files the function makes a config.json from the stored arguments.  ``dtype``: the type of
@@ -129,8 +111,7 @@ def megatron_to_hf(
     """
     out, progress = Path(out), progress or Progress()
     directory.require_free(out)
-    weights = open_weights(megatron, iteration)
-    verify_checksums(weights, progress.report)
+    weights = open_merged_weights(megatron, iteration, base=base, dtype=dtype, report=progress.report)
     assets = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
     original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
     model, family = _model_and_family(weights, original, assets, vocab_size, progress)
@@ -144,7 +125,7 @@ def megatron_to_hf(
     ]
     num_bytes = sum(math.prod(shape) * kind.itemsize for _, kind, shape in tensors)
     finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
-    with _created_directory(out, num_bytes + (_hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
+    with directory.created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
         _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), weights, kept, finite, progress)
         if assets is not None:
@@ -152,6 +133,8 @@ def megatron_to_hf(
         config = without_lost_code(config, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")
+    if isinstance(weights, MergedWeights):
+        progress.report(str(weights.merge))
     return out
 
 
@@ -200,10 +183,6 @@ def _main_dtype(sizes: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     for dtype, num_bytes in sizes:
         total[dtype] = total.get(dtype, 0) + num_bytes
     return max(total, key=lambda dtype: total[dtype])
-
-
-def _hf_assets_bytes(source: Path) -> int:
-    return sum(file.stat().st_size for file in hf_assets(source))
 
 
 def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
@@ -380,18 +359,3 @@ def _config(
 
 
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
-
-
-@contextmanager
-def _created_directory(target: Path, num_bytes: int) -> Iterator[Path]:
-    """Yield a temporary directory, and rename it to ``target`` at the end; remove it after an error."""
-    target = target.absolute()
-    temporary = directory.begin(target.parent, target.name, num_bytes + 2**20)
-    try:
-        yield temporary.path
-        directory.publish_new(temporary, target)
-    except BaseException:
-        temporary.remove()
-        raise
-    finally:
-        temporary.release()

@@ -20,6 +20,7 @@ from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, 
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
+from megatron_selfdistill.checkpoint.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
@@ -39,11 +40,16 @@ def describe(path: Path) -> dict[str, str]:
     weights = open_weights(path)
     lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
     sizes = weights.sizes()
-    lines["parameters"] = f"{_parameters(sizes)}, padding included"
+    adapters = read_stored_adapters(weights.path)
+    lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
+    if adapters is not None:
+        lines |= _describe_adapters(adapters)
     if weights.args is None:
         return lines | {"arguments": "none are stored: the architecture is not known"}
     args, assets = weights.args, hf_assets_of(weights.path)
     model = architecture_from_args(args)
+    if adapters is not None:
+        return lines | _origin(weights) | _describe_model(model)
     try:
         vocab_size = true_vocab_size(args, num_tokens(assets), weights.num_rows)
         lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
@@ -51,15 +57,29 @@ def describe(path: Path) -> dict[str, str]:
         vocab_size = weights.num_rows
         lines["vocabulary"] = str(error)
     model = replace(model, vocab_size=vocab_size)
-    sizes_of = {axis: getattr(args, name, None) or 1 for axis, name in _LAYOUT.items()}
-    lines["written by"] = " x ".join(f"{axis} {size}" for axis, size in sizes_of.items())
+    return lines | _origin(weights) | _describe_model(model) | _usage(weights, model, assets)
+
+
+def _describe_adapters(adapters: StoredAdapters) -> dict[str, str]:
+    settings = adapters.settings
+    scale = "alpha / sqrt(rank)" if settings.rank_stabilised else "alpha / rank"
+    return {
+        "adapters": f"rank {settings.rank}, alpha {settings.alpha}, scale {scale}, on {', '.join(settings.layers)}",
+        "base": f"the checkpoint with the digest {adapters.base_digest}",
+        "place of the base": str(adapters.base or f"{KEPT_BASE} in the run directory"),
+    }
+
+
+def _origin(weights: Weights) -> dict[str, str]:
+    """Return the layout that wrote the checkpoint, and the state of its manifest."""
+    sizes_of = {axis: getattr(weights.args, name, None) or 1 for axis, name in _LAYOUT.items()}
     if (weights.path / manifest.NAME).is_file():
-        lines["manifest"] = "sizes agree"
+        found = "sizes agree"
     else:
-        lines["manifest"] = (
+        found = (
             "lost (this program wrote one)" if is_selfdistill_checkpoint(weights.path) else "none (another program's)"
         )
-    return lines | _describe_model(model) | _usage(weights, model, assets)
+    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items()), "manifest": found}
 
 
 def megatron_lm_usage(path: Path) -> dict[str, str]:

@@ -17,6 +17,7 @@ import re
 import shutil
 import uuid
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -290,6 +291,24 @@ def publish_new(temporary: Temporary, target: Path) -> None:
     temporary.path.rename(target)
     sync(target.parent)
     temporary.remove()  # removes the lock
+
+
+@contextlib.contextmanager
+def created(target: Path, num_bytes: int) -> Iterator[Path]:
+    """Yield a temporary directory, and rename it to ``target`` at the end; remove it after an error.
+
+    Raises: CheckpointError where ``target`` exists, or the disk has less than ``num_bytes`` and 1 MiB free.
+    """
+    target = target.absolute()
+    temporary = begin(target.parent, target.name, num_bytes + 2**20)
+    try:
+        yield temporary.path
+        publish_new(temporary, target)
+    except BaseException:
+        temporary.remove()
+        raise
+    finally:
+        temporary.release()
 
 
 def require_free(target: Path) -> None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ from megatron_selfdistill.evaluation.alignment_groups import MeasuredNode, Node
 from megatron_selfdistill.evaluation.alignment_nodes import nodes_of
 from megatron_selfdistill.evaluation.all_models import AllModels, read_by_all_models
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
-from megatron_selfdistill.evaluation.verify import judge, judged_text, load_verifier
+from megatron_selfdistill.evaluation.verify import judged_by_all, judged_text, load_verifier, verdict_of
 from megatron_selfdistill.metrics.explored import cut
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
@@ -129,7 +128,7 @@ class AlignmentJob:
             for token in (candidate.token for candidate in node.candidates):
                 begun = [*responses[p].token_ids[: node.position], token]
                 if token in stops or limit == 0:
-                    done[p, node.position, token, 0] = _response(begun, "stop" if token in stops else "length")
+                    done[p, node.position, token, 0] = Response.unsampled(begun, "stop" if token in stops else "length")
                 else:
                     keys: list[Key] = [(p, node.position, token, i) for i in range(self.num_completions)]
                     wanted.setdefault(limit, {}).update(dict.fromkeys(keys, begun))
@@ -151,7 +150,7 @@ class AlignmentJob:
         found = {}
         for (key, begun, limit), rest in zip(asked, inference.sampler.generate(requests, params), strict=True):
             ended = rest.finish_reason == "stop" and len(rest.token_ids) <= limit
-            found[key] = _response(begun + rest.token_ids[:limit], "stop" if ended else "length")
+            found[key] = Response.unsampled(begun + rest.token_ids[:limit], "stop" if ended else "length")
         return found
 
     def _judged(self, responses: dict[Key, Response], grid: RankGrid) -> dict[Key, bool]:
@@ -161,7 +160,7 @@ class AlignmentJob:
         for key, response in responses.items():
             _, _, text = judged_text(response, tokenizer, pattern)
             questions[key] = self.run_data.evaluation[key[0]], None if response.truncated else text
-        return judge(questions, load_verifier(self.config.evaluation.verifier), grid)
+        return judged_by_all(questions, verdict_of(load_verifier(self.config.evaluation.verifier)), grid)
 
     def _success(self, p: int, node: Node, verdicts: dict[Key, bool]) -> dict[int, float]:
         """Return the share of right completions after each candidate of a node."""
@@ -187,8 +186,3 @@ def _fitted(problem: Problem, config: Config, run_data: RunData) -> PromptPair:
         raise ConfigError(str(error)) from error
     assert pair is not None, "the policy error returns prompts or raises"
     return pair
-
-
-def _response(token_ids: list[int], finish_reason: str) -> Response:
-    unknown = [math.nan] * len(token_ids)
-    return Response(token_ids, unknown, unknown, finish_reason)

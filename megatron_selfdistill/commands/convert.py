@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Convert Hugging Face directories to Megatron checkpoints and back, and describe both.
+"""Convert Hugging Face directories to Megatron checkpoints and back, adapters too, and describe them.
 
     selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3
     selfdistill checkpoint.load=checkpoints/qwen3 data.tokenizer=Qwen3-8B data.path=problems.jsonl run_dir=runs/first
@@ -23,6 +23,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from megatron_selfdistill.commands.convert_adapters import BASE, DTYPES, NON_FINITE, RAW, add_to
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.conversion_progress import Progress
@@ -110,6 +112,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
             vocab_size=arguments.vocab_size,
             max_shard_bytes=arguments.max_shard_size,
             allow_non_finite=arguments.allow_non_finite,
+            base=arguments.base,
             progress=progress,
         )
     print(f"{target}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(target)!r})")
@@ -174,10 +177,11 @@ def _bytes(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **_RAW)
+    parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **RAW)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_hf_to_megatron(commands)
     _add_megatron_to_hf(commands)
+    add_to(commands, _progress)
     _add_inspect(commands)
     return parser
 
@@ -188,24 +192,26 @@ def _add_hf_to_megatron(commands: Any) -> None:
         help="convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
         description="Convert a Hugging Face directory to a torch_dist checkpoint, which loads in any layout.",
         epilog="example:\n  selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
-        **_RAW,
+        **RAW,
     )
     command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
     command.add_argument("--hf", type=Path, required=True, metavar="DIR", help="directory with config.json and weights")
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
     command.add_argument("--format", choices=["torch_dist"], default="torch_dist", help="format of the checkpoint")
-    command.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: unchanged; FP8 becomes bf16)")
-    command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
+    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: unchanged; FP8 becomes bf16)")
+    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
 
 
 def _add_megatron_to_hf(commands: Any) -> None:
     command = commands.add_parser(
         "megatron-to-hf",
         help="convert a Megatron checkpoint (torch_dist or legacy) to a Hugging Face directory",
-        description="Convert a Megatron checkpoint, torch_dist or legacy, to a directory for transformers and vLLM.",
+        description="Convert a Megatron checkpoint, torch_dist or legacy, to a directory for transformers and vLLM.\n"
+        "Adapters are merged into their base in float32 and rounded once: bf16 can lose small updates, and\n"
+        "--dtype fp32 loses none.",
         epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --iteration 100 \\\n"
         "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
-        **_RAW,
+        **RAW,
     )
     command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)
     command.add_argument(
@@ -225,7 +231,8 @@ def _add_megatron_to_hf(commands: Any) -> None:
         metavar="DIR",
         help="directory with the original config.json and tokenizer (default: the HF assets of the checkpoint)",
     )
-    command.add_argument("--dtype", choices=_DTYPES, help="type of the weights (default: unchanged)")
+    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: unchanged)")
+    command.add_argument("--base", type=Path, metavar="DIR", help=BASE)
     command.add_argument(
         "--vocab-size", type=int, metavar="N", help="vocabulary without padding, if the checkpoint does not state it"
     )
@@ -236,7 +243,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         metavar="SIZE",
         help="largest size of a weights file (default: 5GB)",
     )
-    command.add_argument("--allow-non-finite", action="store_true", help=_NON_FINITE)
+    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -245,12 +252,7 @@ def _add_inspect(commands: Any) -> None:
         help="describe a checkpoint or a Hugging Face directory",
         description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
         epilog="example:\n  selfdistill convert inspect runs/first/checkpoints",
-        **_RAW,
+        **RAW,
     )
     command.set_defaults(check=check_inspect, run=inspect)
     command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron checkpoint or Hugging Face directory")
-
-
-_RAW: dict[str, Any] = {"formatter_class": argparse.RawDescriptionHelpFormatter}
-_DTYPES = ("bf16", "fp16", "fp32")
-_NON_FINITE = "report weights that are NaN or infinite instead of refusing them"

@@ -55,7 +55,8 @@ def check(arguments: argparse.Namespace, config: Config) -> None:
     if arguments.hf is not None:
         prechecks.require_hugging_face(arguments.hf)
     prechecks.require_data(config)
-    prechecks.require_start(config)
+    if config.checkpoint.load is not None:
+        prechecks.require_model(config, Path(config.checkpoint.load))
     check_ranks(config, world_size())
 
 

@@ -72,7 +72,7 @@ def check(arguments: argparse.Namespace) -> None:
     if arguments.hf is not None:
         prechecks.require_hugging_face(arguments.hf)
     else:
-        prechecks.require_checkpoint(arguments.megatron, arguments.iteration)
+        prechecks.require_model(config, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
     check_ranks(config, world_size())
 

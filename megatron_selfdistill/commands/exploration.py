@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,9 +50,7 @@ class Exploration:
         run_data = RunData.of_problem(config, problem)
         response = None
         if text is not None:
-            ids = [*run_data.tokenizer.encode(text), run_data.stop_token_ids[0]]
-            unknown = [math.nan] * len(ids)
-            response = Response(ids, unknown, unknown, "stop")
+            response = Response.unsampled([*run_data.tokenizer.encode(text), run_data.stop_token_ids[0]])
         try:
             prompts = fit_teacher_prompt(
                 run_data.builder,

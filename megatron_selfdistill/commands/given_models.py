@@ -55,7 +55,7 @@ class GivenModels:
             teacher = initial
         return cls(path / "checkpoints", arguments.iteration, teacher, initial if config.is_anchored else None)
 
-    def check(self) -> None:
+    def check(self, config: Config) -> None:
         """Raise `ConfigError` or `CheckpointError` if a model is missing, without importing torch."""
         for path, iteration in ((self.student, self.iteration), (self.teacher, None), (self.reference, None)):
             if path is None:
@@ -65,7 +65,7 @@ class GivenModels:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
                 prechecks.require_hugging_face(path)
             else:
-                prechecks.require_checkpoint(path, iteration)
+                prechecks.require_model(config, path, iteration)
 
     def found_student(self) -> dict[str, Any]:
         """Return `find_model` of the student.  Raises: `CheckpointError`."""
@@ -116,7 +116,7 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
         raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
-    GivenModels.of(arguments, config).check()
+    GivenModels.of(arguments, config).check(config)
     prechecks.require_data(config)
     check_ranks(config, world_size())
 

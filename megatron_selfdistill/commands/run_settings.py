@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from megatron_selfdistill.checkpoint.stored_adapters import KEPT_BASE
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import OLD_DEFAULTS
 from megatron_selfdistill.errors import ConfigError
@@ -20,7 +21,6 @@ SETTINGS = {
         "tokenizer chat_template chat_template_kwargs system_prompt student_template teacher_template "
         "trust_remote_code on_long_context max_length"
     ).split(),
-    "adapter": "rank alpha rank_stabilised layers".split(),
     "target": "rule teacher_weight guided_teacher_weight k_max k anchor match".split(),
     "loss": "divergence jsd_lambda".split(),
     "rollout": "max_new_tokens temperature top_k top_p stop_token_ids".split(),
@@ -67,8 +67,14 @@ def _stored_section(stored: dict[str, Any], section: str) -> dict[str, Any]:
 
 
 def initial_weights(run_dir: Path) -> Path | None:
-    """Return the checkpoint that a run has started from; None where the run has started from random weights."""
-    load = _configuration(run_dir).get("checkpoint", {}).get("load")
+    """Return the checkpoint of the weights that a run has started from; None where the run did not keep them.
+
+    Of random weights, a run keeps those below its adapters.
+    """
+    stored = _configuration(run_dir)
+    load = stored.get("checkpoint", {}).get("load")
+    if load is None and stored.get("adapter", {}).get("rank"):
+        return run_dir / KEPT_BASE
     return None if load is None else Path(load)
 
 

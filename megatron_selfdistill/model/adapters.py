@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,9 +34,7 @@ from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import unwrapped
-
-SUFFIX = "_adapter"
-"""The name of an adapter is the name of its linear layer and this suffix; both are children of the same module."""
+from megatron_selfdistill.model.hf.adapter_rules import SUFFIX
 
 
 class LowRankAdapter(MegatronModule):
@@ -91,7 +89,7 @@ class LowRankAdapter(MegatronModule):
             z = reduce_scatter_to_sequence_parallel_region(z, group=self.tp_group)
         else:
             z = reduce_from_tensor_model_parallel_region(z, group=self.tp_group)
-        return self.scale * F.linear(z, self.b)
+        return F.linear(self.scale * z, self.b)  # scaling r columns is cheaper than scaling the output
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
@@ -117,7 +115,7 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
     Adapters go to the layers that ``adapter.layers`` names, in attention, dense MLPs and shared experts.  Routed
     experts, routers, norms, embeddings and the output layer stay as they are.  At the start the model computes exactly
     what it did before, since B = 0.
-    Raises: `ConfigError` where a chunk has none of the layers.
+    Raises: `ConfigError` where a chunk has none of the layers, and for a layer that tensor parallelism copies.
     """
     for chunk in chunks:
         model = unwrapped(chunk)
@@ -131,6 +129,11 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
                 "that every stage has, or cut the pipeline in another way"
             )
         for parent, child, linear, name in linears:
+            if grid.tp_size > 1 and not _is_cut(linear):
+                raise ConfigError(
+                    f"{name} is a whole copy on each of {grid.tp_size} tensor-parallel ranks, expected a layer that "
+                    f"they share: remove {child} from adapter.layers, or set parallel.tensor_model_parallel_size=1"
+                )
             made = LowRankAdapter(linear, name, adapter, grid)
             parent.add_module(child + SUFFIX, made)
             linear.register_forward_hook(_Hook(made))
@@ -139,9 +142,33 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
             model.embedding.register_forward_hook(_require_gradient)
 
 
-def num_adapter_parameters(model: GPTModel, adapter: AdapterConfig) -> int:
-    """Return the number of parameters that `add_adapters` would add to ``model`` on this rank."""
-    return adapter.rank * sum(sum(linear.weight.shape) for _, _, linear, _ in _linears(model, adapter.layers))
+class AdapterSizes(NamedTuple):
+    """What the adapters of a model would take on one rank."""
+
+    parameters: int
+    """The parameters on this rank."""
+    model_parameters: int
+    """The parameters that the tensor-parallel ranks together add to the model, without copies."""
+    columns: tuple[float, ...]
+    """The columns of all z = x A^T of a layer, per layer, as a token of a microbatch counts on this rank."""
+
+
+def adapter_sizes(model: GPTModel, adapter: AdapterConfig, tp_size: int) -> AdapterSizes:
+    """Return the sizes of what `add_adapters` would add to ``model`` on this rank of ``tp_size`` ranks.
+
+    z of a column-parallel layer has the rows of all tokens; under sequence parallelism, z of a row-parallel layer has
+    those of the rank's own tokens.
+    """
+    here = whole = 0
+    columns = dict.fromkeys((layer.layer_number for layer in model.decoder.layers), 0.0)
+    for _, _, linear, name in _linears(model, adapter.layers):
+        out_size, in_size = linear.weight.shape
+        is_column = _is_column(linear)
+        here += adapter.rank * (out_size + in_size)
+        whole += adapter.rank * (out_size * (tp_size if is_column else 1) + in_size * (1 if is_column else tp_size))
+        share = tp_size if model.config.sequence_parallel and not is_column else 1
+        columns[int(name.split(".")[2]) + 1] += adapter.rank / share
+    return AdapterSizes(here, whole, tuple(columns.values()))
 
 
 class _Hook:
@@ -185,28 +212,27 @@ class WithoutAdapters(torch.nn.Module):
     def __init__(self, chunk: torch.nn.Module) -> None:
         super().__init__()
         self.module = chunk
+        self._adapters = [module for module in unwrapped(chunk).modules() if isinstance(module, LowRankAdapter)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the output of the chunk without its adapters.
 
         The adapters are off only during this call, so that a recomputation in the backward pass of the chunk has them.
         """
-        with adapters_off(unwrapped(self.module)):
+        with self.switched_off():
             return self.module(*args, **kwargs)
 
-
-@contextlib.contextmanager
-def adapters_off(model: GPTModel) -> Iterator[None]:
-    """Switch the adapters of ``model`` off while the context is open."""
-    adapters = [module for module in model.modules() if isinstance(module, LowRankAdapter)]
-    before = [adapter.enabled for adapter in adapters]
-    for adapter in adapters:
-        adapter.enabled = False
-    try:
-        yield
-    finally:
-        for adapter, enabled in zip(adapters, before, strict=True):
-            adapter.enabled = enabled
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Switch the adapters of the chunk off while the context is open."""
+        before = [adapter.enabled for adapter in self._adapters]
+        for adapter in self._adapters:
+            adapter.enabled = False
+        try:
+            yield
+        finally:
+            for adapter, enabled in zip(self._adapters, before, strict=True):
+                adapter.enabled = enabled
 
 
 def _linears(model: GPTModel, layers: Sequence[str]) -> Iterator[tuple[torch.nn.Module, str, Any, str]]:
@@ -225,6 +251,12 @@ def _is_column(linear: torch.nn.Module) -> bool:
     """Return whether a layer of Megatron's or of Transformer Engine's is column-parallel."""
     mode = getattr(linear, "parallel_mode", None)
     return mode == "column" if mode is not None else "Column" in type(linear).__name__
+
+
+def _is_cut(linear: torch.nn.Module) -> bool:
+    """Return whether tensor parallelism cuts a layer; Transformer Engine copies latent attention's down projections."""
+    name = type(linear).__name__
+    return getattr(linear, "parallel_mode", None) is not None or "Column" in name or "Row" in name
 
 
 def _uniform(shape: tuple[int, int], name: str) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -44,9 +44,10 @@ def export(
     *,
     bucket_bytes: int = 2**30,
     on_ranks: Collection[int] | None = None,
+    part: Callable[[str], bool] | None = None,
 ) -> Iterator[list[tuple[str, Tensor]]]:
     """Return the stream of a new `Exporter`, for a single export."""
-    return Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks).stream()
+    return Exporter(chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=part).stream()
 
 
 class Exporter:
@@ -55,7 +56,8 @@ class Exporter:
     ``chunks``: the chunks of this rank, as built or as wrapped for training.  ``rules``: the rules of the whole model;
     the exporter skips passthrough tensors, which no live model has.  ``on_ranks``: the global ranks that need the
     tensors, equal on all ranks; None means every rank.  A replica without such ranks takes no part in the transfers of
-    its dense tensors.
+    its dense tensors.  ``part``: whether the tensor with a key of a checkpoint is in the part of the model that the
+    rules describe, such as `hf.adapter_rules.is_adapter_key`; None means the whole model.
 
     Memory of a rank: ``bucket_bytes`` of full tensors; during the assembly of a bucket also its shards (as much again,
     and at most a quarter of padding) and one more tensor.  A tensor larger than ``bucket_bytes`` is its own bucket.
@@ -72,6 +74,7 @@ class Exporter:
         *,
         bucket_bytes: int = 2**30,
         on_ranks: Collection[int] | None = None,
+        part: Callable[[str], bool] | None = None,
     ) -> None:
         if bucket_bytes < 1:
             raise ConfigError(f"bucket_bytes must be at least 1, got {bucket_bytes}")
@@ -80,7 +83,7 @@ class Exporter:
         self._wanted_here = on_ranks is None or grid.rank in on_ranks
         # Experts are cut over their own group, expert TP x EP, which may reach beyond a replica.
         self._groups = {False: grid.tp_group, True: unwrapped(chunks[0]).pg_collection.tp_ep}
-        stages = self._describe_stages()
+        stages = self._describe_stages(part or (lambda key: True))
         self._gathers = stages[grid.pp_rank].wanting(on_ranks)
         self._relays = {expert: any(stage.wanting(on_ranks)[expert] for stage in stages) for expert in self._groups}
         group_sizes = {expert: group.size() for expert, group in self._groups.items()}
@@ -141,11 +144,13 @@ class Exporter:
             dist.broadcast(packed[: bucket.num_bytes[me]], src=source, group=self._grid.pp_group)
         return packed
 
-    def _describe_stages(self) -> list[_Stage]:
+    def _describe_stages(self, part: Callable[[str], bool]) -> list[_Stage]:
         """Return the description of each pipeline stage at this rank's place within the stage."""
         entries: dict[bool, list[_Entry]] = {False: [], True: []}
         for shard in _sharded_tensors(self._chunks):
             where, start = _place(shard)
+            if not part(where.key):
+                continue
             shape = tuple(shard.global_shape[shard.prepend_axis_num :])
             entries[_is_expert(where)].append(_Entry(where, start, tuple(shard.local_shape), shape, shard.data.dtype))
         members = {expert: gather_objects(entries[expert], group) for expert, group in self._groups.items()}

@@ -16,7 +16,7 @@ from megatron_selfdistill.model.architecture import padded_vocab_size, transform
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
 from megatron_selfdistill.plan import bubble
-from megatron_selfdistill.plan.engines import Engines, engines
+from megatron_selfdistill.plan.engines import Engines, backward_passes, engine_factors, engines
 from megatron_selfdistill.plan.host_memory import HostMemory, host_memory
 from megatron_selfdistill.plan.memory import Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.plan.plan_checks import (
@@ -71,6 +71,11 @@ class Plan:
     output_layer: OutputLayer
     engines: Engines | None
     """The vLLM engines; None for another sampler, or without a sampler."""
+
+    @property
+    def adapter_parameters(self) -> int:
+        """The parameters of the adapters of the whole model; 0 where the run trains all weights."""
+        return sum(stage.adapter_model_parameters for stage in self.stages)
 
     def misfit(self) -> str | None:
         """Return a message about a part that does not fit; None if everything fits.
@@ -149,6 +154,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
             vocab_size, config.model.make_vocab_size_divisible_by, config.parallel.tensor_model_parallel_size
         ),
         model_parameters=sum(stage.model_parameters for stage in built),
+        engine_factors=engine_factors(config, vocab_size),
     )
     needed = [
         memory(config, transformer, stage, replace(load, in_flight=in_flight))
@@ -171,7 +177,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         schedule=step.schedule,
         host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
-        engines=engines(config, transformer, built, num_gpus, kv_cache_gib, load.vocab_size) if samples else None,
+        engines=engines(config, transformer, built, num_gpus, kv_cache_gib, load) if samples else None,
     )
 
 
@@ -203,7 +209,7 @@ class _PlannedStep:
             bubble.order(*num_microbatches, pair_order, with_reference=config.is_anchored),
             pp_size,
             p.virtual_pipeline_model_parallel_size or 1,
-            bubble.Times(backward=3.0 if config.schedule.recompute_granularity == "full" else 2.0),
+            bubble.Times(backward=backward_passes(config)),
         )
         return cls(dp_size, contexts * longest, num_microbatches, pair_order, schedule)
 

@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.plan.memory import GIB, element_size, engine_weight_gib
+from megatron_selfdistill.plan.memory import GIB, Load, element_size, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
 from megatron_selfdistill.rollout.factory import configured_target
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.model.hf.rules import Rule
 
 BANDWIDTH = 4.3e12
 """The bytes per second that an H200 copies within its own memory."""
@@ -52,6 +56,8 @@ class Engines:
     """The sequences at which computing takes as long as reading the weights."""
     seconds: tuple[float, float]
     """The seconds of the rollout and of training in a step."""
+    update_bytes: int
+    """The bytes that an engine receives after a step: all weights, or the factors of the adapters."""
     batch: int
     """The data.global_batch_size at which the engines are full or the rollout takes half of the step, rounded up to a
     power of two."""
@@ -79,13 +85,12 @@ class Engines:
 
 
 def engines(
-    config: Config, transformer: Any, built: Sequence[Stage], num_gpus: int, kv_cache_gib: float, vocab_size: int
+    config: Config, transformer: Any, built: Sequence[Stage], num_gpus: int, kv_cache_gib: float, load: Load
 ) -> Engines:
     """Return the `Engines` of a configuration that samples with vLLM.
 
     ``transformer``: Megatron's configuration of the model.  ``built``: its stages.  ``kv_cache_gib``: GiB per GPU of a
-    colocated engine's KV cache; this function computes the KV cache of a server.  ``vocab_size``: the rows of the
-    output layer's weight, padding included.
+    colocated engine's KV cache; this function computes the KV cache of a server.
     """
     rollout, data = config.rollout, config.data
     colocated = rollout.placement == "colocated"
@@ -103,7 +108,7 @@ def engines(
     capacity = max(1, int(kv_cache_gib * GIB / kv_cache_bytes(config, transformer) / held))
     balance = BALANCE * parameters / active * element_size(config) / 2
     reading = rollout.max_new_tokens * weight_gib * GIB / BANDWIDTH
-    flops = training_flops(config, transformer, active, vocab_size)
+    flops = training_flops(config, transformer, active, load.vocab_size)
     training = flops * MEAN * rollout.max_new_tokens * responses / (num_gpus * FLOPS * MFU)
     full = min(balance, capacity)
     enough = min(full, sequences * reading / training)
@@ -113,25 +118,57 @@ def engines(
         capacity=capacity,
         balance=balance,
         seconds=(reading * max(1.0, sequences / full), training),
+        update_bytes=(load.engine_factors or parameters) * element_size(config),
         batch=2 ** math.ceil(math.log2(max(1.0, data.global_batch_size * enough / sequences))),
     )
 
 
-def training_flops(config: Config, transformer: Any, parameters: float, vocab_size: int) -> float:
-    """Return the FLOPs per response token of a step: 2 per parameter and forward pass, and 4 of the backward pass.
+def engine_factors(config: Config, vocab_size: int) -> int:
+    """Return the elements of the factors that vLLM engines receive: each module has its own copy of A.
 
-    The student, the teacher and the reference have one forward pass each, and recomputing all layers is another one.
+    The modules are those of the model's Hugging Face family; 0 without adapters or without vLLM.
+    """
+    if not config.adapter.rank or not config.samples or config.rollout.engine != "vllm":
+        return 0
+    return sum(math.prod(shape) for rule in factor_rules(config, vocab_size) for shape in rule.hf_shapes)
+
+
+def factor_rules(config: Config, vocab_size: int) -> list[Rule]:
+    """Return the rules of the adapters' factors for the Hugging Face family of the model, with ``vocab_size`` rows."""
+    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+    from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
+    from megatron_selfdistill.model.hf.mapping import family_of, family_of_model
+
+    given = config.rollout.hf_config
+    family = family_of_model(config.model) if given is None else family_of(read_config(Path(given)))
+    return adapter_rules(family.rules(replace(config.model, vocab_size=vocab_size)), config.adapter)
+
+
+def training_flops(config: Config, transformer: Any, parameters: float, vocab_size: int) -> float:
+    """Return the FLOPs per response token of a step: 2 per parameter and pass.
+
+    The student, the teacher and the reference have one forward pass each; `backward_passes` are the others.
     Teacher and reference are projected once as a mix, or once each where their weights differ; the match with the
     reference's entropy projects the reference once more.  ``parameters``: the parameters that a token uses.
     """
     models = 1 + (config.objective == "self_distillation") + config.is_anchored
-    passes = models + 2 + (transformer.recompute_granularity == "full")
+    passes = models + backward_passes(config)
     flops: float = 2.0 * passes * parameters
     if config.is_anchored:
         matches = configured_target(config.target, None).needs_reference_entropy
         projections = 1 + config.copies_reference + matches
         flops += 2.0 * (projections - 2) * float(transformer.hidden_size) * vocab_size
     return flops
+
+
+def backward_passes(config: Config) -> float:
+    """Return the time of the student's backward pass, in forward passes.
+
+    The gradients of inputs take one, and so do those of all weights, which frozen weights beside adapters lack;
+    recomputing all layers is one more.
+    """
+    of_weights = 0.0 if config.adapter.rank else 1.0
+    return 1.0 + of_weights + (config.schedule.recompute_granularity == "full")
 
 
 def kv_cache_bytes(config: Config, transformer: Any) -> float:

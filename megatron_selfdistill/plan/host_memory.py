@@ -2,7 +2,7 @@
 """The host memory of the ranks of one node in GiB, part by part: the permanent parts, and the parts of a save.
 
 The numbers are arithmetic, not measurement.  They do not include the interpreter, CUDA's libraries, the page cache and
-vLLM's processes; a sleeping engine has no copy of its weights in host memory.
+vLLM's processes; a sleeping engine has a copy of its weights in host memory only where adapters are all that changes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.plan.memory import GIB, Load, element_size, teacher_state_bytes
+from megatron_selfdistill.plan.memory import GIB, Load, element_size, engine_weight_gib, teacher_state_bytes
 from megatron_selfdistill.plan.stages import Stage
 
 _COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
@@ -26,7 +26,8 @@ class HostMemory:
     """The host memory in GiB of the node whose ranks hold most; parts of 0 GiB are listed, too."""
 
     resting: dict[str, float]
-    """The parts that always exist: the offloaded teacher and reference, hidden states (pinned), buckets of weights."""
+    """The parts that always exist: the offloaded teacher and reference, hidden states (pinned), buckets of weights, and
+    the frozen weights of sleeping engines, which only adapters change."""
     saving: dict[str, float]
     """The parts that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the
     copies while the run trains."""
@@ -69,28 +70,49 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
             reference = stage.parameters * element_size(config)
         if stage.projects:
             states = max(teacher_state_bytes(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
-    return {"teacher": weights, "reference": reference, "teacher states": states, "weight bucket": 0.0}
+    rollout, engine = config.rollout, 0.0
+    if config.adapter.rank and config.samples and rollout.engine == "vllm" and rollout.placement == "colocated":
+        engine = engine_weight_gib(config, load.model_parameters) * GIB + load.engine_factors * element_size(config)
+    return {
+        "teacher": weights,
+        "reference": reference,
+        "teacher states": states,
+        "engine weights": engine,
+        "weight bucket": 0.0,
+    }
 
 
-def _saving(config: Config, stage: Stage) -> dict[str, float]:
-    """Return the bytes that a save adds on one rank of ``stage``; each rank writes its share of replicated parts.
+def checkpoint_bytes(config: Config, parameters: float) -> float:
+    """Return the bytes of a checkpoint that holds ``parameters`` trained parameters, with their optimizer state."""
+    return sum(_saved_bytes(config).values()) * parameters
 
-    The frozen teacher or reference, which is written once before the rest, takes less.
-    """
+
+def _saved_bytes(config: Config) -> dict[str, float]:
+    """Return the bytes that a checkpoint holds of each trained parameter, by part."""
     optimizer = config.optimizer
     if optimizer.use_distributed_optimizer:
         state = 12  # the float32 parameter and both moments, in either precision
     else:
         state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
         state += 4 if optimizer.precision == "bf16" else 0
-    share = stage.dense_parameters / stage.dp_cp_size + stage.expert_parameters / stage.expert_dp_size
-    trained = stage.adapter_parameters / stage.dp_cp_size if config.adapter.rank else share
     is_average = config.keeps_teacher and config.teacher.weights == "ema"
     return {
-        "optimizer in a save": trained * state,
-        "weights in a save": share * element_size(config),
-        "teacher in a save": share * 4 if is_average else 0.0,
+        "optimizer in a save": state,
+        "weights in a save": element_size(config),
+        "teacher in a save": 4.0 if is_average else 0.0,
     }
+
+
+def _saving(config: Config, stage: Stage) -> dict[str, float]:
+    """Return the bytes that a save adds on one rank of ``stage``; each rank writes its share of replicated parts.
+
+    With adapters these are all that is saved.  A frozen teacher, or the base of adapters, is written once before the
+    rest and takes less.
+    """
+    trained = stage.dense_parameters / stage.dp_cp_size + stage.expert_parameters / stage.expert_dp_size
+    if config.adapter.rank:
+        trained = stage.adapter_parameters / stage.dp_cp_size
+    return {part: size * trained for part, size in _saved_bytes(config).items()}
 
 
 def _bucket_bytes(config: Config) -> float:

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.plan.engines import factor_rules
+from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 
 NEEDED = {
     "checkpoint.load": "/path/to/megatron/checkpoint",
@@ -70,6 +72,9 @@ def _server_variables(config: Config) -> dict[str, str]:
         "SERVER_PYTHON": hidden(rollout.server_python or "python"),
         "SERVER_GPUS": str(rollout.engine_tp),
     }
+    if config.adapter.rank:
+        adapter = EngineAdapter.of(config.adapter, factor_rules(config, config.model.vocab_size or 1))
+        variables["SERVER_ARGS"] = " ".join(adapter.server_args())
     if rollout.engine_tp <= per_node:
         return variables | {"ROLLOUT_NODES": str(-(-num_servers // (per_node // rollout.engine_tp)))}
     server_nodes = rollout.engine_tp // per_node

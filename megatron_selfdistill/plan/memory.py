@@ -37,6 +37,8 @@ class Load:
     """The rows of the output layer's weight, padding included."""
     model_parameters: int
     """The parameters of the whole model, which a colocated engine holds."""
+    engine_factors: int = 0
+    """The elements of the factors of adapters that an engine holds beside them; at most all of them on each GPU."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
             rollout.placement == "colocated"
         ):  # the engine sleeps while the trainer trains, and then holds neither weights nor cache
             engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
+            engine["engine weights"] += load.engine_factors * element_size(config)
     engine["reserved"] = config.cluster.reserved_gb * GIB
     if rollout.engine == "megatron" or rollout.placement == "colocated":
         free = config.cluster.gpu_memory_gb * GIB - sum(resident.values()) - sum(engine.values())
@@ -149,8 +152,9 @@ def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> flo
     inputs = tokens * _hidden(config) * (2 if config.bf16 else 4)
     full = config.recompute_granularity == "full"
     kept = recomputed = 0.0
-    for chunk in stage.chunks:
-        layers = [layer_bytes(config, tokens, experts) for experts in chunk]
+    columns = stage.adapter_columns or [(0.0,) * len(chunk) for chunk in stage.chunks]
+    for chunk, of_adapters in zip(stage.chunks, columns, strict=True):
+        layers = [layer_bytes(config, tokens, *layer) for layer in zip(chunk, of_adapters, strict=True)]
         if full and layers:
             whole, unit = [sum(layer) for layer in layers], config.recompute_num_layers or 1
             if config.recompute_method == "block":
@@ -165,17 +169,21 @@ def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> flo
     return load.in_flight * kept / len(stage.chunks) + recomputed
 
 
-def layer_bytes(config: TransformerConfig, tokens: float, experts: bool) -> tuple[float, float]:
+def layer_bytes(
+    config: TransformerConfig, tokens: float, experts: bool, adapter_columns: float = 0.0
+) -> tuple[float, float]:
     """Return the bytes that one transformer layer keeps for backward, and the bytes that it recomputes instead.
 
-    ``tokens``: the positions of this context-parallel rank.  Recomputing core_attn frees nothing, because flash
-    attention keeps no scores.
+    ``tokens``: the positions of this context-parallel rank.  ``adapter_columns``: the columns of the layer's z = x A^T,
+    which adapters keep beside the inputs x of the linear layers; the gradient of A needs these inputs, while the frozen
+    weight does not.  Recomputing core_attn frees nothing, because flash attention keeps no scores.
     """
     parts = {
         "inputs": 2 * _hidden(config),  # the inputs of both norms
         "layernorm": 2 * _hidden(config),  # the outputs of both norms, which are inputs of the linear layers
         **(_latent_attention(config) if getattr(config, "multi_latent_attention", False) else _attention(config)),
         **(_experts(config) if experts else _mlp(config)),
+        "adapters": adapter_columns,
     }
     chosen: set[str] = set()
     if config.recompute_granularity == "selective":

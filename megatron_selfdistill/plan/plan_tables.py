@@ -12,6 +12,7 @@ from rich.table import Table
 
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.plan.dry_run import Plan
+from megatron_selfdistill.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.plan.launch import launch_commands, num_nodes
 from megatron_selfdistill.plan.memory import Memory, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
@@ -54,6 +55,7 @@ def summary(plan: Plan) -> list[str]:
         *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
+        *_trained(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
         *_how_full(plan),
     ]
@@ -74,6 +76,21 @@ def _engines(plan: Plan) -> str:
         f"{responses}: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
         f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
     )
+
+
+def _trained(plan: Plan) -> list[str]:
+    """Return the lines about the trained parameters: their number, what an engine gets of them, and a checkpoint."""
+    config, lines = plan.config, []
+    if config.adapter.rank:
+        lines.append(
+            f"trained: {plan.adapter_parameters / 1e6:.1f} M parameters of adapters of rank {config.adapter.rank}, "
+            f"{plan.adapter_parameters / plan.parameters:.2%} of the model"
+        )
+    if plan.engines is not None:
+        what = "the adapters" if config.adapter.rank else "all weights"
+        lines.append(f"an update of the engines' weights sends {what}, {plan.engines.update_bytes / 1e9:.2f} GB")
+    held = checkpoint_bytes(config, plan.adapter_parameters or plan.parameters)
+    return [*lines, f"a checkpoint takes {held / 1e9:.1f} GB"]
 
 
 def _how_full(plan: Plan) -> list[str]:

@@ -15,7 +15,7 @@ from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConf
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.adapters import num_adapter_parameters
+from megatron_selfdistill.model.adapters import adapter_sizes
 from megatron_selfdistill.model.build import build_on_meta
 
 
@@ -40,6 +40,10 @@ class Stage:
     """The number of ranks that share the optimizer state of experts."""
     adapter_parameters: int = 0
     """The parameters of the adapters on this rank, the only trained ones where there are any."""
+    adapter_model_parameters: int = 0
+    """The parameters of the adapters that all ranks of this stage add to the model, without copies."""
+    adapter_columns: tuple[tuple[float, ...], ...] = ()
+    """The elements per token that the adapters of a layer keep for backward, per virtual stage and layer."""
 
     @property
     def parameters(self) -> int:
@@ -74,9 +78,21 @@ def stages(
             except (ValueError, AssertionError, RuntimeError) as error:
                 message = " ".join(str(error).split())
                 raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {message}") from error
-            adapters = sum(num_adapter_parameters(chunk, adapter) for chunk in chunks) if adapter is not None else 0
-            found.append(replace(_stage(chunks, cut, grid, vocab_size), adapter_parameters=adapters))
+            stage = _stage(chunks, cut, grid, vocab_size)
+            found.append(
+                _with_adapters(stage, chunks, adapter, grid) if adapter is not None and adapter.rank else stage
+            )
     return found
+
+
+def _with_adapters(stage: Stage, chunks: Sequence[GPTModel], adapter: AdapterConfig, grid: RankGrid) -> Stage:
+    sizes = [adapter_sizes(chunk, adapter, grid.tp_size) for chunk in chunks]
+    return replace(
+        stage,
+        adapter_parameters=sum(size.parameters for size in sizes),
+        adapter_model_parameters=sum(size.model_parameters for size in sizes),
+        adapter_columns=tuple(size.columns for size in sizes),
+    )
 
 
 def _stage(chunks: Sequence[GPTModel], cut: ParallelConfig, grid: RankGrid, vocab_size: int) -> Stage:

@@ -8,6 +8,7 @@ that no batch, order, split or layout changes the response.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, TypeAlias
@@ -138,6 +139,12 @@ class Response:
     """Log softmax of the logits under the teacher's prompt, per token, in nats; None for a plain response."""
     weight_version: int | None = None
     """Number of optimizer steps of the weights that generated the response, as far as the sampler knows it."""
+
+    @classmethod
+    def unsampled(cls, token_ids: list[int], finish_reason: str = "stop") -> Response:
+        """Return a response whose text comes from elsewhere than a sampler, so that its log-probs are unknown."""
+        unknown = [math.nan] * len(token_ids)
+        return cls(token_ids, unknown, unknown, finish_reason)
 
     @property
     def guided(self) -> bool:

@@ -26,8 +26,8 @@ def make_sampler(
 ) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
-    ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses where the
-    target is anchored to a reference; other samplers do not take them.
+    ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses; vLLM
+    has them where they are the frozen weights of a run with adapters.
     ``progress``: gets the number of finished responses while the sampler generates.
     A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
     response.
@@ -56,6 +56,8 @@ def make_sampler(
             max_length=run_data.max_length,
             run_dir=Path(config.run_dir),
             progress=progress,
+            adapter=config.adapter,
+            bare_roles=bare_roles(config),
         )
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
@@ -68,7 +70,17 @@ def make_sampler(
         vocab_size=run_data.vocab_size,
         max_length=run_data.max_length,
         progress=progress,
+        adapter=config.adapter,
+        bare_roles=bare_roles(config),
     )
+
+
+def bare_roles(config: Config) -> tuple[str, ...]:
+    """Return the roles of guided contexts that are read by the frozen weights, without the run's adapters."""
+    if not config.adapter.rank:
+        return ()
+    has_frozen_teacher = config.keeps_teacher and config.teacher.weights == "frozen"
+    return ("teacher", "reference") if has_frozen_teacher else ("reference",)
 
 
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:

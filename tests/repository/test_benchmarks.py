@@ -239,6 +239,21 @@ def test_an_anchored_target_costs_the_products_and_states_of_its_mode(ranks, tmp
     assert all(len(one["seconds"]) == 1 and one["seconds"][0] > 0 for one in found.values())
 
 
+def test_adapters_hold_their_own_gradients_and_state_and_no_teacher(ranks, tmp_path):
+    sizes = "--layers=1 --hidden=64 --head-size=32 --vocab=300 --problems=2 --response=8 --tokens=256 --repeats=1"
+    options = [*sizes.split(), "--ranks=4", f"--json={tmp_path}/found"]
+    ranks.run(run_on_this_rank, "adapter_cost.py", options, world_size=1, init_process_group=False)
+    found = json.loads((tmp_path / "found").read_text())
+    whole, adapted = found["bytes"]["0"], found["bytes"]["4"]
+    assert whole["update"] == whole["weights"] == whole["teacher"] and adapted["teacher"] == 0
+    assert adapted["weights"] - whole["weights"] == adapted["update"] < whole["update"] / 4
+    for one in (whole, adapted):
+        assert one["gradients"] == pytest.approx(one["update"], rel=0.1), "Megatron pads its buffers"
+        assert one["optimizer"] == 2 * one["update"], "two moments in float32"
+    (seconds,) = found["seconds"]
+    assert min(value for times in seconds.values() for value in times.values()) > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_error_of_a_folded_row_is_that_of_rounding_alone(tools, monkeypatch, dtype):
     module, generator = tools("folded_row_error"), torch.Generator().manual_seed(1)

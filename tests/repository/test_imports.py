@@ -46,16 +46,19 @@ ORDER = {
         "chat.replies packing"
     ),
     "model": (
-        "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build adapters hf.rules "
-        "hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts hf.mapping export forward output_layer"
+        "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build hf.rules "
+        "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts hf.mapping export "
+        "forward output_layer"
     ),
     "checkpoint": (
         "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "
         "formats.unpickler formats.megatron_args formats.megatron_flags formats.hf_files "
         "formats.torch_dist_writer formats.torch_dist_reader "
-        "formats.safetensors_directory run.saved_run directory formats.legacy formats.stored_model "
-        "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion_progress conversion "
-        "vocabulary run.sharded_io run.external run.frozen_teacher run.checkpointer run.run_directory run.resumption"
+        "formats.safetensors_directory run.saved_run directory stored_adapters formats.legacy formats.stored_model "
+        "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion_progress release "
+        "merged_weights conversion peft_adapters vocabulary run.adapter_base run.sharded_io run.external "
+        "run.frozen_weights run.checkpointer run.run_directory "
+        "run.resumption"
     ),
     "run_data": "",
     "prechecks": "",
@@ -65,7 +68,8 @@ ORDER = {
         "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
         "vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
-        "vllm.engine vllm.exchange vllm.pairs vllm.hf_directory "
+        "vllm.engine vllm.engine_adapter vllm.engine_weights vllm.plugin.adapter_loader vllm.exchange vllm.pairs "
+        "vllm.hf_directory "
         "vllm.in_process vllm.colocated vllm.patient_http vllm.client vllm.dispatch vllm.server.server_nodes "
         "vllm.server.server_process vllm.transfer_group vllm.transfer_buckets vllm.transfer vllm.transfer_choice "
         "vllm.weight_update vllm.server_pool vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "
@@ -95,7 +99,7 @@ ORDER = {
         "hinted_turns chat_logs configured_hints configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",
-    "plan": "bubble plan_checks stages launch memory engines host_memory dry_run plan_tables",
+    "plan": "bubble plan_checks stages memory engines launch host_memory dry_run plan_tables",
     "learner": "",
     "trainer": "",
     "launch_facts": "",
@@ -106,10 +110,10 @@ ORDER = {
     ),
     "doctor": "imports findings",
     "commands": (
-        "convert report doctor given_config given_model evaluate_options evaluate exploration model_options "
-        "explore_options run_settings given_models explore alignment_contexts alignment_options alignment_job "
-        "gradient_alignment plan solution_journal data_set_job solution_job explanation_job data_set_command "
-        "solutions explanations"
+        "convert_adapters convert report doctor given_config given_model evaluate_options evaluate exploration "
+        "model_options explore_options run_settings given_models explore alignment_contexts alignment_options "
+        "alignment_job gradient_alignment plan solution_journal data_set_job solution_job explanation_job "
+        "data_set_command solutions explanations"
     ),
     "cli": "",
     "__main__": "",

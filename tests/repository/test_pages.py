@@ -119,7 +119,12 @@ def test_the_index_names_every_page():
     assert of_recipes | {"comparison.md"} == set(re.findall(r"\]\((\w+\.md)\)", recipes))
 
 
-@pytest.mark.parametrize("recipe", "qwen3_8b qwen3_32b qwen3_235b_a22b llama31_405b deepseek_v3".split())
+@pytest.mark.parametrize(
+    "recipe",
+    (
+        "qwen3_8b qwen3_32b qwen3_32b_lora qwen3_235b_a22b llama31_405b llama31_405b_lora deepseek_v3 deepseek_v3_lora"
+    ).split(),
+)
 def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
     file = (REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
     page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")

@@ -4,17 +4,28 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_run import assert_resumes_equal, final_tensors, go_back_to_step, overrides, reproducible_metrics, train
+from tiny_run import (
+    assert_equal_runs,
+    assert_resumes_equal,
+    final_tensors,
+    go_back_to_step,
+    overrides,
+    refusal,
+    reproducible_metrics,
+    train,
+)
 
-from megatron_selfdistill.checkpoint.conversion import megatron_to_hf
+from megatron_selfdistill.checkpoint.describe import describe
+from megatron_selfdistill.checkpoint.stored_adapters import base_digest
 from megatron_selfdistill.commands import evaluate, explore
 from megatron_selfdistill.config import load
-from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.errors import ConfigError
 
 ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
 
@@ -49,13 +60,9 @@ def whole(ranks, data, base, tmp_path_factory) -> Path:
 def test_a_run_trains_its_adapters_alone_and_resumes_bit_for_bit(ranks, data, base, whole):
     steps = reproducible_metrics(whole)
     assert all(step["gradient_norm"] > 0 for step in steps)
-    before = weights(ranks, base, 1)
-    after = weights(ranks, whole, 4)
-    factors = {name for name in after if "_adapter." in name}
-    assert factors and after.keys() - factors == before.keys()
-    assert all(torch.equal(after[name], before[name]) for name in before)
-    assert all(after[name].any() for name in factors)
-    assert not (whole / "teacher").exists()
+    factors = weights(ranks, whole, 4)
+    assert factors and all("_adapter." in name and factor.any() for name, factor in factors.items())
+    assert not (whole / "teacher").exists() and not (whole / "base").exists()
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, base), step=3, num_steps=4)
 
 
@@ -94,42 +101,73 @@ def test_guided_responses_are_sampled_from_the_target_of_the_loss(ranks, data, b
 
 
 @pytest.mark.full
-def test_a_run_goes_on_in_another_layout(ranks, data, base, whole):
-    halves = Path(shutil.copytree(whole, whole.with_name("run_in_another_layout")))
+@pytest.mark.parametrize(
+    "layout", [["parallel.tensor_model_parallel_size=2"], ["parallel.pipeline_model_parallel_size=2"], []]
+)
+def test_a_run_goes_on_in_another_layout(ranks, data, base, whole, tmp_path, layout):
+    halves = Path(shutil.copytree(whole, tmp_path / "run"))
     go_back_to_step(3, halves)
     replay = f"rollout.replay={whole}/responses.jsonl"
-    train(
-        ranks,
-        arguments(data, halves, base, replay, "parallel.tensor_model_parallel_size=2", "checkpoint.resume=force"),
-        2,
-    )
+    train(ranks, arguments(data, halves, base, replay, *layout, "checkpoint.resume=force"), 2)
     expected, found = weights(ranks, whole, 4), weights(ranks, halves, 4)
-    for name in (name for name in expected if "_adapter." in name):
+    assert expected.keys() == found.keys()
+    for name in expected:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
-def test_other_commands_read_the_adapters_or_refuse_them(ranks, data, base, whole, tmp_path):
+def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     texts = ["--problem", "500-408:", "--solution", "092", "-o", str(tmp_path / "explored.html"), "optimizer=fp32"]
     assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
     model = ["--megatron", str(whole / "checkpoints"), "--data", str(data / "problems.jsonl")]
     out = ["--out", str(tmp_path / "evaluated"), "--num-samples", "2", f"data.tokenizer={data}/tokenizer"]
-    settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.1", *ADAPTED]
+    settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.1"]
     arguments_of_evaluate = [*model, *out, *settings, "data.limit=2"]
     assert ranks.run(evaluate.main, arguments_of_evaluate, world_size=1, init_process_group=False) == [0]
-    with pytest.raises(CheckpointError, match=r"_adapter\.a.* is unexpected"):
-        megatron_to_hf(whole / "checkpoints", tmp_path / "hf")
-    start = f"checkpoint.load={whole}/checkpoints"
-    train(ranks, arguments(data, tmp_path / "run", base, start), expected=2)
+    started = refusal(ranks, arguments(data, tmp_path / "run", base, f"checkpoint.load={whole}/checkpoints"))
+    assert "holds adapters alone, but a run begins at full weights: set checkpoint.load to their base" in started
+
+
+def test_the_base_may_move_but_not_change(ranks, data, base, whole, tmp_path, capsys):
+    run, moved = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
+    go_back_to_step(3, run)
+    other = shutil.copytree(base, tmp_path / "other")
+    manifest = other / "checkpoints" / "iter_0000001" / "manifest.json"
+    manifest.write_text(re.sub('"checksum": "[0-9a-f]', '"checksum": "x', manifest.read_text()))
+    expected, found = (base_digest(place / "checkpoints") for place in (base, other))
+    message = refusal(ranks, arguments(data, run, other))
+    assert "is not the base of the adapters in" in message
+    assert f"it has the digest {found}, expected {expected}" in message
+    train(ranks, arguments(data, run, moved))
+    assert_equal_runs(ranks, whole, run, 4)
+    described = describe(run / "checkpoints")
+    assert described["adapters"].startswith("rank 4, alpha 8.0, scale alpha / rank, on linear_qkv, ")
+    assert described["base"] == f"the checkpoint with the digest {expected}"
+    assert described["place of the base"] == f"{moved}/checkpoints"
+    assert described["parameters"].endswith("of the adapters alone")
+    shutil.rmtree(moved)
+    model = ["--megatron", str(run / "checkpoints"), "--data", str(data / "problems.jsonl")]
+    assert evaluate.main([*model, "--out", str(tmp_path / "out"), f"data.tokenizer={data}/tokenizer"]) == 2
+    assert f"with the digest {expected}, is not at {moved}/checkpoints any more" in capsys.readouterr().err
+
+
+def test_a_run_begins_at_given_adapters(ranks, data, base, whole, tmp_path):
+    begins = [f"adapter.load={whole}/checkpoints", "num_steps=1", "optimizer.lr=0", "metrics.teacher_every=1"]
+    train(ranks, arguments(data, tmp_path / "run", base, *begins))
+    expected, found = weights(ranks, whole, 4), weights(ranks, tmp_path / "run", 1)
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
 @pytest.mark.parametrize(
     ("overriding", "words"),
     [
         (["teacher.weights=ema"], "the average of low-rank changes has full rank"),
-        (["rollout.engine=vllm"], "only the sampler in process reads adapters"),
+        (["rollout.engine=vllm", "adapter.rank=513"], "vLLM takes adapters up to rank 512"),
+        (["rollout.engine=vllm", "adapter.layers=[linear_kv_up_proj]"], "projections of latent attention"),
+        (["rollout.engine=vllm", "rollout.engine_args={max_loras: 2}"], "engine_args.max_loras with adapter.rank=4"),
         (["checkpoint.load_optimizer=true", "checkpoint.load=x"], "trains the adapters alone"),
         (["adapter.alpha=0"], "adapter.alpha must be above 0"),
         (["adapter.layers=[]"], "adapter.layers must name at least one layer"),
+        (["adapter.load=x"], "adapter.load=x with checkpoint.load=null: these adapters belong to weights"),
         (["adapter.rank=-1"], "adapter.rank must be at least 0"),
     ],
 )

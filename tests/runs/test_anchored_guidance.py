@@ -68,6 +68,7 @@ def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tm
             ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"],
             "rollout.engine=vllm has the trained weights only: set rollout.engine=megatron",
         ),
+        (["rollout.engine=vllm", "adapter.rank=4", "target.match=student"], "has two contexts per token, but"),
         (["objective=rft"], "which only objective=self_distillation has, got rft"),
     ],
 )

@@ -60,12 +60,6 @@ def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, configured_source, "make_sampler", refuse)
 
 
-@pytest.fixture(scope="module")
-def start(finished) -> str:
-    """Return the override that starts every layout from the same weights."""
-    return f"checkpoint.load={finished}/checkpoints"
-
-
 WEIGHTS = ["num_steps=2", "conversations.min_log_prob=-3.75", "conversations.unlikely=down_weight"]
 ALL_TURNS = ["num_steps=1", "data.global_batch_size=80", "checkpoint.save_every=0"]
 

@@ -11,7 +11,15 @@ import pytest
 from chat_server import chat_server, completion
 from replying import Replying
 from tiers import combinations
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, saved_step, start_and_listen, train
+from tiny_run import (
+    assert_resumes_equal,
+    assert_steps_equal,
+    overrides,
+    reproducible_metrics,
+    saved_step,
+    start_and_listen,
+    train,
+)
 
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],
@@ -45,7 +53,7 @@ def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
 
 @pytest.fixture(scope="module")
 def start(ranks, data, tmp_path_factory) -> str:
-    """Return the override with which all runs start from the same weights: random weights depend on the layout."""
+    """Return the override that starts all runs from weights after one step, whose responses are of many kinds."""
     run = tmp_path_factory.mktemp("base") / "run"
     train(ranks, overrides(data, run, "num_steps=1"))
     return f"checkpoint.load={run}/checkpoints"
@@ -110,12 +118,8 @@ def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, s
     one = run_of(recipe)
     replay = f"rollout.replay={one}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", recipe, start, replay, *LAYOUTS[layout]), 2)
-    for expected, found in zip(reproducible_metrics(one), reproducible_metrics(tmp_path / "run"), strict=True):
-        compared = [key for key in expected if key.startswith(("terms/", "rewards/", "episodes/", "loss/"))]
-        assert "episodes/turns_mean" in compared and "terms/policy_mean" in compared
-        for key in compared:
-            assert found[key] == pytest.approx(expected[key], abs=2e-5), key
-        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+    assert all({"episodes/turns_mean", "terms/policy_mean"} <= set(line) for line in reproducible_metrics(one))
+    assert_steps_equal(one, tmp_path / "run", ("terms/", "rewards/", "episodes/", "loss/"))
 
 
 @pytest.mark.full

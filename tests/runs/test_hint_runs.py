@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from tiers import combinations
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
+from tiny_run import assert_resumes_equal, assert_steps_equal, overrides, reproducible_metrics, train
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
 FUNCTIONS = "hint_functions"
@@ -73,14 +73,6 @@ def arguments(data: Path, run_dir: Path, name: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def start(ranks, logs, tmp_path_factory) -> str:
-    """Return the override with which all runs start from the same weights: random weights depend on the layout."""
-    run = tmp_path_factory.mktemp("base") / "run"
-    train(ranks, overrides(logs, run, "num_steps=1"))
-    return f"checkpoint.load={run}/checkpoints"
-
-
-@pytest.fixture(scope="module")
 def run_of(ranks, logs, start, tmp_path_factory):
     """Return a function that returns the directory of a finished run on one rank."""
     runs: dict[str, Path] = {}
@@ -133,9 +125,4 @@ def test_hints_and_terms_are_equal_in_every_layout(ranks, logs, start, run_of, t
     is_logged = RUNS[name][0] == "recipe=openclaw"
     replay = [] if is_logged else [f"rollout.replay={one}/responses.jsonl"]
     train(ranks, arguments(logs, tmp_path / "run", name, start, *replay, *LAYOUTS[layout]), 2)
-    for expected, found in zip(reproducible_metrics(one), reproducible_metrics(tmp_path / "run"), strict=True):
-        compared = {key for key in expected if key.startswith(("terms/", "rewards/", "hints/", "skills/", "loss/"))}
-        assert compared and compared == {key for key in found if key in compared}
-        for key in compared:
-            assert found[key] == pytest.approx(expected[key], abs=2e-5), key
-        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
+    assert_steps_equal(one, tmp_path / "run", ("terms/", "rewards/", "hints/", "skills/", "loss/"))

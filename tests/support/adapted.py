@@ -101,6 +101,17 @@ def merge(adapted: Sequence[Any], plain: Sequence[Any]) -> None:
                 weight += (module.scale * module.b.double() @ module.a.double()).to(weight)
 
 
+@torch.no_grad()
+def other_factors(chunks: Sequence[Any], seed: int) -> None:
+    """Set the factors of ``chunks`` to those of ``seed``, and the weights to those that they always are."""
+    models.fill_from_names(chunks, seed)
+    parameters = [p for chunk in chunks for name, p in chunk.named_parameters() if "_adapter." in name]
+    factors = [p.detach().clone() for p in parameters]
+    models.fill_from_names(chunks)
+    for parameter, factor in zip(parameters, factors, strict=True):
+        parameter.copy_(factor)
+
+
 def with_layout(job: AdaptedCase, **changes: Any) -> AdaptedCase:
     """Return ``job`` with changes of its case."""
     return dataclasses.replace(job, case=dataclasses.replace(job.case, **changes))

@@ -13,7 +13,7 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.config import ModelConfig, RolloutConfig
+from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
 TIMEOUT = 600.0
@@ -40,7 +40,13 @@ def requests(count: int = 8) -> list[Request]:
 
 @contextmanager
 def sampler(
-    model: ModelConfig, chunks: Any, grid: Any, vocab_size: int = models.VOCAB_SIZE, **options: Any
+    model: ModelConfig,
+    chunks: Any,
+    grid: Any,
+    vocab_size: int = models.VOCAB_SIZE,
+    adapter: AdapterConfig | None = None,
+    dtype: str = "float32",
+    **options: Any,
 ) -> Iterator[Any]:
     """Yield a `ColocatedSampler` of the model; ``options`` are fields of `RolloutConfig`."""
     from megatron_selfdistill.model.hf.mapping import family_of_model
@@ -48,7 +54,7 @@ def sampler(
 
     family = family_of_model(model)
     with tempfile.TemporaryDirectory() as directory:
-        (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, "float32")))
+        (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
         built = ColocatedSampler(
             chunks,
             grid,
@@ -57,8 +63,15 @@ def sampler(
             RolloutConfig(engine="vllm", **{"kv_cache_gb": 0.1, **options}),
             vocab_size=vocab_size,
             max_length=MAX_LENGTH,
+            adapter=adapter,
         )
         try:
             yield built
         finally:
             built.close()
+
+
+def streamed(built: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the name and the tensor of every weight that a `ColocatedSampler` sends at an update."""
+    for bucket in built._weights.stream():
+        yield from bucket

@@ -9,7 +9,8 @@ count.  Of the server that forks the ranks (ranks.py) only the ranks count, sinc
 
 A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work shows how
 much slower the machine is than the one on which the limit was chosen, and the file's seconds are divided by this
-number.  With pytest-xdist each worker counts its own files, and the main process joins them.
+number.  With pytest-xdist each worker counts its own files, and the main process joins them.  The summary names the ten
+slowest files, and with -v all files.
 """
 
 from __future__ import annotations
@@ -111,7 +112,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     seconds = config.stash[_SECONDS]
-    slowest = [f"{file} {seconds[file]:.1f}" for file in sorted(seconds, key=seconds.__getitem__, reverse=True)[:10]]
+    number = len(seconds) if config.get_verbosity() > 0 else 10
+    ordered = sorted(seconds, key=seconds.__getitem__, reverse=True)
+    slowest = [f"{file} {seconds[file]:.1f}" for file in ordered[:number]]
     if slowest:
         total = sum(seconds.values())
         terminalreporter.write_line(f"CPU seconds: {total:.1f}, of which {', '.join(slowest)}")

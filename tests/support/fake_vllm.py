@@ -86,6 +86,8 @@ class FakeVllm(ThreadingHTTPServer):
             {"host": "here", "boot_id": boot_id(), "address": "", "nccl": None, "gpus": []}
         ]
         """The answer of `VllmServer.workers`; the server really has one worker."""
+        self.adapters: dict[str, Any] = {"rank": 0, "modules": []}
+        """The answer of the worker's ``adapter_limits``."""
         self.blind: list[str] = []
         """The hosts whose workers cannot read the trainer's files."""
         self.restart()
@@ -94,6 +96,11 @@ class FakeVllm(ThreadingHTTPServer):
         """Forget all weights and calls, like a server that has just started."""
         self.version = "default"
         self.weights: dict[str, torch.Tensor] = {}
+        """The tensors of the last update."""
+        self.frozen_weights: str | None = None
+        self.adapter: dict[str, Any] | None = None
+        self.models: Counter[str | None] = Counter()
+        """The names of the adapters of all requests; None stands for no adapter."""
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
         self.begun = 0
@@ -175,6 +182,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         with fake.lock:
             fake.answered[json.dumps(body["token_ids"])] += 1
+            fake.models[body.get("model")] += 1
         answer = answer_to(body, fake.writes_version or fake.version)
         self._reply(fake.status, fake.says or answer)
 
@@ -208,6 +216,13 @@ class _Handler(BaseHTTPRequestHandler):
             exists = Path(arguments[0]).exists()
             hosts = [worker["host"] for worker in fake.workers]
             return [{"can_read": exists and host not in fake.blind, "host": host} for host in hosts]
+        if method == "adapter_limits":
+            return [fake.adapters]
+        if method == "frozen_weights":
+            return [{"run": fake.frozen_weights}]
+        if method == "load_factors":
+            fake.adapter, fake.frozen_weights = arguments
+            return [None]
         return [{"method": method, "args": arguments}]
 
     def _reply(self, status: int, answer: Any) -> None:

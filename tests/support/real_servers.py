@@ -12,12 +12,19 @@ from typing import Any
 
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach
 
-from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 
 @contextmanager
-def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[Any]:
+def sampler(
+    chunks: Any,
+    grid: Any,
+    servers: Reach,
+    adapter: AdapterConfig | None = None,
+    bare_roles: tuple[str, ...] = (),
+    **options: Any,
+) -> Iterator[Any]:
     """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
@@ -30,6 +37,8 @@ def sampler(chunks: Any, grid: Any, servers: Reach, **options: Any) -> Iterator[
         RolloutConfig(engine="vllm", placement="server", servers=servers.addresses, **options),
         max_length=MAX_LENGTH,
         run_dir=servers.hf_config,
+        adapter=adapter,
+        bare_roles=bare_roles,
     )
     try:
         yield built

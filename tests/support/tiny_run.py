@@ -84,6 +84,13 @@ def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
     return status, output.getvalue()
 
 
+def refusal(ranks: RankPool, arguments: Sequence[str]) -> str:
+    """Return the output of a start on one rank, which must end with status 2."""
+    ((status, output),) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+    assert status == 2, output
+    return str(output)
+
+
 def start_each(runs: Sequence[Sequence[str]]) -> list[int]:
     """Call `start` for one run after the other in this process; return their statuses."""
     return [start(arguments) for arguments in runs]
@@ -229,6 +236,16 @@ def assert_equal_runs(ranks: RankPool, one: Path, other: Path, num_steps: int = 
     assert len(reproducible_metrics(one)) == num_steps
     assert reproducible_metrics(one) == reproducible_metrics(other)
     assert ranks.run(differences, one, other, num_steps, world_size=1) == [[]]
+
+
+def assert_steps_equal(expected_run: Path, found_run: Path, groups: tuple[str, ...]) -> None:
+    """Assert that two runs of different layouts logged the same metrics of ``groups`` (prefixes), and gradient norm."""
+    for expected, found in zip(reproducible_metrics(expected_run), reproducible_metrics(found_run), strict=True):
+        compared = {key for key in expected if key.startswith(groups)}
+        assert compared and compared == {key for key in found if key.startswith(groups)}
+        for key in compared:
+            assert found[key] == pytest.approx(expected[key], abs=2e-5), key
+        assert found["gradient_norm"] == pytest.approx(expected["gradient_norm"], rel=1e-3)
 
 
 def assert_resumes_equal(

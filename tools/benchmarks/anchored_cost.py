@@ -215,7 +215,7 @@ class _Bench:
             teacher=llama.chunks(),
             own_weights=llama.chunks(),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, None),
-            batch=_random_batch(arguments),
+            batch=random_batch(arguments),
             losses={name: loss_of(target) for name, target in TARGETS.items()},
         )
 
@@ -268,7 +268,7 @@ class _Bench:
         )
 
 
-def _random_batch(arguments: argparse.Namespace) -> Any:
+def random_batch(arguments: argparse.Namespace) -> Any:
     """Return packed contexts of random tokens; the hint stands before the problem."""
     from megatron_selfdistill.data.contexts import ContextPair
     from megatron_selfdistill.data.packing import PackingRules, pack

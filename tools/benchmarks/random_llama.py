@@ -13,8 +13,16 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, RolloutConfig, ScheduleConfig
+from megatron_selfdistill.config import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RolloutConfig,
+    ScheduleConfig,
+)
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.hf.mapping import family_of_model
@@ -58,9 +66,12 @@ class RandomLlama:
         """The tensors of the model and their Hugging Face names."""
         return family_of_model(self.model).rules(self.model)
 
-    def chunks(self) -> list[torch.nn.Module]:
-        """Return this rank's chunks with new random weights."""
-        return list(build_chunks(self.model, self.transformer, self.grid, self.vocab_size))
+    def chunks(self, adapter: AdapterConfig | None = None) -> list[torch.nn.Module]:
+        """Return this rank's chunks with new random weights, and with adapters unless the rank of ``adapter`` is 0."""
+        chunks = list(build_chunks(self.model, self.transformer, self.grid, self.vocab_size))
+        if adapter is not None and adapter.rank:
+            add_adapters(chunks, adapter, self.grid)
+        return chunks
 
     @contextmanager
     def hf_directory(self) -> Iterator[Path]:
@@ -70,8 +81,14 @@ class RandomLlama:
             (Path(name) / "config.json").write_text(json.dumps(config))
             yield Path(name)
 
-    def colocated_sampler(self, chunks: Sequence[torch.nn.Module], rollout: RolloutConfig, max_length: int) -> Any:
-        """Return a sampler with vLLM in this process, which gets the weights of ``chunks``."""
+    def colocated_sampler(
+        self,
+        chunks: Sequence[torch.nn.Module],
+        rollout: RolloutConfig,
+        max_length: int,
+        adapter: AdapterConfig | None = None,
+    ) -> Any:
+        """Return a sampler with vLLM in this process, which gets the weights of ``chunks`` and their ``adapter``."""
         from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
         with self.hf_directory() as directory:
@@ -83,4 +100,5 @@ class RandomLlama:
                 rollout,
                 vocab_size=self.vocab_size,
                 max_length=max_length,
+                adapter=adapter,
             )

@@ -5,7 +5,8 @@
 
 The trainer is this process, with a random Llama; the server is a real one, which this script starts and ends.  Before
 each sync the script copies all weights into memory that has been written before, so that both meet the same load of the
-machine; the medians are compared.
+machine; the medians are compared.  With ``--adapter-rank`` the model has adapters of this rank, and a sync sends their
+factors alone.
 """
 
 from __future__ import annotations
@@ -60,12 +61,15 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
 
     ``directory`` has the config.json of ``llama``, and receives the logs of the servers.
     """
-    from megatron_selfdistill.config import RolloutConfig
+    from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+    from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
     from megatron_selfdistill.rollout.vllm.client import VllmServer
+    from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
     from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
     from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
 
-    chunks = llama.chunks()
+    adapter = AdapterConfig(rank=arguments.adapter_rank)
+    chunks = llama.chunks(adapter)
     os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
     processes = start_servers(
         RolloutConfig(
@@ -82,6 +86,7 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
         token=token,
         dtype=llama.dtype,
         max_model_len=MAX_LENGTH,
+        adapter=EngineAdapter.of(adapter, adapter_rules(llama.rules, adapter)) if adapter.rank else None,
     )
     found: dict[str, Any] = {"syncs": {}, "copies": {}, "bytes": 0}
     try:
@@ -95,7 +100,7 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
                 transfer=transfer,
                 bucket_mb=arguments.bucket_mb,
             )
-            syncs, copies, found["bytes"] = _syncs(llama, chunks, rollout, directory, arguments.repeats + 1)
+            syncs, copies, found["bytes"] = _syncs(llama, chunks, rollout, directory, arguments.repeats + 1, adapter)
             found["syncs"][transfer], found["copies"][transfer] = syncs[1:], copies[1:]  # the first ones warm up
     finally:
         for one in processes:
@@ -106,20 +111,21 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
 
 
 def _syncs(
-    llama: Any, chunks: list[Any], rollout: Any, directory: Path, repeats: int
+    llama: Any, chunks: list[Any], rollout: Any, directory: Path, repeats: int, adapter: Any
 ) -> tuple[list[float], list[float], int]:
-    """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of one sync."""
+    """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of the last sync."""
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     sampler = ServerSampler(
-        chunks, llama.grid, directory, llama.rules, rollout, max_length=MAX_LENGTH, run_dir=directory
+        chunks, llama.grid, directory, llama.rules, rollout, max_length=MAX_LENGTH, run_dir=directory, adapter=adapter
     )
     copy = _copy_of(chunks)
     syncs, copies = [], []
+    num_bytes = 0
     for version in range(repeats):
         copies.append(seconds_of(copy))
         syncs.append(seconds_of(partial(sampler.update_weights, version)))
-    num_bytes = int(sampler.metrics()["rollout/sync_bytes"] / repeats)
+        num_bytes = int(sampler.metrics()["rollout/sync_bytes"])
     sampler.close()
     return syncs, copies, num_bytes
 
@@ -141,7 +147,8 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
     lines = [
         f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}: {mib:.1f} MiB; "
         f"{arguments.servers} server(s), buckets of {arguments.bucket_mb} MiB; {device.type}, medians of "
-        f"{arguments.repeats}",
+        f"{arguments.repeats}"
+        + (f"; factors of rank {arguments.adapter_rank} alone" if arguments.adapter_rank else ""),
         "",
         "| transfer | sync, s | copy, s | sync / copy |",
         "|---|---|---|---|",
@@ -154,7 +161,8 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
 
 def _parser() -> argparse.ArgumentParser:
     parser = measuring_parser(
-        __doc__, {"layers": 8, "hidden": 768, "vocab": 8192, "bucket-mb": 64, "servers": 1, "repeats": 5}
+        __doc__,
+        {"layers": 8, "hidden": 768, "vocab": 8192, "bucket-mb": 64, "servers": 1, "repeats": 5, "adapter-rank": 0},
     )
     parser.add_argument("--transfers", nargs="+", default=["shared_memory", "gloo"], help="as rollout.transfer")
     parser.add_argument("--server-python", help="the Python of the environment with vLLM; default: this one")

@@ -11,6 +11,8 @@ been written before, so that both meet the same load of the machine; medians are
 On a CPU vLLM packs every weight anew for oneDNN's products, which takes as long as several copies; ``--unpacked``
 skips this work, as on a GPU, where layers compute with the parameters themselves.
 
+With ``--adapter-rank`` the model has adapters of this rank, and a sync sends their factors alone.
+
 ``--profile`` also prints the parts of the time of one sync.  *Export* is the trainer's making of full tensors under
 their Hugging Face names; *load* is vLLM's weight loaders, *process* the kernels' layout of a layer, and *place* the
 copy into the tensors that CUDA graphs read.
@@ -71,7 +73,7 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
     """Return the seconds of each sync and of the copy before it, the bytes of a sync, and the parts of its time."""
     from random_llama import RandomLlama
 
-    from megatron_selfdistill.config import RolloutConfig
+    from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 
     if arguments.unpacked:
         import vllm._custom_ops
@@ -91,8 +93,11 @@ def _measure(arguments: argparse.Namespace, cuts: Any, grid: Any) -> dict[str, A
     rollout = RolloutConfig(
         engine="vllm", engine_tp=arguments.engine_tp, kv_cache_gb=0.1, bucket_mb=arguments.bucket_mb
     )
-    sampler = llama.colocated_sampler(llama.chunks(), rollout, max_length=256)
+    adapter = AdapterConfig(rank=arguments.adapter_rank)
+    sampler = llama.colocated_sampler(llama.chunks(adapter), rollout, max_length=256, adapter=adapter)
     sampler.update_weights(0)
+    sampler.metrics()
+    sampler.update_weights(0)  # with adapters the first one sends the weights, too
     num_bytes = int(sampler.metrics()["rollout/sync_bytes"])
     source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=grid.device) for _ in range(2))
     found: dict[str, Any] = {"copy": [], "sync": [], "bytes": num_bytes, "profile": {}}
@@ -125,15 +130,15 @@ def _profiled() -> Iterator[dict[str, float]]:
 
         return call
 
-    def exported(self: Any) -> Iterator[Any]:
-        stream = tensors(self)
+    def exported(self: Any, buckets: Iterator[Any]) -> Iterator[Any]:
+        stream = counted(self, buckets)
         advance = timed("export", lambda: next(stream, None))
         while (tensor := advance()) is not None:
             yield tensor
 
-    tensors = ColocatedSampler._tensors
+    counted = ColocatedSampler._counted
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(ColocatedSampler, "_tensors", exported))
+        stack.enter_context(mock.patch.object(ColocatedSampler, "_counted", exported))
         for name, attribute in {
             "load, process and place": "_layerwise_process",
             "of which place": "_copy_and_restore_kernel_tensors",
@@ -153,8 +158,9 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
     copy, sync = statistics.median(found["copy"]), statistics.median(found["sync"])
     size = found["bytes"] / 2**20
     lines = [
-        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, bfloat16, {size:.0f} MiB; "
-        f"TP {arguments.tp} x PP {arguments.pp}, engines of {arguments.engine_tp}; {device.type}",
+        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, bfloat16, {size:.1f} MiB; "
+        f"TP {arguments.tp} x PP {arguments.pp}, engines of {arguments.engine_tp}; {device.type}"
+        + (f"; factors of rank {arguments.adapter_rank} alone" if arguments.adapter_rank else ""),
         "",
         "| | seconds | GiB/s | to a copy |",
         "|---|---|---|---|",
@@ -171,7 +177,17 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
 
 def _parser() -> argparse.ArgumentParser:
     parser = measuring_parser(
-        __doc__, {"layers": 8, "hidden": 2048, "vocab": 32768, "tp": 1, "pp": 1, "engine-tp": 1, "repeats": 7}
+        __doc__,
+        {
+            "layers": 8,
+            "hidden": 2048,
+            "vocab": 32768,
+            "tp": 1,
+            "pp": 1,
+            "engine-tp": 1,
+            "repeats": 7,
+            "adapter-rank": 0,
+        },
     )
     parser.add_argument("--placement", required=True, choices=["colocated", "server"], help="where vLLM runs")
     parser.add_argument("--bucket-mb", type=float, default=1024.0, help="MiB of a bucket (default: 1024)")

@@ -53,6 +53,11 @@ class TorchDistReader:
         common: dict[str, Any] = load_pickled(self.directory / "common.pt")
         return common
 
+    @property
+    def objects(self) -> list[str]:
+        """The keys of the stored objects that are no tensors."""
+        return [key for key in self._metadata.state_dict_metadata if key not in self._tensors]
+
     def dtype(self, key: str) -> torch.dtype:
         """Return the type of the tensor that is stored under ``key``."""
         return self._tensors[key].properties.dtype

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,18 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import Temporary
-from megatron_selfdistill.checkpoint.run import frozen_teacher, sharded_io, state
-from megatron_selfdistill.checkpoint.run.frozen_teacher import (
+from megatron_selfdistill.checkpoint.run import sharded_io, state
+from megatron_selfdistill.checkpoint.run.adapter_base import AdapterBase, KeptBase
+from megatron_selfdistill.checkpoint.run.frozen_weights import (
+    TEACHER,
+    FrozenWeights,
     TeacherState,
-    has_frozen_teacher,
+    has_frozen_weights,
     load_frozen_teacher,
-    save_frozen_teacher,
+    save_frozen_weights,
 )
 from megatron_selfdistill.checkpoint.run.saved_run import SECTION, SavedRun, encode, read_saved_run
+from megatron_selfdistill.checkpoint.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
 from megatron_selfdistill.distributed.collectives import error_message, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
@@ -69,7 +74,8 @@ class Checkpointer:
         self.directory = self.run_dir / "checkpoints"
         self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
         self.prove_ownership: Callable[[], None] = prove_ownership or (lambda: None)
-        self._teacher_id: str | None = None
+        self._ids: dict[str, str] = {}
+        """The ids of the weights that are kept beside the checkpoints, by the names of their directories."""
         # Forked writers: a persistent writer would share memory with weights that change during the save.
         self._queue = AsyncCallsQueue(persistent=False)
         self._pending: Temporary | None = None
@@ -119,6 +125,7 @@ class Checkpointer:
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
         reference: TeacherState | None = None,
+        base: AdapterBase | None = None,
         trainer_state: dict[str, Any],
         args: argparse.Namespace,
     ) -> Path:
@@ -127,22 +134,24 @@ class Checkpointer:
         With ``async_save`` the method returns as soon as the tensors may change again; `poll` or `finish` completes the
         save.  ``trainer_state``: plain values (`saved_run.encode`), stored from rank 0.  ``args``: the result of
         `megatron_args`.  The checkpoint holds an ``ema`` teacher.  Frozen weights, those of a ``frozen`` teacher or of
-        the reference, are saved once, beside the checkpoints, and the checkpoint refers to them.
+        the reference, are saved once, beside the checkpoints, and the checkpoint refers to them.  With ``base`` the
+        checkpoint holds the adapters alone, and ``adapters.json`` has the digest of the weights below them; these are
+        saved beside the checkpoints where the run began at random ones.
         """
         self._finalize(blocking=True)
         self._lost = None  # this save replaces the lost one
         target = self.directory / directory.iteration_name(step)
         frozen = _frozen(teacher, reference)
         if frozen is not None:
-            self._save_frozen(frozen)
+            self._save_frozen(TEACHER, frozen)
+        common = {"args": args, "checkpoint_version": 3.0, "num_floating_point_operations_so_far": 0}
+        texts = {NAME: base.described(target, self._digest(base, chunks, common)).text()} if base is not None else {}
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, state.CONTENT)
             contents = {
-                "args": args,
-                "checkpoint_version": 3.0,
+                **common,
                 "iteration": step,
-                "num_floating_point_operations_so_far": 0,
-                **model,
+                **(model if base is None else state.without_base(model)),
                 "optimizer": state.optimizer_state(optimizer, model, state.CONTENT),
                 "opt_param_scheduler": scheduler.state_dict(),
                 **state.random_states(self.grid),
@@ -150,7 +159,7 @@ class Checkpointer:
             }
             if teacher is not None and teacher.weights == "ema":
                 contents |= teacher.sharded_state_dict()
-            self._start_writing(contents, target)
+            self._start_writing(contents, target, texts)
         return target
 
     def read(self, path: Path) -> SavedRun:
@@ -168,11 +177,12 @@ class Checkpointer:
         scheduler: OptimizerParamScheduler,
         teacher: TeacherState | None,
         reference: TeacherState | None = None,
+        base: AdapterBase | None = None,
     ) -> None:
         """Restore weights, optimizer, schedule, teacher and reference of `save`, in the same layout or another one.
 
         ``saved`` holds the state of the trainer, which the caller restores.  Random states are restored in the layout
-        that saved them only.
+        that saved them only.  With ``base`` the chunks have its weights already, and their adapters are restored.
         """
         found, common, own = saved.path, saved.common, saved.own
         frozen = _frozen(teacher, reference)
@@ -182,14 +192,14 @@ class Checkpointer:
         with state.gathered_parameters(chunks):
             model = state.model_state(chunks, content)
             optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
-            wanted = {**model, "optimizer": optimizer_state}
+            wanted = {**(model if base is None else state.without_base(model)), "optimizer": optimizer_state}
             if teacher is not None and teacher.weights == "ema":
                 wanted |= teacher.sharded_state_dict()
             if same_layout:
                 wanted |= state.wanted_random_state(self.grid)
             sharded_io.check_shapes(wanted, found)
             loaded = sharded_io.read(wanted, found)
-            state.load_model_state(chunks, loaded)
+            (state.load_model_state if base is None else state.load_factors)(chunks, loaded)
             state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], own["optimizer_steps"])
         scheduler.num_steps = 0  # load_state_dict adds the stored number of steps
         scheduler.load_state_dict(common["opt_param_scheduler"])
@@ -197,7 +207,9 @@ class Checkpointer:
             teacher.load_state_dict(loaded)
         if frozen is not None:
             run_dir = found.parents[1]  # the frozen weights are always in the same run directory
-            self._teacher_id = load_frozen_teacher(run_dir, frozen, own["teacher_id"], self.verify)
+            self._ids[TEACHER] = load_frozen_teacher(run_dir, frozen, own["teacher_id"], self.verify)
+        if base is not None and base.is_kept and base.digest is not None:
+            self._ids[KEPT_BASE] = base.digest
         if same_layout:  # last, because no code may draw a random number afterwards
             state.load_random_state(loaded)
         elif self.grid.is_reporter:
@@ -221,7 +233,7 @@ class Checkpointer:
         if self._lost is not None:
             raise CheckpointError(self._lost)
 
-    def _start_writing(self, contents: dict[str, Any], target: Path) -> None:
+    def _start_writing(self, contents: dict[str, Any], target: Path, texts: Mapping[str, str]) -> None:
         def make_latest() -> None:
             self.prove_ownership()
             directory.set_latest(target)
@@ -234,6 +246,7 @@ class Checkpointer:
             validate=not self._validated,
             prove_ownership=self.prove_ownership,
             published=make_latest,
+            texts=texts,
         )
         self._validated = True
         if not self.async_save:
@@ -282,22 +295,36 @@ class Checkpointer:
             "optimizer_steps": state.optimizer_steps(optimizer),
             "distributed_optimizer": state.uses_distributed_optimizer(optimizer),
             "teacher": teacher.weights if teacher is not None else None,
-            "teacher_id": self._teacher_id if frozen is not None else None,
+            "teacher_id": self._ids[TEACHER] if frozen is not None else None,
         }
 
-    def _save_frozen(self, frozen: TeacherState) -> None:
-        """Save the frozen weights at the first save, and again if their directory was removed since."""
-        lost = self._teacher_id is not None and not run_on_rank_0(lambda: has_frozen_teacher(self.run_dir))
+    def _digest(self, base: AdapterBase, chunks: Chunks, common: dict[str, Any]) -> str:
+        """Return the digest of the weights below the adapters, after they were saved where nothing else has them."""
+        if not base.is_kept:
+            assert base.digest is not None
+            return base.digest
+        self._save_frozen(
+            KEPT_BASE,
+            KeptBase(chunks),
+            common={**common, "iteration": 0},
+            texts=lambda digest: {KEPT_DIGEST: json.dumps({"digest": digest}) + "\n"},
+        )
+        return self._ids[KEPT_BASE]
+
+    def _save_frozen(self, name: str, weights: FrozenWeights, **more: Any) -> None:
+        """Save frozen weights as ``run_dir/name`` at the first save, and again if their directory was removed since."""
+        target, known = self.run_dir / name, self._ids.get(name)
+        lost = known is not None and not run_on_rank_0(lambda: has_frozen_weights(target))
         if lost and self.grid.is_reporter:
-            place = hidden(str(self.run_dir / frozen_teacher.NAME))
-            logger.warning("%s is not there any more: it is written again", place)
-        if lost or self._teacher_id is None:
-            self._teacher_id = save_frozen_teacher(
-                self.run_dir,
-                frozen,
-                self._teacher_id,
+            logger.warning("%s is not there any more: it is written again", hidden(str(target)))
+        if lost or known is None:
+            self._ids[name] = save_frozen_weights(
+                target,
+                weights,
+                known,
                 replicas=self.grid.dp_cp_group,
                 prove_ownership=self.prove_ownership,
+                **more,
             )
 
     def _require_same_kind(

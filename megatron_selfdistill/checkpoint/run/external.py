@@ -27,6 +27,7 @@ from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io, state
+from megatron_selfdistill.checkpoint.stored_adapters import refuse_adapters
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, first_few
 
@@ -44,8 +45,9 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     the optimizer's ``reload_model_params`` afterwards.
 
     Raises: CheckpointError before anything is loaded; the message names a torn file, or the first tensors that are
-    missing, unexpected or of another shape.
+    missing, unexpected or of another shape, or says that the checkpoint holds adapters alone.
     """
+    run_on_rank_0(lambda: refuse_adapters(path))
     found, is_legacy = run_on_rank_0(lambda: find(path))
     if is_legacy:
         _load_legacy(found, chunks, vocab_size)
@@ -60,14 +62,19 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     return directory.iteration_of(found)
 
 
-def has_adapters(path: Path) -> bool:
-    """Return whether the checkpoint at ``path`` holds low-rank adapters, on every rank; collective."""
+def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None:
+    """Load the factors of a checkpoint of adapters into chunks that have adapters; their weights stay.  Collective.
 
-    def look() -> bool:
-        found, is_legacy = find(path)
-        return not is_legacy and any("_adapter." in name for name in sharded_io.stored_shapes(found))
-
-    return run_on_rank_0(look)
+    ``path`` and ``verify``: as for `load_weights`.
+    Raises: CheckpointError before anything is loaded, where a file is torn or factors do not fit the chunks.
+    """
+    found = run_on_rank_0(lambda: directory.resolve(path))
+    sharded_io.verify_integrity(found, verify)
+    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found)))))
+    sharded_io.check_shapes(wanted, found, only_weights=True)
+    with state.gathered_parameters(chunks):
+        state.load_factors(chunks, sharded_io.read(wanted, found))
+        _require_finite(found, chunks, None)
 
 
 def load_weights_and_optimizer(

@@ -8,7 +8,7 @@ import functools
 import io
 import pickle
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ def begin_write(
     validate: bool = False,
     prove_ownership: Callable[[], None] = lambda: None,
     published: Callable[[], None] = lambda: None,
+    texts: Mapping[str, str] | None = None,
 ) -> tuple[AsyncRequest, Temporary]:
     """Return Megatron's request to write ``contents``, and the locked temporary directory of the request; collective.
 
@@ -62,7 +63,7 @@ def begin_write(
     failure. ``prove_ownership`` raises `CheckpointError` where another run has taken the run directory over, for
     instance while this run was suspended in the middle of the save; then rank 0 does not rename the directory.
     ``replicas``: the group of ranks that hold equal tensors and share the writing.  ``validate``: check that the shards
-    of all ranks cover each tensor once.
+    of all ranks cover each tensor once.  ``texts``: further files of the directory, by their names.
 
     Raises: `CheckpointError` on all ranks.
     """
@@ -88,6 +89,8 @@ def begin_write(
 
     def publish() -> None:
         prove_ownership()
+        for name, text in (texts or {}).items():
+            (temporary.path / name).write_text(text, encoding="utf-8")
         directory.publish(temporary, target)
         published()
 

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron_selfdistill.checkpoint.run.optimizer_shards import one_owner_per_parameter
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.hf.adapter_rules import SUFFIX
 
 CONTENT = {
     # Whole optimizer tensors under the names of the parameters: the only format that loads in every other layout.
@@ -44,6 +45,34 @@ def load_model_state(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) 
     """Copy ``loaded``, the tensors of `model_state` from a checkpoint, into the chunks."""
     for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
         unwrapped(chunk).load_state_dict(loaded[key])
+
+
+def without_base(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of `model_state` that changes in a run with adapters: the factors, and FP8 statistics."""
+    return {
+        key: {name: value for name, value in state.items() if _is_factor(name) or "_extra_state" in name}
+        for key, state in model.items()
+    }
+
+
+def without_adapters(model: dict[str, Any]) -> dict[str, Any]:
+    """Return the part of `model_state` that a model without adapters has."""
+    return {key: {name: value for name, value in state.items() if not _is_factor(name)} for key, state in model.items()}
+
+
+def load_factors(chunks: Sequence[torch.nn.Module], loaded: dict[str, Any]) -> None:
+    """Copy ``loaded``, the tensors of `without_base` from a checkpoint, into the chunks; their weights stay.
+
+    Raises: RuntimeError where factors of the chunks are not in ``loaded``, or the other way round.
+    """
+    for key, chunk in zip(_chunk_keys(chunks), chunks, strict=True):
+        missing, unexpected = unwrapped(chunk).load_state_dict(loaded[key], strict=False)
+        if faults := [*filter(_is_factor, missing), *unexpected]:
+            raise RuntimeError(f"expected the factors of the model, got others: {faults[:4]}")
+
+
+def _is_factor(name: str) -> bool:
+    return f"{SUFFIX}." in name
 
 
 def optimizer_state(

@@ -9,6 +9,14 @@ from dataclasses import dataclass, field
 from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require
 
 LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+LATENT_LAYERS = (
+    "linear_q_proj",
+    "linear_q_down_proj",
+    "linear_q_up_proj",
+    "linear_kv_down_proj",
+    "linear_kv_up_proj",
+)
+"""The linear layers of latent attention, which other attention does not have."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,12 @@ class AdapterConfig:
     linear_kv_up_proj."""
     seed: int = 0
     """Seed of the random factor A; B begins at 0."""
+    load: str | None = None
+    """Checkpoint of adapters on checkpoint.load at which a run begins, with the same rank, scale and layers; null
+    begins at random A and B = 0."""
+    base: str | None = None
+    """For commands that read a checkpoint of adapters: the checkpoint of the frozen weights below them, where it has
+    moved; null takes the place that the adapters state.  A run names these weights with checkpoint.load."""
 
     def __post_init__(self) -> None:
         normalise("adapter", self)

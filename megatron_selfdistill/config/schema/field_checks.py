@@ -13,8 +13,8 @@ from typing import Any
 from megatron_selfdistill.errors import ConfigError
 
 PATHS = frozenset(
-    "run_dir data.path data.tokenizer data.chat_template checkpoint.load evaluation.path rollout.hf_config "
-    "rollout.server_python rollout.transfer_dir rollout.replay rollout.record".split()
+    "run_dir data.path data.tokenizer data.chat_template checkpoint.load adapter.load adapter.base "
+    "evaluation.path rollout.hf_config rollout.server_python rollout.transfer_dir rollout.replay rollout.record".split()
 )
 """The keys whose values are paths: a leading ``~`` in such a value stands for the user's home directory."""
 

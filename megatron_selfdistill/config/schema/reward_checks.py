@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from megatron_selfdistill.config.schema.data_config import DataConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import require
@@ -70,12 +72,10 @@ def _check_explanations(
         "data.solutions": (data.solutions, ("given", "answer")),
         "environment.name": (environment.name, ("none",)),
     }
-    for key, (value, allowed) in needed.items():
-        require(
-            value in allowed,
-            "policy.reward=explanation rewards what the policy writes after the solution, as the frozen weights "
-            f"read it: it needs {key}={' or '.join(allowed)}, got {value}",
-        )
+    _require_choices(
+        needed,
+        "policy.reward=explanation rewards what the policy writes after the solution, as the frozen weights read it",
+    )
     require(policy.weight > 0, "policy.reward=explanation trains on rewards: it needs policy.weight above 0")
 
 
@@ -90,15 +90,16 @@ def _check_verbal_scores(
         "data.solutions": (data.solutions, ("given", "answer")),
         "environment.name": (environment.name, ("none",)),
     }
-    for key, (value, allowed) in needed.items():
-        require(
-            value in allowed,
-            f"{name} shows the teacher a response to a problem and the solution, and asks for a score: it needs "
-            f"{key}={' or '.join(allowed)}, got {value}",
-        )
+    _require_choices(needed, f"{name} shows the teacher a response to a problem and the solution, and asks for a score")
     require(policy.weight > 0, f"{name} is for rewards: it needs policy.weight above 0")
     require(
         not selects or policy.reward != "verbal",
         "rollout.select=verbal compares the scores with verdicts that do not come from them, but policy.reward=verbal "
         "makes the scores the verdicts: unset one of them",
     )
+
+
+def _require_choices(needed: Mapping[str, tuple[str, Sequence[str]]], reason: str) -> None:
+    """Raise ValueError with ``reason`` for the first key whose value is none of its choices: key -> value, choices."""
+    for key, (value, allowed) in needed.items():
+        require(value in allowed, f"{reason}: it needs {key}={' or '.join(allowed)}, got {value}")

@@ -74,7 +74,7 @@ class RolloutConfig:
     guidance: str = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
-    and reference, which needs engine=megatron; such responses are off-policy for the student)."""
+    and reference, which needs engine=megatron or adapters; such responses are off-policy for the student)."""
     guide_below: float | None = None
     """The recent success rate below which guidance=mixed guides a problem, which needs answers; every fourth visit to
     such a problem samples without guidance, to know its rate.  Null guides all problems."""

@@ -9,8 +9,8 @@ from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.target_config import TargetConfig
 
 
-def check_reference(objective: str, rollout: RolloutConfig) -> None:
-    """Raise `ConfigError` where other keys contradict ``target.anchor=reference``."""
+def check_reference(objective: str, rollout: RolloutConfig, target: TargetConfig, *, adapted: bool) -> None:
+    """Raise `ConfigError` where other keys contradict ``target.anchor=reference``; ``adapted``: with adapters."""
     guided = rollout.guidance != "none"
     require(
         not guided or objective == "self_distillation",
@@ -19,10 +19,16 @@ def check_reference(objective: str, rollout: RolloutConfig) -> None:
         "target.anchor=student",
     )
     require(
-        not guided or rollout.engine == "megatron",
+        not guided or rollout.engine == "megatron" or adapted,
         "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, "
         f"but rollout.engine={rollout.engine} has the trained weights only: set rollout.engine=megatron, "
-        "rollout.guidance=none or target.anchor=student",
+        "rollout.guidance=none, target.anchor=student, or adapter.rank, whose frozen weights are the reference",
+    )
+    require(
+        not guided or rollout.engine == "megatron" or target.rule != "entropy_matched" or target.match != "student",
+        "rollout.guidance=mixed with rollout.engine=vllm has two contexts per token, but target.match=student with "
+        "target.anchor=reference needs those of student, teacher and reference: set target.match=reference or "
+        "rollout.engine=megatron",
     )
 
 

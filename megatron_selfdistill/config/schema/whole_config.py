@@ -140,7 +140,7 @@ class Config:
         sections = self.data, self.rollout, self.distill, self.policy, self.teacher, self.environment
         check_readers(self.objective, *sections, logged=self.logged)
         if self.target.anchor == "reference":
-            check_reference(self.objective, self.rollout)
+            check_reference(self.objective, self.rollout, self.target, adapted=self.adapter.rank > 0)
         check_guided_tokens(self.objective, self.rollout, self.target, self.loss)
         require(
             self.objective == "self_distillation" or self.loss.fused in (None, "none"),
@@ -149,7 +149,7 @@ class Config:
         )
         if self.adapter.rank:
             averages = self.keeps_teacher and self.teacher.weights == "ema"
-            check_adapters(self.adapter.rank, self.rollout, self.checkpoint, averages)
+            check_adapters(self.adapter, self.rollout, self.checkpoint, averages)
         hang, collective = self.stop.hang_timeout_minutes, self.parallel.distributed_timeout_minutes
         require(
             hang is None or hang < collective,

@@ -14,7 +14,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.inference.contexts import StaticInferenceContext
 
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.model.adapters import WithoutAdapters, adapters_off
+from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.megatron.decoding import decoding, decoding_overrides, refuse_undecodable, takes_masks
 from megatron_selfdistill.rollout.megatron.kv_cache import RaggedAttention, RaggedCache, cache_bytes_per_token
@@ -35,7 +35,6 @@ class DecodingModel:
         """
         self._chunks = list(chunks)
         self.models = [unwrapped(chunk) for chunk in chunks]
-        self._without_adapters = any(isinstance(chunk, WithoutAdapters) for chunk in chunks)
         refuse_undecodable(self.models, grid)
         self._grid = grid
         self._vocab_size = vocab_size
@@ -90,13 +89,13 @@ class DecodingModel:
     ) -> Tensor | None:
         """Return `forward`'s logits; ``position_ids [b, s]``; ``attention_mask``: True is hidden."""
         output: Tensor | None = None
-        for model in self.models:
+        for chunk, model in zip(self._chunks, self.models, strict=True):
             if not model.pre_process:
                 shape = (tokens.size(1), tokens.size(0), self._hidden_size)
                 hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
-            with adapters_off(model) if self._without_adapters else nullcontext():
+            with chunk.switched_off() if isinstance(chunk, WithoutAdapters) else nullcontext():
                 output = model(
                     tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
                 )

@@ -58,9 +58,9 @@ class MegatronSampler:
     pass, where the tokens of a longer prompt take the place of sampled tokens.  So positions are exact and there is no
     padding.
 
-    A guided request has a context for each of `guided_roles`, all with the same response.  The student's weights read
-    all of them, except that the weights of ``role_weights`` read theirs where the target is anchored to a reference.
-    The student's own context gives the log-probs of the response.
+    A guided request has a context for each of `guided_roles`, all with the same response.  The weights of
+    ``role_weights`` read theirs, and the student's weights read all others.  The student's own context gives the
+    log-probs of the response.
     """
 
     def __init__(
@@ -78,8 +78,8 @@ class MegatronSampler:
         ``vocab_size``: number of valid columns; the padded columns behind them are cut off before the logits are used.
         ``max_length``: longest prompt plus response, in tokens.  ``kv_cache_gb``: GiB of KV cache on this rank.  None
         is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
-        log-probs, repeatable.  ``role_weights``: the weights that read contexts of guided requests where the target is
-        anchored to a reference, with chunks of the student's architecture, in the same order on all ranks.
+        log-probs, repeatable.  ``role_weights``: weights other than the student's, which read contexts of guided
+        requests, with chunks of the student's architecture, in the same order on all ranks.
         ``progress``: called with the responses that this rank decodes, at every pass, on every rank.
 
         Raises `ConfigError` for a model that cannot be decoded.
@@ -156,7 +156,8 @@ class MegatronSampler:
 
     def _needs_role_models(self, requests: Sequence[Request], params: SamplingParams) -> bool:
         """Return whether any rank has a guided request, with a target that other weights than the student's define."""
-        if not (self._role_weights and params.target.is_anchored):
+        roles = guided_roles(params.target)
+        if not any(role in roles for weights in self._role_weights for role in weights.roles):
             return False
         [any_guided] = max_over_ranks([any(request.teacher_prompt is not None for request in requests)])
         return bool(any_guided)
@@ -253,11 +254,13 @@ class MegatronSampler:
 
     def _readers(self, target: Target) -> list[tuple[DecodingModel, tuple[str, ...]]]:
         """Return each model that reads contexts of guided requests, with its roles; the student comes first."""
-        if not target.is_anchored:
-            return [(self._student, guided_roles(target))]
-        others = [(model, weights.roles) for model, weights in zip(self._role_models, self._role_weights, strict=True)]
-        taken = {role for _, roles in others for role in roles}
-        return [(self._student, tuple(role for role in guided_roles(target) if role not in taken)), *others]
+        wanted, taken = guided_roles(target), set[str]()
+        others = []
+        for model, weights in zip(self._role_models, self._role_weights, strict=True):
+            roles = tuple(role for role in weights.roles if role in wanted)
+            taken |= set(roles)
+            others += [(model, roles)] if roles else []
+        return [(self._student, tuple(role for role in wanted if role not in taken)), *others]
 
     def _prefill(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
         """Fill the cache with ``tokens [b, s]``, some rows at a time; return the logits ``[b, V]``."""

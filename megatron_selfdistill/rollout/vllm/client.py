@@ -11,6 +11,7 @@ from typing import Any
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import FINISH_REASONS
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, oldest_version
+from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
 from megatron_selfdistill.rollout.vllm.patient_http import PatientHttp
 
 MAX_IN_FLIGHT = 512
@@ -30,8 +31,9 @@ class VllmServer:
     connection, an answer of another form, an error of the server, and silence (`PatientHttp`).
     """
 
-    def __init__(self, address: str, token: str = "", timeout_s: float = 1200.0) -> None:
-        self.address = address.rstrip("/")
+    def __init__(self, address: str, token: str = "", timeout_s: float = 1200.0, *, adapted: bool = False) -> None:
+        """Make a client of the server; ``adapted``: whether the run has adapters, which the server then takes."""
+        self.address, self._adapted = address.rstrip("/"), adapted
         self._http = PatientHttp(self.address, token, timeout_s)
 
     def __repr__(self) -> str:
@@ -64,7 +66,13 @@ class VllmServer:
 
     def complete(self, request: EngineRequest) -> EngineOutput:
         """Return the output of one request."""
-        body = {"token_ids": request.token_ids, "sampling_params": dict(request.sampling), "stream": False}
+        body: dict[str, Any] = {
+            "token_ids": request.token_ids,
+            "sampling_params": dict(request.sampling),
+            "stream": False,
+        }
+        if self._adapted and request.adapted:
+            body["model"] = ADAPTER_NAME
         return self._output(self._ask("POST", "/inference/v1/generate", body, generates=True), request)
 
     def call(self, method: str, *args: Any) -> Any:
@@ -179,6 +187,7 @@ class VllmServer:
             log_probs = [float(token["logprob"]) for token in content]
             versions = [str(span["version"]) for span in choice["weight_versions"] or []]
             finish_reason = choice["finish_reason"]
+            prompt = _prompt_log_probs(answer, request) if "prompt_logprobs" in request.sampling else []
         except (KeyError, TypeError, ValueError) as error:
             raise self._error(
                 f"expected one choice with token_ids, logprobs, weight_versions and finish_reason, got {_shown(answer)}"
@@ -196,10 +205,17 @@ class VllmServer:
                 f"a response ended with reason length after {len(token_ids)} of {longest} tokens: the server's "
                 "--max-model-len is too small"
             )
-        return EngineOutput(token_ids, log_probs, finish_reason, oldest_version(versions))
+        return EngineOutput(token_ids, log_probs, finish_reason, oldest_version(versions), prompt)
 
     def _error(self, message: str) -> EngineError:
         return EngineError(f"{self.address}: {message}")
+
+
+def _prompt_log_probs(answer: Any, request: EngineRequest) -> list[float]:
+    """Return the log-probs of the tokens of the request but the first."""
+    entries = answer["prompt_logprobs"][1:]
+    own = zip(request.token_ids[1:], entries, strict=True)
+    return [float(entry[str(token)]["logprob"]) for token, entry in own]
 
 
 def _reason(text: str) -> str:

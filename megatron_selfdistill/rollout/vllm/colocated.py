@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,18 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
-from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.export import Exporter
 from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
+from megatron_selfdistill.rollout.vllm.engine_adapter import why_not_adapted
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
+from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import (
     check_requests,
     gather_requests,
@@ -63,6 +64,8 @@ class ColocatedSampler:
         vocab_size: int,
         max_length: int,
         progress: Progress = ignore_progress,
+        adapter: AdapterConfig | None = None,
+        bare_roles: Collection[str] = (),
     ) -> None:
         """Build the engines of all ranks; their weights are random until `update_weights`.
 
@@ -70,7 +73,8 @@ class ColocatedSampler:
         dtype.  ``hf_config``: the directory of the model's config.json, and ``rules`` the model's tensors
         (hf_directory.py).  ``vocab_size``: number of valid columns.  ``max_length``: longest prompt plus response, in
         tokens.  ``progress``: called with the responses of this rank's engine, at every pass, on every rank; guided
-        responses finish together.
+        responses finish together.  ``adapter``: the adapters of the chunks, which then are all that changes: the
+        engines get the weights once and the factors at each update.  ``bare_roles``: as for `generate_guided`.
 
         On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is the memory that the trainer
         leaves free, unless ``rollout.engine_args`` sets the share.
@@ -85,15 +89,20 @@ class ColocatedSampler:
                 f"rollout.engine_tp={engine_tp} ranks form one engine, but the world size {grid.world_size} is no "
                 "multiple of it; choose a divisor"
             )
-        found = read_config(hf_config).get("vocab_size")
+        described = read_config(hf_config)
+        found = described.get("vocab_size")
         if found != vocab_size:
             raise ConfigError(f"{hf_config}/config.json has vocab_size={found}, but the model has {vocab_size} tokens")
+        refusal = why_not_adapted(described, on_cpu=grid.device.type == "cpu")
+        if adapter is not None and adapter.rank and refusal:
+            raise ConfigError(refusal)
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
         self._engine_number, self._engine_rank = divmod(grid.rank, engine_tp)
         self._num_engines = grid.world_size // engine_tp
-        self._guided, self._progress = rollout.guidance != "none", progress
-        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20))
+        self._guided, self._bare_roles, self._progress = rollout.guidance != "none", bare_roles, progress
+        self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=int(rollout.bucket_mb * 2**20))
         self._version: int | None = None
+        self._holds_weights = False  # whether the engines hold frozen weights
         self._asleep = False
         self._metrics: dict[str, float] = {}
         self._staleness = 0
@@ -106,14 +115,19 @@ class ColocatedSampler:
         }
         arguments = settings | rollout.engine_args
         if grid.device.type == "cuda":
-            weight_bytes = num_weights(rules) * config.params_dtype.itemsize / engine_tp
+            weight_bytes = num_weights([*rules, *self._weights.factors]) * config.params_dtype.itemsize / engine_tp
             arguments = _beside_trainer(arguments, _least_memory(grid), weight_bytes)
         self._engine = _engine_on_all_ranks(
-            hf_config, grid, engine_tp=engine_tp, guided=self._guided, settings=arguments
+            hf_config,
+            grid,
+            engine_tp=engine_tp,
+            guided=self._guided,
+            settings=arguments,
+            adapter=self._weights.adapter,
         )
 
     def update_weights(self, version: int) -> None:
-        """Send the present weights to every engine, as ``version``.
+        """Send the present weights to every engine, as ``version``; with adapters, the weights only once.
 
         Collectives: as in `Exporter.stream`.  Raises: `EngineError` on all ranks alike.
         """
@@ -121,7 +135,12 @@ class ColocatedSampler:
         with raise_on_all_ranks(EngineError):
             if self._asleep:
                 self._engine.wake("weights")
-            self._engine.load(self._tensors(), version)
+            if not self._holds_weights:
+                self._engine.load(self._counted(self._weights.stream()), version)
+        self._holds_weights = self._weights.adapter is not None
+        with raise_on_all_ranks(EngineError):
+            if self._weights.adapter is not None:
+                self._engine.load_adapter(self._counted(self._weights.stream_factors()), version)
             if self._asleep:
                 self._engine.wake("kv_cache")
         self._asleep = False
@@ -176,8 +195,8 @@ class ColocatedSampler:
         """End the engine; may be called twice."""
         self._engine.close()
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for bucket in self._exporter.stream(copies=False):
+    def _counted(self, buckets: Iterator[list[tuple[str, Tensor]]]) -> Iterator[tuple[str, Tensor]]:
+        for bucket in buckets:
             self._count("sync_bytes", sum(tensor.nbytes for _, tensor in bucket))
             yield from bucket
 
@@ -200,7 +219,8 @@ class ColocatedSampler:
         outputs = self._engine.generate([engine_request(requests[i], params) for i in plain], report)
         responses = dict(zip(plain, (response_of(output, params) for output in outputs), strict=True))
         if guided:
-            pairs = generate_guided(self._engine, [requests[i] for i in guided], params, self._pair_counts)
+            own = [requests[i] for i in guided]
+            pairs = generate_guided(self._engine, own, params, self._pair_counts, self._bare_roles)
             responses.update(zip(guided, pairs, strict=True))
             report(len(requests))
         self._check_versions(responses.values())

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_selfdistill.errors import EngineError as EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class EngineRequest:
     """Token ids of the sequence so far."""
     sampling: Mapping[str, Any]
     """Arguments of vLLM's ``SamplingParams``."""
+    adapted: bool = True
+    """Whether the run's adapters take part, where the engine has any."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class EngineOutput:
     """The reason for the end of the sequence: stop or length."""
     weight_version: int | None
     """Version of the oldest weights that generated a token, as the engine reports it; None before the first weights."""
+    prompt_log_probs: list[float] = field(default_factory=list)
+    """Log-probs of the sequence's own tokens but the first, as ``log_probs``; empty without ``prompt_logprobs``."""
 
 
 WORKER_EXTENSION = "megatron_selfdistill.rollout.vllm.plugin.worker.WorkerExtension"
@@ -91,6 +95,31 @@ def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
         "detokenize": False,
     }
     return EngineRequest(list(request.prompt), sampling)
+
+
+def engine_output(output: Any, who: str) -> EngineOutput:
+    """Return vLLM's ``RequestOutput`` of one sequence as an `EngineOutput`.
+
+    Raises: `EngineError`, which begins with ``who``, for a response that was aborted.
+    """
+    completion = output.outputs[0]
+    if completion.finish_reason not in FINISH_REASONS:
+        raise EngineError(
+            f"{who} aborted a response (finish reason {completion.finish_reason!r}, expected "
+            f"{' or '.join(FINISH_REASONS)})"
+        )
+
+    def of_tokens(tokens: Sequence[int], entries: Sequence[Any]) -> list[float]:
+        return [by_token[token].logprob for token, by_token in zip(tokens, entries, strict=True)]
+
+    tokens, entries = list(completion.token_ids), output.prompt_logprobs
+    return EngineOutput(
+        tokens,
+        of_tokens(tokens, completion.logprobs),
+        completion.finish_reason,
+        oldest_version(span.version for span in completion.weight_versions or ()),
+        of_tokens(output.prompt_token_ids[1:], entries[1:]) if entries else [],
+    )
 
 
 def response_of(output: EngineOutput, params: SamplingParams) -> Response:

@@ -23,14 +23,14 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.base import FINISH_REASONS
 from megatron_selfdistill.rollout.vllm.engine import (
     WORKER_EXTENSION,
     EngineOutput,
     EngineRequest,
-    oldest_version,
+    engine_output,
     whole_prompts,
 )
+from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
@@ -64,11 +64,13 @@ class InProcessEngine:
         engine_tp: int,
         guided: bool,
         settings: Mapping[str, Any],
+        adapter: EngineAdapter | None = None,
     ) -> None:
         """Start the engine on the model of ``directory``'s config.json.
 
         ``ident``: a name that no other run on this machine has, equal on all ranks.  ``settings``: arguments of
-        ``vllm.LLM``, which override the arguments that are set here.
+        ``vllm.LLM``, which override the arguments that are set here.  ``adapter``: the adapters of the run, if it has
+        any; then `load_adapter` comes after `load` and before the first `generate`.
 
         Collectives: process groups over the world; every rank of it builds its engine at the same time. Raises:
         `ConfigError` where vLLM is not installed, where it refuses the model or the settings, and where this process
@@ -77,7 +79,7 @@ class InProcessEngine:
         global _live
         if _live is not None:
             raise ConfigError("this process has a vLLM engine already: close its sampler before the next one is built")
-        self.rank, self.ident = dist.get_rank(), ident
+        self.rank, self.ident, self._adapter = dist.get_rank(), ident, adapter
         # Only CUDA's virtual memory can be freed and allocated again under the same addresses.
         self.can_sleep = device.type == "cuda"
         arguments = {
@@ -96,6 +98,8 @@ class InProcessEngine:
             arguments |= whole_prompts(settings["max_model_len"])
         if guided:
             arguments |= GUIDED_ENGINE_ARGS
+        if adapter is not None:
+            arguments |= adapter.engine_args(on_cpu=device.type == "cpu")
         _refuse_other_ranks(arguments, settings)
         environment = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | _ENVIRONMENT
         with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})):
@@ -123,10 +127,11 @@ class InProcessEngine:
             raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
+        adapters = [self._lora_request(request) for request in requests]
         step = _reporting(llm.llm_engine.step, report)
         with trainer_state_kept(), _replaced(llm.llm_engine, "step", step):
             try:
-                outputs = llm.generate(prompts, params, use_tqdm=False)
+                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
             except Exception as error:
                 self._drop_unfinished()
                 raise EngineError(
@@ -136,7 +141,7 @@ class InProcessEngine:
             raise EngineError(
                 f"the vLLM engine of rank {self.rank} was asked for {len(requests)} responses and gave {len(outputs)}"
             )
-        return [self._output(output.outputs[0]) for output in outputs]
+        return [engine_output(output, f"the vLLM engine of rank {self.rank}") for output in outputs]
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the worker extension's method of that name, as `Engine.call` describes."""
@@ -152,14 +157,36 @@ class InProcessEngine:
         from megatron_selfdistill.rollout.vllm.packed import after_reload, before_reload
 
         llm = self._alive()
-        with trainer_state_kept():
-            llm.update_weight_version(_INCOMPLETE)
+        with self._replacing(version):
             try:
                 llm.apply_model(before_reload)
                 llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(tensors)})
                 llm.apply_model(after_reload)
-            except Exception as error:
+            except Exception:
                 _abandon_reload(llm)
+                raise
+
+    def load_adapter(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Replace the factors of the adapters by ``tensors``, by PEFT's names, cast to the engine's dtype.
+
+        The weights stay.  Caches and errors are as for `load`, after which the engine has no adapters.
+        """
+        from megatron_selfdistill.rollout.vllm.plugin.adapter_loader import load_adapter
+
+        assert self._adapter is not None, "the engine was started without adapters"
+        with self._replacing(version):
+            factors = {name: tensor.to("cpu", copy=True) for name, tensor in tensors}
+            self._alive().collective_rpc(lambda worker: load_adapter(worker.model_runner, factors, self._adapter))
+
+    @contextlib.contextmanager
+    def _replacing(self, version: int) -> Iterator[None]:
+        """Keep `generate` from working while weights are replaced, and drop what was cached with the old weights."""
+        llm = self._alive()
+        with trainer_state_kept():
+            llm.update_weight_version(_INCOMPLETE)
+            try:
+                yield
+            except Exception as error:
                 raise EngineError(
                     f"the vLLM engine of rank {self.rank} refused the weights: {_on_one_line(error)}"
                 ) from error
@@ -168,9 +195,13 @@ class InProcessEngine:
             llm.update_weight_version(str(version))
 
     def sleep(self) -> None:
-        """Give weights and KV cache back to the device; `wake` and `load` come before the next `generate`."""
+        """Give weights and KV cache back to the device; `wake` and `load` come before the next `generate`.
+
+        Frozen weights of an engine with adapters rest in the memory of the host: `wake` brings them back, and
+        `load_adapter` alone comes before the next `generate`.
+        """
         with trainer_state_kept():
-            self._alive().sleep(level=2)
+            self._alive().sleep(level=2 if self._adapter is None else 1)
 
     def wake(self, what: str) -> None:
         """Allocate memory again for ``what``: weights, then, when they are loaded, kv_cache."""
@@ -202,22 +233,18 @@ class InProcessEngine:
             raise EngineError(f"the vLLM engine of rank {self.rank} is closed")
         return self._llm
 
+    def _lora_request(self, request: EngineRequest) -> Any:
+        if self._adapter is None or not request.adapted:
+            return None
+        from vllm.lora.request import LoRARequest
+
+        return LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
+
     def _drop_unfinished(self) -> None:
         """Abort the requests of a failed batch, so that the next batch does not meet them."""
         engine = self._alive().llm_engine
         with contextlib.suppress(Exception):  # the failure itself is reported
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
-
-    def _output(self, completion: Any) -> EngineOutput:
-        if completion.finish_reason not in FINISH_REASONS:
-            raise EngineError(
-                f"the vLLM engine of rank {self.rank} aborted a response (finish reason "
-                f"{completion.finish_reason!r}, expected {' or '.join(FINISH_REASONS)})"
-            )
-        tokens = list(completion.token_ids)
-        log_probs = [by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs, strict=True)]
-        oldest = oldest_version(span.version for span in completion.weight_versions or ())
-        return EngineOutput(tokens, log_probs, completion.finish_reason, oldest)
 
 
 def _started(

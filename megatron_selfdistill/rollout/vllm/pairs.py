@@ -6,6 +6,9 @@ wherever they are equally long, and stops a half whose partner is absent.  When 
 cuts it to the tokens that both halves share and sends it again, until the pair has ended by itself.  Token i comes from
 the i-th uniform of the request's seed however often that happens, so the response equals the response of a pair that
 was never separated.
+
+One half reads the teacher's prompt, the other half, the anchor's, reads the student's prompt.  An engine with adapters
+computes each half with or without them, in one batch, so that teacher and reference are the frozen weights themselves.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -37,7 +40,8 @@ GUIDED_ENGINE_ARGS: dict[str, Any] = {
 GUIDED_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """Environment of the processes of an engine for guided requests: the second model runner takes no processor."""
 
-ROLES = ("student", "teacher")
+ROLES = ("anchor", "teacher")
+"""The roles of the halves of a pair; the anchor is the student or, with target.anchor=reference, the reference."""
 _EXTRA_ARG = "selfdistill_pair"
 # Rounds in which a pair that is sent alone may get no token.  The first round may separate its halves while the prompts
 # are read in chunks; after that the prompts are cached, and only requests of other clients can still separate them.
@@ -65,7 +69,7 @@ class PairHalf:
     pair: str
     """Name that both halves share, and no other request that the engine ever sees."""
     role: str
-    """student or teacher."""
+    """One of `ROLES`."""
     seed: int
     """Seed of the request, see `base.sample_seed`."""
     start: int
@@ -97,7 +101,7 @@ class PairHalf:
         except (TypeError, KeyError) as error:
             raise ValueError(f"extra_args[{_EXTRA_ARG!r}] must hold the fields of PairHalf; {error}") from error
         if half.role not in ROLES:
-            raise ValueError(f"the role of a half must be student or teacher, got {half.role!r}")
+            raise ValueError(f"the role of a half must be {' or '.join(ROLES)}, got {half.role!r}")
         return half
 
 
@@ -106,9 +110,9 @@ class PairLog:
     """The record of the engine's processor about a pair whose halves have ended."""
 
     forced: list[int]
-    """The number of tokens before a forced stop, of student and teacher; -1 for a half that ended by itself."""
+    """The number of tokens before a forced stop, of anchor and teacher; -1 for a half that ended by itself."""
     log_probs: np.ndarray
-    """Log-probs ``[n, 3]`` float32 of each sampled token under the student, the teacher and the mix, in nats."""
+    """Log-probs ``[n, 3]`` float32 of each sampled token under the anchor, the teacher and the mix, in nats."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the log as JSON values; the numbers are base64, since decimal text would be five times as long."""
@@ -122,26 +126,36 @@ class PairLog:
 
 
 def generate_guided(
-    engine: Engine, requests: Sequence[Request], params: SamplingParams, counts: PairCounts | None = None
+    engine: Engine,
+    requests: Sequence[Request],
+    params: SamplingParams,
+    counts: PairCounts | None = None,
+    bare_roles: Collection[str] = (),
 ) -> list[Response]:
     """Return one guided response per request, in order, sampled from ``params.target`` as `select_mixed_tokens` does.
 
     ``engine``: made with `GUIDED_ENGINE_ARGS` in `GUIDED_ENVIRONMENT`; every request has a ``teacher_prompt``.
     ``log_probs``, ``teacher_log_probs`` and ``sampled_log_probs`` are of student, teacher and mix (0 where greedy).
     Engines of several ranks: each rank makes the same call and gets the same tokens.  ``counts`` is added to.
+    ``bare_roles``: the roles of `guided.ROLES` whose contexts are read without the run's adapters.  With a target that
+    is anchored to a reference, which then is one of them, the engine reads each response once more for the student.
 
     Raises: ValueError where a prompt leaves no room for the response, or ``params`` do not fit guided requests;
     `EngineError` where the engine fails, has no room for both halves of a pair, or changed its weights in between.
     """
-    refuse_unguidable(params)
+    refuse_unguidable(params, has_reference="reference" in bare_roles)
+    if refusal := why_not_in_pairs(params.target):
+        raise ValueError(refusal)
     counts = PairCounts() if counts is None else counts
     if not requests:
         return []
     limits = engine.call("guided_limits")
     _check_lengths(requests, params, limits["max_model_len"])
     counts.pairs += len(requests)
-    counts.primed_tokens += _prime(engine, requests, limits)
-    pairs = [_Pair(request) for request in requests]
+    anchor = "reference" if params.target.is_anchored else "student"
+    adapted = {"anchor": anchor not in bare_roles, "teacher": "teacher" not in bare_roles}
+    pairs = [_Pair(request, adapted) for request in requests]
+    counts.primed_tokens += _prime(engine, pairs, limits)
     todo, wave, attempts = pairs, len(pairs), 0
     while todo:
         batch, later = todo[:wave], todo[wave:]
@@ -162,7 +176,20 @@ def generate_guided(
                 "lower rollout.max_new_tokens"
             )
         wave = max(1, min(wave, len(batch)) // 2)
-    return [pair.response(params) for pair in pairs]
+    if params.target.is_anchored:
+        _read_by_student(engine, pairs)
+    return [pair.response() for pair in pairs]
+
+
+def why_not_in_pairs(target: Target) -> str | None:
+    """Return a message where tokens of ``target`` need the logits of three contexts, None where two are enough."""
+    if target.is_anchored and target.rule == "entropy_matched" and not target.matches_reference:
+        return (
+            "guided responses on vLLM have two contexts per token, but target.match=student with "
+            "target.anchor=reference needs those of student, teacher and reference: set target.match=reference or "
+            "rollout.engine=megatron"
+        )
+    return None
 
 
 @dataclass
@@ -170,22 +197,29 @@ class _Pair:
     """A response that is being generated."""
 
     request: Request
+    adapted: Mapping[str, bool]
+    """Whether the run's adapters take part in a half, by its role."""
     token_ids: list[int] = field(default_factory=list)
     log_probs: list[np.ndarray] = field(default_factory=list)
     weight_versions: set[int | None] = field(default_factory=set)
     finish_reason: str | None = None
+    student_log_probs: list[float] | None = None
+    """The student's log-probs of the response, where the anchor is another model."""
 
-    def response(self, params: SamplingParams) -> Response:
+    def prompt(self, role: str) -> list[int]:
+        return self.request.prompt if role == "anchor" else self.request.teacher_prompt or []
+
+    def response(self) -> Response:
         if len(self.weight_versions) != 1:
             raise EngineError(
                 "a guided response must come from one version of the weights, but the engine generated one with "
                 f"versions {sorted(self.weight_versions, key=str)}; send weights only between calls"
             )
-        student, teacher, mixed = np.concatenate(self.log_probs).T.astype(float).tolist()
+        anchor, teacher, mixed = np.concatenate(self.log_probs).T.astype(float).tolist()
         assert self.finish_reason is not None
         return Response(
             token_ids=self.token_ids,
-            log_probs=student,
+            log_probs=anchor if self.student_log_probs is None else self.student_log_probs,
             sampled_log_probs=mixed,
             finish_reason=self.finish_reason,
             teacher_log_probs=teacher,
@@ -205,22 +239,22 @@ def _check_lengths(requests: Sequence[Request], params: SamplingParams, max_mode
         )
 
 
-def _prime(engine: Engine, requests: Sequence[Request], limits: Mapping[str, int]) -> int:
+def _prime(engine: Engine, pairs: Sequence[_Pair], limits: Mapping[str, int]) -> int:
     """Let the engine read prompts, and so cache them; return the number of tokens.
 
     Halves whose prompts end in different passes are separated at once.  A cached prompt takes one block of a pass, so
     that whole batches start in one pass, and the samples of one problem share their prompts.  The prompts take at most
     half of the KV cache: more of them would displace each other.
     """
-    prompts = [prompt for request in requests for prompt in (request.prompt, request.teacher_prompt or [])]
-    if sum(map(len, prompts)) <= limits["max_num_batched_tokens"]:
+    prompts = [(tuple(pair.prompt(role)), pair.adapted[role]) for pair in pairs for role in ROLES]
+    if sum(len(prompt) for prompt, _ in prompts) <= limits["max_num_batched_tokens"]:
         return 0
     room, ahead = limits["kv_cache_tokens"] // 2, []
-    for prompt in dict.fromkeys(map(tuple, prompts)):
+    for prompt, adapted in dict.fromkeys(prompts):  # a prompt with adapters and without has two places in the cache
         room -= len(prompt)
         if room < 0:
             break
-        ahead.append(EngineRequest(list(prompt), {**_PLAIN, "max_tokens": 1}))
+        ahead.append(EngineRequest(list(prompt), {**_PLAIN, "max_tokens": 1}, adapted))
     if ahead:
         _generate(engine, ahead)
     return sum(len(request.token_ids) for request in ahead)
@@ -259,7 +293,6 @@ def _run_round(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, c
 
 
 def _half_request(pair: _Pair, name: str, role: str, stop: int, params: SamplingParams) -> EngineRequest:
-    prompt = pair.request.prompt if role == "student" else pair.request.teacher_prompt or []
     start = len(pair.token_ids)
     max_tokens = params.max_new_tokens - start
     half = PairHalf(
@@ -271,7 +304,30 @@ def _half_request(pair: _Pair, name: str, role: str, stop: int, params: Sampling
         "stop_token_ids": list(params.stop_token_ids or (stop,)),
         "extra_args": half.extra_args(),
     }
-    return EngineRequest([*prompt, *pair.token_ids], sampling)
+    return EngineRequest([*pair.prompt(role), *pair.token_ids], sampling, pair.adapted[role])
+
+
+def _read_by_student(engine: Engine, pairs: Sequence[_Pair]) -> None:
+    """Set the student's log-probs of the response of each pair.
+
+    The engine gets the response as a prompt, without its last token, which is the only token that it may sample.
+    """
+    read = _generate(engine, [_student_request(pair) for pair in pairs])
+    for pair, output in zip(pairs, read, strict=True):
+        count = len(pair.token_ids)
+        log_probs = [*output.prompt_log_probs, *output.log_probs][-count:]
+        if output.token_ids != pair.token_ids[-1:] or len(log_probs) != count:
+            raise EngineError(
+                f"the engine was to read a response of {count} tokens for the student, and gave {len(log_probs)} "
+                f"log-probs and the tokens {output.token_ids} in place of {pair.token_ids[-1:]}"
+            )
+        pair.student_log_probs = log_probs
+        pair.weight_versions.add(output.weight_version)
+
+
+def _student_request(pair: _Pair) -> EngineRequest:
+    last = {"max_tokens": 1, "allowed_token_ids": pair.token_ids[-1:], "prompt_logprobs": 0}
+    return EngineRequest([*pair.request.prompt, *pair.token_ids[:-1]], {**_PLAIN, **last})
 
 
 def _stop_token(request: Request, params: SamplingParams) -> int:
@@ -292,15 +348,15 @@ def _generate(engine: Engine, requests: Sequence[EngineRequest]) -> list[EngineO
 
 
 def _take(
-    pair: _Pair, student: EngineOutput, teacher: EngineOutput, log: PairLog, stop: int, params: SamplingParams
+    pair: _Pair, anchor: EngineOutput, teacher: EngineOutput, log: PairLog, stop: int, params: SamplingParams
 ) -> int:
     """Append to ``pair`` the tokens that both halves took from one sample; return their number."""
     lengths = [
         _num_own_tokens(role, half, forced)
-        for role, half, forced in zip(ROLES, (student, teacher), log.forced, strict=True)
+        for role, half, forced in zip(ROLES, (anchor, teacher), log.forced, strict=True)
     ]
     common = min(lengths)
-    tokens = list(student.token_ids[:common])
+    tokens = list(anchor.token_ids[:common])
     if tokens != list(teacher.token_ids[:common]) or len(log.log_probs) < common:
         raise EngineError(
             f"the halves of a guided pair must share {common} tokens and log each; the engine returned different "
@@ -308,14 +364,14 @@ def _take(
         )
     pair.token_ids += tokens
     pair.log_probs.append(log.log_probs[:common])
-    pair.weight_versions |= {student.weight_version, teacher.weight_version}
+    pair.weight_versions |= {anchor.weight_version, teacher.weight_version}
     if tokens and tokens[-1] in params.stop_token_ids:
         pair.finish_reason = "stop"
     elif len(pair.token_ids) == params.max_new_tokens:
         pair.finish_reason = "length"
     elif max(log.forced) < 0 and (params.stop_token_ids or tokens[-1:] != [stop]):
         raise EngineError(
-            f"an engine ended both halves of a guided pair ({student.finish_reason}, {teacher.finish_reason}) after "
+            f"an engine ended both halves of a guided pair ({anchor.finish_reason}, {teacher.finish_reason}) after "
             f"{len(pair.token_ids)} of {params.max_new_tokens} tokens without a stop token"
         )
     return common

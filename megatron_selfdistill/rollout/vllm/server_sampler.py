@@ -11,24 +11,26 @@ import atexit
 import os
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.export import Exporter
 from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
+from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
+from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import (
     check_requests,
     gather_requests,
@@ -40,7 +42,7 @@ from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
-from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer
+from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
 from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
 
@@ -63,6 +65,8 @@ class ServerSampler:
         max_length: int,
         run_dir: Path,
         progress: Progress = ignore_progress,
+        adapter: AdapterConfig | None = None,
+        bare_roles: Collection[str] = (),
     ) -> None:
         """Start the servers of ``rollout``, or connect to the servers that it names; return when all are up.
 
@@ -71,13 +75,17 @@ class ServerSampler:
         ``run_dir/servers``.  The token of servers that run already is in the environment variable
         SELFDISTILL_SERVER_TOKEN.  ``max_length``: longest prompt plus response, in tokens.
         ``progress``: called on rank 0 alone, with the responses of all replicas, whenever a server has answered.
+        ``adapter``: the adapters of the chunks; then a server gets the weights once, and the factors at each update.
+        ``bare_roles``: as for `generate_guided`.
 
         Raises, on all ranks alike: `EngineError` where a server is not up, `ConfigError` where a server was started for
         shorter responses, or has workers that ``rollout.transfer`` does not reach.
         """
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
-        self._guided, self._progress = rollout.guidance != "none", progress
-        self._exporter = Exporter(chunks, grid, rules, bucket_bytes=int(rollout.bucket_mb * 2**20), on_ranks=[0])
+        self._guided, self._bare_roles, self._progress = rollout.guidance != "none", bare_roles, progress
+        bucket_bytes = int(rollout.bucket_mb * 2**20)
+        self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=bucket_bytes, on_ranks=[0])
+        self._name = secrets.token_hex(8)  # by which servers know these frozen weights
         self._version: int | None = None
         self._metrics: dict[str, float] = {}
         # The following attributes are used on rank 0 only.
@@ -96,14 +104,16 @@ class ServerSampler:
                 token=token,
                 dtype=unwrapped(chunks[0]).config.params_dtype,
                 max_model_len=max_length,
-                num_weights=num_weights(rules),
+                num_weights=num_weights([*rules, *self._weights.factors]),
+                adapter=self._weights.adapter,
             )
             addresses = rollout.servers or [server.address for server in self._started]
-            servers = [VllmServer(address, token, rollout.timeout_s) for address in addresses]
+            adapted = self._weights.adapter is not None
+            servers = [VllmServer(address, token, rollout.timeout_s, adapted=adapted) for address in addresses]
             self._pool = ServerPool(servers)
             wait_until_healthy(self._started, servers[: len(self._started)], rollout.timeout_s)
             for server in servers:
-                _check(server, max_length)
+                _check(server, max_length, self._weights.adapter)
             directory, on_gpu = rollout.transfer_dir, grid.device.type == "cuda"
             chosen = choose_transfer(rollout.transfer, servers, directory=directory, on_gpu=on_gpu)
             self._transfer = make_transfer(chosen, directory=directory, timeout_s=rollout.timeout_s)
@@ -121,10 +131,10 @@ class ServerSampler:
         go on without it.  Raises: `EngineError`, on all ranks alike, when no server got all weights.
         """
         started = time.perf_counter()
-        todo: list[list[VllmServer]] = []  # the servers of each update
-        run_long_on_rank_0(lambda: todo.append(self._reachable_servers()), EngineError)
-        while broadcast_object(bool(todo)):
-            self._send(todo, version)
+        todo: list[_Recipients] = []  # of each update
+        run_long_on_rank_0(lambda: todo.extend(self._recipients()), EngineError)
+        while (sends_weights := broadcast_object(todo[0].need_weights if todo else None)) is not None:
+            self._send(todo, version, sends_weights)
         run_on_rank_0(lambda: self._pool.require(version), EngineError)
         self._version = version
         self._count("sync_seconds", time.perf_counter() - started)
@@ -170,26 +180,45 @@ class ServerSampler:
             one.stop()
         self._started = []
 
-    def _reachable_servers(self) -> list[VllmServer]:
+    def _recipients(self) -> list[_Recipients]:
+        """Return the servers that answer, those without the weights of this run apart from those that keep them."""
         assert self._transfer is not None
-        return self._pool.reachable(self._transfer.forget)
+        servers = self._pool.reachable(self._transfer.forget)
+        keeping: dict[VllmServer, bool] = dict.fromkeys(servers, False)
 
-    def _send(self, todo: list[list[VllmServer]], version: int) -> None:
+        def ask(server: VllmServer) -> None:
+            keeping[server] = all(answer["run"] == self._name for answer in server.call_all("frozen_weights"))
+
+        if self._weights.adapter is not None:
+            on_each(servers, ask)  # a server that fails now gets everything, or fails again
+        parts = [_Recipients([s for s in servers if keeping[s] is not need], need) for need in (True, False)]
+        return [part for part in parts if part.servers]
+
+    def _send(self, todo: list[_Recipients], version: int, sends_weights: bool) -> None:
         """Send one update to the first servers of ``todo`` on rank 0.
 
         The servers are removed from ``todo``, and added again where they need another update.
         """
-        update = run_long_on_rank_0(lambda: self._begin(todo.pop(0), version), EngineError)
-        for tensors in self._exporter.stream(copies=False):
+        update = run_long_on_rank_0(lambda: self._begin(todo.pop(0).servers, version), EngineError)
+        streams = [self._weights.stream] if sends_weights else []
+        streams += [self._weights.stream_factors] if self._weights.adapter is not None else []
+        for tensors in chain.from_iterable(stream() for stream in streams):
             run_long_on_rank_0(lambda tensors=tensors: update.send(tensors), EngineError)  # type: ignore[misc,union-attr]
         run_long_on_rank_0(lambda: todo.extend(self._finish(update, version)), EngineError)  # type: ignore[arg-type]
 
     def _begin(self, servers: Sequence[VllmServer], version: int) -> WeightUpdate:
         assert self._transfer is not None
         self._pool.begin_update(servers)
-        return WeightUpdate(self._transfer, servers, version)
+        adapter = self._weights.adapter
+        if adapter is None:
+            return WeightUpdate(self._transfer, servers, version)
 
-    def _finish(self, update: WeightUpdate, version: int) -> list[list[VllmServer]]:
+        def load(server: VllmServer) -> None:
+            server.call_all("load_factors", adapter.to_json(), self._name)
+
+        return WeightUpdate(self._transfer, servers, version, load)
+
+    def _finish(self, update: WeightUpdate, version: int) -> list[_Recipients]:
         """End an update, note which servers have the weights, and return the servers that need the weights again."""
         update.finish()
         self._count("sync_bytes", update.num_bytes)
@@ -204,7 +233,7 @@ class ServerSampler:
             failures = failing(candidates)
             again = [server for server in candidates if server not in failures]
         self._pool.lose(failures)
-        return [[server] for server in again]
+        return [_Recipients([server], True) for server in again]
 
     def _generate_on_servers(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
         if not requests:
@@ -258,7 +287,7 @@ class ServerSampler:
                 responses = [response_of(server.complete(engine_request(requests[0], params)), params)]
             else:
                 own_counts = PairCounts()
-                responses = generate_guided(server, requests, params, own_counts)
+                responses = generate_guided(server, requests, params, own_counts, self._bare_roles)
                 counts.append(own_counts)
             for response in responses:
                 staleness(response.weight_version, expected, self._max_staleness, f"{server.address}:")
@@ -271,7 +300,16 @@ class ServerSampler:
         self._metrics[key] = self._metrics.get(key, 0.0) + value
 
 
-def _check(server: VllmServer, max_length: int) -> None:
+@dataclass(frozen=True)
+class _Recipients:
+    """The servers of one update."""
+
+    servers: list[VllmServer]
+    need_weights: bool
+    """Whether the update sends all weights, not the factors of adapters alone."""
+
+
+def _check(server: VllmServer, max_length: int, adapter: EngineAdapter | None) -> None:
     """Raise `ConfigError` where ``server`` does not fit this run, `EngineError` where it cannot be reached."""
     server.health()
     longest = server.max_model_len()
@@ -285,3 +323,10 @@ def _check(server: VllmServer, max_length: int) -> None:
             f"the vLLM server {server.address} was started with --disable-log-stats: without its count of tokens, a "
             "server that works on long responses looks as if it hung; start it without this option"
         )
+    if adapter is not None:
+        limits = server.call("adapter_limits")
+        if limits["rank"] < adapter.rank or sorted(limits["modules"]) != sorted(adapter.modules):
+            raise ConfigError(
+                f"the vLLM server {server.address} takes adapters up to rank {limits['rank']} on the modules "
+                f"{limits['modules']}, but this run has other ones: start it with {' '.join(adapter.server_args())}"
+            )

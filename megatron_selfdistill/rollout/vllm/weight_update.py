@@ -34,8 +34,15 @@ class WeightUpdate:
     failure ends the update of all servers: `broken` is then true, and the other servers need a new update.
     """
 
-    def __init__(self, transfer: Transfer, servers: Sequence[VllmServer], version: int) -> None:
-        self._transfer = transfer
+    def __init__(
+        self,
+        transfer: Transfer,
+        servers: Sequence[VllmServer],
+        version: int,
+        load_factors: Callable[[VllmServer], None] | None = None,
+    ) -> None:
+        """Begin an update; ``load_factors`` lets a server take the factors of adapters that have arrived, if any."""
+        self._transfer, self._load_factors = transfer, load_factors
         self._version = version
         self._names: list[str] = []
         self.servers = list(servers)
@@ -99,7 +106,12 @@ class WeightUpdate:
 
         def end(server: VllmServer) -> None:
             server.update_weights(complete=complete)
-            server.finish_weight_update(str(self._version))
+            if self._load_factors is None:
+                server.finish_weight_update(str(self._version))
+            else:
+                server.finish_weight_update(LOADING)
+                self._load_factors(server)
+                server.set_weight_version(str(self._version))
             server.resume()
 
         # The transfer itself is over, so a failure here concerns one server only.

@@ -115,11 +115,12 @@ def test_a_checkpoint_without_initial_weights_gives_no_reference(ranks, tmp_path
 
 
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
-    from megatron_selfdistill.checkpoint.run.frozen_teacher import load_frozen_teacher, save_frozen_teacher
+    from megatron_selfdistill.checkpoint.run.frozen_weights import load_frozen_teacher, save_frozen_weights
 
     run = checkpointed_run.start(dataclasses.replace(setup, seed=0 if save else 8), run_dir)
     if save:
-        assert save_frozen_teacher(run_dir, run.teacher) == save_frozen_teacher(run_dir, run.teacher)
+        first, second = (save_frozen_weights(run_dir / "teacher", run.teacher) for _ in range(2))
+        assert first == second
     else:
         load_frozen_teacher(run_dir, run.teacher)
     return run.teacher_weights()

@@ -398,7 +398,7 @@ def test_a_verifier_of_ones_own_needs_no_answers():
     assert run(problems, verifier=lambda text, problem: text in problem.solution).greedy_accuracy > 0
 
 
-@pytest.mark.parametrize("right", itertools.product([False, True], repeat=5))
+@pytest.mark.parametrize("right", list(itertools.product([False, True], repeat=5)))
 def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample(right):
     for k in range(1, 6):
         subsets = list(itertools.combinations(right, k))

@@ -12,11 +12,12 @@ import torch
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import (
+    AdapterSizes,
     LowRankAdapter,
     WithoutAdapters,
     _normed,
+    adapter_sizes,
     add_adapters,
-    num_adapter_parameters,
 )
 from megatron_selfdistill.model.build import unwrapped
 
@@ -27,10 +28,10 @@ def factors(kind: str, sizes: dict, adapter: AdapterConfig = ADAPTER) -> dict[st
     """Return the factors of this rank by name, and check that they alone are trained."""
     chunks, grid = models.build(models.model_config(kind), models.parallel(**sizes))
     (model,) = map(unwrapped, chunks)
-    planned = num_adapter_parameters(model, adapter)
+    planned = adapter_sizes(model, adapter, grid.tp_size)
     add_adapters(chunks, adapter, grid)
     trained = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    assert sum(p.numel() for p in trained.values()) == planned
+    assert sum(p.numel() for p in trained.values()) == planned.parameters
     assert {name for name, _ in model.named_parameters() if "_adapter." in name} == set(trained)
     return trained
 
@@ -50,6 +51,20 @@ def test_a_layout_cuts_the_same_random_factors(ranks):
     assert len({float(value.sum()) for name, value in whole.items() if name.endswith(".a")}) == len(whole) // 2
 
 
+def sizes(kind: str, cuts: dict) -> AdapterSizes:
+    chunks, grid = models.build(models.model_config(kind), models.parallel(**cuts))
+    return adapter_sizes(unwrapped(chunks[0]), ADAPTER, grid.tp_size)
+
+
+def test_the_whole_model_counts_each_factor_once_and_each_rank_the_columns_of_its_tokens(ranks):
+    (whole,) = ranks.run(sizes, "gqa", {}, world_size=1)
+    shards = ranks.run(sizes, "gqa", {"tp": 2, "sp": True}, world_size=2)
+    for shard in shards:
+        assert shard.model_parameters == whole.model_parameters == whole.parameters < 2 * shard.parameters
+    assert whole.columns == (4 * ADAPTER.rank,) * len(whole.columns)
+    assert shards[0].columns == (3 * ADAPTER.rank,) * len(whole.columns), "z of two layers is cut into two shards"
+
+
 def test_routed_experts_and_other_layers_have_no_adapters(ranks):
     (found,) = ranks.run(factors, "moe", {}, AdapterConfig(rank=2, layers=["linear_proj", "linear_fc2"]), world_size=1)
     layers = {name.split("layers.")[1].split(".", 1)[1] for name in found}
@@ -66,6 +81,34 @@ def refused() -> str:
 def test_layers_that_the_model_lacks_are_one_sentence(ranks):
     (message,) = ranks.run(refused, world_size=1)
     assert "adapter.layers=['linear_q_proj']: a pipeline stage of this model has no such layer" in message
+
+
+class CopiedLinear(torch.nn.Module):
+    """A stand-in for Transformer Engine's layer that is a copy on each tensor-parallel rank."""
+
+    parallel_mode = None
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+
+def refused_copy() -> str:
+    chunks, grid = models.build(models.model_config("gqa"), models.parallel(tp=2))
+    attention = unwrapped(chunks[0]).decoder.layers[0].self_attention
+    attention.linear_proj = CopiedLinear(attention.linear_proj.weight)
+    with pytest.raises(ConfigError) as error:
+        add_adapters(chunks, ADAPTER, grid)
+    return str(error.value)
+
+
+def test_a_layer_that_tensor_parallelism_copies_is_one_sentence(ranks):
+    for message in ranks.run(refused_copy, world_size=2):
+        assert message == (
+            "decoder.layers.0.self_attention.linear_proj is a whole copy on each of 2 tensor-parallel ranks, expected "
+            "a layer that they share: remove linear_proj from adapter.layers, or set "
+            "parallel.tensor_model_parallel_size=1"
+        )
 
 
 def base_and_adapted() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

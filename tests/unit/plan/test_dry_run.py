@@ -306,6 +306,12 @@ SERVERS = (
             "sbatch --nodes=8 examples/slurm/rollout_nodes.sbatch",
         ),
         (
+            ["recipe=llama31_405b_lora"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=python SERVER_GPUS=16 SERVER_ARGS='--adapter-rank=32 "
+            "--adapter-modules=down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj' SERVER_NODES=2 ROLLOUT_NODES=2 "
+            "sbatch --nodes=4 examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
             ["cluster.num_gpus=4", *SERVERS, "rollout.engine_tp=4"],  # the script's nodes are all alike
             "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=3 GPUS_PER_NODE=4 "
             "sbatch --gpus-per-node=4 --nodes=4 examples/slurm/rollout_nodes.sbatch",
@@ -317,7 +323,7 @@ def test_slurm_gets_the_script_for_the_nodes_and_servers_of_the_plan(overrides, 
     assert sbatch.startswith(f"RUN_DIR='my runs/first' {command} a=b checkpoint.load=")
     script = shlex.split(sbatch)[shlex.split(sbatch).index("a=b") - 1]
     text = (REPOSITORY / script).read_text()
-    for variable in re.findall(r"(\w+)=", sbatch.split(" sbatch ")[0]):
+    for variable in (word.partition("=")[0] for word in shlex.split(sbatch.split(" sbatch ")[0])):
         assert f"\n{variable}=${{{variable}:" in text  # a parameter of the script
     assert "run_dir=" not in sbatch
 

@@ -13,6 +13,8 @@ from models import model_config, planned
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.plan.dry_run import dry_run
+from megatron_selfdistill.plan.host_memory import checkpoint_bytes
+from megatron_selfdistill.plan.plan_tables import summary
 
 MIB, GIB = 2**20, 2**30
 BF16 = dataclasses.replace(ADAM, precision="bf16")
@@ -88,6 +90,23 @@ def test_buckets_that_servers_read_from_host_memory_count_where_they_are_asked_f
     assert host(*servers, "rollout.transfer=nccl")["weight bucket"] == 0
     assert host(*servers, "rollout.transfer=gloo")["weight bucket"] == 0.5
     assert host(*servers, "rollout.transfer=shared_memory")["weight bucket"] == 1
+
+
+def test_frozen_weights_of_sleeping_engines_rest_in_host_memory():
+    weights = 8 * 8_190_735_360 * 2 / GIB  # an engine on each GPU of the node
+    assert host()["engine weights"] == 0
+    assert weights < host("adapter.rank=8")["engine weights"] < 1.01 * weights
+
+
+def test_a_checkpoint_holds_what_is_trained_with_its_optimizer_state():
+    parameters = 8_190_735_360
+    whole = load(["recipe=qwen3_8b"])
+    assert checkpoint_bytes(whole, parameters) == 14 * parameters
+    assert f"a checkpoint takes {14 * parameters / 1e9:.1f} GB" in summary(dry_run(whole))
+    assert checkpoint_bytes(load(["recipe=qwen3_8b", "teacher.weights=ema"]), parameters) == 18 * parameters
+    adapted = dry_run(load(["recipe=qwen3_8b", "adapter.rank=8"]))
+    assert f"a checkpoint takes {14 * adapted.adapter_parameters / 1e9:.1f} GB" in summary(adapted)
+    assert host("adapter.rank=8")["weights in a save"] < host()["weights in a save"] / 100
 
 
 def test_the_line_of_the_plan_names_the_parts_that_are_there(capsys):

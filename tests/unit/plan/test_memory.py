@@ -123,9 +123,11 @@ def test_a_frozen_teacher_is_the_reference_and_another_one_needs_a_second_copy(w
         assert parameter_bytes(dataclasses.replace(anchored, **without), stage)["reference"] == 0
 
 
-def saved_bytes(model, tokens) -> int:
+def saved_bytes(model, tokens, adapter=NO_ADAPTERS) -> int:
     """Return the bytes that autograd keeps of one forward, besides the parameters."""
     chunks, grid = build(model, parallel(), optimizer=OptimizerConfig(precision="bf16"))
+    if adapter.rank:
+        add_adapters(chunks, adapter, grid)
     params = {p.untyped_storage().data_ptr() for p in chunks[0].parameters()}
     saved: dict[int, torch.Tensor] = {}  # holding the tensors, or an address could be another's
 
@@ -140,8 +142,8 @@ def saved_bytes(model, tokens) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
-def measured_layer(kind, extra, tokens):
-    one, two = (saved_bytes(model_config(kind, **extra, num_layers=n), tokens) for n in (1, 2))
+def measured_layer(kind, extra, tokens, adapter):
+    one, two = (saved_bytes(model_config(kind, **extra, num_layers=n), tokens, adapter) for n in (1, 2))
     return two - one
 
 
@@ -151,7 +153,7 @@ def test_a_layer_keeps_what_is_planned_and_what_unfused_kernels_add(ranks, kind,
     sizes = {"hidden_size": hidden, "num_attention_heads": heads, "num_query_groups": groups, "kv_channels": channels}
     extra = {**sizes, "ffn_hidden_size": width, "moe_ffn_hidden_size": width, "qk_layernorm": qk_layernorm}
     extra["max_position_embeddings"] = tokens
-    (measured,) = ranks.run(measured_layer, kind, extra, tokens, world_size=1)
+    (measured,) = ranks.run(measured_layer, kind, extra, tokens, NO_ADAPTERS, world_size=1)
     config = transformer_config(model_config(kind, **extra), parallel(), OptimizerConfig(), ScheduleConfig())
     kept, recomputed = layer_bytes(config, tokens, kind == "moe")
     normed = 2 * hidden + (heads + groups) * channels * qk_layernorm
@@ -160,6 +162,19 @@ def test_a_layer_keeps_what_is_planned_and_what_unfused_kernels_add(ranks, kind,
     unfused += 2 * heads * channels  # attention's output, and once more as the projection reads it
     assert recomputed == 0
     assert measured == pytest.approx(kept + tokens * unfused, rel=0.05)
+
+
+def measured_adapters(tokens):
+    """Return the bytes that a layer keeps without adapters, and with adapters of ranks 16 and 48."""
+    return [measured_layer("gqa", {"hidden_size": 128}, tokens, AdapterConfig(rank=rank)) for rank in (0, 16, 48)]
+
+
+def test_adapters_keep_their_columns_beside_the_inputs_that_all_weights_would_keep(ranks):
+    (without, narrow, wide) = ranks.run(measured_adapters, 256, world_size=1)[0]
+    config = transformer_config(model_config("gqa", hidden_size=128), parallel(), OptimizerConfig(), ScheduleConfig())
+    kept = [layer_bytes(config, 256, False, 4 * rank)[0] for rank in (0, 16, 48)]
+    assert wide - narrow == kept[2] - kept[1] == 256 * 4 * 32 * 2
+    assert narrow - without <= kept[1] - kept[0], "frozen norms keep less"
 
 
 LOAD = Load(

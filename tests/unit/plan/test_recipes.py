@@ -13,7 +13,7 @@ import yaml
 from recipe_needs import needed_by
 from tiers import combinations
 
-from megatron_selfdistill.config import Config, load
+from megatron_selfdistill.config import AdapterConfig, Config, load
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.model.hf.family import differences
 from megatron_selfdistill.model.hf.mapping import family_of
@@ -29,8 +29,27 @@ PUBLISHED = {
     "qwen3_235b_a22b": 235_093_634_560,
     "deepseek_v3": 671_026_404_352,
 }
-GPUS = {"qwen3_8b": 8, "qwen3_32b": 32, "llama31_405b": 256, "qwen3_235b_a22b": 128, "deepseek_v3": 512}
-SERVER_NODES = {"llama31_405b": 2, "qwen3_235b_a22b": 1, "deepseek_v3": 4}
+_ADAPTED = ("qwen3_32b_lora", "llama31_405b_lora", "deepseek_v3_lora")
+WHOLE = tuple(PUBLISHED)
+"""The recipes that train all weights; those with adapters name the same models."""
+PUBLISHED |= {recipe: PUBLISHED[recipe.removesuffix("_lora")] for recipe in _ADAPTED}
+GPUS = {
+    "qwen3_8b": 8,
+    "qwen3_32b": 32,
+    "qwen3_32b_lora": 8,
+    "llama31_405b": 256,
+    "qwen3_235b_a22b": 128,
+    "deepseek_v3": 512,
+    "llama31_405b_lora": 16,
+    "deepseek_v3_lora": 32,
+}
+SERVER_NODES = {
+    "llama31_405b": 2,
+    "llama31_405b_lora": 2,
+    "qwen3_235b_a22b": 1,
+    "deepseek_v3": 4,
+    "deepseek_v3_lora": 4,
+}
 """Nodes that a recipe's rollout server fills, besides the trainer's."""
 
 # What decides the model in the public config.json files.
@@ -138,6 +157,7 @@ HF_CONFIGS = {
         "attention_bias": False,
     },
 }
+HF_CONFIGS |= {recipe: HF_CONFIGS[recipe.removesuffix("_lora")] for recipe in _ADAPTED}
 REAL_SIZES = sorted(PUBLISHED)
 
 
@@ -183,13 +203,13 @@ def test_parameters_are_those_of_the_published_model(recipe):
     assert plan_of(recipe).parameters == PUBLISHED[recipe]
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_the_architecture_is_that_of_the_public_config(recipe):
     published = HF_CONFIGS[recipe]
     assert differences(family_of(published).model_config(published), config_of(recipe).model) == {}
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_the_tensors_of_a_hugging_face_directory_add_up_to_the_same_model(recipe):
     model = config_of(recipe).model
     total = 0
@@ -256,6 +276,17 @@ def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, 
     missing = {"checkpoint.load", "data.tokenizer", "data.path"}
     assert {word.split("=")[0] for word in overrides[2:]} == missing
     assert load(overrides).dry_run is False
+
+
+@pytest.mark.parametrize("recipe", _ADAPTED)
+def test_adapters_need_fewer_gpus_than_all_weights_and_send_a_hundredth(recipe):
+    adapted, whole = plan_of(recipe), plan_of(recipe.removesuffix("_lora"))
+    assert 4 * GPUS[recipe] <= GPUS[recipe.removesuffix("_lora")]
+    assert adapted.config.optimizer.lr == pytest.approx(10 * whole.config.optimizer.lr)
+    sent = [engines_of(name).update_bytes for name in (recipe, recipe.removesuffix("_lora"))]
+    assert 100 * sent[0] < sent[1]
+    all_weights = dry_run(dataclasses.replace(adapted.config, adapter=AdapterConfig()))
+    assert all_weights.misfit() is not None, "the recipe's layout would hold all weights too"
 
 
 def test_a_recipe_is_the_default_one_at_another_size():

@@ -15,7 +15,7 @@ import torch
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.rules import MegatronSlice, rows
-from megatron_selfdistill.rollout.vllm import colocated, engine_memory
+from megatron_selfdistill.rollout.vllm import colocated, engine_memory, engine_weights
 from megatron_selfdistill.rollout.vllm.engine_memory import (
     MARGIN_BYTES,
     DeviceMemory,
@@ -57,7 +57,7 @@ def built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     Of the GPU's memory 58.7 GiB are free.
     """
     recorded: dict[str, Any] = {}
-    monkeypatch.setattr(colocated, "Exporter", lambda *args, **options: None)
+    monkeypatch.setattr(engine_weights, "Exporter", lambda *args, **options: None)
     monkeypatch.setattr(colocated, "free_bytes", lambda: memory_of("80 GiB").free)
     monkeypatch.setattr(colocated, "_least_memory", lambda grid: memory_of("80 GiB"))
     monkeypatch.setattr(colocated, "_engine_on_all_ranks", lambda *args, settings, **options: recorded.update(settings))

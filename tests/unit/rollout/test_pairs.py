@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, PairHalf, PairLog, generate_guided
@@ -48,9 +49,12 @@ class PartingEngine:
         self.logs: dict[str, PairLog] = {}
         self.names: list[str] = []
         self.read_ahead: list[list[int]] = []
+        self.adapted: set[tuple[bool, ...]] = set()
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
         if "extra_args" not in requests[0].sampling:
+            if "prompt_logprobs" in requests[0].sampling:
+                return [self.read(request) for request in requests]
             self.read_ahead += [request.token_ids for request in requests]
             return [EngineOutput([7], [0.0], "length", self.version) for _ in requests]
         outputs: list[EngineOutput] = []
@@ -59,11 +63,19 @@ class PartingEngine:
             outputs += self.write(json.loads(json.dumps([student.__dict__, teacher.__dict__])))
         return outputs
 
+    def read(self, request: EngineRequest) -> EngineOutput:
+        """Read prompt and response, whose last token is the only one to sample; token i has the log-prob -100 - i."""
+        assert request.adapted and request.sampling["max_tokens"] == 1
+        of_prompt = [-100.0 - i for i in range(1, len(request.token_ids))]
+        [last] = request.sampling["allowed_token_ids"]
+        return EngineOutput([last], [-100.0 - len(request.token_ids)], "length", self.version, of_prompt)
+
     def write(self, pair: list[dict[str, Any]]) -> list[EngineOutput]:
+        self.adapted.add(tuple(half["adapted"] for half in pair))
         halves = [PairHalf.of(half["sampling"]["extra_args"]) for half in pair]
         student, teacher = halves
         assert student is not None and teacher is not None
-        assert (student.role, teacher.role) == ("student", "teacher")
+        assert (student.role, teacher.role) == ("anchor", "teacher")
         assert replace(student, role="teacher") == teacher and student.pair not in self.names
         self.names.append(student.pair)
         written = [true_token(student.seed, position) for position in range(student.start)]
@@ -128,6 +140,29 @@ def test_parted_pairs_end_as_if_nothing_had_happened(faults: float, params: Samp
     assert {response.finish_reason for response in responses} <= {"stop", "length"}
     assert counts.pairs == 40 and (counts.repairs > 20) == (faults > 0)
     assert not engine.logs, "a log was left in the engine"
+
+
+def test_each_half_has_the_adapters_of_its_role() -> None:
+    engine = PartingEngine(0.5)
+    generate_guided(engine, make_requests(5), PARAMS)
+    assert engine.adapted == {(True, True)}
+    generate_guided(engine, make_requests(5), PARAMS, bare_roles=("teacher", "reference"))
+    assert engine.adapted == {(True, True), (True, False)}
+
+
+def test_the_student_reads_what_two_frozen_models_have_chosen() -> None:
+    engine, anchored = PartingEngine(0.5), replace(PARAMS, target=Target(anchor="reference"))
+    responses = generate_guided(engine, make_requests(20), anchored, bare_roles=("teacher", "reference"))
+    assert engine.adapted == {(False, False)}
+    for seed, response in enumerate(responses):
+        count = len(response.token_ids)
+        assert response.log_probs == [-102.0 - i for i in range(count)]  # behind a prompt of two tokens
+        assert response.teacher_log_probs == [true_log_probs(seed, i)[1] for i in range(count)]
+    with pytest.raises(ValueError, match=r"have two contexts per token, but target\.match=student"):
+        matching = replace(PARAMS, target=Target(anchor="reference", match="student"))
+        generate_guided(engine, make_requests(1), matching, bare_roles=("reference",))
+    with pytest.raises(ValueError, match="weights of a reference, which this sampler does not hold"):
+        generate_guided(engine, make_requests(1), anchored)
 
 
 def test_no_requests_ask_nothing_of_the_engine() -> None:

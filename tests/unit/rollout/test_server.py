@@ -19,12 +19,14 @@ import pytest
 import torch
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.rollout.base import Request, SamplingParams, ignore_progress
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
 MODEL = models.model_config("gqa", num_layers=2)
+ADAPTER = AdapterConfig(rank=3, alpha=6.0, layers=["linear_proj", "linear_fc2"])
 TIMEOUT = 120.0
 
 
@@ -50,12 +52,18 @@ def tell(address: str, **fault: Any) -> None:
 
 @contextmanager
 def sampler(
-    addresses: list[str], layout: dict[str, int], progress: Any = ignore_progress, **options: Any
+    addresses: list[str],
+    layout: dict[str, int],
+    progress: Any = ignore_progress,
+    adapter: AdapterConfig | None = None,
+    **options: Any,
 ) -> Iterator[tuple[Any, Any]]:
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     chunks, grid = models.build(MODEL, models.parallel(**layout))
+    if adapter is not None:
+        add_adapters(chunks, adapter, grid)
     with tempfile.TemporaryDirectory() as directory:
         built = ServerSampler(
             chunks,
@@ -77,6 +85,7 @@ def sampler(
             max_length=64,
             run_dir=Path(directory),
             progress=progress,
+            adapter=adapter,
         )
         try:
             yield built, grid
@@ -313,3 +322,45 @@ def asked_too_early(addresses: list[str]) -> str:
 
 def test_nothing_is_sampled_before_the_first_weights(ranks, fakes):
     assert "call update_weights before generate" in ranks.run(asked_too_early, [fakes[0].address], world_size=1)[0]
+
+
+def adapted_updates(addresses: list[str], restarted: str, transfer: str) -> list[float]:
+    """Return the bytes of two updates, between which a server was started anew."""
+    sent = []
+    with sampler(addresses, {}, adapter=ADAPTER, transfer=transfer) as (built, _):
+        for version in range(2):
+            built.update_weights(version)
+            sent.append(built.metrics()["rollout/sync_bytes"])
+            built.generate(everybodys(24), GREEDY)
+            tell(restarted, **({"restart": True} if version == 0 else {}))
+    return sent
+
+
+@pytest.mark.parametrize("transfer", ["shared_memory", pytest.param("gloo", marks=pytest.mark.full)])
+def test_a_server_keeps_frozen_weights_until_it_is_started_anew(ranks, fakes, transfer):
+    for fake in fakes:
+        fake.adapters = {"rank": 4, "modules": ["down_proj", "o_proj"]}
+    addresses = [fake.address for fake in fakes]
+    [sent] = ranks.run(adapted_updates, addresses, addresses[1], transfer, world_size=1, timeout=TIMEOUT)
+    kept, restarted = fakes
+    assert kept.weights and all(name.startswith("base_model.model.") for name in kept.weights)
+    factors = sum(tensor.nbytes for tensor in kept.weights.values())
+    everything = sum(tensor.nbytes for tensor in restarted.weights.values())
+    assert kept.weights.keys() < restarted.weights.keys() and "model.norm.weight" in restarted.weights
+    assert sent == [everything, factors + everything]
+    assert kept.version == restarted.version == "1"
+    expected = {"rank": 3, "alpha": 6.0, "rank_stabilised": False, "modules": ["down_proj", "o_proj"]}
+    assert kept.adapter == restarted.adapter == expected
+    assert set(kept.models) == {"selfdistill"}
+
+
+def unsuitable(addresses: list[str]) -> str:
+    with pytest.raises(ConfigError) as error, sampler(addresses, {}, adapter=ADAPTER):
+        pass
+    return str(error.value)
+
+
+def test_a_server_without_room_for_the_adapters_is_refused(ranks, fakes):
+    [message] = ranks.run(unsuitable, [fakes[0].address], world_size=1, timeout=TIMEOUT)
+    assert "takes adapters up to rank 0 on the modules []" in message
+    assert message.endswith("start it with --adapter-rank=3 --adapter-modules=down_proj,o_proj")

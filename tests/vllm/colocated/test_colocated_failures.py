@@ -11,7 +11,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from colocated import DRAWN, MODELS, TIMEOUT, requests, sampler
+from colocated import DRAWN, MODELS, TIMEOUT, requests, sampler, streamed
 from responses import own, tokens
 
 from megatron_selfdistill.config import ParallelConfig
@@ -77,7 +77,7 @@ def refusals() -> list[str]:
 def breaking_off(it: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Other weights, up to the middle of a layer, on every rank alike."""
     whole = True
-    for name, tensor in it._tensors():
+    for name, tensor in streamed(it):
         whole = whole and not name.endswith("1.self_attn.k_proj.weight")
         if whole:
             yield name, 2 * tensor

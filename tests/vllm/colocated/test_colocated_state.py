@@ -13,7 +13,7 @@ from unittest import mock
 import models
 import numpy as np
 import torch
-from colocated import DRAWN, GREEDY, MODELS, TIMEOUT, requests, sampler
+from colocated import DRAWN, GREEDY, MODELS, TIMEOUT, requests, sampler, streamed
 from responses import tokens
 
 from megatron_selfdistill.config import ParallelConfig
@@ -119,8 +119,7 @@ def slept() -> tuple[list[str], bool, dict[str, float]]:
 
         def forget() -> None:
             happened.append("sleep")
-            load(((name, torch.zeros_like(tensor)) for name, tensor in it._tensors()), -1)
-            it.metrics()
+            load(((name, torch.zeros_like(tensor)) for name, tensor in streamed(it)), -1)
 
         def recorded_load(tensors: Any, version: int) -> None:
             happened.append(f"load {version}")
@@ -179,9 +178,9 @@ def updated_twice() -> tuple[list[tuple[int, ...]], bool, int, bool]:
                         parameter.mul_(1.5)
             with mock.patch.object(meta, "materialize_meta_tensor", noted):
                 it.update_weights(2)
-            sent = {name: tensor.clone() for name, tensor in it._tensors()}
+            sent = {name: tensor.clone() for name, tensor in streamed(it)}
             live = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
-            num_views = sum(tensor.untyped_storage().data_ptr() in live for _, tensor in it._tensors())
+            num_views = sum(tensor.untyped_storage().data_ptr() in live for _, tensor in streamed(it))
             assert num_views > len(sent) // 2  # of the trainer's own weights, which
             with torch.no_grad():  # training then changes, and the engine must not see that
                 for chunk in chunks:

@@ -76,7 +76,7 @@ def test_an_engine_that_cannot_keep_halves_in_step_is_refused(change: dict[str, 
 
 
 def test_a_half_that_could_end_by_itself_is_refused() -> None:
-    half = PairHalf("a", "student", 7, 0, 40, 1, Target(), greedy=False)
+    half = PairHalf("a", "anchor", 7, 0, 40, 1, Target(), greedy=False)
     fitting = {"temperature": 0.0, "max_tokens": 40, "stop_token_ids": [1], "extra_args": half.extra_args()}
     guided_processor.GuidedProcessor.validate_params(EngineParams(**fitting))
     guided_processor.GuidedProcessor.validate_params(EngineParams(temperature=0.7))
@@ -97,7 +97,7 @@ def test_a_pair_that_is_given_up_while_it_writes_leaves_the_next_ones_log_alone(
         processor = guided_processor.GuidedProcessor(make_vllm_config(), torch.device("cpu"), False)
         for name in names:
             row = 2 * ["next", "given up"].index(name)
-            rows = [added(row, name, "student"), added(row + 1, name, "teacher")]
+            rows = [added(row, name, "anchor"), added(row + 1, name, "teacher")]
             processor.update_state(BatchUpdate(4, removed=[], added=rows, moved=[]))
             processor.apply(logits.clone())
             if name == "given up":
@@ -112,7 +112,7 @@ def test_a_pair_that_is_given_up_while_it_writes_leaves_the_next_ones_log_alone(
 
 
 def make_half(name: str, max_tokens: int = 100) -> PairHalf:
-    return PairHalf(name, "student", 5, 2, max_tokens, 1, Target(), greedy=False)
+    return PairHalf(name, "anchor", 5, 2, max_tokens, 1, Target(), greedy=False)
 
 
 def test_the_store_forgets_what_nobody_pops_but_nothing_that_is_live() -> None:

@@ -282,9 +282,9 @@ def test_a_half_waits_for_its_partner_and_leaves_nothing_behind_when_it_is_given
         return {output.request_id: list(output.outputs[0].token_ids) for output in ended}
 
     add("a", "first", "teacher")
-    add("b", "second", "student")
+    add("b", "second", "anchor")
     assert written() == {} and not scheduler.requests
-    add("c", "first", "student")
+    add("c", "first", "anchor")
     tokens = written()
     assert set(tokens) == {"a", "c"} and len(tokens["a"]) > 1 and tokens["a"] == tokens["c"]
     llm.abort_request(["b"])

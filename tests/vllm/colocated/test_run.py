@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from tiny_run import TRACKER, overrides, reproducible_metrics, train
+
+from megatron_selfdistill.commands import evaluate
 
 TIMEOUT = 600.0  # the first call on a rank imports vLLM
 VLLM = [
@@ -53,6 +56,41 @@ def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path
     written = [json.loads(line) for line in recorded.read_text().splitlines()]
     assert all(record["weight_version"] == record["step"] for record in written)
     assert {record["step"] for record in written} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("options", [[], ["rollout.guidance=mixed"]], ids=["plain", "guided from frozen weights"])
+def test_a_run_with_adapters_sends_the_factors_alone(ranks, data, tmp_path, options):
+    recorded = tmp_path / "recorded.jsonl"
+    adapters = ["adapter.rank=4", "optimizer.lr=0.1", "optimizer.lr_warmup_steps=0", "metrics.teacher_every=1"]
+    arguments = overrides(data, tmp_path / "run", *VLLM, *adapters, *options, f"rollout.record={recorded}")
+    train(ranks, arguments, timeout=TIMEOUT)
+    lines = reproducible_metrics(tmp_path / "run")
+    sent = [line["rollout/sync_bytes"] for line in lines]
+    assert sent[0] > 3 * sent[1] and sent[1] == sent[2] > 0
+    written = [json.loads(line) for line in recorded.read_text().splitlines()]
+    assert all(record["weight_version"] == record["step"] for record in written)
+    for line in lines:
+        assert line["sampler/log_prob_max_abs_diff"] < 1e-4
+        records = [record for record in written if record["step"] == line["step"] - 1]
+        if options:
+            values = [value for record in records for value in record["teacher_log_probs"]]
+            assert line["teacher_cross_entropy"] == pytest.approx(-sum(values) / len(values), abs=1e-4)
+            assert line["guided/share"] == 1
+        assert line["gradient_norm"] > 0
+    if not options:
+        found, expected = (evaluated(ranks, data, tmp_path, engine) for engine in ("vllm", "megatron"))
+        assert found == pytest.approx(expected, rel=1e-4) and len(set(expected)) > 1
+
+
+def evaluated(ranks, data: Path, directory: Path, engine: str) -> list[float]:
+    """Return the probabilities of the greedy responses that `evaluate` gets from an engine for ``directory``/run."""
+    model = ["--megatron", str(directory / "run" / "checkpoints"), "--data", str(data / "problems.jsonl")]
+    out = ["--out", str(directory / engine), "--num-samples", "1", f"data.tokenizer={data}/tokenizer", "data.limit=8"]
+    settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.05", f"rollout.engine={engine}"]
+    arguments = [*model, *out, *settings]
+    assert ranks.run(evaluate.main, arguments, world_size=1, init_process_group=False, timeout=TIMEOUT) == [0]
+    lines = (directory / engine / "problems.jsonl").read_text().splitlines()
+    return [json.loads(line)["greedy"]["confidence"] for line in lines]
 
 
 def test_a_recipe_with_rewards_trains_on_the_samples_of_its_own_weights(ranks, data, tmp_path):

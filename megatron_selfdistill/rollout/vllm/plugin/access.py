@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Access to a server: every route but the health check needs its token.
+"""What a server does with a request before vLLM sees it.
 
-vLLM's own ``--api-key`` leaves the routes open that load weights and call methods.
+Every route but the health check needs the server's token, since vLLM's own ``--api-key`` leaves the routes open that
+load weights and call methods.  The adapter that the trainer sends gets a name.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 _OPEN_PATHS = ("/health",)
@@ -51,3 +53,27 @@ class TokenRequired:
             headers = [(b"content-type", b"application/json"), (b"www-authenticate", b"Bearer")]
             await send({"type": "http.response.start", "status": 401, "headers": headers})
             await send({"type": "http.response.body", "body": body})
+
+
+class AdapterNamed:
+    """ASGI middleware (``--middleware``) by which requests can name the adapter that the trainer sends.
+
+    vLLM knows adapters by their files alone, which it would read at the start.
+    """
+
+    def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
+        self._app = app
+
+    async def __call__(
+        self,
+        scope: Message,
+        receive: Callable[[], Awaitable[Message]],
+        send: Callable[[Message], Awaitable[None]],
+    ) -> None:
+        """Pass every request on, the first one after the name is known."""
+        models = getattr(scope["app"].state, "openai_serving_models", None) if "app" in scope else None
+        if models is not None and ADAPTER_NAME not in models.lora_requests:
+            from vllm.lora.request import LoRARequest
+
+            models.lora_requests[ADAPTER_NAME] = LoRARequest(ADAPTER_NAME, ADAPTER_ID, ADAPTER_PATH)
+        await self._app(scope, receive, send)

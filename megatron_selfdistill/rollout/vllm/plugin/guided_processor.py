@@ -112,7 +112,15 @@ class GuidedProcessor(LogitsProcessor):
     def _sample(self, logits: Tensor, pairs: _Pairs, rows: Tensor, slots: np.ndarray, positions: np.ndarray) -> None:
         """Sample one token for each pair of ``rows [2, b]``: token number ``positions`` of its two outputs."""
         uniforms = torch.from_numpy(self._store.uniforms[slots, positions]).to(self._device)
-        sampled = select_mixed_tokens(logits[rows[0]], logits[rows[1]], uniforms, pairs.target, greedy=pairs.greedy)
+        anchor = logits[rows[0]]
+        sampled = select_mixed_tokens(
+            anchor,  # in the student's place, too, whose logits the target of `why_not_in_pairs` does not need
+            logits[rows[1]],
+            uniforms,
+            pairs.target,
+            greedy=pairs.greedy,
+            reference_logits=anchor if pairs.target.is_anchored else None,
+        )
         values = torch.stack(
             [
                 sampled.token_ids.double(),
@@ -232,11 +240,11 @@ class _Pairs:
     target: Target
     greedy: bool
     halves: _Halves
-    """The students' halves, then the teachers' in the same order."""
+    """The anchors' halves, then the teachers' in the same order."""
     slots: np.ndarray
     """Slot of each pair in the `PairStore`, ``[b]``."""
     rows: Tensor
-    """Rows of the batch with the students' and the teachers' halves, ``[2, b]`` on the device."""
+    """Rows of the batch with the anchors' and the teachers' halves, ``[2, b]`` on the device."""
 
     @staticmethod
     def of(
@@ -247,8 +255,8 @@ class _Pairs:
         live: Collection[str],
         device: torch.device,
     ) -> _Pairs:
-        students, teachers = zip(*members, strict=True)
-        halves = _Halves.of([*students, *teachers], store, live)
+        anchors, teachers = zip(*members, strict=True)
+        halves = _Halves.of([*anchors, *teachers], store, live)
         rows = torch.from_numpy(halves.rows.reshape(2, -1)).to(device)
         return _Pairs(target, greedy, halves, halves.slots[: len(members)], rows)
 

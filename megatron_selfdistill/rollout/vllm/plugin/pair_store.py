@@ -31,11 +31,11 @@ class PairStore:
         self.uniforms = np.zeros((0, 0))
         """Uniforms ``[slots, width]`` float64: token i from the start of the half is sampled from column i."""
         self.forced = np.zeros((0, 2), dtype=np.int64)
-        """`PairLog.forced` of student and teacher, ``[slots, 2]``."""
+        """`PairLog.forced` of anchor and teacher, ``[slots, 2]``."""
         self.num_logged = np.zeros(0, dtype=np.int64)
         """Number of tokens with an entry in the log, ``[slots]``."""
         self.log_probs = torch.zeros((0, 0, 3), device=device)
-        """Log-probs ``[slots, width, 3]`` float32 under student, teacher and mix, in nats."""
+        """Log-probs ``[slots, width, 3]`` float32 under anchor, teacher and mix, in nats."""
 
     def __len__(self) -> int:
         return len(self._slots)

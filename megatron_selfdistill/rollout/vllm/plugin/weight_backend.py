@@ -4,6 +4,9 @@
 The trainer (transfer.py) names the transfer at ``init_weight_transfer_engine``, sends buckets that may split anywhere
 between two tensors, and then a digest of all names.  An update that lacks a tensor, or leaves a parameter of the model
 as it was, fails before the engine may answer with it.
+
+A bucket holds weights, or factors of adapters, which have PEFT's names.  An update of factors alone leaves the weights.
+vLLM drops its adapters at the end of each update, so that the factors wait here until `WorkerExtension.load_factors`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from megatron_selfdistill.model.hf.adapter_rules import PEFT_PREFIX
 from megatron_selfdistill.rollout.vllm.packed import after_reload, before_reload
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.rollout.vllm.protocol import Layout, digest, unpack
@@ -65,6 +69,8 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
     _receiver: Receiver | None = None
     _reloading = False
     _verified = False
+    frozen_weights: str | None = None
+    """The name of the run whose frozen weights the worker has; None after weights of any other kind."""
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Make the receiver of the transfer that the trainer has chosen."""
@@ -74,14 +80,13 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         self._receiver = make_receiver(init_info.transfer, self.device, worker, init_info.arguments)
 
     def start_weight_update(self) -> None:
-        """Begin an update of all weights."""
+        """Begin an update of all weights, of factors, or of both."""
         if self._reloading:  # an earlier update has failed: its half-filled layers must not count in this update
             self._finalize()
-        self._reloading, self._verified = True, False
-        before_reload(self.model)
-        initialize_layerwise_reload(self.model)
+        self._reloading, self._verified = False, False
         self._received: list[str] = []
         self._unloaded = self._expected()
+        self.factors: dict[str, Tensor] = {}
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Receive and load one bucket, or check that the update is complete."""
@@ -92,6 +97,11 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             return
         layout = Layout(update_info.names, update_info.dtypes, update_info.shapes)
         packed = self._receiver.receive(layout.num_bytes, update_info.where)
+        if layout.names and layout.names[0].startswith(PEFT_PREFIX):
+            self.factors.update((name, tensor.to("cpu", copy=True)) for name, tensor in unpack(packed, layout))
+            self._received += layout.names
+            return
+        self._begin_reload()
         with disable_mtp_completeness_check():
             loaded = self.model.load_weights(unpack(packed, layout))
         self._own_what_waits(packed)
@@ -108,7 +118,8 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
         """End an update whose completeness was checked."""
         if not self._verified:
             raise RuntimeError("expected the digest of all weights before finish_weight_update; the trainer sends it")
-        self._finalize()
+        if self._reloading:
+            self._finalize()
         self._reloading = False
 
     def shutdown(self) -> None:
@@ -117,11 +128,19 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
             self._receiver.close()
             self._receiver = None
 
+    def _begin_reload(self) -> None:
+        """Prepare the model for its first weights of an update; do nothing for the other buckets."""
+        if not self._reloading:
+            self._reloading, self.frozen_weights = True, None
+            before_reload(self.model)
+            initialize_layerwise_reload(self.model)
+
     def _expected(self) -> set[str]:
         """Return the parameters that an update must reach."""
         if self.model_config.quantization is not None:
             return set()  # quantised layers make some of their parameters themselves
-        names = {name for name, _ in self.model.named_parameters()}
+        # vLLM wraps the layers that take adapters, and reports the names without the wrapping.
+        names = {name.replace(".base_layer.", ".") for name, _ in self.model.named_parameters()}
         if getattr(self.model_config.hf_text_config, "tie_word_embeddings", False):
             # On a CPU the output layer has a packed copy of the embedding's weights (packed.py).
             heads = [prefix for prefix, module in self.model.named_modules() if isinstance(module, ParallelLMHead)]
@@ -147,7 +166,7 @@ class SelfDistillEngine(WeightTransferEngine[InitInfo, UpdateInfo]):
                 f"the trainer sent other tensors than the {len(self._received)} that arrived here, "
                 f"{', '.join(self._received[:_SHOWN])}, ..."
             )
-        if self._unloaded:
+        if self._unloaded and (self._reloading or not self.factors):
             missing = sorted(self._unloaded)
             raise ValueError(
                 f"{len(missing)} parameters of vLLM's model got no weights: {', '.join(missing[:_SHOWN])}; the server "

@@ -85,6 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.shared_gpu_weights_gb is not None and not current_platform.is_cpu():
         shared = memory_of_visible_gpus(options.tensor_parallel_size)
         _refuse(why_no_room(shared, options.shared_gpu_weights_gb * _GIB, _shared_kv_cache_bytes(options, shared)))
+    _refuse(_why_not_adapted(options, on_cpu=current_platform.is_cpu()))
     arguments = engine_arguments(options, on_cpu=current_platform.is_cpu(), shared=shared) + vllm_arguments
     parsed = make_arg_parser(FlexibleArgumentParser(prog="selfdistill serve")).parse_args(arguments)
     validate_parsed_serve_args(parsed)
@@ -99,6 +100,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_head:
         _run_headless(parsed)
         return
+    if options.adapter_rank:
+        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.AdapterNamed"]
     if token:
         # The last middleware is the outermost.
         parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.TokenRequired"]
@@ -136,6 +139,12 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--master-port", type=int, default=29501, help="a free port of node rank 0; the next port must be free too"
     )
+    parser.add_argument("--adapter-rank", type=int, default=0, help="take adapters (adapter.rank) up to this rank")
+    parser.add_argument(
+        "--adapter-modules",
+        default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
+        help="Hugging Face modules with adapters, those of all of adapter.layers by default",
+    )
     parser.add_argument("--guided", action="store_true", help="prepare for rollout.guidance=mixed")
     return parser
 
@@ -148,6 +157,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
     """
     # Imported here and below, so that a wrong command line is refused before torch is imported.
     from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, whole_prompts
+    from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
     from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
 
     arguments = [
@@ -180,6 +190,9 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
         arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")
     if options.guided:
         arguments += as_arguments(GUIDED_ENGINE_ARGS)
+    if options.adapter_rank:
+        adapter = EngineAdapter(options.adapter_rank, 1.0, False, tuple(options.adapter_modules.split(",")))
+        arguments += as_arguments(adapter.engine_args(on_cpu=on_cpu))
     if options.nnodes > 1:
         names = ("nnodes", "node_rank", "master_addr", "master_port")
         arguments += as_arguments({name: getattr(options, name) for name in names})
@@ -210,6 +223,17 @@ def _why_no_vllm() -> str | None:
         f"this server needs vLLM, and {sys.executable} has none: start it with the Python of an environment that has "
         'both, or pip install "megatron_selfdistill[vllm]"'
     )
+
+
+def _why_not_adapted(options: argparse.Namespace, on_cpu: bool) -> str | None:
+    """Return a message where the model takes no adapters here."""
+    from megatron_selfdistill.rollout.vllm.engine_adapter import RANKS, why_not_adapted
+
+    if options.adapter_rank > RANKS[-1]:
+        return f"--adapter-rank {options.adapter_rank}: vLLM takes adapters up to rank {RANKS[-1]}; lower it"
+    with open(os.path.join(options.hf_config, "config.json"), encoding="utf-8") as file:
+        described = json.load(file)
+    return why_not_adapted(described, on_cpu=on_cpu) if options.adapter_rank else None
 
 
 def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:

@@ -20,6 +20,7 @@ import megatron_selfdistill
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.server.server_names import PARENT_VARIABLE, TOKEN_VARIABLE, as_arguments
 
 _GIB = 2**30
@@ -71,13 +72,14 @@ def start_servers(
     dtype: torch.dtype,
     max_model_len: int,
     num_weights: int = 0,
+    adapter: EngineAdapter | None = None,
 ) -> list[ServerProcess]:
     """Start ``rollout.num_servers`` servers on free ports of this machine and return them; they are not up yet.
 
     ``directory`` is for the servers' logs.  ``rollout.server_env`` overrides the variables of `server_environment`, and
     an empty value removes a variable.  With ``rollout.transfer=ipc`` the servers use the trainer's GPUs, and of their
     memory the part that is free when the servers start; else they use the GPUs behind the trainer's.
-    ``num_weights``: elements of the model's tensors.
+    ``num_weights``: elements of the model's tensors.  ``adapter``: the adapters of the run, if it has any.
     Raises: `ConfigError` where there are too few GPUs or where the Python of ``rollout.server_python`` is missing.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -93,6 +95,7 @@ def start_servers(
         *([] if rollout.kv_cache_gb is None else [f"--kv-cache-gb={rollout.kv_cache_gb}"]),
         *([f"--shared-gpu-weights-gb={weights_gb}"] if shares_gpus else []),
         *(["--guided"] if rollout.guidance != "none" else []),
+        *([] if adapter is None else adapter.server_args()),
         "--",
         *as_arguments(rollout.engine_args),
     ]

@@ -1,11 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Save and load the frozen teacher, which never changes and is therefore stored once, beside the checkpoints."""
+"""Save and load weights that never change and are therefore stored once, beside the checkpoints: teacher and base."""
 
 from __future__ import annotations
 
 import logging
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,60 +23,67 @@ from megatron_selfdistill.hidden_values import hidden
 
 logger = logging.getLogger(__name__)
 
-NAME = "teacher"
-"""The name of the teacher's directory in the run directory."""
-_TEACHER_ID = "teacher_id"
+TEACHER = "teacher"
+"""The name of the directory of the frozen teacher, or reference, in the run directory."""
 
 
-class TeacherState(Protocol):
+class FrozenWeights(Protocol):
+    """Weights that never change."""
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return the tensors for a checkpoint."""
+        ...
+
+
+class TeacherState(FrozenWeights, Protocol):
     """The parts of a `Teacher` that a checkpoint needs; ``weights`` is frozen, ema or current."""
 
     weights: str
     is_copy: bool
     """Whether the teacher has weights of its own."""
 
-    def sharded_state_dict(self) -> dict[str, Any]:
-        """Return the teacher's tensors for a checkpoint."""
-        ...
-
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copy loaded tensors of `sharded_state_dict` into the teacher."""
         ...
 
 
-def has_frozen_teacher(run_dir: Path) -> bool:
-    """Return whether ``run_dir/teacher`` has all its files, compared by size; called on one rank."""
-    target = Path(run_dir) / NAME
+def has_frozen_weights(target: Path) -> bool:
+    """Return whether the directory ``target`` has all its files, compared by size; called on one rank."""
     entries = manifest.read(target)
     return entries is not None and manifest.wrong_size(target, entries) is None
 
 
-def save_frozen_teacher(
-    run_dir: Path,
-    teacher: TeacherState,
-    teacher_id: str | None = None,
+def save_frozen_weights(
+    target: Path,
+    weights: FrozenWeights,
+    weights_id: str | None = None,
     *,
+    common: Mapping[str, Any] | None = None,
+    texts: Callable[[str], Mapping[str, str]] = lambda _: {},
     replicas: dist.ProcessGroup | None = None,
     prove_ownership: Callable[[], None] = lambda: None,
 ) -> str:
-    """Save ``teacher`` as ``run_dir/teacher``, atomically, and return the id by which checkpoints refer to it.
+    """Save ``weights`` as the directory ``target``, atomically, and return the id by which checkpoints refer to them.
 
     Collective.  The function writes nothing if exactly these weights are there already; it replaces the weights of an
-    earlier start in the same run directory.  ``teacher_id``: the id of the same teacher in older checkpoints; null
-    makes a new id.  ``replicas`` and ``prove_ownership``: see `sharded_io.begin_write`.
+    earlier start in the same run directory.  ``weights_id``: the id of the same weights in older checkpoints; null
+    makes a new id.  ``common``: further entries of common.pt.  ``texts``: returns further files for an id.
+    ``replicas`` and ``prove_ownership``: see `sharded_io.begin_write`.
     """
-    target = Path(run_dir) / NAME
-    if run_on_rank_0(lambda: has_frozen_teacher(run_dir) and directory.incomplete(target) is None):
-        if _holds_same_weights(target, teacher):
+    if run_on_rank_0(lambda: has_frozen_weights(target) and directory.incomplete(target) is None):
+        if _holds_same_weights(target, weights):
             return _stored_id(target)
         if dist.get_rank() == 0:
             place = hidden(str(target))
             logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
-    teacher_id = teacher_id or run_on_rank_0(lambda: uuid.uuid4().hex)
-    contents = {SECTION: {"kind": "teacher"}, _TEACHER_ID: teacher_id, **teacher.sharded_state_dict()}
-    request = sharded_io.begin_write(contents, target, replicas=replicas, prove_ownership=prove_ownership)
+    found_id: str = weights_id or run_on_rank_0(lambda: uuid.uuid4().hex)
+    contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id}
+    contents |= weights.sharded_state_dict()
+    request = sharded_io.begin_write(
+        contents, target, replicas=replicas, prove_ownership=prove_ownership, texts=texts(found_id)
+    )
     sharded_io.write_now(*request, target)
-    return teacher_id
+    return found_id
 
 
 def load_frozen_teacher(
@@ -88,7 +95,7 @@ def load_frozen_teacher(
 
     Raises: CheckpointError where the stored teacher is missing, corrupt, or has another id than ``teacher_id``.
     """
-    target = Path(run_dir) / NAME
+    target = Path(run_dir) / TEACHER
     path = run_on_rank_0(lambda: directory.resolve(target))
     sharded_io.verify_integrity(path, verify)
     found = _stored_id(path)
@@ -103,15 +110,19 @@ def load_frozen_teacher(
     return found
 
 
+def _id_key(path: Path) -> str:
+    return f"{path.name}_id"
+
+
 def _stored_id(path: Path) -> str:
-    """Return the id of the stored teacher at ``path``; every rank reads the id for itself."""
-    teacher_id: str = run_on_each_rank(lambda: load_pickled(path / "common.pt")[_TEACHER_ID])
-    return teacher_id
+    """Return the id of the stored weights at ``path``; every rank reads the id for itself."""
+    found: str = run_on_each_rank(lambda: load_pickled(path / "common.pt")[_id_key(path)])
+    return found
 
 
-def _holds_same_weights(path: Path, teacher: TeacherState) -> bool:
-    """Return whether the stored tensors equal the tensors of ``teacher`` bit for bit; read each tensor once."""
-    wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(teacher.sharded_state_dict()))}
+def _holds_same_weights(path: Path, weights: FrozenWeights) -> bool:
+    """Return whether the stored tensors equal the tensors of ``weights`` bit for bit; read each tensor once."""
+    wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(weights.sharded_state_dict()))}
     own = {name: tensor.data for name, tensor in wanted.items()}
     try:
         sharded_io.check_shapes(wanted, path)

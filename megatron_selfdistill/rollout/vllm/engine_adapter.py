@@ -1,0 +1,100 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The adapters of a run as a vLLM engine takes them: one LoRA adapter, whose factors each update replaces.
+
+    adapter = EngineAdapter.of(config.adapter, adapter_rules(rules, config.adapter))
+    arguments = adapter.engine_args()   # of the engine
+
+The engine holds the frozen weights once and computes the adapter beside them.  Factors that were merged into bf16
+weights would lose most of a small change in the rounding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from megatron_selfdistill.model.hf.adapter_rules import PEFT_PREFIX
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.config import AdapterConfig
+    from megatron_selfdistill.model.hf.rules import Rule
+
+ADAPTER_NAME = "selfdistill"
+"""The name of the adapter in an engine; a request without adapter names none."""
+ADAPTER_ID = 1
+"""vLLM's number of the adapter."""
+ADAPTER_PATH = "the factors that the trainer sends"
+"""vLLM's path of the adapter, from which nothing is read: vLLM would name it where a worker lacks the factors."""
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values of vLLM's max_lora_rank; the schema refuses larger ranks."""
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class EngineAdapter:
+    """What an engine must know of the adapters beside their factors; JSON values."""
+
+    rank: int
+    """Rank r of the factors."""
+    alpha: float
+    """Numerator of the scale."""
+    rank_stabilised: bool
+    """Whether the scale is alpha / sqrt(r) instead of alpha / r."""
+    modules: tuple[str, ...]
+    """The last names of the Hugging Face modules with factors, such as q_proj."""
+
+    @staticmethod
+    def of(adapter: AdapterConfig, rules: Iterable[Rule]) -> EngineAdapter:
+        """Return the description of the adapters that ``rules`` (`adapter_rules`) name."""
+        modules = {module_of(name).rpartition(".")[2] for rule in rules for name in rule.hf_names}
+        return EngineAdapter(adapter.rank, float(adapter.alpha), adapter.rank_stabilised, tuple(sorted(modules)))
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any]) -> EngineAdapter:
+        """Return the description that `to_json` has encoded."""
+        return EngineAdapter(**{**fields, "modules": tuple(fields["modules"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields as JSON values."""
+        return dataclasses.asdict(self) | {"modules": list(self.modules)}
+
+    def engine_args(self, *, on_cpu: bool) -> dict[str, Any]:
+        """Return vLLM's engine arguments: room for one adapter of the next rank that vLLM knows, on these modules.
+
+        On a CPU there is room for two: vLLM's kernels of 0.32 read the last place for a request without adapter, which
+        must therefore be another place than the adapter's and empty.
+        """
+        places = 2 if on_cpu else 1
+        return {
+            "enable_lora": True,
+            "max_loras": places,
+            "max_cpu_loras": places,
+            "max_lora_rank": min(rank for rank in RANKS if rank >= self.rank),
+            "lora_target_modules": list(self.modules),
+            "lora_dtype": "auto",
+        }
+
+    def server_args(self) -> list[str]:
+        """Return the arguments of `selfdistill serve` with which a server takes these adapters."""
+        return [f"--adapter-rank={self.rank}", f"--adapter-modules={','.join(self.modules)}"]
+
+
+def module_of(name: str) -> str:
+    """Return the Hugging Face module of a factor with PEFT's name, such as ``model.layers.0.self_attn.q_proj``."""
+    return name.removeprefix(PEFT_PREFIX).rsplit(".", 2)[0]
+
+
+def why_not_adapted(hf_config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
+    """Return a message where an engine for the model of a config.json computes no adapters, None where it does.
+
+    With adapters on any layer, vLLM computes routed experts with Triton kernels.
+    """
+    if on_cpu and any(hf_config.get(name) for name in _EXPERTS):
+        return (
+            "adapter.rank with rollout.engine=vllm: vLLM has no experts beside adapters on a CPU: set "
+            "rollout.engine=megatron, or use GPUs"
+        )
+    return None

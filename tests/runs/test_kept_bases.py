@@ -1,0 +1,84 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A run with adapters on random weights keeps these weights beside its checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_run import assert_equal_runs, assert_resumes_equal, go_back_to_step, overrides, refusal, train
+
+from megatron_selfdistill.commands import evaluate, explore
+from megatron_selfdistill.commands.run_settings import initial_weights
+
+ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return every full tensor of the checkpoint at ``path``; needs an initialised process group."""
+    from megatron.core.dist_checkpointing import load_plain_tensors
+
+    found: dict[str, torch.Tensor] = load_plain_tensors(str(path))
+    return found
+
+
+def test_random_weights_below_adapters_are_kept_beside_the_checkpoints(ranks, data, tmp_path):
+    def of(run: Path) -> list[str]:
+        return overrides(data, run, *ADAPTED, "checkpoint.save_every=1", "num_steps=3")
+
+    whole = tmp_path / "run"
+    train(ranks, of(whole))
+    (kept,) = ranks.run(final_weights, whole / "base", world_size=1)
+    assert kept.keys() >= {"embedding.word_embeddings.weight"} and not any("_adapter." in name for name in kept)
+    assert initial_weights(whole) == whole / "base"
+    halves = assert_resumes_equal(ranks, whole, of, step=2, num_steps=3)
+
+    shutil.rmtree(halves / "checkpoints")  # as if it had been killed during its first save
+    written = (halves / "base").stat().st_ino
+    train(ranks, of(halves))
+    assert (halves / "base").stat().st_ino == written
+    assert_equal_runs(ranks, whole, halves, 3)
+
+    shutil.rmtree(halves / "base")
+    go_back_to_step(2, halves)
+    assert "base is missing, expected the base of the adapters in" in refusal(ranks, of(halves))
+    train(ranks, [*of(halves), f"checkpoint.load={whole}/base"])
+    assert_equal_runs(ranks, whole, halves, 3)
+
+
+@pytest.mark.full
+def test_a_base_that_virtual_stages_kept_serves_one_rank(ranks, data, tmp_path):
+    stages = ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"]
+    more = [*ADAPTED, "model.num_layers=4", "checkpoint.save_every=1", "num_steps=3"]
+    whole, record = tmp_path / "run", f"{tmp_path}/responses.jsonl"
+    train(ranks, overrides(data, whole, *more, *stages, f"rollout.record={record}"), 2)
+    halves = Path(shutil.copytree(whole, tmp_path / "halves"))
+    go_back_to_step(2, halves)
+    train(ranks, overrides(data, halves, *more, f"rollout.replay={record}", "checkpoint.resume=force"))
+    expected, found = (
+        ranks.run(final_weights, run / "checkpoints" / "iter_0000003", world_size=1)[0] for run in (whole, halves)
+    )
+    factors = [name for name in expected if name.endswith(("_adapter.a", "_adapter.b"))]
+    assert factors and {name for name in found if "_adapter." in name} == {
+        name for name in expected if "_adapter." in name
+    }
+    for name in factors:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.full
+def test_a_kept_base_is_the_teacher_of_the_explorer(ranks, data, tmp_path):
+    whole, out = tmp_path / "run", tmp_path / "explored.html"
+    train(ranks, overrides(data, whole, *ADAPTED, "num_steps=1"))
+    texts = ["--problem", "500-408:", "--solution", "092", "--response", "92", "-o", str(out), "optimizer=fp32"]
+    assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
+    moved = whole.rename(tmp_path / "moved")
+    base = moved.joinpath("base").rename(tmp_path / "base_elsewhere")
+    data_of = ["--data", str(data / "problems.jsonl"), "--num-samples", "1", f"data.tokenizer={data}/tokenizer"]
+    settings = ["optimizer=fp32", "rollout.max_new_tokens=4", "rollout.kv_cache_gb=0.1", "data.limit=1"]
+    evaluated = ["--megatron", str(moved / "checkpoints"), "--out", str(tmp_path / "evaluated"), *data_of, *settings]
+    assert evaluate.main(evaluated) == 2
+    found = ranks.run(evaluate.main, [*evaluated, f"adapter.base={base}"], world_size=1, init_process_group=False)
+    assert found == [0]

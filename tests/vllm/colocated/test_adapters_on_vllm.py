@@ -1,0 +1,149 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""`ColocatedSampler` with adapters on the real vLLM: factors that travel alone, beside weights that stay."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+from adapted import other_factors
+from colocated import DRAWN, GREEDY, MAX_LENGTH, MODELS, TIMEOUT, requests, sampler
+from responses import own, tokens
+
+from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+STABILISED = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)
+"""A rank that vLLM does not have, and a scale that is no power of two."""
+
+
+def adapted(kind: str, parallel: ParallelConfig, adapter: AdapterConfig, seed: int = 0) -> tuple[list[Any], Any]:
+    """Return a model with adapters whose factors are large; another ``seed`` changes the factors alone."""
+    chunks, grid = models.build(MODELS[kind], parallel)
+    add_adapters(chunks, adapter, grid)
+    other_factors(chunks, seed)
+    return chunks, grid
+
+
+def in_process(kind: str, adapter: AdapterConfig, seeds: tuple[int, ...]) -> list[list[Response]]:
+    """Return what the trainer itself samples with the factors of each seed."""
+    chunks, grid = adapted(kind, ParallelConfig(), adapter)
+    found = []
+    for seed in seeds:
+        other_factors(chunks, seed)
+        it = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH)
+        found.append(it.generate(own(grid, requests()), GREEDY))
+    return found
+
+
+def on_vllm(
+    kind: str, adapter: AdapterConfig, parallel: ParallelConfig, engine_tp: int, seeds: tuple[int, ...]
+) -> tuple[list[list[Response]], list[float], int, int]:
+    """Return the same from vLLM, with the bytes of each update, and the bytes of all weights and of the factors."""
+    chunks, grid = adapted(kind, parallel, adapter)
+    found, sent = [], []
+    with sampler(MODELS[kind], chunks, grid, adapter=adapter, engine_tp=engine_tp, bucket_mb=0.05) as it:
+        for version, seed in enumerate(seeds):
+            other_factors(chunks, seed)
+            it.update_weights(version)
+            sent.append(it.metrics()["rollout/sync_bytes"])
+            found.append(it.generate(own(grid, requests()), GREEDY))
+        sizes = [
+            sum(tensor.nbytes for bucket in stream for _, tensor in bucket)
+            for stream in (it._weights.stream(), it._weights.stream_factors())
+        ]
+    return found, sent, *sizes
+
+
+CASES = {
+    "gqa": ("gqa", models.parallel(), 1, 1, STABILISED),
+    "tied, TP2 to an engine of 2": ("tied", models.parallel(tp=2), 2, 2, AdapterConfig(rank=8, alpha=0.5)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens_and_log_probs(ranks, case):
+    kind, parallel, world_size, engine_tp, adapter = CASES[case]
+    seeds = (1, 2)
+    (theirs,) = ranks.run(in_process, kind, adapter, seeds, world_size=1)
+    per_rank = ranks.run(on_vllm, kind, adapter, parallel, engine_tp, seeds, world_size=world_size, timeout=TIMEOUT)
+    for found, sent, all_bytes, factor_bytes in per_rank:
+        assert sent == [all_bytes + factor_bytes, factor_bytes] and factor_bytes < all_bytes / 2
+        assert [{response.weight_version for response in batch} for batch in found] == [{0}, {1}]
+        for batch, expected in zip(found, theirs, strict=True):
+            assert tokens(batch) == tokens(expected)
+            for response, other in zip(batch, expected, strict=True):
+                assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+    assert tokens(theirs[0]) != tokens(theirs[1])
+
+
+TARGETS = {
+    "teacher without adapters, anchor with them": (Target(), ("teacher",)),
+    "both without adapters": (Target(anchor="reference"), ("teacher", "reference")),
+    "teacher with adapters, anchor without them": (Target(anchor="reference"), ("reference",)),
+}
+"""Each target of guided responses, and the roles whose contexts are read without adapters."""
+
+
+def pairs() -> list[Request]:
+    """Return guided requests and, in every third place, plain ones."""
+    plain = requests()
+    return [replace(r, teacher_prompt=plain[i - 1].prompt) if i % 3 else r for i, r in enumerate(plain)]
+
+
+def guided_in_process(adapter: AdapterConfig) -> list[list[Response]]:
+    chunks, grid = adapted("gqa", ParallelConfig(), adapter)
+    bare = [WithoutAdapters(chunk) for chunk in chunks]
+    found = []
+    for target, roles in TARGETS.values():
+        others = [RoleWeights(roles, bare, contextlib.nullcontext)]
+        it = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, None, others)
+        found.append(it.generate(pairs(), replace(DRAWN, target=target)))
+    return found
+
+
+def guided_on_vllm(adapter: AdapterConfig) -> list[list[Response]]:
+    chunks, grid = adapted("gqa", ParallelConfig(), adapter)
+    found = []
+    with sampler(MODELS["gqa"], chunks, grid, adapter=adapter, guidance="mixed") as it:
+        it.update_weights(7)
+        for target, roles in TARGETS.values():
+            it._bare_roles = roles
+            found.append(it.generate(pairs(), replace(DRAWN, target=target)))
+    return found
+
+
+def test_guided_responses_come_from_the_frozen_weights_and_the_adapters_in_one_batch(ranks):
+    (theirs,) = ranks.run(guided_in_process, STABILISED, world_size=1)
+    (found,) = ranks.run(guided_on_vllm, STABILISED, world_size=1, timeout=TIMEOUT)
+    texts = []
+    for batch, expected in zip(found, theirs, strict=True):
+        guided = [(mine, other) for mine, other in zip(batch, expected, strict=True) if mine.guided]
+        assert len(guided) == 5
+        texts.append([mine.token_ids for mine, _ in guided])
+        for mine, other in guided:
+            assert mine.token_ids == other.token_ids and mine.weight_version == 7
+            for name in ("log_probs", "teacher_log_probs", "sampled_log_probs"):
+                assert getattr(mine, name) == pytest.approx(getattr(other, name), abs=2e-4), name
+    assert texts[0] != texts[1] != texts[2] != texts[0], "the adapters must matter in each half"
+
+
+def refused() -> str:
+    adapter = AdapterConfig(rank=2, layers=["linear_qkv"])
+    chunks, grid = adapted("moe", ParallelConfig(), adapter)
+    with pytest.raises(ConfigError) as error, sampler(MODELS["moe"], chunks, grid, adapter=adapter):
+        pass
+    return str(error.value)
+
+
+def test_experts_on_a_cpu_are_refused_before_the_engine_starts(ranks):
+    (message,) = ranks.run(refused, world_size=1)
+    assert "vLLM has no experts beside adapters on a CPU: set rollout.engine=megatron, or use GPUs" in message

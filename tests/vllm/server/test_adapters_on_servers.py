@@ -1,0 +1,133 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""`ServerSampler` with adapters and a real vLLM server: the weights go once, and the factors at each update."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import models
+import pytest
+import torch
+from adapted import other_factors
+from real_servers import sampler
+from responses import own, tokens
+from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests, write_config
+
+from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
+from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
+from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
+
+TIMEOUT = 600.0
+START_SECONDS = 900.0
+ADAPTER = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)
+ANCHORED = Target(anchor="reference")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reach]:
+    """Return one server that takes adapters and guided requests."""
+    directory = tmp_path_factory.mktemp("adapted")
+    hf_config, token = write_config(directory / "model"), secrets.token_urlsafe(16)
+    rollout = RolloutConfig(
+        engine="vllm",
+        placement="server",
+        num_servers=1,
+        server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
+        kv_cache_gb=0.2,
+        guidance="mixed",
+        engine_args={"max_num_seqs": 32},
+    )
+    [process] = start_servers(
+        rollout,
+        directory=directory,
+        hf_config=hf_config,
+        token=token,
+        dtype=torch.float32,
+        max_model_len=MAX_LENGTH,
+        adapter=EngineAdapter.of(ADAPTER, adapter_rules(FAMILY.rules(MODEL), ADAPTER)),
+    )
+    try:
+        wait_until_healthy([process], [VllmServer(process.address, token)], START_SECONDS)
+        yield Reach([process.address], token, hf_config)
+    finally:
+        process.stop()
+
+
+def adapted(layout: dict[str, int]) -> tuple[list[Any], Any]:
+    chunks, grid = models.build(MODEL, models.parallel(**layout))
+    add_adapters(chunks, ADAPTER, grid)
+    return chunks, grid
+
+
+def in_process() -> list[list[Response]]:
+    """Return the trainer's own greedy responses with the factors of seeds 1 and 2."""
+    chunks, grid = adapted({})
+    found = []
+    for seed in (1, 2):
+        other_factors(chunks, seed)
+        it = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
+        found.append(it.generate(requests(8), GREEDY))
+    return found
+
+
+def on_servers(server: Reach, layout: dict[str, int], transfer: str) -> tuple[list[list[Response]], list[float]]:
+    """Return the responses of the server with the same factors, and the bytes of each update."""
+    chunks, grid = adapted(layout)
+    found, sent = [], []
+    with sampler(chunks, grid, server, adapter=ADAPTER, transfer=transfer, bucket_mb=0.06) as built:
+        for version, seed in enumerate((1, 2)):
+            other_factors(chunks, seed)
+            built.update_weights(version)
+            sent.append(built.metrics()["rollout/sync_bytes"])
+            found.append(built.generate(own(grid, requests(8)), GREEDY))
+    return found, sent
+
+
+@pytest.mark.parametrize(("layout", "world_size", "transfer"), [({"tp": 2}, 2, "shared_memory"), ({}, 1, "gloo")])
+def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens(ranks, server, layout, world_size, transfer):
+    (theirs,) = ranks.run(in_process, world_size=1)
+    for found, sent in ranks.run(on_servers, server, layout, transfer, world_size=world_size, timeout=TIMEOUT):
+        assert sent[1] < sent[0] / 3, sent
+        for version, (batch, expected) in enumerate(zip(found, theirs, strict=True)):
+            assert tokens(batch) == tokens(expected)
+            assert {response.weight_version for response in batch} == {version}
+            for response, other in zip(batch, expected, strict=True):
+                assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
+    assert tokens(theirs[0]) != tokens(theirs[1])
+
+
+def guided(server: Reach) -> tuple[list[Response], list[Response]]:
+    """Return the responses to guided and plain requests in one call, on the server and in process."""
+    chunks, grid = adapted({})
+    other_factors(chunks, 1)
+    plain = requests(8, longest=40)
+    mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
+    roles = ("teacher", "reference")
+    others = [RoleWeights(roles, [WithoutAdapters(chunk) for chunk in chunks], contextlib.nullcontext)]
+    trainer = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1, others)
+    params = replace(DRAWN, target=ANCHORED)
+    with sampler(chunks, grid, server, adapter=ADAPTER, bare_roles=roles, guidance="mixed") as built:
+        built.update_weights(3)
+        return built.generate(mixed, params), trainer.generate(mixed, params)
+
+
+def test_guided_responses_come_from_the_frozen_weights(ranks, server):
+    [(found, theirs)] = ranks.run(guided, server, world_size=1, timeout=TIMEOUT)
+    pairs = [(mine, other) for mine, other in zip(found, theirs, strict=True) if mine.guided]
+    assert len(pairs) == 4 and {mine.weight_version for mine, _ in pairs} == {3}
+    for mine, other in pairs:
+        assert mine.token_ids == other.token_ids
+        for name in ("log_probs", "teacher_log_probs", "sampled_log_probs"):
+            assert getattr(mine, name) == pytest.approx(getattr(other, name), abs=2e-4), name
