@@ -46,6 +46,8 @@ What to try next
                   07_guided_rollouts.py    responses are sampled from the target
                   08_chat_logs.py          the model learns from logged conversations
                   09_leaking_hint.py       the hint tempts the teacher to skip the work
+                  10_recipes.py            the recipes of the literature side by side
+                  11_adapters.py           small factors learn beside frozen weights
   any setting     append overrides to the commands above, such as target.teacher_weight=1.5 (see selfdistill --keys)
   your own data   selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/mine
 """

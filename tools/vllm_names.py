@@ -36,8 +36,18 @@ MEMBERS = {
     "vllm.distributed.parallel_state": "GroupCoordinator.destroy destroy_model_parallel _WORLD _NODE_COUNT",
     "vllm.envs": "disable_envs_cache",
     "vllm.outputs": "CompletionOutput.weight_versions CompletionOutput.finish_reason CompletionOutput.logprobs "
-    "CompletionOutput.token_ids",
+    "CompletionOutput.token_ids RequestOutput.prompt_logprobs RequestOutput.prompt_token_ids",
     "vllm.v1.worker.utils": "request_memory",
+    "vllm.v1.worker.lora_model_runner_mixin": "LoRAModelRunnerMixin.load_lora_model",
+    "vllm.lora.worker_manager": "LRUCacheWorkerLoRAManager._adapter_manager",
+    "vllm.lora.lora_model": "LoRAModel.from_lora_tensors LoRAModel.loras",
+    "vllm.lora.lora_weights": "LoRALayerWeights.lora_a LoRALayerWeights.lora_b",
+    "vllm.lora.model_manager": "LoRAModelManager.modules LoRAModelManager.packed_modules LoRAModelManager.lora_config "
+    "LoRAModelManager.model LoRAModelManager.remove_adapter LRUCacheLoRAModelManager.add_adapter "
+    "LRUCacheLoRAModelManager.activate_adapter",
+    "vllm.config.lora": "LoRAConfig.lora_dtype LoRAConfig.max_lora_rank",
+    "vllm.model_executor.models.utils": "WeightsMapper.get_rename_mapper",
+    "vllm.entrypoints.openai.models.serving": "OpenAIServingModels.lora_requests",
     "vllm.v1.worker.gpu_worker": "Worker.reload_weights Worker.weight_transfer_engine Worker._weight_update_active "
     "Worker.start_weight_update Worker.update_weights Worker.finish_weight_update Worker.init_weight_transfer_engine",
     "vllm.distributed.weight_transfer.base": "WeightTransferEngine.reset_weight_update_target "
@@ -58,14 +68,16 @@ MEMBERS = {
 """Module -> what is used of it besides imports: functions, and Class.member, also those that __init__ sets."""
 
 SAMPLING_PARAMETERS = (
-    "max_tokens temperature top_k top_p seed stop_token_ids ignore_eos logprobs detokenize extra_args n min_tokens"
+    "max_tokens temperature top_k top_p seed stop_token_ids ignore_eos logprobs detokenize extra_args n min_tokens "
+    "prompt_logprobs allowed_token_ids"
 )
 ENGINE_ARGUMENTS = (
     "model skip_tokenizer_init trust_remote_code load_format generation_config enforce_eager disable_log_stats "
     "enable_sleep_mode tensor_parallel_size pipeline_parallel_size data_parallel_size distributed_executor_backend "
     "worker_extension_cls dtype max_model_len kv_cache_memory_bytes gpu_memory_utilization enable_chunked_prefill "
     "max_num_batched_tokens max_num_seqs logits_processors scheduler_cls async_scheduling enable_prefix_caching "
-    "weight_transfer_config nnodes node_rank master_addr master_port"
+    "weight_transfer_config nnodes node_rank master_addr master_port enable_lora max_loras max_cpu_loras max_lora_rank "
+    "lora_target_modules lora_dtype"
 )
 SERVER_ARGUMENTS = "host port tokens_only disable_uvicorn_access_log allowed_origins middleware headless"
 ENVIRONMENT = (

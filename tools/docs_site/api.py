@@ -36,7 +36,8 @@ PAGES = {
     ),
     "checkpoints": (
         "Checkpoints and Hugging Face",
-        "checkpoint.conversion checkpoint.describe model.adapters model.export",
+        "checkpoint.conversion checkpoint.describe checkpoint.merged_weights checkpoint.peft_adapters "
+        "checkpoint.stored_adapters model.adapters model.export",
     ),
     "metrics": ("Metrics and guards", "metrics.log metrics.loggers run_log metrics.step metrics.guards"),
 }
