@@ -36,10 +36,8 @@ from megatron_selfdistill.checkpoint.stored_adapters import (
     require_adapters,
 )
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.model.hf.adapter_rules import SUFFIX, adapter_rules, is_adapter_key
+from megatron_selfdistill.model.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
 from megatron_selfdistill.model.hf.rules import Rule
-
-_WEIGHT = ".weight"
 
 
 class Merge:
@@ -94,8 +92,7 @@ class MergedWeights:
         factors = adapter_rules(rules, self._settings)
         self._adapters.check_shapes(factors)
         for a, b in zip(factors[::2], factors[1::2], strict=True):
-            key = a.megatron.key.removesuffix(f"{SUFFIX}.a") + _WEIGHT
-            self._factors[key, a.megatron.index] = (a, b)
+            self._factors[a.megatron.key, a.megatron.index] = (a, b)
 
     def dtype(self, rule: Rule) -> torch.dtype:
         """Return the type of the tensor of ``rule`` without a further conversion."""
@@ -103,7 +100,8 @@ class MergedWeights:
 
     def read(self, rule: Rule) -> Tensor:
         """Return the tensor of ``rule``, without padding, merged where it has an adapter; call `check_shapes` first."""
-        weight, factors = self._base.read(rule), self._factors.get((rule.megatron.key, rule.megatron.index))
+        weight = self._base.read(rule)
+        factors = self._factors.get((factor_key(rule.megatron.key, "a"), rule.megatron.index))
         if factors is None:
             return weight
         a, b = (self._adapters.read(factor) for factor in factors)
@@ -208,10 +206,8 @@ def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Mer
 
 
 def _factor_place(factors: TorchDistReader, key: str, index: tuple[int, ...], name: str) -> Place | None:
-    if not key.endswith(_WEIGHT):
-        return None
-    factor = f"{key.removesuffix(_WEIGHT)}{SUFFIX}.{name}"
-    return next((place for place in places(factor, index) if place[0] in factors.shapes), None)
+    candidates = places(factor_key(key, name), index)
+    return next((place for place in candidates if place[0] in factors.shapes), None)
 
 
 def _merged(

@@ -24,7 +24,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.commands.convert_adapters import BASE, DTYPES, NON_FINITE, RAW, add_to
+from megatron_selfdistill.commands.convert_adapters import (
+    BASE,
+    DTYPES,
+    NON_FINITE,
+    RAW,
+    add_checkpoint,
+    add_to,
+    dtype_of,
+)
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.conversion_progress import Progress
@@ -69,12 +77,11 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
     """Convert a Hugging Face directory to a Megatron checkpoint, and return the exit status."""
     from megatron_selfdistill.checkpoint import conversion
 
-    dtype = conversion.DTYPES[arguments.dtype] if arguments.dtype else None
     with _progress() as progress:
         target = conversion.hf_to_megatron(
             arguments.hf,
             arguments.out,
-            dtype=dtype,
+            dtype=dtype_of(arguments),
             allow_non_finite=arguments.allow_non_finite,
             progress=progress,
         )
@@ -108,7 +115,7 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
             arguments.out,
             iteration=arguments.iteration,
             hf_config=arguments.hf_config,
-            dtype=conversion.DTYPES[arguments.dtype] if arguments.dtype else None,
+            dtype=dtype_of(arguments),
             vocab_size=arguments.vocab_size,
             max_shard_bytes=arguments.max_shard_size,
             allow_non_finite=arguments.allow_non_finite,
@@ -214,17 +221,8 @@ def _add_megatron_to_hf(commands: Any) -> None:
         **RAW,
     )
     command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)
-    command.add_argument(
-        "--megatron",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="the iter_ or release directory, or the directory with the tracker file",
-    )
+    add_checkpoint(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory")
-    command.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
-    )
     command.add_argument(
         "--hf-config",
         type=Path,

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
+
     from megatron_selfdistill.checkpoint.conversion_progress import Progress
 
 DTYPES = ("bf16", "fp16", "fp32")
@@ -19,6 +21,27 @@ BASE = "the base of the adapters, where it has moved (default: where the checkpo
 
 OpenProgress = Callable[[], "AbstractContextManager[Progress]"]
 """A function that opens the display of a conversion's progress."""
+
+
+def dtype_of(arguments: argparse.Namespace) -> torch.dtype | None:
+    """Return the type that ``--dtype`` names, None without it."""
+    from megatron_selfdistill.checkpoint import conversion
+
+    return conversion.DTYPES[arguments.dtype] if arguments.dtype else None
+
+
+def add_checkpoint(command: argparse.ArgumentParser) -> None:
+    """Add the options that name the checkpoint to convert: ``--megatron`` and ``--iteration``."""
+    command.add_argument(
+        "--megatron",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the iter_ or release directory, or the directory with the tracker file",
+    )
+    command.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
+    )
 
 
 def check_adapters(arguments: argparse.Namespace) -> None:
@@ -59,7 +82,7 @@ def _add_megatron_to_peft(commands: Any, progress: OpenProgress) -> None:
     )
 
     def run(arguments: argparse.Namespace) -> int:
-        from megatron_selfdistill.checkpoint import conversion, peft_adapters
+        from megatron_selfdistill.checkpoint import peft_adapters
 
         with progress() as shown:
             target = peft_adapters.megatron_to_peft(
@@ -67,14 +90,14 @@ def _add_megatron_to_peft(commands: Any, progress: OpenProgress) -> None:
                 arguments.out,
                 iteration=arguments.iteration,
                 base_model=arguments.base_model,
-                dtype=conversion.DTYPES[arguments.dtype] if arguments.dtype else None,
+                dtype=dtype_of(arguments),
                 progress=shown,
             )
         print(f"{target}: load it with peft.PeftModel.from_pretrained(model, {str(target)!r})")
         return 0
 
     command.set_defaults(check=check_adapters, run=run)
-    _add_adapters(command)
+    add_checkpoint(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory")
     command.add_argument(
         "--base-model",
@@ -97,13 +120,12 @@ def _add_peft_to_megatron(commands: Any, progress: OpenProgress) -> None:
     )
 
     def run(arguments: argparse.Namespace) -> int:
-        from megatron_selfdistill.checkpoint import conversion, peft_adapters
+        from megatron_selfdistill.checkpoint import peft_adapters
         from megatron_selfdistill.checkpoint.stored_adapters import require_adapters
 
         with progress() as shown:
-            dtype = conversion.DTYPES[arguments.dtype] if arguments.dtype else None
             target = peft_adapters.peft_to_megatron(
-                arguments.peft, arguments.base, arguments.out, dtype=dtype, progress=shown
+                arguments.peft, arguments.base, arguments.out, dtype=dtype_of(arguments), progress=shown
             )
         begin = f"checkpoint.load={arguments.base} adapter.load={arguments.out} {require_adapters(target).overrides()}"
         print(f"{target}: begin a run at it with {begin}")
@@ -145,20 +167,7 @@ def _add_merge_adapters(commands: Any, progress: OpenProgress) -> None:
         return 0
 
     command.set_defaults(check=check_adapters, run=run)
-    _add_adapters(command)
+    add_checkpoint(command)
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
     command.add_argument("--base", type=Path, metavar="DIR", help=BASE)
     command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
-
-
-def _add_adapters(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--megatron",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="the iter_ or release directory of the adapters, or the directory with the tracker file",
-    )
-    command.add_argument(
-        "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
-    )

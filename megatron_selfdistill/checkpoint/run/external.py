@@ -51,14 +51,14 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
     found, is_legacy = run_on_rank_0(lambda: find(path))
     if is_legacy:
         _load_legacy(found, chunks, vocab_size)
-        _require_finite(found, chunks, vocab_size)
+        _require_finite(found, state.model_state(chunks, state.CONTENT), vocab_size)
         return directory.iteration_of(found)
     sharded_io.verify_integrity(found, verify)
     wanted = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
     sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
         state.load_model_state(chunks, sharded_io.read(wanted, found))
-        _require_finite(found, chunks, vocab_size)
+        _require_finite(found, state.model_state(chunks, state.CONTENT), vocab_size)
     return directory.iteration_of(found)
 
 
@@ -74,7 +74,7 @@ def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None
     sharded_io.check_shapes(wanted, found, only_weights=True)
     with state.gathered_parameters(chunks):
         state.load_factors(chunks, sharded_io.read(wanted, found))
-        _require_finite(found, chunks, None)
+        _require_finite(found, state.without_base(state.model_state(chunks, state.CONTENT)))
 
 
 def load_weights_and_optimizer(
@@ -107,20 +107,21 @@ def load_weights_and_optimizer(
         sharded_io.check_shapes(wanted, found, vocab_size=vocab_size)
         loaded = sharded_io.read(wanted, found)
         state.load_model_state(chunks, loaded)
-        _require_finite(found, chunks, vocab_size)
+        _require_finite(found, state.model_state(chunks, state.CONTENT), vocab_size)
         steps = _optimizer_steps(common)
         state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], steps)
     return directory.iteration_of(found)
 
 
-def _require_finite(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
-    """Raise CheckpointError on all ranks, naming the first tensors, if a weight is NaN or infinite; collective.
+def _require_finite(path: Path, model: dict[str, Any], vocab_size: int | None = None) -> None:
+    """Raise CheckpointError on all ranks, naming the first tensors, if a tensor is NaN or infinite; collective.
 
-    The function ignores padding rows of the vocabulary, which other programs leave uninitialised.
+    ``model``: the result of `state.model_state`, or a part of it.  The function ignores padding rows of the vocabulary,
+    which other programs leave uninitialised.
     """
 
     def named() -> Iterator[tuple[str, torch.Tensor]]:
-        for shard in sharded_io.tensors(state.model_state(chunks, state.CONTENT)):
+        for shard in sharded_io.tensors(model):
             key, index, _ = _full(shard)
             data = shard.data
             if shard.allow_shape_mismatch and vocab_size is not None:

@@ -49,8 +49,8 @@ def live(hf: Path, settings: AdapterConfig) -> tuple[list[torch.nn.Module], obje
     return chunks, grid
 
 
-def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path) -> torch.Tensor:
-    """Save adapters as a run does, and return the logits of the model with them."""
+def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, nan: str = "") -> torch.Tensor:
+    """Save adapters as a run does, and return the logits of the model with them; the factor named ``nan`` has a NaN."""
     from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
     from megatron_selfdistill.checkpoint.run import sharded_io, state
     from megatron_selfdistill.checkpoint.run.external import load_weights
@@ -60,6 +60,8 @@ def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path) 
     load_weights(base, plain, hf_models.VOCAB_SIZE)
     chunks, grid = live(hf, settings)
     chunks[0].load_state_dict(plain[0].state_dict(), strict=False)
+    if nan:
+        chunks[0].get_parameter(nan).data[0, 0] = torch.nan
     target = run_dir / "checkpoints" / "iter_0000005"
     stored = StoredAdapters(target, settings, base_digest(base), base)
     contents = {"args": megatron_args(chunks[0], model), "iteration": 5, "checkpoint_version": 3.0}
@@ -81,6 +83,9 @@ def read_adapters(hf: Path, adapters: Path) -> torch.Tensor:
     chunks, _ = models.build(model, ParallelConfig())
     load_weights(stored.base_place(), chunks, hf_models.VOCAB_SIZE)
     grid = current_grid(ParallelConfig())
+    padding = chunks[0].embedding.word_embeddings.weight.data[hf_models.VOCAB_SIZE :]
+    padding.fill_(torch.nan)  # the adapters are not to blame for what other programs leave in the base
+    assert len(padding)
     add_adapters(chunks, stored.settings, grid)
     load_adapters(adapters, chunks)
     return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
@@ -159,6 +164,21 @@ def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adap
     torch.testing.assert_close(
         hf_models.hf_logits(hf_of(tmp_path / "hf"), hf_models.SEQUENCES), expected, rtol=1e-4, atol=1e-4
     )
+
+
+def refuse_adapters_with_nan(hf: Path, adapters: Path, message: str) -> None:
+    with raises(message):
+        read_adapters(hf, adapters)
+
+
+def test_a_nan_in_a_factor_is_found_when_adapters_are_loaded(ranks, hf_directory, tmp_path):
+    hf, base, run_dir = hf_directory("qwen3"), tmp_path / "base", tmp_path / "run"
+    hf_to_megatron(hf, base)
+    factor = "decoder.layers.1.mlp.linear_fc2_adapter.b"
+    ranks.run(save_adapters, hf, base, PLAIN, run_dir, factor, world_size=1)
+    found = run_dir / "checkpoints" / "iter_0000005"
+    message = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2_adapter.b\[1\]: "
+    ranks.run(refuse_adapters_with_nan, hf, found, message, world_size=1)
 
 
 def hf_of(directory: Path) -> torch.nn.Module:

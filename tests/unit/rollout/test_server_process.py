@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from megatron_selfdistill.config import RolloutConfig
+from megatron_selfdistill.config.schema import adapter_checks
 from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.rollout.vllm import engine_adapter
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
 from megatron_selfdistill.rollout.vllm.server import serve, server_process
@@ -260,6 +262,25 @@ def test_vllm_learns_where_weights_come_from_and_that_requests_alone_set_the_sam
     assert "--enforce-eager" not in arguments
     plain = serve.engine_arguments(argparse.Namespace(**{**vars(options), "guided": False}), on_cpu=True)
     assert "--enforce-eager" in plain and not any("logits-processors" in argument for argument in plain)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--adapter-rank=0", None),
+        ("--adapter-rank=513", "--adapter-rank 513: vLLM takes adapters up to rank 512; lower it"),
+        ("--adapter-rank=8", "--hf-config: /model is not a Hugging Face directory: it has no config.json"),
+    ],
+)
+def test_a_config_json_is_read_for_adapters_alone(arguments, message):
+    options = serve.parser().parse_args(["--hf-config=/model", arguments])
+    assert serve._why_not_adapted(options, on_cpu=True) == message
+
+
+def test_the_schema_knows_what_the_engines_adapters_decide():
+    arguments = engine_adapter.EngineAdapter(8, 1.0, False, ("q_proj",)).engine_args(on_cpu=True)
+    assert set(adapter_checks._ENGINE_ARGUMENTS) == arguments.keys()
+    assert engine_adapter.RANKS[-1] == adapter_checks._MAX_ENGINE_RANK
 
 
 @pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])

@@ -28,6 +28,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
@@ -226,14 +227,20 @@ def _why_no_vllm() -> str | None:
 
 
 def _why_not_adapted(options: argparse.Namespace, on_cpu: bool) -> str | None:
-    """Return a message where the model takes no adapters here."""
+    """Return a message where adapters are asked for and this engine or its model takes none."""
+    if not options.adapter_rank:
+        return None
+    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+    from megatron_selfdistill.errors import CheckpointError
     from megatron_selfdistill.rollout.vllm.engine_adapter import RANKS, why_not_adapted
 
     if options.adapter_rank > RANKS[-1]:
         return f"--adapter-rank {options.adapter_rank}: vLLM takes adapters up to rank {RANKS[-1]}; lower it"
-    with open(os.path.join(options.hf_config, "config.json"), encoding="utf-8") as file:
-        described = json.load(file)
-    return why_not_adapted(described, on_cpu=on_cpu) if options.adapter_rank else None
+    try:
+        described = read_config(Path(options.hf_config))
+    except CheckpointError as error:
+        return f"--hf-config: {error}"
+    return why_not_adapted(described, on_cpu=on_cpu)
 
 
 def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, visible: int | None) -> str | None:
