@@ -4,22 +4,16 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from scripts import load_script
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-TOOLS = REPOSITORY / "tools" / "benchmarks"
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return tools/benchmarks/adapter_map.py, which imports its neighbours and the examples."""
-    monkeypatch.setattr(sys, "path", [str(TOOLS), str(REPOSITORY / "examples"), *sys.path])
-    return load_script(TOOLS / "adapter_map.py")
+def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("adapter_map")
 
 
 def test_the_page_shows_the_tables_of_the_lines(tool):

@@ -6,27 +6,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from scripts import load_script
 
 from megatron_selfdistill import config as configuration
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-TOOLS = REPOSITORY / "tools" / "benchmarks"
-
-
-@pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Return a function that loads a script of tools/benchmarks/, which imports its neighbours and examples/_lib."""
-    monkeypatch.setattr(sys, "path", [str(TOOLS), str(REPOSITORY / "examples"), *sys.path])
-    return lambda name: load_script(TOOLS / f"{name}.py")
 
 
 def test_the_page_shows_the_tables_of_the_lines(tools):
@@ -240,4 +227,4 @@ def test_every_arm_has_a_label(tools):
 
 def test_a_table_without_lines_is_an_error(tools):
     with pytest.raises(ValueError, match="has a table leak"):
-        tools("anchored_tables").with_tables("<!-- table leak -->\n<!-- end leak -->", [])
+        tools("anchored_tables").rows_of("leak", [])

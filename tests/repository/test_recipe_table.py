@@ -3,22 +3,16 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from scripts import load_script
-
-REPOSITORY = Path(__file__).resolve().parents[2]
-TOOLS = REPOSITORY / "tools" / "benchmarks"
 
 
 @pytest.fixture
-def tool(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """Return tools/benchmarks/recipe_table.py, which imports its neighbours and the examples."""
-    monkeypatch.setattr(sys, "path", [str(TOOLS), str(REPOSITORY / "examples"), *sys.path])
-    return load_script(TOOLS / "recipe_table.py")
+def tool(tools: Callable[[str], ModuleType]) -> ModuleType:
+    return tools("recipe_table")
 
 
 def test_the_page_shows_the_tables_of_the_lines(tool):

@@ -19,26 +19,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import re
-import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from cell_lines import DOCS, REPOSITORY, Line, append_line, read_lines
+from page_tables import complete, seeds_of, spread, write_or_compare
+
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
 from anchored_experiments import EXPERIMENTS, Cell, Experiment  # noqa: E402
-from anchored_map import read_lines  # noqa: E402
-from anchored_tables import complete, seeds_of, spread  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
 
-LINES, PAGE = REPOSITORY / "docs" / "adapter_map.jsonl", REPOSITORY / "docs" / "adapters.md"
+LINES, PAGE = DOCS / "adapter_map.jsonl", DOCS / "adapters.md"
 CHOICE_SEEDS, SEEDS = (1, 2), (11, 12, 13)
 """The seeds on which the learning rates were chosen, and the seeds that are reported."""
 RATE = 3e-4
@@ -60,7 +57,6 @@ CHOSEN = {task: {BEFORE: 1, ALL: 1, "rank_4": 10, "rank_16": 10} for task in TAS
 """Task -> the rate of each arm in the table of results."""
 FIGURES = {"greedy": "greedy", "sampled": "sampled", "shows_work": "work", "entropy": "entropy"}
 """Figure of a line -> heading of its column."""
-Line = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,11 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lines = read_lines(options.lines)
     if options.tables or options.check:
-        page = PAGE.read_text(encoding="utf-8")
-        written = with_tables(page, lines)
-        if options.tables:
-            PAGE.write_text(written, encoding="utf-8")
-        return int(options.check and written != page)
+        return write_or_compare(PAGE, lambda name: rows_of(name, lines), compare=options.check)
     done = {(line["task"], line["arm"], line["rate"], line["seed"]) for line in lines}
     compares = options.compare_rates is not None
     prepare_process()
@@ -113,10 +105,7 @@ def run_cell(task: str, arm: str, rate: int, seed: int, lines: Path, root: Path)
     line: dict[str, Any] = {"task": task, "arm": arm, "rate": rate, "seed": seed}
     line |= cell_of(TASKS[task], arm, rate, seed).run(root, directory)
     line |= {"seconds": round(time.perf_counter() - began, 1), "cpu_seconds": round(time.process_time() - cpu_began, 1)}
-    with lines.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    print(json.dumps(line), flush=True)
+    append_line(lines, line, directory)
 
 
 def cell_of(experiment: Experiment, arm: str, rate: int, seed: int) -> Cell:
@@ -126,16 +115,10 @@ def cell_of(experiment: Experiment, arm: str, rate: int, seed: int) -> Cell:
     return Cell(dataclasses.replace(experiment, arms={arm: overrides_of(arm, rate)}), arm, seed)
 
 
-def with_tables(page: str, lines: Sequence[Line]) -> str:
-    """Return the page with every table written anew from the lines."""
-
-    def written(match: re.Match[str]) -> str:
-        name = match[1]
-        of_rates = name.endswith("_rates")
-        rows = rates_table(name.removesuffix("_rates"), lines) if of_rates else results_table(name, lines)
-        return "\n".join([f"<!-- table {match[1]} -->", *rows, f"<!-- end {match[1]} -->"])
-
-    return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", written, page, flags=re.DOTALL)
+def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the table ``name`` of the page: a task's results, or a comparison of its learning rates."""
+    task = name.removesuffix("_rates")
+    return results_table(task, lines) if task == name else rates_table(task, lines)
 
 
 def results_table(task: str, lines: Sequence[Line]) -> list[str]:

@@ -12,22 +12,20 @@ there is not run again, so that the script may stop at any time and go on later.
 from __future__ import annotations
 
 import argparse
-import json
-import shutil
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from cell_lines import DOCS, REPOSITORY, append_line, read_lines
+
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
 from anchored_experiments import EXPERIMENTS, SEEDS, SWEEP, Cell, Experiment  # noqa: E402
 
 from _lib.command_line import prepare_process  # noqa: E402
 
-LINES = REPOSITORY / "docs" / "anchored_map.jsonl"
+LINES = DOCS / "anchored_map.jsonl"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -65,15 +63,7 @@ def run_cell(cell: Cell, lines: Path, root: Path) -> None:
     began, directory = time.perf_counter(), root / cell.experiment.name / f"{cell.arm}-seed{cell.seed}"
     line = {"experiment": cell.experiment.name, "arm": cell.arm, "seed": cell.seed}
     line |= cell.run(root, directory) | {"seconds": round(time.perf_counter() - began, 1)}
-    with lines.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    shutil.rmtree(directory, ignore_errors=True)
-    print(json.dumps(line), flush=True)
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the map, in the order in which they were measured; none where the file does not exist."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    append_line(lines, line, directory)
 
 
 def show(experiments: Sequence[Experiment], done: set[tuple[str, str, int]]) -> None:

@@ -11,17 +11,17 @@ A table shows the seeds that have a line for every arm in it.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Sequence
 from statistics import mean
-from typing import Any
 
-from anchored_map import LINES, REPOSITORY, arms_of, read_lines
+from anchored_map import LINES, arms_of
+from cell_lines import DOCS, Line, read_lines
 from leak_sweep import logit
+from page_tables import complete, seeds_of, short, spread, write_or_compare
 from thinking_table import thinking_table
 
-PAGE = REPOSITORY / "docs" / "anchored.md"
+PAGE = DOCS / "anchored.md"
 NAMES = {
     "base": "before",
     "teacher_alone": "teacher alone",
@@ -66,7 +66,6 @@ FIGURES = {
     "many_answers": ("sampled", "different", "entropy"),
 }
 """Experiment -> the figures of its table, where they are not the usual ones."""
-Line = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,34 +73,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 where a table differs")
     options = parser.parse_args(argv)
-    lines, page = read_lines(LINES), PAGE.read_text(encoding="utf-8")
-    written = with_tables(page, lines)
+    lines = read_lines(LINES)
+    status = write_or_compare(PAGE, lambda name: rows_of(name, lines), compare=options.check)
     if options.check:
-        return int(written != page)
-    PAGE.write_text(written, encoding="utf-8")
+        return status
     from anchored_pictures import draw_leak, draw_sweep
 
-    draw_leak(lines_of("leak", lines), NAMES, REPOSITORY / "docs" / "leaking_hint.png")
-    draw_sweep(lines_of("sweep", lines), REPOSITORY / "docs" / "anchored_sweep.png")
+    draw_leak(lines_of("leak", lines), NAMES, DOCS / "leaking_hint.png")
+    draw_sweep(lines_of("sweep", lines), DOCS / "anchored_sweep.png")
     return 0
 
 
-def with_tables(page: str, lines: Sequence[Line]) -> str:
-    """Return the page with every table written anew from the lines.
+def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the table ``name`` of the page: an experiment's, or that of the weights at which a fork flips.
 
     Raises: ValueError, which names the experiment, for a table whose experiment has no line.
     """
-
-    def table_of(match: re.Match[str]) -> str:
-        name = match[1]
-        rows = flips() if name == "flips" else experiment_table(name, lines)
-        return "\n".join([f"<!-- table {name} -->", *rows, f"<!-- end {name} -->"])
-
-    return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", table_of, page, flags=re.DOTALL)
-
-
-def experiment_table(name: str, lines: Sequence[Line]) -> list[str]:
-    """Return the table of an experiment."""
+    if name == "flips":
+        return flips()
     of_experiment = lines_of(name, lines)
     if not of_experiment:
         raise ValueError(f"docs/anchored.md has a table {name}: expected a seed with a line for every arm, got none")
@@ -186,37 +175,6 @@ def heading(rule: str) -> str:
     """Return the heading of a rule of the sweep, such as matched_w0.75."""
     name, _, weight = rule.partition("_w")
     return f"{'k = 1 + w' if name == 'fixed' else 'matched'}, w = {weight.removeprefix('0')}"
-
-
-def complete(lines: Sequence[Line], arms: Collection[str]) -> list[Line]:
-    """Return the lines of the seeds that have a line for every one of ``arms``."""
-    of_seed: dict[int, set[str]] = {}
-    for line in lines:
-        of_seed.setdefault(line["seed"], set()).add(line["arm"])
-    return [line for line in lines if of_seed[line["seed"]] >= set(arms)]
-
-
-def seeds_of(lines: Sequence[Line]) -> str:
-    """Return the seeds of the lines as text."""
-    seeds = sorted({line["seed"] for line in lines})
-    return f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
-
-
-def spread(values: Sequence[float | None]) -> str:
-    """Return the mean of the seeds with the lowest and highest in brackets; empty where a seed has no value."""
-    known = [value for value in values if value is not None]
-    if not known or len(known) < len(values):
-        return ""
-    shown: Callable[[float], str] = "{:.1f}".format if max(known) >= 10 else short
-    if len(known) == 1:
-        return shown(known[0])
-    return f"{shown(mean(known))} [{shown(min(known))} {shown(max(known))}]"
-
-
-def short(value: float) -> str:
-    """Return a number with two digits after the point, or three below a tenth, without a leading zero."""
-    text = f"{value:.3f}" if 0 < value < 0.0995 else f"{value:.2f}"
-    return text[1:] if text.startswith("0.") else text
 
 
 def moments(steps: Sequence[int]) -> str:

@@ -18,9 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import re
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -28,16 +25,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from anchored_map import REPOSITORY, read_lines
-from anchored_tables import complete, seeds_of, spread
+from cell_lines import DOCS, REPOSITORY, Line, append_line, read_lines
+from page_tables import complete, seeds_of, spread, write_or_compare
 
-from _lib.command_line import prepare_process
-from _lib.measurement import measure
-from _lib.pretraining import make_base, write_records
+sys.path[:0] = [str(REPOSITORY / "examples")]
 
-example = importlib.import_module("10_recipes")  # anchored_map has put examples/ on the path
+from _lib.command_line import prepare_process  # noqa: E402
+from _lib.measurement import measure  # noqa: E402
+from _lib.pretraining import make_base, write_records  # noqa: E402
 
-LINES, PAGE = REPOSITORY / "docs" / "recipe_table.jsonl", REPOSITORY / "docs" / "recipes" / "comparison.md"
+example = importlib.import_module("10_recipes")
+
+LINES, PAGE = DOCS / "recipe_table.jsonl", DOCS / "recipes" / "comparison.md"
 SEEDS = (21, 22, 23)
 """The seeds that are reported; no setting was chosen on them."""
 BEFORE = "before"
@@ -52,7 +51,6 @@ RATE = 3e-4
 RATES = (1e-4, RATE, 1e-3)
 RATED = ("default", "sdft", "sdpo", "pi_distill", "grpo", "rft")
 """The rows that are compared at several learning rates."""
-Line = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -69,11 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     lines = read_lines(options.lines)
     if options.tables or options.check:
-        page = PAGE.read_text(encoding="utf-8")
-        written = with_tables(page, lines)
-        if options.tables:
-            PAGE.write_text(written, encoding="utf-8")
-        return int(options.check and written != page)
+        return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
     done = {(line["block"], line["row"], line["seed"], rate_of(line)) for line in lines}
     rates = [rate for rate in RATES if rate != RATE] if options.learning_rates else [RATE]
     prepare_process()
@@ -103,10 +97,7 @@ def run_cell(name: str, row: str, seed: int, rate: float, lines: Path, root: Pat
     """Run a cell, append its line, and remove its run; the base stays for the other cells."""
     about = {"block": name, "row": row, "seed": seed} | ({} if rate == RATE else {"lr": rate})
     line = about | rounded(cell(name, row, seed, settings_of(rate), root))
-    with lines.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
-    shutil.rmtree(root / f"{name}-seed{seed}", ignore_errors=True)
-    print(json.dumps(line), flush=True)
+    append_line(lines, line, root / f"{name}-seed{seed}")
 
 
 def cell(name: str, row: str, seed: int, settings: Sequence[str], root: Path) -> dict[str, Any]:
@@ -135,15 +126,10 @@ def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def with_tables(page: str, lines: Sequence[Line]) -> str:
-    """Return the page with every table written anew from the lines."""
-
-    def written(match: re.Match[str]) -> str:
-        name, _, kind = match[1].partition("_")
-        rows = {"": results_table, "budget": budget_table, "rates": rates_table}[kind](name, lines)
-        return "\n".join([f"<!-- table {match[1]} -->", *rows, f"<!-- end {match[1]} -->"])
-
-    return re.sub(r"<!-- table (\w+) -->.*?<!-- end \1 -->", written, page, flags=re.DOTALL)
+def table_of(name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the table ``name`` of the page: the results of a block, its budget, or a comparison of learning rates."""
+    block, _, kind = name.partition("_")
+    return {"": results_table, "budget": budget_table, "rates": rates_table}[kind](block, lines)
 
 
 def results_table(name: str, lines: Sequence[Line]) -> list[str]:
