@@ -4,16 +4,62 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trained import FAMILY, MAX_LENGTH, MODEL, Reach
+import torch
+from trained import FAMILY, MAX_LENGTH, MODEL, Reach, write_config
 
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
+from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
+
+START_SECONDS = 900.0
+
+
+@dataclass(frozen=True)
+class Servers:
+    """Servers with one token, for guided requests too."""
+
+    processes: list[ServerProcess]
+    reach: Reach
+
+
+@contextmanager
+def started(directory: Path, num_servers: int, adapter: EngineAdapter | None = None) -> Iterator[Servers]:
+    """Yield healthy servers of `MODEL`, which take the adapters ``adapter``; end them at the end."""
+    hf_config, token = write_config(directory / "model"), secrets.token_urlsafe(16)
+    rollout = RolloutConfig(
+        engine="vllm",
+        placement="server",
+        num_servers=num_servers,
+        server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
+        kv_cache_gb=0.2,
+        guidance="mixed",
+        engine_args={"max_num_seqs": 32},
+    )
+    processes = start_servers(
+        rollout,
+        directory=directory,
+        hf_config=hf_config,
+        token=token,
+        dtype=torch.float32,
+        max_model_len=MAX_LENGTH,
+        adapter=adapter,
+    )
+    try:
+        wait_until_healthy(processes, [VllmServer(one.address, token) for one in processes], START_SECONDS)
+        yield Servers(processes, Reach([one.address for one in processes], token, hf_config))
+    finally:
+        for one in processes:
+            one.stop()
 
 
 @contextmanager

@@ -4,33 +4,27 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import models
 import pytest
-import torch
 from adapted import other_factors
-from real_servers import sampler
+from real_servers import sampler, started
 from responses import own, tokens
-from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests, write_config
+from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
-from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
 from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
 from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.rollout.vllm.server.server_process import start_servers, wait_until_healthy
 
 TIMEOUT = 600.0
-START_SECONDS = 900.0
 ADAPTER = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)
 ANCHORED = Target(anchor="reference")
 
@@ -38,31 +32,9 @@ ANCHORED = Target(anchor="reference")
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reach]:
     """Return one server that takes adapters and guided requests."""
-    directory = tmp_path_factory.mktemp("adapted")
-    hf_config, token = write_config(directory / "model"), secrets.token_urlsafe(16)
-    rollout = RolloutConfig(
-        engine="vllm",
-        placement="server",
-        num_servers=1,
-        server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
-        kv_cache_gb=0.2,
-        guidance="mixed",
-        engine_args={"max_num_seqs": 32},
-    )
-    [process] = start_servers(
-        rollout,
-        directory=directory,
-        hf_config=hf_config,
-        token=token,
-        dtype=torch.float32,
-        max_model_len=MAX_LENGTH,
-        adapter=EngineAdapter.of(ADAPTER, adapter_rules(FAMILY.rules(MODEL), ADAPTER)),
-    )
-    try:
-        wait_until_healthy([process], [VllmServer(process.address, token)], START_SECONDS)
-        yield Reach([process.address], token, hf_config)
-    finally:
-        process.stop()
+    described = EngineAdapter.of(ADAPTER, adapter_rules(FAMILY.rules(MODEL), ADAPTER))
+    with started(tmp_path_factory.mktemp("adapted"), 1, described) as found:
+        yield found.reach
 
 
 def adapted(layout: dict[str, int]) -> tuple[list[Any], Any]:

@@ -18,6 +18,8 @@ from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 _OPEN_PATHS = ("/health",)
 
 Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
 class TokenRequired:
@@ -33,12 +35,7 @@ class TokenRequired:
         self._app = app
         self._expected = f"Bearer {token}".encode()
 
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass a request with the token on to the server, and answer any other request with 401."""
         if scope["type"] == "lifespan" or (scope["type"] == "http" and scope["path"] in _OPEN_PATHS):
             await self._app(scope, receive, send)
@@ -64,12 +61,7 @@ class AdapterNamed:
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
 
-    async def __call__(
-        self,
-        scope: Message,
-        receive: Callable[[], Awaitable[Message]],
-        send: Callable[[Message], Awaitable[None]],
-    ) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Pass every request on, the first one after the name is known."""
         models = getattr(scope["app"].state, "openai_serving_models", None) if "app" in scope else None
         if models is not None and ADAPTER_NAME not in models.lora_requests:
