@@ -165,6 +165,23 @@ def _progress() -> Iterator[Progress]:
         )
 
 
+class ListOfFamilies(argparse.Action):
+    """The option that prints the architectures that convert, one per line, and ends the command."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        """Print a table of architecture, published models and limits."""
+        from rich.console import Console
+        from rich.table import Table
+
+        from megatron_selfdistill.model.hf.mapping import FAMILIES
+
+        table = Table("architectures in config.json", "models", "what is required", box=None, pad_edge=False)
+        for family in FAMILIES.values():
+            table.add_row(family.architecture, family.models, family.limits.replace("`", ""))
+        Console(highlight=False, soft_wrap=False).print(table)
+        parser.exit()
+
+
 def _os_error(error: OSError) -> str:
     where = f" {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -185,6 +202,7 @@ def _bytes(text: str) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="selfdistill convert", description=__doc__, **RAW)
+    parser.add_argument("--list", action=ListOfFamilies, nargs=0, help="print what converts and with what limits")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_hf_to_megatron(commands)
     _add_megatron_to_hf(commands)

@@ -47,8 +47,8 @@ ORDER = {
     ),
     "model": (
         "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build hf.rules "
-        "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts hf.mapping export "
-        "forward output_layer"
+        "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts "
+        "hf.nearest hf.mapping export forward output_layer"
     ),
     "checkpoint": (
         "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "

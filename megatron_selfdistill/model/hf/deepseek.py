@@ -144,4 +144,6 @@ DEEPSEEK_V3 = Family(
         "rope_interleave": True,
         "num_nextn_predict_layers": 1,
     },
+    models="DeepSeek-V3, V3.1 and R1",
+    limits="`scoring_func=sigmoid`, `topk_method=noaux_tc`, `norm_topk_prob=true`, `rms_norm_eps=1e-6`",
 )

@@ -123,6 +123,8 @@ LLAMA = Family(
     _reader(slides=lambda config: False, bias=False),
     lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
+    models="Llama 2, 3, 3.1, 3.2 and 3.3",
+    limits="no biases; default or llama3 RoPE with Megatron's constants (8192, 1, 4)",
 )
 MISTRAL = Family(
     "MistralForCausalLM",
@@ -130,6 +132,8 @@ MISTRAL = Family(
     _reader(slides=lambda config: True, bias=False),
     _write_full_attention,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    models="Mistral 7B from v0.2, Mistral Nemo, Mistral Small of 2024",
+    limits="no active sliding window",
 )
 QWEN2 = Family(
     "Qwen2ForCausalLM",
@@ -137,6 +141,8 @@ QWEN2 = Family(
     _reader(slides=_sliding_layers, bias=True),
     _write_without_head_dim,
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    models="Qwen2, Qwen2.5, QwQ",
+    limits="no active sliding window; `attention_bias` is ignored, as transformers ignores it",
 )
 QWEN3 = Family(
     "Qwen3ForCausalLM",
@@ -144,4 +150,6 @@ QWEN3 = Family(
     _reader(slides=_sliding_layers, bias=False, qk_layernorm=True),
     lambda arch: _write(arch) | {"attention_bias": False},
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    models="Qwen3",
+    limits="no biases, no active sliding window",
 )

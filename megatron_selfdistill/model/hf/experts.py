@@ -92,6 +92,8 @@ MIXTRAL = Family(
         "num_experts_per_tok": 2,
     },
     ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    models="Mixtral 8x7B and 8x22B",
+    limits="no active sliding window",
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
@@ -109,4 +111,6 @@ QWEN3_MOE = Family(
         "mlp_only_layers": None,
         "sliding_window": 4096,
     },
+    models="Qwen3-30B-A3B, Qwen3-235B-A22B",
+    limits="no biases, no active sliding window; dense layers between the others are allowed",
 )

@@ -19,8 +19,11 @@ class HFConfig:
 
     def __init__(self, architecture: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         self.architecture, self.values, self.defaults = architecture, values, defaults
+        self.asked: set[str] = set()
+        """The keys that were asked for."""
 
     def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
         if key in self.values:
             return self.values[key]
         if key in self.defaults:
@@ -49,6 +52,10 @@ class Family:
     """The defaults of transformers' configuration class."""
     expert_names: ExpertNames = field(default_factory=ExpertNames)
     """The names of the tensors of a mixture of experts."""
+    models: str = ""
+    """The published models of the family, for users."""
+    limits: str = ""
+    """What a config.json must have to be converted, for users, as words of Markdown."""
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes.

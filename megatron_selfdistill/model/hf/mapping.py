@@ -18,6 +18,7 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.model.hf import deepseek, dense, experts
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
+from megatron_selfdistill.model.hf.nearest import describe_nearest
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
 
 __all__ = [
@@ -60,7 +61,7 @@ _SCALES = "_scale_inv"
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json by its ``architectures``, else by its ``model_type``.
 
-    Raises: ConfigError with the known architectures.
+    Raises: ConfigError with the nearest known architecture and the differences.
     """
     named = list(hf_config.get("architectures") or [])
     for name in named:
@@ -71,7 +72,10 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             if family.model_type == hf_config.get("model_type"):
                 return family
     got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
-    raise ConfigError(f"config.json has {got}, expected one of the architectures {', '.join(FAMILIES)}")
+    raise ConfigError(
+        f"config.json has {got}, which is not known here: {describe_nearest(hf_config, FAMILIES.values())} "
+        "(`selfdistill convert --list` shows what converts)"
+    )
 
 
 def family_of_model(model: ModelConfig) -> Family:

@@ -204,10 +204,9 @@ def test_further_keys_are_added_to_a_written_config_json():
         ({}, "model_type None"),
     ],
 )
-def test_an_unknown_architecture_is_refused_listing_the_known_ones(config, got):
-    with pytest.raises(ConfigError) as caught:
+def test_an_unknown_architecture_is_refused_by_its_name(config, got):
+    with pytest.raises(ConfigError, match=f"config.json has {got}, which is not known here: the nearest is "):
         family_of(config)
-    assert got in str(caught.value) and all(name in str(caught.value) for name in FAMILIES)
 
 
 def test_without_architectures_the_model_type_decides():

@@ -1,0 +1,61 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""An unknown architecture is refused with the nearest known one and what differs; the page lists all known ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_selfdistill.commands.convert import main
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.mapping import FAMILIES, family_of
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "nearest"),
+    [
+        (
+            "gemma2",
+            "Gemma2ForCausalLM",
+            r"attn_logit_softcapping=50.0, final_logit_softcapping=30.0, hidden_activation=",
+        ),
+        ("cohere", "CohereForCausalLM", "layer_norm_eps=1e-05, logit_scale=0.0625 "),
+        ("olmo2", "Olmo2ForCausalLM", "its tensors or its code, not its fields "),
+        ("deepseek_v2", "DeepseekV2ForCausalLM", r"what DeepseekV3ForCausalLM refuses \(.* has topk_method='greedy': "),
+        ("apertus", "ApertusForCausalLM", r"what \w+ refuses \(.* has hidden_act='xielu': only silu"),
+    ],
+)
+def test_an_unknown_architecture_is_compared_with_the_nearest_known_one(model_type, architecture, nearest):
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(model_type).to_dict() | {"architectures": [architecture]}
+    message = rf"config.json has {architecture}, which is not known here: the nearest is \w+, from which it differs in "
+    with pytest.raises(ConfigError, match=message + f".*{nearest}.*convert --list` shows what converts"):
+        family_of(config)
+
+
+def test_experts_are_a_difference():
+    dense = {"architectures": ["NewForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    sizes = {"vocab_size": 9, "intermediate_size": 8, "max_position_embeddings": 8, "rms_norm_eps": 1e-6}
+    with pytest.raises(ConfigError, match=r"the nearest is (Llama|Qwen|Mistral)"):
+        family_of(dense | sizes)
+    with pytest.raises(ConfigError, match=r"the nearest is (Mixtral|Qwen3Moe)"):
+        family_of(dense | sizes | {"num_experts": 4})
+
+
+def test_the_page_and_the_command_list_what_converts(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    page = (REPOSITORY / "docs" / "conversion.md").read_text(encoding="utf-8")
+    table = page.partition("| architectures in config.json | models | what is required |\n|---|---|---|\n")[2]
+    rows = [f"| `{family.architecture}` | {family.models} | {family.limits} |" for family in FAMILIES.values()]
+    assert table.partition("\n\n")[0].splitlines() == rows
+    with pytest.raises(SystemExit, match="0"):
+        main(["--list"])
+    heading, *listed = capsys.readouterr().out.splitlines()
+    assert heading.split() == "architectures in config.json models what is required".split()
+    for line, family in zip(listed, FAMILIES.values(), strict=True):
+        assert line.split() == f"{family.architecture} {family.models} {family.limits}".replace("`", "").split()
+        assert family.models and family.limits
