@@ -41,6 +41,20 @@ class Microbatch:
     predicts."""
     num_sequences: int
     """Number of contexts; 0 in a microbatch without loss."""
+    num_rows: int | None = None
+    """Number b of rows of S / b tokens, one behind the other, which the model reads apart from each other; a row holds
+    one context, or only padding (data/rows.py).  None is a packed sequence."""
+
+    @property
+    def state_positions(self) -> Tensor:
+        """Indices [R] int64 of the hidden states at ``response_positions`` among the states that the model returns.
+
+        The states of rows, ``[S / b, b, h]``, are counted position by position.
+        """
+        if self.num_rows is None:
+            return self.response_positions
+        row_length = len(self.tokens) // self.num_rows
+        return self.response_positions % row_length * self.num_rows + self.response_positions // row_length
 
     @property
     def max_seqlen(self) -> int:
@@ -61,6 +75,8 @@ class PackedBatch:
     guided: Tensor
     """Whether each of the response tokens belongs to a guided problem, [R_total] bool."""
     num_contexts: int
+    num_rows: int | None = None
+    """``Microbatch.num_rows`` of all microbatches."""
 
     @property
     def student_padding_share(self) -> float:
@@ -129,7 +145,7 @@ def required_seq_length(contexts: Sequence[ContextPair], rules: PackingRules, *,
     need = 0
     for lengths, sequences in _planned_sequences(contexts, capacity, rules):
         need = max(need, *(sum(lengths[index] for index in sequence) for sequence in sequences), 0)
-    return max(multiple, min(_round_up(need, math.lcm(multiple, seq_quantum or 1)), capacity))
+    return max(multiple, min(round_up(need, math.lcm(multiple, seq_quantum or 1)), capacity))
 
 
 def length_quantum(max_tokens: int) -> int:
@@ -165,7 +181,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
 
     def microbatches(prompts: list[list[int]], sequences: list[list[int]]) -> list[Microbatch]:
         return [
-            _microbatch(
+            microbatch_of(
                 [(prompts[i], contexts[i].response, offsets[i]) for i in sequence], length, rules.segment_multiple
             )
             for sequence in sequences
@@ -195,7 +211,7 @@ def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> Pac
     ):
         if want < have:
             raise ValueError(f"Expected at least the present number of {role} microbatches, {have}, got {want}.")
-    padding = _microbatch([], packed.seq_length, 1)
+    padding = replace(microbatch_of([], packed.seq_length, 1), num_rows=packed.num_rows)
     return replace(
         packed,
         student=packed.student + [padding] * (num_student - len(packed.student)),
@@ -230,10 +246,8 @@ def context_parallel_positions(cu_seqlens: Tensor, cp_size: int, cp_rank: int) -
     return torch.cat(parts)
 
 
-def _planned_sequences(
-    contexts: Sequence[ContextPair], capacity: int, rules: PackingRules
-) -> list[tuple[list[int], list[list[int]]]]:
-    """Return, for student and teacher, the padded length of every context and the contexts of each microbatch."""
+def require_prompts(contexts: Sequence[ContextPair]) -> None:
+    """Raise ValueError for an empty prompt, which has no hidden state that predicts the first response token."""
     for context in contexts:
         if not context.student_prompt or not context.teacher_prompt:
             raise ValueError(
@@ -241,9 +255,16 @@ def _planned_sequences(
                 "state of the last one predicts the response, got an empty prompt; let the chat template "
                 "begin with a token."
             )
+
+
+def _planned_sequences(
+    contexts: Sequence[ContextPair], capacity: int, rules: PackingRules
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Return, for student and teacher, the padded length of every context and the contexts of each microbatch."""
+    require_prompts(contexts)
     multiple = rules.segment_multiple
-    student = [_round_up(context.student_length, multiple) for context in contexts]
-    teacher = [_round_up(context.teacher_length, multiple) for context in contexts]
+    student = [round_up(context.student_length, multiple) for context in contexts]
+    teacher = [round_up(context.teacher_length, multiple) for context in contexts]
     for role, lengths in (("student", student), ("teacher", teacher)):
         longest = max(range(len(contexts)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > capacity:
@@ -276,8 +297,13 @@ def _first_fit_decreasing(lengths_by_role: list[list[int]], capacity: int) -> li
     return sequences
 
 
-def _microbatch(contexts: list[tuple[list[int], list[int], int]], seq_length: int, segment_multiple: int) -> Microbatch:
-    """Return the packed sequence of ``contexts``: (prompt, response, index of the first token in all responses)."""
+def microbatch_of(
+    contexts: Sequence[tuple[list[int], list[int], int]], seq_length: int, segment_multiple: int
+) -> Microbatch:
+    """Return the packed sequence of ``contexts``: (prompt, response, index of the first token in all responses).
+
+    ``segment_multiple``: the number of which the length of each segment is a multiple.
+    """
     tokens = torch.zeros(seq_length, dtype=torch.int64)
     position_ids = torch.zeros(seq_length, dtype=torch.int64)
     padding_mask = torch.ones(seq_length, dtype=torch.bool)
@@ -286,7 +312,7 @@ def _microbatch(contexts: list[tuple[list[int], list[int], int]], seq_length: in
     response_ids = [torch.empty(0, dtype=torch.int64)]
     for prompt, response, offset in contexts:
         start, length = bounds[-1], len(prompt) + len(response)
-        end = start + _round_up(length, segment_multiple)
+        end = start + round_up(length, segment_multiple)
         tokens[start : start + length] = _int64(prompt + response)
         position_ids[start:end] = torch.arange(end - start)
         padding_mask[start : start + length] = False
@@ -314,7 +340,8 @@ def _padding_share(microbatches: list[Microbatch]) -> float:
     return padding / sum(microbatch.padding_mask.numel() for microbatch in microbatches)
 
 
-def _round_up(value: int, multiple: int) -> int:
+def round_up(value: int, multiple: int) -> int:
+    """Return the least multiple of ``multiple`` that is at least ``value``."""
     return -(-value // multiple) * multiple
 
 

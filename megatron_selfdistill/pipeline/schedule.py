@@ -127,7 +127,7 @@ def run(
         bank=bank,
     )
     with router_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)):
-        step.run(order, batch.seq_length, forward_only)
+        step.run(order, batch.seq_length, batch.num_rows or 1, forward_only)
     return step.collected(num_response_tokens)
 
 
@@ -185,8 +185,11 @@ class _Step:
     coefficients: list[Coefficients] = field(default_factory=list)
     measures: list[TokenMeasures] = field(default_factory=list)
 
-    def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
-        """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule."""
+    def run(self, order: Sequence[tuple[str, int]], num_tokens: int, num_rows: int, forward_only: bool) -> None:
+        """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule.
+
+        ``num_tokens``: the tokens of a microbatch, in ``num_rows`` rows.
+        """
         chunks, iterators = self.student, [iter(order) for _ in self.student]
         with torch.set_grad_enabled(not forward_only):
             get_forward_backward_func()(
@@ -194,8 +197,8 @@ class _Step:
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
                 model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(order),
-                seq_length=seq_length,
-                micro_batch_size=1,
+                seq_length=num_tokens // num_rows,
+                micro_batch_size=num_rows,
                 forward_only=forward_only,
             )
 

@@ -43,7 +43,7 @@ ORDER = {
     ),
     "data": (
         "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "
-        "chat.replies packing"
+        "chat.replies packing rows"
     ),
     "model": (
         "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build hf.rules "
