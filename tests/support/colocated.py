@@ -14,6 +14,7 @@ import models
 import torch
 
 from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
+from megatron_selfdistill.model.hf.family import Family
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
 TIMEOUT = 600.0
@@ -46,13 +47,17 @@ def sampler(
     vocab_size: int = models.VOCAB_SIZE,
     adapter: AdapterConfig | None = None,
     dtype: str = "float32",
+    family: Family | None = None,
     **options: Any,
 ) -> Iterator[Any]:
-    """Yield a `ColocatedSampler` of the model; ``options`` are fields of `RolloutConfig`."""
+    """Yield a `ColocatedSampler` of the model; ``options`` are fields of `RolloutConfig`.
+
+    ``family``: the family as which vLLM knows the model; null takes the first family that can describe it.
+    """
     from megatron_selfdistill.model.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
-    family = family_of_model(model)
+    family = family or family_of_model(model)
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
         built = ColocatedSampler(

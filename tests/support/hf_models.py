@@ -128,6 +128,12 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "seed_oss": ("SeedOssConfig", {**_SIZES, "attention_bias": True}),
+    "smollm3": (
+        "SmolLM3Config",
+        {**_SIZES, "no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": True, "pad_token_id": None},
+    ),
+    "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "pad_token_id": None}),
 }
 """kind -> (configuration class of transformers, its arguments)."""
 

@@ -56,6 +56,8 @@ class Family:
     """The published models of the family, for users."""
     limits: str = ""
     """What a config.json must have to be converted, for users, as words of Markdown."""
+    adapt: Callable[[Rule], Rule] = lambda rule: rule
+    """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes.
@@ -97,7 +99,7 @@ class Family:
         ``stacked``: whether a torch_dist checkpoint holds all layers under one key.  Null is Megatron's choice for this
         model: stacked, unless the model has both dense and MoE layers.
         """
-        return decoder_rules(architecture(model), self.expert_names, stacked)
+        return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.expert_names, stacked)]
 
 
 _NO_PART_OF_A_MODEL = {
@@ -168,6 +170,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     values["ffn_hidden_size"] = values["ffn_hidden_size"] or 4 * values["hidden_size"]
     values["num_query_groups"] = values["num_query_groups"] or heads
     values["kv_channels"] = values["kv_channels"] or values["hidden_size"] // heads
+    values["no_rope_freq"] = layers_without_rope(values["no_rope_freq"], values["num_layers"])
     without_effect: set[str] = set()
     if values["num_moe_experts"] is None:
         without_effect |= _MOE.keys() | {name for name in values if name.startswith("moe_")}
@@ -190,6 +193,13 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
 def moe_layers(freq: int | list[int], num_layers: int) -> list[int]:
     """Return 1 for each layer with experts and 0 for each dense layer, from Megatron's ``moe_layer_freq``."""
     return [int(i % freq == 0) for i in range(num_layers)] if isinstance(freq, int) else [int(f) for f in freq]
+
+
+def layers_without_rope(freq: int | list[int] | None, num_layers: int) -> list[int] | None:
+    """Return 1 for each layer without rotary positions, from Megatron's ``no_rope_freq``; null without such a layer."""
+    if isinstance(freq, int):
+        return [int((i + 1) % freq == 0) for i in range(num_layers)] if freq else None
+    return [int(f) for f in freq] if freq and any(freq) else None
 
 
 def differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
-from megatron_selfdistill.model.hf import deepseek, dense, experts
+from megatron_selfdistill.model.hf import deepseek, dense, experts, phi, seed_oss, smollm
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
 from megatron_selfdistill.model.hf.nearest import describe_nearest
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
@@ -48,6 +48,9 @@ FAMILIES: dict[str, Family] = {
         experts.MIXTRAL,
         experts.QWEN3_MOE,
         deepseek.DEEPSEEK_V3,
+        seed_oss.SEED_OSS,
+        smollm.SMOLLM3,
+        phi.PHI3,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -82,6 +82,25 @@ class QueryGroups:
 
 
 @dataclass(frozen=True)
+class Fused:
+    """The arrangement of one tensor in which a family has fused several tensors, such as ``qkv_proj``: q, k, then v."""
+
+    inner: Arrangement
+    """The arrangement of the single tensors."""
+    sizes: tuple[int, ...]
+    """The number of rows of each single tensor."""
+
+    def join(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return Megatron's tensor from the fused one."""
+        (fused_tensor,) = tensors
+        return self.inner.join(torch.split(fused_tensor, list(self.sizes)))
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the fused tensor from Megatron's."""
+        return (torch.cat(self.inner.split(tensor)),)
+
+
+@dataclass(frozen=True)
 class Rule:
     """The equality of one full tensor of a Megatron checkpoint and some full Hugging Face tensors, rearranged."""
 
@@ -138,6 +157,21 @@ def query_groups(megatron: MegatronSlice, hf: Mapping[str, tuple[int, ...]], arr
     """Return the rule of ``linear_qkv``; ``hf`` has the shapes of q, k and v by name."""
     shapes = tuple(hf.values())
     return Rule(megatron, (sum(s[0] for s in shapes), *shapes[0][1:]), tuple(hf), shapes, arrangement)
+
+
+def fused(rule: Rule, name: str) -> Rule:
+    """Return ``rule`` with its Hugging Face tensors, one below the other, as the single tensor ``name``."""
+    sizes = tuple(shape[0] for shape in rule.hf_shapes)
+    arrangement = Rows((sum(sizes),)) if isinstance(rule.arrangement, Rows) else Fused(rule.arrangement, sizes)
+    return replace(rule, hf_names=(name,), hf_shapes=((sum(sizes), *rule.hf_shapes[0][1:]),), arrangement=arrangement)
+
+
+def renamed(rule: Rule, parts: Mapping[str, str]) -> Rule:
+    """Return ``rule`` with each key of ``parts`` in its Hugging Face names replaced by the value of the key."""
+    names = rule.hf_names
+    for old, new in parts.items():
+        names = tuple(name.replace(old, new) for name in names)
+    return replace(rule, hf_names=names)
 
 
 def _require_shape(name: str, shape: tuple[int, ...], tensor: Tensor) -> None:

@@ -84,6 +84,18 @@ EXPECTED = {
         "--moe-router-topk-scaling-factor 2.5 --moe-router-enable-expert-bias --moe-router-bias-update-rate "
         "0.0 --moe-router-dtype fp32 --moe-shared-expert-intermediate-size 28 "
     ),
+    "seed_oss": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-06 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --add-qkv-bias --rotary-base 10000 "
+    ),
+    "smollm3": (
+        "--max-position-embeddings 64 --norm-epsilon 1e-06 --kv-channels 10 --group-query-attention "
+        "--num-query-groups 2 --rotary-base 2000000 --no-rope-freq [0,1,0,0] "
+    ),
+    "phi3": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
+    ),
 }
 """kind -> the flags besides `COMMON`."""
 

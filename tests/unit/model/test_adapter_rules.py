@@ -29,6 +29,7 @@ LAYOUTS = {
     "Qwen3, PP2": ("qwen3", {"pp": 2}, 2, DENSE),
     "Qwen3, TP2xPP2xVPP2": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2}, 4, DENSE),
     "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "Phi-3, TP2": ("phi3", {"tp": 2}, 2, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
     "DeepSeek, PP2": (
         "deepseek_v3",
         {"pp": 2},

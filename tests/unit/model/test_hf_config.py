@@ -48,6 +48,7 @@ HARMLESS = {
     *"architectures model_type transformers_version dtype torch_dtype use_cache pretraining_tp".split(),
     *"initializer_range bos_token_id eos_token_id pad_token_id attention_dropout output_router_logits".split(),
     *"router_aux_loss_coef router_jitter_noise max_window_layers qk_head_dim type".split(),
+    *"residual_dropout resid_pdrop embd_pdrop".split(),
 }
 # And what has no effect in a model of this kind: widths of dense layers where there are none, a window that is off.
 WITHOUT_EFFECT = {
@@ -56,6 +57,8 @@ WITHOUT_EFFECT = {
     "qwen3_moe": {"intermediate_size", "sliding_window"},
     "qwen3_moe_mixed": {"sliding_window"},
     "deepseek_v3_plain": {"intermediate_size"},
+    "smollm3": {"sliding_window", "no_rope_layer_interval"},
+    "phi3": {"original_max_position_embeddings"},
 }
 
 
@@ -118,6 +121,13 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ),
         ("qwen3", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type='yarn'"),
         ("qwen3_moe", {"decoder_sparse_step": 9}, "no layer with experts"),
+        ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
+        ("seed_oss", {"mlp_bias": True}, "mlp_bias=True"),
+        ("smollm3", {"attention_bias": True}, "attention_bias=True"),
+        ("smollm3", {"no_rope_layers": [1, 0]}, "2 entries in no_rope_layers"),
+        ("smollm3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}, "active sliding_window"),
+        ("phi3", {"sliding_window": 32}, "active sliding_window of 32"),
+        ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "longrope"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob=False"),
@@ -160,11 +170,15 @@ def test_both_spellings_of_rope_are_read_alike(written):
     assert family.model_config(config).rope_scaling
 
 
+LIKE_OTHERS = {"mistral": "LlamaForCausalLM", "seed_oss": "Qwen2ForCausalLM", "phi3": "LlamaForCausalLM"}
+"""kind -> the earlier family that computes the same."""
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_is_known_by_its_architecture(written, kind):
     config = hf_models.config_of(written(kind)[0])
     model = family_of(config).model_config(config)
-    expected = "LlamaForCausalLM" if kind == "mistral" else config["architectures"][0]
+    expected = LIKE_OTHERS.get(kind, config["architectures"][0])
     assert family_of_model(model).architecture == expected
 
 

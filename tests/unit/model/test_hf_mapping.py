@@ -105,6 +105,8 @@ def layers_swapped(patch, model, tensors):
 
 
 MUTATIONS = {
+    "rope in all layers": transformer_changed(no_rope_freq=None),
+    "rope in the other layers": transformer_changed(no_rope_freq=[1, 0, 1, 1]),
     "qkv not interleaved": qkv_not_interleaved,
     "gate and up swapped": gate_and_up_swapped,
     "layers swapped": layers_swapped,
@@ -136,6 +138,9 @@ MISTAKES = {
     ],
     "qwen2": [f"{name} bias lost" for name in ("query", "key", "value")],
     "qwen3": [f"{name} norm lost" for name in ("query", "key")],
+    "seed_oss": [f"{name} bias lost" for name in ("query", "key", "value")],
+    "smollm3": ["rope in all layers", "rope in the other layers"],
+    "phi3": ["qkv not interleaved"],
     "mixtral": ["gate and up swapped", "probabilities not normalised"],
     "qwen3_moe_mixed": ["probabilities normalised"],
     "deepseek_v3": [

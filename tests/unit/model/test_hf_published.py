@@ -207,6 +207,76 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         671_026_419_200,  # expert biases included
     ),
+    "Seed-OSS-36B-Instruct": (
+        {
+            "architectures": ["SeedOssForCausalLM"],
+            "attention_bias": True,
+            "attention_dropout": 0.1,
+            "attention_out_bias": False,
+            "head_dim": 128,
+            "hidden_act": "silu",
+            "hidden_size": 5120,
+            "intermediate_size": 27648,
+            "max_position_embeddings": 524288,
+            "mlp_bias": False,
+            "num_attention_heads": 80,
+            "num_hidden_layers": 64,
+            "num_key_value_heads": 8,
+            "residual_dropout": 0.1,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {"rope_type": "default"},
+            "rope_theta": 10000000.0,
+            "tie_word_embeddings": False,
+            "vocab_size": 155136,
+        },
+        36_151_104_512,
+    ),
+    "SmolLM3-3B": (
+        {
+            "architectures": ["SmolLM3ForCausalLM"],
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "layer_types": ["full_attention"] * 36,
+            "max_position_embeddings": 65536,
+            "max_window_layers": 28,
+            "mlp_bias": False,
+            "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0] * 9,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": None,
+            "rope_theta": 5000000.0,
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "vocab_size": 128256,
+        },
+        3_075_098_624,
+    ),
+    "phi-4": (
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 5120,
+            "intermediate_size": 17920,
+            "max_position_embeddings": 16384,
+            "num_attention_heads": 40,
+            "num_hidden_layers": 40,
+            "num_key_value_heads": 10,
+            "original_max_position_embeddings": 16384,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 250000,
+            "sliding_window": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 100352,
+        },
+        14_659_507_200,
+    ),
 }
 """The config.json of each model, and how many numbers its tensors have."""
 
@@ -217,6 +287,22 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_say(name):
     family = family_of(config)
     rules = family.rules(family.model_config(config))
     assert sum(torch.Size(rule.shape).numel() for rule in rules if not rule.is_passthrough) == num_parameters
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "Phi-3-mini-4k-instruct": (
+        {"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047, "max_position_embeddings": 4096},
+        "active sliding_window of 2047",
+    ),
+}
+"""The deciding fields of published config.json files that are refused, and a part of the message."""
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_published_model_that_megatron_would_compute_otherwise_is_refused(name):
+    config, words = REFUSED[name]
+    with pytest.raises(ConfigError, match=words):
+        family_of(config).model_config(config)
 
 
 @pytest.mark.parametrize("shape", [(256, 128), (7, 13), (130, 300), (1, 1)])

@@ -1,0 +1,49 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""vLLM knows every family here: with the weights of the live model it generates what transformers would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import models
+import pytest
+import torch
+from colocated import DRAWN, GREEDY, TIMEOUT, requests, sampler
+from responses import tokens
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.rollout.base import Response
+
+SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
+"""vLLM's attention on a CPU takes heads of few widths."""
+FAMILIES: dict[str, dict[str, Any]] = {
+    "seed_oss": SIZES,
+    "smollm3": SIZES,
+    "phi3": SIZES,
+}
+"""kind -> the sizes that differ from those of `hf_models.CONFIGS`."""
+
+
+def responses_of_vllm(directory: Path) -> tuple[list[Response], list[Response]]:
+    family, model, rules, tensors = hf_models.read(directory)
+    chunks, grid = models.build(model, ParallelConfig())
+    hf_models.fill(chunks, rules, tensors)
+    with sampler(model, chunks, grid, hf_models.VOCAB_SIZE, family=family) as it:
+        it.update_weights(3)
+        return it.generate(requests(4), GREEDY), it.generate(requests(4), DRAWN)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_responses_and_their_log_probs_are_those_of_transformers(ranks, tmp_path, kind):
+    reference = hf_models.write(kind, tmp_path, **FAMILIES[kind])
+    ((greedy, drawn),) = ranks.run(responses_of_vllm, tmp_path, world_size=1, timeout=TIMEOUT)
+    best = []
+    for request, response in zip(requests(4) * 2, [*greedy, *drawn], strict=True):
+        logits = hf_models.hf_logits(reference, [request.prompt + response.token_ids]).double()
+        rows = logits[len(request.prompt) - 1 : -1]
+        scored = rows.log_softmax(-1).gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1)
+        assert response.log_probs == pytest.approx(scored.tolist(), abs=2e-4)
+        best.append(rows.argmax(-1).tolist())
+    assert tokens(greedy) == best[: len(greedy)]
