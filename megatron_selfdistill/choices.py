@@ -33,7 +33,7 @@ NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 """Values of model.activation."""
 
-POSITION_EMBEDDINGS = ("rope", "learned_absolute", "none")
+POSITION_EMBEDDINGS = ("rope", "yarn", "learned_absolute", "none")
 """Values of model.position_embedding_type."""
 
 PAIR_ORDERS = ("teacher_first", "alternating")

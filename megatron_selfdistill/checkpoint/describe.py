@@ -153,6 +153,19 @@ def _describe_hf(path: Path) -> dict[str, str]:
     return lines | _describe_model(family.model_config(config), family)
 
 
+def _positions(model: ModelConfig) -> str:
+    parts = [f"{model.position_embedding_type}, base {model.rotary_base}"]
+    if model.position_embedding_type == "yarn":
+        parts.append(
+            f"factor {model.yarn_rotary_scaling_factor} over {model.yarn_original_max_position_embeddings} tokens"
+        )
+    if model.seq_len_interpolation_factor is not None:
+        parts.append(f"divided by {model.seq_len_interpolation_factor}")
+    if model.rotary_percent != 1:
+        parts.append(f"in {model.rotary_percent:.0%} of the channels")
+    return ", ".join(parts)
+
+
 def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:
     try:
         name = (family or family_of_model(model)).architecture
@@ -163,7 +176,7 @@ def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[st
         "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_hidden_size}",
         "attention": f"{model.num_attention_heads} heads, {model.num_query_groups or model.num_attention_heads} groups",
         "norm": f"{model.normalization}, epsilon {model.layernorm_epsilon}",
-        "positions": f"{model.position_embedding_type}, base {model.rotary_base}",
+        "positions": _positions(model),
         "longest sequence": f"{model.max_position_embeddings} tokens",
         "embeddings": "tied" if model.share_embeddings_and_output_weights else "untied",
     }

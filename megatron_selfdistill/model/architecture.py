@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnMaskType
@@ -46,7 +49,8 @@ def transformer_config(
     """
     values = _configured_values(model, parallel, optimizer, schedule)
     installed = Installed(cuda=not cpu.ON_CPU, transformer_engine=uses_transformer_engine())
-    values |= fused_kernels(values | model.transformer, model.activation, installed) | model.transformer
+    read_by_kernels = values | model.transformer | {"position_embedding_type": model.position_embedding_type}
+    values |= fused_kernels(read_by_kernels, model.activation, installed) | model.transformer
     mla = bool(values.get("multi_latent_attention"))
     cls = MLATransformerConfig if mla else TransformerConfig
     if mla:  # latent attention computes its own rotary embedding
@@ -63,11 +67,13 @@ def transformer_config(
         config = cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
+    if model.position_embedding_type == "yarn":
+        _set_yarn(config, model)
     refuse_untested_precision(
         config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
     )
     refuse_known_faults(config)
-    if model.position_embedding_type == "rope":
+    if model.position_embedding_type in ("rope", "yarn"):
         _check_rotary_width(config, model.rotary_percent)
     return config
 
@@ -126,6 +132,27 @@ def _configured_values(
             "moe_router_score_function": model.moe_router_score_function,
         }
     return values
+
+
+def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
+    """Set the attributes of YaRN, which ``GPTModel`` and ``Attention`` read although ``TransformerConfig`` lacks them.
+
+    Raises: `ConfigError` for latent attention, and where context parallelism cannot cut Megatron's first table.
+    """
+    if config.multi_latent_attention:
+        raise ConfigError(
+            "model.position_embedding_type=yarn is for ordinary attention: latent attention has its own YaRN, "
+            "model.transformer.rope_type=yarn"
+        )
+    original, parts = model.yarn_original_max_position_embeddings, 2 * config.context_parallel_size
+    if config.context_parallel_size > 1 and original % parts:
+        raise ConfigError(
+            f"model.yarn_original_max_position_embeddings={original} must be a multiple of {parts}, twice "
+            "parallel.context_parallel_size: Megatron Core cuts a table of this length"
+        )
+    for field in dataclasses.fields(model):
+        if field.name.startswith("yarn_"):
+            setattr(config, field.name, getattr(model, field.name))
 
 
 _Fault = tuple[bool, str]
@@ -212,6 +239,11 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
         (
             config.apply_rope_fusion and config.rotary_interleaved,
             "apply_rope_fusion rotates packed sequences as if rotary_interleaved were false: "
+            "set model.transformer.apply_rope_fusion=false",
+        ),
+        (
+            config.apply_rope_fusion and _yarn_get_concentration_factor_from_config(config) != 1.0,
+            "apply_rope_fusion drops YaRN's factor of queries and keys in packed sequences: "
             "set model.transformer.apply_rope_fusion=false",
         ),
         (

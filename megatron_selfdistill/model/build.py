@@ -222,6 +222,7 @@ def _gpt_model(
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         rope_scaling_factor=model.rope_scaling_factor,
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )
     chunk = _without_apex(make) if te and not layers._grad_accum_fusion_available else make()

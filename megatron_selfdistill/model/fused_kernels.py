@@ -48,8 +48,8 @@ class Installed:
 def fused_kernels(values: Mapping[str, Any], activation: str, installed: Installed) -> dict[str, Any]:
     """Return the fields of ``TransformerConfig`` that choose kernels, and the matching ``activation_func``.
 
-    ``values``: the other fields of ``TransformerConfig``, including ``model.transformer``.  ``activation``: a key of
-    `ACTIVATIONS`.
+    ``values``: the other fields of ``TransformerConfig``, including ``model.transformer``, and
+    ``position_embedding_type``.  ``activation``: a key of `ACTIVATIONS`.
 
     Raises: `ConfigError` where ``model.transformer.bias_activation_fusion=true`` would compute another function.
     """
@@ -122,6 +122,8 @@ def _no_fused_activation(values: Mapping[str, Any], activation: str) -> str | No
 def _fused_rotation_fits(values: Mapping[str, Any]) -> bool:
     """Return whether Transformer Engine's rotary kernels compute this model's positions in packed sequences."""
     if values.get("rotary_interleaved"):  # Megatron Core does not pass it to the kernel for packed sequences
+        return False
+    if values.get("position_embedding_type") == "yarn":  # neither does it pass YaRN's factor of queries and keys
         return False
     if values.get("multi_latent_attention"):
         if values.get("rope_type", "yarn") != "yarn" or values.get("cache_mla_latents"):

@@ -72,6 +72,16 @@ _YARN = {
     "beta_slow": 1,
     "original_max_position_embeddings": 16,
 }
+_YARN_OF_HEADS = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "beta_fast": 2.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.25,
+    "truncate": False,
+}
+"""Values at which every one of them, and the base 100, changes logits in 5 pairs of channels."""
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": (
@@ -87,6 +97,11 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None, "rms_norm_eps": 1e-5}),
     "qwen2": ("Qwen2Config", {**_SIZES, "tie_word_embeddings": True, "rope_theta": 1000000.0}),
     "qwen3": ("Qwen3Config", {**_SIZES, "rope_theta": 1000000.0}),
+    "llama_linear": (
+        "LlamaConfig",
+        {**_SIZES, "tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
+    ),
+    "qwen3_yarn": ("Qwen3Config", {**_SIZES, "rope_theta": 100.0, "rope_scaling": _YARN_OF_HEADS}),
     "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3MoeConfig",

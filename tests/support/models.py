@@ -46,10 +46,25 @@ _MODELS = {
     "tied": dataclasses.replace(_GQA, share_embeddings_and_output_weights=True, add_qkv_bias=True),  # 4 layers
     "moe": dataclasses.replace(_GQA, num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=32, qk_layernorm=True),
 }
+ROTATIONS: dict[str, dict[str, Any]] = {
+    "YaRN": {
+        "position_embedding_type": "yarn",
+        "yarn_rotary_scaling_factor": 4.0,
+        "yarn_original_max_position_embeddings": 16,
+        "yarn_beta_fast": 2.0,
+    },
+    "divided positions": {"seq_len_interpolation_factor": 2.0},
+    "partial rotation": {"rotary_percent": 0.5},
+}
+"""Changes of a configuration that give its rotary positions another form."""
+_MODELS |= {
+    "yarn": dataclasses.replace(_MODELS["shallow"], **ROTATIONS["YaRN"]),
+    "partial": dataclasses.replace(_MODELS["shallow"], **ROTATIONS["partial rotation"]),
+}
 
 
 def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:
-    """Return a configuration: ``gqa``, ``shallow``, ``tied`` or ``moe`` (4 experts, 2 per token).
+    """Return a configuration: ``moe`` (4 experts, 2 per token) or another key of ``_MODELS``.
 
     ``changes`` replace fields.
     """

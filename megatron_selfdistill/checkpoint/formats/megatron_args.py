@@ -19,6 +19,7 @@ from megatron_selfdistill.model.architecture import padded_vocab_size, transform
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.fused_kernels import activation_name
 
+_YARN = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("yarn_")]
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
 
@@ -43,6 +44,9 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
         rotary_base=gpt.rotary_base,
         rotary_percent=gpt.rotary_percent,
         rope_scaling=gpt.rotary_scaling,
+        seq_len_interpolation_factor=getattr(
+            getattr(gpt, "rotary_pos_emb", None), "seq_len_interpolation_factor", None
+        ),
     )
 
 
@@ -61,6 +65,7 @@ def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
         rope_scaling=model.rope_scaling,
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
     )
     args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
     return args
@@ -77,6 +82,7 @@ def _args(
     rotary_base: float,
     rotary_percent: float,
     rope_scaling: bool,
+    seq_len_interpolation_factor: float | None,
 ) -> argparse.Namespace:
     values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     values = {name: value for name, value in values.items() if _is_plain(value)}
@@ -95,6 +101,10 @@ def _args(
         "rotary_percent": rotary_percent,
         "use_rope_scaling": rope_scaling,
         "rope_scaling_factor": model.rope_scaling_factor,
+        # Ours: Megatron-LM parses an argument of this meaning, but its models do not read it.
+        "seq_len_interpolation_factor": seq_len_interpolation_factor,
+        # Megatron Core reads YaRN's attributes from the configuration, whose class lacks them as fields.
+        **{name: getattr(config, name) for name in _YARN if hasattr(config, name)},
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
         "squared_relu": False,

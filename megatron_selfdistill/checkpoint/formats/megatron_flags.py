@@ -98,7 +98,7 @@ def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if arch["qk_layernorm"]:
         yield ("--qk-layernorm",)
     yield "--position-embedding-type", arch["position_embedding_type"]
-    if arch["position_embedding_type"] == "rope":
+    if arch["position_embedding_type"] in ("rope", "yarn"):
         yield "--rotary-base", str(arch["rotary_base"])
         yield "--rotary-percent", str(arch["rotary_percent"])
     if arch["rope_scaling"]:
@@ -188,6 +188,7 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
             f"the llama3 rope factor {arch['rope_scaling_factor']}: pretrain_gpt.py parses --rope-scaling-factor but "
             "does not pass it to GPTModel, which computes with 8.0"
         )
+    yield from _positions_not_expressible(arch)
     if arch["gated_linear_unit"] != (arch["activation"] == "silu"):
         kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
         yield f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu) and ungated gelu"
@@ -201,6 +202,16 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
     for name in _WITHOUT_FLAG:
         if arch[name] != TRANSFORMER_DEFAULTS[name]:
             yield f"{name}={arch[name]}: there is no flag for it"
+
+
+def _positions_not_expressible(arch: dict[str, Any]) -> Iterator[str]:
+    if arch["position_embedding_type"] == "yarn":
+        yield "YaRN in ordinary attention: --position-embedding-type has no value for it"
+    if arch["seq_len_interpolation_factor"] is not None:
+        yield (
+            f"positions divided by {arch['seq_len_interpolation_factor']}: pretrain_gpt.py parses "
+            "--rotary-seq-len-interpolation-factor but does not pass it to GPTModel"
+        )
 
 
 def _list(values: Sequence[int]) -> str:

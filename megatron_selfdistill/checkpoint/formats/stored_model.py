@@ -185,6 +185,8 @@ _SAME = {
     "rotary_percent": "rotary_percent",
     "rope_scaling": "use_rope_scaling",
     "rope_scaling_factor": "rope_scaling_factor",
+    "seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    **{f.name: f.name for f in dataclasses.fields(ModelConfig) if f.name.startswith("yarn_")},
     "normalization": "normalization",
     "add_bias_linear": "add_bias_linear",
     "add_qkv_bias": "add_qkv_bias",

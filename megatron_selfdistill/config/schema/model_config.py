@@ -39,7 +39,7 @@ class ModelConfig:
     max_position_embeddings: int = 4096
     """Length of the longest sequence that the model can read, in tokens."""
     position_embedding_type: str = "rope"
-    """The encoding of positions: rope, learned_absolute or none."""
+    """The encoding of positions: rope, yarn (rope with scaled frequencies), learned_absolute or none."""
     rotary_base: int = 10000
     """Base of the rotary frequencies."""
     rotary_percent: float = 1.0
@@ -48,6 +48,22 @@ class ModelConfig:
     """Whether the rotary frequencies are scaled as in Llama 3."""
     rope_scaling_factor: float = 8.0
     """Factor by which rope_scaling stretches the rotary frequencies."""
+    seq_len_interpolation_factor: float | None = None
+    """Factor by which all rotary positions are divided (linear scaling); null is no scaling."""
+    yarn_rotary_scaling_factor: float = 1.0
+    """Factor by which YaRN stretches the sequence, with position_embedding_type=yarn."""
+    yarn_original_max_position_embeddings: int = 4096
+    """Length of the sequences, in tokens, for which the model was trained before YaRN."""
+    yarn_beta_fast: float = 32.0
+    """Rotations within the original length above which YaRN leaves a frequency as it is."""
+    yarn_beta_slow: float = 1.0
+    """Rotations within the original length below which YaRN divides a frequency by the whole factor."""
+    yarn_mscale: float = 1.0
+    """x in the factor 0.1 x log(yarn_rotary_scaling_factor) + 1, by which YaRN multiplies queries and keys."""
+    yarn_mscale_all_dim: float = 0.0
+    """x in the same expression, by which YaRN divides queries and keys."""
+    yarn_correction_range_round_to_int: bool = True
+    """Whether the channels between which YaRN interpolates are rounded outwards to whole numbers."""
     normalization: str = "RMSNorm"
     """Kind of all normalisations: RMSNorm or LayerNorm."""
     layernorm_epsilon: float = 1e-5
@@ -95,9 +111,11 @@ class ModelConfig:
         at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
         at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
         at_least(0, "model", self, "num_passthrough_mtp_layers")
+        at_least(1, "model", self, "yarn_original_max_position_embeddings")
+        one_of("model.position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
+        self._check_positions()
         one_of("model.normalization", self.normalization, NORMALIZATIONS)
         one_of("model.activation", self.activation, ACTIVATIONS)
-        one_of("model.position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
         if self.kv_channels is None:
             require(
                 self.hidden_size % self.num_attention_heads == 0,
@@ -110,3 +128,26 @@ class ModelConfig:
             f"model.num_attention_heads ({self.num_attention_heads}) must be a multiple of "
             f"model.num_query_groups ({groups})",
         )
+
+    def _check_positions(self) -> None:
+        """Raise `ConfigError` for scalings of the rotary positions that exclude each other."""
+        for name in ("seq_len_interpolation_factor", "yarn_rotary_scaling_factor"):
+            value = getattr(self, name)
+            require(value is None or value > 0, f"model.{name} must be greater than 0, got {value}")
+        interpolated = self.seq_len_interpolation_factor is not None
+        require(
+            not (self.rope_scaling and interpolated),
+            "model.rope_scaling and model.seq_len_interpolation_factor scale the same positions: set one of them",
+        )
+        if self.position_embedding_type == "yarn":
+            others = {
+                "rope_scaling": self.rope_scaling,
+                "seq_len_interpolation_factor": interpolated,
+                "rotary_percent": self.rotary_percent != 1,
+            }
+            for name, is_set in others.items():
+                require(
+                    not is_set,
+                    f"model.{name} has no effect with model.position_embedding_type=yarn, which rotates all channels "
+                    "by its own frequencies: do not set it",
+                )

@@ -9,7 +9,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import Family, HFConfig
-from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 
 COMMON_DEFAULTS = {
     "num_key_value_heads": None,
@@ -95,13 +95,13 @@ def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) ->
         for name in () if bias else ("attention_bias", "mlp_bias"):
             config.require(name, (False, None), "biases besides those of Qwen2's q, k and v are not known here")
         require_full_attention(config, slides(config))
-        return read_common(config, add_qkv_bias=bias, **fields, **llama3_fields(read_rope(config), config))
+        return read_common(config, add_qkv_bias=bias, **fields, **rotary_fields(read_rope(config), config))
 
     return read
 
 
 def _write(arch: dict[str, Any]) -> dict[str, Any]:
-    return write_common(arch) | write_llama3(arch)
+    return write_common(arch) | write_rotary(arch)
 
 
 def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
@@ -124,7 +124,7 @@ LLAMA = Family(
     lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
     models="Llama 2, 3, 3.1, 3.2 and 3.3",
-    limits="no biases; default or llama3 RoPE with Megatron's constants (8192, 1, 4)",
+    limits="no biases",
 )
 MISTRAL = Family(
     "MistralForCausalLM",

@@ -10,7 +10,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.decoder import ExpertNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, require_full_attention, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
-from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 
 
 def _read_mixtral(config: HFConfig) -> ModelConfig:
@@ -20,7 +20,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
         num_moe_experts=config["num_local_experts"],
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["intermediate_size"],
-        **llama3_fields(read_rope(config), config),
+        **rotary_fields(read_rope(config), config),
     )
 
 
@@ -28,7 +28,7 @@ def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
     _require_experts(arch)
     return {
         **write_common(arch),
-        **write_llama3(arch),
+        **write_rotary(arch),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
         "sliding_window": None,
@@ -53,7 +53,7 @@ def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["moe_intermediate_size"],
         transformer=transformer,
-        **llama3_fields(read_rope(config), config),
+        **rotary_fields(read_rope(config), config),
     )
 
 
@@ -61,7 +61,7 @@ def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
     _require_experts(arch)
     return {
         **write_common(arch),
-        **write_llama3(arch),
+        **write_rotary(arch),
         "attention_bias": False,
         "num_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],

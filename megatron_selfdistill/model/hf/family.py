@@ -181,10 +181,13 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
             without_effect.add("ffn_hidden_size")
     if values["multi_latent_attention"]:
         without_effect |= {"kv_channels", "num_query_groups", "rope_scaling", "rope_scaling_factor"}
+        without_effect.add("seq_len_interpolation_factor")
     else:
         without_effect |= _MLA.keys() | _YARN.keys()
     if values["rope_type"] != "yarn":
         without_effect |= _YARN.keys()
+    if values["position_embedding_type"] != "yarn":
+        without_effect |= {name for name in values if name.startswith("yarn_")}
     if not values["rope_scaling"]:
         without_effect.add("rope_scaling_factor")
     return values | dict.fromkeys(without_effect & values.keys())

@@ -6,6 +6,7 @@ The older spelling has ``rope_theta`` and ``rope_scaling``; transformers 5 has `
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,16 +27,30 @@ class Rope:
     kind: str
     """The type: default, llama3, yarn, ..."""
     parameters: dict[str, Any] = field(default_factory=dict)
+    partial: float = 1.0
+    """The share of a head's channels that rotate."""
 
 
-def read_rope(config: HFConfig) -> Rope:
+def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
     """Return the rotary positions as transformers 5 reads them.
 
-    They come from ``rope_scaling`` where it is set, else from ``rope_parameters``, each completed by ``rope_theta``.
+    They come from ``rope_scaling`` where it is set, else from ``rope_parameters``, each completed by ``rope_theta`` and
+    ``partial_rotary_factor``.  ``partial``: whether the class of the family rotates only a share of the channels where
+    ``partial_rotary_factor`` says so.
 
     Raises: ConfigError where both are set and differ (transformers then drops ``rope_parameters`` with its base, other
-    programs drop ``rope_scaling``), for a base that is not an integer, and where only some of the channels rotate.
+    programs drop ``rope_scaling``), for a base that is not an integer, and where only some of the channels rotate in a
+    family without ``partial``.
     """
+    rope = _rope(config)
+    if rope.partial != 1 and not partial:
+        raise ConfigError(
+            f"config.json of {config.architecture} has partial_rotary_factor={rope.partial}: only 1 is known here"
+        )
+    return rope
+
+
+def _rope(config: HFConfig) -> Rope:
     scaling, parameters = config["rope_scaling"], config["rope_parameters"]
     if scaling and parameters and _read(config, scaling) != _read(config, parameters):
         raise ConfigError(
@@ -54,11 +69,56 @@ def _read(config: HFConfig, given: Mapping[str, Any]) -> Rope:
     kind = parameters.pop("rope_type", None) or older or "default"
     if any(isinstance(value, dict) for value in parameters.values()):
         raise ConfigError("config.json has another rope per kind of layer in rope_parameters, which Megatron lacks")
-    if partial not in (None, 1, 1.0):
-        raise ConfigError(f"config.json has partial_rotary_factor={partial}: only 1 is known here")
     if int(theta) != theta:
         raise ConfigError(f"config.json has rope_theta={theta}, but Megatron's rotary_base is a whole number")
-    return Rope(int(theta), kind, parameters)
+    return Rope(int(theta), kind, parameters, 1.0 if partial is None else float(partial))
+
+
+def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` for a family with ordinary attention.
+
+    Positions are plain, or scaled as in Llama 3, linearly, or by YaRN; `Rope.partial` becomes ``rotary_percent``.
+
+    Raises: ConfigError for another type, and for YaRN where only some of the channels rotate.
+    """
+    if rope.kind == "linear":
+        fields: dict[str, Any] = {"rotary_base": rope.base}
+        fields["seq_len_interpolation_factor"] = float(_required(rope, "factor", config))
+    elif rope.kind == "yarn":
+        fields = {"rotary_base": rope.base, "position_embedding_type": "yarn"} | _yarn_of_heads(rope, config)
+    elif rope.kind in ("default", "llama3"):
+        fields = llama3_fields(rope, config)
+    else:
+        raise ConfigError(
+            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default, linear, llama3 and yarn "
+            "are known here"
+        )
+    if rope.kind == "yarn" and rope.partial != 1:
+        raise ConfigError(
+            f"config.json has yarn rope with partial_rotary_factor={rope.partial}, but Megatron's YaRN rotates all "
+            "channels: take a config.json without yarn, or without partial_rotary_factor"
+        )
+    return fields if rope.partial == 1 else fields | {"rotary_percent": rope.partial}
+
+
+def write_rotary(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json for ``arch``: the inverse of `rotary_fields`.
+
+    ``partial_rotary_factor`` is not among them: only families whose class reads it write it.
+    """
+    if arch["position_embedding_type"] == "yarn":
+        return {"rope_theta": float(arch["rotary_base"]), "rope_scaling": _write_yarn_of_heads(arch)}
+    if arch["seq_len_interpolation_factor"] is not None:
+        scaling = {"rope_type": "linear", "factor": arch["seq_len_interpolation_factor"]}
+        return {"rope_theta": float(arch["rotary_base"]), "rope_scaling": scaling}
+    return write_llama3(arch)
+
+
+def _required(rope: Rope, name: str, config: HFConfig) -> Any:
+    value = rope.parameters.get(name)
+    if value is None:
+        raise ConfigError(f"config.json of {config.architecture} has {rope.kind} rope without {name}")
+    return value
 
 
 def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
@@ -85,6 +145,62 @@ def write_llama3(arch: dict[str, Any]) -> dict[str, Any]:
     if arch["rope_scaling"]:
         scaling = {"rope_type": "llama3", "factor": arch["rope_scaling_factor"], **_LLAMA3}
     return {"rope_theta": float(arch["rotary_base"]), "rope_scaling": scaling}
+
+
+def _yarn_of_heads(rope: Rope, config: HFConfig) -> dict[str, Any]:
+    """Return the fields of `ModelConfig` for YaRN in ordinary attention.
+
+    transformers multiplies cos and sin by ``attention_factor``, else by m(mscale) / m(mscale_all_dim) where both are
+    set, else by m(1), with m(x) = 0.1 x log(factor) + 1.  Megatron always takes the ratio; an ``attention_factor``
+    becomes the mscale whose m it is, with mscale_all_dim = 0.
+    """
+    given = rope.parameters
+    original = given.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    factor = float(given.get("factor") or config["max_position_embeddings"] / original)
+    mscale, all_dim = given.get("mscale"), given.get("mscale_all_dim")
+    mscale, all_dim = (float(mscale), float(all_dim)) if mscale and all_dim else (1.0, 0.0)
+    if given.get("attention_factor") is not None:
+        mscale, all_dim = _mscale_of(float(given["attention_factor"]), factor), 0.0
+    return {
+        "yarn_rotary_scaling_factor": factor,
+        "yarn_original_max_position_embeddings": original,
+        "yarn_beta_fast": float(given.get("beta_fast") or 32),
+        "yarn_beta_slow": float(given.get("beta_slow") or 1),
+        "yarn_mscale": mscale,
+        "yarn_mscale_all_dim": all_dim,
+        "yarn_correction_range_round_to_int": bool(given.get("truncate", True)),
+    }
+
+
+def _mscale_of(attention_factor: float, factor: float) -> float:
+    """Return the x with 0.1 x log(factor) + 1 = attention_factor, to 12 digits, so that it survives the way back."""
+    if factor > 1:
+        return round((attention_factor - 1) / (0.1 * math.log(factor)), 12)
+    if attention_factor != 1:
+        raise ConfigError(
+            f"config.json has yarn rope with attention_factor={attention_factor} and factor={factor}: for a factor of "
+            "at most 1 Megatron multiplies by 1; set attention_factor to null"
+        )
+    return 1.0
+
+
+def _write_yarn_of_heads(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``rope_scaling`` of ``arch``: the inverse of `_yarn_of_heads`."""
+    factor, mscale, all_dim = (arch[f"yarn_{name}"] for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"))
+    scaling = {
+        "rope_type": "yarn",
+        "factor": factor,
+        "original_max_position_embeddings": arch["yarn_original_max_position_embeddings"],
+        "beta_fast": arch["yarn_beta_fast"],
+        "beta_slow": arch["yarn_beta_slow"],
+    }
+    if mscale and all_dim:
+        scaling |= {"mscale": mscale, "mscale_all_dim": all_dim}
+    elif (mscale, all_dim) != (1.0, 0.0):
+        scaling["attention_factor"] = 0.1 * mscale * math.log(factor) + 1
+    if not arch["yarn_correction_range_round_to_int"]:
+        scaling["truncate"] = False
+    return scaling
 
 
 def yarn_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:

@@ -8,20 +8,20 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
-from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 
 
 def _read(config: HFConfig) -> ModelConfig:
     for name in ("attention_out_bias", "mlp_bias"):
         config.require(name, (False,), "Megatron has biases of q, k and v alone, or of all linear layers")
     config.require("attention_bias", (True, False), "expected true or false")
-    return read_common(config, add_qkv_bias=config["attention_bias"], **llama3_fields(read_rope(config), config))
+    return read_common(config, add_qkv_bias=config["attention_bias"], **rotary_fields(read_rope(config), config))
 
 
 def _write(arch: dict[str, Any]) -> dict[str, Any]:
     return {
         **write_common(arch),
-        **write_llama3(arch),
+        **write_rotary(arch),
         "attention_bias": arch["add_qkv_bias"],
         "attention_out_bias": False,
         "mlp_bias": False,

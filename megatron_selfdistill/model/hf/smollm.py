@@ -9,7 +9,7 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, require_full_attention, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
-from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 
 
 def _read(config: HFConfig) -> ModelConfig:
@@ -18,7 +18,7 @@ def _read(config: HFConfig) -> ModelConfig:
     has_rope = _layers_with_rope(config)
     require_full_attention(config, _slides(config, has_rope))
     transformer = {} if all(has_rope) else {"no_rope_freq": [1 - rope for rope in has_rope]}
-    return read_common(config, transformer=transformer, **llama3_fields(read_rope(config), config))
+    return read_common(config, transformer=transformer, **rotary_fields(read_rope(config), config))
 
 
 def _layers_with_rope(config: HFConfig) -> list[int]:
@@ -46,7 +46,7 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
     without = arch["no_rope_freq"] or [0] * arch["num_layers"]
     return {
         **write_common(arch),
-        **write_llama3(arch),
+        **write_rotary(arch),
         "attention_bias": False,
         "mlp_bias": False,
         "no_rope_layers": [1 - skips for skips in without],

@@ -53,6 +53,8 @@ def message_of_load(*overrides: str) -> str:
         ("model.num_layers=0", "model.num_layers must be at least 1"),
         ("model.num_query_groups=0", "model.num_query_groups must be at least 1"),
         ("model.num_query_groups=3", "must be a multiple of model.num_query_groups (3)"),
+        ("model.position_embedding_type=ropes", "did you mean 'rope'?"),
+        ("model.seq_len_interpolation_factor=0", "model.seq_len_interpolation_factor must be greater than 0"),
         ("model.hidden_size=65", "model.hidden_size (65) must be a multiple"),
         ("parallel.tensor_model_parallel_size=0", "parallel.tensor_model_parallel_size must be at least 1"),
         ("parallel.expert_tensor_parallel_size=0", "parallel.expert_tensor_parallel_size must be at least 1"),
@@ -105,6 +107,20 @@ def message_of_load(*overrides: str) -> str:
 )
 def test_an_impossible_value_is_one_message(override, words):
     assert words in message_of(override)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.rope_scaling=true", "model.seq_len_interpolation_factor=2"],
+        *(
+            ["model.position_embedding_type=yarn", f"model.{other}"]
+            for other in ("rope_scaling=true", "seq_len_interpolation_factor=2", "rotary_percent=0.5")
+        ),
+    ],
+)
+def test_scalings_of_positions_that_exclude_each_other_are_refused(overrides):
+    assert overrides[1].split("=")[0] in message_of(*overrides)
 
 
 TP, PP, CP = (f"parallel.{axis}_parallel_size" for axis in ("tensor_model", "pipeline_model", "context"))

@@ -47,6 +47,7 @@ PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
 Z_LOSS = dataclasses.replace(MOE, moe_z_loss_coeff=0.01)
+YARN = ModelConfig(num_layers=4, position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0)
 # sentence -> ways of meeting it: (model, parallel, model.transformer)
 REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
     "interleaved pipelining over 2 stages with batch_p2p_comm": [(DENSE, PP2_VPP2, {"batch_p2p_comm": True})],
@@ -73,6 +74,7 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
     "apply_rope_fusion rotates packed sequences as if": [
         (DENSE, {}, {"apply_rope_fusion": True, "rotary_interleaved": True})
     ],
+    "apply_rope_fusion drops YaRN's factor of queries and keys": [(YARN, {}, {"apply_rope_fusion": True})],
     "the fused kernel ignores activation_func_clamp_value": [
         (DENSE, {}, {"bias_activation_fusion": True, "activation_func_clamp_value": 7.0})
     ],
@@ -159,6 +161,15 @@ def test_a_transformer_field_that_megatron_does_not_have_is_named_with_the_neare
 def test_a_transformer_field_that_would_contradict_another_section_is_refused(field, value, key):
     with pytest.raises(ConfigError, match=f"is not allowed: set {key}"):
         configured(**{field: value})
+
+
+def test_yarn_that_megatron_cannot_build_is_refused():
+    with pytest.raises(ConfigError, match="latent attention has its own YaRN"):
+        configured(YARN, {}, multi_latent_attention=True)
+    odd = dataclasses.replace(YARN, yarn_original_max_position_embeddings=34)
+    configured(odd)
+    with pytest.raises(ConfigError, match=r"must be a multiple of 4, twice parallel\.context_parallel_size"):
+        configured(odd, CP2)
 
 
 def test_what_megatron_itself_refuses_is_one_sentence():

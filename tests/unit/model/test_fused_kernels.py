@@ -119,6 +119,8 @@ def test_what_is_fused_on_a_gpu_with_transformer_engine():
     assert configured(moe, NODES["GPU, TE"]).moe_grouped_gemm and not configured(moe, NODES["GPU"]).moe_grouped_gemm
     unrotated = dataclasses.replace(ModelConfig(), transformer={"rotary_interleaved": True})
     assert not configured(unrotated, NODES["GPU, TE"]).apply_rope_fusion
+    yarn = ModelConfig(position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0)
+    assert not configured(yarn, NODES["GPU, TE"]).apply_rope_fusion
     latent = {"multi_latent_attention": True, "rope_type": "yarn"}
     assert configured(dataclasses.replace(moe, transformer=latent), NODES["GPU, TE"]).apply_rope_fusion
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model import architecture, forward
 from megatron_selfdistill.model.build import unwrapped
@@ -32,9 +33,11 @@ from megatron_selfdistill.model.hf.mapping import Rule
 
 KINDS = list(hf_models.CONFIGS)
 EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_mixed", "deepseek_v3", "deepseek_v3_plain")
+ROTATED = ("qwen3", "llama_linear", "qwen3_yarn")
+"""One kind for each form of the rotary positions, which context parallelism cuts."""
 SWAPPABLE = ("llama2", "qwen3", "mixtral")
 TOLERANCE = 1e-4
-# Their total must be even for sequence parallelism; longer than YaRN's original length.
+# Each a multiple of 4 for CP2, so that their total is even for sequence parallelism; longer than YaRN's first length.
 SEQUENCES = [
     torch.randint(hf_models.VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (24, 40)
 ]
@@ -47,6 +50,7 @@ class Layout:
     virtual: int | None = None
     expert: int = 1
     expert_tensor: int | None = None
+    context: int = 1
 
     def parallel(self, kind: str) -> ParallelConfig:
         return ParallelConfig(
@@ -55,6 +59,7 @@ class Layout:
             virtual_pipeline_model_parallel_size=self.virtual,
             expert_model_parallel_size=self.expert,
             expert_tensor_parallel_size=self.expert_tensor,
+            context_parallel_size=self.context,
             sequence_parallel=self.tensor > 1 and kind in (*EXPERTS, "qwen3"),  # experts must
         )
 
@@ -65,6 +70,7 @@ LAYOUTS = {
     "PP2": (Layout(pipeline=2), 2, KINDS),
     "PP2xVPP2": (Layout(pipeline=2, virtual=2), 2, KINDS),
     "TP2xPP2": (Layout(tensor=2, pipeline=2), 4, KINDS),
+    "CP2": (Layout(context=2), 2, ROTATED),
     "EP2": (Layout(expert=2), 2, EXPERTS),
     "EP2xPP2": (Layout(expert=2, pipeline=2), 4, EXPERTS),
     "TP2xEP2": (Layout(tensor=2, expert=2), 4, EXPERTS),
@@ -88,7 +94,7 @@ def in_layouts(
     )
 
 
-in_every_layout = in_layouts(*LAYOUTS, quick=["TP2", "PP2xVPP2", "EP2"], precision=PRECISIONS)
+in_every_layout = in_layouts(*LAYOUTS, quick=["TP2", "PP2xVPP2", "CP2", "EP2"], precision=PRECISIONS)
 
 
 @dataclass(frozen=True)
@@ -178,7 +184,19 @@ def logits_through_the_pipeline(
     shard = forward.project(model, rows).float()
     shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
     dist.all_gather(shards, shard, group=grid.tp_group)
-    return torch.cat(shards, dim=-1)[:, : hf_models.VOCAB_SIZE]
+    logits = torch.cat(shards, dim=-1)[:, : hf_models.VOCAB_SIZE]
+    return logits if grid.cp_size == 1 else in_order(logits, sequences, grid)
+
+
+def in_order(logits: Tensor, sequences: Sequence[Sequence[int]], grid: RankGrid) -> Tensor:
+    """Return the logits of all tokens, in the order of the sequences, from those of each context-parallel rank."""
+    parts = [torch.empty_like(logits) for _ in range(grid.cp_size)]
+    dist.all_gather(parts, logits.contiguous(), group=grid.cp_group)
+    cu_seqlens = hf_models.packed(sequences).cu_seqlens
+    found = logits.new_full((sum(map(len, sequences)), logits.size(1)), float("nan"))
+    for rank, part in enumerate(parts):
+        found[context_parallel_positions(cu_seqlens, grid.cp_size, rank)] = part
+    return found
 
 
 class Comparison:

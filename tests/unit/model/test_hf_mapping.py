@@ -79,6 +79,10 @@ def rope_scaling_lost(patch, model, tensors):
     return dataclasses.replace(model, rope_scaling=False), tensors
 
 
+def model_changed(**changes):
+    return lambda patch, model, tensors: (dataclasses.replace(model, **changes), tensors)
+
+
 def epsilon_changed(patch, model, tensors):
     return dataclasses.replace(model, layernorm_epsilon=10 * model.layernorm_epsilon), tensors
 
@@ -112,6 +116,13 @@ MUTATIONS = {
     "layers swapped": layers_swapped,
     "rope base changed": rope_base_changed,
     "rope scaling lost": rope_scaling_lost,
+    "positions not divided": model_changed(seq_len_interpolation_factor=None),
+    "yarn of heads ignored": model_changed(position_embedding_type="rope"),
+    "yarn's attention factor ignored": model_changed(yarn_mscale=1.0),
+    "yarn's range rounded": model_changed(yarn_correction_range_round_to_int=True),
+    "yarn's beta_fast changed": model_changed(yarn_beta_fast=32.0),
+    "yarn's beta_slow changed": model_changed(yarn_beta_slow=0.5),
+    "yarn's original length changed": model_changed(yarn_original_max_position_embeddings=32),
     "epsilon changed": epsilon_changed,
     "query bias lost": changed_tensors("q_proj.bias", torch.zeros_like),
     "key bias lost": changed_tensors("k_proj.bias", torch.zeros_like),
@@ -135,6 +146,12 @@ MISTAKES = {
     "llama3": [
         *("qkv not interleaved", "gate and up swapped", "layers swapped"),
         *("rope base changed", "rope scaling lost", "epsilon changed"),
+    ],
+    "llama_linear": ["positions not divided", "rope base changed"],
+    "qwen3_yarn": [
+        "yarn of heads ignored",
+        *(f"yarn's {name}" for name in ("attention factor ignored", "range rounded")),
+        *(f"yarn's {name} changed" for name in ("beta_fast", "beta_slow", "original length")),
     ],
     "qwen2": [f"{name} bias lost" for name in ("query", "key", "value")],
     "qwen3": [f"{name} norm lost" for name in ("query", "key")],

@@ -19,7 +19,7 @@ from decoding import (
     make_pairs,
     sampler_of,
 )
-from models import build, model_config, parallel
+from models import ROTATIONS, build, model_config, parallel
 from responses import chi_square_p_value
 from torch import Tensor
 
@@ -126,6 +126,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str]] = {
     "bf16": ({}, "bf16"),
     "learned positions": ({"position_embedding_type": "learned_absolute"}, "fp32"),
     "no positions": ({"position_embedding_type": "none"}, "fp32"),
+    **{name: (changes, "fp32") for name, changes in ROTATIONS.items()},
     "MLA": ({"transformer": {**MLA, "rope_type": "rope"}, "num_query_groups": None}, "fp32"),
     "fused rotary embedding": ({}, "fp32"),
 }

@@ -127,6 +127,8 @@ LAYOUTS = {
     "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
     "CP2": ("gqa", parallel(cp=2), 2),
     "CP2xTP2+SP": ("gqa", parallel(cp=2, tp=2, sp=True), 4),
+    "CP2, YaRN": ("yarn", parallel(cp=2), 2),
+    "CP2, partial rotation": ("partial", parallel(cp=2), 2),
     "tied TP2xPP2+SP": ("tied", parallel(tp=2, pp=2, sp=True), 4),
     "MoE EP2": ("moe", parallel(ep=2), 2),
     "MoE EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),

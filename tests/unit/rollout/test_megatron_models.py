@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from decoding import GREEDY, NEW_TOKENS, log_softmax_after, make_requests, sampler_of
-from models import VOCAB_SIZE, build, model_config, parallel
+from models import ROTATIONS, VOCAB_SIZE, build, model_config, parallel
 from responses import tokens
 from tiers import combinations
 
@@ -146,6 +146,7 @@ MLA = {
 SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
     "bf16": ({}, "bf16", None),
     "learned positions": ({"position_embedding_type": "learned_absolute"}, "fp32", None),
+    **{name: (changes, "fp32", None) for name, changes in ROTATIONS.items()},
     "MLA": ({"transformer": MLA, "num_query_groups": None}, "fp32", None),
     "selective recompute": (
         {},
