@@ -63,6 +63,8 @@ def transformer_config(
             raise ConfigError(f"model.transformer.{name}: Megatron Core's {cls.__name__} has no such field{hint}")
         if name in _SET_ELSEWHERE:
             raise ConfigError(f"model.transformer.{name} is not allowed: set {_SET_ELSEWHERE[name]}")
+    if values.get("window_size") is not None:
+        values["window_size"] = tuple(values["window_size"])  # Transformer Engine compares it with tuples
     try:
         config = cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
@@ -228,14 +230,7 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "multi-latent attention without Transformer Engine has wrong gradients under tensor parallelism: "
             "install Transformer Engine or use tensor_model_parallel_size=1",
         ),
-        (
-            local and bool(getattr(config, "window_size", None)),
-            "sliding-window attention needs Transformer Engine's layer spec",
-        ),
-        (
-            local and getattr(config.softmax_type, "value", config.softmax_type) != "vanilla",
-            "attention sinks (softmax_type) need Transformer Engine's layer spec",
-        ),
+        *_window_faults(config, local),
         (
             config.apply_rope_fusion and config.rotary_interleaved,
             "apply_rope_fusion rotates packed sequences as if rotary_interleaved were false: "
@@ -250,6 +245,43 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             config.experimental_attention_variant is not None,
             "experimental_attention_variant has no layers here, and a gated delta net's output norm has wrong "
             "gradients under tensor parallelism without sequence parallelism: leave it null",
+        ),
+    ]
+
+
+def _window_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
+    window = config.window_size
+    bounded = window is not None and len(window) == 2 and window[0] >= 0 and window[1] == 0
+    cut = not local and config.context_parallel_size > 1
+    communication = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
+    has_sinks = getattr(config.softmax_type, "value", config.softmax_type) != "vanilla"
+    return [
+        (
+            window is not None and not bounded,
+            f"model.transformer.window_size={window}: expected [left, 0], where left is the number of tokens before "
+            "a token that the token sees, or null for full attention",
+        ),
+        (
+            bounded and isinstance(config.window_attn_skip_freq, int) and config.window_attn_skip_freq < 1,
+            f"model.transformer.window_attn_skip_freq={config.window_attn_skip_freq}: expected at least 1, a list with "
+            "1 for each layer that has the window, or null for a window in every layer",
+        ),
+        (
+            bounded
+            and isinstance(config.window_attn_skip_freq, list)
+            and len(config.window_attn_skip_freq) != config.num_layers,
+            f"model.transformer.window_attn_skip_freq={config.window_attn_skip_freq}: expected one entry for each of "
+            f"the {config.num_layers} layers",
+        ),
+        (
+            cut and bounded and not set(communication) <= {"a2a", "all_gather"},
+            "Transformer Engine has no sliding window for cp_comm_type=p2p: set model.transformer.cp_comm_type=a2a or "
+            "parallel.context_parallel_size=1",
+        ),
+        (
+            cut and has_sinks and set(communication) != {"a2a"},
+            "Transformer Engine has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a "
+            "only: set model.transformer.cp_comm_type=a2a or parallel.context_parallel_size=1",
         ),
     ]
 

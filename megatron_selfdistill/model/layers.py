@@ -1,15 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The layers that Megatron's local layer spec lacks: an RMSNorm and a core attention.
 
-The RMSNorm supports sequence parallelism.  The core attention supports grouped queries, packed sequences, context
-parallelism and a KV cache.
+The RMSNorm supports sequence parallelism.  The core attention supports grouped queries, packed sequences, sliding
+windows, sinks, context parallelism and a KV cache.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,11 +18,14 @@ import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from megatron_selfdistill.data.packing import context_parallel_positions
+from megatron_selfdistill.model.attention_sinks import SINK, attend_with_sinks, sinks_of_layer
+from megatron_selfdistill.model.attention_windows import block_mask, left_of_layer, seen, window_blocks, within_window
 
 _FUSED_QUERIES = 1024
 """The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
@@ -59,8 +62,10 @@ class RMSNorm(torch.nn.Module):
 class CoreAttention(MegatronModule):
     """The attention ``softmax(scale * q k^T + mask) v`` with a causal mask, for Megatron's ``core_attention``.
 
-    Query position i attends to key position j iff j <= i and both are in the same sequence.  Packed sequences thus give
-    the same result as each sequence alone, also when context parallelism cuts them.
+    Query position i attends to key position j iff j <= i and both are in the same sequence; in a layer with a sliding
+    window (``window_size=(left, 0)`` and ``window_attn_skip_freq``) also iff j >= i - left.  Packed sequences thus give
+    the same result as each sequence alone, also when context parallelism cuts them.  With ``softmax_type=learnable``
+    each head has a sink, the parameter ``softmax_offset`` [n / tp], which `attention_sinks` describes.
 
     Shapes: query ``[s, b, n, d]`` and key, value ``[s, b, n_kv, d]``, or packed (``qkv_format="thd"``)
     ``[t, n, d]``; result ``[s, b, n * d_v]`` or ``[t, n * d_v]``.  With a KV cache the keys are the whole prefix, and
@@ -87,6 +92,30 @@ class CoreAttention(MegatronModule):
         self.softmax_scale = softmax_scale or (k_channels or config.kv_channels) ** -0.5
         self.attention_dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         self.cp_group = pg_collection.cp
+        self.left = left_of_layer(config, layer_number)
+        self._tp_group = getattr(pg_collection, "tp", None)
+        sinks = sinks_of_layer(config, 1 if self._tp_group is None else self._tp_group.size())
+        if isinstance(sinks, torch.nn.Parameter):
+            self.softmax_offset = sinks
+        else:
+            self.register_buffer(SINK, sinks, persistent=False)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> Any:
+        """Return the sinks of this rank, cut along the heads, for a checkpoint; nothing where there are no sinks."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {SINK: 0},
+            sharded_offsets,
+            tp_group=self._tp_group,
+            dp_cp_group=metadata["dp_cp_group"],
+        )
 
     def forward(
         self,
@@ -110,24 +139,37 @@ class CoreAttention(MegatronModule):
             raise ValueError("context parallelism needs packed sequences (packed_seq_params with qkv_format='thd')")
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         if attention_mask is not None:
-            out = self._attend(q, k, v, allowed=~attention_mask)  # Megatron: True is masked
+            allowed = ~attention_mask  # Megatron: True is masked
+            out = self._attend(q, k, v, allowed if self.left is None else within_window(allowed, self.left))
         elif q.size(2) == k.size(2):
-            out = self._attend(q, k, v, causal=True)
-        elif q.size(2) == 1:  # one decoding step attends to the whole cache
-            out = self._attend(q, k, v)
+            out = self._causal(q, k, v)
+        elif q.size(2) == 1:  # one decoding step attends to the whole cache, or to its end
+            first = 0 if self.left is None else max(k.size(2) - self.left - 1, 0)
+            out = self._attend(q, k[:, :, first:], v[:, :, first:])
         else:
-            last = torch.arange(k.size(2) - q.size(2), k.size(2), device=q.device)
-            out = self._attend(q, k, v, allowed=torch.arange(k.size(2), device=q.device) <= last[:, None])
+            own = torch.arange(k.size(2) - q.size(2), k.size(2), device=q.device)[:, None]
+            out = self._attend(q, k, v, allowed=seen(torch.arange(k.size(2), device=q.device), own, self.left))
         return out.permute(2, 0, 1, 3).flatten(2)
 
+    def _causal(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Return the attention of whole sequences, [b, n, s, d] each: with a window, one block of queries at a time."""
+        if self.left is None or q.size(2) <= self.left + 1:
+            return self._attend(q, k, v, causal=True)
+        k, v = (_repeated(x, q.size(1)) for x in (k, v))
+        out = [
+            self._attend(q[:, :, queries], k[:, :, keys], v[:, :, keys], block_mask(queries, keys, self.left, q.device))
+            for queries, keys in window_blocks(q.size(2), self.left)
+        ]
+        return torch.cat(out, dim=2)
+
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packed: PackedSeqParams) -> Tensor:
-        layout = _attention_layout(packed, self.cp_group, query.device)
+        layout = _attention_layout(packed, self.cp_group, query.device, self.left)
         if isinstance(layout, ContextParallelQueries):
             return self._context_parallel(query, key, value, layout)
         out = []
         for index in layout.batches:
             q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
-            out.append(self._attend(q, k, v, causal=True).transpose(1, 2).flatten(0, 1).flatten(1))
+            out.append(self._causal(q, k, v).transpose(1, 2).flatten(0, 1).flatten(1))
         return torch.cat(out)[layout.place]  # no real token attends to the repeats behind the end of a segment
 
     def _context_parallel(self, query: Tensor, key: Tensor, value: Tensor, layout: ContextParallelQueries) -> Tensor:
@@ -142,8 +184,7 @@ class CoreAttention(MegatronModule):
         recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
 
         def attend(q: Tensor, k: Tensor, v: Tensor, queries: slice, keys: slice) -> Tensor:
-            # PyTorch's memory-efficient kernel supports masks, but not groups of queries.
-            k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+            k, v = (_repeated(x, q.size(1)) for x in (k, v))
             return self._attend(q, k, v, allowed=layout.allowed(queries, keys))
 
         out = [
@@ -153,16 +194,26 @@ class CoreAttention(MegatronModule):
         return torch.cat(out, dim=2).squeeze(0).transpose(0, 1).flatten(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, allowed: Tensor | None = None, causal: bool = False) -> Tensor:
+        dropout, scale = self.attention_dropout if self.training else 0.0, self.softmax_scale
+        if self.softmax_offset is not None:
+            return attend_with_sinks(
+                q, k, v, self.softmax_offset, allowed=allowed, causal=causal, scale=scale, dropout=dropout
+            )
         return F.scaled_dot_product_attention(
             q,
             k,
             v,
             attn_mask=allowed,
             is_causal=causal,
-            dropout_p=self.attention_dropout if self.training else 0.0,
-            scale=self.softmax_scale,
+            dropout_p=dropout,
+            scale=scale,
             enable_gqa=q.size(1) != k.size(1),
         )
+
+
+def _repeated(x: Tensor, num_heads: int) -> Tensor:
+    """Return keys or values with one copy per query head: PyTorch's kernels support masks or groups, but not both."""
+    return x.repeat_interleave(num_heads // x.size(1), dim=1)
 
 
 @dataclass(frozen=True)
@@ -199,6 +250,11 @@ class ContextParallelQueries:
             keys = slice(min(start for start, _ in block), max(position for _, position in block) + 1)
             yield slice(first, first + len(block)), keys
 
+    def within(self, left: int) -> ContextParallelQueries:
+        """Return these queries with the keys of a sliding window only: each query and the ``left`` keys before it."""
+        bounds = tuple((max(start, position - left), position) for start, position in self.bounds)
+        return replace(self, starts=torch.maximum(self.starts, self.positions - left), bounds=bounds)
+
     def allowed(self, queries: slice, keys: slice) -> Tensor:
         """Return the mask [queries, keys] of a block: True for keys in the query's segment, up to the query."""
         numbers = torch.arange(keys.start, keys.stop, device=self.order.device)
@@ -220,20 +276,25 @@ def queries_per_block(q: Tensor, k: Tensor, v: Tensor) -> int:
 
 
 def _attention_layout(
-    packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device
+    packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device, left: int | None
 ) -> SegmentBatches | ContextParallelQueries:
-    """Return the layout of one microbatch, and keep it on ``packed`` for the other layers."""
+    """Return the layout of one microbatch for layers with a window ``left``, and keep it on ``packed`` for them."""
     segments: SegmentBatches | None = getattr(packed, "segment_batches", None)
     if segments is not None:
         return segments
-    layout = getattr(packed, "_selfdistill_layout", None)
-    if layout is None:
+    layouts = packed.__dict__.setdefault("_selfdistill_layouts", {})
+    if None not in layouts:
         if cp_group.size() == 1:
-            layout = segments_by_length(_host_bounds(packed)).to(device)
+            layouts[None] = segments_by_length(_host_bounds(packed)).to(device)
         else:
-            layout = context_parallel_queries(_host_bounds(packed), cp_group, device)
-        packed._selfdistill_layout = layout
-    return layout
+            layouts[None] = context_parallel_queries(_host_bounds(packed), cp_group, device)
+    full: SegmentBatches | ContextParallelQueries = layouts[None]
+    if left is None or isinstance(full, SegmentBatches):
+        return full
+    if left not in layouts:
+        layouts[left] = full.within(left)
+    windowed: ContextParallelQueries = layouts[left]
+    return windowed
 
 
 def _host_bounds(packed: PackedSeqParams) -> Tensor:

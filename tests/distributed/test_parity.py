@@ -32,6 +32,17 @@ def test_gradients_and_parameters_after_sgd_equal_those_of_one_rank(outcomes, na
     compare_parameters(got, alone)
 
 
+WINDOWS_AND_SINKS = {"window_size": [4, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"}
+
+
+@combinations(name=["TP2", "TP2+SP", "PP2xVPP2", "CP2"], quick={"name": ["TP2", "CP2"]}, strength=1)
+def test_windows_and_sinks_have_the_same_gradients_however_they_are_cut(outcomes, name):
+    case, world_size = case_of(name, model_changes={"transformer": WINDOWS_AND_SINKS})
+    got, alone = outcomes(case, world_size), outcomes(reference_of(case))
+    compare(got, alone)
+    assert any(key.endswith("core_attention.softmax_offset") and gradient.any() for key, gradient in got[1].items())
+
+
 @combinations(name=["EP2xTP2+SP", "CP2 experts"], quick={"name": ["CP2 experts"]}, strength=1)
 def test_the_balancing_loss_of_real_tokens_has_the_same_gradient_however_a_row_is_cut(outcomes, name):
     """The loss balances a microbatch, so all contexts are in one row.  Another one has nothing but padding."""

@@ -46,8 +46,9 @@ ORDER = {
         "chat.replies packing rows"
     ),
     "model": (
+        "attention_windows attention_sinks "
         "layers fused_kernels fp8 host_to_device optimizer_step packed_sequences architecture build hf.rules "
-        "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.dense hf.deepseek hf.experts "
+        "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.sliding_windows hf.dense hf.deepseek hf.experts "
         "hf.seed_oss hf.smollm hf.phi "
         "hf.nearest hf.mapping export forward output_layer"
     ),

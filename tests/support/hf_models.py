@@ -95,6 +95,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mistral": ("MistralConfig", {**_SIZES, "sliding_window": None, "rms_norm_eps": 1e-5}),
+    "mistral_window": ("MistralConfig", {**_SIZES, "sliding_window": 7, "rms_norm_eps": 1e-5}),
     "qwen2": ("Qwen2Config", {**_SIZES, "tie_word_embeddings": True, "rope_theta": 1000000.0}),
     "qwen3": ("Qwen3Config", {**_SIZES, "rope_theta": 1000000.0}),
     "llama_linear": (
@@ -102,6 +103,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         {**_SIZES, "tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 2.5}},
     ),
     "qwen3_yarn": ("Qwen3Config", {**_SIZES, "rope_theta": 100.0, "rope_scaling": _YARN_OF_HEADS}),
+    "qwen3_window": (
+        "Qwen3Config",
+        {
+            **_SIZES,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "mixtral": ("MixtralConfig", {**_SIZES, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "Qwen3MoeConfig",
@@ -146,19 +156,30 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("SeedOssConfig", {**_SIZES, "attention_bias": True}),
     "smollm3": (
         "SmolLM3Config",
-        {**_SIZES, "no_rope_layers": [1, 0, 1, 1], "tie_word_embeddings": True, "pad_token_id": None},
+        {
+            **_SIZES,
+            "no_rope_layers": [1, 0, 1, 1],
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "tie_word_embeddings": True,
+            "pad_token_id": None,
+        },
     ),
-    "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "pad_token_id": None}),
+    "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": 7, "pad_token_id": None}),
 }
 """kind -> (configuration class of transformers, its arguments)."""
 
 
 def hf_config(kind: str, **changes: Any) -> Any:
     """Return the configuration object of transformers for a kind."""
+    return config_class(kind)(**{**CONFIGS[kind][1], **changes})
+
+
+def config_class(kind: str) -> Any:
+    """Return the configuration class of transformers for a kind."""
     import transformers
 
-    name, arguments = CONFIGS[kind]
-    return getattr(transformers, name)(**{**arguments, **changes})
+    return getattr(transformers, CONFIGS[kind][0])
 
 
 def write(kind: str, directory: Path, seed: int = 0, **changes: Any) -> Any:

@@ -161,6 +161,8 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
             yield (flag,)
     if arch["window_size"] is not None:
         yield "--window-size", ",".join(map(str, arch["window_size"]))
+        if not all(arch["window_attn_skip_freq"]):
+            yield "--window-attn-skip-freq", _list(arch["window_attn_skip_freq"])
     for name in _VALUES:
         if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
             value = arch[name]

@@ -7,9 +7,16 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sliding_windows import (
+    every_layer,
+    no_layer,
+    qwen_layers,
+    window_keys,
+    write_qwen_windows,
+    write_window,
+)
 
 COMMON_DEFAULTS = {
     "num_key_value_heads": None,
@@ -67,25 +74,10 @@ def write_common(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def require_full_attention(config: HFConfig, active: bool) -> None:
-    """Raise ConfigError for a sliding window that a layer would apply within the longest sequence of the model."""
-    window, longest = config["sliding_window"], config["max_position_embeddings"]
-    if active and window is not None and window < longest:
-        raise ConfigError(
-            f"config.json of {config.architecture} has an active sliding_window of {window} tokens, which is not "
-            f"converted; if no sequence is longer, set sliding_window to null and max_position_embeddings to {window}"
-        )
-
-
-def _sliding_layers(config: HFConfig) -> bool:
-    """Return whether the config.json of a Qwen model has a layer with a sliding window."""
-    if config["layer_types"] is not None:
-        return "sliding_attention" in config["layer_types"]
-    return bool(config["use_sliding_window"] and config["max_window_layers"] < config["num_hidden_layers"])
-
-
-def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) -> Callable[[HFConfig], ModelConfig]:
-    """Return the reader of a dense family.
+def _reader(
+    *, windows: Callable[[HFConfig], list[bool]], bias: bool, **fields: Any
+) -> Callable[[HFConfig], ModelConfig]:
+    """Return the reader of a dense family; ``windows`` returns whether each layer has the sliding window.
 
     ``bias``: whether q, k and v always have biases, as in Qwen2, whose code reads neither ``attention_bias`` nor
     ``mlp_bias``.
@@ -94,8 +86,9 @@ def _reader(*, slides: Callable[[HFConfig], bool], bias: bool, **fields: Any) ->
     def read(config: HFConfig) -> ModelConfig:
         for name in () if bias else ("attention_bias", "mlp_bias"):
             config.require(name, (False, None), "biases besides those of Qwen2's q, k and v are not known here")
-        require_full_attention(config, slides(config))
-        return read_common(config, add_qkv_bias=bias, **fields, **rotary_fields(read_rope(config), config))
+        transformer = window_keys(config, windows(config))
+        fields_of_rope = rotary_fields(read_rope(config), config)
+        return read_common(config, add_qkv_bias=bias, transformer=transformer, **fields, **fields_of_rope)
 
     return read
 
@@ -106,21 +99,21 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
 
 def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
     """Return a config.json without ``head_dim`` where transformers' Qwen2 derives it; old versions do not read it."""
-    config = _write(arch)
+    config = _write(arch) | write_qwen_windows(arch)
     if config["head_dim"] is not None and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
         del config["head_dim"]
     return config
 
 
-def _write_full_attention(arch: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json with a null ``sliding_window``, for which transformers' Mistral has another default."""
-    return _write(arch) | {"sliding_window": None}
+def _write_with_window(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with ``sliding_window``, for which transformers' Mistral has a default of its own."""
+    return _write(arch) | {"sliding_window": write_window(arch)}
 
 
 LLAMA = Family(
     "LlamaForCausalLM",
     "llama",
-    _reader(slides=lambda config: False, bias=False),
+    _reader(windows=no_layer, bias=False),
     lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
     COMMON_DEFAULTS,
     models="Llama 2, 3, 3.1, 3.2 and 3.3",
@@ -129,27 +122,28 @@ LLAMA = Family(
 MISTRAL = Family(
     "MistralForCausalLM",
     "mistral",
-    _reader(slides=lambda config: True, bias=False),
-    _write_full_attention,
+    _reader(windows=every_layer, bias=False),
+    _write_with_window,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
-    models="Mistral 7B from v0.2, Mistral Nemo, Mistral Small of 2024",
-    limits="no active sliding window",
+    models="Mistral 7B, Mistral Nemo, Mistral Small of 2024",
+    limits="a sliding window in every layer, or none",
 )
 QWEN2 = Family(
     "Qwen2ForCausalLM",
     "qwen2",
-    _reader(slides=_sliding_layers, bias=True),
+    _reader(windows=qwen_layers, bias=True),
     _write_without_head_dim,
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
     models="Qwen2, Qwen2.5, QwQ",
-    limits="no active sliding window; `attention_bias` is ignored, as transformers ignores it",
+    limits="sliding windows as `use_sliding_window` and `layer_types` say; `attention_bias` is ignored, as "
+    "transformers ignores it",
 )
 QWEN3 = Family(
     "Qwen3ForCausalLM",
     "qwen3",
-    _reader(slides=_sliding_layers, bias=False, qk_layernorm=True),
-    lambda arch: _write(arch) | {"attention_bias": False},
+    _reader(windows=qwen_layers, bias=False, qk_layernorm=True),
+    lambda arch: _write(arch) | write_qwen_windows(arch) | {"attention_bias": False},
     COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
     models="Qwen3",
-    limits="no biases, no active sliding window",
+    limits="no biases; sliding windows as for Qwen2",
 )

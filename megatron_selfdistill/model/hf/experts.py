@@ -8,15 +8,16 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.decoder import ExpertNames
-from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, require_full_attention, write_common
+from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sliding_windows import every_layer, every_layer_if_used, window_keys, write_window
 
 
 def _read_mixtral(config: HFConfig) -> ModelConfig:
-    require_full_attention(config, active=True)
     return read_common(
         config,
+        transformer=window_keys(config, every_layer(config)),
         num_moe_experts=config["num_local_experts"],
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["intermediate_size"],
@@ -31,18 +32,19 @@ def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
         **write_rotary(arch),
         "num_local_experts": arch["num_moe_experts"],
         "num_experts_per_tok": arch["moe_router_topk"],
-        "sliding_window": None,
+        "sliding_window": write_window(arch),
     }
 
 
 def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
-    require_full_attention(config, active=config["use_sliding_window"])
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
     if not any(is_moe):
         raise ConfigError("config.json of Qwen3MoeForCausalLM has no layer with experts: call it Qwen3ForCausalLM")
-    transformer: dict[str, Any] = {} if all(is_moe) else {"moe_layer_freq": is_moe}
+    transformer = window_keys(config, every_layer_if_used(config))
+    if not all(is_moe):
+        transformer["moe_layer_freq"] = is_moe
     if not config["norm_topk_prob"]:
         transformer["moe_router_pre_softmax"] = True  # a softmax over the chosen experts alone would sum to 1
     num_experts = config.values.get("num_local_experts") or config["num_experts"]  # transformers 5 renames it
@@ -69,7 +71,8 @@ def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
         "norm_topk_prob": not arch["moe_router_pre_softmax"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, moe in enumerate(arch["moe_layer_freq"]) if not moe],
-        "use_sliding_window": False,
+        "use_sliding_window": arch["window_size"] is not None,
+        **({} if arch["window_size"] is None else {"sliding_window": write_window(arch)}),
     }
 
 
@@ -93,7 +96,7 @@ MIXTRAL = Family(
     },
     ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     models="Mixtral 8x7B and 8x22B",
-    limits="no active sliding window",
+    limits="a sliding window in every layer, or none",
 )
 QWEN3_MOE = Family(
     "Qwen3MoeForCausalLM",
@@ -112,5 +115,5 @@ QWEN3_MOE = Family(
         "sliding_window": 4096,
     },
     models="Qwen3-30B-A3B, Qwen3-235B-A22B",
-    limits="no biases, no active sliding window; dense layers between the others are allowed",
+    limits="no biases; a sliding window in every layer, or none; dense layers between the others are allowed",
 )

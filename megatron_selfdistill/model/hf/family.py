@@ -10,6 +10,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.attention_windows import windowed_layers
 from megatron_selfdistill.model.hf.decoder import ExpertNames, decoder_rules
 from megatron_selfdistill.model.hf.rules import Rule
 
@@ -137,6 +138,7 @@ _ANY = {
     "multi_latent_attention": False,
     "layernorm_zero_centered_gamma": False,
     "window_size": None,
+    "window_attn_skip_freq": None,
     "softmax_type": "vanilla",
     "softmax_scale": None,
     "rotary_interleaved": False,
@@ -190,7 +192,18 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         without_effect |= {name for name in values if name.startswith("yarn_")}
     if not values["rope_scaling"]:
         without_effect.add("rope_scaling_factor")
+    _set_windows(values)
     return values | dict.fromkeys(without_effect & values.keys())
+
+
+def _set_windows(values: dict[str, Any]) -> None:
+    """Give equal windows equal values: a tuple, and a list with 1 for each layer that has the window."""
+    window, num_layers = values["window_size"], values["num_layers"]
+    windowed = windowed_layers(values["window_attn_skip_freq"], num_layers) if window else []
+    if not any(windowed):
+        values |= {"window_size": None, "window_attn_skip_freq": None}
+    else:
+        values |= {"window_size": tuple(window), "window_attn_skip_freq": [int(layer) for layer in windowed]}
 
 
 def moe_layers(freq: int | list[int], num_layers: int) -> list[int]:

@@ -55,6 +55,13 @@ FAMILIES: dict[str, Family] = {
 }
 """The families by the name in ``architectures`` of a config.json."""
 
+_WITHOUT_LAYERS = dict.fromkeys(
+    ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"],
+    "its layers have norms behind attention and MLP, and Gemma 3 has another RoPE base in layers with a window: "
+    "Megatron Core 0.16 has neither",
+)
+"""Why architectures that are often asked for cannot be converted."""
+
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
 """The two names of tied weights.  A directory may lack the first weight, which must equal the second one."""
 
@@ -75,8 +82,9 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             if family.model_type == hf_config.get("model_type"):
                 return family
     got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
+    reasons = "".join(f" ({_WITHOUT_LAYERS[name]})" for name in named if name in _WITHOUT_LAYERS)
     raise ConfigError(
-        f"config.json has {got}, which is not known here: {describe_nearest(hf_config, FAMILIES.values())} "
+        f"config.json has {got}, which is not known here{reasons}: {describe_nearest(hf_config, FAMILIES.values())} "
         "(`selfdistill convert --list` shows what converts)"
     )
 

@@ -7,17 +7,19 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, require_full_attention, write_common
+from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sliding_windows import listed_layers, window_keys, write_layer_types, write_window
 
 
 def _read(config: HFConfig) -> ModelConfig:
     for name in ("attention_bias", "mlp_bias"):
         config.require(name, (False, None), "biases are not known here")
     has_rope = _layers_with_rope(config)
-    require_full_attention(config, _slides(config, has_rope))
-    transformer = {} if all(has_rope) else {"no_rope_freq": [1 - rope for rope in has_rope]}
+    transformer = window_keys(config, _windows(config, has_rope))
+    if not all(has_rope):
+        transformer["no_rope_freq"] = [1 - rope for rope in has_rope]
     return read_common(config, transformer=transformer, **rotary_fields(read_rope(config), config))
 
 
@@ -35,11 +37,11 @@ def _layers_with_rope(config: HFConfig) -> list[int]:
     return [int(bool(rope)) for rope in given]
 
 
-def _slides(config: HFConfig, has_rope: list[int]) -> bool:
-    """Return whether a layer has a sliding window, as transformers makes its masks."""
+def _windows(config: HFConfig, has_rope: list[int]) -> list[bool]:
+    """Return the layers with a sliding window, as transformers chooses them."""
     if config["layer_types"] is not None:
-        return "sliding_attention" in config["layer_types"]
-    return bool(config["use_sliding_window"] and not all(has_rope))
+        return listed_layers(config)
+    return [bool(config["use_sliding_window"] and not rope) for rope in has_rope]
 
 
 def _write(arch: dict[str, Any]) -> dict[str, Any]:
@@ -50,10 +52,17 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "no_rope_layers": [1 - skips for skips in without],
-        "use_sliding_window": False,
-        "sliding_window": None,
+        **_write_windows(arch),
         "pad_token_id": None,  # transformers' default lies outside of a small vocabulary
     }
+
+
+def _write_windows(arch: dict[str, Any]) -> dict[str, Any]:
+    window = write_window(arch)
+    if window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    layer_types = write_layer_types(arch["window_attn_skip_freq"])
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types}
 
 
 SMOLLM3 = Family(
@@ -70,5 +79,5 @@ SMOLLM3 = Family(
         "no_rope_layer_interval": 4,
     },
     models="SmolLM3-3B",
-    limits="no biases, no active sliding window; `no_rope_layers` names one entry per layer",
+    limits="no biases; sliding windows as `layer_types` says; `no_rope_layers` names one entry per layer",
 )

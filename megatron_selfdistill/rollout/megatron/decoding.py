@@ -107,8 +107,14 @@ def takes_masks(models: Sequence[GPTModel]) -> bool:
 
     Transformer Engine's flash and fused attention cannot hide columns, because they take no arbitrary mask.
     """
-    ours = all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
-    return ours or models[0].config.attention_backend not in (AttnBackend.flash, AttnBackend.fused)
+    return _has_our_attention(models) or models[0].config.attention_backend not in (
+        AttnBackend.flash,
+        AttnBackend.fused,
+    )
+
+
+def _has_our_attention(models: Sequence[GPTModel]) -> bool:
+    return all(isinstance(layer.core_attention, CoreAttention) for layer in _attention_layers(models))
 
 
 def refuse_undecodable(models: Sequence[GPTModel], grid: RankGrid) -> None:
@@ -126,6 +132,7 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
     attention = list(_attention_layers(models))
+    softmax_type = getattr(config.softmax_type, "value", config.softmax_type)
     return [
         (
             config.flash_decode,
@@ -165,8 +172,9 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
             "fine_grained_activation_offloading also acts while decoding: set it to false",
         ),
         (
-            bool(config.window_size),
-            "sliding-window attention ignores its window on a static KV cache: set model.transformer.window_size=null",
+            (bool(config.window_size) or softmax_type != "vanilla") and not _has_our_attention(models),
+            "sliding windows and attention sinks are decoded with this program's attention only, not with Transformer "
+            "Engine's on Megatron's static KV cache: set rollout.engine=vllm",
         ),
         (
             getattr(config, "cache_mla_latents", False),

@@ -40,6 +40,10 @@ EXPECTED = {
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
     ),
+    "mistral_window": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 --window-size 6,0 "
+    ),
     "qwen2": (
         "--max-position-embeddings 64 --norm-epsilon 1e-06 --kv-channels 10 --group-query-attention "
         "--num-query-groups 2 --add-qkv-bias --rotary-base 1000000 "
@@ -56,6 +60,11 @@ EXPECTED = {
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-06 "
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --qk-layernorm --rotary-base 100 "
         "--position-embedding-type yarn "
+    ),
+    "qwen3_window": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-06 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --qk-layernorm --rotary-base 10000 "
+        "--window-size 8,0 --window-attn-skip-freq [1,0,0,1] "
     ),
     "mixtral": (
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
@@ -100,10 +109,12 @@ EXPECTED = {
     "smollm3": (
         "--max-position-embeddings 64 --norm-epsilon 1e-06 --kv-channels 10 --group-query-attention "
         "--num-query-groups 2 --rotary-base 2000000 --no-rope-freq [0,1,0,0] "
+        "--window-size 8,0 --window-attn-skip-freq [0,1,0,0] "
     ),
     "phi3": (
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
+        "--window-size 6,0 "
     ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
@@ -168,6 +179,10 @@ def test_rarer_properties_have_their_flags():
     transformer = {"layernorm_zero_centered_gamma": True, "window_size": [7, 0], "moe_apply_probs_on_input": True}
     found = pairs(megatron_flags(ModelConfig(num_moe_experts=4, transformer=transformer)).arguments)
     assert found >= {("--apply-layernorm-1p",), ("--window-size", "7,0"), ("--moe-apply-probs-on-input",)}
+    assert not any(name == "--window-attn-skip-freq" for name, *_ in found)
+    alternating = {"window_size": [7, 0], "window_attn_skip_freq": 2}
+    found = pairs(megatron_flags(ModelConfig(num_layers=4, transformer=alternating)).arguments)
+    assert found >= {("--window-size", "7,0"), ("--window-attn-skip-freq", "[1,0,1,0]")}
 
 
 def test_a_conversion_and_inspect_give_the_whole_line_to_paste(hf_directory, tmp_path):

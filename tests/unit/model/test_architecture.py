@@ -66,10 +66,14 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         )
     ],
     "multi-token-prediction layers are not trained": [(DENSE, {}, {"mtp_num_layers": 1})],
-    "sliding-window attention needs Transformer Engine": [(DENSE, {}, {"window_size": [8, 0]})],
-    "attention sinks (softmax_type) need Transformer Engine": [
-        (DENSE, {}, {"softmax_type": "off-by-one"}),
-        (DENSE, {}, {"softmax_type": "learnable"}),
+    "expected [left, 0], where left is the number of tokens before": [
+        (DENSE, {}, {"window_size": [8, 8]}),
+        (DENSE, {}, {"window_size": [-1, 0]}),
+        (DENSE, {}, {"window_size": [8]}),
+    ],
+    "window_attn_skip_freq=0: expected at least 1": [(DENSE, {}, {"window_size": [8, 0], "window_attn_skip_freq": 0})],
+    "window_attn_skip_freq=[1, 0, 1]: expected one entry for each": [
+        (DENSE, {}, {"window_size": [8, 0], "window_attn_skip_freq": [1, 0, 1]})
     ],
     "apply_rope_fusion rotates packed sequences as if": [
         (DENSE, {}, {"apply_rope_fusion": True, "rotary_interleaved": True})
@@ -115,6 +119,33 @@ def test_what_megatron_gets_wrong_is_refused_with_a_sentence(sentence, monkeypat
         assert "\n" not in str(caught.value)
 
 
+WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
+    "has no sliding window for cp_comm_type=p2p": [
+        {"window_size": (8, 0)},
+        {"window_size": (8, 0), "cp_comm_type": "a2a+p2p"},
+        {"window_size": (8, 0), "cp_comm_type": ["a2a", "a2a", "p2p", "a2a"]},
+    ],
+    "has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a only": [
+        {"softmax_type": "learnable"},
+        {"softmax_type": "off-by-one", "cp_comm_type": "all_gather"},
+    ],
+}
+"""Sentence -> fields of a configuration under context parallelism that meet it."""
+
+
+@pytest.mark.parametrize("sentence", WITH_TRANSFORMER_ENGINE)
+def test_what_transformer_engine_cannot_cut_is_refused_with_a_sentence(sentence, monkeypatch):
+    for fields in WITH_TRANSFORMER_ENGINE[sentence]:
+        config = dataclasses.replace(configured(DENSE, CP2), **fields)
+        refuse_known_faults(config)  # our attention can
+        with monkeypatch.context() as patch:
+            patch.setattr(architecture, "uses_transformer_engine", lambda: True)
+            with pytest.raises(ConfigError, match=re.escape(sentence)):
+                refuse_known_faults(config)
+            refuse_known_faults(dataclasses.replace(config, cp_comm_type="a2a"))
+            refuse_known_faults(dataclasses.replace(config, context_parallel_size=1))
+
+
 def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
     config = configured()
     config.bias_activation_fusion, config.activation_func_clamp_value = True, 7.0
@@ -124,8 +155,11 @@ def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
 
 def test_every_sentence_of_refuse_known_faults_is_met_above():
     messages = [message for _, message in known_faults(configured())]
-    assert len(messages) == len(REFUSED)
-    assert all(any(start in message for message in messages) for start in REFUSED)
+    sentences = [
+        re.sub(r"window_(size|attn_skip_freq)=[^:]*", "", sentence) for sentence in [*REFUSED, *WITH_TRANSFORMER_ENGINE]
+    ]
+    assert len(messages) == len(sentences)
+    assert all(any(start in message for message in messages) for start in sentences)
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

@@ -115,11 +115,11 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("llama2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "per kind of layer"),
         ("llama2", {"quantization_config": {"quant_method": "gptq", "bits": 4}}, "take the unquantised model"),
         ("llama3", {"rope_parameters": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0}}, "low_freq"),
-        ("mistral", {"sliding_window": 32}, "active sliding_window of 32"),
+        ("mistral", {"sliding_window": 0}, "sliding_window=0: expected 1 or more"),
         (
             "qwen2",
-            {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1, "layer_types": None},
-            "active",
+            {"use_sliding_window": False, "layer_types": ["sliding_attention"] * 4},
+            "use_sliding_window=false",
         ),
         (
             "qwen3",
@@ -127,13 +127,15 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
             "attention_factor=1.5 and factor=1.0",
         ),
         ("qwen3_yarn", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}, "rope_type='longrope'"),
+        ("qwen3_window", {"layer_types": ["sliding_attention"] * 3}, "3 layer_types for 4 layers"),
+        ("qwen3_window", {"layer_types": ["chunked_attention"] * 4}, "layer_types with 'chunked_attention'"),
         ("qwen3_moe", {"decoder_sparse_step": 9}, "no layer with experts"),
         ("seed_oss", {"attention_out_bias": True}, "attention_out_bias=True"),
         ("seed_oss", {"mlp_bias": True}, "mlp_bias=True"),
         ("smollm3", {"attention_bias": True}, "attention_bias=True"),
         ("smollm3", {"no_rope_layers": [1, 0]}, "2 entries in no_rope_layers"),
-        ("smollm3", {"use_sliding_window": True, "sliding_window": 8, "layer_types": None}, "active sliding_window"),
-        ("phi3", {"sliding_window": 32}, "active sliding_window of 32"),
+        ("smollm3", {"layer_types": ["sliding_attention"] * 3}, "3 layer_types for 4 layers"),
+        ("phi3", {"sliding_window": 0}, "sliding_window=0: expected 1 or more"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "longrope"),
         ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
@@ -164,8 +166,34 @@ def test_an_inactive_sliding_window_is_no_sliding_window(written):
     family = family_of(config)
     assert family.model_config(config | {"sliding_window": longest}) == family.model_config(config)
     del config["sliding_window"]  # transformers then assumes 4096
-    with pytest.raises(ConfigError, match="active sliding_window of 4096"):
-        family.model_config(config | {"max_position_embeddings": 8192})
+    found = family.model_config(config | {"max_position_embeddings": 8192})
+    assert found.transformer == {"window_size": [4095, 0]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "window", "layers"),
+    [
+        ("mistral", {"sliding_window": 8}, 8, [1, 1, 1, 1]),
+        ("mixtral", {"sliding_window": 8}, 8, [1, 1, 1, 1]),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 3}, 8, [0, 0, 0, 1]),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}, 8, [1, 1, 1, 1]),
+        ("qwen3", {"use_sliding_window": True, "max_window_layers": 4}, None, None),
+        ("qwen3_moe", {"use_sliding_window": True, "max_window_layers": 3}, 8, [1, 1, 1, 1]),
+    ],
+)
+def test_the_layers_with_a_window_are_those_of_transformers(written, kind, changes, window, layers):
+    config = hf_models.config_of(written(kind)[0]) | {"sliding_window": 8, "layer_types": None} | changes
+    family = family_of(config)
+    found = family.model_config(config)
+    arch = architecture(found)
+    assert arch["window_attn_skip_freq"] == layers
+    assert arch["window_size"] == (None if window is None else (window - 1, 0))
+    described = family.describe(found)
+    assert not differences(family.model_config(described), found)
+    if kind in ("qwen2", "qwen3"):  # transformers fills in the types of the layers itself
+        given = {name: value for name, value in config.items() if name != "layer_types"}
+        types = hf_models.config_class(kind)(**given).layer_types
+        assert [int(kind == "sliding_attention") for kind in types] == (layers or [0] * 4)
 
 
 def test_both_spellings_of_rope_are_read_alike(written):
@@ -177,7 +205,7 @@ def test_both_spellings_of_rope_are_read_alike(written):
     assert family.model_config(config).rope_scaling
 
 
-LIKE_OTHERS = {"mistral": "LlamaForCausalLM", "seed_oss": "Qwen2ForCausalLM", "phi3": "LlamaForCausalLM"}
+LIKE_OTHERS = {"mistral": "LlamaForCausalLM", "seed_oss": "Qwen2ForCausalLM", "phi3": "MistralForCausalLM"}
 """kind -> the earlier family that computes the same."""
 
 
@@ -257,4 +285,12 @@ def test_architecture_is_the_same_for_two_spellings_of_one_model():
         transformer={"moe_layer_freq": 1},
     )
     assert architecture(short) == architecture(long)
+    windows = [
+        {"window_size": [7, 0], "window_attn_skip_freq": 2},
+        {"window_size": (7, 0), "window_attn_skip_freq": [int(layer % 2 == 0) for layer in range(short.num_layers)]},
+    ]
+    every, listed = (dataclasses.replace(short, transformer=window) for window in windows)
+    assert architecture(every) == architecture(listed)
+    none = dataclasses.replace(short, transformer={"window_size": [7, 0], "window_attn_skip_freq": 1})
+    assert architecture(none) == architecture(short)
     assert differences(short, dataclasses.replace(short, kv_channels=8)) == {"kv_channels": (16, 8)}

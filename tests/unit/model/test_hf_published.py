@@ -51,6 +51,23 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         8_030_261_248,
     ),
+    "Mistral-7B-v0.1": (
+        {
+            "architectures": ["MistralForCausalLM"],
+            "vocab_size": 32000,
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-05,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "tie_word_embeddings": False,
+        },
+        7_241_732_096,
+    ),
     "Mistral-7B-v0.3": (
         {
             "architectures": ["MistralForCausalLM"],
@@ -277,6 +294,26 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         14_659_507_200,
     ),
+    "Phi-3-mini-4k-instruct": (
+        {
+            "architectures": ["Phi3ForCausalLM"],
+            "attention_bias": False,
+            "hidden_act": "silu",
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 4096,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 10000.0,
+            "sliding_window": 2047,
+            "tie_word_embeddings": False,
+            "vocab_size": 32064,
+        },
+        3_821_079_552,
+    ),
 }
 """The config.json of each model, and how many numbers its tensors have."""
 
@@ -290,9 +327,9 @@ def test_a_published_model_has_as_many_parameters_as_its_authors_say(name):
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "Phi-3-mini-4k-instruct": (
-        {"architectures": ["Phi3ForCausalLM"], "sliding_window": 2047, "max_position_embeddings": 4096},
-        "active sliding_window of 2047",
+    "Phi-4-mini-instruct": (
+        {"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope", "long_factor": [1, 1.118320672]}},
+        "rope_type='longrope': only default is known here",
     ),
 }
 """The deciding fields of published config.json files that are refused, and a part of the message."""

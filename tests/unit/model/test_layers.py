@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -18,12 +19,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 
 from megatron_selfdistill.data.packing import context_parallel_positions
-from megatron_selfdistill.model import layers
+from megatron_selfdistill.model import attention_windows, layers
+from megatron_selfdistill.model.attention_sinks import sink_channels
+from megatron_selfdistill.model.attention_windows import windowed_layers
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
+SINKS = (0.5, -2.0, 3.0, 1.0)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "window": {"window_size": (5, 0)},
+    "sinks": {"softmax_type": "learnable"},
+    "window and sinks": {"window_size": (5, 0), "softmax_type": "learnable"},
+}
+"""Kinds of attention -> the fields of ``TransformerConfig`` that choose them."""
 
 # Sequences of very different lengths, each padded to a multiple of 2 * CP, and a segment that is only
 # padding.
@@ -55,22 +67,37 @@ def config(**changes) -> TransformerConfig:
     return TransformerConfig(**values | changes)
 
 
-def attention(group=None, **kwargs) -> CoreAttention:
+def attention(group=None, variant: str = "full", layer_number: int = 1, **kwargs) -> CoreAttention:
     collection = SimpleNamespace(cp=group or OneRank())
-    return CoreAttention(config(), 1, None, "self", pg_collection=collection, **kwargs)
+    made = CoreAttention(config(**VARIANTS[variant]), layer_number, None, "self", pg_collection=collection, **kwargs)
+    if made.softmax_offset is not None:
+        with torch.no_grad():
+            made.softmax_offset.copy_(torch.tensor(SINKS))
+    return made
 
 
-def reference(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def reference(
+    query: Tensor, key: Tensor, value: Tensor, variant: str = "full", sinks: Sequence[float] | Tensor = SINKS
+) -> Tensor:
     """Return the causal attention of one sequence in float64: ``[s, n, d]``, ``[t, n_kv, d]`` -> ``[s, n * d]``.
 
     The queries are the last s of t positions.
     """
+    fields = VARIANTS[variant]
     q, k, v = query.double(), key.double(), value.double()
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     scores = torch.einsum("ind,jnd->nij", q, k) / q.size(-1) ** 0.5
     positions = torch.arange(k.size(0))
-    later = positions[None, :] > positions[k.size(0) - q.size(0) :, None]
-    weights = scores.masked_fill(later, -torch.inf).softmax(-1)
+    own = positions[k.size(0) - q.size(0) :, None]
+    hidden = positions[None, :] > own
+    if "window_size" in fields:
+        hidden = hidden | (positions[None, :] < own - fields["window_size"][0])
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if "softmax_type" in fields:
+        scores = torch.cat(
+            [scores, torch.as_tensor(sinks, dtype=torch.float64)[:, None, None].expand(-1, q.size(0), 1)], dim=-1
+        )
+    weights = scores.softmax(-1)[..., : k.size(0)]
     return torch.einsum("nij,jnd->ind", weights, v).flatten(1)
 
 
@@ -129,28 +156,96 @@ def test_the_weight_says_whether_its_gradient_is_summed_over_tensor_parallel_ran
 # -- attention, unpacked -----
 
 
-def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula():
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula(variant, monkeypatch):
+    monkeypatch.setattr(attention_windows, "_LEAST_QUERIES", 1)  # blocks of 6 queries
     query, key, value = (x.requires_grad_() for x in random_qkv(13, 2))
-    out = attention()(query, key, value)
+    layer = attention(variant=variant)
+    out = layer(query, key, value)
     assert out.shape == (13, 2, HEADS * CHANNELS)
     upstream = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     out.backward(upstream)
+    sinks = torch.tensor(SINKS, dtype=torch.float64, requires_grad=True)
     for b in range(2):
         q, k, v = (x[:, b].detach().double().requires_grad_() for x in (query, key, value))
-        expected = reference(q, k, v)
+        expected = reference(q, k, v, variant, sinks)
         expected.backward(upstream[:, b].double())
         torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
         for got, exact in ((query, q), (key, k), (value, v)):
             torch.testing.assert_close(got.grad[:, b].double(), exact.grad, rtol=1e-5, atol=1e-5)
+    if layer.softmax_offset is not None:
+        torch.testing.assert_close(layer.softmax_offset.grad.double(), sinks.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("num_queries", [1, 4, 12, 13])
-def test_the_last_queries_against_a_cache_equal_the_last_rows_of_the_whole(num_queries):
+def test_the_last_queries_against_a_cache_equal_the_last_rows_of_the_whole(num_queries, variant):
     query, key, value = random_qkv(13, 2)
-    out = attention()(query[-num_queries:], key, value)
+    out = attention(variant=variant)(query[-num_queries:], key, value)
     for b in range(2):
-        expected = reference(query[-num_queries:, b], key[:, b], value[:, b])
+        expected = reference(query[-num_queries:, b], key[:, b], value[:, b], variant)
         torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_mask_of_rows_with_unequal_lengths_places_each_query_at_its_last_column(variant):
+    """In one decoding step, as `RaggedCache` gives the mask."""
+    query, key, value = random_qkv(13, 3)
+    columns = torch.tensor([12, 4, 8])
+    hidden = (torch.arange(13) > columns[:, None])[:, None, None]
+    out = attention(variant=variant)(query[:1], key, value, attention_mask=hidden)
+    for b, column in enumerate(columns.tolist()):
+        expected = reference(query[:1, b], key[: column + 1, b], value[: column + 1, b], variant)
+        torch.testing.assert_close(out[:, b].double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_causal_mask_of_megatrons_kind_changes_nothing(variant):
+    query, key, value = random_qkv(9, 1)
+    hidden = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    layer = attention(variant=variant)
+    torch.testing.assert_close(layer(query, key, value, attention_mask=hidden[None, None]), layer(query, key, value))
+
+
+def test_a_sink_of_zero_is_the_softmax_that_is_off_by_one():
+    query, key, value = random_qkv(9, 1)
+    layer = CoreAttention(
+        config(softmax_type="off-by-one"), 1, None, "self", pg_collection=SimpleNamespace(cp=OneRank())
+    )
+    expected = reference(query[:, 0], key[:, 0], value[:, 0], "sinks", torch.zeros(HEADS))
+    torch.testing.assert_close(layer(query, key, value)[:, 0].double(), expected, rtol=1e-5, atol=1e-5)
+    assert not list(layer.parameters()) and not layer.state_dict()
+
+
+def test_a_sink_in_bf16_keeps_its_precision_for_a_scale_that_bf16_rounds():
+    sinks = torch.tensor([5.03125, -3.015625, 20.125, 0.0]).bfloat16()
+    channels = sink_channels(sinks, 0.3, torch.zeros(1, HEADS, 2, CHANNELS).bfloat16())
+    assert channels.dtype == torch.bfloat16 and channels.shape == (1, HEADS, 2, 8)
+    scores = 0.3 * channels[0, :, 0].double().sum(-1)  # a kernel adds the products in float32
+    torch.testing.assert_close(scores, sinks.double(), rtol=2**-15, atol=0)
+
+
+def test_layers_have_the_window_as_megatron_core_numbers_them():
+    for freq in (None, 1, 2, 3, [0, 1, 1, 0, 1, 0]):
+        layers_with = windowed_layers(freq, 6)
+        assert layers_with == [is_layer_window_attention((5, 0), freq, number) for number in range(1, 7)]
+    for wrong in (0, [1, 0]):
+        with pytest.raises(ValueError, match="window_attn_skip_freq"):
+            windowed_layers(wrong, 6)
+
+
+def test_a_window_never_makes_the_scores_of_a_whole_sequence(monkeypatch):
+    """Of 1024 tokens with a window of 16, in blocks of 64 queries."""
+    monkeypatch.setattr(attention_windows, "_LEAST_QUERIES", 64)
+    monkeypatch.setitem(VARIANTS, "long", {"window_size": (15, 0), "softmax_type": "learnable"})
+    rows = [x.requires_grad_() for x in random_qkv(1024)]
+    packed = PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=torch.tensor([0, 1024]), cu_seqlens_kv=torch.tensor([0, 1024])
+    )
+    seen = Largest()
+    with seen, sdpa_kernel([SDPBackend.MATH]):
+        attention(variant="long")(*rows, packed_seq_params=packed).sum().backward()
+    assert seen.largest < 1024 * 1024 // 8
 
 
 def test_a_mask_of_megatrons_kind_hides_what_it_marks():
@@ -190,8 +285,11 @@ def real_rows() -> Tensor:
     return torch.cat([torch.arange(s, s + n) for s, n in zip(BOUNDS, LENGTHS, strict=False)])
 
 
-def packed_attention(group, mutation: str | None = None) -> list[Tensor]:
-    """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds."""
+def packed_attention(group, mutation: str | None = None, variant: str = "full") -> list[Tensor]:
+    """Output and gradients of query, key and value, at the positions that this rank of ``group`` holds.
+
+    The gradient of the sinks is the last entry, where there are sinks.
+    """
     held = context_parallel_positions(torch.tensor(BOUNDS), group.size(), group.rank())
     rows = random_qkv(BOUNDS[-1])
     query, key, value = (x[held].clone().requires_grad_() for x in rows)
@@ -200,20 +298,28 @@ def packed_attention(group, mutation: str | None = None) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         if mutation:
             patch.setattr(layers, *MUTATIONS[mutation])
-        out = attention(group)(query, key, value, packed_seq_params=packed_params())
+        patch.setattr(attention_windows, "_LEAST_QUERIES", 1)
+        layer = attention(group, variant)
+        out = layer(query, key, value, packed_seq_params=packed_params())
         out.backward(upstream[held])
-    return [out.detach(), query.grad, key.grad, value.grad]
+    return [out.detach(), query.grad, key.grad, value.grad, *(p.grad for p in layer.parameters())]
 
 
-def packed_attention_of_rank(mutation: str | None = None) -> list[Tensor]:
-    return packed_attention(dist.group.WORLD, mutation)
+def packed_attention_of_rank(mutation: str | None = None, variant: str = "full") -> list[Tensor]:
+    return packed_attention(dist.group.WORLD, mutation, variant)
 
 
 def whole_row(per_rank: list[list[Tensor]]) -> list[Tensor]:
-    """Return the four tensors of the row, joined from the shares of the context-parallel ranks."""
+    """Return the four tensors of the row, joined from the shares of the context-parallel ranks.
+
+    The gradients of the sinks are added.
+    """
     held = [context_parallel_positions(torch.tensor(BOUNDS), len(per_rank), r) for r in range(len(per_rank))]
     joined = []
     for parts in zip(*per_rank, strict=True):
+        if parts[0].dim() == 1:
+            joined.append(torch.stack(parts).sum(0))
+            continue
         full = torch.full((BOUNDS[-1], *parts[0].shape[1:]), torch.nan)
         for positions, part in zip(held, parts, strict=True):
             full[positions] = part
@@ -221,28 +327,35 @@ def whole_row(per_rank: list[list[Tensor]]) -> list[Tensor]:
     return joined
 
 
-def assert_each_sequence_is_as_if_alone(row: list[Tensor]) -> None:
+def assert_each_sequence_is_as_if_alone(row: list[Tensor], variant: str = "full") -> None:
+    sinks = torch.tensor(SINKS, dtype=torch.float64, requires_grad=True)
     query, key, value = random_qkv(BOUNDS[-1])
     generator = torch.Generator().manual_seed(1)
     upstream = torch.randn(len(real_rows()), HEADS * CHANNELS, generator=generator).split(LENGTHS)
     for start, length, gradient in zip(BOUNDS, LENGTHS, upstream, strict=False):
         here = slice(start, start + length)
         q, k, v = (x[here].double().requires_grad_() for x in (query, key, value))
-        expected = reference(q, k, v)
+        expected = reference(q, k, v, variant, sinks)
         expected.backward(gradient.double())
-        for got, exact in zip(row, (expected, q.grad, k.grad, v.grad), strict=True):
+        for got, exact in zip(row, (expected, q.grad, k.grad, v.grad), strict=False):
             torch.testing.assert_close(got[here].double(), exact, rtol=1e-5, atol=1e-5)
+    assert len(row) == (5 if sinks.grad is not None else 4)
+    if sinks.grad is not None:
+        torch.testing.assert_close(row.pop().double(), sinks.grad, rtol=1e-5, atol=1e-5)
     padding = torch.ones(BOUNDS[-1], dtype=torch.bool).index_fill(0, real_rows(), False)
     assert row[0].isfinite().all()
     assert all(not gradient[padding].any() for gradient in row[1:]), "padding has a gradient"
 
 
-def test_packed_sequences_equal_each_sequence_alone():
-    assert_each_sequence_is_as_if_alone(whole_row([packed_attention(OneRank())]))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_sequences_equal_each_sequence_alone(variant):
+    assert_each_sequence_is_as_if_alone(whole_row([packed_attention(OneRank(), None, variant)]), variant)
 
 
-def test_packed_sequences_cut_over_context_parallel_ranks_equal_each_sequence_alone(ranks):
-    assert_each_sequence_is_as_if_alone(whole_row(ranks.run(packed_attention_of_rank, world_size=2)))
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_packed_sequences_cut_over_context_parallel_ranks_equal_each_sequence_alone(ranks, variant):
+    per_rank = ranks.run(packed_attention_of_rank, None, variant, world_size=2)
+    assert_each_sequence_is_as_if_alone(whole_row(per_rank), variant)
 
 
 def without_segments(cu_seqlens: Tensor, group, device):

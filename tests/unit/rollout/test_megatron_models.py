@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -148,6 +149,18 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
     "learned positions": ({"position_embedding_type": "learned_absolute"}, "fp32", None),
     **{name: (changes, "fp32", None) for name, changes in ROTATIONS.items()},
     "MLA": ({"transformer": MLA, "num_query_groups": None}, "fp32", None),
+    "windows": ({"transformer": {"window_size": [5, 0], "window_attn_skip_freq": 2}}, "fp32", None),
+    "windows and sinks": (
+        {
+            "transformer": {
+                "window_size": [3, 0],
+                "window_attn_skip_freq": [0, 1, 1, 0],
+                "softmax_type": "learnable",
+            }
+        },
+        "fp32",
+        ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
+    ),
     "selective recompute": (
         {},
         "fp32",
@@ -210,13 +223,25 @@ def refuse() -> list[str]:
     collect(lambda: sampler_of([model], grid).generate([Request([1] * 60, 0)], GREEDY), ValueError)
     collect(lambda: sampler_of([model], grid).generate([*make_requests(), Request([], 0)], GREEDY), ValueError)
     assert sampler_of([model], grid).generate([], GREEDY) == []
-    for name, value in [("flash_decode", True), ("cuda_graph_impl", "local"), ("window_size", (8, 0))]:
+    for name, value in [("flash_decode", True), ("cuda_graph_impl", "local")]:
         unwrapped(model).config.__dict__[name], before = value, getattr(unwrapped(model).config, name)
         collect(lambda: sampler_of([model], grid), ConfigError)
         setattr(unwrapped(model).config, name, before)
+    refuse_windows_of_other_attention(model, lambda: collect(lambda: sampler_of([model], grid), ConfigError))
     unwrapped(model).position_embedding_type = "mrope"
     collect(lambda: sampler_of([model], grid), ConfigError)
     return messages
+
+
+def refuse_windows_of_other_attention(model: torch.nn.Module, refuse: Callable[[], None]) -> None:
+    """Call ``refuse`` with a window, and with sinks, in a model whose attention stands in for Transformer Engine's."""
+    attention, config = unwrapped(model).decoder.layers[0].self_attention, unwrapped(model).config
+    ours, attention.core_attention = attention.core_attention, torch.nn.Identity()
+    for name, value in [("window_size", (8, 0)), ("softmax_type", "learnable")]:
+        config.__dict__[name], before = value, getattr(config, name)
+        refuse()
+        setattr(config, name, before)
+    attention.core_attention = ours
 
 
 def test_what_cannot_be_decoded_is_refused_with_a_message_that_names_it(ranks):
@@ -227,7 +252,8 @@ def test_what_cannot_be_decoded_is_refused_with_a_message_that_names_it(ranks):
         "empty prompt",
         "flash_decode",
         "cuda_graph_impl",
-        "window_size",
+        "sliding windows and attention sinks",
+        "sliding windows and attention sinks",
         "mrope",
     ]
     for message, word in zip(messages, words, strict=True):

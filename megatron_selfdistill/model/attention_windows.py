@@ -1,0 +1,83 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Sliding windows of causal attention: the layers that have one, and the keys that each query of a window sees.
+
+``left`` is Megatron's number: a query attends to itself and to the ``left`` keys before it.  Hugging Face's
+``sliding_window`` counts the query's own key too, so that ``left = sliding_window - 1``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LEAST_QUERIES, _MOST_QUERIES = 128, 512
+"""The bounds of the number of queries in a block: shorter blocks call more kernels, longer blocks mask more keys."""
+
+
+def windowed_layers(window_attn_skip_freq: int | Sequence[int] | None, num_layers: int) -> list[bool]:
+    """Return for each of ``num_layers`` layers whether it has the window, as Megatron Core numbers the layers.
+
+    ``window_attn_skip_freq``: null is a window in every layer; N is full attention in every Nth layer; a list has 1 for
+    each layer with a window.
+
+    Raises: ValueError for a list of another length, and for a number below 1.
+    Source: ``is_layer_window_attention`` of Megatron Core.
+    """
+    freq = window_attn_skip_freq
+    if freq is None:
+        return [True] * num_layers
+    if isinstance(freq, int):
+        if freq < 1:
+            raise ValueError(f"window_attn_skip_freq must be at least 1, got {freq}")
+        return [layer % freq != 0 for layer in range(1, num_layers + 1)]
+    if len(freq) != num_layers:
+        raise ValueError(f"window_attn_skip_freq has {len(freq)} entries, expected one for each of {num_layers} layers")
+    return [bool(windowed) for windowed in freq]
+
+
+def left_of_layer(config: Any, layer_number: int) -> int | None:
+    """Return the number of earlier keys that a query of a layer sees; None for full attention.
+
+    ``config``: a ``TransformerConfig``; ``layer_number`` begins with 1 and counts the layers of all stages.
+    """
+    if not config.window_size:
+        return None
+    windowed = windowed_layers(config.window_attn_skip_freq, config.num_layers)
+    return int(config.window_size[0]) if windowed[layer_number - 1] else None
+
+
+def window_blocks(length: int, left: int) -> Iterator[tuple[slice, slice]]:
+    """Yield blocks of the queries of a causal sequence of ``length`` tokens, each with the range of keys that it sees.
+
+    The work and the masks of all blocks are ``length * (left + block)`` scores, not ``length ** 2``.
+    """
+    size = min(max(left + 1, _LEAST_QUERIES), _MOST_QUERIES)
+    for first in range(0, length, size):
+        last = min(first + size, length)
+        yield slice(first, last), slice(max(first - left, 0), last)
+
+
+def block_mask(queries: slice, keys: slice, left: int, device: torch.device) -> Tensor:
+    """Return the mask [queries, keys] bool of a block of `window_blocks`: True where a query sees a key."""
+    own = torch.arange(queries.start, queries.stop, device=device)[:, None]
+    return seen(torch.arange(keys.start, keys.stop, device=device), own, left)
+
+
+def seen(keys: Tensor, own: Tensor, left: int | None) -> Tensor:
+    """Return whether a query at position ``own`` sees the key at each position of ``keys``; both broadcast, int64."""
+    mask = keys <= own
+    return mask if left is None else mask & (keys >= own - left)
+
+
+def within_window(allowed: Tensor, left: int) -> Tensor:
+    """Return the mask ``allowed [..., queries, keys]`` bool without the keys that lie before the window of each query.
+
+    The own key of a query is the last key that ``allowed`` grants it, as in causal masks and in a cache whose rows
+    have unequal lengths.
+    """
+    keys = torch.arange(allowed.size(-1), device=allowed.device)
+    own = torch.where(allowed, keys, -1).amax(-1, keepdim=True)
+    return allowed & (keys >= own - left)
