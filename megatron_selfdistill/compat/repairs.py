@@ -68,6 +68,21 @@ def mark_weights_for_the_norm(model: torch.nn.Module) -> None:
                 param.tensor_model_parallel = True
 
 
+def mark_replicated_experts(model: torch.nn.Module) -> None:
+    """Mark weights of experts that several tensor-parallel ranks hold, so that the gradients of all of them are added.
+
+    Tensor-parallel ranks send different tokens to experts that are not cut (``expert_tensor_parallel_size`` below
+    ``tensor_model_parallel_size``).  Megatron Core adds the gradients of an expert over the ranks that hold it only
+    where the weight has the mark ``allreduce=False``, which it sets for ``expert_model_parallel_size > 1`` only.
+    """
+    config = getattr(model, "config", None)
+    if config is None or config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, param in model.named_parameters():
+        if ".experts." in name:
+            param.allreduce = False
+
+
 def _define_names_missing_without_transformer_engine() -> None:
     """Define the names without which router, selective recomputation, MLA and shared experts fail.
 

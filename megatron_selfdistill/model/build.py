@@ -79,6 +79,7 @@ def build_chunks(
         if not cpu.ON_CPU:
             chunk = chunk.cuda(torch.cuda.current_device())
         repairs.mark_weights_for_the_norm(chunk)
+        repairs.mark_replicated_experts(chunk)
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         built: torch.nn.Module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk

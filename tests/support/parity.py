@@ -37,6 +37,7 @@ LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
     "CP2 experts": ("moe", parallel(cp=2), 2),
     "EP2": ("moe", parallel(ep=2), 2),
     "EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),
+    "TP2+SP experts": ("moe", parallel(tp=2, etp=1, sp=True), 2),
     "EP2xTP2+SP": ("moe", parallel(ep=2, tp=2, etp=1, sp=True), 2),
 }
 
