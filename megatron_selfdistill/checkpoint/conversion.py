@@ -115,7 +115,7 @@ def megatron_to_hf(
     assets = Path(hf_config) if hf_config is not None else hf_assets_of(weights.path)
     original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
     model, family = _model_and_family(weights, original, assets, vocab_size, progress)
-    rules = family.rules(model)
+    rules = [rule for rule in family.rules(model) if not rule.may_be_absent or weights.holds(rule)]
     weights.check_shapes(rules)
     kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
     main = _main_dtype((kept[rule], math.prod(rule.shape) * kept[rule].itemsize) for rule in rules)

@@ -86,6 +86,10 @@ class MergedWeights:
         """The number of multi-token-prediction layers that the base keeps for conversions."""
         return self._base.num_passthrough_layers
 
+    def holds(self, rule: Rule) -> bool:
+        """Return whether the base holds the tensor of ``rule``."""
+        return self._base.holds(rule)
+
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless base and factors match ``rules``."""
         self._base.check_shapes(rules)

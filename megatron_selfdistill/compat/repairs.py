@@ -80,7 +80,7 @@ def mark_replicated_experts(model: torch.nn.Module) -> None:
         return
     for name, param in model.named_parameters():
         if ".experts." in name:
-            param.allreduce = False
+            param.allreduce = False  # type: ignore[attr-defined]
 
 
 def _define_names_missing_without_transformer_engine() -> None:

@@ -24,6 +24,24 @@ MODELS = {
     "gqa": models.model_config("gqa", **SIZES, num_query_groups=2),
     "tied": models.model_config("tied", **SIZES, num_query_groups=2),
     "moe": models.model_config("moe", **SIZES, num_query_groups=2),
+    "yarn": models.model_config("yarn", **SIZES, num_query_groups=2, yarn_original_max_position_embeddings=128),
+    "glm4_moe": models.model_config(
+        "moe",
+        **SIZES,
+        num_query_groups=1,
+        qk_layernorm=False,
+        add_qkv_bias=True,
+        rotary_percent=0.5,
+        moe_router_enable_expert_bias=True,
+        moe_router_score_function="sigmoid",
+        transformer={
+            "moe_layer_freq": [0, 1],
+            "moe_router_topk_scaling_factor": 1.7,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_router_dtype": "fp32",
+            "moe_router_bias_update_rate": 0.0,
+        },
+    ),
 }
 GREEDY = SamplingParams(max_new_tokens=40, temperature=0.0)
 DRAWN = SamplingParams(max_new_tokens=24)

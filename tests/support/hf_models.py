@@ -82,6 +82,14 @@ _YARN_OF_HEADS = {
     "truncate": False,
 }
 """Values at which every one of them, and the base 100, changes logits in 5 pairs of channels."""
+_GLM = {
+    **_SIZES,
+    "head_dim": 12,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 4,
+    "rope_theta": 1000000.0,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
     "llama3": (
@@ -166,6 +174,29 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": 7, "pad_token_id": None}),
+    "glm4_moe": (
+        "Glm4MoeConfig",
+        {
+            **_GLM,
+            "attention_bias": True,
+            "n_group": 4,
+            "topk_group": 2,
+            "n_shared_experts": 2,
+            "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.7,
+        },
+    ),
+    "glm4_moe_plain": (
+        "Glm4MoeConfig",
+        {
+            **_GLM,
+            "use_qk_norm": True,
+            "partial_rotary_factor": 0.75,  # 9 channels, of which Megatron and transformers rotate 5 pairs
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 0,
+            "num_mtp_layers": 0,
+        },
+    ),
 }
 """kind -> (configuration class of transformers, its arguments)."""
 

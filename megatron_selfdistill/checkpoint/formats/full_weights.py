@@ -60,6 +60,10 @@ class Weights(Protocol):
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         ...
 
+    def holds(self, rule: Rule) -> bool:
+        """Return whether the checkpoint holds the tensor of ``rule``."""
+        ...
+
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         ...
@@ -129,6 +133,10 @@ class _TorchDistWeights:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         return _num_passthrough_layers(self._source.shapes)
 
+    def holds(self, rule: Rule) -> bool:
+        """Return whether the checkpoint holds the tensor of ``rule``."""
+        return self._place(rule) is not None
+
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         faults, used = [], dict[str, list[int]]()
@@ -196,6 +204,10 @@ class _LegacyWeights:
     def num_passthrough_layers(self) -> int:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         return 0
+
+    def holds(self, rule: Rule) -> bool:
+        """Return whether the checkpoint holds the tensor of ``rule``."""
+        return self._place(rule) is not None
 
     def check_shapes(self, rules: Sequence[Rule]) -> None:
         """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""

@@ -67,7 +67,8 @@ def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: b
     """Yield the rules of a multi-token-prediction layer, whose tensors keep their Hugging Face names.
 
     The layer has an embedding, a projection, norms and an output layer around a transformer layer.  Each key is
-    `PASSTHROUGH` and the Hugging Face name.
+    `PASSTHROUGH` and the Hugging Face name.  A directory may lack the embedding and the output layer, which are copies
+    of the model's own.
     """
     hidden, vocabulary = arch["hidden_size"], (arch["vocab_size"], arch["hidden_size"])
     shapes: dict[str, tuple[int, ...]] = {
@@ -82,8 +83,10 @@ def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: b
     for rule in layer_rules(arch, names, hf, _place(0, True), is_moe):
         shapes |= zip(rule.hf_names, rule.hf_shapes, strict=True)
         float32 |= set(rule.hf_names) if rule.float32 else set()
+    copies = {f"{hf}.embed_tokens.weight", f"{hf}.shared_head.head.weight"}
     for name, shape in shapes.items():
-        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, float32=name in float32)
+        place = MegatronSlice(PASSTHROUGH + name)
+        yield rows(place, {name: shape}, float32=name in float32, may_be_absent=name in copies)
 
 
 def _place(layer: int, stacked: bool) -> Place:

@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
-from megatron_selfdistill.model.hf import deepseek, dense, experts, phi, seed_oss, smollm
+from megatron_selfdistill.model.hf import deepseek, dense, experts, glm, phi, seed_oss, smollm
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
 from megatron_selfdistill.model.hf.nearest import describe_nearest
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
@@ -51,6 +51,7 @@ FAMILIES: dict[str, Family] = {
         seed_oss.SEED_OSS,
         smollm.SMOLLM3,
         phi.PHI3,
+        glm.GLM4_MOE,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""
@@ -138,10 +139,11 @@ def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) 
 
 
 def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[Rule]:
-    """Return ``rules`` without the passthrough layers that have no tensor in ``names``.
+    """Return ``rules`` without the passthrough layers that have no tensor in ``names``, and without their copies.
 
     ``names``: Hugging Face names, or keys of a checkpoint.  transformers saves ``num_nextn_predict_layers`` in
-    config.json, but not those layers.
+    config.json, but not those layers.  GLM-4.6 omits the tensors of such a layer that copy the model's own
+    (`Rule.may_be_absent`), each of which stays only where ``names`` has it.
     """
     rules, found = list(rules), set(names)
     present = {
@@ -149,7 +151,13 @@ def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[R
         for rule in rules
         if rule.is_passthrough and (rule.megatron.key in found or found.intersection(rule.hf_names))
     }
-    return [rule for rule in rules if not rule.is_passthrough or _layer_of(rule) in present]
+
+    def stays(rule: Rule) -> bool:
+        if rule.may_be_absent:
+            return rule.megatron.key in found or bool(found.intersection(rule.hf_names))
+        return not rule.is_passthrough or _layer_of(rule) in present
+
+    return [rule for rule in rules if stays(rule)]
 
 
 def _layer_of(rule: Rule) -> str:

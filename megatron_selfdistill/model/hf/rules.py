@@ -114,6 +114,8 @@ class Rule:
     """Whether Megatron keeps the tensor in float32 for every precision of the model, as the router's expert bias."""
     vocabulary: bool = False
     """Whether the first axis is the vocabulary, which Megatron pads."""
+    may_be_absent: bool = False
+    """Whether some directories lack the tensor, a copy of another tensor in a multi-token-prediction layer."""
 
     @property
     def is_passthrough(self) -> bool:
@@ -146,11 +148,14 @@ def rows(
     *,
     float32: bool = False,
     vocabulary: bool = False,
+    may_be_absent: bool = False,
 ) -> Rule:
     """Return the rule of one tensor, or of several tensors one below the other; ``hf`` has their shapes by name."""
     shapes = tuple(hf.values())
     sizes = tuple(shape[0] for shape in shapes)
-    return Rule(megatron, (sum(sizes), *shapes[0][1:]), tuple(hf), shapes, Rows(sizes), float32, vocabulary)
+    return Rule(
+        megatron, (sum(sizes), *shapes[0][1:]), tuple(hf), shapes, Rows(sizes), float32, vocabulary, may_be_absent
+    )
 
 
 def query_groups(megatron: MegatronSlice, hf: Mapping[str, tuple[int, ...]], arrangement: QueryGroups) -> Rule:

@@ -57,6 +57,7 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
     source = _source(config, run_dir)
     original = None if source is None else _as_trained(_read(source), vocab_size)
     model, family = _model(config, original, vocab_size)
+    _require_yarns_positions(model)
     dtype = str(DTYPES[config.optimizer.precision]).removeprefix("torch.")
     try:
         hf_config = family.hf_config(model, dtype, original)
@@ -97,6 +98,19 @@ def _as_trained(original: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     # Rows without a token, which many directories have, would take a share of every softmax.
     untrained = {name: 0 for name in _MTP_LAYERS if name in original or name in family_of(original).defaults}
     return {**original, "vocab_size": vocab_size, **untrained}
+
+
+def _require_yarns_positions(model: ModelConfig) -> None:
+    """Raise ConfigError for more positions than the table of vLLM's YaRN holds, behind whose end vLLM reads NaN."""
+    if model.position_embedding_type != "yarn":
+        return
+    held = int(model.yarn_rotary_scaling_factor * model.yarn_original_max_position_embeddings)
+    if model.max_position_embeddings > held:
+        raise ConfigError(
+            f"model.max_position_embeddings={model.max_position_embeddings} exceeds the {held} positions of YaRN in "
+            "vLLM (yarn_rotary_scaling_factor x yarn_original_max_position_embeddings): set "
+            f"model.max_position_embeddings to at most {held}"
+        )
 
 
 def _model(config: Config, original: dict[str, Any] | None, vocab_size: int) -> tuple[ModelConfig, Family]:

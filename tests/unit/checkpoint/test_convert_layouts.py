@@ -96,8 +96,11 @@ def test_megatrons_own_loader_sees_nothing_unusual(ranks, hf_directory, tmp_path
     ranks.run(read_as_megatron, release, hf_directory(kind), kind, world_size=1)
 
 
-def with_mtp_layer(hf: Path, out: Path) -> None:
-    """``hf`` with one multi-token-prediction layer behind its last one, as DeepSeek publishes it."""
+def with_mtp_layer(hf: Path, out: Path, copies: bool) -> None:
+    """``hf`` with one multi-token-prediction layer behind its last one, as DeepSeek publishes it.
+
+    ``copies``: whether the layer has the copies of embedding and output layer that GLM-4.6 omits.
+    """
     tensors = tensors_of(hf)
     config = config_of(hf)
     last, hidden = config["num_hidden_layers"], config["hidden_size"]
@@ -109,7 +112,7 @@ def with_mtp_layer(hf: Path, out: Path) -> None:
         prefix + name: torch.randn(hidden) for name in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")
     }
     tensors[prefix + "eh_proj.weight"] = torch.randn(hidden, 2 * hidden)
-    for name in ("embed_tokens.weight", "shared_head.head.weight"):
+    for name in ("embed_tokens.weight", "shared_head.head.weight") if copies else ():
         tensors[prefix + name] = torch.randn_like(tensors["model.embed_tokens.weight"])
     out.mkdir()
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
@@ -117,8 +120,9 @@ def with_mtp_layer(hf: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
 
 
-def test_multi_token_prediction_layers_are_carried_both_ways(hf_directory, tmp_path, ranks):
-    with_mtp_layer(hf_directory("deepseek_v3"), tmp_path / "hf")
+@pytest.mark.parametrize(("kind", "copies"), [("deepseek_v3", True), ("glm4_moe", False)])
+def test_multi_token_prediction_layers_are_carried_both_ways(hf_directory, tmp_path, ranks, kind, copies):
+    with_mtp_layer(hf_directory(kind), tmp_path / "hf", copies)
     hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
     megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
     assert_same_tensors(tmp_path / "hf", tmp_path / "back")

@@ -116,6 +116,23 @@ EXPECTED = {
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
         "--window-size 6,0 "
     ),
+    "glm4_moe": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
+        "--kv-channels 12 --group-query-attention --num-query-groups 2 --add-qkv-bias --rotary-base 1000000 "
+        "--rotary-percent 0.5 --num-experts 8 --moe-ffn-hidden-size 20 --moe-layer-freq [0,1,1,1] "
+        "--moe-router-topk 4 --moe-router-score-function sigmoid --moe-router-load-balancing-type none "
+        "--moe-router-topk-scaling-factor 1.7 --moe-router-num-groups 4 --moe-router-group-topk 2 "
+        "--moe-router-enable-expert-bias --moe-router-bias-update-rate 0.0 --moe-router-dtype fp32 "
+        "--moe-shared-expert-intermediate-size 40 "
+    ),
+    "glm4_moe_plain": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
+        "--kv-channels 12 --group-query-attention --num-query-groups 2 --qk-layernorm --rotary-base 1000000 "
+        "--rotary-percent 0.75 --num-experts 8 --moe-ffn-hidden-size 20 --moe-router-topk 4 "
+        "--moe-router-score-function sigmoid --moe-router-load-balancing-type none "
+        "--moe-router-topk-scaling-factor 1.0 --moe-router-enable-expert-bias --moe-router-bias-update-rate "
+        "0.0 --moe-router-dtype fp32 --moe-shared-expert-intermediate-size 20 "
+    ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
 INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3")

@@ -30,6 +30,7 @@ LAYOUTS = {
     "Qwen3, TP2xPP2xVPP2": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2}, 4, DENSE),
     "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
     "Phi-3, TP2": ("phi3", {"tp": 2}, 2, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+    "GLM, TP2xEP2+SP": ("glm4_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
     "DeepSeek, PP2": (
         "deepseek_v3",
         {"pp": 2},
@@ -37,7 +38,7 @@ LAYOUTS = {
         ["down_proj", "gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", "up_proj"],
     ),
 }
-QUICK = ["Llama, TP2+SP", "DeepSeek, PP2"]
+QUICK = ["Llama, TP2+SP", "GLM, TP2xEP2+SP", "DeepSeek, PP2"]
 
 
 def of_kind(kind: str) -> tuple[Family, ModelConfig]:

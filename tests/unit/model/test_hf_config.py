@@ -60,6 +60,7 @@ WITHOUT_EFFECT = {
     "deepseek_v3_plain": {"intermediate_size"},
     "smollm3": {"sliding_window", "no_rope_layer_interval"},
     "phi3": {"original_max_position_embeddings"},
+    "glm4_moe_plain": {"intermediate_size"},
 }
 
 
@@ -142,6 +143,17 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("deepseek_v3", {"num_experts_per_tok": 6}, "only a ratio of 2"),
         ("deepseek_v3", {"first_k_dense_replace": 4}, "no layer with experts"),
+        ("glm4_moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+        ("glm4_moe", {"n_shared_experts": 0}, "Glm4MoeForCausalLM always has shared experts"),
+        ("glm4_moe", {"num_experts_per_tok": 1}, "num_experts_per_tok=1"),
+        ("glm4_moe", {"num_experts_per_tok": 6}, "only a ratio of 2"),
+        ("glm4_moe", {"topk_group": 8}, "more than n_group=4"),
+        ("glm4_moe", {"hidden_act": "gelu"}, "only silu"),
+        (
+            "glm4_moe",
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}},
+            "partial_rotary_factor=0.5, but Megatron's YaRN rotates all channels",
+        ),
         (
             "deepseek_v3",
             {"rope_parameters": {"rope_type": "yarn", "factor": 4, "attention_factor": 2}},

@@ -32,8 +32,8 @@ from megatron_selfdistill.model.export import export
 from megatron_selfdistill.model.hf.mapping import Rule
 
 KINDS = list(hf_models.CONFIGS)
-EXPERTS = ("mixtral", "qwen3_moe", "qwen3_moe_mixed", "deepseek_v3", "deepseek_v3_plain")
-ROTATED = ("qwen3", "llama_linear", "qwen3_yarn")
+EXPERTS = tuple(kind for kind, (_, arguments) in hf_models.CONFIGS.items() if "num_experts_per_tok" in arguments)
+ROTATED = ("qwen3", "llama_linear", "qwen3_yarn", "glm4_moe")
 """One kind for each form of the rotary positions, which context parallelism cuts."""
 SWAPPABLE = ("llama2", "qwen3", "mixtral")
 TOLERANCE = 1e-4

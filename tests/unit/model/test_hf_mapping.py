@@ -116,6 +116,7 @@ MUTATIONS = {
     "layers swapped": layers_swapped,
     "rope base changed": rope_base_changed,
     "rope scaling lost": rope_scaling_lost,
+    "all channels rotated": model_changed(rotary_percent=1.0),
     "positions not divided": model_changed(seq_len_interpolation_factor=None),
     "yarn of heads ignored": model_changed(position_embedding_type="rope"),
     "yarn's attention factor ignored": model_changed(yarn_mscale=1.0),
@@ -173,6 +174,12 @@ MISTAKES = {
         *(f"yarn{name} ignored" for name in ("", "'s mscale", "'s mscale_all_dim")),
         *("layers swapped", "rope base changed"),
     ],
+    "glm4_moe": [
+        *(f"{name} bias lost" for name in ("query", "key", "value", "expert")),
+        *("shared experts lost", "groups of experts ignored", "routed scaling ignored", "all channels rotated"),
+        *("layers swapped", "rope base changed", "epsilon changed"),
+    ],
+    "glm4_moe_plain": ["query norm lost", "key norm lost", "all channels rotated"],
 }
 """The mistakes that are tried with each kind."""
 
@@ -260,10 +267,11 @@ def test_layers_have_their_own_keys_only_where_dense_and_moe_layers_are_mixed(wr
 
 
 def with_mtp_layer(directory: Path) -> tuple[list, dict[str, Tensor]]:
-    """Return rules and tensors of a DeepSeek directory, with the tensors of layer 4 added under published names."""
+    """Return rules and tensors of a DeepSeek or GLM directory, with the tensors of layer 4 under published names."""
     config = hf_models.config_of(directory)
     family = family_of(config)
     tensors = hf_models.read(directory)[3]
+    assert config["num_hidden_layers"] == 4
     layer = {name.replace("layers.3.", "layers.4."): t + 1 for name, t in tensors.items() if "layers.3." in name}
     hidden, vocab = config["hidden_size"], config["vocab_size"]
     for name, shape in {
@@ -278,8 +286,9 @@ def with_mtp_layer(directory: Path) -> tuple[list, dict[str, Tensor]]:
     return family.rules(family.model_config(config)), tensors | layer
 
 
-def test_mtp_layers_are_carried_under_their_own_names(written):
-    rules, tensors = with_mtp_layer(written("deepseek_v3")[0])
+@pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe"])
+def test_mtp_layers_are_carried_under_their_own_names(written, kind):
+    rules, tensors = with_mtp_layer(written(kind)[0])
     kept = check_names(rules, tensors)
     check_shapes(kept, {name: tensor.shape for name, tensor in tensors.items()})
     carried = [rule for rule in kept if rule.is_passthrough]
@@ -297,6 +306,9 @@ def test_a_directory_may_lack_all_of_an_mtp_layer_but_not_a_part(written):
     assert not any(rule.is_passthrough for rule in check_names(rules, without))
     with pytest.raises(ConfigError, match=r"model\.layers\.4\.eh_proj\.weight is missing"):
         check_names(rules, tensors.keys() - {"model.layers.4.eh_proj.weight"})
+    copies = {"model.layers.4.embed_tokens.weight", "model.layers.4.shared_head.head.weight"}  # GLM-4.6 has neither
+    kept = {name for rule in check_names(rules, tensors.keys() - copies) for name in rule.hf_names}
+    assert kept == tensors.keys() - copies
     keys = {rule.megatron.key for rule in rules}
     assert without_absent_layers(rules, keys) == rules
     assert without_absent_layers(rules, {k for k in keys if not k.startswith(PASSTHROUGH)}) == check_names(

@@ -55,6 +55,15 @@ def test_without_any_config_json_one_is_made_that_names_the_family_the_sizes_and
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
+def test_more_positions_than_the_table_of_vllms_yarn_holds_are_refused(ranks, tmp_path):
+    yarn = models.model_config("yarn", max_position_embeddings=64)
+    ((found, _),) = ranks.run(described, Config(model=yarn), 61, tmp_path, world_size=1)
+    assert found["rope_scaling"]["factor"] == 4.0 and found["max_position_embeddings"] == 64
+    longer = Config(model=replace(yarn, max_position_embeddings=65))
+    (message,) = ranks.run(described, longer, 61, tmp_path, world_size=1)
+    assert "exceeds the 64 positions of YaRN in vLLM" in message
+
+
 def test_a_checkpoints_own_config_json_is_kept_but_for_vocabulary_type_and_quantisation(ranks, tmp_path):
     fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     load = carried(tmp_path / "load", vocab_size=128, quantization_config=fp8)
