@@ -30,6 +30,7 @@ from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelCo
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
+from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
 # Process groups, optimizer and loss are built from these keys, which an override would contradict.
@@ -74,6 +75,8 @@ def transformer_config(
     refuse_untested_precision(
         config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
     )
+    if model.qk_layernorm_all_heads:
+        setattr(config, ALL_HEADS, True)
     refuse_known_faults(config)
     if model.position_embedding_type in ("rope", "yarn"):
         _check_rotary_width(config, model.rotary_percent)
@@ -178,6 +181,7 @@ def known_faults(config: TransformerConfig) -> list[_Fault]:
         *_pipeline_faults(config),
         *_loss_faults(config),
         *_attention_faults(config, local),
+        *_all_heads_faults(config),
         *_kernel_faults(config, local),
         *_expert_faults(config, local),
     ]
@@ -242,6 +246,10 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "set model.transformer.apply_rope_fusion=false",
         ),
         (
+            config.multi_latent_attention and bool(config.no_rope_freq),
+            "latent attention ignores no_rope_freq, so every layer rotates: leave model.transformer.no_rope_freq null",
+        ),
+        (
             config.experimental_attention_variant is not None,
             "experimental_attention_variant has no layers here, and a gated delta net's output norm has wrong "
             "gradients under tensor parallelism without sequence parallelism: leave it null",
@@ -282,6 +290,22 @@ def _window_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             cut and has_sinks and set(communication) != {"a2a"},
             "Transformer Engine has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a "
             "only: set model.transformer.cp_comm_type=a2a or parallel.context_parallel_size=1",
+        ),
+    ]
+
+
+def _all_heads_faults(config: TransformerConfig) -> list[_Fault]:
+    normalised, tp = getattr(config, ALL_HEADS, False), config.tensor_model_parallel_size
+    return [
+        (
+            normalised and (config.multi_latent_attention or config.normalization != "RMSNorm"),
+            "qk_layernorm_all_heads is an RMSNorm of ordinary attention: set model.normalization=RMSNorm, and leave "
+            "model.transformer.multi_latent_attention false",
+        ),
+        (
+            normalised and config.num_query_groups % tp != 0,
+            f"qk_layernorm_all_heads counts each key once, but {config.num_query_groups} query groups on {tp} "
+            "tensor-parallel ranks are copied: lower parallel.tensor_model_parallel_size",
         ),
     ]
 
@@ -369,6 +393,7 @@ def layer_spec(
             _complete_local_layer(spec, config)
         if config.normalization == "RMSNorm":
             block.layer_norm = RMSNorm
+    normalise_all_heads(block, config)
     return block
 
 

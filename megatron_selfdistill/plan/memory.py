@@ -15,6 +15,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.model.head_norms import ALL_HEADS
 from megatron_selfdistill.model.output_layer import choose_output_layer
 from megatron_selfdistill.plan.stages import Stage
 
@@ -203,7 +204,7 @@ def _attention(config: TransformerConfig) -> dict[str, float]:
     """Return the elements per token: q, k, v, with QK-norm also q and k before the norm, and the output."""
     tp, channels = config.tensor_model_parallel_size, config.kv_channels
     heads, groups = config.num_attention_heads, config.num_query_groups
-    before = heads + groups if config.qk_layernorm else 0
+    before = heads + groups if config.qk_layernorm or getattr(config, ALL_HEADS, False) else 0
     return {"attention": (before + heads + 2 * groups + heads) * channels / tp}
 
 

@@ -197,6 +197,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_mtp_layers": 0,
         },
     ),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {
+            **_SIZES,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 28,
+            "shared_expert_intermediate_size": 26,
+        },
+    ),
+    "olmoe": (
+        "OlmoeConfig",
+        {
+            **{name: size for name, size in _SIZES.items() if name != "head_dim"},
+            "hidden_size": 40,
+            "num_experts": 4,
+            "num_experts_per_tok": 3,
+            "pad_token_id": None,
+        },
+    ),
 }
 """kind -> (configuration class of transformers, its arguments)."""
 

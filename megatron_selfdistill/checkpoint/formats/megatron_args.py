@@ -18,6 +18,7 @@ from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelCo
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.fused_kernels import activation_name
+from megatron_selfdistill.model.head_norms import ALL_HEADS
 
 _YARN = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("yarn_")]
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
@@ -112,6 +113,7 @@ def _args(
         "norm_epsilon": config.layernorm_epsilon,
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,
+        "qk_layernorm_all_heads": getattr(config, ALL_HEADS, False),  # ours
         "num_passthrough_mtp_layers": model.num_passthrough_mtp_layers,  # ours
         # The keys on disk are the keys of Transformer Engine's layer spec for every kind of layers.  Megatron-LM's
         # local spec has another name for the norm before a mixture of experts.

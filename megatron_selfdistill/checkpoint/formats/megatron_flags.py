@@ -191,6 +191,8 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
             "does not pass it to GPTModel, which computes with 8.0"
         )
     yield from _positions_not_expressible(arch)
+    if arch["qk_layernorm_all_heads"]:
+        yield "queries and keys normalised over all heads together: --qk-layernorm normalises each head by itself"
     if arch["gated_linear_unit"] != (arch["activation"] == "silu"):
         kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
         yield f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu) and ungated gelu"

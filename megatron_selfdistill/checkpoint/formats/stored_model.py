@@ -191,6 +191,7 @@ _SAME = {
     "add_bias_linear": "add_bias_linear",
     "add_qkv_bias": "add_qkv_bias",
     "qk_layernorm": "qk_layernorm",
+    "qk_layernorm_all_heads": "qk_layernorm_all_heads",
     "init_method_std": "init_method_std",
     "make_vocab_size_divisible_by": "make_vocab_size_divisible_by",
     "num_moe_experts": "num_experts",

@@ -78,6 +78,8 @@ class ModelConfig:
     """Whether the query, key and value projections have biases."""
     qk_layernorm: bool = False
     """Whether queries and keys are normalised per head."""
+    qk_layernorm_all_heads: bool = False
+    """Whether queries and keys are normalised over the channels of all heads together; excludes qk_layernorm."""
     share_embeddings_and_output_weights: bool = False
     """Whether the output layer shares its weights with the word embeddings."""
     init_method_std: float = 0.02
@@ -116,6 +118,10 @@ class ModelConfig:
         self._check_positions()
         one_of("model.normalization", self.normalization, NORMALIZATIONS)
         one_of("model.activation", self.activation, ACTIVATIONS)
+        require(
+            not (self.qk_layernorm and self.qk_layernorm_all_heads),
+            "model.qk_layernorm normalises each head, model.qk_layernorm_all_heads all heads together: set one of them",
+        )
         if self.kv_channels is None:
             require(
                 self.hidden_size % self.num_attention_heads == 0,

@@ -114,6 +114,10 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
         for x in "qk":
             norm = {f"{hf}.self_attn.{x}_norm.weight": (channels,)}
             yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
+    if arch["qk_layernorm_all_heads"]:
+        for x in "qk":
+            norm = {f"{hf}.self_attn.{x}_norm.weight": (sizes[x],)}
+            yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
     yield rows(
         place("self_attention.linear_proj.weight"), {f"{hf}.self_attn.o_proj.weight": (hidden, heads * channels)}
     )
@@ -165,6 +169,8 @@ def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> I
     width = arch["moe_shared_expert_intermediate_size"]
     if width is not None:
         yield from _mlp("mlp.shared_experts", hidden, width, f"{hf}.shared_experts", names, place)
+        if arch["moe_shared_expert_gate"]:
+            yield rows(place("mlp.shared_experts.gate_weight"), {f"{hf}.shared_expert_gate.weight": (1, hidden)})
 
 
 def _mlp(name: str, hidden: int, width: int, hf: str, names: ExpertNames, place: Place, *expert: int) -> Iterator[Rule]:

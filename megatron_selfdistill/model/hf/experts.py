@@ -26,7 +26,7 @@ def _read_mixtral(config: HFConfig) -> ModelConfig:
 
 
 def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
-    _require_experts(arch)
+    require_experts(arch)
     return {
         **write_common(arch),
         **write_rotary(arch),
@@ -38,15 +38,8 @@ def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
 
 def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
-    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
-    is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
-    if not any(is_moe):
-        raise ConfigError("config.json of Qwen3MoeForCausalLM has no layer with experts: call it Qwen3ForCausalLM")
     transformer = window_keys(config, every_layer_if_used(config))
-    if not all(is_moe):
-        transformer["moe_layer_freq"] = is_moe
-    if not config["norm_topk_prob"]:
-        transformer["moe_router_pre_softmax"] = True  # a softmax over the chosen experts alone would sum to 1
+    transformer |= sparse_layers(config, dense_family="Qwen3ForCausalLM") | softmax_router(config)
     num_experts = config.values.get("num_local_experts") or config["num_experts"]  # transformers 5 renames it
     return read_common(
         config,
@@ -59,8 +52,26 @@ def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     )
 
 
+def sparse_layers(config: HFConfig, dense_family: str) -> dict[str, Any]:
+    """Return the keys of ``model.transformer`` that say which layers of a Qwen model have experts.
+
+    Raises: ConfigError where no layer has experts; the message names ``dense_family``.
+    """
+    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
+    is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
+    if not any(is_moe):
+        raise ConfigError(f"config.json of {config.architecture} has no layer with experts: call it {dense_family}")
+    return {} if all(is_moe) else {"moe_layer_freq": is_moe}
+
+
+def softmax_router(config: HFConfig) -> dict[str, Any]:
+    """Return the keys of ``model.transformer`` for ``norm_topk_prob`` of a softmax router."""
+    # A softmax over the chosen experts alone would sum to 1.
+    return {} if config["norm_topk_prob"] else {"moe_router_pre_softmax": True}
+
+
 def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
-    _require_experts(arch)
+    require_experts(arch)
     return {
         **write_common(arch),
         **write_rotary(arch),
@@ -76,7 +87,8 @@ def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _require_experts(arch: dict[str, Any]) -> None:
+def require_experts(arch: dict[str, Any]) -> None:
+    """Raise ConfigError for a dense model."""
     if arch["num_moe_experts"] is None:
         raise ConfigError("this model has no experts")
 

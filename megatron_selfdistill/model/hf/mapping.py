@@ -16,7 +16,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
-from megatron_selfdistill.model.hf import deepseek, dense, experts, glm, phi, seed_oss, smollm
+from megatron_selfdistill.model.hf import deepseek, dense, experts, glm, olmoe, phi, qwen2_moe, seed_oss, smollm
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
 from megatron_selfdistill.model.hf.nearest import describe_nearest
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
@@ -52,6 +52,8 @@ FAMILIES: dict[str, Family] = {
         smollm.SMOLLM3,
         phi.PHI3,
         glm.GLM4_MOE,
+        qwen2_moe.QWEN2_MOE,
+        olmoe.OLMOE,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""

@@ -111,6 +111,19 @@ EXPECTED = {
         "--num-query-groups 2 --rotary-base 2000000 --no-rope-freq [0,1,0,0] "
         "--window-size 8,0 --window-attn-skip-freq [0,1,0,0] "
     ),
+    "qwen2_moe": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-06 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --add-qkv-bias --rotary-base 10000 "
+        "--num-experts 4 --moe-ffn-hidden-size 28 --moe-router-topk 2 --moe-router-score-function softmax "
+        "--moe-router-load-balancing-type none --moe-router-pre-softmax "
+        "--moe-shared-expert-intermediate-size 26 --moe-shared-expert-gate "
+    ),
+    "olmoe": (
+        "--hidden-size 40 --max-position-embeddings 64 --untie-embeddings-and-output-weights "
+        "--norm-epsilon 1e-05 --kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
+        "--num-experts 4 --moe-ffn-hidden-size 44 --moe-router-topk 3 --moe-router-score-function softmax "
+        "--moe-router-load-balancing-type none --moe-router-pre-softmax "
+    ),
     "phi3": (
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
@@ -135,7 +148,7 @@ EXPECTED = {
     ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
-INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3")
+INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "olmoe")
 
 
 FLAGS, IMPOSSIBLE = "flags of Megatron-LM core_v0.16.1", "not possible in Megatron-LM core_v0.16.1"

@@ -31,6 +31,8 @@ LAYOUTS = {
     "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
     "Phi-3, TP2": ("phi3", {"tp": 2}, 2, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
     "GLM, TP2xEP2+SP": ("glm4_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "OLMoE, TP2+SP": ("olmoe", {"tp": 2, "sp": True}, 2, ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    "Qwen2-MoE, TP2xEP2+SP": ("qwen2_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
     "DeepSeek, PP2": (
         "deepseek_v3",
         {"pp": 2},

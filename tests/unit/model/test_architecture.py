@@ -48,6 +48,7 @@ TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
 Z_LOSS = dataclasses.replace(MOE, moe_z_loss_coeff=0.01)
 YARN = ModelConfig(num_layers=4, position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0)
+ALL_HEADS = dataclasses.replace(DENSE, qk_layernorm_all_heads=True)
 # sentence -> ways of meeting it: (model, parallel, model.transformer)
 REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
     "interleaved pipelining over 2 stages with batch_p2p_comm": [(DENSE, PP2_VPP2, {"batch_p2p_comm": True})],
@@ -56,6 +57,16 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
     ],
     "multi-latent attention without Transformer Engine": [
         (DENSE, {"tensor_model_parallel_size": 2}, {"multi_latent_attention": True})
+    ],
+    "latent attention ignores no_rope_freq": [
+        (DENSE, {}, {"multi_latent_attention": True, "no_rope_freq": [1] + [0] * (DENSE.num_layers - 1)})
+    ],
+    "qk_layernorm_all_heads is an RMSNorm of ordinary attention": [
+        (ALL_HEADS, {}, {"multi_latent_attention": True}),
+        (dataclasses.replace(ALL_HEADS, normalization="LayerNorm"), {}, {}),
+    ],
+    "tensor-parallel ranks are copied": [
+        (dataclasses.replace(ALL_HEADS, num_query_groups=1), {"tensor_model_parallel_size": 2}, {})
     ],
     "calculate_per_token_loss multiplies router losses": [(DENSE, {}, {"calculate_per_token_loss": True})],
     "defer_embedding_wgrad_compute keeps the gradients": [
@@ -166,7 +177,7 @@ def test_every_sentence_of_refuse_known_faults_is_met_above():
 def test_each_refusal_has_a_cause(sentence):
     """Without what is refused the same model and layout pass."""
     for model, parallel, _ in REFUSED[sentence]:
-        configured(dataclasses.replace(model, moe_z_loss_coeff=None), parallel)
+        configured(dataclasses.replace(model, moe_z_loss_coeff=None, qk_layernorm_all_heads=False), parallel)
 
 
 def test_what_is_right_is_not_refused():

@@ -109,6 +109,8 @@ def layers_swapped(patch, model, tensors):
 
 
 MUTATIONS = {
+    "shared expert lost": changed_tensors("shared_expert.down_proj", torch.zeros_like),
+    "shared expert's gate halved": changed_tensors("shared_expert_gate", lambda gate: gate / 2),
     "rope in all layers": transformer_changed(no_rope_freq=None),
     "rope in the other layers": transformer_changed(no_rope_freq=[1, 0, 1, 1]),
     "qkv not interleaved": qkv_not_interleaved,
@@ -166,6 +168,11 @@ MISTAKES = {
     "seed_oss": [f"{name} bias lost" for name in ("query", "key", "value")],
     "smollm3": ["rope in all layers", "rope in the other layers", "window lost"],
     "phi3": ["qkv not interleaved", "window lost"],
+    "qwen2_moe": [
+        *("query bias lost", "key bias lost", "value bias lost", "shared expert lost"),
+        *("probabilities normalised", "shared expert's gate halved"),
+    ],
+    "olmoe": ["query norm lost", "key norm lost", "probabilities normalised", "epsilon changed"],
     "mixtral": ["gate and up swapped", "probabilities not normalised"],
     "qwen3_moe_mixed": ["probabilities normalised"],
     "deepseek_v3": [

@@ -22,6 +22,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "seed_oss": SIZES,
     "smollm3": SIZES,
     "phi3": SIZES,
+    "qwen2_moe": {**SIZES, "hidden_size": 128, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "olmoe": {"hidden_size": 128, "intermediate_size": 32, "max_position_embeddings": 512},
 }
 """kind -> the sizes that differ from those of `hf_models.CONFIGS`."""
 
