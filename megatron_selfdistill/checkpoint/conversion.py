@@ -50,7 +50,7 @@ from megatron_selfdistill.model.hf.mapping import (
     family_of,
     family_of_model,
 )
-from megatron_selfdistill.model.hf.rules import Rows
+from megatron_selfdistill.model.hf.rules import Rows, passthrough_layer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _FLOAT8 = {torch.float8_e4m3fn, torch.float8_e5m2}
@@ -193,7 +193,7 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
     tensors = open_weights_directory(hf)
     rules = check_names(family.rules(model), tensors.tensors)
     check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
-    passthrough_layers = {rule.hf_names[0].split(".")[2] for rule in rules if rule.is_passthrough}
+    passthrough_layers = {passthrough_layer(rule.hf_names[0]) for rule in rules if rule.is_passthrough}
     model = replace(model, num_passthrough_mtp_layers=len(passthrough_layers))
     tied = model.share_embeddings_and_output_weights and TIED[0] in tensors.tensors
     if tied and not torch.equal(tensors.read(TIED[0]), tensors.read(TIED[1])):

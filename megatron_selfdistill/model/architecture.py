@@ -19,17 +19,23 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
+from megatron_selfdistill.model.gated_delta_net import (
+    GatedDeltaNetLinears,
+    gated_delta_layers,
+    with_gated_delta_net,
+)
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
@@ -250,9 +256,17 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "latent attention ignores no_rope_freq, so every layer rotates: leave model.transformer.no_rope_freq null",
         ),
         (
-            config.experimental_attention_variant is not None,
-            "experimental_attention_variant has no layers here, and a gated delta net's output norm has wrong "
-            "gradients under tensor parallelism without sequence parallelism: leave it null",
+            config.experimental_attention_variant not in (None, "gated_delta_net"),
+            "experimental_attention_variant has layers here for gated_delta_net only: leave it null",
+        ),
+        (
+            config.experimental_attention_variant == "gated_delta_net" and config.activation_func is not F.silu,
+            "a gated delta net computes with silu: set model.activation=silu",
+        ),
+        (
+            config.attention_output_gate and config.num_query_groups % config.tensor_model_parallel_size != 0,
+            "attention_output_gate needs whole query groups on each tensor-parallel rank: use a "
+            "tensor_model_parallel_size that divides num_query_groups",
         ),
     ]
 
@@ -394,7 +408,32 @@ def layer_spec(
         if config.normalization == "RMSNorm":
             block.layer_norm = RMSNorm
     normalise_all_heads(block, config)
+    linear = gated_delta_layers(config)
+    if any(linear):
+        numbers = _layers_of_chunk(config, vp_stage)
+        linears = _gated_delta_linears(te)
+        block.layer_specs = [
+            with_gated_delta_net(spec, linears, includes_norm=te) if linear[number] else spec
+            for number, spec in zip(numbers, block.layer_specs, strict=True)
+        ]
     return block
+
+
+def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None) -> list[int]:
+    """Return the numbers of the layers of one model chunk of this rank, from 0."""
+    if config.pipeline_model_parallel_layout is not None:
+        layout = config.pipeline_model_parallel_layout
+        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
+
+
+def _gated_delta_linears(transformer_engine: bool) -> GatedDeltaNetLinears:
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        return GatedDeltaNetLinears(TELayerNormColumnParallelLinear, TERowParallelLinear)
+    return GatedDeltaNetLinears(layers.ColumnParallelLinear, layers.RowParallelLinear)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:

@@ -36,7 +36,8 @@ _SCORES = 2**26
 class RMSNorm(torch.nn.Module):
     """The norm ``x * rsqrt(mean(x^2) + eps) * weight``, with the mean in float32 and the product in the dtype of ``x``.
 
-    The order of operations is that of Hugging Face.  Shapes: ``[..., hidden_size]`` in and out.  Under sequence
+    The order of operations is that of Hugging Face.  Under ``layernorm_zero_centered_gamma`` the weight is held less
+    one, and the product is in float32.  Shapes: ``[..., hidden_size]`` in and out.  Under sequence
     parallelism each rank normalises its own tokens, and ``finalize_model_grads`` sums the gradient of the weight, which
     is marked ``sequence_parallel``, over the tensor-parallel group.
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Megatron's ``WrappedTorchNorm`` refuses sequence
@@ -55,8 +56,9 @@ class RMSNorm(torch.nn.Module):
         """Return the norm of ``x``."""
         normed = x.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
-        weight = self.weight + 1 if self.zero_centered_gamma else self.weight
-        return normed.to(x.dtype) * weight
+        if self.zero_centered_gamma:  # 1 + weight would lose bits of the weight in bf16
+            return (normed * (1 + self.weight.float())).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
 
 
 class CoreAttention(MegatronModule):

@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.data.packing import Microbatch, microbatch_of
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import unwrapped
@@ -89,6 +89,22 @@ _GLM = {
     "n_routed_experts": 8,
     "num_experts_per_tok": 4,
     "rope_theta": 1000000.0,
+}
+_GATED_DELTA = {
+    "full_attention_interval": 2,
+    "head_dim": 16,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+_SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 28,
+    "shared_expert_intermediate_size": 20,
 }
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama2": ("LlamaConfig", {**_SIZES, "num_key_value_heads": 4, "rms_norm_eps": 1e-5}),
@@ -217,6 +233,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "pad_token_id": None,
         },
     ),
+    "qwen3_next": ("Qwen3NextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT, "mlp_only_layers": [1]}),
+    "qwen3_next_unnormalised": (
+        "Qwen3NextConfig",
+        {
+            **_SIZES,
+            **_GATED_DELTA,
+            **_SHARED_EXPERT,
+            "norm_topk_prob": False,
+            "layer_types": ["linear_attention", "full_attention", "full_attention", "linear_attention"],
+        },
+    ),
+    "qwen3_5": ("Qwen3_5TextConfig", {**_SIZES, **_GATED_DELTA, "tie_word_embeddings": True}),
+    "qwen3_5_moe": ("Qwen3_5MoeTextConfig", {**_SIZES, **_GATED_DELTA, **_SHARED_EXPERT}),
 }
 """kind -> (configuration class of transformers, its arguments)."""
 
@@ -258,9 +287,11 @@ def _randomise(model: torch.nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn_like(tensor)
         if "norm" in name:
-            tensor.copy_(1 + 0.3 * noise)
+            tensor.add_(0.3 * noise)  # around 1, or around 0 where the model adds 1
         elif "embed_tokens" in name or "lm_head" in name:
             tensor.copy_(0.4 * noise)
+        elif name.endswith("A_log"):  # a state of some tokens: one that forgets at once has outputs near 0 / 0
+            tensor.copy_(0.5 * noise - 2)
         elif name.endswith("e_score_correction_bias"):
             tensor.copy_(0.1 * noise)
         elif name.endswith("bias"):
@@ -330,6 +361,23 @@ class _Stacked:
         return self.value.narrow(*arguments)
 
 
+def in_rows(sequences: Sequence[Sequence[int]]) -> Microbatch:
+    """Return rows of one sequence each, padded to the longest, with a response position at every token."""
+    length, num_tokens = max(map(len, sequences)), sum(map(len, sequences))
+    whole = microbatch_of([([], list(sequence), 0) for sequence in sequences], length * len(sequences), length)
+    return dataclasses.replace(
+        whole,
+        num_rows=len(sequences),
+        response_positions=(~whole.padding_mask).nonzero().flatten(),
+        response_ids=torch.arange(num_tokens),
+    )
+
+
+def microbatch_for(config: Any, sequences: Sequence[Sequence[int]]) -> Microbatch:
+    """Return the sequences as a model with this ``TransformerConfig`` reads them, in rows or packed."""
+    return in_rows(sequences) if forward.refuses_packed_sequences(config) else packed(sequences)
+
+
 def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
     """Return one packed sequence of several sequences, with a response position at every token."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
@@ -348,8 +396,9 @@ def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
 @torch.no_grad()
 def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Return the logits [sum of lengths, vocabulary] in float32 of a model on one rank, computed as in training."""
-    inputs = forward.inputs_of(packed(sequences), grid)
-    rows = forward.states_at(forward.hidden_states(chunk, inputs, grid), torch.arange(inputs.tokens.numel()), grid)
+    microbatch = microbatch_for(unwrapped(chunk).config, sequences)
+    inputs = forward.inputs_of(microbatch, grid)
+    rows = forward.states_at(forward.hidden_states(chunk, inputs, grid), microbatch.state_positions, grid)
     return forward.project(unwrapped(chunk), rows).float()[:, :VOCAB_SIZE]
 
 

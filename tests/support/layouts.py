@@ -30,7 +30,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model import forward
+from megatron_selfdistill.model import forward, gated_delta_net
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import schedule, token_losses
@@ -384,6 +384,8 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
                 self.loss_scale *= grid.cp_size if name == "gradient x CP" else count
 
             patch.setattr(schedule._Step, "__init__", scaled)
+        elif name == "gradient of the output norm not summed":
+            patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
         elif name == "layer-norm all-reduce dropped":
             finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # the package exports a namesake
             patch.setattr(finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *a, **k: None)

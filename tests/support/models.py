@@ -45,6 +45,20 @@ _MODELS = {
     "shallow": dataclasses.replace(_GQA, num_layers=2),
     "tied": dataclasses.replace(_GQA, share_embeddings_and_output_weights=True, add_qkv_bias=True),  # 4 layers
     "moe": dataclasses.replace(_GQA, num_layers=2, num_moe_experts=4, moe_ffn_hidden_size=32, qk_layernorm=True),
+    "gated_delta": dataclasses.replace(
+        _GQA,
+        qk_layernorm=True,
+        transformer={
+            "experimental_attention_variant": "gated_delta_net",
+            "linear_attention_freq": 2,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 6,
+            "linear_value_head_dim": 10,
+            "linear_conv_kernel_dim": 3,
+            "attention_output_gate": True,
+        },
+    ),
 }
 ROTATIONS: dict[str, dict[str, Any]] = {
     "YaRN": {

@@ -29,6 +29,7 @@ from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistR
 from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.model.hf.mapping import PASSTHROUGH, Rule
+from megatron_selfdistill.model.hf.rules import passthrough_layer
 
 NOT_WEIGHTS = ("optimizer.", "chained_", "rng_state", "rerun_state_machine", "teacher.")
 """The prefixes of keys in a checkpoint that do not belong to the model."""
@@ -255,7 +256,7 @@ def _shape_faults(rule: Rule, found: tuple[int, ...]) -> list[str]:
 
 def _num_passthrough_layers(keys: Sequence[str] | dict[str, tuple[int, ...]]) -> int:
     """Return the number of layers in keys such as ``hf_passthrough.model.layers.61.eh_proj.weight``."""
-    return len({key.removeprefix(PASSTHROUGH).split(".")[2] for key in keys if key.startswith(PASSTHROUGH)})
+    return len({passthrough_layer(key.removeprefix(PASSTHROUGH)) for key in keys if key.startswith(PASSTHROUGH)})
 
 
 def _shown(rule: Rule) -> str:

@@ -180,7 +180,7 @@ _SWITCHES = {
     "moe_apply_probs_on_input": "--moe-apply-probs-on-input",
 }
 _VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
-_WITHOUT_FLAG = ("softmax_scale", "linear_attention_freq", "experimental_attention_variant")
+_WITHOUT_FLAG = ("softmax_scale",)
 _YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
 
 
@@ -203,6 +203,11 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
         if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
             default = TRANSFORMER_DEFAULTS[name]
             yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {default}"
+    if arch["experimental_attention_variant"] is not None:
+        yield (
+            f"experimental_attention_variant={arch['experimental_attention_variant']}: Megatron-LM stores gated delta "
+            "nets under other keys, with another order of rows"
+        )
     for name in _WITHOUT_FLAG:
         if arch[name] != TRANSFORMER_DEFAULTS[name]:
             yield f"{name}={arch[name]}: there is no flag for it"

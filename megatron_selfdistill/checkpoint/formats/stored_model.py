@@ -221,6 +221,12 @@ def _require_known(stored: dict[str, Any]) -> None:
     for name, what in _NOT_BUILT.items():
         if stored.get(name):
             raise CheckpointError(f"the checkpoint holds {what} ({name}={stored[name]!r}), which is not built here")
+    if stored.get("experimental_attention_variant") and "num_passthrough_mtp_layers" not in stored:
+        raise CheckpointError(
+            "the checkpoint holds gated delta nets as Megatron-LM stores them (experimental_attention_variant="
+            f"{stored['experimental_attention_variant']!r}), whose rows have another order here: convert the Hugging "
+            "Face model instead"
+        )
 
 
 def _activation(stored: dict[str, Any]) -> dict[str, Any]:

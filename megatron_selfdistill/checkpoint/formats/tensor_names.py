@@ -12,6 +12,7 @@ Place = tuple[str, tuple[int, ...]]
 # Transformer Engine fuses a norm into the linear layer after it, the local spec does not.
 _SAME_TENSOR = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
     ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),

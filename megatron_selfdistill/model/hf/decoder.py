@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.linear_attention import GatedQueryGroups, gated_delta_rules
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, QueryGroups, Rule, query_groups, rows
 
 Architecture = dict[str, Any]
@@ -27,6 +28,11 @@ class ExpertNames:
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    shared: str = "shared_experts"
+    fused_projections: bool = True
+    """Whether a gated delta net's projections are two tensors rather than four (`gated_delta_rules`)."""
+    mtp: str | None = None
+    """The prefix of a module for multi-token prediction beside the model, such as ``mtp``; None for further layers."""
 
 
 def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None = None) -> list[Rule]:
@@ -35,25 +41,37 @@ def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None =
         raise ConfigError("model.vocab_size is null: a conversion needs the number of vocabulary rows")
     num_layers, hidden = arch["num_layers"], arch["hidden_size"]
     is_moe = arch["moe_layer_freq"] or [0] * num_layers
+    is_linear = arch["linear_attention_freq"] or [0] * num_layers
     if stacked is None:
-        stacked = len(set(is_moe)) == 1
+        stacked = len(set(is_moe)) == 1 and not any(is_linear)
     vocabulary = (arch["vocab_size"], hidden)
     embedding = MegatronSlice("embedding.word_embeddings.weight")
     rules = [rows(embedding, {"model.embed_tokens.weight": vocabulary}, vocabulary=True)]
     for layer in range(num_layers):
-        rules += layer_rules(arch, names, f"model.layers.{layer}", _place(layer, stacked), bool(is_moe[layer]))
+        kind = {"is_moe": bool(is_moe[layer]), "is_linear": bool(is_linear[layer])}
+        rules += layer_rules(arch, names, f"model.layers.{layer}", _place(layer, stacked), **kind)
     rules.append(rows(MegatronSlice("decoder.final_layernorm.weight"), {"model.norm.weight": (hidden,)}))
     if not arch["share_embeddings_and_output_weights"]:
         rules.append(rows(MegatronSlice("output_layer.weight"), {"lm_head.weight": vocabulary}, vocabulary=True))
+    if names.mtp is not None:
+        return rules + list(_mtp_module_rules(arch, names, names.mtp) if arch["num_passthrough_mtp_layers"] else ())
     for layer in range(num_layers, num_layers + arch["num_passthrough_mtp_layers"]):
         rules += passthrough_rules(arch, names, f"model.layers.{layer}", is_moe=arch["num_moe_experts"] is not None)
     return rules
 
 
-def layer_rules(arch: Architecture, names: ExpertNames, hf: str, place: Place, is_moe: bool) -> Iterator[Rule]:
-    """Yield the rules of one transformer layer, named ``hf``, such as ``model.layers.3``."""
+def layer_rules(
+    arch: Architecture, names: ExpertNames, hf: str, place: Place, is_moe: bool, is_linear: bool = False
+) -> Iterator[Rule]:
+    """Yield the rules of one transformer layer, named ``hf``, such as ``model.layers.3``.
+
+    ``is_linear``: whether a gated delta net takes the place of attention.
+    """
     attention = _latent_attention if arch["multi_latent_attention"] else _attention
-    yield from attention(arch, hf, place)
+    if is_linear:
+        yield from gated_delta_rules(arch, hf, place, names.fused_projections)
+    else:
+        yield from attention(arch, hf, place)
     norm = {f"{hf}.post_attention_layernorm.weight": (arch["hidden_size"],)}
     if is_moe:
         yield rows(place("pre_mlp_layernorm.weight"), norm)
@@ -89,6 +107,18 @@ def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: b
         yield rows(place, {name: shape}, float32=name in float32, may_be_absent=name in copies)
 
 
+def _mtp_module_rules(arch: Architecture, names: ExpertNames, hf: str) -> Iterator[Rule]:
+    """Yield the rules of a multi-token-prediction module of one attention layer, whose tensors keep their names."""
+    hidden = arch["hidden_size"]
+    shapes: dict[str, tuple[int, ...]] = {f"{hf}.fc.weight": (hidden, 2 * hidden)}
+    shapes |= {f"{hf}.{norm}.weight": (hidden,) for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
+    is_moe = arch["num_moe_experts"] is not None
+    for rule in layer_rules(arch, names, f"{hf}.layers.0", _place(0, True), is_moe):
+        shapes |= zip(rule.hf_names, rule.hf_shapes, strict=True)
+    for name, shape in shapes.items():
+        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape})
+
+
 def _place(layer: int, stacked: bool) -> Place:
     prefix = "decoder.layers." if stacked else f"decoder.layers.{layer}."
 
@@ -102,8 +132,9 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
     """Yield the rules of multi-head or grouped-query attention."""
     hidden, channels = arch["hidden_size"], arch["kv_channels"]
     heads, groups = arch["num_attention_heads"], arch["num_query_groups"]
-    sizes = {"q": heads * channels, "k": groups * channels, "v": groups * channels}
-    arrangement = QueryGroups(heads, groups, channels)
+    gated = arch["attention_output_gate"]
+    sizes = {"q": (1 + bool(gated)) * heads * channels, "k": groups * channels, "v": groups * channels}
+    arrangement = (GatedQueryGroups if gated else QueryGroups)(heads, groups, channels)
     yield rows(place("self_attention.linear_qkv.layer_norm_weight"), {f"{hf}.input_layernorm.weight": (hidden,)})
     weights: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.weight": (n, hidden) for x, n in sizes.items()}
     yield query_groups(place("self_attention.linear_qkv.weight"), weights, arrangement)
@@ -168,9 +199,9 @@ def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> I
         yield from _mlp("mlp.experts.experts", hidden, width, f"{hf}.experts.{expert}", names, place, expert)
     width = arch["moe_shared_expert_intermediate_size"]
     if width is not None:
-        yield from _mlp("mlp.shared_experts", hidden, width, f"{hf}.shared_experts", names, place)
-        if arch["moe_shared_expert_gate"]:
-            yield rows(place("mlp.shared_experts.gate_weight"), {f"{hf}.shared_expert_gate.weight": (1, hidden)})
+        yield from _mlp("mlp.shared_experts", hidden, width, f"{hf}.{names.shared}", names, place)
+    if arch["moe_shared_expert_gate"]:
+        yield rows(place("mlp.shared_experts.gate_weight"), {f"{hf}.{names.shared}_gate.weight": (1, hidden)})
 
 
 def _mlp(name: str, hidden: int, width: int, hf: str, names: ExpertNames, place: Place, *expert: int) -> Iterator[Rule]:

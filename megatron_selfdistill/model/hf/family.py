@@ -146,6 +146,11 @@ _ANY = {
     "qk_l2_norm": False,
     "attention_output_gate": False,
     "linear_attention_freq": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
     "experimental_attention_variant": None,
     "apply_residual_connection_post_layernorm": False,
     "activation_func_clamp_value": None,
@@ -174,6 +179,9 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     values["kv_channels"] = values["kv_channels"] or values["hidden_size"] // heads
     values["no_rope_freq"] = layers_without_rope(values["no_rope_freq"], values["num_layers"])
     without_effect: set[str] = set()
+    values["linear_attention_freq"] = linear_layers(values)
+    if values["linear_attention_freq"] is None:
+        without_effect |= {name for name in values if name.startswith("linear_")} | {"experimental_attention_variant"}
     if values["num_moe_experts"] is None:
         without_effect |= _MOE.keys() | {name for name in values if name.startswith("moe_")}
     else:
@@ -204,6 +212,15 @@ def _set_windows(values: dict[str, Any]) -> None:
         values |= {"window_size": None, "window_attn_skip_freq": None}
     else:
         values |= {"window_size": tuple(window), "window_attn_skip_freq": [int(layer) for layer in windowed]}
+
+
+def linear_layers(values: Mapping[str, Any]) -> list[int] | None:
+    """Return 1 for each layer with a gated delta net and 0 for each other layer; None without such a layer."""
+    if values["experimental_attention_variant"] != "gated_delta_net":
+        return None
+    freq, num_layers = values["linear_attention_freq"], values["num_layers"]
+    linear = [int((i + 1) % freq != 0) for i in range(num_layers)] if isinstance(freq, int) else list(freq or [])
+    return linear if any(linear) else None
 
 
 def moe_layers(freq: int | list[int], num_layers: int) -> list[int]:

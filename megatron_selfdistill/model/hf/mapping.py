@@ -16,10 +16,21 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError, first_few
-from megatron_selfdistill.model.hf import deepseek, dense, experts, glm, olmoe, phi, qwen2_moe, seed_oss, smollm
+from megatron_selfdistill.model.hf import (
+    deepseek,
+    dense,
+    experts,
+    glm,
+    olmoe,
+    phi,
+    qwen2_moe,
+    qwen_next,
+    seed_oss,
+    smollm,
+)
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
 from megatron_selfdistill.model.hf.nearest import describe_nearest
-from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks
+from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks, passthrough_layer
 
 __all__ = [
     "FAMILIES",
@@ -54,6 +65,9 @@ FAMILIES: dict[str, Family] = {
         glm.GLM4_MOE,
         qwen2_moe.QWEN2_MOE,
         olmoe.OLMOE,
+        qwen_next.QWEN3_NEXT,
+        qwen_next.QWEN3_5,
+        qwen_next.QWEN3_5_MOE,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""
@@ -149,7 +163,7 @@ def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[R
     """
     rules, found = list(rules), set(names)
     present = {
-        _layer_of(rule)
+        passthrough_layer(rule.hf_names[0])
         for rule in rules
         if rule.is_passthrough and (rule.megatron.key in found or found.intersection(rule.hf_names))
     }
@@ -157,14 +171,9 @@ def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[R
     def stays(rule: Rule) -> bool:
         if rule.may_be_absent:
             return rule.megatron.key in found or bool(found.intersection(rule.hf_names))
-        return not rule.is_passthrough or _layer_of(rule) in present
+        return not rule.is_passthrough or passthrough_layer(rule.hf_names[0]) in present
 
     return [rule for rule in rules if stays(rule)]
-
-
-def _layer_of(rule: Rule) -> str:
-    """Return the layer number of a passthrough tensor: 61 for ``hf_passthrough.model.layers.61.eh_proj.weight``."""
-    return rule.hf_names[0].split(".")[2]
 
 
 def _raise_first(faults: list[str]) -> None:

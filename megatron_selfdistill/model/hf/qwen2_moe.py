@@ -7,11 +7,11 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.decoder import ExpertNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.experts import require_experts, softmax_router, sparse_layers
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
-from megatron_selfdistill.model.hf.rules import Rule, renamed
 from megatron_selfdistill.model.hf.sliding_windows import SLIDING, every_layer, window_keys
 
 
@@ -67,10 +67,6 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _rename(rule: Rule) -> Rule:
-    return renamed(rule, {".shared_experts.": ".shared_expert."})
-
-
 QWEN2_MOE = Family(
     "Qwen2MoeForCausalLM",
     "qwen2_moe",
@@ -89,7 +85,7 @@ QWEN2_MOE = Family(
         "mlp_only_layers": None,
         "sliding_window": 4096,
     },
-    adapt=_rename,
+    ExpertNames(shared="shared_expert"),
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
     limits="no sliding window; `qkv_bias` may be true or false; dense layers between the others are allowed",
 )

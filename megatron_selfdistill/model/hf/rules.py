@@ -20,6 +20,16 @@ A checkpoint keeps such tensors for the conversion back.
 """
 
 
+def passthrough_layer(name: str) -> str:
+    """Return the layer of a passthrough tensor with the Hugging Face name ``name``.
+
+    It is 61 for ``model.layers.61.eh_proj.weight``; the tensors of a module beside the model, such as
+    ``mtp.fc.weight``, belong together, to mtp.
+    """
+    first, _, *rest = name.split(".")
+    return rest[0] if first == "model" else first
+
+
 @dataclass(frozen=True)
 class MegatronSlice:
     """The place of a tensor in a torch_dist checkpoint."""
@@ -158,8 +168,8 @@ def rows(
     )
 
 
-def query_groups(megatron: MegatronSlice, hf: Mapping[str, tuple[int, ...]], arrangement: QueryGroups) -> Rule:
-    """Return the rule of ``linear_qkv``; ``hf`` has the shapes of q, k and v by name."""
+def query_groups(megatron: MegatronSlice, hf: Mapping[str, tuple[int, ...]], arrangement: Arrangement) -> Rule:
+    """Return the rule of ``linear_qkv``, or of another grouped tensor; ``hf`` has the shapes of q, k and v by name."""
     shapes = tuple(hf.values())
     return Rule(megatron, (sum(s[0] for s in shapes), *shapes[0][1:]), tuple(hf), shapes, arrangement)
 

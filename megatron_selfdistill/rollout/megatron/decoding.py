@@ -164,7 +164,7 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
             "inference_optimized layers cannot be trained: use transformer_engine or local",
         ),
         (
-            config.experimental_attention_variant is not None,
+            config.experimental_attention_variant not in (None, "gated_delta_net"),
             f"attention variant {config.experimental_attention_variant!r} has no static KV cache in Megatron",
         ),
         (

@@ -17,7 +17,12 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.adapters import WithoutAdapters
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.megatron.decoding import decoding, decoding_overrides, refuse_undecodable, takes_masks
-from megatron_selfdistill.rollout.megatron.kv_cache import RaggedAttention, RaggedCache, cache_bytes_per_token
+from megatron_selfdistill.rollout.megatron.kv_cache import (
+    RaggedAttention,
+    RaggedCache,
+    cache_bytes_per_token,
+    state_bytes,
+)
 
 
 class DecodingModel:
@@ -45,6 +50,8 @@ class DecodingModel:
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
         self.bytes_per_token = cache_bytes_per_token(self.models, config.params_dtype)
         """Bytes of KV cache on this rank per sequence and position."""
+        self.state_bytes = state_bytes(self.models)
+        """Bytes of the states of recurrent layers on this rank per sequence."""
 
     @property
     def needs_other_ranks(self) -> bool:

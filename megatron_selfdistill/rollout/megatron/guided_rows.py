@@ -32,7 +32,7 @@ class GuidedRows:
         self._model, self._roles, self._passes = model, tuple(roles), passes
         prompts = PromptRows.of([[prompt_of(r, role) for r in requests] for role in roles], device)
         num_rows, longest = prompts.tokens.shape
-        self._cache = RaggedCache(num_rows, longest + max_new_tokens - 1)  # not the last token
+        self._cache = RaggedCache(num_rows, longest + max_new_tokens - 1, prompts.lengths)  # not the last token
         for tokens, length in zip(prompts.tokens.split(len(requests)), prompts.longest_by_role, strict=True):
             passes.prefill(model, self._cache, tokens[:, :length])
         self._cache.batch_size_offset = 0

@@ -25,12 +25,19 @@ from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
+from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet
+
 
 def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
     """Return the bytes that ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
     layers = list(_attention_layers(models))
     values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
     return max(1, int(values) * dtype.itemsize)  # a stage may have no layer
+
+
+def state_bytes(models: Sequence[torch.nn.Module]) -> int:
+    """Return the bytes of the states of recurrent layers per sequence, over this rank's layers."""
+    return sum(m.state_bytes for model in models for m in model.modules() if isinstance(m, GatedDeltaNet))
 
 
 def free_bytes() -> int:
@@ -61,6 +68,16 @@ class RaggedCache(StaticInferenceContext):
     """Column in which the next pass, of one token per row, puts the keys and values of each row, ``[b]`` int64."""
     decodes = False
     """Whether prompts have been read, so that each pass reads one token per row."""
+    state_lengths: Tensor
+    """The tokens that the state of a recurrent layer has read before decoding: all of the prompt but the last,
+    ``[b]`` int64."""
+
+    def __init__(self, max_batch_size: int, max_sequence_length: int, lengths: Tensor) -> None:
+        """Make an empty cache; ``lengths [b]``: the tokens of each prompt."""
+        super().__init__(max_batch_size, max_sequence_length)
+        self.state_lengths = lengths - 1
+        self.layers_with_state: set[int] = set()
+        """The numbers of the layers whose memory is a state, without columns (`model.gated_delta_net`)."""
 
     def start_decoding(self, lengths: Tensor, num_columns: int) -> None:
         """Read one token per row in each pass from now on.
@@ -73,8 +90,8 @@ class RaggedCache(StaticInferenceContext):
         self.decodes = True
         self.enable_decode_mode()
         unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
-        for memories in self.key_value_memory_dict.values():
-            for memory in memories:
+        for layer_number, memories in self.key_value_memory_dict.items():
+            for memory in memories if layer_number not in self.layers_with_state else ():
                 memory.masked_fill_(unread, 0)  # 0 * NaN is NaN
 
     def advance(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -170,7 +171,9 @@ class MegatronSampler:
         lengths = [len(prompt) for prompt in prompts]
         sequences = [1 if request.teacher_prompt is None else num_roles for request in requests]
         taken = [(longest_prompt(r) + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
-        room, num_guided = allowed // self._bytes_per_token, len(prompts) - len(requests)
+        # A sequence has at least max_new_tokens columns, over which the bytes of its states are spread.
+        per_token = self._bytes_per_token + math.ceil(self._student.state_bytes / params.max_new_tokens)
+        room, num_guided = allowed // per_token, len(prompts) - len(requests)
         maskless = not all(model.takes_masks for model in (self._student, *self._role_models))
         mine = [-room, max(lengths, default=0), -min(lengths, default=1), max(taken, default=0), num_guided, maskless]
         room, longest, shortest, needed, num_guided, num_maskless = max_over_ranks(mine)
@@ -186,7 +189,7 @@ class MegatronSampler:
         if needed > capacity:
             raise ValueError(
                 f"one request holds {needed} tokens (a guided request in {_COUNTS[num_roles]} sequences), so it needs "
-                f"{needed * self._bytes_per_token / _GIB:.3g} GiB of KV cache, but there is room for "
+                f"{needed * per_token / _GIB:.3g} GiB of KV cache, but there is room for "
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
         return capacity

@@ -86,7 +86,8 @@ def flags_of(hf: Path) -> list[str]:
 
 # Flags
 
-WITH_FLAGS = [kind for kind in hf_models.CONFIGS if kind not in ("llama_linear", "qwen3_yarn")]
+WITHOUT_FLAGS = ("llama_linear", "qwen3_yarn", "qwen3_next", "qwen3_5")
+WITH_FLAGS = [kind for kind in hf_models.CONFIGS if not kind.startswith(WITHOUT_FLAGS)]
 """The kinds of models that flags express."""
 NAMES = (
     "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings normalization "

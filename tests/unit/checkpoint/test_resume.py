@@ -67,6 +67,7 @@ SAME_LAYOUT = {
     "TP2xPP2 tied": (4, setup_of("bf16", kind="tied").cut(**TP2_PP2)),
     "PP2xVPP2": (2, setup_of(teacher="frozen", num_layers=4).cut(**VPP2)),
     "EP2": (2, setup_of("bf16", kind="moe").cut(**EP2)),
+    "TP2 linear": (2, setup_of("bf16", kind="gated_delta").cut(**TP2)),
 }
 
 

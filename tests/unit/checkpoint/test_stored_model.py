@@ -100,6 +100,7 @@ def test_what_megatron_lm_stores_is_understood(stored, name, value):
 @pytest.mark.parametrize(
     "stored, message",
     [
+        ({"experimental_attention_variant": "gated_delta_net"}, "gated delta nets as Megatron-LM stores them"),
         ({"squared_relu": True}, r"a squared ReLU \(squared_relu=True\)"),
         ({"hybrid_override_pattern": "M-M*"}, "a hybrid of Mamba and attention"),
         ({"num_layers": None}, "arguments have no num_layers"),

@@ -46,6 +46,9 @@ def configured(model: ModelConfig = DENSE, parallel: dict | None = None, **trans
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
+TWO_GROUPS = dataclasses.replace(DENSE, num_attention_heads=4, num_query_groups=2)
+GELU = dataclasses.replace(DENSE, activation="gelu", gated_linear_unit=False)
+GATED_DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2}
 Z_LOSS = dataclasses.replace(MOE, moe_z_loss_coeff=0.01)
 YARN = ModelConfig(num_layers=4, position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0)
 ALL_HEADS = dataclasses.replace(DENSE, qk_layernorm_all_heads=True)
@@ -108,8 +111,12 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         ),
     ],
     "experts with biases cannot be trained with Megatron's local layers": [(MOE, {}, {"add_bias_linear": True})],
-    "experimental_attention_variant has no layers here": [
+    "experimental_attention_variant has layers here for gated_delta_net only": [
         (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
+    ],
+    "a gated delta net computes with silu": [(GELU, {}, GATED_DELTA)],
+    "attention_output_gate needs whole query groups": [
+        (TWO_GROUPS, {"tensor_model_parallel_size": 4}, {"attention_output_gate": True}),
     ],
     "moe_z_loss_coeff averages over each rank's own real tokens": [
         (Z_LOSS, CP2, {}),

@@ -62,6 +62,8 @@ WITHOUT_EFFECT = {
     "qwen2_moe": {"intermediate_size", "sliding_window"},
     "phi3": {"original_max_position_embeddings"},
     "glm4_moe_plain": {"intermediate_size"},
+    "qwen3_next_unnormalised": {"intermediate_size", "full_attention_interval"},  # layer_types counts
+    "qwen3_5_moe": {"intermediate_size"},
 }
 
 
@@ -169,6 +171,13 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "factor": 4, "mscale_all_dim": 1}}, "no mscale"),
         ("deepseek_v3", {"rope_parameters": {"rope_type": "yarn", "factor": 4, "truncate": False}}, "truncate"),
+        ("qwen3_next", {"attention_bias": True}, "attention_bias=True"),
+        ("qwen3_next", {"attn_output_gate": False}, "attn_output_gate=False"),
+        ("qwen3_next", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer with experts"),
+        ("qwen3_next", {"layer_types": ["sliding_attention"] * 4}, "expected linear_attention or full_attention"),
+        ("qwen3_next", {"layer_types": ["full_attention"] * 3}, "for each of the 4 layers"),
+        ("qwen3_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type='yarn'"),
+        ("qwen3_5_moe", {"hidden_act": "gelu"}, "only silu"),
     ],
 )
 def test_what_megatron_would_compute_otherwise_is_refused_in_one_line(written, kind, changes, words):
@@ -225,7 +234,12 @@ def test_both_spellings_of_rope_are_read_alike(written):
     assert family.model_config(config).rope_scaling
 
 
-LIKE_OTHERS = {"mistral": "LlamaForCausalLM", "seed_oss": "Qwen2ForCausalLM", "phi3": "MistralForCausalLM"}
+LIKE_OTHERS = {
+    "mistral": "LlamaForCausalLM",
+    "seed_oss": "Qwen2ForCausalLM",
+    "phi3": "MistralForCausalLM",
+    "qwen3_5_moe": "Qwen3NextForCausalLM",
+}
 """kind -> the earlier family that computes the same."""
 
 

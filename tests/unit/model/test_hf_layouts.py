@@ -165,14 +165,16 @@ def logits_through_the_pipeline(
     chunks: Sequence[torch.nn.Module], grid: RankGrid, sequences: Sequence[Sequence[int]]
 ) -> Tensor | None:
     """Return the logits of the forward pass of training, on the last stage; None on other stages."""
-    inputs = forward.inputs_of(hf_models.packed(sequences), grid)
     config = unwrapped(chunks[0]).config
-    num_rows = inputs.tokens.numel() // (grid.tp_size if grid.sequence_parallel else 1)
+    microbatch = hf_models.microbatch_for(config, sequences)
+    inputs = forward.inputs_of(microbatch, grid)
+    num_rows, length = inputs.tokens.shape
+    length //= grid.tp_size if grid.sequence_parallel else 1
     neighbour = [dist.get_global_rank(grid.pp_group, (grid.pp_rank + step) % grid.pp_size) for step in (-1, 1)]
     for chunk in chunks:
         model = unwrapped(chunk)
         if not model.pre_process:
-            received = torch.empty(num_rows, 1, config.hidden_size, dtype=config.params_dtype)
+            received = torch.empty(length, num_rows, config.hidden_size, dtype=config.params_dtype)
             dist.recv(received, src=neighbour[0], group=grid.pp_group)
             model.set_input_tensor(received)
         hidden = forward.hidden_states(chunk, inputs, grid)
@@ -180,7 +182,7 @@ def logits_through_the_pipeline(
             dist.send(hidden.contiguous(), dst=neighbour[1], group=grid.pp_group)
     if not grid.is_last_stage:
         return None
-    rows = forward.states_at(hidden, torch.arange(inputs.tokens.numel()), grid)
+    rows = forward.states_at(hidden, microbatch.state_positions, grid)
     shard = forward.project(model, rows).float()
     shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
     dist.all_gather(shards, shard, group=grid.tp_group)

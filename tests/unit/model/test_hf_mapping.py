@@ -17,6 +17,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf import linear_attention
 from megatron_selfdistill.model.hf import rules as rules_module
 from megatron_selfdistill.model.hf.mapping import (
     PASSTHROUGH,
@@ -108,6 +109,45 @@ def layers_swapped(patch, model, tensors):
     return model, {swap.get(name[:15], name[:15]) + name[15:]: tensor for name, tensor in tensors.items()}
 
 
+def linear_layers_swapped(patch, model, tensors):
+    """Exchange the gated delta nets of the layers 0 and 2, and nothing else."""
+    swap = {"model.layers.0.linear_attn.": "model.layers.2.linear_attn."}
+    swap |= {other: name for name, other in swap.items()}
+    return model, {swap.get(name[:27], name[:27]) + name[27:]: tensor for name, tensor in tensors.items()}
+
+
+def beta_and_alpha_swapped(patch, model, tensors):
+    swap = {"in_proj_b.weight": "in_proj_a.weight", "in_proj_a.weight": "in_proj_b.weight"}
+    return model, {name: tensors[name[:-16] + swap.get(name[-16:], name[-16:])] for name in tensors}
+
+
+def gate_not_interleaved(patch, model, tensors):
+    """Take transformers' q as query heads followed by their gates."""
+
+    def join(self, qkv):
+        per_group = [part.reshape(self.num_query_groups, -1, *part.shape[1:]) for part in qkv]
+        return torch.cat(per_group, dim=1).flatten(0, 1)
+
+    patch.setattr(linear_attention.GatedQueryGroups, "join", join)
+    return model, tensors
+
+
+def sections_below_each_other(word):
+    """Take tensors whose rows are grouped by key head as sections one below the other."""
+
+    def mutate(patch, model, tensors):
+        join = linear_attention.HeadGroups.join
+
+        def not_grouped(self, parts):
+            is_meant = (parts[0].dim() == 3) == (word == "conv1d")
+            return torch.cat(parts) if is_meant else join(self, parts)
+
+        patch.setattr(linear_attention.HeadGroups, "join", not_grouped)
+        return model, tensors
+
+    return mutate
+
+
 MUTATIONS = {
     "shared expert lost": changed_tensors("shared_expert.down_proj", torch.zeros_like),
     "shared expert's gate halved": changed_tensors("shared_expert_gate", lambda gate: gate / 2),
@@ -147,6 +187,17 @@ MUTATIONS = {
     "window in other layers": transformer_changed(window_attn_skip_freq=[0, 1, 0, 1]),
     "probabilities normalised": transformer_changed(moe_router_pre_softmax=False),
     "probabilities not normalised": transformer_changed(moe_router_pre_softmax=True),
+    "output gate not interleaved": gate_not_interleaved,
+    "projections not grouped": sections_below_each_other("in_proj"),
+    "convolution not grouped": sections_below_each_other("conv1d"),
+    "decay lost": changed_tensors("A_log", torch.zeros_like),
+    "time step lost": changed_tensors("dt_bias", torch.zeros_like),
+    "output norm lost": changed_tensors("linear_attn.norm", torch.ones_like),
+    "norms not around zero": transformer_changed(layernorm_zero_centered_gamma=False),
+    "shared expert's gate lost": changed_tensors("shared_expert_gate", torch.zeros_like),
+    "all channels rotate": lambda patch, model, tensors: (dataclasses.replace(model, rotary_percent=1.0), tensors),
+    "layers of one kind swapped": linear_layers_swapped,
+    "beta and alpha swapped": beta_and_alpha_swapped,
 }
 
 
@@ -187,6 +238,13 @@ MISTAKES = {
         *("layers swapped", "rope base changed", "epsilon changed"),
     ],
     "glm4_moe_plain": ["query norm lost", "key norm lost", "all channels rotated"],
+    "qwen3_next": [
+        *("output gate not interleaved", "projections not grouped", "convolution not grouped", "decay lost"),
+        *("time step lost", "output norm lost", "norms not around zero", "shared expert's gate lost"),
+        *("all channels rotate", "layers of one kind swapped", "query norm lost", "epsilon changed"),
+    ],
+    "qwen3_next_unnormalised": ["probabilities normalised"],
+    "qwen3_5": ["projections not grouped", "beta and alpha swapped", "gate and up swapped"],
 }
 """The mistakes that are tried with each kind."""
 
@@ -321,6 +379,26 @@ def test_a_directory_may_lack_all_of_an_mtp_layer_but_not_a_part(written):
     assert without_absent_layers(rules, {k for k in keys if not k.startswith(PASSTHROUGH)}) == check_names(
         rules, without
     )
+
+
+@pytest.mark.parametrize("kind", ["qwen3_next", "qwen3_5"])
+def test_a_module_for_multi_token_prediction_is_carried_whole(written, kind):
+    """As Qwen publishes it: one layer of attention, its projection and norms, under mtp."""
+    directory = written(kind)[0]
+    config = hf_models.config_of(directory)
+    family, tensors = family_of(config), hf_models.read(directory)[3]
+    attention = {name: t + 1 for name, t in tensors.items() if name.startswith("model.layers.3.")}
+    carried = {name.replace("model.layers.3.", "mtp.layers.0."): tensor for name, tensor in attention.items()}
+    hidden = config["hidden_size"]
+    carried |= {f"mtp.{norm}.weight": torch.zeros(hidden) for norm in ("norm", "pre_fc_norm_embedding")}
+    carried |= {"mtp.pre_fc_norm_hidden.weight": torch.ones(hidden), "mtp.fc.weight": torch.ones(hidden, 2 * hidden)}
+    rules = family.rules(family.model_config(config))
+    kept = check_names(rules, tensors | carried)
+    check_shapes(kept, {name: tensor.shape for name, tensor in (tensors | carried).items()})
+    assert {rule.hf_names for rule in kept if rule.is_passthrough} == {(name,) for name in carried}
+    assert not any(rule.is_passthrough for rule in check_names(rules, tensors))
+    with pytest.raises(ConfigError, match=r"mtp\.fc\.weight is missing"):
+        check_names(rules, tensors.keys() | carried.keys() - {"mtp.fc.weight"})
 
 
 def test_carried_layers_are_in_no_model(ranks, written):

@@ -20,6 +20,8 @@ LAYOUTS = [
     ("yarn", {"cp": 2}, 2),
     ("tied", {"pp": 2}, 2),
     ("tied", {"pp": 4, "tp": 2}, 64),
+    ("gated_delta", {"tp": 2, "sp": True}, 4),
+    ("gated_delta", {"pp": 2, "vpp": 2}, 2),
     ("moe", {"ep": 2}, 2),
     ("moe", {"ep": 4, "pp": 2}, 16),
     ("moe", {"ep": 2, "tp": 2, "etp": 1, "sp": True}, 4),
@@ -52,7 +54,9 @@ def real_counts(kind, cuts):
     return grid.pp_rank, sum(p.numel() for p in params) - experts, experts
 
 
-@pytest.mark.parametrize(("kind", "cuts"), [("tied", {"tp": 2, "pp": 2}), ("moe", {"ep": 2, "pp": 2})])
+@pytest.mark.parametrize(
+    ("kind", "cuts"), [("tied", {"tp": 2, "pp": 2}), ("gated_delta", {"tp": 2, "pp": 2}), ("moe", {"ep": 2, "pp": 2})]
+)
 def test_a_stage_holds_what_each_of_its_real_ranks_holds(ranks, kind, cuts):
     expected = {
         (stage.pp_rank, stage.dense_parameters, stage.expert_parameters)

@@ -129,6 +129,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str]] = {
     **{name: (changes, "fp32") for name, changes in ROTATIONS.items()},
     "MLA": ({"transformer": {**MLA, "rope_type": "rope"}, "num_query_groups": None}, "fp32"),
     "fused rotary embedding": ({}, "fp32"),
+    "gated delta nets": (dataclasses.asdict(model_config("gated_delta")), "fp32"),
 }
 
 

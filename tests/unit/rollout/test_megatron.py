@@ -130,6 +130,9 @@ LAYOUTS = {
     "CP2, YaRN": ("yarn", parallel(cp=2), 2),
     "CP2, partial rotation": ("partial", parallel(cp=2), 2),
     "tied TP2xPP2+SP": ("tied", parallel(tp=2, pp=2, sp=True), 4),
+    "linear TP2+SP": ("gated_delta", parallel(tp=2, sp=True), 2),
+    "linear PP2xVPP2": ("gated_delta", parallel(pp=2, vpp=2), 2),
+    "linear DP2": ("gated_delta", parallel(), 2),
     "MoE EP2": ("moe", parallel(ep=2), 2),
     "MoE EP2xPP2": ("moe", parallel(ep=2, pp=2), 4),
     "MoE EP2xCP2": ("moe", parallel(ep=2, cp=2), 2),
@@ -139,7 +142,9 @@ LAYOUTS = {
 }
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "CP2", "MoE EP2"]}, strength=1)
+@combinations(
+    layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "CP2", "linear TP2+SP", "MoE EP2"]}, strength=1
+)
 def test_responses_equal_those_of_a_forward_without_cache_on_one_rank(ranks, on_one_rank, layout):
     kind, config, world_size = LAYOUTS[layout]
     expected = on_one_rank(kind)

@@ -1,0 +1,322 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The gated delta net, a linear attention with one state per head, for Megatron's ``experimental_attention_variant``.
+
+For each value head, with the keys and queries of its key head at unit length, the state S [d_k, d_v] follows
+
+    S_t = a_t S_{t-1} + k_t b_t (v_t - k_t^T a_t S_{t-1})^T        o_t = S_t^T q_t / sqrt(d_k)
+
+where a_t = exp(-exp(A_log) softplus(alpha_t + dt_bias)) forgets and b_t = sigmoid(beta_t) writes.  A short causal
+convolution precedes queries, keys and values, and a norm and the gate silu(z_t) follow the output.
+
+Source: Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464), as in transformers' Qwen3-Next.  Megatron Core's own layer
+has neither a decoding state nor the right gradient of its output norm under tensor parallelism without sequence
+parallelism, and rounds exp(A_log) to the parameters' dtype.  This layer reads the same keys of ``TransformerConfig``.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.ssm import gated_delta_net as cores
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import (
+    ensure_metadata_has_dp_cp_group,
+    make_sharded_tensors_for_checkpoint,
+    sharded_state_dict_default,
+)
+
+_UNIT_LENGTH_EPSILON = 1e-6
+_A_RANGE = (1.0, 16.0)
+"""The range from which exp(A_log) is drawn for a model without weights."""
+
+
+@dataclass
+class GatedDeltaNetLinears:
+    """The classes of the two linear layers of a `GatedDeltaNet`."""
+
+    in_proj: Any
+    """A column-parallel layer, which includes the norm before it in Transformer Engine's layer spec."""
+    out_proj: Any
+    """A row-parallel layer."""
+
+
+class GatedOutputNorm(MegatronModule):
+    """The norm ``x * rsqrt(mean(x^2) + eps) * weight`` of one head's output, times ``silu(gate)`` in float32.
+
+    The weight is replicated over tensor-parallel ranks, each of which normalises its own heads: the backward pass sums
+    the weight's gradient over them.  The weight is never held less one (``layernorm_zero_centered_gamma``).
+    Shapes: ``[..., d_v]`` in and out.  Collectives: backward, an all-reduce of ``[d_v]`` over TP.
+    """
+
+    def __init__(self, config: TransformerConfig, size: int, tp_group: Any) -> None:
+        super().__init__(config=config)
+        self.tp_group = tp_group
+        self.weight = torch.nn.Parameter(torch.ones(size, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        """Return the gated norm of ``x`` in the dtype of ``x``."""
+        weight = copy_to_tensor_model_parallel_region(self.weight, group=self.tp_group)
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.config.layernorm_epsilon)
+        gated: Tensor = (normed.to(x.dtype) * weight) * F.silu(gate.float())
+        return gated.to(x.dtype)
+
+
+class GatedDeltaNet(MegatronModule):
+    """The layer of this module, for ``self_attention`` of Megatron's ``TransformerLayer``.
+
+    Tensor-parallel ranks hold whole key heads.  The rows of ``in_proj`` are, for each key head, its query, key, values,
+    output gates z, betas and alphas; those of ``conv1d`` are its query, key and values.  So both are cut over
+    tensor-parallel ranks as they are, unlike the layer of Megatron Core, whose checkpoints have other keys.
+
+    Input and output: ``[s (/ tp), b, h]``, each column of the batch one sequence.  Collectives: those of the two linear
+    layers, and that of `GatedOutputNorm`.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedDeltaNetLinears,
+        layer_number: int,
+        pg_collection: Any,
+        **_: Any,
+    ) -> None:
+        super().__init__(config=config)
+        self.layer_number, self.pg_collection = layer_number, pg_collection
+        tp_size = pg_collection.tp.size()
+        self.num_key_heads = config.linear_num_key_heads // tp_size
+        self.values_per_key = config.linear_num_value_heads // config.linear_num_key_heads
+        self.key_dim, self.value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        values = self.values_per_key * self.value_dim
+        self.sections = [self.key_dim, self.key_dim, values, values, self.values_per_key, self.values_per_key]
+        num_value_heads = config.linear_num_value_heads
+        self.in_proj = build_module(
+            submodules.in_proj,
+            config.hidden_size,
+            config.linear_num_key_heads * sum(self.sections),
+            config=config,
+            init_method=config.init_method,
+            gather_output=False,
+            bias=False,
+            skip_bias_add=False,
+            is_expert=False,
+            tp_comm_buffer_name="fc1",
+            tp_group=pg_collection.tp,
+        )
+        channels = self.num_key_heads * sum(self.sections[:3])
+        device = torch.cuda.current_device()
+        place = {"device": device, "dtype": config.params_dtype}
+        self.conv1d = torch.nn.Conv1d(
+            channels, channels, config.linear_conv_kernel_dim, groups=channels, bias=False, **place
+        )
+        self.dt_bias = torch.nn.Parameter(torch.ones(num_value_heads // tp_size, **place))
+        self.A_log = torch.nn.Parameter(torch.zeros(num_value_heads // tp_size, **place))
+        for weight in (self.conv1d.weight, self.dt_bias, self.A_log):
+            weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.out_norm = GatedOutputNorm(config, self.value_dim, pg_collection.tp)
+        self.out_proj = build_module(
+            submodules.out_proj,
+            num_value_heads * self.value_dim,
+            config.hidden_size,
+            config=config,
+            init_method=config.output_layer_init_method,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=True,
+            is_expert=False,
+            tp_comm_buffer_name="fc2",
+            tp_group=pg_collection.tp,
+        )
+        if config.perform_initialization and not self.A_log.is_meta:
+            with torch.no_grad(), get_cuda_rng_tracker().fork():
+                self.conv1d.reset_parameters()  # other channels on each tensor-parallel rank
+                self.A_log.uniform_(*_A_RANGE).log_()
+
+    @property
+    def state_bytes(self) -> int:
+        """Return the bytes of this rank's state of one sequence."""
+        kernel = self.conv1d.kernel_size[0]
+        convolved = int(self.conv1d.weight.nbytes) // kernel * (kernel - 1)
+        return int(convolved + 4 * self.num_key_heads * self.values_per_key * self.key_dim * self.value_dim)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        inference_context: Any = None,
+        packed_seq_params: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the layer's output, and the bias of its last linear layer, which is None.
+
+        ``inference_context``: a ``StaticInferenceContext``, which holds the state of each row.  A pass that decodes
+        continues at this state; other passes begin a sequence.  Afterwards the state is that behind the last token or,
+        where the context has ``state_lengths`` [rows] and does not decode yet, behind so many tokens of each row.
+
+        Raises: ValueError for packed sequences, between which the state would pass.
+        """
+        if packed_seq_params is not None:
+            raise ValueError("a gated delta net takes one sequence per row: its state would pass between packed ones")
+        projected, _bias = self.in_proj(hidden_states)
+        s, b = projected.shape[:2]
+        grouped = projected.transpose(0, 1).reshape(b, s, self.num_key_heads, -1)
+        mixed, z, beta, alpha = grouped.split([sum(self.sections[:3]), *self.sections[3:]], dim=-1)
+        states = None if inference_context is None else _States.of(self, inference_context, b)
+        mixed = self._convolved(mixed.flatten(2).transpose(1, 2), states)
+        mixed = mixed.transpose(1, 2).reshape(b, s, self.num_key_heads, -1)
+        query, key, value = mixed.split(self.sections[:3], dim=-1)
+        value, z = (x.reshape(b, s, -1, self.value_dim) for x in (value, z))
+        beta, alpha = beta.reshape(b, s, -1).sigmoid(), alpha.reshape(b, s, -1)
+        query, key = (_of_unit_length(x).repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
+        decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
+        if states is not None and states.lengths is not None:  # later tokens neither forget nor write
+            counts = (torch.arange(s, device=beta.device) < states.lengths[:, None])[..., None]
+            decay, beta = decay * counts, beta * counts
+        out = self._recurrence(query, key, value, decay, beta, states)
+        out = self.out_norm(out, z).reshape(b, s, -1).transpose(0, 1).contiguous()
+        result: tuple[Tensor, Tensor | None] = self.out_proj(out)
+        return result
+
+    def _convolved(self, mixed: Tensor, states: _States | None) -> Tensor:
+        """Return silu of the causal convolution of ``mixed [b, channels, s]``, which continues at the state."""
+        before = self.conv1d.kernel_size[0] - 1
+        if states is None or states.is_new:
+            padded = F.pad(mixed, (before, 0))
+        else:
+            padded = torch.cat([states.inputs.permute(1, 2, 0).to(mixed.dtype), mixed], dim=-1)
+        if states is not None:
+            b, s = mixed.size(0), mixed.size(2)
+            read = torch.full((b,), s, device=mixed.device) if states.lengths is None else states.lengths
+            last = (read[:, None] + torch.arange(before, device=mixed.device))[:, None].expand(-1, mixed.size(1), -1)
+            states.inputs.copy_(padded.gather(2, last).permute(2, 0, 1))
+        convolved: Tensor = F.silu(self.conv1d(padded))
+        return convolved
+
+    def _recurrence(
+        self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: _States | None
+    ) -> Tensor:
+        """Return the outputs ``[b, s, heads, d_v]``; ``decay`` is log a."""
+        initial = None if states is None or states.is_new else states.matrices.transpose(0, 1).movedim(2, 1)
+        if query.size(1) == 1 and initial is not None:
+            out, final = _one_step(query, key, value, decay, beta, initial)
+        else:
+            rule = cores.chunk_gated_delta_rule
+            if rule is None or self.config.deterministic_mode or not query.is_cuda:
+                rule = cores.torch_chunk_gated_delta_rule
+            inputs = (x.contiguous() for x in (query, key, value))
+            out, final = rule(
+                *inputs,
+                g=decay,
+                beta=beta.contiguous(),
+                initial_state=initial,
+                output_final_state=states is not None,
+                use_qk_l2norm_in_kernel=False,
+            )
+        if states is not None:
+            states.matrices.copy_(final.movedim(1, 2).transpose(0, 1))
+        return out
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: Any = None, tp_group: Any = None
+    ) -> dict[str, Any]:
+        """Return the sharded tensors of this layer for Megatron's distributed checkpoints."""
+        metadata = ensure_metadata_has_dp_cp_group(metadata)
+        group = tp_group or self.pg_collection.tp
+        groups = {"tp_group": group, "dp_cp_group": metadata["dp_cp_group"]}
+        own: dict[str, Any] = {}
+        self._save_to_state_dict(own, "", keep_vars=True)
+        own = make_sharded_tensors_for_checkpoint(own, prefix, {"A_log": 0, "dt_bias": 0}, sharded_offsets, **groups)
+        weights = self.conv1d.state_dict(prefix="", keep_vars=True)
+        own |= make_sharded_tensors_for_checkpoint(
+            weights, f"{prefix}conv1d.", {"weight": 0}, sharded_offsets, **groups
+        )
+        for name in ("in_proj", "out_norm", "out_proj"):
+            module = getattr(self, name)
+            own |= sharded_state_dict_default(module, f"{prefix}{name}.", sharded_offsets, metadata, tp_group=group)
+        return own
+
+
+@dataclass
+class _States:
+    """The state of some rows of a batch that decodes, as views; the second axis is the row, as in Megatron's cache."""
+
+    inputs: Tensor
+    """The last inputs of the convolution, [kernel - 1, b, channels]."""
+    matrices: Tensor
+    """S, [d_k, b, heads, d_v] float32."""
+    is_new: bool
+    """Whether the rows have read no token yet."""
+    lengths: Tensor | None
+    """The number of tokens of this pass that the state has read afterwards, [b] int64; None for all tokens."""
+
+    @classmethod
+    def of(cls, layer: GatedDeltaNet, context: Any, num_rows: int) -> _States:
+        """Return the state of the next ``num_rows`` rows, which the context's first pass makes."""
+        memories = context.key_value_memory_dict
+        if layer.layer_number not in memories:
+            weight, rows = layer.conv1d.weight, context.max_batch_size
+            heads = layer.num_key_heads * layer.values_per_key
+            memories[layer.layer_number] = (
+                weight.new_zeros(layer.conv1d.kernel_size[0] - 1, rows, weight.size(0)),
+                weight.new_zeros(layer.key_dim, rows, heads, layer.value_dim, dtype=torch.float32),
+            )
+            numbers: set[int] | None = getattr(context, "layers_with_state", None)
+            if numbers is not None:
+                numbers.add(layer.layer_number)
+        rows = slice(context.batch_size_offset, context.batch_size_offset + num_rows)
+        inputs, matrices = (memory[:, rows] for memory in memories[layer.layer_number])
+        decodes, lengths = context.is_decode_only(), getattr(context, "state_lengths", None)
+        return cls(inputs, matrices, not decodes, None if decodes or lengths is None else lengths[rows])
+
+
+def _one_step(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[b, 1, heads, d_v]`` of one token and the state behind it, ``[b, heads, d_k, d_v]``."""
+    q, k, v = (x[:, 0].float() for x in (query, key, value))
+    state = state * decay[:, 0].exp()[..., None, None]
+    correction = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[:, 0].float()[..., None]
+    state = state + k[..., None] * correction[..., None, :]
+    out = torch.einsum("bhk,bhkv->bhv", q * q.size(-1) ** -0.5, state)
+    return out[:, None].to(query.dtype), state
+
+
+def _of_unit_length(x: Tensor) -> Tensor:
+    precise = x.float()
+    return (precise * torch.rsqrt((precise * precise).sum(-1, keepdim=True) + _UNIT_LENGTH_EPSILON)).to(x.dtype)
+
+
+def with_gated_delta_net(layer: ModuleSpec, linears: GatedDeltaNetLinears, *, includes_norm: bool) -> ModuleSpec:
+    """Return a copy of the layer spec ``layer`` with a `GatedDeltaNet` in the place of its attention.
+
+    ``includes_norm``: whether ``linears.in_proj`` includes the norm before it.
+    """
+    layer = copy.deepcopy(layer)
+    layer.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=linears)
+    if includes_norm:
+        layer.submodules.input_layernorm = IdentityOp
+    else:
+        names = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+        layer.submodules.sharded_state_dict_keys_map = layer.submodules.sharded_state_dict_keys_map | names
+    return layer
+
+
+def gated_delta_layers(config: TransformerConfig) -> list[bool]:
+    """Return whether each layer of the model has a gated delta net in the place of attention."""
+    if config.experimental_attention_variant != "gated_delta_net":
+        return [False] * config.num_layers
+    freq = config.linear_attention_freq
+    if isinstance(freq, int):
+        return [(i + 1) % freq != 0 for i in range(config.num_layers)]
+    return [bool(linear) for linear in freq or []]

@@ -1,0 +1,212 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The families Qwen3-Next and Qwen3.5 (text): gated delta nets between layers of gated attention, and partial RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.model.hf.family import Family, HFConfig
+from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+
+_SIZES = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+"""The sizes of gated delta nets, by the same names in config.json and in Megatron."""
+
+_ZERO_CENTRED = {"layernorm_zero_centered_gamma": True, "attention_output_gate": True}
+
+
+_Experts = Callable[[HFConfig], tuple[dict[str, Any], dict[str, Any]]]
+"""A function from a config.json to fields of `ModelConfig` and keys of ``model.transformer``."""
+
+
+def _reader(experts: _Experts | None = None) -> Callable[[HFConfig], ModelConfig]:
+    """Return the reader of a family; ``experts`` reads the mixture of experts, None is a family without experts."""
+
+    def read(config: HFConfig) -> ModelConfig:
+        config.require("attention_bias", (False, None), "biases are not known here")
+        config.require("attn_output_gate", (True, None), "transformers has an output gate in every layer of attention")
+        linear = _linear_layers(config)
+        transformer: dict[str, Any] = dict(_ZERO_CENTRED)
+        if any(linear):
+            transformer |= {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": linear}
+            transformer |= {name: config[name] for name in _SIZES}
+        fields: dict[str, Any] = {"qk_layernorm": True, **_rope_fields(config)}
+        fields["num_passthrough_mtp_layers"] = config["num_nextn_predict_layers"] or 0
+        if experts is not None:
+            of_experts, keys = experts(config)
+            fields |= of_experts
+            transformer |= keys
+        return read_common(config, transformer=transformer, **fields)
+
+    return read
+
+
+def _linear_layers(config: HFConfig) -> list[int]:
+    """Return 1 for each layer with a gated delta net and 0 for each layer with attention."""
+    num_layers, kinds = config["num_hidden_layers"], config["layer_types"]
+    if kinds is None:
+        interval = config["full_attention_interval"]
+        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    known = {"linear_attention": 1, "full_attention": 0}
+    if len(kinds) != num_layers or not set(kinds) <= known.keys():
+        raise ConfigError(
+            f"config.json of {config.architecture} has layer_types={kinds}: expected linear_attention or "
+            f"full_attention for each of the {num_layers} layers"
+        )
+    return [known[kind] for kind in kinds]
+
+
+def _rope_fields(config: HFConfig) -> dict[str, Any]:
+    """Return the rotary fields; only the first channels of each head rotate.
+
+    The sections of a multimodal RoPE (``mrope_section``) change nothing for text, whose three positions are equal.
+    """
+    parameters = dict(config["rope_parameters"] or config["rope_scaling"] or {})
+    percent = float(parameters.pop("partial_rotary_factor", None) or config["partial_rotary_factor"])
+    values = {**config.values, "rope_parameters": parameters, "rope_scaling": None, "partial_rotary_factor": None}
+    whole = HFConfig(config.architecture, values, config.defaults)
+    return {"rotary_percent": percent, **llama3_fields(read_rope(whole), whole)}
+
+
+def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return fields and keys of a mixture of experts in every layer, whose chosen probabilities sum to 1."""
+    fields = {
+        "num_moe_experts": config.values.get("num_local_experts") or config["num_experts"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+    }
+    width = config["shared_expert_intermediate_size"]
+    return fields, {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+
+
+def _experts_of_some_layers(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `_experts` for Qwen3-Next, where layers may be dense and the chosen probabilities may sum to less."""
+    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
+    is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
+    if not any(is_moe):
+        raise ConfigError(
+            f"config.json of {config.architecture} has no layer with experts (mlp_only_layers, decoder_sparse_step): "
+            "this family is known with experts only"
+        )
+    fields, keys = _experts(config)
+    if not all(is_moe):
+        keys["moe_layer_freq"] = is_moe
+    if not config["norm_topk_prob"]:
+        keys["moe_router_pre_softmax"] = True  # a softmax over the chosen experts alone would sum to 1
+    return fields, keys
+
+
+def _writer(
+    experts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return the function from an architecture to config.json: the inverse of `_reader`."""
+
+    def write(arch: dict[str, Any]) -> dict[str, Any]:
+        if (experts is None) != (arch["num_moe_experts"] is None):
+            raise ConfigError(f"this model has {'' if experts is None else 'no '}experts")
+        linear = arch["linear_attention_freq"] or [0] * arch["num_layers"]
+        config = write_common(arch) | {
+            "attention_bias": False,
+            "num_nextn_predict_layers": arch["num_passthrough_mtp_layers"],
+            "layer_types": ["linear_attention" if is_linear else "full_attention" for is_linear in linear],
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": float(arch["rotary_base"]),
+                "partial_rotary_factor": arch["rotary_percent"],
+            },
+        }
+        if arch["rope_scaling"]:
+            scaling = write_llama3(arch)["rope_scaling"]
+            config["rope_parameters"] = {**config["rope_parameters"], **scaling}
+        if arch["linear_attention_freq"] is not None:
+            config |= {name: arch[name] for name in _SIZES}
+        return config | ({} if experts is None else experts(arch))
+
+    return write
+
+
+def _write_experts(arch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "num_experts": arch["num_moe_experts"],
+        "num_experts_per_tok": arch["moe_router_topk"],
+        "moe_intermediate_size": arch["moe_ffn_hidden_size"],
+        "shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"],
+    }
+
+
+def _write_experts_of_some_layers(arch: dict[str, Any]) -> dict[str, Any]:
+    return _write_experts(arch) | {
+        "norm_topk_prob": not arch["moe_router_pre_softmax"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [layer for layer, moe in enumerate(arch["moe_layer_freq"]) if not moe],
+    }
+
+
+_DEFAULTS = COMMON_DEFAULTS | {
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "attn_output_gate": None,
+    "num_nextn_predict_layers": 1,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_EXPERT_DEFAULTS = {
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+
+_LIMITS = (
+    "no biases; default or llama3 RoPE; each sequence has a row of its own, without context parallelism; the module "
+    "for multi-token prediction is kept for the way back and not trained"
+)
+
+QWEN3_NEXT = Family(
+    "Qwen3NextForCausalLM",
+    "qwen3_next",
+    _reader(_experts_of_some_layers),
+    _writer(_write_experts_of_some_layers),
+    _DEFAULTS | _EXPERT_DEFAULTS | {"intermediate_size": 5632},
+    ExpertNames(shared="shared_expert", mtp="mtp"),
+    models="Qwen3-Next-80B-A3B",
+    limits=_LIMITS,
+)
+QWEN3_5 = Family(
+    "Qwen3_5ForCausalLM",
+    "qwen3_5_text",
+    _reader(),
+    _writer(),
+    _DEFAULTS | {"num_key_value_heads": 4},
+    ExpertNames(fused_projections=False, mtp="mtp"),
+    models="text models of Qwen3.5",
+    limits="as Qwen3-Next; a directory with `Qwen3_5ForConditionalGeneration` is refused",
+)
+QWEN3_5_MOE = Family(
+    "Qwen3_5MoeForCausalLM",
+    "qwen3_5_moe_text",
+    _reader(_experts),
+    _writer(_write_experts),
+    _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
+    ExpertNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
+    models="text models of Qwen3.5 with experts",
+    limits="as Qwen3-Next; a directory with `Qwen3_5MoeForConditionalGeneration` is refused",
+)

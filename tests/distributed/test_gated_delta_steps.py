@@ -1,0 +1,93 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A step of a model with gated delta nets, whose contexts have rows of their own, is the same in every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import hf_models
+import pytest
+from layouts import Case, Outcomes
+from models import build, model_config, parallel
+from parity import compare, compare_parameters
+from tiers import combinations
+
+from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model import forward
+from megatron_selfdistill.model.architecture import transformer_config
+
+LAYOUTS = {
+    "TP2": (parallel(tp=2), 2),
+    "TP2+SP": (parallel(tp=2, sp=True), 2),
+    "PP2": (parallel(pp=2), 2),
+    "PP2xVPP2": (parallel(pp=2, vpp=2), 2),
+    "DP2": (parallel(), 2),
+    "TP2xPP2+SP": (parallel(tp=2, pp=2, sp=True), 4),
+}
+ALONE = Case(kind="gated_delta", unpacked=True, max_tokens=150, steps=2, extra_weightless=0)
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks):
+    """Return the outcomes that the tests of this file have in common."""
+    return Outcomes(ranks)
+
+
+@combinations(
+    name=list(LAYOUTS),
+    pair_order=["teacher_first", "alternating"],
+    quick={"name": ["TP2", "TP2+SP", "PP2xVPP2", "DP2"]},
+    strength=1,
+)
+def test_gradients_and_parameters_equal_those_of_one_rank(outcomes, name, pair_order, record_property):
+    cuts, world_size = LAYOUTS[name]
+    case = dataclasses.replace(ALONE, parallel=cuts, pair_order=pair_order, paired=True, extra_weightless=1)
+    got, alone = outcomes(case, world_size), outcomes(ALONE)
+    record_property("worst relative difference", compare(got, alone, 2e-5))
+    compare_parameters(got, alone)
+
+
+@pytest.mark.parametrize("changes", [{"seq_quantum": 64}, {"max_tokens": 50}], ids=["longer rows", "one row each"])
+def test_padding_and_the_number_of_rows_change_nothing(outcomes, changes):
+    """The state runs forwards only, so that no token sees the padding behind it, nor another row."""
+    compare(outcomes(dataclasses.replace(ALONE, **changes)), outcomes(ALONE), 2e-5)
+
+
+def test_recomputed_layers_have_the_same_gradients(outcomes):
+    schedule = ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    compare(outcomes(dataclasses.replace(ALONE, schedule=schedule)), outcomes(ALONE))
+
+
+def test_every_weight_of_the_layer_has_a_gradient(outcomes):
+    _, gradients, _ = outcomes(ALONE)
+    names = "in_proj.weight in_proj.layer_norm_weight conv1d.weight A_log dt_bias out_norm.weight out_proj.weight"
+    for name in names.split():
+        for layer in (0, 2):
+            assert gradients[f"decoder.layers.{layer}.self_attention.{name}"].abs().max() > 1e-6
+
+
+def test_a_norm_whose_gradient_is_not_summed_over_tensor_parallel_ranks_is_seen(outcomes):
+    cuts, world_size = LAYOUTS["TP2"]
+    case = dataclasses.replace(ALONE, parallel=cuts, mutation="gradient of the output norm not summed")
+    with pytest.raises(AssertionError, match=r"out_norm|disagree"):
+        compare(outcomes(case, world_size), outcomes(ALONE), 2e-5)
+
+
+def packed_and_under_context_parallelism() -> list[str]:
+    """Return the messages of a packed sequence and of context parallelism."""
+    messages = []
+    [model], grid = build(model_config("gated_delta"), parallel())
+    texts = [[1, 2, 3], [4, 5]]
+    with pytest.raises(ValueError) as caught:
+        forward.hidden_states(model, forward.inputs_of(hf_models.packed(texts), grid), grid)
+    messages.append(str(caught.value))
+    with pytest.raises(ConfigError) as refused:
+        transformer_config(model_config("gated_delta"), parallel(cp=2), OptimizerConfig(), ScheduleConfig())
+    return [*messages, str(refused.value)]
+
+
+def test_packed_sequences_and_context_parallelism_are_refused(ranks):
+    [(of_packing, of_cuts)] = ranks.run(packed_and_under_context_parallelism, world_size=1)
+    assert "a gated delta net takes one sequence per row" in of_packing
+    assert "Gated delta net does not support context parallel" in of_cuts
