@@ -171,8 +171,7 @@ class MegatronSampler:
         lengths = [len(prompt) for prompt in prompts]
         sequences = [1 if request.teacher_prompt is None else num_roles for request in requests]
         taken = [(longest_prompt(r) + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
-        # A sequence has at least max_new_tokens columns, over which the bytes of its states are spread.
-        per_token = self._bytes_per_token + math.ceil(self._student.state_bytes / params.max_new_tokens)
+        per_token = self._bytes_per_column(params.max_new_tokens)
         room, num_guided = allowed // per_token, len(prompts) - len(requests)
         maskless = not all(model.takes_masks for model in (self._student, *self._role_models))
         mine = [-room, max(lengths, default=0), -min(lengths, default=1), max(taken, default=0), num_guided, maskless]
@@ -193,6 +192,13 @@ class MegatronSampler:
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
         return capacity
+
+    def _bytes_per_column(self, max_new_tokens: int) -> int:
+        """Return the bytes of a sequence's cache per token on this rank.
+
+        A sequence has at least ``max_new_tokens`` columns, over which the bytes of its states are spread.
+        """
+        return self._bytes_per_token + math.ceil(self._student.state_bytes / max_new_tokens)
 
     def _sample_batch(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]

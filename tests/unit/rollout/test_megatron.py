@@ -85,7 +85,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forward_passes, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
         early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
-    per_token = sampler._bytes_per_token
+    per_token = sampler._bytes_per_column(NEW_TOKENS)
     small = sampler_of(chunks, grid, kv_cache_gb=2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30)
     batches = []
     sample_batch = small._sample_batch
@@ -142,9 +142,7 @@ LAYOUTS = {
 }
 
 
-@combinations(
-    layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "CP2", "linear TP2+SP", "MoE EP2"]}, strength=1
-)
+@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2", "PP2xVPP2", "CP2", "MoE EP2"]}, strength=1)
 def test_responses_equal_those_of_a_forward_without_cache_on_one_rank(ranks, on_one_rank, layout):
     kind, config, world_size = LAYOUTS[layout]
     expected = on_one_rank(kind)

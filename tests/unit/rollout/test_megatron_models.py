@@ -161,6 +161,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
         "fp32",
         ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
     ),
+    "gated delta nets": (dataclasses.asdict(model_config("gated_delta")), "fp32", None),
     "selective recompute": (
         {},
         "fp32",
