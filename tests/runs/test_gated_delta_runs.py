@@ -1,0 +1,53 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole runs of a model with gated delta nets: they say that they do not pack, train, and resume bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_run import assert_equal_runs, overrides, reproducible_metrics, start_and_listen, train
+
+GATED_DELTA = (
+    "model.qk_layernorm=true",
+    "model.rotary_percent=0.5",
+    "+model.transformer={experimental_attention_variant: gated_delta_net, linear_attention_freq: [1, 0], "
+    "linear_num_key_heads: 2, linear_num_value_heads: 4, linear_key_head_dim: 8, linear_value_head_dim: 8, "
+    "attention_output_gate: true, layernorm_zero_centered_gamma: true}",
+)
+ROWS = "sequences: one per row, padded to the longest of the step, since this model's layers cannot be packed"
+
+
+def arguments(data: Path, run: Path, *more: str) -> list[str]:
+    return overrides(data, run, *GATED_DELTA, "checkpoint.save_every=1", "num_steps=4", *more)
+
+
+@pytest.fixture(scope="module")
+def whole(ranks, data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("gated") / "run"
+    train(ranks, arguments(data, run, f"rollout.record={run}/responses.jsonl"))
+    return run
+
+
+def test_a_run_trains_and_resumes_bit_for_bit(ranks, data, whole, tmp_path):
+    metrics = reproducible_metrics(whole)
+    assert len(metrics) == 4 and all(step["loss/mean"] > 0 for step in metrics)
+    train(ranks, arguments(data, tmp_path / "run", "num_steps=2"))
+    train(ranks, arguments(data, tmp_path / "run"))
+    assert_equal_runs(ranks, whole, tmp_path / "run", 4)
+
+
+def test_a_run_says_at_its_start_that_it_does_not_pack(ranks, data, tmp_path):
+    said = [
+        ranks.run(
+            start_and_listen, [*of_run, "dry_run=true", "metrics.console=true"], world_size=1, init_process_group=False
+        )
+        for of_run in (arguments(data, tmp_path / "linear"), overrides(data, tmp_path / "other"))
+    ]
+    assert [(status, ROWS in " ".join(output.split())) for ((status, output),) in said] == [(0, True), (0, False)]
+
+
+def test_context_parallelism_is_refused(ranks, data, tmp_path):
+    refused = arguments(data, tmp_path / "run", "parallel.context_parallel_size=2")
+    for status, output in ranks.run(start_and_listen, refused, world_size=2, init_process_group=False)[:1]:
+        assert status == 2 and "Gated delta net does not support context parallel" in output
