@@ -12,7 +12,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "tiktoken.model")
 
 
 def require_same_tokenizer(config: Config) -> None:

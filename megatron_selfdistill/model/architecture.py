@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.core_attributes import set_attributes
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
 from megatron_selfdistill.model.gated_delta_net import (
@@ -37,7 +38,7 @@ from megatron_selfdistill.model.gated_delta_net import (
     with_gated_delta_net,
 )
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
-from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+from megatron_selfdistill.model.layers import CoreAttention, LatentRMSNorm, RMSNorm, with_latent_epsilon
 
 # Process groups, optimizer and loss are built from these keys, which an override would contradict.
 _SET_ELSEWHERE = {
@@ -76,8 +77,7 @@ def transformer_config(
         config = cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
-    if model.position_embedding_type == "yarn":
-        _set_yarn(config, model)
+    set_attributes(config, model)
     refuse_untested_precision(
         config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
     )
@@ -143,27 +143,6 @@ def _configured_values(
             "moe_router_score_function": model.moe_router_score_function,
         }
     return values
-
-
-def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
-    """Set the attributes of YaRN, which ``GPTModel`` and ``Attention`` read although ``TransformerConfig`` lacks them.
-
-    Raises: `ConfigError` for latent attention, and where context parallelism cannot cut Megatron's first table.
-    """
-    if config.multi_latent_attention:
-        raise ConfigError(
-            "model.position_embedding_type=yarn is for ordinary attention: latent attention has its own YaRN, "
-            "model.transformer.rope_type=yarn"
-        )
-    original, parts = model.yarn_original_max_position_embeddings, 2 * config.context_parallel_size
-    if config.context_parallel_size > 1 and original % parts:
-        raise ConfigError(
-            f"model.yarn_original_max_position_embeddings={original} must be a multiple of {parts}, twice "
-            "parallel.context_parallel_size: Megatron Core cuts a table of this length"
-        )
-    for field in dataclasses.fields(model):
-        if field.name.startswith("yarn_"):
-            setattr(config, field.name, getattr(model, field.name))
 
 
 _Fault = tuple[bool, str]
@@ -402,6 +381,9 @@ def layer_spec(
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
     )
+    if te and hasattr(config, "latent_layernorm_epsilon"):
+        for spec in block.layer_specs:
+            give_latents_their_epsilon(spec)
     if not te:
         for spec in block.layer_specs:
             _complete_local_layer(spec, config)
@@ -442,6 +424,13 @@ def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
     return math.ceil(vocab_size / multiple) * multiple
 
 
+def give_latents_their_epsilon(spec: ModuleSpec) -> None:
+    """Let the norms of the latents in a layer of Transformer Engine's spec have their own epsilon."""
+    attention = spec.submodules.self_attention.submodules
+    for name in ("linear_q_up_proj", "linear_kv_up_proj"):
+        setattr(attention, name, with_latent_epsilon(getattr(attention, name)))
+
+
 def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
     layer, attention = spec.submodules, spec.submodules.self_attention
     attention.submodules.core_attention = CoreAttention
@@ -451,7 +440,8 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
         for name in ("q_layernorm", "k_layernorm", "kv_layernorm"):
             norm = getattr(attention.submodules, name, None)
             if norm is not None and norm is not IdentityOp:
-                setattr(attention.submodules, name, RMSNorm)
+                of_latent = config.multi_latent_attention
+                setattr(attention.submodules, name, LatentRMSNorm if of_latent else RMSNorm)
     # A checkpoint has the names of Transformer Engine's spec, where a norm belongs to the linear layer after it.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.multi_latent_attention:  # three linear layers read the input, so its norm keeps its own name

@@ -7,6 +7,7 @@ windows, sinks, context parallelism and a KV cache.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -59,6 +60,31 @@ class RMSNorm(torch.nn.Module):
         if self.zero_centered_gamma:  # 1 + weight would lose bits of the weight in bf16
             return (normed * (1 + self.weight.float())).to(x.dtype)
         return normed.to(x.dtype) * self.weight
+
+
+class LatentRMSNorm(RMSNorm):
+    """The `RMSNorm` of a latent in multi-latent attention, with ``config.latent_layernorm_epsilon`` where it is set."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
+        super().__init__(config, hidden_size, getattr(config, "latent_layernorm_epsilon", eps), **options)
+
+
+@functools.cache
+def with_latent_epsilon(linear: type[Any]) -> type[Any]:
+    """Return ``linear``, a layer that normalises its input with ``config.layernorm_epsilon``, for a latent as input.
+
+    Transformer Engine's layer spec has the norm of a latent in the linear layer after it.  The class in the result
+    hands a copy of its configuration with the epsilon of the latents to ``linear``.
+    """
+
+    class OfLatent(linear):
+        def __init__(self, *args: Any, config: TransformerConfig, **options: Any) -> None:
+            own = copy.copy(config)
+            own.layernorm_epsilon = own.latent_layernorm_epsilon
+            super().__init__(*args, config=own, **options)
+
+    OfLatent.__name__ = OfLatent.__qualname__ = linear.__name__
+    return OfLatent
 
 
 class CoreAttention(MegatronModule):

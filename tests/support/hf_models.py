@@ -190,6 +190,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "phi3": ("Phi3Config", {**_SIZES, "rms_norm_eps": 1e-5, "sliding_window": 7, "pad_token_id": None}),
+    "moonlight": (  # a large epsilon, so that the norms of the latents show their own
+        "DeepseekV3Config",
+        {
+            **_LATENT,
+            "rms_norm_eps": 1e-2,
+            "q_lora_rank": 24,
+            "n_group": 1,
+            "topk_group": 1,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "num_mtp_layers": 0,
+        },
+    ),
     "glm4_moe": (
         "Glm4MoeConfig",
         {

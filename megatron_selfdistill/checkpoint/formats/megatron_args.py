@@ -111,6 +111,7 @@ def _args(
         "squared_relu": False,
         "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate
         "norm_epsilon": config.layernorm_epsilon,
+        "latent_layernorm_epsilon": getattr(config, "latent_layernorm_epsilon", None),  # ours
         "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
         "num_experts": config.num_moe_experts,
         "qk_layernorm_all_heads": getattr(config, ALL_HEADS, False),  # ours

@@ -190,6 +190,11 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
             f"the llama3 rope factor {arch['rope_scaling_factor']}: pretrain_gpt.py parses --rope-scaling-factor but "
             "does not pass it to GPTModel, which computes with 8.0"
         )
+    if arch["latent_layernorm_epsilon"] not in (None, arch["layernorm_epsilon"]):
+        yield (
+            f"the epsilon {arch['latent_layernorm_epsilon']} of the latents' norms: Megatron-LM computes all norms "
+            f"with {arch['layernorm_epsilon']}"
+        )
     yield from _positions_not_expressible(arch)
     if arch["qk_layernorm_all_heads"]:
         yield "queries and keys normalised over all heads together: --qk-layernorm normalises each head by itself"

@@ -188,6 +188,7 @@ _SAME = {
     "seq_len_interpolation_factor": "seq_len_interpolation_factor",
     **{f.name: f.name for f in dataclasses.fields(ModelConfig) if f.name.startswith("yarn_")},
     "normalization": "normalization",
+    "latent_layernorm_epsilon": "latent_layernorm_epsilon",
     "add_bias_linear": "add_bias_linear",
     "add_qkv_bias": "add_qkv_bias",
     "qk_layernorm": "qk_layernorm",

@@ -68,6 +68,8 @@ class ModelConfig:
     """Kind of all normalisations: RMSNorm or LayerNorm."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of all normalisations."""
+    latent_layernorm_epsilon: float | None = None
+    """Epsilon of the normalisations of the latents in multi-latent attention; null is layernorm_epsilon."""
     gated_linear_unit: bool = True
     """Whether the MLP is gated; with activation silu it is SwiGLU."""
     activation: str = "silu"

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The family DeepSeek-V3: latent attention, leading dense layers, shared experts, and a sigmoid router with groups."""
+"""The family DeepSeek-V3, Kimi-K2 and Moonlight: latent attention, and the experts of `sigmoid_router`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, wr
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, write_yarn, yarn_fields
 from megatron_selfdistill.model.hf.sigmoid_router import read_experts, write_experts
+
+_LATENT_EPSILON = 1e-6
 
 
 def _read(config: HFConfig) -> ModelConfig:
@@ -32,19 +34,21 @@ def _read(config: HFConfig) -> ModelConfig:
         kv_channels=config["qk_nope_head_dim"],
         rotary_base=rope.base,
         qk_layernorm=True,
+        # transformers has this epsilon in the norms of the latents, whatever rms_norm_eps says.
+        latent_layernorm_epsilon=None if config["rms_norm_eps"] == _LATENT_EPSILON else _LATENT_EPSILON,
         **experts,
         transformer=attention | transformer,
     )
 
 
 def _require_expressible(config: HFConfig) -> None:
-    """Raise ConfigError for latent attention that Megatron Core cannot express: it has one epsilon."""
-    config.require("rms_norm_eps", (1e-6,), "latent attention has 1e-6, and Megatron one for all norms")
+    """Raise ConfigError for a config.json that Megatron Core cannot express, or that programs read differently."""
     config.require("attention_bias", (False, None), "biases are not known here")
     config.require("scoring_func", ("sigmoid", None), "DeepseekV3ForCausalLM always takes the sigmoid of the scores")
     config.require(
         "topk_method", ("noaux_tc", None), "DeepseekV3ForCausalLM always chooses experts with biases (noaux_tc)"
     )
+    config.require("moe_layer_freq", (1, None), "transformers has experts in every layer after the dense ones")
     config.require("rope_interleave", (True, None), "Megatron rotates neighbouring channels")
     config.require("num_key_value_heads", (None, config["num_attention_heads"]), "expected num_attention_heads")
     config.require("head_dim", (None, config["qk_rope_head_dim"]), "expected qk_rope_head_dim, whose channels rotate")
@@ -93,8 +97,10 @@ DEEPSEEK_V3 = Family(
         "scoring_func": None,
         "topk_method": None,
         "rope_interleave": True,
+        "moe_layer_freq": None,
         "num_nextn_predict_layers": 1,
     },
-    models="DeepSeek-V3, V3.1 and R1",
-    limits="`scoring_func=sigmoid`, `topk_method=noaux_tc`, `norm_topk_prob=true`, `rms_norm_eps=1e-6`",
+    models="DeepSeek-V3, V3.1 and R1; Kimi-K2; Moonlight",
+    limits="`scoring_func=sigmoid`, `topk_method=noaux_tc`, `norm_topk_prob=true`, `moe_layer_freq=1`; no 4-bit "
+    "weights",
 )

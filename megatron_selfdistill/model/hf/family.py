@@ -192,8 +192,9 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
     if values["multi_latent_attention"]:
         without_effect |= {"kv_channels", "num_query_groups", "rope_scaling", "rope_scaling_factor"}
         without_effect.add("seq_len_interpolation_factor")
+        values["latent_layernorm_epsilon"] = values["latent_layernorm_epsilon"] or values["layernorm_epsilon"]
     else:
-        without_effect |= _MLA.keys() | _YARN.keys()
+        without_effect |= _MLA.keys() | _YARN.keys() | {"latent_layernorm_epsilon"}
     if values["rope_type"] != "yarn":
         without_effect |= _YARN.keys()
     if values["position_embedding_type"] != "yarn":

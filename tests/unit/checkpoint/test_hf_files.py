@@ -221,6 +221,76 @@ def test_a_model_with_remote_code_loads_when_it_comes_back(directory, tmp_path, 
         assert torch.equal(found(tokens).logits, expected(tokens).logits)
 
 
+KIMI_TOKENIZATION = """
+import base64, os
+from transformers import PreTrainedTokenizer
+class TikTokenTokenizer(PreTrainedTokenizer):
+    vocab_files_names = {"vocab_file": "tiktoken.model"}
+    def __init__(self, vocab_file, **options):
+        with open(vocab_file) as lines:
+            pairs = [line.split() for line in lines]
+        self.ranks = {base64.b64decode(token).decode(): int(rank) for token, rank in pairs}
+        super().__init__(**options)
+    @property
+    def vocab_size(self):
+        return len(self.ranks)
+    def get_vocab(self):
+        return dict(self.ranks)
+    def _tokenize(self, text):
+        return list(text)
+    def _convert_token_to_id(self, token):
+        return self.ranks[token]
+    def _convert_id_to_token(self, index):
+        return next(token for token, rank in self.ranks.items() if rank == index)
+"""
+KIMI_CODE = {
+    "configuration_deepseek.py": """
+from transformers import DeepseekV3Config as Base
+class DeepseekV3Config(Base):
+    model_type = "kimi_k2"
+""",
+    "modeling_deepseek.py": """
+from transformers import DeepseekV3ForCausalLM as Base, conversion_mapping
+from .configuration_deepseek import DeepseekV3Config
+experts = conversion_mapping.get_checkpoint_conversion_mapping("deepseek_v3")  # transformers holds them as one tensor
+conversion_mapping.register_checkpoint_conversion_mapping("kimi_k2", experts, overwrite=True)
+class DeepseekV3ForCausalLM(Base):
+    config_class = DeepseekV3Config
+""",
+    "tokenization_kimi.py": KIMI_TOKENIZATION,
+    "tiktoken.model": "YQ== 0\nYg== 1\n",
+    "tokenizer_config.json": json.dumps(
+        {
+            "tokenizer_class": "TikTokenTokenizer",
+            "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+        }
+    ),
+    "chat_template.jinja": "{{ messages }}",
+}
+
+
+def test_a_directory_like_kimi_k2s_comes_back_and_loads_with_its_own_code(hf_directory, tmp_path, monkeypatch):
+    remote_code.keep_in(tmp_path / "modules", monkeypatch)
+    directory = with_config("moonlight", hf_directory, tmp_path, model_type="kimi_k2", num_nextn_predict_layers=0)
+    expected = transformers.AutoModelForCausalLM.from_pretrained(hf_directory("moonlight")).eval()
+    for name, content in KIMI_CODE.items():
+        (directory / name).write_text(content)
+    auto_map = {
+        "AutoConfig": "configuration_deepseek.DeepseekV3Config",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekV3ForCausalLM",
+    }
+    change_config(directory, auto_map=auto_map)
+    back, _ = there_and_back(directory)
+    assert config_of(back) == config_of(directory)
+    assert_equal(tensors_of(back), tensors_of(directory))
+    found = transformers.AutoModelForCausalLM.from_pretrained(back, trust_remote_code=True).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(back, trust_remote_code=True)
+    assert type(found.config).model_type == "kimi_k2" and tokenizer("ab")["input_ids"] == [0, 1]
+    tokens = torch.tensor([hf_models.SEQUENCES[0]])
+    with torch.no_grad():
+        assert torch.equal(found(tokens).logits, expected(tokens).logits)
+
+
 def test_remote_code_that_is_already_lost_is_dropped_from_auto_map_and_reported(directory):
     hub = "someone/model--modeling_hub.Model"
     change_config(directory, auto_map={"AutoModelForCausalLM": "modeling_own.Own", "AutoModel": hub})

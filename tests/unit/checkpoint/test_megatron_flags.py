@@ -129,6 +129,14 @@ EXPECTED = {
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
         "--window-size 6,0 "
     ),
+    "moonlight": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 0.01 "
+        "--qk-layernorm --rotary-base 10000 --multi-latent-attention --q-lora-rank 24 --kv-lora-rank 20 "
+        "--qk-head-dim 12 --qk-pos-emb-head-dim 8 --v-head-dim 14 --rope-type rope --num-experts 8 "
+        "--moe-ffn-hidden-size 28 --moe-layer-freq [0,1,1,1] --moe-router-topk 4 --moe-router-score-function sigmoid "
+        "--moe-router-load-balancing-type none --moe-router-topk-scaling-factor 2.5 --moe-router-enable-expert-bias "
+        "--moe-router-bias-update-rate 0.0 --moe-router-dtype fp32 --moe-shared-expert-intermediate-size 28 "
+    ),
     "glm4_moe": (
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
         "--kv-channels 12 --group-query-attention --num-query-groups 2 --add-qkv-bias --rotary-base 1000000 "
@@ -148,7 +156,7 @@ EXPECTED = {
     ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
-INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "olmoe")
+INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "moonlight", "olmoe")
 
 
 FLAGS, IMPOSSIBLE = "flags of Megatron-LM core_v0.16.1", "not possible in Megatron-LM core_v0.16.1"

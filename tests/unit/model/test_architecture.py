@@ -224,6 +224,37 @@ def test_yarn_that_megatron_cannot_build_is_refused():
         configured(odd, CP2)
 
 
+LATENT = dataclasses.replace(DENSE, latent_layernorm_epsilon=1e-6)
+
+
+@pytest.mark.parametrize("model", [LATENT, dataclasses.replace(LATENT, normalization="LayerNorm")])
+def test_an_epsilon_of_latents_without_latents_is_refused(model):
+    with pytest.raises(ConfigError, match=r"latent_layernorm_epsilon is for multi-latent attention with model\.norm"):
+        configured(model, {}, multi_latent_attention=model.normalization == "LayerNorm")
+
+
+class FusedLinear:
+    """Stands for Transformer Engine's linear layer, which normalises its input."""
+
+    def __init__(self, *sizes: int, config: TransformerConfig) -> None:
+        self.sizes, self.eps = sizes, config.layernorm_epsilon
+
+
+@pytest.mark.parametrize("epsilon", [1e-6, None])
+def test_on_transformer_engines_spec_the_linear_layers_after_the_latents_have_their_epsilon(monkeypatch, epsilon):
+    names = "linear_q_down_proj linear_q_up_proj linear_kv_up_proj linear_proj".split()
+    attention = SimpleNamespace(submodules=SimpleNamespace(**dict.fromkeys(names, FusedLinear)))
+    block = SimpleNamespace(layer_specs=[SimpleNamespace(submodules=SimpleNamespace(self_attention=attention))])
+    monkeypatch.setattr(architecture, "get_gpt_decoder_block_spec", lambda *_, **__: block)
+    config = configured(dataclasses.replace(LATENT, latent_layernorm_epsilon=epsilon), {}, multi_latent_attention=True)
+    assert layer_spec(config, transformer_engine=True) is block
+    linears = {name: getattr(attention.submodules, name)(3, 4, config=config) for name in names}
+    of_latents = {name: linear.eps for name, linear in linears.items() if "_up_" in name}
+    assert of_latents == dict.fromkeys(["linear_q_up_proj", "linear_kv_up_proj"], epsilon or 1e-5)
+    assert all(linears[name].eps == 1e-5 for name in linears.keys() - of_latents.keys())
+    assert config.layernorm_epsilon == 1e-5 and linears["linear_q_up_proj"].sizes == (3, 4)
+
+
 def test_what_megatron_itself_refuses_is_one_sentence():
     with pytest.raises(ConfigError, match="Megatron Core refuses this model: ") as caught:
         configured(recompute_granularity="full")

@@ -148,7 +148,7 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("olmoe", {"attention_bias": True}, "attention_bias=True"),
         ("olmoe", {"head_dim": 8}, "expected hidden_size / num_attention_heads, which is 10"),
         ("phi3", {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [2.0]}}, "longrope"),
-        ("deepseek_v3", {"rms_norm_eps": 1e-5}, "rms_norm_eps=1e-05"),
+        ("deepseek_v3", {"moe_layer_freq": 2}, "moe_layer_freq=2"),
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave=False"),
         ("deepseek_v3", {"norm_topk_prob": False}, "norm_topk_prob=False"),
         ("deepseek_v3", {"num_experts_per_tok": 6}, "only a ratio of 2"),

@@ -159,6 +159,7 @@ MUTATIONS = {
     "rope base changed": rope_base_changed,
     "rope scaling lost": rope_scaling_lost,
     "all channels rotated": model_changed(rotary_percent=1.0),
+    "epsilon of latents lost": model_changed(latent_layernorm_epsilon=None),
     "positions not divided": model_changed(seq_len_interpolation_factor=None),
     "yarn of heads ignored": model_changed(position_embedding_type="rope"),
     "yarn's attention factor ignored": model_changed(yarn_mscale=1.0),
@@ -232,6 +233,7 @@ MISTAKES = {
         *(f"yarn{name} ignored" for name in ("", "'s mscale", "'s mscale_all_dim")),
         *("layers swapped", "rope base changed"),
     ],
+    "moonlight": ["epsilon of latents lost", "epsilon changed"],
     "glm4_moe": [
         *(f"{name} bias lost" for name in ("query", "key", "value", "expert")),
         *("shared experts lost", "groups of experts ignored", "routed scaling ignored", "all channels rotated"),

@@ -389,6 +389,99 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {
         },
         3_821_079_552,
     ),
+    "Kimi-K2-Instruct": (
+        {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "attention_bias": False,
+            "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"},
+            "aux_loss_alpha": 0.001,
+            "ep_size": 1,
+            "first_k_dense_replace": 1,
+            "hidden_act": "silu",
+            "hidden_size": 7168,
+            "intermediate_size": 18432,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 131072,
+            "model_type": "kimi_k2",
+            "moe_intermediate_size": 2048,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 384,
+            "n_shared_experts": 1,
+            "norm_topk_prob": True,
+            "num_attention_heads": 64,
+            "num_experts_per_tok": 8,
+            "num_hidden_layers": 61,
+            "num_key_value_heads": 64,
+            "num_nextn_predict_layers": 0,
+            "q_lora_rank": 1536,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "quantization_config": {
+                "activation_scheme": "dynamic",
+                "fmt": "e4m3",
+                "quant_method": "fp8",
+                "weight_block_size": [128, 128],
+            },
+            "rms_norm_eps": 1e-06,
+            "rope_scaling": {
+                "beta_fast": 1.0,
+                "beta_slow": 1.0,
+                "factor": 32.0,
+                "mscale": 1.0,
+                "mscale_all_dim": 1.0,
+                "original_max_position_embeddings": 4096,
+                "type": "yarn",
+            },
+            "rope_theta": 50000.0,
+            "routed_scaling_factor": 2.827,
+            "scoring_func": "sigmoid",
+            "seq_aux": True,
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "v_head_dim": 128,
+            "vocab_size": 163840,
+        },
+        1_026_408_232_448,  # as transformers counts them, expert biases included
+    ),
+    "Moonlight-16B-A3B": (
+        {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "attention_bias": False,
+            "first_k_dense_replace": 1,
+            "hidden_size": 2048,
+            "intermediate_size": 11264,
+            "kv_lora_rank": 512,
+            "max_position_embeddings": 8192,
+            "model_type": "deepseek_v3",
+            "moe_intermediate_size": 1408,
+            "moe_layer_freq": 1,
+            "n_group": 1,
+            "n_routed_experts": 64,
+            "n_shared_experts": 2,
+            "norm_topk_prob": True,
+            "num_attention_heads": 16,
+            "num_experts_per_tok": 6,
+            "num_hidden_layers": 27,
+            "num_key_value_heads": 16,
+            "num_nextn_predict_layers": 0,
+            "q_lora_rank": None,
+            "qk_nope_head_dim": 128,
+            "qk_rope_head_dim": 64,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "rope_theta": 50000.0,
+            "routed_scaling_factor": 2.446,
+            "scoring_func": "sigmoid",
+            "tie_word_embeddings": False,
+            "topk_group": 1,
+            "topk_method": "noaux_tc",
+            "v_head_dim": 128,
+            "vocab_size": 163840,
+        },
+        15_960_110_208,  # as transformers counts them, expert biases included
+    ),
     "GLM-4.5-Air": (
         {
             "architectures": ["Glm4MoeForCausalLM"],
@@ -553,3 +646,16 @@ def test_block_scaled_fp8_is_read_and_not_written():
     written = family.hf_config(family.model_config(config), extra=config)
     assert "quantization_config" in config and "quantization_config" not in written
     assert written["torch_dtype"] == "bfloat16" and written["rope_scaling"] == config["rope_scaling"]
+
+
+def test_four_bit_weights_of_kimi_k2_thinking_are_refused():
+    config = PUBLISHED["Kimi-K2-Instruct"][0]
+    four_bits = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}
+    with pytest.raises(ConfigError, match=r"quant_method='compressed-tensors' .* take the unquantised model"):
+        family_of(config).model_config(config | {"quantization_config": four_bits})
+
+
+def test_the_latents_of_moonlight_keep_the_epsilon_that_transformers_gives_them():
+    config = PUBLISHED["Moonlight-16B-A3B"][0]
+    model = family_of(config).model_config(config)
+    assert (model.layernorm_epsilon, model.latent_layernorm_epsilon) == (1e-5, 1e-6)
