@@ -49,8 +49,8 @@ ORDER = {
         "attention_windows attention_sinks layers head_norms fused_kernels fp8 host_to_device optimizer_step "
         "packed_sequences gated_delta_net core_attributes architecture build hf.rules hf.linear_attention "
         "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.sliding_windows hf.sigmoid_router hf.dense "
-        "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.qwen_next hf.nearest "
-        "hf.mapping export forward output_layer"
+        "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.qwen_next "
+        "hf.nearest hf.mapping export forward output_layer"
     ),
     "checkpoint": (
         "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "

@@ -236,6 +236,17 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 26,
         },
     ),
+    "minimax_m2": (
+        "MiniMaxM2Config",
+        {
+            **_SIZES,
+            "rotary_dim": 6,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
     "olmoe": (
         "OlmoeConfig",
         {

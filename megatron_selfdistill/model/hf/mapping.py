@@ -21,6 +21,7 @@ from megatron_selfdistill.model.hf import (
     dense,
     experts,
     glm,
+    minimax,
     olmoe,
     phi,
     qwen2_moe,
@@ -68,6 +69,7 @@ FAMILIES: dict[str, Family] = {
         qwen_next.QWEN3_NEXT,
         qwen_next.QWEN3_5,
         qwen_next.QWEN3_5_MOE,
+        minimax.MINIMAX_M2,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""

@@ -17,10 +17,24 @@ from vllm.model_executor.model_loader.reload import layerwise
 from vllm.model_executor.model_loader.reload.meta import materialize_layer
 from vllm.model_executor.model_loader.reload.utils import get_layer_tensors
 
+_weight_loader = layerwise._get_weight_loader
+
 
 def reload_in_place() -> None:
     """Let every later reload of this process use the memory that a layer has; calling it again changes nothing."""
     layerwise.materialize_layer = _materialize_in_place
+    layerwise._get_weight_loader = _named_weight_loader
+
+
+def _named_weight_loader(tensor: Tensor) -> Any:
+    """Return the loader of a parameter as vLLM's own function does, with a name.
+
+    vLLM reads the name, which the loaders of MiniMax-M2's norms lack: they are ``functools.partial`` objects.
+    """
+    loader = _weight_loader(tensor)
+    if not hasattr(loader, "__name__"):
+        loader.__name__ = type(loader).__name__
+    return loader
 
 
 def _materialize_in_place(layer: torch.nn.Module, info: Any) -> None:

@@ -118,6 +118,13 @@ EXPECTED = {
         "--moe-router-load-balancing-type none --moe-router-pre-softmax "
         "--moe-shared-expert-intermediate-size 26 --moe-shared-expert-gate "
     ),
+    "minimax_m2": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-06 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 5000000 --rotary-percent 0.6 "
+        "--num-experts 4 --moe-ffn-hidden-size 44 --moe-router-topk 3 --moe-router-score-function sigmoid "
+        "--moe-router-load-balancing-type none --moe-router-enable-expert-bias "
+        "--moe-router-bias-update-rate 0.0 --moe-router-dtype fp32 "
+    ),
     "olmoe": (
         "--hidden-size 40 --max-position-embeddings 64 --untie-embeddings-and-output-weights "
         "--norm-epsilon 1e-05 --kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
@@ -156,7 +163,7 @@ EXPECTED = {
     ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
-INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "moonlight", "olmoe")
+INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "moonlight", "olmoe", "minimax_m2")
 
 
 FLAGS, IMPOSSIBLE = "flags of Megatron-LM core_v0.16.1", "not possible in Megatron-LM core_v0.16.1"

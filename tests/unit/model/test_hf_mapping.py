@@ -149,6 +149,7 @@ def sections_below_each_other(word):
 
 
 MUTATIONS = {
+    "all channels of MiniMax rotated": model_changed(rotary_percent=1.0),
     "shared expert lost": changed_tensors("shared_expert.down_proj", torch.zeros_like),
     "shared expert's gate halved": changed_tensors("shared_expert_gate", lambda gate: gate / 2),
     "rope in all layers": transformer_changed(no_rope_freq=None),
@@ -223,6 +224,13 @@ MISTAKES = {
     "qwen2_moe": [
         *("query bias lost", "key bias lost", "value bias lost", "shared expert lost"),
         *("probabilities normalised", "shared expert's gate halved"),
+    ],
+    "minimax_m2": [
+        "query norm lost",
+        "key norm lost",
+        "expert bias lost",
+        "all channels of MiniMax rotated",
+        "rope base changed",
     ],
     "olmoe": ["query norm lost", "key norm lost", "probabilities normalised", "epsilon changed"],
     "mixtral": ["gate and up swapped", "probabilities not normalised"],

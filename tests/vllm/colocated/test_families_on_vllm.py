@@ -14,6 +14,7 @@ from colocated import DRAWN, GREEDY, TIMEOUT, requests, sampler
 from responses import tokens
 
 from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.base import Response
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}
@@ -49,3 +50,31 @@ def test_the_responses_and_their_log_probs_are_those_of_transformers(ranks, tmp_
         assert response.log_probs == pytest.approx(scored.tolist(), abs=2e-4)
         best.append(rows.argmax(-1).tolist())
     assert tokens(greedy) == best[: len(greedy)]
+
+
+def key_norm(model: Any) -> torch.Tensor:
+    norm: torch.Tensor = model.model.layers[1].self_attn.k_norm.weight
+    return norm.clone()
+
+
+def key_norms_after_updates(directory: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return, after each of two updates, the norm of keys that the trainer has and the norm that vLLM has."""
+    family, model, rules, tensors = hf_models.read(directory)
+    chunks, grid = models.build(model, ParallelConfig())
+    hf_models.fill(chunks, rules, tensors)
+    mine = unwrapped(chunks[0]).decoder.layers[1].self_attention.k_layernorm.weight.data
+    with sampler(model, chunks, grid, hf_models.VOCAB_SIZE, family=family) as it:
+        found = []
+        for version in (3, 4):
+            mine.add_(1)
+            it.update_weights(version)
+            found.append((mine.clone(), *it._engine._llm.apply_model(key_norm)))
+    return found
+
+
+def test_vllm_takes_the_weights_of_minimax_m2_again_and_again(ranks, tmp_path):
+    """Generate nothing: vLLM's router on a CPU has no sigmoid."""
+    hf_models.write("minimax_m2", tmp_path, **SIZES, rotary_dim=16, intermediate_size=32)
+    (updates,) = ranks.run(key_norms_after_updates, tmp_path, world_size=1, timeout=TIMEOUT)
+    assert [mine.equal(theirs) for mine, theirs in updates] == [True, True]
+    assert not updates[0][0].equal(updates[1][0])
