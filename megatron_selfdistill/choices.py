@@ -30,7 +30,7 @@ OBJECTIVES = ("self_distillation", "sft", "rft", "policy_gradient")
 NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 """Values of model.normalization."""
 
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 """Values of model.activation."""
 
 POSITION_EMBEDDINGS = ("rope", "yarn", "learned_absolute", "none")

@@ -26,6 +26,7 @@ from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights
 from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, read_config, without_lost_code
 from megatron_selfdistill.checkpoint.formats.megatron_args import converted_args
+from megatron_selfdistill.checkpoint.formats.mxfp4 import dequantised
 from megatron_selfdistill.checkpoint.formats.read_ahead import read_ahead
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import (
     SafetensorsWriter,
@@ -190,7 +191,7 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
     config = read_config(hf)
     family = family_of(config)
     model = family.model_config(config)
-    tensors = open_weights_directory(hf)
+    tensors = dequantised(open_weights_directory(hf))
     rules = check_names(family.rules(model), tensors.tensors)
     check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
     passthrough_layers = {passthrough_layer(rule.hf_names[0]) for rule in rules if rule.is_passthrough}
@@ -268,7 +269,8 @@ def _extra_states(rules: list[Rule]) -> list[str]:
         module, _, name = rule.megatron.key.rpartition(".")
         if rule.is_passthrough or module.endswith(("word_embeddings", "output_layer", "router")):
             continue
-        states[module, rule.megatron.index] = None
+        for expert in [()] if rule.num_experts is None else [(expert,) for expert in range(rule.num_experts)]:
+            states[module, (*rule.megatron.index, *expert)] = None
         if name == "layer_norm_weight":  # the norm is a module of its own in the local spec
             states |= {(other.rpartition(".")[0], rule.megatron.index): None for other in names(rule.megatron.key)}
         if module.endswith("self_attention.linear_proj"):

@@ -17,6 +17,7 @@ from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.checkpoint.formats.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.checkpoint.formats.mxfp4 import dequantised
 from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint
@@ -145,7 +146,7 @@ _LAYOUT = {
 def _describe_hf(path: Path) -> dict[str, str]:
     config = read_config(path)
     family = family_of(config)
-    tensors = open_weights_directory(path).tensors
+    tensors = dequantised(open_weights_directory(path)).tensors
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)

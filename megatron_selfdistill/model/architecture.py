@@ -29,6 +29,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.attention_windows import window_faults
 from megatron_selfdistill.model.core_attributes import set_attributes
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
@@ -38,7 +39,13 @@ from megatron_selfdistill.model.gated_delta_net import (
     with_gated_delta_net,
 )
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
-from megatron_selfdistill.model.layers import CoreAttention, LatentRMSNorm, RMSNorm, with_latent_epsilon
+from megatron_selfdistill.model.layers import (
+    BiasedExpertOutput,
+    CoreAttention,
+    LatentRMSNorm,
+    RMSNorm,
+    with_latent_epsilon,
+)
 
 # Process groups, optimizer and loss are built from these keys, which an override would contradict.
 _SET_ELSEWHERE = {
@@ -73,6 +80,11 @@ def transformer_config(
             raise ConfigError(f"model.transformer.{name} is not allowed: set {_SET_ELSEWHERE[name]}")
     if values.get("window_size") is not None:
         values["window_size"] = tuple(values["window_size"])  # Transformer Engine compares it with tuples
+    if values.get("num_moe_experts") and values["add_bias_linear"] and values["expert_tensor_parallel_size"] > 1:
+        raise ConfigError(
+            "experts with biases cannot be cut: expected parallel.expert_tensor_parallel_size=1, got "
+            f"{values['expert_tensor_parallel_size']}, which is parallel.tensor_model_parallel_size where it is not set"
+        )
     try:
         config = cls(**values)
     except (ValueError, AssertionError, TypeError) as error:
@@ -219,7 +231,7 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "multi-latent attention without Transformer Engine has wrong gradients under tensor parallelism: "
             "install Transformer Engine or use tensor_model_parallel_size=1",
         ),
-        *_window_faults(config, local),
+        *window_faults(config, transformer_engine=not local),
         (
             config.apply_rope_fusion and config.rotary_interleaved,
             "apply_rope_fusion rotates packed sequences as if rotary_interleaved were false: "
@@ -246,43 +258,6 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             config.attention_output_gate and config.num_query_groups % config.tensor_model_parallel_size != 0,
             "attention_output_gate needs whole query groups on each tensor-parallel rank: use a "
             "tensor_model_parallel_size that divides num_query_groups",
-        ),
-    ]
-
-
-def _window_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
-    window = config.window_size
-    bounded = window is not None and len(window) == 2 and window[0] >= 0 and window[1] == 0
-    cut = not local and config.context_parallel_size > 1
-    communication = config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type]
-    has_sinks = getattr(config.softmax_type, "value", config.softmax_type) != "vanilla"
-    return [
-        (
-            window is not None and not bounded,
-            f"model.transformer.window_size={window}: expected [left, 0], where left is the number of tokens before "
-            "a token that the token sees, or null for full attention",
-        ),
-        (
-            bounded and isinstance(config.window_attn_skip_freq, int) and config.window_attn_skip_freq < 1,
-            f"model.transformer.window_attn_skip_freq={config.window_attn_skip_freq}: expected at least 1, a list with "
-            "1 for each layer that has the window, or null for a window in every layer",
-        ),
-        (
-            bounded
-            and isinstance(config.window_attn_skip_freq, list)
-            and len(config.window_attn_skip_freq) != config.num_layers,
-            f"model.transformer.window_attn_skip_freq={config.window_attn_skip_freq}: expected one entry for each of "
-            f"the {config.num_layers} layers",
-        ),
-        (
-            cut and bounded and not set(communication) <= {"a2a", "all_gather"},
-            "Transformer Engine has no sliding window for cp_comm_type=p2p: set model.transformer.cp_comm_type=a2a or "
-            "parallel.context_parallel_size=1",
-        ),
-        (
-            cut and has_sinks and set(communication) != {"a2a"},
-            "Transformer Engine has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a "
-            "only: set model.transformer.cp_comm_type=a2a or parallel.context_parallel_size=1",
         ),
     ]
 
@@ -331,11 +306,6 @@ def _expert_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "global_aux_loss" in _balancing_types(config),
             "moe_router_load_balancing_type=global_aux_loss has a gradient that shrinks with the number of replicas "
             "and depends on the microbatches before it: use aux_loss",
-        ),
-        (
-            local and config.num_moe_experts is not None and config.add_bias_linear,
-            "experts with biases cannot be trained with Megatron's local layers, which add a bias in place to a "
-            "tensor that autograd still needs: set model.add_bias_linear=false, or install Transformer Engine",
         ),
         (
             bool(config.moe_z_loss_coeff) and (config.sequence_parallel or config.context_parallel_size > 1),
@@ -449,6 +419,9 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
             "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
         }
-    if not hasattr(getattr(layer.mlp, "submodules", None), "experts"):  # a router also reads the norm
+    experts = getattr(getattr(layer.mlp, "submodules", None), "experts", None)
+    if experts is None:  # a router also reads the norm
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+    elif config.add_bias_linear:
+        experts.submodules.linear_fc2 = BiasedExpertOutput
     layer.sharded_state_dict_keys_map = names

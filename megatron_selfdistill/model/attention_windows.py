@@ -38,6 +38,45 @@ def windowed_layers(window_attn_skip_freq: int | Sequence[int] | None, num_layer
     return [bool(windowed) for windowed in freq]
 
 
+def window_faults(config: Any, *, transformer_engine: bool) -> list[tuple[bool, str]]:
+    """Return what neither Megatron Core nor `CoreAttention` computes, and whether ``config`` has it.
+
+    ``config``: a ``TransformerConfig``.  Each entry is (whether it is found, the message about it).
+    """
+    window, freq = config.window_size, config.window_attn_skip_freq
+    bounded = window is not None and len(window) == 2 and window[0] >= 0 and window[1] == 0
+    cut = transformer_engine and config.context_parallel_size > 1
+    communication = set(config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type])
+    has_sinks = getattr(config.softmax_type, "value", config.softmax_type) != "vanilla"
+    return [
+        (
+            window is not None and not bounded,
+            f"model.transformer.window_size={window}: expected [left, 0], where left is the number of tokens before "
+            "a token that the token sees, or null for full attention",
+        ),
+        (
+            bounded and isinstance(freq, int) and freq < 1,
+            f"model.transformer.window_attn_skip_freq={freq}: expected at least 1, a list with 1 for each layer that "
+            "has the window, or null for a window in every layer",
+        ),
+        (
+            bounded and isinstance(freq, list) and len(freq) != config.num_layers,
+            f"model.transformer.window_attn_skip_freq={freq}: expected one entry for each of the {config.num_layers} "
+            "layers",
+        ),
+        (
+            cut and bounded and not communication <= {"a2a", "all_gather"},
+            "Transformer Engine has no sliding window for cp_comm_type=p2p: set model.transformer.cp_comm_type=a2a or "
+            "parallel.context_parallel_size=1",
+        ),
+        (
+            cut and has_sinks and communication != {"a2a"},
+            "Transformer Engine has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a "
+            "only: set model.transformer.cp_comm_type=a2a or parallel.context_parallel_size=1",
+        ),
+    ]
+
+
 def left_of_layer(config: Any, layer_number: int) -> int | None:
     """Return the number of earlier keys that a query of a layer sees; None for full attention.
 

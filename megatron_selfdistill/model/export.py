@@ -21,10 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
@@ -32,6 +28,7 @@ from megatron_selfdistill.errors import ConfigError, first_few
 from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import MegatronSlice, Rule
+from megatron_selfdistill.model.live_shards import Place, data_of, place_of, sharded_tensors
 
 _ALIGNMENT = 16  # bytes: a suitable start for a tensor of any dtype
 _MOST_PADDING = 1.25  # an all-gather of unequal shares may move up to this factor of their bytes
@@ -83,6 +80,7 @@ class Exporter:
         self._wanted_here = on_ranks is None or grid.rank in on_ranks
         # Experts are cut over their own group, expert TP x EP, which may reach beyond a replica.
         self._groups = {False: grid.tp_group, True: unwrapped(chunks[0]).pg_collection.tp_ep}
+        self._depths = {rule.megatron.key: len(rule.megatron.index) for rule in rules}
         stages = self._describe_stages(part or (lambda key: True))
         self._gathers = stages[grid.pp_rank].wanting(on_ranks)
         self._relays = {expert: any(stage.wanting(on_ranks)[expert] for stage in stages) for expert in self._groups}
@@ -107,7 +105,9 @@ class Exporter:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
                 chunk.start_param_sync(force_sync=True)  # type: ignore[operator]
         # In each stream again: training wraps, offloads and casts parameters, which changes their storage.
-        shards = {_place(shard): shard.data for shard in _sharded_tensors(self._chunks)}
+        shards = {
+            place_of(shard, self._depths): data_of(shard, self._depths) for shard in sharded_tensors(self._chunks)
+        }
         for bucket in self._buckets:
             tensors = self._full_tensors(bucket, shards, copies)
             beat()
@@ -115,7 +115,7 @@ class Exporter:
             tensors.clear()
 
     @torch.no_grad()
-    def _full_tensors(self, bucket: _Bucket, shards: dict[_Place, Tensor], copies: bool) -> list[tuple[str, Tensor]]:
+    def _full_tensors(self, bucket: _Bucket, shards: dict[Place, Tensor], copies: bool) -> list[tuple[str, Tensor]]:
         if not self._relays[bucket.expert]:
             return []
         if not copies and self._grid.pp_size == 1 and self._groups[bucket.expert].size() == 1:
@@ -129,7 +129,7 @@ class Exporter:
             return []
         return [named for tensor in bucket.tensors for named in tensor.assemble(buffers, self._grid.device)]
 
-    def _packed_shards(self, bucket: _Bucket, shards: dict[_Place, Tensor]) -> Tensor:
+    def _packed_shards(self, bucket: _Bucket, shards: dict[Place, Tensor]) -> Tensor:
         """Return the bytes that this rank, or its counterpart in the bucket's stage, sends, with padding."""
         me = self._groups[bucket.expert].rank()
         packed = torch.empty(max(bucket.num_bytes), dtype=torch.uint8, device=self._grid.device)
@@ -147,19 +147,15 @@ class Exporter:
     def _describe_stages(self, part: Callable[[str], bool]) -> list[_Stage]:
         """Return the description of each pipeline stage at this rank's place within the stage."""
         entries: dict[bool, list[_Entry]] = {False: [], True: []}
-        for shard in _sharded_tensors(self._chunks):
-            where, start = _place(shard)
+        for shard in sharded_tensors(self._chunks):
+            where, start = place_of(shard, self._depths)
             if not part(where.key):
                 continue
-            shape = tuple(shard.global_shape[shard.prepend_axis_num :])
-            entries[_is_expert(where)].append(_Entry(where, start, tuple(shard.local_shape), shape, shard.data.dtype))
+            size, shape = tuple(data_of(shard, self._depths).shape), tuple(shard.global_shape[len(where.index) :])
+            entries[_is_expert(where)].append(_Entry(where, start, size, shape, shard.data.dtype))
         members = {expert: gather_objects(entries[expert], group) for expert, group in self._groups.items()}
         ranks = {expert: dist.get_process_group_ranks(group) for expert, group in self._groups.items()}
         return gather_objects(_Stage(members, ranks), self._grid.pp_group)
-
-
-_Place = tuple[MegatronSlice, tuple[int, ...]]
-"""A slice of a checkpoint, and the index at which a shard of it begins."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +225,7 @@ class _Tensor:
             full[block].copy_(part.within(buffers[part.member], self.dtype))
         return zip(self.rule.hf_names, self.rule.to_hf(full), strict=True)
 
-    def held(self, shards: Mapping[_Place, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    def held(self, shards: Mapping[Place, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Return the named Hugging Face tensors on a rank that holds all parts, as views where possible."""
         parts = sorted(self.parts, key=lambda part: part.start)
         blocks = [shards[self.rule.megatron, part.start][tuple(slice(n) for n in part.size)] for part in parts]
@@ -375,20 +371,6 @@ def _gathered(packed: Tensor, num_bytes: Sequence[int], group: dist.ProcessGroup
         if length:
             dist.broadcast(buffers[-1], src=dist.get_global_rank(group, member), group=group)
     return buffers
-
-
-def _sharded_tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[ShardedTensor]:
-    """Yield the tensors of the model with the names and shards of a checkpoint."""
-    for chunk in chunks:
-        state_dict = unwrapped(chunk).sharded_state_dict()
-        apply_factories(state_dict)
-        yield from (value for value in nested_values(state_dict) if isinstance(value, ShardedTensor))
-
-
-def _place(shard: ShardedTensor) -> _Place:
-    stacked = shard.prepend_axis_num
-    where = MegatronSlice(shard.key, tuple(shard.global_offset[:stacked]))
-    return where, tuple(shard.global_offset[stacked:])
 
 
 def _is_expert(where: MegatronSlice) -> bool:

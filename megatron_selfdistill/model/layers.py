@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The layers that Megatron's local layer spec lacks: an RMSNorm and a core attention.
+"""The layers that Megatron's local layer spec lacks: an RMSNorm, a core attention, and experts with biases.
 
 The RMSNorm supports sequence parallelism.  The core attention supports grouped queries, packed sequences, sliding
 windows, sinks, context parallelism and a KV cache.
@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel.layers import RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
@@ -85,6 +86,24 @@ def with_latent_epsilon(linear: type[Any]) -> type[Any]:
 
     OfLatent.__name__ = OfLatent.__qualname__ = linear.__name__
     return OfLatent
+
+
+class BiasedExpertOutput(RowParallelLinear):
+    """The second linear layer of an expert with a bias, for Megatron's ``linear_fc2`` in its local layer spec.
+
+    Megatron Core's ``MLP`` adds the bias of an expert in place.  The input of that addition is a view that a function
+    with its own backward pass made, which autograd refuses; this layer returns a copy.  Megatron Core also marks the
+    bias ``sequence_parallel``, and would add the gradients of the different experts of tensor-parallel ranks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.bias.sequence_parallel = False
+
+    def forward(self, input_: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the product [tokens, hidden] without the bias, and the bias [hidden]."""
+        output, bias = super().forward(input_)
+        return output.clone(), bias
 
 
 class CoreAttention(MegatronModule):

@@ -43,6 +43,26 @@ def test_windows_and_sinks_have_the_same_gradients_however_they_are_cut(outcomes
     assert any(key.endswith("core_attention.softmax_offset") and gradient.any() for key, gradient in got[1].items())
 
 
+BIASED_EXPERTS = {
+    "add_bias_linear": True,
+    "activation": "quick_gelu",
+    "transformer": {"activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0, "softmax_type": "learnable"},
+}
+
+
+@combinations(
+    name=["TP2+SP experts", "EP2", "EP2xPP2", "EP2xTP2+SP", "CP2 experts"],
+    quick={"name": ["EP2xTP2+SP", "TP2+SP experts"]},
+    strength=1,
+)
+def test_experts_with_biases_have_the_same_gradients_however_they_are_cut(outcomes, name):
+    case, world_size = case_of(name, model_changes=BIASED_EXPERTS)
+    got, alone = outcomes(case, world_size), outcomes(reference_of(case))
+    compare(got, alone)
+    biases = {key for key, gradient in got[1].items() if key.endswith("bias") and gradient.any()}
+    assert {".".join(key.split(".")[-2:]) for key in biases} >= {"linear_fc1.bias", "linear_fc2.bias", "router.bias"}
+
+
 @combinations(name=["EP2xTP2+SP", "CP2 experts"], quick={"name": ["CP2 experts"]}, strength=1)
 def test_the_balancing_loss_of_real_tokens_has_the_same_gradient_however_a_row_is_cut(outcomes, name):
     """The loss balances a microbatch, so all contexts are in one row.  Another one has nothing but padding."""

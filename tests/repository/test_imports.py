@@ -49,14 +49,15 @@ ORDER = {
         "attention_windows attention_sinks layers head_norms fused_kernels fp8 host_to_device optimizer_step "
         "packed_sequences gated_delta_net core_attributes architecture build hf.rules hf.linear_attention "
         "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.sliding_windows hf.sigmoid_router hf.dense "
-        "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.qwen_next "
-        "hf.nearest hf.mapping export forward output_layer"
+        "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.gpt_oss "
+        "hf.qwen_next hf.nearest hf.mapping live_shards export forward output_layer"
     ),
     "checkpoint": (
         "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "
         "formats.unpickler formats.megatron_args formats.megatron_flags formats.hf_files "
         "formats.torch_dist_writer formats.torch_dist_reader "
-        "formats.safetensors_directory run.saved_run directory stored_adapters formats.legacy formats.stored_model "
+        "formats.safetensors_directory formats.mxfp4 "
+        "run.saved_run directory stored_adapters formats.legacy formats.stored_model "
         "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion_progress release "
         "merged_weights conversion peft_adapters vocabulary run.adapter_base run.sharded_io run.external "
         "run.frozen_weights run.checkpointer run.run_directory "

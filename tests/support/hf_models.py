@@ -152,6 +152,26 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "gpt_oss": (
+        "GptOssConfig",
+        {
+            **_SIZES,
+            "intermediate_size": 32,  # whole vectors: PyTorch rounds the sigmoid of the rest of a row differently
+            "num_local_experts": 4,
+            "num_experts_per_tok": 3,
+            "sliding_window": 6,
+            "swiglu_limit": 1.25,
+            "rope_parameters": {
+                "rope_theta": 100.0,
+                "rope_type": "yarn",
+                "factor": 4.0,
+                "beta_fast": 8.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 16,
+            },
+        },
+    ),
     "deepseek_v3": (
         "DeepseekV3Config",
         {
@@ -318,6 +338,8 @@ def _randomise(model: torch.nn.Module) -> None:
             tensor.copy_(0.5 * noise - 2)
         elif name.endswith("e_score_correction_bias"):
             tensor.copy_(0.1 * noise)
+        elif name.endswith("sinks"):
+            tensor.copy_(noise)
         elif name.endswith("bias"):
             tensor.copy_(0.5 * noise)
         elif tensor.dim() > 1:
@@ -346,6 +368,7 @@ def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapp
 
     The padding of the vocabulary becomes 3, so that any use of the padding changes the results.
     """
+    depths = {rule.megatron.key: len(rule.megatron.index) for rule in rules}
     full = {
         (rule.megatron.key, rule.megatron.index): rule.to_megatron(*(tensors[name] for name in rule.hf_names))
         for rule in rules
@@ -358,7 +381,9 @@ def fill(chunks: Sequence[torch.nn.Module], rules: Sequence[Rule], tensors: Mapp
         for shard in nested_values(state_dict):
             if isinstance(shard, ShardedTensor):
                 index = tuple(shard.global_offset[: shard.prepend_axis_num])
-                value = full[shard.key, index]
+                value = full[shard.key, index[: depths[shard.key]]]
+                for expert in index[depths[shard.key] :]:
+                    value = value[expert]
                 rows = shard.global_shape[shard.prepend_axis_num]
                 if value.shape[0] < rows:
                     value = torch.cat([value, value.new_full((rows - value.shape[0], *value.shape[1:]), 3.0)])

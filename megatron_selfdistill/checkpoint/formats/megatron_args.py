@@ -17,7 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.fused_kernels import activation_name
+from megatron_selfdistill.model.fused_kernels import activation_name, quick_gelu
 from megatron_selfdistill.model.head_norms import ALL_HEADS
 
 _YARN = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("yarn_")]
@@ -108,6 +108,7 @@ def _args(
         **{name: getattr(config, name) for name in _YARN if hasattr(config, name)},
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
+        "quick_geglu": config.gated_linear_unit and config.activation_func is quick_gelu,
         "squared_relu": False,
         "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate
         "norm_epsilon": config.layernorm_epsilon,

@@ -124,6 +124,9 @@ def _mlp(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield ("--disable-bias-linear",)
     if arch["gated_linear_unit"] and arch["activation"] == "silu":
         yield ("--swiglu",)
+    if arch["gated_linear_unit"] and arch["activation"] == "quick_gelu":
+        yield ("--quick-geglu",)
+        yield ("--no-bias-gelu-fusion",)  # Megatron Core refuses the fused kernel without experts
     if arch["activation"] == "gelu" and arch["add_bias_linear"]:
         yield ("--no-bias-gelu-fusion",)  # the fused kernel is the tanh approximation
 
@@ -198,9 +201,12 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
     yield from _positions_not_expressible(arch)
     if arch["qk_layernorm_all_heads"]:
         yield "queries and keys normalised over all heads together: --qk-layernorm normalises each head by itself"
-    if arch["gated_linear_unit"] != (arch["activation"] == "silu"):
+    if arch["gated_linear_unit"] != (arch["activation"] in ("silu", "quick_gelu")):
         kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
-        yield f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu) and ungated gelu"
+        yield (
+            f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu), gated quick_gelu "
+            "(--quick-geglu) and ungated gelu"
+        )
     elif arch["activation"] == "gelu_tanh" and (not arch["add_bias_linear"] or arch["num_moe_experts"] is not None):
         which = "without biases" if not arch["add_bias_linear"] else "with experts"
         yield f"the tanh approximation of gelu {which}: Megatron-LM has it fused with biases of dense layers only"

@@ -209,7 +209,6 @@ _RENAMED = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
 _NOT_BUILT = {
     "use_legacy_models": "Megatron-LM's legacy models (--use-legacy-models)",
     "squared_relu": "a squared ReLU",
-    "quick_geglu": "a quick GeGLU",
     "openai_gelu": "OpenAI's GeLU",
     "heterogeneous_layers_config_path": "heterogeneous layers",
     "hybrid_override_pattern": "a hybrid of Mamba and attention",
@@ -235,6 +234,8 @@ def _activation(stored: dict[str, Any]) -> dict[str, Any]:
         return {"activation": stored["activation"], "gated_linear_unit": bool(stored.get("gated_linear_unit"))}
     if stored.get("swiglu"):
         return {"activation": "silu", "gated_linear_unit": True}
+    if stored.get("quick_geglu"):
+        return {"activation": "quick_gelu", "gated_linear_unit": True}
     # Megatron-LM's fused gelu is the tanh approximation; it is the default where linear layers have biases.
     fused = stored.get("bias_gelu_fusion") and stored.get("add_bias_linear", True)
     return {

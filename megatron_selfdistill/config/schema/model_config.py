@@ -73,7 +73,8 @@ class ModelConfig:
     gated_linear_unit: bool = True
     """Whether the MLP is gated; with activation silu it is SwiGLU."""
     activation: str = "silu"
-    """Activation of the MLP: silu, gelu (exact, by the error function) or gelu_tanh (its tanh approximation)."""
+    """Activation of the MLP: silu, gelu (exact, by the error function), gelu_tanh (its tanh approximation) or
+    quick_gelu (x times the sigmoid of 1.702 x)."""
     add_bias_linear: bool = False
     """Whether all linear layers have biases."""
     add_qkv_bias: bool = False

@@ -13,7 +13,15 @@ from typing import Any
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.linear_attention import GatedQueryGroups, gated_delta_rules
-from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, QueryGroups, Rule, query_groups, rows
+from megatron_selfdistill.model.hf.rules import (
+    PASSTHROUGH,
+    FusedExperts,
+    MegatronSlice,
+    QueryGroups,
+    Rule,
+    query_groups,
+    rows,
+)
 
 Architecture = dict[str, Any]
 Place = Callable[..., MegatronSlice]
@@ -33,6 +41,9 @@ class ExpertNames:
     """Whether a gated delta net's projections are two tensors rather than four (`gated_delta_rules`)."""
     mtp: str | None = None
     """The prefix of a module for multi-token prediction beside the model, such as ``mtp``; None for further layers."""
+    router: str = "gate"
+    fused: bool = False
+    """Whether one tensor holds all experts of a layer, with gate and up interleaved, as in GPT-OSS."""
 
 
 def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None = None) -> list[Rule]:
@@ -138,7 +149,7 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
     yield rows(place("self_attention.linear_qkv.layer_norm_weight"), {f"{hf}.input_layernorm.weight": (hidden,)})
     weights: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.weight": (n, hidden) for x, n in sizes.items()}
     yield query_groups(place("self_attention.linear_qkv.weight"), weights, arrangement)
-    if arch["add_qkv_bias"]:
+    if arch["add_qkv_bias"] or arch["add_bias_linear"]:
         biases: dict[str, tuple[int, ...]] = {f"{hf}.self_attn.{x}_proj.bias": (n,) for x, n in sizes.items()}
         yield query_groups(place("self_attention.linear_qkv.bias"), biases, arrangement)
     if arch["qk_layernorm"]:
@@ -149,9 +160,13 @@ def _attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
         for x in "qk":
             norm = {f"{hf}.self_attn.{x}_norm.weight": (sizes[x],)}
             yield rows(place(f"self_attention.{x}_layernorm.weight"), norm)
+    if arch["softmax_type"] == "learnable":
+        yield rows(place("self_attention.core_attention.softmax_offset"), {f"{hf}.self_attn.sinks": (heads,)})
     yield rows(
         place("self_attention.linear_proj.weight"), {f"{hf}.self_attn.o_proj.weight": (hidden, heads * channels)}
     )
+    if arch["add_bias_linear"]:
+        yield rows(place("self_attention.linear_proj.bias"), {f"{hf}.self_attn.o_proj.bias": (hidden,)})
 
 
 def _latent_attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rule]:
@@ -190,11 +205,15 @@ def _latent_attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rul
 def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> Iterator[Rule]:
     """Yield the rules of the router, its expert bias, each expert, and the shared experts, which are one wide MLP."""
     hidden, num_experts = arch["hidden_size"], arch["num_moe_experts"]
-    yield rows(place("mlp.router.weight"), {f"{hf}.gate.weight": (num_experts, hidden)})
+    yield rows(place("mlp.router.weight"), {f"{hf}.{names.router}.weight": (num_experts, hidden)})
+    if arch["add_bias_linear"]:
+        yield rows(place("mlp.router.bias"), {f"{hf}.{names.router}.bias": (num_experts,)})
     if arch["moe_router_enable_expert_bias"]:
         bias = {f"{hf}.gate.e_score_correction_bias": (num_experts,)}
         yield rows(place("mlp.router.expert_bias"), bias, float32=True)
-    for expert in range(num_experts):
+    if names.fused:
+        yield from _fused_experts(arch, names, f"{hf}.experts", place)
+    for expert in () if names.fused else range(num_experts):
         width = arch["moe_ffn_hidden_size"]
         yield from _mlp("mlp.experts.experts", hidden, width, f"{hf}.experts.{expert}", names, place, expert)
     width = arch["moe_shared_expert_intermediate_size"]
@@ -202,6 +221,22 @@ def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> I
         yield from _mlp("mlp.shared_experts", hidden, width, f"{hf}.{names.shared}", names, place)
     if arch["moe_shared_expert_gate"]:
         yield rows(place("mlp.shared_experts.gate_weight"), {f"{hf}.{names.shared}_gate.weight": (1, hidden)})
+
+
+def _fused_experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> Iterator[Rule]:
+    """Yield the rules of the tensors that hold all experts of a layer."""
+    num_experts, hidden, width = arch["num_moe_experts"], arch["hidden_size"], arch["moe_ffn_hidden_size"]
+    layers = {"linear_fc1": (f"{names.gate}_{names.up}", hidden, 2 * width), "linear_fc2": (names.down, width, hidden)}
+    for layer, (name, inputs, outputs) in layers.items():
+        arrangement = FusedExperts(interleaved=layer == "linear_fc1")
+        weight, bias = (place(f"mlp.experts.experts.{layer}.{kind}") for kind in ("weight", "bias"))
+        shape, hf_shape = (num_experts, outputs, inputs), (num_experts, inputs, outputs)
+        yield Rule(weight, shape, (f"{hf}.{name}",), (hf_shape,), arrangement, num_experts=num_experts)
+        if arch["add_bias_linear"]:
+            rows_of_bias = (num_experts, outputs)
+            yield Rule(
+                bias, rows_of_bias, (f"{hf}.{name}_bias",), (rows_of_bias,), arrangement, num_experts=num_experts
+            )
 
 
 def _mlp(name: str, hidden: int, width: int, hf: str, names: ExpertNames, place: Place, *expert: int) -> Iterator[Rule]:

@@ -59,13 +59,15 @@ class Family:
     """What a config.json must have to be converted, for users, as words of Markdown."""
     adapt: Callable[[Rule], Rule] = lambda rule: rule
     """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
+    quantizations: tuple[str, ...] = ("fp8",)
+    """The ``quant_method`` of the published weights that the converter can dequantise."""
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes.
 
         Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
         """
-        _require_known_quantization(hf_config)
+        _require_known_quantization(hf_config, self)
         return self.read(HFConfig(self.architecture, hf_config, self.defaults))
 
     def hf_config(
@@ -247,13 +249,17 @@ def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{name} would be {a!r} but the model has {b!r}" for name, (a, b) in differing.items())
 
 
-def _require_known_quantization(hf_config: Mapping[str, Any]) -> None:
+def _require_known_quantization(hf_config: Mapping[str, Any], family: Family) -> None:
     quantization = hf_config.get("quantization_config")
     if quantization is None:
         return
     method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
-    if method != "fp8" or not block or len(block) != 2:
+    known = method in family.quantizations
+    if known and method == "mxfp4":
+        return
+    if not known or not block or len(block) != 2:
+        what = "mxfp4 experts" if "mxfp4" in family.quantizations else "block-scaled fp8 weights"
         raise ConfigError(
             f"config.json has quantization_config with quant_method={method!r} and weight_block_size={block}: only "
-            "block-scaled fp8 weights can be dequantised; take the unquantised model"
+            f"{what} can be dequantised; take the unquantised model"
         )

@@ -21,6 +21,7 @@ from megatron_selfdistill.model.hf import (
     dense,
     experts,
     glm,
+    gpt_oss,
     minimax,
     olmoe,
     phi,
@@ -70,6 +71,7 @@ FAMILIES: dict[str, Family] = {
         qwen_next.QWEN3_5,
         qwen_next.QWEN3_5_MOE,
         minimax.MINIMAX_M2,
+        gpt_oss.GPT_OSS,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""

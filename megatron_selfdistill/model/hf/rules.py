@@ -111,6 +111,31 @@ class Fused:
 
 
 @dataclass(frozen=True)
+class FusedExperts:
+    """The arrangement of one tensor of all experts of a layer: the first axis is the expert in both programs.
+
+    A weight is [experts, in, out] in Hugging Face and [experts, out, in] in Megatron.  A bias is [experts, out].
+    """
+
+    interleaved: bool
+    """Whether the output rows alternate between gate and up in Hugging Face; Megatron has the gate above up."""
+
+    def join(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        """Return Megatron's tensor."""
+        (tensor,) = tensors
+        if tensor.dim() == 3:
+            tensor = tensor.transpose(1, 2)
+        return torch.cat([tensor[:, 0::2], tensor[:, 1::2]], dim=1) if self.interleaved else tensor.contiguous()
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """Return the Hugging Face tensor."""
+        if self.interleaved:
+            tensor = torch.stack(tensor.chunk(2, dim=1), dim=2).flatten(1, 2)
+        # Always a copy: vLLM's loader clears the second bias that it gets on all but one of its ranks.
+        return ((tensor.transpose(1, 2) if tensor.dim() == 3 else tensor).clone(memory_format=torch.contiguous_format),)
+
+
+@dataclass(frozen=True)
 class Rule:
     """The equality of one full tensor of a Megatron checkpoint and some full Hugging Face tensors, rearranged."""
 
@@ -126,6 +151,11 @@ class Rule:
     """Whether the first axis is the vocabulary, which Megatron pads."""
     may_be_absent: bool = False
     """Whether some directories lack the tensor, a copy of another tensor in a multi-token-prediction layer."""
+    num_experts: int | None = None
+    """The length of the first axis where it is the expert; None where each expert has a rule of its own.
+
+    A checkpoint stores the same tensors either way; a live model has a shard for each expert.
+    """
 
     @property
     def is_passthrough(self) -> bool:

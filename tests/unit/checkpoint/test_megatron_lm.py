@@ -86,7 +86,7 @@ def flags_of(hf: Path) -> list[str]:
 
 # Flags
 
-WITHOUT_FLAGS = ("llama_linear", "qwen3_yarn", "moonlight", "qwen3_next", "qwen3_5")
+WITHOUT_FLAGS = ("llama_linear", "qwen3_yarn", "moonlight", "gpt_oss", "qwen3_next", "qwen3_5")
 WITH_FLAGS = [kind for kind in hf_models.CONFIGS if not kind.startswith(WITHOUT_FLAGS)]
 """The kinds of models that flags express."""
 NAMES = (

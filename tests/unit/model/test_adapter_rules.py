@@ -34,6 +34,12 @@ LAYOUTS = {
     "OLMoE, TP2+SP": ("olmoe", {"tp": 2, "sp": True}, 2, ["k_proj", "o_proj", "q_proj", "v_proj"]),
     "Qwen2-MoE, TP2xEP2+SP": ("qwen2_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
     "Qwen3-Next, TP2+SP": ("qwen3_next", {"tp": 2, "sp": True}, 2, DENSE),
+    "GPT-OSS, TP2xEP2+SP": (
+        "gpt_oss",
+        {"tp": 2, "ep": 2, "etp": 1, "sp": True},
+        2,
+        ["k_proj", "o_proj", "q_proj", "v_proj"],
+    ),
     "DeepSeek, PP2": (
         "deepseek_v3",
         {"pp": 2},

@@ -110,7 +110,6 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
             {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.01, 0.01]},
         ),
     ],
-    "experts with biases cannot be trained with Megatron's local layers": [(MOE, {}, {"add_bias_linear": True})],
     "experimental_attention_variant has layers here for gated_delta_net only": [
         (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
     ],
@@ -162,6 +161,13 @@ def test_what_transformer_engine_cannot_cut_is_refused_with_a_sentence(sentence,
                 refuse_known_faults(config)
             refuse_known_faults(dataclasses.replace(config, cp_comm_type="a2a"))
             refuse_known_faults(dataclasses.replace(config, context_parallel_size=1))
+
+
+def test_experts_with_biases_are_not_cut_over_tensor_parallel_ranks():
+    with pytest.raises(ConfigError, match=r"expected parallel\.expert_tensor_parallel_size=1, got 2"):
+        configured(MOE, TP2_SP, add_bias_linear=True)
+    configured(MOE, {**TP2_SP, "expert_tensor_parallel_size": 1}, add_bias_linear=True)
+    configured(MOE, {**TP2_SP, "expert_model_parallel_size": 2})
 
 
 def test_a_providers_fused_activation_may_not_leave_out_the_clamp():

@@ -34,6 +34,7 @@ from megatron_selfdistill.model.hf.mapping import Rule
 KINDS = list(hf_models.CONFIGS)
 EXPERTS = tuple(kind for kind, (_, arguments) in hf_models.CONFIGS.items() if "num_experts_per_tok" in arguments)
 ROTATED = ("qwen3", "llama_linear", "qwen3_yarn", "glm4_moe")
+UNCUT_EXPERTS = ("gpt_oss",)  # with biases
 """One kind for each form of the rotary positions, which context parallelism cuts."""
 SWAPPABLE = ("llama2", "qwen3", "mixtral")
 TOLERANCE = 1e-4
@@ -58,7 +59,7 @@ class Layout:
             pipeline_model_parallel_size=self.pipeline,
             virtual_pipeline_model_parallel_size=self.virtual,
             expert_model_parallel_size=self.expert,
-            expert_tensor_parallel_size=self.expert_tensor,
+            expert_tensor_parallel_size=1 if kind in UNCUT_EXPERTS else self.expert_tensor,
             context_parallel_size=self.context,
             sequence_parallel=self.tensor > 1 and kind in (*EXPERTS, "qwen3"),  # experts must
         )

@@ -72,6 +72,12 @@ def gate_and_up_swapped(patch, model, tensors):
     return model, tensors
 
 
+def gate_and_up_not_interleaved(patch, model, tensors):
+    right = rules_module.FusedExperts.join
+    patch.setattr(rules_module.FusedExperts, "join", lambda self, t: right(rules_module.FusedExperts(False), t))
+    return model, tensors
+
+
 def rope_base_changed(patch, model, tensors):
     return dataclasses.replace(model, rotary_base=model.rotary_base // 2), tensors
 
@@ -175,6 +181,16 @@ MUTATIONS = {
     "query norm lost": changed_tensors("q_norm", torch.ones_like),
     "key norm lost": changed_tensors("k_norm", torch.ones_like),
     "expert bias lost": changed_tensors("e_score_correction_bias", torch.zeros_like),
+    "output bias lost": changed_tensors("o_proj.bias", torch.zeros_like),
+    "router bias lost": changed_tensors("router.bias", torch.zeros_like),
+    "gate and up bias lost": changed_tensors("gate_up_proj_bias", torch.zeros_like),
+    "down bias lost": changed_tensors("down_proj_bias", torch.zeros_like),
+    "sinks lost": changed_tensors("sinks", torch.zeros_like),
+    "sinks swapped": changed_tensors("sinks", lambda sinks: sinks.flip(0)),
+    "gate and up not interleaved": gate_and_up_not_interleaved,
+    "clamp lost": transformer_changed(activation_func_clamp_value=None),
+    "up projection without offset": transformer_changed(glu_linear_offset=0.0),
+    "other activation": lambda patch, model, tensors: (dataclasses.replace(model, activation="silu"), tensors),
     "latent norm lost": changed_tensors("kv_a_layernorm", torch.ones_like),
     "shared experts lost": changed_tensors("shared_experts.down_proj", torch.zeros_like),
     "groups of experts ignored": transformer_changed(moe_router_num_groups=None, moe_router_group_topk=None),
@@ -235,6 +251,11 @@ MISTAKES = {
     "olmoe": ["query norm lost", "key norm lost", "probabilities normalised", "epsilon changed"],
     "mixtral": ["gate and up swapped", "probabilities not normalised"],
     "qwen3_moe_mixed": ["probabilities normalised"],
+    "gpt_oss": [
+        *("sinks lost", "sinks swapped", "window in other layers", "clamp lost", "up projection without offset"),
+        *("gate and up not interleaved", "other activation", "yarn's range rounded"),
+        *(f"{name} bias lost" for name in ("query", "output", "router", "gate and up", "down")),
+    ],
     "deepseek_v3": [
         *("expert bias lost", "latent norm lost", "shared experts lost"),
         *("groups of experts ignored", "routed scaling ignored"),

@@ -162,6 +162,24 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
         ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
     ),
     "gated delta nets": (dataclasses.asdict(model_config("gated_delta")), "fp32", None),
+    "experts with biases": (
+        {
+            "num_moe_experts": 4,
+            "moe_ffn_hidden_size": 32,
+            "add_bias_linear": True,
+            "activation": "quick_gelu",
+            "position_embedding_type": "yarn",
+            "transformer": {
+                "window_size": [3, 0],
+                "window_attn_skip_freq": 2,
+                "softmax_type": "learnable",
+                "activation_func_clamp_value": 1.0,
+                "glu_linear_offset": 1.0,
+            },
+        },
+        "fp32",
+        None,
+    ),
     "selective recompute": (
         {},
         "fp32",
