@@ -19,12 +19,11 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import layers
-from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -33,11 +32,7 @@ from megatron_selfdistill.model.attention_windows import window_faults
 from megatron_selfdistill.model.core_attributes import set_attributes
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
-from megatron_selfdistill.model.gated_delta_net import (
-    GatedDeltaNetLinears,
-    gated_delta_layers,
-    with_gated_delta_net,
-)
+from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import (
     BiasedExpertOutput,
@@ -360,32 +355,8 @@ def layer_spec(
         if config.normalization == "RMSNorm":
             block.layer_norm = RMSNorm
     normalise_all_heads(block, config)
-    linear = gated_delta_layers(config)
-    if any(linear):
-        numbers = _layers_of_chunk(config, vp_stage)
-        linears = _gated_delta_linears(te)
-        block.layer_specs = [
-            with_gated_delta_net(spec, linears, includes_norm=te) if linear[number] else spec
-            for number, spec in zip(numbers, block.layer_specs, strict=True)
-        ]
+    place_gated_delta_nets(block, config, vp_stage, transformer_engine=te)
     return block
-
-
-def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Return the numbers of the layers of one model chunk of this rank, from 0."""
-    if config.pipeline_model_parallel_layout is not None:
-        layout = config.pipeline_model_parallel_layout
-        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
-
-
-def _gated_delta_linears(transformer_engine: bool) -> GatedDeltaNetLinears:
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
-
-        return GatedDeltaNetLinears(TELayerNormColumnParallelLinear, TERowParallelLinear)
-    return GatedDeltaNetLinears(layers.ColumnParallelLinear, layers.RowParallelLinear)
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int, tp_size: int) -> int:
