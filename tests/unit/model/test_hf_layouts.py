@@ -183,7 +183,8 @@ def logits_through_the_pipeline(
             dist.send(hidden.contiguous(), dst=neighbour[1], group=grid.pp_group)
     if not grid.is_last_stage:
         return None
-    rows = forward.states_at(hidden, microbatch.state_positions, grid)
+    held = microbatch.state_positions if grid.cp_size == 1 else torch.arange(inputs.tokens.numel())
+    rows = forward.states_at(hidden, held, grid)
     shard = forward.project(model, rows).float()
     shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]
     dist.all_gather(shards, shard, group=grid.tp_group)
