@@ -70,7 +70,7 @@ ORDER = {
         "base guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
         "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
-        "vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
+        "vllm.gpt_oss_loading vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
         "vllm.engine vllm.engine_adapter vllm.engine_weights vllm.plugin.adapter_loader vllm.exchange vllm.pairs "
         "vllm.hf_directory "
         "vllm.in_process vllm.colocated vllm.patient_http vllm.client vllm.dispatch vllm.server.server_nodes "

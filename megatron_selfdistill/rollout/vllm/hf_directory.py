@@ -19,7 +19,7 @@ from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
-from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
+from megatron_selfdistill.model.hf.mapping import Family, architecture, family_of, family_of_model
 from megatron_selfdistill.model.hf.rules import Rule
 
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -58,6 +58,7 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
     original = None if source is None else _as_trained(_read(source), vocab_size)
     model, family = _model(config, original, vocab_size)
     _require_yarns_positions(model)
+    _require_known_gpt_oss(model, family)
     dtype = str(DTYPES[config.optimizer.precision]).removeprefix("torch.")
     try:
         hf_config = family.hf_config(model, dtype, original)
@@ -110,6 +111,31 @@ def _require_yarns_positions(model: ModelConfig) -> None:
             f"model.max_position_embeddings={model.max_position_embeddings} exceeds the {held} positions of YaRN in "
             "vLLM (yarn_rotary_scaling_factor x yarn_original_max_position_embeddings): set "
             f"model.max_position_embeddings to at most {held}"
+        )
+
+
+def _require_known_gpt_oss(model: ModelConfig, family: Family) -> None:
+    """Raise ConfigError for a GPT-OSS model whose config.json vLLM does not read in full.
+
+    vLLM's class has the window in every other layer, beginning with the first, clamps at 7, and has YaRN.
+    """
+    if family.architecture != "GptOssForCausalLM":
+        return
+    arch = architecture(model)
+    alternating = [(layer + 1) % 2 for layer in range(model.num_layers)]
+    wrong = [
+        name
+        for name, differs in {
+            "layer_types": arch["window_attn_skip_freq"] not in (None, alternating),
+            "swiglu_limit": arch["activation_func_clamp_value"] != 7.0,
+            "rope_scaling": arch["position_embedding_type"] != "yarn",
+        }.items()
+        if differs
+    ]
+    if wrong:
+        raise ConfigError(
+            f"vLLM's GptOssForCausalLM does not read {' and '.join(wrong)} of this model's config.json, whose values "
+            "are not the published ones: set rollout.engine=megatron"
         )
 
 

@@ -16,6 +16,7 @@ from vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method import Un
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.platforms import current_platform
 
+from megatron_selfdistill.rollout.vllm.gpt_oss_loading import load_through_loaders
 from megatron_selfdistill.rollout.vllm.reload_in_place import reload_in_place
 
 
@@ -26,6 +27,7 @@ def before_reload(model: torch.nn.Module) -> None:
     device vLLM loads into the memory that the layers have (reload_in_place.py).
     """
     reload_in_place()
+    load_through_loaders(model)
     if current_platform.is_cpu():
         for module in model.modules():
             method = getattr(module, "quant_method", None)

@@ -55,6 +55,36 @@ def test_without_any_config_json_one_is_made_that_names_the_family_the_sizes_and
     assert "model.embed_tokens.weight" in names and "lm_head.weight" not in names
 
 
+GPT_OSS = models.model_config(
+    "yarn",
+    num_layers=2,
+    num_moe_experts=4,
+    moe_ffn_hidden_size=32,
+    add_bias_linear=True,
+    activation="quick_gelu",
+    max_position_embeddings=64,
+    transformer={
+        "window_size": [7, 0],
+        "window_attn_skip_freq": 2,
+        "softmax_type": "learnable",
+        "activation_func_clamp_value": 7.0,
+        "glu_linear_offset": 1.0,
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [({"window_attn_skip_freq": None}, "layer_types"), ({"activation_func_clamp_value": 5.0}, "swiglu_limit")],
+)
+def test_a_gpt_oss_that_vllm_would_compute_otherwise_is_refused(ranks, tmp_path, changes, word):
+    ((found, names),) = ranks.run(described, Config(model=GPT_OSS), 61, tmp_path, world_size=1)
+    assert found["architectures"] == ["GptOssForCausalLM"] and "model.layers.0.self_attn.sinks" in names
+    other = replace(GPT_OSS, transformer=GPT_OSS.transformer | changes)
+    (message,) = ranks.run(described, Config(model=other), 61, tmp_path, world_size=1)
+    assert f"does not read {word} of this model" in message
+
+
 def test_more_positions_than_the_table_of_vllms_yarn_holds_are_refused(ranks, tmp_path):
     yarn = models.model_config("yarn", max_position_embeddings=64)
     ((found, _),) = ranks.run(described, Config(model=yarn), 61, tmp_path, world_size=1)

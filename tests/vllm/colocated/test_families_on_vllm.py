@@ -25,6 +25,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "phi3": SIZES,
     "qwen2_moe": {**SIZES, "hidden_size": 128, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
     "olmoe": {"hidden_size": 128, "intermediate_size": 32, "max_position_embeddings": 512},
+    "mistral_window": SIZES,
+    "gpt_oss": {
+        **SIZES,
+        "swiglu_limit": 7.0,  # vLLM computes with no other
+        "rope_parameters": {
+            **hf_models.CONFIGS["gpt_oss"][1]["rope_parameters"],
+            "original_max_position_embeddings": 128,  # vLLM's table has 4 times as many positions
+        },
+    },
 }
 """kind -> the sizes that differ from those of `hf_models.CONFIGS`."""
 
