@@ -50,7 +50,7 @@ ORDER = {
         "packed_sequences gated_delta_net core_attributes architecture build hf.rules hf.linear_attention "
         "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.sliding_windows hf.sigmoid_router hf.dense "
         "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.gpt_oss "
-        "hf.qwen_next hf.nearest hf.mapping live_shards export forward output_layer"
+        "hf.qwen_next hf.ministral hf.nearest hf.mapping live_shards export forward output_layer "
     ),
     "checkpoint": (
         "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "

@@ -256,6 +256,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             "shared_expert_intermediate_size": 26,
         },
     ),
+    "ministral3": (
+        "Ministral3Config",
+        {**_SIZES, "rope_parameters": {**_YARN, "original_max_position_embeddings": 64, "llama_4_scaling_beta": 0.1}},
+    ),
     "minimax_m2": (
         "MiniMaxM2Config",
         {

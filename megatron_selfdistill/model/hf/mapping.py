@@ -23,6 +23,7 @@ from megatron_selfdistill.model.hf import (
     glm,
     gpt_oss,
     minimax,
+    ministral,
     olmoe,
     phi,
     qwen2_moe,
@@ -72,6 +73,7 @@ FAMILIES: dict[str, Family] = {
         qwen_next.QWEN3_5_MOE,
         minimax.MINIMAX_M2,
         gpt_oss.GPT_OSS,
+        ministral.MINISTRAL3,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""
@@ -80,7 +82,12 @@ _WITHOUT_LAYERS = dict.fromkeys(
     ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"],
     "its layers have norms behind attention and MLP, and Gemma 3 has another RoPE base in layers with a window: "
     "Megatron Core 0.16 has neither",
-)
+) | {
+    "GraniteForCausalLM": "it multiplies embeddings, residual branches and logits by constants: Megatron Core 0.16 has "
+    "no such factors, and weights that contain the factors would not return bit by bit",
+    "Ernie4_5_MoeForCausalLM": "it chooses experts by softmax probabilities with biases: Megatron Core 0.16 has biases "
+    "of experts for sigmoid routers only",
+}
 """Why architectures that are often asked for cannot be converted."""
 
 TIED = ("lm_head.weight", "model.embed_tokens.weight")

@@ -126,6 +126,11 @@ EXPECTED = {
         "--moe-router-load-balancing-type none --moe-router-pre-softmax "
         "--moe-shared-expert-intermediate-size 26 --moe-shared-expert-gate "
     ),
+    "ministral3": (
+        "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-05 "
+        "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 10000 "
+        "--position-embedding-type yarn "
+    ),
     "minimax_m2": (
         "--max-position-embeddings 64 --untie-embeddings-and-output-weights --norm-epsilon 1e-06 "
         "--kv-channels 10 --group-query-attention --num-query-groups 2 --rotary-base 5000000 --rotary-percent 0.6 "
@@ -171,10 +176,18 @@ EXPECTED = {
     ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
-INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "moonlight", "olmoe", "minimax_m2", "gpt_oss")
+INEXPRESSIBLE = (
+    "llama_linear",
+    "qwen3_yarn",
+    "deepseek_v3",
+    "moonlight",
+    "olmoe",
+    "minimax_m2",
+    "gpt_oss",
+    "ministral3",
+)
 NOT_COMMON = {"gpt_oss": ("--disable-bias-linear", "--swiglu")}
 """kind -> the flags of `COMMON` that it lacks."""
-INEXPRESSIBLE = ("llama_linear", "qwen3_yarn", "deepseek_v3", "moonlight", "olmoe", "minimax_m2", "gpt_oss")
 
 
 FLAGS, IMPOSSIBLE = "flags of Megatron-LM core_v0.16.1", "not possible in Megatron-LM core_v0.16.1"

@@ -48,6 +48,7 @@ HARMLESS = {
     *"architectures model_type transformers_version dtype torch_dtype use_cache pretraining_tp".split(),
     *"initializer_range bos_token_id eos_token_id pad_token_id attention_dropout output_router_logits".split(),
     *"router_aux_loss_coef router_jitter_noise max_window_layers qk_head_dim type".split(),
+    "llama_4_scaling_beta",  # for positions that are not converted
     *"residual_dropout resid_pdrop embd_pdrop".split(),
 }
 # And what has no effect in a model of this kind: widths of dense layers where there are none, a window that is off.
@@ -143,6 +144,12 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size=0"),
         ("qwen2_moe", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer with experts: call it Qwen2ForCausalLM"),
         ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 8}, "a sliding_window of 8 tokens"),
+        (
+            "ministral3",
+            {"max_position_embeddings": 65},
+            "llama_4_scaling_beta=0.1, by which queries grow from position 64",
+        ),
+        ("ministral3", {"rope_parameters": {"rope_type": "default"}}, "without llama_4_scaling_beta"),
         ("minimax_m2", {"scoring_func": "softmax"}, "scoring_func='softmax'"),
         ("minimax_m2", {"use_routing_bias": False}, "use_routing_bias=False"),
         ("minimax_m2", {"use_qk_norm": False}, "use_qk_norm=False"),
@@ -254,6 +261,7 @@ LIKE_OTHERS = {
     "seed_oss": "Qwen2ForCausalLM",
     "phi3": "MistralForCausalLM",
     "qwen3_5_moe": "Qwen3NextForCausalLM",
+    "ministral3": "LlamaForCausalLM",
 }
 """kind -> the earlier family that computes the same."""
 

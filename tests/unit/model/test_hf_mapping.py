@@ -241,6 +241,7 @@ MISTAKES = {
         *("query bias lost", "key bias lost", "value bias lost", "shared expert lost"),
         *("probabilities normalised", "shared expert's gate halved"),
     ],
+    "ministral3": ["yarn of heads ignored", "rope base changed"],
     "minimax_m2": [
         "query norm lost",
         "key norm lost",

@@ -38,6 +38,18 @@ def test_an_unknown_architecture_is_compared_with_the_nearest_known_one(model_ty
         family_of(config)
 
 
+@pytest.mark.parametrize(
+    ("architecture", "why"),
+    [
+        ("GraniteForCausalLM", "multiplies embeddings, residual branches and logits by constants"),
+        ("Ernie4_5_MoeForCausalLM", "softmax probabilities with biases"),
+    ],
+)
+def test_what_an_architecture_has_that_megatron_lacks_is_said(architecture, why):
+    with pytest.raises(ConfigError, match=rf"{architecture}, which is not known here \(it .*{why}"):
+        family_of({"architectures": [architecture]})
+
+
 def test_experts_are_a_difference():
     dense = {"architectures": ["NewForCausalLM"], "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     sizes = {"vocab_size": 9, "intermediate_size": 8, "max_position_embeddings": 8, "rms_norm_eps": 1e-6}

@@ -24,6 +24,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": SIZES,
     "phi3": SIZES,
     "qwen2_moe": {**SIZES, "hidden_size": 128, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+    "ministral3": {
+        **SIZES,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 512,
+            "beta_fast": 8.0,
+            "beta_slow": 1.0,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+    },
     "olmoe": {"hidden_size": 128, "intermediate_size": 32, "max_position_embeddings": 512},
     "mistral_window": SIZES,
     "gpt_oss": {
