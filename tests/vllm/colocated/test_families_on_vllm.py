@@ -13,7 +13,7 @@ import torch
 from colocated import DRAWN, GREEDY, TIMEOUT, requests, sampler
 from responses import tokens
 
-from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.rollout.base import Response
 
@@ -73,6 +73,51 @@ def test_the_responses_and_their_log_probs_are_those_of_transformers(ranks, tmp_
         assert response.log_probs == pytest.approx(scored.tolist(), abs=2e-4)
         best.append(rows.argmax(-1).tolist())
     assert tokens(greedy) == best[: len(greedy)]
+
+
+GATED_DELTA: dict[str, Any] = {
+    **SIZES,
+    "hidden_size": 128,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_conv_kernel_dim": 4,
+}
+
+
+def responses_in_bf16(directory: Path) -> list[Response]:
+    family, model, rules, tensors = hf_models.read(directory)
+    chunks, grid = models.build(model, ParallelConfig(), optimizer=OptimizerConfig(precision="bf16"))
+    hf_models.fill(chunks, rules, tensors)
+    args = {"enable_prefix_caching": False}  # else vLLM asks for chunked prefills, which share states
+    options = {"family": family, "dtype": "bfloat16", "engine_args": args}
+    with sampler(model, chunks, grid, hf_models.VOCAB_SIZE, **options) as it:
+        it.update_weights(3)
+        return it.generate(requests(4), DRAWN)
+
+
+def median_distance(model: Any, responses: list[Response]) -> float:
+    """Return the median distance of the recorded log-probs of responses to `requests` from those of transformers."""
+    distances = []
+    for request, response in zip(requests(4), responses, strict=True):
+        logits = hf_models.hf_logits(model, [request.prompt + response.token_ids]).double()
+        rows = logits[len(request.prompt) - 1 : -1].log_softmax(-1)
+        scored = rows.gather(-1, torch.tensor(response.token_ids)[:, None]).squeeze(-1)
+        distances.append((torch.tensor(response.log_probs) - scored).abs())
+    return float(torch.cat(distances).median())
+
+
+def test_gated_delta_nets_generate_what_transformers_would_in_bf16(ranks, tmp_path):
+    """On a CPU vLLM computes these layers in bf16, for heads of 128 channels."""
+    model = hf_models.write("qwen3_next", tmp_path, **GATED_DELTA)
+    (drawn,) = ranks.run(responses_in_bf16, tmp_path, world_size=1, timeout=TIMEOUT)
+    model = model.to(torch.bfloat16).float()
+    assert median_distance(model, drawn) < 0.05
+    layers = model.model.layers
+    layers[0].linear_attn, layers[2].linear_attn = layers[2].linear_attn, layers[0].linear_attn
+    assert median_distance(model, drawn) > 0.5
 
 
 def key_norm(model: Any) -> torch.Tensor:
