@@ -32,7 +32,7 @@ from megatron_selfdistill.model.hf import (
     smollm,
 )
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
-from megatron_selfdistill.model.hf.nearest import describe_nearest
+from megatron_selfdistill.model.hf.nearest import describe_nearest, why_unknown
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks, passthrough_layer
 
 __all__ = [
@@ -78,18 +78,6 @@ FAMILIES: dict[str, Family] = {
 }
 """The families by the name in ``architectures`` of a config.json."""
 
-_WITHOUT_LAYERS = dict.fromkeys(
-    ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"],
-    "its layers have norms behind attention and MLP, and Gemma 3 has another RoPE base in layers with a window: "
-    "Megatron Core 0.16 has neither",
-) | {
-    "GraniteForCausalLM": "it multiplies embeddings, residual branches and logits by constants: Megatron Core 0.16 has "
-    "no such factors, and weights that contain the factors would not return bit by bit",
-    "Ernie4_5_MoeForCausalLM": "it chooses experts by softmax probabilities with biases: Megatron Core 0.16 has biases "
-    "of experts for sigmoid routers only",
-}
-"""Why architectures that are often asked for cannot be converted."""
-
 TIED = ("lm_head.weight", "model.embed_tokens.weight")
 """The two names of tied weights.  A directory may lack the first weight, which must equal the second one."""
 
@@ -110,9 +98,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
             if family.model_type == hf_config.get("model_type"):
                 return family
     got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
-    reasons = "".join(f" ({_WITHOUT_LAYERS[name]})" for name in named if name in _WITHOUT_LAYERS)
     raise ConfigError(
-        f"config.json has {got}, which is not known here{reasons}: {describe_nearest(hf_config, FAMILIES.values())} "
+        f"config.json has {got}, which is not known here{why_unknown(named)}: {describe_nearest(hf_config, FAMILIES.values())} "
         "(`selfdistill convert --list` shows what converts)"
     )
 

@@ -25,6 +25,36 @@ _ALWAYS_READ = {
     *"vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
 }
 """The fields that every family reads, also where it refuses a config.json before it has read them."""
+_REASONS = {
+    "Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration": (
+        "its layers have norms behind attention and MLP, and Gemma 3 has another RoPE base in layers with a window: "
+        "Megatron Core 0.16 has neither"
+    ),
+    "GraniteForCausalLM": (
+        "it multiplies embeddings, residual branches and logits by constants: Megatron Core 0.16 has no such factors, "
+        "and weights that contain the factors would not return bit by bit"
+    ),
+    "Ernie4_5_MoeForCausalLM": (
+        "it chooses experts by softmax probabilities with biases: Megatron Core 0.16 has biases of experts for sigmoid "
+        "routers only"
+    ),
+    "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM": (
+        "Megatron Core 0.16 computes its sparse attention with a CUDA extension alone, and has no layer spec for it"
+    ),
+    "Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration": (
+        "only its text model is known: load it with transformers' AutoModelForCausalLM, and save it"
+    ),
+}
+"""Why architectures that are often asked for cannot be converted, by their names."""
+
+
+def why_unknown(named: Iterable[str]) -> str:
+    """Return the reason in brackets why the first of the architectures ``named`` that has one is unknown, or nothing."""
+    for architecture in named:
+        for names, reason in _REASONS.items():
+            if architecture in names.split():
+                return f" ({reason})"
+    return ""
 
 
 def describe_nearest(hf_config: Mapping[str, Any], families: Iterable[Family]) -> str:

@@ -43,10 +43,14 @@ def test_an_unknown_architecture_is_compared_with_the_nearest_known_one(model_ty
     [
         ("GraniteForCausalLM", "multiplies embeddings, residual branches and logits by constants"),
         ("Ernie4_5_MoeForCausalLM", "softmax probabilities with biases"),
+        ("DeepseekV32ForCausalLM", "computes its sparse attention with a CUDA extension alone"),
+        ("GlmMoeDsaForCausalLM", "computes its sparse attention with a CUDA extension alone"),
+        ("Qwen3_5ForConditionalGeneration", "only its text model is known: load it with transformers'"),
+        ("Qwen3_5MoeForConditionalGeneration", "only its text model is known: load it with transformers'"),
     ],
 )
-def test_what_an_architecture_has_that_megatron_lacks_is_said(architecture, why):
-    with pytest.raises(ConfigError, match=rf"{architecture}, which is not known here \(it .*{why}"):
+def test_an_architecture_that_is_often_asked_for_is_refused_with_the_reason(architecture, why):
+    with pytest.raises(ConfigError, match=rf"has {architecture}, which is not known here \(.*{why}"):
         family_of({"architectures": [architecture]})
 
 
