@@ -1,0 +1,155 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The gated delta net computes its definition in float64, token by token, with its gradients; its spec and rules."""
+
+from __future__ import annotations
+
+import math
+
+import models
+import pytest
+import torch
+from models import build, model_config, parallel
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.transformer.identity_op import IdentityOp
+
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.model import gated_delta_net
+from megatron_selfdistill.model.architecture import layer_spec, transformer_config
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetLinears
+from megatron_selfdistill.model.hf.linear_attention import GatedQueryGroups, HeadGroups
+
+LENGTH, ROWS = 70, 2  # more than one chunk of 64 tokens
+
+
+def silu(x: Tensor) -> Tensor:
+    return x * torch.sigmoid(x)
+
+
+def by_definition(layer: GatedDeltaNet, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    """Return the output [s, b, h] from float64 weights: one token after the other, as the layer's module defines it."""
+    config, groups = layer.config, layer.num_key_heads
+    key, value, each = layer.key_dim, layer.value_dim, layer.values_per_key
+    rows = (x @ weights["in_proj.weight"].T).reshape(*x.shape[:2], groups, -1)
+    wide = 2 * key + each * value
+    mixed, rest = rows[..., :wide], rows[..., wide:]
+    kernel = weights["conv1d.weight"].squeeze(1)  # [channels, taps]
+    padded = torch.cat([mixed.flatten(2).new_zeros(kernel.size(1) - 1, *mixed.flatten(2).shape[1:]), mixed.flatten(2)])
+    taps = [padded[i : i + x.size(0)] * kernel[:, i] for i in range(kernel.size(1))]
+    mixed = silu(torch.stack(taps).sum(0)).reshape_as(mixed)
+    out = []
+    for row in range(x.size(1)):
+        state = {head: x.new_zeros(key, value) for head in range(groups * each)}
+        tokens = []
+        for t in range(x.size(0)):
+            heads = []
+            for head in range(groups * each):
+                group, i = divmod(head, each)
+                m, r = mixed[t, row, group], rest[t, row, group]
+                q, k = (v / (v.square().sum() + 1e-6).sqrt() for v in (m[:key], m[key : 2 * key]))
+                v = m[2 * key :].reshape(each, value)[i]
+                z = r[: each * value].reshape(each, value)[i]
+                beta, alpha = r[each * value + i], r[each * value + each + i]
+                step = torch.log1p(torch.exp(alpha + weights["dt_bias"][head]))
+                forgotten = torch.exp(-torch.exp(weights["A_log"][head]) * step) * state[head]
+                state[head] = forgotten + torch.outer(k, torch.sigmoid(beta) * (v - forgotten.T @ k))
+                o = state[head].T @ q / math.sqrt(key)
+                normed = o / (o.square().mean() + config.layernorm_epsilon).sqrt()
+                heads.append(normed * weights["out_norm.weight"] * silu(z))
+            tokens.append(torch.cat(heads))
+        out.append(torch.stack(tokens))
+    return torch.stack(out, dim=1) @ weights["out_proj.weight"].T
+
+
+def errors_of_layer() -> dict[str, float]:
+    """Return the largest error of the output and of each gradient, as a share of the largest value."""
+    [model], _ = build(model_config("gated_delta"), parallel())
+    layer = unwrapped(model).decoder.layers[0].self_attention
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(LENGTH, ROWS, 32, generator=generator)
+    weight = torch.randn(LENGTH, ROWS, 32, generator=generator)
+    mine = x.clone().requires_grad_()
+    (layer(mine)[0] * weight).sum().backward()
+    exact = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    theirs = x.double().requires_grad_()
+    expected = by_definition(layer, exact, theirs)
+    (expected * weight).sum().backward()
+    pairs = {"output": (layer(x)[0], expected), "gradient of x": (mine.grad, theirs.grad)}
+    pairs |= {f"gradient of {name}": (p.grad, exact[name].grad) for name, p in layer.named_parameters()}
+    return {name: float((a.double() - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
+
+
+def test_values_and_gradients_are_those_of_the_definition_in_float64(ranks):
+    (errors,) = ranks.run(errors_of_layer, world_size=1)
+    assert len(errors) == 8
+    for name, error in errors.items():
+        assert error < 1e-4, name
+
+
+def outputs_in_passes() -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output of one pass, of one token after the other, and of a pass that goes on after another."""
+    [model], _ = build(model_config("gated_delta"), parallel())
+    layer = unwrapped(model).decoder.layers[0].self_attention.eval()
+    x = torch.randn(12, ROWS, 32, generator=torch.Generator().manual_seed(1))
+
+    def in_parts(*ends: int) -> Tensor:
+        context, parts = StaticInferenceContext(ROWS, 12), []
+        for start, end in zip((0, *ends), (*ends, 12), strict=True):
+            parts.append(layer(x[start:end], inference_context=context)[0])
+            context.sequence_len_offset = end
+            context.enable_decode_mode()
+        return torch.cat(parts)
+
+    with torch.no_grad():
+        return layer(x)[0], in_parts(*range(1, 12)), in_parts(5)
+
+
+def test_a_state_goes_on_where_the_pass_before_ended(ranks):
+    ((whole, in_steps, in_two),) = ranks.run(outputs_in_passes, world_size=1)
+    assert (in_steps - whole).abs().max() < 1e-5 and (in_two - whole).abs().max() < 1e-5
+    assert whole.abs().max() > 0.1
+
+
+class FusedLinear:
+    """Stand for Transformer Engine's linear layer, which includes the norm before it."""
+
+
+def specs_of_layers() -> list[tuple[bool, bool]]:
+    """Return, for each layer of this rank's stage, whether it is a gated delta net, and whether its norm is apart."""
+    models.build(model_config("gated_delta"), parallel(pp=2))
+    cuts = ParallelConfig(pipeline_model_parallel_size=2)
+    config = transformer_config(model_config("gated_delta"), cuts, OptimizerConfig(), ScheduleConfig())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_delta_net, "_linears", lambda fused: GatedDeltaNetLinears(FusedLinear, FusedLinear))
+        block = layer_spec(config, transformer_engine=False)
+        gated_delta_net.place_gated_delta_nets(block, config, None, transformer_engine=True)
+    found = []
+    for spec in block.layer_specs:
+        parts = spec.submodules
+        found.append((parts.self_attention.module is GatedDeltaNet, parts.input_layernorm is not IdentityOp))
+    return found
+
+
+def test_every_second_layer_has_a_gated_delta_net_whose_projection_may_include_the_norm(ranks):
+    expected = [(True, False), (False, True)]
+    assert ranks.run(specs_of_layers, world_size=2) == [expected, expected]
+
+
+def test_groups_hold_the_rows_of_each_head_together():
+    grouped = HeadGroups(2, ((1, 1, 2), (1,)))
+    qkv, z = torch.tensor([1, 2, 10, 20, 100, 101, 200, 201]), torch.tensor([7, 8])
+    joined = grouped.join((qkv, z))
+    assert joined.tolist() == [1, 10, 100, 101, 7, 2, 20, 200, 201, 8]
+    assert [part.tolist() for part in grouped.split(joined)] == [qkv.tolist(), z.tolist()]
+
+
+def test_a_gated_linear_qkv_holds_each_groups_queries_then_their_gates():
+    arrangement = GatedQueryGroups(num_attention_heads=4, num_query_groups=2, kv_channels=1)
+    q = torch.tensor([1, -1, 2, -2, 3, -3, 4, -4])  # transformers: a query, then its gate
+    k, v = torch.tensor([10, 20]), torch.tensor([100, 200])
+    joined = arrangement.join((q, k, v))
+    assert joined.tolist() == [1, 2, -1, -2, 10, 100, 3, 4, -3, -4, 20, 200]
+    assert [part.tolist() for part in arrangement.split(joined)] == [q.tolist(), k.tolist(), v.tolist()]
