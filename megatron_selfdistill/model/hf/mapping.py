@@ -99,8 +99,8 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
                 return family
     got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
     raise ConfigError(
-        f"config.json has {got}, which is not known here{why_unknown(named)}: {describe_nearest(hf_config, FAMILIES.values())} "
-        "(`selfdistill convert --list` shows what converts)"
+        f"config.json has {got}, which is not known here{why_unknown(named)}: "
+        f"{describe_nearest(hf_config, FAMILIES.values())} (`selfdistill convert --list` shows what converts)"
     )
 
 

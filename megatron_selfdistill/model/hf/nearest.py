@@ -49,7 +49,7 @@ _REASONS = {
 
 
 def why_unknown(named: Iterable[str]) -> str:
-    """Return the reason in brackets why the first of the architectures ``named`` that has one is unknown, or nothing."""
+    """Return in brackets why one of the architectures ``named`` is unknown; empty where no reason is known."""
     for architecture in named:
         for names, reason in _REASONS.items():
             if architecture in names.split():
