@@ -364,7 +364,7 @@ def test_every_shipped_architecture_is_accepted_and_builds_when_narrowed(ranks, 
     assert facts["q_layernorm"] is config.model.qk_layernorm
     if facts["inv_freq"] is None:  # latent attention rotates by itself
         return
-    channels = config.model.kv_channels or 32 // 4
+    channels = int((config.model.kv_channels or 32 // 4) * config.model.rotary_percent)
     inv_freq = config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     assert facts["inv_freq"][0] == pytest.approx(inv_freq[0].item())
     slowest = inv_freq[-1].item() / (config.model.rope_scaling_factor if config.model.rope_scaling else 1)
