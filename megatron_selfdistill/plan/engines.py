@@ -175,7 +175,7 @@ def kv_cache_bytes(config: Config, transformer: Any) -> float:
     """Return the bytes of one token in the KV cache of one GPU of an engine.
 
     An engine with more GPUs than key heads holds each head more than once.  Every GPU holds the one vector of latent
-    attention.
+    attention.  A layer with a sliding window counts like a layer with full attention, which is the most that it holds.
     """
     layers, size = transformer.num_layers, element_size(config)
     if getattr(transformer, "multi_latent_attention", False):

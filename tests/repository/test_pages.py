@@ -123,7 +123,7 @@ def test_the_index_names_every_page():
     "recipe",
     (
         "qwen3_8b qwen3_32b qwen3_32b_lora qwen3_235b_a22b llama31_405b llama31_405b_lora deepseek_v3 deepseek_v3_lora "
-        "glm45_air glm45_air_lora kimi_k2 kimi_k2_lora"
+        "gpt_oss_120b glm45_air glm45_air_lora kimi_k2 kimi_k2_lora"
     ).split(),
 )
 def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):

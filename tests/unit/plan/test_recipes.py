@@ -29,6 +29,7 @@ PUBLISHED = {
     "qwen3_32b": 32_762_123_264,
     "llama31_405b": 405_853_388_800,
     "qwen3_235b_a22b": 235_093_634_560,
+    "gpt_oss_120b": 116_829_156_672,
     "deepseek_v3": 671_026_404_352,
     "glm45_air": 106_852_245_504,
     "kimi_k2": 1_026_408_209_408,
@@ -43,6 +44,7 @@ GPUS = {
     "qwen3_32b_lora": 8,
     "llama31_405b": 256,
     "qwen3_235b_a22b": 128,
+    "gpt_oss_120b": 64,
     "deepseek_v3": 512,
     "llama31_405b_lora": 16,
     "deepseek_v3_lora": 32,
@@ -55,6 +57,7 @@ SERVER_NODES = {
     "llama31_405b": 2,
     "llama31_405b_lora": 2,
     "qwen3_235b_a22b": 1,
+    "gpt_oss_120b": 1,
     "deepseek_v3": 4,
     "deepseek_v3_lora": 4,
     "glm45_air": 1,
@@ -126,6 +129,34 @@ HF_CONFIGS = {
         "norm_topk_prob": True,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
+    },
+    "gpt_oss_120b": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_hidden_layers": 36,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "head_dim": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 201088,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "rms_norm_eps": 1e-5,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
     },
     "deepseek_v3": {
         "architectures": ["DeepseekV3ForCausalLM"],
@@ -300,7 +331,13 @@ def test_no_recipe_leaves_its_engines_idle(recipe):
 
 @pytest.mark.parametrize(
     ("recipe", "cache_gb", "kib"),
-    [("qwen3_8b", 16, 144), ("qwen3_32b", 10, 64), ("qwen3_235b_a22b", 16, 47), ("deepseek_v3", 16, 68.625)],
+    [
+        ("qwen3_8b", 16, 144),
+        ("qwen3_32b", 10, 64),
+        ("qwen3_235b_a22b", 16, 47),
+        ("gpt_oss_120b", 16, 18),
+        ("deepseek_v3", 16, 68.625),
+    ],
 )
 def test_a_cache_holds_the_mean_sequence_half_written(recipe, cache_gb, kib):
     """The prompt a third of 4096 tokens, the response a third of 4096 and half of it written."""
