@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.carried_weights import CarriedWeights, carried_rules
 from megatron_selfdistill.checkpoint.conversion_progress import FiniteCheck, Progress
 from megatron_selfdistill.checkpoint.describe import FORMATS, HF_ASSETS, hf_assets_of, num_tokens
 from megatron_selfdistill.checkpoint.formats import manifest
@@ -42,7 +43,6 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
 from megatron_selfdistill.model.architecture import padded_vocab_size
 from megatron_selfdistill.model.hf.mapping import (
-    TIED,
     Family,
     Rule,
     check_names,
@@ -50,6 +50,8 @@ from megatron_selfdistill.model.hf.mapping import (
     dequantise_blocks,
     family_of,
     family_of_model,
+    text_config,
+    tied_output_layer,
 )
 from megatron_selfdistill.model.hf.rules import Rows, passthrough_layer
 
@@ -117,8 +119,10 @@ def megatron_to_hf(
     original = read_config(assets) if assets is not None and (hf_config or (assets / "config.json").is_file()) else None
     model, family = _model_and_family(weights, original, assets, vocab_size, progress)
     rules = [rule for rule in family.rules(model) if not rule.may_be_absent or weights.holds(rule)]
-    weights.check_shapes(rules)
-    kept = {rule: dtype if dtype and not rule.float32 else weights.dtype(rule) for rule in rules}
+    carried = CarriedWeights(weights, family, hf_config)
+    carried.check_shapes(rules)
+    rules += carried.rules
+    kept = {rule: dtype if dtype and not rule.float32 else carried.dtype(rule) for rule in rules}
     main = _main_dtype((kept[rule], math.prod(rule.shape) * kept[rule].itemsize) for rule in rules)
     config = _config(family, model, str(main).removeprefix("torch."), original, weights)
     tensors = [
@@ -128,7 +132,7 @@ def megatron_to_hf(
     finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     with directory.created(out, num_bytes + (hf_assets_bytes(assets) if assets is not None else 0)) as temporary:
         progress.start(num_bytes)
-        _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), weights, kept, finite, progress)
+        _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), carried, kept, finite, progress)
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
         config = without_lost_code(config, temporary, progress.report)
@@ -141,7 +145,7 @@ def megatron_to_hf(
 
 def _write_weights(
     writer: SafetensorsWriter,
-    weights: Weights,
+    weights: CarriedWeights,
     dtypes: Mapping[Rule, torch.dtype],
     finite: FiniteCheck,
     progress: Progress,
@@ -192,13 +196,17 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
     family = family_of(config)
     model = family.model_config(config)
     tensors = dequantised(open_weights_directory(hf))
-    rules = check_names(family.rules(model), tensors.tensors)
-    check_shapes(rules, {name: tensor.shape for name, tensor in tensors.tensors.items()})
-    passthrough_layers = {passthrough_layer(rule.hf_names[0]) for rule in rules if rule.is_passthrough}
-    model = replace(model, num_passthrough_mtp_layers=len(passthrough_layers))
-    tied = model.share_embeddings_and_output_weights and TIED[0] in tensors.tensors
-    if tied and not torch.equal(tensors.read(TIED[0]), tensors.read(TIED[1])):
-        raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {TIED[0]} differs from {TIED[1]}")
+    shapes = {name: tensor.shape for name, tensor in tensors.tensors.items()}
+    carried = carried_rules(family, shapes)
+    rules = check_names([*family.rules(model), *carried], shapes)
+    check_shapes(rules, shapes)
+    layers = {passthrough_layer(rule.hf_names[0]) for rule in rules if rule.is_passthrough and rule not in carried}
+    model = replace(model, num_passthrough_mtp_layers=len(layers))
+    embedding = rules[0].hf_names[0]
+    head = tied_output_layer(embedding)
+    tied = model.share_embeddings_and_output_weights and head in shapes
+    if tied and not torch.equal(tensors.read(head), tensors.read(embedding)):
+        raise CheckpointError(f"{hf} ties its embeddings (tie_word_embeddings), but {head} differs from {embedding}")
     return model, rules, tensors
 
 
@@ -328,7 +336,8 @@ def _model_and_family(
         model = family_of(original or {}).model_config(original or {})
     if vocab_size is None:
         # A config.json may count rows that belong to no token.
-        known = max((original or {}).get("vocab_size") or 0, num_tokens(assets) or 0)
+        described = text_config(original) if original is not None else {}
+        known = max(described.get("vocab_size") or 0, num_tokens(assets) or 0)
         vocab_size = true_vocab_size(weights.args, known or None, weights.num_rows)
     elif vocab_size > weights.num_rows:
         raise CheckpointError(f"--vocab-size {vocab_size} exceeds the {weights.num_rows} rows on disk")

@@ -86,6 +86,11 @@ class MergedWeights:
         """The number of multi-token-prediction layers that the base keeps for conversions."""
         return self._base.num_passthrough_layers
 
+    @property
+    def passthrough(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that the base keeps for conversions, by their Hugging Face names."""
+        return self._base.passthrough
+
     def holds(self, rule: Rule) -> bool:
         """Return whether the base holds the tensor of ``rule``."""
         return self._base.holds(rule)

@@ -41,7 +41,7 @@ from megatron_selfdistill.checkpoint.stored_adapters import (
     require_adapters,
 )
 from megatron_selfdistill.config import AdapterConfig
-from megatron_selfdistill.errors import CheckpointError, first_few
+from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.model.hf.adapter_rules import PEFT_PREFIX, SUFFIX, adapter_rules
 from megatron_selfdistill.model.hf.mapping import Rule, family_of, family_of_model
 
@@ -291,6 +291,11 @@ def weight_rules(weights: Weights) -> list[Rule]:
     model = replace(model, vocab_size=model.vocab_size or 1)  # no factor depends on it
     assets = hf_assets_of(weights.path)
     family = family_of(read_config(assets)) if assets is not None else family_of_model(model)
+    if family.text_config is not None:
+        raise ConfigError(
+            f"PEFT's names of the modules of {family.architecture} depend on the version of transformers: merge the "
+            "adapters (selfdistill convert merge-adapters or megatron-to-hf) instead of converting them alone"
+        )
     return family.rules(model)
 
 

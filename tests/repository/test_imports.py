@@ -50,7 +50,7 @@ ORDER = {
         "packed_sequences gated_delta_net core_attributes architecture build hf.rules hf.linear_attention "
         "hf.adapter_rules adapters hf.decoder hf.family hf.rope hf.sliding_windows hf.sigmoid_router hf.dense "
         "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.gpt_oss "
-        "hf.qwen_next hf.ministral hf.nearest hf.mapping live_shards export forward output_layer "
+        "hf.qwen_next hf.ministral hf.mistral3 hf.nearest hf.mapping live_shards export forward output_layer "
     ),
     "checkpoint": (
         "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "
@@ -59,8 +59,8 @@ ORDER = {
         "formats.safetensors_directory formats.mxfp4 "
         "run.saved_run directory stored_adapters formats.legacy formats.stored_model "
         "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion_progress release "
-        "merged_weights conversion peft_adapters vocabulary run.adapter_base run.sharded_io run.external "
-        "run.frozen_weights run.checkpointer run.run_directory "
+        "merged_weights carried_weights conversion peft_adapters vocabulary run.adapter_base run.sharded_io "
+        "run.external run.frozen_weights run.checkpointer run.run_directory "
         "run.resumption"
     ),
     "run_data": "",

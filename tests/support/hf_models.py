@@ -319,7 +319,7 @@ def write(kind: str, directory: Path, seed: int = 0, **changes: Any) -> Any:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(hf_config(kind, **changes)).eval()
-        _randomise(model)
+        randomise(model)
     model.save_pretrained(directory)
     return model
 
@@ -331,7 +331,7 @@ def config_of(directory: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _randomise(model: torch.nn.Module) -> None:
+def randomise(model: torch.nn.Module) -> None:
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         noise = torch.randn_like(tensor)
         if "norm" in name:

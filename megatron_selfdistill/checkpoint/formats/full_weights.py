@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -59,6 +59,11 @@ class Weights(Protocol):
     @property
     def num_passthrough_layers(self) -> int:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
+        ...
+
+    @property
+    def passthrough(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that the checkpoint keeps for conversions, by their Hugging Face names."""
         ...
 
     def holds(self, rule: Rule) -> bool:
@@ -132,7 +137,13 @@ class _TorchDistWeights:
     @property
     def num_passthrough_layers(self) -> int:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
-        return _num_passthrough_layers(self._source.shapes)
+        return _num_passthrough_layers(self.passthrough)
+
+    @property
+    def passthrough(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that the checkpoint keeps for conversions, by their Hugging Face names."""
+        shapes = self._source.shapes
+        return {key.removeprefix(PASSTHROUGH): shapes[key] for key in shapes if key.startswith(PASSTHROUGH)}
 
     def holds(self, rule: Rule) -> bool:
         """Return whether the checkpoint holds the tensor of ``rule``."""
@@ -206,6 +217,11 @@ class _LegacyWeights:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
         return 0
 
+    @property
+    def passthrough(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that the checkpoint keeps for conversions: none."""
+        return {}
+
     def holds(self, rule: Rule) -> bool:
         """Return whether the checkpoint holds the tensor of ``rule``."""
         return self._place(rule) is not None
@@ -254,9 +270,9 @@ def _shape_faults(rule: Rule, found: tuple[int, ...]) -> list[str]:
     return [f"{_shown(rule)} has shape {list(found)}, expected {list(rule.shape)}"]
 
 
-def _num_passthrough_layers(keys: Sequence[str] | dict[str, tuple[int, ...]]) -> int:
-    """Return the number of layers in keys such as ``hf_passthrough.model.layers.61.eh_proj.weight``."""
-    return len({passthrough_layer(key.removeprefix(PASSTHROUGH)) for key in keys if key.startswith(PASSTHROUGH)})
+def _num_passthrough_layers(names: Iterable[str]) -> int:
+    """Return the number of multi-token-prediction layers in names such as ``model.layers.61.eh_proj.weight``."""
+    return len({passthrough_layer(name) for name in names if name.startswith(("model.layers.", "mtp."))})
 
 
 def _shown(rule: Rule) -> str:

@@ -61,6 +61,10 @@ class Family:
     """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
     quantizations: tuple[str, ...] = ("fp8",)
     """The ``quant_method`` of the published weights that the converter can dequantise."""
+    text_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    """A function from the config.json of a model with further parts to that of its text model; null without them."""
+    carried: tuple[str, ...] = ()
+    """The prefixes of the tensors of the further parts, which Megatron does not build: conversions carry them along."""
 
     def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
         """Return the model that a config.json describes.
@@ -81,7 +85,7 @@ class Family:
         Raises: ConfigError with the differences where the result would describe another model.
         """
         config = dict(extra or {})
-        if "num_hidden_layers" not in config:
+        if "num_hidden_layers" not in config and not (self.text_config is not None and config):
             config = self.describe(model) | config
         config.pop("quantization_config", None)
         config["dtype" if "dtype" in config else "torch_dtype"] = dtype

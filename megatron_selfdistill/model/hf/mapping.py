@@ -24,6 +24,7 @@ from megatron_selfdistill.model.hf import (
     gpt_oss,
     minimax,
     ministral,
+    mistral3,
     olmoe,
     phi,
     qwen2_moe,
@@ -49,6 +50,8 @@ __all__ = [
     "differences",
     "family_of",
     "family_of_model",
+    "text_config",
+    "tied_output_layer",
     "without_absent_layers",
 ]
 
@@ -74,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         minimax.MINIMAX_M2,
         gpt_oss.GPT_OSS,
         ministral.MINISTRAL3,
+        mistral3.MISTRAL3,
     )
 }
 """The families by the name in ``architectures`` of a config.json."""
@@ -102,6 +106,12 @@ def family_of(hf_config: Mapping[str, Any]) -> Family:
         f"config.json has {got}, which is not known here{why_unknown(named)}: "
         f"{describe_nearest(hf_config, FAMILIES.values())} (`selfdistill convert --list` shows what converts)"
     )
+
+
+def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config.json of the text model, which is ``hf_config`` itself for a model without further parts."""
+    family = family_of(hf_config)
+    return hf_config if family.text_config is None else family.text_config(hf_config)
 
 
 def family_of_model(model: ModelConfig) -> Family:
@@ -133,13 +143,17 @@ def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
     rules = without_absent_layers(rules, found)
     mapped = {name for rule in rules for name in rule.hf_names}
     expected = mapped | {name + _SCALES for name in mapped}
-    if TIED[1] in mapped:
-        expected.add(TIED[0])
+    expected |= {tied_output_layer(name) for name in mapped if name.endswith(TIED[1])}
     missing = sorted(mapped - found)
     extra = sorted(name for name in found - expected if not name.endswith("rotary_emb.inv_freq"))
     faults = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in extra]
     _raise_first(faults)
     return rules
+
+
+def tied_output_layer(embedding: str) -> str:
+    """Return the name of the output layer that shares its weights with the embedding of this name (`TIED`)."""
+    return embedding.removesuffix(TIED[1]) + TIED[0]
 
 
 def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) -> None:

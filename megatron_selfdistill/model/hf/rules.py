@@ -219,6 +219,11 @@ def renamed(rule: Rule, parts: Mapping[str, str]) -> Rule:
     return replace(rule, hf_names=names)
 
 
+def prefixed(rule: Rule, prefix: str) -> Rule:
+    """Return ``rule`` with ``prefix`` before its Hugging Face names."""
+    return replace(rule, hf_names=tuple(prefix + name for name in rule.hf_names))
+
+
 def _require_shape(name: str, shape: tuple[int, ...], tensor: Tensor) -> None:
     if tuple(tensor.shape) != shape:
         raise ConfigError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")

@@ -19,7 +19,7 @@ from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
-from megatron_selfdistill.model.hf.mapping import Family, architecture, family_of, family_of_model
+from megatron_selfdistill.model.hf.mapping import Family, architecture, family_of, family_of_model, text_config
 from megatron_selfdistill.model.hf.rules import Rule
 
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
@@ -97,6 +97,7 @@ def _read(source: Path) -> dict[str, Any]:
 
 def _as_trained(original: dict[str, Any], vocab_size: int) -> dict[str, Any]:
     # Rows without a token, which many directories have, would take a share of every softmax.
+    original = dict(text_config(original))  # an engine holds what is trained
     untrained = {name: 0 for name in _MTP_LAYERS if name in original or name in family_of(original).defaults}
     return {**original, "vocab_size": vocab_size, **untrained}
 

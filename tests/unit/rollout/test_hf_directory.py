@@ -13,8 +13,10 @@ import pytest
 
 from megatron_selfdistill.config import CheckpointConfig, Config, ParallelConfig, RolloutConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.mapping import FAMILIES
 
 MODEL = models.model_config("tied")
+MISTRAL = models.model_config("gqa")
 
 
 def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str, Any], list[str]] | str:
@@ -102,6 +104,19 @@ def test_a_checkpoints_own_config_json_is_kept_but_for_vocabulary_type_and_quant
     assert "quantization_config" not in found
 
 
+def test_an_engine_gets_the_text_model_of_a_model_with_a_vision_tower(ranks, tmp_path):
+    text = FAMILIES["MistralForCausalLM"].hf_config(MISTRAL, "bfloat16") | {"model_type": "mistral"}
+    del text["architectures"]
+    whole = {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": text}
+    load = tmp_path / "load"
+    (load / "huggingface").mkdir(parents=True)
+    (load / "huggingface" / "config.json").write_text(json.dumps(whole | {"vision_config": {"hidden_size": 8}}))
+    config = Config(model=MISTRAL, checkpoint=CheckpointConfig(load=str(load)))
+    ((found, names),) = ranks.run(described, config, 61, tmp_path / "run", world_size=1)
+    assert found["architectures"] == ["MistralForCausalLM"] and found["vocab_size"] == 61
+    assert "vision_config" not in found and "model.norm.weight" in names
+
+
 def test_a_resumed_run_finds_it_in_its_directory_and_hf_config_goes_first(ranks, tmp_path):
     run = carried(tmp_path / "run")
     other = carried(tmp_path / "other", bos_token_id=9) / "huggingface"
@@ -125,7 +140,7 @@ def test_a_providers_model_is_what_its_config_json_says(ranks, tmp_path):
     ("fault", "expected"),
     [
         ("another model", "hidden_size would be 48 but the model has 32"),
-        ("unknown", "expected one of the architectures"),
+        ("unknown", "which is not known here"),
         ("provider", "name a directory with its Hugging Face config.json in rollout.hf_config"),
         ("absent", "has no config.json"),
     ],
