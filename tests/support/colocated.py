@@ -25,6 +25,29 @@ MODELS = {
     "tied": models.model_config("tied", **SIZES, num_query_groups=2),
     "moe": models.model_config("moe", **SIZES, num_query_groups=2),
     "yarn": models.model_config("yarn", **SIZES, num_query_groups=2, yarn_original_max_position_embeddings=128),
+    "moonlight": models.model_config(
+        "moe",
+        **SIZES,
+        num_query_groups=2,
+        layernorm_epsilon=1e-5,
+        latent_layernorm_epsilon=1e-6,
+        moe_router_enable_expert_bias=True,
+        moe_router_score_function="sigmoid",
+        transformer={
+            "multi_latent_attention": True,
+            "q_lora_rank": None,
+            "kv_lora_rank": 512,
+            "qk_head_dim": 128,
+            "qk_pos_emb_head_dim": 64,
+            "v_head_dim": 128,
+            "rope_type": "rope",
+            "moe_layer_freq": [0, 1],
+            "moe_router_topk_scaling_factor": 1.7,
+            "moe_shared_expert_intermediate_size": 64,
+            "moe_router_dtype": "fp32",
+            "moe_router_bias_update_rate": 0.0,
+        },
+    ),
     "glm4_moe": models.model_config(
         "moe",
         **SIZES,
@@ -76,6 +99,10 @@ def sampler(
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     family = family or family_of_model(model)
+    if model.transformer.get("multi_latent_attention"):
+        # vLLM's other attention for a CPU knows no float32, and its rotary kernel for a CPU misreads these queries.
+        exact = {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["none"]}}
+        options = {"engine_args": exact, **options}
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
         built = ColocatedSampler(
