@@ -31,7 +31,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.export import export
-from megatron_selfdistill.model.hf.mapping import FAMILIES
+from megatron_selfdistill.model.hf.mapping import FAMILIES, Rule
 
 LAYOUTS = {
     "one rank": (parallel(), 1),
@@ -39,16 +39,41 @@ LAYOUTS = {
     "EP2xTP2+SP": (parallel(ep=2, tp=2, etp=1, sp=True), 2),
     "ETP2": (parallel(tp=2, etp=2, sp=True), 2),
 }
+BIASED = {
+    "add_bias_linear": True,
+    "qk_layernorm": False,
+    "activation": "quick_gelu",
+    "transformer": {"softmax_type": "learnable", "activation_func_clamp_value": 1.0, "glu_linear_offset": 1.0},
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": ("Qwen3MoeForCausalLM", {}),
+    "biased": ("GptOssForCausalLM", BIASED),
+}
+"""Kinds of experts -> the family whose names the export has, and the changes of the model."""
 
 
 class GroupedLinear(torch.nn.Module):
-    """One matrix per expert, named, cut and described for checkpoints as Megatron's ``TEGroupedLinear`` does."""
+    """One matrix per expert, named, cut and described for checkpoints as Megatron's ``TEGroupedLinear`` does.
+
+    Like Transformer Engine's, its biases have no mark of tensor parallelism.
+    """
 
     axis: int
 
-    def __init__(self, num_gemms: int, inputs: int, outputs: int, *, config: Any, pg_collection: Any, **_: Any) -> None:
+    def __init__(
+        self,
+        num_gemms: int,
+        inputs: int,
+        outputs: int,
+        *,
+        config: Any,
+        pg_collection: Any,
+        bias: bool,
+        skip_bias_add: bool,
+        **_: Any,
+    ) -> None:
         super().__init__()
-        self.num_gemms, self.groups = num_gemms, pg_collection
+        self.num_gemms, self.groups, self.has_bias, self.skip_bias_add = num_gemms, pg_collection, bias, skip_bias_add
         cuts = pg_collection.expt_tp.size()
         shape = (outputs // cuts, inputs) if self.axis == 0 else (outputs, inputs // cuts)
         for index in range(num_gemms):
@@ -56,27 +81,36 @@ class GroupedLinear(torch.nn.Module):
             weight.allreduce = config.expert_model_parallel_size == 1
             set_tensor_model_parallel_attributes(weight, True, self.axis, 1)
             self.register_parameter(f"weight{index}", weight)
+            if bias:
+                zeros = torch.nn.Parameter(torch.zeros(outputs, dtype=config.params_dtype))
+                zeros.allreduce = weight.allreduce
+                self.register_parameter(f"bias{index}", zeros)
 
-    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, m_splits: list[int]) -> tuple[Tensor, list[Tensor] | None]:
+        biases = [getattr(self, f"bias{i}") for i in range(self.num_gemms)] if self.has_bias else None
+        added = [None] * self.num_gemms if biases is None or self.skip_bias_add else biases
         parts = x.split(m_splits)
-        return torch.cat([F.linear(part, getattr(self, f"weight{i}")) for i, part in enumerate(parts)]), None
+        out = torch.cat([F.linear(part, getattr(self, f"weight{i}"), added[i]) for i, part in enumerate(parts)])
+        return out, biases if self.skip_bias_add else None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict[str, Any]:
         found = {}
         first, count = self.groups.ep.rank() * self.num_gemms, self.groups.ep.size() * self.num_gemms
         for index in range(self.num_gemms):
+            kinds = ("weight", "bias") if self.has_bias else ("weight",)
             shards = make_sharded_tensors_for_checkpoint(
-                {f"{index}.weight": getattr(self, f"weight{index}")},
+                {f"{index}.{kind}": getattr(self, f"{kind}{index}") for kind in kinds},
                 "",
-                {f"{index}.weight": self.axis},
+                {f"{index}.weight": self.axis} | ({f"{index}.bias": 0} if self.axis == 0 else {}),
                 (*sharded_offsets, (len(sharded_offsets), first + index, count)),
                 tp_group=self.groups.expt_tp,
                 dp_cp_group=metadata["dp_cp_group"],
             )
             replace_prefix_for_sharding(shards, f"{index}.", prefix)
-            shard = shards[f"{index}.weight"]
-            shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
-            found[f"{prefix}weight{index}"] = shard
+            for kind in kinds:
+                shard = shards[f"{index}.{kind}"]
+                shard.replica_id = (*shard.replica_id[:2], self.groups.expt_dp.rank())
+                found[f"{prefix}{kind}{index}"] = shard
         return found
 
 
@@ -113,13 +147,19 @@ def outcomes(ranks) -> Outcomes:
     return Outcomes(ranks, run_each)
 
 
-in_layouts = combinations(name=list(LAYOUTS), quick={"name": ["EP2xTP2+SP", "ETP2"]}, strength=1)
+in_layouts = combinations(
+    name=list(LAYOUTS),
+    model=list(MODELS),
+    valid=lambda name, model: (name, model) != ("ETP2", "biased"),  # experts with biases cannot be cut
+    quick={"name": ["EP2xTP2+SP", "ETP2"]},
+    strength=1,
+)
 
 
 @in_layouts
-def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other(outcomes, name):
+def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other(outcomes, name, model):
     cuts, world_size = LAYOUTS[name]
-    case = Case(kind="moe", parallel=cuts)
+    case = Case(kind="moe", parallel=cuts, model_changes=MODELS[model][1])
     reference = dataclasses.replace(case, parallel=parallel(), extra_weightless=0)
     alone, expected, _ = outcomes((reference, False))
     outcome, got, _ = outcomes((case, True), world_size)
@@ -129,35 +169,33 @@ def test_gradients_of_grouped_experts_equal_those_of_experts_one_after_the_other
     assert worst < 1e-5, f"{where} differs by {worst:.1e}"
 
 
-def exported(cuts: Any, grouped: bool) -> dict[str, Tensor]:
+def exported(cuts: Any, grouped: bool, kind: str) -> dict[str, Tensor]:
     """Return every tensor under its Hugging Face name, on rank 0."""
-    model = model_config("moe")
+    family, changes = MODELS[kind]
+    model = model_config("moe", **changes)
     with pytest.MonkeyPatch.context() as patch:
         if grouped:
             patch.setattr(build, "layer_spec", grouped_spec)
         chunks, grid = models.build(model, cuts)
     mlp = unwrapped(chunks[0]).decoder.layers[0].mlp.experts
     assert isinstance(mlp, TEGroupedMLP if grouped else SequentialMLP)
-    return named(chunks, grid, model)
+    return named(chunks, grid, FAMILIES[family].rules(model))
 
 
-def named(chunks: Any, grid: RankGrid, model: Any) -> dict[str, Tensor]:
-    return {
-        name: tensor.clone()
-        for run in export(chunks, grid, FAMILIES["Qwen3MoeForCausalLM"].rules(model))
-        for name, tensor in run
-    }
+def named(chunks: Any, grid: RankGrid, rules: list[Rule]) -> dict[str, Tensor]:
+    return {name: tensor.clone() for run in export(chunks, grid, rules) for name, tensor in run}
 
 
 @pytest.fixture(scope="module")
-def exported_alone(ranks) -> dict[str, Tensor]:
-    return ranks.run(exported, parallel(), False, world_size=1)[0]
+def exported_alone(ranks) -> dict[str, dict[str, Tensor]]:
+    return {kind: ranks.run(exported, parallel(), False, kind, world_size=1)[0] for kind in MODELS}
 
 
 @in_layouts
-def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, exported_alone, name):
+def test_grouped_experts_are_exported_under_the_same_names_with_the_same_values(ranks, exported_alone, name, model):
     cuts, world_size = LAYOUTS[name]
-    expected = exported_alone
-    got = ranks.run(exported, cuts, True, world_size=world_size)[0]
-    assert got.keys() == expected.keys() and any(".experts.3." in key for key in got)
+    expected = exported_alone[model]
+    got = ranks.run(exported, cuts, True, model, world_size=world_size)[0]
+    assert got.keys() == expected.keys()
+    assert any(".experts.3." in key or key.endswith("experts.down_proj_bias") for key in got)
     assert all(got[key].equal(expected[key]) for key in got)
