@@ -7,16 +7,23 @@ import dataclasses
 
 import hf_models
 import pytest
-from layouts import Case, Outcomes
-from models import build, model_config, parallel
+import torch
+from decoding import logits_of
+from layouts import Case, Outcomes, contexts
+from models import VOCAB_SIZE, build, model_config, parallel
 from parity import compare, compare_parameters
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.pipeline.candidates import candidate_log_probs
+from megatron_selfdistill.pipeline.score import ScoringModels, log_probs
 
+CANDIDATES = [0, 7, VOCAB_SIZE - 1]
 LAYOUTS = {
     "TP2": (parallel(tp=2), 2),
     "TP2+SP": (parallel(tp=2, sp=True), 2),
@@ -72,6 +79,43 @@ def test_a_norm_whose_gradient_is_not_summed_over_tensor_parallel_ranks_is_seen(
     case = dataclasses.replace(ALONE, parallel=cuts, mutation="gradient of the output norm not summed")
     with pytest.raises(AssertionError, match=r"out_norm|disagree"):
         compare(outcomes(case, world_size), outcomes(ALONE), 2e-5)
+
+
+def measured(cuts: ParallelConfig) -> tuple[list[float], list[float], list[list[float]]]:
+    """Return the log-probs of the contexts' responses under both prompts, and those of candidates after each prompt."""
+    chunks, grid = build(model_config("gated_delta"), cuts)
+    vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, VOCAB_SIZE, grid.tp_group)
+    reading = ScoringModels(chunks, chunks, grid, vocab, max_tokens=150, fusion=None, backend=None)
+    student, teacher = log_probs(contexts(), reading)
+    prompts = [pair.student_prompt for pair in contexts()]
+    found = candidate_log_probs(prompts, CANDIDATES, chunks, grid, vocab, max_tokens=150)
+    return student.tolist(), teacher.tolist(), found.tolist()
+
+
+def measured_one_by_one() -> tuple[list[float], list[float], list[list[float]]]:
+    """Return the same from a pass over each text alone, without padding."""
+    [model], _ = build(model_config("gated_delta"), parallel())
+
+    def after(prompt: list[int], response: list[int]) -> torch.Tensor:
+        rows = logits_of(model.eval(), prompt + response).double().log_softmax(-1)[len(prompt) - 1 :]
+        return rows[: max(len(response), 1)]
+
+    by_role = [
+        [
+            row[token].item()
+            for pair in contexts()
+            for row, token in zip(after(prompt(pair), pair.response), pair.response, strict=True)
+        ]
+        for prompt in (lambda pair: pair.student_prompt, lambda pair: pair.teacher_prompt)
+    ]
+    return *by_role, [after(pair.student_prompt, [])[0][CANDIDATES].tolist() for pair in contexts()]
+
+
+def test_texts_and_candidates_are_scored_as_each_text_alone_is(ranks):
+    (expected,) = ranks.run(measured_one_by_one, world_size=1)
+    for found in ranks.run(measured, parallel(tp=2, sp=True), world_size=2):
+        for values, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted), rtol=0, atol=1e-4)
 
 
 def packed_and_under_context_parallelism() -> list[str]:
