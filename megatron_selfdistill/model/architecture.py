@@ -34,13 +34,8 @@ from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
 from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
-from megatron_selfdistill.model.layers import (
-    BiasedExpertOutput,
-    CoreAttention,
-    LatentRMSNorm,
-    RMSNorm,
-    with_latent_epsilon,
-)
+from megatron_selfdistill.model.layers import BiasedExpertOutput, CoreAttention
+from megatron_selfdistill.model.norms import LatentRMSNorm, RMSNorm, with_latent_epsilon
 
 # Process groups, optimizer and loss are built from these keys, which an override would contradict.
 _SET_ELSEWHERE = {

@@ -42,7 +42,7 @@ def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
 
 
 def _set_latent_epsilon(config: TransformerConfig, epsilon: float) -> None:
-    """Set the attribute that `layers.LatentRMSNorm` and `layers.with_latent_epsilon` read."""
+    """Set the attribute that `norms.LatentRMSNorm` and `norms.with_latent_epsilon` read."""
     if not (config.multi_latent_attention and config.normalization == "RMSNorm"):
         raise ConfigError(
             "model.latent_layernorm_epsilon is for multi-latent attention with model.normalization=RMSNorm: do not set "

@@ -30,7 +30,8 @@ from megatron_selfdistill.model.architecture import (
     transformer_config,
 )
 from megatron_selfdistill.model.build import build_chunks, unwrapped
-from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+from megatron_selfdistill.model.layers import CoreAttention
+from megatron_selfdistill.model.norms import RMSNorm
 
 DENSE = ModelConfig(num_layers=4)
 MOE = ModelConfig(num_layers=4, num_moe_experts=4)

@@ -25,7 +25,8 @@ from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.model import attention_windows, layers
 from megatron_selfdistill.model.attention_sinks import sink_channels
 from megatron_selfdistill.model.attention_windows import windowed_layers
-from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
+from megatron_selfdistill.model.layers import CoreAttention
+from megatron_selfdistill.model.norms import RMSNorm
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
