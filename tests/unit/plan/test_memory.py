@@ -18,7 +18,7 @@ from megatron_selfdistill.config import (
     TeacherConfig,
     from_mapping,
 )
-from megatron_selfdistill.data.packing import _microbatch
+from megatron_selfdistill.data.packing import microbatch_of
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
@@ -136,7 +136,7 @@ def saved_bytes(model, tokens, adapter=NO_ADAPTERS) -> int:
             saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    microbatch = _microbatch([([1], [3] * (tokens - 1), 0)], tokens, 1)
+    microbatch = microbatch_of([([1], [3] * (tokens - 1), 0)], tokens, 1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden_states(chunks[0], inputs_of(microbatch, grid), grid)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
