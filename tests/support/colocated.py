@@ -99,10 +99,6 @@ def sampler(
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     family = family or family_of_model(model)
-    if model.transformer.get("multi_latent_attention"):
-        # vLLM's other attention for a CPU knows no float32, and its rotary kernel for a CPU misreads these queries.
-        exact = {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["none"]}}
-        options = {"engine_args": exact, **options}
     with tempfile.TemporaryDirectory() as directory:
         (Path(directory) / "config.json").write_text(json.dumps(family.hf_config(model, dtype)))
         built = ColocatedSampler(

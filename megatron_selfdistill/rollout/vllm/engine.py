@@ -71,14 +71,18 @@ class Engine(Protocol):
         ...
 
 
-def whole_prompts(max_model_len: int | None) -> dict[str, Any]:
-    """Return engine arguments with which prompts are read whole, for an engine on a CPU.
+def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> dict[str, Any]:
+    """Return engine arguments for an engine on a CPU and the model of a config.json.
 
-    There vLLM fails on a prompt that is read in parts and has a seed: torch's generators on a CPU have no offset that
-    vLLM could restore.
+    Prompts are read whole: vLLM fails on a prompt that is read in parts and has a seed, because torch's generators on a
+    CPU have no offset that vLLM could restore.  For latent attention, vLLM's attention for a CPU knows no float32, and
+    its rotary kernel for a CPU rotates the queries wrongly (0.32), so that the engine takes neither.
     """
     budget = {} if max_model_len is None else {"max_num_batched_tokens": max(2048, max_model_len)}
-    return {"enable_chunked_prefill": False, **budget}
+    arguments: dict[str, Any] = {"enable_chunked_prefill": False, **budget}
+    if hf_config.get("kv_lora_rank"):
+        arguments |= {"attention_backend": "CPU_MLA", "compilation_config": {"custom_ops": ["none"]}}
+    return arguments
 
 
 def engine_request(request: Request, params: SamplingParams) -> EngineRequest:

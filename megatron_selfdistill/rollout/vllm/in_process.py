@@ -21,14 +21,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.vllm.engine import (
     WORKER_EXTENSION,
     EngineOutput,
     EngineRequest,
+    cpu_engine_args,
     engine_output,
-    whole_prompts,
 )
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
@@ -95,7 +96,7 @@ class InProcessEngine:
             "worker_extension_cls": WORKER_EXTENSION,
         }
         if device.type == "cpu":
-            arguments |= whole_prompts(settings["max_model_len"])
+            arguments |= cpu_engine_args(read_config(directory), settings["max_model_len"])
         if guided:
             arguments |= GUIDED_ENGINE_ARGS
         if adapter is not None:

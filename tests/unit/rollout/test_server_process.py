@@ -277,6 +277,15 @@ def test_a_config_json_is_read_for_adapters_alone(arguments, message):
     assert serve._why_not_adapted(options, on_cpu=True) == message
 
 
+def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_wrongly(tmp_path):
+    options = serve.parser().parse_args([f"--hf-config={tmp_path}", "--max-model-len=9"])
+    exact = {"--attention-backend=CPU_MLA", '--compilation-config={"custom_ops": ["none"]}'}
+    for config, on_cpu in (("{}", True), ('{"kv_lora_rank": 8}', False), ('{"kv_lora_rank": 8}', True)):
+        (tmp_path / "config.json").write_text(config)
+        arguments = set(serve.engine_arguments(options, on_cpu=on_cpu))
+        assert exact & arguments == (exact if on_cpu and config != "{}" else set())
+
+
 def test_the_schema_knows_what_the_engines_adapters_decide():
     arguments = engine_adapter.EngineAdapter(8, 1.0, False, ("q_proj",)).engine_args(on_cpu=True)
     assert set(adapter_checks._ENGINE_ARGUMENTS) == arguments.keys()

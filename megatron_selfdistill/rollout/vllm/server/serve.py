@@ -157,7 +157,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
     part is its KV cache unless ``--kv-cache-gb`` states another size.
     """
     # Imported here and below, so that a wrong command line is refused before torch is imported.
-    from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, whole_prompts
+    from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, cpu_engine_args
     from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
     from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
 
@@ -182,7 +182,7 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
         arguments.append(f"--max-model-len={options.max_model_len}")
     kv_cache_gb = options.kv_cache_gb
     if on_cpu:
-        arguments += ["--enforce-eager", *as_arguments(whole_prompts(options.max_model_len))]
+        arguments += ["--enforce-eager", *as_arguments(cpu_engine_args(_described(options), options.max_model_len))]
         kv_cache_gb = _free_gib() / 3 if kv_cache_gb is None else kv_cache_gb
     if shared is not None:
         arguments.append(f"--gpu-memory-utilization={shared.share}")
@@ -224,6 +224,17 @@ def _why_no_vllm() -> str | None:
         f"this server needs vLLM, and {sys.executable} has none: start it with the Python of an environment that has "
         'both, or pip install "megatron_selfdistill[vllm]"'
     )
+
+
+def _described(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the config.json of the model; empty where it cannot be read, which vLLM reports in its own words."""
+    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+    from megatron_selfdistill.errors import CheckpointError
+
+    try:
+        return read_config(Path(options.hf_config))
+    except CheckpointError:
+        return {}
 
 
 def _why_not_adapted(options: argparse.Namespace, on_cpu: bool) -> str | None:
