@@ -38,6 +38,7 @@ _REASONS = {
         "it chooses experts by softmax probabilities with biases: Megatron Core 0.16 has biases of experts for sigmoid "
         "routers only"
     ),
+    "BailingMoeV2ForCausalLM": ("transformers has no class for it, with which a conversion could be compared"),
     "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM": (
         "Megatron Core 0.16 computes its sparse attention with a CUDA extension alone, and has no layer spec for it"
     ),

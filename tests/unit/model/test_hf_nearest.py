@@ -43,6 +43,7 @@ def test_an_unknown_architecture_is_compared_with_the_nearest_known_one(model_ty
     [
         ("GraniteForCausalLM", "multiplies embeddings, residual branches and logits by constants"),
         ("Ernie4_5_MoeForCausalLM", "softmax probabilities with biases"),
+        ("BailingMoeV2ForCausalLM", "transformers has no class for it"),
         ("DeepseekV32ForCausalLM", "computes its sparse attention with a CUDA extension alone"),
         ("GlmMoeDsaForCausalLM", "computes its sparse attention with a CUDA extension alone"),
         ("Qwen3_5ForConditionalGeneration", "only its text model is known: load it with transformers'"),
