@@ -282,7 +282,11 @@ def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
     assert max(memory.peak for memory in plan.memory) < 0.95 * plan.config.cluster.gpu_memory_gb
 
 
-@pytest.mark.parametrize("recipe", sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)))
+@combinations(
+    recipe=sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)),
+    quick={"recipe": ["chat_logs", "default", "grpo", "rft"]},
+    strength=1,
+)
 def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
     size = ["cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8"]
     plan = dry_run(load([f"recipe={recipe}", *size, *needed_by(recipe)]))
