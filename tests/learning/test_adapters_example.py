@@ -37,9 +37,9 @@ def test_adapters_learn_what_all_weights_learn_with_a_smaller_checkpoint(load_ex
     example = load_example("11_adapters")
     made, show = [], example.table
     monkeypatch.setattr(example, "table", lambda rows: made.extend(rows) or show(rows))
-    assert example.main(["--steps", "75", "--ranks", "4", "--directory", str(root)]) == 0
+    assert example.main(["--steps", "100", "--ranks", "4", "--directory", str(root)]) == 0
     whole, adapted = made
     assert whole.before == adapted.before < 0.5
-    assert min(whole.greedy, adapted.greedy) > 0.8 and adapted.sampled > whole.sampled - 0.05
+    assert min(whole.greedy, adapted.greedy) > 0.9 and adapted.sampled > whole.sampled - 0.05
     assert adapted.checkpoint_bytes < whole.checkpoint_bytes / 3
     assert "against all weights, with a checkpoint of" in capsys.readouterr().out

@@ -155,7 +155,7 @@ def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adap
     # Large factors round in another way once they are parts of a weight.
     merged = merge_adapters(made.adapters, tmp_path / "merged")
     (logits,) = ranks.run(read_weights, made.hf, merged, world_size=1)
-    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=5e-4)
     megatron_to_hf(made.adapters, tmp_path / "hf")
     megatron_to_hf(merged, tmp_path / "hf_of_merged")
     assert all(
@@ -163,7 +163,7 @@ def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adap
         for name, tensor in tensors_of(tmp_path / "hf").items()
     )
     torch.testing.assert_close(
-        hf_models.hf_logits(hf_of(tmp_path / "hf"), hf_models.SEQUENCES), expected, rtol=1e-4, atol=1e-3
+        hf_models.hf_logits(hf_of(tmp_path / "hf"), hf_models.SEQUENCES), expected, rtol=1e-4, atol=5e-4
     )
 
 
