@@ -83,8 +83,6 @@ def transformer_config(
     refuse_untested_precision(
         config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
     )
-    if model.qk_layernorm_all_heads:
-        setattr(config, ALL_HEADS, True)
     refuse_known_faults(config)
     if model.position_embedding_type in ("rope", "yarn"):
         _check_rotary_width(config, model.rotary_percent)

@@ -10,10 +10,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.head_norms import ALL_HEADS
 
 
 def set_attributes(config: TransformerConfig, model: ModelConfig) -> None:
-    """Set YaRN's attributes on ``config``, and the epsilon of latents, where ``model`` has them.
+    """Set YaRN's attributes on ``config``, the epsilon of latents and the norms of all heads, where ``model`` has them.
 
     Raises: `ConfigError` for values that do not fit the rest of the model or the layout.
     """
@@ -21,6 +22,8 @@ def set_attributes(config: TransformerConfig, model: ModelConfig) -> None:
         _set_yarn(config, model)
     if model.latent_layernorm_epsilon is not None:
         _set_latent_epsilon(config, model.latent_layernorm_epsilon)
+    if model.qk_layernorm_all_heads:
+        setattr(config, ALL_HEADS, True)
 
 
 def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
