@@ -29,8 +29,8 @@ Place = Callable[..., MegatronSlice]
 
 
 @dataclass(frozen=True)
-class ExpertNames:
-    """The parts of the names of a mixture of experts, such as ``model.layers.3.{block}.experts.0.{gate}``."""
+class TensorNames:
+    """The parts of tensors' names that differ between families, such as ``model.layers.3.{block}.experts.0.{gate}``."""
 
     block: str = "mlp"
     gate: str = "gate_proj"
@@ -46,7 +46,7 @@ class ExpertNames:
     """Whether one tensor holds all experts of a layer, with gate and up interleaved, as in GPT-OSS."""
 
 
-def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None = None) -> list[Rule]:
+def decoder_rules(arch: Architecture, names: TensorNames, stacked: bool | None = None) -> list[Rule]:
     """Return one rule for each tensor of the model; ``arch`` is the result of `family.architecture`."""
     if arch["vocab_size"] is None:
         raise ConfigError("model.vocab_size is null: a conversion needs the number of vocabulary rows")
@@ -72,7 +72,7 @@ def decoder_rules(arch: Architecture, names: ExpertNames, stacked: bool | None =
 
 
 def layer_rules(
-    arch: Architecture, names: ExpertNames, hf: str, place: Place, is_moe: bool, is_linear: bool = False
+    arch: Architecture, names: TensorNames, hf: str, place: Place, is_moe: bool, is_linear: bool = False
 ) -> Iterator[Rule]:
     """Yield the rules of one transformer layer, named ``hf``, such as ``model.layers.3``.
 
@@ -89,10 +89,10 @@ def layer_rules(
         yield from _experts(arch, names, f"{hf}.{names.block}", place)
     else:
         yield rows(place("mlp.linear_fc1.layer_norm_weight"), norm)
-        yield from _mlp("mlp", arch["hidden_size"], arch["ffn_hidden_size"], f"{hf}.mlp", ExpertNames(), place)
+        yield from _mlp("mlp", arch["hidden_size"], arch["ffn_hidden_size"], f"{hf}.mlp", TensorNames(), place)
 
 
-def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: bool) -> Iterator[Rule]:
+def passthrough_rules(arch: Architecture, names: TensorNames, hf: str, is_moe: bool) -> Iterator[Rule]:
     """Yield the rules of a multi-token-prediction layer, whose tensors keep their Hugging Face names.
 
     The layer has an embedding, a projection, norms and an output layer around a transformer layer.  Each key is
@@ -108,26 +108,27 @@ def passthrough_rules(arch: Architecture, names: ExpertNames, hf: str, is_moe: b
         f"{hf}.shared_head.norm.weight": (hidden,),
         f"{hf}.shared_head.head.weight": vocabulary,
     }
-    float32 = set()
-    for rule in layer_rules(arch, names, hf, _place(0, True), is_moe):
-        shapes |= zip(rule.hf_names, rule.hf_shapes, strict=True)
-        float32 |= set(rule.hf_names) if rule.float32 else set()
     copies = {f"{hf}.embed_tokens.weight", f"{hf}.shared_head.head.weight"}
     for name, shape in shapes.items():
-        place = MegatronSlice(PASSTHROUGH + name)
-        yield rows(place, {name: shape}, float32=name in float32, may_be_absent=name in copies)
+        yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, may_be_absent=name in copies)
+    yield from _kept_layer(arch, names, hf, is_moe)
 
 
-def _mtp_module_rules(arch: Architecture, names: ExpertNames, hf: str) -> Iterator[Rule]:
+def _mtp_module_rules(arch: Architecture, names: TensorNames, hf: str) -> Iterator[Rule]:
     """Yield the rules of a multi-token-prediction module of one attention layer, whose tensors keep their names."""
     hidden = arch["hidden_size"]
     shapes: dict[str, tuple[int, ...]] = {f"{hf}.fc.weight": (hidden, 2 * hidden)}
     shapes |= {f"{hf}.{norm}.weight": (hidden,) for norm in ("norm", "pre_fc_norm_embedding", "pre_fc_norm_hidden")}
-    is_moe = arch["num_moe_experts"] is not None
-    for rule in layer_rules(arch, names, f"{hf}.layers.0", _place(0, True), is_moe):
-        shapes |= zip(rule.hf_names, rule.hf_shapes, strict=True)
     for name, shape in shapes.items():
         yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape})
+    yield from _kept_layer(arch, names, f"{hf}.layers.0", is_moe=arch["num_moe_experts"] is not None)
+
+
+def _kept_layer(arch: Architecture, names: TensorNames, hf: str, is_moe: bool) -> Iterator[Rule]:
+    """Yield the rules of a transformer layer whose tensors keep their Hugging Face names."""
+    for rule in layer_rules(arch, names, hf, _place(0, True), is_moe):
+        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
+            yield rows(MegatronSlice(PASSTHROUGH + name), {name: shape}, float32=rule.float32)
 
 
 def _place(layer: int, stacked: bool) -> Place:
@@ -202,7 +203,7 @@ def _latent_attention(arch: Architecture, hf: str, place: Place) -> Iterator[Rul
         yield rows(place(name), {f"{hf}.{hf_name}": shape})
 
 
-def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> Iterator[Rule]:
+def _experts(arch: Architecture, names: TensorNames, hf: str, place: Place) -> Iterator[Rule]:
     """Yield the rules of the router, its expert bias, each expert, and the shared experts, which are one wide MLP."""
     hidden, num_experts = arch["hidden_size"], arch["num_moe_experts"]
     yield rows(place("mlp.router.weight"), {f"{hf}.{names.router}.weight": (num_experts, hidden)})
@@ -223,7 +224,7 @@ def _experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> I
         yield rows(place("mlp.shared_experts.gate_weight"), {f"{hf}.{names.shared}_gate.weight": (1, hidden)})
 
 
-def _fused_experts(arch: Architecture, names: ExpertNames, hf: str, place: Place) -> Iterator[Rule]:
+def _fused_experts(arch: Architecture, names: TensorNames, hf: str, place: Place) -> Iterator[Rule]:
     """Yield the rules of the tensors that hold all experts of a layer."""
     num_experts, hidden, width = arch["num_moe_experts"], arch["hidden_size"], arch["moe_ffn_hidden_size"]
     layers = {"linear_fc1": (f"{names.gate}_{names.up}", hidden, 2 * width), "linear_fc2": (names.down, width, hidden)}
@@ -239,7 +240,7 @@ def _fused_experts(arch: Architecture, names: ExpertNames, hf: str, place: Place
             )
 
 
-def _mlp(name: str, hidden: int, width: int, hf: str, names: ExpertNames, place: Place, *expert: int) -> Iterator[Rule]:
+def _mlp(name: str, hidden: int, width: int, hf: str, names: TensorNames, place: Place, *expert: int) -> Iterator[Rule]:
     """Yield the rules of a gated MLP: gate above up in ``linear_fc1``, and down in ``linear_fc2``."""
     gate_up = {f"{hf}.{names.gate}.weight": (width, hidden), f"{hf}.{names.up}.weight": (width, hidden)}
     yield rows(place(f"{name}.linear_fc1.weight", *expert), gate_up)

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
@@ -39,7 +39,7 @@ def _write_mixtral(arch: dict[str, Any]) -> dict[str, Any]:
 def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
     transformer = window_keys(config, every_layer_if_used(config))
-    transformer |= sparse_layers(config, dense_family="Qwen3ForCausalLM") | softmax_router(config)
+    transformer |= sparse_layers(config, otherwise=": call it Qwen3ForCausalLM") | softmax_router(config)
     num_experts = config.values.get("num_local_experts") or config["num_experts"]  # transformers 5 renames it
     return read_common(
         config,
@@ -52,15 +52,15 @@ def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     )
 
 
-def sparse_layers(config: HFConfig, dense_family: str) -> dict[str, Any]:
+def sparse_layers(config: HFConfig, otherwise: str) -> dict[str, Any]:
     """Return the keys of ``model.transformer`` that say which layers of a Qwen model have experts.
 
-    Raises: ConfigError where no layer has experts; the message names ``dense_family``.
+    Raises: ConfigError where no layer has experts; the message ends with ``otherwise``, which says what to do then.
     """
     step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
     is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
     if not any(is_moe):
-        raise ConfigError(f"config.json of {config.architecture} has no layer with experts: call it {dense_family}")
+        raise ConfigError(f"config.json of {config.architecture} has no layer with experts{otherwise}")
     return {} if all(is_moe) else {"moe_layer_freq": is_moe}
 
 
@@ -76,14 +76,28 @@ def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:
         **write_common(arch),
         **write_rotary(arch),
         "attention_bias": False,
-        "num_experts": arch["num_moe_experts"],
-        "num_experts_per_tok": arch["moe_router_topk"],
-        "moe_intermediate_size": arch["moe_ffn_hidden_size"],
+        **write_experts(arch),
+        "use_sliding_window": arch["window_size"] is not None,
+        **({} if arch["window_size"] is None else {"sliding_window": write_window(arch)}),
+    }
+
+
+def write_experts(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json for a Qwen model's experts: their sizes, their router and their layers."""
+    return {
+        **write_expert_sizes(arch),
         "norm_topk_prob": not arch["moe_router_pre_softmax"],
         "decoder_sparse_step": 1,
         "mlp_only_layers": [layer for layer, moe in enumerate(arch["moe_layer_freq"]) if not moe],
-        "use_sliding_window": arch["window_size"] is not None,
-        **({} if arch["window_size"] is None else {"sliding_window": write_window(arch)}),
+    }
+
+
+def write_expert_sizes(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields of config.json for the number of a Qwen model's experts, the chosen ones and their width."""
+    return {
+        "num_experts": arch["num_moe_experts"],
+        "num_experts_per_tok": arch["moe_router_topk"],
+        "moe_intermediate_size": arch["moe_ffn_hidden_size"],
     }
 
 
@@ -106,7 +120,7 @@ MIXTRAL = Family(
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
-    ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     models="Mixtral 8x7B and 8x22B",
     limits="a sliding window in every layer, or none",
 )

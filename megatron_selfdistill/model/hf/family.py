@@ -11,7 +11,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.attention_windows import windowed_layers
-from megatron_selfdistill.model.hf.decoder import ExpertNames, decoder_rules
+from megatron_selfdistill.model.hf.decoder import TensorNames, decoder_rules
 from megatron_selfdistill.model.hf.rules import Rule
 
 
@@ -51,8 +51,8 @@ class Family:
     """A function from the `architecture` of a model to the fields of config.json."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """The defaults of transformers' configuration class."""
-    expert_names: ExpertNames = field(default_factory=ExpertNames)
-    """The names of the tensors of a mixture of experts."""
+    tensor_names: TensorNames = field(default_factory=TensorNames)
+    """The parts of tensors' names that differ between families."""
     models: str = ""
     """The published models of the family, for users."""
     limits: str = ""
@@ -106,7 +106,7 @@ class Family:
         ``stacked``: whether a torch_dist checkpoint holds all layers under one key.  Null is Megatron's choice for this
         model: stacked, unless the model has both dense and MoE layers.
         """
-        return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.expert_names, stacked)]
+        return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names, stacked)]
 
 
 _NO_PART_OF_A_MODEL = {

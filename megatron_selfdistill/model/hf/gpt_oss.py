@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
@@ -108,7 +108,7 @@ GPT_OSS = Family(
     _read,
     _write,
     _DEFAULTS,
-    ExpertNames(gate="gate", router="router", fused=True),
+    TensorNames(gate="gate", router="router", fused=True),
     quantizations=("mxfp4",),
     models="gpt-oss-20b and gpt-oss-120b",
     limits="`attention_bias=true`, `swiglu_alpha=1.702`; MXFP4 experts become bf16; layers with a window as "

@@ -7,12 +7,13 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.experts import require_experts
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.model.hf.rules import Rule, renamed
+from megatron_selfdistill.model.hf.sigmoid_router import ROUTER_FIELDS, ROUTER_KEYS, require_normalised
 
 _ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
     "attention_bias": ((False, None), "MiniMaxM2ForCausalLM has no biases in attention"),
@@ -31,20 +32,15 @@ def _read(config: HFConfig) -> ModelConfig:
         config.require(name, allowed, otherwise)
     if any(kind != 1 for kind in config["attn_type_list"] or ()):
         raise ConfigError("config.json has an attn_type_list with other layers than 1, which is softmax attention")
-    if config["num_experts_per_tok"] == 1:
-        raise ConfigError("config.json has num_experts_per_tok=1, whose probability Megatron does not normalise")
+    require_normalised(config)
     return read_common(
         config,
         qk_layernorm_all_heads=True,
         num_moe_experts=config["num_local_experts"],
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["intermediate_size"],
-        moe_router_enable_expert_bias=True,
-        moe_router_score_function="sigmoid",
-        transformer={
-            "moe_router_dtype": "fp32",
-            "moe_router_bias_update_rate": 0.0,  # self-distillation does not balance experts
-        },
+        transformer=dict(ROUTER_KEYS),
+        **ROUTER_FIELDS,
         **rotary_fields(read_rope(_with_share(config), partial=True), config),
     )
 
@@ -104,7 +100,7 @@ MINIMAX_M2 = Family(
         "attn_type_list": None,
         **dict.fromkeys(_ALWAYS.keys() - COMMON_DEFAULTS.keys()),
     },
-    ExpertNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
     models="MiniMax-M2 and M2.1",
     limits="`scoring_func=sigmoid`, `use_routing_bias=true`, `qk_norm_type=per_layer`, no shared experts; one of "
     "`rotary_dim` and `partial_rotary_factor`",

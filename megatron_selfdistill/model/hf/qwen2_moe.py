@@ -7,9 +7,9 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
-from megatron_selfdistill.model.hf.experts import require_experts, softmax_router, sparse_layers
+from megatron_selfdistill.model.hf.experts import require_experts, softmax_router, sparse_layers, write_experts
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.model.hf.sliding_windows import SLIDING, every_layer, window_keys
@@ -32,7 +32,7 @@ def _read(config: HFConfig) -> ModelConfig:
         transformer={
             "moe_shared_expert_intermediate_size": shared,
             "moe_shared_expert_gate": True,
-            **sparse_layers(config, dense_family="Qwen2ForCausalLM"),
+            **sparse_layers(config, otherwise=": call it Qwen2ForCausalLM"),
             **softmax_router(config),
         },
         **rotary_fields(read_rope(config), config),
@@ -56,13 +56,8 @@ def _write(arch: dict[str, Any]) -> dict[str, Any]:
         **write_common(arch),
         **write_rotary(arch),
         "qkv_bias": arch["add_qkv_bias"],
-        "num_experts": arch["num_moe_experts"],
-        "num_experts_per_tok": arch["moe_router_topk"],
-        "moe_intermediate_size": arch["moe_ffn_hidden_size"],
+        **write_experts(arch),
         "shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"],
-        "norm_topk_prob": not arch["moe_router_pre_softmax"],
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer, moe in enumerate(arch["moe_layer_freq"]) if not moe],
         "use_sliding_window": False,
     }
 
@@ -85,7 +80,7 @@ QWEN2_MOE = Family(
         "mlp_only_layers": None,
         "sliding_window": 4096,
     },
-    ExpertNames(shared="shared_expert"),
+    TensorNames(shared="shared_expert"),
     models="Qwen1.5-MoE, Qwen2-57B-A14B",
     limits="no sliding window; `qkv_bias` may be true or false; dense layers between the others are allowed",
 )

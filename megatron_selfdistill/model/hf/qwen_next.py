@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.decoder import ExpertNames
+from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.model.hf.experts import softmax_router, sparse_layers, write_expert_sizes, write_experts
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
 
@@ -91,19 +92,10 @@ def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _experts_of_some_layers(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return `_experts` for Qwen3-Next, where layers may be dense and the chosen probabilities may sum to less."""
-    step, dense = config["decoder_sparse_step"], config["mlp_only_layers"] or []
-    is_moe = [int(i not in dense and (i + 1) % step == 0) for i in range(config["num_hidden_layers"])]
-    if not any(is_moe):
-        raise ConfigError(
-            f"config.json of {config.architecture} has no layer with experts (mlp_only_layers, decoder_sparse_step): "
-            "this family is known with experts only"
-        )
+    otherwise = " (mlp_only_layers, decoder_sparse_step): this family is known with experts only"
+    layers = sparse_layers(config, otherwise)
     fields, keys = _experts(config)
-    if not all(is_moe):
-        keys["moe_layer_freq"] = is_moe
-    if not config["norm_topk_prob"]:
-        keys["moe_router_pre_softmax"] = True  # a softmax over the chosen experts alone would sum to 1
-    return fields, keys
+    return fields, keys | layers | softmax_router(config)
 
 
 def _writer(
@@ -136,20 +128,15 @@ def _writer(
 
 
 def _write_experts(arch: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "num_experts": arch["num_moe_experts"],
-        "num_experts_per_tok": arch["moe_router_topk"],
-        "moe_intermediate_size": arch["moe_ffn_hidden_size"],
-        "shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"],
-    }
+    return write_expert_sizes(arch) | _write_shared_expert(arch)
 
 
 def _write_experts_of_some_layers(arch: dict[str, Any]) -> dict[str, Any]:
-    return _write_experts(arch) | {
-        "norm_topk_prob": not arch["moe_router_pre_softmax"],
-        "decoder_sparse_step": 1,
-        "mlp_only_layers": [layer for layer, moe in enumerate(arch["moe_layer_freq"]) if not moe],
-    }
+    return write_experts(arch) | _write_shared_expert(arch)
+
+
+def _write_shared_expert(arch: dict[str, Any]) -> dict[str, Any]:
+    return {"shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"]}
 
 
 _DEFAULTS = COMMON_DEFAULTS | {
@@ -186,7 +173,7 @@ QWEN3_NEXT = Family(
     _reader(_experts_of_some_layers),
     _writer(_write_experts_of_some_layers),
     _DEFAULTS | _EXPERT_DEFAULTS | {"intermediate_size": 5632},
-    ExpertNames(shared="shared_expert", mtp="mtp"),
+    TensorNames(shared="shared_expert", mtp="mtp"),
     models="Qwen3-Next-80B-A3B",
     limits=_LIMITS,
 )
@@ -196,7 +183,7 @@ QWEN3_5 = Family(
     _reader(),
     _writer(),
     _DEFAULTS | {"num_key_value_heads": 4},
-    ExpertNames(fused_projections=False, mtp="mtp"),
+    TensorNames(fused_projections=False, mtp="mtp"),
     models="text models of Qwen3.5",
     limits="as Qwen3-Next; a directory with `Qwen3_5ForConditionalGeneration` is refused",
 )
@@ -206,7 +193,7 @@ QWEN3_5_MOE = Family(
     _reader(_experts),
     _writer(_write_experts),
     _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
-    ExpertNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
+    TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
     models="text models of Qwen3.5 with experts",
     limits="as Qwen3-Next; a directory with `Qwen3_5MoeForConditionalGeneration` is refused",
 )

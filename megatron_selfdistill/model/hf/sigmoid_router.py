@@ -1,5 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The experts of DeepSeek-V3 and GLM-4.5: leading dense layers, shared experts, a sigmoid router with groups."""
+"""The experts of DeepSeek-V3 and GLM-4.5: leading dense layers, shared experts, a sigmoid router with groups.
+
+Other families with a sigmoid router share its fields and its refusal.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,15 @@ from typing import Any
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.hf.family import HFConfig
+
+ROUTER_FIELDS = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
+"""The fields of `ModelConfig` that every sigmoid router with biases has."""
+
+ROUTER_KEYS = {
+    "moe_router_dtype": "fp32",
+    "moe_router_bias_update_rate": 0.0,  # self-distillation does not balance experts
+}
+"""The keys of ``model.transformer`` that every sigmoid router with biases has."""
 
 
 def read_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -18,8 +30,7 @@ def read_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     transformer = {
         "moe_router_topk_scaling_factor": config["routed_scaling_factor"],
         "moe_shared_expert_intermediate_size": config["n_shared_experts"] * config["moe_intermediate_size"],
-        "moe_router_dtype": "fp32",
-        "moe_router_bias_update_rate": 0.0,  # self-distillation does not balance experts
+        **ROUTER_KEYS,
     }
     num_layers, dense = config["num_hidden_layers"], config["first_k_dense_replace"]
     if dense:
@@ -31,8 +42,7 @@ def read_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         "num_moe_experts": config.values.get("num_local_experts") or config["n_routed_experts"],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
-        "moe_router_enable_expert_bias": True,
-        "moe_router_score_function": "sigmoid",
+        **ROUTER_FIELDS,
         "num_passthrough_mtp_layers": _mtp_layers(config),
     }
     return fields, transformer
@@ -45,9 +55,8 @@ def _require_expressible(config: HFConfig) -> None:
     ``topk // group_topk`` experts, while transformers takes the best two.
     """
     config.require("norm_topk_prob", (True,), "Megatron always normalises the probabilities of sigmoid routers")
+    require_normalised(config)
     topk, groups = config["num_experts_per_tok"], config["topk_group"]
-    if topk == 1:
-        raise ConfigError("config.json has num_experts_per_tok=1, whose probability Megatron does not normalise")
     if not config["n_shared_experts"]:
         raise ConfigError(f"config.json has n_shared_experts=0: {config.architecture} always has shared experts")
     if groups > config["n_group"]:
@@ -59,6 +68,12 @@ def _require_expressible(config: HFConfig) -> None:
         )
     if config["first_k_dense_replace"] >= config["num_hidden_layers"]:
         raise ConfigError("config.json has no layer with experts (first_k_dense_replace >= num_hidden_layers)")
+
+
+def require_normalised(config: HFConfig) -> None:
+    """Raise ConfigError for a sigmoid router that chooses one expert, whose probability Megatron leaves as it is."""
+    if config["num_experts_per_tok"] == 1:
+        raise ConfigError("config.json has num_experts_per_tok=1, whose probability Megatron does not normalise")
 
 
 def _mtp_layers(config: HFConfig) -> int:
