@@ -110,11 +110,11 @@ class Job:
         assert self.field("JobState") == "RUNNING", self.text()
         return self
 
-    def start_again_now(self) -> None:
-        """Start a requeued job at once, which otherwise waits for two minutes."""
+    def start_again(self, seconds: int = 3) -> None:
+        """Start a requeued job, which otherwise waits for two minutes, after ``seconds``."""
         wait_until(lambda: self.field("JobState") == "PENDING" and self.restarts() > 0)
         # A job that restarts within a second of its requeue ends with "credential revoked".
-        sh("scontrol", "update", f"JobId={self.id}", "StartTime=now+3")
+        sh("scontrol", "update", f"JobId={self.id}", f"StartTime=now+{seconds}")
 
     def end(self) -> str:
         """Wait for the end of the job and return its state."""
