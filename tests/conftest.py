@@ -95,8 +95,11 @@ def finished(ranks: RankPool, data: Path, shared: SharedDirectories) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    external = {
+        path for path in {item.path for item in items} if any(path.is_relative_to(TESTS / name) for name in NEEDS)
+    }
     for item in items:
-        if any(item.path.is_relative_to(TESTS / directory) for directory in NEEDS):
+        if item.path in external:
             item.add_marker(pytest.mark.external)
     gpu_items = [item for item in items if item.get_closest_marker("gpu")]
     if gpu_items and not hidden_gpus.number(VISIBLE):

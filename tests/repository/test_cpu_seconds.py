@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A file that computes too long is a warning, and fails a session with a limit; waiting is free."""
+"""A file that computes too long is a warning, as are all files together; with a limit it fails the session."""
 
 from __future__ import annotations
 
@@ -43,18 +43,29 @@ def test_a_file_whose_child_processes_compute_too_long_fails_the_session(tmp_pat
     assert len(messages) == 1 and messages[0].startswith("ERROR: test_computing.py took "), done.stdout
 
 
-def test_without_a_limit_a_file_that_computes_too_long_is_a_warning(tmp_path):
-    (tmp_path / "conftest.py").write_text("import cpu_seconds\ncpu_seconds.LIMIT_S = 0.3\n")
+def test_files_that_together_compute_too_long_fail_the_session(tmp_path):
+    done = session(tmp_path, "--file-seconds", "60", "--total-seconds", "0.3")
+    assert done.returncode == 1, done.stdout + done.stderr
+    messages = [line for line in done.stdout.splitlines() if "CPU seconds, expected at most" in line]
+    assert len(messages) == 1 and messages[0].startswith("ERROR: all files together took "), done.stdout
+
+
+def test_without_a_limit_files_that_compute_too_long_are_a_warning(tmp_path):
+    (tmp_path / "conftest.py").write_text("import cpu_seconds\ncpu_seconds.LIMIT_S = cpu_seconds.TOTAL_LIMIT_S = 0.3\n")
     done = session(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "\nWARNING: test_computing.py took " in done.stdout and "ERROR" not in done.stdout, done.stdout
+    assert "\nWARNING: all files together took " in done.stdout, done.stdout
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--file-seconds", "60"], pytest.param(["--file-seconds", "0.3", "-m", ""], marks=pytest.mark.full)],
+    [
+        ["--file-seconds", "60", "--total-seconds", "60"],
+        pytest.param(["--file-seconds", "0.3", "--total-seconds", "0.3", "-m", ""], marks=pytest.mark.full),
+    ],
 )
-def test_a_session_within_the_limit_or_of_all_tests_passes(tmp_path, arguments):
+def test_a_session_within_the_limits_or_of_all_tests_passes(tmp_path, arguments):
     done = session(tmp_path, *arguments)
     assert done.returncode == 0 and "expected at most" not in done.stdout, done.stdout + done.stderr
     assert re.search(r"^CPU seconds: .*test_computing.py (0\.[3-9]|[1-9])", done.stdout, re.MULTILINE), done.stdout

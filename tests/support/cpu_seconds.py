@@ -1,14 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A plugin of pytest: the CPU seconds of every test file, and a warning where ``make test`` spends too many on one.
+"""A plugin of pytest: the CPU seconds of every test file, and a warning where ``make test`` spends too many.
 
-With ``--file-seconds``, as in CI, the warning is an error and fails the session.  Without it, other work on a
-developer's machine does not make ``make test`` fail.
+There is one limit for each file and one for all files together.  With ``--file-seconds`` and ``--total-seconds``, as in
+CI, the warning is an error and fails the session.  Without them, other work on a developer's machine does not make
+``make test`` fail.
 
 Counted are the seconds of this process and of all its descendants, also of those that have ended; waiting does not
 count.  Of the server that forks the ranks (ranks.py) only the ranks count, since all files share its start.
 
 A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work shows how
-much slower the machine is than the one on which the limit was chosen, and the file's seconds are divided by this
+much slower the machine is than the one on which the limits were chosen, and the file's seconds are divided by this
 number.  With pytest-xdist each worker counts its own files, and the main process joins them.  The summary names the ten
 slowest files, and with -v all files.
 """
@@ -24,8 +25,9 @@ import psutil
 import pytest
 
 LIMIT_S = 20.0
+TOTAL_LIMIT_S = 560.0
 REFERENCE_S = 0.004
-"""The CPU seconds of the work of `slowdown` on an idle core of the machine on which the limit was chosen."""
+"""The CPU seconds of the work of `slowdown` on an idle core of the machine on which the limits were chosen."""
 _THIS_PROCESS = psutil.Process()
 _SECONDS: pytest.StashKey[defaultdict[str, float]] = pytest.StashKey()
 _BEFORE: pytest.StashKey[float] = pytest.StashKey()
@@ -67,12 +69,29 @@ def too_slow(seconds: Mapping[str, float], limit: float) -> list[str]:
     ]
 
 
+def too_slow_together(seconds: Mapping[str, float], limit: float) -> list[str]:
+    """Return one message if all files together took longer than the limit."""
+    total = sum(seconds.values())
+    if total <= limit:
+        return []
+    return [
+        f"all files together took {total:.1f} CPU seconds, expected at most {limit:g} in make test: make tests "
+        "cheaper, or mark some of them full"
+    ]
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--file-seconds",
         type=float,
         help="fail where a file takes more CPU seconds without its tests that are marked full, counted on the machine "
         f"for which they were chosen (by default a file that takes more than {LIMIT_S:g} is a warning)",
+    )
+    parser.addoption(
+        "--total-seconds",
+        type=float,
+        help="fail where all files together take more CPU seconds, counted in the same way (by default more than "
+        f"{TOTAL_LIMIT_S:g} are a warning)",
     )
 
 
@@ -106,7 +125,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(config, "workeroutput"):
         seconds = config.stash[_SECONDS]
         config.workeroutput["cpu_seconds"] = dict(seconds)
-    elif _is_limited(config) and _messages(config) and session.exitstatus == pytest.ExitCode.OK:
+    elif session.exitstatus == pytest.ExitCode.OK and any(is_error for is_error, _ in _messages(config)):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -118,17 +137,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if slowest:
         total = sum(seconds.values())
         terminalreporter.write_line(f"CPU seconds: {total:.1f}, of which {', '.join(slowest)}")
-    kind, colour = ("ERROR", "red") if _is_limited(config) else ("WARNING", "yellow")
-    for message in _messages(config):
+    for is_error, message in _messages(config):
+        kind, colour = ("ERROR", "red") if is_error else ("WARNING", "yellow")
         terminalreporter.write_line(f"{kind}: {message}", **{colour: True})
 
 
-def _is_limited(config: pytest.Config) -> bool:
-    return config.getoption("--file-seconds") is not None
-
-
-def _messages(config: pytest.Config) -> list[str]:
+def _messages(config: pytest.Config) -> list[tuple[bool, str]]:
+    """Return every message, and whether it is an error, which it is where the command line has the limit."""
     if config.option.markexpr != "not full":  # another selection than that of make test
         return []
-    seconds, limit = config.stash[_SECONDS], config.getoption("--file-seconds")
-    return too_slow(seconds, LIMIT_S if limit is None else limit)
+    found = []
+    for option, default, messages_of in (
+        ("--file-seconds", LIMIT_S, too_slow),
+        ("--total-seconds", TOTAL_LIMIT_S, too_slow_together),
+    ):
+        limit = config.getoption(option)
+        messages = messages_of(config.stash[_SECONDS], default if limit is None else limit)
+        found += [(limit is not None, message) for message in messages]
+    return found
