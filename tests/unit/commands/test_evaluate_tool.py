@@ -205,18 +205,13 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(direc
     assert example == '  held.jsonl:7: the answer "163", the end of the response "so the answer is 163."'
 
 
+# test_refusals.py has what is refused without a look at the model and the data.
 BAD_INPUT = {
-    "an unknown key": (["rollout.temprature=1"], "did you mean 'rollout.temperature'"),
-    "a key that an option sets": (["evaluation.path=x.jsonl"], "use --data"),
-    "a missing file": (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
-    "a missing checkpoint": (["--megatron", "nowhere"], "nowhere"),
     "another iteration": (["--iteration", "7"], "has no iteration 7"),
-    "too few samples": (["--pass-at-k", "8"], "pass@k from 1 to the 4 samples"),
     "too few votes": (["--majority-at-k", "5"], "majority@k from 1 to the 4 samples"),
     "no such verifier": (["evaluation.verifier=best"], "dotted path"),
     "a prompt that does not fit": (["data.max_length=20"], "a prompt of at most 6 tokens"),
     "another architecture": (["model.num_layers=3"], "model.num_layers is 3"),
-    "a layout that does not fit": (["parallel.pipeline_model_parallel_size=2"], "multiple of TP x PP x CP"),
 }
 
 

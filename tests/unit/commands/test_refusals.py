@@ -3,14 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from forked_programs import Done, ForkedPrograms
 from tiers import combinations
 
 from megatron_selfdistill import prechecks
@@ -22,21 +22,8 @@ from megatron_selfdistill.plan.plan_checks import check_plan
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors wandb".split()
 
-# Runs a command as its own main module, then prints its status and the heavy modules that it has imported.
-RUN = """
-import json, runpy, sys
-command, *sys.argv[1:] = sys.argv[1:]
-sys.argv[0], status = command, 0
-try:
-    if command.endswith(".py"):
-        runpy.run_path(command, run_name="__main__")
-    else:
-        runpy.run_module(command, run_name="__main__", alter_sys=True)
-except SystemExit as end:
-    status = end.code or 0
-heavy = json.loads(sys.stdin.read())
-print("@", json.dumps([status, sorted(set(heavy) & set(sys.modules))]))
-"""
+# What every command imports before its checks; a heavy module among it would show in every command.
+LIGHT = ["hydra", "megatron_selfdistill.config", "megatron_selfdistill.prechecks"]
 TRAIN = "megatron_selfdistill.train"
 PROGRAM = "megatron_selfdistill"
 """Run as ``python -m`` runs it, which is what ``selfdistill`` runs, too."""
@@ -155,26 +142,22 @@ def directory(tmp_path_factory) -> Path:
     return directory
 
 
-def run(directory: Path, *command: str) -> tuple[int, list[str], str]:
-    """Status, heavy modules that were imported, and what stands on standard error."""
-    return run_and_read(directory, *command)[:3]
+@pytest.fixture(scope="module")
+def run(directory) -> Iterator[Callable[..., Done]]:
+    """Return a function that runs a command in the directory."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    with ForkedPrograms(sys.executable, LIGHT, environment | {"PYTHONPATH": str(REPOSITORY)}) as programs:
+        yield lambda *command: programs.run(*command, cwd=directory)
 
 
-def run_and_read(directory: Path, *command: str) -> tuple[int, list[str], str, str]:
-    """`run`, and what stands on standard output."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, *command],
-        cwd=directory,
-        env=environment | {"PYTHONPATH": str(REPOSITORY)},
-        input=json.dumps(HEAVY),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("@ ")]
-    status, heavy = json.loads(line[2:])
-    return status, heavy, done.stderr, done.stdout
+def heavy_modules(done: Done) -> set[str]:
+    return set(HEAVY) & done.modules
+
+
+def test_a_heavy_module_is_seen(run, directory):
+    (directory / "heavy.py").write_text("import numpy\n")
+    assert heavy_modules(run(directory / "heavy.py")) == {"numpy"}
+    (directory / "heavy.py").unlink()
 
 
 SERVE = "megatron_selfdistill.rollout.vllm.server.serve"
@@ -189,10 +172,10 @@ SERVE = "megatron_selfdistill.rollout.vllm.server.serve"
     ],
     ids=["an option", "a host", "a node"],
 )
-def test_a_server_refuses_before_it_imports_anything_heavy(directory, arguments, words):
-    status, heavy, error = run(directory, SERVE, *arguments)
-    assert status != 0 and heavy == []
-    assert words in f"{status}{error}" and "Traceback" not in error  # sys.exit takes a message for its status
+def test_a_server_refuses_before_it_imports_anything_heavy(run, arguments, words):
+    done = run(SERVE, *arguments)
+    assert done.status != 0 and heavy_modules(done) == set()
+    assert words in done.stderr and "Traceback" not in done.stderr
 
 
 @combinations(
@@ -214,28 +197,29 @@ def test_a_server_refuses_before_it_imports_anything_heavy(directory, arguments,
     },
     strength=1,
 )
-def test_a_refusal_imports_nothing_heavy_and_writes_nothing(directory, case):
+def test_a_refusal_imports_nothing_heavy_and_writes_nothing(run, directory, case):
     command, words = CASES[case]
     before = sorted(directory.rglob("*"))
-    status, heavy, error = run(directory, *command)
-    assert (status, heavy) == (2, []), error
-    assert words in error and "Traceback" not in error
+    done = run(*command)
+    assert (done.status, heavy_modules(done)) == (2, set()), done.stderr
+    assert words in done.stderr and "Traceback" not in done.stderr
     assert sorted(directory.rglob("*")) == before
 
 
 @combinations(
     command=[PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], quick={"command": [PROGRAM, DOCTOR]}, strength=1
 )
-def test_help_imports_nothing_heavy(directory, command):
-    assert run(directory, command, "--help")[:2] == (0, [])
+def test_help_imports_nothing_heavy(run, command):
+    done = run(command, "--help")
+    assert (done.status, heavy_modules(done)) == (0, set())
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(directory, name):
-    status, heavy, _, output = run_and_read(directory, PROGRAM, name, "--help")
-    assert (status, heavy) == (0, [])
-    assert f"usage: selfdistill {name} " in output
-    assert re.search(rf"^ +selfdistill {name}\b", output, re.MULTILINE), "an example"
+def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(run, name):
+    done = run(PROGRAM, name, "--help")
+    assert (done.status, heavy_modules(done)) == (0, set())
+    assert f"usage: selfdistill {name} " in done.stdout
+    assert re.search(rf"^ +selfdistill {name}\b", done.stdout, re.MULTILINE), "an example"
 
 
 def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started_from_nor_its_architecture(tmp_path):

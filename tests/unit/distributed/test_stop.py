@@ -182,6 +182,7 @@ def test_signals_are_noted_before_torch_is_imported():
     assert done.returncode == 2 and "noted [10, 15]" in done.stderr, done.stderr
 
 
+@pytest.mark.full
 def test_ctrl_c_stops_a_run_as_term_does(ranks, data, tmp_path):
     train(ranks, overrides(data, tmp_path / "run"), start=asked, at="update", step=0, numbers=[signal.SIGINT], who=[0])
     assert saved_step(tmp_path / "run") == 1

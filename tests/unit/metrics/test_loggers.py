@@ -137,6 +137,7 @@ def refusals_of_wandb(home: str) -> list[str]:
     return messages
 
 
+@pytest.mark.full  # importing wandb takes seconds
 def test_wandb_is_refused_without_a_key_unless_its_mode_needs_none(ranks, tmp_path):
     [[without, offline, with_key]] = ranks.run(refusals_of_wandb, str(tmp_path), world_size=1, init_process_group=False)
     assert without.startswith("metrics.loggers: wandb has no key: run `wandb login`, set WANDB_API_KEY")

@@ -127,8 +127,8 @@ def test_the_first_part_that_does_not_fit_is_named(overrides, words):
     "part",
     [
         ["schedule.max_tokens=65536"],
-        ["cluster.gpu_memory_gb=40"],
-        ["cluster.host_memory_gb=100", "teacher.offload=cpu"],
+        pytest.param(["cluster.gpu_memory_gb=40"], marks=pytest.mark.full),
+        pytest.param(["cluster.host_memory_gb=100", "teacher.offload=cpu"], marks=pytest.mark.full),
     ],
     ids=["training", "sampling", "host"],
 )

@@ -245,10 +245,14 @@ HF_CONFIGS |= {recipe: HF_CONFIGS[recipe.removesuffix("_lora")] for recipe in _A
 REAL_SIZES = sorted(PUBLISHED)
 
 
+QUICK = ("qwen3_8b", "qwen3_32b", "qwen3_32b_lora", "gpt_oss_120b")
+"""A recipe of each kind: dense, with pipeline stages, with adapters, with experts.  Plans of larger models, and of
+latent attention, take seconds each."""
+
+
 def each(recipes: Iterable[str]) -> pytest.MarkDecorator:
-    """Parametrize over ``recipes``; in make test without Kimi-K2's, whose plans take many seconds."""
-    full = pytest.mark.full
-    cases = [pytest.param(recipe, marks=full) if recipe.startswith("kimi") else recipe for recipe in recipes]
+    """Parametrize over ``recipes``; in make test over those of `QUICK`."""
+    cases = [pytest.param(recipe, marks=() if recipe in QUICK else pytest.mark.full) for recipe in recipes]
     return pytest.mark.parametrize("recipe", cases)
 
 
@@ -284,7 +288,7 @@ def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
 
 @combinations(
     recipe=sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)),
-    quick={"recipe": ["chat_logs", "default", "grpo", "rft"]},
+    quick={"recipe": ["chat_logs", "grpo"]},
     strength=1,
 )
 def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
@@ -298,7 +302,7 @@ def test_parameters_are_those_of_the_published_model(recipe):
     assert plan_of(recipe).parameters == PUBLISHED[recipe]
 
 
-@each(WHOLE)
+@pytest.mark.parametrize("recipe", WHOLE)
 def test_the_architecture_is_that_of_the_public_config(recipe):
     published = HF_CONFIGS[recipe]
     assert differences(family_of(published).model_config(published), config_of(recipe).model) == {}
@@ -311,7 +315,7 @@ def test_the_tensors_of_a_hugging_face_directory_add_up_to_the_same_model(recipe
     for rule in family_of(HF_CONFIGS[recipe]).rules(model):
         if not rule.is_passthrough and not rule.hf_names[0].endswith("e_score_correction_bias"):
             total += sum(functools.reduce(lambda a, b: a * b, shape) for shape in rule.hf_shapes)
-    assert total == plan_of(recipe).parameters
+    assert total == PUBLISHED[recipe]
 
 
 @each(REAL_SIZES)
@@ -338,9 +342,9 @@ def test_no_recipe_leaves_its_engines_idle(recipe):
     [
         ("qwen3_8b", 16, 144),
         ("qwen3_32b", 10, 64),
-        ("qwen3_235b_a22b", 16, 47),
+        pytest.param("qwen3_235b_a22b", 16, 47, marks=pytest.mark.full),
         ("gpt_oss_120b", 16, 18),
-        ("deepseek_v3", 16, 68.625),
+        pytest.param("deepseek_v3", 16, 68.625, marks=pytest.mark.full),
     ],
 )
 def test_a_cache_holds_the_mean_sequence_half_written(recipe, cache_gb, kib):
@@ -354,11 +358,17 @@ def test_a_cache_holds_the_mean_sequence_half_written(recipe, cache_gb, kib):
 
 def test_a_mixture_of_experts_reads_more_than_it_computes():
     assert engines_of("qwen3_8b").balance == pytest.approx(BALANCE)
+    active = 5.13 + 0.58  # as published, and the embedding, which its authors leave out
+    assert engines_of("gpt_oss_120b").balance == pytest.approx(BALANCE * 116.83 / active, rel=0.02)
+
+
+@pytest.mark.full
+def test_larger_mixtures_of_experts_read_more_than_they_compute():
     assert engines_of("qwen3_235b_a22b").balance == pytest.approx(BALANCE * 235.09 / 22.19, rel=0.01)
     assert engines_of("deepseek_v3").balance == pytest.approx(BALANCE * 671.03 / 37.5, rel=0.02)
 
 
-@combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b", "deepseek_v3"]}, strength=1)
+@combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b", "qwen3_32b"]}, strength=1)
 def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, capsys):
     assert main([f"recipe={recipe}", "dry_run=true", "run_dir=my runs/first"]) == 0
     out = capsys.readouterr().out
@@ -396,7 +406,7 @@ def test_a_recipe_is_the_default_one_at_another_size():
     assert real.teacher.weights == default.teacher.weights
 
 
-@combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b"]}, strength=1)
+@pytest.mark.parametrize("recipe", ["qwen3_8b"])
 def test_a_group_wins_over_a_recipes_own_values(recipe, tmp_path):
     (tmp_path / "parallel").mkdir()
     (tmp_path / "parallel" / "two.yaml").write_text("tensor_model_parallel_size: 2\n")

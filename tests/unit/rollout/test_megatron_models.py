@@ -152,16 +152,17 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
     "windows": ({"transformer": {"window_size": [5, 0], "window_attn_skip_freq": 2}}, "fp32", None),
     "windows and sinks": (
         {
+            "num_layers": 4,
             "transformer": {
                 "window_size": [3, 0],
                 "window_attn_skip_freq": [0, 1, 1, 0],
                 "softmax_type": "learnable",
-            }
+            },
         },
         "fp32",
         ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
     ),
-    "gated delta nets": (dataclasses.asdict(model_config("gated_delta")), "fp32", None),
+    "gated delta nets": (dataclasses.asdict(model_config("gated_delta", num_layers=2)), "fp32", None),
     "experts with biases": (
         {
             "num_moe_experts": 4,
@@ -201,7 +202,8 @@ def write_special(config: ParallelConfig) -> dict[str, tuple[list[Response], flo
     found = {}
     for name, (changes, precision, schedule) in SPECIAL.items():
         optimizer = OptimizerConfig(precision=precision)
-        chunks, grid = build(model_config(**changes), config, optimizer=optimizer, schedule=schedule)
+        model = model_config(**({"num_layers": 2} | changes))  # one layer on each stage
+        chunks, grid = build(model, config, optimizer=optimizer, schedule=schedule)
         responses = sampler_of(chunks, grid).generate(make_requests(), GREEDY)
         log_prob = None
         if grid.world_size == 1:

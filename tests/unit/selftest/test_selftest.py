@@ -28,10 +28,13 @@ SOUND = dict.fromkeys(CHECKS, "ok") | {CHECKS[2]: "not done"}
 """On a CPU."""
 
 
-def self_tested(fault: str, faulty_rank: int | None = None, only: Sequence[str] = CHECKS) -> tuple[int, str]:
+def self_tested(
+    fault: str, faulty_rank: int | None = None, only: Sequence[str] = CHECKS, *, warm_up: bool = True
+) -> tuple[int, str]:
     """Return the exit status and the output of this rank, with a fault on all ranks or on one.
 
-    ``only``: the checks that run.
+    ``only``: the checks that run.  Without ``warm_up`` they begin at once: it does all that they do, so it finds faults
+    of its own, but no check depends on it.
     """
     from megatron_selfdistill.selftest import node_test
 
@@ -39,6 +42,8 @@ def self_tested(fault: str, faulty_rank: int | None = None, only: Sequence[str] 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(doctor, "examine", lambda ranks, **options: examine(ranks, imports=False))
         patch.setattr(node_test, "CHECKS", {name: node_test.CHECKS[name] for name in only})
+        if not warm_up:
+            patch.setattr(node_test, "warm_up", lambda launch, phase: None)
         if faulty_rank in (None, int(os.environ["RANK"])):
             FAULTS[fault](patch)
         status = doctor.main(["--selftest", "--sampler", "megatron", *PATIENT])
@@ -142,7 +147,8 @@ FAULTS = {fault.__name__: fault for fault in (*CAUGHT.values(), an_engine_that_i
 
 @combinations(check=CHECKS, quick={"check": ["save and resume"]}, strength=1)
 def test_a_fault_fails_the_check_that_is_made_for_it_and_no_other(ranks, check):
-    [(status, table)] = ranks.run(self_tested, CAUGHT[check].__name__, world_size=1, init_process_group=False)
+    options = {"warm_up": False, "world_size": 1, "init_process_group": False}
+    [(status, table)] = ranks.run(self_tested, CAUGHT[check].__name__, **options)
     assert verdicts(table) == SOUND | {check: "FAILURE"}, table
     assert status == 1
     assert table.rstrip().splitlines()[-1].endswith(f" s: {check}")
