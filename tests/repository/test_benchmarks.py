@@ -192,8 +192,8 @@ def test_files_hold_the_sizes_before_one_that_ends_the_run(ranks, tmp_path):
 
 @pytest.mark.parametrize(
     ("launcher", "fused"),
-    [([], "none"), ([], "keep_gradient"), (TWO_RANKS, "low_memory")],
-    ids=["one rank", "keep_gradient", "TP2, low_memory"],
+    [([], "none"), (TWO_RANKS, "low_memory")],
+    ids=["one rank", "TP2, low_memory"],
 )
 @pytest.mark.full
 def test_a_step_is_measured_by_parts(tmp_path, launcher, fused):

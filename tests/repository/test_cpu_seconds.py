@@ -34,7 +34,11 @@ def session(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str
     return subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("workers", [[], ["-p", "xdist", "-n", "2", "--dist", "loadfile"]], ids=["alone", "xdist"])
+@pytest.mark.parametrize(
+    "workers",
+    [pytest.param([], marks=pytest.mark.full), ["-p", "xdist", "-n", "2", "--dist", "loadfile"]],
+    ids=["alone", "xdist"],
+)
 def test_a_file_whose_child_processes_compute_too_long_fails_the_session(tmp_path, workers):
     done = session(tmp_path, "--file-seconds", "0.3", *workers)
     assert done.returncode == 1, done.stdout + done.stderr

@@ -125,7 +125,7 @@ def worst(some: list[Tensor], others: list[Tensor]) -> float:
     return max(float((a.double() - b.double()).abs().max()) for a, b in zip(some, others, strict=True))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", [pytest.param("fp32", marks=pytest.mark.full), "bf16"])
 def test_the_average_equals_one_in_float64_over_20_steps(ranks, precision):
     (seen,) = ranks.run(average_against_float64, Setup(precision=precision), 20, world_size=1)
     assert seen["difference"] < 3e-6, "rounding of float32 only"

@@ -71,7 +71,7 @@ SAME_LAYOUT = {
 }
 
 
-@combinations(name=list(SAME_LAYOUT), quick={"name": ["TP1 bf16", "DP2 overlapped", "PP2xVPP2", "EP2"]}, strength=1)
+@combinations(name=list(SAME_LAYOUT), quick={"name": ["DP2 overlapped", "PP2xVPP2", "EP2"]}, strength=1)
 def test_resuming_in_the_same_layout_is_bit_for_bit_never_having_stopped(ranks, tmp_path, name):
     world_size, setup = SAME_LAYOUT[name]
     ends = ranks.run(save_and_resume, setup, tmp_path, world_size=world_size)

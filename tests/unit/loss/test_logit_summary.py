@@ -76,8 +76,9 @@ def test_k_of_a_mix_with_the_student_is_that_of_whole_rows():
     check(errors_of_k(list(pairs(4096, 1)), TARGETS))
 
 
-def test_k_of_a_mix_with_a_reference_is_that_of_whole_rows():
-    check(errors_of_k(triples(4096, 1), ANCHORED))
+@pytest.mark.parametrize("weights", [[0.75], pytest.param([0.25, 0.75, 3.0], marks=pytest.mark.full)], ids=str)
+def test_k_of_a_mix_with_a_reference_is_that_of_whole_rows(weights):
+    check(errors_of_k(triples(4096, 1), [target for target in ANCHORED if target.teacher_weight in weights]))
 
 
 @pytest.mark.full

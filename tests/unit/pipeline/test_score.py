@@ -36,14 +36,12 @@ from megatron_selfdistill.rollout.base import Response
 LAYOUTS = {
     "one rank": (1, {}),
     "DP2": (2, {}),
-    "TP2": (2, {"tp": 2}),
     "TP2+SP": (2, {"tp": 2, "sp": True}),
-    "PP2": (2, {"pp": 2}),
     "CP2": (2, {"cp": 2}),
     "PP2xVPP2": (2, {"pp": 2, "vpp": 2}),
     "TP2xPP2xVPP2+SP": (4, {"tp": 2, "sp": True, "pp": 2, "vpp": 2}),
 }
-QUICK = ["DP2", "TP2+SP", "PP2xVPP2"]
+QUICK = ["TP2+SP", "PP2xVPP2"]
 
 CHUNKS = [Fusion("low_memory", tokens) for tokens in (1, 1000)]
 FUSIONS = [None, Fusion("low_memory", 5), Fusion("keep_gradient", 7)]
