@@ -20,7 +20,9 @@ def outcomes(ranks) -> Outcomes:
     return Outcomes(ranks)
 
 
-@combinations(name=list(LAYOUTS), order=ORDERS, output_layer=OUTPUT_LAYERS, quick={"name": QUICK}, strength=1)
+@combinations(
+    name=list(LAYOUTS), order=ORDERS, output_layer=OUTPUT_LAYERS, quick={"name": QUICK}, strength=1, full_strength=2
+)
 def test_gradients_equal_those_of_one_rank(outcomes, name, order, output_layer):
     kind, cuts, world_size = LAYOUTS[name]
     alone, expected, _ = outcomes(dataclasses.replace(ANCHORED, kind=kind))
@@ -39,7 +41,7 @@ def test_the_reference_changes_the_gradient(outcomes):
     assert worst_difference(without, with_reference)[0] > 0.1
 
 
-@pytest.mark.parametrize("kind", ["gqa", "tied"])
+@pytest.mark.parametrize("kind", ["shallow", pytest.param("tied", marks=pytest.mark.full)])
 def test_the_loss_of_a_step_is_that_of_the_definition(ranks, outcomes, kind):
     case = dataclasses.replace(ANCHORED, kind=kind)
     (expected,) = ranks.run(loss_by_definition, case, world_size=1)

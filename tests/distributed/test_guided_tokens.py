@@ -27,22 +27,24 @@ from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 
 W, GUIDED_W = 0.5, 2.0
 ANCHORED = Target(anchor="reference", teacher_weight=W)
-BOTH = Case(target=ANCHORED, guided=GuidedTokens(GUIDED_W, Divergence("forward_kl")))
+BOTH = Case(kind="shallow", target=ANCHORED, guided=GuidedTokens(GUIDED_W, Divergence("forward_kl")))
 CASES = {
     "weight and divergence": BOTH,
     "weight": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W)),
     "weight, reference of its own": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W), reference_copy=True),
-    "divergence": Case(target=Target(teacher_weight=W), guided=GuidedTokens(None, Divergence("jsd", 0.3))),
+    "divergence": Case(
+        kind="shallow", target=Target(teacher_weight=W), guided=GuidedTokens(None, Divergence("jsd", 0.3))
+    ),
 }
 LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
-    "TP2+SP": ("gqa", parallel(tp=2, sp=True), 2),
-    "PP2": ("gqa", parallel(pp=2), 2),
-    "CP2": ("gqa", parallel(cp=2), 2),
+    "TP2+SP": ("shallow", parallel(tp=2, sp=True), 2),
+    "PP2": ("shallow", parallel(pp=2), 2),
+    "CP2": ("shallow", parallel(cp=2), 2),
     "TP2 tied": ("tied", parallel(tp=2), 2),
     "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
-    "DP2": ("gqa", parallel(), 2),
+    "DP2": ("shallow", parallel(), 2),
     "EP2": ("moe", parallel(ep=2), 2),
-    "CP2xPP2": ("gqa", parallel(cp=2, pp=2), 4),
+    "CP2xPP2": ("shallow", parallel(cp=2, pp=2), 4),
 }
 QUICK = ["TP2+SP", "PP2", "CP2"]
 ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}
@@ -69,6 +71,7 @@ def is_new(name: str, own: Case, order: dict[str, Any], output_layer: Fusion | N
     output_layer=OUTPUT_LAYERS,
     quick={"name": QUICK},
     strength=1,
+    full_strength=2,
     valid=is_new,
 )
 def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_layer):

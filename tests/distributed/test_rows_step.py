@@ -30,6 +30,7 @@ def outcomes(ranks):
     pair_order=["teacher_first", "alternating"],
     quick={"name": ONE_PER_AXIS},
     strength=1,
+    full_strength=1,
 )
 def test_rows_have_the_gradients_of_packed_sequences(outcomes, name, pair_order, record_property):
     case, world_size = case_of(name, unpacked=True, pair_order=pair_order, paired=True, max_tokens=MAX_TOKENS)
@@ -38,11 +39,12 @@ def test_rows_have_the_gradients_of_packed_sequences(outcomes, name, pair_order,
 
 
 @combinations(
-    name=LAYOUTS,
+    name=["TP2+SP", "PP2xVPP2", "DP2", "EP2", "TP2xPP2+SP"],
     anchor=["student", "reference"],
     fused=[None, "keep_gradient", "low_memory"],
     quick={"name": ["TP2+SP"]},
     strength=1,
+    full_strength=2,
 )
 def test_rows_carry_the_states_of_teacher_and_reference_to_the_right_tokens(outcomes, name, anchor, fused):
     case, world_size = case_of(

@@ -44,6 +44,7 @@ def can_be(name: str, apart: str, order: dict, output_layer: Fusion | None) -> b
     output_layer=OUTPUT_LAYERS,
     quick={"name": ["TP2+SP", "PP2xVPP2", "CP2"]},
     strength=1,
+    full_strength=2,
     valid=can_be,
 )
 def test_gradients_equal_those_of_one_rank(outcomes, name, apart, order, output_layer):

@@ -78,6 +78,14 @@ def test_a_mapping_names_its_values():
     ]
 
 
+def test_with_a_strength_of_their_own_the_full_cases_are_those_that_the_cover_of_this_strength_adds():
+    mark = combinations(**AXES, strength=1, full_strength=2)
+    cases = list(itertools.product(*AXES.values()))
+    assert [param.values for param in params(mark) if not is_full(param)] == cover_of(cases, 1)
+    assert pairs(param.values for param in params(mark)) == pairs(cases)
+    assert len(params(mark)) < len(cases)
+
+
 def test_a_quick_value_that_the_axis_lacks_is_refused():
     with pytest.raises(ValueError, match=r"expected values of the axis layout, got \['TP3'\]; it has \['TP2'"):
         combinations(**AXES, quick={"layout": ["TP3"]})

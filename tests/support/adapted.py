@@ -35,7 +35,7 @@ class AdaptedCase:
 
 
 def run(job: AdaptedCase) -> layouts.Outcome:
-    """Run ``job`` on this rank; return loss and gradients of the first step, and the parameters after the last one."""
+    """Run ``job`` on this rank; return the loss, the gradients of the first step, and the parameters at the end."""
     case = job.case
     model = models.model_config(case.kind, **case.model_changes)
     chunks, grid = models.build(model, case.parallel, optimizer=case.optimizer, schedule=case.schedule)
@@ -78,10 +78,10 @@ def run(job: AdaptedCase) -> layouts.Outcome:
     assert outcome is not None
     if case.optimizer.use_distributed_optimizer:
         outcome.grads = {}
-    if case.steps:
+    if case.optimizer.overlap_param_gather:
         for chunk in student:
-            chunk.start_param_sync(force_sync=True) if case.optimizer.overlap_param_gather else None
-        outcome.params = layouts.shards(student, lambda p: p.detach())
+            chunk.start_param_sync(force_sync=True)
+    outcome.params = layouts.shards(student, lambda p: p.detach())
     return outcome
 
 

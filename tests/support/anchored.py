@@ -17,7 +17,7 @@ from megatron_selfdistill.loss.target import Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.output_layer import Fusion
 
-ANCHORED = Case(target=Target(anchor="reference", teacher_weight=0.5))
+ANCHORED = Case(kind="shallow", target=Target(anchor="reference", teacher_weight=0.5))
 APART = {
     "average teacher": dataclasses.replace(ANCHORED, teacher="ema", reference_copy=True),
     "current teacher": dataclasses.replace(ANCHORED, teacher="current", reference_copy=True),
@@ -25,13 +25,13 @@ APART = {
 }
 """The cases in which one projection cannot serve teacher and reference."""
 LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {
-    "TP2+SP": ("gqa", parallel(tp=2, sp=True), 2),
+    "TP2+SP": ("shallow", parallel(tp=2, sp=True), 2),
     "PP2 tied": ("tied", parallel(pp=2), 2),
     "PP2xVPP2": ("gqa", parallel(pp=2, vpp=2), 2),
-    "CP2": ("gqa", parallel(cp=2), 2),
-    "DP2": ("gqa", parallel(), 2),
+    "CP2": ("shallow", parallel(cp=2), 2),
+    "DP2": ("shallow", parallel(), 2),
     "EP2": ("moe", parallel(ep=2), 2),
-    "CP2xPP2": ("gqa", parallel(cp=2, pp=2), 4),
+    "CP2xPP2": ("shallow", parallel(cp=2, pp=2), 4),
     "EP2xTP2+SP": ("moe", parallel(ep=2, tp=2, etp=1, sp=True), 2),
 }
 ORDERS = {"teacher first": {}, "alternating": {"pair_order": "alternating", "paired": True}}

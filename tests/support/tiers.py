@@ -15,15 +15,18 @@ Combination = tuple[str, ...]
 def combinations(
     *,
     strength: int = 2,
+    full_strength: int | None = None,
     quick: Mapping[str, Collection[str]] | None = None,
     valid: Callable[..., bool] = lambda **values: True,
     **axes: Mapping[str, Any] | Iterable[Any],
 ) -> pytest.MarkDecorator:
-    """Parametrize a test over all valid combinations of the axes' values; mark those ``full`` that the cover leaves.
+    """Parametrize a test over the valid combinations of the axes' values; mark those ``full`` that the cover leaves.
 
-    The cover has every combination of the values of any ``strength`` axes at least once: 2 covers pairwise, 1 has every
-    value once.  An axis is a mapping from names to values, or values that name themselves.  ``quick`` names the values
-    of an axis that occur in the cover; of other axes all values do.  ``valid`` is called with one value per axis.
+    With ``full_strength``, only those combinations are full which a cover of this strength has beside the first one.
+    The first cover has every combination of the values of any ``strength`` axes at least once: 2 covers pairwise, 1 has
+    every value once.  An axis is a mapping from names to values, or values that name themselves.  ``quick`` names the
+    values of an axis that occur in the first cover; of other axes all values do.  ``valid`` is called with one value
+    per axis.
     """
     named = {axis: _named(values) for axis, values in axes.items()}
     cases = [
@@ -36,7 +39,8 @@ def combinations(
         if unknown := names - named[axis].keys():
             raise ValueError(f"expected values of the axis {axis}, got {sorted(unknown)}; it has {list(named[axis])}")
     candidates = [case for case in cases if all(case[list(named).index(axis)] in allowed[axis] for axis in allowed)]
-    cover = set(cover_of(candidates, strength))
+    cover = cover_of(candidates, strength)
+    chosen = set(cases if full_strength is None else cover + cover_of(cases, full_strength, known=cover))
     params = [
         pytest.param(
             *(values[name] for values, name in zip(named.values(), case, strict=True)),
@@ -44,17 +48,21 @@ def combinations(
             marks=() if case in cover else pytest.mark.full,
         )
         for case in cases
+        if case in chosen
     ]
     return pytest.mark.parametrize(tuple(named) if len(named) > 1 else next(iter(named)), params)
 
 
-def cover_of(cases: Iterable[Combination], strength: int) -> list[Combination]:
-    """Return few of the cases that have every ``strength`` values which occur together in a case; chosen greedily."""
+def cover_of(cases: Iterable[Combination], strength: int, known: Iterable[Combination] = ()) -> list[Combination]:
+    """Return few of the cases that have every ``strength`` values which occur together in a case; chosen greedily.
+
+    The cases in ``known`` have been chosen before.
+    """
     tuples = {
         case: {frozenset(part) for part in itertools.combinations(enumerate(case), min(strength, len(case)))}
         for case in cases
     }
-    missing = set().union(*tuples.values()) if tuples else set()
+    missing = set().union(*tuples.values()).difference(*(tuples[case] for case in known))
     cover = []
     while missing:
         best = max(tuples, key=lambda case: len(tuples[case] & missing))  # the first of equals
