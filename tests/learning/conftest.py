@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,13 +30,18 @@ def load_example():
 
 
 @pytest.fixture
-def shorten_pretraining(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, int], None]:
-    """Return a function that sets the steps of pretraining of a module's task, for one test."""
+def shorten(monkeypatch: pytest.MonkeyPatch) -> Callable[[ModuleType, int, int], None]:
+    """Return a function that sets the steps of pretraining and the number of held-out problems of a module's task.
 
-    def shorten(module: ModuleType, num_steps: int) -> None:
-        monkeypatch.setattr(module, "TASK", dataclasses.replace(module.TASK, pretraining_steps=num_steps))
+    The settings last for one test.
+    """
 
-    return shorten
+    def set_both(module: ModuleType, num_steps: int, num_held_out: int = 20) -> None:
+        task = module.TASK
+        few = {"held_out_problems": lambda: task.held_out_problems()[:num_held_out]}
+        monkeypatch.setattr(module, "TASK", dataclasses.replace(task, pretraining_steps=num_steps, **few))
+
+    return set_both
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,8 +59,20 @@ def root(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def base(root):
-    """Return the fully pretrained base of the quickstart with seed 5."""
+def base(root, shared):
+    """Return the fully pretrained base of the quickstart with seed 5, which one worker makes for all."""
     from _lib import pretraining, subtraction
 
+    made = shared.get("bases", lambda directory: pretraining.make_base(subtraction.TASK, 5, directory))
+    shutil.copytree(made, root / "bases", dirs_exist_ok=True)
     return pretraining.make_base(subtraction.TASK, 5, root / "bases")
+
+
+@pytest.fixture(scope="session")
+def brief_root(base, tmp_path_factory):
+    """Return the ``--directory`` of examples that only run to their end: with the base, and few held-out problems."""
+    directory = tmp_path_factory.mktemp("brief_runs")
+    copy = Path(shutil.copytree(base.directory, directory / "bases" / base.directory.name))
+    held_out = (copy / base.held_out.name).read_text().splitlines(keepends=True)
+    (copy / base.held_out.name).write_text("".join(held_out[:20]))
+    return directory

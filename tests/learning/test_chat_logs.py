@@ -43,10 +43,10 @@ def test_a_quarter_of_the_corpus_are_conversations_whose_attempts_are_wrong():
 
 
 @pytest.mark.full
-def test_a_base_learns_from_its_own_logs_without_sampling(load_example, root, monkeypatch, shorten_pretraining):
+def test_a_base_learns_from_its_own_logs_without_sampling(load_example, root, monkeypatch, shorten):
     example = load_example("08_chat_logs")
     monkeypatch.setattr(example, "NUM_SESSIONS", 60)
-    shorten_pretraining(subtraction_chats, 100)
+    shorten(subtraction_chats, 100)
     assert example.main(["--steps", "2", "--directory", str(root)]) == 0
     directory = root / "chat_logs" / "seed5"
     records = [json.loads(line) for line in (directory / "conversations.jsonl").read_text().splitlines()]

@@ -84,9 +84,9 @@ def test_a_recipe_that_asks_its_base_runs_to_its_end(load_example, root, monkeyp
     monkeypatch.setattr(row_records.subtraction, "NUM_TRAINING", 64)
     base = pretraining.make_base(block.task, 5, root / "bases")
     problems = pretraining.write_records(root / "checked.jsonl", subtraction.training_problems(5)[:64])
-    outcome = example.run(name, block, base, problems, root, 4)
+    outcome = example.run(name, block, base, problems, root, 2)
     figures = example.figures(name, outcome)
-    assert figures["step"][-1] == 4 and 0 <= figures["sampled"] <= figures["pass_at_8"] <= 1
+    assert figures["step"][-1] == 2 and 0 <= figures["sampled"] <= figures["pass_at_8"] <= 1
     if name in ("rlt", "explained"):
         explained = [json.loads(line) for line in (root / f"{name}.jsonl").read_text().splitlines()]
         assert explained and all(line["solution"].endswith(f";{line['answer']}") for line in explained)

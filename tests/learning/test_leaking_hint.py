@@ -97,9 +97,8 @@ def test_runs_are_measured_at_ascending_steps_that_differ(load_example):
 
 
 @pytest.mark.full
-def test_the_example_runs_to_its_end(load_example, root, monkeypatch, capsys):
-    few = dataclasses.replace(leaking_subtraction.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:20])
-    monkeypatch.setattr(leaking_subtraction, "TASK", dataclasses.replace(few, pretraining_steps=20))
+def test_the_example_runs_to_its_end(load_example, root, shorten, capsys):
+    shorten(leaking_subtraction, 20)
     assert load_example("09_leaking_hint").main(["--steps", "2", "--forward", "--directory", str(root)]) == 0
     shown = capsys.readouterr().out
     assert "Anchored, forward KL" in shown and "Early stopping is the competitor" in shown
@@ -109,7 +108,8 @@ def test_the_example_runs_to_its_end(load_example, root, monkeypatch, capsys):
 @pytest.mark.full
 def test_the_anchor_keeps_the_work_that_the_teacher_alone_drops(load_example, root):
     example = load_example("09_leaking_hint")
-    base = pretraining.make_base(leaking_subtraction.TASK, 5, root / "bases")
+    few = dataclasses.replace(leaking_subtraction.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:150])
+    base = pretraining.make_base(few, 5, root / "bases")
     problems = pretraining.write_records(root / "leaking.jsonl", leaking_subtraction.TASK.training_problems(5))
     work, sampled = {}, {}
     for variant in (example.TEACHER_ALONE, example.ANCHORED):

@@ -21,6 +21,7 @@ from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.metrics.guards import Guards
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+NOT_EVALUATED = ("evaluation.every=0", "evaluation.at_start=false")
 EXAMPLES = sorted(path.stem for path in (REPOSITORY / "examples").glob("[0-9]*.py"))
 
 
@@ -31,7 +32,8 @@ def problems(root):
 
 @pytest.fixture(scope="module")
 def distilled(base, problems, root):
-    return variants.run_variant(variants.SELF_DISTILLATION.on(problems), base, root / "variants")
+    variant = variants.SELF_DISTILLATION.on(problems, "num_steps=100", *NOT_EVALUATED)
+    return variants.run_variant(variant, base, root / "variants")
 
 
 @pytest.mark.full
@@ -71,14 +73,15 @@ def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
 
 @pytest.mark.full
 def test_fine_tuning_on_the_hints_text_learns_nothing(base, problems, root, load_example):
-    outcome = variants.run_variant(load_example("01_quickstart").IMITATION.on(problems), base, root / "variants")
+    imitation = load_example("01_quickstart").IMITATION.on(problems, "num_steps=100", *NOT_EVALUATED)
+    outcome = variants.run_variant(imitation, base, root / "variants")
     assert outcome.measurement.greedy <= 0.10
     assert outcome.measurement.shows_work <= 0.10
 
 
 @pytest.mark.full
 def test_the_literal_recipe_is_stopped_by_the_entropy_guard_with_status_3(base, problems, root, capsys):
-    outcome = variants.run_variant(variants.LITERAL.on(problems), base, root / "variants")
+    outcome = variants.run_variant(variants.LITERAL.on(problems, *NOT_EVALUATED), base, root / "variants")
     assert outcome.status == 3
     assert outcome.stopped
     assert "entropy explosion" in capsys.readouterr().out
@@ -114,8 +117,8 @@ def test_the_printed_command_is_the_run(base, problems, root):
 
 
 @pytest.mark.full
-def test_variable_widths_are_learnt(root, load_example, shorten_pretraining):
-    shorten_pretraining(ragged_subtraction, 800)
+def test_variable_widths_are_learnt(root, load_example, shorten):
+    shorten(ragged_subtraction, 800, num_held_out=100)
     load_example("05_variable_widths").main(["--directory", str(root), "--steps", "30", "--only"])
     run_dir = root / "variable_widths" / "seed5" / "self-distillation"
     lines = read_metrics(run_dir)
@@ -125,10 +128,14 @@ def test_variable_widths_are_learnt(root, load_example, shorten_pretraining):
 
 
 @pytest.mark.full
-def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, shorten_pretraining, capsys):
-    shorten_pretraining(additions, 30)
+def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeypatch, shorten, capsys):
+    shorten(additions, 30)
     monkeypatch.setattr(additions, "WEAK_PRETRAINING_STEPS", 10)
-    assert load_example("04_many_answers").main(["--directory", str(root), "--steps", "2"]) == 0
+    example = load_example("04_many_answers")
+    monkeypatch.setattr(example, "NUM_SAMPLES", 8)
+    monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION, example.IMITATION))
+    monkeypatch.setattr(example, "WEAK_VARIANTS", (variants.SELF_DISTILLATION, variants.REJECTION))
+    assert example.main(["--directory", str(root), "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "RFT with a verifier" in shown
     assert "different" in shown
@@ -137,17 +144,22 @@ def test_the_example_of_many_answers_runs_to_its_end(root, load_example, monkeyp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize(("name", "options"), [("01_quickstart", ["--student-mix"]), ("02_wrong_hints", [])])
-def test_the_other_examples_run_to_their_end(base, root, load_example, name, options, capsys):
-    assert load_example(name).main(["--directory", str(root), "--steps", "2", *options]) == 0
+@pytest.mark.parametrize(
+    ("name", "options"), [("01_quickstart", ["--student-mix"]), ("02_wrong_hints", ["--shares", "0.6"])]
+)
+def test_the_other_examples_run_to_their_end(brief_root, load_example, name, options, capsys):
+    assert load_example(name).main(["--directory", str(brief_root), "--steps", "2", *options]) == 0
     shown = capsys.readouterr().out
     assert "curves.png" in shown and "Mix with the student" in shown
 
 
 @pytest.mark.full
-def test_the_example_of_hard_problems_runs_to_its_end(base, root, load_example, shorten_pretraining, capsys):
-    shorten_pretraining(unsolved_subtraction, 20)
-    assert load_example("03_hard_problems").main(["--directory", str(root), "--steps", "2"]) == 0
+def test_the_example_of_hard_problems_runs_to_its_end(root, load_example, monkeypatch, shorten, capsys):
+    monkeypatch.setattr(subtraction, "NUM_HELD_OUT_HARD", 20)
+    shorten(unsolved_subtraction, 20)
+    example = load_example("03_hard_problems")
+    monkeypatch.setattr(example, "NEVER_SOLVED", example.NEVER_SOLVED[:3])
+    assert example.main(["--directory", str(root), "--steps", "2"]) == 0
     shown = capsys.readouterr().out
     assert "curves.png" in shown and "Fewer than one in twenty is right after: " in shown
 

@@ -104,7 +104,7 @@ def test_a_run_with_an_environment_has_the_rewards_of_its_steps_by_quarter(examp
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["default", "grpo", "sod"])
+@pytest.mark.parametrize("name", ["default", "sod"])
 def test_an_episode_of_the_calculator_is_trained_on_and_measured(load_example, root, name):
     example = load_example("10_recipes")
     few = dataclasses.replace(calculator.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:8])
@@ -124,7 +124,8 @@ def test_the_recipes_run_to_their_end(load_example, root, monkeypatch, capsys):
         example.BLOCKS["additions"], task=dataclasses.replace(few, pretraining_steps=20), num_measured=8
     )
     monkeypatch.setitem(example.BLOCKS, "additions", block)
-    assert example.main(["--block", "additions", "--steps", "4", "--directory", str(root)]) == 0
+    names = list(block.rows)[::2]  # of the others, test_literature_runs.py makes whole runs
+    assert example.main(["--block", "additions", "--steps", "2", "--only", *names, "--directory", str(root)]) == 0
     shown = capsys.readouterr().out
-    for row in (example.ROWS[name] for name in block.rows):
+    for row in (example.ROWS[name] for name in names):
         assert len(re.findall(rf"│ {re.escape(row.title)} +│", shown)) == 2, row.title
