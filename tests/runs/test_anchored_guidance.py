@@ -15,6 +15,7 @@ from megatron_selfdistill.errors import ConfigError
 OPTIONS = ["target.anchor=reference", "rollout.guidance=mixed", "metrics.show_samples=0"]
 
 
+@pytest.mark.full
 def test_guided_responses_of_an_anchored_run_are_the_same_after_a_restart(ranks, data, tmp_path):
     """Guide the problems on which the student fails; 8 problems, so each is visited at every step."""
     problems = tmp_path / "problems.jsonl"

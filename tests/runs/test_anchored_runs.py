@@ -37,7 +37,8 @@ def test_a_resumed_run_equals_one_that_never_stopped_and_measures_the_teacher_wh
     assert lines[-1]["entropy/target"] != pytest.approx(lines[-1]["entropy/student"], rel=1e-6)
 
 
-@pytest.mark.parametrize("teacher", ["ema", pytest.param("current", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("teacher", ["ema", "current"])
 def test_a_resumed_run_has_the_same_reference_beside_a_teacher_that_moves(ranks, data, tmp_path, teacher):
     """The reference is stored once, beside the checkpoints."""
     whole = tmp_path / "whole"

@@ -101,9 +101,9 @@ def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
         return start_and_listen(arguments)
 
 
-@combinations(world_size=[1, 2], quick={"world_size": ["1"]}, strength=1)
-def test_a_run_directory_that_is_deleted_during_a_background_save_is_written_again(ranks, data, tmp_path, world_size):
-    run = tmp_path / "run"
+@pytest.mark.full
+def test_a_run_directory_that_is_deleted_during_a_background_save_is_written_again(ranks, data, tmp_path):
+    run, world_size = tmp_path / "run", 2
     arguments = overrides(data, run, "checkpoint.async_save=true", "checkpoint.save_every=2")
     outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
     assert [status for status, _ in outcomes] == [0] * world_size, outcomes

@@ -33,6 +33,8 @@ RECIPES = {
     "rltf_sd": [ENVIRONMENT[0], "policy.revision_min_log_prob=null"],
     "rltf_fm": [ENVIRONMENT[0], "policy.reply_template='{problem}{response}'"],
 }
+LAYOUTS_OF_RECORDED = {"rltf_sd": ["TP2", "DP2"], "rltf_fm": ["PP2", "CP2"]}
+COMPARED = ("terms/", "rewards/", "episodes/", "loss/")
 NUM_STEPS = 2
 
 
@@ -102,24 +104,24 @@ def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, rec
 
 
 @combinations(layout=list(LAYOUTS), quick={"layout": ["DP2"]}, strength=1)
-def test_layouts_sample_the_same_episodes(ranks, data, start, run_of, tmp_path, layout):
+def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, start, run_of, tmp_path, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
+    one = run_of("default")
     train(ranks, arguments(data, run, "default", start, f"rollout.record={record}", *LAYOUTS[layout]), 2)
-    assert turns_of(record, step=0) == turns_of(run_of("default") / "responses.jsonl", step=0)
+    assert turns_of(record, step=0) == turns_of(one / "responses.jsonl", step=0)
+    assert_steps_equal(one, run, COMPARED, num_steps=1)
 
 
-@combinations(
-    recipe=list(RECIPES),
-    layout=list(LAYOUTS),
-    quick={"recipe": ["rltf_sd"], "layout": ["TP2"]},
-    strength=1,
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("recipe", "layout"), [(recipe, layout) for recipe, found in LAYOUTS_OF_RECORDED.items() for layout in found]
 )
 def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
     replay = f"rollout.replay={one}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", recipe, start, replay, *LAYOUTS[layout]), 2)
     assert all({"episodes/turns_mean", "terms/policy_mean"} <= set(line) for line in reproducible_metrics(one))
-    assert_steps_equal(one, tmp_path / "run", ("terms/", "rewards/", "episodes/", "loss/"))
+    assert_steps_equal(one, tmp_path / "run", COMPARED)
 
 
 @pytest.mark.full

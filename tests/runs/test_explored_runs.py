@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from megatron_selfdistill.metrics import read_metrics, read_samples
 OPTIONS = [
     *("model.num_layers=2", "num_steps=3", "metrics.show_samples=2", "metrics.show_samples_every=2"),
     *("evaluation.every=2", "evaluation.limit=4", "evaluation.verifier=exact_match", "metrics.explore_samples=2"),
+    "checkpoint.save_every=2",
 ]
 TARGETS = {"student": ["target.anchor=student", "target.teacher_weight=2"], "reference": ["teacher.weights=ema"]}
 
@@ -83,14 +85,13 @@ def test_saving_changes_nothing_of_the_run(runs):
 
 
 def test_a_resumed_run_forgets_what_it_repeats(ranks, data, runs, tmp_path):
-    options = ["checkpoint.save_every=2", "num_steps=4"]
-    train(ranks, arguments(data, tmp_path / "run", *options))
+    shutil.copytree(runs / "student", tmp_path / "run")
     before = {path.name: path.read_bytes() for path in explored_files(tmp_path / "run")}
     tiny_run.go_back_to_step(2, tmp_path / "run")
     for path in explored_files(tmp_path / "run")[2:]:
         path.with_name(path.name.replace(".json.gz", ".html")).write_text("a page")
         path.write_bytes(b"a leftover")
-    train(ranks, arguments(data, tmp_path / "run", *options))
+    train(ranks, arguments(data, tmp_path / "run", *TARGETS["student"]))
     assert {path.name: path.read_bytes() for path in explored_files(tmp_path / "run")} == before
     assert not list((tmp_path / "run" / "explored").glob("*.html"))
     forget_explored_after(tmp_path / "run", 0)

@@ -26,26 +26,26 @@ def final_weights(path: Path) -> dict[str, torch.Tensor]:
 
 def test_random_weights_below_adapters_are_kept_beside_the_checkpoints(ranks, data, tmp_path):
     def of(run: Path) -> list[str]:
-        return overrides(data, run, *ADAPTED, "checkpoint.save_every=1", "num_steps=3")
+        return overrides(data, run, *ADAPTED, "checkpoint.save_every=1", "num_steps=2")
 
     whole = tmp_path / "run"
     train(ranks, of(whole))
     (kept,) = ranks.run(final_weights, whole / "base", world_size=1)
     assert kept.keys() >= {"embedding.word_embeddings.weight"} and not any("_adapter." in name for name in kept)
     assert initial_weights(whole) == whole / "base"
-    halves = assert_resumes_equal(ranks, whole, of, step=2, num_steps=3)
+    halves = assert_resumes_equal(ranks, whole, of, step=1, num_steps=2)
 
     shutil.rmtree(halves / "checkpoints")  # as if it had been killed during its first save
     written = (halves / "base").stat().st_ino
     train(ranks, of(halves))
     assert (halves / "base").stat().st_ino == written
-    assert_equal_runs(ranks, whole, halves, 3)
+    assert_equal_runs(ranks, whole, halves, 2)
 
     shutil.rmtree(halves / "base")
-    go_back_to_step(2, halves)
+    go_back_to_step(1, halves)
     assert "base is missing, expected the base of the adapters in" in refusal(ranks, of(halves))
     train(ranks, [*of(halves), f"checkpoint.load={whole}/base"])
-    assert_equal_runs(ranks, whole, halves, 3)
+    assert_equal_runs(ranks, whole, halves, 2)
 
 
 @pytest.mark.full

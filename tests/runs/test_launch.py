@@ -51,12 +51,7 @@ def assert_reported_once(output: str, rank: int, words: str, statuses: int = 2) 
 
 
 @pytest.mark.full
-def test_an_error_of_the_configuration_is_said_once(data, tmp_path):
-    assert_reported_once(failed(overrides(data, tmp_path / "run", "traget=1")), 0, "unknown configuration key 'traget'")
-
-
-@pytest.mark.full
-def test_an_error_of_a_checkpoint_is_said_once(data, tmp_path):
+def test_an_error_that_all_ranks_have_is_said_once(data, tmp_path):
     (tmp_path / "bad" / "iter_0000001").mkdir(parents=True)
     output = failed(overrides(data, tmp_path / "run", f"checkpoint.load={tmp_path}/bad/iter_0000001"))
     assert_reported_once(output, 0, "bad/iter_0000001")

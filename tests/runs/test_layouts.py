@@ -27,7 +27,7 @@ FOUR_LAYERS = "model.num_layers=4"  # for the four chunks of PP2xVPP2
 
 NUM_STEPS = [
     pytest.param("PP2xVPP2", 3, id="PP2xVPP2, 3 steps"),
-    *(pytest.param(name, 20, id=f"{name}, 20 steps", marks=pytest.mark.full) for name in LAYOUTS),
+    *(pytest.param(name, 8, id=f"{name}, 8 steps", marks=pytest.mark.full) for name in LAYOUTS),
 ]
 
 
@@ -72,7 +72,7 @@ def test_steps_on_recorded_responses_have_the_same_losses(ranks, data, base, on_
 @pytest.mark.full
 def test_torchrun_gives_the_same_losses(data, base, on_one_rank, tmp_path):
     """The command that a lab types, with two processes that torchrun starts."""
-    one, num_steps = on_one_rank(20), 20
+    one, num_steps = on_one_rank(8), 8
     replay = f"rollout.replay={one}/responses.jsonl"
     arguments = run_of(base, data, tmp_path / "run", num_steps, *LAYOUTS["PP2"], replay)
     command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "megatron_selfdistill.train", *arguments]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,10 @@ LAYOUTS = {
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
+REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
 RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
+LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
+"""A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
 OWN = {
     "rlt": ["explanation.closing_tag=-"],  # a character that an untrained model writes now and then
@@ -67,8 +71,9 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
 @combinations(
     recipe=RECIPES,
     layout=list(LAYOUTS),
-    quick={"recipe": ["sdpo", "uni_opd"], "layout": ["CP2", "DP2"]},
+    quick={"recipe": ["scope"], "layout": ["DP2"]},
     strength=1,
+    valid=lambda recipe, layout: layout == LAYOUT_OF[recipe] or (layout == "DP2" and recipe in REPLICATED),
 )
 def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
