@@ -36,6 +36,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 POSITION_EMBEDDINGS = ("rope", "yarn", "learned_absolute", "none")
 """Values of model.position_embedding_type."""
 
+OVERLAPS = ("none", "stream")
+"""Values of rollout.overlap, the way in which generation and training share the time of a step."""
+
 PAIR_ORDERS = ("teacher_first", "alternating")
 """Values of schedule.pair_order; null chooses one of them by the number of stages."""
 

@@ -41,7 +41,9 @@ from megatron_selfdistill.pipeline.batch import pack_everywhere
 from megatron_selfdistill.pipeline.candidates import candidate_log_probs
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs, on_whole_replica
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.pipeline.waves import Wave
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.factory import configured_target
 from megatron_selfdistill.rollout.guided import RoleWeights
@@ -192,23 +194,27 @@ class Learner:
         token_coefficients: token_losses.TokenCoefficients | None = None,
         *,
         measure_teacher: bool = True,
-    ) -> schedule.StepOutput:
+        wave: Wave | None = None,
+    ) -> StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
+        ``wave``: the place of the batch in a step of several waves, whose gradients are added; None is the whole step.
         ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference include the numbers of
         the teacher and cost a projection of teacher and reference; without a reference the statistics always include
         the teacher.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        for chunk in self.chunks:
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        if wave is None or wave.earlier is None:
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        options = {"token_coefficients": token_coefficients, "wave": wave}
         if not self.has_teacher:
-            return self._schedule(packed, None, token_losses.next_token, token_coefficients=token_coefficients)
+            return self._schedule(packed, None, token_losses.next_token, **options)
         measurement = self._measurement() if measure_teacher else None
-        return self._self_distillation(packed, measurement, token_coefficients=token_coefficients)
+        return self._self_distillation(packed, measurement, **options)
 
-    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False) -> schedule.StepOutput:
+    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False) -> StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.
 
         ``summarises``: whether the measures include the summaries of the logits of all models.
@@ -265,7 +271,7 @@ class Learner:
         self.teacher.update(self.optimizer)
         return learning_rate
 
-    def solve_k(self, output: schedule.StepOutput) -> None:
+    def solve_k(self, output: StepOutput) -> None:
         """Set ``batch_k`` for the next step from the entropies of this step, where target.rule=batch.  Collective."""
         if self.config.target.rule == "batch" and self.has_teacher:
             entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
@@ -322,7 +328,7 @@ class Learner:
 
     def _self_distillation(
         self, packed: PackedBatch, measurement: TokenMeasurement | None, **options: Any
-    ) -> schedule.StepOutput:
+    ) -> StepOutput:
         target = self._target()
         loss = self._distillation_loss(target)
         with self.target_models() as models:
@@ -340,7 +346,7 @@ class Learner:
         teacher: Sequence[torch.nn.Module] | None,
         token_loss: token_losses.TokenLoss | FusedLoss,
         **options: Any,
-    ) -> schedule.StepOutput:
+    ) -> StepOutput:
         return schedule.run(
             self.chunks,
             teacher,

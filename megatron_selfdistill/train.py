@@ -30,7 +30,7 @@ from megatron_selfdistill.report import next_steps
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
-    from megatron_selfdistill.trainer import Trainer
+    from megatron_selfdistill.trainer import TrainedBatch, Trainer
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
@@ -40,11 +40,12 @@ def loop(trainer: Trainer) -> None:
     if trainer.step == 0 and trainer.config.evaluation.at_start:
         trainer.evaluate()
     while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
-        batch = trainer.next_batch()  # on-policy: responses of the current weights
-        packed = trainer.pack(batch)  # the same responses conditioned on two prompts
-        output = trainer.forward_backward(batch, packed)  # teacher and student in one pipeline schedule
-        metrics = trainer.update(batch, output)
-        trainer.finish_step(batch, packed, metrics)
+        step: list[TrainedBatch] = []
+        for batch in trainer.batches():  # on-policy: responses of the current weights, in waves where they stream
+            packed = trainer.pack(batch)  # the same responses conditioned on two prompts
+            step.append(trainer.forward_backward(batch, packed, step))  # teacher and student in one pipeline schedule
+        metrics = trainer.update(step)
+        trainer.finish_step(step, metrics)
     if trainer.step < trainer.config.num_steps:
         trainer.leave()  # a signal, or the end of its time
 

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 from megatron_selfdistill.checkpoint.directory import iteration_name
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
@@ -33,8 +34,11 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_unused_scores,
 )
 from megatron_selfdistill.metrics.leakage import leak_counts
+from megatron_selfdistill.metrics.overlap import overlap_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.step_output import StepOutput
+from megatron_selfdistill.pipeline.waves import Wave
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.report.refresh import ReportRefresh
 from megatron_selfdistill.rollout.base import SamplingParams
@@ -43,6 +47,15 @@ from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
 from megatron_selfdistill.sources.source import StepBatch
+
+
+class TrainedBatch(NamedTuple):
+    """A batch whose gradients are in ``main_grad``: the whole step, or one wave of it."""
+
+    batch: StepBatch
+    packed: PackedBatch
+    output: StepOutput | None
+    """The statistics of its tokens; None where no replica had a response to train on."""
 
 
 class Trainer:
@@ -113,41 +126,58 @@ class Trainer:
     # -- the stages of a step, in the order of the loop ----------------------------------------------------------
 
     def next_batch(self) -> StepBatch:
-        """Return the responses of the next step, sampled with the current weights where anything is sampled.
+        """Return all responses of the next step in one batch, sampled with the current weights; see `batches`."""
+        return self.source.next_step(self.step, self.sampling)
 
+    def batches(self) -> Iterator[StepBatch]:
+        """Yield the responses of the next step, sampled with the current weights where anything is sampled.
+
+        They come in one batch or, with rollout.overlap=stream, in waves as they arrive.
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
-        return self.source.next_step(self.step, self.sampling)
+        return self.source.batches(self.step, self.sampling)
 
     def pack(self, batch: StepBatch) -> PackedBatch:
         """Return both contexts of every response as microbatches: equal in number and length on all replicas."""
         with self.phases("pack"):
             return self.learner.pack(batch.contexts)
 
-    def forward_backward(self, batch: StepBatch, packed: PackedBatch) -> schedule.StepOutput | None:
-        """Leave the gradients of the batch in ``main_grad``; return None where no replica has a response to train on.
+    def forward_backward(
+        self, batch: StepBatch, packed: PackedBatch, earlier: Sequence[TrainedBatch] = ()
+    ) -> TrainedBatch:
+        """Add the gradients of the batch to ``main_grad``; there are none where no replica has a response to train on.
 
+        ``earlier``: the step's batches before this one, whose gradients stay; without them, gradients start at zero.
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        if self.config.explores(self.step + 1):
+        outputs = [trained.output for trained in earlier if trained.output is not None]
+        wave = Wave(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step)
+        if not earlier and self.config.explores(self.step + 1):
             self._save_explored(batch)
+        output = None
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             tolerance = self.config.guards.identity_tolerance
-            if not self.checked and self.learner.has_teacher and tolerance is not None:
+            if not self.checked and not outputs and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
             measure_teacher = self.config.metrics.teacher_due(self.step + 1)
-            return self.learner.forward_backward(packed, batch.token_coefficients, measure_teacher=measure_teacher)
-        return None
+            output = self.learner.forward_backward(
+                packed, batch.token_coefficients, measure_teacher=measure_teacher, wave=wave
+            )
+        return TrainedBatch(batch, packed, output)
 
-    def update(self, batch: StepBatch, output: schedule.StepOutput | None) -> dict[str, float]:
+    def update(self, step: Sequence[TrainedBatch]) -> dict[str, float]:
         """Check the numbers, apply the gradient, move the teacher; return the metrics so far, equal on all ranks.
 
+        ``step``: all batches of the step.
         Raises: `RunUnhealthy` for a number that is not finite; the gradient is then not applied.
         """
-        if output is None:
+        used = [(len(one.packed.response_tokens), one.output) for one in step if one.output is not None]
+        if not used:
             return {}
+        batch = StepBatch.joined([one.batch for one in step])
+        output = StepOutput.joined([output for _, output in used], [num_tokens for num_tokens, _ in used])
         metrics = self.source.metrics(batch, output)
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)
@@ -161,21 +191,23 @@ class Trainer:
         self.learner.solve_k(output)
         return metrics
 
-    def finish_step(self, batch: StepBatch, packed: PackedBatch, metrics: Mapping[str, float]) -> None:
-        """Count the step, commit its batch; log, check, evaluate and save whenever the configuration says so.
+    def finish_step(self, step: Sequence[TrainedBatch], metrics: Mapping[str, float]) -> None:
+        """Count the step, commit its batches; log, check, evaluate and save whenever the configuration says so.
 
         Raises: `RunUnhealthy` if a guard fails, `CheckpointError` if the run directory now belongs to another run.
         """
         self.run_directory.require_ownership()
         self.step += 1
+        batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
         self.source.commit(batch)
         leaks = None
         if self.learner.has_teacher:
             leaks = leak_counts(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
-        rollout = rollout_metrics(batch.responses, self.grid, packed, leaks)
+        rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
-        read = tokens_read(packed, metrics, self.grid.dp_size, self.learner.has_teacher)
-        self.log.log(self.step, metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read))
+        read = tokens_read(packs, metrics, self.grid.dp_size, self.learner.has_teacher)
+        timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
+        self.log.log(self.step, timed | overlap_metrics(timed))
         speaks = self.step == 1 and not self.config.reads_one_prompt  # else equal weights read the same prompt
         warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if speaks else None
         for one in (warning, warning_of_unused_scores(metrics)):
@@ -279,7 +311,7 @@ class Trainer:
             self.source.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
 
-    def _show_samples(self, batch: StepBatch, output: schedule.StepOutput) -> None:
+    def _show_samples(self, batch: StepBatch, output: StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)
         count, tokenizer = self.config.metrics.show_samples, self.run_data.tokenizer
         samples = step_samples(output, batch.contexts, solutions, count, tokenizer, self.grid)
@@ -314,12 +346,14 @@ def evaluation_options(
     )
 
 
-def tokens_read(packed: PackedBatch, metrics: Mapping[str, float], num_replicas: int, has_teacher: bool) -> float:
+def tokens_read(
+    packs: Sequence[PackedBatch], metrics: Mapping[str, float], num_replicas: int, has_teacher: bool
+) -> float:
     """Return the tokens, without padding, that student and teacher read in a step, over the global batch.
 
-    ``packed``: of one replica; ``metrics``: with padding/student and padding/teacher over all replicas.
+    ``packs``: the waves of one replica; ``metrics``: with padding/student and padding/teacher over all replicas.
     """
-    parts = [(packed.student, metrics["padding/student"])]
+    read = sum(len(packed.student) * packed.seq_length for packed in packs) * (1 - metrics["padding/student"])
     if has_teacher:
-        parts.append((packed.teacher, metrics["padding/teacher"]))
-    return sum(num_replicas * len(part) * packed.seq_length * (1 - padding) for part, padding in parts)
+        read += sum(len(packed.teacher) * packed.seq_length for packed in packs) * (1 - metrics["padding/teacher"])
+    return num_replicas * read

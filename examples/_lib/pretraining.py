@@ -120,9 +120,8 @@ def pretrain(config: Config, task: Task) -> None:
                 rows = [task.corpus_row(rng) for _ in range(config.data.global_batch_size)]
                 batch, labels = corpus_batch(rows, trainer.run_data.tokenizer)
                 packed = dataclasses.replace(trainer.pack(batch), response_tokens=labels)
-                output = trainer.forward_backward(batch, packed)
-                metrics = trainer.update(batch, output)
-                trainer.finish_step(batch, packed, metrics)
+                step = [trainer.forward_backward(batch, packed)]
+                trainer.finish_step(step, trainer.update(step))
         finally:
             trainer.close()
     finally:

@@ -110,9 +110,9 @@ def train_one_step(trainer: Trainer) -> float | None:
     """Take one step of the loop of train.py; return the student's entropy on its responses, in nats, if measured."""
     batch = trainer.next_batch()
     packed = trainer.pack(batch)
-    output = trainer.forward_backward(batch, packed)
-    metrics = trainer.update(batch, output)
-    trainer.finish_step(batch, packed, metrics)
+    step = [trainer.forward_backward(batch, packed)]
+    metrics = trainer.update(step)
+    trainer.finish_step(step, metrics)
     return metrics.get("entropy/student")
 
 

@@ -21,7 +21,7 @@ from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
 from megatron_selfdistill.loss.status import Status
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics.token_numbers import gathered_rows
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer

@@ -34,7 +34,7 @@ from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.pipeline.schedule import StepOutput
+    from megatron_selfdistill.pipeline.step_output import StepOutput
 
 K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""
@@ -207,14 +207,14 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
 def rollout_metrics(
     responses: Sequence[Response],
     grid: RankGrid,
-    batch: PackedBatch | None = None,
+    packs: Sequence[PackedBatch] = (),
     leaks: LeakCounts | None = None,
 ) -> dict[str, float]:
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
-    ``responses`` and ``batch`` are this replica's, the same on each of its ranks.
+    ``responses`` and ``packs``, one per wave of the step, are this replica's, the same on each of its ranks.
     Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (the share of the
-    responses that reached the limit), and with ``batch`` padding/student and padding/teacher (padding tokens / all
+    responses that reached the limit), and with ``packs`` padding/student and padding/teacher (padding tokens / all
     tokens).
     If any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
     tokens, which estimates KL(q || p) in nats: how far off-policy the guided responses are for the student.
@@ -227,8 +227,9 @@ def rollout_metrics(
     if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]
         num_cut = sum(response.finish_reason == "length" for response in responses)
-        streams = (batch.student, batch.teacher) if batch is not None else ((), ())
-        numbers: list[float] = [len(lengths), sum(lengths), num_cut, *_padding(streams[0]), *_padding(streams[1])]
+        student = [microbatch for pack in packs for microbatch in pack.student]
+        teacher = [microbatch for pack in packs for microbatch in pack.teacher]
+        numbers: list[float] = [len(lengths), sum(lengths), num_cut, *_padding(student), *_padding(teacher)]
         guided = [response for response in responses if response.guided]
         ratios = [q - p for r in guided for q, p in zip(r.sampled_log_probs, r.log_probs, strict=True)]
         numbers += [len(guided), len(ratios), sum(ratios)]
@@ -244,7 +245,7 @@ def rollout_metrics(
         metrics["response/truncated_share"] = truncated / count
     if num_guided:
         metrics |= {"guided/share": num_guided / count, "guided/log_ratio": log_ratio / guided_tokens}
-    if batch is not None:
+    if packs:
         for stream, padded, in_all in zip(("student", "teacher"), padding[::2], padding[1::2], strict=True):
             metrics[f"padding/{stream}"] = padded / in_all if in_all else 0.0
     return metrics

@@ -13,7 +13,7 @@ from megatron_selfdistill.metrics.token_numbers import token_numbers
 if TYPE_CHECKING:
     from megatron_selfdistill.data.tokenizer import Tokenizer
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.pipeline.schedule import StepOutput
+    from megatron_selfdistill.pipeline.step_output import StepOutput
 
 
 def step_samples(

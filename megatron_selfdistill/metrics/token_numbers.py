@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics.samples import NUMBERS
 from megatron_selfdistill.pipeline.batch import over_last_stage
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 
 
 def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) -> list[dict[str, list[float]]]:

@@ -11,6 +11,7 @@ computed; a fused output layer does both in one piece (model/output_layer.py).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -38,37 +39,15 @@ from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicro
 from megatron_selfdistill.pipeline.gradient_bridge import GradientBridge
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.router_losses import router_losses_per_weighted_microbatch
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenCoefficients, TokenLoss
 from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
+from megatron_selfdistill.pipeline.waves import Accumulated, Wave, gradients_of
 
 
 class NoResponseTokens(RuntimeError):
     """The global batch has no response token, so there is nothing to train on."""
-
-
-@dataclass
-class StepOutput:
-    """The results of one step on this rank, for the R response tokens that this rank's student held.
-
-    Only the last pipeline stage has response tokens: the same on its tensor-parallel ranks, and split over its
-    context-parallel ranks.
-    """
-
-    num_response_tokens: int
-    """Number N of response tokens of the global batch; equal on all ranks."""
-    response_ids: Tensor
-    """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64 on the device."""
-    stats: TokenStats | None
-    """Statistics of the R tokens, detached, the loss without coefficients; None on the other stages."""
-    coefficients: Coefficients | None = None
-    """Coefficients of the R tokens; None where the loss of every token is its divergence."""
-    measures_teacher: bool = True
-    """Whether ``stats`` describe the teacher; False on a step with a `Reference` that does not measure the teacher."""
-    measures: TokenMeasures | None = None
-    """Further measures of the R tokens; None without a `TokenMeasurement`, and on the other stages."""
-    anchor_entropy: Tensor | None = None
-    """Entropy [R] in nats of the target's anchor, student or reference; None where it is unknown."""
 
 
 def run(
@@ -86,6 +65,7 @@ def run(
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
+    wave: Wave | None = None,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
@@ -98,13 +78,18 @@ def run(
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
     guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a
     replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
+    ``wave``: the place of ``batch`` in a step of several waves (pipeline/waves.py), of which only the last one reduces
+    and finalises the gradients, and N counts the tokens of all; None is a step of one wave.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
-    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0.
+    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0, and in a wave without tokens
+    that the step does not end with.
     """
+    wave = wave or Wave()
     num_response_tokens, num_weighted = _global_counts(batch, grid)
-    if num_response_tokens == 0:
+    accumulated = wave.accumulated(num_response_tokens, num_weighted)
+    if accumulated.num_response_tokens == 0 or (num_response_tokens == 0 and not wave.is_last):
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
     order = _order(batch, pair_order, with_teacher=teacher is not None, with_reference=reference is not None)
     on_device = DeviceBatch.of(
@@ -123,12 +108,18 @@ def run(
         token_coefficients=token_coefficients,
         grid=grid,
         vocab=vocab,
-        loss_scale=len(order) * grid.dp_size / num_response_tokens,
+        loss_scale=len(order) * grid.dp_size / accumulated.divisor,
         bank=bank,
     )
-    with router_losses_per_weighted_microbatch(student, len(order) * grid.dp_size / max(num_weighted, 1)):
+    # In a step of one wave this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
+    weighted = accumulated.first_microbatches * accumulated.divisor
+    router_factor = len(order) * grid.dp_size * accumulated.first_tokens / weighted
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(router_losses_per_weighted_microbatch(student, router_factor))
+        if not forward_only:
+            stack.enter_context(gradients_of(wave, accumulated, student))
         step.run(order, batch.seq_length, batch.num_rows or 1, forward_only)
-    return step.collected(num_response_tokens)
+    return step.collected(num_response_tokens, accumulated)
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -348,10 +339,11 @@ class _Step:
 
         return hidden, loss_func
 
-    def collected(self, num_response_tokens: int) -> StepOutput:
+    def collected(self, num_response_tokens: int, accumulated: Accumulated) -> StepOutput:
         """Return the results of all student microbatches of this rank."""
         if not self.stats:
-            return StepOutput(num_response_tokens, torch.empty(0, dtype=torch.int64, device=self.grid.device), None)
+            none = torch.empty(0, dtype=torch.int64, device=self.grid.device)
+            return StepOutput(num_response_tokens, none, None, accumulated=accumulated)
         stats = TokenStats.concatenate(self.stats)
         measures = TokenMeasures.concatenate(self.measures) if self.measures else None
         anchor_entropy: Tensor | None = stats.wanted_entropy
@@ -365,4 +357,5 @@ class _Step:
             measures_teacher=self.reference is None or (measures is not None and measures.has_teacher),
             measures=measures,
             anchor_entropy=anchor_entropy,
+            accumulated=accumulated,
         )

@@ -57,6 +57,7 @@ from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion, ResponsePositions
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import over_last_stage, pack_everywhere
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
 
@@ -179,7 +180,7 @@ def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: 
     return on_whole_replica(output, ("student_log_prob", "teacher_log_prob", "reverse_kl"), batch, grid)
 
 
-def on_whole_replica(output: schedule.StepOutput, names: Sequence[str], batch: PackedBatch, grid: RankGrid) -> Tensor:
+def on_whole_replica(output: StepOutput, names: Sequence[str], batch: PackedBatch, grid: RankGrid) -> Tensor:
     """Return the named `TokenStats` of every response token of ``batch``, [len(names), R] float64, on the host.
 
     The result has the order of ``batch.response_tokens`` and the same bits on every rank of the replica, also on ranks

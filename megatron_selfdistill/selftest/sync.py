@@ -59,7 +59,7 @@ def weight_sync(launch: LaunchUnderTest) -> Outcome:
         first = _sampled(trainer, prompts, version=0)
         before = _compared(trainer, prompts, first)
         batch = StepBatch(responses=first, contexts=build_contexts(prompts, first))
-        trainer.update(batch, trainer.forward_backward(batch, trainer.pack(batch)))
+        trainer.update([trainer.forward_backward(batch, trainer.pack(batch))])
         stale = _compared(trainer, prompts, first)
         after = _compared(trainer, prompts, _sampled(trainer, prompts, version=1))
     finally:

@@ -20,7 +20,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader

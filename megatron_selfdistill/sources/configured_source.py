@@ -41,6 +41,7 @@ from megatron_selfdistill.sources.solution_search import Search
 from megatron_selfdistill.sources.solutions_as_responses import SolutionsAsResponses
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 from megatron_selfdistill.sources.step_terms import StepTerms
+from megatron_selfdistill.sources.streamed import StreamedOnPolicy
 from megatron_selfdistill.sources.synced_sampler import SyncedSampler
 from megatron_selfdistill.sources.verbal_scores import (
     Candidates,
@@ -113,6 +114,9 @@ def configured_source(
     options = _on_policy_options(config, run_data, sampler, phases, rewarder, scorer, terms, grid)
     if config.rollout.replay:
         return Replay(state, options, Recording(config.rollout.replay))
+    if config.rollout.overlap == "stream":
+        num_microbatches = config.rollout.wave_microbatches or config.parallel.pipeline_model_parallel_size
+        return StreamedOnPolicy(state, options, sampler, num_microbatches * config.schedule.max_tokens)
     return OnPolicy(state, options)
 
 

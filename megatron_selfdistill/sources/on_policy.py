@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,7 +16,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
@@ -108,16 +108,9 @@ class OnPolicy(CommittedState):
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), prompts)
         turns, num_cut = self._turns(step, asked, prompts, sampling)
-        answers = [turn.answer for turn in turns]
-        responses = [answer.response for answer in answers]
-        rewarded: Mapping[str, float] = {}
-        if options.judges and not options.gives_rewards:
-            with options.phases(options.rewarder.phase):
-                answers, rewarded = options.rewarder.rewarded(answers)
+        answers, rewarded = self._rewarded(turns)
         with options.phases("rollout"):
-            if options.record is not None:
-                keys, replies = [turn.key for turn in turns], [turn.reply for turn in turns]
-                record(options.record, keys, responses, replies, options.grid.dp_group, options.grid.is_reporter)
+            self._record(turns)
             prompts_after = prompts.record(answers, asked.guided)
             selected, counts = self._selected(step, answers)
         with options.phases("pack"):
@@ -130,19 +123,11 @@ class OnPolicy(CommittedState):
             if options.revisions is not None:
                 extra, counted = options.revisions.added(turns, answers)
                 trained, rewarded = [*trained, *extra], {**rewarded, **counted}
-            kept = [answer.response for answer in trained]
             guided = {problem.id for problem in asked.problems if prompts.is_guided(problem)}
-            contexts = build_contexts([answer.prompts for answer in trained], kept, guided)
-        coefficients: TokenCoefficients | None = self._corrections(kept) if options.corrects else None
-        if options.terms is not None:
-            coefficients = options.terms.coefficients(step, trained, contexts)
-        return StepBatch(
+        return replace(
+            self._batch(step, trained, guided),
             problems=asked.problems,
-            responses=responses,
-            contexts=contexts,
-            solutions=[answer.problem.solution for answer in trained],
-            sampler_log_probs=self._on_device(map(_comparable, trained)) if options.compares else None,
-            token_coefficients=coefficients,
+            responses=[answer.response for answer in answers],
             metrics={**found, **counts, **chosen, **rewarded},
             next_state=SourceState(problem_sampler, prompts_after),
         )
@@ -151,6 +136,44 @@ class OnPolicy(CommittedState):
         """Return the `step_metrics` of the batch, which compare student and sampler.  Collective."""
         options = self._options
         return step_metrics(output, batch.sampler_log_probs, options.grid, options.weight_cap, batch.response_lengths)
+
+    def _rewarded(self, turns: Sequence[EpisodeTurn]) -> tuple[list[Answer], Mapping[str, float]]:
+        """Return the answers of ``turns``, judged where the run judges them, and metrics of their rewards.
+
+        Collective over the world.
+        """
+        answers, options = [turn.answer for turn in turns], self._options
+        if not options.judges or options.gives_rewards:
+            return answers, {}
+        with options.phases(options.rewarder.phase):
+            return options.rewarder.rewarded(answers)
+
+    def _record(self, turns: Sequence[EpisodeTurn]) -> None:
+        """Append the responses and replies of ``turns`` to the file of the run, if it has one.  Collective."""
+        options = self._options
+        if options.record is not None:
+            keys, replies = [turn.key for turn in turns], [turn.reply for turn in turns]
+            responses = [turn.answer.response for turn in turns]
+            record(options.record, keys, responses, replies, options.grid.dp_group, options.grid.is_reporter)
+
+    def _batch(self, step: int, trained: Sequence[Answer], guided: Collection[str]) -> StepBatch:
+        """Return the contexts of the answers that are trained on, and the coefficients of their tokens.
+
+        ``guided``: the ids of the problems whose tokens have a weight and a divergence of their own.  Collective.
+        """
+        options = self._options
+        with options.phases("pack"):
+            responses = [answer.response for answer in trained]
+            contexts = build_contexts([answer.prompts for answer in trained], responses, guided)
+        coefficients: TokenCoefficients | None = self._corrections(responses) if options.corrects else None
+        if options.terms is not None:
+            coefficients = options.terms.coefficients(step, trained, contexts)
+        return StepBatch(
+            contexts=contexts,
+            solutions=[answer.problem.solution for answer in trained],
+            sampler_log_probs=self._on_device(map(_comparable, trained)) if options.compares else None,
+            token_coefficients=coefficients,
+        )
 
     def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> _Asked:
         grid, num_samples = self._options.grid, self._options.num_samples
@@ -177,13 +200,15 @@ class OnPolicy(CommittedState):
             return self._responses(step, keys, requests, sampling)
 
         responses = generate([key for key, _, _ in asked.samples], [pair for _, _, pair in asked.samples], asked.guided)
-        first = [
-            EpisodeTurn(key, Answer(problem, pair, response, group=i // self._options.num_samples))
-            for i, ((key, problem, pair), response) in enumerate(zip(asked.samples, responses, strict=True))
-        ]
+        first = [self._turn(asked, i, response) for i, response in enumerate(responses)]
         if self._options.episodes is None:
             return first, 0
         return self._options.episodes.played(first, prompts, generate, self._replies)
+
+    def _turn(self, asked: _Asked, index: int, response: Response) -> EpisodeTurn:
+        """Return the turn of the response to ``asked.samples[index]``."""
+        key, problem, pair = asked.samples[index]
+        return EpisodeTurn(key, Answer(problem, pair, response, group=index // self._options.num_samples))
 
     def _request(self, key: SampleKey, pair: PromptPair, is_guided: bool) -> Request:
         prompt = pair.teacher_prompt if self._options.privileged else pair.student_prompt

@@ -8,7 +8,7 @@ from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Prompts
@@ -55,6 +57,29 @@ class StepBatch:
     """Counts from the making of the batch, over the global batch, under flat keys; equal on all ranks."""
     next_state: SourceState | None = None
     """The state of the source once this step is finished; None where the batch leaves the state as it is."""
+    share: float = 1.0
+    """The share of the step's responses that the batches of the step up to this one have, over all replicas."""
+    ends_step: bool = True
+    """Whether the step has no further batch."""
+
+    @classmethod
+    def joined(cls, batches: Sequence[StepBatch]) -> StepBatch:
+        """Return all batches of a step as one batch; its metrics and its next state are those of the last one.
+
+        The coefficients of the tokens, which belong to the tokens of one batch, are left out where there are several.
+        """
+        if len(batches) == 1:
+            return batches[0]
+        log_probs = [batch.sampler_log_probs for batch in batches if batch.sampler_log_probs is not None]
+        return cls(
+            problems=[problem for batch in batches for problem in batch.problems],
+            responses=[response for batch in batches for response in batch.responses],
+            contexts=[context for batch in batches for context in batch.contexts],
+            solutions=[solution for batch in batches for solution in batch.solutions],
+            sampler_log_probs=torch.cat(log_probs) if log_probs else None,
+            metrics=batches[-1].metrics,
+            next_state=batches[-1].next_state,
+        )
 
     @property
     def response_lengths(self) -> list[int]:
@@ -83,6 +108,14 @@ class ResponseSource(Protocol):
         """
         ...
 
+    def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
+        """Yield the batches of the step: the batch of `next_step`, or its responses in waves, as they arrive.
+
+        A batch is trained on before the next one is taken.  Only the last batch has ``ends_step``.
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+        ...
+
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
         ...
@@ -100,7 +133,7 @@ class ResponseSource(Protocol):
         ...
 
 
-class CommittedState:
+class CommittedState(ABC):
     """The base of all sources: a committed `SourceState`, which only `commit` and `load_state_dict` replace."""
 
     def __init__(self, state: SourceState) -> None:
@@ -110,6 +143,14 @@ class CommittedState:
     def state(self) -> SourceState:
         """The committed state: the one before the step that is under way."""
         return self._state
+
+    @abstractmethod
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of the step; see `ResponseSource.next_step`."""
+
+    def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
+        """Yield the batch of `next_step`: the whole step."""
+        yield self.next_step(step, sampling)
 
     def commit(self, batch: StepBatch) -> None:
         """Take over ``batch.next_state``: the step of this batch is finished."""

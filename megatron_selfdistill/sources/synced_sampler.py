@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+from megatron_selfdistill.rollout.streaming import ArrivedWave, StreamingSampler, WaveRule
 
 
 class SyncedSampler:
@@ -23,6 +25,10 @@ class SyncedSampler:
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         """Return one response per request, with the weights of the last `update_weights`.  Collective."""
         return self.inner.generate(requests, params)
+
+    def stream(self, requests: Sequence[Request], params: SamplingParams, rule: WaveRule) -> Iterator[ArrivedWave]:
+        """Yield the responses in waves, from an inner sampler that streams; see `StreamingSampler`.  Collective."""
+        return cast(StreamingSampler, self.inner).stream(requests, params, rule)
 
     def update_weights(self, version: int) -> None:
         """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""

@@ -18,7 +18,7 @@ from megatron_selfdistill.loss.weighting import LikelyTurns, down_weighted, drop
 from megatron_selfdistill.metrics.step import over_all_ranks
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.batch import over_last_stage
-from megatron_selfdistill.pipeline.schedule import StepOutput
+from megatron_selfdistill.pipeline.step_output import StepOutput
 
 
 @dataclass(frozen=True)

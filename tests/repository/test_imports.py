@@ -24,6 +24,7 @@ ORDER = {
         "schema.parallel_config schema.data_config schema.rollout_config schema.environment_config "
         "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
         "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks "
+        "schema.overlap_checks "
         "schema.whole_config checks world_checks compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
@@ -67,7 +68,7 @@ ORDER = {
     "prechecks": "",
     "teacher": "",
     "rollout": (
-        "base guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
+        "base streaming guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
         "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
         "vllm.gpt_oss_loading vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
@@ -80,7 +81,8 @@ ORDER = {
         "vllm.plugin.worker vllm.server.serve factory"
     ),
     "pipeline": (
-        "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference schedule "
+        "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference waves "
+        "step_output schedule "
         "batch score candidates"
     ),
     "recipes": (
@@ -88,8 +90,8 @@ ORDER = {
         "ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (
-        "guards samples pace phases progress claims leakage step sample_views token_numbers step_samples explored "
-        "loggers log"
+        "guards samples pace phases progress claims leakage overlap step sample_views token_numbers step_samples "
+        "explored loggers log"
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "
@@ -98,7 +100,7 @@ ORDER = {
     "sources": (
         "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
         "recording solution_search own_solutions group_functions hindsight_hints asked_model skills verbal_scores "
-        "selection guidance episodes revisions on_policy replay solutions_as_responses turns next_state_hints "
+        "selection guidance episodes revisions on_policy streamed replay solutions_as_responses turns next_state_hints "
         "hinted_turns chat_logs configured_hints configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

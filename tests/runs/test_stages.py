@@ -83,8 +83,7 @@ def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
 
 def gradients(trainer: Any, batch: Any) -> torch.Tensor:
     """Return all gradients of this rank after one batch."""
-    output = trainer.forward_backward(batch, trainer.pack(batch))
-    assert output is not None
+    assert trainer.forward_backward(batch, trainer.pack(batch)).output is not None
     parameters = [parameter for chunk in trainer.learner.chunks for parameter in chunk.parameters()]
     return torch.cat([parameter.main_grad.flatten().clone() for parameter in parameters])
 
@@ -173,10 +172,10 @@ def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]
             again = trainer.next_batch()
             assert (again.problems, again.contexts) == (batch.problems, batch.contexts)
             packed = stage("pack", batch)
-            output = stage("forward_backward", batch, packed)
-            metrics = stage("update", batch, output)
+            step = [stage("forward_backward", batch, packed)]
+            metrics = stage("update", step)
             assert trainer.source.state_dict() == committed, "the state is the one before the step"
-            stage("finish_step", batch, packed, metrics)
+            stage("finish_step", step, metrics)
             assert trainer.source.state_dict() != committed
             found.append(changed)
         return found
@@ -199,8 +198,8 @@ def test_no_stage_keeps_anything_for_the_next_one(ranks, data, tmp_path, name):
 
 def one_step(trainer: Any) -> None:
     batch = trainer.next_batch()
-    packed = trainer.pack(batch)
-    trainer.finish_step(batch, packed, trainer.update(batch, trainer.forward_backward(batch, packed)))
+    step = [trainer.forward_backward(batch, trainer.pack(batch))]
+    trainer.finish_step(step, trainer.update(step))
 
 
 def state_before_and_after_a_restart(overrides: Sequence[str]) -> list[dict[str, Any]]:
@@ -267,11 +266,11 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
         moved = {"student": not weights(student).equal(before[0]), "teacher": not weights(teacher).equal(before[1])}
         batch = trainer.next_batch()
         packed = trainer.pack(batch)
-        first = trainer.forward_backward(batch, packed).stats
+        first = trainer.forward_backward(batch, packed).output.stats
         with torch.no_grad():
             for parameter in student[0].parameters():
                 parameter.mul_(1.5)
-        second = trainer.forward_backward(batch, packed).stats
+        second = trainer.forward_backward(batch, packed).output.stats
         moved["teacher_log_prob"] = not second.teacher_log_prob.equal(first.teacher_log_prob)
         moved["student_log_prob"] = not second.student_log_prob.equal(first.student_log_prob)
         return moved

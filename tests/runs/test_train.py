@@ -83,10 +83,10 @@ def with_a_nan_gradient(arguments: list[str]) -> int:
 
     update = Trainer.update
 
-    def spoilt(self, batch, output):  # type: ignore[no-untyped-def]
+    def spoilt(self, step):  # type: ignore[no-untyped-def]
         if self.step == 2:
             next(self.learner.chunks[0].parameters()).main_grad[0] = math.nan
-        return update(self, batch, output)
+        return update(self, step)
 
     return tiny_run.start_with(arguments, Trainer, "update", spoilt)
 

@@ -7,10 +7,11 @@ Its responses depend on the prompt alone, it keeps the weights that it receives,
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -22,14 +23,20 @@ from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_re
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
 
 
-def tokens_behind(prompt: list[int], count: int) -> list[int]:
-    """Return the response of every fake server to a prompt: ``count`` tokens."""
-    return [(sum(prompt) + i) % 50 for i in range(count)]
+def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[int]:
+    """Return the response of every fake server to a prompt: ``count`` tokens below ``vocab_size``."""
+    return [(sum(prompt) + i) % vocab_size for i in range(count)]
 
 
-def answer_to(body: dict[str, Any], version: str) -> dict[str, Any]:
-    """Return the answer of ``/inference/v1/generate`` to a request."""
-    tokens = tokens_behind(body["token_ids"], body["sampling_params"]["max_tokens"])
+def answer_to(body: dict[str, Any], version: str, vocab_size: int = 50, ends: bool = False) -> dict[str, Any]:
+    """Return the answer of ``/inference/v1/generate`` to a request.
+
+    ``ends``: whether the response ends with a stop token of the request, rather than at its greatest length.
+    """
+    sampling = body["sampling_params"]
+    tokens = tokens_behind(body["token_ids"], sampling["max_tokens"], vocab_size)
+    if ends:
+        tokens[-1] = sampling["stop_token_ids"][0]
     content = [{"token_id": token, "logprob": -0.5, "rank": 1, "top_logprobs": []} for token in tokens]
     spans = [{"version": version, "start": 0, "end": len(tokens)}]
     return {
@@ -38,7 +45,7 @@ def answer_to(body: dict[str, Any], version: str) -> dict[str, Any]:
                 "index": 0,
                 "token_ids": tokens,
                 "logprobs": {"content": content},
-                "finish_reason": "length",
+                "finish_reason": "stop" if ends else "length",
                 "weight_versions": spans,
             }
         ]
@@ -59,10 +66,18 @@ class FakeVllm(ThreadingHTTPServer):
         self.address = f"http://127.0.0.1:{self.server_port}"
         self.lock = threading.Lock()
         self.token = ""
+        self.vocab_size = 50
+        """The number of tokens that responses consist of."""
+        self.ends = False
+        """Whether responses end with a stop token."""
         self.seconds = 0.0
         """Seconds that a response takes."""
+        self.seconds_of: Callable[[list[int]], float] = lambda prompt: 0.0
+        """The seconds more that the response to a prompt takes."""
         self.together = 0
         """The number of requests for which each response waits."""
+        self.holds: list[int] = []
+        """The first tokens of prompts whose responses wait until a test removes them here."""
         self.die_at = 0
         """The number of the response at whose start the server dies; 0 is never."""
         self.hang_at = 0
@@ -107,6 +122,11 @@ class FakeVllm(ThreadingHTTPServer):
         self.transfer = ""
         self.receiver: Receiver | None = None
         self.dead = False
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Print no traceback where a client has closed its connection."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
     def metrics(self) -> str:
         """Return the answer of ``/metrics``, with lines that the trainer does not read."""
@@ -174,16 +194,17 @@ class _Handler(BaseHTTPRequestHandler):
             number = fake.begun
         if number == fake.die_at:
             fake.dead = True
-        while fake.begun < fake.together or (fake.hang_at and number >= fake.hang_at):
+        held = body["token_ids"][0]
+        while fake.begun < fake.together or (fake.hang_at and number >= fake.hang_at) or held in fake.holds:
             time.sleep(0.01)
-        time.sleep(fake.seconds)
+        time.sleep(fake.seconds + fake.seconds_of(body["token_ids"]))
         if fake.dead:
             self.close_connection = True
             return
         with fake.lock:
             fake.answered[json.dumps(body["token_ids"])] += 1
             fake.models[body.get("model")] += 1
-        answer = answer_to(body, fake.writes_version or fake.version)
+        answer = answer_to(body, fake.writes_version or fake.version, fake.vocab_size, fake.ends)
         self._reply(fake.status, fake.says or answer)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
@@ -247,6 +268,6 @@ def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
         yield servers
     finally:
         for server in servers:
-            server.together, server.hang_at, server.hangs_at = 0, 0, ""
+            server.together, server.hang_at, server.hangs_at, server.holds = 0, 0, "", []
             server.shutdown()
             server.server_close()

@@ -20,6 +20,7 @@ from two_terms import GivenCoefficients
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
@@ -33,9 +34,11 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import forward, gated_delta_net
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
 from megatron_selfdistill.model.output_layer import Fusion
-from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline import schedule, token_losses, waves
 from megatron_selfdistill.pipeline.reference import Reference
+from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.pipeline.waves import Wave
 from megatron_selfdistill.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -79,6 +82,11 @@ class Case:
     fusion: Fusion | None = None
     two_terms: bool = False
     """Whether the tokens have the coefficients of `GivenCoefficients`."""
+    waves: int = 1
+    """Number of calls of the schedule, each with a part of the contexts, whose gradients add up to those of the step.
+    """
+    replays_waves: bool = False
+    """Whether the microbatches of all waves run in one call."""
     mutation: str | None = None
 
 
@@ -123,6 +131,17 @@ def contexts_of(case: Case) -> list[ContextPair]:
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
     """Return this replica's share of the contexts, with as many microbatches as on other replicas and an empty one."""
     mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
+    return packed_wave(case, grid, mine, mine)
+
+
+def contexts_of_waves(case: Case, grid: RankGrid) -> list[list[ContextPair]]:
+    """Return this replica's contexts wave by wave; where there are few, a replica has none in the last wave."""
+    mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
+    return [mine[wave :: case.waves] for wave in range(case.waves)]
+
+
+def packed_wave(case: Case, grid: RankGrid, everything: list[ContextPair], mine: list[ContextPair]) -> PackedBatch:
+    """Return the contexts ``mine``, in microbatches of the length that ``everything`` needs."""
     arguments: dict[str, Any] = {
         "max_tokens": case.max_tokens,
         "cp_size": grid.cp_size,
@@ -131,10 +150,10 @@ def packed(case: Case, grid: RankGrid) -> PackedBatch:
     }
     rules = PackingRules(**arguments)
     if case.unpacked:
-        length = _max(required_row_length(mine, rules, seq_quantum=case.seq_quantum), grid)
+        length = _max(required_row_length(everything, rules, seq_quantum=case.seq_quantum), grid)
         batch = in_rows(mine, rules, length, row_count(_max(len(mine), grid), length, case.max_tokens))
     else:
-        length = _max(required_seq_length(mine, rules, seq_quantum=case.seq_quantum), grid)
+        length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
         batch = pack(mine, rules, seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
     roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
@@ -142,6 +161,49 @@ def packed(case: Case, grid: RankGrid) -> PackedBatch:
         grown = (1, 1) if case.paired else (0, 1) if case.target.is_anchored else (1, 0)
         counts = [n + m for n, m in zip(counts, grown, strict=True)]
     return pad_to_count(batch, *counts)
+
+
+def run_waves(case: Case, grid: RankGrid, call: Callable[..., StepOutput]) -> StepOutput:
+    """Run the waves of a step, or replay their microbatches in one call, and return the results of the step.
+
+    ``call``: runs a batch of contexts through the schedule, with its place among the waves.
+    """
+    waves = contexts_of_waves(case, grid)
+    everything = [context for wave in waves for context in wave]
+    packs = [packed_wave(case, grid, everything, wave) for wave in waves]
+    if case.replays_waves:
+        first = call(packs[0], waves[0], wave=Wave(is_last=False), forward_only=True).accumulated
+        assert first is not None
+        whole = one_batch(packs)
+        num_tokens = call(whole, everything, forward_only=True).num_response_tokens
+        nothing_yet = dataclasses.replace(first, num_response_tokens=0, divisor=num_tokens)
+        return call(whole, everything, wave=Wave(nothing_yet))
+    outputs: list[StepOutput] = []
+    for i, (batch, own) in enumerate(zip(packs, waves, strict=True)):
+        earlier = outputs[-1].accumulated if outputs else None
+        outputs.append(call(batch, own, wave=Wave(earlier, share=0.4, is_last=i == len(packs) - 1)))
+    return StepOutput.joined(outputs, [len(batch.response_tokens) for batch in packs])
+
+
+def one_batch(packs: Sequence[PackedBatch]) -> PackedBatch:
+    """Return all microbatches of ``packs``, whose tokens are counted on."""
+    starts = [sum(len(pack.response_tokens) for pack in packs[:i]) for i in range(len(packs))]
+
+    def shifted(role: str) -> list[Any]:
+        return [
+            dataclasses.replace(one, response_ids=one.response_ids + start)
+            for pack, start in zip(packs, starts, strict=True)
+            for one in getattr(pack, role)
+        ]
+
+    return dataclasses.replace(
+        packs[0],
+        student=shifted("student"),
+        teacher=shifted("teacher"),
+        response_tokens=torch.cat([pack.response_tokens for pack in packs]),
+        guided=torch.cat([pack.guided for pack in packs]),
+        num_contexts=sum(pack.num_contexts for pack in packs),
+    )
 
 
 def run(case: Case) -> Outcome:
@@ -164,7 +226,7 @@ def run(case: Case) -> Outcome:
         models.fill_from_names(frozen, seed=case.reference_seed)
     vocab = vocab_shard(student, grid)
     batch = packed(case, grid)
-    coefficients = GivenCoefficients.of(contexts_of(case)[grid.dp_rank :: grid.dp_size]) if case.two_terms else None
+    mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
     with mutated(case.mutation, grid):
         if case.mutation == "padded column left in the softmax":
             vocab = dataclasses.replace(vocab, vocab_size=vocab.size * grid.tp_size)
@@ -177,19 +239,24 @@ def run(case: Case) -> Outcome:
             for chunk in student:
                 chunk.zero_grad_buffer()
             optimizer.zero_grad()
-            output = schedule.run(
-                student,
-                teacher.chunks,
-                batch,
-                token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
-                grid,
-                vocab,
-                reference=reference(case, frozen),
-                guided=case.guided,
-                measurement=TokenMeasurement(case.target, chunk_tokens=5) if case.target.is_anchored else None,
-                token_coefficients=coefficients,
-                pair_order=case.pair_order,
-            )
+
+            def call(some: PackedBatch, own: list[ContextPair], **options: Any) -> StepOutput:
+                return schedule.run(
+                    student,
+                    teacher.chunks,
+                    some,
+                    token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
+                    grid,
+                    vocab,
+                    reference=reference(case, frozen),
+                    guided=case.guided,
+                    measurement=TokenMeasurement(case.target, chunk_tokens=5) if case.target.is_anchored else None,
+                    token_coefficients=GivenCoefficients.of(own) if case.two_terms else None,
+                    pair_order=case.pair_order,
+                    **options,
+                )
+
+            output = call(batch, mine) if case.waves == 1 else run_waves(case, grid, call)
             if outcome is None:
                 outcome = first_step(student, optimizer, output, batch, grid)
             if case.steps:
@@ -281,9 +348,7 @@ def reference(case: Case, chunks: Sequence[Any]) -> Reference | None:
     return Reference(case.target, chunks, chunk_tokens=5)
 
 
-def first_step(
-    student: list[Any], optimizer: Any, output: schedule.StepOutput, batch: PackedBatch, grid: RankGrid
-) -> Outcome:
+def first_step(student: list[Any], optimizer: Any, output: StepOutput, batch: PackedBatch, grid: RankGrid) -> Outcome:
     """Return loss, gradients and norm of a step whose gradients are not yet used."""
     optimizer.prepare_grads()
     means = torch.zeros(2, dtype=torch.float64, device=grid.device)
@@ -384,6 +449,10 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
                 self.loss_scale *= grid.cp_size if name == "gradient x CP" else count
 
             patch.setattr(schedule._Step, "__init__", scaled)
+        elif name == "earlier waves not scaled":
+            patch.setattr(DistributedDataParallel, "scale_gradients", lambda self, factor: None)
+        elif name == "waves reduced twice":
+            patch.setattr(waves, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
         elif name == "layer-norm all-reduce dropped":

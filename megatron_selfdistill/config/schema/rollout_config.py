@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, ROLLOUT_VIEWS, SELECTIONS, TRANSFERS
+from megatron_selfdistill.choices import ENGINES, GUIDANCES, OVERLAPS, PLACEMENTS, ROLLOUT_VIEWS, SELECTIONS, TRANSFERS
 from megatron_selfdistill.config.schema.field_checks import (
     at_least,
     is_dotted,
@@ -60,6 +60,13 @@ class RolloutConfig:
     stop.hang_timeout_minutes, so that the other servers can sample the responses that are missing."""
     max_staleness: int = 0
     """Number of optimizer steps by which the weights that sampled a response may be older than the present weights."""
+    overlap: str = "none"
+    """The way in which generation and training share the time of a step: none (the step trains once it has all
+    responses) or stream (the step trains on finished responses while servers generate the others, with the same weights
+    and the same gradient; needs placement=server)."""
+    wave_microbatches: int | None = None
+    """Number of full student microbatches per replica from which finished responses are trained on under
+    overlap=stream, while others are missing; null is the number of pipeline stages."""
     view: str = "plain"
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
@@ -105,11 +112,12 @@ class RolloutConfig:
         one_of("rollout.engine", self.engine, ENGINES)
         one_of("rollout.placement", self.placement, PLACEMENTS)
         one_of("rollout.guidance", self.guidance, GUIDANCES)
+        one_of("rollout.overlap", self.overlap, OVERLAPS)
         one_of("rollout.view", self.view, ROLLOUT_VIEWS)
         one_of_or_dotted("rollout.select", self.select, SELECTIONS)
         if self.transfer is not None:
             one_of("rollout.transfer", self.transfer, TRANSFERS)
-        at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp")
+        at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp wave_microbatches")
         at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness")
         require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
         for name in ("bucket_mb", "timeout_s"):

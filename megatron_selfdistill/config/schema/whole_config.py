@@ -18,6 +18,7 @@ from megatron_selfdistill.config.schema.hints_config import HintsConfig
 from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
+from megatron_selfdistill.config.schema.overlap_checks import check_overlap
 from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.config.schema.policy_config import (
     DistillConfig,
@@ -139,6 +140,8 @@ class Config:
             self._check_environment()
         sections = self.data, self.rollout, self.distill, self.policy, self.teacher, self.environment
         check_readers(self.objective, *sections, logged=self.logged)
+        sampled = self.objective != "sft" and not self.logged
+        check_overlap(self.data, self.rollout, self.environment, self.loss, self.policy, samples_responses=sampled)
         if self.target.anchor == "reference":
             check_reference(self.objective, self.rollout, self.target, adapted=self.adapter.rank > 0)
         check_guided_tokens(self.objective, self.rollout, self.target, self.loss)

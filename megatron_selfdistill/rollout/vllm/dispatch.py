@@ -32,14 +32,16 @@ class DispatchResult(Generic[T]):
 
 
 def dispatch(
-    tasks: Sequence[Task[T]], servers: Sequence[VllmServer], arrived: Callable[[T], None] = lambda result: None
+    tasks: Sequence[Task[T]],
+    servers: Sequence[VllmServer],
+    arrived: Callable[[int, T], None] = lambda index, result: None,
 ) -> DispatchResult[T]:
     """Do every task on one of ``servers`` and return the results.
 
     Each server starts with neighbouring tasks, since the samples of one problem share the KV cache of their prompt.  A
     server that has finished its tasks takes tasks from the server that has most left.  An `EngineError` of a task is
     the failure of its server: the server gets no further task, and the other servers do its tasks.  ``arrived`` is
-    called with each result as it comes, on the caller's thread.
+    called with the index of each task and its result as it comes, on the caller's thread.
 
     Raises: `EngineError` that names the servers and their errors when no server is left; `RequestRefused`, and any
     other error of a task, at once.
@@ -79,7 +81,7 @@ def dispatch(
                 retried.add(index)
             else:
                 beat()
-                arrived(results[index])
+                arrived(index, results[index])
                 idle.append(server)
     except BaseException:
         for server in servers:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import pickle
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
@@ -36,12 +36,17 @@ class GatheredRequests:
 
     requests: list[Request]
     """All requests, in the order of the replicas."""
-    own: range
+    own: Sequence[int]
     """Indices of the requests of this rank's replica."""
-    by_rank: list[range]
-    """Indices of the requests of each rank's replica, by global rank."""
+    by_rank: Sequence[Sequence[int]]
+    """Indices of the requests of each rank's replica, by global rank; hashable."""
     device: torch.device
     """Device of the tensors that collectives exchange."""
+
+    def only(self, indices: Collection[int]) -> GatheredRequests:
+        """Return the same requests, of which only those of ``indices`` are to be answered."""
+        by_rank = [tuple(i for i in own if i in indices) for own in self.by_rank]
+        return replace(self, own=tuple(i for i in self.own if i in indices), by_rank=by_rank)
 
 
 def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequests:

@@ -11,8 +11,9 @@ import atexit
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, pairwise
 from pathlib import Path
 
@@ -26,12 +27,14 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import Rule
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
+from megatron_selfdistill.rollout.streaming import Arrivals, ArrivedWave, WaveRule, next_wave
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import (
+    GatheredRequests,
     check_requests,
     gather_requests,
     return_responses,
@@ -148,12 +151,47 @@ class ServerSampler:
         Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
         ``max_new_tokens`` within ``max_length``; `EngineError` where no server is left for a request.
         """
-        if self._version is None:
-            raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
-        gathered = gather_requests(requests, self._grid)
-        check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
-        generated = run_long_on_rank_0(lambda: self._generate_on_servers(gathered.requests, params), EngineError)
-        return return_responses(generated or {}, gathered)
+        gathered, generated, began = self._gathered(requests, params), dict[int, Response](), time.perf_counter()
+        run_long_on_rank_0(lambda: self._generate_on_servers(gathered.requests, params, generated.update), EngineError)
+        for name in ("generation_seconds", "waited_seconds"):
+            self._count(name, time.perf_counter() - began)
+        return return_responses(generated, gathered)
+
+    def stream(self, requests: Sequence[Request], params: SamplingParams, rule: WaveRule) -> Iterator[ArrivedWave]:
+        """Yield the responses to ``requests`` in waves while the servers generate others; see `StreamingSampler`.
+
+        A thread of rank 0 speaks with the servers; requests and responses travel between the ranks on the caller's
+        thread, before the first wave and in each wave.  Collective over the world.
+        Raises: as `generate`.
+        """
+        gathered = self._gathered(requests, params)
+        replicas = [range(own[0], own[-1] + 1) for own in dict.fromkeys(map(tuple, gathered.by_rank)) if own]
+        returned: set[int] = set()
+        arrivals = None
+        if self._grid.rank == 0:
+            arrivals = Arrivals(partial(self._generate_on_servers, gathered.requests, params))
+
+        def take() -> dict[int, Response]:
+            assert arrivals is not None
+            wave = arrivals.wait_for(lambda finished: next_wave(gathered.requests, replicas, finished, returned, rule))
+            if len(returned) + len(wave) == len(gathered.requests):
+                arrivals.join()
+                self._count("generation_seconds", arrivals.seconds)
+                self._count("waited_seconds", arrivals.waited_seconds)
+            self._count("waves", 1)
+            return arrivals.of(wave)
+
+        is_last = False
+        while not is_last:
+            generated = run_long_on_rank_0(take, EngineError) or {}
+            wave = broadcast_object(list(generated))
+            returned.update(wave)
+            is_last = len(returned) == len(gathered.requests)
+            asked = gathered.only(set(wave))
+            responses = return_responses(generated, asked)
+            first = gathered.own[0] if gathered.own else 0
+            own = {i - first: response for i, response in zip(asked.own, responses, strict=True)}
+            yield ArrivedWave(own, len(returned) / max(len(gathered.requests), 1), is_last)
 
     def sleep(self) -> None:
         """Do nothing: servers have memory of their own."""
@@ -161,8 +199,10 @@ class ServerSampler:
     def metrics(self) -> dict[str, float]:
         """Return rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, and others.
 
-        The others are rollout/servers_alive, rollout/requests_retried, rollout/guided_repairs where guided, and
-        rollout/staleness_max where ``max_staleness`` is positive.
+        The others are rollout/generation_seconds (in which servers generated), rollout/waited_seconds (in which the
+        trainer waited for responses), rollout/waves where responses stream, rollout/servers_alive,
+        rollout/requests_retried, rollout/guided_repairs where guided, and rollout/staleness_max where ``max_staleness``
+        is positive.
         """
         self._metrics["rollout/servers_alive"] = self._pool.num_alive
         metrics = broadcast_object(self._metrics)
@@ -235,9 +275,26 @@ class ServerSampler:
         self._pool.lose(failures)
         return [_Recipients([server], True) for server in again]
 
-    def _generate_on_servers(self, requests: Sequence[Request], params: SamplingParams) -> dict[int, Response]:
+    def _gathered(self, requests: Sequence[Request], params: SamplingParams) -> GatheredRequests:
+        """Return the requests of all replicas, which the servers can answer.  Raises: as `generate`."""
+        if self._version is None:
+            raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
+        gathered = gather_requests(requests, self._grid)
+        check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
+        return gathered
+
+    def _generate_on_servers(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        arrived: Callable[[Mapping[int, Response]], None],
+    ) -> None:
+        """Let the servers answer ``requests``; call ``arrived`` with the responses by index, as they come.
+
+        Used on rank 0 only, in any thread, while the sampler does nothing else.
+        """
         if not requests:
-            return {}
+            return
         assert self._version is not None
         servers = self._pool.usable(self._version, self._max_staleness)
         plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
@@ -248,32 +305,22 @@ class ServerSampler:
         groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
         counts: list[PairCounts] = []
         tasks = [self._task([requests[i] for i in group], params, counts) for group in groups]
-        dispatched = dispatch(tasks, servers, self._counter(len(requests)))
+        finished: list[Response] = []
+        self._progress(0, len(requests), "")
+
+        def returned(task: int, responses: list[Response]) -> None:
+            finished.extend(responses)
+            self._progress(len(finished), len(requests), "")
+            arrived(dict(zip(groups[task], responses, strict=True)))
+
+        dispatched = dispatch(tasks, servers, returned)
         self._pool.lose(dispatched.failures)
         self._count("requests_retried", dispatched.num_retried)
         if guided:
             self._count("guided_repairs", sum(each.repairs for each in counts))
-        generated = {
-            i: response
-            for group, responses in zip(groups, dispatched.results, strict=True)
-            for i, response in zip(group, responses, strict=True)
-        }
         if self._max_staleness:
-            oldest = min(response.weight_version for response in generated.values())  # type: ignore[type-var]
+            oldest = min(response.weight_version for response in finished)  # type: ignore[type-var]
             self._metrics["rollout/staleness_max"] = self._version - oldest  # type: ignore[operator]
-        return generated
-
-    def _counter(self, total: int) -> Callable[[list[Response]], None]:
-        """Return a function that adds the responses that it is given to those finished, of ``total``."""
-        finished = 0
-        self._progress(finished, total, "")
-
-        def arrived(responses: list[Response]) -> None:
-            nonlocal finished
-            finished += len(responses)
-            self._progress(finished, total, "")
-
-        return arrived
 
     def _task(
         self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]

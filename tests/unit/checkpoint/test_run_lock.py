@@ -279,7 +279,7 @@ def robbed(arguments: list[str], at: int) -> int:
     """Run until another run takes the directory over after ``at`` steps; return the exit status."""
     from megatron_selfdistill.trainer import Trainer
 
-    next_batch = Trainer.next_batch
+    batches = Trainer.batches
 
     def rob(self: Any) -> Any:
         if self.step == at:
@@ -287,9 +287,9 @@ def robbed(arguments: list[str], at: int) -> int:
             if self.grid.rank == 0:
                 (file,) = (self.run_dir / LOCK).iterdir()
                 file.rename(file.with_name("somebody.0"))
-        return next_batch(self)
+        return batches(self)
 
-    return tiny_run.start_with(arguments, Trainer, "next_batch", rob)
+    return tiny_run.start_with(arguments, Trainer, "batches", rob)
 
 
 @pytest.mark.parametrize("background", ["true", pytest.param("false", marks=pytest.mark.full)])

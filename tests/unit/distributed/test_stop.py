@@ -40,15 +40,15 @@ def failing(arguments: list[str]) -> int:
     """Let the engine fail in step 3, after the end of the job."""
     from megatron_selfdistill.trainer import Trainer
 
-    next_batch = Trainer.next_batch
+    batches = Trainer.batches
 
     def fail(self: Any) -> Any:
         if self.step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
             raise EngineError("the servers are gone")
-        return next_batch(self)
+        return batches(self)
 
-    return tiny_run.start_with(arguments, Trainer, "next_batch", fail)
+    return tiny_run.start_with(arguments, Trainer, "batches", fail)
 
 
 THREE_STEPS = "num_steps=3"
@@ -65,7 +65,7 @@ def whole(ranks, data, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("at", "numbers", "who"),
     [
-        pytest.param("next_batch", [signal.SIGUSR1], [1], marks=pytest.mark.full),
+        pytest.param("batches", [signal.SIGUSR1], [1], marks=pytest.mark.full),
         ("update", [signal.SIGTERM], [0]),
         pytest.param("pack", [*SIGNALS] * 3, [0, 1], marks=pytest.mark.full),
     ],

@@ -254,16 +254,16 @@ def slow(arguments: list[str], seconds: float) -> int:
     from megatron_selfdistill.distributed.watchdog import beat
     from megatron_selfdistill.trainer import Trainer
 
-    next_batch = Trainer.next_batch
+    batches = Trainer.batches
 
     def slowly(self):
         if self.grid.rank == self.step:  # the other waits in a collective
             for _ in range(20):
                 time.sleep(seconds / 20)
                 beat()
-        return next_batch(self)
+        return batches(self)
 
-    return tiny_run.start_with(arguments, Trainer, "next_batch", slowly)
+    return tiny_run.start_with(arguments, Trainer, "batches", slowly)
 
 
 @pytest.mark.full  # it waits for more than half a minute

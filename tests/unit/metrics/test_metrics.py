@@ -320,7 +320,7 @@ def test_rollout_metrics_count_each_response_once(ranks, world_size, sizes):
 def test_padding_shares_are_those_of_the_packed_batch():
     contexts = [ContextPair(str(n), [1] * n, [1] * 2 * n, [2] * 5, False) for n in (3, 8, 13)]
     batch = pack(contexts, PackingRules(max_tokens=32, cp_size=1, tp_size=4, paired=False))
-    found = rollout_metrics(responses(), ONE_RANK, batch)
+    found = rollout_metrics(responses(), ONE_RANK, [batch])
     assert found["padding/student"] == batch.student_padding_share > 0
     assert found["padding/teacher"] == batch.teacher_padding_share > 0
 

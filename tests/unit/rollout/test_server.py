@@ -7,25 +7,19 @@ Otherwise every rank raises the same message.
 from __future__ import annotations
 
 import json
-import tempfile
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
+from fake_server_sampler import GREEDY, MODEL, sampler, tell
 from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
-from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.model.adapters import add_adapters
-from megatron_selfdistill.rollout.base import Request, SamplingParams, ignore_progress
+from megatron_selfdistill.rollout.base import Request
 
-GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
-MODEL = models.model_config("gqa", num_layers=2)
 ADAPTER = AdapterConfig(rank=3, alpha=6.0, layers=["linear_proj", "linear_fc2"])
 TIMEOUT = 120.0
 
@@ -42,55 +36,6 @@ def everybodys(count: int) -> list[Request]:
 
 def wanted(requests: list[Request]) -> list[list[int]]:
     return [tokens_behind(request.prompt, GREEDY.max_new_tokens) for request in requests]
-
-
-def tell(address: str, **fault: Any) -> None:
-    """Set what a fake server does from now on."""
-    data = json.dumps(fault).encode()
-    urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=20).read()
-
-
-@contextmanager
-def sampler(
-    addresses: list[str],
-    layout: dict[str, int],
-    progress: Any = ignore_progress,
-    adapter: AdapterConfig | None = None,
-    **options: Any,
-) -> Iterator[tuple[Any, Any]]:
-    from megatron_selfdistill.model.hf.mapping import family_of_model
-    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
-
-    chunks, grid = models.build(MODEL, models.parallel(**layout))
-    if adapter is not None:
-        add_adapters(chunks, adapter, grid)
-    with tempfile.TemporaryDirectory() as directory:
-        built = ServerSampler(
-            chunks,
-            grid,
-            Path(directory),
-            family_of_model(MODEL).rules(MODEL),
-            RolloutConfig(
-                engine="vllm",
-                placement="server",
-                servers=addresses,
-                **{
-                    "transfer": "shared_memory",
-                    "transfer_dir": directory,
-                    "bucket_mb": 0.02,
-                    "timeout_s": 60.0,
-                    **options,
-                },
-            ),
-            max_length=64,
-            run_dir=Path(directory),
-            progress=progress,
-            adapter=adapter,
-        )
-        try:
-            yield built, grid
-        finally:
-            built.close()
 
 
 Step = tuple[list[list[int]], dict[str, float]] | tuple[str, str]

@@ -119,6 +119,27 @@ def test_half_an_update_is_refused_and_leaves_nothing_behind(ranks, servers, exp
     assert tokens(responses) == [token_ids for token_ids, _ in expected[0]]
 
 
+def streamed(servers: Reach) -> tuple[list[Response], dict[int, Response], list[bool]]:
+    """Return the responses in one batch, in waves by request, and whether each wave is the last one."""
+    from megatron_selfdistill.rollout.streaming import WaveRule
+
+    chunks, grid = models.build(MODEL, models.parallel())
+    everything = requests(16)
+    with sampler(chunks, grid, servers) as built:
+        built.update_weights(4)
+        whole = built.generate(everything, GREEDY)
+        waves = list(built.stream(everything, GREEDY, WaveRule(group_size=2, min_tokens=20)))
+    found = {i: response for wave in waves for i, response in wave.responses.items()}
+    return whole, found, [wave.is_last for wave in waves]
+
+
+def test_waves_have_the_responses_of_one_batch(ranks, servers):
+    [(whole, found, last)] = ranks.run(streamed, servers.reach, world_size=1, timeout=TIMEOUT)
+    assert sorted(found) == list(range(16)) and last == [False] * (len(last) - 1) + [True]
+    assert tokens([found[i] for i in range(16)]) == tokens(whole)
+    assert {response.weight_version for response in found.values()} == {4}
+
+
 def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
     """Return the responses to the same guided and plain requests in one call, on servers and in process."""
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler

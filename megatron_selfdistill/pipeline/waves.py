@@ -1,0 +1,88 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The waves of a step: several calls of the schedule, whose gradients add up to those of one call.
+
+The weights change only after the last wave, so a response may be trained on while others are still being generated.
+The loss of a step is a sum over response tokens, divided by their number N, which is known once the last wave begins.
+Earlier waves divide by an estimate N' and leave their gradients on the rank that computed them; before the last wave
+begins, these gradients are multiplied by N' / N.  The last wave divides by N, and Megatron Core then reduces and
+finalises all gradients at once, as in a step of one wave.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_selfdistill.model.build import unwrapped
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """The gradients in ``main_grad`` that the waves of a step have left so far; equal on all ranks."""
+
+    num_response_tokens: int
+    """Number of response tokens of these waves, over the global batch."""
+    divisor: int
+    """Number N' by which the sum of their losses is divided."""
+    first_tokens: int
+    """Number of response tokens of the first wave, over the global batch."""
+    first_microbatches: int
+    """Number of student microbatches with a response token in the first wave, over the global batch."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The place of a wave in its step; the default is a step of one wave."""
+
+    earlier: Accumulated | None = None
+    """The gradients of the earlier waves; None in the first wave."""
+    share: float = 1.0
+    """An estimate of the share of the step's response tokens that are in the waves up to this one.  The first wave of
+    several uses it; the gradient of the step does not depend on it."""
+    is_last: bool = True
+    """Whether the step ends with this wave."""
+
+    def accumulated(self, num_response_tokens: int, num_microbatches: int) -> Accumulated:
+        """Return the gradients of the step up to this wave, before which the numbers of this wave are counted.
+
+        ``num_response_tokens``, ``num_microbatches``: the response tokens of this wave, and its student microbatches
+        with a response token, over the global batch.
+        """
+        earlier = self.earlier or Accumulated(0, 0, num_response_tokens, max(num_microbatches, 1))
+        total = earlier.num_response_tokens + num_response_tokens
+        estimate = earlier.divisor or max(1, round(num_response_tokens / self.share))
+        divisor = total if self.is_last else estimate
+        return Accumulated(total, divisor, earlier.first_tokens, earlier.first_microbatches)
+
+
+@contextlib.contextmanager
+def gradients_of(wave: Wave, accumulated: Accumulated, chunks: Sequence[Any]) -> Iterator[None]:
+    """Let a call of the schedule add the gradients of ``wave``; leave the configuration of the schedule as it was.
+
+    ``chunks``: this rank's chunks of the student, in Megatron's DDP.
+    In the last wave, the earlier gradients are first divided by the same number as those of the wave.  In another wave,
+    nothing is reduced over data-parallel ranks and nothing is finalised.
+    """
+    if wave.is_last:
+        if wave.earlier is not None and wave.earlier.divisor != accumulated.divisor:
+            for chunk in chunks:
+                chunk.scale_gradients(wave.earlier.divisor / accumulated.divisor)
+        yield
+        return
+    config = unwrapped(chunks[0]).config
+    before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
+    with contextlib.ExitStack() as stack:
+        for chunk in chunks:  # once around the whole call: the exit of DDP's context switches the reduction on
+            stack.enter_context(chunk.no_sync())
+        # The schedule drains deferred gradients of the output layer only where it has a function that finalises.
+        config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = None, None, _finalise_nothing
+        try:
+            yield
+        finally:
+            config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = before
+
+
+def _finalise_nothing(*args: object, **kwargs: object) -> None:
+    """Leave the gradients as they are."""

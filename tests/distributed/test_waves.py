@@ -1,0 +1,191 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A step in waves has the gradients of the same microbatches in one call of the schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import layouts
+import models
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from layouts import Case, Outcomes, joined
+from models import parallel
+from parity import LAYOUTS, case_of, compare, compare_parameters, reference_of
+from tiers import combinations
+
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model.build import unwrapped, wrap_for_training
+from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.waves import Accumulated, Wave
+
+WAVES = 3
+ADAM = OptimizerConfig(
+    optimizer="adam", precision="fp32", lr=1e-3, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=False
+)
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks):
+    """Return the outcomes that the tests of this file have in common."""
+    return Outcomes(ranks)
+
+
+def in_waves(case: Case) -> tuple[Case, Case]:
+    """Return the case in waves, and with the microbatches of all waves in one call."""
+    streamed = dataclasses.replace(case, waves=WAVES)
+    return streamed, dataclasses.replace(streamed, replays_waves=True)
+
+
+@combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2 tied", "PP2xVPP2", "DP2", "EP2"]}, strength=1)
+def test_waves_have_the_gradients_of_one_call(outcomes, name, record_property):
+    """With a balancing loss of the router, whose weight no microbatch may change."""
+    case, world_size = case_of(name, model_changes={"moe_aux_loss_coeff": 0.05} if "moe" in LAYOUTS[name] else {})
+    streamed, replayed = outcomes.of(in_waves(case), world_size)
+    record_property("worst relative difference", compare(streamed, replayed))
+
+
+@combinations(name=["PP2xVPP2", "CP2xPP2", "DP2"], quick={"name": ["DP2"]}, strength=1)
+def test_waves_have_the_gradients_of_one_rank_that_has_all_responses(outcomes, name):
+    case, world_size = case_of(name)
+    compare(outcomes(in_waves(case)[0], world_size), outcomes(reference_of(case)))
+
+
+@combinations(
+    options={
+        "alternating": {"pair_order": "alternating", "paired": True},
+        "anchored": {"target": Target("fixed", anchor="reference")},
+        "two terms": {"two_terms": True},
+        "recomputed": {
+            "schedule": ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+        },
+    },
+    quick={"options": ["alternating", "anchored"]},
+    strength=1,
+)
+def test_waves_have_the_gradients_of_one_call_in_every_kind_of_step(outcomes, options):
+    case, world_size = case_of("PP2", **options)
+    compare(*outcomes.of(in_waves(case), world_size))
+
+
+def test_waves_of_rows_have_the_gradients_of_one_call(outcomes):
+    """The waves have different numbers of rows."""
+    case, world_size = case_of("PP2", unpacked=True, max_tokens=200)
+    compare(*outcomes.of([in_waves(case)[0], case], world_size))
+
+
+OVERLAPS: dict[str, dict[str, Any]] = {
+    "distributed": {"use_distributed_optimizer": True},
+    "reduction": {"overlap_grad_reduce": True},
+    "all": {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True},
+}
+
+
+@combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1)
+def test_data_parallel_optimizers_take_waves_as_one_call(outcomes, cuts):
+    """The reduction that overlaps with the backward pass begins in the last wave only."""
+    case = Case(kind="shallow", parallel=cuts, steps=3, optimizer=ADAM)
+    cases = [dataclasses.replace(case, optimizer=dataclasses.replace(ADAM, **changes)) for changes in OVERLAPS.values()]
+    streamed = [in_waves(one)[0] for one in cases]
+    *got, expected = outcomes.of([*streamed, in_waves(case)[1]], 2 * cuts.pipeline_model_parallel_size)
+    for one in got:
+        compare_parameters(one, expected)
+
+
+@pytest.mark.parametrize(("name", "mutation"), [("DP2", "earlier waves not scaled"), ("TP2+SP", "waves reduced twice")])
+def test_the_comparison_catches(outcomes, name, mutation):
+    """Twice reduced over data-parallel ranks is the same as once, and over the ranks of SP it is not."""
+    case, world_size = case_of(name)
+    streamed, replayed = in_waves(case)
+    [per_rank] = outcomes.per_rank([dataclasses.replace(streamed, mutation=mutation)], world_size)
+    with pytest.raises(AssertionError, match=r"differs by|approx"):
+        compare(joined(per_rank), outcomes(replayed, world_size))
+
+
+@given(st.integers(1, 4000), st.integers(1, 64), st.integers(1, 10**9), st.integers(1, 4000))
+def test_one_wave_weighs_router_losses_as_before(num_microbatches, dp_size, num_tokens, num_weighted):
+    """Bit for bit: both are the rounded quotient of integers."""
+    whole = Wave().accumulated(num_tokens, num_weighted)
+    assert whole == Accumulated(num_tokens, num_tokens, num_tokens, num_weighted)
+    factor = num_microbatches * dp_size * whole.first_tokens / (whole.first_microbatches * whole.divisor)
+    assert factor == num_microbatches * dp_size / num_weighted
+
+
+def test_the_divisor_is_an_estimate_until_the_last_wave():
+    first = Wave(share=0.25, is_last=False).accumulated(100, 4)
+    second = Wave(first, share=0.5, is_last=False).accumulated(60, 2)
+    last = Wave(second).accumulated(7, 1)
+    assert first == Accumulated(100, 400, 100, 4) and second == Accumulated(160, 400, 100, 4)
+    assert last == Accumulated(167, 167, 100, 4)
+
+
+class Broken(RuntimeError):
+    """The error of a wave."""
+
+
+def after_an_error_in_a_wave() -> tuple[bool, bool]:
+    """Return whether the configuration of the schedule is as before, and whether the next step has the same bits."""
+    case, _ = case_of("DP2", optimizer=dataclasses.replace(ADAM, overlap_grad_reduce=True))
+    model = models.model_config(case.kind)
+    chunks, grid = models.build(model, ParallelConfig(), optimizer=case.optimizer)
+    student = wrap_for_training(chunks, case.optimizer)
+    config, vocab = unwrapped(student[0]).config, layouts.vocab_shard(student, grid)
+    batch = layouts.packed(case, grid)
+
+    def call(loss: Any, wave: Wave | None = None) -> None:
+        schedule.run(student, None, batch, loss, grid, vocab, wave=wave)
+
+    def gradients() -> list[Any]:
+        for chunk in student:
+            chunk.zero_grad_buffer()
+        call(token_losses.next_token)
+        return [parameter.main_grad.clone() for parameter in student[0].parameters()]
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise Broken
+
+    before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
+    expected = gradients()
+    with pytest.raises(Broken):
+        call(broken, Wave(share=0.5, is_last=False))
+    restored = before == (config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func)
+    restored &= all(group.is_last_microbatch for chunk in student for group in chunk.bucket_groups)
+    return restored, all(one.equal(other) for one, other in zip(gradients(), expected, strict=True))
+
+
+def test_an_error_in_a_wave_leaves_the_schedule_as_it_was(ranks):
+    assert set(ranks.run(after_an_error_in_a_wave, world_size=2)) == {(True, True)}
+
+
+def test_a_wave_without_tokens_ends_a_step_that_has_some_and_is_refused_before(ranks):
+    assert ranks.run(waves_without_tokens, world_size=1) == [(True, True)]
+
+
+def waves_without_tokens() -> tuple[bool, bool]:
+    """Return whether an empty last wave keeps the gradients of the step, and whether an empty first wave is refused."""
+    case = Case(kind="shallow")
+    chunks, grid = models.build(models.model_config(case.kind), ParallelConfig(), optimizer=case.optimizer)
+    student = wrap_for_training(chunks, case.optimizer)
+    vocab, batch = layouts.vocab_shard(student, grid), layouts.packed(case, grid)
+    empty = layouts.packed_wave(case, grid, layouts.contexts(), [])
+
+    def call(some: Any, wave: Wave) -> Any:
+        return schedule.run(student, None, some, token_losses.next_token, grid, vocab, wave=wave)
+
+    def gradients() -> list[Any]:
+        return [parameter.main_grad.clone() for parameter in student[0].parameters()]
+
+    call(batch, Wave())
+    expected = gradients()
+    student[0].zero_grad_buffer()
+    first = call(batch, Wave(share=1.0, is_last=False))
+    call(empty, Wave(first.accumulated))
+    kept = all(one.equal(other) for one, other in zip(gradients(), expected, strict=True))
+    try:
+        call(empty, Wave(share=0.5, is_last=False))
+    except schedule.NoResponseTokens:
+        return kept, True
+    return kept, False

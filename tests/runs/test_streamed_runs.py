@@ -1,0 +1,136 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Runs that train on finished responses while servers generate the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_vllm import FakeVllm, fake_servers
+from tiny_run import overrides, refusal, reproducible_metrics, saved_step, train
+
+from megatron_selfdistill.train import EXIT_NO_ROLLOUT
+
+SLOW_SECONDS = 0.5
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeVllm]]:
+    """Yield two servers; a third of the responses takes half a second longer than the others."""
+    with fake_servers(2) as servers:
+        for server in servers:
+            server.seconds_of = lambda prompt: 0.0 if sum(prompt) % 3 else SLOW_SECONDS
+            server.vocab_size, server.ends = 10, True
+        yield servers
+
+
+def on(servers: list[FakeVllm], data: Path, run_dir: Path, *more: str) -> list[str]:
+    """Return the overrides of a run of three steps on ``servers``, with microbatches of one or two contexts."""
+    return overrides(
+        data,
+        run_dir,
+        "num_steps=3",
+        "checkpoint.save_every=1",
+        "rollout.engine=vllm",
+        "rollout.placement=server",
+        f"rollout.servers=[{','.join(server.address for server in servers)}]",
+        "rollout.transfer=gloo",
+        "rollout.num_samples=2",
+        "schedule.max_tokens=64",
+        *more,
+    )
+
+
+OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.use_distributed_optimizer=true"]
+STREAM = ["rollout.overlap=stream", "rollout.wave_microbatches=2"]
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, Any]]:
+    """Return all metrics of each step."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_steps(one: Path, other: Path) -> None:
+    """Assert that two runs have the same losses, norms and weights, up to the order of sums."""
+    pairs = list(zip(reproducible_metrics(one), reproducible_metrics(other), strict=True))
+    assert len(pairs) == 3
+    for first, second in pairs:
+        for key in ("loss/mean", "gradient_norm", "entropy/student", "entropy/target"):
+            assert first[key] == pytest.approx(second[key], rel=1e-4), key
+        for key in ("tokens/response", "tokens/rollout", "response/length_mean"):
+            assert first[key] == second[key], key
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [
+        ([], 2),
+        pytest.param(["parallel.pipeline_model_parallel_size=2"], 2, marks=pytest.mark.full),
+        pytest.param(
+            OVERLAPPED,
+            2,
+            marks=pytest.mark.full,
+        ),
+    ],
+    ids=["DP2", "PP2", "DP2 with overlapped reduction"],
+)
+def test_a_streamed_run_takes_the_steps_of_one_that_waits_for_all_responses(
+    ranks, fakes, data, tmp_path, layout, world_size
+):
+    train(ranks, on(fakes, data, tmp_path / "turns", *layout), world_size)
+    train(ranks, on(fakes, data, tmp_path / "stream", *layout, *STREAM), world_size)
+    assert_same_steps(tmp_path / "turns", tmp_path / "stream")
+    waves = [line["rollout/waves"] for line in metrics_of(tmp_path / "stream")]
+    assert max(waves) > 1, "fast responses are trained on before slow ones come"
+    shares = [line["overlap/share"] for line in metrics_of(tmp_path / "stream")]
+    assert 0 < max(shares) < 1
+    assert all(line["overlap/share"] == 0 for line in metrics_of(tmp_path / "turns"))
+
+
+def test_rewards_and_recorded_responses_are_those_of_whole_groups(ranks, fakes, data, tmp_path):
+    recorded = tmp_path / "recorded.jsonl"
+    rewards = ["objective=policy_gradient", "policy.weight=1", "policy.reward=tiny_run.starts_with_an_even_token"]
+    train(ranks, on(fakes, data, tmp_path / "stream", *STREAM, *rewards, f"rollout.record={recorded}"))
+    replay = [f"rollout.replay={recorded}", "rollout.engine=megatron", "rollout.placement=colocated"]
+    train(ranks, [*on(fakes, data, tmp_path / "replay", *rewards), "rollout.servers=[]", *replay])
+    for streamed, replayed in zip(
+        reproducible_metrics(tmp_path / "stream"), reproducible_metrics(tmp_path / "replay"), strict=True
+    ):
+        for key in ("rewards/mean", "rewards/mixed_groups", "rewards/trained_share", "loss/mean"):
+            assert streamed[key] == pytest.approx(replayed[key], rel=1e-5, abs=1e-7), key
+
+
+def test_an_engine_that_fails_between_waves_loses_nothing(ranks, fakes, data, tmp_path):
+    """Step 2 fails after its first responses; the run that goes on redoes it and counts no response twice."""
+    alone = fakes[:1]
+    train(ranks, on(alone, data, tmp_path / "whole", *STREAM))
+    alone[0].restart()
+    alone[0].die_at = 16 + 12  # a step has 16 responses
+    train(ranks, on(alone, data, tmp_path / "broken", *STREAM), expected=EXIT_NO_ROLLOUT)
+    assert saved_step(tmp_path / "broken") == 1
+    alone[0].die_at = 0
+    alone[0].restart()
+    train(ranks, on(alone, data, tmp_path / "broken", *STREAM))
+    assert_same_steps(tmp_path / "whole", tmp_path / "broken")
+
+
+REFUSED: dict[str, tuple[list[str], str]] = {
+    "an engine of the trainer": (["rollout.overlap=stream"], "needs rollout.engine=vllm and rollout.placement=server"),
+    "a selection": (["rollout.select=balance"], "rollout.select=balance selects among the responses of a step"),
+    "own solutions": (["data.solutions=own"], "data.solutions=own changes the prompts of a step"),
+    "a mean over responses": (["loss.normalize=sequences"], "divides by the number of responses or problems"),
+    "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
+    "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
+    "a size without waves": (["rollout.overlap=none"], "rollout.wave_microbatches is the size of a wave"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_needs_all_responses_of_a_step_is_refused(ranks, data, tmp_path, name):
+    more, message = REFUSED[name]
+    served = ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1", "rollout.num_samples=2"]
+    wanted = [*served, *STREAM] if name != "an engine of the trainer" else []
+    assert message in refusal(ranks, overrides(data, tmp_path / "run", *wanted, *more))

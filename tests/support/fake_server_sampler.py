@@ -1,0 +1,71 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A `ServerSampler` on servers of fake_vllm.py, and their faults, from any rank."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import models
+
+from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.model.adapters import add_adapters
+from megatron_selfdistill.rollout.base import SamplingParams, ignore_progress
+
+GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
+MODEL = models.model_config("gqa", num_layers=2)
+
+
+def tell(address: str, **fault: Any) -> None:
+    """Set what a fake server does from now on."""
+    data = json.dumps(fault).encode()
+    urllib.request.urlopen(urllib.request.Request(address + "/fault", data, method="POST"), timeout=20).read()
+
+
+@contextmanager
+def sampler(
+    addresses: list[str],
+    layout: dict[str, Any],
+    progress: Any = ignore_progress,
+    adapter: AdapterConfig | None = None,
+    **options: Any,
+) -> Iterator[tuple[Any, Any]]:
+    """Yield a sampler on the servers at ``addresses``, and the grid; ``options`` are fields of `RolloutConfig`."""
+    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
+
+    chunks, grid = models.build(MODEL, models.parallel(**layout))
+    if adapter is not None:
+        add_adapters(chunks, adapter, grid)
+    with tempfile.TemporaryDirectory() as directory:
+        built = ServerSampler(
+            chunks,
+            grid,
+            Path(directory),
+            family_of_model(MODEL).rules(MODEL),
+            RolloutConfig(
+                engine="vllm",
+                placement="server",
+                servers=addresses,
+                **{
+                    "transfer": "shared_memory",
+                    "transfer_dir": directory,
+                    "bucket_mb": 0.02,
+                    "timeout_s": 60.0,
+                    **options,
+                },
+            ),
+            max_length=64,
+            run_dir=Path(directory),
+            progress=progress,
+            adapter=adapter,
+        )
+        try:
+            yield built, grid
+        finally:
+            built.close()
