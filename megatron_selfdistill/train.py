@@ -30,7 +30,8 @@ from megatron_selfdistill.report import next_steps
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
-    from megatron_selfdistill.trainer import TrainedBatch, Trainer
+    from megatron_selfdistill.trained_step import TrainedBatch
+    from megatron_selfdistill.trainer import Trainer
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 

@@ -7,7 +7,6 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 from megatron_selfdistill.checkpoint.directory import iteration_name
 from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
@@ -38,7 +37,6 @@ from megatron_selfdistill.metrics.overlap import overlap_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.step_output import StepOutput
-from megatron_selfdistill.pipeline.waves import Wave
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.report.refresh import ReportRefresh
 from megatron_selfdistill.rollout.base import SamplingParams
@@ -47,15 +45,7 @@ from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
 from megatron_selfdistill.sources.source import StepBatch
-
-
-class TrainedBatch(NamedTuple):
-    """A batch whose gradients are in ``main_grad``: the whole step, or one wave of it."""
-
-    batch: StepBatch
-    packed: PackedBatch
-    output: StepOutput | None
-    """The statistics of its tokens; None where no replica had a response to train on."""
+from megatron_selfdistill.trained_step import TrainedBatch, TrainedStep, joined, wave_of
 
 
 class Trainer:
@@ -132,7 +122,7 @@ class Trainer:
     def batches(self) -> Iterator[StepBatch]:
         """Yield the responses of the next step, sampled with the current weights where anything is sampled.
 
-        They come in one batch or, with rollout.overlap=stream, in waves as they arrive.
+        They come in one batch, or in waves as they arrive (rollout.overlap=stream).
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
         return self.source.batches(self.step, self.sampling)
@@ -142,42 +132,34 @@ class Trainer:
         with self.phases("pack"):
             return self.learner.pack(batch.contexts)
 
-    def forward_backward(
-        self, batch: StepBatch, packed: PackedBatch, earlier: Sequence[TrainedBatch] = ()
-    ) -> TrainedBatch:
+    def forward_backward(self, batch: StepBatch, packed: PackedBatch, earlier: TrainedStep = ()) -> TrainedBatch:
         """Add the gradients of the batch to ``main_grad``; there are none where no replica has a response to train on.
 
         ``earlier``: the step's batches before this one, whose gradients stay; without them, gradients start at zero.
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        outputs = [trained.output for trained in earlier if trained.output is not None]
-        wave = Wave(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step)
+        output, wave, measure_teacher = None, wave_of(batch, earlier), self.config.metrics.teacher_due(self.step + 1)
         if not earlier and self.config.explores(self.step + 1):
             self._save_explored(batch)
-        output = None
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             tolerance = self.config.guards.identity_tolerance
-            if not self.checked and not outputs and self.learner.has_teacher and tolerance is not None:
+            if not self.checked and wave.earlier is None and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
-            measure_teacher = self.config.metrics.teacher_due(self.step + 1)
             output = self.learner.forward_backward(
                 packed, batch.token_coefficients, measure_teacher=measure_teacher, wave=wave
             )
         return TrainedBatch(batch, packed, output)
 
-    def update(self, step: Sequence[TrainedBatch]) -> dict[str, float]:
+    def update(self, step: TrainedStep) -> dict[str, float]:
         """Check the numbers, apply the gradient, move the teacher; return the metrics so far, equal on all ranks.
 
-        ``step``: all batches of the step.
         Raises: `RunUnhealthy` for a number that is not finite; the gradient is then not applied.
         """
-        used = [(len(one.packed.response_tokens), one.output) for one in step if one.output is not None]
-        if not used:
+        batch, output = joined(step)
+        if output is None:
             return {}
-        batch = StepBatch.joined([one.batch for one in step])
-        output = StepOutput.joined([output for _, output in used], [num_tokens for num_tokens, _ in used])
         metrics = self.source.metrics(batch, output)
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)
@@ -191,28 +173,24 @@ class Trainer:
         self.learner.solve_k(output)
         return metrics
 
-    def finish_step(self, step: Sequence[TrainedBatch], metrics: Mapping[str, float]) -> None:
+    def finish_step(self, step: TrainedStep, metrics: Mapping[str, float]) -> None:
         """Count the step, commit its batches; log, check, evaluate and save whenever the configuration says so.
 
         Raises: `RunUnhealthy` if a guard fails, `CheckpointError` if the run directory now belongs to another run.
         """
         self.run_directory.require_ownership()
         self.step += 1
-        batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
+        (batch, _), packs, has_teacher = joined(step), [one.packed for one in step], self.learner.has_teacher
         self.source.commit(batch)
-        leaks = None
-        if self.learner.has_teacher:
-            leaks = leak_counts(batch.contexts, self.config.metrics.leak_words, self.run_data.tokenizer, self.grid)
+        words, tokenizer = self.config.metrics.leak_words, self.run_data.tokenizer
+        leaks = leak_counts(batch.contexts, words, tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
-        read = tokens_read(packs, metrics, self.grid.dp_size, self.learner.has_teacher)
+        read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
         timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
         self.log.log(self.step, timed | overlap_metrics(timed))
-        speaks = self.step == 1 and not self.config.reads_one_prompt  # else equal weights read the same prompt
-        warning = warning_of_a_silent_teacher(metrics, self.config.target.teacher_weight) if speaks else None
-        for one in (warning, warning_of_unused_scores(metrics)):
-            if one is not None:
-                self.log.message(one)
+        for warning in warnings_of(self.config, self.step, metrics):
+            self.log.message(warning)
         self.guards.check(self.step, metrics)
         last = self.step == self.config.num_steps
         evaluates = self.config.evaluation.due(self.step, self.config.num_steps)
@@ -248,8 +226,7 @@ class Trainer:
         with self.phases("evaluation"):
             result = evaluate(self.sampler, self.run_data, verifier, options, self.grid)
         if result.overlooked is not None:
-            shows = self.run_data.builder.show_contents
-            for line in result.overlooked.lines(self.config.evaluation.verifier, shows):
+            for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)
         self.log.log_evaluation(self.step, result.metrics("evaluation_hinted" if hinted else "evaluation"))
         self.log.log_evaluation_samples(self.step, result.records(0 if hinted else self.config.num_shown_problems))
@@ -269,17 +246,10 @@ class Trainer:
             if self.grid.is_reporter:
                 self.run_directory.restore()
             model = replace(self.config.model, vocab_size=self.run_data.vocab_size)
-            self.checkpointer.save(
-                self.step,
-                **self.learner.stored_parts,
-                trainer_state={
-                    **self.source.state_dict(),
-                    "guards": self.guards.state_dict(),
-                    "batch_k": self.learner.batch_k,
-                    CONFIGURATION: stored_values(self.config),
-                },
-                args=megatron_args(self.learner.chunks[0], model),
-            )
+            state = {**self.source.state_dict(), "guards": self.guards.state_dict(), "batch_k": self.learner.batch_k}
+            state[CONFIGURATION] = stored_values(self.config)
+            args = megatron_args(self.learner.chunks[0], model)
+            self.checkpointer.save(self.step, **self.learner.stored_parts, trainer_state=state, args=args)
         self.saved_step = self.step
         self.events.record(self.step, "saved", checkpoint=str(self.checkpoint))
 
@@ -344,6 +314,16 @@ def evaluation_options(
         leak_words=config.metrics.leak_words,
         confidence=config.evaluation.confidence_pattern,
     )
+
+
+def warnings_of(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the metrics of a step, counted from 1, warn of; the first step also shows a teacher that is silent.
+
+    Where student and teacher read the same prompt, equal weights say the same.
+    """
+    speaks = step == 1 and not config.reads_one_prompt
+    silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
+    return [warning for warning in (silent, warning_of_unused_scores(metrics)) if warning is not None]
 
 
 def tokens_read(

@@ -106,6 +106,7 @@ ORDER = {
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",
     "plan": "bubble plan_checks stages memory engines launch host_memory dry_run plan_tables",
     "learner": "",
+    "trained_step": "",
     "trainer": "",
     "launch_facts": "",
     "announcement": "",

@@ -146,12 +146,13 @@ def _messages(config: pytest.Config) -> list[tuple[bool, str]]:
     """Return every message, and whether it is an error, which it is where the command line has the limit."""
     if config.option.markexpr != "not full":  # another selection than that of make test
         return []
+    seconds = config.stash[_SECONDS]
     found = []
     for option, default, messages_of in (
         ("--file-seconds", LIMIT_S, too_slow),
         ("--total-seconds", TOTAL_LIMIT_S, too_slow_together),
     ):
         limit = config.getoption(option)
-        messages = messages_of(config.stash[_SECONDS], default if limit is None else limit)
+        messages = messages_of(seconds, default if limit is None else limit)
         found += [(limit is not None, message) for message in messages]
     return found

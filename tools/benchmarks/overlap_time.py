@@ -16,11 +16,13 @@ import argparse
 import hashlib
 import json
 import math
+import multiprocessing
 import statistics
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -62,21 +64,32 @@ def _servers(arguments: argparse.Namespace, root: Path) -> Iterator[tuple[list[s
         own = ["rollout.num_servers=1", f"rollout.server_python={Path(arguments.server_python).absolute()}"]
         yield [*own, "rollout.kv_cache_gb=0.2", "rollout.engine_args.max_num_seqs=64"], lambda seconds: None
         return
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_serve, args=(there, arguments.problems, arguments.sigma), daemon=True)
+    process.start()
+    try:
+        yield [f"rollout.servers=[{here.recv()}]"], here.send
+    finally:
+        process.terminate()
+
+
+def _serve(pipe: Connection, num_problems: int, sigma: float) -> None:
+    """Serve in a process of its own, whose threads do not take the trainer's time; ``pipe`` brings the seconds."""
     with fake_servers(1) as servers:
-
-        def scale(seconds: float) -> None:
-            servers[0].seconds_of = lambda prompt: seconds * _share_of_slowest(prompt, arguments)
-
         servers[0].vocab_size = 10
-        yield [f"rollout.servers=[{servers[0].address}]"], scale
+        pipe.send(servers[0].address)
+        slowest = pipe.recv()
+        servers[0].seconds_of = lambda prompt: slowest * _share_of_slowest(prompt, num_problems, sigma)
+        pipe.recv()  # until the benchmark ends
 
 
-def _share_of_slowest(prompt: Sequence[int], arguments: argparse.Namespace) -> float:
+def _share_of_slowest(prompt: Sequence[int], num_problems: int, sigma: float) -> float:
     """Return the time of a response relative to the slowest of a step: a log-normal time, cut at its likely maximum."""
     word = hashlib.blake2b(str(list(prompt)).encode(), digest_size=8).digest()
     uniform = (int.from_bytes(word, "little") + 0.5) / 2**64
-    slowest = statistics.NormalDist().inv_cdf(1 - 1 / (arguments.problems + 1))
-    return math.exp(arguments.sigma * (min(statistics.NormalDist().inv_cdf(uniform), slowest) - slowest))
+    slowest = statistics.NormalDist().inv_cdf(1 - 1 / (num_problems + 1))
+    return math.exp(sigma * (min(statistics.NormalDist().inv_cdf(uniform), slowest) - slowest))
 
 
 def _overrides(arguments: argparse.Namespace, root: Path) -> list[str]:

@@ -188,6 +188,7 @@ def test_a_teacher_that_says_what_the_student_says_is_warned_of(metrics, teacher
 def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch):
     from megatron_selfdistill import trainer as module
     from megatron_selfdistill.sources.source import StepBatch
+    from megatron_selfdistill.trained_step import TrainedBatch
 
     messages = []
     run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9))
@@ -196,5 +197,5 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
     monkeypatch.setattr(module, "tokens_read", lambda *_: 0.0)
     for _ in range(3):
-        module.Trainer.finish_step(run, [module.TrainedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9})
+        module.Trainer.finish_step(run, [TrainedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9})
         assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in messages] == [True]

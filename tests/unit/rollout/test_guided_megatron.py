@@ -41,9 +41,7 @@ def write_hf(directory: Path, config: ParallelConfig, requests: list[Request], n
     return sampler.generate(requests, SamplingParams(new_tokens, temperature=0))
 
 
-# Kinds whose decoding differs; test_megatron_models.py decodes other kinds of positions.
-HF_KINDS = ("qwen3", "gpt_oss", "deepseek_v3", "glm4_moe", "smollm3", "qwen3_next", "qwen3_yarn", "phi3")
-HF_CASES = {kind: (kind, parallel(), 1) for kind in HF_KINDS} | {
+HF_CASES = {kind: (kind, parallel(), 1) for kind in hf_models.CONFIGS} | {
     "qwen3 in TP2xPP2+SP": ("qwen3", parallel(tp=2, pp=2, sp=True), 4),
     "deepseek_v3 in PP2": ("deepseek_v3", parallel(pp=2), 2),
 }
