@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.plan.dry_run import Plan
 from megatron_selfdistill.plan.host_memory import checkpoint_bytes
@@ -103,7 +105,33 @@ def _how_full(plan: Plan) -> list[str]:
         f"at a time; by arithmetic for H200 GPUs (plan/engines.py) {rollout:.0f} s of rollout and {training:.0f} s of "
         "training per step"
     )
-    return [filled, *([plan.engines.warning] if plan.engines.warning else [])]
+    return [filled, *([plan.engines.warning] if plan.engines.warning else []), *_overlap(plan)]
+
+
+def _overlap(plan: Plan) -> list[str]:
+    """Return the line about the faster value of rollout.overlap; none for a run that cannot stream its responses."""
+    config = plan.config
+    if plan.engines is None or not can_stream(config):
+        return []
+    generation, training = plan.engines.seconds
+    in_wave = config.rollout.wave_microbatches or config.parallel.pipeline_model_parallel_size
+    last = training * min(1.0, in_wave / max(plan.num_microbatches[0], 1))
+    turns, streamed = generation + training, max(generation, training) + last
+    faster = "stream" if streamed < turns else "none"
+    return [
+        f"rollout.overlap={faster} is faster: by the same arithmetic a step takes {turns:.0f} s in turns and "
+        f"{streamed:.0f} s streamed, the longer of both and a last wave of {last:.0f} s; streaming gains as long as "
+        "rollout and training both take longer than this wave"
+    ]
+
+
+def can_stream(config: Config) -> bool:
+    """Return whether rollout.overlap=stream is possible with all other keys of ``config``."""
+    try:
+        replace(config, rollout=replace(config.rollout, overlap="stream"))
+    except ValueError:
+        return False
+    return True
 
 
 def memory_table(plan: Plan) -> Table:
