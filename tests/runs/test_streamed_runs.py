@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 from fake_vllm import FakeVllm, fake_servers
 from tiny_run import overrides, refusal, reproducible_metrics, saved_step, train
 
@@ -115,6 +118,29 @@ def test_an_engine_that_fails_between_waves_loses_nothing(ranks, fakes, data, tm
     alone[0].restart()
     train(ranks, on(alone, data, tmp_path / "broken", *STREAM))
     assert_same_steps(tmp_path / "whole", tmp_path / "broken")
+
+
+def asked_to_stop_in_the_first_wave(arguments: list[str]) -> int:
+    """Send this process a signal in the second step, when its slow responses are still being generated."""
+    from megatron_selfdistill.trainer import Trainer
+
+    pack = Trainer.pack
+
+    def pack_and_signal(self: Any, batch: Any) -> Any:
+        if self.step == 1 and not batch.ends_step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return pack(self, batch)
+
+    return tiny_run.start_with(arguments, Trainer, "pack", pack_and_signal)
+
+
+def test_a_signal_between_waves_lets_the_step_finish(ranks, fakes, data, tmp_path):
+    arguments = on(fakes, data, tmp_path / "stopped", *STREAM, "checkpoint.save_every=0")
+    train(ranks, arguments, start=asked_to_stop_in_the_first_wave)
+    assert saved_step(tmp_path / "stopped") == 2 and (tmp_path / "stopped" / "stopped").exists()
+    train(ranks, arguments)
+    train(ranks, on(fakes, data, tmp_path / "whole", *STREAM))
+    assert_same_steps(tmp_path / "whole", tmp_path / "stopped")
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {
