@@ -326,6 +326,24 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "The duration of a step grows while the responses keep their length.",
         ),
         ReportFigure(
+            "Trainer and servers",
+            {
+                "rollout/generation_seconds": "servers generate",
+                "rollout/waited_seconds": "trainer waits for responses",
+                "rollout/servers_waited_seconds": "servers wait",
+            },
+            "seconds",
+            "One of both waits is short: the slower side is never idle.",
+            "Both wait: set rollout.overlap=stream, or smaller rollout.wave_microbatches.",
+        ),
+        ReportFigure(
+            "Generation and training at the same time",
+            {"overlap/share": "of the step"},
+            SHARE,
+            "With rollout.overlap=stream, the share is high.",
+            "The share is 0: generation and training take turns.",
+        ),
+        ReportFigure(
             "Memory",
             {"memory/peak_gib": "peak on the GPU", "memory/rss_gib": "resident on the host"},
             "GiB",
