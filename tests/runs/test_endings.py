@@ -44,10 +44,10 @@ def run_with_messages(arguments: list[str], path: Path, built: Path | None = Non
             built.touch()
         build(self, *args, **options)
 
-    def pressed(self: Any, batch: Any, output: Any) -> Any:
+    def pressed(self: Any, step: Any) -> Any:
         if press and self.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return update(self, batch, output)
+        return update(self, step)
 
     def note_print(*parts: Any, **options: Any) -> None:
         if "file" not in options:
