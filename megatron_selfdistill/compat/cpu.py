@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import os
 import threading
 import time
@@ -232,7 +233,14 @@ def _replace_megatron_device_code() -> None:
     def forked_results_queue() -> Any:
         if filesystem_async._results_queue is None:
             manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            manager.start(_end_with_parent, (os.getpid(),))
+            # The fork must never collect garbage: destructors of process groups wait for threads that it does not have.
+            collects = gc.isenabled()
+            gc.disable()
+            try:
+                manager.start(_end_with_parent, (os.getpid(),))
+            finally:
+                if collects:
+                    gc.enable()
             filesystem_async._results_queue = manager.Queue()
         return filesystem_async._results_queue
 
