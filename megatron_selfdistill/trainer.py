@@ -180,7 +180,8 @@ class Trainer:
         """
         self.run_directory.require_ownership()
         self.step += 1
-        (batch, _), packs, has_teacher = joined(step), [one.packed for one in step], self.learner.has_teacher
+        batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
+        has_teacher = self.learner.has_teacher
         self.source.commit(batch)
         words, tokenizer = self.config.metrics.leak_words, self.run_data.tokenizer
         leaks = leak_counts(batch.contexts, words, tokenizer, self.grid) if has_teacher else None

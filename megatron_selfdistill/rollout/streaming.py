@@ -52,7 +52,7 @@ class StreamingSampler(Sampler, Protocol):
 
 def next_wave(
     requests: Sequence[Request],
-    replicas: Sequence[range],
+    replicas: Sequence[Sequence[int]],
     finished: Mapping[int, Response],
     returned: Collection[int],
     rule: WaveRule,
@@ -61,8 +61,8 @@ def next_wave(
 
     A wave has every complete group that is not yet returned.  There is one where each replica has a wave of at least
     ``rule.min_tokens`` or waits for no more responses.
-    ``requests``: those of all ``replicas``, which are ranges of indices.  ``finished``: the responses so far, by index.
-    ``returned``: the indices of the earlier waves.
+    ``requests``: those of all ``replicas``, each of which has neighbouring indices.  ``finished``: the responses so
+    far, by index.  ``returned``: the indices of the earlier waves.
     """
     wave: list[int] = []
     for own in replicas:

@@ -165,7 +165,7 @@ class ServerSampler:
         Raises: as `generate`.
         """
         gathered = self._gathered(requests, params)
-        replicas = [range(own[0], own[-1] + 1) for own in dict.fromkeys(map(tuple, gathered.by_rank)) if own]
+        replicas = list(dict.fromkeys(gathered.by_rank))
         returned: set[int] = set()
         arrivals = None
         if self._grid.rank == 0:
