@@ -39,6 +39,9 @@ POSITION_EMBEDDINGS = ("rope", "yarn", "learned_absolute", "none")
 OVERLAPS = ("none", "stream")
 """Values of rollout.overlap, the way in which generation and training share the time of a step."""
 
+UPDATE_MODES = ("wait", "keep")
+"""Values of rollout.at_update, the fate of responses under way when servers get new weights."""
+
 PAIR_ORDERS = ("teacher_first", "alternating")
 """Values of schedule.pair_order; null chooses one of them by the number of stages."""
 

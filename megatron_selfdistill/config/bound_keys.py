@@ -64,7 +64,7 @@ RULES: dict[str, str] = {
             *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.server_env"),
             "rollout.transfer",
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
-            *("rollout.overlap", "rollout.wave_microbatches"),
+            *("rollout.overlap", "rollout.wave_microbatches", "rollout.ahead", "rollout.at_update"),
             *("rollout.kv_cache_gb", "rollout.record"),
             *("environment.url", "environment.api_key", "environment.timeout_s", "environment.retries"),
             "environment.concurrency",

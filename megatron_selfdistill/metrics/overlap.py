@@ -9,8 +9,8 @@ from collections.abc import Mapping
 def overlap_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics of a step whose responses come from servers; none for another step.
 
-    ``metrics`` holds seconds/step and, where servers generated, rollout/generation_seconds (from the first request to
-    the last response) and rollout/waited_seconds (the part of this time in which the trainer waited).
+    ``metrics`` holds seconds/step and, where servers generated, rollout/generation_seconds (in which they worked on
+    requests, also on those of later steps) and rollout/waited_seconds (in which the trainer waited for responses).
 
     overlap/share = (generation - waited) / step, 0 where generation and training take turns.
     rollout/servers_waited_seconds = step - generation, at least 0.

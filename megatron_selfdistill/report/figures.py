@@ -281,10 +281,10 @@ GROUPS: dict[str, list[ReportFigure]] = {
         ),
         ReportFigure(
             "Age of the sampler's weights",
-            {"rollout/staleness_max": "oldest weights"},
+            {"rollout/staleness_mean": "mean of the tokens", "rollout/staleness_max": "oldest token"},
             "steps",
             "The age is at most rollout.max_staleness.",
-            "The age is always at its bound: sampling is slower than training.",
+            "The mean is near its bound: most responses come from weights that are several steps old.",
         ),
         ReportFigure(
             "Servers",

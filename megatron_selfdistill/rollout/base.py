@@ -138,13 +138,23 @@ class Response:
     teacher_log_probs: list[float] | None = None
     """Log softmax of the logits under the teacher's prompt, per token, in nats; None for a plain response."""
     weight_version: int | None = None
-    """Number of optimizer steps of the weights that generated the response, as far as the sampler knows it."""
+    """Number of optimizer steps of the oldest weights that generated a token, as far as the sampler knows it."""
+    weight_spans: Sequence[tuple[int, int]] = ()
+    """Version of the weights and number of tokens of each part of the response, in order; empty where one version
+    generated all tokens."""
 
     @classmethod
     def unsampled(cls, token_ids: list[int], finish_reason: str = "stop") -> Response:
         """Return a response whose text comes from elsewhere than a sampler, so that its log-probs are unknown."""
         unknown = [math.nan] * len(token_ids)
         return cls(token_ids, unknown, unknown, finish_reason)
+
+    @property
+    def token_versions(self) -> list[int | None]:
+        """The number of optimizer steps of the weights that generated each token; None where it is unknown."""
+        if not self.weight_spans:
+            return [self.weight_version] * len(self.token_ids)
+        return [version for version, num_tokens in self.weight_spans for _ in range(num_tokens)]
 
     @property
     def guided(self) -> bool:
@@ -180,6 +190,16 @@ def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: i
             f"together more than the {max_length} that the model may see; shorten the prompt or "
             "lower rollout.max_new_tokens"
         )
+
+
+def request_key(request: Request, params: SamplingParams) -> str:
+    """Return a name of ``request`` that another process also gives it: equal names have equal responses' distributions.
+
+    The name is a BLAKE2b digest of the seed, the prompts and the parameters, without the target of guided requests.
+    """
+    drawn = [params.max_new_tokens, params.temperature, params.top_k, params.top_p, *params.stop_token_ids]
+    name = repr((request.seed, request.prompt, request.teacher_prompt, drawn))
+    return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 
 def sample_seed(run_seed: int, step: int, problem_id: str, sample_index: int) -> int:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Responses that arrive in waves, while the trainer already trains on those that are finished."""
+"""Responses that engines generate while the trainer trains: in waves, or ahead of the step that trains on them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,15 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol, TypeVar
 
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 
 T = TypeVar("T")
+TicketT = TypeVar("TicketT")
+
+NO_RESPONSES: Mapping[str, Response] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,46 @@ class ArrivedWave:
     """Whether all responses of all replicas have arrived."""
 
 
-class StreamingSampler(Sampler, Protocol):
-    """A `Sampler` that returns responses while others are still being generated."""
+class StreamingSampler(Sampler, Protocol[TicketT]):
+    """A `Sampler` whose engines generate while the trainer does something else.
 
-    def stream(self, requests: Sequence[Request], params: SamplingParams, rule: WaveRule) -> Iterator[ArrivedWave]:
-        """Yield the responses to ``requests`` in waves, at least one; the weights must not change before the last one.
+    Any number of batches may be under way at once.  Each method is a collective over the world unless it says
+    otherwise.
+    """
 
-        Each response is the one that `generate` returns.  Taking a wave is a collective; between two waves the caller
-        may call other collectives, but not the sampler.
+    def start(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        used_at: int,
+        known: Mapping[str, Response] = NO_RESPONSES,
+    ) -> TicketT:
+        """Let the engines begin with ``requests``, by the weights of the last `update_weights`, and return at once.
+
+        ``used_at``: the version of the student that will be trained on the responses.  ``known``: responses from a
+        checkpoint, by `request_key`; their requests are not generated again.
+        Raises, on all ranks alike, as `generate`.
+        """
+        ...
+
+    def stream(self, ticket: TicketT, rule: WaveRule) -> Iterator[ArrivedWave]:
+        """Yield the responses to the requests of ``ticket`` in waves, at least one.
+
+        Between two waves the caller may call other collectives, also of this sampler.
         Raises, on all ranks alike, as `generate`, when a wave is taken.
         """
+        ...
+
+    def collect(self, ticket: TicketT) -> list[Response]:
+        """Return the responses to the requests of ``ticket``, as `generate` returns them."""
+        ...
+
+    def settle(self) -> None:
+        """Return once all responses under way are finished.  Raises, on all ranks alike, as `generate`."""
+        ...
+
+    def finished(self, ticket: TicketT) -> dict[str, Response]:
+        """Return the responses of all replicas so far, by `request_key`, on rank 0; no collective."""
         ...
 
 
@@ -76,6 +110,37 @@ def next_wave(
     return wave
 
 
+class BusyTime:
+    """The time in which work is under way, in any number of threads at once: each work is a ``with`` statement."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._num_under_way = 0
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._num_under_way == 0:
+                self._since = time.perf_counter()
+            self._num_under_way += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._num_under_way -= 1
+            if self._num_under_way == 0:
+                self._seconds += time.perf_counter() - self._since
+
+    def take(self) -> float:
+        """Return the seconds since the last call in which at least one work was under way."""
+        with self._lock:
+            now, seconds = time.perf_counter(), self._seconds
+            if self._num_under_way:
+                seconds += now - self._since
+            self._seconds, self._since = 0.0, now
+            return seconds
+
+
 class Arrivals:
     """The responses that a thread of this rank collects.
 
@@ -83,29 +148,28 @@ class Arrivals:
     collective.
     """
 
-    def __init__(self, work: Callable[[Callable[[Mapping[int, Response]], None]], None]) -> None:
-        """Start the thread."""
-        self._responses: dict[int, Response] = {}
+    def __init__(
+        self,
+        work: Callable[[Callable[[Mapping[int, Response]], None]], None],
+        known: Mapping[int, Response],
+        busy_time: BusyTime,
+    ) -> None:
+        """Start the thread; ``known``: responses that are there already.  ``busy_time`` counts the time of ``work``."""
+        self._responses = dict(known)
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._began = time.perf_counter()
-        self.seconds = 0.0
-        """Seconds that ``work`` has taken, once it has ended."""
-        self.waited_seconds = 0.0
-        """Seconds that `wait_for` has waited in all."""
+        self._busy_time = busy_time
         self._thread = threading.Thread(target=self._run, args=(work,), name="arrivals", daemon=True)
         self._thread.start()
 
     def wait_for(self, chosen: Callable[[Mapping[int, Response]], T | None]) -> T:
         """Return ``chosen`` of the finished responses as soon as it is not None; raise what ``work`` has raised."""
-        began = time.perf_counter()
         with self._changed:
             while True:
                 if self._error is not None:
                     raise self._error
                 found = chosen(self._responses)
                 if found is not None:
-                    self.waited_seconds += time.perf_counter() - began
                     return found
                 self._changed.wait()
 
@@ -115,6 +179,11 @@ class Arrivals:
         if self._error is not None:
             raise self._error
 
+    def so_far(self) -> dict[int, Response]:
+        """Return the finished responses."""
+        with self._changed:
+            return dict(self._responses)
+
     def of(self, indices: Sequence[int]) -> dict[int, Response]:
         """Return the responses of ``indices``, which are finished."""
         with self._changed:
@@ -122,11 +191,11 @@ class Arrivals:
 
     def _run(self, work: Callable[[Callable[[Mapping[int, Response]], None]], None]) -> None:
         try:
-            work(self._arrived)
+            with self._busy_time:
+                work(self._arrived)
         except BaseException as error:
             self._error = error
         finally:
-            self.seconds = time.perf_counter() - self._began
             with self._changed:
                 self._changed.notify_all()
 

@@ -24,6 +24,7 @@ from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.chat_logs import ChatLogs, LoggedTurns, read_all_turns, wants_all_turns_read
 from megatron_selfdistill.sources.configured_hints import asked_model, hindsight_prompts, hinted_turns, skill_prompts
 from megatron_selfdistill.sources.episodes import Episodes
@@ -114,9 +115,13 @@ def configured_source(
     options = _on_policy_options(config, run_data, sampler, phases, rewarder, scorer, terms, grid)
     if config.rollout.replay:
         return Replay(state, options, Recording(config.rollout.replay))
+    ahead = config.rollout.ahead
     if config.rollout.overlap == "stream":
         num_microbatches = config.rollout.wave_microbatches or config.parallel.pipeline_model_parallel_size
-        return StreamedOnPolicy(state, options, sampler, num_microbatches * config.schedule.max_tokens)
+        min_tokens = num_microbatches * config.schedule.max_tokens
+        return StreamedOnPolicy(state, options, sampler, ahead, config.num_steps, min_tokens)
+    if ahead:
+        return AheadOnPolicy(state, options, sampler, ahead, config.num_steps)
     return OnPolicy(state, options)
 
 
@@ -154,6 +159,7 @@ def _on_policy_options(
         reads_one_prompt=config.reads_one_prompt,
         revisions=_revisions(config, run_data, grid),
         record=config.rollout.record,
+        max_staleness=config.rollout.max_staleness,
     )
 
 
@@ -176,7 +182,8 @@ def configured_sampler(
     if config.logged:
         sampler = OnDemandSampler(lambda: make_sampler(config, run_data, chunks, grid, progress=progress))
         return SyncedSampler(sampler, phases)
-    return SyncedSampler(make_sampler(config, run_data, chunks, grid, role_weights, progress), phases)
+    settles = config.rollout.ahead > 0 and config.rollout.at_update == "wait"
+    return SyncedSampler(make_sampler(config, run_data, chunks, grid, role_weights, progress), phases, settles=settles)
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

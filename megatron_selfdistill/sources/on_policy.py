@@ -15,6 +15,7 @@ from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import Phases, step_metrics
+from megatron_selfdistill.metrics.staleness import staleness_metrics
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
@@ -68,6 +69,8 @@ class OnPolicyOptions:
     """The texts of episodes that are trained on after other prompts, which needs ``episodes``; None adds none."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
+    max_staleness: int
+    """The number of steps by which the weights that sampled a response may be older than the student's."""
 
     @property
     def gives_rewards(self) -> bool:
@@ -128,7 +131,7 @@ class OnPolicy(CommittedState):
             self._batch(step, trained, guided),
             problems=asked.problems,
             responses=[answer.response for answer in answers],
-            metrics={**found, **counts, **chosen, **rewarded},
+            metrics={**found, **counts, **chosen, **rewarded, **self._staleness(step, answers)},
             next_state=SourceState(problem_sampler, prompts_after),
         )
 
@@ -147,6 +150,12 @@ class OnPolicy(CommittedState):
             return answers, {}
         with options.phases(options.rewarder.phase):
             return options.rewarder.rewarded(answers)
+
+    def _staleness(self, step: int, answers: Sequence[Answer]) -> Mapping[str, float]:
+        """Return the `staleness_metrics` of a step, where the run allows older weights.  Collective."""
+        if not self._options.max_staleness:
+            return {}
+        return staleness_metrics([answer.response for answer in answers], step, self._options.grid)
 
     def _record(self, turns: Sequence[EpisodeTurn]) -> None:
         """Append the responses and replies of ``turns`` to the file of the run, if it has one.  Collective."""

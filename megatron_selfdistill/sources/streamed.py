@@ -5,28 +5,36 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.streaming import StreamingSampler, WaveRule
-from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.ahead import AheadOnPolicy
+from megatron_selfdistill.sources.on_policy import OnPolicyOptions
 from megatron_selfdistill.sources.problem_prompts import Answer
 from megatron_selfdistill.sources.reward_metrics import reward_metrics
 from megatron_selfdistill.sources.source import SourceState, StepBatch
 
 
-class StreamedOnPolicy(OnPolicy):
-    """The responses of `OnPolicy`, in waves of whole groups in the order in which they arrive.
+class StreamedOnPolicy(AheadOnPolicy):
+    """The responses of `AheadOnPolicy`, in waves of whole groups in the order in which they arrive.
 
     What a step does to a response depends on its group alone here: `Config` refuses rules that look at the whole step,
     and prompts that the responses of a step change.
     """
 
     def __init__(
-        self, state: SourceState, options: OnPolicyOptions, sampler: StreamingSampler, min_tokens: int
+        self,
+        state: SourceState,
+        options: OnPolicyOptions,
+        sampler: StreamingSampler[Any],
+        ahead: int,
+        num_steps: int,
+        min_tokens: int,
     ) -> None:
-        """``sampler``: the sampler of ``options``; ``min_tokens``: as in `WaveRule`."""
-        super().__init__(state, options)
-        self._sampler, self._rule = sampler, WaveRule(options.num_samples, min_tokens)
+        """``min_tokens``: as in `WaveRule`; the other arguments are those of `AheadOnPolicy`."""
+        super().__init__(state, options, sampler, ahead, num_steps)
+        self._rule = WaveRule(options.num_samples, min_tokens)
 
     def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
         """Yield this replica's share of the next global batch of problems, wave by wave.
@@ -37,9 +45,7 @@ class StreamedOnPolicy(OnPolicy):
         prompts, found = self.state.prompts.prepare(step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), prompts)
-        requests = [self._request(key, pair, is_guided=False) for key, _, pair in asked.samples]
-        self._sampler.update_weights(step)
-        waves = self._sampler.stream(requests, sampling, self._rule)
+        waves = self._sampler.stream(self._ticket(step, sampling), self._rule)
         judged: list[Answer] = []
         trained: list[Answer] = []
         is_last = False
@@ -53,6 +59,8 @@ class StreamedOnPolicy(OnPolicy):
             kept = self._in_views([answer for answer in answers if answer.correct or not options.only_right])
             judged, trained = judged + answers, trained + kept
             metrics = dict(found)
+            if is_last:
+                metrics |= self._staleness(step, judged)
             if is_last and options.judges:
                 metrics |= reward_metrics(judged, trained, options.grid)
             yield replace(

@@ -76,9 +76,9 @@ ORDER = {
         "vllm.hf_directory "
         "vllm.in_process vllm.colocated vllm.patient_http vllm.client vllm.dispatch vllm.server.server_nodes "
         "vllm.server.server_process vllm.transfer_group vllm.transfer_buckets vllm.transfer vllm.transfer_choice "
-        "vllm.weight_update vllm.server_pool vllm.server_sampler vllm.plugin.access vllm.plugin.pair_scheduler "
-        "vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers vllm.plugin.weight_backend "
-        "vllm.plugin.worker vllm.server.serve factory"
+        "vllm.weight_update vllm.server_pool vllm.server_batch vllm.server_sampler vllm.plugin.access "
+        "vllm.plugin.pair_scheduler vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers "
+        "vllm.plugin.weight_backend vllm.plugin.worker vllm.server.serve factory"
     ),
     "pipeline": (
         "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference waves "
@@ -90,8 +90,8 @@ ORDER = {
         "ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (
-        "guards samples pace phases progress claims leakage overlap step sample_views token_numbers step_samples "
-        "explored loggers log"
+        "guards samples pace phases progress claims leakage overlap step staleness sample_views token_numbers "
+        "step_samples explored loggers log"
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "
@@ -100,8 +100,8 @@ ORDER = {
     "sources": (
         "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
         "recording solution_search own_solutions group_functions hindsight_hints asked_model skills verbal_scores "
-        "selection guidance episodes revisions on_policy streamed replay solutions_as_responses turns next_state_hints "
-        "hinted_turns chat_logs configured_hints configured_source"
+        "selection guidance episodes revisions on_policy ahead streamed replay solutions_as_responses turns "
+        "next_state_hints hinted_turns chat_logs configured_hints configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",
     "plan": "bubble plan_checks stages memory engines launch host_memory dry_run plan_tables",

@@ -28,24 +28,31 @@ def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[i
     return [(sum(prompt) + i) % vocab_size for i in range(count)]
 
 
-def answer_to(body: dict[str, Any], version: str, vocab_size: int = 50, ends: bool = False) -> dict[str, Any]:
+def answer_to(
+    body: dict[str, Any], versions: tuple[str, str], vocab_size: int = 50, ends: bool = False, aborted: bool = False
+) -> dict[str, Any]:
     """Return the answer of ``/inference/v1/generate`` to a request.
 
-    ``ends``: whether the response ends with a stop token of the request, rather than at its greatest length.
+    ``versions``: those of the weights at the beginning and at the end of the response; if they differ, all tokens but
+    the first come from the second one.  ``ends``: whether the response ends with a stop token of the request, rather
+    than at its greatest length.
     """
     sampling = body["sampling_params"]
     tokens = tokens_behind(body["token_ids"], sampling["max_tokens"], vocab_size)
     if ends:
         tokens[-1] = sampling["stop_token_ids"][0]
     content = [{"token_id": token, "logprob": -0.5, "rank": 1, "top_logprobs": []} for token in tokens]
-    spans = [{"version": version, "start": 0, "end": len(tokens)}]
+    first, last = versions
+    spans = [{"version": first, "start": 0, "end": 1}, {"version": last, "start": 1, "end": len(tokens)}]
+    if first == last:
+        spans = [{"version": last, "start": 0, "end": len(tokens)}]
     return {
         "choices": [
             {
                 "index": 0,
                 "token_ids": tokens,
                 "logprobs": {"content": content},
-                "finish_reason": "stop" if ends else "length",
+                "finish_reason": "abort" if aborted else "stop" if ends else "length",
                 "weight_versions": spans,
             }
         ]
@@ -116,6 +123,9 @@ class FakeVllm(ThreadingHTTPServer):
         self.adapter: dict[str, Any] | None = None
         self.models: Counter[str | None] = Counter()
         """The names of the adapters of all requests; None stands for no adapter."""
+        self.paused = False
+        self.num_aborts = 0
+        """The number of pauses that have aborted the responses under way."""
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
         self.begun = 0
@@ -185,6 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
             elif path == "/inference/v1/generate":
                 self._generate(body)
             else:
+                fake.num_aborts += self.path == "/pause?mode=abort"
                 self._reply(200, self._control(path, body))
 
     def _generate(self, body: dict[str, Any]) -> None:
@@ -194,17 +205,22 @@ class _Handler(BaseHTTPRequestHandler):
             number = fake.begun
         if number == fake.die_at:
             fake.dead = True
-        held = body["token_ids"][0]
+        while fake.paused:
+            time.sleep(0.01)
+        first, num_aborts, held = fake.version, fake.num_aborts, body["token_ids"][0]
         while fake.begun < fake.together or (fake.hang_at and number >= fake.hang_at) or held in fake.holds:
             time.sleep(0.01)
         time.sleep(fake.seconds + fake.seconds_of(body["token_ids"]))
+        while fake.paused:
+            time.sleep(0.01)
         if fake.dead:
             self.close_connection = True
             return
         with fake.lock:
             fake.answered[json.dumps(body["token_ids"])] += 1
             fake.models[body.get("model")] += 1
-        answer = answer_to(body, fake.writes_version or fake.version, fake.vocab_size, fake.ends)
+        versions = (fake.writes_version or first, fake.writes_version or fake.version)
+        answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted=num_aborts < fake.num_aborts)
         self._reply(fake.status, fake.says or answer)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
@@ -219,7 +235,9 @@ class _Handler(BaseHTTPRequestHandler):
             return {"data": [{"id": "fake", "max_model_len": fake.max_model_len}]}
         if path == "/collective_rpc":
             return {"results": self._results(body["method"], body["args"])}
-        if path == "/init_weight_transfer_engine":
+        if path in ("/pause", "/resume"):
+            fake.paused = path == "/pause"
+        elif path == "/init_weight_transfer_engine":
             fake.take_part(body["init_info"])
         elif path == "/start_weight_update":
             fake.weights = {}
@@ -268,6 +286,6 @@ def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
         yield servers
     finally:
         for server in servers:
-            server.together, server.hang_at, server.hangs_at, server.holds = 0, 0, "", []
+            server.together, server.hang_at, server.hangs_at, server.holds, server.paused = 0, 0, "", [], False
             server.shutdown()
             server.server_close()

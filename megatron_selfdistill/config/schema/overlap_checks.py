@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The rules that bind ``rollout.overlap`` to other keys: what a step may do to a response before all are there."""
+"""The rules that bind ``rollout.overlap`` and ``rollout.ahead`` to other keys: what a step needs of other responses."""
 
 from __future__ import annotations
 
@@ -20,44 +20,67 @@ def check_overlap(
     *,
     samples_responses: bool,
 ) -> None:
-    """Raise ValueError where a step cannot train on a part of its responses while others are missing.
+    """Raise ValueError where a step needs responses that are not there, while servers still generate them.
 
     ``samples_responses``: whether the objective samples the responses that it trains on.
     """
+    streams = rollout.overlap == "stream"
     require(
-        rollout.overlap == "stream" or rollout.wave_microbatches is None,
+        streams or rollout.wave_microbatches is None,
         "rollout.wave_microbatches is the size of a wave: it needs rollout.overlap=stream, or null",
     )
-    if rollout.overlap == "none":
+    require(
+        rollout.ahead > 0 or rollout.at_update == "wait",
+        "rollout.at_update=keep is about responses that servers generate ahead: it needs rollout.ahead of at least 1",
+    )
+    mode = "rollout.overlap=stream" if streams else f"rollout.ahead={rollout.ahead}"
+    if not streams and not rollout.ahead:
         return
     require(
         samples_responses and rollout.replay is None,
-        "rollout.overlap=stream trains on responses while others are being sampled, but this run samples none: set "
-        "rollout.overlap=none",
+        f"{mode} trains on responses while others are being sampled, but this run samples none: set "
+        "rollout.overlap=none and rollout.ahead=0",
     )
     require(
         rollout.engine == "vllm" and rollout.placement == "server",
-        "rollout.overlap=stream trains while servers generate, and an engine on the trainer's own devices cannot "
-        f"generate meanwhile: it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and "
-        f"{rollout.placement}",
+        f"{mode} trains while servers generate, and an engine on the trainer's own devices cannot generate meanwhile: "
+        f"it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and {rollout.placement}",
     )
     follows = data.hints_follow_responses or data.solutions in ("own", "skill", "next_state")
-    whole_step = {
-        f"data.solutions={data.solutions}": (follows, "changes the prompts of a step with the responses of the step"),
+    needs_all = {
+        f"data.solutions={data.solutions}": (follows, "changes the prompts of a step with responses"),
         f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
-        f"rollout.select={rollout.select}": (rollout.select != "none", "selects among the responses of a step"),
         f"rollout.guidance={rollout.guidance}": (
             rollout.guidance != "none",
-            "gives each server its responses at once, so that none arrives before the others",
-        ),
-        f"loss.normalize={loss.normalize}": (
-            loss.normalize != "tokens",
-            "divides by the number of responses or problems of a step",
-        ),
-        f"policy.reward={policy.reward}": (
-            policy.reward in ("explanation", "verbal"),
-            "lets the models read the responses of a step",
+            "gives each server its responses at once and needs one version of the weights for each",
         ),
     }
-    for key, (is_set, why) in whole_step.items():
-        require(not is_set, f"{key} {why}, which are not all there under rollout.overlap=stream: set one of them back")
+    if streams:
+        needs_all |= {
+            f"rollout.select={rollout.select}": (rollout.select != "none", "selects among the responses of a step"),
+            f"loss.normalize={loss.normalize}": (
+                loss.normalize != "tokens",
+                "divides by the number of responses or problems of a step",
+            ),
+            f"policy.reward={policy.reward}": (
+                policy.reward in ("explanation", "verbal"),
+                "lets the models read the responses of a step",
+            ),
+        }
+    for key, (is_set, why) in needs_all.items():
+        require(not is_set, f"{key} {why}, which are not all there under {mode}: set one of them back")
+    if rollout.ahead:
+        _check_ahead(rollout)
+
+
+def _check_ahead(rollout: RolloutConfig) -> None:
+    require(
+        rollout.max_staleness >= rollout.ahead,
+        f"rollout.ahead={rollout.ahead} trains on responses of weights that are up to {rollout.ahead} steps old: it "
+        f"needs rollout.max_staleness of at least {rollout.ahead}, got {rollout.max_staleness}",
+    )
+    require(
+        rollout.overlap == "none" or rollout.at_update == "keep",
+        "rollout.at_update=wait has all responses of a step before the step begins, so that none can stream: set "
+        "rollout.at_update=keep or rollout.overlap=none",
+    )

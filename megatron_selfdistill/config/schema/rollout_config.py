@@ -6,7 +6,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_selfdistill.choices import ENGINES, GUIDANCES, OVERLAPS, PLACEMENTS, ROLLOUT_VIEWS, SELECTIONS, TRANSFERS
+from megatron_selfdistill.choices import (
+    ENGINES,
+    GUIDANCES,
+    OVERLAPS,
+    PLACEMENTS,
+    ROLLOUT_VIEWS,
+    SELECTIONS,
+    TRANSFERS,
+    UPDATE_MODES,
+)
 from megatron_selfdistill.config.schema.field_checks import (
     at_least,
     is_dotted,
@@ -59,7 +68,8 @@ class RolloutConfig:
     """Seconds without a sign of progress after which a server counts as dead.  The time must be less than
     stop.hang_timeout_minutes, so that the other servers can sample the responses that are missing."""
     max_staleness: int = 0
-    """Number of optimizer steps by which the weights that sampled a response may be older than the present weights."""
+    """Number of optimizer steps by which the oldest weights that sampled a token of a response may be older than the
+    weights that the step trains."""
     overlap: str = "none"
     """The way in which generation and training share the time of a step: none (the step trains once it has all
     responses) or stream (the step trains on finished responses while servers generate the others, with the same weights
@@ -67,6 +77,13 @@ class RolloutConfig:
     wave_microbatches: int | None = None
     """Number of full student microbatches per replica from which finished responses are trained on under
     overlap=stream, while others are missing; null is the number of pipeline stages."""
+    ahead: int = 0
+    """Number of steps by which servers work ahead: while the trainer trains on the responses of a step, they generate
+    those of this many further steps, with weights that are up to as many steps old when the trainer trains on them
+    (needs placement=server, and max_staleness of at least ahead)."""
+    at_update: str = "wait"
+    """The fate of responses under way when servers get new weights, under ahead: wait (the update waits until they are
+    finished) or keep (they go on with the new weights)."""
     view: str = "plain"
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
@@ -113,12 +130,13 @@ class RolloutConfig:
         one_of("rollout.placement", self.placement, PLACEMENTS)
         one_of("rollout.guidance", self.guidance, GUIDANCES)
         one_of("rollout.overlap", self.overlap, OVERLAPS)
+        one_of("rollout.at_update", self.at_update, UPDATE_MODES)
         one_of("rollout.view", self.view, ROLLOUT_VIEWS)
         one_of_or_dotted("rollout.select", self.select, SELECTIONS)
         if self.transfer is not None:
             one_of("rollout.transfer", self.transfer, TRANSFERS)
         at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp wave_microbatches")
-        at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness")
+        at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness ahead")
         require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
         for name in ("bucket_mb", "timeout_s"):
             value = getattr(self, name)

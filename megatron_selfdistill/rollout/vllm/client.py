@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import FINISH_REASONS
-from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, oldest_version
+from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, versions_of
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
 from megatron_selfdistill.rollout.vllm.patient_http import PatientHttp
 
@@ -127,9 +127,13 @@ class VllmServer:
 
     # The calls of one weight update, in order.
 
-    def pause(self) -> None:
-        """Stop all work until `resume`; requests that still run, of a trainer that has ended, are aborted."""
-        self._ask("POST", "/pause?mode=abort", {})
+    def pause(self, *, keeps: bool = False) -> None:
+        """Stop all work until `resume`.
+
+        ``keeps``: requests that still run, and requests that come meanwhile, go on after `resume`; otherwise those that
+        still run, of a trainer that has ended, are aborted.
+        """
+        self._ask("POST", "/pause?mode=keep&clear_cache=false" if keeps else "/pause?mode=abort", {})
 
     def init_weight_transfer(self, transfer: str, arguments: Mapping[str, Any]) -> None:
         """Set the transfer of the coming weights (rollout/vllm/plugin/receivers.py), first or after a change."""
@@ -149,9 +153,13 @@ class VllmServer:
         self._ask("POST", "/update_weights", {"update_info": update_info})
 
     def finish_weight_update(self, version: str) -> None:
-        """End an update in which all weights have arrived, and clear the caches of the old weights."""
+        """End an update in which all weights have arrived, and clear the caches of the old weights.
+
+        Requests that a pause has kept read their tokens again when they go on, so that each further token has the
+        distribution that the new weights alone give it.
+        """
         self._ask("POST", "/finish_weight_update", {"weight_version": version})
-        answer = self._ask("POST", "/reset_prefix_cache", {})
+        answer = self._ask("POST", "/reset_prefix_cache?reset_running_requests=true", {})
         if not (isinstance(answer, dict) and answer.get("success")):
             raise self._error("cannot reset its prefix cache: blocks are still in use")
 
@@ -185,7 +193,8 @@ class VllmServer:
             token_ids = [int(token) for token in choice["token_ids"]]
             content = choice["logprobs"]["content"]
             log_probs = [float(token["logprob"]) for token in content]
-            versions = [str(span["version"]) for span in choice["weight_versions"] or []]
+            spans = choice["weight_versions"] or []
+            versions = versions_of((str(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
             finish_reason = choice["finish_reason"]
             prompt = _prompt_log_probs(answer, request) if "prompt_logprobs" in request.sampling else []
         except (KeyError, TypeError, ValueError) as error:
@@ -205,7 +214,7 @@ class VllmServer:
                 f"a response ended with reason length after {len(token_ids)} of {longest} tokens: the server's "
                 "--max-model-len is too small"
             )
-        return EngineOutput(token_ids, log_probs, finish_reason, oldest_version(versions), prompt)
+        return EngineOutput(token_ids, log_probs, finish_reason, *versions, prompt)
 
     def _error(self, message: str) -> EngineError:
         return EngineError(f"{self.address}: {message}")

@@ -28,10 +28,10 @@ from megatron_selfdistill.rollout.vllm.engine_adapter import why_not_adapted
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import (
+    check_age,
     check_requests,
     gather_requests,
     return_responses,
-    staleness,
 )
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
@@ -105,7 +105,6 @@ class ColocatedSampler:
         self._holds_weights = False  # whether the engines hold frozen weights
         self._asleep = False
         self._metrics: dict[str, float] = {}
-        self._staleness = 0
         self._pair_counts = PairCounts()
         config = unwrapped(chunks[0]).config
         settings = {
@@ -179,16 +178,13 @@ class ColocatedSampler:
     def metrics(self) -> dict[str, float]:
         """Return rollout/sync_seconds (of the slowest rank) and rollout/sync_bytes of all updates since the last call.
 
-        The result also has rollout/guided_repairs where guided, and rollout/staleness_max where ``max_staleness`` is
-        positive.
+        The result also has rollout/guided_repairs where guided.
         """
         metrics, self._metrics = self._metrics, {}
-        if self._max_staleness:
-            metrics["rollout/staleness_max"] = self._reduced(self._staleness, dist.ReduceOp.MAX)
         if self._guided:
             own = self._pair_counts.repairs if self._engine_rank == 0 else 0
             metrics["rollout/guided_repairs"] = self._reduced(own, dist.ReduceOp.SUM)
-        self._staleness, self._pair_counts = 0, PairCounts()
+        self._pair_counts = PairCounts()
         return metrics
 
     def close(self) -> None:
@@ -229,8 +225,7 @@ class ColocatedSampler:
     def _check_versions(self, responses: Iterable[Response]) -> None:
         expected, who = self._last_version(), f"the vLLM engine of rank {self._grid.rank}"
         for response in responses:
-            age = staleness(response.weight_version, expected, self._max_staleness, who)
-            self._staleness = max(self._staleness, age)
+            check_age(response.weight_version, expected, self._max_staleness, who)
 
     def _last_version(self) -> int:
         if self._version is None:

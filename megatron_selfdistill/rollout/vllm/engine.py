@@ -36,6 +36,8 @@ class EngineOutput:
     """The reason for the end of the sequence: stop or length."""
     weight_version: int | None
     """Version of the oldest weights that generated a token, as the engine reports it; None before the first weights."""
+    weight_spans: Sequence[tuple[int, int]] = ()
+    """Version and number of tokens of each part, as in `Response`."""
     prompt_log_probs: list[float] = field(default_factory=list)
     """Log-probs of the sequence's own tokens but the first, as ``log_probs``; empty without ``prompt_logprobs``."""
 
@@ -44,13 +46,18 @@ WORKER_EXTENSION = "megatron_selfdistill.rollout.vllm.plugin.worker.WorkerExtens
 """Class by which an engine's workers are extended, for `Engine.call`."""
 
 
-def oldest_version(versions: Iterable[str]) -> int | None:
-    """Return the oldest of the versions of weights that generated a response.
+def versions_of(reported: Iterable[tuple[str, int, int]]) -> tuple[int | None, list[tuple[int, int]]]:
+    """Return the oldest of the weights that generated a response, and the spans of several versions.
 
-    None where no version is reported, or where one of them is not a number.
+    ``reported``: the version, the first token and the end of each span, as vLLM reports them.
+    The oldest version is None where no version is reported, or where one of them is not a number; the spans are empty
+    there, and where one version generated all tokens.
     """
-    reported = list(versions)
-    return min(map(int, reported)) if reported and all(version.isdecimal() for version in reported) else None
+    named = [(version, end - start) for version, start, end in reported if end > start]
+    if not named or not all(version.isdecimal() for version, _ in named):
+        return None, []
+    spans = [(int(version), num_tokens) for version, num_tokens in named]
+    return min(version for version, _ in spans), spans if len(spans) > 1 else []
 
 
 class Engine(Protocol):
@@ -121,7 +128,7 @@ def engine_output(output: Any, who: str) -> EngineOutput:
         tokens,
         of_tokens(tokens, completion.logprobs),
         completion.finish_reason,
-        oldest_version(span.version for span in completion.weight_versions or ()),
+        *versions_of((span.version, span.start, span.end) for span in completion.weight_versions or ()),
         of_tokens(output.prompt_token_ids[1:], entries[1:]) if entries else [],
     )
 
@@ -144,4 +151,5 @@ def response_of(output: EngineOutput, params: SamplingParams) -> Response:
         sampled_log_probs=sampled,
         finish_reason=output.finish_reason,
         weight_version=output.weight_version,
+        weight_spans=output.weight_spans,
     )

@@ -121,15 +121,14 @@ def check_requests(
         )
 
 
-def staleness(version: int | None, expected: int, max_staleness: int, who: str) -> int:
-    """Return the number of optimizer steps by which the weights of a response are older than the ``expected`` weights.
+def check_age(version: int | None, expected: int, max_staleness: int, who: str) -> None:
+    """Raise `EngineError`, beginning with ``who``, where a response has weights that ``max_staleness`` does not allow.
 
-    Raises: `EngineError`, beginning with ``who``, where the version is unknown, newer, or older than ``max_staleness``
-    allows.
+    ``version``: the oldest weights of the response, None where they are unknown; ``expected``: the weights that are
+    trained on the response, than which none may be newer.
     """
     if version is None or not 0 <= expected - version <= max_staleness:
         raise EngineError(
             f"{who} generated a response with weights of version {version}, expected {expected} "
             f"(rollout.max_staleness={max_staleness})"
         )
-    return expected - version

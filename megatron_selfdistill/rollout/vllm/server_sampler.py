@@ -11,10 +11,9 @@ import atexit
 import os
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import chain, pairwise
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -26,24 +25,23 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.hf.rules import Rule
-from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
-from megatron_selfdistill.rollout.streaming import Arrivals, ArrivedWave, WaveRule, next_wave
+from megatron_selfdistill.rollout.base import (
+    Progress,
+    Request,
+    Response,
+    SamplingParams,
+    ignore_progress,
+    request_key,
+)
+from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedWave, BusyTime, WaveRule, next_wave
 from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.dispatch import Task, dispatch
-from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
-from megatron_selfdistill.rollout.vllm.exchange import (
-    GatheredRequests,
-    check_requests,
-    gather_requests,
-    return_responses,
-    staleness,
-)
+from megatron_selfdistill.rollout.vllm.exchange import check_requests, gather_requests, return_responses
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
+from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket, WeightAge
 from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
 from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
@@ -93,6 +91,8 @@ class ServerSampler:
         self._metrics: dict[str, float] = {}
         # The following attributes are used on rank 0 only.
         self._pool = ServerPool([])
+        self._under_way: list[ServerBatch] = []
+        self._busy_time, self._waiting_time = BusyTime(), BusyTime()
         self._transfer: Transfer | None = None
         self._started: list[ServerProcess] = []
         if grid.rank == 0:
@@ -130,6 +130,7 @@ class ServerSampler:
     def update_weights(self, version: int) -> None:
         """Send the present weights, as ``version``, to every server that answers, also to servers that failed before.
 
+        Responses under way go on with the new weights; call `settle` first where they are to keep the old ones.
         Collectives: as in `Exporter.stream`, and again where a server was lost on the way and the others could not
         go on without it.  Raises: `EngineError`, on all ranks alike, when no server got all weights.
         """
@@ -151,47 +152,70 @@ class ServerSampler:
         Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
         ``max_new_tokens`` within ``max_length``; `EngineError` where no server is left for a request.
         """
-        gathered, generated, began = self._gathered(requests, params), dict[int, Response](), time.perf_counter()
-        run_long_on_rank_0(lambda: self._generate_on_servers(gathered.requests, params, generated.update), EngineError)
-        for name in ("generation_seconds", "waited_seconds"):
-            self._count(name, time.perf_counter() - began)
-        return return_responses(generated, gathered)
+        return self.collect(self.start(requests, params, self._known_version()))
 
-    def stream(self, requests: Sequence[Request], params: SamplingParams, rule: WaveRule) -> Iterator[ArrivedWave]:
-        """Yield the responses to ``requests`` in waves while the servers generate others; see `StreamingSampler`.
+    def start(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        used_at: int,
+        known: Mapping[str, Response] = NO_RESPONSES,
+    ) -> Ticket:
+        """Let the servers begin with ``requests``, and return at once; see `StreamingSampler`.
 
-        A thread of rank 0 speaks with the servers; requests and responses travel between the ranks on the caller's
-        thread, before the first wave and in each wave.  Collective over the world.
+        A thread of rank 0 speaks with the servers.  Collective over the world.
+        Raises: as `generate`; `EngineError` where no server has weights that ``max_staleness`` allows at ``used_at``.
+        """
+        version = self._known_version()
+        gathered = gather_requests(requests, self._grid)
+        everything = gathered.requests
+        check_requests(everything, params, self._max_length, guided=self._guided, who="the vLLM servers")
+
+        def begin() -> ServerBatch:
+            keys = [request_key(request, params) for request in everything] if known else []
+            found = {i: known[key] for i, key in enumerate(keys) if key in known}
+            age = WeightAge(used_at, self._max_staleness)
+            allowed = self._max_staleness - (used_at - version)
+            servers = self._pool.usable(version, allowed) if len(found) < len(everything) else []
+            return ServerBatch(everything, params, age, servers, found, self._bare_roles, self._busy_time)
+
+        batch = run_long_on_rank_0(begin, EngineError)
+        if batch is not None:
+            self._under_way.append(batch)
+        return Ticket(gathered, batch)
+
+    def stream(self, ticket: Ticket, rule: WaveRule) -> Iterator[ArrivedWave]:
+        """Yield the responses to the requests of ``ticket`` in waves, while the servers generate others.
+
+        See `StreamingSampler`.  Responses travel between the ranks on the caller's thread.  Collective over the world.
         Raises: as `generate`.
         """
-        gathered = self._gathered(requests, params)
-        replicas = list(dict.fromkeys(gathered.by_rank))
-        returned: set[int] = set()
-        arrivals = None
-        if self._grid.rank == 0:
-            arrivals = Arrivals(partial(self._generate_on_servers, gathered.requests, params))
-
-        def take() -> dict[int, Response]:
-            assert arrivals is not None
-            wave = arrivals.wait_for(lambda finished: next_wave(gathered.requests, replicas, finished, returned, rule))
-            if len(returned) + len(wave) == len(gathered.requests):
-                arrivals.join()
-                self._count("generation_seconds", arrivals.seconds)
-                self._count("waited_seconds", arrivals.waited_seconds)
+        for wave in self._waves(ticket, rule):
             self._count("waves", 1)
-            return arrivals.of(wave)
+            yield wave
 
-        is_last = False
-        while not is_last:
-            generated = run_long_on_rank_0(take, EngineError) or {}
-            wave = broadcast_object(list(generated))
-            returned.update(wave)
-            is_last = len(returned) == len(gathered.requests)
-            asked = gathered.only(set(wave))
-            responses = return_responses(generated, asked)
-            first = gathered.own[0] if gathered.own else 0
-            own = {i - first: response for i, response in zip(asked.own, responses, strict=True)}
-            yield ArrivedWave(own, len(returned) / max(len(gathered.requests), 1), is_last)
+    def collect(self, ticket: Ticket) -> list[Response]:
+        """Return the responses to the requests of ``ticket``, in order; see `generate`.  Collective over the world."""
+        all_of_a_replica = WaveRule(max(len(ticket.gathered.requests), 1), min_tokens=1)
+        [wave] = self._waves(ticket, all_of_a_replica)
+        return [wave.responses[i] for i in range(len(ticket.gathered.own))]
+
+    def settle(self) -> None:
+        """Return once all responses under way are finished.  Collective over the world; raises as `generate`."""
+
+        def finish() -> None:
+            with self._waiting_time:
+                for batch in list(self._under_way):
+                    self._finish_batch(batch)
+
+        run_long_on_rank_0(finish, EngineError)
+
+    def finished(self, ticket: Ticket) -> dict[str, Response]:
+        """Return the responses of all replicas so far, by `request_key`, on rank 0; no collective."""
+        if ticket.batch is None:
+            return {}
+        requests, params = ticket.batch.requests, ticket.batch.params
+        return {request_key(requests[i], params): found for i, found in ticket.batch.arrivals.so_far().items()}
 
     def sleep(self) -> None:
         """Do nothing: servers have memory of their own."""
@@ -199,12 +223,13 @@ class ServerSampler:
     def metrics(self) -> dict[str, float]:
         """Return rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, and others.
 
-        The others are rollout/generation_seconds (in which servers generated), rollout/waited_seconds (in which the
-        trainer waited for responses), rollout/waves where responses stream, rollout/servers_alive,
-        rollout/requests_retried, rollout/guided_repairs where guided, and rollout/staleness_max where ``max_staleness``
-        is positive.
+        The others are rollout/generation_seconds (in which servers worked on requests), rollout/waited_seconds (in
+        which the trainer waited for responses), rollout/waves where responses stream, rollout/servers_alive,
+        rollout/requests_retried, and rollout/guided_repairs where guided.
         """
         self._metrics["rollout/servers_alive"] = self._pool.num_alive
+        self._metrics["rollout/generation_seconds"] = self._busy_time.take()
+        self._metrics["rollout/waited_seconds"] = self._waiting_time.take()
         metrics = broadcast_object(self._metrics)
         self._metrics = {}
         return metrics
@@ -212,6 +237,8 @@ class ServerSampler:
     def close(self) -> None:
         """End the servers that this sampler has started; may be called twice."""
         atexit.unregister(self.close)
+        for batch in self._under_way:
+            batch.cancel()
         for server in self._pool.servers:
             server.interrupt()  # a thread that still waits for a response would delay the end of the process
         if self._transfer is not None:
@@ -249,14 +276,14 @@ class ServerSampler:
     def _begin(self, servers: Sequence[VllmServer], version: int) -> WeightUpdate:
         assert self._transfer is not None
         self._pool.begin_update(servers)
-        adapter = self._weights.adapter
+        adapter, keeps = self._weights.adapter, bool(self._under_way)
         if adapter is None:
-            return WeightUpdate(self._transfer, servers, version)
+            return WeightUpdate(self._transfer, servers, version, keeps=keeps)
 
         def load(server: VllmServer) -> None:
             server.call_all("load_factors", adapter.to_json(), self._name)
 
-        return WeightUpdate(self._transfer, servers, version, load)
+        return WeightUpdate(self._transfer, servers, version, load, keeps=keeps)
 
     def _finish(self, update: WeightUpdate, version: int) -> list[_Recipients]:
         """End an update, note which servers have the weights, and return the servers that need the weights again."""
@@ -273,74 +300,52 @@ class ServerSampler:
             failures = failing(candidates)
             again = [server for server in candidates if server not in failures]
         self._pool.lose(failures)
+        for server in failures if self._under_way else ():
+            server.interrupt()  # it stays paused: other servers answer its requests
         return [_Recipients([server], True) for server in again]
 
-    def _gathered(self, requests: Sequence[Request], params: SamplingParams) -> GatheredRequests:
-        """Return the requests of all replicas, which the servers can answer.  Raises: as `generate`."""
+    def _known_version(self) -> int:
         if self._version is None:
             raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
-        gathered = gather_requests(requests, self._grid)
-        check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
-        return gathered
+        return self._version
 
-    def _generate_on_servers(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        arrived: Callable[[Mapping[int, Response]], None],
-    ) -> None:
-        """Let the servers answer ``requests``; call ``arrived`` with the responses by index, as they come.
+    def _waves(self, ticket: Ticket, rule: WaveRule) -> Iterator[ArrivedWave]:
+        gathered, batch, num_requests = ticket.gathered, ticket.batch, len(ticket.gathered.requests)
+        replicas = list(dict.fromkeys(gathered.by_rank))
+        returned: set[int] = set()
 
-        Used on rank 0 only, in any thread, while the sampler does nothing else.
-        """
-        if not requests:
-            return
-        assert self._version is not None
-        servers = self._pool.usable(self._version, self._max_staleness)
-        plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
-        guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
-        # The driver of pairs keeps them equally long, so a server gets all its pairs at once.
-        cuts = [len(guided) * i // len(servers) for i in range(len(servers) + 1)]
-        groups = [[i] for i in plain]
-        groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
-        counts: list[PairCounts] = []
-        tasks = [self._task([requests[i] for i in group], params, counts) for group in groups]
-        finished: list[Response] = []
-        self._progress(0, len(requests), "")
+        def chosen(finished: Mapping[int, Response]) -> list[int] | None:
+            self._progress(len(finished), num_requests, "")
+            return next_wave(gathered.requests, replicas, finished, returned, rule)
 
-        def returned(task: int, responses: list[Response]) -> None:
-            finished.extend(responses)
-            self._progress(len(finished), len(requests), "")
-            arrived(dict(zip(groups[task], responses, strict=True)))
+        def take() -> dict[int, Response]:
+            assert batch is not None
+            with self._waiting_time:
+                wave = batch.arrivals.wait_for(chosen)
+                if len(returned) + len(wave) == num_requests:
+                    self._finish_batch(batch)
+            return batch.arrivals.of(wave)
 
-        dispatched = dispatch(tasks, servers, returned)
-        self._pool.lose(dispatched.failures)
-        self._count("requests_retried", dispatched.num_retried)
-        if guided:
-            self._count("guided_repairs", sum(each.repairs for each in counts))
-        if self._max_staleness:
-            oldest = min(response.weight_version for response in finished)  # type: ignore[type-var]
-            self._metrics["rollout/staleness_max"] = self._version - oldest  # type: ignore[operator]
+        is_last = False
+        while not is_last:
+            generated = run_long_on_rank_0(take, EngineError) or {}
+            wave = broadcast_object(list(generated))
+            returned.update(wave)
+            is_last = len(returned) == num_requests
+            asked = gathered.only(set(wave))
+            responses = return_responses(generated, asked)
+            first = gathered.own[0] if gathered.own else 0
+            own = {i - first: response for i, response in zip(asked.own, responses, strict=True)}
+            yield ArrivedWave(own, len(returned) / max(num_requests, 1), is_last)
 
-    def _task(
-        self, requests: Sequence[Request], params: SamplingParams, counts: list[PairCounts]
-    ) -> Task[list[Response]]:
-        """Return the task of one server: one plain response, or guided responses that are sampled together."""
-        expected = self._version
-        assert expected is not None
-
-        def do(server: VllmServer) -> list[Response]:
-            if requests[0].teacher_prompt is None:
-                responses = [response_of(server.complete(engine_request(requests[0], params)), params)]
-            else:
-                own_counts = PairCounts()
-                responses = generate_guided(server, requests, params, own_counts, self._bare_roles)
-                counts.append(own_counts)
-            for response in responses:
-                staleness(response.weight_version, expected, self._max_staleness, f"{server.address}:")
-            return responses
-
-        return do
+    def _finish_batch(self, batch: ServerBatch) -> None:
+        """Wait for all responses of ``batch`` and, the first time, count what has happened on the way."""
+        batch.finish()
+        if batch in self._under_way:
+            self._under_way.remove(batch)
+            self._pool.lose(batch.failures)
+            for key, value in batch.counts.items():
+                self._metrics[key] = self._metrics.get(key, 0.0) + value
 
     def _count(self, name: str, value: float) -> None:
         key = f"rollout/{name}"

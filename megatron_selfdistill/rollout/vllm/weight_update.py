@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,8 +41,14 @@ class WeightUpdate:
         servers: Sequence[VllmServer],
         version: int,
         load_factors: Callable[[VllmServer], None] | None = None,
+        *,
+        keeps: bool = False,
     ) -> None:
-        """Begin an update; ``load_factors`` lets a server take the factors of adapters that have arrived, if any."""
+        """Begin an update.
+
+        ``load_factors`` lets a server take the factors of adapters that have arrived, if any.  ``keeps``: whether
+        requests that servers work on go on after the update, with the new weights.
+        """
         self._transfer, self._load_factors = transfer, load_factors
         self._version = version
         self._names: list[str] = []
@@ -53,7 +60,7 @@ class WeightUpdate:
             1, "bucket", initializer=None if device is None else lambda: torch.cuda.set_device(device)
         )
         self._on_its_way: Future[Failures] | None = None
-        self._drop(on_each(self.servers, _begin))
+        self._drop(on_each(self.servers, partial(_begin, keeps=keeps)))
         self._drop(transfer.join(self.servers) if self.servers else {})
         if not self.broken:
             self._each(lambda server: server.start_weight_update())
@@ -127,8 +134,8 @@ class WeightUpdate:
         self.servers = [server for server in self.servers if server not in failures]
 
 
-def _begin(server: VllmServer) -> None:
+def _begin(server: VllmServer, keeps: bool) -> None:
     """Stop a server's work, undo an unfinished update of an earlier trainer, and mark the weights as incomplete."""
-    server.pause()
+    server.pause(keeps=keeps)
     server.set_weight_version(LOADING)
     server.call("abandon_weight_update")

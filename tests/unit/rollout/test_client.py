@@ -18,9 +18,10 @@ from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
 
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.vllm import patient_http
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
-from megatron_selfdistill.rollout.vllm.engine import EngineRequest
+from megatron_selfdistill.rollout.vllm.engine import EngineRequest, response_of
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def test_many_requests_are_in_flight_at_once_and_answers_keep_their_order(fake):
 
 
 def changed(**choice: Any) -> str:
-    answer = answer_to({"token_ids": [4, 5], "sampling_params": {"max_tokens": 3}}, "7")
+    answer = answer_to({"token_ids": [4, 5], "sampling_params": {"max_tokens": 3}}, ("7", "7"))
     answer["choices"][0].update(choice)
     return json.dumps(answer)
 
@@ -89,6 +90,23 @@ def test_the_version_is_that_of_the_oldest_weights_if_all_have_one(fake, version
     fake.says = changed(weight_versions=[{"version": version, "start": 0, "end": 1} for version in versions])
     [output] = VllmServer(fake.address).generate([request_of(4, 5)])
     assert output.weight_version == known
+
+
+@pytest.mark.parametrize(
+    ("reported", "spans"),
+    [
+        ([("7", 0, 3)], []),
+        ([("7", 0, 1), ("9", 1, 3)], [(7, 1), (9, 2)]),
+        ([("7", 0, 2), ("loading", 2, 2), ("8", 2, 3)], [(7, 2), (8, 1)]),
+        ([("7", 0, 2), ("loading", 2, 3)], []),
+    ],
+)
+def test_each_version_of_the_weights_has_its_tokens(fake, reported, spans):
+    fake.says = changed(weight_versions=[{"version": v, "start": start, "end": end} for v, start, end in reported])
+    [output] = VllmServer(fake.address).generate([request_of(4, 5)])
+    assert output.weight_spans == spans
+    versions = response_of(output, SamplingParams(max_new_tokens=3)).token_versions
+    assert versions == [v for v, count in spans or [(output.weight_version, 3)] for _ in range(count)]
 
 
 @pytest.mark.parametrize(("status", "kind"), [(400, RequestRefused), (401, RequestRefused), (500, EngineError)])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.streaming import Arrivals, WaveRule, next_wave
+from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime, WaveRule, next_wave
 
 TIMEOUT = 120.0
 
@@ -76,12 +76,15 @@ def test_arrivals_wait_for_enough_and_count_the_time_on_both_sides():
         assert go_on.wait(60)
         arrived(responses_to([1]))
 
-    arrivals = Arrivals(work)
-    assert arrivals.wait_for(lambda finished: list(finished) or None) == [0]
+    busy_time, waiting_time = BusyTime(), BusyTime()
+    arrivals = Arrivals(work, {5: Response.unsampled([5])}, busy_time)
+    assert arrivals.wait_for(lambda finished: sorted(finished) if 0 in finished else None) == [0, 5]
     threading.Timer(0.2, go_on.set).start()
-    assert arrivals.wait_for(lambda finished: len(finished) if len(finished) == 2 else None) == 2
+    with waiting_time:
+        assert arrivals.wait_for(lambda finished: len(finished) if len(finished) == 3 else None) == 3
     arrivals.join()
-    assert 0.1 < arrivals.waited_seconds <= arrivals.seconds
+    assert 0.1 < waiting_time.take() <= busy_time.take()
+    assert sorted(arrivals.so_far()) == [0, 1, 5]
     assert arrivals.of([1])[1].token_ids == [1, 1, 1]
 
 
@@ -90,7 +93,7 @@ def test_an_error_of_the_work_is_raised_where_a_wave_is_wanted():
         arrived(responses_to([0]))
         raise EngineError("the last server is gone")
 
-    arrivals = Arrivals(work)
+    arrivals = Arrivals(work, {}, BusyTime())
     for call in (lambda: arrivals.wait_for(lambda finished: None), arrivals.join):
         with pytest.raises(EngineError, match="the last server is gone"):
             call()
@@ -132,7 +135,7 @@ def streamed(addresses: list[str], layout: dict[str, int], fault: dict[str, Any]
         with held(addresses, [2, 5], grid) as release:
             found, shares = {}, []
             try:
-                for wave in built.stream(requests, GREEDY, WaveRule(group_size=2, min_tokens=1)):
+                for wave in built.stream(built.start(requests, GREEDY, 0), WaveRule(group_size=2, min_tokens=1)):
                     assert not set(found) & set(wave.responses)
                     found |= {i: response.token_ids for i, response in wave.responses.items()}
                     shares.append((wave.share, wave.is_last))
@@ -184,7 +187,8 @@ def abandoned(addresses: list[str]) -> float:
     with sampler(addresses, {}) as (built, grid):
         built.update_weights(0)
         with held(addresses, [2, 5], grid):
-            next(built.stream(own_requests(grid, 6), GREEDY, WaveRule(group_size=2, min_tokens=1)))
+            ticket = built.start(own_requests(grid, 6), GREEDY, 0)
+            next(built.stream(ticket, WaveRule(group_size=2, min_tokens=1)))
             began = time.monotonic()
             built.close()
             return time.monotonic() - began

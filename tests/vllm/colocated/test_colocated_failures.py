@@ -58,8 +58,7 @@ def refusals() -> list[str]:
         refused(EngineError, mine)
         it._max_staleness = 1
         late = it.generate(mine, DRAWN)
-        assert it.metrics()["rollout/staleness_max"] == 1.0
-        assert it.metrics()["rollout/staleness_max"] == 0.0
+        assert {response.weight_version for response in late} <= {3, 4}
         it._max_staleness = 0
         with pytest.raises(EngineError, match=r"refused the weights: .*breaks off"):
             engine.load(breaking_off(it), 4)

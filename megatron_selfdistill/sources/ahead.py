@@ -1,0 +1,76 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Responses of the student that servers generate ahead of the step that trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.streaming import NO_RESPONSES, StreamingSampler
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.recording import SampleKey
+from megatron_selfdistill.sources.source import SourceState, StepBatch
+
+
+class AheadOnPolicy(OnPolicy):
+    """The responses of `OnPolicy`, where servers work on the next steps while the trainer trains on the present one.
+
+    A step begins with its weights, lets the servers begin with the batch ``ahead`` steps later, and takes its own
+    responses; the weights that generated these are at most ``ahead`` steps old.  Every response is trained on in the
+    step that asked for it, however long it takes.  Nothing that is asked ahead depends on responses: `Config` refuses
+    prompts that do.
+    """
+
+    def __init__(
+        self, state: SourceState, options: OnPolicyOptions, sampler: StreamingSampler[Any], ahead: int, num_steps: int
+    ) -> None:
+        """``sampler``: that of ``options``; ``num_steps``: the steps of the run, which ask for no further batches."""
+        super().__init__(state, options)
+        self._sampler, self._ahead, self._num_steps = sampler, ahead, num_steps
+        self._tickets: dict[int, Any] = {}  # of the present step and the steps ahead, by step
+        self._known: Mapping[str, Response] = NO_RESPONSES  # of a checkpoint, until they have tickets
+
+    def _ticket(self, step: int, sampling: SamplingParams) -> Any:
+        """Return the ticket of the step's responses; from now on the servers also work on the steps ahead of it.
+
+        Collective over the world.
+        """
+        self._sampler.update_weights(step)
+        problem_sampler = self.state.problem_sampler.fork()
+        for later in range(step, max(step, min(step + self._ahead, self._num_steps - 1)) + 1):
+            problems = problem_sampler.next_batch()
+            if later not in self._tickets:
+                asked = self._asked(later, problems, self.state.prompts)
+                requests = [self._request(key, pair, is_guided=False) for key, _, pair in asked.samples]
+                self._tickets[later] = self._sampler.start(requests, sampling, later, self._known)
+        self._known = NO_RESPONSES
+        return self._tickets[step]
+
+    def _responses(
+        self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
+    ) -> list[Response]:
+        """Return the responses of the step, which has asked for them now or in an earlier step."""
+        ticket = self._ticket(step, sampling)
+        with self._options.phases("rollout"):
+            return self._sampler.collect(ticket)
+
+    def commit(self, batch: StepBatch) -> None:
+        """Take over ``batch.next_state``, and forget the responses of the step."""
+        super().commit(batch)
+        if self._tickets:
+            del self._tickets[min(self._tickets)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the committed state and, on rank 0, the finished responses of the step under way and those ahead."""
+        finished = dict(self._known)
+        for ticket in self._tickets.values():
+            finished |= self._sampler.finished(ticket)
+        return {**super().state_dict(), "ahead": {key: asdict(response) for key, response in finished.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace the committed state by the one that `state_dict` returned on rank 0."""
+        super().load_state_dict(state)
+        self._tickets.clear()
+        self._known = {key: Response(**fields) for key, fields in state.get("ahead", {}).items()}

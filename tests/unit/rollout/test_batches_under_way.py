@@ -1,0 +1,187 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Several batches of requests under way on servers, whose weights change meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from fake_server_sampler import GREEDY, sampler, tell
+from fake_vllm import FakeVllm, fake_servers, tokens_behind
+
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.base import Request, Response, request_key
+
+TIMEOUT = 120.0
+HELD = 7
+"""The first token of the prompts whose responses the servers hold back."""
+
+
+@pytest.fixture
+def fakes() -> Iterator[list[FakeVllm]]:
+    with fake_servers(2) as servers:
+        yield servers
+
+
+def requests_of(grid: Any, batch: int, count: int = 8) -> list[Request]:
+    """Return this replica's requests of a batch; the servers may hold back every fourth."""
+    everything = [Request([HELD if i % 4 == 3 else 1, batch, i], 100 * batch + i) for i in range(count)]
+    return everything[grid.dp_rank :: grid.dp_size]
+
+
+def tokens_of(requests: list[Request]) -> list[list[int]]:
+    return [tokens_behind(request.prompt, 4) for request in requests]
+
+
+def tell_all(addresses: list[str], grid: Any, **fault: Any) -> None:
+    for address in addresses if grid.rank == 0 else []:
+        tell(address, **fault)
+
+
+def wait_for(ticket: Any, count: int) -> None:
+    """Wait on rank 0 until ``count`` responses of ``ticket`` are finished."""
+    if ticket.batch is not None:
+        ticket.batch.arrivals.wait_for(lambda finished: len(finished) >= count or None)
+
+
+def two_batches(addresses: list[str], layout: dict[str, int], settles: bool) -> Any:
+    """Start two batches, send other weights while responses are held back, and collect both batches.
+
+    Return whether the tokens are right, the spans of each batch, and the seconds of an update with `settle`.
+    """
+    with sampler(addresses, layout, max_staleness=2) as (built, grid):
+        first, second = requests_of(grid, 1), requests_of(grid, 2)
+        built.update_weights(0)
+        tell_all(addresses, grid, holds=[] if settles else [HELD], seconds=0.2 if settles else 0.0)
+        tickets = [built.start(first, GREEDY, 1), built.start(second, GREEDY, 2)]
+        if settles:
+            built.settle()
+        else:
+            for ticket in tickets:
+                wait_for(ticket, 6)
+        built.update_weights(1)
+        tell_all(addresses, grid, holds=[])
+        responses = [built.collect(ticket) for ticket in tickets]
+        right = [[one.token_ids for one in batch] for batch in responses] == [tokens_of(first), tokens_of(second)]
+        metrics = built.metrics()
+        assert metrics["rollout/waited_seconds"] > 0 and metrics["rollout/generation_seconds"] > 0
+        return right, [[list(one.weight_spans) for one in batch] for batch in responses]
+
+
+@pytest.mark.parametrize(
+    ("layout", "world_size"),
+    [({}, 1), ({}, 2), pytest.param({"tp": 2, "pp": 2}, 4, marks=pytest.mark.full)],
+    ids=["one rank", "DP2", "TP2xPP2"],
+)
+def test_responses_under_way_go_on_with_new_weights(ranks, fakes, layout, world_size):
+    addresses = [fake.address for fake in fakes]
+    for rank, (right, spans) in enumerate(
+        ranks.run(two_batches, addresses, layout, False, world_size=world_size, timeout=TIMEOUT)
+    ):
+        assert right
+        held = [i % 4 == 3 for i in range(8)]
+        own = held[rank::2] if world_size == 2 else held
+        assert spans == [[[(0, 1), (1, 3)] if is_held else [] for is_held in own]] * 2
+    assert all("/pause" in fake.calls and fake.num_aborts == 1 for fake in fakes), "only the first update aborts"
+
+
+def test_an_update_after_settling_finds_nothing_under_way(ranks, fakes):
+    [(right, spans)] = ranks.run(two_batches, [f.address for f in fakes], {}, True, world_size=1, timeout=TIMEOUT)
+    assert right and spans == [[[]] * 8] * 2
+    assert all(fake.num_aborts == 2 for fake in fakes)
+
+
+def server_lost(addresses: list[str], fault: dict[str, Any]) -> Any:
+    """Let the first server fail while responses are under way and the weights change."""
+    with sampler(addresses, {}, max_staleness=2, timeout_s=20.0) as (built, grid):
+        requests = requests_of(grid, 1, 16)
+        built.update_weights(0)
+        tell_all(addresses, grid, holds=[HELD])
+        ticket = built.start(requests, GREEDY, 1)
+        wait_for(ticket, 12)
+        tell(addresses[0], **fault)
+        built.update_weights(1)
+        tell_all(addresses, grid, holds=[])
+        began = time.monotonic()
+        responses = built.collect(ticket)
+        right = [one.token_ids for one in responses] == tokens_of(requests)
+        return right, time.monotonic() - began, built.metrics()
+
+
+@pytest.mark.parametrize(
+    "fault", [{"dead": True}, {"fail_at": "/update_weights"}, {"fail_at": "/reset_prefix_cache"}], ids=str
+)
+def test_a_server_lost_in_an_update_loses_no_response_that_is_under_way(ranks, fakes, fault):
+    addresses = [fake.address for fake in fakes]
+    [(right, seconds, metrics)] = ranks.run(server_lost, addresses, fault, world_size=1, timeout=TIMEOUT)
+    assert right and seconds < 15, "the server stays paused, and nobody waits for it"
+    assert metrics["rollout/servers_alive"] == 1 and metrics["rollout/requests_retried"] >= 1
+    assert sum(fakes[1].answered.values()) >= 8
+
+
+def reused(addresses: list[str]) -> Any:
+    """Take the finished responses of a batch, as a checkpoint does, and start the batch again with them.
+
+    Return the number of finished responses, and whether the tokens are right, for the same requests and others.
+    """
+    with sampler(addresses, {}, max_staleness=1) as (built, grid):
+        requests = requests_of(grid, 1)
+        built.update_weights(0)
+        tell_all(addresses, grid, holds=[HELD])
+        ticket = built.start(requests, GREEDY, 1)
+        wait_for(ticket, 6)
+        finished = built.finished(ticket)
+        tell_all(addresses, grid, holds=[])
+        right = []
+        changed = [replace(request, prompt=[*request.prompt, 3]) for request in requests]
+        for asked in (requests, changed):
+            again = built.collect(built.start(asked, GREEDY, 1, finished))
+            right.append([one.token_ids for one in again] == tokens_of(asked))
+        shorter = built.collect(built.start(requests, replace(GREEDY, max_new_tokens=2), 1, finished))
+        return len(finished), right, {len(one.token_ids) for one in shorter}
+
+
+def test_finished_responses_are_not_generated_again_unless_something_has_changed(ranks, fakes):
+    [(count, right, lengths)] = ranks.run(reused, [f.address for f in fakes], world_size=1, timeout=TIMEOUT)
+    assert count == 6 and right == [True, True] and lengths == {2}
+    answered = fakes[0].answered + fakes[1].answered
+    assert answered["[1, 1, 0]"] == 2, "once, and once for a shorter response"
+    assert answered["[1, 1, 0, 3]"] == 1
+
+
+def too_old(addresses: list[str]) -> str:
+    with sampler(addresses, {}, max_staleness=1) as (built, grid):
+        built.update_weights(3)
+        with pytest.raises(EngineError) as error:
+            built.start(requests_of(grid, 1), GREEDY, used_at=5)
+        return str(error.value)
+
+
+def test_requests_never_begin_with_weights_that_will_be_too_old(ranks, fakes):
+    [message] = ranks.run(too_old, [fake.address for fake in fakes], world_size=1, timeout=TIMEOUT)
+    assert "none of 2 vLLM servers is alive and has weights of version 3" in message
+
+
+def test_a_key_names_a_request_with_everything_that_its_response_depends_on():
+    request = Request([1, 2], 3)
+    others = [
+        request_key(replace(request, prompt=[1, 3]), GREEDY),
+        request_key(replace(request, seed=4), GREEDY),
+        request_key(replace(request, teacher_prompt=[1]), GREEDY),
+        *(
+            request_key(request, replace(GREEDY, **change))
+            for change in ({"max_new_tokens": 5}, {"temperature": 1.0}, {"top_k": 1}, {"stop_token_ids": (1,)})
+        ),
+    ]
+    assert len({request_key(request, GREEDY), *others}) == len(others) + 1
+    assert request_key(Request([1, 2], 3), GREEDY) == request_key(request, GREEDY)
+
+
+def test_a_response_knows_the_weights_of_each_token():
+    response = Response.unsampled([5, 6, 7])
+    assert response.token_versions == [None] * 3
+    assert replace(response, weight_version=4).token_versions == [4, 4, 4]
+    assert replace(response, weight_version=4, weight_spans=[(4, 1), (5, 2)]).token_versions == [4, 5, 5]
