@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import groupby
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -109,26 +110,36 @@ def _how_full(plan: Plan) -> list[str]:
 
 
 def _overlap(plan: Plan) -> list[str]:
-    """Return the line about the faster value of rollout.overlap; none for a run that cannot stream its responses."""
-    config = plan.config
-    if plan.engines is None or not can_stream(config):
+    """Return the line about the ways in which generation and training can share the time of a step.
+
+    There is none for a run in which both must take turns.
+    """
+    streams = _is_possible(plan.config, overlap="stream", ahead=0, at_update="wait")
+    goes_ahead = _is_possible(plan.config, overlap="none", wave_microbatches=None, ahead=1, max_staleness=1)
+    if plan.engines is None or not (streams or goes_ahead):
         return []
     generation, training = plan.engines.seconds
-    in_wave = config.rollout.wave_microbatches or config.parallel.pipeline_model_parallel_size
-    last = training * min(1.0, in_wave / max(plan.num_microbatches[0], 1))
-    turns, streamed = generation + training, max(generation, training) + last
-    faster = "stream" if streamed < turns else "none"
-    return [
-        f"rollout.overlap={faster} is faster: by the same arithmetic a step takes {turns:.0f} s in turns and "
-        f"{streamed:.0f} s streamed, the longer of both and a last wave of {last:.0f} s; streaming gains as long as "
-        "rollout and training both take longer than this wave"
-    ]
+    turns, longer = generation + training, max(generation, training)
+    ways = [f"{turns:.0f} s in turns"]
+    choice = "rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old will do"
+    if streams:
+        in_wave = plan.config.rollout.wave_microbatches or plan.config.parallel.pipeline_model_parallel_size
+        last = training * min(1.0, in_wave / max(plan.num_microbatches[0], 1))
+        ways.append(f"{longer + last:.0f} s with rollout.overlap=stream (the longer of both, and a last wave)")
+        if longer + last < turns:
+            choice = (
+                "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both "
+                f"take longer than its last wave of {last:.0f} s"
+            )
+    if goes_ahead:
+        ways.append(f"{longer:.0f} s with rollout.ahead=1")
+    return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
 
 
-def can_stream(config: Config) -> bool:
-    """Return whether rollout.overlap=stream is possible with all other keys of ``config``."""
+def _is_possible(config: Config, **rollout: Any) -> bool:
+    """Return whether ``config`` can have the values ``rollout`` of this section, with all its other keys."""
     try:
-        replace(config, rollout=replace(config.rollout, overlap="stream"))
+        replace(config, rollout=replace(config.rollout, **rollout))
     except ValueError:
         return False
     return True

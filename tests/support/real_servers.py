@@ -6,17 +6,19 @@ from __future__ import annotations
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from trained import FAMILY, MAX_LENGTH, MODEL, Reach, write_config
+from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.engine import EngineRequest
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
@@ -90,6 +92,42 @@ def sampler(
         yield built
     finally:
         built.close()
+
+
+Across: TypeAlias = tuple[list[Response], list[list[float]]]
+"""Responses, and the log-probs that new weights give their tokens when they read them as prompts."""
+
+
+def across_an_update(built: Any, params: SamplingParams, change: Callable[[], object]) -> Across:
+    """Let servers take the weights after ``change`` while they generate 64 responses."""
+    everything = requests(64, longest=40)
+    built.update_weights(0)
+    ticket = built.start(everything, params, used_at=1)
+    ticket.batch.arrivals.wait_for(lambda finished: finished or None)
+    change()
+    built.update_weights(1)
+    responses = built.collect(ticket)
+    read = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
+    pairs = list(zip(everything, responses, strict=True))
+    outputs = built._pool.servers[0].generate([EngineRequest([*one.prompt, *r.token_ids], read) for one, r in pairs])
+    return responses, [
+        output.prompt_log_probs[len(one.prompt) - 1 :] for (one, _), output in zip(pairs, outputs, strict=True)
+    ]
+
+
+def assert_new_weights_go_on(responses: list[Response], read: list[list[float]]) -> None:
+    """Assert that the last tokens of responses come from the new weights after a whole reading of their context."""
+    pairs = zip(responses, read, strict=True)
+    mixed = [(response, log_probs) for response, log_probs in pairs if response.weight_spans]
+    assert len(mixed) >= 16, "a server works on 32 requests at once, and one server has finished some"
+    for response, log_probs in mixed:
+        assert [version for version, _ in response.weight_spans] == [0, 1] and response.weight_version == 0
+        (_, before), (_, after) = response.weight_spans
+        assert before + after == len(response.token_ids) == len(log_probs)
+        new = [abs(a - b) for a, b in zip(response.log_probs[before:], log_probs[before:], strict=True)]
+        assert max(new) < 1e-4, "the new weights have read the whole context"
+        old = [abs(a - b) for a, b in zip(response.log_probs[:before], log_probs[:before], strict=True)]
+        assert max(old) > 1e-3, "the first tokens come from other weights"
 
 
 def processes_of(session: int) -> dict[int, str]:

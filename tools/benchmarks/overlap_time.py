@@ -1,13 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure the time of a step whose servers generate first, and of one that trains while they generate.
+"""Measure the time of a step whose servers generate first, and of steps that train while they generate.
 
     python tools/benchmarks/overlap_time.py                                       servers that only wait
     python tools/benchmarks/overlap_time.py --server-python .venv-vllm/bin/python    one real vLLM server on a CPU
 
 A server that only waits takes a time for each response that a log-normal distribution gives, whose long tail is that of
 lengths of responses; the scale of the times is chosen so that the slowest response of a step takes as long as training
-on all of them.  Both ways take turns, so that other load on the machine affects both, and the medians of their steps
-are compared, without the first step of each run.
+on all of them.  All ways take turns, so that other load on the machine affects all, and the medians of their steps are
+compared, without the first step of each run.  The times of generation and training in turns are the measure of all.
 """
 
 from __future__ import annotations
@@ -34,11 +34,20 @@ from fake_vllm import fake_servers  # noqa: E402
 from measuring_parser import measuring_parser  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
-WAYS: dict[str, list[str]] = {"turns": [], "stream": ["rollout.overlap=stream"]}
+STREAM, AHEAD = ["rollout.overlap=stream"], ["rollout.ahead=1", "rollout.max_staleness=1"]
+_AGE = "rollout/staleness_mean"
+KEEP = [*AHEAD, "rollout.at_update=keep"]
+WAYS: dict[str, list[str]] = {
+    "turns": [],
+    "stream": STREAM,
+    "ahead, wait": AHEAD,
+    "ahead, keep": KEEP,
+    "ahead, keep, stream": [*KEEP, *STREAM],
+}
 
 
 def main() -> None:
-    """Run both ways in turn and print the table."""
+    """Run all ways in turn and print the tables."""
     arguments = _parser().parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as directory:
@@ -126,15 +135,19 @@ def _print(found: dict[str, list[dict[str, float]]]) -> None:
     def median(way: str, key: str) -> float:
         return statistics.median(step.get(key, 0.0) for step in found[way])
 
-    print("| way | step | generation | training | trainer waited | servers waited | waves | overlap/share |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("| way | step | generation | training | trainer waited | servers waited | waves | overlap/share | age |")
+    print("|---|---|---|---|---|---|---|---|---|")
     keys = "seconds/step rollout/generation_seconds seconds/train rollout/waited_seconds rollout/servers_waited_seconds"
     for way in found:
         times = " | ".join(f"{median(way, key):.2f} s" for key in keys.split())
-        print(f"| {way} | {times} | {median(way, 'rollout/waves'):.0f} | {median(way, 'overlap/share'):.2f} |")
-    longer = max(median("stream", "rollout/generation_seconds"), median("turns", "seconds/train"))
-    print(f"\nstream / turns: {median('stream', 'seconds/step') / median('turns', 'seconds/step'):.2f}")
-    print(f"stream / max(generation, training): {median('stream', 'seconds/step') / longer:.2f}")
+        waves, share, age = (median(way, key) for key in ("rollout/waves", "overlap/share", _AGE))
+        print(f"| {way} | {times} | {waves:.0f} | {share:.2f} | {age:.2f} |")
+    turns = median("turns", "seconds/step")
+    longer = max(median("turns", "rollout/generation_seconds"), median("turns", "seconds/train"))
+    print("\n| way | step / turns | step / max(generation, training) |\n|---|---|---|")
+    for way in found:
+        step = median(way, "seconds/step")
+        print(f"| {way} | {step / turns:.2f} | {step / longer:.2f} |")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -114,27 +114,45 @@ SERVERS = ("recipe=qwen3_8b", "rollout.placement=server", "rollout.num_servers=8
 
 
 def overlap_line(*overrides: str) -> str | None:
-    """Return the line of a plan about the faster value of rollout.overlap, without the text after its times."""
+    """Return the line of a plan about the ways in which generation and training can share a step."""
     lines = summary(dry_run(load([*SERVERS, *overrides])))
-    found = [line.partition(", the longer of both")[0] for line in lines if line.startswith("rollout.overlap=")]
+    found = [line for line in lines if line.startswith("by the same arithmetic a step takes")]
     return found[0] if found else None
 
 
-def test_a_plan_with_servers_names_the_faster_way_and_both_times():
+def test_a_plan_with_servers_names_the_way_to_choose_all_times_and_the_break_even():
     """64 sequences on 8 servers: the rollout takes 15.6 s, training 2.9 s, and a last wave 2.9 s / 64 microbatches."""
     plan = dry_run(load(SERVERS))
     generation, training = plan.engines.seconds
+    last = training / plan.num_microbatches[0]
     assert overlap_line() == (
-        f"rollout.overlap=stream is faster: by the same arithmetic a step takes {generation + training:.0f} s in turns "
-        f"and {generation + training / plan.num_microbatches[0]:.0f} s streamed"
+        f"by the same arithmetic a step takes {generation + training:.0f} s in turns, {generation + last:.0f} s with "
+        f"rollout.overlap=stream (the longer of both, and a last wave), {generation:.0f} s with rollout.ahead=1: "
+        "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both take "
+        f"longer than its last wave of {last:.0f} s"
     )
-    whole_step_in_a_wave = overlap_line("rollout.overlap=stream", "rollout.wave_microbatches=10000")
-    assert whole_step_in_a_wave is not None and whole_step_in_a_wave.startswith("rollout.overlap=none is faster")
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [("rollout.placement=colocated", "rollout.num_servers=0"), ("rollout.select=balance", "rollout.num_samples=2")],
+    [
+        ("rollout.overlap=stream", "rollout.wave_microbatches=10000"),
+        ("rollout.select=balance", "rollout.num_samples=2"),
+    ],
+    ids=["a wave as long as the step", "a selection"],
 )
-def test_a_plan_is_silent_about_streams_that_are_not_possible(overrides):
+def test_where_streams_gain_nothing_or_are_not_possible_the_plan_names_the_step_ahead(overrides):
+    line = overlap_line(*overrides)
+    assert line is not None and line.endswith("if responses of weights that are one step old will do")
+    assert ("rollout.overlap=stream" in line) == (overrides[0] == "rollout.overlap=stream")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("rollout.placement=colocated", "rollout.num_servers=0"),
+        ("rollout.guidance=mixed", "target.anchor=student"),
+    ],
+)
+def test_a_plan_is_silent_where_generation_and_training_must_take_turns(overrides):
     assert overlap_line(*overrides) is None

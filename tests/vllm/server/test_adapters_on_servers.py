@@ -11,7 +11,7 @@ from typing import Any
 import models
 import pytest
 from adapted import other_factors
-from real_servers import sampler, started
+from real_servers import Across, across_an_update, assert_new_weights_go_on, sampler, started
 from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
@@ -19,7 +19,7 @@ from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
 from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
-from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.guided import RoleWeights
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
@@ -78,6 +78,17 @@ def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens(ranks, 
             for response, other in zip(batch, expected, strict=True):
                 assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
     assert tokens(theirs[0]) != tokens(theirs[1])
+
+
+def kept(server: Reach) -> Across:
+    chunks, grid = adapted({})
+    other_factors(chunks, 1)
+    with sampler(chunks, grid, server, adapter=ADAPTER, max_staleness=1) as built:
+        return across_an_update(built, SamplingParams(max_new_tokens=150), lambda: other_factors(chunks, 2))
+
+
+def test_responses_under_way_go_on_with_new_factors(ranks, server):
+    assert_new_weights_go_on(*ranks.run(kept, server, world_size=1, timeout=TIMEOUT)[0])
 
 
 def guided(server: Reach) -> tuple[list[Response], list[Response]]:

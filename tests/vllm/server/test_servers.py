@@ -17,14 +17,20 @@ from pathlib import Path
 
 import models
 import pytest
-from real_servers import assert_session_ends, processes_of, sampler
+from real_servers import (
+    Across,
+    across_an_update,
+    assert_new_weights_go_on,
+    assert_session_ends,
+    processes_of,
+    sampler,
+)
 from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.engine import EngineRequest
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 HERE = Path(__file__).resolve().parent
@@ -141,46 +147,16 @@ def test_waves_have_the_responses_of_one_batch(ranks, servers):
     assert {response.weight_version for response in found.values()} == {4}
 
 
-def kept(servers: Reach, params: SamplingParams) -> tuple[list[Response], list[list[float]]]:
-    """Let servers get other weights while they generate.
-
-    Return the responses, and the log-probs that the new weights give the same tokens when they read them as prompts.
-    """
+def kept(servers: Reach, params: SamplingParams) -> Across:
     chunks, grid = models.build(MODEL, models.parallel())
-    everything = requests(64, longest=40)
     with sampler(chunks, grid, servers, max_staleness=1) as built:
-        built.update_weights(0)
-        ticket = built.start(everything, params, used_at=1)
-        ticket.batch.arrivals.wait_for(lambda finished: finished or None)
-        models.fill_from_names(chunks, 1)
-        built.update_weights(1)
-        responses = built.collect(ticket)
-        engine = VllmServer(servers.addresses[0], servers.token)
-        read = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
-        outputs = engine.generate(
-            [EngineRequest([*one.prompt, *r.token_ids], read) for one, r in zip(everything, responses, strict=True)]
-        )
-    return responses, [
-        output.prompt_log_probs[len(request.prompt) - 1 :] for request, output in zip(everything, outputs, strict=True)
-    ]
+        return across_an_update(built, params, lambda: models.fill_from_names(chunks, 1))
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "drawn"])
 def test_responses_under_way_go_on_with_new_weights_as_if_those_had_read_their_tokens(ranks, servers, greedy):
     params = SamplingParams(max_new_tokens=150, temperature=0.0 if greedy else 1.0)
-    [(responses, read)] = ranks.run(kept, servers.reach, params, world_size=1, timeout=TIMEOUT)
-    mixed = [
-        (response, log_probs) for response, log_probs in zip(responses, read, strict=True) if response.weight_spans
-    ]
-    assert len(mixed) >= 16, "each server works on 32 requests at once, and one of them has finished some"
-    for response, log_probs in mixed:
-        assert [version for version, _ in response.weight_spans] == [0, 1] and response.weight_version == 0
-        (_, before), (_, after) = response.weight_spans
-        assert before + after == len(response.token_ids) == len(log_probs) == 150
-        new = [abs(a - b) for a, b in zip(response.log_probs[before:], log_probs[before:], strict=True)]
-        assert max(new) < 1e-4, "the new weights have read the whole context"
-        old = [abs(a - b) for a, b in zip(response.log_probs[:before], log_probs[:before], strict=True)]
-        assert max(old) > 1e-2, "the first tokens come from other weights"
+    assert_new_weights_go_on(*ranks.run(kept, servers.reach, params, world_size=1, timeout=TIMEOUT)[0])
 
 
 def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
