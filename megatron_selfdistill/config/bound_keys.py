@@ -65,6 +65,7 @@ RULES: dict[str, str] = {
             "rollout.transfer",
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
             *("rollout.overlap", "rollout.wave_microbatches", "rollout.ahead", "rollout.at_update"),
+            *("rollout.extra_problems", "rollout.round_tokens"),
             *("rollout.kv_cache_gb", "rollout.record"),
             *("environment.url", "environment.api_key", "environment.timeout_s", "environment.retries"),
             "environment.concurrency",

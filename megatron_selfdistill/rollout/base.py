@@ -118,6 +118,8 @@ class Request:
     With a teacher's prompt the response is *guided*: every token is sampled from the mix of the distributions that the
     same weights have under both prompts.
     """
+    begun: int = 0
+    """Number of tokens at the end of the prompt that are the response so far, which this request continues."""
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,24 @@ class Response:
         if not self.weight_spans:
             return [self.weight_version] * len(self.token_ids)
         return [version for version, num_tokens in self.weight_spans for _ in range(num_tokens)]
+
+    def continued_by(self, more: Response) -> Response:
+        """Return this response with the tokens of ``more``, which continues it, behind its own."""
+        spans: list[tuple[int, int]] = []
+        for part in (self, more):
+            version = part.weight_version
+            known = [] if version is None else [(version, len(part.token_ids))]
+            for version, num_tokens in part.weight_spans or known:
+                earlier = spans.pop()[1] if spans and spans[-1][0] == version else 0
+                spans.append((version, earlier + num_tokens))
+        return Response(
+            token_ids=[*self.token_ids, *more.token_ids],
+            log_probs=[*self.log_probs, *more.log_probs],
+            sampled_log_probs=[*self.sampled_log_probs, *more.sampled_log_probs],
+            finish_reason=more.finish_reason,
+            weight_version=min((version for version, _ in spans), default=None),
+            weight_spans=spans if len(spans) > 1 else (),
+        )
 
     @property
     def guided(self) -> bool:
@@ -198,7 +218,7 @@ def request_key(request: Request, params: SamplingParams) -> str:
     The name is a BLAKE2b digest of the seed, the prompts and the parameters, without the target of guided requests.
     """
     drawn = [params.max_new_tokens, params.temperature, params.top_k, params.top_p, *params.stop_token_ids]
-    name = repr((request.seed, request.prompt, request.teacher_prompt, drawn))
+    name = repr((request.seed, request.prompt, request.teacher_prompt, request.begun, drawn))
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_selfdistill.data.contexts import PromptPair, build_contexts
-from megatron_selfdistill.data.problems import Problem, shard
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TruncatedImportance
 from megatron_selfdistill.metrics import Phases, step_metrics
@@ -84,7 +84,7 @@ class OnPolicyOptions:
 
 
 @dataclass(frozen=True)
-class _Asked:
+class AskedProblems:
     """The problems of a step on this replica, and the samples of their first responses."""
 
     problems: list[Problem]
@@ -106,11 +106,28 @@ class OnPolicy(CommittedState):
 
         Raises: `EngineError` on all ranks where responses could not be sampled.
         """
-        options = self._options
         prompts, found = self.state.prompts.prepare(step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), prompts)
         turns, num_cut = self._turns(step, asked, prompts, sampling)
+        return self._step_batch(step, asked, turns, num_cut, prompts, found, problem_sampler)
+
+    def _step_batch(
+        self,
+        step: int,
+        asked: AskedProblems,
+        turns: Sequence[EpisodeTurn],
+        num_cut: int,
+        prompts: Prompts,
+        found: Mapping[str, float],
+        problem_sampler: ProblemSampler,
+    ) -> StepBatch:
+        """Return the batch of the responses ``turns``.  Collective.
+
+        ``num_cut``: the number of episodes that end early.  ``found``: metrics of the making of ``prompts``.
+        ``problem_sampler``: the position in the data after this step.
+        """
+        options = self._options
         answers, rewarded = self._rewarded(turns)
         with options.phases("rollout"):
             self._record(turns)
@@ -184,7 +201,7 @@ class OnPolicy(CommittedState):
             token_coefficients=coefficients,
         )
 
-    def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> _Asked:
+    def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> AskedProblems:
         grid, num_samples = self._options.grid, self._options.num_samples
         problems = shard(global_batch, grid.dp_rank, grid.dp_size)
         first = shard(first_sample_indices(global_batch, num_samples), grid.dp_rank, grid.dp_size)
@@ -193,10 +210,10 @@ class OnPolicy(CommittedState):
         for problem, start in zip(problems, first, strict=True):
             pair = prompts.pair(problem)
             samples += [(SampleKey(step, problem.id, start + i), problem, pair) for i in range(num_samples)]
-        return _Asked(problems, guided, samples)
+        return AskedProblems(problems, guided, samples)
 
     def _turns(
-        self, step: int, asked: _Asked, prompts: Prompts, sampling: SamplingParams
+        self, step: int, asked: AskedProblems, prompts: Prompts, sampling: SamplingParams
     ) -> tuple[list[EpisodeTurn], int]:
         """Return the turns of all episodes, and how many episodes end early; see `Episodes.played`."""
 
@@ -214,7 +231,7 @@ class OnPolicy(CommittedState):
             return first, 0
         return self._options.episodes.played(first, prompts, generate, self._replies)
 
-    def _turn(self, asked: _Asked, index: int, response: Response) -> EpisodeTurn:
+    def _turn(self, asked: AskedProblems, index: int, response: Response) -> EpisodeTurn:
         """Return the turn of the response to ``asked.samples[index]``."""
         key, problem, pair = asked.samples[index]
         return EpisodeTurn(key, Answer(problem, pair, response, group=index // self._options.num_samples))

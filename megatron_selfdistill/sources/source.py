@@ -17,6 +17,7 @@ from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.problem_prompts import Prompts
+from megatron_selfdistill.sources.visits import Visit
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class SourceState:
     """The position in the data.  A source never moves this sampler, but samples from a fork."""
     prompts: Prompts
     """The making of the prompts, with the own solutions and the success rates so far."""
+    visits: tuple[Visit, ...] = ()
+    """The visits to problems over all replicas whose responses are under way, the oldest first."""
 
 
 @dataclass(frozen=True)

@@ -98,9 +98,9 @@ ORDER = {
         "held_out evaluations comparison all_models alignment_groups alignment_nodes tables"
     ),
     "sources": (
-        "problem_prompts reward_metrics explanation_rewards step_terms source on_demand_sampler synced_sampler "
-        "recording solution_search own_solutions group_functions hindsight_hints asked_model skills verbal_scores "
-        "selection guidance episodes revisions on_policy ahead streamed replay solutions_as_responses turns "
+        "problem_prompts reward_metrics explanation_rewards step_terms recording visits source on_demand_sampler "
+        "synced_sampler solution_search own_solutions group_functions hindsight_hints asked_model skills verbal_scores "
+        "selection guidance episodes revisions on_policy ahead streamed partial replay solutions_as_responses turns "
         "next_state_hints hinted_turns chat_logs configured_hints configured_source"
     ),
     "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",

@@ -33,6 +33,12 @@ def check_overlap(
         rollout.ahead > 0 or rollout.at_update == "wait",
         "rollout.at_update=keep is about responses that servers generate ahead: it needs rollout.ahead of at least 1",
     )
+    require(
+        rollout.extra_problems > 0 or rollout.round_tokens is None,
+        "rollout.round_tokens is the length of a round of partial responses: it needs rollout.extra_problems, or null",
+    )
+    if rollout.extra_problems:
+        _check_partial(data, rollout, environment, samples_responses=samples_responses)
     mode = "rollout.overlap=stream" if streams else f"rollout.ahead={rollout.ahead}"
     if not streams and not rollout.ahead:
         return
@@ -46,9 +52,11 @@ def check_overlap(
         f"{mode} trains while servers generate, and an engine on the trainer's own devices cannot generate meanwhile: "
         f"it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and {rollout.placement}",
     )
-    follows = data.hints_follow_responses or data.solutions in ("own", "skill", "next_state")
     needs_all = {
-        f"data.solutions={data.solutions}": (follows, "changes the prompts of a step with responses"),
+        f"data.solutions={data.solutions}": (
+            _prompts_follow_responses(data),
+            "changes the prompts of a step with responses",
+        ),
         f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
         f"rollout.guidance={rollout.guidance}": (
             rollout.guidance != "none",
@@ -84,3 +92,41 @@ def _check_ahead(rollout: RolloutConfig) -> None:
         "rollout.at_update=wait has all responses of a step before the step begins, so that none can stream: set "
         "rollout.at_update=keep or rollout.overlap=none",
     )
+
+
+def _check_partial(
+    data: DataConfig, rollout: RolloutConfig, environment: EnvironmentConfig, *, samples_responses: bool
+) -> None:
+    mode = f"rollout.extra_problems={rollout.extra_problems}"
+    require(
+        samples_responses and rollout.replay is None,
+        f"{mode} lets a step train on the responses that are finished first, but this run samples none: set it to 0",
+    )
+    require(
+        rollout.placement == "colocated" and rollout.overlap == "none" and not rollout.ahead,
+        f"{mode} is for an engine on the trainer's own devices: set rollout.placement=colocated, or use "
+        "rollout.ahead=1 and rollout.at_update=keep with servers",
+    )
+    for key, is_set in {
+        f"data.solutions={data.solutions}": _prompts_follow_responses(data),
+        f"environment.name={environment.name}": environment.exists,
+        f"rollout.guidance={rollout.guidance}": rollout.guidance != "none",
+    }.items():
+        require(
+            not is_set, f"{key} needs all responses of a step, some of which go on under {mode}: set one of both back"
+        )
+    require(
+        rollout.extra_problems <= rollout.max_staleness * data.global_batch_size,
+        f"{mode} lets responses take more steps than rollout.max_staleness={rollout.max_staleness} allows with "
+        f"data.global_batch_size={data.global_batch_size}: it needs rollout.max_staleness of at least "
+        f"{-(-rollout.extra_problems // data.global_batch_size)}",
+    )
+    require(
+        rollout.max_new_tokens % rollout.tokens_per_round == 0,
+        f"rollout.round_tokens must divide rollout.max_new_tokens={rollout.max_new_tokens}, got {rollout.round_tokens}",
+    )
+
+
+def _prompts_follow_responses(data: DataConfig) -> bool:
+    """Return whether the prompts of a step depend on responses."""
+    return data.hints_follow_responses or data.solutions in ("own", "skill", "next_state")

@@ -84,6 +84,13 @@ class RolloutConfig:
     at_update: str = "wait"
     """The fate of responses under way when servers get new weights, under ahead: wait (the update waits until they are
     finished) or keep (they go on with the new weights)."""
+    extra_problems: int = 0
+    """Number of problems beyond data.global_batch_size whose responses are under way: a step trains on the problems
+    that are finished first, and the others go on in the next step with their tokens kept (needs an engine on the
+    trainer's devices, and max_staleness * data.global_batch_size of at least extra_problems)."""
+    round_tokens: int | None = None
+    """Number of tokens that each response gets under extra_problems before the step looks whether it has enough
+    finished problems, a divisor of max_new_tokens; null is about an eighth of max_new_tokens."""
     view: str = "plain"
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
@@ -135,14 +142,23 @@ class RolloutConfig:
         one_of_or_dotted("rollout.select", self.select, SELECTIONS)
         if self.transfer is not None:
             one_of("rollout.transfer", self.transfer, TRANSFERS)
-        at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp wave_microbatches")
-        at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness ahead")
+        at_least(1, "rollout", self, "num_samples max_new_tokens engine_tp wave_microbatches round_tokens")
+        at_least(0, "rollout", self, "temperature top_k kv_cache_gb num_servers max_staleness ahead extra_problems")
         require(0 < self.top_p <= 1, f"rollout.top_p must lie in (0, 1], got {self.top_p}")
         for name in ("bucket_mb", "timeout_s"):
             value = getattr(self, name)
             require(value > 0, f"rollout.{name} must be positive, got {value}")
         self._check_servers()
         self._check_guidance()
+
+    @property
+    def tokens_per_round(self) -> int:
+        """The value of ``round_tokens``, or the least divisor of ``max_new_tokens`` that is an eighth of it or more."""
+        if self.round_tokens is not None:
+            return self.round_tokens
+        return next(
+            n for n in range(-(-self.max_new_tokens // 8), self.max_new_tokens + 1) if self.max_new_tokens % n == 0
+        )
 
     @property
     def selects_by_function(self) -> bool:
