@@ -322,3 +322,30 @@ def test_a_weight_sync_to_servers_is_measured_by_its_own_script(tools, monkeypat
     monkeypatch.setattr(sys, "argv", ["weight_sync.py", "--layers=2", *words, "--transfers", "gloo"])
     tools("weight_sync").main()
     assert called == [["--layers=2", "--transfers", "gloo"]]
+
+
+def cells_of(printed: str) -> dict[str, list[str]]:
+    """Return the cells of a printed table by the first cell of each row, without the first two rows of each table."""
+    rows = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("| ")]
+    return {first.strip(): [cell.strip() for cell in cells] for first, *cells in rows}
+
+
+@pytest.mark.full
+def test_the_ways_of_overlap_train_on_responses_of_their_ages():
+    sizes = ["--problems=4", "--new-tokens=8", "--layers=1", "--hidden=32", "--steps=2", "--rounds=1"]
+    printed, _, ratios = run("overlap_time.py", *sizes).partition("\n\n")
+    ages = {way: float(cells[-1]) for way, cells in cells_of(printed).items() if way != "way"}
+    assert ages == {"turns": 0, "stream": 0, "ahead, wait": 1, "ahead, keep": ages["ahead, keep"]} | {
+        "ahead, keep, stream": ages["ahead, keep, stream"]
+    }
+    assert all(0 <= age <= 1 for age in ages.values())
+    assert cells_of(ratios)["turns"][0] == "1.00"
+
+
+@pytest.mark.full
+def test_partial_responses_are_measured_beside_whole_ones():
+    sizes = ["--problems=8", "--new-tokens=32", "--layers=1", "--hidden=32", "--steps=2", "--rounds=1"]
+    cells = cells_of(run("partial_time.py", *sizes))
+    assert cells["whole responses"][1] == "0.00" and cells["whole responses"][-1] == "1.00"
+    others = [row for way, row in cells.items() if "problems more" in way]
+    assert len(others) == 3 and all(float(row[1]) > 0 for row in others)

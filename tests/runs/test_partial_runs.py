@@ -112,6 +112,7 @@ def test_in_any_layout_every_replica_has_its_share_of_finished_problems(
         assert step["rollout/staleness_max"] <= 2 and step["tokens/rollout"] > 0
 
 
+@pytest.mark.full
 def test_a_run_with_other_lengths_begins_responses_under_way_anew(ranks, data, tmp_path):
     arguments = overrides(
         data, tmp_path / "run", *PARTIAL, "checkpoint.save_every=1", "checkpoint.keep_last=4", "num_steps=4"

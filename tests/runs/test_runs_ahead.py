@@ -65,7 +65,7 @@ def test_each_step_trains_once_on_the_responses_that_it_has_asked_for(ranks, fak
     assert steps[0]["overlap/share"] > 0 and steps[1]["overlap/share"] > 0
 
 
-@pytest.mark.parametrize("streams", [False, True], ids=["whole steps", "waves"])
+@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.full), True], ids=["whole steps", "waves"])
 def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, streams):
     more = ["rollout.overlap=stream", "rollout.wave_microbatches=1"] if streams else []
     evaluation = ["evaluation.every=1", f"evaluation.path={data}/problems.jsonl", "evaluation.limit=4"]
@@ -82,6 +82,7 @@ def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, 
         assert max(step["rollout/waves"] for step in steps) > 1
 
 
+@pytest.mark.full
 def test_the_age_is_never_above_the_number_of_steps_ahead(ranks, fakes, data, tmp_path):
     ahead = ["rollout.ahead=2", "rollout.max_staleness=2", "num_steps=4", "rollout.num_samples=1"]
     train(ranks, on(fakes, data, tmp_path / "run", *ahead))
@@ -139,7 +140,7 @@ def test_an_engine_that_fails_with_a_batch_ahead_loses_nothing(ranks, fakes, dat
     assert sum(alone[0].answered.values()) < PER_STEP, "some of its responses were in the checkpoint"
 
 
-@pytest.mark.parametrize("mode", [AHEAD, KEEP], ids=["wait", "keep"])
+@pytest.mark.parametrize("mode", [pytest.param(AHEAD, marks=pytest.mark.full), KEEP], ids=["wait", "keep"])
 def test_a_server_that_dies_with_a_batch_ahead_leaves_its_requests_to_the_others(ranks, fakes, data, tmp_path, mode):
     train(ranks, on(fakes, data, tmp_path / "turns"))
     fakes[0].restart()

@@ -256,13 +256,38 @@ def test_another_interface_than_loopback_needs_a_token(servers, more):
     assert ended.stderr.strip().splitlines()[-1].endswith("or use --host 127.0.0.1")
 
 
+def killed_with_batches_ahead(servers: Reach, process: int) -> tuple[list[Response], list[Response], dict[str, float]]:
+    """Kill a server while two batches are under way, send weights to the others, and collect both batches.
+
+    Return the responses of a batch without disturbance, those of the same requests in two batches, and the metrics.
+    """
+    chunks, grid = models.build(MODEL, models.parallel())
+    everything = requests(96, longest=30)
+    with sampler(chunks, grid, servers, max_staleness=2) as built:
+        built.update_weights(5)
+        undisturbed = built.generate(everything, DRAWN)
+        built.metrics()
+        tickets = [built.start(everything[first::2], DRAWN, used_at=6 + first) for first in range(2)]
+        tickets[0].batch.arrivals.wait_for(lambda finished: finished or None)
+        os.kill(process, signal.SIGKILL)
+        built.update_weights(6)
+        batches = [built.collect(ticket) for ticket in tickets]
+        disturbed = [batches[i % 2][i // 2] for i in range(len(everything))]
+        return undisturbed, disturbed, built.metrics()
+
+
 def test_a_killed_server_loses_no_request_and_leaves_no_process(ranks, servers):
     process = servers.processes[0].process
-    [(undisturbed, disturbed, _, after)] = ranks.run(
-        drawn_while_disturbed, servers.reach, process.pid, signal.SIGKILL, 60.0, world_size=1, timeout=TIMEOUT
+    [(undisturbed, disturbed, after)] = ranks.run(
+        killed_with_batches_ahead, servers.reach, process.pid, world_size=1, timeout=TIMEOUT
     )
     assert process.wait(10) == -signal.SIGKILL
-    assert disturbed == undisturbed
+    assert {response.weight_version for response in disturbed} == {5, 6}
+    assert any(response.weight_spans for response in disturbed)
+    for before, response in zip(undisturbed, disturbed, strict=True):
+        assert len(response.token_ids) == len(before.token_ids) == DRAWN.max_new_tokens
+        same = response.weight_spans[0][1] if response.weight_spans else DRAWN.max_new_tokens
+        assert response.token_ids[:same] == before.token_ids[:same]
     assert after["rollout/requests_retried"] > 0 and after["rollout/servers_alive"] == 1
     assert_session_ends(process.pid)
 
