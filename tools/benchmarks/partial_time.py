@@ -5,7 +5,9 @@
 
 A small random model ends its responses at random, so that their lengths have a long tail up to the limit.  The sampler
 works in this process.  All ways take turns, so that other load on the machine affects all; the table has the means of
-all steps but the first two, since steps with partial responses differ from each other by design.
+all steps but the first two, since steps with partial responses differ from each other by design.  A pass gives one
+token to every response that is not finished.  Where a pass takes as long for few responses as for many, as on a GPU
+whose passes read the weights, the rollout takes a time in proportion to its passes.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -34,7 +36,7 @@ COLUMNS = {
     "age": "rollout/staleness_mean",
     "in several parts": "rollout/mixed_share",
 }
-SKIPPED_STEPS = 2
+SKIPPED_STEPS, WHOLE = 2, "whole responses"
 
 
 def main() -> None:
@@ -42,7 +44,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(1)
     batch = arguments.problems
-    ways = {"whole responses": []} | {
+    ways = {WHOLE: []} | {
         f"{extra} problems more, max_staleness={staleness}": [
             f"rollout.extra_problems={extra}",
             f"rollout.max_staleness={staleness}",
@@ -57,7 +59,7 @@ def main() -> None:
             for number, (way, more) in enumerate(ways.items()):
                 run = [*_overrides(arguments, root), *more, f"run_dir={root}/{number}-{turn}"]
                 found[way] += _steps(root / f"{number}-{turn}", run)
-    _print(found)
+    _print(found, arguments.new_tokens // 8)
 
 
 def _overrides(arguments: argparse.Namespace, root: Path) -> list[str]:
@@ -88,18 +90,25 @@ def _steps(run_dir: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][SKIPPED_STEPS:]
 
 
-def _print(found: dict[str, list[dict[str, float]]]) -> None:
-    print(f"| way | {' | '.join(COLUMNS)} | rollout / whole responses |")
-    print(f"|---|{'---|' * len(COLUMNS)}---|")
+def _print(found: dict[str, list[dict[str, float]]], round_tokens: int) -> None:
+    """Print the means of each way, and its passes and seconds per token relative to those of whole responses."""
 
     def mean(way: str, key: str) -> float:
         return statistics.mean(step.get(key, 0.0) for step in found[way])
 
-    whole = mean("whole responses", "seconds/rollout") / mean("whole responses", "tokens/rollout")
+    def passes(way: str) -> float:
+        return round_tokens * mean(way, "rollout/rounds") or mean(way, "response/length_max")
+
+    def relative(of: Callable[[str], float], way: str) -> float:
+        """Return ``of(way)`` per token, divided by that of whole responses."""
+        return of(way) / of(WHOLE) / (mean(way, "tokens/rollout") / mean(WHOLE, "tokens/rollout"))
+
+    print(f"| way | {' | '.join(COLUMNS)} | passes | passes per token | seconds per token |")
+    print(f"|---|{'---|' * len(COLUMNS)}---|---|---|")
     for way in found:
         cells = [f"{mean(way, key):.2f}" for key in COLUMNS.values()]
-        ratio = mean(way, "seconds/rollout") / mean(way, "tokens/rollout") / whole
-        print(f"| {way} | {' | '.join(cells)} | {ratio:.2f} |")
+        ratios = [relative(passes, way), relative(lambda name: mean(name, "seconds/rollout"), way)]
+        print(f"| {way} | {' | '.join(cells)} | {passes(way):.0f} | {ratios[0]:.2f} | {ratios[1]:.2f} |")
 
 
 def _parser() -> argparse.ArgumentParser:
