@@ -27,6 +27,10 @@ class WeightAge:
     max_staleness: int
     """Number of steps by which the oldest weights of the response may be older."""
 
+    def allows(self, version: int | None) -> bool:
+        """Return whether a response whose oldest weights are ``version`` may be trained on; None is unknown."""
+        return version is not None and 0 <= self.used_at - version <= self.max_staleness
+
 
 @dataclass(frozen=True)
 class Ticket:

@@ -172,9 +172,10 @@ class ServerSampler:
         check_requests(everything, params, self._max_length, guided=self._guided, who="the vLLM servers")
 
         def begin() -> ServerBatch:
-            keys = [request_key(request, params) for request in everything] if known else []
-            found = {i: known[key] for i, key in enumerate(keys) if key in known}
             age = WeightAge(used_at, self._max_staleness)
+            recent = {key: response for key, response in known.items() if age.allows(response.weight_version)}
+            keys = [request_key(request, params) for request in everything] if recent else []
+            found = {i: recent[key] for i, key in enumerate(keys) if key in recent}
             allowed = self._max_staleness - (used_at - version)
             servers = self._pool.usable(version, allowed) if len(found) < len(everything) else []
             return ServerBatch(everything, params, age, servers, found, self._bare_roles, self._busy_time)

@@ -141,14 +141,17 @@ def reused(addresses: list[str]) -> Any:
             again = built.collect(built.start(asked, GREEDY, 1, finished))
             right.append([one.token_ids for one in again] == tokens_of(asked))
         shorter = built.collect(built.start(requests, replace(GREEDY, max_new_tokens=2), 1, finished))
+        built.update_weights(1)
+        later = built.collect(built.start(requests, GREEDY, 2, finished))
+        assert {one.weight_version for one in later} == {1}
         return len(finished), right, {len(one.token_ids) for one in shorter}
 
 
-def test_finished_responses_are_not_generated_again_unless_something_has_changed(ranks, fakes):
+def test_finished_responses_are_not_generated_again_unless_something_has_changed_or_they_are_too_old(ranks, fakes):
     [(count, right, lengths)] = ranks.run(reused, [f.address for f in fakes], world_size=1, timeout=TIMEOUT)
     assert count == 6 and right == [True, True] and lengths == {2}
     answered = fakes[0].answered + fakes[1].answered
-    assert answered["[1, 1, 0]"] == 2, "once, and once for a shorter response"
+    assert answered["[1, 1, 0]"] == 3, "once, once for a shorter response, and once for a later step"
     assert answered["[1, 1, 0, 3]"] == 1
 
 
