@@ -65,6 +65,7 @@ def tiny_runs(arms: Sequence[str], directory: Path) -> None:
     assert module.main(["--seeds", "21", "--arms", *arms, *files]) == 0
 
 
+@pytest.mark.full
 def test_cells_run_with_the_base_and_with_responses_of_every_age(ranks: RankPool, tool, tmp_path):
     arms = ["base", "student_reverse_1", "student_reverse_4_truncated"]
     ranks.run(tiny_runs, arms, tmp_path, world_size=1, init_process_group=False)
