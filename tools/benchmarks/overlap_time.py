@@ -71,7 +71,10 @@ def _servers(arguments: argparse.Namespace, root: Path) -> Iterator[tuple[list[s
     """Yield the overrides that name the servers, and a function that takes the seconds of training."""
     if arguments.server_python:
         own = ["rollout.num_servers=1", f"rollout.server_python={Path(arguments.server_python).absolute()}"]
-        yield [*own, "rollout.kv_cache_gb=0.2", "rollout.engine_args.max_num_seqs=64"], lambda seconds: None
+        yield (
+            [*own, "rollout.kv_cache_gb=0.2", f"rollout.engine_args.max_num_seqs={arguments.sequences}"],
+            lambda seconds: None,
+        )
         return
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
@@ -152,7 +155,7 @@ def _print(found: dict[str, list[dict[str, float]]]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     numbers = {"problems": 32, "samples": 1, "new-tokens": 60, "max-tokens": 192, "layers": 4, "hidden": 256}
-    parser = measuring_parser(__doc__, numbers | {"steps": 5, "rounds": 2})
+    parser = measuring_parser(__doc__, numbers | {"sequences": 64, "steps": 5, "rounds": 2})
     parser.add_argument("--sigma", type=float, default=0.8, help="spread of the log-normal times (default: 0.8)")
     parser.add_argument("--server-python", help="Python with vLLM: measure a real server")
     return parser
