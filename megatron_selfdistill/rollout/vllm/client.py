@@ -194,7 +194,9 @@ class VllmServer:
             content = choice["logprobs"]["content"]
             log_probs = [float(token["logprob"]) for token in content]
             spans = choice["weight_versions"] or []
-            versions = versions_of((str(span["version"]), int(span["start"]), int(span["end"])) for span in spans)
+            version, weight_spans = versions_of(
+                (str(span["version"]), int(span["start"]), int(span["end"])) for span in spans
+            )
             finish_reason = choice["finish_reason"]
             prompt = _prompt_log_probs(answer, request) if "prompt_logprobs" in request.sampling else []
         except (KeyError, TypeError, ValueError) as error:
@@ -214,7 +216,7 @@ class VllmServer:
                 f"a response ended with reason length after {len(token_ids)} of {longest} tokens: the server's "
                 "--max-model-len is too small"
             )
-        return EngineOutput(token_ids, log_probs, finish_reason, *versions, prompt)
+        return EngineOutput(token_ids, log_probs, finish_reason, version, prompt, weight_spans)
 
     def _error(self, message: str) -> EngineError:
         return EngineError(f"{self.address}: {message}")

@@ -37,10 +37,10 @@ class EngineOutput:
     """The reason for the end of the sequence: stop or length."""
     weight_version: int | None
     """Version of the oldest weights that generated a token, as the engine reports it; None before the first weights."""
-    weight_spans: Sequence[tuple[int, int]] = ()
-    """Version and number of tokens of each part, as in `Response`."""
     prompt_log_probs: list[float] = field(default_factory=list)
     """Log-probs of the sequence's own tokens but the first, as ``log_probs``; empty without ``prompt_logprobs``."""
+    weight_spans: Sequence[tuple[int, int]] = ()
+    """Version and number of tokens of each part, as in `Response`."""
 
 
 WORKER_EXTENSION = "megatron_selfdistill.rollout.vllm.plugin.worker.WorkerExtension"
@@ -133,12 +133,15 @@ def engine_output(output: Any, who: str) -> EngineOutput:
         return [by_token[token].logprob for token, by_token in zip(tokens, entries, strict=True)]
 
     tokens, entries = list(completion.token_ids), output.prompt_logprobs
+    spans = completion.weight_versions or ()
+    version, weight_spans = versions_of((span.version, span.start, span.end) for span in spans)
     return EngineOutput(
         tokens,
         of_tokens(tokens, completion.logprobs),
         completion.finish_reason,
-        *versions_of((span.version, span.start, span.end) for span in completion.weight_versions or ()),
+        version,
         of_tokens(output.prompt_token_ids[1:], entries[1:]) if entries else [],
+        weight_spans,
     )
 
 

@@ -73,7 +73,7 @@ def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[st
         "record": None,
     } | options
     options |= {"sampler": Sampler(), "rewarder": judge, "phases": Phases(), "grid": grid}
-    return OnPolicy(state, OnPolicyOptions(seed=SEED, num_samples=SAMPLES, **options))
+    return OnPolicy(state, OnPolicyOptions(seed=SEED, num_samples=SAMPLES, max_staleness=0, **options))
 
 
 def text(ids: Sequence[int] | None) -> str | None:
