@@ -44,7 +44,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(1)
     batch = arguments.problems
-    ways = {WHOLE: []} | {
+    ways: dict[str, list[str]] = {WHOLE: []} | {
         f"{extra} problems more, max_staleness={staleness}": [
             f"rollout.extra_problems={extra}",
             f"rollout.max_staleness={staleness}",
