@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.streaming import NO_RESPONSES, StreamingSampler
-from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.problem_prompts import Prompts
 from megatron_selfdistill.sources.recording import SampleKey
 from megatron_selfdistill.sources.source import SourceState, StepBatch
 
@@ -30,6 +32,7 @@ class AheadOnPolicy(OnPolicy):
         super().__init__(state, options)
         self._sampler, self._ahead, self._num_steps = sampler, ahead, num_steps
         self._tickets: dict[int, Any] = {}  # of the present step and the steps ahead, by step
+        self._asked_of: dict[int, AskedProblems] = {}  # their problems, whose prompts are built once
         self._known: Mapping[str, Response] = NO_RESPONSES  # of a checkpoint, until they have tickets
 
     def _ticket(self, step: int, sampling: SamplingParams) -> Any:
@@ -48,6 +51,12 @@ class AheadOnPolicy(OnPolicy):
         self._known = NO_RESPONSES
         return self._tickets[step]
 
+    def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> AskedProblems:
+        """Return the problems of a step on this replica, with their prompts."""
+        if step not in self._asked_of:
+            self._asked_of[step] = super()._asked(step, global_batch, prompts)
+        return self._asked_of[step]
+
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
     ) -> list[Response]:
@@ -60,7 +69,8 @@ class AheadOnPolicy(OnPolicy):
         """Take over ``batch.next_state``, and forget the responses of the step."""
         super().commit(batch)
         if self._tickets:
-            del self._tickets[min(self._tickets)]
+            step = min(self._tickets)
+            del self._tickets[step], self._asked_of[step]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the committed state and, on rank 0, the finished responses of the step under way and those ahead."""
@@ -73,4 +83,5 @@ class AheadOnPolicy(OnPolicy):
         """Replace the committed state by the one that `state_dict` returned on rank 0."""
         super().load_state_dict(state)
         self._tickets.clear()
+        self._asked_of.clear()
         self._known = {key: Response(**fields) for key, fields in state.get("ahead", {}).items()}

@@ -44,8 +44,11 @@ class Visit:
 
         Those come from a run with other lengths, and begin anew.
         """
-        odd = {i for i in self.unfinished(max_new_tokens) if len(_tokens(self.responses[i])) % round_tokens}
-        return replace(self, responses=tuple(None if i in odd else one for i, one in enumerate(self.responses)))
+
+        def is_odd(one: Response) -> bool:
+            return _goes_on(one, max_new_tokens) and len(one.token_ids) % round_tokens != 0
+
+        return replace(self, responses=tuple(None if one is None or is_odd(one) else one for one in self.responses))
 
     def to_json(self) -> dict[str, Any]:
         """Return the visit as plain values, with the id of its problem."""
@@ -62,7 +65,3 @@ class Visit:
 def _goes_on(response: Response, max_new_tokens: int) -> bool:
     """Return whether a response has ended with a round, and not with its last token."""
     return response.truncated and len(response.token_ids) < max_new_tokens
-
-
-def _tokens(response: Response | None) -> list[int]:
-    return [] if response is None else response.token_ids

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The rules that bind ``rollout.overlap`` and ``rollout.ahead`` to other keys: what a step needs of other responses."""
+"""The rules for steps that begin without all of their responses: rollout.overlap, ahead and extra_problems."""
 
 from __future__ import annotations
 
@@ -52,17 +52,7 @@ def check_overlap(
         f"{mode} trains while servers generate, and an engine on the trainer's own devices cannot generate meanwhile: "
         f"it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and {rollout.placement}",
     )
-    needs_all = {
-        f"data.solutions={data.solutions}": (
-            _prompts_follow_responses(data),
-            "changes the prompts of a step with responses",
-        ),
-        f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
-        f"rollout.guidance={rollout.guidance}": (
-            rollout.guidance != "none",
-            "gives each server its responses at once and needs one version of the weights for each",
-        ),
-    }
+    needs_all = _needing_all_responses(data, rollout, environment)
     if streams:
         needs_all |= {
             f"rollout.select={rollout.select}": (rollout.select != "none", "selects among the responses of a step"),
@@ -107,11 +97,7 @@ def _check_partial(
         f"{mode} is for an engine on the trainer's own devices: set rollout.placement=colocated, or use "
         "rollout.ahead=1 and rollout.at_update=keep with servers",
     )
-    for key, is_set in {
-        f"data.solutions={data.solutions}": _prompts_follow_responses(data),
-        f"environment.name={environment.name}": environment.exists,
-        f"rollout.guidance={rollout.guidance}": rollout.guidance != "none",
-    }.items():
+    for key, (is_set, _) in _needing_all_responses(data, rollout, environment).items():
         require(
             not is_set, f"{key} needs all responses of a step, some of which go on under {mode}: set one of both back"
         )
@@ -127,6 +113,16 @@ def _check_partial(
     )
 
 
-def _prompts_follow_responses(data: DataConfig) -> bool:
-    """Return whether the prompts of a step depend on responses."""
-    return data.hints_follow_responses or data.solutions in ("own", "skill", "next_state")
+def _needing_all_responses(
+    data: DataConfig, rollout: RolloutConfig, environment: EnvironmentConfig
+) -> dict[str, tuple[bool, str]]:
+    """Return whether each key needs all responses of a step at once, and why."""
+    follows = data.hints_follow_responses or data.solutions in ("own", "skill", "next_state")
+    return {
+        f"data.solutions={data.solutions}": (follows, "changes the prompts of a step with responses"),
+        f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
+        f"rollout.guidance={rollout.guidance}": (
+            rollout.guidance != "none",
+            "gives each server its responses at once and needs one version of the weights for each",
+        ),
+    }

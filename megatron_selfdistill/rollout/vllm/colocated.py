@@ -28,7 +28,7 @@ from megatron_selfdistill.rollout.vllm.engine_adapter import why_not_adapted
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import (
-    check_age,
+    WeightAge,
     check_requests,
     gather_requests,
     return_responses,
@@ -223,9 +223,9 @@ class ColocatedSampler:
         return [responses[i] for i in range(len(requests))]
 
     def _check_versions(self, responses: Iterable[Response]) -> None:
-        expected, who = self._last_version(), f"the vLLM engine of rank {self._grid.rank}"
+        age, who = WeightAge(self._last_version(), self._max_staleness), f"the vLLM engine of rank {self._grid.rank}"
         for response in responses:
-            check_age(response.weight_version, expected, self._max_staleness, who)
+            age.require(response.weight_version, who)
 
     def _last_version(self) -> int:
         if self._version is None:

@@ -121,14 +121,23 @@ def check_requests(
         )
 
 
-def check_age(version: int | None, expected: int, max_staleness: int, who: str) -> None:
-    """Raise `EngineError`, beginning with ``who``, where a response has weights that ``max_staleness`` does not allow.
+@dataclass(frozen=True)
+class WeightAge:
+    """The weights that may generate a response."""
 
-    ``version``: the oldest weights of the response, None where they are unknown; ``expected``: the weights that are
-    trained on the response, than which none may be newer.
-    """
-    if version is None or not 0 <= expected - version <= max_staleness:
-        raise EngineError(
-            f"{who} generated a response with weights of version {version}, expected {expected} "
-            f"(rollout.max_staleness={max_staleness})"
-        )
+    used_at: int
+    """Version of the student that will be trained on the response."""
+    max_staleness: int
+    """Number of steps by which the oldest weights of the response may be older."""
+
+    def allows(self, version: int | None) -> bool:
+        """Return whether a response whose oldest weights are ``version`` may be trained on; None is unknown."""
+        return version is not None and 0 <= self.used_at - version <= self.max_staleness
+
+    def require(self, version: int | None, who: str) -> None:
+        """Raise `EngineError`, beginning with ``who``, for a response whose oldest weights are not allowed."""
+        if not self.allows(version):
+            raise EngineError(
+                f"{who} generated a response with weights of version {version}, expected {self.used_at} "
+                f"(rollout.max_staleness={self.max_staleness})"
+            )

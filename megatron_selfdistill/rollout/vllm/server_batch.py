@@ -14,22 +14,8 @@ from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import DispatchResult, Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
-from megatron_selfdistill.rollout.vllm.exchange import GatheredRequests, check_age
+from megatron_selfdistill.rollout.vllm.exchange import GatheredRequests, WeightAge
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
-
-
-@dataclass(frozen=True)
-class WeightAge:
-    """The weights that may generate a response."""
-
-    used_at: int
-    """Version of the student that will be trained on the response."""
-    max_staleness: int
-    """Number of steps by which the oldest weights of the response may be older."""
-
-    def allows(self, version: int | None) -> bool:
-        """Return whether a response whose oldest weights are ``version`` may be trained on; None is unknown."""
-        return version is not None and 0 <= self.used_at - version <= self.max_staleness
 
 
 @dataclass(frozen=True)
@@ -122,8 +108,7 @@ class ServerBatch:
                 responses = generate_guided(server, requests, self.params, own_counts, self._bare_roles)
                 self._pair_counts.append(own_counts)
             for response in responses:
-                age = self._age
-                check_age(response.weight_version, age.used_at, age.max_staleness, f"{server.address}:")
+                self._age.require(response.weight_version, f"{server.address}:")
             return responses
 
         return do

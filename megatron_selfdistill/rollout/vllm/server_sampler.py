@@ -37,11 +37,11 @@ from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedWave, Bu
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
-from megatron_selfdistill.rollout.vllm.exchange import check_requests, gather_requests, return_responses
+from megatron_selfdistill.rollout.vllm.exchange import WeightAge, check_requests, gather_requests, return_responses
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
-from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket, WeightAge
+from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket
 from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
 from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
