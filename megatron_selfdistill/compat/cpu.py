@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import gc
 import os
-import threading
-import time
+import queue
+import tempfile
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -219,9 +219,6 @@ def _replace_collectives() -> None:
 
 
 def _replace_megatron_device_code() -> None:
-    import multiprocessing
-    from multiprocessing.managers import SyncManager
-
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as random
 
@@ -229,33 +226,38 @@ def _replace_megatron_device_code() -> None:
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
 
-    # torch_dist saving spawns a Manager, which imports `__main__` again for seconds per rank; a fork does not.
-    def forked_results_queue() -> Any:
+    # torch_dist saving spawns a Manager for its queue, which imports `__main__` again for seconds per rank.
+    def results_in_a_file() -> Any:
         if filesystem_async._results_queue is None:
-            manager = SyncManager(ctx=multiprocessing.get_context("fork"))
-            # The fork must never collect garbage: destructors of process groups wait for threads that it does not have.
-            collects = gc.isenabled()
-            gc.disable()
-            try:
-                manager.start(_end_with_parent, (os.getpid(),))
-            finally:
-                if collects:
-                    gc.enable()
-            filesystem_async._results_queue = manager.Queue()
+            filesystem_async._results_queue = FileQueue()
         return filesystem_async._results_queue
 
-    filesystem_async._get_write_results_queue = forked_results_queue
+    filesystem_async._get_write_results_queue = results_in_a_file
 
 
-def _end_with_parent(parent: int) -> None:
-    """End the Manager's process after its rank has ended or was killed, and free the sockets of the rank."""
+class FileQueue:
+    """A queue in an unnamed temporary file: the process that makes it reads what it and its forks have put there.
 
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.5)
-        os._exit(0)
+    Unlike the queues of ``multiprocessing`` it needs no thread and no process, and a fork that puts an object of any
+    size ends at once.  A fork right after a collective can hang for ever: PyTorch's threads then release tensors, for
+    which they take a lock of the interpreter, and CPython 3.11 waits for this lock in the child.
+    """
 
-    threading.Thread(target=watch, daemon=True).start()
+    def __init__(self) -> None:
+        with tempfile.NamedTemporaryFile() as file:
+            self._writer = Connection(os.open(file.name, os.O_WRONLY), readable=False)
+            self._reader = Connection(os.open(file.name, os.O_RDONLY), writable=False)
+
+    def put(self, value: Any) -> None:
+        """Append the pickled ``value``; one process puts objects at a time."""
+        self._writer.send(value)
+
+    def get_nowait(self) -> Any:
+        """Return the next object, or raise ``queue.Empty`` where none is there or a killed process wrote a part."""
+        try:
+            return self._reader.recv()
+        except (EOFError, OSError):
+            raise queue.Empty from None
 
 
 # This comes before torch compiles a function: Megatron's `jit_fuser` is `torch.compile`, which takes seconds each.

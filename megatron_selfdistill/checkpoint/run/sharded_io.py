@@ -7,6 +7,7 @@ import contextlib
 import functools
 import io
 import pickle
+import queue
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ def begin_write(
     Raises: `CheckpointError` on all ranks.
     """
     needed = sum(gather_objects(_num_bytes(contents)))
-    # Before the lock: the process of the results queue outlives the save and must not inherit the lock.
+    # Here, because a rank that fails to start its queue inside Megatron's save would leave the other ranks waiting.
     run_on_each_rank(filesystem_async._get_write_results_queue)
     temporary = _begin_on_all_ranks(target, needed)
     strategy = get_default_save_sharded_strategy()
@@ -113,8 +114,9 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
 def forget_results() -> None:
     """Drop the results that this rank's writers reported for an abandoned save; the next save would read them."""
     results = filesystem_async._get_write_results_queue()
-    while not results.empty():
-        results.get()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            results.get_nowait()
 
 
 def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
