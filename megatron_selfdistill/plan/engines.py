@@ -9,7 +9,8 @@ when the number of its sequences reaches the balance, or the number that the KV 
     rollout  = longest response * bytes of weights per GPU / bandwidth * max(1, sequences / full)
     training = `training_flops` per token * response tokens / (GPUs * FLOP/s * `MFU`)
 
-The mean response and the mean prompt are assumed to be a third (`MEAN`) of the longest.
+The mean response and the mean prompt are assumed to be a third (`MEAN`) of the longest.  With rollout.extra_problems
+the longest responses go on in later steps, and the rollout takes `Engines.seconds_with` instead.
 """
 
 from __future__ import annotations
@@ -72,6 +73,15 @@ class Engines:
         """The rollout's share of the time of a step."""
         return self.seconds[0] / sum(self.seconds)
 
+    def seconds_with(self, more: float) -> float:
+        """Return the seconds of a rollout with ``more`` times as many problems under way than the step trains on.
+
+        Every read of the weights adds a token to each response under way, and a step needs as many tokens as it trains
+        on.  So it needs `MEAN` / ``more`` of the reads of a rollout that ends with its longest response.
+        """
+        reads = self.seconds[0] / max(1.0, self.sequences / self.full)
+        return reads * MEAN / more * max(1.0, more * self.sequences / self.full)
+
     @property
     def warning(self) -> str | None:
         """A warning if the rollout takes most of the step and further sequences would take no more time; else None."""
@@ -112,7 +122,7 @@ def engines(
     training = flops * MEAN * rollout.max_new_tokens * responses / (num_gpus * FLOPS * MFU)
     full = min(balance, capacity)
     enough = min(full, sequences * reading / training)
-    return Engines(
+    whole = Engines(
         count=count,
         sequences=sequences,
         capacity=capacity,
@@ -121,6 +131,10 @@ def engines(
         update_bytes=(load.engine_factors or parameters) * element_size(config),
         batch=2 ** math.ceil(math.log2(max(1.0, data.global_batch_size * enough / sequences))),
     )
+    if not rollout.extra_problems:
+        return whole
+    more = 1 + rollout.extra_problems / data.global_batch_size
+    return replace(whole, sequences=more * sequences, seconds=(whole.seconds_with(more), training))
 
 
 def engine_factors(config: Config, vocab_size: int) -> int:

@@ -106,7 +106,7 @@ def _how_full(plan: Plan) -> list[str]:
         f"at a time; by arithmetic for H200 GPUs (plan/engines.py) {rollout:.0f} s of rollout and {training:.0f} s of "
         "training per step"
     )
-    return [filled, *([plan.engines.warning] if plan.engines.warning else []), *_overlap(plan)]
+    return [filled, *([plan.engines.warning] if plan.engines.warning else []), *_overlap(plan), *_continued(plan)]
 
 
 def _overlap(plan: Plan) -> list[str]:
@@ -134,6 +134,24 @@ def _overlap(plan: Plan) -> list[str]:
     if goes_ahead:
         ways.append(f"{longer:.0f} s with rollout.ahead=1")
     return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
+
+
+def _continued(plan: Plan) -> list[str]:
+    """Return the line about the step that does not wait for the longest responses; none where it has to wait."""
+    batch = plan.config.data.global_batch_size
+    extra = batch // 2
+    possible = extra and not plan.config.rollout.extra_problems
+    if plan.engines is None or not (possible and _is_possible(plan.config, extra_problems=extra, max_staleness=1)):
+        return []
+    generation, training = plan.engines.seconds
+    shorter = plan.engines.seconds_with(1 + extra / batch)
+    if shorter >= generation:
+        return []
+    return [
+        f"by the same arithmetic a step takes {generation + training:.0f} s, and {shorter + training:.0f} s with "
+        f"rollout.extra_problems={extra} and rollout.max_staleness=1, if some tokens of weights that are one step old "
+        "will do"
+    ]
 
 
 def _is_possible(config: Config, **rollout: Any) -> bool:

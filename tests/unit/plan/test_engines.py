@@ -147,12 +147,36 @@ def test_where_streams_gain_nothing_or_are_not_possible_the_plan_names_the_step_
     assert ("rollout.overlap=stream" in line) == (overrides[0] == "rollout.overlap=stream")
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("rollout.placement=colocated", "rollout.num_servers=0"),
-        ("rollout.guidance=mixed", "target.anchor=student"),
-    ],
-)
-def test_a_plan_is_silent_where_generation_and_training_must_take_turns(overrides):
-    assert overlap_line(*overrides) is None
+def test_a_plan_is_silent_where_generation_and_training_must_take_turns():
+    assert overlap_line("rollout.guidance=mixed", "target.anchor=student") is None
+
+
+PARTIAL = ("rollout.extra_problems=32", "rollout.max_staleness=1")
+
+
+def test_extra_problems_shorten_the_rollout_to_the_tokens_that_a_step_trains_on():
+    """96 problems are under way, and 64 are finished in a step, so each step adds 2/3 of a mean response to each."""
+    colocated = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    whole, parts = engines_of(*colocated), engines_of(*colocated, *PARTIAL)
+    assert (whole.sequences, parts.sequences) == (8, 12)
+    assert parts.seconds == pytest.approx((whole.seconds[0] / 3 * 64 / 96, whole.seconds[1]))
+    full = ("recipe=qwen3_8b", "data.global_batch_size=512")
+    more = engines_of(*full, "rollout.extra_problems=256", "rollout.max_staleness=1")
+    assert more.sequences > more.full and engines_of(*full).sequences > more.full
+    assert more.seconds[0] == pytest.approx(engines_of(*full).seconds[0] / 3)  # as many tokens in all
+
+
+def continued_lines(*overrides: str) -> list[str]:
+    return [line for line in summary(dry_run(load(overrides))) if "rollout.extra_problems" in line]
+
+
+def test_a_plan_with_colocated_engines_names_the_seconds_of_continued_responses():
+    colocated = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    (generation, training), parts = engines_of(*colocated).seconds, engines_of(*colocated, *PARTIAL).seconds[0]
+    assert continued_lines(*colocated) == [
+        f"by the same arithmetic a step takes {generation + training:.0f} s, and {parts + training:.0f} s with "
+        "rollout.extra_problems=32 and rollout.max_staleness=1, if some tokens of weights that are one step old will do"
+    ]
+    assert continued_lines(*colocated, *PARTIAL) == []
+    assert continued_lines(*SERVERS) == []
+    assert continued_lines("recipe=qwen3_8b", "rollout.guidance=mixed", "target.anchor=student") == []
