@@ -31,6 +31,7 @@ for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
 
 import torch  # noqa: E402
 from fake_vllm import fake_servers  # noqa: E402
+from measured_steps import measured_steps  # noqa: E402
 from measuring_parser import measuring_parser  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
@@ -54,13 +55,13 @@ def main() -> None:
         root = Path(directory)
         write_data(root / "data", num_problems=10 * arguments.problems)
         with _servers(arguments, root) as (served, scale_by):
-            common = [*_overrides(arguments, root), *served]
-            warm = _steps(root / "warm", [*common, *WAYS["turns"]], arguments.steps)
+            common = [*_overrides(arguments, root), *served, f"num_steps={arguments.steps + 1}"]
+            warm = measured_steps(root / "warm", [*common, *WAYS["turns"]], 1)
             scale_by(statistics.median(step["seconds/train"] for step in warm))
             found: dict[str, list[dict[str, float]]] = {way: [] for way in WAYS}
             for turn in range(arguments.rounds):
                 for way, more in WAYS.items():
-                    found[way] += _steps(root / f"{way}{turn}", [*common, *more], arguments.steps)
+                    found[way] += measured_steps(root / f"{way}{turn}", [*common, *more], 1)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(found, indent=1))
     _print(found)
@@ -122,16 +123,6 @@ def _overrides(arguments: argparse.Namespace, root: Path) -> list[str]:
         "checkpoint.save_every=0",
         "metrics.show_samples=0",
     )
-
-
-def _steps(run_dir: Path, more: Sequence[str], num_steps: int) -> list[dict[str, float]]:
-    """Run ``num_steps`` steps and one more, and return the metrics of all but the first."""
-    from megatron_selfdistill.train import main as train
-
-    status = train([*more, f"run_dir={run_dir}", f"num_steps={num_steps + 1}"])
-    if status:
-        sys.exit(status)
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][1:]
 
 
 def _print(found: dict[str, list[dict[str, float]]]) -> None:

@@ -13,11 +13,10 @@ whose passes read the weights, the rollout takes a time in proportion to its pas
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -25,6 +24,7 @@ for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
     sys.path.insert(0, str(_directory))
 
 import torch  # noqa: E402
+from measured_steps import measured_steps  # noqa: E402
 from measuring_parser import measuring_parser  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
@@ -57,8 +57,8 @@ def main() -> None:
         write_data(root / "data", num_problems=10 * batch)
         for turn in range(arguments.rounds):
             for number, (way, more) in enumerate(ways.items()):
-                run = [*_overrides(arguments, root), *more, f"run_dir={root}/{number}-{turn}"]
-                found[way] += _steps(root / f"{number}-{turn}", run)
+                run = [*_overrides(arguments, root), *more]
+                found[way] += measured_steps(root / f"{number}-{turn}", run, SKIPPED_STEPS)
     _print(found, arguments.new_tokens // 8)
 
 
@@ -78,16 +78,6 @@ def _overrides(arguments: argparse.Namespace, root: Path) -> list[str]:
         "checkpoint.save_every=0",
         "metrics.show_samples=0",
     )
-
-
-def _steps(run_dir: Path, arguments: Sequence[str]) -> list[dict[str, float]]:
-    """Run the steps and return the metrics of all but the first ones."""
-    from megatron_selfdistill.train import main as train
-
-    status = train(arguments)
-    if status:
-        sys.exit(status)
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()][SKIPPED_STEPS:]
 
 
 def _print(found: dict[str, list[dict[str, float]]], round_tokens: int) -> None:
