@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from tiny_run import (
     overrides,
     refusal,
     reproducible_metrics,
+    start_and_listen,
     train,
 )
 
@@ -122,6 +125,18 @@ def test_a_run_with_other_lengths_begins_responses_under_way_anew(ranks, data, t
     train(ranks, [*arguments, "rollout.round_tokens=14"])
     steps = metrics_of(tmp_path / "run")
     assert len(steps) == 4 and all(step["rollout/rounds"] <= 2 for step in steps[1:])
+
+
+def test_a_run_that_no_longer_continues_responses_warns_of_the_problems_that_wait(ranks, whole, data, tmp_path):
+    shutil.copytree(whole / "run", tmp_path / "run")
+    go_back_to_step(3, tmp_path / "run")
+    carried = metrics_of(tmp_path / "run")[2]["rollout/carried_responses"]
+    assert carried > 0
+    arguments = overrides(data, tmp_path / "run", "rollout.max_new_tokens=28", "num_steps=4")
+    ((status, output),) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
+    assert status == 0, output
+    warned = re.search(r"holds (\d+) problems whose responses are under way: with rollout.extra_problems=0", output)
+    assert warned is not None and int(warned[1]) >= carried
 
 
 REFUSED: dict[str, tuple[list[str], str]] = {

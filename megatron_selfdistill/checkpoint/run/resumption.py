@@ -114,7 +114,9 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
             raise ConfigError(message)
     same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
     free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
-    return Resumption(saved, tuple(free), (*bound, *_consequences(saved, bool(bound), same_problems)), same_problems)
+    return Resumption(
+        saved, tuple(free), (*bound, *_consequences(config, saved, bool(bound), same_problems)), same_problems
+    )
 
 
 def finished_run(config: Config, as_given: Config) -> Path | None:
@@ -136,7 +138,7 @@ def finished_run(config: Config, as_given: Config) -> Path | None:
     return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
 
 
-def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
+def _consequences(config: Config, saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
     if forced:
         yield (
             f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
@@ -144,6 +146,12 @@ def _consequences(saved: SavedRun, forced: bool, same_problems: bool) -> Iterato
         )
     if not same_problems:
         yield "the data starts from its beginning; success rates and own solutions start empty"
+    under_way = len(saved.trainer_state.get("visits", []))
+    if same_problems and under_way and not config.rollout.extra_problems:
+        yield (
+            f"{saved.path} holds {under_way} problems whose responses are under way: with rollout.extra_problems=0 "
+            "they wait for the next epoch, with 1 or more the run continues them"
+        )
 
 
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
