@@ -177,6 +177,8 @@ def test_a_plan_with_colocated_engines_names_the_seconds_of_continued_responses(
         f"by the same arithmetic a step takes {generation + training:.0f} s, and {parts + training:.0f} s with "
         "rollout.extra_problems=32 and rollout.max_staleness=1, if some tokens of weights that are one step old will do"
     ]
+    lines = summary(dry_run(load(colocated)))
+    assert not any("rollout.overlap" in line or "rollout.ahead" in line for line in lines)
     assert continued_lines(*colocated, *PARTIAL) == []
     assert continued_lines(*SERVERS) == []
     assert continued_lines("recipe=qwen3_8b", "rollout.guidance=mixed", "target.anchor=student") == []

@@ -69,12 +69,13 @@ def test_all_responses_come_once_whatever_order_they_arrive_in(data):
 
 
 def test_arrivals_wait_for_enough_and_count_the_time_on_both_sides():
-    go_on = threading.Event()
+    go_on, waited = threading.Event(), threading.Event()
 
     def work(arrived: Any) -> None:
         arrived(responses_to([0]))
         assert go_on.wait(60)
         arrived(responses_to([1]))
+        assert waited.wait(60)  # the work ends after the wait
 
     busy_time, waiting_time = BusyTime(), BusyTime()
     arrivals = Arrivals(work, {5: Response.unsampled([5])}, busy_time)
@@ -88,8 +89,9 @@ def test_arrivals_wait_for_enough_and_count_the_time_on_both_sides():
 
     with waiting_time:
         assert arrivals.wait_for(all_of_them) == 3
+    waited.set()
     arrivals.join()
-    assert waiting_time.take() > 0.1 and busy_time.take() > 0.1
+    assert 0.1 < waiting_time.take() <= busy_time.take()
     assert sorted(arrivals.so_far()) == [0, 1, 5]
     assert arrivals.of([1])[1].token_ids == [1, 1, 1]
 
