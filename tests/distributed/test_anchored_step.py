@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 from anchored import ANCHORED, LAYOUTS, ORDERS, OUTPUT_LAYERS, loss_by_definition
 from layouts import Outcomes, worst_difference
+from parity import TOLERANCE
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
@@ -31,8 +32,8 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, order, output_layer):
         dataclasses.replace(ANCHORED, kind=kind, parallel=cuts, fusion=output_layer, **order), world_size
     )
     worst, where = worst_difference(gradients, expected)
-    assert worst <= 1e-5, f"gradient of {where} differs by {worst:.1e}"
-    assert got.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
+    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
 
 
 def test_the_reference_changes_the_gradient(outcomes):

@@ -12,6 +12,7 @@ import torch
 from anchored import rows_of
 from layouts import Case, Outcomes, contexts_of, packed, reference, vocab_shard, worst_difference
 from models import parallel
+from parity import TOLERANCE
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
@@ -81,8 +82,8 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_la
     case = dataclasses.replace(own, kind=kind, parallel=cuts, fusion=output_layer, **order)
     got, gradients, _ = outcomes(case, world_size)
     worst, where = worst_difference(gradients, expected)
-    assert worst <= 1e-5, f"gradient of {where} differs by {worst:.1e}"
-    assert got.loss == pytest.approx(alone.loss, rel=1e-5)
+    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
+    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", CASES)

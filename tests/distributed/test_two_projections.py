@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 from anchored import ANCHORED, APART, LAYOUTS, ORDERS, OUTPUT_LAYERS, loss_by_definition
 from layouts import Case, Outcomes, worst_difference
+from parity import TOLERANCE
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
@@ -54,9 +55,9 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, apart, order, output_
     assert alone.loss > 0.02, "the target must differ from the student"
     got, gradients, _ = outcomes(dataclasses.replace(case, parallel=cuts, fusion=output_layer, **order), world_size)
     worst, where = worst_difference(gradients, expected)
-    assert worst <= 1e-5, f"gradient of {where} differs by {worst:.1e}"
-    assert got.loss == pytest.approx(alone.loss, rel=1e-5)
-    assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=1e-5)
+    assert worst <= TOLERANCE, f"gradient of {where} differs by {worst:.1e}"
+    assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
+    assert got.teacher_entropy == pytest.approx(alone.teacher_entropy, rel=TOLERANCE)
 
 
 def test_two_projections_equal_one_projection_of_the_mixed_states(outcomes):
@@ -64,7 +65,7 @@ def test_two_projections_equal_one_projection_of_the_mixed_states(outcomes):
     once, expected, _ = outcomes(ANCHORED)
     apart = [same_weights(), *(dataclasses.replace(same_weights(), fusion=fusion) for fusion in FUSED.values())]
     for twice, gradients, _ in outcomes.of(apart):
-        assert worst_difference(gradients, expected)[0] <= 1e-5
+        assert worst_difference(gradients, expected)[0] <= TOLERANCE
         assert twice.loss == pytest.approx(once.loss, rel=1e-6)
 
 

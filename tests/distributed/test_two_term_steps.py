@@ -12,7 +12,7 @@ import models
 import pytest
 import torch
 from layouts import Outcomes, contexts, worst_difference
-from parity import case_of, compare, reference_of
+from parity import TOLERANCE, case_of, compare, reference_of
 from tiers import combinations
 from two_terms import GivenCoefficients, token_losses
 
@@ -126,7 +126,7 @@ def run(student: list[Any], teacher: list[Any] | None, token_loss: Any, grid: An
 def test_a_step_of_two_terms_has_the_gradient_of_plain_autograd_with_and_without_a_teacher(ranks):
     for name, plain, ours in ranks.run(gradients_of_steps, world_size=1)[0]:
         worst, where = worst_difference(ours, plain)
-        assert worst <= 1e-5, f"{name}, {where}: {worst:.1e}"
+        assert worst <= TOLERANCE, f"{name}, {where}: {worst:.1e}"
 
 
 def refusals() -> list[str]:

@@ -463,3 +463,8 @@ def hf_logits(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 SEQUENCES = [torch.randint(VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (23, 40)]
 """Two texts for the comparison of logits, to test packing; both are longer than the original length of YaRN."""
+LOGITS_BOUND = 1e-4
+"""The largest difference of the logits of two float32 implementations of these models.
+
+A rounding of every weight to float32 moves these logits by 5e-6 to 4e-5, so that the bound is that of three roundings.
+"""

@@ -75,6 +75,7 @@ _MODELS |= {
     "yarn": dataclasses.replace(_MODELS["shallow"], **ROTATIONS["YaRN"]),
     "partial": dataclasses.replace(_MODELS["shallow"], **ROTATIONS["partial rotation"]),
 }
+KINDS = tuple(_MODELS)
 
 
 def model_config(kind: str = "gqa", **changes: Any) -> ModelConfig:

@@ -8,12 +8,13 @@ from typing import Any
 
 import models
 import pytest
+from conditioning import bound
 from layouts import Case, Joined, worst_difference
 from models import parallel
 
 from megatron_selfdistill.config import ParallelConfig, ScheduleConfig
 
-TOLERANCE = 1e-5
+TOLERANCE = bound("gqa")
 
 
 # name -> (model, cuts, world size)
@@ -62,7 +63,10 @@ def reference_of(case: Case) -> Case:
 
 
 def compare(got: Joined, alone: Joined, tolerance: float = TOLERANCE) -> float:
-    """Assert loss, norm and every gradient of ``got`` equal those of one rank; return the worst difference."""
+    """Assert loss, norm and every gradient of ``got`` equal those of one rank; return the worst difference.
+
+    ``tolerance``: a `conditioning.bound`.
+    """
     assert alone[0].loss > 0.05, "the teacher must have something to say"
     worst, where = worst_difference(got[1], alone[1])
     assert worst <= tolerance, f"gradient of {where} differs by {worst:.1e}"

@@ -25,7 +25,7 @@ from megatron_selfdistill.errors import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 KINDS = list(hf_models.CONFIGS)
-NAMED_OTHERWISE = {"phi3": 1e-5, "qwen3_5_moe": 1e-4}
+NAMED_OTHERWISE = dict.fromkeys(["phi3", "qwen3_5_moe"], hf_models.LOGITS_BOUND)
 """Kinds that return without config.json as an earlier family, which computes the same with other tensors."""
 
 
@@ -53,9 +53,11 @@ def test_without_the_original_config_transformers_computes_the_same(hf_directory
         assert_same_tensors(hf, tmp_path / "back")
     tokens = torch.tensor([hf_models.SEQUENCES[0]])
     before, after = (transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (hf, tmp_path / "back"))
+    if kind not in NAMED_OTHERWISE:  # the same call on the same memory has equal bits; files are aligned differently
+        after.load_state_dict(before.state_dict(), assign=True)
     with torch.no_grad():
         difference = (before(tokens).logits - after(tokens).logits).abs().max()
-    assert difference <= NAMED_OTHERWISE.get(kind, 0.0)  # a fused product rounds in another way
+    assert difference <= NAMED_OTHERWISE.get(kind, 0.0)
 
 
 def test_shards_are_bounded_and_load(hf_directory, tmp_path):
