@@ -182,9 +182,11 @@ def solve_in_shards(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 def test_a_vocabulary_in_shards_gives_the_same_solution(ranks) -> None:
     student, teacher, _ = random_logits(50, 64)
     whole = solve_target(student, teacher, Target(), VocabShard(0, 64, 61))
+    # An entropy of at most ln 61 keeps 4 * 2^-24, and beta moves by several times as much; the normaliser moves by the
+    # mean of the mixed logits, at most 10, times beta.
     for beta, log_normaliser in ranks.run(solve_in_shards, student, teacher, world_size=2):
-        torch.testing.assert_close(beta, whole.beta, rtol=0, atol=1e-6)
-        torch.testing.assert_close(log_normaliser, whole.log_normaliser, rtol=0, atol=1e-5)
+        torch.testing.assert_close(beta, whole.beta, rtol=0, atol=4e-6)
+        torch.testing.assert_close(log_normaliser, whole.log_normaliser, rtol=0, atol=4e-5)
 
 
 def test_what_does_not_fit_is_refused_with_a_message() -> None:
