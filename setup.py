@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "psutil",  # megatron-core needs it to write checkpoints but does not declare it: without it a save hangs
     "numpy<3",
     "transformers>=5,<6",
+    "jinja2>=3.1,<4",  # transformers needs it for chat templates and does not declare it
     "tokenizers",
     "sentencepiece>=0.2,<0.3",
     "datasets>=4,<6",

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator
 from megatron_selfdistill.checkpoint.run.run_lock import LOCK
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.packing import length_quantum
+from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.distributed.ranks import about_allocator
 from megatron_selfdistill.launch_facts import launch_facts, layers, layout, start
 from megatron_selfdistill.model.build import megatron_in_use, unwrapped
@@ -74,6 +75,8 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     if learner.has_teacher:
         yield f"loss: {trainer.loss_backend}"
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
+    what = "turns" if data.about_conversations else "problems"
+    yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), what)
     yield str(learner.output_layer)
     if data.about_prompts:
         yield data.about_prompts

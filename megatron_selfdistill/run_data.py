@@ -17,6 +17,7 @@ from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_c
 from megatron_selfdistill.data.hints import (
     LOOKED_AT,
     HintCost,
+    about_unknown_tokens,
     check_student_prompt,
     check_teacher_prompt,
     hint_cost,
@@ -51,7 +52,7 @@ class RunData:
     """Length of the longest context, in tokens."""
     stop_token_ids: tuple[int, ...]
     about_prompts: str | None = None
-    """Line for the log about the tokens that the teacher's prompts add; None in a run without a teacher."""
+    """Line for the log about the tokens that the teacher's prompts add, and about unknown tokens; None for neither."""
     about_conversations: tuple[str, ...] = ()
     """Lines for the log with numbers of conversations and turns."""
     skipped: tuple[str, ...] = ()
@@ -250,20 +251,21 @@ def _evaluation_problems(
     path, split, subset, limit = evaluation.path, evaluation.split, evaluation.subset, evaluation.limit
     source = RecordSource(path, split, subset, fields, on_bad_record="error", limit=limit, section="evaluation")
     problems = load_problems(source, require_solution=require_solution).problems
-    for problem in problems[:LOOKED_AT]:
-        student = builder.student_prompt(problem)
+    prompts = [builder.student_prompt(problem) for problem in problems[:LOOKED_AT]]
+    for problem, student in zip(problems, prompts, strict=False):
         check_student_prompt(builder, problem, student)
         if hinted:
             check_teacher_prompt(builder, problem, student, builder.teacher_prompt(problem), problem.solution)
+    about_unknown_tokens(builder.tokenizer, prompts)
     return problems
 
 
 def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], shown_part: str) -> str:
-    """Check that the prompts show problem and solution, and return a line about their cost.
+    """Check that the prompts show problem and solution, and return a line about their cost and unknown tokens.
 
     ``shown_part`` is the name of the solution in that line.
 
-    Raises: ValueError for the first prompt that does not show its texts.
+    Raises: ValueError for the first prompt that does not show its texts, and if most of them are unknown tokens.
     """
     costs: list[HintCost] = []
     for problem, pair in looked_at:
@@ -272,9 +274,11 @@ def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Pr
         check_teacher_prompt(builder, problem, student, teacher, pair.solution)
         costs.append(hint_cost(builder, problem, student, teacher))
     cost = mean_cost(costs)
+    prompts = [prompt for _, pair in looked_at for prompt in (pair.student_prompt, pair.teacher_prompt)]
+    unknown = about_unknown_tokens(builder.tokenizer, prompts)
     return (
         f"the teacher's prompt adds {cost.wording:.0f} tokens of wording (data.teacher_template) and on average "
-        f"{cost.solution:.0f} of the {shown_part} (in {len(costs)} prompts)"
+        f"{cost.solution:.0f} of the {shown_part} (in {len(costs)} prompts){f'; {unknown}' if unknown else ''}"
     )
 
 
@@ -337,7 +341,8 @@ def _fitting_problems(
     if config.objective != "self_distillation":
         for problem, pair in looked_at:
             check_student_prompt(builder, problem, pair.student_prompt)
-        return replace(problems, problems=kept), counts, None
+        about = about_unknown_tokens(builder.tokenizer, [pair.student_prompt for _, pair in looked_at])
+        return replace(problems, problems=kept), counts, about
     shown_part = _SHOWN_PARTS.get(config.data.solutions, "text in place of a hint")
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
 

@@ -187,6 +187,7 @@ class Trainer:
         leaks = leak_counts(batch.contexts, words, tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
+        metrics["data/epoch"] = self.source.state.problem_sampler.epochs
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
         timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
         self.log.log(self.step, timed | overlap_metrics(timed))

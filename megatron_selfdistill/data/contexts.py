@@ -119,10 +119,11 @@ def fit_teacher_prompt(
         )
     student, teacher = builder.prompt_pair(problem)
     if policy == "error":
-        whose, prompt, parts, remedy = "student", student, "", "data.on_long_context=drop"
+        whose, prompt, parts, remedy = "student", student, "", "set data.on_long_context=drop"
         if len(student) <= room < len(teacher):
             cost = hint_cost(builder, problem, student, teacher)
-            whose, prompt, remedy = "teacher", teacher, "data.on_long_context to drop, truncate_start or truncate_end"
+            whose, prompt = "teacher", teacher
+            remedy = "set a shorter data.teacher_template or data.on_long_context=drop, truncate_start or truncate_end"
             parts = (
                 f" ({len(student)} of them in the student's prompt too, {cost.wording} of data.teacher_template, "
                 f"{cost.solution} of the solution)"
@@ -131,7 +132,7 @@ def fit_teacher_prompt(
             raise ValueError(
                 f"{problem.location}: expected a {whose}'s prompt of at most {room} tokens (data.max_length "
                 f"{max_length} less rollout.max_new_tokens {max_new_tokens}), got {len(prompt)}{parts}; raise "
-                f"data.max_length, lower rollout.max_new_tokens, or set {remedy}."
+                f"data.max_length, lower rollout.max_new_tokens, or {remedy}."
             )
     return shortened_to_fit(builder, problem, student, teacher, room, policy)
 

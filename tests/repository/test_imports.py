@@ -43,8 +43,8 @@ ORDER = {
         "sharded.rare_mass sharded.logit_summary sharded.fused_linear"
     ),
     "data": (
-        "data_files records problems chat.acceptance chat.conversations tokenizer prompts hints pieces contexts "
-        "chat.replies packing rows"
+        "data_files records problems chat.acceptance chat.conversations template_trial tokenizer prompts hints pieces "
+        "contexts chat.replies packing rows"
     ),
     "model": (
         "attention_windows attention_sinks norms layers head_norms fused_kernels fp8 host_to_device optimizer_step "
@@ -129,7 +129,7 @@ FILES = [f"{room}.{file}" if file else room for room, files in ORDER.items() for
 LOSS_MAY_IMPORT = {"torch", "triton"}
 # One file may use apex's kernel for weight gradients, where it is installed.
 FUSED_LINEAR_MAY_IMPORT = LOSS_MAY_IMPORT | {"fused_weight_gradient_mlp_cuda"}
-DATA_MAY_IMPORT = {"torch", "datasets", "transformers", "tokenizers", "sentencepiece", "yaml"}
+DATA_MAY_IMPORT = {"torch", "datasets", "transformers", "tokenizers", "jinja2", "sentencepiece", "yaml"}
 
 LICENCE = "# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0."
 

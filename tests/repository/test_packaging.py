@@ -190,7 +190,7 @@ def test_the_extra_te_takes_the_transformer_engines_that_the_installed_megatron_
 def locked(environment: str) -> dict[str, str]:
     """Return the tested versions of one environment by the name of the distribution."""
     [section] = re.findall(rf"^\[{environment}\]\n(.*?)(?=^\[|\Z)", LOCK.read_text(), re.MULTILINE | re.DOTALL)
-    return dict(re.findall(r"^([\w.-]+)==([\w.+]+)", section, re.MULTILINE))
+    return {name.lower(): version for name, version in re.findall(r"^([\w.-]+)==([\w.+]+)", section, re.MULTILINE)}
 
 
 def test_every_tested_version_is_one_that_an_install_takes():
@@ -243,7 +243,7 @@ def test_the_environment_installs_what_the_lock_names():
     for environment in ("project", "vllm", "vllm wheel", "docs"):
         command = ["bash", "-c", f'LOCK={LOCK}\n{function}\ntested "{environment}"']
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = dict(line.split()[0].split("==") for line in printed.splitlines() if "==" in line)
+        found = dict(line.lower().split()[0].split("==") for line in printed.splitlines() if "==" in line)
         assert found == locked(environment) and found
 
 

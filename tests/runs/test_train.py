@@ -40,6 +40,7 @@ def test_the_log_says_what_computes_the_loss(ranks, data, tmp_path):
     assert "loss: PyTorch (the " in output
     assert "kernels: activation silu; rotary embedding unfused; " in output
     assert "GPU memory" not in output, "nothing to say about it on a CPU"
+    assert "1 step x 8 = 8 visits to 40 problems: 0.2 epochs" in output
     assert output.count("the teacher's prompt adds 2 tokens of wording (data.teacher_template)") == 1
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
     assert line["loss/mean"] > 0 and math.isfinite(line["gradient_norm"])
@@ -62,6 +63,7 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, 
     assert (run / "teacher").is_dir(), "the frozen teacher is written once, beside the checkpoints"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["data/epoch"] for line in lines] == [8 / 40, 16 / 40, 24 / 40]
     for key in (
         "loss/mean loss/reverse_kl entropy/student entropy/teacher entropy/target entropy/target_minus_student k/mean "
         "k/p01 k/p99 status/matched status/capped top1_agreement response/length_mean response/truncated_share "

@@ -12,6 +12,7 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.data.tokenizer import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_data import RunData, longest_context
 
@@ -307,7 +308,7 @@ def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(dire
     assert "1 of the answer, until there are own solutions" in own.about_prompts
     too_long = sentence_of(config_of(directory, "data.on_long_context=error"))
     assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
-    assert "raise data.max_length, lower rollout.max_new_tokens, or set data.on_long_context to drop" in too_long
+    assert "raise data.max_length, lower rollout.max_new_tokens, or set a shorter data.teacher_template or " in too_long
     none = sentence_of(config_of(directory, "data.teacher_template='{problem}" + "=" * 30 + "{solution}'"))
     assert "the problem takes 8 tokens, data.teacher_template 30 and the solution 3" in none
 
@@ -340,3 +341,34 @@ def test_a_bad_record_of_the_evaluation_is_not_said_to_be_skippable(directory, t
     write(tmp_path / "bad.jsonl", [{"problem": "1-1="}])
     assert sentence_of(config_of(directory, f"evaluation.path={tmp_path}/bad.jsonl")).endswith("or remove it.")
     assert sentence_of(config_of(directory, f"data.path={tmp_path}/bad.jsonl")).endswith("set data.on_bad_record=skip.")
+
+
+@pytest.mark.parametrize(
+    ("problems", "share"), [(["500-408="] * 19 + ["500-4u8="], "warning: 0.5%"), (["What is 7?"], None)]
+)
+def test_tokens_that_the_tokenizer_does_not_know_are_a_warning_and_above_a_third_an_error(
+    directory, tmp_path, problems, share
+):
+    write(tmp_path / "english.jsonl", [{"problem": problem, "solution": "0000"} for problem in problems])
+    config = config_of(directory, f"data.path={tmp_path / 'english.jsonl'}")
+    if share is not None:
+        about = RunData.load(config).about_prompts
+        assert about is not None and f"{share} of the tokens of the first prompts are '_', the unknown token" in about
+        assert "warning" not in str(RunData.load(config_of(directory)).about_prompts)
+        return
+    for overrides in ((), ("objective=policy_gradient", "policy.weight=1", "rollout.num_samples=2")):
+        with pytest.raises(ConfigError, match=r"^\d+\.\d% of the tokens .* set data.tokenizer"):
+            RunData.load(config_of(directory, f"data.path={tmp_path / 'english.jsonl'}", *overrides))
+
+
+def test_an_evaluation_in_an_unknown_language_is_refused(directory, tmp_path):
+    write(tmp_path / "english.jsonl", [{"problem": "What is 7?", "solution": "seven", "answer": "7"}])
+    with pytest.raises(ConfigError, match=r"of the tokens of the first prompts are '_'"):
+        RunData.load_evaluation(config_of(directory, f"evaluation.path={tmp_path / 'english.jsonl'}"))
+
+
+def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "$": 1}, unk_token="$"))
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="$", eos_token="$")
+    fast.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).unknown_id is None

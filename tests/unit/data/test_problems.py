@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_sources import load_problems
 
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, shard
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, about_visits, shard
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -226,6 +226,21 @@ def test_a_resumed_sampler_goes_on_where_it_stopped(count: int, batch: int, step
     resumed.load_state_dict(state)
     for _ in range(more):
         assert resumed.next_batch() == sampler.next_batch()
+
+
+def test_the_visits_of_a_run_are_counted_in_epochs_before_and_while_it_runs() -> None:
+    [line] = about_visits(200, 8, 50, "turns")
+    assert line == "200 steps x 8 = 1,600 visits to 50 turns: 32.0 epochs"
+    line, warning = about_visits(200, 512, 50)
+    assert line == "200 steps x 512 = 102,400 visits to 50 problems: 2,048.0 epochs"
+    assert warning.startswith("warning: data.global_batch_size (512) is larger than the data (50 problems)")
+    assert "10.2 times" in warning
+    sampler = ProblemSampler(problem_set(4), batch_size=3, seed=0)
+    epochs = [sampler.epochs]
+    for _ in range(3):
+        sampler.next_batch()
+        epochs.append(sampler.epochs)
+    assert epochs == [0.0, 0.75, 1.5, 2.25]
 
 
 def test_a_position_in_another_data_set_or_seed_is_an_error() -> None:

@@ -175,7 +175,8 @@ def test_attention_with_grouped_queries_and_its_gradients_equal_the_formula(vari
         for got, exact in ((query, q), (key, k), (value, v)):
             torch.testing.assert_close(got.grad[:, b].double(), exact.grad, rtol=1e-5, atol=1e-5)
     if layer.softmax_offset is not None:
-        torch.testing.assert_close(layer.softmax_offset.grad.double(), sinks.grad, rtol=1e-5, atol=1e-5)
+        bound = 13 * 2 * GROUPS * CHANNELS * 2.0**-24  # the queries of two heads, and the channels of their scores
+        torch.testing.assert_close(layer.softmax_offset.grad.double(), sinks.grad, rtol=1e-5, atol=bound)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
