@@ -25,6 +25,7 @@ from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.needed_packages import require_packages
 from megatron_selfdistill.plan import plan_checks
 from megatron_selfdistill.report import next_steps
 
@@ -114,6 +115,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     check_files(config)
     ranks, lock = ranks or RollCall(), RunLock(Path(config.run_dir))
     prechecks.require_ranks(config, ranks.world_size)
+    require_packages(config)
     prechecks.require_lengths(config)
     prechecks.require_data(config)
     prechecks.require_start(config)

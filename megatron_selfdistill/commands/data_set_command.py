@@ -51,10 +51,12 @@ def check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.needed_packages import require_packages
 
     if arguments.hf is not None:
         prechecks.require_hugging_face(arguments.hf)
     prechecks.require_data(config)
+    require_packages(config)
     if config.checkpoint.load is not None:
         prechecks.require_model(config, Path(config.checkpoint.load))
     check_ranks(config, world_size())

@@ -63,6 +63,7 @@ def check(arguments: argparse.Namespace) -> None:
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
+    from megatron_selfdistill.needed_packages import require_packages
 
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
@@ -74,6 +75,7 @@ def check(arguments: argparse.Namespace) -> None:
     else:
         prechecks.require_model(config, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
+    require_packages(config)
     check_ranks(config, world_size())
 
 

@@ -4,9 +4,9 @@
     selfdistill plan recipe=qwen3_8b data.global_batch_size=64
     selfdistill plan cluster.num_gpus=16 checkpoint.load=DIR data.path=problems.jsonl data.tokenizer=DIR
 
-The plan shows the layout, the memory of each stage, the pipeline's idle time, and the commands that launch the run.  It
-needs cluster.num_gpus, which many recipes set.  `selfdistill dry_run=true ...` without torchrun does the same; under
-torchrun, dry_run=true builds everything on the GPUs and stops.
+The plan shows the layout, the memory of each stage, the pipeline's idle time, the optional packages that the run needs,
+and the commands that launch the run.  A plan needs cluster.num_gpus, which many recipes set.  `selfdistill dry_run=true
+...` without torchrun does the same; under torchrun, dry_run=true builds everything on the GPUs and stops.
 
 exit status: 0 for a plan that fits; 2 with one message for a plan that cannot run or does not fit
 """

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.needed_packages import described
 from megatron_selfdistill.plan.dry_run import Plan
 from megatron_selfdistill.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.plan.launch import launch_commands, num_nodes
@@ -41,13 +42,14 @@ def summary(plan: Plan) -> list[str]:
     experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
     student, teacher = plan.num_microbatches
     reference = f"{student} reference, " if config.is_anchored else ""
-    what = f"problems x {config.rollout.num_samples} responses of at most {config.rollout.max_new_tokens} tokens"
+    samples = config.rollout.num_samples
+    what = f"problems x {samples} response{'s' * (samples > 1)} of at most {config.rollout.max_new_tokens} tokens"
     data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
     if config.logged:
         what = "logged turns"
         data = data.replace("problems fit", "turns in the log")
     return [
-        f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPUs ({nodes}): "
+        f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPU{'s' * (num_gpus > 1)} ({nodes}): "
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
         f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
         f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
@@ -61,6 +63,7 @@ def summary(plan: Plan) -> list[str]:
         *_trained(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
         *_how_full(plan),
+        *described(config),
     ]
 
 

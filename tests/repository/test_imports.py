@@ -65,6 +65,7 @@ ORDER = {
         "run.resumption"
     ),
     "run_data": "",
+    "needed_packages": "",
     "prechecks": "",
     "teacher": "",
     "rollout": (

@@ -189,7 +189,7 @@ INPUTS = ["data.path=problems.jsonl", "data.tokenizer=tokenizer"]
 
 def test_a_launch_of_another_size_is_refused(tmp_path, capsys):
     assert main([*TINY, *INPUTS, f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
-    assert "cluster.num_gpus is 16, but the launch has 1 ranks" in capsys.readouterr().err
+    assert "cluster.num_gpus is 16, but the launch has 1 rank:" in capsys.readouterr().err
 
 
 def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, capsys):
