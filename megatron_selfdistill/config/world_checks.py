@@ -19,8 +19,8 @@ def check_ranks(config: Config, world_size: int) -> None:
     made_for = config.cluster.num_gpus
     require(
         made_for is None or made_for == world_size,
-        f"cluster.num_gpus is {made_for}, but the launch has {world_size} ranks: launch {made_for}, or set "
-        f"cluster.num_gpus={world_size} and look at the plan of dry_run=true",
+        f"cluster.num_gpus is {made_for}, but the launch has {world_size} rank{'s' * (world_size > 1)}: launch "
+        f"{made_for}, or set cluster.num_gpus={world_size} and look at the plan of dry_run=true",
     )
     require(
         world_size % model_size == 0,

@@ -49,7 +49,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, an empty directory": ([TRAIN, *RUNNABLE, "checkpoint.load=empty"], "empty has no metadata.json"),
     "train, a Hugging Face directory": ([TRAIN, *RUNNABLE, "checkpoint.load=hf"], "hf is a Hugging Face directory"),
     "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
-    "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 ranks"),
+    "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 rank:"),
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
     "train, a recipe": ([TRAIN, "recipe=nope"], "recipe=nope: there is no such file"),
     "train, a type": ([TRAIN, "num_steps=three"], "'three' of type 'str' could not be converted to Integer"),
