@@ -154,7 +154,8 @@ def _evaluate_with(
         about = {"model": model, "data": _data(run_data, arguments), "settings": _settings(config, run_data, arguments)}
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
-        show_summary(summary, f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}")
+        line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
+        show_summary(summary, line, show_all=arguments.all)
         if result.overlooked is not None:
             print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
 
@@ -235,7 +236,7 @@ def compare(arguments: argparse.Namespace) -> int:
         num_resamples=arguments.resamples,
         seed=arguments.seed,
     )
-    show_comparison(compared)
+    show_comparison(compared, show_all=arguments.all)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(compared.json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

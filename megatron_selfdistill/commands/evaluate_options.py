@@ -22,6 +22,10 @@ the layout.  On several ranks:
 """
 """The text of --help."""
 
+NUM_SAMPLES = 16
+"""The default of --num-samples: enough for pass@16 and for intervals that show small differences."""
+_ALL = "print every metric (default: the six that matter first; the files always have all)"
+
 
 class _Ks(argparse.Action):
     """An option that takes the numbers up to the first word that is not a number; further words are overrides."""
@@ -57,7 +61,12 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the results")
     parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
     parser.add_argument(
-        "--num-samples", type=int, default=16, metavar="N", help="samples per problem, besides a greedy response"
+        "--num-samples",
+        type=int,
+        default=NUM_SAMPLES,
+        metavar="N",
+        help="samples per problem, besides a greedy response (default: %(default)s; evaluations within a run take "
+        "evaluation.num_samples, 1 by default, because they stop the training)",
     )
     parser.add_argument(
         "--pass-at-k",
@@ -77,6 +86,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )
+    parser.add_argument("--all", action="store_true", help=_ALL)
     parser.add_argument(
         "--tmp",
         type=Path,
@@ -117,6 +127,7 @@ def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="number of resamples of the problems (default: 10000)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
+    parser.add_argument("--all", action="store_true", help=_ALL)
     parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison to FILE, as JSON")
     return parser.parse_args(argv)
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -14,35 +15,63 @@ from megatron_selfdistill.evaluation.alignment_groups import LOSSES, NodeGroup
 from megatron_selfdistill.evaluation.comparison import Comparison
 
 
-def show_summary(summary: dict[str, Any], line: str) -> None:
-    """Print the ``summary`` of `write_evaluation` as a table, with ``line`` below it."""
+def first_metrics(names: Iterable[str]) -> list[str]:
+    """Return the at most six of ``names`` that a first look needs, in their order.
+
+    They are the greedy accuracy, the mean accuracy of the samples, pass@k and majority@k for the largest k, and the
+    length and the truncated share of the samples; without samples, of the greedy responses.
+    """
+    names = list(names)
+    kind = "sampled" if "sampled_mean_length" in names else "greedy"
+    first = {"greedy_accuracy", f"{kind}_mean_length", f"{kind}_truncated_share"}
+    first |= {name for name in names if name.startswith("avg_at_")}
+    for rate in ("pass_at_", "majority_at_"):
+        of_rate = [name for name in names if re.fullmatch(rf"{rate}\d+", name)]
+        first |= set(sorted(of_rate, key=lambda name: int(name.removeprefix(rate)))[-1:])
+    return [name for name in names if name in first]
+
+
+def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) -> None:
+    """Print the ``summary`` of `write_evaluation` as a table, with ``line`` below it.
+
+    ``show_all``: whether the table has every metric of the summary, and not only those of `first_metrics`.
+    """
     model, data, settings = summary["model"], summary["data"], summary["settings"]
     iteration = "" if model["iteration"] is None else f", iteration {model['iteration']}"
-    title = f"{model['path']}{iteration}\n{data['num_problems']} problems, {settings['num_samples']} samples each"
-    table = Table(title=title, caption=f"95 % intervals over the problems (bootstrap)\n{line}")
+    problems = _counted(data["num_problems"], "problem")
+    title = f"{model['path']}{iteration}\n{problems}, {_counted(settings['num_samples'], 'sample')} each"
+    table = Table(title=title)
     table.add_column("metric", no_wrap=True)
     table.add_column("value", justify="right")
     table.add_column("95 %", justify="right")
     intervals = summary["intervals"]
     alone = [name for name in summary["metrics"] if name not in intervals and name != "sampled_accuracy"]
-    for name in (*intervals, *alone):  # a single problem has no intervals
+    names = [*intervals, *alone]  # a single problem has no intervals
+    shown = names if show_all else first_metrics(names)
+    table.caption = f"95 % intervals over the problems (bootstrap){_rest(names, shown)}\n{line}"
+    for name in shown:
         interval = " to ".join(map(_shown, intervals.get(name, ())))
         table.add_row(name, _shown(summary["metrics"][name]), interval)
     _console().print(table)
 
 
-def show_comparison(compared: Comparison) -> None:
-    """Print the comparison as a table, with a line for each setting that differs between the evaluations."""
+def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
+    """Print the comparison as a table, with a line for each setting that differs between the evaluations.
+
+    ``show_all``: as in `show_summary`.
+    """
     console = _console()
+    names = [it.metric for it in compared.differences]
+    shown = names if show_all else first_metrics(names)
     caption = (
         f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "
-        f"seed {compared.seed}"
+        f"seed {compared.seed}{_rest(names, shown)}"
     )
     table = Table(title=f"A = {compared.a}\nB = {compared.b}", caption=caption)
     table.add_column("metric", no_wrap=True)
     for column in ("A", "B", "B - A", "95 %", "P(B <= A)"):
         table.add_column(column, justify="right")
-    for it in compared.differences:
+    for it in (it for it in compared.differences if it.metric in shown):
         interval = f"{it.low:+.3f} to {it.high:+.3f}"
         probability = "-" if it.probability_not_above is None else f"{it.probability_not_above:.4f}"
         numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, probability)
@@ -81,6 +110,16 @@ def show_alignment(groups: Sequence[NodeGroup], num_problems: int, line: str) ->
 
 def _console() -> Console:
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def _rest(names: Sequence[str], shown: Sequence[str]) -> str:
+    """Return the part of a caption that says how to see the metrics that the table leaves out."""
+    left_out = len(names) - len(shown)
+    return f"\n{_counted(left_out, 'further metric')}: --all" if left_out else ""
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _shown(value: float) -> str:

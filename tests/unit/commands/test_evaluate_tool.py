@@ -203,7 +203,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(direc
         inference, "open_inference", lambda *_: nullcontext(SimpleNamespace(sampler=None, sampling=None))
     )
     monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
-    monkeypatch.setattr(tables, "show_summary", lambda *_: print("the table"))
+    monkeypatch.setattr(tables, "show_summary", lambda *_, **__: print("the table"))
     given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
     config = tool._configured(given, tool._model(given))
     inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from megatron_selfdistill.evaluation.comparison import Difference, compare
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.evaluations import data_fingerprint, read_evaluation, write_evaluation
-from megatron_selfdistill.evaluation.tables import show_comparison, show_summary
+from megatron_selfdistill.evaluation.tables import first_metrics, show_comparison, show_summary
 
 RNG_SEED = 7
 
@@ -166,8 +167,48 @@ def test_a_single_problem_is_shown_without_intervals(tmp_path, capsys):
     assert summary["intervals"] == {}
     show_summary(summary | {"model": {"path": "model", "iteration": 7}}, "done")
     shown = capsys.readouterr().out
-    assert "model, iteration 7" in shown and "1 problems, 2 samples" in shown
+    assert "model, iteration 7" in shown and "1 problem, 2 samples each" in shown
     assert "greedy_accuracy │ 1.000" in " ".join(shown.split()) and "avg_at_2 │ 0.500" in " ".join(shown.split())
+
+
+FIRST = "greedy_accuracy avg_at_4 pass_at_2 majority_at_2 sampled_mean_length sampled_truncated_share".split()
+
+
+def rows_of(shown: str) -> list[str]:
+    return re.findall(r"^│ ([a-z0-9_]+) +│", shown, re.MULTILINE)
+
+
+def test_a_first_look_at_an_evaluation_shows_six_metrics_and_how_to_see_the_others(tmp_path, capsys):
+    summary = read_evaluation(write(tmp_path / "a", outcomes_of(1))).summary
+    about = {"model": {"path": "model", "iteration": None}, "settings": {"num_samples": 4}}
+    show_summary(summary | about, "done")
+    shown = capsys.readouterr().out
+    assert rows_of(shown) == FIRST and "sampled_ocg" not in shown
+    show_summary(summary | about, "done", show_all=True)
+    complete = capsys.readouterr().out
+    assert {*rows_of(complete)} == {*summary["metrics"]} - {"sampled_accuracy"}
+    left_out = len(rows_of(complete)) - len(rows_of(shown))
+    assert left_out > 5 and f"{left_out} further metrics: --all" in shown and "--all" not in complete
+
+
+def test_a_first_look_at_a_comparison_shows_the_same_six_metrics(tmp_path, capsys):
+    a, b = (read_evaluation(write(tmp_path / str(seed), outcomes_of(seed))) for seed in (1, 2))
+    compared = compare(a, b)
+    show_comparison(compared)
+    assert rows_of(capsys.readouterr().out) == FIRST
+    show_comparison(compared, show_all=True)
+    assert rows_of(capsys.readouterr().out) == [it.metric for it in compared.differences]
+
+
+@pytest.mark.parametrize("ks", [(1, 4, 16), (16, 2)])
+def test_the_largest_k_is_shown_first_and_by_its_number(ks):
+    names = ["greedy_accuracy", *(f"{rate}_at_{k}" for rate in ("pass", "pass_over_avg", "majority") for k in ks)]
+    assert first_metrics(names) == ["greedy_accuracy", "pass_at_16", "majority_at_16"]
+
+
+def test_without_samples_the_greedy_responses_are_shown_first():
+    names = "greedy_accuracy greedy_mean_length greedy_truncated_share".split()
+    assert first_metrics([*names, "greedy_ece", "greedy_brier"]) == names
 
 
 def test_problems_are_paired(tmp_path):
@@ -204,7 +245,7 @@ def test_two_models_that_answer_nothing_are_not_called_equal(tmp_path, capsys):
     compared = compare(read_evaluation(a), read_evaluation(b))
     assert compared.neither_answered
     assert {it.probability_not_above for it in compared.differences if "_at_" in it.metric} == {None}
-    show_comparison(compared)
+    show_comparison(compared, show_all=True)
     shown = capsys.readouterr().out
     assert "neither A nor B answered any of the 6 problems right" in shown
     rows = [line for line in shown.splitlines() if "greedy_accuracy" in line or "_at_" in line]
