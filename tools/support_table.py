@@ -30,7 +30,7 @@ LEGEND = (
     "✅ tested in CI (CPU, gloo, the real megatron-core 0.16.1) · 🟢 tested on a GPU (which, when) ·\n"
     "🔴 failed on a GPU · ⚪ written, never run · \u2013 not possible on a CPU"
 )
-SHORT_NOTE = "*3 of 4*: three of the four rows in [docs/support.md](docs/support.md), with the evidence."
+SHORT_NOTE = "*2 of 4*: two of the four claims of this line in [docs/support.md](docs/support.md), with evidence."
 PAGE_INTRODUCTION = """\
 # What runs where
 
@@ -86,12 +86,12 @@ def last_runs(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
 
 
 def short_table(support: Mapping[str, Any], last: LastRuns) -> str:
-    """Return README's legend and table as Markdown: one line per group of ``support``."""
+    """Return README's legend, its explanation and its table as Markdown: one line per group of ``support``."""
     lines = ["| | CPU | GPU |", "|---|---|---|"]
     for group, rows in grouped(support):
         cells = short_cell([row["cpu"] for row in rows], "✅"), short_cell([gpu_cell(row, last) for row in rows], "🟢")
         lines.append(f"| {group['claim']} | {cells[0]} | {cells[1]} |")
-    return "\n".join([LEGEND, "", *lines, "", SHORT_NOTE])
+    return "\n".join([LEGEND, "", SHORT_NOTE, "", *lines])
 
 
 def short_cell(cells: Sequence[str], passed: str) -> str:
