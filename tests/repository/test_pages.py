@@ -11,12 +11,14 @@ import torch
 import yaml
 from record_sources import load_problems
 
+from megatron_selfdistill import __version__
 from megatron_selfdistill.cli import COMMANDS
-from megatron_selfdistill.config import keys
+from megatron_selfdistill.config import keys, load
 from megatron_selfdistill.data.data_files import FORMATS
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
 from megatron_selfdistill.evaluation.verify import BUILT_IN
 from megatron_selfdistill.loss.target import Target, mixed_target
+from megatron_selfdistill.needed_packages import needed_packages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -108,6 +110,72 @@ def test_readme_is_short_and_narrow():
     lines = (REPOSITORY / "README.md").read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 150
     assert [line for line in lines if len(line) > 100] == []
+
+
+def test_the_first_screen_of_readme_has_what_a_reader_decides_by():
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    _, begin, rest = readme.partition("<!-- first screen -->\n")
+    screen, end, _ = rest.partition("<!-- end of the first screen -->\n")
+    assert begin and end and screen.startswith("# ") and len(screen.splitlines()) <= 40
+    assert f"version {__version__}." in screen and "pip install -e ." in screen
+    assert {"](docs/README.md)", "](CHANGELOG.md)", "](LICENSE)"} <= set(re.findall(r"\]\([^)#]+\)", screen))
+    has_run = (DOCS / "support.jsonl").exists()
+    assert ("Nothing has run on a GPU yet" in screen) != has_run
+
+
+def installs_by_name(text: str) -> list[str]:
+    """Return the commands of pip that would fetch this project from an index, where nobody holds its name."""
+    joined = re.sub(r"[\"']\s*\n\s*f?[\"']", "", text)  # a message may continue in the string of the next line
+    word = r"[\"']?(?!megatron[_-]selfdistill)[\w.\[\]<>=,-]+[\"']?"
+    return [
+        found[0]
+        for found in re.finditer(
+            rf"\bpip3? install(?: +{word})* +\\?[\"']?megatron[_-]selfdistill\b", joined, re.IGNORECASE
+        )
+    ]
+
+
+def test_nobody_is_told_to_install_the_project_from_an_index():
+    roots = ("megatron_selfdistill", "docs", "examples", "tools", "configs", ".ci")
+    endings = (".md", ".py", ".sh", ".sbatch", ".yaml", ".js", ".html", ".txt", "")
+    files = [*PAGES, REPOSITORY / "Makefile", *(path for root in roots for path in (REPOSITORY / root).rglob("*"))]
+    texts = {path: path.read_text(encoding="utf-8") for path in files if path.is_file() and path.suffix in endings}
+    assert {name_of(path): found for path, text in texts.items() if (found := installs_by_name(text))} == {}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'pip install "megatron_selfdistill[wandb]"',
+        "pip install --no-deps megatron-selfdistill",
+        "\"both, or pip \"\n    'install torch megatron_selfdistill'",
+        "'both, or pip install \\\"megatron_selfdistill[vllm]\\\"'",
+    ],
+)
+def test_an_installation_by_name_is_found(text):
+    assert len(installs_by_name(text)) == 1
+
+
+def test_an_installation_from_a_clone_is_none_by_name():
+    assert (
+        installs_by_name("pip install -e '.[wandb]'  # megatron_selfdistill\npip install vllm; megatron_selfdistill")
+        == []
+    )
+
+
+ON_VLLM = [
+    path.stem
+    for path in sorted((REPOSITORY / "configs" / "recipe").glob("*.yaml"))
+    if "engine: vllm" in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("recipe", ON_VLLM)
+def test_a_recipe_that_needs_vllm_says_so_beside_its_command(recipe):
+    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    section = page.partition("## Command\n")[2].partition("\n## ")[0]
+    (needed,) = needed_packages(load([f"recipe={recipe}"]))
+    assert ("pip install -e '.[vllm]'" if needed.is_here else "`SERVER_PYTHON` needs vLLM") in section
 
 
 def test_the_index_names_every_page():

@@ -47,6 +47,8 @@ def test_the_hours_of_a_recipe_are_the_arithmetic_of_the_plan(recipe, num_gpus, 
     batch, steps = config.data.global_batch_size, config.num_steps
     assert str(config.cluster.num_gpus) == num_gpus and config.rollout.max_new_tokens == 4096
     assert settings == f"{batch} | {steps} | {batch * steps:,} | `{config.optimizer.lr:.0e}`".replace("e-0", "e-")
+    (on_servers,) = re.findall(r"The GPUs of vLLM servers come on top \((.*?)\)", PAGE)
+    assert (f"`{recipe}`" in on_servers) == (config.rollout.placement == "server")
     engines = dry_run(config).engines
     assert engines is not None and f"{sum(engines.seconds) * steps / 3600:.1f}" == hours
 

@@ -1,0 +1,129 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The commands that pages show: their options and keys exist, and the four of a measurement run as they stand."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import hf_models
+import pytest
+import tiny_run
+
+from megatron_selfdistill.commands.convert import _parser as convert_parser
+from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.needed_packages import needed_packages
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+DOCS = REPOSITORY / "docs"
+FIRST = ("README.md", "docs/quickstart.md")
+"""The pages that a new user reads first."""
+PAGES = [
+    *FIRST,
+    *sorted(str(path.relative_to(REPOSITORY)) for path in DOCS.rglob("*.md") if path.name != "quickstart.md"),
+]
+WRITTEN_FOR_READERS = re.compile(r"(^|\s)(\.\.\.|\[|\(|<)")
+"""What stands in a command that shows a part of itself only."""
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Return the words of each complete command of ``selfdistill`` and of torchrun in the code blocks of a page."""
+    for block in re.findall(r"^```[a-z]*\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        for line in re.sub(r"\\\n\s*", "", block).splitlines():
+            if not re.match(r"(selfdistill|torchrun) ", line) or WRITTEN_FOR_READERS.search(line.partition(" #")[0]):
+                continue
+            words = shlex.split(line, comments=True)
+            if words[0] == "torchrun":
+                module = words.index("-m") + 1 if "-m" in words else None
+                if module is None or not words[module].startswith("megatron_selfdistill"):
+                    continue
+                words = ["selfdistill", *(["train"] if words[module].endswith(".train") else []), *words[module + 1 :]]
+            yield words[1:]
+
+
+def shown_on(page: str) -> list[list[str]]:
+    return list(commands((REPOSITORY / page).read_text(encoding="utf-8")))
+
+
+def read(words: list[str]) -> None:
+    """Let the command's own code read the ``words`` of its command line, where it trains, plans, evaluates or converts.
+
+    Raises: whatever this code raises for an option or a key that does not exist.
+    """
+    name, rest = words[0], words[1:]
+    if name == "evaluate" and rest[:1] == ["compare"]:
+        comparison_arguments(rest[1:])
+    elif name == "evaluate":
+        load(evaluation_arguments(rest).overrides)
+    elif name == "convert":
+        if rest != ["--list"]:
+            convert_parser().parse_args(rest)
+    elif name in ("train", "plan") or "=" in name:
+        given = [word for word in (rest if name in ("train", "plan") else words) if not word.startswith("--")]
+        load(given)
+
+
+@pytest.mark.parametrize(
+    "page", [page if page in FIRST else pytest.param(page, marks=pytest.mark.full) for page in PAGES]
+)
+def test_every_command_that_a_page_shows_can_be_read(page):
+    for words in shown_on(page):
+        read(words)
+
+
+@pytest.mark.parametrize("page", FIRST)
+def test_a_first_page_shows_how_to_convert_to_train_and_to_measure(page):
+    assert {words[0] for words in shown_on(page)} >= {"convert", "evaluate", "train"}
+
+
+@pytest.mark.parametrize("page", FIRST)
+def test_the_first_training_of_a_first_page_is_for_one_gpu_without_optional_packages(page):
+    first = next(words for words in shown_on(page) if words[0] == "train")
+    config = load(first[1:])
+    parallel = config.parallel
+    assert parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size == 1
+    assert config.cluster.num_gpus is None and needed_packages(config) == []
+
+
+@pytest.mark.parametrize("line", ["selfdistill train data.pth=a", "selfdistill evaluate --hf a --data b --oout c"])
+def test_a_mistyped_command_is_found(line):
+    (words,) = commands(f"```\n{line}   # a comment\n```\n")
+    with pytest.raises((ConfigError, SystemExit)):
+        read(words)
+
+
+ON_A_TINY_MODEL = {
+    "/models/Qwen3-1.7B": "hf",
+    "/checkpoints/qwen3-1.7b": "megatron",
+    "held_out.jsonl": "problems.jsonl",
+    "rollout.max_new_tokens=2048": "rollout.max_new_tokens=8",
+    "num_steps=200": "num_steps=1",
+}
+SHORT_WORDING = "data.teacher_template={problem}H{solution}|"
+
+
+@pytest.mark.full
+def test_the_four_commands_of_a_measurement_run_as_they_stand_on_a_tiny_model(tmp_path):
+    tiny_run.write_data(tmp_path, 4)
+    hf_models.write("qwen3", tmp_path / "hf", vocab_size=23)
+    for path in (tmp_path / "tokenizer").iterdir():
+        shutil.copy(path, tmp_path / "hf" / path.name)
+    text = (DOCS / "quickstart.md").read_text(encoding="utf-8")
+    section = text.partition("## Measure before and after")[2].partition("\n## ")[0]
+    measurement = list(commands(section))
+    assert [words[0] for words in measurement] == ["evaluate", "train", "evaluate", "evaluate"]
+    conversion = ["convert", "hf-to-megatron", "--hf", "hf", "--out", "megatron"]
+    for words in (conversion, *measurement):
+        words = [re.sub("|".join(ON_A_TINY_MODEL), lambda found: ON_A_TINY_MODEL[found[0]], word) for word in words]
+        words += [SHORT_WORDING] if words[0] == "train" else []
+        program = [sys.executable, "-m", "megatron_selfdistill", *words]
+        done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"{words}: {done.stdout}{done.stderr}"
+    assert "greedy_accuracy" in done.stdout and "not the same in both" not in done.stdout
