@@ -15,6 +15,8 @@ from megatron_selfdistill.errors import ConfigError
 class NeededPackage:
     """An optional package that a run imports."""
 
+    name: str
+    """The name of the package in messages."""
     module: str
     extra: str
     """The extra of setup.py that installs the package."""
@@ -29,13 +31,21 @@ class NeededPackage:
 
     @property
     def is_installed(self) -> bool:
-        """Whether this process can import the package, as far as can be said without the import."""
-        return self.module in sys.modules or importlib.util.find_spec(self.module) is not None
+        """Whether this process has the package."""
+        return is_installed(self.module)
 
     @property
     def remedy(self) -> str:
         """The command that installs the package, and the settings that do without."""
         return f"run pip install -e '.[{self.extra}]' in a clone of this project, or {self.instead}"
+
+
+def is_installed(module: str) -> bool:
+    """Return whether this process has ``module``, as far as can be said without the import."""
+    if module in sys.modules:
+        return True
+    found = importlib.util.find_spec(module)
+    return found is not None and found.origin is not None  # a directory of data with this name has no origin
 
 
 def needed_packages(config: Config) -> list[NeededPackage]:
@@ -47,20 +57,20 @@ def require_packages(config: Config) -> None:
     """Raise `ConfigError` if this environment lacks a package that ``config`` needs here."""
     for package in needed_packages(config):
         if package.is_here and not package.is_installed:
-            raise ConfigError(f"{package.reason} needs {package.module} in {package.place}: {package.remedy}")
+            raise ConfigError(f"{package.reason} needs {package.name} in {package.place}: {package.remedy}")
 
 
 def described(config: Config) -> list[str]:
     """Return the lines of a plan about the optional packages of ``config``."""
     packages = needed_packages(config)
     lines = [
-        f"needs {it.module} in {it.place}, because of {it.reason}: {it.remedy}"
-        f"{'' if it.is_installed or not it.is_here else f' (this machine has no {it.module})'}"
+        f"needs {it.name} in {it.place}, because of {it.reason}: {it.remedy}"
+        f"{'' if it.is_installed or not it.is_here else f' (this machine has no {it.name})'}"
         for it in packages
     ]
     if not packages:
         lines.append("needs no optional package")
-    if not any(it.module == "transformer_engine" for it in packages):
+    if not any(it.extra == "te" for it in packages):
         lines[-1] += "; Transformer Engine is used on GPUs if it is installed, and not needed"
     return lines
 
@@ -72,13 +82,13 @@ def _vllm(config: Config) -> list[NeededPackage]:
     reason = f"rollout.engine=vllm with rollout.placement={rollout.placement}"
     in_process = "set rollout.engine=megatron, which samples in process"
     if rollout.placement == "colocated":
-        return [NeededPackage("vllm", "vllm", reason, "the trainer's own environment", True, in_process)]
+        return [NeededPackage("vLLM", "vllm", "vllm", reason, "the trainer's own environment", True, in_process)]
     if rollout.servers or rollout.server_python:
         place = "the environment of its servers"
-        return [NeededPackage("vllm", "vllm", reason, place, False, in_process)]
+        return [NeededPackage("vLLM", "vllm", "vllm", reason, place, False, in_process)]
     instead = f"set rollout.server_python to the Python of an environment with vLLM, or {in_process}"
     place = "the trainer's own environment, whose Python starts the servers"
-    return [NeededPackage("vllm", "vllm", reason, place, True, instead)]
+    return [NeededPackage("vLLM", "vllm", "vllm", reason, place, True, instead)]
 
 
 def _transformer_engine(config: Config) -> list[NeededPackage]:
@@ -91,4 +101,7 @@ def _transformer_engine(config: Config) -> list[NeededPackage]:
     if transformer.get("fp8"):
         found.append((f"model.transformer.fp8={transformer['fp8']}", "do not set model.transformer.fp8"))
     place = "the trainer's own environment"
-    return [NeededPackage("transformer_engine", "te", reason, place, True, instead) for reason, instead in found]
+    return [
+        NeededPackage("Transformer Engine", "transformer_engine", "te", reason, place, True, instead)
+        for reason, instead in found
+    ]

@@ -6,7 +6,6 @@ The code that reads the inputs later has the same messages.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.needed_packages import is_installed
 from megatron_selfdistill.run_data import longest_context
 
 
@@ -131,7 +131,7 @@ def require_loggers(config: Config) -> None:
     for name in config.metrics.loggers:
         if name not in LOGGERS:
             function_named("metrics.loggers", name, {})
-        elif not _is_installed(name):
+        elif not is_installed(name):
             raise ConfigError(
                 f"metrics.loggers: {name} is not installed: pip install {name}, or remove {name} from metrics.loggers"
             )
@@ -149,11 +149,6 @@ def require_functions(config: Config) -> None:
     writer = writers.get(config.data.solutions)
     if writer is not None and is_dotted(getattr(config.hints, writer)):
         function_named(f"hints.{writer}", getattr(config.hints, writer), {})
-
-
-def _is_installed(package: str) -> bool:
-    found = importlib.util.find_spec(package)
-    return found is not None and found.origin is not None  # a directory of data with this name has no origin
 
 
 def _require_wandb_key() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
 
-    selfdistill evaluate --hf Qwen3-8B --data test.jsonl --out results/before --num-samples 16 --pass-at-k 1 4 16
+    selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/before
     selfdistill evaluate --megatron runs/first/checkpoints --iteration 100 --data test.jsonl --out results/after
     selfdistill evaluate compare results/before results/after
 
@@ -18,7 +18,7 @@ key=value changes any key of the trainer: rollout.temperature=0.7, rollout.engin
 optimizer.precision=fp32 (of the weights), seed=1, parallel.tensor_model_parallel_size=2.  The results do not depend on
 the layout.  On several ranks:
 
-    torchrun --nproc-per-node 8 -m megatron_selfdistill evaluate --hf Qwen3-8B --data test.jsonl --out results/before
+    torchrun --nproc-per-node 8 -m megatron_selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results
 """
 """The text of --help."""
 
@@ -66,7 +66,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         default=NUM_SAMPLES,
         metavar="N",
         help="samples per problem, besides a greedy response (default: %(default)s; evaluations within a run take "
-        "evaluation.num_samples, 1 by default, because they stop the training)",
+        "evaluation.num_samples, 1 by default, because the training waits for them)",
     )
     parser.add_argument(
         "--pass-at-k",

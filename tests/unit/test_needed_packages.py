@@ -59,14 +59,14 @@ def test_every_extra_that_a_message_names_is_one_of_the_installation():
 def test_a_missing_package_is_one_message_before_anything_is_built(absent, capsys):
     assert train.main(["rollout.engine=vllm", "data.path=none.jsonl", "data.tokenizer=none", "run_dir=none"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "rollout.engine=vllm with rollout.placement=colocated needs vllm in the trainer's own environment" in line
+    assert "rollout.engine=vllm with rollout.placement=colocated needs vLLM in the trainer's own environment" in line
     assert "pip install -e '.[vllm]' in a clone of this project, or set rollout.engine=megatron" in line
 
 
 def test_a_package_that_is_there_or_that_only_a_server_needs_is_not_missed(absent, monkeypatch):
     require_packages(load([*SERVERS, "rollout.servers=[http://n1:8000]"]))
     config = load(["rollout.engine=vllm"])
-    with pytest.raises(ConfigError, match="needs vllm"):
+    with pytest.raises(ConfigError, match="needs vLLM"):
         require_packages(config)
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     require_packages(config)
@@ -74,10 +74,10 @@ def test_a_package_that_is_there_or_that_only_a_server_needs_is_not_missed(absen
 
 def test_a_plan_says_what_to_install_and_whether_it_is_here(absent):
     (line,) = described(load(["recipe=qwen3_8b"]))
-    assert line.startswith("needs vllm in the trainer's own environment, because of rollout.engine=vllm with")
-    assert "pip install -e '.[vllm]'" in line and "(this machine has no vllm)" in line
+    assert line.startswith("needs vLLM in the trainer's own environment, because of rollout.engine=vllm with")
+    assert "pip install -e '.[vllm]'" in line and "(this machine has no vLLM)" in line
     assert line.endswith("Transformer Engine is used on GPUs if it is installed, and not needed")
     (line,) = described(load([]))
     assert line.startswith("needs no optional package; Transformer Engine is used")
     (line,) = described(load(list(CUT)))
-    assert re.search(r"needs transformer_engine .*'\.\[te\]'", line) and "not needed" not in line
+    assert re.search(r"needs Transformer Engine .*'\.\[te\]'", line) and "not needed" not in line
