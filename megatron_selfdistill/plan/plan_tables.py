@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.needed_packages import described
 from megatron_selfdistill.plan.dry_run import Plan
@@ -57,6 +58,7 @@ def summary(plan: Plan) -> list[str]:
         f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
         f"{plan.pair_order}; "
         f"bubble {plan.schedule.bubble:.1%} of the step",
+        *_visits(plan),
         *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
@@ -65,6 +67,13 @@ def summary(plan: Plan) -> list[str]:
         *_how_full(plan),
         *described(config),
     ]
+
+
+def _visits(plan: Plan) -> list[str]:
+    if plan.num_problems is None:
+        return []
+    what = "turns" if plan.config.logged else "problems"
+    return about_visits(plan.config.num_steps, plan.config.data.global_batch_size, plan.num_problems, what)
 
 
 def _engines(plan: Plan) -> str:

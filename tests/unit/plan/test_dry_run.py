@@ -207,7 +207,7 @@ def test_data_that_is_named_is_read_and_counted(data, tmp_path, capsys):
     overrides = tiny_run.overrides(data, tmp_path / "run", "cluster.num_gpus=2", "dry_run=true")
     assert main(overrides) == 0
     out = capsys.readouterr().out
-    assert "40 problems fit" in out
+    assert "40 problems fit" in out and " visits to 40 problems: " in out
     assert "the teacher's prompt adds 2 tokens of wording (data.teacher_template) and on average " in out
     assert not any(f"{key}=/path" in out for key in ("data.path", "data.tokenizer"))
     assert main([*overrides, "data.max_length=16"]) == EXIT_BAD_INPUT
