@@ -8,7 +8,8 @@ LOCK=tools/tested_versions.txt
 new=$(mktemp)
 {
     sed -n '1,/^\[project\]$/p' "$LOCK"
-    "$VENV/bin/python" -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$//' # torch's build is that of the machine
+    # torch's build is that of the machine, and so are the libraries of CUDA.
+    "$VENV/bin/python" -m pip freeze --exclude-editable | sed 's/+[a-z0-9.]*$//; /^nvidia-/d; /^cuda-/d'
     sed -n '/^\[vllm\]$/,$p' "$LOCK"
 } >"$new"
 cat "$new" >"$LOCK"

@@ -58,7 +58,7 @@ main() {
     fi
     install_torch "$build"
     "$VENV/bin/python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >"$VENV/constraints.txt"
-    if [ -z "$NEWEST" ]; then tested project | sed '/^torch==/d' >>"$VENV/constraints.txt"; fi
+    if [ -z "$NEWEST" ]; then tested project | without_pins_of_torch >>"$VENV/constraints.txt"; fi
     install_megatron_core
     pip_install "the project and its tools" ${NEWEST:+--upgrade --upgrade-strategy eager} \
         --constraint "$VENV/constraints.txt" --no-build-isolation --editable ".[dev]"
@@ -74,6 +74,11 @@ requirements() {
 
 # Prints the tested versions of one environment: a section of the lock.
 tested() { awk -v section="[$1]" '/^\[/ { here = $0 == section; next } here' "$LOCK"; }
+
+# Leaves out torch itself, and triton where torch is a build for CUDA, which names its own version.
+without_pins_of_torch() {
+    if grep -q +cpu "$VENV/constraints.txt"; then sed '/^torch==/d'; else sed '/^torch==/d; /^triton==/d'; fi
+}
 
 say() { echo "[venv] $*"; }
 
