@@ -53,6 +53,7 @@ def make_sampler(
             directory,
             rules,
             rollout,
+            vocab_size=run_data.vocab_size,
             max_length=run_data.max_length,
             run_dir=Path(config.run_dir),
             progress=progress,

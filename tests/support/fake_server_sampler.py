@@ -60,6 +60,7 @@ def sampler(
                     **options,
                 },
             ),
+            vocab_size=models.VOCAB_SIZE,
             max_length=64,
             run_dir=Path(directory),
             progress=progress,

@@ -29,19 +29,24 @@ def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[i
 
 
 def answer_to(
-    body: dict[str, Any], versions: tuple[str, str], vocab_size: int = 50, ends: bool = False, aborted: bool = False
+    body: dict[str, Any],
+    versions: tuple[str, str],
+    vocab_size: int = 50,
+    ends: bool = False,
+    aborted: bool = False,
+    log_prob: float = -0.5,
 ) -> dict[str, Any]:
     """Return the answer of ``/inference/v1/generate`` to a request.
 
     ``versions``: those of the weights at the beginning and at the end of the response; if they differ, all tokens but
     the first come from the second one.  ``ends``: whether the response ends with a stop token of the request, rather
-    than at its greatest length.
+    than at its greatest length.  ``log_prob``: that of every token.
     """
     sampling = body["sampling_params"]
     tokens = tokens_behind(body["token_ids"], sampling["max_tokens"], vocab_size)
     if ends:
         tokens[-1] = sampling["stop_token_ids"][0]
-    content = [{"token_id": token, "logprob": -0.5, "rank": 1, "top_logprobs": []} for token in tokens]
+    content = [{"token_id": token, "logprob": log_prob, "rank": 1, "top_logprobs": []} for token in tokens]
     first, last = versions
     spans = [{"version": first, "start": 0, "end": 1}, {"version": last, "start": 1, "end": len(tokens)}]
     if first == last:
@@ -75,6 +80,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.token = ""
         self.vocab_size = 50
         """The number of tokens that responses consist of."""
+        self.log_prob = -0.5
+        """The log-prob of every token of a response."""
         self.ends = False
         """Whether responses end with a stop token."""
         self.seconds = 0.0
@@ -97,6 +104,12 @@ class FakeVllm(ThreadingHTTPServer):
         """The path that answers with status 500."""
         self.hangs_at = ""
         """The path that never answers."""
+        self.endless_at = ""
+        """The path whose answer never ends: one long number in JSON."""
+        self.drips = False
+        """Whether this answer comes one byte at a time."""
+        self.texts: dict[str, str] = {}
+        """Path, or method of /collective_rpc -> the characters of its answer, or of its result."""
         self.status = 200
         """The HTTP status of responses."""
         self.says = ""
@@ -190,13 +203,27 @@ class _Handler(BaseHTTPRequestHandler):
             fake.calls.append(" ".join([path, *([body["method"]] if path == "/collective_rpc" else [])]))
             while path == fake.hangs_at:
                 time.sleep(0.01)
-            if path == fake.fail_at:
+            if path == fake.endless_at:
+                self._never_end(b"1" if fake.drips else b"1" * 2**16, 0.05 if fake.drips else 0.0)
+            elif path in fake.texts:
+                self._reply(200, fake.texts[path])
+            elif path == "/collective_rpc" and body["method"] in fake.texts:
+                self._reply(200, f'{{"results": [{fake.texts[body["method"]]}]}}')
+            elif path == fake.fail_at:
                 self._reply(500, {"error": {"message": "a test made this path fail"}})
             elif path == "/inference/v1/generate":
                 self._generate(body)
             else:
                 fake.num_aborts += self.path == "/pause?mode=abort"
                 self._reply(200, self._control(path, body))
+
+    def _never_end(self, piece: bytes, pause_s: float) -> None:
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        while self.server.endless_at:
+            self.wfile.write(piece)
+            time.sleep(pause_s)
 
     def _generate(self, body: dict[str, Any]) -> None:
         fake = self.server
@@ -220,7 +247,8 @@ class _Handler(BaseHTTPRequestHandler):
             fake.answered[json.dumps(body["token_ids"])] += 1
             fake.models[body.get("model")] += 1
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
-        answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted=num_aborts < fake.num_aborts)
+        aborted = num_aborts < fake.num_aborts
+        answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
         self._reply(fake.status, fake.says or answer)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
@@ -287,5 +315,6 @@ def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
     finally:
         for server in servers:
             server.together, server.hang_at, server.hangs_at, server.holds, server.paused = 0, 0, "", [], False
+            server.endless_at = ""
             server.shutdown()
             server.server_close()

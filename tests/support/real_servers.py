@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import models
 import torch
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 
@@ -83,6 +84,7 @@ def sampler(
         servers.hf_config,
         FAMILY.rules(MODEL),
         RolloutConfig(engine="vllm", placement="server", servers=servers.addresses, **options),
+        vocab_size=models.VOCAB_SIZE,
         max_length=MAX_LENGTH,
         run_dir=servers.hf_config,
         adapter=adapter,

@@ -117,7 +117,15 @@ def _syncs(
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     sampler = ServerSampler(
-        chunks, llama.grid, directory, llama.rules, rollout, max_length=MAX_LENGTH, run_dir=directory, adapter=adapter
+        chunks,
+        llama.grid,
+        directory,
+        llama.rules,
+        rollout,
+        vocab_size=llama.vocab_size,
+        max_length=MAX_LENGTH,
+        run_dir=directory,
+        adapter=adapter,
     )
     copy = _copy_of(chunks)
     syncs, copies = [], []

@@ -122,6 +122,7 @@ class ColocatedSampler:
             engine_tp=engine_tp,
             guided=self._guided,
             settings=arguments,
+            vocab_size=vocab_size,
             adapter=self._weights.adapter,
         )
 
@@ -223,9 +224,9 @@ class ColocatedSampler:
         return [responses[i] for i in range(len(requests))]
 
     def _check_versions(self, responses: Iterable[Response]) -> None:
-        age, who = WeightAge(self._last_version(), self._max_staleness), f"the vLLM engine of rank {self._grid.rank}"
+        age = WeightAge(self._last_version(), self._max_staleness)
         for response in responses:
-            age.require(response.weight_version, who)
+            age.require(response.weight_version, self._engine.name)
 
     def _last_version(self) -> int:
         if self._version is None:

@@ -65,12 +65,14 @@ class InProcessEngine:
         engine_tp: int,
         guided: bool,
         settings: Mapping[str, Any],
+        vocab_size: int,
         adapter: EngineAdapter | None = None,
     ) -> None:
         """Start the engine on the model of ``directory``'s config.json.
 
         ``ident``: a name that no other run on this machine has, equal on all ranks.  ``settings``: arguments of
-        ``vllm.LLM``, which override the arguments that are set here.  ``adapter``: the adapters of the run, if it has
+        ``vllm.LLM``, which override the arguments that are set here.  ``vocab_size``: number of the model's tokens.
+        ``adapter``: the adapters of the run, if it has
         any; then `load_adapter` comes after `load` and before the first `generate`.
 
         Collectives: process groups over the world; every rank of it builds its engine at the same time. Raises:
@@ -80,7 +82,7 @@ class InProcessEngine:
         global _live
         if _live is not None:
             raise ConfigError("this process has a vLLM engine already: close its sampler before the next one is built")
-        self.rank, self.ident, self._adapter = dist.get_rank(), ident, adapter
+        self.rank, self.ident, self._adapter, self._vocab_size = dist.get_rank(), ident, adapter, vocab_size
         # Only CUDA's virtual memory can be freed and allocated again under the same addresses.
         self.can_sleep = device.type == "cuda"
         arguments = {
@@ -109,13 +111,18 @@ class InProcessEngine:
             )
         _live = self
 
+    @property
+    def name(self) -> str:
+        """The name of the engine in messages."""
+        return f"the vLLM engine of rank {self.rank}"
+
     def generate(
         self, requests: Sequence[EngineRequest], report: Callable[[int], None] = lambda finished: None
     ) -> list[EngineOutput]:
         """Return one output per request, in order.
 
         ``report`` gets the number of finished requests after each pass of the engine.
-        Raises `EngineError` if an output is missing or was aborted.
+        Raises `EngineError` if an output is missing, was aborted, or cannot be true (`possible_output`).
         """
         if not requests:
             return []
@@ -125,7 +132,7 @@ class InProcessEngine:
         if llm.get_weight_version() == _INCOMPLETE:
             # Incomplete weights would fill the KV cache with NaN, which remains after the next update: unused places of
             # the cache are multiplied by 0, and 0 * NaN is NaN.
-            raise EngineError(f"the vLLM engine of rank {self.rank} has a part of its weights: their update has failed")
+            raise EngineError(f"{self.name} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
         adapters = [self._lora_request(request) for request in requests]
@@ -135,14 +142,11 @@ class InProcessEngine:
                 outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
             except Exception as error:
                 self._drop_unfinished()
-                raise EngineError(
-                    f"the vLLM engine of rank {self.rank} failed in mid-batch: {_on_one_line(error)}"
-                ) from error
+                raise EngineError(f"{self.name} failed in mid-batch: {_on_one_line(error)}") from error
         if len(outputs) != len(requests):
-            raise EngineError(
-                f"the vLLM engine of rank {self.rank} was asked for {len(requests)} responses and gave {len(outputs)}"
-            )
-        return [engine_output(output, f"the vLLM engine of rank {self.rank}") for output in outputs]
+            raise EngineError(f"{self.name} was asked for {len(requests)} responses and gave {len(outputs)}")
+        pairs = zip(outputs, requests, strict=True)
+        return [engine_output(output, request, self._vocab_size, self.name) for output, request in pairs]
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the worker extension's method of that name, as `Engine.call` describes."""
@@ -188,11 +192,9 @@ class InProcessEngine:
             try:
                 yield
             except Exception as error:
-                raise EngineError(
-                    f"the vLLM engine of rank {self.rank} refused the weights: {_on_one_line(error)}"
-                ) from error
+                raise EngineError(f"{self.name} refused the weights: {_on_one_line(error)}") from error
             if not llm.reset_prefix_cache():
-                raise EngineError(f"the vLLM engine of rank {self.rank} still uses its prefix cache of older weights")
+                raise EngineError(f"{self.name} still uses its prefix cache of older weights")
             llm.update_weight_version(str(version))
 
     def sleep(self) -> None:
@@ -231,7 +233,7 @@ class InProcessEngine:
 
     def _alive(self) -> Any:
         if self._llm is None:
-            raise EngineError(f"the vLLM engine of rank {self.rank} is closed")
+            raise EngineError(f"{self.name} is closed")
         return self._llm
 
     def _lora_request(self, request: EngineRequest) -> Any:

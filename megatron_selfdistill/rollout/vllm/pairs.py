@@ -13,11 +13,10 @@ computes each half with or without them, in one batch, so that teacher and refer
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import uuid
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,14 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable
-from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, Engine, EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.vllm.engine import (
+    LOG_PROB_ROUNDING,
+    WORKER_EXTENSION,
+    Engine,
+    EngineOutput,
+    EngineRequest,
+)
+from megatron_selfdistill.rollout.vllm.pair_messages import ROLES, PairHalf, PairLog
 
 GUIDED_ENGINE_ARGS: dict[str, Any] = {
     "logits_processors": ["megatron_selfdistill.rollout.vllm.plugin.guided_processor:GuidedProcessor"],
@@ -40,12 +46,11 @@ GUIDED_ENGINE_ARGS: dict[str, Any] = {
 GUIDED_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """Environment of the processes of an engine for guided requests: the second model runner takes no processor."""
 
-ROLES = ("anchor", "teacher")
-"""The roles of the halves of a pair; the anchor is the student or, with target.anchor=reference, the reference."""
-_EXTRA_ARG = "selfdistill_pair"
 # Rounds in which a pair that is sent alone may get no token.  The first round may separate its halves while the prompts
 # are read in chunks; after that the prompts are cached, and only requests of other clients can still separate them.
 _LONE_ATTEMPTS = 10
+# The tokens whose log one answer of an engine may hold, of 16 bytes each, unless a single pair has more.
+_LOGGED_TOKENS = 2**21
 
 
 @dataclass
@@ -60,69 +65,6 @@ class PairCounts:
     """Number of times that a pair was separated and sent again."""
     primed_tokens: int = 0
     """Number of prompt tokens that were read ahead, so that halves start together."""
-
-
-@dataclass(frozen=True)
-class PairHalf:
-    """One half of a pair, as the engine's processor sees it; it travels in ``SamplingParams.extra_args``."""
-
-    pair: str
-    """Name that both halves share, and no other request that the engine ever sees."""
-    role: str
-    """One of `ROLES`."""
-    seed: int
-    """Seed of the request, see `base.sample_seed`."""
-    start: int
-    """Number of tokens of the response that are in the prompt already."""
-    max_tokens: int
-    """Number of tokens that may still come."""
-    stop: int
-    """Token that ends this half when its partner is absent; one of its stop_token_ids."""
-    target: Target
-    """Target from which tokens are sampled."""
-    greedy: bool
-    """Whether each token is the most likely token instead of a sample."""
-
-    def extra_args(self) -> dict[str, Any]:
-        """Return the fields as JSON values, for ``SamplingParams.extra_args``."""
-        return {_EXTRA_ARG: asdict(self)}
-
-    @staticmethod
-    def of(extra_args: Mapping[str, Any] | None) -> PairHalf | None:
-        """Return the half that `extra_args` has encoded; None for a request that is no half.
-
-        Raises ValueError for anything else.
-        """
-        fields = (extra_args or {}).get(_EXTRA_ARG)
-        if fields is None:
-            return None
-        try:
-            half = PairHalf(**{**fields, "target": Target(**fields["target"])})
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"extra_args[{_EXTRA_ARG!r}] must hold the fields of PairHalf; {error}") from error
-        if half.role not in ROLES:
-            raise ValueError(f"the role of a half must be {' or '.join(ROLES)}, got {half.role!r}")
-        return half
-
-
-@dataclass(frozen=True)
-class PairLog:
-    """The record of the engine's processor about a pair whose halves have ended."""
-
-    forced: list[int]
-    """The number of tokens before a forced stop, of anchor and teacher; -1 for a half that ended by itself."""
-    log_probs: np.ndarray
-    """Log-probs ``[n, 3]`` float32 of each sampled token under the anchor, the teacher and the mix, in nats."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the log as JSON values; the numbers are base64, since decimal text would be five times as long."""
-        return {"forced": self.forced, "log_probs": base64.b64encode(self.log_probs.astype("<f4").tobytes()).decode()}
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any]) -> PairLog:
-        """Return the log that `to_json` has encoded."""
-        values = np.frombuffer(base64.b64decode(fields["log_probs"]), dtype="<f4")
-        return PairLog(list(fields["forced"]), values.reshape(-1, 3))
 
 
 def generate_guided(
@@ -149,7 +91,7 @@ def generate_guided(
     counts = PairCounts() if counts is None else counts
     if not requests:
         return []
-    limits = engine.call("guided_limits")
+    limits = _limits(engine)
     _check_lengths(requests, params, limits["max_model_len"])
     counts.pairs += len(requests)
     anchor = "reference" if params.target.is_anchored else "student"
@@ -280,16 +222,39 @@ def _run_round(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, c
         with contextlib.suppress(EngineError):
             engine.call("pop_pair_logs", names)
         raise
-    logs = engine.call("pop_pair_logs", names)
+    logs = _logs(engine, names, params.max_new_tokens)
     counts.rounds += 1
     num_new = 0
-    for index, (pair, stop) in enumerate(zip(batch, stops, strict=True)):
-        if logs[index] is None:
-            raise EngineError("the engine has no log of a guided pair: it was sent more pairs than it can log")
-        log = PairLog.from_json(logs[index])
-        num_new += _take(pair, outputs[2 * index], outputs[2 * index + 1], log, stop, params)
+    for index, (pair, stop, log) in enumerate(zip(batch, stops, logs, strict=True)):
+        num_new += _take(engine.name, pair, outputs[2 * index], outputs[2 * index + 1], log, stop, params)
         counts.repairs += max(log.forced) >= 0
     return num_new
+
+
+def _limits(engine: Engine) -> dict[str, int]:
+    limits = engine.call("guided_limits")
+    wanted = ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens")
+    if not isinstance(limits, dict) or any(type(limits.get(name)) is not int for name in wanted):
+        raise EngineError(f"{engine.name} was to state {', '.join(wanted)} as integers, got {str(limits)[:200]}")
+    return limits
+
+
+def _logs(engine: Engine, names: Sequence[str], max_new_tokens: int) -> list[PairLog]:
+    """Return the log of each pair, in as many answers as keep an answer short."""
+    num_together, logs = max(1, _LOGGED_TOKENS // max_new_tokens), []
+    for first in range(0, len(names), num_together):
+        asked = names[first : first + num_together]
+        found = engine.call("pop_pair_logs", list(asked))
+        try:
+            for _, fields in zip(asked, found, strict=True):
+                if fields is None:
+                    raise EngineError(
+                        f"{engine.name} has no log of a guided pair: it was sent more pairs than it can log"
+                    )
+                logs.append(PairLog.from_json(fields))
+        except (LookupError, TypeError, ValueError) as error:
+            raise EngineError(f"{engine.name} was to return a log of each guided pair: {error}") from error
+    return logs
 
 
 def _half_request(pair: _Pair, name: str, role: str, stop: int, params: SamplingParams) -> EngineRequest:
@@ -318,7 +283,7 @@ def _read_by_student(engine: Engine, pairs: Sequence[_Pair]) -> None:
         log_probs = [*output.prompt_log_probs, *output.log_probs][-count:]
         if output.token_ids != pair.token_ids[-1:] or len(log_probs) != count:
             raise EngineError(
-                f"the engine was to read a response of {count} tokens for the student, and gave {len(log_probs)} "
+                f"{engine.name} was to read a response of {count} tokens for the student, and gave {len(log_probs)} "
                 f"log-probs and the tokens {output.token_ids} in place of {pair.token_ids[-1:]}"
             )
         pair.student_log_probs = log_probs
@@ -343,24 +308,37 @@ def _stop_token(request: Request, params: SamplingParams) -> int:
 def _generate(engine: Engine, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
     outputs = engine.generate(requests)
     if len(outputs) != len(requests):
-        raise EngineError(f"the engine returned {len(outputs)} outputs for {len(requests)} requests")
+        raise EngineError(f"{engine.name} returned {len(outputs)} outputs for {len(requests)} requests")
     return outputs
 
 
 def _take(
-    pair: _Pair, anchor: EngineOutput, teacher: EngineOutput, log: PairLog, stop: int, params: SamplingParams
+    who: str,
+    pair: _Pair,
+    anchor: EngineOutput,
+    teacher: EngineOutput,
+    log: PairLog,
+    stop: int,
+    params: SamplingParams,
 ) -> int:
-    """Append to ``pair`` the tokens that both halves took from one sample; return their number."""
+    """Append to ``pair`` the tokens that both halves took from one sample; return their number.
+
+    Raises: `EngineError`, which begins with ``who``, where the halves and their log do not fit each other.
+    """
     lengths = [
-        _num_own_tokens(role, half, forced)
+        _num_own_tokens(who, role, half, forced)
         for role, half, forced in zip(ROLES, (anchor, teacher), log.forced, strict=True)
     ]
     common = min(lengths)
     tokens = list(anchor.token_ids[:common])
     if tokens != list(teacher.token_ids[:common]) or len(log.log_probs) < common:
         raise EngineError(
-            f"the halves of a guided pair must share {common} tokens and log each; the engine returned different "
+            f"{who} returned halves of a guided pair that must share {common} tokens and log each, with different "
             f"tokens or {len(log.log_probs)} entries: is its processor the one of this version?"
+        )
+    if not np.all(np.isfinite(log.log_probs[:common]) & (log.log_probs[:common] <= LOG_PROB_ROUNDING)):
+        raise EngineError(
+            f"{who} logged log-probs of a guided pair that are NaN, infinite or above 0: are its weights whole?"
         )
     pair.token_ids += tokens
     pair.log_probs.append(log.log_probs[:common])
@@ -371,16 +349,16 @@ def _take(
         pair.finish_reason = "length"
     elif max(log.forced) < 0 and (params.stop_token_ids or tokens[-1:] != [stop]):
         raise EngineError(
-            f"an engine ended both halves of a guided pair ({anchor.finish_reason}, {teacher.finish_reason}) after "
+            f"{who} ended both halves of a guided pair ({anchor.finish_reason}, {teacher.finish_reason}) after "
             f"{len(pair.token_ids)} of {params.max_new_tokens} tokens without a stop token"
         )
     return common
 
 
-def _num_own_tokens(role: str, half: EngineOutput, forced: int) -> int:
+def _num_own_tokens(who: str, role: str, half: EngineOutput, forced: int) -> int:
     if forced >= 0 and len(half.token_ids) != forced + 1:
         raise EngineError(
-            f"the {role}'s half of a guided pair was stopped after {forced} tokens but has {len(half.token_ids)}: "
-            "the engine changed its output"
+            f"{who} changed its output: the {role}'s half of a guided pair was stopped after {forced} tokens but has "
+            f"{len(half.token_ids)}"
         )
     return len(half.token_ids) if forced < 0 else forced

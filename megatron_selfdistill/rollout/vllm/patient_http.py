@@ -22,7 +22,10 @@ _SILENT_TIMEOUT_SECONDS = 10.0
 # The patience with a silent server once a signal has asked the run to end: the same signal may have ended the server,
 # and the run needs the rest of its time for a checkpoint.
 _LEAVING_SECONDS = 15.0
+_MAX_BYTES = 2**26  # of an answer, unless the caller expects a longer one
+_PIECE_BYTES = 2**16
 _LOOKS = 4  # the number of times per timeout that a silent server must state its token count
+_GIVEN_UP = "given up, since another request failed or the sampler was closed"
 _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:\{.*\})? (\S+)", re.MULTILINE)
 
 
@@ -32,7 +35,8 @@ class PatientHttp:
     Any number of threads may use the object at once.  No connection, and silence, are an `EngineError` with the address
     and the cause.  A server is silent when it gives no answer to any request for ``timeout_s`` while an answer is due
     and, where the answer is a response, generates no token either.  After a signal to end (distributed/stop.py), a
-    silence of a few seconds is enough.
+    silence of a few seconds is enough.  An answer that takes longer than ``timeout_s`` from its first byte to its last,
+    and an answer that is too long, are an `EngineError` too.
     """
 
     def __init__(self, address: str, token: str, timeout_s: float) -> None:
@@ -65,13 +69,20 @@ class PatientHttp:
         self._interrupted = threading.Event()
 
     def answer(
-        self, method: str, path: str, body: Any = None, timeout_s: float | None = None, generates: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        timeout_s: float | None = None,
+        generates: bool = False,
+        max_bytes: int = _MAX_BYTES,
     ) -> tuple[int, str]:
         """Return the status and the text of an answer, which is a sign of life.
 
-        ``generates``: whether the server generates tokens for the request.
+        ``generates``: whether the server generates tokens for the request.  ``max_bytes``: the greatest length of the
+        answer.
         """
-        status, text = self._exchange(method, path, body, timeout_s, generates)
+        status, text = self._exchange(method, path, body, timeout_s, generates, max_bytes)
         self._last_sign = time.monotonic()
         return status, text
 
@@ -79,10 +90,19 @@ class PatientHttp:
         """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
         status, text = self._exchange("GET", "/metrics", None, timeout_s)
         counts = _TOKENS.findall(text) if status == 200 else []
-        return sum(map(float, counts)) if counts else None
+        try:
+            return sum(map(float, counts)) if counts else None
+        except ValueError as error:
+            raise EngineError(f"{self.address}: expected numbers of tokens from /metrics: {error}") from error
 
     def _exchange(
-        self, method: str, path: str, body: Any, timeout_s: float | None = None, generates: bool = False
+        self,
+        method: str,
+        path: str,
+        body: Any,
+        timeout_s: float | None = None,
+        generates: bool = False,
+        max_bytes: int = _MAX_BYTES,
     ) -> tuple[int, str]:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if self._silent:
@@ -94,7 +114,7 @@ class PatientHttp:
             connection.request(method, self._url.path + path, payload, self._headers)
             self._wait(connection, timeout_s, interrupted, generates)
             answer = connection.getresponse()
-            status, text = answer.status, answer.read()
+            status, text = answer.status, self._read(answer, timeout_s, interrupted, max_bytes)
         except (OSError, http.client.HTTPException) as error:
             self._silent = self._silent or isinstance(error, TimeoutError)
             raise EngineError(f"{self.address}: {method} {path}: {type(error).__name__}: {error}") from error
@@ -102,6 +122,26 @@ class PatientHttp:
             connection.close()
         self._silent = False
         return status, text.decode(errors="replace")
+
+    def _read(
+        self, answer: http.client.HTTPResponse, timeout_s: float, interrupted: threading.Event, max_bytes: int
+    ) -> bytes:
+        """Return the whole of an answer that has begun."""
+        began, read = time.monotonic(), bytearray()
+        too_long = (answer.length or 0) > max_bytes
+        while not too_long and (piece := answer.read1(_PIECE_BYTES)):
+            read += piece
+            too_long = len(read) > max_bytes
+            patience_s = min(timeout_s, _LEAVING_SECONDS) if stop.asked() else timeout_s
+            if time.monotonic() - began > patience_s:
+                raise TimeoutError(f"no end of the answer within {patience_s:g} s, after {len(read)} bytes")
+            if interrupted.is_set():
+                raise ConnectionAbortedError(_GIVEN_UP)
+        if too_long:
+            raise http.client.HTTPException(f"expected an answer of at most {max_bytes} bytes, got a longer one")
+        if answer.length:
+            raise http.client.IncompleteRead(bytes(read), answer.length)
+        return bytes(read)
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else http.client.HTTPConnection
@@ -126,7 +166,7 @@ class PatientHttp:
                 why = ", and a signal has asked the run to end" if leaving else ""
                 raise TimeoutError(f"no {'token' if generates else 'answer'} within {timeout_s:g} s{why}")
             if interrupted.is_set():
-                raise ConnectionAbortedError("given up, since another request failed or the sampler was closed")
+                raise ConnectionAbortedError(_GIVEN_UP)
             if poll.poll(1000 * min(left, _POLL_SECONDS, timeout_s / _LOOKS)):
                 return
             if generates:

@@ -108,7 +108,7 @@ class ServerBatch:
                 responses = generate_guided(server, requests, self.params, own_counts, self._bare_roles)
                 self._pair_counts.append(own_counts)
             for response in responses:
-                self._age.require(response.weight_version, f"{server.address}:")
+                self._age.require(response.weight_version, server.name)
             return responses
 
         return do

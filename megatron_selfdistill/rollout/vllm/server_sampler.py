@@ -63,6 +63,7 @@ class ServerSampler:
         rules: Sequence[Rule],
         rollout: RolloutConfig,
         *,
+        vocab_size: int,
         max_length: int,
         run_dir: Path,
         progress: Progress = ignore_progress,
@@ -74,7 +75,8 @@ class ServerSampler:
         ``chunks``: the model's chunks on this rank, as built or as wrapped for training.  ``rules``: the model's
         tensors.  ``hf_config``: the directory of the config.json that servers which start here load.  Their logs go to
         ``run_dir/servers``.  The token of servers that run already is in the environment variable
-        SELFDISTILL_SERVER_TOKEN.  ``max_length``: longest prompt plus response, in tokens.
+        SELFDISTILL_SERVER_TOKEN.  ``vocab_size``: number of the model's tokens.  ``max_length``: longest prompt plus
+        response, in tokens.
         ``progress``: called on rank 0 alone, with the responses of all replicas, whenever a server has answered.
         ``adapter``: the adapters of the chunks; then a server gets the weights once, and the factors at each update.
         ``bare_roles``: as for `generate_guided`.
@@ -112,7 +114,10 @@ class ServerSampler:
             )
             addresses = rollout.servers or [server.address for server in self._started]
             adapted = self._weights.adapter is not None
-            servers = [VllmServer(address, token, rollout.timeout_s, adapted=adapted) for address in addresses]
+            servers = [
+                VllmServer(address, token, rollout.timeout_s, vocab_size=vocab_size, adapted=adapted)
+                for address in addresses
+            ]
             self._pool = ServerPool(servers)
             wait_until_healthy(self._started, servers[: len(self._started)], rollout.timeout_s)
             for server in servers:
@@ -255,7 +260,8 @@ class ServerSampler:
         keeping: dict[VllmServer, bool] = dict.fromkeys(servers, False)
 
         def ask(server: VllmServer) -> None:
-            keeping[server] = all(answer["run"] == self._name for answer in server.call_all("frozen_weights"))
+            answers = server.described("frozen_weights", run=str | None)
+            keeping[server] = all(answer["run"] == self._name for answer in answers)
 
         if self._weights.adapter is not None:
             on_each(servers, ask)  # a server that fails now gets everything, or fails again
@@ -377,8 +383,8 @@ def _check(server: VllmServer, max_length: int, adapter: EngineAdapter | None) -
             "server that works on long responses looks as if it hung; start it without this option"
         )
     if adapter is not None:
-        limits = server.call("adapter_limits")
-        if limits["rank"] < adapter.rank or sorted(limits["modules"]) != sorted(adapter.modules):
+        limits = server.described("adapter_limits", rank=int, modules=list)[0]
+        if limits["rank"] < adapter.rank or sorted(map(str, limits["modules"])) != sorted(adapter.modules):
             raise ConfigError(
                 f"the vLLM server {server.address} takes adapters up to rank {limits['rank']} on the modules "
                 f"{limits['modules']}, but this run has other ones: start it with {' '.join(adapter.server_args())}"

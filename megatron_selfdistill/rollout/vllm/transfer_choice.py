@@ -129,7 +129,7 @@ def _first_blind(servers: Sequence[VllmServer], directory: str) -> str | None:
     try:
         with bucket_file(Path(directory), torch.zeros(1, dtype=torch.uint8)) as probe:
             for server in servers:
-                for rank, answer in enumerate(server.call_all("can_read", str(probe))):
+                for rank, answer in enumerate(server.described("can_read", str(probe), can_read=bool, host=str)):
                     if not answer["can_read"]:
                         return str(_Worker(server, rank, answer))
     except OSError as error:

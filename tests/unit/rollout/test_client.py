@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
+import fake_vllm
 import pytest
 from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
 
@@ -31,12 +34,16 @@ def fake() -> Iterator[FakeVllm]:
         yield server
 
 
+def client(address: str, timeout_s: float = 1200.0) -> VllmServer:
+    return VllmServer(address, timeout_s=timeout_s, vocab_size=50)
+
+
 def request_of(*prompt: int, max_tokens: int = 3) -> EngineRequest:
     return EngineRequest(list(prompt), {"max_tokens": max_tokens, "temperature": 0.0})
 
 
 def test_a_response_is_tokens_log_probs_end_and_version(fake):
-    [output] = VllmServer(fake.address).generate([request_of(4, 5)])
+    [output] = client(fake.address).generate([request_of(4, 5)])
     assert output.token_ids == tokens_behind([4, 5], 3)
     assert output.log_probs == [-0.5] * 3
     assert (output.finish_reason, output.weight_version) == ("length", 7)
@@ -45,7 +52,7 @@ def test_a_response_is_tokens_log_probs_end_and_version(fake):
 def test_many_requests_are_in_flight_at_once_and_answers_keep_their_order(fake):
     fake.together = 40
     prompts = [(7 * i % 40, 1) for i in range(40)]
-    outputs = VllmServer(fake.address, timeout_s=20).generate([request_of(*prompt) for prompt in prompts])
+    outputs = client(fake.address, timeout_s=20).generate([request_of(*prompt) for prompt in prompts])
     assert [output.token_ids for output in outputs] == [tokens_behind(list(prompt), 3) for prompt in prompts]
 
 
@@ -79,16 +86,104 @@ OTHER[1]["token_id"] = 60
 def test_half_an_answer_is_an_error(fake, says, why):
     fake.says = says or " "
     with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
-        VllmServer(fake.address).generate([request_of(4, 5)])
+        client(fake.address).generate([request_of(4, 5)])
     assert not isinstance(error.value, RequestRefused)
+
+
+def of_log_probs(value: object) -> list[dict[str, Any]]:
+    return [{**entry, "logprob": value} for entry in CONTENT]
+
+
+def of_token(value: object) -> str:
+    """Return an answer whose last token is ``value``, also where it states the log-prob."""
+    content = [*CONTENT[:2], {**CONTENT[2], "token_id": value}]
+    return changed(token_ids=[*tokens_behind([4, 5], 2), value], logprobs={"content": content})
+
+
+def of_spans(*spans: tuple[object, object]) -> str:
+    return changed(weight_versions=[{"version": "7", "start": start, "end": end} for start, end in spans])
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        (changed(logprobs={"content": of_log_probs(math.nan)}), "log-probs nan, nan, nan, expected numbers of at most"),
+        (changed(logprobs={"content": of_log_probs(-math.inf)}), "log-probs -inf"),
+        (changed(logprobs={"content": of_log_probs(math.inf)}), "log-probs inf"),
+        (changed(logprobs={"content": of_log_probs(3.0)}), "log-probs 3.0, 3.0, 3.0, expected .* weights whole"),
+        (changed(logprobs={"content": of_log_probs(-9999.0)}), "a server writes this number for NaN"),
+        (changed(logprobs={"content": of_log_probs(False)}), "expected one choice"),
+        (changed(logprobs={"content": of_log_probs("-0.5")}), "expected one choice"),
+        (changed(logprobs={"content": of_log_probs(-(10**400))}), "expected one choice"),
+        (of_token(50), "token ids 50, expected 0 to 49: is it an engine of this run's model"),
+        (of_token(10**6), "token ids 1000000, expected"),
+        (of_token(-1), "token ids -1, expected"),
+        (of_token(2**70), "token ids 1180591620717411303424, expected"),
+        (of_token(1.5), "expected one choice"),
+        (of_token(1.0), "expected one choice"),
+        (of_token(True), "expected one choice"),
+        (of_token("1"), "expected one choice"),
+        (of_spans((-5, 10**9)), "tokens -5 to 1000000000, expected spans that cover the 3 tokens"),
+        (of_spans((0, 2)), "0 to 2, expected spans"),
+        (of_spans((0, 2), (1, 3)), "0 to 2, 1 to 3, expected spans"),
+        (of_spans((0, 1), (2, 3)), "0 to 1, 2 to 3, expected spans"),
+        (of_spans((2, 3), (0, 2)), "2 to 3, 0 to 2, expected spans"),
+        (of_spans((0, 5), (5, 2), (2, 3)), "expected spans"),
+        (of_spans((0, 4)), "expected spans"),
+        (of_spans((0, 3.0)), "expected one choice"),
+        (of_spans((False, 3)), "expected one choice"),
+        (changed(finish_reason="stop"), "reason stop and the token 11, expected one of .* stop tokens: 3, 4"),
+        (changed(finish_reason=["stop"]), "expected stop or length"),
+        ("[" * 100_000, "expected JSON"),
+        ('{"choices": ' + "[" * 800 + "]" * 800 + "}", "expected"),
+    ],
+)
+def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, says, why):
+    fake.says = says
+    request = EngineRequest([4, 5], {"max_tokens": 3, "stop_token_ids": [3, 4]})
+    with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
+        client(fake.address).generate([request])
+    assert not isinstance(error.value, RequestRefused), "another server may do the request"
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.0, 5e-4, -9998.0, -7])
+def test_log_probs_are_believed_up_to_their_rounding(fake, value):
+    fake.says = changed(logprobs={"content": of_log_probs(value)})
+    [output] = client(fake.address).generate([request_of(4, 5)])
+    assert output.log_probs == [value] * 3 and type(output.log_probs[0]) is float
+
+
+def test_log_probs_of_a_prompt_are_as_true_as_those_of_a_response(fake):
+    request = EngineRequest([4, 5], {"max_tokens": 3, "prompt_logprobs": 0})
+    for value, why in ((-1.5, None), (math.nan, "log-probs nan"), (2.0, "log-probs 2.0")):
+        fake.says = json.dumps(json.loads(changed()) | {"prompt_logprobs": [None, {"5": {"logprob": value}}]})
+        if why is None:
+            [output] = client(fake.address).generate([request])
+            assert output.prompt_log_probs == [value]
+        else:
+            with pytest.raises(EngineError, match=f"{fake.address}.*{why}"):
+                client(fake.address).generate([request])
+
+
+def test_a_stop_needs_no_stop_token_if_the_request_has_none(fake):
+    fake.says = changed(finish_reason="stop")
+    [output] = client(fake.address).generate([request_of(4, 5)])
+    assert output.finish_reason == "stop"
 
 
 @pytest.mark.parametrize(
     ("versions", "known"), [(["7"], 7), (["7", "8"], 7), (["default"], None), (["7", "loading"], None), ([], None)]
 )
 def test_the_version_is_that_of_the_oldest_weights_if_all_have_one(fake, versions, known):
-    fake.says = changed(weight_versions=[{"version": version, "start": 0, "end": 1} for version in versions])
-    [output] = VllmServer(fake.address).generate([request_of(4, 5)])
+    ends = [*range(1, len(versions)), 3]
+    fake.says = changed(
+        weight_versions=[
+            {"version": version, "start": start, "end": end}
+            for version, start, end in zip(versions, [0, *ends], ends, strict=False)
+        ]
+    )
+    [output] = client(fake.address).generate([request_of(4, 5)])
     assert output.weight_version == known
 
 
@@ -103,7 +198,7 @@ def test_the_version_is_that_of_the_oldest_weights_if_all_have_one(fake, version
 )
 def test_each_version_of_the_weights_has_its_tokens(fake, reported, spans):
     fake.says = changed(weight_versions=[{"version": v, "start": start, "end": end} for v, start, end in reported])
-    [output] = VllmServer(fake.address).generate([request_of(4, 5)])
+    [output] = client(fake.address).generate([request_of(4, 5)])
     assert output.weight_spans == spans
     versions = response_of(output, SamplingParams(max_new_tokens=3)).token_versions
     assert versions == [v for v, count in spans or [(output.weight_version, 3)] for _ in range(count)]
@@ -113,7 +208,7 @@ def test_each_version_of_the_weights_has_its_tokens(fake, reported, spans):
 def test_a_refusal_is_told_from_a_failure(fake, status, kind):
     fake.status, fake.says = status, '{"error": {"message": "too long"}}'
     with pytest.raises(EngineError, match=rf"{fake.address}: .* answered {status}: too long$") as error:
-        VllmServer(fake.address).generate([request_of(4)])
+        client(fake.address).generate([request_of(4)])
     assert type(error.value) is kind
 
 
@@ -127,26 +222,26 @@ def test_a_server_that_is_not_there_is_an_error_with_its_address():
 def test_a_connection_that_ends_without_an_answer_is_an_error(fake):
     fake.die_at = 2
     with pytest.raises(EngineError, match=fake.address):
-        VllmServer(fake.address).generate([request_of(i) for i in range(3)])
+        client(fake.address).generate([request_of(i) for i in range(3)])
 
 
 def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
     fake.hang_at = 1
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"no token within 1 s"):
-        VllmServer(fake.address, timeout_s=1.0).generate([request_of(1), request_of(2)])
+        client(fake.address, timeout_s=1.0).generate([request_of(1), request_of(2)])
     assert 1.0 <= time.monotonic() - started < 30
 
 
 def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
     fake.seconds, fake.gets_on = 4.0, True
     before = watchdog._signs.count
-    assert len(VllmServer(fake.address, timeout_s=3.0).generate([request_of(1), request_of(2)])) == 2
+    assert len(client(fake.address, timeout_s=3.0).generate([request_of(1), request_of(2)])) == 2
     assert watchdog._signs.count > before
 
 
 def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
-    server = VllmServer(fake.address, timeout_s=3.0)
+    server = client(fake.address, timeout_s=3.0)
     fake.seconds, fake.counts = 4.0, False
     done = threading.Event()
 
@@ -177,7 +272,7 @@ def test_the_count_of_tokens_is_of_prompts_and_responses(fake):
 
 def test_waiting_can_be_interrupted(fake):
     fake.hang_at = 1
-    server = VllmServer(fake.address, timeout_s=30)
+    server = client(fake.address, timeout_s=30)
     threading.Timer(0.2, server.interrupt).start()
     started = time.monotonic()
     with pytest.raises(EngineError, match="given up"):
@@ -201,7 +296,7 @@ def preempted(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> Iterator[No
 def test_a_run_that_shall_end_does_not_wait_for_a_server_that_has_fallen_silent(fake, monkeypatch, path):
     """The signal may have ended the engine behind the server."""
     fake.hangs_at = path
-    server, started = VllmServer(fake.address, timeout_s=600), time.monotonic()
+    server, started = client(fake.address, timeout_s=600), time.monotonic()
     with preempted(monkeypatch, 1.0), pytest.raises(EngineError, match="within 1 s, and a signal has asked"):
         server.generate([request_of(1)]) if "generate" in path else server.update_weights(complete="")
     assert 1.0 < time.monotonic() - started < 60
@@ -210,7 +305,71 @@ def test_a_run_that_shall_end_does_not_wait_for_a_server_that_has_fallen_silent(
 def test_a_run_that_shall_end_waits_for_a_server_that_writes_tokens(fake, monkeypatch):
     fake.seconds, fake.gets_on = 4.5, True
     with preempted(monkeypatch, 3.0):
-        assert len(VllmServer(fake.address, timeout_s=600).generate([request_of(1), request_of(2)])) == 2
+        assert len(client(fake.address, timeout_s=600).generate([request_of(1), request_of(2)])) == 2
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    ("path", "text", "ask", "why"),
+    [
+        ("/v1/models", '{"data": "no models"}', VllmServer.max_model_len, "expected data from /v1/models"),
+        ("/v1/models", '{"data": 7}', VllmServer.max_model_len, "expected data"),
+        ("/v1/models", '{"data": ["no model"]}', VllmServer.max_model_len, "expected models"),
+        ("/v1/models", '{"data": [{"max_model_len": "9"}]}', VllmServer.max_model_len, "a number max_model_len"),
+        ("/v1/models", DEEP, VllmServer.max_model_len, "expected JSON"),
+        ("/weight_info", '{"weight_version": {}}', VllmServer.weight_version, "expected weight_version"),
+        ("/weight_info", "7", VllmServer.weight_version, "expected weight_version"),
+        ("/get_world_size", '{"world_size": "many"}', VllmServer.world_size, "expected world_size"),
+        ("/health", DEEP, VllmServer.health, "expected JSON"),
+        ("/metrics", "vllm:prompt_tokens_total many", VllmServer.num_tokens, "expected numbers of tokens"),
+        ("place", '"here"', VllmServer.workers, "expected host, boot_id, .* from place"),
+        ("place", '{"host": "here"}', VllmServer.workers, "expected host, boot_id"),
+        ("frozen_weights", "7", lambda s: s.described("frozen_weights", run=str | None), "expected run from"),
+    ],
+)
+def test_an_answer_of_another_form_is_an_error_with_the_address(fake, path, text, ask, why):
+    fake.texts = {path: text}
+    with pytest.raises(EngineError, match=f"^{fake.address}: .*{why}") as error:
+        ask(VllmServer(fake.address))
+    assert len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/inference/v1/generate", "/metrics"])
+def test_an_answer_without_an_end_is_read_up_to_a_limit(fake, path):
+    fake.endless_at = path
+    server = client(fake.address)
+    ask = {"/v1/models": server.max_model_len, "/metrics": server.num_tokens}.get(
+        path, lambda: server.generate([request_of(4)])
+    )
+    with pytest.raises(EngineError, match=f"^{fake.address}: .*expected an answer of at most [0-9]+ bytes, got a lon"):
+        ask()
+
+
+def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
+    fake.endless_at, fake.drips, started = "/v1/models", True, time.monotonic()
+    with pytest.raises(EngineError, match=rf"{fake.address}: .*no end of the answer within 0.5 s, after \d+ bytes"):
+        VllmServer(fake.address, timeout_s=0.5).max_model_len()
+    assert time.monotonic() - started < 20
+
+
+def test_an_answer_that_breaks_off_is_an_error(fake, monkeypatch):
+    monkeypatch.setattr(fake_vllm._Handler, "send_header", longer_than_it_is)
+    with pytest.raises(EngineError, match=f"{fake.address}: .*IncompleteRead"):
+        VllmServer(fake.address).weight_version()
+
+
+def longer_than_it_is(handler: Any, name: str, value: str) -> None:
+    """Send a header; one that states the length of the answer states 9 bytes more, and ends the connection."""
+    is_length = name == "Content-Length"
+    handler.close_connection = handler.close_connection or is_length
+    BaseHTTPRequestHandler.send_header(handler, name, str(int(value) + 9) if is_length else value)
+
+
+def test_the_limit_grows_with_the_response(fake):
+    [output] = client(fake.address).generate([request_of(4, max_tokens=40_000)])
+    assert len(output.token_ids) == 40_000, "an answer of 3 MB"
 
 
 def test_the_token_is_sent_and_never_shown(fake):

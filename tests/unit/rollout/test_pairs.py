@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,8 +15,10 @@ import pytest
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.vllm import pairs
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, PairHalf, PairLog, generate_guided
+from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 
 PARAMS = SamplingParams(max_new_tokens=30, stop_token_ids=(1, 3))
 GARBAGE = 99
@@ -40,6 +43,8 @@ class PartingEngine:
     ``faults``: the probability that a pair is separated in a round that it shares with other pairs.  Of more than
     ``seats`` pairs none gets a token.
     """
+
+    name = "the engine of this test"
 
     def __init__(self, faults: float = 0.0, seats: int = 1000, **limits: int) -> None:
         self.faults, self.seats = faults, seats
@@ -260,3 +265,53 @@ def test_a_malformed_half_is_refused_and_other_requests_are_none() -> None:
     assert PairHalf.of(None) is None and PairHalf.of({"other": 1}) is None
     with pytest.raises(ValueError, match="must hold the fields of PairHalf"):
         PairHalf.of({"selfdistill_pair": {"pair": "a", "target": {}}})
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, 3.0])
+@pytest.mark.parametrize("column", [0, 1, 2])
+def test_a_log_prob_that_no_model_can_have_is_an_error_with_the_engines_name(column: int, value: float) -> None:
+    class Lying(PartingEngine):
+        def part(self, tokens: list[int], half: PairHalf) -> tuple[PairLog, list[list[int]]]:
+            log, outputs = super().part(tokens, half)
+            log.log_probs[-1, column] = value
+            return log, outputs
+
+    with pytest.raises(EngineError, match=r"^the engine of this test logged log-probs"):
+        generate_guided(Lying(), make_requests(2), PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("method", "answer"),
+    [
+        ("guided_limits", "none"),
+        ("guided_limits", {"max_model_len": "100"}),
+        ("pop_pair_logs", 7),
+        ("pop_pair_logs", ["no log"]),
+        ("pop_pair_logs", []),
+        ("pop_pair_logs", [{"forced": [-1], "log_probs": ""}]),
+        ("pop_pair_logs", [{"forced": ["-1", "-1"], "log_probs": ""}]),
+        ("pop_pair_logs", [{"forced": [-1, -1], "log_probs": "no base64"}]),
+        ("pop_pair_logs", [{"forced": [-1, -1], "log_probs": 5}]),
+        ("pop_pair_logs", [None]),
+    ],
+)
+def test_an_answer_of_another_form_is_an_error_with_the_engines_name(method: str, answer: Any) -> None:
+    class Garbled(PartingEngine):
+        def call(self, called: str, *args: Any) -> Any:
+            return answer if called == method else super().call(called, *args)
+
+    with pytest.raises(EngineError, match=r"^the engine of this test (was to|has no log)"):
+        generate_guided(Garbled(), make_requests(1), PARAMS)
+
+
+def test_logs_come_in_answers_that_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Counting(PartingEngine):
+        def call(self, method: str, *args: Any) -> Any:
+            asked.extend(len(names) for names in args)
+            return super().call(method, *args)
+
+    monkeypatch.setattr(pairs, "_LOGGED_TOKENS", 70)  # a log has at most 30
+    assert_undisturbed(generate_guided(Counting(), make_requests(5), PARAMS))
+    assert asked == [2, 2, 1]

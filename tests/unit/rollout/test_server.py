@@ -7,6 +7,7 @@ Otherwise every rank raises the same message.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -148,6 +149,8 @@ def test_without_a_named_transfer_workers_that_cannot_read_files_get_the_weights
         {"hang_at": 5},
         {"status": 500, "says": "broken"},
         {"says": "{}"},
+        {"log_prob": 3.0},
+        {"log_prob": math.nan},
         {"writes_version": "8"},
         {"restart": True},
     ],

@@ -31,7 +31,8 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm import pairs
 from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, PairHalf, generate_guided
+from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf
+from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.plugin import guided_processor
 from megatron_selfdistill.rollout.vllm.plugin.pair_store import PairStore
 

@@ -31,6 +31,7 @@ def main(run_dir: Path, hf_config: Path) -> None:
             engine_args={"max_num_seqs": 8, "enable_prefix_caching": False},
             timeout_s=600.0,
         ),
+        vocab_size=models.VOCAB_SIZE,
         max_length=MAX_LENGTH,
         run_dir=run_dir,
     )

@@ -36,7 +36,8 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.guided import select_mixed_tokens
-from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, ROLES, PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm.pair_messages import ROLES, PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
 from megatron_selfdistill.rollout.vllm.plugin.pair_store import PairStore
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 

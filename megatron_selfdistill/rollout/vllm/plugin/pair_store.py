@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.rollout.base import sample_uniforms
-from megatron_selfdistill.rollout.vllm.pairs import PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
 
 _BYTES_PER_TOKEN = 12  # of the log, on the device
 _MAX_BYTES = 2**31
