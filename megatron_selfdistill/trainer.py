@@ -40,7 +40,7 @@ from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.report.refresh import ReportRefresh
 from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.factory import sampling_params
+from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
@@ -88,7 +88,7 @@ class Trainer:
             config, self.run_data, self.learner.chunks, grid, self.phases, self.learner.role_weights
         )
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
-        self.guards = Guards(config.guards)
+        self.guards = Guards(config.guards, engines_of(config))
         self.step = 0
         """Optimizer steps done."""
         self.checked = False
@@ -191,7 +191,7 @@ class Trainer:
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
         timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
         self.log.log(self.step, timed | overlap_metrics(timed))
-        for warning in warnings_of(self.config, self.step, metrics):
+        for warning in (*warnings_of(self.config, self.step, metrics), *self.guards.warnings(metrics)):
             self.log.message(warning)
         self.guards.check(self.step, metrics)
         last = self.step == self.config.num_steps

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The guards of a run: numbers that are not finite, and entropy or length far from their values at the start."""
+"""The guards of a run: infinite numbers and NaN, engines that disagree with the trainer, a student that collapses."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import Any
 
 from megatron_selfdistill.config import GuardsConfig
 
+DISTANCE = "sampler/log_prob_mean_abs_diff"
+"""The metric that compares the log-probs of the engine and the trainer."""
+WARNED_DISTANCE = 0.1
+"""The distance in nats per token above which a run warns; rounding in bf16 makes a tenth of it."""
 SILENT_KL = 1e-6
 """The KL in nats per token below which the teacher does not differ from the student."""
 
@@ -21,12 +25,18 @@ class RunUnhealthy(RuntimeError):
 class Guards:
     """The comparison of every step's metrics with their means over the first ``reference_steps`` steps.
 
-    The guards read loss/mean, gradient_norm, entropy/student and response/length_mean; a guard is silent if the run
-    does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
+    The guards read loss/mean, gradient_norm, `DISTANCE`, entropy/student and response/length_mean; a guard is silent if
+    the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
     """
 
-    def __init__(self, config: GuardsConfig) -> None:
-        self.config = config
+    def __init__(self, config: GuardsConfig, engines: str | None = None) -> None:
+        """Make the guards of a run; ``engines``: the engines that sample its responses, as a message names them.
+
+        Without ``engines`` the responses come from elsewhere, and their distance from the trainer is not judged.
+        """
+        self.config, self.engines = config, engines
+        self.has_warned = False
+        """Whether this launch has warned of the distance between the engines and the trainer."""
         self.limits = _limits(config)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -37,9 +47,11 @@ class Guards:
 
         Raises: `RunUnhealthy` at once for a value that is not finite (`check_finite`), or at the ``patience``-th
         consecutive step that violates a limit.  The first ``reference_steps`` finite values of a metric are its
-        reference and are not judged; after these values, NaN violates every limit on the metric.
+        reference and are not judged; after these values, NaN violates every limit on the metric.  The distance
+        between the engines and the trainer needs no reference, so that its first value is judged.
         """
         self.check_finite(step, metrics)
+        self._judge_distance(step, metrics)
         for key in dict.fromkeys(limit.key for limit in self.limits):
             if key not in metrics:
                 continue
@@ -64,6 +76,15 @@ class Guards:
                     "(guards.non_finite=false continues regardless)"
                 )
 
+    def warnings(self, metrics: Mapping[str, float]) -> list[str]:
+        """Return, once a launch, a warning that the engines and the trainer compute different log-probs."""
+        distance = metrics.get(DISTANCE, 0.0)
+        if self.engines is None or self.config.max_log_prob_distance is None or distance <= WARNED_DISTANCE:
+            return []
+        is_first, self.has_warned = not self.has_warned, True
+        expected = f"differ by {distance:.3g} nats on average, expected at most {WARNED_DISTANCE:g}"
+        return [f"warning: {self._disagreement(expected)}"] if is_first else []
+
     def state_dict(self) -> dict[str, Any]:
         """Return the references and counters, with which a resumed run guards as if it had never stopped."""
         return {"sums": dict(self.sums), "counts": dict(self.counts), "violations": dict(self.violations)}
@@ -78,10 +99,34 @@ class Guards:
             self.sums[key] = self.sums.get(key, 0.0) + value
             self.counts[key] = self.counts.get(key, 0) + 1
 
+    def _judge_distance(self, step: int, metrics: Mapping[str, float]) -> None:
+        largest = self.config.max_log_prob_distance
+        if self.engines is None or largest is None or DISTANCE not in metrics:
+            return
+        in_a_row = self._in_a_row("max_log_prob_distance", not metrics[DISTANCE] <= largest)  # NaN is too large
+        if in_a_row >= self.config.patience:
+            expected = f"have differed by more than {largest:g} nats on average for {in_a_row} steps"
+            raise RunUnhealthy(
+                f"step {step}: {self._disagreement(f'{expected}, now by {metrics[DISTANCE]:.3g}')} "
+                "(guards.max_log_prob_distance=null turns this guard off)"
+            )
+
+    def _disagreement(self, how: str) -> str:
+        return (
+            f"the log-probs that {self.engines} and the trainer give the sampled tokens {how} ({DISTANCE}): the engine "
+            "has old weights, or another model, tokenizer or precision than the trainer; compare its version and its "
+            "config.json with those of the run, and start it anew; if responses are sampled ahead, lower "
+            "rollout.max_staleness or optimizer.lr"
+        )
+
+    def _in_a_row(self, option: str, violated: bool) -> int:
+        """Count a step that violates the limit of ``option``, or one that does not; return the present count."""
+        self.violations[option] = self.violations.get(option, 0) + 1 if violated else 0
+        return self.violations[option]
+
     def _judge(self, step: int, limit: _Limit, value: float) -> None:
         reference = self.sums[limit.key] / self.counts[limit.key]
-        in_a_row = self.violations.get(limit.option, 0) + 1 if limit.violated(value, reference) else 0
-        self.violations[limit.option] = in_a_row
+        in_a_row = self._in_a_row(limit.option, limit.violated(value, reference))
         if in_a_row >= self.config.patience:
             side = "below" if limit.is_minimum else "above"
             raise RunUnhealthy(

@@ -10,6 +10,7 @@ import torch
 
 from megatron_selfdistill.config import Config, TargetConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import first_few
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Progress, Sampler, SamplingParams, ignore_progress
 from megatron_selfdistill.rollout.guided import RoleWeights
@@ -74,6 +75,20 @@ def make_sampler(
         adapter=config.adapter,
         bare_roles=bare_roles(config),
     )
+
+
+def engines_of(config: Config) -> str | None:
+    """Return the engines that sample the responses of a run, as a message names them; None where nothing samples."""
+    rollout = config.rollout
+    if rollout.replay is not None:
+        return None
+    if rollout.engine == "megatron":
+        return "the sampler in process (rollout.engine=megatron)"
+    if rollout.placement == "colocated":
+        return "the vLLM engines on the trainer's ranks"
+    if rollout.servers:
+        return f"the vLLM servers {first_few(rollout.servers, ', ')}"
+    return f"the vLLM servers of this run, with logs in {config.run_dir}/servers,"
 
 
 def bare_roles(config: Config) -> tuple[str, ...]:

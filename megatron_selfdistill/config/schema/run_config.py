@@ -224,6 +224,9 @@ class GuardsConfig:
     start."""
     max_teacher_cross_entropy: float | None = None
     """Largest cross-entropy of the teacher on the first responses, in nats per token, at the start."""
+    max_log_prob_distance: float | None = 1.0
+    """Largest mean distance, in nats per token, between the log-probs that the engine and the trainer give the sampled
+    tokens (sampler/log_prob_mean_abs_diff).  The run warns above 0.1 nats."""
     non_finite: bool = True
     """Whether the run stops at a loss or gradient norm that is NaN or infinite; the step is not applied."""
     reference_steps: int = 5
@@ -243,6 +246,7 @@ class GuardsConfig:
     def __post_init__(self) -> None:
         normalise("guards", self)
         at_least(1, "guards", self, "reference_steps patience")
+        at_least(0, "guards", self, "max_log_prob_distance")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from megatron_selfdistill.config import Config, GuardsConfig
+from megatron_selfdistill.config import Config, GuardsConfig, RolloutConfig
 from megatron_selfdistill.metrics.guards import (
     Guards,
     RunUnhealthy,
@@ -18,6 +18,7 @@ from megatron_selfdistill.metrics.guards import (
     check_teacher_canary,
     warning_of_a_silent_teacher,
 )
+from megatron_selfdistill.rollout.factory import engines_of
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)
 HEALTHY = {"loss/mean": 0.1, "gradient_norm": 1.0, "entropy/student": 0.06, "response/length_mean": 22.0}
@@ -84,6 +85,70 @@ def test_a_tiny_entropy_may_rise_by_many_times():
 def test_length_collapse_stops_after_patience():
     step, message = stopped_at(Guards(CONFIG), lengths(22, 22, 22, 5, 5))
     assert step == 4 and "length collapse" in message
+
+
+ENGINES = "the vLLM servers http://node7:8000"
+
+
+def distances(*values: float) -> list[dict[str, float]]:
+    return [{"sampler/log_prob_mean_abs_diff": value} for value in values]
+
+
+@pytest.mark.parametrize("value", [1.1, 23.9, math.inf, math.nan])
+def test_an_engine_that_computes_another_model_stops_the_run_after_patience_from_the_first_step(value):
+    step, message = stopped_at(Guards(CONFIG, ENGINES), distances(value, value, value))
+    assert step == 1, "the distance needs no reference"
+    assert ENGINES in message and "old weights, or another model, tokenizer" in message
+    assert f"more than 1 nats on average for 2 steps, now by {value:.3g} (sampler/log_prob_mean_abs_diff)" in message
+    assert "guards.max_log_prob_distance=null" in message
+
+
+@pytest.mark.parametrize(
+    ("guards", "values"),
+    [
+        (Guards(CONFIG, ENGINES), [1.0] * 9),
+        (Guards(CONFIG, ENGINES), [9.0, 0.01] * 5),
+        (Guards(dataclasses.replace(CONFIG, max_log_prob_distance=30.0), ENGINES), [23.9] * 9),
+        (Guards(dataclasses.replace(CONFIG, max_log_prob_distance=None), ENGINES), [23.9] * 9),
+        (Guards(CONFIG), [23.9] * 9),
+    ],
+    ids=["at the limit", "not in a row", "another limit", "off", "not sampled by an engine of the run"],
+)
+def test_other_distances_do_not_stop_the_run(guards, values):
+    assert stopped_at(guards, distances(*values)) is None
+
+
+def test_an_engine_that_disagrees_is_warned_of_once():
+    guards = Guards(CONFIG, ENGINES)
+    warnings = [guards.warnings(metrics) for metrics in distances(0.1, 0.11, 0.12, 0.01, 0.5)]
+    assert [len(each) for each in warnings] == [0, 1, 0, 0, 0]
+    assert ENGINES in warnings[1][0] and "differ by 0.11 nats on average, expected at most 0.1 (samp" in warnings[1][0]
+    [about_nan] = Guards(CONFIG, ENGINES).warnings({"sampler/log_prob_mean_abs_diff": math.nan})
+    assert "differ by nan" in about_nan
+    assert Guards(CONFIG, ENGINES).warnings({}) == Guards(CONFIG).warnings(*distances(9.0)) == []
+    assert Guards(dataclasses.replace(CONFIG, max_log_prob_distance=None), ENGINES).warnings(*distances(9.0)) == []
+
+
+def test_the_distance_is_judged_by_the_violations_of_a_checkpoint():
+    before, after = Guards(CONFIG, ENGINES), Guards(CONFIG, ENGINES)
+    assert stopped_at(before, distances(9.0)) is None
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert stopped_at(after, distances(9.0)) is not None
+
+
+@pytest.mark.parametrize(
+    ("rollout", "engines"),
+    [
+        ({}, "the sampler in process"),
+        ({"engine": "vllm"}, "the vLLM engines on the trainer's ranks"),
+        ({"engine": "vllm", "placement": "server", "servers": ["http://a:1", "http://b:2"]}, "http://a:1, http://b:2"),
+        ({"engine": "vllm", "placement": "server", "num_servers": 2}, "with logs in runs/x/servers"),
+        ({"replay": "responses.jsonl"}, None),
+    ],
+)
+def test_a_message_names_the_engines_unless_the_responses_are_those_of_another_run(rollout, engines):
+    named = engines_of(dataclasses.replace(Config(), rollout=RolloutConfig(**rollout), run_dir="runs/x"))
+    assert named is None if engines is None else engines in str(named)
 
 
 def test_a_violation_that_ends_before_patience_is_forgiven():
