@@ -220,8 +220,8 @@ def test_doctor_knows_the_versions_that_are_needed(use):
 @pytest.mark.skipif(HAS_VLLM, reason="vLLM is installed here: the server would start")
 def test_serve_says_that_it_needs_vllm(use):
     done = use("serve")
-    assert done.status == 1 and "Traceback" not in done.stderr
-    assert "this server needs vLLM" in done.stderr and "megatron_selfdistill[vllm]" in done.stderr
+    assert done.status == 2 and "Traceback" not in done.stderr
+    assert "this server needs vLLM" in done.stderr and "in its clone: pip install -e '.[vllm]'" in done.stderr
 
 
 def test_without_any_other_package_the_doctor_reports_and_other_commands_name_it(bare, tmp_path):

@@ -252,7 +252,7 @@ def test_another_interface_than_loopback_needs_a_token(servers, more):
     command = [os.environ["SELFDISTILL_VLLM_PYTHON"], "-m", "megatron_selfdistill.rollout.vllm.server.serve"]
     command += [f"--hf-config={servers.reach.hf_config}", *more]
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-    assert ended.returncode == 1
+    assert ended.returncode == 2
     assert ended.stderr.strip().splitlines()[-1].endswith("or use --host 127.0.0.1")
 
 

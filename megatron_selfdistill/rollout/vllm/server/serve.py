@@ -29,7 +29,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
 from megatron_selfdistill.rollout.vllm.server.process_watch import when_ended
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Serve until SIGTERM or SIGINT, or until the parent process or another node of the server has ended.
 
     The parent process is named by the environment variable SELFDISTILL_SERVER_PARENT.  A server that ends drops the
-    requests that it cannot answer within seconds.
+    requests that it cannot answer within seconds.  A command that cannot be served ends with exit status 2.
     """
     own, vllm_arguments = _split(sys.argv[1:] if argv is None else list(argv))
     options = parser().parse_args(own)
@@ -222,7 +222,7 @@ def _why_no_vllm() -> str | None:
         return None
     return (
         f"this server needs vLLM, and {sys.executable} has none: start it with the Python of an environment that has "
-        'both, or pip install "megatron_selfdistill[vllm]"'
+        "both, or install vLLM beside this package, in its clone: pip install -e '.[vllm]'"
     )
 
 
@@ -264,7 +264,12 @@ def _why_not_parsed(options: argparse.Namespace, parsed: argparse.Namespace, vis
 
 def _refuse(refusal: str | None) -> None:
     if refusal:
-        sys.exit(refusal)
+        _exit_for_bad_input(refusal)
+
+
+def _exit_for_bad_input(message: str) -> NoReturn:
+    print(f"selfdistill serve: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def _command_line_of_vllm() -> tuple[Callable[..., Any], Callable[..., Any], Callable[[], None]]:
@@ -310,7 +315,7 @@ def _set_environment(options: argparse.Namespace) -> None:
         try:
             network = network_environment(_node(options))
         except OSError as error:
-            sys.exit(f"--master-addr {options.master_addr} cannot be reached: {error}")
+            _exit_for_bad_input(f"--master-addr {options.master_addr} cannot be reached: {error}")
         for name, value in network.items():
             os.environ.setdefault(name, value)
 
