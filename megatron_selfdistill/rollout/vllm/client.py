@@ -131,8 +131,7 @@ class VllmServer:
 
         Before the first of these calls the version may be any word.
         """
-        version: str = self._field("/weight_info", "weight_version", str, timeout_s)
-        return version
+        return str(self._field("/weight_info", "weight_version", str | int | None, timeout_s))
 
     def world_size(self) -> int:
         """Return the number of this server's workers."""
@@ -206,7 +205,7 @@ class VllmServer:
 
     def _field(self, path: str, name: str, kind: Any, timeout_s: float | None = None) -> Any:
         answer = self._ask("GET", path, timeout_s=timeout_s)
-        if not isinstance(answer, dict) or not isinstance(answer.get(name), kind):
+        if not isinstance(answer, dict) or name not in answer or not isinstance(answer[name], kind):
             raise self._error(f"expected {name} from {path}, got {_shown(answer)}")
         return answer[name]
 

@@ -49,8 +49,8 @@ GUIDED_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 # Rounds in which a pair that is sent alone may get no token.  The first round may separate its halves while the prompts
 # are read in chunks; after that the prompts are cached, and only requests of other clients can still separate them.
 _LONE_ATTEMPTS = 10
-# The tokens whose log one answer of an engine may hold, of 16 bytes each, unless a single pair has more.
-_LOGGED_TOKENS = 2**21
+# The tokens whose log one answer of an engine may hold, unless a single pair has more: 2 MiB from each of its workers.
+_LOGGED_TOKENS = 2**17
 
 
 @dataclass

@@ -22,7 +22,8 @@ _SILENT_TIMEOUT_SECONDS = 10.0
 # The patience with a silent server once a signal has asked the run to end: the same signal may have ended the server,
 # and the run needs the rest of its time for a checkpoint.
 _LEAVING_SECONDS = 15.0
-_MAX_BYTES = 2**26  # of an answer, unless the caller expects a longer one
+# The greatest length of an answer unless the caller states another one: the longest are results of all workers.
+_MAX_BYTES = 2**27
 _PIECE_BYTES = 2**16
 _LOOKS = 4  # the number of times per timeout that a silent server must state its token count
 _GIVEN_UP = "given up, since another request failed or the sampler was closed"

@@ -321,6 +321,7 @@ DEEP = "[" * 100_000
         ("/v1/models", DEEP, VllmServer.max_model_len, "expected JSON"),
         ("/weight_info", '{"weight_version": {}}', VllmServer.weight_version, "expected weight_version"),
         ("/weight_info", "7", VllmServer.weight_version, "expected weight_version"),
+        ("/weight_info", "{}", VllmServer.weight_version, "expected weight_version"),
         ("/get_world_size", '{"world_size": "many"}', VllmServer.world_size, "expected world_size"),
         ("/health", DEEP, VllmServer.health, "expected JSON"),
         ("/metrics", "vllm:prompt_tokens_total many", VllmServer.num_tokens, "expected numbers of tokens"),
