@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 """The descriptions of quantised weights, which are not copied: converted weights are not quantised."""
 _MAX_ASSET_BYTES = 256 * 2**20
+_MOST_LEVELS = 50
 
 
 @dataclass(frozen=True)
@@ -114,14 +115,31 @@ def read_config(directory: Path) -> dict[str, Any]:
     directory = Path(directory)
     file = directory / CONFIG
     try:
-        config = json.loads(contained(directory, CONFIG).read_text())
+        config = json.loads(contained(directory, CONFIG).read_text(encoding="utf-8"))
+        too_deep = _is_deep(config)
     except FileNotFoundError:
         raise CheckpointError(f"{directory} is not a Hugging Face directory: it has no config.json") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise CheckpointError(f"{file} is nested more than {_MOST_LEVELS} levels deep: expected a model's config.json")
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, expected a JSON object")
     return config
+
+
+def _is_deep(value: Any) -> bool:
+    """Return whether objects and lists hold one another on more than `_MOST_LEVELS` levels."""
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _entries(outer)]
+    return bool(level)
+
+
+def _entries(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> list[str]:
