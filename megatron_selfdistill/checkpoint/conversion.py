@@ -45,6 +45,7 @@ from megatron_selfdistill.model.architecture import padded_vocab_size
 from megatron_selfdistill.model.hf.mapping import (
     Family,
     Rule,
+    check_counts,
     check_names,
     check_shapes,
     dequantise_blocks,
@@ -194,8 +195,9 @@ def _read_hf(hf: Path) -> tuple[ModelConfig, list[Rule], WeightsDirectory]:
     """Return the model of a Hugging Face directory, the rules of its tensors, and the tensors, after all checks."""
     config = read_config(hf)
     family = family_of(config)
-    model = family.model_config(config)
     tensors = dequantised(open_weights_directory(hf))
+    check_counts(family, config, tensors.tensors)
+    model = family.model_config(config)
     shapes = {name: tensor.shape for name, tensor in tensors.tensors.items()}
     carried = carried_rules(family, shapes)
     rules = check_names([*family.rules(model), *carried], shapes)

@@ -24,7 +24,7 @@ from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpo
 from megatron_selfdistill.checkpoint.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.model.hf.mapping import Family, family_of, family_of_model
+from megatron_selfdistill.model.hf.mapping import Family, check_counts, family_of, family_of_model
 
 HF_ASSETS = "huggingface"
 """The subdirectory of a Megatron checkpoint with the config.json, tokenizer and generation files of its source."""
@@ -150,6 +150,7 @@ def _describe_hf(path: Path) -> dict[str, str]:
     sizes: dict[torch.dtype, int] = {}
     for tensor in tensors.values():
         sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    check_counts(family, config, tensors)
     lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes)}
     return lines | _describe_model(family.model_config(config), family)
 

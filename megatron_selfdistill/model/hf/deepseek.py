@@ -100,6 +100,7 @@ DEEPSEEK_V3 = Family(
         "moe_layer_freq": None,
         "num_nextn_predict_layers": 1,
     },
+    published_types=("kimi_k2",),
     models="DeepSeek-V3, V3.1 and R1; Kimi-K2; Moonlight",
     limits="`scoring_func=sigmoid`, `topk_method=noaux_tc`, `norm_topk_prob=true`, `moe_layer_freq=1`; no 4-bit "
     "weights",

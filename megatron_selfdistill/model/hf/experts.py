@@ -40,7 +40,7 @@ def _read_qwen3_moe(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (False, None), "biases are not known here")
     transformer = window_keys(config, every_layer_if_used(config))
     transformer |= sparse_layers(config, otherwise=": call it Qwen3ForCausalLM") | softmax_router(config)
-    num_experts = config.values.get("num_local_experts") or config["num_experts"]  # transformers 5 renames it
+    num_experts = config.given("num_local_experts") or config["num_experts"]  # transformers 5 renames it
     return read_common(
         config,
         qk_layernorm=True,

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.attention_windows import windowed_layers
+from megatron_selfdistill.model.hf.config_fields import checked, shown
 from megatron_selfdistill.model.hf.decoder import TensorNames, decoder_rules
 from megatron_selfdistill.model.hf.rules import Rule
 
@@ -22,19 +23,25 @@ class HFConfig:
         self.architecture, self.values, self.defaults = architecture, values, defaults
         self.asked: set[str] = set()
         """The keys that were asked for."""
+        self.owner = f"config.json of {architecture}"
+        """The beginning of a message about this file."""
 
     def __getitem__(self, key: str) -> Any:
         self.asked.add(key)
         if key in self.values:
-            return self.values[key]
+            return checked(key, self.values[key], self.owner)
         if key in self.defaults:
             return self.defaults[key]
-        raise ConfigError(f"config.json of {self.architecture} has no {key}")
+        raise ConfigError(f"{self.owner} has no {key}")
+
+    def given(self, key: str) -> Any:
+        """Return the value of ``key`` in the config.json itself; None where it has none."""
+        return self[key] if key in self.values else None
 
     def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
         """Raise ConfigError for a value of ``key`` that is not in ``allowed``; ``otherwise`` ends the message."""
         if self[key] not in allowed:
-            raise ConfigError(f"config.json of {self.architecture} has {key}={self[key]!r}: {otherwise}")
+            raise ConfigError(f"{self.owner} has {key}={shown(self[key])}: {otherwise}")
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class Family:
     architecture: str
     """The name in ``architectures`` of config.json, such as ``LlamaForCausalLM``."""
     model_type: str
-    """The ``model_type`` of config.json, such as ``llama``."""
+    """The ``model_type`` of config.json, such as ``llama``, by which transformers chooses the class."""
     read: Callable[[HFConfig], ModelConfig]
     """A function that reads every field that changes logits, and refuses values that Megatron cannot compute."""
     write: Callable[[dict[str, Any]], dict[str, Any]]
@@ -61,6 +68,8 @@ class Family:
     """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
     quantizations: tuple[str, ...] = ("fp8",)
     """The ``quant_method`` of the published weights that the converter can dequantise."""
+    published_types: tuple[str, ...] = ()
+    """Further values of ``model_type``, unknown to transformers, with which models of this family are published."""
     text_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     """A function from the config.json of a model with further parts to that of its text model; null without them."""
     carried: tuple[str, ...] = ()
@@ -71,8 +80,11 @@ class Family:
 
         Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
         """
-        _require_known_quantization(hf_config, self)
-        return self.read(HFConfig(self.architecture, hf_config, self.defaults))
+        config = HFConfig(self.architecture, hf_config, _OF_EVERY_FAMILY | self.defaults)
+        _require_known_quantization(config, self)
+        config.require("is_causal", (True, None), "Megatron's attention is causal")
+        config.require("per_layer_config", (None, {}), "Megatron has one configuration for all layers")
+        return self.read(config)
 
     def hf_config(
         self, model: ModelConfig, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
@@ -108,6 +120,8 @@ class Family:
         """
         return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names, stacked)]
 
+
+_OF_EVERY_FAMILY = {"quantization_config": None, "is_causal": None, "per_layer_config": None}
 
 _NO_PART_OF_A_MODEL = {
     *"provider make_vocab_size_divisible_by init_method_std transformer".split(),
@@ -253,11 +267,14 @@ def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
     return "; ".join(f"{name} would be {a!r} but the model has {b!r}" for name, (a, b) in differing.items())
 
 
-def _require_known_quantization(hf_config: Mapping[str, Any], family: Family) -> None:
-    quantization = hf_config.get("quantization_config")
+def _require_known_quantization(config: HFConfig, family: Family) -> None:
+    quantization = config["quantization_config"]
     if quantization is None:
         return
-    method, block = quantization.get("quant_method"), quantization.get("weight_block_size")
+    method, block = (
+        checked(name, quantization.get(name), config.owner, "quantization_config")
+        for name in ("quant_method", "weight_block_size")
+    )
     known = method in family.quantizations
     if known and method == "mxfp4":
         return

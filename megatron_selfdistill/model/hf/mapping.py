@@ -11,7 +11,7 @@ The functions read no files, know no ranks and compute nothing: Megatron shards 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
@@ -32,6 +32,7 @@ from megatron_selfdistill.model.hf import (
     seed_oss,
     smollm,
 )
+from megatron_selfdistill.model.hf.config_fields import checked
 from megatron_selfdistill.model.hf.family import Family, architecture, describe_differences, differences
 from megatron_selfdistill.model.hf.nearest import describe_nearest, why_unknown
 from megatron_selfdistill.model.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks, passthrough_layer
@@ -44,6 +45,7 @@ __all__ = [
     "MegatronSlice",
     "Rule",
     "architecture",
+    "check_counts",
     "check_names",
     "check_shapes",
     "dequantise_blocks",
@@ -86,25 +88,50 @@ TIED = ("lm_head.weight", "model.embed_tokens.weight")
 """The two names of tied weights.  A directory may lack the first weight, which must equal the second one."""
 
 _SCALES = "_scale_inv"
+_COUNTED = (
+    *"num_hidden_layers num_experts num_local_experts n_routed_experts".split(),
+    *"num_nextn_predict_layers num_mtp_layers".split(),
+)
+"""The fields of config.json that count layers and experts, each of which has tensors of its own."""
 
 
 def family_of(hf_config: Mapping[str, Any]) -> Family:
     """Return the family of a config.json by its ``architectures``, else by its ``model_type``.
 
-    Raises: ConfigError with the nearest known architecture and the differences.
+    Raises: ConfigError with the nearest known architecture and the differences, and for a ``model_type`` of another
+    model.
     """
-    named = list(hf_config.get("architectures") or [])
+    named = list(checked("architectures", hf_config.get("architectures")) or [])
+    model_type = checked("model_type", hf_config.get("model_type"))
     for name in named:
         if name in FAMILIES:
+            _require_type(hf_config, FAMILIES[name], model_type)
             return FAMILIES[name]
     if not named:
         for family in FAMILIES.values():
-            if family.model_type == hf_config.get("model_type"):
+            if family.model_type == model_type:
                 return family
-    got = ", ".join(named) or f"model_type {hf_config.get('model_type')!r}"
+    got = ", ".join(named) or f"model_type {model_type!r}"
     raise ConfigError(
         f"config.json has {got}, which is not known here{why_unknown(named)}: "
         f"{describe_nearest(hf_config, FAMILIES.values())} (`selfdistill convert --list` shows what converts)"
+    )
+
+
+def _require_type(hf_config: Mapping[str, Any], family: Family, model_type: str | None) -> None:
+    """Raise ConfigError if transformers, which goes by ``model_type``, takes another class than that of ``family``.
+
+    A model with code of its own (``auto_map``) may have a type of its own.
+    """
+    if model_type in (None, family.model_type, *family.published_types):
+        return
+    others = [other.architecture for other in FAMILIES.values() if other.model_type == model_type]
+    if hf_config.get("auto_map") and not others:
+        return
+    instead = f", or {others[0]} in architectures" if others else ""
+    raise ConfigError(
+        f"config.json has {family.architecture} in architectures and model_type={model_type!r}, by which transformers "
+        f"chooses another model: expected model_type={family.model_type!r}{instead}"
     )
 
 
@@ -154,6 +181,19 @@ def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
 def tied_output_layer(embedding: str) -> str:
     """Return the name of the output layer that shares its weights with the embedding of this name (`TIED`)."""
     return embedding.removesuffix(TIED[1]) + TIED[0]
+
+
+def check_counts(family: Family, hf_config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raise ConfigError for a config.json with more layers or experts than tensors, before they are enumerated."""
+    if family.text_config is not None:
+        hf_config = family.text_config(hf_config)
+    counted = _COUNTED[:1] if family.tensor_names.fused else _COUNTED
+    for name in counted:
+        count = checked(name, hf_config[name]) if hf_config.get(name) is not None else 0
+        if count > len(names):
+            raise ConfigError(
+                f"config.json has {name}={count}, but only {len(names)} tensors: expected at least one for each"
+            )
 
 
 def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) -> None:

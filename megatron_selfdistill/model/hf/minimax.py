@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.config_fields import checked
 from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.experts import require_experts
@@ -50,10 +51,11 @@ def _with_share(config: HFConfig) -> HFConfig:
 
     Raises: ConfigError where both are given and differ, because programs disagree on which of them counts.
     """
-    width, channels = config["rotary_dim"], config["head_dim"]
+    width, channels = config["rotary_dim"], config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
     if width is None:
         return config
-    given = (config["rope_parameters"] or {}).get("partial_rotary_factor") or config["partial_rotary_factor"]
+    within = (config["rope_parameters"] or {}).get("partial_rotary_factor")
+    given = checked("partial_rotary_factor", within, config.owner, "rope_parameters") or config["partial_rotary_factor"]
     if given is not None and int(channels * given) != width:
         raise ConfigError(
             f"config.json has rotary_dim={width} and partial_rotary_factor={given}, which is {int(channels * given)} "

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from megatron_selfdistill.errors import ConfigError, first_few
+from megatron_selfdistill.model.hf.config_fields import shown
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 
 _WITHOUT_LOGITS = {
@@ -82,6 +83,6 @@ def _differences(hf_config: Mapping[str, Any], family: Family) -> list[str]:
     except ConfigError as error:
         refusal = [f"what {family.architecture} refuses ({error})"]
     known = config.asked | family.defaults.keys() | _WITHOUT_LOGITS | _ALWAYS_READ
-    fields = [f"{name}={value!r}" for name, value in sorted(hf_config.items()) if name not in known and value]
+    fields = [f"{name}={shown(value)}" for name, value in sorted(hf_config.items()) if name not in known and value]
     experts = [any("expert" in name for name in keys) for keys in (hf_config, family.defaults)]
     return fields + (["experts"] if experts[0] != experts[1] else []) + refusal

@@ -18,11 +18,6 @@ from megatron_selfdistill.model.hf.sliding_windows import SLIDING, every_layer, 
 def _read(config: HFConfig) -> ModelConfig:
     _refuse_windows(config)
     config.require("qkv_bias", (True, False), "expected true or false")
-    shared = config["shared_expert_intermediate_size"]
-    if not shared:
-        raise ConfigError(
-            "config.json has shared_expert_intermediate_size=0: Qwen2MoeForCausalLM always has a shared expert"
-        )
     return read_common(
         config,
         add_qkv_bias=config["qkv_bias"],
@@ -30,7 +25,7 @@ def _read(config: HFConfig) -> ModelConfig:
         moe_router_topk=config["num_experts_per_tok"],
         moe_ffn_hidden_size=config["moe_intermediate_size"],
         transformer={
-            "moe_shared_expert_intermediate_size": shared,
+            "moe_shared_expert_intermediate_size": config["shared_expert_intermediate_size"],
             "moe_shared_expert_gate": True,
             **sparse_layers(config, otherwise=": call it Qwen2ForCausalLM"),
             **softmax_router(config),

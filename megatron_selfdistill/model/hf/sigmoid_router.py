@@ -39,7 +39,7 @@ def read_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
         transformer["moe_router_num_groups"] = config["n_group"]
         transformer["moe_router_group_topk"] = config["topk_group"]
     fields = {
-        "num_moe_experts": config.values.get("num_local_experts") or config["n_routed_experts"],
+        "num_moe_experts": config.given("num_local_experts") or config["n_routed_experts"],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
         **ROUTER_FIELDS,
@@ -77,9 +77,7 @@ def require_normalised(config: HFConfig) -> None:
 
 
 def _mtp_layers(config: HFConfig) -> int:
-    if "num_mtp_layers" in config.values:
-        return config["num_mtp_layers"] or 0
-    return config["num_nextn_predict_layers"] or 0
+    return config["num_mtp_layers" if "num_mtp_layers" in config.values else "num_nextn_predict_layers"] or 0
 
 
 def write_experts(arch: dict[str, Any]) -> dict[str, Any]:

@@ -45,6 +45,10 @@ CHANGES = {
     "more layers": ({"config": {"num_hidden_layers": 3, "layer_types": None}}, "model.layers.3.* is unexpected"),
     "shape": ({"tensors": {DOWN: torch.zeros(36, 45)}}, rf"{DOWN} has shape \[36, 45\], expected \[36, 44\]"),
     "activation": ({"config": {"hidden_act": "gelu"}}, "hidden_act"),
+    "type": ({"config": {"hidden_size": "36"}}, "hidden_size='36': expected a whole number of at least 1"),
+    "contradiction": ({"config": {"model_type": "llama"}}, "model_type='llama', by which transformers chooses another"),
+    "9000 layers": ({"config": {"num_hidden_layers": 9000}}, "num_hidden_layers=9000, but only 47 tensors"),
+    "a billion layers": ({"config": {"num_hidden_layers": 10**9}}, "expected a whole number from 1 to 10000"),
 }
 
 
