@@ -10,9 +10,10 @@ from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
 from megatron_selfdistill.model.hf.sliding_windows import (
-    every_layer,
+    mistral_layers,
     no_layer,
     qwen_layers,
+    require_layer_types,
     window_keys,
     write_qwen_windows,
     write_window,
@@ -38,7 +39,10 @@ COMMON_DEFAULTS = {
 
 
 def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
-    """Return the model of the fields that all families share; ``fields`` add to them or replace them."""
+    """Return the model of the fields that all families share; ``fields`` add to them or replace them.
+
+    Raises: ConfigError for another activation than SiLU, and for ``layer_types`` of another model.
+    """
     config.require("hidden_act", ("silu", "swish"), "only silu, which is also called swish, is known here")
     heads = config["num_attention_heads"]
     common: dict[str, Any] = {
@@ -54,7 +58,9 @@ def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
         "share_embeddings_and_output_weights": config["tie_word_embeddings"],
         "init_method_std": config["initializer_range"],
     }
-    return ModelConfig(**(common | fields))
+    model = ModelConfig(**(common | fields))
+    require_layer_types(config, model)
+    return model
 
 
 def write_common(arch: dict[str, Any]) -> dict[str, Any]:
@@ -122,11 +128,11 @@ LLAMA = Family(
 MISTRAL = Family(
     "MistralForCausalLM",
     "mistral",
-    _reader(windows=every_layer, bias=False),
+    _reader(windows=mistral_layers, bias=False),
     _write_with_window,
     COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
     models="Mistral 7B, Mistral Nemo, Mistral Small of 2024",
-    limits="a sliding window in every layer, or none",
+    limits="a sliding window in every layer, in the layers of `layer_types`, or none",
 )
 QWEN2 = Family(
     "Qwen2ForCausalLM",

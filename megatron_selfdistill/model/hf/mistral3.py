@@ -8,8 +8,9 @@ from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.config_fields import checked
 from megatron_selfdistill.model.hf.dense import MISTRAL
-from megatron_selfdistill.model.hf.family import Family, HFConfig
+from megatron_selfdistill.model.hf.family import Family, HFConfig, differences
 from megatron_selfdistill.model.hf.ministral import MINISTRAL3
 from megatron_selfdistill.model.hf.rules import Rule, prefixed
 
@@ -23,12 +24,13 @@ def _text_config(hf_config: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises: ConfigError for a text model of another type.
     """
-    text = dict(hf_config.get("text_config") or {})
-    family = _TEXT_FAMILIES.get(text.get("model_type", MISTRAL.model_type))
+    text = dict(checked("text_config", hf_config.get("text_config")) or {})
+    kind = checked("model_type", text.get("model_type", MISTRAL.model_type), within="text_config")
+    family = _TEXT_FAMILIES.get(kind)
     if family is None:
         raise ConfigError(
             "config.json of Mistral3ForConditionalGeneration has a text_config with "
-            f"model_type={text['model_type']!r}: only {' and '.join(_TEXT_FAMILIES)} are known here"
+            f"model_type={kind!r}: only {' and '.join(_TEXT_FAMILIES)} are known here"
         )
     tied = hf_config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
     return text | {"architectures": [family.architecture], "tie_word_embeddings": tied}
@@ -38,7 +40,13 @@ def _read(config: HFConfig) -> ModelConfig:
     text = _text_config(config.values)
     (architecture,) = text["architectures"]
     family = next(family for family in _TEXT_FAMILIES.values() if family.architecture == architecture)
-    return family.model_config(text)
+    model = family.model_config(text)
+    if differences(model, family.model_config(text | {"layer_types": None})):
+        raise ConfigError(
+            f"{config.owner} has a text_config with layer_types={text['layer_types']}, which transformers ignores in "
+            "this model: remove layer_types"
+        )
+    return model
 
 
 def _write(arch: dict[str, Any]) -> dict[str, Any]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.family import HFConfig
+from megatron_selfdistill.model.hf.family import HFConfig, architecture
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, LINEAR = "full_attention", "sliding_attention", "linear_attention"
 """The values of ``layer_types``."""
 
 
@@ -67,6 +68,35 @@ def listed_layers(config: HFConfig) -> list[bool]:
             "known here"
         )
     return [kind == SLIDING for kind in types]
+
+
+def mistral_layers(config: HFConfig) -> list[bool]:
+    """Return the layers with a window of Mistral, which transformers calls Ministral where it has ``layer_types``."""
+    return every_layer(config) if config["layer_types"] is None else listed_layers(config)
+
+
+def require_layer_types(config: HFConfig, model: ModelConfig) -> None:
+    """Raise ConfigError if ``layer_types`` names other layers than the model has.
+
+    Many classes of transformers choose the layers with a window without ``layer_types``, and their caches with it.
+    """
+    given = config["layer_types"]
+    if given is None:
+        return
+    arch = architecture(model)
+    linear = arch["linear_attention_freq"] or [0] * model.num_layers
+    sliding = arch["window_attn_skip_freq"] or [0] * model.num_layers
+    kinds = [
+        LINEAR if is_linear else SLIDING if slides else FULL for is_linear, slides in zip(linear, sliding, strict=True)
+    ]
+    window = config["sliding_window"]
+    if window is not None and window >= config["max_position_embeddings"]:  # a window that no sequence reaches
+        given = [FULL if kind == SLIDING else kind for kind in given]
+    if given != kinds:
+        raise ConfigError(
+            f"{config.owner} has layer_types={config['layer_types']}, but its other fields make layers of {kinds}: "
+            "remove layer_types, or change the other fields"
+        )
 
 
 def qwen_layers(config: HFConfig) -> list[bool]:
