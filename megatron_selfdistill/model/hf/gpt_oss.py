@@ -31,14 +31,10 @@ def _read(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (True,), "Megatron has biases in all linear layers, as published, or in none")
     config.require("swiglu_alpha", (1.702, None), "Megatron's quick_gelu is x * sigmoid(1.702 x)")
     limit = 7.0 if config["swiglu_limit"] is None else config["swiglu_limit"]
-    if limit <= 0:
-        raise ConfigError(f"config.json of {config.architecture} has swiglu_limit={limit}: expected more than 0")
     if config["layer_types"] is None:
         sliding = [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]
     else:
         sliding = listed_layers(config)
-    given = config.values.get("rope_scaling") or config.values.get("rope_parameters")
-    positioned = config if given else HFConfig(config.architecture, {**config.values, "rope_scaling": _YARN}, _DEFAULTS)
     return read_common(
         config,
         add_bias_linear=True,
@@ -52,13 +48,13 @@ def _read(config: HFConfig) -> ModelConfig:
             "activation_func_clamp_value": float(limit),
             "glu_linear_offset": _LINEAR_OFFSET,
         },
-        **rotary_fields(read_rope(positioned), positioned),
+        **rotary_fields(read_rope(config), config),
     )
 
 
 def _num_experts(config: HFConfig) -> int:
     """Return the number of experts, which transformers also calls ``num_experts``."""
-    given = {config.values[name] for name in ("num_local_experts", "num_experts") if name in config.values}
+    given = {config[name] for name in ("num_local_experts", "num_experts") if name in config.values}
     if len(given) > 1:
         raise ConfigError(
             f"config.json of {config.architecture} has num_local_experts={config['num_local_experts']} and "
@@ -96,6 +92,7 @@ _DEFAULTS = COMMON_DEFAULTS | {
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1e-5,
     "rope_theta": 150000.0,
+    "rope_parameters": _YARN,
     "num_experts_per_tok": 4,
     "swiglu_alpha": 1.702,
     "swiglu_limit": 7.0,

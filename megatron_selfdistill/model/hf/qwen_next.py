@@ -12,7 +12,8 @@ from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.experts import softmax_router, sparse_layers, write_expert_sizes, write_experts
 from megatron_selfdistill.model.hf.family import Family, HFConfig
-from megatron_selfdistill.model.hf.rope import llama3_fields, read_rope, write_llama3
+from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sliding_windows import FULL, LINEAR
 
 _SIZES = (
     "linear_conv_kernel_dim",
@@ -41,7 +42,8 @@ def _reader(experts: _Experts | None = None) -> Callable[[HFConfig], ModelConfig
         if any(linear):
             transformer |= {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": linear}
             transformer |= {name: config[name] for name in _SIZES}
-        fields: dict[str, Any] = {"qk_layernorm": True, **_rope_fields(config)}
+        # mrope_section changes nothing for text, whose three positions are equal.
+        fields: dict[str, Any] = {"qk_layernorm": True, **rotary_fields(read_rope(config, partial=True), config)}
         fields["num_passthrough_mtp_layers"] = config["num_nextn_predict_layers"] or 0
         if experts is not None:
             of_experts, keys = experts(config)
@@ -58,7 +60,7 @@ def _linear_layers(config: HFConfig) -> list[int]:
     if kinds is None:
         interval = config["full_attention_interval"]
         return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
-    known = {"linear_attention": 1, "full_attention": 0}
+    known = {LINEAR: 1, FULL: 0}
     if len(kinds) != num_layers or not set(kinds) <= known.keys():
         raise ConfigError(
             f"config.json of {config.architecture} has layer_types={kinds}: expected linear_attention or "
@@ -67,22 +69,10 @@ def _linear_layers(config: HFConfig) -> list[int]:
     return [known[kind] for kind in kinds]
 
 
-def _rope_fields(config: HFConfig) -> dict[str, Any]:
-    """Return the rotary fields; only the first channels of each head rotate.
-
-    The sections of a multimodal RoPE (``mrope_section``) change nothing for text, whose three positions are equal.
-    """
-    parameters = dict(config["rope_parameters"] or config["rope_scaling"] or {})
-    percent = float(parameters.pop("partial_rotary_factor", None) or config["partial_rotary_factor"])
-    values = {**config.values, "rope_parameters": parameters, "rope_scaling": None, "partial_rotary_factor": None}
-    whole = HFConfig(config.architecture, values, config.defaults)
-    return {"rotary_percent": percent, **llama3_fields(read_rope(whole), whole)}
-
-
 def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return fields and keys of a mixture of experts in every layer, whose chosen probabilities sum to 1."""
     fields = {
-        "num_moe_experts": config.values.get("num_local_experts") or config["num_experts"],
+        "num_moe_experts": config["num_experts"],
         "moe_router_topk": config["num_experts_per_tok"],
         "moe_ffn_hidden_size": config["moe_intermediate_size"],
     }
@@ -107,19 +97,17 @@ def _writer(
         if (experts is None) != (arch["num_moe_experts"] is None):
             raise ConfigError(f"this model has {'' if experts is None else 'no '}experts")
         linear = arch["linear_attention_freq"] or [0] * arch["num_layers"]
+        rotary = write_rotary(arch)
         config = write_common(arch) | {
             "attention_bias": False,
             "num_nextn_predict_layers": arch["num_passthrough_mtp_layers"],
-            "layer_types": ["linear_attention" if is_linear else "full_attention" for is_linear in linear],
+            "layer_types": [LINEAR if is_linear else FULL for is_linear in linear],
             "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": float(arch["rotary_base"]),
+                **(rotary["rope_scaling"] or {"rope_type": "default"}),
+                "rope_theta": rotary["rope_theta"],
                 "partial_rotary_factor": arch["rotary_percent"],
             },
         }
-        if arch["rope_scaling"]:
-            scaling = write_llama3(arch)["rope_scaling"]
-            config["rope_parameters"] = {**config["rope_parameters"], **scaling}
         if arch["linear_attention_freq"] is not None:
             config |= {name: arch[name] for name in _SIZES}
         return config | ({} if experts is None else experts(arch))
@@ -163,7 +151,7 @@ _EXPERT_DEFAULTS = {
 }
 
 _LIMITS = (
-    "no biases; default or llama3 RoPE; each sequence has a row of its own, without context parallelism; the module "
+    "no biases; no YaRN; each sequence has a row of its own, without context parallelism; the module "
     "for multi-token prediction is kept for the way back and not trained"
 )
 

@@ -12,10 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.hf.config_fields import FIELDS, checked
 from megatron_selfdistill.model.hf.family import HFConfig
 
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants in Megatron Core's code."""
+_LENGTH = "original_max_position_embeddings"
+_WITH_A_LENGTH = ("llama3", "yarn", "longrope")
+"""The types of rope that are computed from the length of the sequences before the scaling."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +38,10 @@ class Rope:
 def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
     """Return the rotary positions as transformers 5 reads them.
 
-    They come from ``rope_scaling`` where it is set, else from ``rope_parameters``, each completed by ``rope_theta`` and
-    ``partial_rotary_factor``.  ``partial``: whether the class of the family rotates only a share of the channels where
-    ``partial_rotary_factor`` says so.
+    They come from ``rope_scaling`` if it is set, else from ``rope_parameters``, each completed by ``rope_theta`` and
+    ``partial_rotary_factor``.  A length ``original_max_position_embeddings`` beside them replaces the length in them.
+    ``partial``: whether the class of the family rotates only a share of the channels if ``partial_rotary_factor`` says
+    so.
 
     Raises: ConfigError where both are set and differ (transformers then drops ``rope_parameters`` with its base, other
     programs drop ``rope_scaling``), for a base that is not an integer, and where only some of the channels rotate in a
@@ -51,27 +56,38 @@ def read_rope(config: HFConfig, *, partial: bool = False) -> Rope:
 
 
 def _rope(config: HFConfig) -> Rope:
-    scaling, parameters = config["rope_scaling"], config["rope_parameters"]
-    if scaling and parameters and _read(config, scaling) != _read(config, parameters):
+    scaling, parameters = config.given("rope_scaling"), config.given("rope_parameters")
+    if scaling and parameters and _read(config, "rope_scaling") != _read(config, "rope_parameters"):
         raise ConfigError(
             f"config.json of {config.architecture} has rope_scaling={scaling} and rope_parameters={parameters}, which "
             "differ: programs disagree on which one counts; keep only rope_parameters, with rope_theta and the scaling"
         )
-    return _read(config, scaling or parameters or {})
+    return _read(config, "rope_scaling" if scaling else "rope_parameters")
 
 
-def _read(config: HFConfig, given: Mapping[str, Any]) -> Rope:
-    theta, partial = config["rope_theta"], config["partial_rotary_factor"]
-    parameters = dict(given)
-    theta = parameters.pop("rope_theta", None) or theta
-    partial = parameters.pop("partial_rotary_factor", None) or partial
-    older = parameters.pop("type", None)
-    kind = parameters.pop("rope_type", None) or older or "default"
-    if any(isinstance(value, dict) for value in parameters.values()):
-        raise ConfigError("config.json has another rope per kind of layer in rope_parameters, which Megatron lacks")
+def _read(config: HFConfig, entry: str) -> Rope:
+    """Return the positions of ``rope_scaling`` or ``rope_parameters``; null is the family's default."""
+    given = config.given(entry)
+    parameters = _checked(config, entry, config.defaults[entry] or {} if given is None else given)
+    theta = parameters.pop("rope_theta", None) or config["rope_theta"]
+    partial = parameters.pop("partial_rotary_factor", None) or config["partial_rotary_factor"]
+    older = parameters.pop("type", "default")
+    kind = parameters.pop("rope_type", older)
+    if kind in _WITH_A_LENGTH and (length := config.given(_LENGTH)) is not None:
+        parameters[_LENGTH] = length
     if int(theta) != theta:
         raise ConfigError(f"config.json has rope_theta={theta}, but Megatron's rotary_base is a whole number")
     return Rope(int(theta), kind, parameters, 1.0 if partial is None else float(partial))
+
+
+def _checked(config: HFConfig, entry: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``given``, the object ``entry`` of a config.json, whose fields have their types."""
+    for name, value in given.items():
+        if name in FIELDS:
+            checked(name, value, config.owner, entry)
+        elif isinstance(value, dict):
+            raise ConfigError(f"{config.owner} has another rope per kind of layer in {entry}, which Megatron lacks")
+    return dict(given)
 
 
 def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
@@ -96,7 +112,7 @@ def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
     if rope.kind == "yarn" and rope.partial != 1:
         raise ConfigError(
             f"config.json has yarn rope with partial_rotary_factor={rope.partial}, but Megatron's YaRN rotates all "
-            "channels: take a config.json without yarn, or without partial_rotary_factor"
+            "channels: remove yarn, if no sequence is longer than original_max_position_embeddings"
         )
     return fields if rope.partial == 1 else fields | {"rotary_percent": rope.partial}
 
@@ -136,7 +152,7 @@ def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
             got = config["max_position_embeddings"]
         if got != expected:
             raise ConfigError(f"config.json has llama3 rope with {name}={got}, but Megatron computes with {expected}")
-    return {**fields, "rope_scaling": True, "rope_scaling_factor": float(rope.parameters["factor"])}
+    return {**fields, "rope_scaling": True, "rope_scaling_factor": float(_required(rope, "factor", config))}
 
 
 def write_llama3(arch: dict[str, Any]) -> dict[str, Any]:

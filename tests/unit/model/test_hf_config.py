@@ -9,6 +9,7 @@ from typing import Any
 
 import hf_models
 import pytest
+import transformers
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import MLATransformerConfig
@@ -111,6 +112,10 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
     ("kind", "changes", "words"),
     [
         ("llama2", {"attention_bias": True}, "attention_bias=True"),
+        ("llama2", {"is_causal": False}, "is_causal=False: Megatron's attention is causal"),
+        ("llama2", {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "Megatron has one configuration for all layers"),
+        ("llama2", {"layer_types": ["sliding_attention"] * 4}, "but its other fields make layers of ['full_attention'"),
+        ("llama3", {"original_max_position_embeddings": 4096}, "with original_max_position_embeddings=4096"),
         ("llama2", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama2", {"hidden_act": "gelu"}, "only silu"),
         ("llama2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type='dynamic'"),
@@ -198,7 +203,11 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("qwen3_next", {"mlp_only_layers": [0, 1, 2, 3]}, "no layer with experts"),
         ("qwen3_next", {"layer_types": ["sliding_attention"] * 4}, "expected linear_attention or full_attention"),
         ("qwen3_next", {"layer_types": ["full_attention"] * 3}, "for each of the 4 layers"),
-        ("qwen3_5", {"rope_parameters": {"rope_type": "yarn", "factor": 4}}, "rope_type='yarn'"),
+        (
+            "qwen3_5",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 4}},
+            "partial_rotary_factor=0.25, but Megatron's YaRN rotates all channels",
+        ),
         ("qwen3_5_moe", {"hidden_act": "gelu"}, "only silu"),
     ],
 )
@@ -245,6 +254,16 @@ def test_the_layers_with_a_window_are_those_of_transformers(written, kind, chang
         given = {name: value for name, value in config.items() if name != "layer_types"}
         types = hf_models.config_class(kind)(**given).layer_types
         assert [int(kind == "sliding_attention") for kind in types] == (layers or [0] * 4)
+
+
+def test_layer_types_in_the_text_model_of_mistral3_are_refused_as_transformers_ignores_them(written):
+    text = hf_models.config_of(written("mistral_window")[0])
+    mixed = text | {"layer_types": ["sliding_attention", "full_attention"] * 2}
+    assert type(transformers.Mistral3Config(text_config=dict(mixed)).text_config) is transformers.MistralConfig
+    family = FAMILIES["Mistral3ForConditionalGeneration"]
+    assert family.model_config({"text_config": text}).transformer == {"window_size": [6, 0]}
+    with pytest.raises(ConfigError, match=r"a text_config with layer_types=.*, which transformers ignores"):
+        family.model_config({"text_config": mixed})
 
 
 def test_both_spellings_of_rope_are_read_alike(written):
