@@ -11,10 +11,12 @@ from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.model.hf.sliding_windows import every_layer, every_layer_if_used, window_keys, write_window
 
 
 def _read_mixtral(config: HFConfig) -> ModelConfig:
+    require_normalised(config)
     return read_common(
         config,
         transformer=window_keys(config, every_layer(config)),
@@ -67,7 +69,10 @@ def sparse_layers(config: HFConfig, otherwise: str) -> dict[str, Any]:
 def softmax_router(config: HFConfig) -> dict[str, Any]:
     """Return the keys of ``model.transformer`` for ``norm_topk_prob`` of a softmax router."""
     # A softmax over the chosen experts alone would sum to 1.
-    return {} if config["norm_topk_prob"] else {"moe_router_pre_softmax": True}
+    if not config["norm_topk_prob"]:
+        return {"moe_router_pre_softmax": True}
+    require_normalised(config)
+    return {}
 
 
 def _write_qwen3_moe(arch: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Family:
 
         Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
         """
-        config = HFConfig(self.architecture, hf_config, _OF_EVERY_FAMILY | self.defaults)
+        config = HFConfig(self.architecture, hf_config, {**_OF_EVERY_FAMILY, **self.defaults})
         _require_known_quantization(config, self)
         config.require("is_causal", (True, None), "Megatron's attention is causal")
         config.require("per_layer_config", (None, {}), "Megatron has one configuration for all layers")
@@ -121,7 +121,7 @@ class Family:
         return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names, stacked)]
 
 
-_OF_EVERY_FAMILY = {"quantization_config": None, "is_causal": None, "per_layer_config": None}
+_OF_EVERY_FAMILY: dict[str, Any] = {"quantization_config": None, "is_causal": None, "per_layer_config": None}
 
 _NO_PART_OF_A_MODEL = {
     *"provider make_vocab_size_divisible_by init_method_std transformer".split(),

@@ -11,6 +11,7 @@ from megatron_selfdistill.model.hf.decoder import TensorNames
 from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, write_common
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.model.hf.sliding_windows import listed_layers, window_keys, write_layer_types, write_window
 
 _YARN = {
@@ -30,6 +31,7 @@ _LINEAR_OFFSET = 1.0
 def _read(config: HFConfig) -> ModelConfig:
     config.require("attention_bias", (True,), "Megatron has biases in all linear layers, as published, or in none")
     config.require("swiglu_alpha", (1.702, None), "Megatron's quick_gelu is x * sigmoid(1.702 x)")
+    require_normalised(config)
     limit = 7.0 if config["swiglu_limit"] is None else config["swiglu_limit"]
     if config["layer_types"] is None:
         sliding = [layer % 2 == 0 for layer in range(config["num_hidden_layers"])]

@@ -55,7 +55,9 @@ def _with_share(config: HFConfig) -> HFConfig:
     if width is None:
         return config
     within = (config["rope_parameters"] or {}).get("partial_rotary_factor")
-    given = checked("partial_rotary_factor", within, config.owner, "rope_parameters") or config["partial_rotary_factor"]
+    given = checked("partial_rotary_factor", within, config.owner, "rope_parameters")
+    if given is None and "partial_rotary_factor" in config.values:
+        given = config["partial_rotary_factor"] or 1.0  # transformers takes null for all channels
     if given is not None and int(channels * given) != width:
         raise ConfigError(
             f"config.json has rotary_dim={width} and partial_rotary_factor={given}, which is {int(channels * given)} "

@@ -13,6 +13,7 @@ from megatron_selfdistill.model.hf.dense import COMMON_DEFAULTS, read_common, wr
 from megatron_selfdistill.model.hf.experts import softmax_router, sparse_layers, write_expert_sizes, write_experts
 from megatron_selfdistill.model.hf.family import Family, HFConfig
 from megatron_selfdistill.model.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.model.hf.sigmoid_router import require_normalised
 from megatron_selfdistill.model.hf.sliding_windows import FULL, LINEAR
 
 _SIZES = (
@@ -70,7 +71,7 @@ def _linear_layers(config: HFConfig) -> list[int]:
 
 
 def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return fields and keys of a mixture of experts in every layer, whose chosen probabilities sum to 1."""
+    """Return fields and keys of a mixture of experts in every layer."""
     fields = {
         "num_moe_experts": config["num_experts"],
         "moe_router_topk": config["num_experts_per_tok"],
@@ -78,6 +79,12 @@ def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     }
     width = config["shared_expert_intermediate_size"]
     return fields, {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+
+
+def _normalised_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `_experts` for Qwen3.5, where the chosen probabilities sum to 1."""
+    require_normalised(config)
+    return _experts(config)
 
 
 def _experts_of_some_layers(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -178,7 +185,7 @@ QWEN3_5 = Family(
 QWEN3_5_MOE = Family(
     "Qwen3_5MoeForCausalLM",
     "qwen3_5_moe_text",
-    _reader(_experts),
+    _reader(_normalised_experts),
     _writer(_write_experts),
     _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
     TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),

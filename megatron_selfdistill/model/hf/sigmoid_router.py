@@ -71,7 +71,7 @@ def _require_expressible(config: HFConfig) -> None:
 
 
 def require_normalised(config: HFConfig) -> None:
-    """Raise ConfigError for a sigmoid router that chooses one expert, whose probability Megatron leaves as it is."""
+    """Raise ConfigError for one chosen expert, whose probability Megatron does not make 1 as transformers does."""
     if config["num_experts_per_tok"] == 1:
         raise ConfigError("config.json has num_experts_per_tok=1, whose probability Megatron does not normalise")
 
