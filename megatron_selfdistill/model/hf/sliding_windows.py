@@ -7,6 +7,7 @@ Hugging Face's ``sliding_window`` counts the token itself, and Megatron's ``wind
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 from megatron_selfdistill.config import ModelConfig
@@ -92,11 +93,12 @@ def require_layer_types(config: HFConfig, model: ModelConfig) -> None:
     window = config["sliding_window"]
     if window is not None and window >= config["max_position_embeddings"]:  # a window that no sequence reaches
         given = [FULL if kind == SLIDING else kind for kind in given]
-    if given != kinds:
-        raise ConfigError(
-            f"{config.owner} has layer_types={config['layer_types']}, but its other fields make layers of {kinds}: "
-            "remove layer_types, or change the other fields"
-        )
+    for layer, (got, expected) in enumerate(zip_longest(given, kinds)):
+        if got != expected:
+            raise ConfigError(
+                f"{config.owner} has {got} as entry {layer} of layer_types, but its other fields make that layer "
+                f"{expected}: remove layer_types, or change the other fields"
+            )
 
 
 def qwen_layers(config: HFConfig) -> list[bool]:

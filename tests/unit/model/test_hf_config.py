@@ -114,7 +114,11 @@ def test_every_field_of_config_json_is_read_or_refused_or_harmless(written, kind
         ("llama2", {"attention_bias": True}, "attention_bias=True"),
         ("llama2", {"is_causal": False}, "is_causal=False: Megatron's attention is causal"),
         ("llama2", {"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, "Megatron has one configuration for all layers"),
-        ("llama2", {"layer_types": ["sliding_attention"] * 4}, "but its other fields make layers of ['full_attention'"),
+        (
+            "llama2",
+            {"layer_types": ["full_attention", "sliding_attention"] * 2},
+            "has sliding_attention as entry 1 of layer_types, but its other fields make that layer full_attention",
+        ),
         ("llama3", {"original_max_position_embeddings": 4096}, "with original_max_position_embeddings=4096"),
         ("llama2", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama2", {"hidden_act": "gelu"}, "only silu"),
