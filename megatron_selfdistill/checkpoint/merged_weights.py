@@ -19,11 +19,11 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint.conversion_progress import FiniteCheck, Progress
 from megatron_selfdistill.checkpoint.describe import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import (
-    NOT_WEIGHTS,
     Weights,
     open_weights,
     raise_misfit,
     verify_checksums,
+    weight_shapes,
 )
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, places, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
@@ -193,11 +193,9 @@ def _opened_base(adapters: StoredAdapters, base: Path | None, report: Callable[[
 
 def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Merge, finite: FiniteCheck) -> list[Piece]:
     """Return the pieces of the merged checkpoint, one per layer and expert, without reading tensors."""
-    unused = {key: math.prod(shape[:-2]) for key, shape in factors.shapes.items() if is_adapter_key(key)}
+    unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors).items() if is_adapter_key(key)}
     pieces = []
-    for key, shape in source.shapes.items():
-        if key.startswith(NOT_WEIGHTS):
-            continue
+    for key, shape in weight_shapes(source).items():
         leading = shape[:-2] if len(shape) > 2 else ()
         for index in itertools.product(*map(range, leading)):
             read: Callable[[], Tensor] = functools.partial(source.read, key, index)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from saved_checkpoints import tensor_keys
 from tiny_run import (
     assert_equal_runs,
     assert_resumes_equal,
@@ -22,8 +23,9 @@ from tiny_run import (
 )
 
 from megatron_selfdistill.checkpoint.describe import describe
+from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.stored_adapters import base_digest
-from megatron_selfdistill.commands import evaluate, explore
+from megatron_selfdistill.commands import convert, evaluate, explore
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 
@@ -124,6 +126,26 @@ def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     assert ranks.run(evaluate.main, arguments_of_evaluate, world_size=1, init_process_group=False) == [0]
     started = refusal(ranks, arguments(data, tmp_path / "run", base, f"checkpoint.load={whole}/checkpoints"))
     assert "holds adapters alone, but a run begins at full weights: set checkpoint.load to their base" in started
+
+
+def test_a_checkpoint_with_the_state_of_its_optimizer_is_merged_by_the_command_of_the_page(
+    ranks, base, whole, tmp_path, capsys
+):
+    assert any(key.startswith("optimizer.") for key in tensor_keys(whole / "checkpoints" / "iter_0000004"))
+    command = ["merge-adapters", "--megatron", str(whole / "checkpoints"), "--out", str(tmp_path / "merged")]
+    assert convert.main(command) == 0, capsys.readouterr().err
+    factors = weights(ranks, whole, 4)
+    before, merged = (
+        TorchDistReader(base / "checkpoints" / "iter_0000006"),
+        TorchDistReader(tmp_path / "merged/release"),
+    )
+    for name in ("self_attention.linear_qkv", "mlp.linear_fc2"):
+        key = f"decoder.layers.{name}"
+        update = 8 / 4 * factors[f"{key}_adapter.b"] @ factors[f"{key}_adapter.a"]
+        for layer in range(before.shapes[f"{key}.weight"][0]):
+            found = merged.read(f"{key}.weight", (layer,)) - before.read(f"{key}.weight", (layer,))
+            torch.testing.assert_close(found, update[layer], rtol=1e-4, atol=1e-6)
+    assert not any(key.startswith("optimizer.") or "_adapter." in key for key in merged.shapes)
 
 
 def test_the_base_may_move_but_not_change(ranks, data, base, whole, tmp_path, capsys):

@@ -115,6 +115,14 @@ def open_weights(path: Path, iteration: int | None = None) -> Weights:
     return _LegacyWeights(found) if legacy else _TorchDistWeights(found)
 
 
+def weight_shapes(source: TorchDistReader) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors in a torch_dist checkpoint by key, without the state of the optimizer.
+
+    The state of a parameter has a key that ends like the key of the parameter itself.
+    """
+    return {key: shape for key, shape in source.shapes.items() if not key.startswith(NOT_WEIGHTS)}
+
+
 class _TorchDistWeights:
     """The `Weights` of a torch_dist checkpoint."""
 
@@ -161,9 +169,7 @@ class _TorchDistWeights:
             shape = self._source.shapes[key]
             used.setdefault(key, []).append(len(index))
             faults += _shape_faults(rule, shape[len(index) :])
-        for key, shape in self._source.shapes.items():
-            if key.startswith(NOT_WEIGHTS):
-                continue
+        for key, shape in weight_shapes(self._source).items():
             if key not in used:
                 faults.append(f"{key} is unexpected")
             elif (count := math.prod(shape[: used[key][0]])) != len(used[key]):
@@ -182,10 +188,9 @@ class _TorchDistWeights:
     def sizes(self) -> dict[torch.dtype, int]:
         """Return the number of elements of the model's tensors by type, including padding."""
         sizes: dict[torch.dtype, int] = {}
-        for key, shape in self._source.shapes.items():
-            if not key.startswith(NOT_WEIGHTS):
-                dtype = self._source.dtype(key)
-                sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
+        for key, shape in weight_shapes(self._source).items():
+            dtype = self._source.dtype(key)
+            sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
         return sizes
 
     def _place(self, rule: Rule) -> Place | None:
