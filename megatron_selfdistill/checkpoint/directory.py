@@ -29,6 +29,8 @@ LEGACY_FILE = "model_optim_rng.pt"
 """The name of a rank's file in the legacy format."""
 TRACKER = "latest_checkpointed_iteration.txt"
 """The name of Megatron's tracker file, which names the latest checkpoint."""
+CHECKPOINTS = "checkpoints"
+"""The name, in a run directory, of the directory with the tracker file."""
 _TEMPORARY = ".writing_"
 _REPLACED = ".old"
 _ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")
@@ -67,12 +69,13 @@ def candidates(directory: Path) -> list[Path]:
 def resolve(path: Path) -> Path:
     """Return the checkpoint at ``path``: the directory itself, or the checkpoint that Megatron's tracker file names.
 
-    After a crash in the middle of a replacement, the function returns the replaced checkpoint.
+    A run directory stands for its directory with the tracker file.  After a crash in the middle of a replacement, the
+    function returns the replaced checkpoint.
 
     Raises: CheckpointError where there is no complete torch_dist checkpoint; the message names the newest complete
     checkpoint nearby.
     """
-    path = Path(path)
+    path = of_run(Path(path))
     chosen = tracked(path) or path
     reason = incomplete(chosen)
     if reason is not None:
@@ -81,8 +84,8 @@ def resolve(path: Path) -> Path:
             return replaced
         fault = tracker_fault(path)
         raise CheckpointError(
-            f"expected a Megatron torch_dist checkpoint (an iter_ directory, or the directory with {TRACKER}) at "
-            f"{path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
+            f"expected a Megatron torch_dist checkpoint (an iter_ directory, the directory with {TRACKER}, or a run "
+            f"directory) at {path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
         )
     return chosen
 
@@ -105,13 +108,20 @@ def find(path: Path) -> tuple[Path, bool]:
     return (chosen, True) if is_legacy(chosen) else (resolve(path), False)
 
 
+def of_run(path: Path) -> Path:
+    """Return the directory with the tracker file of the run directory ``path``; every other ``path`` as it is."""
+    held = path / CHECKPOINTS
+    return held if held.is_dir() and not (path / TRACKER).is_file() else path
+
+
 def of_iteration(path: Path, iteration: int | None) -> Path:
-    """Return the directory of ``iteration`` in ``path``, or ``path`` itself for None.
+    """Return the directory of ``iteration`` in ``path``, which may be a run directory, or ``path`` itself for None.
 
     Raises: CheckpointError with the available iterations where ``iteration`` is not available.
     """
     if iteration is None:
         return path
+    path = of_run(path)
     if not (chosen := path / iteration_name(iteration)).is_dir():
         available = ", ".join(sorted(str(iteration_of(p)) for p in path.glob("iter_*"))) or "none"
         raise CheckpointError(f"{path} has no iteration {iteration}; it has {available}")
@@ -356,7 +366,11 @@ def _remove_leftovers(directory: Path) -> None:
 
 
 def tracked(directory: Path) -> Path | None:
-    """Return the directory that the tracker file names, existing or not; None where it names no directory."""
+    """Return the directory that the tracker file names, existing or not; None where it names no directory.
+
+    ``directory``: the directory with the tracker file, or the run directory of it.
+    """
+    directory = of_run(directory)
     text = _tracker_text(directory)
     if text == "release":
         return directory / "release"

@@ -3,8 +3,8 @@
 
     selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3
     selfdistill checkpoint.load=checkpoints/qwen3 data.tokenizer=Qwen3-8B data.path=problems.jsonl run_dir=runs/first
-    selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --out Qwen3-8B-distilled
-    selfdistill convert inspect runs/first/checkpoints
+    selfdistill convert megatron-to-hf --megatron runs/first --out Qwen3-8B-distilled
+    selfdistill convert inspect runs/first
 
 The command runs in one process and needs no GPU.  It takes about twice the memory of the largest tensor, for a model of
 any size.
@@ -234,7 +234,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         description="Convert a Megatron checkpoint, torch_dist or legacy, to a directory for transformers and vLLM.\n"
         "Adapters are merged into their base in float32 and rounded once: bf16 can lose small updates, and\n"
         "--dtype fp32 loses none.",
-        epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first/checkpoints --iteration 100 \\\n"
+        epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first --iteration 100 \\\n"
         "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
         **RAW,
     )
@@ -267,8 +267,10 @@ def _add_inspect(commands: Any) -> None:
         "inspect",
         help="describe a checkpoint or a Hugging Face directory",
         description="Print family, sizes, parallel layout, iteration, parameters, types, true and padded vocabulary.",
-        epilog="example:\n  selfdistill convert inspect runs/first/checkpoints",
+        epilog="example:\n  selfdistill convert inspect runs/first",
         **RAW,
     )
     command.set_defaults(check=check_inspect, run=inspect)
-    command.add_argument("checkpoint", type=Path, metavar="DIR", help="Megatron checkpoint or Hugging Face directory")
+    command.add_argument(
+        "checkpoint", type=Path, metavar="DIR", help="run directory, Megatron checkpoint or Hugging Face directory"
+    )

@@ -37,7 +37,7 @@ def add_checkpoint(command: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the iter_ or release directory, or the directory with the tracker file",
+        help="run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)",
     )
     command.add_argument(
         "--iteration", type=int, metavar="N", help="iteration to convert (default: the tracker file names it)"
@@ -76,7 +76,7 @@ def _add_megatron_to_peft(commands: Any, progress: OpenProgress) -> None:
         "megatron-to-peft",
         help="convert a checkpoint of adapters to a directory of PEFT",
         description="Write a checkpoint of adapters as a directory for peft.PeftModel.from_pretrained and vLLM.",
-        epilog="example:\n  selfdistill convert megatron-to-peft --megatron runs/first/checkpoints --out adapters \\\n"
+        epilog="example:\n  selfdistill convert megatron-to-peft --megatron runs/first --out adapters \\\n"
         "      --base-model Qwen/Qwen3-8B",
         **RAW,
     )
@@ -134,7 +134,11 @@ def _add_peft_to_megatron(commands: Any, progress: OpenProgress) -> None:
     command.set_defaults(check=check_peft_to_megatron, run=run)
     command.add_argument("--peft", type=Path, required=True, metavar="DIR", help="directory with adapter_config.json")
     command.add_argument(
-        "--base", type=Path, required=True, metavar="DIR", help="Megatron checkpoint of the model of these adapters"
+        "--base",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="run directory or Megatron checkpoint of the model of these adapters",
     )
     command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the checkpoint")
     command.add_argument("--dtype", choices=DTYPES, help="type of the factors (default: unchanged)")
@@ -147,7 +151,7 @@ def _add_merge_adapters(commands: Any, progress: OpenProgress) -> None:
         description="Write a full torch_dist checkpoint: W + scale * B A, computed in float32 and rounded once.\n"
         "Rounding to bf16 can lose small updates; the output says how many elements stay as they were.\n"
         "For a Hugging Face directory use megatron-to-hf, which merges adapters, too.",
-        epilog="example:\n  selfdistill convert merge-adapters --megatron runs/first/checkpoints --out merged",
+        epilog="example:\n  selfdistill convert merge-adapters --megatron runs/first --out merged",
         **RAW,
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
 
     selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/before
-    selfdistill evaluate --megatron runs/first/checkpoints --iteration 100 --data test.jsonl --out results/after
+    selfdistill evaluate --megatron runs/first --iteration 100 --data test.jsonl --out results/after
     selfdistill evaluate compare results/before results/after
 
 key=value changes any key of the trainer: rollout.temperature=0.7, rollout.engine=vllm, evaluation.verifier=math_verify,
@@ -51,7 +51,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--megatron",
         type=Path,
         metavar="DIR",
-        help="the iter_ or release directory, or the directory with the tracker file",
+        help="run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)",
     )
     model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory, which is converted temporarily")
     parser.add_argument(

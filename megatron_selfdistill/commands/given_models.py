@@ -53,7 +53,7 @@ class GivenModels:
         initial = teacher or initial_weights(path)
         if has_frozen_teacher(path):
             teacher = initial
-        return cls(path / "checkpoints", arguments.iteration, teacher, initial if config.is_anchored else None)
+        return cls(path, arguments.iteration, teacher, initial if config.is_anchored else None)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` or `CheckpointError` if a model is missing, without importing torch."""

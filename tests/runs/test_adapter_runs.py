@@ -119,7 +119,7 @@ def test_a_run_goes_on_in_another_layout(ranks, data, base, whole, tmp_path, lay
 def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     texts = ["--problem", "500-408:", "--solution", "092", "-o", str(tmp_path / "explored.html"), "optimizer=fp32"]
     assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
-    model = ["--megatron", str(whole / "checkpoints"), "--data", str(data / "problems.jsonl")]
+    model = ["--megatron", str(whole), "--data", str(data / "problems.jsonl")]
     out = ["--out", str(tmp_path / "evaluated"), "--num-samples", "2", f"data.tokenizer={data}/tokenizer"]
     settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.1"]
     arguments_of_evaluate = [*model, *out, *settings, "data.limit=2"]

@@ -60,6 +60,16 @@ def test_the_tracker_file_names_the_latest(checkpoints):
     assert directory.resolve(checkpoints) == checkpoints / "iter_0000001"
 
 
+def test_a_run_directory_stands_for_its_checkpoints(checkpoints, complete, tmp_path):
+    run_dir = complete.parent.parent
+    assert directory.resolve(run_dir) == complete and directory.find(run_dir) == (complete, False)
+    assert directory.of_iteration(run_dir, 1) == complete
+    with pytest.raises(CheckpointError, match=r"/checkpoints has no iteration 7; it has 1$"):
+        directory.of_iteration(run_dir, 7)
+    (tmp_path / directory.CHECKPOINTS).mkdir()
+    assert directory.resolve(checkpoints) == checkpoints / "iter_0000002", "a tracker file of its own is the nearer one"
+
+
 def test_there_is_no_latest_without_checkpoints(tmp_path):
     assert directory.latest(tmp_path) is None
     assert directory.latest(tmp_path / "nowhere") is None

@@ -17,10 +17,13 @@ import torch
 from hf_contents import assert_same_tensors, config_of, tensors_of
 from safetensors.torch import save_file
 
+from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.checkpoint.conversion_progress import Progress
 from megatron_selfdistill.commands.convert import main
+from megatron_selfdistill.commands.given_model import find_model
+from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -39,6 +42,17 @@ def test_there_and_back_is_the_identity(hf_directory, tmp_path, kind):
     assert config_of(hf) == config_of(tmp_path / "back")
     assert (hf / "generation_config.json").read_text() == (tmp_path / "back" / "generation_config.json").read_text()
     assert reports[0] == "vocabulary: 101 of 128 rows on disk"
+
+
+def test_commands_take_a_run_directory_as_a_checkpoint(hf_directory, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    hf_to_megatron(hf_directory("llama2"), run_dir / "checkpoints")
+    assert main(["inspect", str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["checkpoint", f"{run_dir}/checkpoints/release"]
+    assert main(["megatron-to-hf", "--megatron", str(run_dir), "--out", str(tmp_path / "back")]) == 0
+    assert_same_tensors(hf_directory("llama2"), tmp_path / "back")
+    prechecks.require_start(load([f"checkpoint.load={run_dir}"]))
+    assert find_model(None, run_dir, None)["path"] == str(run_dir / "checkpoints" / "release")
 
 
 @pytest.mark.parametrize("kind", KINDS)
