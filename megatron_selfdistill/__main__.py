@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """``python -m megatron_selfdistill``: the program ``selfdistill``, which torchrun can start on several ranks.
 
-torchrun --nproc-per-node 8 -m megatron_selfdistill evaluate --hf Qwen3-8B --data test.jsonl --out results/before
+torchrun --nproc-per-node 8 -m megatron_selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out before
 """
 
 from __future__ import annotations

@@ -38,27 +38,27 @@ COMMANDS = {
     "convert": Command(
         "commands.convert",
         "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",
-        "hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3-8b",
+        "hf-to-megatron --hf /models/Qwen3-8B --out checkpoints/qwen3-8b",
     ),
     "evaluate": Command(
         "commands.evaluate",
         "Evaluate a model on problems with answers, and compare two evaluations.",
-        "--hf Qwen3-8B --data test.jsonl --out results/before",
+        "--hf /models/Qwen3-8B --data test.jsonl --out results/before",
     ),
     "explore": Command(
         "commands.explore",
         "Write a page that shows the target of every token of a response.",
-        'Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
+        '/models/Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
     ),
     "alignment": Command(
         "commands.gradient_alignment",
         "Measure whether distillation pushes a model towards tokens with which it succeeds.",
-        "Qwen3-8B --data problems.jsonl -o alignment.json",
+        "/models/Qwen3-8B --data problems.jsonl -o alignment.json",
     ),
     "solutions": Command(
         "commands.solutions",
         "Sample solutions from a model, verify them, and write the best ones.",
-        "--out own.jsonl --hf Qwen3-8B data.path=problems.jsonl",
+        "--out own.jsonl --hf /models/Qwen3-8B data.path=problems.jsonl",
     ),
     "explanations": Command(
         "commands.explanations",
@@ -78,7 +78,7 @@ COMMANDS = {
     "serve": Command(
         "rollout.vllm.server.serve",
         "Start a vLLM server for rollouts, in an environment that has vLLM.",
-        "--hf-config Qwen3-8B --max-model-len 4096",
+        "--hf-config /models/Qwen3-8B --max-model-len 4096",
     ),
 }
 """The name of a command -> its `Command`."""

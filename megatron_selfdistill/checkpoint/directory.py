@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_selfdistill.checkpoint.formats import manifest
+from megatron_selfdistill.checkpoint.formats.hf_files import download_advice
 from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.errors import CheckpointError
 
@@ -86,6 +87,7 @@ def resolve(path: Path) -> Path:
         raise CheckpointError(
             f"expected a Megatron torch_dist checkpoint (an iter_ directory, the directory with {TRACKER}, or a run "
             f"directory) at {path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
+            f"{download_advice(path)}"
         )
     return chosen
 

@@ -27,7 +27,7 @@ from megatron_selfdistill.checkpoint.conversion_progress import FiniteCheck, Pro
 from megatron_selfdistill.checkpoint.describe import hf_assets_of
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.checkpoint.formats.hf_files import contained, read_config
+from megatron_selfdistill.checkpoint.formats.hf_files import contained, download_advice, read_config
 from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
 from megatron_selfdistill.checkpoint.formats.tensor_names import shown
 from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece
@@ -143,7 +143,7 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{peft} has no {Path(error.filename or WEIGHTS).name}, expected a directory of PEFT with {CONFIG} and "
-            f"{WEIGHTS}: save it with safe_serialization=True"
+            f"{WEIGHTS}: save it with safe_serialization=True{download_advice(peft)}"
         ) from None
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{peft} is corrupt: {error}") from None

@@ -11,7 +11,7 @@ from megatron_selfdistill.commands.model_options import add_models, parsed
 
 DESCRIPTION = """Measure whether distillation pushes a model towards tokens with which it succeeds.
 
-    selfdistill alignment Qwen3-8B --data problems.jsonl -o alignment.json evaluation.verifier=math_verify
+    selfdistill alignment /models/Qwen3-8B --data problems.jsonl -o alignment.json evaluation.verifier=math_verify
     selfdistill alignment runs/first --data problems.jsonl --limit 4 --nodes 8
 
 The model responds to each problem.  At some tokens of the response, the nodes, the likely tokens of student, teacher
@@ -26,12 +26,12 @@ problem: at most 16 x 12 x 8 with the defaults.
 
 With several --teacher-context, the same responses are read with each of the hints, and each hint has its own table:
 
-    selfdistill alignment Qwen3-8B --data problems.jsonl --teacher-context solution --teacher-context answer
+    selfdistill alignment /models/Qwen3-8B --data problems.jsonl --teacher-context solution --teacher-context answer
 
 key=value changes any key of the trainer: target.teacher_weight=2, data.teacher_template=..., rollout.engine=vllm,
 parallel.tensor_model_parallel_size=2.  On several ranks:
 
-    torchrun --nproc-per-node 2 -m megatron_selfdistill alignment Qwen3-8B --data problems.jsonl
+    torchrun --nproc-per-node 2 -m megatron_selfdistill alignment /models/Qwen3-8B --data problems.jsonl
 """
 """The text of --help."""
 

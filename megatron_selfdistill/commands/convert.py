@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Convert Hugging Face directories to Megatron checkpoints and back, adapters too, and describe them.
 
-    selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3
-    selfdistill checkpoint.load=checkpoints/qwen3 data.tokenizer=Qwen3-8B data.path=problems.jsonl run_dir=runs/first
+    selfdistill convert hf-to-megatron --hf /models/Qwen3-8B --out qwen3
+    selfdistill checkpoint.load=qwen3 data.tokenizer=/models/Qwen3-8B data.path=problems.jsonl run_dir=runs/first
     selfdistill convert megatron-to-hf --megatron runs/first --out Qwen3-8B-distilled
     selfdistill convert inspect runs/first
 
@@ -216,7 +216,7 @@ def _add_hf_to_megatron(commands: Any) -> None:
         "hf-to-megatron",
         help="convert a Hugging Face directory to a torch_dist checkpoint, which loads in any parallel layout",
         description="Convert a Hugging Face directory to a torch_dist checkpoint, which loads in any layout.",
-        epilog="example:\n  selfdistill convert hf-to-megatron --hf Qwen3-8B --out checkpoints/qwen3 --dtype bf16",
+        epilog="example:\n  selfdistill convert hf-to-megatron --hf /models/Qwen3-8B --out qwen3 --dtype bf16",
         **RAW,
     )
     command.set_defaults(check=check_hf_to_megatron, run=hf_to_megatron)
@@ -235,7 +235,7 @@ def _add_megatron_to_hf(commands: Any) -> None:
         "Adapters are merged into their base in float32 and rounded once: bf16 can lose small updates, and\n"
         "--dtype fp32 loses none.",
         epilog="example:\n  selfdistill convert megatron-to-hf --megatron runs/first --iteration 100 \\\n"
-        "      --out Qwen3-8B-distilled --hf-config Qwen3-8B",
+        "      --out Qwen3-8B-distilled --hf-config /models/Qwen3-8B",
         **RAW,
     )
     command.set_defaults(check=check_megatron_to_hf, run=megatron_to_hf)

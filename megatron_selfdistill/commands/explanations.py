@@ -2,7 +2,7 @@
 r"""Sample explanations of given solutions from a teacher that sees them, and write a data set for a student.
 
     selfdistill explanations --out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints \
-        data.path=problems.jsonl data.tokenizer=Qwen3-8B
+        data.path=problems.jsonl data.tokenizer=/models/Qwen3-8B
     torchrun --nproc-per-node 8 -m megatron_selfdistill explanations --out explained.jsonl ...
     selfdistill objective=sft data.path=explained.jsonl ...
 

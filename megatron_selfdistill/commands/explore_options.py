@@ -12,7 +12,7 @@ from megatron_selfdistill.errors import ConfigError
 
 DESCRIPTION = """Write a page that shows the target of every token of a response.
 
-    selfdistill explore Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144" -o target.html
+    selfdistill explore /models/Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144" -o target.html
     selfdistill explore runs/first --problem p.txt --solution s.txt --response r.txt
 
 A run directory stands for its latest checkpoint, with the prompts, the target and the sampling of the run, and with the
@@ -26,7 +26,7 @@ divergence.
 key=value changes any key of the trainer: target.teacher_weight=2, target=strict, data.teacher_template=...,
 rollout.temperature=0, parallel.tensor_model_parallel_size=2.  On several ranks:
 
-    torchrun --nproc-per-node 2 -m megatron_selfdistill explore Qwen3-8B --problem p.txt --solution s.txt \\
+    torchrun --nproc-per-node 2 -m megatron_selfdistill explore /models/Qwen3-8B --problem p.txt --solution s.txt \\
         parallel.tensor_model_parallel_size=2
 """
 """The text of --help."""

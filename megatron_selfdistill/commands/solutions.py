@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 r"""Sample solutions from a model, verify them against the answers, and write the best ones as JSONL.
 
-    selfdistill solutions --out own.jsonl --hf Qwen3-8B data.path=problems.jsonl rollout.max_new_tokens=4096
+    selfdistill solutions --out own.jsonl --hf /models/Qwen3-8B data.path=problems.jsonl rollout.max_new_tokens=4096
     selfdistill solutions --out own.jsonl checkpoint.load=runs/first/checkpoints data.path=problems.jsonl \
-        data.tokenizer=Qwen3-8B evaluation.verifier=math_verify --num-samples 16 --keep 2 --pick learnable
+        data.tokenizer=/models/Qwen3-8B evaluation.verifier=math_verify --num-samples 16 --keep 2 --pick learnable
     torchrun --nproc-per-node 8 -m megatron_selfdistill solutions --out own.jsonl ...
     selfdistill data.path=own.jsonl ...
 

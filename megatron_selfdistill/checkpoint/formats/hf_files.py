@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.checkpoint.formats.manifest import sync
+from megatron_selfdistill.data.data_files import is_hub_name
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -118,7 +119,12 @@ def read_config(directory: Path) -> dict[str, Any]:
         config = json.loads(contained(directory, CONFIG).read_text(encoding="utf-8"))
         too_deep = _is_deep(config)
     except FileNotFoundError:
-        raise CheckpointError(f"{directory} is not a Hugging Face directory: it has no config.json") from None
+        found = "has no config.json" if directory.is_dir() else "does not exist"
+        raise CheckpointError(
+            f"{directory} is not a Hugging Face directory: it {found}{download_advice(directory)}"
+        ) from None
+    except NotADirectoryError:
+        raise CheckpointError(f"{directory} is a file, expected a Hugging Face directory: name its directory") from None
     except ValueError as error:
         raise CheckpointError(f"{file} is not valid JSON: {error}") from error
     except RecursionError:
@@ -140,6 +146,20 @@ def _is_deep(value: Any) -> bool:
 
 def _entries(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
+
+
+def download_advice(path: Path) -> str:
+    """Return the end of a message about a missing ``path`` that can be the name of a model on the hub, or "".
+
+    Such a name is ``organisation/model``, and there is no directory ``organisation`` here.
+    """
+    name = str(path)
+    if name.count("/") != 1 or path.parent.exists() or not is_hub_name(name):
+        return ""
+    return (
+        f"; if {name} is a model on the Hugging Face hub, download it with `hf download {name} --local-dir DIR`, and "
+        "name DIR"
+    )
 
 
 def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = lambda _: None) -> list[str]:

@@ -269,7 +269,7 @@ def test_vllm_learns_where_weights_come_from_and_that_requests_alone_set_the_sam
     [
         ("--adapter-rank=0", None),
         ("--adapter-rank=513", "--adapter-rank 513: vLLM takes adapters up to rank 512; lower it"),
-        ("--adapter-rank=8", "--hf-config: /model is not a Hugging Face directory: it has no config.json"),
+        ("--adapter-rank=8", "--hf-config: /model is not a Hugging Face directory: it does not exist"),
     ],
 )
 def test_a_config_json_is_read_for_adapters_alone(arguments, message):
