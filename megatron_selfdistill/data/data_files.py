@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import glob
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator, Sequence
@@ -77,9 +78,11 @@ def _matches(path: str | Path) -> list[Path]:
 def _files_of(path: Path) -> list[Path]:
     if path.is_dir():
         return _shards(path)
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"Data: expected regular files, got {path}, which is {kind_of(path)}; correct the link.")
     if not path.is_file():
         raise ValueError(
-            f"Data: expected regular files, got {path}, which is a {_kind(path)}: every rank reads the data, and a "
+            f"Data: expected regular files, got {path}, which is {kind_of(path)}: every rank reads the data, and a "
             "resumed run reads them again; write them into a file."
         )
     if format_of(path) is None:
@@ -106,7 +109,14 @@ def _shards(directory: Path) -> list[Path]:
     return list(by_format)
 
 
-def _kind(path: Path) -> str:
+def kind_of(path: Path) -> str:
+    """Return what ``path``, which is no regular file, is, for a message: "a named pipe", "a symbolic link to .."."""
+    if path.is_symlink() and not path.exists():
+        target = os.path.realpath(path)
+        is_loop = os.path.islink(target)
+        return "a symbolic link " + ("that leads back to itself" if is_loop else f"to {target}, which does not exist")
+    if path.is_dir():
+        return "a directory"
     if path.is_fifo():
-        return "named pipe"
-    return "socket" if path.is_socket() else "device"
+        return "a named pipe"
+    return "a socket" if path.is_socket() else "a device"

@@ -1,13 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The files of a Hugging Face directory: config.json, the files of weights, and the other files of the model.
 
-The directory may come from any source.  The functions refuse names in an index file and symbolic links that lead out of
-the directory, except links into the ``blobs`` directory of the hub's cache.
+The directory may come from any source, and a user may publish what is made of it.  The functions therefore refuse names
+in an index file and symbolic links that lead out of the directory, such as ``notes.txt -> ~/.ssh/id_rsa``, except links
+into the ``blobs`` directory of the hub's cache and links for which the user vouches (`FOLLOW_LINKS`).
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -15,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.checkpoint.formats.manifest import sync
-from megatron_selfdistill.data.data_files import is_hub_name
+from megatron_selfdistill.data.data_files import is_hub_name, kind_of
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
+FOLLOW_LINKS = "SELFDISTILL_FOLLOW_LINKS"
+"""The environment variable with which a user vouches, by the value 1, for the links in Hugging Face directories."""
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf", ".distcp", ".npz"}
 _ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
@@ -50,10 +54,10 @@ def weight_files(directory: Path) -> WeightFiles:
     """
     for single in _SINGLE_FILES:
         is_safetensors = single.endswith(".safetensors")
-        if (directory / single).is_file():
+        if _is_there(directory / single):
             return WeightFiles(is_safetensors, {contained(directory, single): None})
         index = directory / f"{single}.index.json"
-        if index.is_file():
+        if _is_there(index):
             return WeightFiles(is_safetensors, _indexed(directory, index), index.name)
     others = sorted(file.name for file in directory.glob("*.safetensors") if not file.name.startswith("consolidated"))
     if not others:
@@ -61,6 +65,10 @@ def weight_files(directory: Path) -> WeightFiles:
             f"{directory} has no weights: expected model.safetensors, pytorch_model.bin or one of their index files"
         )
     return WeightFiles(True, {contained(directory, name): None for name in others})
+
+
+def _is_there(file: Path) -> bool:
+    return file.is_file() or file.is_symlink()  # a link that leads to no file is a mistake, not an absent file
 
 
 def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
@@ -88,21 +96,27 @@ def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
 
 
 def contained(directory: Path, name: str) -> Path:
-    """Return ``directory / name``, unless it is a symbolic link that leads out of the directory.
+    """Return ``directory / name``, unless it is no file, or a symbolic link that leads out of the directory.
 
-    Links into the cache of the hub (``snapshots/REVISION/file -> ../../blobs/HASH``) are followed.
-    Raises: CheckpointError naming the link and its target.
+    Links into the cache of the hub (``snapshots/REVISION/file -> ../../blobs/HASH``) are followed, and all links where
+    the environment variable `FOLLOW_LINKS` is 1.
+    Raises: CheckpointError naming what is there, or the link and its target.
     """
-    if not _is_inside(directory, directory / name):
+    file = directory / name
+    if os.path.lexists(file) and not file.is_file():
+        raise CheckpointError(f"{file} is {kind_of(file)}, expected a file")
+    if not _is_inside(directory, file):
         raise CheckpointError(
-            f"{directory / name} is a symbolic link to {(directory / name).resolve()}, outside of its directory: put "
-            "the file itself there"
+            f"{file} is a symbolic link to {os.path.realpath(file)}, outside of its directory: put the file itself "
+            f"there, or set the environment variable {FOLLOW_LINKS}=1 if the links in {directory} are your own"
         )
-    return directory / name
+    return file
 
 
 def _is_inside(directory: Path, file: Path) -> bool:
-    root, target = directory.resolve(), file.resolve()
+    if os.environ.get(FOLLOW_LINKS) == "1":
+        return True
+    root, target = (Path(os.path.realpath(path)) for path in (directory, file))  # resolve() fails for loops
     if target.is_relative_to(root):
         return True
     return root.parent.name == "snapshots" and target.parent == root.parent.parent / "blobs"
@@ -173,7 +187,10 @@ def copy_hf_assets(source: Path, target: Path, report: Callable[[str], None] = l
     for file in hf_assets(source):
         name = str(file.relative_to(source))
         if not _is_inside(source, file):
-            report(f"{name} is not copied: it is a symbolic link to {file.resolve()}, outside of {source}")
+            report(
+                f"{name} is not copied: it is a symbolic link to {os.path.realpath(file)}, outside of {source}; "
+                f"{FOLLOW_LINKS}=1 copies it"
+            )
         elif file.stat().st_size > _MAX_ASSET_BYTES:
             report(f"{name} is not copied: its {file.stat().st_size:,} bytes are more than a tokenizer or code needs")
         else:

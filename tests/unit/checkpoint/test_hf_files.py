@@ -145,7 +145,44 @@ def test_an_index_may_only_name_files_of_its_directory(directory, name, kind):
 def test_links_that_lead_out_of_a_directory_are_refused(directory, file):
     (directory / file).rename(directory.parent / "elsewhere")
     (directory / file).symlink_to("../elsewhere")
-    with pytest.raises(CheckpointError, match=rf"{file} is a symbolic link to .*elsewhere, outside of its directory"):
+    message = rf"{file} is a symbolic link to .*elsewhere, outside of its directory: .* SELFDISTILL_FOLLOW_LINKS=1 if"
+    with pytest.raises(CheckpointError, match=message):
+        hf_to_megatron(directory, directory.parent / "out")
+
+
+def test_a_user_can_vouch_for_the_links_of_a_directory(hf_directory, directory, monkeypatch):
+    links = directory.parent / "links"
+    links.mkdir()
+    (directory / "notes.txt").write_text("notes")
+    for file in directory.iterdir():
+        (links / file.name).symlink_to(file)
+    with pytest.raises(CheckpointError, match=r"config\.json is a symbolic link to .*/hf/config\.json, outside of"):
+        hf_to_megatron(links, directory.parent / "out")
+    monkeypatch.setenv("SELFDISTILL_FOLLOW_LINKS", "1")
+    back, _ = there_and_back(links)
+    assert_equal(tensors_of(back), tensors_of(hf_directory(KIND)))
+    assert (back / "notes.txt").read_text() == "notes"
+
+
+def test_a_pipe_in_place_of_a_file_is_refused_and_not_waited_for(directory):
+    (directory / "config.json").unlink()
+    os.mkfifo(directory / "config.json")
+    with pytest.raises(CheckpointError, match=r"config\.json is a named pipe, expected a file"):
+        hf_to_megatron(directory, directory.parent / "out")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "model.safetensors.index.json", "config.json"])
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("nowhere", "a symbolic link to .*/hf/nowhere, which does not exist"),
+        (None, "a .*link that leads back to itself"),
+    ],
+)
+def test_a_link_that_leads_to_no_file_is_named(directory, file, target, words):
+    (directory / ("config.json" if file == "config.json" else "model.safetensors")).unlink()
+    (directory / file).symlink_to(target or file)
+    with pytest.raises(CheckpointError, match=rf"{file} is {words}, expected a file"):
         hf_to_megatron(directory, directory.parent / "out")
 
 

@@ -102,6 +102,15 @@ def test_a_named_pipe_is_refused_at_once(tmp_path: Path) -> None:
     assert "which is a device" in refusal("/dev/null")
 
 
+def test_a_link_that_leads_to_no_file_is_called_a_link(tmp_path: Path) -> None:
+    (tmp_path / "dangling.jsonl").symlink_to("nowhere.jsonl")
+    message = f"which is a symbolic link to {tmp_path}/nowhere.jsonl, which does not exist; correct the link"
+    assert message in refusal(tmp_path / "dangling.jsonl")
+    (tmp_path / "a.jsonl").symlink_to("b.jsonl")
+    (tmp_path / "b.jsonl").symlink_to("a.jsonl")
+    assert "a.jsonl, which is a symbolic link that leads back to itself" in refusal(tmp_path / "a.jsonl")
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
 @pytest.mark.parametrize(
     ("line", "words"),
