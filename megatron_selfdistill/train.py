@@ -28,6 +28,7 @@ from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.needed_packages import require_packages
 from megatron_selfdistill.plan import plan_checks
 from megatron_selfdistill.report import next_steps
+from megatron_selfdistill.terminal import visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return elsewhere.status
     except (ConfigError, CheckpointError, EngineError) as error:
         status = EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
-        _report(hidden(str(error)), status, ranks)
+        _report(visible(hidden(str(error))), status, ranks)
         return status
     except KeyboardInterrupt:
         return stop.EXIT_INTERRUPTED

@@ -33,6 +33,7 @@ from megatron_selfdistill.commands.convert_adapters import (
     add_to,
     dtype_of,
 )
+from megatron_selfdistill.terminal import print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.conversion_progress import Progress
@@ -55,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.check(arguments)
         return int(arguments.run(arguments))
     except (CheckpointError, ConfigError) as error:
-        print(f"convert: {error}", file=sys.stderr)
+        print_error("convert:", error)
     except OSError as error:
-        print(f"convert: {_os_error(error)}", file=sys.stderr)
+        print_error("convert:", _os_error(error))
     except KeyboardInterrupt:
         print("convert: interrupted; nothing was left behind", file=sys.stderr)
         return 130
@@ -89,7 +90,7 @@ def hf_to_megatron(arguments: argparse.Namespace) -> int:
 
     print(f"{target}: load it with checkpoint.load={arguments.out}")
     for name, value in megatron_lm_usage(target).items():
-        print(f"{name}: {value}")
+        print(f"{name}: {visible(value)}")
     return 0
 
 
@@ -141,7 +142,7 @@ def inspect(arguments: argparse.Namespace) -> int:
     found = describe(arguments.checkpoint)
     width = max(map(len, found))
     for name, value in found.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{width}}  {visible(value)}")
     return 0
 
 
@@ -161,7 +162,7 @@ def _progress() -> Iterator[Progress]:
         yield Progress(
             start=lambda num_bytes: bar.update(task, total=num_bytes),
             advance=lambda num_bytes: bar.advance(task, num_bytes),
-            report=lambda line: console.print(line, highlight=False, soft_wrap=True),
+            report=lambda line: console.print(visible(line), markup=False, highlight=False, soft_wrap=True),
         )
 
 

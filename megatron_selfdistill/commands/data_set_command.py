@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
+from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.commands.data_set_job import DataSetWork
@@ -40,7 +41,7 @@ def run_command(name: str, arguments: argparse.Namespace, config: Callable[[], C
         check(arguments, config())
         return make_data_set(arguments, config(), make_work)
     except (ConfigError, CheckpointError, OSError) as error:
-        print(f"{name}: [rank {os.environ.get('RANK', '0')}] {error}", file=sys.stderr, flush=True)
+        print_error(f"{name}: [rank {os.environ.get('RANK', '0')}]", error)
         return EXIT_REFUSED
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues from here", file=sys.stderr)

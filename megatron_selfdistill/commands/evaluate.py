@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
+from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(arguments)
         return evaluate(arguments)
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print_error("evaluate:", error)
         return EXIT_REFUSED
 
 
@@ -86,7 +87,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     try:
         return _evaluate(arguments)
     except (EngineError, VerifierError) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
+        print_error("evaluate:", error)
         return EXIT_FAILED
 
 

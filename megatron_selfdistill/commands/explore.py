@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.commands.explore_options import exploration_arguments, given_text
 from megatron_selfdistill.config.world_checks import check_world
+from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -41,10 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(arguments)
         return explore(arguments)
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"explore: {error}", file=sys.stderr)
+        print_error("explore:", error)
         return EXIT_REFUSED
     except EngineError as error:
-        print(f"explore: {error}", file=sys.stderr)
+        print_error("explore:", error)
         return EXIT_FAILED
 
 

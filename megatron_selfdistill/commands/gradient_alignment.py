@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_selfdistill.commands.alignment_contexts import check_contexts, hinted_problems
 from megatron_selfdistill.commands.alignment_options import alignment_arguments
 from megatron_selfdistill.config.world_checks import check_world
+from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
@@ -46,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         check(arguments)
         return align(arguments)
     except (CheckpointError, ConfigError, OSError) as error:
-        print(f"alignment: {error}", file=sys.stderr)
+        print_error("alignment:", error)
         return EXIT_REFUSED
     except (EngineError, VerifierError) as error:
-        print(f"alignment: {error}", file=sys.stderr)
+        print_error("alignment:", error)
         return EXIT_FAILED
 
 

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import train
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.terminal import print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("dry_run=false contradicts `selfdistill plan`: remove dry_run=false")
         return train.plan(config, configuration.given_keys(*named), argv)
     except (ConfigError, CheckpointError) as error:
-        print(f"plan: {hidden(str(error))}", file=sys.stderr)
+        print_error("plan:", error)
         return train.EXIT_BAD_INPUT
     except KeyboardInterrupt:
         return 130

@@ -14,10 +14,10 @@ exit status: 0; 2 with one message for a directory that is no run directory
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.terminal import print_error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         path = write_report(arguments.run_dirs, arguments.out)
     except (ConfigError, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print_error("report:", error)
         return 2
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0

@@ -31,6 +31,7 @@ from megatron_selfdistill.run_log import (
     complete_lines,
     read_metrics,
 )
+from megatron_selfdistill.terminal import visible
 
 logger = logging.getLogger(__name__)
 
@@ -319,7 +320,7 @@ class _Console:
         self._print(console_text(sample, heading, coloured=coloured))
 
     def print(self, text: str) -> None:
-        self._print(hidden(text))
+        self._print(visible(hidden(text)))
 
     def _print(self, text: Any) -> None:
         self.output.print(text, markup=False, highlight=False, soft_wrap=not self.output.is_terminal)

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import html
-import unicodedata
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.metrics.samples import Sample, SampleToken
+from megatron_selfdistill.terminal import visible as _visible
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -152,19 +152,6 @@ def _largest(sample: Sample) -> str:
         f"{token.text!r} {token.loss:.3g} (teacher - student {token.log_ratio:+.2f}, k {token.k:.2f}, {token.status})"
         for token in sorted(known, key=lambda token: -token.loss)[:TOP]
     )
-
-
-def _visible(text: str) -> str:
-    """Return ``text`` with control characters, which could steer a terminal, as escapes; line ends and tabs remain."""
-    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
-
-
-def _steers(character: str) -> bool:
-    """Return whether ``character`` is a control character, a mark of text direction or half of a surrogate pair.
-
-    The result is False for a joiner of letters.
-    """
-    return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
 
 
 def _escaped(text: str) -> str:

@@ -17,6 +17,7 @@ PACKAGE = "megatron_selfdistill"
 # A room may import from those before it and a file from those before it in its room, never from those after them.
 ORDER = {
     "hidden_values": "",
+    "terminal": "",
     "errors": "",
     "choices": "",
     "config": (

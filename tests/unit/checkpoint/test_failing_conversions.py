@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron, megatron_to_hf
 from megatron_selfdistill.checkpoint.conversion_progress import Progress
 from megatron_selfdistill.checkpoint.formats import safetensors_directory
+from megatron_selfdistill.commands.convert import main
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 # Mistakes that are found before anything is written
@@ -59,6 +60,17 @@ def test_a_directory_that_does_not_fit_gives_one_message(hf_directory, tmp_path,
     with pytest.raises((ConfigError, CheckpointError), match=message):
         hf_to_megatron(hf, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_names_in_a_foreign_directory_do_not_steer_the_terminal(hf_directory, tmp_path, capsys):
+    steering = {"\x1b]52;c;eA==\x07[/red]": torch.zeros(1)}
+    hf = edited(hf_directory("llama2"), tmp_path / "hf", tensors=steering)
+    assert main(["hf-to-megatron", "--hf", str(hf), "--out", str(tmp_path / "out")]) == 2
+    assert r"\x1b]52;c;eA==\x07[/red] is unexpected" in (shown := capsys.readouterr().err) and "\x1b" not in shown
+    linked = edited(hf_directory("llama2"), tmp_path / "linked")
+    (linked / "\x1b[2J[red]notes").symlink_to(hf / "config.json")
+    assert main(["hf-to-megatron", "--hf", str(linked), "--out", str(tmp_path / "out")]) == 0
+    assert r"\x1b[2J[red]notes is not copied" in (shown := capsys.readouterr().err) and "\x1b" not in shown
 
 
 def test_truncated_and_missing_safetensors_are_named(hf_directory, tmp_path):

@@ -219,6 +219,31 @@ def test_a_refusal_imports_nothing_heavy_and_writes_nothing(run, directory, case
     assert sorted(directory.rglob("*")) == before
 
 
+STEERING = "no\x1b]52;c;eA==\x07\x1b[2Jpe"
+"""A name that writes the clipboard of some terminals and clears all of them."""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", *RUNNABLE, f"data.tokenizer='./{STEERING}'"],
+        ["plan", *PLAN, f"checkpoint.load='{STEERING}'"],
+        ["convert", "inspect", STEERING],
+        ["evaluate", "--hf", STEERING, "--data", "data.jsonl", *OUT],
+        ["explore", STEERING, *EXPLORED],
+        ["alignment", STEERING, *ALIGNED[1:]],
+        ["solutions", *SOLVED[:3], STEERING, SOLVED[4]],
+        ["explanations", *SOLVED[:3], STEERING, SOLVED[4]],
+        ["report", STEERING],
+    ],
+    ids=lambda arguments: arguments[0],
+)
+def test_a_name_in_a_message_does_not_steer_the_terminal(run, arguments):
+    done = run(PROGRAM, *arguments)
+    assert done.status == 2 and r"no\x1b]52;c;eA==\x07\x1b[2Jpe" in done.stderr, done.stderr
+    assert not set(done.stderr) & {"\x1b", "\x07"}
+
+
 @combinations(
     command=[PROGRAM, TRAIN, CONVERT, EVALUATE, SOLUTIONS, DOCTOR], quick={"command": [PROGRAM, DOCTOR]}, strength=1
 )

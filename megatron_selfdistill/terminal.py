@@ -1,0 +1,27 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Texts for a terminal: names in foreign files, which messages quote, cannot steer the terminal of the reader."""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+from megatron_selfdistill.hidden_values import hidden
+
+
+def visible(text: str) -> str:
+    """Return ``text`` with control characters, which could steer a terminal, as escapes; line ends and tabs remain."""
+    return "".join(c.encode("unicode_escape").decode() if _steers(c) else c for c in text)
+
+
+def print_error(speaker: str, error: object) -> None:
+    """Print the message of ``error`` behind ``speaker`` on standard error, without values from the environment."""
+    print(f"{speaker} {visible(hidden(str(error)))}", file=sys.stderr, flush=True)
+
+
+def _steers(character: str) -> bool:
+    """Return whether ``character`` is a control character, a mark of text direction or half of a surrogate pair.
+
+    The result is False for a joiner of letters.
+    """
+    return character not in "\n\t\u200c\u200d" and unicodedata.category(character) in ("Cc", "Cf", "Cs")
