@@ -25,9 +25,12 @@ class Progress:
 
 
 class FiniteCheck:
-    """The check of each converted tensor for NaN and infinities; ``source`` names the checkpoint in messages."""
+    """The check of each converted tensor for NaN and infinities; ``source`` names the checkpoint in messages.
 
-    def __init__(self, source: str, allow: bool, progress: Progress) -> None:
+    ``allow``: whether --allow-non-finite was given; None for commands without this option.
+    """
+
+    def __init__(self, source: str, allow: bool | None, progress: Progress) -> None:
         self._source, self._allow, self._progress = source, allow, progress
 
     def checked(self, name: str, tensor: Tensor) -> Tensor:
@@ -35,6 +38,7 @@ class FiniteCheck:
         if not is_finite(tensor):
             message = f"{name} of {self._source} has NaN or infinite elements (as {tensor.dtype})"
             if not self._allow:
-                raise CheckpointError(f"{message}: take an earlier checkpoint, or convert it with --allow-non-finite")
+                option = "" if self._allow is None else ", or convert it with --allow-non-finite"
+                raise CheckpointError(f"{message}: take an earlier checkpoint{option}")
             self._progress.report(message)
         return tensor

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from megatron_selfdistill.checkpoint.stored_adapters import (
     require_adapters,
 )
 from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.model.hf.adapter_rules import PEFT_PREFIX, SUFFIX, adapter_rules
 from megatron_selfdistill.model.hf.mapping import Rule, family_of, family_of_model
@@ -76,7 +77,7 @@ def megatron_to_peft(
     rules = adapter_rules(of_weights, adapters.settings)
     weights.check_shapes(rules)
     num_bytes = sum(math.prod(s) for rule in rules for s in rule.hf_shapes) * 4
-    finite = FiniteCheck(str(weights.path), False, progress)
+    finite = FiniteCheck(str(weights.path), None, progress)
     with directory.created(out, num_bytes) as temporary:
         progress.start(num_bytes)
         tensors: dict[str, Tensor] = {}
@@ -121,10 +122,10 @@ def peft_to_megatron(
     settings = AdapterConfig(
         rank=rank,
         alpha=config["lora_alpha"] if rank == config["r"] else alpha,
-        rank_stabilised=bool(config["use_rslora"]),
+        rank_stabilised=config["use_rslora"],
         layers=list(dict.fromkeys(_linear_of(rule) for rule, _, _ in layers)),
     )
-    finite = FiniteCheck(str(peft), False, progress)
+    finite = FiniteCheck(str(peft), None, progress)
     pieces = _pieces(layers, rank, dtype, finite)
     digest = base_digest(base)
     description = StoredAdapters(out / "release", settings, digest, Path(base).absolute())
@@ -138,7 +139,7 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
     Raises: CheckpointError for missing files, and for adapters that are no plain LoRA with one rank and scale.
     """
     try:
-        config = json.loads(contained(peft, CONFIG).read_text(encoding="utf-8"))
+        config: Any = from_json(contained(peft, CONFIG).read_bytes())
         tensors = load_file(contained(peft, WEIGHTS))
     except FileNotFoundError as error:
         raise CheckpointError(
@@ -147,23 +148,42 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
         ) from None
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{peft} is corrupt: {error}") from None
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config, dict) or not isinstance(config.get(key), int | float):
-            raise CheckpointError(f"{peft} has no number {key} in its {CONFIG}, expected the settings of LoRA")
+    for key, (holds, words) in _VALUES.items():
+        if not isinstance(config, dict) or not holds(config.get(key)):
+            found = config.get(key) if isinstance(config, dict) else config
+            raise CheckpointError(f"{peft} has {key}={found!r} in its {CONFIG}, expected {words}")
     for key, (allowed, why) in _PLAIN.items():
         if config.get(key) not in allowed:
             raise CheckpointError(f"{peft} has {key}={config[key]!r} in its {CONFIG}: {why}")
     if unknown := [name for name in tensors if not name.endswith(_LORA)]:
         raise CheckpointError(f"{peft} has tensors that are no factors of LoRA: {first_few(unknown, ', ')}")
+    _require_finite_matrices(peft, tensors, progress)
     if config.get("lora_dropout"):
         progress.report(f"lora_dropout={config['lora_dropout']} is left out: adapters are trained without dropout here")
-    found = {"r": config["r"], "lora_alpha": float(config["lora_alpha"]), "use_rslora": config.get("use_rslora", False)}
+    found = {"r": config["r"], "lora_alpha": float(config["lora_alpha"]), "use_rslora": bool(config.get("use_rslora"))}
     wrong = {a.shape[0] for name, a in tensors.items() if name.endswith(_LORA[0])} - {found["r"]}
     if wrong or not tensors:
         raise CheckpointError(f"{peft} has factors of the ranks {sorted(wrong)}, expected r={found['r']} alone")
     return found, tensors
 
 
+def _require_finite_matrices(peft: Path, tensors: Mapping[str, Tensor], progress: Progress) -> None:
+    finite = FiniteCheck(str(peft), None, progress)
+    for name, tensor in tensors.items():
+        if tensor.dim() != 2 or not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{name} of {peft} has shape {list(tensor.shape)} and type {str(tensor.dtype).removeprefix('torch.')}, "
+                "expected a matrix of floating-point numbers"
+            )
+        finite.checked(name, tensor)
+
+
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "lora_alpha": (lambda value: type(value) in (int, float) and 0 < value < 1e30, "a number above 0 and below 1e30"),
+    "use_rslora": (lambda value: value is None or isinstance(value, bool), "true or false"),
+}
+"""A setting of LoRA -> whether a value has its type, and the words for that type."""
 _ONE_RANK = "one checkpoint has one rank and one scale; train or save the adapters with one"
 _PLAIN: dict[str, tuple[Sequence[Any], str]] = {
     "peft_type": (("LORA",), "only LoRA can be read"),

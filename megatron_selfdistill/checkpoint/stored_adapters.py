@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.manifest import Entry
 from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 NAME = "adapters.json"
@@ -29,7 +30,15 @@ KEPT_DIGEST = "base.json"
 """The name of the file with the digest of a kept base: a random number, which all copies of these weights share."""
 PEFT_CONFIG = "adapter_config.json"
 """The name of the settings in a directory of the library PEFT."""
-SETTINGS = "rank alpha rank_stabilised layers seed".split()
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "rank": (lambda value: type(value) is int and value > 0, "a whole number above 0"),
+    "alpha": (lambda value: type(value) in (int, float) and 0 < value < 1e30, "a number above 0 and below 1e30"),
+    "rank_stabilised": (lambda value: type(value) is bool, "true or false"),
+    "layers": (lambda value: isinstance(value, list) and all(isinstance(it, str) for it in value), "a list of names"),
+    "seed": (lambda value: type(value) is int, "a whole number"),
+}
+"""A setting of stored adapters -> whether a value has its type, and the words for that type."""
+SETTINGS = list(_VALUES)
 """The keys of the section ``adapter`` that belong to stored adapters."""
 _WEIGHT_FILES = ("common.pt", "metadata.json", ".metadata")
 
@@ -97,7 +106,10 @@ def read_stored_adapters(path: Path) -> StoredAdapters | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: Any = from_json(file.read_bytes())
+        for name, (holds, words) in _VALUES.items():
+            if not holds(content[name]):
+                raise TypeError(f"{name} is {content[name]!r}, expected {words}")
         settings = AdapterConfig(**{name: content[name] for name in SETTINGS})
         base: dict[str, Any] = content["base"]
         place = None if base["checkpoint"] is None else Path(base["checkpoint"])
@@ -145,7 +157,8 @@ def known_digest(path: Path) -> str | None:
     kept = path / KEPT_DIGEST
     if kept.is_file():
         try:
-            return str(json.loads(kept.read_text(encoding="utf-8"))["digest"])
+            described: Any = from_json(kept.read_bytes())
+            return str(described["digest"])
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{path} has a corrupt {KEPT_DIGEST} ({type(error).__name__}: {error})") from None
     entries = manifest.read(path)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
 from megatron_selfdistill.checkpoint.run.adapter_base import AdapterBase, shared_base_digest
-from megatron_selfdistill.checkpoint.run.external import load_adapters, load_weights
+from megatron_selfdistill.checkpoint.run.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.stored_adapters import (
     SETTINGS,
     StoredAdapters,
@@ -106,6 +106,7 @@ def loaded_chunks(config: Config, grid: RankGrid, vocab_size: int, checkpoint: s
     settings = stored_settings(config, adapters)
     base = run_on_rank_0(lambda: adapters.base_place(config.adapter.base))
     adapters.require_base(shared_base_digest(base), base, "adapter.base")
+    require_stored_rank(adapters.path, settings.rank)
     load_weights(base, chunks, vocab_size, verify)
     add_adapters(chunks, settings, grid)
     load_adapters(adapters.path, chunks, verify)

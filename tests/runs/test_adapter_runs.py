@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -126,6 +128,24 @@ def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     assert ranks.run(evaluate.main, arguments_of_evaluate, world_size=1, init_process_group=False) == [0]
     started = refusal(ranks, arguments(data, tmp_path / "run", base, f"checkpoint.load={whole}/checkpoints"))
     assert "holds adapters alone, but a run begins at full weights: set checkpoint.load to their base" in started
+
+
+def evaluate_and_listen(arguments: list[str]) -> tuple[int, str]:
+    with contextlib.redirect_stderr(io.StringIO()) as output:
+        return evaluate.main(arguments), output.getvalue()
+
+
+def test_a_rank_in_the_description_that_no_factor_has_takes_no_memory(ranks, data, whole, tmp_path):
+    path = shutil.copytree(whole, tmp_path / "run") / "checkpoints" / "iter_0000004"
+    (path / "manifest.json").unlink()
+    (path / "adapters.json").write_text((path / "adapters.json").read_text().replace('"rank": 4', '"rank": 1000000000'))
+    command = ["--megatron", str(path), "--data", str(data / "problems.jsonl"), "--out", str(tmp_path / "evaluated")]
+    command += [f"data.tokenizer={data}/tokenizer", "optimizer=fp32", "rollout.max_new_tokens=8"]
+    command += ["rollout.kv_cache_gb=0.1", "checkpoint.verify=none"]
+    ((status, output),) = ranks.run(evaluate_and_listen, command, world_size=1, init_process_group=False)
+    assert status == 2 and output.endswith(
+        "iter_0000004 has factors of the ranks [4], but its adapters.json has the rank 1000000000\n"
+    )
 
 
 def test_a_checkpoint_with_the_state_of_its_optimizer_is_merged_by_the_command_of_the_page(

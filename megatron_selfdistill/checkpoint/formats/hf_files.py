@@ -18,6 +18,7 @@ from typing import Any
 
 from megatron_selfdistill.checkpoint.formats.manifest import sync
 from megatron_selfdistill.data.data_files import is_hub_name, kind_of
+from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError
 
 CONFIG = "config.json"
@@ -73,8 +74,8 @@ def _is_there(file: Path) -> bool:
 
 def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
     try:
-        weight_map = json.loads(contained(directory, index.name).read_text())["weight_map"]
-        entries = [(str(name), file) for name, file in weight_map.items()]
+        content: Any = from_json(contained(directory, index.name).read_bytes())
+        entries = [(str(name), file) for name, file in content["weight_map"].items()]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{index} is corrupt ({type(error).__name__}: {error})") from error
     files: dict[Path, set[str] | None] = {}

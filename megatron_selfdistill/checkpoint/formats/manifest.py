@@ -15,9 +15,11 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
+from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError
 
 NAME = "manifest.json"
@@ -92,7 +94,7 @@ def read(directory: Path) -> dict[str, Entry] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text())
+        content: Any = from_json(file.read_bytes())
         entries = {name: Entry(**entry) for name, entry in content["files"].items()}
         algorithm = content["algorithm"]
         if outside := next((name for name in entries if name != Path(name).name or name in ("", "..")), None):

@@ -22,14 +22,16 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats.finite import non_finite
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, raise_misfit
+from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, raise_misfit, weight_shapes
 from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
+from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io, state
-from megatron_selfdistill.checkpoint.stored_adapters import refuse_adapters
+from megatron_selfdistill.checkpoint.stored_adapters import NAME, refuse_adapters
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, first_few
+from megatron_selfdistill.model.hf.adapter_rules import SUFFIX
 
 Chunks = Sequence[torch.nn.Module]
 
@@ -75,6 +77,18 @@ def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None
     with state.gathered_parameters(chunks):
         state.load_factors(chunks, sharded_io.read(wanted, found))
         _require_finite(found, state.without_base(state.model_state(chunks, state.CONTENT)))
+
+
+def require_stored_rank(path: Path, rank: int) -> None:
+    """Raise CheckpointError on all ranks unless the factors of a checkpoint of adapters have ``rank``.  Collective.
+
+    Call this function before `add_adapters`, which takes memory for ``rank``: a description may say anything.
+    """
+    found = run_on_rank_0(lambda: directory.resolve(path))
+    shapes = run_on_rank_0(lambda: weight_shapes(TorchDistReader(found)))
+    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{SUFFIX}.a") and len(shape) > 1}
+    if held != {rank}:
+        raise CheckpointError(f"{found} has factors of the ranks {sorted(held)}, but its {NAME} has the rank {rank}")
 
 
 def load_weights_and_optimizer(

@@ -73,7 +73,7 @@ def _decode(stored: Any, path: Path) -> dict[str, Any]:
     """Return the state of a trainer from the JSON of `encode`."""
     try:
         state = json.loads(stored)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: {error}") from None
     if not isinstance(state, dict) or not isinstance(state.get("step"), int):
         raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: expected an object with a step")

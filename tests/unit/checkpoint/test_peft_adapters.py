@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -231,6 +232,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys)
     lacking = {name: factor for name, factor in factors.items() if ".layers.1." not in name}
     wrong_shape = factors | {f"{layer}q_proj.lora_B.weight": torch.zeros(3, 3)}
     head = factors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 36)}
+    first = f"{layer}q_proj.lora_A.weight"
     cases: list[tuple[dict[str, object], dict[str, torch.Tensor] | None, str]] = [
         ({"use_dora": True}, None, "has use_dora=True in its adapter_config.json: DoRA scales weights"),
         ({"bias": "all"}, None, "has bias='all' in its adapter_config.json: adapters here have no biases"),
@@ -238,10 +240,24 @@ def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys)
         ({"rank_pattern": {"q_proj": 2}}, None, "one checkpoint has one rank and one scale"),
         ({"init_lora_weights": "pissa"}, None, "has init_lora_weights='pissa' .*: it changes the base"),
         ({"peft_type": "IA3"}, None, "only LoRA can be read"),
-        ({"r": None}, None, "has no number r in its adapter_config.json"),
+        ({"r": None}, None, "has r=None in its adapter_config.json, expected a whole number above 0"),
+        ({"r": 3.0}, None, "has r=3.0 in its adapter_config.json, expected a whole number above 0"),
+        ({"lora_alpha": "3"}, None, "has lora_alpha='3' in its adapter_config.json, expected a number above 0"),
+        ({"use_rslora": "no"}, None, "has use_rslora='no' in its adapter_config.json, expected true or false"),
         ({"r": 4}, None, r"has factors of the ranks \[3\], expected r=4 alone"),
         ({}, lacking, "has no factors of .*layers.1.*, expected adapters on every layer: layers_to_transform"),
         ({}, wrong_shape, r"q_proj.lora_B.weight has shape \[3, 3\], expected \[40, 3\]"),
+        (
+            {},
+            {name: factor * torch.nan for name, factor in factors.items()},
+            r"NaN or infinite elements \(as torch.float32\): take an",
+        ),
+        ({}, {name: factor.int() for name, factor in factors.items()}, "type int32, expected a matrix of floating-poi"),
+        (
+            {},
+            factors | {first: torch.tensor(1.0)},
+            rf"{first} of .* has shape \[\] and type float32, expected a matrix",
+        ),
         ({}, head, "has factors of modules that have no adapters here .*: base_model.model.lm_head.lora_A.weight"),
         ({}, {"a.lora_magnitude_vector": torch.zeros(1)}, "has tensors that are no factors of LoRA: a.lora_magn"),
     ]
@@ -250,6 +266,18 @@ def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys)
             peft_to_megatron(rewritten(peft, tmp_path / f"{number}", tensors, **changes), made.base, tmp_path / "out")
     with raises("has no adapter_config.json, expected a directory of PEFT"):
         peft_to_megatron(made.hf, made.base, tmp_path / "out")
+    nested = rewritten(peft, tmp_path / "nested")
+    (nested / "adapter_config.json").write_text("[" * 100_000)
+    with raises("nested is corrupt: objects and lists nested more than 100 levels deep"):
+        peft_to_megatron(nested, made.base, tmp_path / "out")
+    (nested / "adapter_config.json").write_text("[]")
+    with raises(r"nested has r=\[\] in its adapter_config.json, expected"):
+        peft_to_megatron(nested, made.base, tmp_path / "out")
+    shutil.copy(peft / "adapter_config.json", nested)
+    (nested / "adapter_model.safetensors").unlink()
+    (nested / "adapter_model.safetensors").mkdir()
+    with raises("adapter_model.safetensors is a directory, expected a file"):
+        peft_to_megatron(nested, made.base, tmp_path / "out")
     linked = rewritten(peft, tmp_path / "linked")
     (linked / "adapter_model.safetensors").unlink()
     (linked / "adapter_model.safetensors").symlink_to(peft / "adapter_model.safetensors")

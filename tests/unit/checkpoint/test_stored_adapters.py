@@ -102,6 +102,33 @@ def test_messages_name_both_digests_and_the_corrupt_file(tmp_path):
         read_stored_adapters(found.path)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rank": "4"}, r"TypeError: rank is '4', expected a whole number above 0"),
+        ({"rank": True}, r"rank is True, expected a whole number above 0"),
+        ({"alpha": None}, r"alpha is None, expected a number above 0"),
+        ({"alpha": 10**400}, r"alpha is 10*, expected a number above 0 and below 1e30"),
+        ({"rank_stabilised": "no"}, r"rank_stabilised is 'no', expected true or false"),
+        ({"layers": [["linear_proj"]]}, r"layers is \[\['linear_proj'\]\], expected a list of names"),
+        ({"seed": 1.5}, r"seed is 1\.5, expected a whole number"),
+        ({"base": {"digest": "d1"}}, r"KeyError: 'checkpoint'"),
+    ],
+)
+def test_a_description_with_a_value_of_another_type_is_corrupt(tmp_path, change, words):
+    file = stored(tmp_path).path / "adapters.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with raises(rf"has a corrupt adapters\.json \(.*{words}"):
+        read_stored_adapters(file.parent)
+
+
+def test_a_description_that_is_nested_deep_is_corrupt(tmp_path):
+    file = stored(tmp_path).path / "adapters.json"
+    file.write_text('{"rank": ' + "[" * 100_000)
+    with raises(r"has a corrupt adapters\.json \(.* nested more than 100 levels deep"):
+        read_stored_adapters(file.parent)
+
+
 def test_a_run_reads_the_base_of_its_adapters_at_every_start(tmp_path, monkeypatch):
     stored(tmp_path / "run")
     begun = ["data.path=x", "data.tokenizer=t", f"run_dir={tmp_path}/run", f"checkpoint.load={tmp_path}/gone"]
