@@ -92,7 +92,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from megatron_selfdistill.commands.given_model import temporary_directory
+    from megatron_selfdistill.commands.given_model import computed_in, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.inference import converted
@@ -107,7 +107,10 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
+    about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
+    if grid.is_reporter:
+        print(about_types, flush=True)
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
             load = model["path"]

@@ -63,7 +63,7 @@ def check(arguments: argparse.Namespace) -> None:
 def explore(arguments: argparse.Namespace) -> int:
     """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
     from megatron_selfdistill.commands.exploration import Exploration
-    from megatron_selfdistill.commands.given_model import configured, temporary_directory
+    from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
@@ -78,6 +78,7 @@ def explore(arguments: argparse.Namespace) -> int:
     check_world(config, world_size())
     response = None if arguments.response is None else given_text("--response", arguments.response)
     exploration = Exploration.of_problem(config, _problem(arguments), response)
+    about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
@@ -88,7 +89,7 @@ def explore(arguments: argparse.Namespace) -> int:
     finally:
         ranks.shutdown()
     if summary is not None:
-        print(models.about(), summary, sep="\n", flush=True)
+        print(models.about(), about_types, summary, sep="\n", flush=True)
     return 0
 
 

@@ -4,18 +4,26 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from megatron_selfdistill.checkpoint.conversion import DTYPES
 from megatron_selfdistill.checkpoint.describe import hf_assets_of
 from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
+from megatron_selfdistill.checkpoint.formats.safetensors_directory import open_weights_directory
 from megatron_selfdistill.checkpoint.formats.stored_model import reconcile, with_stored_architecture
+from megatron_selfdistill.checkpoint.stored_adapters import read_stored_adapters
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+from megatron_selfdistill.choices import PRECISIONS
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -50,6 +58,37 @@ def configured(config: Config, given: frozenset[str], model: dict[str, Any]) -> 
     config = with_stored_architecture(dataclasses.replace(config, checkpoint=checkpoint), given)
     require_same_tokenizer(config)
     return config
+
+
+def computed_in(config: Config, model: dict[str, Any]) -> str:
+    """Return a line about the type in which a command computes, and about the type of most weights of ``model``.
+
+    ``model``: a result of `find_model`; the base counts for adapters.  Raises: `CheckpointError`.
+    """
+    computed = str(DTYPES[config.optimizer.precision]).removeprefix("torch.")
+    stored = str(_main_dtype(config, model)).removeprefix("torch.")
+    if stored == computed:
+        return f"computed in {computed}, the type of the weights"
+    other = next(name for name in PRECISIONS if name != config.optimizer.precision)
+    return (
+        f"computed in {computed} (optimizer.precision={config.optimizer.precision}), and the weights are {stored}: "
+        f"optimizer.precision={other} computes in {str(DTYPES[other]).removeprefix('torch.')}"
+    )
+
+
+def _main_dtype(config: Config, model: dict[str, Any]) -> torch.dtype:
+    path = Path(model["path"])
+    if model["format"] == "hugging_face":
+        sizes: Counter[torch.dtype] = Counter()
+        for tensor in open_weights_directory(path).tensors.values():
+            sizes[tensor.dtype] += math.prod(tensor.shape)
+        return max(sizes, key=lambda dtype: sizes[dtype])
+    weights = open_weights(path)
+    adapters = read_stored_adapters(weights.path)
+    if adapters is not None:
+        weights = open_weights(adapters.base_place(config.adapter.base))
+    held = weights.sizes()
+    return max(held, key=lambda dtype: held[dtype])
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def check(arguments: argparse.Namespace) -> None:
 def align(arguments: argparse.Namespace) -> int:
     """Measure the alignment, on every rank, and return the exit status; rank 0 writes and prints."""
     from megatron_selfdistill.commands.alignment_job import AlignmentJob
-    from megatron_selfdistill.commands.given_model import configured, temporary_directory
+    from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
@@ -86,6 +86,7 @@ def align(arguments: argparse.Namespace) -> int:
     numbers = {"num_nodes": arguments.nodes, "num_top": arguments.top, "num_completions": arguments.completions}
     hints = hinted_problems(arguments.teacher_context, run_data.evaluation)
     job = AlignmentJob.of_problems(config, run_data, hints, **numbers)
+    about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
@@ -94,7 +95,7 @@ def align(arguments: argparse.Namespace) -> int:
             placed_config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
             measured = dataclasses.replace(job, config=placed_config).measured(grid, placed.teacher, placed.reference)
         if grid.is_reporter:
-            print(models.about(), flush=True)
+            print(models.about(), about_types, sep="\n", flush=True)
             _write(arguments, measured, run_data, {"model": model, "settings": {**_settings(config), **numbers}})
     finally:
         ranks.shutdown()

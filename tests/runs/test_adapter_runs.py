@@ -125,13 +125,14 @@ def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     out = ["--out", str(tmp_path / "evaluated"), "--num-samples", "2", f"data.tokenizer={data}/tokenizer"]
     settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.1"]
     arguments_of_evaluate = [*model, *out, *settings, "data.limit=2"]
-    assert ranks.run(evaluate.main, arguments_of_evaluate, world_size=1, init_process_group=False) == [0]
+    ((status, shown),) = ranks.run(evaluate_and_listen, arguments_of_evaluate, world_size=1, init_process_group=False)
+    assert status == 0 and shown.startswith("computed in float32, the type of the weights\n")
     started = refusal(ranks, arguments(data, tmp_path / "run", base, f"checkpoint.load={whole}/checkpoints"))
     assert "holds adapters alone, but a run begins at full weights: set checkpoint.load to their base" in started
 
 
 def evaluate_and_listen(arguments: list[str]) -> tuple[int, str]:
-    with contextlib.redirect_stderr(io.StringIO()) as output:
+    with contextlib.redirect_stderr(io.StringIO()) as output, contextlib.redirect_stdout(output):
         return evaluate.main(arguments), output.getvalue()
 
 

@@ -20,6 +20,8 @@ from tiers import combinations
 from megatron_selfdistill.checkpoint.describe import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
+from megatron_selfdistill.commands.given_model import computed_in, find_model
+from megatron_selfdistill.config import load
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.evaluation.evaluations import PROBLEMS, RESPONSES, SUMMARY
 
@@ -119,6 +121,7 @@ def test_a_hugging_face_directory_gives_the_results_of_its_checkpoint_and_leaves
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("majority_at_3") == 1, "one rank prints"
+    assert done.stdout.count("computed in float32, the type of the weights\n") == 1
     hf, megatron = summary_of(tmp_path / "results" / "hf"), summary_of(alone)
     assert hf.pop("model") == {"format": "hugging_face", "path": str(directory / "hf"), "iteration": None}
     megatron.pop("model")
@@ -139,6 +142,16 @@ def test_another_seed_draws_others_and_responses_are_written_when_asked(director
     assert [it["sample"] for it in responses] == [None, 0, 1, 2, 3] * 2
     assert responses[0]["prompt"].startswith(responses[0]["problem_id"])
     assert set(summary_of(tmp_path / "other")["metrics"]) >= {"pass_at_4", "majority_at_4"}
+
+
+def test_a_line_says_in_which_type_a_command_computes(directory):
+    bf16, fp32 = (load([f"optimizer.precision={precision}"]) for precision in ("bf16", "fp32"))
+    for model in (find_model(directory / "hf", None, None), find_model(None, directory / "megatron", None)):
+        assert computed_in(fp32, model) == "computed in float32, the type of the weights"
+        assert computed_in(bf16, model) == (
+            "computed in bfloat16 (optimizer.precision=bf16), and the weights are float32: optimizer.precision=fp32 "
+            "computes in float32"
+        )
 
 
 @pytest.fixture(scope="module")
