@@ -239,6 +239,12 @@ def test_the_pattern_of_keys_finds_some(page):
     assert len(set(re.findall(r"\b(?:data|evaluation|rollout|conversations|guards)\.[a-z_]+", text))) > 5
 
 
+def test_the_page_about_running_lists_the_commands_of_the_help():
+    text = (DOCS / "running.md").read_text(encoding="utf-8")
+    listed = re.search(r"`selfdistill --help` lists the commands:(.*?)\.", text.replace("key=value ...", ""), re.DOTALL)
+    assert listed is not None and re.findall(r"`(\w+)`", listed[1]) == list(COMMANDS)
+
+
 def test_the_targets_that_the_page_about_the_method_shows_are_those_of_the_loss():
     text = (DOCS / "method.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| the teacher [^|]*\| ([^|]*)\| ([^|]*)\| ([0-9.]+)[^|]*\| ([^|]*)\|$", text, re.MULTILINE)
