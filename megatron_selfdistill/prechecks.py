@@ -7,8 +7,13 @@ The code that reads the inputs later has the same messages.
 from __future__ import annotations
 
 import inspect
+import logging
+import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight_files
@@ -23,13 +28,17 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.needed_packages import is_installed
 from megatron_selfdistill.run_data import longest_context
 
+logger = logging.getLogger(__name__)
+
 
 def require_data(config: Config) -> None:
     """Raise `ConfigError` if the problems or the tokenizer of ``config`` do not exist.
 
-    A name of the Hugging Face hub passes.
+    A name of the Hugging Face hub passes; if the hub has no address here, its libraries read their caches alone.
     """
     data = config.data
+    if any(name is not None and is_hub_name(name) for name in (data.path, config.evaluation.path, data.tokenizer)):
+        _go_offline_without_network()
     try:
         for path in (data.path, config.evaluation.path):
             if path is not None and not is_hub_name(path):
@@ -38,6 +47,21 @@ def require_data(config: Config) -> None:
             tokenizer_place(data.tokenizer)
     except (ValueError, OSError) as error:
         raise ConfigError(str(error)) from error
+
+
+def _go_offline_without_network() -> None:
+    """Set HF_HUB_OFFLINE, which the hub's libraries read when they are imported, if the hub's host has no address.
+
+    They would ask again and again for a minute otherwise.  A proxy may know the address, and ``HF_HUB_OFFLINE=0`` asks.
+    """
+    host = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co").hostname
+    if host is None or "HF_HUB_OFFLINE" in os.environ or getproxies():
+        return
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError as error:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        logger.warning("%s cannot be reached (%s): names on the hub are read from the cache alone", host, error)
 
 
 def require_start(config: Config) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -258,6 +259,30 @@ def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(run, n
     assert (done.status, heavy_modules(done)) == (0, set())
     assert f"usage: selfdistill {name} " in done.stdout
     assert re.search(rf"^ +selfdistill {name}\b", done.stdout, re.MULTILINE), "an example"
+
+
+def test_a_name_on_the_hub_is_read_from_the_cache_alone_if_the_hub_has_no_address(monkeypatch, caplog):
+    asked: list[str] = []
+
+    def no_address(host: str, port: None) -> None:
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for variable in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
+        monkeypatch.delenv(variable, raising=False)
+        monkeypatch.delenv(variable.lower(), raising=False)
+    prechecks.require_data(load([f"data.tokenizer={REPOSITORY}"]))
+    assert not asked and "HF_HUB_OFFLINE" not in os.environ, "a directory needs no network"
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    prechecks.require_data(load(["data.tokenizer=Qwen/Qwen3-0.6B"]))
+    assert not asked, "the proxy may know the address"
+    monkeypatch.delenv("HTTPS_PROXY")
+    prechecks.require_data(load(["data.tokenizer=Qwen/Qwen3-0.6B"]))
+    assert asked == ["huggingface.co"] and os.environ["HF_HUB_OFFLINE"] == "1"
+    assert "huggingface.co cannot be reached" in caplog.text
 
 
 def test_a_run_with_checkpoints_of_its_own_needs_neither_the_one_that_it_started_from_nor_its_architecture(tmp_path):
