@@ -80,7 +80,7 @@ def resolve(path: Path) -> Path:
     chosen = tracked(path) or path
     reason = incomplete(chosen)
     if reason is not None:
-        replaced = chosen.with_name(chosen.name + _REPLACED)
+        replaced = chosen.parent / f"{chosen.name}{_REPLACED}"  # with_name() refuses "."
         if replaced.is_dir() and incomplete(replaced) is None:
             return replaced
         fault = tracker_fault(path)
