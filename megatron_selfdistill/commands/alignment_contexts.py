@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -57,9 +57,9 @@ def hinted_problems(names: Sequence[str], problems: Sequence[Problem]) -> dict[s
 def _solutions_in(path: Path) -> dict[str, str]:
     """Return the problem's id -> its first solution in a file.  Raises: `ConfigError`."""
     solutions: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            record = json.loads(line)
+            record: Any = from_json(line)
             solutions.setdefault(str(record["problem_id"]), str(record["solution"]))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(

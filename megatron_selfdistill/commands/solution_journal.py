@@ -45,12 +45,11 @@ class Journal:
                 )
             self.path.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
             return 0
-        text = self.path.read_text(encoding="utf-8")
-        lines = text[: text.rfind("\n") + 1].splitlines()  # a killed process may have left a part of a line
+        *lines, _ = self.path.read_bytes().split(b"\n")  # a killed process may have left a part of a line
         try:
-            header, *attempts = (json.loads(line) for line in lines)
+            header, *attempts = map(json.loads, lines)
             is_journal = "model" in header and all("problem_id" in attempt for attempt in attempts)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             is_journal = False
         if not is_journal:
             raise ConfigError(f"{self.path} is not a journal of this command: choose another --out or remove it")
@@ -60,9 +59,8 @@ class Journal:
             done < num_problems
         ):  # a group is solved again completely, so that its batches and their rounding are the same
             done -= done % self.group_size
-        kept = "".join(line + "\n" for line in lines[: done + 1])
-        with self.path.open("r+", encoding="utf-8") as file:
-            file.truncate(len(kept.encode()))
+        with self.path.open("r+b") as file:
+            file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
         return done
 
     def _check_header(self, header: dict[str, Any]) -> None:

@@ -13,6 +13,8 @@ import pytest
 import tiny_run
 
 from megatron_selfdistill.commands import gradient_alignment as tool
+from megatron_selfdistill.commands.alignment_contexts import hinted_problems
+from megatron_selfdistill.errors import ConfigError
 
 SETTINGS = (
     "optimizer=fp32",
@@ -94,6 +96,13 @@ def test_each_context_of_the_teacher_has_its_own_groups_on_the_same_responses(di
     assert {it["correct"] for it in found["answer"]} == {it["correct"] for it in found["solution"]}
     assert next(g["name"] for g in many["groups"] if g["teacher_context"] == "answer") == "all"
     assert [g for g in many["groups"] if g["teacher_context"] == "solution"] == alone["groups"]
+
+
+@pytest.mark.parametrize("line", [b'{"problem_id": "\xff"}', b'{"problem_id": ' + b"[" * 100_000, b"7"])
+def test_a_line_of_a_context_that_cannot_be_read_is_named(tmp_path, line):
+    (tmp_path / "own.jsonl").write_bytes(b'{"problem_id": "p", "solution": "x"}\n' + line)
+    with pytest.raises(ConfigError, match=r"own\.jsonl:2: expected a JSON object with problem_id and solution"):
+        hinted_problems([str(tmp_path / "own.jsonl")], [])
 
 
 def test_a_context_that_cannot_be_is_refused(directory, capsys):

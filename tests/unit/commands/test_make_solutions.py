@@ -202,6 +202,19 @@ def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
     assert journal.begin(10) == 10 and list(journal.lines()) == lines
 
 
+def test_a_journal_goes_on_behind_any_text_and_half_of_a_character(tmp_path):
+    journal = solution_journal.Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=1)
+    lines = [{"problem_id": "p0", "text": "a\u2028b\x85c"}, {"problem_id": "p1", "text": "é"}]
+    assert journal.begin(3) == 0
+    journal.append(lines)
+    with journal.path.open("ab") as file:
+        file.write('{"problem_id": "é'.encode()[:-1])
+    assert journal.begin(3) == 2 and list(journal.lines()) == lines
+    journal.path.write_bytes(b'{"model": ' + b"[" * 100_000 + b"\n")
+    with pytest.raises(ConfigError, match="is not a journal of this command: choose another --out or remove it"):
+        journal.begin(3)
+
+
 def test_what_is_done_is_not_done_again(ranks, directory, summary):
     before = (directory / "own.jsonl").read_bytes()
     arguments = arguments_of(directory, "own.jsonl", "--pick", "learnable")
