@@ -148,6 +148,8 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
         ) from None
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{peft} is corrupt: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"{peft} cannot be read: {error}") from None
     for key, (holds, words) in _VALUES.items():
         if not isinstance(config, dict) or not holds(config.get(key)):
             found = config.get(key) if isinstance(config, dict) else config

@@ -169,6 +169,17 @@ def test_a_checkpoint_with_the_state_of_its_optimizer_is_merged_by_the_command_o
     assert not any(key.startswith("optimizer.") or "_adapter." in key for key in merged.shapes)
 
 
+def test_every_command_of_the_page_takes_run_directories(base, whole, tmp_path, capsys):
+    for command in (
+        ["inspect", str(whole)],
+        ["megatron-to-peft", "--megatron", str(whole), "--out", str(tmp_path / "peft")],
+        ["peft-to-megatron", "--peft", str(tmp_path / "peft"), "--base", str(base), "--out", str(tmp_path / "lora")],
+        ["megatron-to-hf", "--megatron", str(whole), "--iteration", "3", "--out", str(tmp_path / "hf")],
+        ["megatron-to-hf", "--megatron", str(tmp_path / "lora"), "--out", str(tmp_path / "hf_of_lora")],
+    ):
+        assert convert.main(command) == 0, capsys.readouterr().err
+
+
 def test_the_base_may_move_but_not_change(ranks, data, base, whole, tmp_path, capsys):
     run, moved = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
     go_back_to_step(3, run)
