@@ -13,16 +13,15 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.commands.endings import ended
 from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
-from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.run_data import RunData
 
-EXIT_REFUSED, EXIT_FAILED = 2, 4
 RESERVED = {
     "evaluation.path": "--data",
     "evaluation.num_samples": "--num-samples",
@@ -36,23 +35,19 @@ RESERVED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status.
 
-    0 is success, 2 follows a message about bad input, and 4 follows a message about an engine or verifier that failed.
+    0 is success; `ended` has the others, each of which follows a message.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     comparing = argv[:1] == ["compare"]
     arguments = comparison_arguments(argv[1:]) if comparing else evaluation_arguments(argv)
-    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-    from megatron_selfdistill.errors import CheckpointError, ConfigError
 
-    silence_known_warnings()
-    try:
+    def work() -> int:
         if comparing:
             return compare(arguments)
         check(arguments)
         return evaluate(arguments)
-    except (CheckpointError, ConfigError, OSError) as error:
-        print_error("evaluate:", error)
-        return EXIT_REFUSED
+
+    return ended("evaluate", work)
 
 
 # -- one model ------------------------------------------------------------------------------------------------------
@@ -82,16 +77,6 @@ def check(arguments: argparse.Namespace) -> None:
 
 def evaluate(arguments: argparse.Namespace) -> int:
     """Evaluate one model, on every rank, and return the exit status; rank 0 writes and prints."""
-    from megatron_selfdistill.errors import EngineError, VerifierError
-
-    try:
-        return _evaluate(arguments)
-    except (EngineError, VerifierError) as error:
-        print_error("evaluate:", error)
-        return EXIT_FAILED
-
-
-def _evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.commands.given_model import computed_in, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size

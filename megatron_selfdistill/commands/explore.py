@@ -10,15 +10,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from megatron_selfdistill.commands.endings import ended
 from megatron_selfdistill.commands.explore_options import exploration_arguments, given_text
 from megatron_selfdistill.config.world_checks import check_world
-from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.problems import Problem
 
-EXIT_REFUSED, EXIT_FAILED = 2, 4
 RESERVED = {
     "data.path": "--problem and --solution",
     "evaluation.path": "--problem and --solution",
@@ -31,22 +30,15 @@ RESERVED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status.
 
-    0 is success, 2 follows a message about bad input, and 4 follows a message about an engine that failed.
+    0 is success; `ended` has the others, each of which follows a message.
     """
     arguments = exploration_arguments(list(sys.argv[1:] if argv is None else argv))
-    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-    from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
 
-    silence_known_warnings()
-    try:
+    def work() -> int:
         check(arguments)
         return explore(arguments)
-    except (CheckpointError, ConfigError, OSError) as error:
-        print_error("explore:", error)
-        return EXIT_REFUSED
-    except EngineError as error:
-        print_error("explore:", error)
-        return EXIT_FAILED
+
+    return ended("explore", work)
 
 
 def check(arguments: argparse.Namespace) -> None:

@@ -14,15 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.alignment_contexts import check_contexts, hinted_problems
 from megatron_selfdistill.commands.alignment_options import alignment_arguments
+from megatron_selfdistill.commands.endings import ended
 from megatron_selfdistill.config.world_checks import check_world
-from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.evaluation.alignment_groups import MeasuredNode
     from megatron_selfdistill.run_data import RunData
 
-EXIT_REFUSED, EXIT_FAILED = 2, 4
 RESERVED = {
     "data.path": "--data",
     "evaluation.path": "--data",
@@ -36,22 +35,15 @@ RESERVED = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status.
 
-    0 is success, 2 follows a message about bad input, and 4 follows a message about an engine or verifier that failed.
+    0 is success; `ended` has the others, each of which follows a message.
     """
     arguments = alignment_arguments(list(sys.argv[1:] if argv is None else argv))
-    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
-    from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 
-    silence_known_warnings()
-    try:
+    def work() -> int:
         check(arguments)
         return align(arguments)
-    except (CheckpointError, ConfigError, OSError) as error:
-        print_error("alignment:", error)
-        return EXIT_REFUSED
-    except (EngineError, VerifierError) as error:
-        print_error("alignment:", error)
-        return EXIT_FAILED
+
+    return ended("alignment", work)
 
 
 def check(arguments: argparse.Namespace) -> None:

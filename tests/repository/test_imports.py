@@ -119,7 +119,7 @@ ORDER = {
     ),
     "doctor": "imports findings",
     "commands": (
-        "convert_adapters convert report doctor given_config given_model evaluate_options evaluate exploration "
+        "endings convert_adapters convert report doctor given_config given_model evaluate_options evaluate exploration "
         "model_options explore_options run_settings given_models explore alignment_contexts alignment_options "
         "alignment_job gradient_alignment plan solution_journal data_set_job solution_job explanation_job "
         "data_set_command solutions explanations"

@@ -16,6 +16,7 @@ from tiers import combinations
 
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.cli import COMMANDS
+from megatron_selfdistill.commands import evaluate, explore, gradient_alignment
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.plan.plan_checks import check_plan
@@ -261,6 +262,20 @@ def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(run, n
     assert (done.status, heavy_modules(done)) == (0, set())
     assert f"usage: selfdistill {name} " in done.stdout
     assert re.search(rf"^ +selfdistill {name}\b", done.stdout, re.MULTILINE), "an example"
+
+
+@pytest.mark.parametrize(
+    ("command", "arguments"),
+    [(evaluate, EVALUATED), (explore, ["hf", *EXPLORED]), (gradient_alignment, ALIGNED)],
+    ids=["evaluate", "explore", "alignment"],
+)
+def test_an_interruption_is_a_line_and_no_traceback(monkeypatch, capsys, command, arguments):
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "check", interrupted)
+    assert command.main(arguments) == 130
+    assert capsys.readouterr().err.endswith(": interrupted; no results were written\n")
 
 
 def test_a_name_on_the_hub_is_read_from_the_cache_alone_if_the_hub_has_no_address(monkeypatch, caplog):
