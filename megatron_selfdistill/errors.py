@@ -55,6 +55,10 @@ class EngineError(Exception):
     """A rollout engine that has failed; the run uses no response of the failed step."""
 
 
+class ProgramEndError(RuntimeError):
+    """An attempt of code that a run has called to end the program; the message names the code."""
+
+
 class VerifierError(RuntimeError):
     """A verifier that has raised an exception; the message names the problem and the exception."""
 

@@ -90,8 +90,8 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
         return plan(config, given, arguments.argv)
-    with stop.interruptible():
-        return train(config, given, ranks)
+    with stop.interruptible(), configuration.user_code("code that this run has called"):
+        return train(config, given, ranks)  # the status is 0 only where train returns it
 
 
 def _report(message: str, status: int, ranks: RollCall) -> None:

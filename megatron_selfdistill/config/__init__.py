@@ -20,7 +20,7 @@ from megatron_selfdistill.config.compose import (
     unknown_key,
     writable,
 )
-from megatron_selfdistill.config.functions import function_named
+from megatron_selfdistill.config.functions import function_named, user_code
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
@@ -77,5 +77,6 @@ __all__ = [
     "load",
     "to_yaml",
     "unknown_key",
+    "user_code",
     "writable",
 ]

@@ -1,19 +1,23 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The functions of users that keys name by a dotted path."""
+"""The functions of users that keys name by a dotted path, and the one place where a call of them cannot end a run."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import ConfigError, ProgramEndError
 
 
 def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
     """Return the function ``name`` of ``built_in``, or import the function with the dotted path ``name``.
 
-    ``key`` is the key of the configuration with the value ``name``, for messages.
+    ``key`` is the key of the configuration with the value ``name``, for messages.  A call of an imported function
+    cannot end the program (`user_code`).  The methods of what it returns need `user_code`, too.
 
     Raises: `ConfigError` if there is no such function.
     """
@@ -25,7 +29,10 @@ def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any
     if not module_name:
         raise ConfigError(expected)
     try:
-        function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+        with user_code(f"the import of {module_name}"):
+            function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+    except ProgramEndError as error:
+        raise ConfigError(f"{key}={name}: {error}") from error
     except ImportError as error:
         raise ConfigError(
             f"{expected}; {module_name} cannot be imported: {error}; put its directory on PYTHONPATH"
@@ -34,4 +41,34 @@ def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any
         raise ConfigError(f"{expected}; {error}") from error
     if not callable(function):
         raise ConfigError(f"{expected}, which is a {type(function).__name__}")
-    return function
+    return user_code(f"{key}={name}")(function)
+
+
+@contextlib.contextmanager
+def user_code(name: str) -> Iterator[None]:
+    """Run code of a user, which ``name`` describes, so that it cannot end the program; also a decorator.
+
+    ``sys.exit(0)`` in a reward function would end one rank, with the status of success, while the others wait for it.
+    An exception of type Exception passes, and so does the end that a signal has asked for.
+
+    Raises: `ProgramEndError` in place of SystemExit, KeyboardInterrupt and every other exception that is no Exception.
+    """
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as end:
+        if _comes_from_a_signal(end):
+            raise
+        raise ProgramEndError(
+            f"{name} tried to end the program with {end!r}: raise an exception that says what is wrong instead"
+        ) from end
+
+
+def _comes_from_a_signal(end: BaseException) -> bool:
+    """Return whether a signal may have raised ``end``: Python runs handlers in the main thread, in any code."""
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if isinstance(end, KeyboardInterrupt):
+        return signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    return isinstance(end, SystemExit) and end.code == 128 + signal.SIGTERM  # so commands end on SIGTERM

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config import function_named, user_code
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics.sample_views import sample_html
@@ -210,7 +210,8 @@ class Loggers:
     def _each(self, work: Callable[[MetricsLogger], None], outcome: str = "gets nothing more in this launch") -> None:
         for name, one in list(self._running.items()):
             try:
-                work(one)
+                with user_code(f"metrics.loggers={name}"):
+                    work(one)
             except Exception as error:
                 del self._running[name]
                 logger.warning("metrics.loggers: %s %s: %s", name, outcome, _one_line(error))

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_selfdistill.config import user_code
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
@@ -105,7 +106,9 @@ class Episodes:
         )
 
     def _reply(self, problem: Problem, said: Sequence[str]) -> Reply:
-        reply = self.environment.reply(problem, said)
+        kind = type(self.environment)
+        with user_code(f"environment {kind.__module__}.{kind.__qualname__}"):
+            reply = self.environment.reply(problem, said)
         if not isinstance(reply, Reply):
             raise TypeError(f"expected a Reply of megatron_selfdistill.recipes.environments, got {reply!r:.80}")
         return reply

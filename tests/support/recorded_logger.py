@@ -1,9 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Loggers that tests name by a dotted path: one that records its calls in a file, and two that fail."""
+"""Loggers that tests name by a dotted path: one that records its calls in a file, and three that fail."""
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,15 @@ class FailingLogger(RecordedLogger):
     def add_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         if step == 2:
             raise ConnectionError("the server\nis gone")
+        super().add_scalars(step, metrics)
+
+
+class LeavingLogger(RecordedLogger):
+    """A `RecordedLogger` that ends the program at step 2."""
+
+    def add_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == 2:
+            sys.exit(0)
         super().add_scalars(step, metrics)
 
 

@@ -21,7 +21,9 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import MetricsLog, loggers, read_metrics
 from tests.unit.metrics.test_samples import MARKED
 
-RECORDED, FAILING, NO_START = (f"recorded_logger.{n}" for n in ("RecordedLogger", "FailingLogger", "failing_start"))
+RECORDED, FAILING, LEAVING, NO_START = (
+    f"recorded_logger.{name}" for name in ("RecordedLogger", "FailingLogger", "LeavingLogger", "failing_start")
+)
 
 
 def log_of(run_dir: Path, *names: str) -> MetricsLog:
@@ -59,12 +61,23 @@ def test_a_logger_learns_that_the_run_directory_was_removed(tmp_path):
     assert recorded_logger.calls(tmp_path / "run")[1] == ["scalars", 2, {"loss/mean": 0.25}]
 
 
-def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tmp_path, caplog):
-    with log_of(tmp_path, FAILING, RECORDED) as log:
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        (FAILING, "ConnectionError: the server is gone"),
+        (
+            LEAVING,
+            f"ProgramEndError: metrics.loggers={LEAVING} tried to end the program with SystemExit(0): raise an "
+            "exception that says what is wrong instead",
+        ),
+    ],
+)
+def test_a_logger_that_fails_is_dropped_with_one_warning_and_the_others_go_on(tmp_path, caplog, name, fault):
+    with log_of(tmp_path, name, RECORDED) as log:
         log.resume(0)
         for step in (1, 2, 3):
             log.log(step, {"loss/mean": step / 10})
-    expected = f"metrics.loggers: {FAILING} gets nothing more in this launch: ConnectionError: the server is gone"
+    expected = f"metrics.loggers: {name} gets nothing more in this launch: {fault}"
     assert [record.getMessage() for record in caplog.records] == [expected]
     assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2, 3]
     steps = [call[1] for call in recorded_logger.calls(tmp_path) if call[0] == "scalars"]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -214,6 +215,16 @@ def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(
     with pytest.raises(EngineError) as caught:
         played(SimpleNamespace(reply=fail), [["r$"]], threads=threads)
     assert str(caught.value) == "file:a: the environment failed with KeyError: 'no such tool'"
+
+
+@pytest.mark.parametrize("threads", [1, 4])
+def test_an_environment_that_ends_the_program_is_an_error_with_its_class(threads):
+    class Leaving:
+        def reply(self, problem, said):
+            sys.exit(0)
+
+    with pytest.raises(EngineError, match=r"^file:a: .* environment \S+Leaving tried .* SystemExit\(0\)"):
+        played(Leaving(), [["r$"]], threads=threads)
 
 
 def test_something_else_than_a_reply_is_refused():

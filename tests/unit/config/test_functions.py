@@ -1,0 +1,98 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A function of a user that would end the program raises an error in its place, and signals still end it."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import signal
+import sys
+
+import pytest
+
+from megatron_selfdistill import train
+from megatron_selfdistill.config import function_named, user_code
+from megatron_selfdistill.errors import ConfigError, ProgramEndError
+
+MODULE = """
+import asyncio, sys
+
+def ends(how):
+    if how == "exit":
+        sys.exit(0)
+    raise {"interrupt": KeyboardInterrupt, "cancelled": asyncio.CancelledError}[how]("now")
+
+def fails():
+    raise LookupError("not there")
+
+class Made:
+    def __init__(self, size=1):
+        sys.exit()
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    (tmp_path / "functions_of_a_user.py").write_text(MODULE)
+    (tmp_path / "script_of_a_user.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    for name in ("functions_of_a_user", "script_of_a_user"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def no_interrupts():
+    """Handle Ctrl-C as a run does, without an exception."""
+    before = signal.signal(signal.SIGINT, lambda *_: None)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def load(name: str):
+    return function_named("policy.reward", f"functions_of_a_user.{name}", {})
+
+
+@pytest.mark.parametrize(
+    ("how", "shown"),
+    [("exit", r"SystemExit\(0\)"), ("interrupt", "KeyboardInterrupt"), ("cancelled", "CancelledError")],
+)
+def test_a_function_that_ends_the_program_raises_an_error_with_its_path(how, shown, no_interrupts):
+    with pytest.raises(ProgramEndError, match=rf"^policy.reward=functions_of_a_user.ends tried to .* {shown}.*: raise"):
+        load("ends")(how)
+
+
+def test_a_class_that_ends_the_program_raises_an_error_and_keeps_its_signature():
+    assert list(inspect.signature(load("Made")).parameters) == ["size"]
+    with pytest.raises(ProgramEndError, match=r"functions_of_a_user.Made tried to end the program with SystemExit\(\)"):
+        load("Made")()
+
+
+def test_an_exception_of_a_function_passes_unchanged():
+    with pytest.raises(LookupError, match=r"^'?not there'?$"):
+        load("fails")()
+
+
+def test_a_module_that_ends_the_program_when_it_is_imported_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"^policy.reward=script_of_a_user.f: the import of script_of_a_user tried to"
+    ):
+        function_named("policy.reward", "script_of_a_user.f", {})
+
+
+def test_a_signal_still_ends_the_code_of_a_user():
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        with pytest.raises(SystemExit) as caught, user_code("a verifier"):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert caught.value.code == 143
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    with pytest.raises(KeyboardInterrupt), user_code("a verifier"):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_program_that_ends_within_a_run_does_not_end_with_the_status_of_success(monkeypatch, data, tmp_path):
+    monkeypatch.setattr(train, "train", lambda *arguments: sys.exit(0))
+    with pytest.raises(ProgramEndError, match="code that this run has called tried to end the program"):
+        train.main([f"data.path={data}/problems.jsonl", f"run_dir={tmp_path}/run"])
