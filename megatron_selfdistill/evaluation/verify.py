@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.user_values import finite_number
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError
@@ -61,10 +62,7 @@ def rewards(questions: Sequence[tuple[Problem, str | None]], reward: Reward, gri
     """
 
     def rewarded(problem: Problem, text: str | None) -> float:
-        value = 0.0 if text is None else float(reward(text, problem))
-        if not math.isfinite(value):
-            raise ValueError(f"expected a finite reward, got {value}")
-        return value
+        return 0.0 if text is None else finite_number(reward(text, problem), "reward")
 
     return judged_in_order(questions, rewarded, grid, "reward function")
 

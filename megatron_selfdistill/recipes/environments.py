@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.records import NO_TEXT, is_text
+from megatron_selfdistill.data.user_values import finite_number, plain
 
 REPLY_ROLES = ("user", "tool")
 """The roles of a message that shows a reply."""
@@ -18,7 +19,8 @@ REPLY_ROLES = ("user", "tool")
 class Reply:
     """The reply of an environment to the last response of an episode.
 
-    Raises: ValueError for a field that has another type, another role or a reward that is not finite.
+    Raises: ValueError for a field that has another type, a text with half of a surrogate pair, another role or a reward
+    that is not finite.
     """
 
     text: str | None = None
@@ -28,7 +30,7 @@ class Reply:
     feedback: str | None = None
     """A text about the last response for the teacher alone; None is no feedback."""
     reward: float = 0.0
-    """The reward of the last response, a finite number."""
+    """The reward of the last response, a finite number, also as a NumPy scalar or a tensor of one number."""
     done: bool = True
     """Whether the episode ends with the last response, although ``text`` may be there."""
 
@@ -36,11 +38,12 @@ class Reply:
         for name in ("text", "feedback"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), f"expected a text or None as {name}", value)
+            if not is_text(value):
+                raise ValueError(f"{name} of a reply: {NO_TEXT}")
         _require(self.role in REPLY_ROLES, f"expected {' or '.join(REPLY_ROLES)} as role", self.role)
-        is_number = isinstance(self.reward, int | float)
-        _require(is_number and math.isfinite(self.reward), "expected a finite number as reward", self.reward)
+        object.__setattr__(self, "reward", finite_number(self.reward, "reward of a reply"))
+        object.__setattr__(self, "done", plain(self.done))
         _require(isinstance(self.done, bool), "expected a boolean as done", self.done)
-        object.__setattr__(self, "reward", float(self.reward))
 
     @property
     def goes_on(self) -> bool:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.records import NO_TEXT, is_text
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.verify import judged_in_order
@@ -71,6 +72,8 @@ def _check(found: object, responses: Sequence[tuple[str, float]], keeps_texts: s
     strange = [item for item in found if item is not None and not isinstance(item, str)]
     if strange:
         raise ValueError(f"{expected}, got a value of type {type(strange[0]).__name__}")
+    if not is_text(found):
+        raise ValueError(NO_TEXT)
     if len(found) != len(responses):
         raise ValueError(f"{expected}, got {len(found)}")
     edited = any(item not in (None, text) for item, (text, _) in zip(found, responses, strict=True))

@@ -6,7 +6,6 @@ Source: OpenClaw-RL (arXiv 2603.10165).
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import filled
+from megatron_selfdistill.data.user_values import finite_number, text_or_none
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.verify import Reward, judged_in_order
 from megatron_selfdistill.rollout.base import SamplingParams
@@ -137,9 +137,7 @@ class FunctionHintJudge:
 
         def judged(problem: Problem, reply: JudgedReply) -> str | None:
             hint = _called(lambda: self.function(problem, reply.text, reply.next_state), self.quotes)
-            if hint is not None and not isinstance(hint, str):
-                raise ValueError(f"expected a text or None, got a value of type {type(hint).__name__}")
-            return longest_hint([hint], self.min_length)
+            return longest_hint([text_or_none(hint)], self.min_length)
 
         return _of_all(replies, judged, self.grid, "judge")
 
@@ -176,10 +174,7 @@ class FunctionRewardJudge:
         """
 
         def rewarded(problem: Problem, reply: JudgedReply) -> float:
-            value: float = _called(lambda: float(self.function(reply.text, problem)), self.quotes)
-            if not math.isfinite(value):
-                raise ValueError(f"expected a finite reward, got {value}")
-            return value
+            return float(_called(lambda: finite_number(self.function(reply.text, problem), "reward"), self.quotes))
 
         return _of_all(replies, rewarded, self.grid, "reward function")
 

@@ -16,6 +16,7 @@ from typing import Any
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import filled, last_user_text
 from megatron_selfdistill.data.tokenizer import Tokenizer
+from megatron_selfdistill.data.user_values import text_or_none
 from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.verify import judged_in_order
@@ -233,9 +234,7 @@ class FunctionSummarizer:
         """
 
         def written(problem: Problem, content: tuple[str, float]) -> str | None:
-            text = self.function(problem, *content)
-            if text is not None and not isinstance(text, str):
-                raise ValueError(f"expected a text or None, got a value of type {type(text).__name__}")
+            text = text_or_none(self.function(problem, *content))
             return text if text and text.strip() else None
 
         questions = [

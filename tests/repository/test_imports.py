@@ -44,8 +44,8 @@ ORDER = {
         "sharded.rare_mass sharded.logit_summary sharded.fused_linear"
     ),
     "data": (
-        "data_files records problems chat.acceptance chat.conversations template_trial tokenizer prompts hints pieces "
-        "contexts chat.replies packing rows"
+        "data_files records user_values problems chat.acceptance chat.conversations template_trial tokenizer prompts "
+        "hints pieces contexts chat.replies packing rows"
     ),
     "model": (
         "attention_windows attention_sinks norms layers head_norms fused_kernels fp8 host_to_device optimizer_step "

@@ -15,6 +15,7 @@ from megatron_selfdistill.choices import CONVERSATION_TURNS
 from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
 from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
+from megatron_selfdistill.data.user_values import whole_number
 from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")
@@ -359,9 +360,10 @@ def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
     except Exception as error:  # the rule may be the user's, and its message may quote the log
         kind = type(error).__name__
         raise BadConversationError(f"the rule {name} for the accepted answer failed with {kind}", str(error)) from None
-    if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+    number = None if index is None else whole_number(index)
+    if number is None and index is not None:
         raise BadConversationError(f"the rule {name}: expected the index of a message or None, got {_kind(index)}")
-    return index
+    return number
 
 
 def _tools(value: object, columns: Mapping[str, str]) -> tuple[dict[str, Any], ...]:

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from record_sources import load_conversations
 
@@ -217,6 +218,7 @@ def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monk
     rule = load_rule("rule_of_a_test.third_message")
     found = log(tmp_path, CORRECTED, rule=rule)
     assert [p.solution for p in found.turns.problems] == ["8"]
+    assert log(tmp_path, CORRECTED, rule=lambda messages: np.int64(2)).turns.problems == found.turns.problems
 
     def broken(messages):
         raise KeyError(messages[1]["content"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
+import torch
 from characters import ONE_RANK, Characters
 
 from megatron_selfdistill.data.contexts import PromptPair
@@ -49,10 +51,16 @@ def test_a_function_of_the_user_rewards_in_place_of_the_verifier():
     assert judge.right(answers("8$", "777$", "8")) == [True, False, False], "the verifier stays the judge of verdicts"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("value", [np.float32(0.5), torch.tensor(0.5)])
+def test_a_reward_of_numpy_or_torch_counts_as_a_number(value):
+    judge = Judge(exact_match, Characters(), ONE_RANK, lambda text, problem: value)
+    assert judge.rewards(answers("8$")) == [0.5]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, "1"])
 def test_a_reward_that_is_no_finite_number_is_one_message(value):
     judge = Judge(exact_match, Characters(), ONE_RANK, lambda text, problem: value)
-    with pytest.raises(VerifierError, match=r"file.jsonl:1: the reward function failed .* expected a finite reward"):
+    with pytest.raises(VerifierError, match=r"file.jsonl:1: the reward function failed .* expected a finite number"):
         judge.rewards(answers("8$"))
 
 

@@ -9,7 +9,9 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from characters import ONE_RANK, Characters
 
@@ -240,12 +242,31 @@ def test_something_else_than_a_reply_is_refused():
         ({"role": "assistant"}, "expected user or tool as role of a reply, got 'assistant'"),
         ({"reward": float("nan")}, "expected a finite number as reward of a reply, got nan"),
         ({"reward": "1"}, "expected a finite number as reward of a reply, got '1'"),
+        (
+            {"text": "cut \ud83d"},
+            "text of a reply: expected text that can be written as UTF-8, got half of a surrogate",
+        ),
+        ({"feedback": "cut \ud83d"}, "feedback of a reply: expected text that can be written as UTF-8"),
         ({"done": 1}, "expected a boolean as done of a reply, got 1"),
     ],
 )
 def test_a_reply_has_the_types_of_the_protocol(fields, message):
     with pytest.raises(ValueError, match=message):
         Reply(**fields)
+
+
+@pytest.mark.parametrize("kind", [np.array, torch.tensor])
+def test_a_reply_may_have_numbers_of_numpy_and_torch(kind):
+    reply = Reply(reward=kind(0.5), done=kind(0.5) > 0.25)
+    assert reply.reward == 0.5 and type(reply.reward) is float and reply.done is True
+
+
+def test_a_reply_that_no_tokenizer_takes_is_one_message_with_the_place_of_the_problem():
+    cut = SimpleNamespace(reply=lambda problem, said: Reply("cut \ud83d"))
+    with pytest.raises(
+        EngineError, match=r"^file:a: the environment failed with ValueError: text of a reply: expected"
+    ):
+        played(cut, [["r$"]])
 
 
 def test_threads_ask_at_the_same_time():

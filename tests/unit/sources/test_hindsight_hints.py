@@ -167,6 +167,7 @@ def test_a_function_of_the_group_gives_hints():
         (["a"], "expected one text or None for each of 2 responses, got 1"),
         ("ab", "expected one text or None for each of 2 responses, got a value of type str"),
         (["a", 3], "got a value of type int"),
+        (["a", "cut \ud83d"], "expected text that can be written as UTF-8, got half of a surrogate pair"),
         (None, "got a value of type NoneType"),
     ],
 )
