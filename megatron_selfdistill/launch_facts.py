@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill.config import GivenKeys
+from megatron_selfdistill.config import GivenKeys, shown_argument
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.trainer import Trainer
 
@@ -28,7 +28,7 @@ def launch_facts(trainer: Trainer, given: Collection[str] | None) -> dict[str, A
 
     ``given``: as in `train.train`; only a `GivenKeys`, the keys of a command line, tells the command.
     """
-    arguments = given.arguments if isinstance(given, GivenKeys) else None
+    arguments = [*map(shown_argument, given.arguments)] if isinstance(given, GivenKeys) else None
     world_size = trainer.grid.world_size
     facts = {
         "start": start(trainer),

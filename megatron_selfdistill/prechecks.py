@@ -163,6 +163,18 @@ def require_loggers(config: Config) -> None:
             _require_wandb_key()
 
 
+def warn_of_secrets(config: Config) -> None:
+    """Warn of each secret that the configuration writes out: the list of processes and a shell's history show it."""
+    for place, found in config.from_environment.items():
+        if found.is_written_out:
+            key = ".".join(map(str, place))
+            logger.warning(
+                "%s is written out, where other people can read it: set a variable of the environment and write "
+                "%s='%s'; the files and messages of this run show this reference in place of the value",
+                *(key, key, found.interpolation),
+            )
+
+
 def require_functions(config: Config) -> None:
     """Raise `ConfigError` if a function of the user that gives hints or selects responses cannot be imported."""
     if is_dotted(config.data.solutions):

@@ -87,6 +87,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     if arguments.print:
         print(configuration.to_yaml(config))
         return 0
+    sys.argv = [*map(configuration.shown_argument, sys.argv)]  # which wandb, among other libraries, records
     given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
         return plan(config, given, arguments.argv)
@@ -124,6 +125,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     prechecks.require_functions(config)
     if ranks.rank == 0:  # the only rank with loggers
         prechecks.require_loggers(config)
+        prechecks.warn_of_secrets(config)
     with stop.at_sudden_end(lock.release):
         try:
             if ranks.rank == 0 and not config.dry_run:

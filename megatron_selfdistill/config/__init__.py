@@ -40,6 +40,7 @@ from megatron_selfdistill.config.schema.run_config import (
 )
 from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
 from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.config.secret_keys import shown_argument
 from megatron_selfdistill.errors import ConfigError
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "groups",
     "keys",
     "load",
+    "shown_argument",
     "to_yaml",
     "unknown_key",
     "user_code",

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_selfdistill.config.compose import keys, writable
 from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.config.secret_keys import is_secret, is_written_out, shown_value
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 
@@ -135,9 +136,9 @@ READ_VALUES = "from_environment"
 def stored_values(config: Config) -> dict[str, Any]:
     """Return the form of a configuration in a checkpoint: the nested values of `config.writable`, as JSON has them.
 
-    A value that was read from the environment is stored as its interpolation.  For each such key that is not free, the
-    entry READ_VALUES has a digest of the value, which shows a later change.  Free keys, the place of tokens and
-    passwords, have no digest.
+    A value that was read from the environment, or is a secret, is stored as its interpolation.  For each such key that
+    is not free, the entry READ_VALUES has a digest of the value, which shows a later change.  Free keys, the place of
+    tokens and passwords, have no digest.
     """
     values: dict[str, Any] = json.loads(json.dumps(writable(config)))
     read = {".".join(map(str, place)): found.value for place, found in config.from_environment.items()}
@@ -152,17 +153,28 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
     know the key yet.  A key that this program no longer knows is not compared.
     """
     before, after = (dict(_items(values)) for values in (stored, now))
+    then, today = (_read_values(values) | _hide_secrets(items) for values, items in ((stored, before), (now, after)))
     free = _without_effect(before, after)
     found = []
     for key in sorted(before.keys() | after.keys()):
-        if before.get(key) != after.get(key):
+        by_digest = is_secret(key) and key in then and key in today  # in whatever variable the secret is
+        if before.get(key) != after.get(key) and not by_digest:
             found.append(KeyDifference(key, before.get(key), after.get(key), _rule(key, free)))
-    then, today = (_read_values(values) for values in (stored, now))
     for key in sorted(then.keys() & today.keys()):
         if then[key] != today[key]:
             was, is_now = (f"a value from the environment with the digest {d[key]}" for d in (then, today))
             found.append(KeyDifference(key, was, is_now, _rule(key, free)))
     return found
+
+
+def _hide_secrets(items: dict[str, Any]) -> dict[str, str]:
+    """Replace each secret that is written out in ``items``, and return the digests of those that are not free.
+
+    Earlier versions of this program have stored secrets as text.
+    """
+    secrets = {key: value for key, value in items.items() if is_written_out(key, value)}
+    items.update({key: shown_value(key) for key in secrets})
+    return {key: _digest(value) for key, value in secrets.items() if rule_of(key) != FREE}
 
 
 def rule_of(key: str) -> str:
@@ -243,10 +255,9 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield key, value
 
 
-def _read_values(values: Mapping[str, Any]) -> Mapping[str, str]:
+def _read_values(values: Mapping[str, Any]) -> dict[str, str]:
     """Return the entry READ_VALUES, which had the name of the section ``environment`` before this section existed."""
-    digests: Mapping[str, str] = values.get(READ_VALUES, values.get("environment", {}))
-    return digests
+    return dict(values.get(READ_VALUES, values.get("environment", {})))
 
 
 _MISSING = object()

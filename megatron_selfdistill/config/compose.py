@@ -175,7 +175,8 @@ def writable(config: Config) -> dict[str, Any]:
     """Return the configuration as nested plain values, for files and for the comparison of runs.
 
     All values are resolved, except those that were read from the environment: they may be secrets, and the result has
-    their interpolations (``${oc.env:NAME}``).  `from_mapping` of the result reads the environment again.
+    their interpolations (``${oc.env:NAME}``).  `from_mapping` of the result reads the environment again.  A secret that
+    is written out is replaced by such an interpolation, too (`secret_keys`).
     """
     values = dataclasses.asdict(config)
     del values["from_environment"]

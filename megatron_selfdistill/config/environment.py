@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The values that ``${oc.env:NAME}`` reads from the environment: a run uses them, but never writes or prints them."""
+"""The values that a run uses, but never writes or prints: what ``${oc.env:NAME}`` reads, and secrets."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
+from megatron_selfdistill.config.secret_keys import is_secret, is_written_out, shown_value, variable_for
 from megatron_selfdistill.hidden_values import hide
 
 Place = tuple[Any, ...]
@@ -20,19 +21,22 @@ Place = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class FromEnvironment:
-    """One value of the configuration whose interpolation reads environment variables."""
+    """One value of the configuration whose interpolation reads environment variables, or a secret as text."""
 
     interpolation: str
-    """The interpolation in the configuration, such as ``Bearer ${oc.env:TOKEN}``."""
+    """The interpolation in the configuration, such as ``Bearer ${oc.env:TOKEN}``; for a secret, its `shown_value`."""
     value: Any = field(repr=False)
-    """The value to which the interpolation was resolved."""
+    """The value to which the interpolation was resolved, or the secret."""
+    is_written_out: bool = False
+    """Whether the configuration has the value as text, so that the interpolation is only what outputs show."""
 
 
 def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> dict[Place, FromEnvironment]:
-    """Return every value of ``config`` whose resolution reads an environment variable, also through other keys.
+    """Return every value of ``config`` whose resolution reads an environment variable, and every secret as text.
 
-    ``config`` is not resolved yet.  A default, as in ``${oc.env:NAME,default}``, makes no difference.  Every variable
-    that is read is hidden from then on (`hidden_values.hidden`).
+    ``config`` is not resolved yet.  A value may read a variable through other keys.  A default, as in
+    ``${oc.env:NAME,default}``, makes no difference.  Every variable that is read, and every secret, is hidden from then
+    on (`hidden_values.hidden`).
 
     Raises: the error of omegaconf for a value that cannot be resolved.
     """
@@ -41,14 +45,18 @@ def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> di
     keys: Iterable[Any] = config if isinstance(config, DictConfig) else range(len(config))
     for key in keys:
         here = (*place, key)
+        name = ".".join(map(str, here))
         if OmegaConf.is_interpolation(config, key):
             with _noticing() as names:
                 value = config[key]
-            if names:
+            if names or is_secret(name):  # which may refer to a secret that another key writes out
                 plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
                 found[here] = FromEnvironment(str(written[key]), plain)
         elif not OmegaConf.is_missing(config, key) and OmegaConf.is_config(config[key]):
             found |= environment_values(config[key], here)
+        elif is_written_out(name, written[key]):
+            hide(variable_for(name), written[key])
+            found[here] = FromEnvironment(shown_value(name), written[key], is_written_out=True)
     return found
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import Config, shown_argument
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.plan.engines import factor_rules
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
@@ -25,9 +25,9 @@ def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]
     """Return the commands that launch the plan: with Slurm by this project's scripts, and with torchrun on each node.
 
     Keys and variables that are still missing are shown with a path to fill in.  References to the environment are shown
-    as the user wrote them.
+    as the user wrote them, and a secret as such a reference.
     """
-    kept = [argument for argument in arguments if argument.split("=")[0] not in ("dry_run", "run_dir")]
+    kept = [shown_argument(one) for one in arguments if one.split("=")[0] not in ("dry_run", "run_dir")]
     given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
     given["data.path"] = config.data.path
     kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]

@@ -8,7 +8,7 @@ import json
 import time
 import urllib.parse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
@@ -35,7 +35,7 @@ class HttpEnvironment:
     """The address, without /chat/completions."""
     model: str | None = None
     """The name of the model in the request."""
-    api_key: str | None = None
+    api_key: str | None = field(default=None, repr=False)
     """The bearer token of the request."""
     timeout_s: float = 60.0
     """Seconds after which an attempt without an answer counts as failed."""

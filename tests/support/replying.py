@@ -26,4 +26,12 @@ class Replying:
         return Reply(f"X{number}", self.role, f"X{number}!", float(total % 2 == 0), total % 3 == 0)
 
 
+class Keyed(Replying):
+    """A `Replying` environment that needs a password."""
+
+    def __init__(self, password: str) -> None:
+        super().__init__()
+        assert password.isprintable() and "$" not in password, "the password itself, and not its interpolation"
+
+
 NOT_CALLABLE = "a text"

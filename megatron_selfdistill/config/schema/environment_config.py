@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require
+from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require, require_address
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,9 @@ class EnvironmentConfig:
     """Address of the endpoint of name=http, such as http://host:8000/v1; requests go to url/chat/completions."""
     model: str | None = None
     """Name of the model in requests to the endpoint; null sends none."""
-    api_key: str | None = None
-    """Key that requests to the endpoint carry as a bearer token, such as ${oc.env:ENVIRONMENT_KEY}; null sends none."""
+    api_key: str | None = field(default=None, repr=False)
+    """Key that requests to the endpoint carry as a bearer token; null sends none.  Write it as
+    ${oc.env:ENVIRONMENT_API_KEY}: the files of the run show this text even for a key that is written out."""
     timeout_s: float = 60.0
     """Seconds after which a request without an answer counts as failed."""
     retries: int = 3
@@ -66,8 +67,10 @@ class EnvironmentConfig:
 
     def _check_endpoint(self) -> None:
         url = self.url
+        if url is not None:
+            require_address("environment.url", url, "http://host:8000/v1")
         require(
-            url is None if self.name != "http" else url is not None and url.startswith(("http://", "https://")),
+            (url is not None) == (self.name == "http"),
             "environment.url must be an address such as http://host:8000/v1 for environment.name=http, and null "
             f"otherwise, got {url!r} for environment.name={self.name}",
         )

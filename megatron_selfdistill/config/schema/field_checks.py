@@ -6,6 +6,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
+import urllib.parse
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -69,6 +71,22 @@ def one_of_or_dotted(key: str, value: str, choices: Sequence[str]) -> None:
     """Raise `ConfigError`, as `one_of` does, unless ``value`` is a choice or has the form of a dotted path."""
     if not is_dotted(value):
         one_of(key, value, (*choices, "a dotted path (package.module.function)"))
+
+
+def require_address(key: str, address: str, example: str) -> None:
+    """Raise `ConfigError`, without a password, unless ``address`` is one of http or https that names no user."""
+    shown = re.sub(r"^(\w+://)?[^/]*@", r"\1***@", address)
+    try:
+        place = urllib.parse.urlsplit(address)
+        good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+    except ValueError:  # half of an IPv6 address, or a port out of range
+        good = False
+    require(good, f"{key} must be an address such as {example}, got {shown!r}")
+    require(
+        "@" not in place.netloc,
+        f"{key} must be an address without a user and a password, since no request would send them and the files of "
+        f"the run would show them, got {shown!r}: remove the part before the host",
+    )
 
 
 def _require_finite(key: str, value: Any) -> None:

@@ -23,6 +23,7 @@ from megatron_selfdistill.config.schema.field_checks import (
     one_of,
     one_of_or_dotted,
     require,
+    require_address,
 )
 
 
@@ -177,10 +178,7 @@ class RolloutConfig:
             "rollout.num_servers (servers that the run starts)",
         )
         for address in self.servers:
-            require(
-                address.startswith(("http://", "https://")),
-                f"rollout.servers must hold addresses such as http://node7:8000, got {address!r}",
-            )
+            require_address("rollout.servers", address, "http://node7:8000")
 
     def _check_guidance(self) -> None:
         require(

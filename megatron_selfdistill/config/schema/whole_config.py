@@ -114,7 +114,7 @@ class Config:
     from_environment: Mapping[Place, FromEnvironment] = field(
         default_factory=dict, repr=False, compare=False, metadata={"omegaconf_ignore": True}
     )
-    """The values that come from the environment, each with its interpolation.  This field is not a key."""
+    """The values that come from the environment, and secrets, each with its interpolation.  This field is not a key."""
 
     def __post_init__(self) -> None:
         normalise("", self)

@@ -16,6 +16,7 @@ from megatron_selfdistill.errors import ConfigError
 
 OWN = "environment.name=replying.Replying"
 HTTP = ["environment.name=http", "environment.url=http://host:8000/v1"]
+SERVERS = ["rollout.engine=vllm", "rollout.placement=server"]
 TURNS, SAMPLES = "environment.max_turns=2", "rollout.num_samples=2"
 
 
@@ -30,7 +31,20 @@ def configured(*overrides: str) -> Config:
         (["environment.options={a: 1}"], "environment.options is a setting of an environment"),
         (["environment.name=Checker"], "environment.name must be none, http or the dotted path of a class"),
         (["environment.name=http"], "environment.url must be an address such as http://host:8000/v1"),
-        (["environment.name=http", "environment.url=host:8000"], "got 'host:8000' for environment.name=http"),
+        (["environment.name=http", "environment.url=host:8000"], "such as http://host:8000/v1, got 'host:8000'"),
+        (["environment.name=http", "environment.url=http://[::1"], "such as http://host:8000/v1, got 'http://[::1'"),
+        (["environment.name=http", "environment.url=http://host:99999"], "got 'http://host:99999'"),
+        (["environment.name=http", "environment.url=https:///v1"], "got 'https:///v1'"),
+        (["environment.name=http", "environment.url=me:s3cr3t@host/v1"], "got '***@host/v1'"),
+        (
+            ["environment.name=http", "environment.url=https://me:s3cr3t@host/v1"],
+            "environment.url must be an address without a user and a password, since no request would send them and "
+            "the files of the run would show them, got 'https://***@host/v1': remove the part before the host",
+        ),
+        (
+            [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
+            "rollout.servers must be an address without a user and a password",
+        ),
         ([OWN, "environment.url=http://host:8000"], "and null otherwise, got 'http://host:8000'"),
         ([*HTTP, "environment.options={role: tool}"], "environment.name=http names none: unset environment.options"),
         ([OWN, "environment.max_turns=0"], "environment.max_turns must be at least 1, got 0"),
@@ -59,7 +73,7 @@ def configured(*overrides: str) -> Config:
 def test_an_environment_that_cannot_work_is_one_message(overrides, message):
     with pytest.raises(ConfigError) as caught:
         configured(*overrides)
-    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and "s3cr3t" not in str(caught.value)
 
 
 def test_what_is_possible_with_one_turn_is_not_refused():
