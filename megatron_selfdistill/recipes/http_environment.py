@@ -6,15 +6,17 @@ from __future__ import annotations
 import http.client
 import json
 import time
-import urllib.parse
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.recipes.timed_http import post
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
+MAX_BYTES = 10_000_000
+"""The greatest length of an answer."""
 _SHOWN = 200  # characters of an unexpected answer
 
 
@@ -38,16 +40,20 @@ class HttpEnvironment:
     api_key: str | None = field(default=None, repr=False)
     """The bearer token of the request."""
     timeout_s: float = 60.0
-    """Seconds after which an attempt without an answer counts as failed."""
+    """Seconds after which an attempt without a complete answer counts as failed."""
     retries: int = 3
     """Number of further attempts after one without an answer, or with the status 429 or one of 500 and above."""
 
     def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
         """Return the endpoint's reply to the last response.
 
-        Raises: RuntimeError where no attempt gets an answer; ValueError for an answer of another form.
+        Raises: RuntimeError where no attempt gets an answer; ValueError for an answer of another form, or of more than
+        MAX_BYTES.  Each message has the address.
         """
-        return _reply(self._answer(self._request(problem, said)))
+        try:
+            return _reply(self._answer(self._request(problem, said)))
+        except ValueError as error:
+            raise ValueError(f"environment.url={self.url}: {error}") from error
 
     def _request(self, problem: Problem, said: Sequence[str]) -> dict[str, Any]:
         spoken = [{"role": "user" if i % 2 else "assistant", "content": text} for i, text in enumerate(said)]
@@ -73,30 +79,23 @@ class HttpEnvironment:
             failure = f"status {status}: {text[:_SHOWN]!r}"
             if status != 429 and status < 500:
                 raise RuntimeError(f"environment.url={self.url}: expected an answer with status 200, got {failure}")
+        attempts = "1 attempt" if self.retries == 0 else f"{self.retries + 1} attempts"
         raise RuntimeError(
-            f"environment.url={self.url}: expected an answer within {self.timeout_s:g} s, got none in "
-            f"{self.retries + 1} attempts; the last: {failure}"
+            f"environment.url={self.url}: expected an answer within {self.timeout_s:g} s, got none in {attempts}; "
+            f"the last: {failure}"
         )
 
     def _post(self, payload: str) -> tuple[int, str]:
-        place = urllib.parse.urlsplit(self.url)
-        kind = http.client.HTTPSConnection if place.scheme == "https" else http.client.HTTPConnection
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        connection = kind(place.hostname or "", place.port, timeout=self.timeout_s)
-        try:
-            connection.request("POST", f"{place.path.rstrip('/')}/chat/completions", payload, headers)
-            answer = connection.getresponse()
-            return answer.status, answer.read().decode(errors="replace")
-        finally:
-            connection.close()
+        return post(f"{self.url.rstrip('/')}/chat/completions", payload, headers, self.timeout_s, MAX_BYTES)
 
 
 def _parsed(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"expected an answer in JSON, got {text[:_SHOWN]!r}") from None
 
 

@@ -89,8 +89,8 @@ ORDER = {
         "batch score candidates"
     ),
     "recipes": (
-        "environments http_environment signals advantages teacher_terms scope uni_opd sod pi_distill normalization "
-        "ratio_terms rltf explanation_reward verbal_score"
+        "environments timed_http http_environment signals advantages teacher_terms scope uni_opd sod pi_distill "
+        "normalization ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (
         "guards samples pace phases progress claims leakage overlap step staleness sample_views token_numbers "

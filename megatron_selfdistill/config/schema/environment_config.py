@@ -30,7 +30,7 @@ class EnvironmentConfig:
     """Key that requests to the endpoint carry as a bearer token; null sends none.  Write it as
     ${oc.env:ENVIRONMENT_API_KEY}: the files of the run show this text even for a key that is written out."""
     timeout_s: float = 60.0
-    """Seconds after which a request without an answer counts as failed."""
+    """Seconds after which a request without a complete answer counts as failed."""
     retries: int = 3
     """Number of further attempts after a request has failed: no connection, no answer in time, or a status of 429 or of
     500 and above."""

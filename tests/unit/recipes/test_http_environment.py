@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -90,8 +93,13 @@ def test_an_attempt_that_fails_for_the_moment_is_repeated(status):
     [
         (lambda n, body: (500, "no disk"), 3, r"none in 3 attempts; the last: status 500: 'no disk'$"),
         (lambda n, body: (404, "no such path"), 1, r"with status 200, got status 404: 'no such path'$"),
-        (lambda n, body: (200, "<html>"), 1, r"^expected an answer in JSON, got '<html>'$"),
-        (lambda n, body: (200, [1]), 1, r"^expected an answer with choices\[0\].message, got \[1\]$"),
+        (lambda n, body: (200, "<html>"), 1, r"^environment.url=http\S+: expected an answer in JSON, got '<html>'$"),
+        (lambda n, body: (200, "[" * 100_000), 1, r"expected an answer in JSON, got '\[\[\["),
+        (
+            lambda n, body: (200, [1]),
+            1,
+            r"^environment.url=http\S+: expected an answer with choices\[0\].message, got \[1\]$",
+        ),
         (lambda n, body: (200, {"choices": []}), 1, r"message, got \{\"choices\": \[\]\}$"),
         (lambda n, body: (200, {"choices": [{"message": "x"}]}), 1, r"expected an answer with choices\[0\].message"),
         (
@@ -111,6 +119,7 @@ def test_every_other_answer_is_one_message(script, attempts, message):
         with pytest.raises((ValueError, RuntimeError), match=message) as caught:
             HttpEnvironment(url, retries=2).reply(PROBLEM, ["-1"])
         assert len(seen) == attempts and "\n" not in str(caught.value)
+        assert str(caught.value).startswith(f"environment.url={url}: ")
 
 
 def test_a_server_that_does_not_answer_in_time_fails_after_all_attempts():
@@ -122,6 +131,75 @@ def test_a_server_that_does_not_answer_in_time_fails_after_all_attempts():
         with pytest.raises(RuntimeError, match=r"within 0.2 s, got none in 2 attempts; the last: TimeoutError"):
             HttpEnvironment(url, timeout_s=0.2, retries=1).reply(PROBLEM, ["-1"])
         assert len(seen) == 2
+
+
+@contextlib.contextmanager
+def bytes_server(parts: Iterable[bytes], pause_s: float) -> Iterator[str]:
+    """Answer each request with ``parts``, after each of which there is a pause; yield the address."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # the client has given up, or the test is over
+                while True:
+                    connected, _ = listening.accept()
+                    with connected, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                        request = b""
+                        while not request.endswith(b"}"):
+                            request += connected.recv(65536)
+                        for part in parts:
+                            connected.sendall(part)
+                            time.sleep(pause_s)
+
+        threading.Thread(target=serve, daemon=True).start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        listening.shutdown(socket.SHUT_RDWR)
+
+
+OK = b"HTTP/1.1 200 OK\r\n"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [OK + b"Content-Length: 1000\r\n\r\n", *[b" "] * 1000],
+        [OK + b"Transfer-Encoding: chunked\r\n\r\n", *[b"1\r\n \r\n"] * 1000],
+        [OK, *[b"x"] * 1000],
+        [b"HTTP/1.1 100 Continue\r\n\r\n"] * 1000,
+    ],
+    ids=["body", "chunks", "headers", "continue"],
+)
+def test_the_timeout_is_that_of_the_whole_answer(parts):
+    began = time.monotonic()
+    message = r"^environment.url=http\S+: expected .* within 0.3 s, got none in 1 attempt; the last: TimeoutError: "
+    with bytes_server(parts, pause_s=0.02) as url, pytest.raises(RuntimeError, match=message):
+        HttpEnvironment(url, timeout_s=0.3, retries=0).reply(PROBLEM, ["-1"])
+    assert time.monotonic() - began < 10, "without a deadline, the answer takes 20 s"
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [OK + b"Content-Length: 1000000000000\r\n\r\n"],
+        [OK + b"Content-Length: 20\r\n\r\n", b" " * 20],
+        [OK + b"\r\n", b" " * 20],
+        [OK + b"Transfer-Encoding: chunked\r\n\r\n", *[b"5\r\n     \r\n"] * 4],
+    ],
+    ids=["announced", "sent", "without a length", "in chunks"],
+)
+def test_an_answer_that_is_too_long_is_refused_and_not_repeated(parts, monkeypatch):
+    monkeypatch.setattr(http_environment, "MAX_BYTES", 19)
+    with bytes_server(parts, pause_s=0) as url, pytest.raises(ValueError, match=r"at most 1.9e-05 MB, got a longer"):
+        HttpEnvironment(url, timeout_s=20, retries=0).reply(PROBLEM, ["-1"])
+
+
+def test_an_answer_of_the_greatest_length_is_read_and_one_that_breaks_off_is_not(monkeypatch):
+    text = json.dumps(completion("ok")).encode()
+    head = OK + f"Content-Length: {len(text)}\r\n\r\n".encode()
+    monkeypatch.setattr(http_environment, "MAX_BYTES", len(text))
+    with bytes_server([head + text], pause_s=0) as url:
+        assert HttpEnvironment(url, timeout_s=20).reply(PROBLEM, ["-1"]).text == "ok"
+    with bytes_server([head + text[:-1]], pause_s=0) as url, pytest.raises(RuntimeError, match="last: IncompleteRead"):
+        HttpEnvironment(url, timeout_s=20, retries=0).reply(PROBLEM, ["-1"])
 
 
 def test_an_address_where_nothing_listens_is_one_message():
