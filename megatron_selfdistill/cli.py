@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The program ``selfdistill``: choose a command and run it.
 
-This file imports nothing but Python before the command is known: ``selfdistill doctor`` needs no other package.
+This file imports no other package before the command is known: ``selfdistill doctor`` needs no other package.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
+
+from megatron_selfdistill.terminal import guard_warnings
 
 EXIT_USAGE = 2
 
@@ -103,6 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"selfdistill: {_unknown(name)}", file=sys.stderr)
         return EXIT_USAGE
+    guard_warnings()
     try:
         module = importlib.import_module(f"megatron_selfdistill.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:

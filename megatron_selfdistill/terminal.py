@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import unicodedata
 
@@ -17,6 +18,17 @@ def visible(text: str) -> str:
 def print_error(speaker: str, error: object) -> None:
     """Print the message of ``error`` behind ``speaker`` on standard error, without values from the environment."""
     print(f"{speaker} {visible(hidden(str(error)))}", file=sys.stderr, flush=True)
+
+
+def guard_warnings() -> None:
+    """Let this process print its warnings as `print_error` prints errors, unless other code handles its warnings."""
+    assert logging.lastResort is not None, "Python prints warnings without a handler of their own"
+    logging.lastResort.setFormatter(_VisibleFormatter())
+
+
+class _VisibleFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(hidden(super().format(record)))
 
 
 def _steers(character: str) -> bool:

@@ -12,6 +12,7 @@ from megatron_selfdistill.evaluation.calibration import Calibration
 from megatron_selfdistill.evaluation.diversity import pass_over_avg
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.terminal import visible
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,10 @@ class Overlooked:
         """
         fix = _FIXES.get(verifier, "look at what your verifier compares")
         shown = [
-            f"  {problem.location}: the answer {json.dumps(problem.answer, ensure_ascii=False)}, "
-            f"the end of the response {json.dumps(end, ensure_ascii=False)}"
+            visible(
+                f"  {problem.location}: the answer {json.dumps(problem.answer, ensure_ascii=False)}, "
+                f"the end of the response {json.dumps(end, ensure_ascii=False)}"
+            )
             for problem, end in self.examples
         ]
         return [

@@ -37,7 +37,7 @@ def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
     """Return the sample as lines for the console: prompt, hint, response with its marks, and a legend."""
     from rich.text import Text
 
-    text = Text(f"--- {heading}: problem {sample.problem_id}\n")
+    text = Text(f"--- {heading}: problem {_visible(sample.problem_id)}\n")
     for name, part in _around(sample):
         text.append(f"{name}: ", "bold" if coloured else "")
         text.append(f"{_visible(part)}\n")

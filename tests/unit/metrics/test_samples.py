@@ -153,6 +153,12 @@ def test_what_could_steer_a_terminal_is_shown_as_its_escape():
     assert "\\x1b[2Jgone\\u202e\ttab\n 你好 👩\u200d🔬" in text and "\x1b" not in text
 
 
+@pytest.mark.parametrize("coloured", [False, True])
+def test_the_id_of_a_problem_does_not_steer_the_terminal(coloured):
+    text = console_text(sample(problem_id="id0\x1b]52;c;eA==\x07"), "step 1", coloured=coloured).plain
+    assert text.startswith("--- step 1: problem id0\\x1b]52;c;eA==\\x07\n")
+
+
 def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path):
     tokens = [token(f"{number:04d}", -2.0 if number in (0, 500, 999) else 0.0) for number in range(1000)]
     long = sample(*tokens, prompt="x" * 999 + "?", solution="y" * 999)

@@ -1,0 +1,35 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""No text of a foreign file steers the terminal through a warning or a line about responses."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.evaluation.evaluation_result import Overlooked
+from megatron_selfdistill.hidden_values import hide
+from megatron_selfdistill.terminal import guard_warnings
+
+
+@pytest.fixture(autouse=True)
+def formatter():
+    """Restore the way in which Python prints warnings."""
+    before = logging.lastResort.formatter
+    yield
+    logging.lastResort.setFormatter(before)
+
+
+def test_a_warning_shows_control_characters_as_escapes_and_no_secret(capsys):
+    hide("LAB_SECRET", "s3cr3t-0f-a-warning")
+    guard_warnings()
+    record = {"msg": "%s is not there", "args": ("\x1b]52;c;eA==\x07/s3cr3t-0f-a-warning",), "levelno": logging.WARNING}
+    logging.lastResort.handle(logging.makeLogRecord(record))
+    assert capsys.readouterr().err == "\\x1b]52;c;eA==\\x07/${oc.env:LAB_SECRET} is not there\n"
+
+
+def test_a_response_that_is_quoted_below_an_evaluation_does_not_steer_the_terminal():
+    problem = Problem("p", ({"role": "user", "content": "?"},), "", "4\x9b", "a\x1b[2Jb.jsonl:1")
+    _, line = Overlooked(1, 1, [(problem, "so\x9b2J\u202e")]).lines("exact_match")
+    assert line == r'  a\x1b[2Jb.jsonl:1: the answer "4\x9b", the end of the response "so\x9b2J\u202e"'
