@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_selfdistill.terminal import guard_warnings
+from megatron_selfdistill.terminal import guard_standard_error
 
 EXIT_USAGE = 2
 
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"selfdistill: {_unknown(name)}", file=sys.stderr)
         return EXIT_USAGE
-    guard_warnings()
+    guard_standard_error()
     try:
         module = importlib.import_module(f"megatron_selfdistill.{COMMANDS[name].module}")
     except ModuleNotFoundError as error:

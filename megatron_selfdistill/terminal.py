@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import logging
 import sys
+import traceback
 import unicodedata
+from typing import Any
 
 from megatron_selfdistill.hidden_values import hidden
 
@@ -20,10 +22,15 @@ def print_error(speaker: str, error: object) -> None:
     print(f"{speaker} {visible(hidden(str(error)))}", file=sys.stderr, flush=True)
 
 
-def guard_warnings() -> None:
-    """Let this process print its warnings as `print_error` prints errors, unless other code handles its warnings."""
+def guard_standard_error() -> None:
+    """Let this process print warnings and tracebacks as `print_error` prints errors, unless other code handles them."""
     assert logging.lastResort is not None, "Python prints warnings without a handler of their own"
     logging.lastResort.setFormatter(_VisibleFormatter())
+    sys.excepthook = _print_traceback
+
+
+def _print_traceback(*error: Any) -> None:
+    print(visible(hidden("".join(traceback.format_exception(*error)))), end="", file=sys.stderr, flush=True)
 
 
 class _VisibleFormatter(logging.Formatter):

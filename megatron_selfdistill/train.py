@@ -28,7 +28,7 @@ from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.needed_packages import require_packages
 from megatron_selfdistill.plan import plan_checks
 from megatron_selfdistill.report import next_steps
-from megatron_selfdistill.terminal import guard_warnings, visible
+from megatron_selfdistill.terminal import guard_standard_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: the run is complete, or it stopped when asked (stop.py); 2: bad input; 3: a guard stopped the run; 4: an engine
     returned no responses; 130: Ctrl-C outside of a run, or pressed twice.  A run that hangs exits with 5 (watchdog.py).
     """
-    guard_warnings()
+    guard_standard_error()
     ranks = RollCall()
     try:
         return _command(command_line.parse(argv), ranks)

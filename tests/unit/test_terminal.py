@@ -1,32 +1,46 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""No text of a foreign file steers the terminal through a warning or a line about responses."""
+"""No text of a foreign file steers the terminal through a warning, a traceback or a line about responses."""
 
 from __future__ import annotations
 
 import logging
+import sys
 
 import pytest
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.hidden_values import hide
-from megatron_selfdistill.terminal import guard_warnings
+from megatron_selfdistill.terminal import guard_standard_error
 
 
 @pytest.fixture(autouse=True)
-def formatter():
-    """Restore the way in which Python prints warnings."""
-    before = logging.lastResort.formatter
+def restored():
+    """Restore the way in which Python prints warnings and tracebacks."""
+    before = logging.lastResort.formatter, sys.excepthook
     yield
-    logging.lastResort.setFormatter(before)
+    logging.lastResort.setFormatter(before[0])
+    sys.excepthook = before[1]
 
 
 def test_a_warning_shows_control_characters_as_escapes_and_no_secret(capsys):
     hide("LAB_SECRET", "s3cr3t-0f-a-warning")
-    guard_warnings()
+    guard_standard_error()
     record = {"msg": "%s is not there", "args": ("\x1b]52;c;eA==\x07/s3cr3t-0f-a-warning",), "levelno": logging.WARNING}
     logging.lastResort.handle(logging.makeLogRecord(record))
     assert capsys.readouterr().err == "\\x1b]52;c;eA==\\x07/${oc.env:LAB_SECRET} is not there\n"
+
+
+def test_a_traceback_shows_control_characters_as_escapes_and_no_secret(capsys):
+    hide("LAB_SECRET", "s3cr3t-0f-a-traceback")
+    guard_standard_error()
+    try:
+        raise KeyError("inner") from LookupError("\x1b]52;c;eA==\x07 of s3cr3t-0f-a-traceback")
+    except KeyError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    printed = capsys.readouterr().err
+    assert "LookupError: \\x1b]52;c;eA==\\x07 of ${oc.env:LAB_SECRET}\n" in printed
+    assert printed.endswith("\nKeyError: 'inner'\n") and printed.count("Traceback (most recent call last):") == 1
 
 
 def test_a_response_that_is_quoted_below_an_evaluation_does_not_steer_the_terminal():
