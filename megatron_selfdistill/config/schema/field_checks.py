@@ -79,6 +79,7 @@ def require_address(key: str, address: str, example: str) -> None:
     try:
         place = urllib.parse.urlsplit(address)
         good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0
+        good = good and not (place.query or place.fragment)  # requests add their own path at the end
     except ValueError:  # half of an IPv6 address, or a port out of range
         good = False
     require(good, f"{key} must be an address such as {example}, got {shown!r}")

@@ -34,6 +34,10 @@ def configured(*overrides: str) -> Config:
         (["environment.name=http", "environment.url=host:8000"], "such as http://host:8000/v1, got 'host:8000'"),
         (["environment.name=http", "environment.url=http://[::1"], "such as http://host:8000/v1, got 'http://[::1'"),
         (["environment.name=http", "environment.url=http://host:99999"], "got 'http://host:99999'"),
+        (
+            ["environment.name=http", "environment.url=http://host/v1?a=b"],
+            "http://host:8000/v1, got 'http://host/v1?a=b'",
+        ),
         (["environment.name=http", "environment.url=https:///v1"], "got 'https:///v1'"),
         (["environment.name=http", "environment.url=me:s3cr3t@host/v1"], "got '***@host/v1'"),
         (
