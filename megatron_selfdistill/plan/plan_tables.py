@@ -21,6 +21,7 @@ from megatron_selfdistill.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.plan.launch import launch_commands, num_nodes
 from megatron_selfdistill.plan.memory import Memory, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
+from megatron_selfdistill.terminal import visible
 
 _WIDEST = 240
 TRAINING, SAMPLING = "= while training", "= while sampling"
@@ -31,7 +32,12 @@ def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -
     table = memory_table(plan)
     console = console or Console(width=_WIDEST)  # a log has no width, and a cut number would be useless
     title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.gpu_memory_gb:g}"
-    for text in (*map(hidden, summary(plan)), title, table, *launch_commands(plan.config, arguments)):
+    for text in (
+        *(visible(hidden(line)) for line in summary(plan)),
+        title,
+        table,
+        *launch_commands(plan.config, arguments),
+    ):
         console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
 

@@ -29,6 +29,7 @@ from megatron_selfdistill.sources.problem_prompts import Answer
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.sources.step_terms import StepTerms
 from megatron_selfdistill.sources.turns import Turns, turn_metrics, turn_weights
+from megatron_selfdistill.terminal import visible
 
 SKIPPED_FILE = "skipped.txt"
 _CHUNK = 64  # turns that are tokenized at a time
@@ -233,7 +234,8 @@ def list_skipped(file: Path, messages: Iterable[str]) -> None:
     """Append the messages that ``file`` does not have yet, a line each."""
     file.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed the run directory
     have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
-    new = [message for message in dict.fromkeys(map(hidden, messages)) if message not in have]
+    shown = dict.fromkeys(visible(hidden(message)) for message in messages)  # people read the file in a terminal
+    new = [message for message in shown if message not in have]
     with file.open("a", encoding="utf-8") as lines:
         lines.writelines(f"{message}\n" for message in new)
 

@@ -11,6 +11,7 @@ import pytest
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.hidden_values import hide
+from megatron_selfdistill.sources.chat_logs import list_skipped
 from megatron_selfdistill.terminal import guard_standard_error
 
 
@@ -41,6 +42,12 @@ def test_a_traceback_shows_control_characters_as_escapes_and_no_secret(capsys):
     printed = capsys.readouterr().err
     assert "LookupError: \\x1b]52;c;eA==\\x07 of ${oc.env:LAB_SECRET}\n" in printed
     assert printed.endswith("\nKeyError: 'inner'\n") and printed.count("Traceback (most recent call last):") == 1
+
+
+def test_a_file_whose_name_is_no_text_is_listed_among_what_was_skipped(tmp_path):
+    for _ in range(2):
+        list_skipped(tmp_path / "skipped.txt", ["/data/\udcff\x1b[2J.jsonl:3: too long"])
+    assert (tmp_path / "skipped.txt").read_text() == "/data/\\udcff\\x1b[2J.jsonl:3: too long\n"
 
 
 def test_a_response_that_is_quoted_below_an_evaluation_does_not_steer_the_terminal():
