@@ -141,6 +141,13 @@ def test_an_index_may_only_name_files_of_its_directory(directory, name, kind):
         hf_to_megatron(directory, directory.parent / "out")
 
 
+def test_an_index_that_is_nested_deep_is_corrupt(directory):
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": ' + "[" * 100_000)
+    with pytest.raises(CheckpointError, match=r"index\.json is corrupt \(ValueError: .*more than 100 levels deep"):
+        hf_to_megatron(directory, directory.parent / "out")
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_links_that_lead_out_of_a_directory_are_refused(directory, file):
     (directory / file).rename(directory.parent / "elsewhere")

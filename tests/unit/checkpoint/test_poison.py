@@ -74,6 +74,12 @@ def poison_trainer_state(path: Path, mark: Path) -> None:
     torch.save(common, path / "common.pt")
 
 
+def nest_trainer_state(path: Path, mark: Path) -> None:
+    common = torch.load(path / "common.pt", weights_only=False)
+    common["selfdistill"]["trainer_state"] = "[" * 100_000
+    torch.save(common, path / "common.pt")
+
+
 def poison_metadata(path: Path, mark: Path) -> None:
     metadata = pickle.loads((path / ".metadata").read_bytes())
     metadata.planner_data = Payload(mark)
@@ -117,6 +123,7 @@ UNUSABLE = "none of the checkpoints in .* can be used: iter_0000001 has a .metad
 POISONED = {
     "common.pt": (poison_common, REFUSED),
     "the trainer's state": (poison_trainer_state, "has a corrupt trainer_state in its common.pt"),  # it is no pickle
+    "the trainer's state, nested deep": (nest_trainer_state, "has a corrupt trainer_state in its common.pt"),
     "the random states": (poison_rng_state, f"rng_state/shard_{REFUSED}"),
     "a layer's extra state": (poison_extra_state, f"_extra_state/shard_{REFUSED}"),
     ".metadata": (poison_metadata, f"{UNUSABLE}{REFUSED}"),
