@@ -58,6 +58,39 @@ def test_a_page_loads_without_errors_and_fits_its_window(browser, two, width, da
     tab.close()
 
 
+CLIPPED = """[...document.querySelectorAll("table, table *, .legend, .legend *, .scroll, .panel")].filter((part) => {
+    const end = part.closest(".panel, main").getBoundingClientRect().right + 0.5;
+    const isClipped = part.scrollWidth > part.clientWidth || part.getBoundingClientRect().right > end;
+    return part.checkVisibility() && part.clientWidth > 0 && isClipped;
+}).map((part) => `${part.tagName}: ${part.textContent}`)"""
+
+
+@pytest.mark.parametrize("count", [1, 3, 6])
+def test_no_column_of_a_table_is_clipped(browser, tmp_path, count):
+    names = [f"self-distillation_{number}{'_of_a_model_with_a_long_name' * number}" for number in range(count)]
+    runs = [
+        write_run(tmp_path / name, 10000 if number == 0 else 10, changes={(7, "loss/mean"): -1.23e-10 * number})
+        for number, name in enumerate(names)
+    ]
+    tab = browser.open(write_report(runs))
+    tab.value("void document.querySelectorAll('details').forEach((part) => { part.open = true; })")
+    tab.wait_for("document.querySelector('#pairs .pair') && document.querySelector('#samples .token')")
+    for width in (420, 700, 1280, 1920):
+        tab.page.set_viewport_size({"width": width, "height": 800})
+        tab.value("void figures.forEach((figure) => figure.point(7))")
+        assert tab.value(CLIPPED) == [], width
+        tab.value("void figures.forEach((figure) => figure.leave())")
+        assert tab.value(CLIPPED) == [], width
+    tab.close()
+
+
+def test_every_figure_names_its_axis_of_steps(browser, one):
+    tab = browser.open(one)
+    tab.value("void figures.forEach((figure) => figure.draw())")
+    assert tab.value("figures.map((figure) => figure.plot.axes[0].label)") == ["step"] * tab.value("figures.length")
+    tab.close()
+
+
 def test_several_runs_begin_with_their_differences_also_in_the_menu(browser, one, two):
     first = "[...document.querySelectorAll('#sections a')].slice(0, 2).map((link) => link.textContent)"
     assert browser.open(one).value(first) == ["What ran", "Results"]
@@ -89,10 +122,13 @@ def test_hovering_shows_the_values_of_the_step_under_the_mouse(browser, one, run
     tab = browser.open(one)
     tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
     tab.hover("#loss .u-over")
-    tab.wait_for("document.querySelector('#loss thead th:nth-child(2)').textContent !== 'step 30'")
-    step = int(tab.text("#loss thead th:nth-child(2)").removeprefix("step "))
+    tab.wait_for("document.querySelector('#loss .numbers *').textContent !== 'last'")
+    step = int(tab.text("#loss .numbers *").removeprefix("step "))
     assert abs(step - 15) <= 1
-    assert float(tab.text("#loss tbody td")) == pytest.approx(logged(runs[0], "loss/mean")[step], rel=5e-3)
+    assert float(tab.text("#loss [role=cell]")) == pytest.approx(logged(runs[0], "loss/mean")[step], rel=5e-3)
+    tab.hover("h1")
+    tab.wait_for("document.querySelector('#loss .numbers *').textContent === 'last'")
+    assert float(tab.text("#loss [role=cell]")) == pytest.approx(logged(runs[0], "loss/mean")[30], rel=5e-3)
     tab.close()
 
 
@@ -147,10 +183,10 @@ def test_smoothing_is_the_exponential_mean_that_python_computes(browser, one, ru
 def test_the_legend_hides_a_curve_and_names_the_runs(browser, two):
     tab = browser.open(two)
     tab.value(f"void ({LOSS}.element.id = 'loss', {LOSS}.draw())")
-    assert tab.text("#loss tbody tr:nth-child(1) button") == "first"
-    assert tab.text("#loss tbody tr:nth-child(2) button") == "second"
+    assert tab.text("#loss .row:nth-child(2) button") == "first"
+    assert tab.text("#loss .row:nth-child(3) button") == "second"
     assert tab.value(f"{LOSS}.plot.series.length") == 3
-    tab.click("#loss tbody tr:nth-child(2) button")
+    tab.click("#loss .row:nth-child(3) button")
     assert tab.value(f"{LOSS}.plot.series.length") == 2
     assert tab.text("#differences tbody th") == "checkpoint.load"
     tab.close()

@@ -1,5 +1,5 @@
 // Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-// One figure of a report: some metrics of some runs over the steps, with a legend that is also its table of values.
+// One figure of a report: some metrics of some runs over the steps, with its legend.
 "use strict";
 
 /**
@@ -12,7 +12,6 @@
  */
 
 const NUM_COLOURS = 6;
-const DIGITS = 3; // of the numbers in a legend
 const DASHES = [[], [8, 4], [2, 3], [10, 3, 2, 3], [4, 2], [1, 5]];
 
 /** The steps that all figures show, null for all steps; and the time constant of smoothing, in steps, 0 for none. */
@@ -124,16 +123,16 @@ class ReportFigure {
       tabindex: 0,
       "aria-label": `${data.title}: step`,
       onkeydown: (/** @type {KeyboardEvent} */ event) => this.key(event),
+      onblur: () => this.leave(),
     });
-    this.at = element("th", { class: "number", scope: "col" }, "");
-    /** @type {HTMLElement[]} */
-    this.cells = this.lines.map(() => element("td", { class: "number" }));
+    const named = runs.length > 1 ? "run" : "curve";
+    this.legend = new FigureLegend(data.title, named, this.lines, this.limits, () => this.draw());
     this.element = element(
       "figure",
       { class: "panel" },
       element("h4", {}, data.title, " ", element("span", { class: "soft small" }, `(${data.unit})`)),
       this.holder,
-      this.legend(),
+      this.legend.element,
       element(
         "figcaption",
         {},
@@ -141,75 +140,45 @@ class ReportFigure {
         element("p", { class: "sick" }, element("b", {}, "Sick: "), data.sick),
       ),
     );
-    this.moveTo(this.lastStep());
+    this.moveTo(null);
   }
 
   lastStep() {
     return Math.max(...this.lines.map(({ curve }) => curve.steps[curve.steps.length - 1]));
   }
 
-  legend() {
-    const head = element(
-      "tr",
-      {},
-      element("th", { scope: "col" }, this.runs.length > 1 ? "run" : "curve"),
-      this.at,
-      ...["last", "smallest", "largest"].map((name) => element("th", { class: "number", scope: "col" }, name)),
-    );
-    const rows = this.lines.map((line, i) => {
-      const finite = /** @type {number[]} */ (line.curve.values.filter((value) => value !== null));
-      const swatch = element("span", { class: "swatch" });
-      swatch.style.borderTopColor = `var(${line.colour})`;
-      swatch.style.borderTopStyle = line.dash.length === 0 ? "solid" : line.dash[0] > 3 ? "dashed" : "dotted";
-      const button = element("button", { type: "button", "aria-pressed": "true" }, swatch, line.name);
-      button.addEventListener("click", () => {
-        line.shown = !line.shown;
-        button.setAttribute("aria-pressed", String(line.shown));
-        this.draw();
-      });
-      const last = line.curve.values[line.curve.values.length - 1];
-      const numbers = [last, Math.min(...finite), Math.max(...finite)].map((value) =>
-        element("td", { class: "number" }, finite.length > 0 && value !== null ? numberText(value, DIGITS) : "not finite"),
-      );
-      return element("tr", {}, element("th", { scope: "row" }, button), this.cells[i], ...numbers);
-    });
-    const limits = this.limits.map(([name, value]) =>
-      element(
-        "tr",
-        {},
-        element("th", { scope: "row", class: "soft limit", colspan: 2 }, name),
-        element("td", { class: "number" }, numberText(value, DIGITS)),
-      ),
-    );
-    const table = element("table", { class: "legend" }, element("thead", {}, head));
-    table.append(element("tbody", {}, ...rows, ...limits));
-    return element("div", { class: "scroll" }, table);
-  }
-
   /**
    * Show the values at the step in the legend; for a screen reader, as the value of the slider.
-   * @param {number} step
+   * @param {number | null} step null while no step is pointed at: the last one
    */
   moveTo(step) {
-    const known = this.lines.flatMap((line, i) => {
-      const { steps, values } = line.curve;
-      const place = nearest(steps, step);
-      const far = Math.abs(steps[place] - step) > Math.max(1, (view.last - view.first) / 20);
-      this.cells[i].textContent = far ? "" : numberText(values[place], DIGITS);
-      return far ? [] : [`${line.name} ${numberText(values[place], DIGITS)}`];
-    });
     this.step = step;
-    this.at.textContent = `step ${step}`;
-    this.holder.setAttribute("aria-valuenow", String(step));
+    const at = step ?? this.lastStep();
+    const found = this.lines.map(({ curve: { steps, values } }) => {
+      const place = nearest(steps, at);
+      const far = Math.abs(steps[place] - at) > Math.max(1, (view.last - view.first) / 20);
+      return far ? undefined : values[place];
+    });
+    this.legend.show(step, found);
+    const known = this.lines.flatMap(({ name }, i) =>
+      found[i] === undefined ? [] : [`${name} ${numberText(found[i], DIGITS)}`],
+    );
+    this.holder.setAttribute("aria-valuenow", String(at));
     this.holder.setAttribute("aria-valuemin", String(view.first));
     this.holder.setAttribute("aria-valuemax", String(view.last));
-    this.holder.setAttribute("aria-valuetext", `step ${step}: ${known.join(", ")}`);
+    this.holder.setAttribute("aria-valuetext", `step ${at}: ${known.join(", ")}`);
+  }
+
+  /** Point at no step any more. */
+  leave() {
+    this.moveTo(null);
+    if (this.plot !== null) this.plot.setCursor({ left: -10, top: -10 }, false);
   }
 
   /** @param {KeyboardEvent} event */
   key(event) {
     const [low, high] = view.zoom || [view.first, view.last];
-    const step = this.step === undefined ? high : this.step;
+    const step = this.step ?? high;
     const stride = Math.max(1, Math.round((high - low) / (event.shiftKey ? 10 : 100)));
     const quarter = (high - low) / 4;
     const centre = Math.min(Math.max(step, low + quarter), high - quarter);
@@ -283,7 +252,15 @@ class ReportFigure {
       padding: [8, 18, 0, 0],
       scales: { x: { time: false }, y: { range: (/** @type {any} */ _, /** @type {any} */ low, /** @type {any} */ high) => this.range(low, high) } },
       axes: [
-        { ...axis, size: 26, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map(stepText) },
+        {
+          ...axis,
+          size: 24,
+          label: "step",
+          labelSize: 16,
+          labelGap: 2,
+          labelFont: axis.font,
+          values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map(stepText),
+        },
         { ...axis, size: 56, values: (/** @type {any} */ _, /** @type {number[]} */ at) => at.map((value) => numberText(value)) },
       ],
       cursor: {
@@ -296,7 +273,8 @@ class ReportFigure {
       hooks: {
         setCursor: [
           (/** @type {any} */ plot) => {
-            if (plot.cursor.left >= 0 && plot.cursor.event) this.moveTo(Math.round(plot.posToVal(plot.cursor.left, "x")));
+            const { left, event } = plot.cursor;
+            if (event) this.moveTo(left < 0 ? null : Math.round(plot.posToVal(left, "x")));
           },
         ],
         setSelect: [

@@ -13,6 +13,7 @@ startPage(async () => {
   showTables(overview.differences);
   if (runs.length > 1) {
     byId("top").classList.add("several");
+    byId("groups").classList.add("several");
     byId("top").prepend(byId("results")); // also the order for the keyboard and for screen readers
   }
   byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
@@ -80,12 +81,17 @@ function showTables(tables) {
     const numeric = title !== "Facts that differ" && title !== "Keys of the configuration that differ";
     const cell = numeric ? { class: "number" } : {};
     const head = ["", ...columns].map((name) => element("th", { scope: "col", ...(name ? cell : {}) }, name));
-    const table = element("table", {}, element("caption", {}, title), element("thead", {}, element("tr", {}, ...head)));
-    const body = rows.map(([name, ...texts]) =>
-      element("tr", {}, element("th", { scope: "row" }, name), ...texts.map((text) => element("td", cell, text))),
+    const body = rows.map(([name, ...texts]) => {
+      const cells = texts.map((text, i) => element("td", { ...cell, "data-column": columns[i] }, text));
+      return element("tr", {}, element("th", { scope: "row" }, name), ...cells);
+    });
+    return element(
+      "table",
+      { class: "compared" },
+      element("caption", {}, title),
+      element("thead", {}, element("tr", {}, ...head)),
+      element("tbody", {}, ...body),
     );
-    table.append(element("tbody", {}, ...body));
-    return element("div", { class: "scroll" }, table);
   });
   byId("differences").append(element("div", { class: "tables" }, ...shown));
 }
