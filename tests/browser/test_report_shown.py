@@ -69,7 +69,7 @@ CLIPPED = """[...document.querySelectorAll("table, table *, .legend, .legend *, 
 def test_no_column_of_a_table_is_clipped(browser, tmp_path, count):
     names = [f"self-distillation_{number}{'_of_a_model_with_a_long_name' * number}" for number in range(count)]
     runs = [
-        write_run(tmp_path / name, 10000 if number == 0 else 10, changes={(7, "loss/mean"): -1.23e-10 * number})
+        write_run(tmp_path / name, 1000 if number == 0 else 10, changes={(7, "loss/mean"): -1.23e-10 * number})
         for number, name in enumerate(names)
     ]
     tab = browser.open(write_report(runs))
@@ -77,7 +77,7 @@ def test_no_column_of_a_table_is_clipped(browser, tmp_path, count):
     tab.wait_for("document.querySelector('#pairs .pair') && document.querySelector('#samples .token')")
     for width in (420, 700, 1280, 1920):
         tab.page.set_viewport_size({"width": width, "height": 800})
-        tab.value("void figures.forEach((figure) => figure.point(7))")
+        tab.value("void figures.forEach((figure) => figure.point(990))")
         assert tab.value(CLIPPED) == [], width
         tab.value("void figures.forEach((figure) => figure.leave())")
         assert tab.value(CLIPPED) == [], width
@@ -177,6 +177,17 @@ def test_smoothing_is_the_exponential_mean_that_python_computes(browser, one, ru
         total, weight = total * decay + value, weight * decay + 1
         assert expected == pytest.approx(total / weight, rel=1e-4)
     assert scale > 1 and f"{scale:g} steps" in tab.text("#smoothing-text")
+    tab.close()
+
+
+def test_a_constant_curve_whose_means_differ_by_rounding_has_an_axis(browser, one):
+    """The ticks of an axis as long as a rounding error would fill the memory."""
+    tab = browser.open(one)
+    tab.value("(() => { byId('smoothing').value = 60; byId('smoothing').dispatchEvent(new Event('input')); })()")
+    rate = "figures.find((figure) => figure.data.title === 'Learning rate')"
+    means = tab.value(f"{rate}.drawn()[1].values")
+    low, high = tab.value(f"{rate}.range({min(means)!r}, {max(means)!r})")
+    assert min(means) < max(means) and low < 1e-5 < high and high - low > 1e-7
     tab.close()
 
 

@@ -316,7 +316,8 @@ class ReportFigure {
     let most = Math.max(...ends, ...limits);
     if (!Number.isFinite(least)) return [0, 1];
     if (least > 0 && least < most / 2) least = 0;
-    const margin = (most - least) * 0.06 || Math.abs(most) * 0.1 || 0.1;
+    const isFlat = most - least <= 1e-9 * Math.max(Math.abs(least), Math.abs(most)); // up to the rounding of means
+    const margin = isFlat ? Math.abs(most) * 0.1 || 0.1 : (most - least) * 0.06;
     return [least === 0 ? 0 : least - margin, most + margin];
   }
 
