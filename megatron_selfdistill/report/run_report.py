@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -23,7 +24,10 @@ MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
 between them at equal distances."""
 
-SCRIPTS = ("uplot.min.js", "legend.js", "figure.js", "responses.js", "run_report.js")
+ENDINGS = ("finished", "stopped", "guard", "engine")
+"""The events that end a launch of a run."""
+
+SCRIPTS = ("uplot.min.js", "legend.js", "figure.js", "responses.js", "live.js", "run_report.js")
 STYLES = ("uplot.min.css", "run_report.css")
 
 
@@ -36,15 +40,20 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
     """
     runs = read_runs(run_dirs)
     target = Path(run_dirs[0]) / REPORT_FILE if path is None else Path(path)
-    page = report_page(runs, [_explored(run, Path(place), target) for run, place in zip(runs, run_dirs, strict=True)])
-    replace_file(target, page)
+    explored = [_explored(run, Path(place), target) for run, place in zip(runs, run_dirs, strict=True)]
+    is_own = len(runs) == 1 and target.resolve() == (Path(run_dirs[0]) / REPORT_FILE).resolve()
+    written = time.time() if is_own and _writes_again(runs[0]) else None
+    replace_file(target, report_page(runs, explored, written))
     return target
 
 
-def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[str, Any]]] = ()) -> str:
+def report_page(
+    runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[str, Any]]] = (), written: float | None = None
+) -> str:
     """Return the page of runs as one HTML file (`html_page`).
 
-    ``explored``: for each run its links to pages of the target explorer, each with href, step and sample.
+    ``explored``: for each run its links to pages of the target explorer, each with href, step and sample.  ``written``:
+    the time of a page that its run will write again, in seconds since 1970; such a page loads itself again.
     """
     keys = {key for run in runs for key in run.metrics}
     groups = {title: [(figure, figure.present(keys)) for figure in figures] for title, figures in GROUPS.items()}
@@ -72,6 +81,7 @@ def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[s
         ],
         "differences": differences(runs),
         "explored": list(explored) if any(explored) else None,
+        "written": written,
     }
     curves = {key: [_curve(run, key) for run in runs] for key in sorted(shown)}
     data: dict[str, Any] = {"overview": overview, "curves": curves}
@@ -84,6 +94,11 @@ def report_page(runs: Sequence[RunRecord], explored: Sequence[Sequence[Mapping[s
     licence = f"/*\n{asset('uplot.LICENSE')}*/\n"  # the licence asks for its notice in every copy of uPlot
     scripts = [licence + asset(name) if name == "uplot.min.js" else asset(name) for name in SCRIPTS]
     return html_page(f"{title} · report", body, [asset(name) for name in STYLES], scripts, data)
+
+
+def _writes_again(run: RunRecord) -> bool:
+    """Return whether the last event of a run leaves the run going on, and with it the writing of its report."""
+    return bool(run.events) and run.events[-1]["event"] not in ENDINGS and run.config.get("report.every") != 0
 
 
 def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any]]:

@@ -24,21 +24,49 @@ class FigureLegend {
     /** @type {HTMLElement[]} */
     this.cells = lines.map(() => element("span", { role: "cell" }));
     this.lasts = lines.map(({ curve }) => valueText(curve.values[curve.values.length - 1]));
+    this.redraw = redraw;
+    /** @type {Map<Line, HTMLElement>} */
+    this.buttons = new Map(lines.map((line) => [line, this.button(line)]));
     const heads = ["smallest", "largest"].map((name) => element("span", { role: "columnheader" }, name));
+    const rows = lines.map((line, i) => {
+      const finite = /** @type {number[]} */ (line.curve.values.filter((value) => value !== null));
+      const ends = finite.length > 0 ? [Math.min(...finite), Math.max(...finite)] : [null, null];
+      const cells = ends.map((value) => element("span", { role: "cell" }, valueText(value)));
+      return legendRow("rowheader", this.buttons.get(line) ?? "", [this.cells[i], ...cells]);
+    });
     this.element = element(
       "div",
       { class: "legend", role: "table", "aria-label": `Values of ${title}` },
-      legendRow("columnheader", [named], [this.at, ...heads], "head"),
-      ...lines.map((line, i) => {
-        const finite = /** @type {number[]} */ (line.curve.values.filter((value) => value !== null));
-        const ends = finite.length > 0 ? [Math.min(...finite), Math.max(...finite)] : [null, null];
-        const cells = ends.map((value) => element("span", { role: "cell" }, valueText(value)));
-        return legendRow("rowheader", [lineButton(line, redraw)], [this.cells[i], ...cells]);
-      }),
+      legendRow("columnheader", named, [this.at, ...heads], "head"),
+      ...rows,
       ...limits.map(([name, value]) =>
-        legendRow("rowheader", [name], [element("span", { role: "cell" }, valueText(value))], "limit"),
+        legendRow("rowheader", name, [element("span", { role: "cell" }, valueText(value))], "limit"),
       ),
     );
+  }
+
+  /**
+   * Return the button that hides a line and shows it again.
+   * @param {Line} line
+   */
+  button(line) {
+    const swatch = element("span", { class: "swatch" });
+    swatch.style.borderTopColor = `var(${line.colour})`;
+    swatch.style.borderTopStyle = line.dash.length === 0 ? "solid" : line.dash[0] > 3 ? "dashed" : "dotted";
+    const press = () => {
+      this.toggle(line);
+      this.redraw();
+    };
+    return element("button", { type: "button", "aria-pressed": "true", onclick: press }, swatch, line.name);
+  }
+
+  /**
+   * Hide a line that is shown, or show it again, when the figure is next drawn.
+   * @param {Line} line
+   */
+  toggle(line) {
+    line.shown = !line.shown;
+    this.buttons.get(line)?.setAttribute("aria-pressed", String(line.shown));
   }
 
   /**
@@ -59,31 +87,13 @@ class FigureLegend {
 /**
  * Return a row: a name, and its numbers side by side.
  * @param {string} role of the name
- * @param {(Node | string)[]} name
+ * @param {Node | string} name
  * @param {HTMLElement[]} numbers
  * @param {string} [kind]
  */
 function legendRow(role, name, numbers, kind = "") {
   const values = element("span", { class: "numbers" }, ...numbers);
-  return element("div", { class: `row ${kind}`, role: "row" }, element("span", { class: "name", role }, ...name), values);
-}
-
-/**
- * Return the button that hides a line and shows it again.
- * @param {Line} line
- * @param {() => void} redraw
- */
-function lineButton(line, redraw) {
-  const swatch = element("span", { class: "swatch" });
-  swatch.style.borderTopColor = `var(${line.colour})`;
-  swatch.style.borderTopStyle = line.dash.length === 0 ? "solid" : line.dash[0] > 3 ? "dashed" : "dotted";
-  const button = element("button", { type: "button", "aria-pressed": String(line.shown) }, swatch, line.name);
-  button.addEventListener("click", () => {
-    line.shown = !line.shown;
-    button.setAttribute("aria-pressed", String(line.shown));
-    redraw();
-  });
-  return button;
+  return element("div", { class: `row ${kind}`, role: "row" }, element("span", { class: "name", role }, name), values);
 }
 
 /** @param {number | null} value */

@@ -42,10 +42,26 @@ function foldedPart(title, block, make) {
   return (/** @type {Run[]} */ runs) => {
     const part = element("details", { id: `part-${block}` }, element("summary", {}, title));
     part.addEventListener("toggle", async () => {
-      if (part.childElementCount === 1) part.append(make(runs, await openBlock(block)));
+      if (part.childElementCount > 1) return;
+      part.append(make(runs, await openBlock(block)));
+      part.dispatchEvent(new Event("filled"));
     });
     return part;
   };
+}
+
+/**
+ * Open a part that may be folded, and return when it is filled.
+ * @param {HTMLDetailsElement} part
+ */
+async function opened(part) {
+  if (part.childElementCount > 1) {
+    part.open = true;
+    return;
+  }
+  const filled = new Promise((done) => part.addEventListener("filled", done, { once: true }));
+  part.open = true;
+  await filled;
 }
 
 /**

@@ -3,6 +3,8 @@
 "use strict";
 
 startPage(async () => {
+  const kept = takeReaderState();
+  if (kept?.theme !== undefined) document.documentElement.dataset.theme = kept.theme;
   const overview = await openBlock("overview");
   const curves = unpackAll(await openBlock("curves"));
   /** @type {Run[]} */
@@ -23,6 +25,8 @@ startPage(async () => {
   showExplored(runs, overview.explored);
   showEvents(runs);
   showSections();
+  stayLive(overview.written);
+  if (kept !== null) await restoreReaderState(kept);
 });
 
 /**

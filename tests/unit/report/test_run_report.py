@@ -15,6 +15,7 @@ from reported_runs import NASTY, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.report.figures import GROUPS
+from megatron_selfdistill.report.run_facts import status
 from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.report.run_report import report_page, write_report
 
@@ -192,3 +193,24 @@ def test_directories_that_are_no_runs_are_refused(run, tmp_path):
         read_runs([run, tmp_path])
     with pytest.raises(ConfigError, match="one of them twice"):
         read_runs([run, run])
+
+
+@pytest.mark.parametrize(
+    ("last", "overrides", "again"),
+    [
+        ("saved", (), True),
+        ("started", (), True),
+        ("saved", ("report.every=0",), False),
+        *((event, (), False) for event in ("finished", "stopped", "guard", "engine")),
+    ],
+)
+def test_only_the_own_report_of_a_run_that_goes_on_loads_itself_again(tmp_path, last, overrides, again):
+    first = write_run(tmp_path / "first", 10, *overrides)
+    with (first / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"time": "2026-01-01T01:00:00+00:00", "step": 10, "event": last}) + "\n")
+    written = [
+        blocks_of(write_report(*arguments).read_text())["overview"]["written"]
+        for arguments in (([first],), ([first], tmp_path / "copy.html"), ([first, write_run(tmp_path / "second")],))
+    ]
+    assert [time is not None for time in written] == [again, False, False]
+    assert ("is training" in status(read_runs([first])[0])) == (again or bool(overrides))
