@@ -29,10 +29,12 @@ _BODY = """\
 </details>
 <p id="progress" role="status" class="small"></p>
 <p id="accuracy" class="small soft"></p>
-<div class="explorer">
+<div class="explorer" id="explorer">
 <main>
+<div class="context">
 <details><summary>Prompt of the student</summary><pre id="prompt"></pre></details>
 <details><summary>Solution, which only the teacher sees</summary><pre id="solution"></pre></details>
+</div>
 <details><summary>How to read this page</summary>
 <p class="small soft">The colour and the underline of a token show its divergence between student and target, in nats.
 Point at a token, or use the arrow keys: left and right go from token to token, down and up to the next token at which
@@ -42,12 +44,16 @@ In the table of candidates, bold numbers are the first choice of a model.</p></d
 <div id="tokens" role="listbox" tabindex="0" aria-label="Tokens of the response; arrow keys choose a token"></div>
 </main>
 <aside class="panel" aria-label="The chosen token">
+<div id="about-token">
 <h2 class="small"><span id="chosen-title">Choose a token</span><span id="chosen-text"></span></h2>
 <p id="pinned" class="small soft" hidden>Held: Escape, or another click, follows the pointer again.</p>
 <p id="announcement" aria-live="polite"></p>
 <table><tbody id="numbers"></tbody></table>
+</div>
+<div>
 <div id="candidates"></div>
-<button type="button" id="all-candidates" hidden>Show all candidates</button>
+<button type="button" id="all-candidates" hidden></button>
+</div>
 </aside>
 </div>
 """

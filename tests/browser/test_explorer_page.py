@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from explored_records import Words, logit_rows, record_of
+from explored_records import Words, logit_rows, record_of, summary_of
 from reported_runs import write_run
 from torch import Tensor
 
@@ -40,6 +40,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], Target]] = {
     "forward KL": ({"divergence": "forward_kl"}, SAVED),
     "JSD": ({"divergence": "jsd", "jsd_lambda": 0.3}, SAVED),
 }
+CANDIDATES = "explorer.summary(20).then((summary) => summary.ids.filter((id) => id >= 0).length)"
 NUMBERS = """(async () => {
   const rows = [];
   for (let token = 0; token < explorer.numTokens; token++) {
@@ -112,7 +113,7 @@ def test_the_slider_changes_the_numbers_and_the_button_brings_them_back(browser,
     weight = dataclasses.replace(SAVED, teacher_weight=4.0)
     assert float(tab.text("[data-number=k]")) == pytest.approx(1 / float(_exact(rows, weight)[18]), rel=2e-3)
     tab.wait_for("document.documentElement.dataset.computed !== '1'")
-    assert "mean reverse KL" in tab.text("#progress")
+    assert "Mean reverse KL" in tab.text("#progress")
     tab.click("#reset")
     tab.wait_for(f"document.querySelector('[data-number=k]').innerText === {json.dumps(before)}")
     assert tab.value("document.querySelector('#reset').disabled") and tab.problems == []
@@ -189,10 +190,54 @@ def test_candidates_have_a_row_with_the_probability_of_each_model(tab, rows):
     expected = [float(each[20].double().softmax(0)[best]) for each in (rows[0], rows[1], rows[2])]
     assert [float(cell) for cell in cells[:3]] == pytest.approx(expected, abs=6e-4) and len(cells) == 4
     few = tab.value("document.querySelectorAll('.candidates tbody tr').length")
+    assert few <= 13 and tab.text("#all-candidates") == f"Show {tab.value(CANDIDATES) - few} less likely tokens"
     tab.click("#all-candidates")
-    tab.wait_for(f"document.querySelectorAll('.candidates tbody tr').length > {few}")
+    tab.wait_for(f"document.querySelectorAll('.candidates tbody tr').length === {tab.value(CANDIDATES)}")
     tab.click("#all-candidates")
-    assert few <= 13
+    tab.wait_for(f"document.querySelectorAll('.candidates tbody tr').length === {few}")
+
+
+def test_candidates_below_a_small_probability_are_folded_unless_they_are_sampled(browser, rows, tmp_path):
+    """At token 0 every model is sure of one token, and the response has another one."""
+    sure = [torch.zeros_like(each[:1]) for each in rows]
+    for each in sure:
+        each[0, 7] = 30.0
+    record = record_of(sure, SAVED)
+    record["tokens"]["id"][0] = int(next(id for id in summary_of(record).ids[0].long() if id != 7))
+    write_target_page(record, tmp_path / "sure.html")
+    tab = shown(browser, tmp_path / "sure.html")
+    ids = "[...document.querySelectorAll('.candidates tr[data-id]')].map((row) => Number(row.dataset.id))"
+    assert tab.value(ids) == [7, record["tokens"]["id"][0]]
+
+
+def test_the_page_opens_at_the_token_with_the_largest_loss_and_shows_it(browser, page, rows):
+    tab = shown(browser, page, height=600)
+    losses = tab.value("explorer.tokens.loss")
+    assert tab.value("explorer.chosen") == losses.index(max(losses)) > 0
+    top, bottom = tab.value(
+        "(({top, bottom}) => [top, bottom])(explorer.spans[explorer.chosen].getBoundingClientRect())"
+    )
+    assert top >= 0 and bottom <= 600
+
+
+def test_the_line_below_the_settings_counts_tokens(tab):
+    capped = tab.value("explorer.statuses.filter((status) => status === 'capped').length")
+    differing = tab.value("explorer.differs.filter((differs) => differs).length")
+    text = tab.text("#progress")
+    assert f"k is at its bound at {capped} of 150 tokens" in text
+    assert f"first choice differs from the student's at {differing} of 150 tokens." in text
+
+
+def test_a_short_response_has_its_token_below_it_and_a_long_one_beside_it(browser, page, rows, tmp_path):
+    write_target_page(record_of([each[:20] for each in rows], SAVED), tmp_path / "short.html")
+    edges = "[...document.querySelectorAll('#tokens, aside')].map((part) => part.getBoundingClientRect().left)"
+    short, long = shown(browser, tmp_path / "short.html"), shown(browser, page)
+    tokens, token = short.value(edges)
+    assert tokens == token and short.value(
+        "(({scrollHeight, clientHeight}) => scrollHeight === clientHeight)(byId('explorer').querySelector('aside'))"
+    )
+    tokens, token = long.value(edges)
+    assert token > tokens + 400
 
 
 @pytest.mark.parametrize("width", [1280, 400])
@@ -210,7 +255,7 @@ def test_a_link_of_the_report_opens_the_page(browser, rows, tmp_path):
     tab = browser.open(write_report([run_dir]))
     assert tab.text("#explored a") == "step 10, sample 1"
     tab.click("#explored a")
-    tab.wait_for("window.explorer !== undefined && explorer.chosen === 0")
+    tab.wait_for("window.explorer !== undefined && explorer.chosen >= 0")
     assert tab.text("#about").startswith("step 10, problem p<1>, 20 tokens") and tab.problems == []
 
 

@@ -4,6 +4,7 @@
 
 const LEVELS = [0.003, 0.01, 0.03, 0.1, 0.3, 1];
 const SHOWN_CANDIDATES = 12;
+const SMALL_SHARE = 1e-4; // candidates below it are folded
 const SLICE_MS = 12;
 const MODEL_COLOURS = ["--series-1", "--series-2", "--series-4"];
 const STATUS_TEXTS = /** @type {Record<string, string>} */ ({
@@ -73,6 +74,11 @@ class Explorer {
     return { student: this.tokens.student_entropy[token], reference: this.tokens.reference_entropy[token] };
   }
 
+  /** The token with the largest loss of the run; the first one if no token has a loss. */
+  get hardest() {
+    return this.values.reduce((best, value, token) => (value > (this.values[best] || 0) ? token : best), 0);
+  }
+
   get isAsSaved() {
     return Object.entries(this.saved).every(([name, value]) => Object(this.settings)[name] === value);
   }
@@ -132,11 +138,10 @@ class Explorer {
     const mean = values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
     const differing = this.differs.reduce((sum, value) => sum + value, 0);
     const capped = this.statuses.filter((status) => status === "capped").length;
-    const share = (/** @type {number} */ count) => `${numberText((100 * count) / Math.max(1, this.numTokens))} %`;
+    const ofAll = (/** @type {number} */ count) => `at ${count} of ${this.numTokens} tokens`;
     byId("progress").textContent =
-      `${settingsText(this.settings)}. ${this.numTokens} tokens: ` +
-      `mean ${divergenceName(this.settings)} ${numberText(mean)} nats; ` +
-      `k at its bound at ${share(capped)}; the target's first choice differs from the student's at ${differing}.`;
+      `${settingsText(this.settings)}. Mean ${divergenceName(this.settings)} ${numberText(mean)} nats per token; ` +
+      `k is at its bound ${ofAll(capped)}; the target's first choice differs from the student's ${ofAll(differing)}.`;
     const errors = Array.from(this.errors).filter(Number.isFinite).sort((a, b) => a - b);
     if (errors.length) {
       byId("accuracy").textContent =
@@ -252,9 +257,7 @@ function showToken(explorer, token, summary, target) {
     `k ${numberText(target.k)}, ${target.status.replaceAll("_", " ")}` +
     (target.best === target.studentBest ? "" : ", the target's first choice differs from the student's");
   byId("numbers").replaceChildren(...numberRows(explorer, token, target));
-  byId("candidates").replaceChildren(candidateTable(explorer, token, summary, target));
-  const hidden = summary.ids.length > SHOWN_CANDIDATES;
-  byId("all-candidates").hidden = !hidden;
+  showCandidates(explorer, token, summary, target);
 }
 
 /**
@@ -293,13 +296,13 @@ function numberRows(explorer, token, target) {
 }
 
 /**
- * Return the table of the likeliest candidates with a bar per distribution.
+ * Show a table of the likeliest candidates with a bar per distribution, and a button for the others.
  * @param {Explorer} explorer
  * @param {number} token
  * @param {Summary} summary
  * @param {TokenTarget} target
  */
-function candidateTable(explorer, token, summary, target) {
+function showCandidates(explorer, token, summary, target) {
   const models = explorer.overview.models;
   const columns = /** @type {{name: string, colour: string, of: (slot: number) => number}[]} */ (
     models.map((/** @type {string} */ name, /** @type {number} */ model) => ({
@@ -319,17 +322,22 @@ function candidateTable(explorer, token, summary, target) {
   }
   rows.sort((a, b) => b.largest - a.largest);
   const firsts = columns.map((_, i) => Math.max(...rows.map((row) => row.shares[i])));
-  const shown = explorer.showsAll ? rows : rows.filter((row, i) => i < SHOWN_CANDIDATES || row.id === sampled);
+  const likely = rows.filter((row, i) => (i < SHOWN_CANDIDATES && row.largest >= SMALL_SHARE) || row.id === sampled);
+  const shown = explorer.showsAll ? rows : likely;
+  const folded = rows.length - likely.length;
+  byId("all-candidates").hidden = folded === 0;
+  byId("all-candidates").textContent = explorer.showsAll ? "Show the likeliest only" : `Show ${folded} less likely tokens`;
   const head = columns.map(({ name, colour }) =>
     element("th", { scope: "col", class: "number" }, swatch(colour), name),
   );
-  return element(
+  const table = element(
     "table",
     { class: "candidates" },
-    element("caption", {}, `Probabilities of the likeliest ${shown.length} tokens`),
+    element("caption", {}, "Probabilities of the likeliest tokens"),
     element("thead", {}, element("tr", {}, element("th", { scope: "col" }, "token"), ...head)),
     element("tbody", {}, ...shown.map((row) => candidateRow(explorer, row, columns, row.id === sampled, firsts))),
   );
+  byId("candidates").replaceChildren(table);
 }
 
 /**

@@ -4,6 +4,7 @@
 
 const PAGE_TOKENS = 50;
 const SHORT_TEXT = 200;
+const SHORT_RESPONSE = 6; // lines of 80 characters
 
 /**
  * Fill the page with the tokens of the response.
@@ -24,6 +25,15 @@ function showTokens(explorer) {
     all.append(span);
   }
   byId("tokens").append(all);
+}
+
+/**
+ * Return whether a response takes so few lines that it needs no column of its own.
+ * @param {string} response
+ */
+function isShort(response) {
+  const lines = response.split("\n").map((line) => Math.max(1, Math.ceil(line.length / 80)));
+  return lines.reduce((sum, count) => sum + count, 0) <= SHORT_RESPONSE;
 }
 
 /**
@@ -172,7 +182,6 @@ function listen(explorer) {
   });
   byId("all-candidates").addEventListener("click", () => {
     explorer.showsAll = !explorer.showsAll;
-    byId("all-candidates").textContent = explorer.showsAll ? "Show the likeliest only" : "Show all candidates";
     void explorer.choose(explorer.chosen);
   });
 }
@@ -236,9 +245,10 @@ startPage(async () => {
   showContext(overview);
   showLegend();
   showTokens(explorer);
+  byId("explorer").classList.toggle("short", isShort(overview.tokens.text.join("")));
   showControls(explorer);
   foldSettings();
   listen(explorer);
-  if (explorer.numTokens) await explorer.choose(0);
+  if (explorer.numTokens) await explorer.choose(explorer.hardest, { scroll: true });
   setTimeout(() => void explorer.recompute(), 0);
 });
