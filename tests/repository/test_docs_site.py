@@ -19,6 +19,8 @@ from megatron_selfdistill.config import keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
+WIDTH = 100
+"""The characters of a line of code in a window of 1280 px: Chromium shows 105 with tools/docs_site/site.css."""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,28 @@ def test_the_build_fails_where_a_page_a_link_or_an_anchor_is_missing():
     settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
     found = [level for kind in settings["validation"].values() for level in kind.values()]
     assert settings["strict"] is True and found == ["warn"] * 7
+
+
+def formula_lines(text: str) -> Iterator[str]:
+    """Yield the lines of the blocks without a language that define something, by a line "name = value"."""
+    fence = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    fenced = [block for language, block in fence.findall(text) if not language]
+    indented = re.findall(r"\n\n((?: {4}\S.*\n)+)", fence.sub("", text))
+    for block in (*fenced, *indented):
+        if re.search(r"^ *\w[\w ():,]{,39} = ", block, re.MULTILINE):
+            yield from block.splitlines()
+
+
+def test_no_formula_is_wrapped_in_a_window_of_1280_pixels():
+    lines = [(path.name, line) for path in DOCS.rglob("*.md") for line in formula_lines(path.read_text())]
+    assert ("method.md", "p    = softmax(s)                     the student; at the start of the run s = r") in lines
+    assert [(name, line) for name, line in lines if len(line) > WIDTH] == []
+
+
+def test_the_site_has_its_style(site):
+    settings = yaml.safe_load((REPOSITORY / "mkdocs.yml").read_text())
+    style = (REPOSITORY / "tools" / "docs_site" / "site.css").read_text()
+    assert settings["extra_css"] == [site.STYLE] and "white-space: pre-wrap" in style
 
 
 def test_every_key_has_an_anchor_its_default_and_whether_a_resumed_run_may_change_it(site, reference):

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
+STYLE = "assets/site.css"
+"""Where the site has site.css of this directory; mkdocs.yml names it."""
 IN_NAVIGATION = ("CONTRIBUTING.md", "CHANGELOG.md")
 """Files of the repository's root that the navigation names; other files are there where a page links to them."""
 
@@ -48,10 +50,12 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the generated pages to the pages of docs/."""
+    """Add the generated pages and the style to the pages of docs/."""
     from mkdocs.structure.files import File, InclusionLevel
 
     named = {links.site_path(name, REPOSITORY) for name in IN_NAVIGATION}
+    style = (Path(__file__).parent / "site.css").read_text(encoding="utf-8")
+    files.append(File.generated(config, STYLE, content=style))
     for path, text in reference().items():
         files.append(File.generated(config, path, content=text))
     for path, text in repository_pages().items():
