@@ -168,6 +168,35 @@ def tree(tmp_path) -> Path:
     return tmp_path
 
 
+def test_the_home_begins_with_the_first_screen_of_the_readme(site):
+    index = (DOCS / "README.md").read_text(encoding="utf-8")
+    home = site.home.page(index, REPOSITORY)
+    screen, _, tables = home.partition("\n\n## Documentation\n")
+    assert screen.startswith("# megatron_selfdistill\n") and "\n```\n" in screen
+    assert site.links.rewritten(index, "docs/README.md", REPOSITORY)[0] == f"# Documentation\n{tables}"
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)\s]+)\)", screen) if ":" not in target]
+    made = {*site.repository_pages(), *(path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*"))}
+    assert targets and set(targets) <= made
+
+
+def test_links_of_the_first_screen_lead_from_the_home(site, tree):
+    screen = "# T\n\n[a](docs/guides/page.md#x) [b](#y) [c](FILE.md) ![d](docs/i.png) [e](https://x.org)"
+    (tree / "README.md").write_text(f"<!-- first screen -->\n{screen}\n<!-- end of the first screen -->\n# Rest\n")
+    assert site.home.page("# Pages\n\n[f](guides/page.md) [g](../tool.py)\n", tree) == (
+        "# T\n\n[a](guides/page.md#x) [b](repository/README.md#y) [c](repository/FILE.md) ![d](i.png) [e](https://x.org)"
+        "\n\n## Pages\n\n[f](guides/page.md) [g](repository/tool.py.md)\n"
+    )
+
+
+@pytest.mark.parametrize(
+    "text", ["# T", "<!-- end of the first screen --><!-- first screen -->", "<!-- first screen -->"]
+)
+def test_a_readme_without_a_first_screen_ends_the_build(site, tree, text):
+    (tree / "README.md").write_text(text)
+    with pytest.raises(ValueError, match=r"expected the lines <!-- first screen --> and .* once each in README\.md"):
+        site.home.page("", tree)
+
+
 def test_links_out_of_docs_lead_to_pages_of_the_site(site, tree):
     text, outside = site.links.rewritten((tree / "docs/guides/page.md").read_text(), "docs/guides/page.md", tree)
     assert text.split("\n") == [

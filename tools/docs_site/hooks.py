@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tools")]
 
-from docs_site import api, commands, configuration, links  # noqa: E402
+from docs_site import api, commands, configuration, home, links  # noqa: E402
 
 if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
@@ -38,7 +38,7 @@ def reference() -> dict[str, str]:
 def repository_pages() -> dict[str, str]:
     """Return a page for each file outside docs/ that the navigation or another page leads to."""
     pages = [path.relative_to(REPOSITORY).as_posix() for path in sorted((REPOSITORY / "docs").rglob("*.md"))]
-    return links.linked_files([*pages, *IN_NAVIGATION], REPOSITORY)
+    return links.linked_files([*pages, home.README, *IN_NAVIGATION], REPOSITORY)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -65,7 +65,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: Any) -> str:
-    """Lead a page's links to files outside docs/ to their pages in the site."""
+    """Lead a page's links to files outside docs/ to their pages in the site; begin the home with the README."""
     if page.file.generated_by is not None:
         return markdown
+    if page.file.src_uri == links.HOME:
+        page.meta["hide"] = ["navigation"]  # it would list the home alone
+        return home.page(markdown, REPOSITORY)
     return links.rewritten(markdown, f"docs/{page.file.src_uri}", REPOSITORY)[0]

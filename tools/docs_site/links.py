@@ -13,6 +13,8 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+HOME = "README.md"
+"""The path of the site's home."""
 LANGUAGES = {".py": "python", ".sh": "bash", ".sbatch": "bash", ".yaml": "yaml", ".json": "json", ".toml": "toml"}
 _LINK = re.compile(r"(\]\()([^)\s#]+)(#[^)\s]*)?(\))")
 _FENCE = re.compile(r"^ *(```|~~~)")
@@ -21,19 +23,20 @@ _FENCE = re.compile(r"^ *(```|~~~)")
 def site_path(path: str, repository: Path) -> str:
     """Return where the site has a file or directory, given by its path from the repository's root."""
     if path == "docs" or path.startswith("docs/"):
-        return path.removeprefix("docs").lstrip("/") or "README.md"
+        return path.removeprefix("docs").lstrip("/") or HOME
     if (repository / path).is_dir():
         return f"repository/{path}/index.md"
     return f"repository/{path}" if path.endswith(".md") else f"repository/{path}.md"
 
 
-def rewritten(markdown: str, path: str, repository: Path) -> tuple[str, list[str]]:
+def rewritten(markdown: str, path: str, repository: Path, own: str | None = None) -> tuple[str, list[str]]:
     """Return a page with its links as they must be in the site, and the files outside docs/ that it links to.
 
-    ``path``: the page's own, from the repository's root.  A link to a file that does not exist stays as it is, so that
+    ``path``: the page's own, from the repository's root.  ``own``: where the site shows the text, if it is not at
+    ``site_path(path)``.  A link to a file that does not exist stays as it is, so that
     MkDocs reports it.
     """
-    own, outside = site_path(path, repository), []
+    own, outside = own or site_path(path, repository), []
 
     def link(found: re.Match[str]) -> str:
         before, target, anchor, after = found[1], found[2], found[3] or "", found[4]
