@@ -15,7 +15,7 @@ import yaml
 from scripts import load_script
 
 from megatron_selfdistill import cli
-from megatron_selfdistill.config import keys
+from megatron_selfdistill.config import command_line, keys
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -115,6 +115,12 @@ def test_every_recipe_is_named_with_a_whole_sentence(reference):
     rows = dict(re.findall(r"^\| `recipe=(\w+)` \| (.*) \|$", reference["reference/configuration.md"], re.MULTILINE))
     assert set(rows) == {file.stem for file in (REPOSITORY / "configs" / "recipe").glob("*.yaml")}
     assert [row for row in rows.values() if not row.endswith(".") or row.endswith("...")] == []
+
+
+def test_the_page_of_recipes_lists_them_as_the_command_does():
+    page = (DOCS / "recipes" / "README.md").read_text(encoding="utf-8")
+    listed = [line.split()[0].removeprefix("recipe=") for line in command_line.recipes().splitlines()]
+    assert re.findall(r"^\| \[(\w+)\]\(\1\.md\) \|", page, re.MULTILINE) == listed
 
 
 def test_a_doc_comment_is_shown_as_it_is_written(site):
