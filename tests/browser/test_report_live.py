@@ -15,7 +15,7 @@ STATE = f"""({{
     zoom: view.zoom, smoothing: view.smoothing, theme: document.documentElement.dataset.theme, scroll: scrollY,
     shown: {LOSS}.lines.map((line) => line.shown),
     pressed: document.querySelectorAll(".legend [aria-pressed=false]").length,
-    search: document.querySelector("#part-evaluations input").value,
+    search: document.querySelector("#part-evaluations input[type=search]").value,
     matches: document.querySelector("#part-evaluations output").textContent,
     open: [...document.querySelectorAll("details[open][id]")].map((part) => part.id),
 }})"""
@@ -76,7 +76,7 @@ def test_a_report_that_is_loaded_again_stays_as_its_reader_has_left_it(live):
     tab.click(".theme-switch")
     tab.click("#part-evaluations > summary")
     tab.wait_for("document.querySelector('#pairs .pair')")
-    tab.page.fill("#part-evaluations input", "7 + 7")
+    tab.page.fill("#part-evaluations input[type=search]", "7 + 7")
     tab.value("void (document.activeElement.blur(), byId('responses').scrollIntoView())")
     before = tab.value(STATE)
     assert (before["zoom"], before["theme"], before["shown"]) == ([4, 12], "light", [False])
@@ -94,7 +94,7 @@ def test_a_report_in_use_or_out_of_sight_waits(live):
     tab.value("void (window.same = true)")
     tab.click("#part-evaluations > summary")
     tab.wait_for("document.querySelector('#pairs .pair')")
-    tab.page.focus("#part-evaluations input")
+    tab.page.focus("#part-evaluations input[type=search]")
     tab.value("void byId('live').click()")
     tab.page.clock.fast_forward(600_000)
     assert tab.value("window.same"), "the reader writes"

@@ -222,7 +222,7 @@ def test_responses_are_filtered_searched_and_shown_as_text(browser, one):
         == ["wrong", "right"] * 10
     )
     tab.value(choose.format(0))
-    tab.value("document.querySelector('#part-evaluations input').focus()")
+    tab.value("document.querySelector('#part-evaluations input[type=search]').focus()")
     for character in "7 + 7":
         tab.key(character)
     assert tab.text("#part-evaluations output") == "1 of 30 problems"
@@ -242,6 +242,33 @@ def test_samples_show_where_teacher_and_student_disagree(browser, one):
         ["<end>", "token"],
     ]
     assert tab.problems == []
+    tab.close()
+
+
+def test_a_search_finds_samples_of_all_steps(browser, one):
+    tab = browser.open(one)
+    tab.click("#part-samples > summary")
+    tab.wait_for("document.querySelector('#samples .token')")
+    headings = "[...document.querySelectorAll('#samples h3')].map((heading) => heading.textContent)"
+    assert tab.value(headings) == ["training problem 1, step 1"]
+    tab.page.fill("#part-samples input[type=search]", "PROBLEM 30")
+    assert tab.value(headings) == ["training problem 30, step 30"] and tab.text("#samples mark") == "problem 30"
+    assert tab.text("#part-samples output") == "1 of 2 samples"
+    tab.page.fill("#part-samples input[type=search]", "one two three")
+    assert tab.value(headings) == []
+    tab.close()
+
+
+def test_a_slider_goes_through_the_steps_of_the_responses(browser, one):
+    tab = browser.open(one)
+    tab.click("#part-evaluations > summary")
+    tab.wait_for("document.querySelector('#pairs .pair')")
+    for key, step in (("ArrowLeft", "step 20"), ("Home", "step 0"), ("End", "step 30")):
+        tab.value("document.querySelector('#part-evaluations input[type=range]').focus()")
+        tab.key(key)
+        assert tab.text("#pairs .answer:nth-child(2) h4") == step
+        right = "document.querySelectorAll('#part-evaluations select')[1].selectedOptions[0].text"
+        assert tab.value(right) == step
     tab.close()
 
 

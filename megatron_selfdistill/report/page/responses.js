@@ -77,6 +77,33 @@ function choice(label, options, chosen = 0) {
 }
 
 /**
+ * Return a slider that goes through the options of a select, hidden for a few of them.
+ * @param {string} label
+ * @param {HTMLSelectElement} select
+ */
+function sliderOver(label, select) {
+  const last = select.length - 1;
+  const made = element("input", { type: "range", min: 0, max: last, "aria-label": label, hidden: last < 2 });
+  const slider = /** @type {HTMLInputElement} */ (made);
+  const follow = () => {
+    slider.value = String(select.selectedIndex);
+    slider.setAttribute("aria-valuetext", select.selectedOptions[0].text);
+  };
+  slider.addEventListener("input", () => {
+    select.selectedIndex = Number(slider.value);
+    select.dispatchEvent(new Event("change"));
+  });
+  select.addEventListener("change", follow);
+  follow();
+  return slider;
+}
+
+/** Return a field for a search. */
+function searchField() {
+  return /** @type {HTMLInputElement} */ (element("input", { type: "search", placeholder: "text" }));
+}
+
+/**
  * Return the texts with each place that contains ``wanted`` marked.
  * @param {string} text
  * @param {string} wanted in lower case
@@ -110,7 +137,7 @@ function evaluationsPart(runs, answers) {
   const samples = [...new Set(answers.flat().map(({ sample }) => sample))];
   const kind = choice("Response", samples.map((sample) => (sample === null ? "greedy" : `sample ${sample + 1}`)));
   const outcome = choice("Outcome", Object.keys(OUTCOMES));
-  const search = /** @type {HTMLInputElement} */ (element("input", { type: "search", placeholder: "text" }));
+  const search = searchField();
   const count = element("output", { class: "soft small", "aria-live": "polite" });
   const list = element("div", { id: "pairs" });
   const more = element("button", { type: "button" }, "Show more");
@@ -150,7 +177,8 @@ function evaluationsPart(runs, answers) {
     show();
   });
   show();
-  const controls = [left.label, right.label, kind.label, outcome.label, element("label", {}, "Search", search), count];
+  const slider = sliderOver("Step on the right", right.select);
+  const controls = [left.label, right.label, slider, kind.label, outcome.label, element("label", {}, "Search", search), count];
   return element("div", {}, element("div", { class: "toolbar panel" }, ...controls), list, more);
 }
 
@@ -188,12 +216,26 @@ function samplesPart(runs, samples) {
   const places = samples.flatMap((ofRun, run) => [...new Set(ofRun.map(({ step }) => step))].map((step) => ({ run, step })));
   const names = places.map(({ run, step }) => (runs.length > 1 ? `${runs[run].label}, step ${step}` : `step ${step}`));
   const place = choice("Samples of", names);
+  const search = searchField();
+  const count = element("output", { class: "soft small", "aria-live": "polite" });
+  const total = samples.flat().length;
   const list = element("div", { id: "samples" });
   const show = () => {
-    const { run, step } = places[Number(place.select.value)];
-    list.replaceChildren(...samples[run].filter((sample) => sample.step === step).map(sampleElement));
+    const chosen = places[Number(place.select.value)];
+    const wanted = search.value.toLowerCase();
+    const found = places.flatMap(({ run, step }, i) =>
+      samples[run]
+        .filter((sample) => sample.step === step && (wanted === "" ? places[i] === chosen : hasText(sample, wanted)))
+        .map((sample) => ({ sample, name: names[i] })),
+    );
+    count.textContent = wanted === "" ? "" : `${found.length} of ${total} samples`;
+    list.replaceChildren(...found.slice(0, PAGE_LENGTH).map(({ sample, name }) => sampleElement(sample, name, wanted)));
   };
-  place.select.addEventListener("change", show);
+  place.select.addEventListener("change", () => {
+    search.value = "";
+    show();
+  });
+  search.addEventListener("input", show);
   show();
   const key = element(
     "span",
@@ -203,11 +245,26 @@ function samplesPart(runs, samples) {
     tokenElement(["green, dotted line", 2, null, null, null]),
     ": more likely.",
   );
-  return element("div", {}, element("div", { class: "toolbar panel" }, place.label, key), list);
+  const controls = [place.label, sliderOver("Step of the samples", place.select), element("label", {}, "Search", search), count];
+  return element("div", {}, element("div", { class: "toolbar panel" }, ...controls, key), list);
 }
 
-/** @param {TrainingSample} sample */
-function sampleElement(sample) {
+/**
+ * Return whether a sample has a text in its problem, its hint or its response.
+ * @param {TrainingSample} sample
+ * @param {string} wanted in lower case
+ */
+function hasText({ problem_id, prompt, solution, tokens }, wanted) {
+  const response = tokens.map(([text]) => text).join("");
+  return [problem_id, prompt, solution, response].some((text) => text.toLowerCase().includes(wanted));
+}
+
+/**
+ * @param {TrainingSample} sample
+ * @param {string} name of its run and step
+ * @param {string} wanted
+ */
+function sampleElement(sample, name, wanted) {
   const disagreed = sample.tokens
     .filter(([, difference]) => difference !== null && Math.abs(difference) >= 0.3)
     .sort((a, b) => Math.abs(Number(b[1])) - Math.abs(Number(a[1])))
@@ -234,8 +291,8 @@ function sampleElement(sample) {
   return element(
     "article",
     { class: "panel pair" },
-    element("h3", { class: "small" }, sample.problem_id, sample.truncated ? " (cut)" : ""),
-    element("pre", { class: "prompt" }, sample.prompt),
+    element("h3", { class: "small" }, ...marked(sample.problem_id, wanted), `, ${name}`, sample.truncated ? " (cut)" : ""),
+    element("pre", { class: "prompt" }, ...marked(sample.prompt, wanted)),
     sample.solution === "" ? "" : element("details", { class: "small" }, element("summary", {}, "Hint"), element("pre", {}, sample.solution)),
     element("pre", { class: "token-text" }, ...sample.tokens.map(tokenElement)),
     rows.length > 0 ? element("div", { class: "scroll" }, table) : "",
