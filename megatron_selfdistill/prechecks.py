@@ -21,12 +21,11 @@ from megatron_selfdistill.checkpoint.stored_adapters import read_stored_adapters
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.schema.field_checks import is_dotted
-from megatron_selfdistill.config.world_checks import check_ranks, check_world
+from megatron_selfdistill.config.world_checks import check_ranks, check_world, longest_context
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.needed_packages import is_installed
-from megatron_selfdistill.run_data import longest_context
 
 logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_selfdistill.choices import SOLUTION_SOURCES
 from megatron_selfdistill.config import Config, DataConfig
+from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.chat.acceptance import load_rule
 from megatron_selfdistill.data.chat.conversations import load_conversations
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
@@ -280,29 +281,6 @@ def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Pr
         f"the teacher's prompt adds {cost.wording:.0f} tokens of wording (data.teacher_template) and on average "
         f"{cost.solution:.0f} of the {shown_part} (in {len(costs)} prompts){f'; {unknown}' if unknown else ''}"
     )
-
-
-def longest_context(config: Config) -> int:
-    """Return the largest length of prompt and response, in tokens, for the model, the data and a packed sequence.
-
-    Raises: `ConfigError` if ``data.max_length`` exceeds the model or a packed sequence.
-    """
-    p = config.parallel
-    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
-    longest = config.schedule.max_tokens // multiple * multiple
-    if longest < 1:
-        raise ConfigError(f"schedule.max_tokens ({config.schedule.max_tokens}) must be at least {multiple}")
-    wanted = config.data.max_length
-    if wanted is not None and wanted > longest:
-        raise ConfigError(
-            f"data.max_length ({wanted}) exceeds the longest packed sequence ({longest}); raise schedule.max_tokens"
-        )
-    if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
-        raise ConfigError(
-            f"data.max_length ({wanted}) exceeds model.max_position_embeddings ({config.model.max_position_embeddings})"
-        )
-    limit = wanted if wanted is not None else config.model.max_position_embeddings
-    return min(limit, longest)
 
 
 _SHOWN_PARTS = {

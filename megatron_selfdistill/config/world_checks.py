@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Checks of a configuration against the number of ranks that a launch has."""
+"""Checks of a configuration against the number of ranks of a launch, and of its lengths against its layout."""
 
 from __future__ import annotations
 
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.errors import ConfigError
 
 
 def check_ranks(config: Config, world_size: int) -> None:
@@ -90,3 +91,26 @@ def _check_model_divides(config: Config, tp: int, pp: int, ep: int) -> None:
             tp == 1 or p.sequence_parallel,
             "a mixture of experts with tensor parallelism needs parallel.sequence_parallel=true",
         )
+
+
+def longest_context(config: Config) -> int:
+    """Return the largest length of prompt and response, in tokens, for the model, the data and a packed sequence.
+
+    Raises: `ConfigError` if ``data.max_length`` exceeds the model or a packed sequence.
+    """
+    p = config.parallel
+    multiple = p.tensor_model_parallel_size * (2 * p.context_parallel_size if p.context_parallel_size > 1 else 1)
+    longest = config.schedule.max_tokens // multiple * multiple
+    if longest < 1:
+        raise ConfigError(f"schedule.max_tokens ({config.schedule.max_tokens}) must be at least {multiple}")
+    wanted = config.data.max_length
+    if wanted is not None and wanted > longest:
+        raise ConfigError(
+            f"data.max_length ({wanted}) exceeds the longest packed sequence ({longest}); raise schedule.max_tokens"
+        )
+    if wanted is not None and config.model.provider is None and wanted > config.model.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_length ({wanted}) exceeds model.max_position_embeddings ({config.model.max_position_embeddings})"
+        )
+    limit = wanted if wanted is not None else config.model.max_position_embeddings
+    return min(limit, longest)

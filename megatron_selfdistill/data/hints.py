@@ -85,12 +85,13 @@ def about_unknown_tokens(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]])
 
     Raises: ValueError if their share is above `UNREADABLE`.
     """
-    unknown = sum(list(ids).count(tokenizer.unknown_id) for ids in prompts) if tokenizer.unknown_id is not None else 0
-    if not unknown:
+    token = tokenizer.unknown_id
+    unknown = 0 if token is None else sum(list(ids).count(token) for ids in prompts)
+    if token is None or not unknown:
         return None
     share = unknown / sum(map(len, prompts))
     found = (
-        f"{share:.1%} of the tokens of the first prompts are {tokenizer.decode([tokenizer.unknown_id])!r}, the unknown "
+        f"{share:.1%} of the tokens of the first prompts are {tokenizer.decode([token])!r}, the unknown "
         f"token of {tokenizer.name}, which the model reads in place of every text that this tokenizer does not know"
     )
     if share > UNREADABLE:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.world_checks import check_world
+from megatron_selfdistill.config.world_checks import check_world, longest_context
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
@@ -27,7 +27,7 @@ from megatron_selfdistill.plan.plan_checks import (
     planned_gpus,
 )
 from megatron_selfdistill.plan.stages import Stage, stages
-from megatron_selfdistill.run_data import RunData, longest_context
+from megatron_selfdistill.run_data import RunData
 
 _SERVED_SHARE = 0.8
 """The share of a server's GPU that weights may take; vLLM uses 0.9 of the GPU for weights, cache and activations."""

@@ -12,9 +12,10 @@ from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.run_data import RunData, longest_context
+from megatron_selfdistill.run_data import RunData
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
 CHARACTERS = "0123456789-=b.,;:|H$_"
