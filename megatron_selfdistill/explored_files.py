@@ -6,14 +6,25 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.replaced_files import replace_file
+from megatron_selfdistill.run_log import json_object, token_columns
 
 EXPLORED_DIRECTORY = "explored"
 """The directory of a run with one file per explored response."""
+
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("version", "vocab_size", "block_tokens"), int),
+    **dict.fromkeys(("problem_id", "prompt", "solution"), str),
+    **dict.fromkeys(("settings", "tokens", "texts"), dict),
+    **dict.fromkeys(("models", "blocks"), list),
+    "truncated": bool,
+}
+"""The fields of a record that the page of the explorer reads, with their types."""
 
 _FILE = re.compile(r"step_(\d{7,})_(\d+)\.json\.gz")
 
@@ -60,7 +71,14 @@ def page_of(path: Path) -> Path:
 
 def read_explored(path: Path) -> dict[str, Any]:
     """Return the record of a file.  Raises: OSError, ValueError for a file that is no record."""
-    record = json.loads(gzip.decompress(path.read_bytes()))
-    if not isinstance(record, dict) or "blocks" not in record:
-        raise ValueError(f"{path}: expected an explored response, got another file")
+    try:
+        record = json_object(gzip.decompress(path.read_bytes()))
+        for name, kind in _FIELDS.items():
+            if not isinstance(record.get(name), kind):
+                raise ValueError(f"has no {name} of the right type")
+        token_columns(record["tokens"], "id", "text", "status", "loss")
+        if not all(isinstance(block, dict) for block in record["blocks"]):
+            raise ValueError("has a block that is not an object")
+    except (ValueError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: expected an explored response, got a file that {error}") from error
     return record

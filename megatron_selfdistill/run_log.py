@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,46 +19,161 @@ logger = logging.getLogger(__name__)
 METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 EVALUATION_SAMPLES_FILE, EVENTS_FILE = "evaluation_samples.jsonl", "events.jsonl"
 REPORT_FILE = "report.html"
+SAMPLE_COLUMNS = ("text", "student_log_prob", "teacher_log_prob", "loss", "k", "status")
+"""The columns of a sample's tokens that its readers need."""
+
+
+_LARGEST_STEP = 2**53
+"""No step reaches this number, from which on JSON's readers round integers."""
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Return the lines of a run's metrics.jsonl in order, as numbers, without a last line that a kill cut short."""
+    """Return the lines of a run's metrics.jsonl in order, as numbers; see `records` for lines that are skipped."""
     return list(each_metrics(run_dir))
 
 
 def each_metrics(run_dir: str | Path) -> Iterator[dict[str, float]]:
     """Yield what `read_metrics` returns, one line at a time."""
-    for _, values in complete_lines(Path(run_dir) / METRICS_FILE):
-        yield {key: float(value) for key, value in values.items()} | {"step": values["step"]}
+    for _, values in records(Path(run_dir) / METRICS_FILE, _metrics):
+        yield values
 
 
 def read_samples(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's samples.jsonl in order, without a last line that a kill cut short."""
-    return [values for _, values in complete_lines(Path(run_dir) / SAMPLES_FILE)]
+    """Return the lines of a run's samples.jsonl in order; see `records` for lines that are skipped."""
+    return [values for _, values in records(Path(run_dir) / SAMPLES_FILE, _sample)]
 
 
 def read_evaluation_samples(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's evaluation_samples.jsonl in order, without a last line that a kill cut short."""
-    return [values for _, values in complete_lines(Path(run_dir) / EVALUATION_SAMPLES_FILE)]
+    """Return the lines of a run's evaluation_samples.jsonl in order; see `records` for lines that are skipped."""
+    return [values for _, values in records(Path(run_dir) / EVALUATION_SAMPLES_FILE, _evaluation_sample)]
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Return the lines of a run's events.jsonl in order, over all launches; see `EventLog`."""
-    return [values for _, values in complete_lines(Path(run_dir) / EVENTS_FILE)]
+    """Return the lines of a run's events.jsonl in order, over all launches; see `EventLog` and `records`."""
+    return [values for _, values in records(Path(run_dir) / EVENTS_FILE, _event)]
 
 
-def complete_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (line, value) for each complete line of a file of JSON lines; nothing without the file."""
+def records(
+    path: Path, form: Callable[[dict[str, Any]], dict[str, Any]] = lambda record: record
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield (line, record) for each complete line of a file of JSON lines that is an object with a step.
+
+    ``form``: returns the record as the caller wants it, or raises ValueError with the end of a sentence about the line.
+    A file that is not there has no records.  Whatever else stands in the file stops nobody: the function skips it, and
+    then logs one warning with the file, the number of skipped lines and the first of them.  A last line that a kill cut
+    short, and empty lines, are no reason for a warning.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                values = json.loads(line)
-            except ValueError:
+    first, skipped = "", 0
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.endswith(b"\n") or not line.strip():
                 continue
-            if line.endswith("\n"):
-                yield line, values
+            try:
+                record = form(_with_step(json_object(line)))
+            except ValueError as error:
+                first, skipped = first or f"line {number}, which {error}", skipped + 1
+            else:
+                yield line, record
+    if skipped:
+        lines = "1 line was" if skipped == 1 else f"{skipped} lines were"
+        logger.warning("%s: %s skipped, the first: %s", hidden(str(path)), lines, hidden(first))
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    """Return the object of a line of JSON.  Raises: ValueError with the end of a sentence about the line."""
+    try:
+        value = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError("is not text in UTF-8") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+    except ValueError:
+        raise ValueError("is not JSON") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"is not an object but {_KINDS[type(value)]}")
+    return value
+
+
+_KINDS = {list: "a list", str: "a text", int: "a number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def finite(value: Any) -> float | None:
+    """Return ``value``, a value of JSON, as a finite number; None for everything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer of more than 308 digits
+        return None
+
+
+def shortened(text: str, length: int = 40) -> str:
+    """Return at most ``length`` characters of a foreign text, for a message; all of them can be printed."""
+    return repr(text if len(text) <= length else text[:length] + "...")[1:-1]
+
+
+def _with_step(record: dict[str, Any]) -> dict[str, Any]:
+    step = record.get("step")
+    if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < _LARGEST_STEP:
+        raise ValueError("has no step, an integer from 0 on")
+    return record
+
+
+_SPELT = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, float]:
+    return {key: value if key == "step" else _metric(key, value) for key, value in record.items()}
+
+
+def _metric(key: str, value: Any) -> float:
+    if isinstance(value, str) and value in _SPELT:
+        return _SPELT[value]
+    if isinstance(value, float):
+        return value
+    number = finite(value)
+    if number is None:
+        raise ValueError(f"has no number as its {shortened(key)}")
+    return number
+
+
+def _event(record: dict[str, Any]) -> dict[str, Any]:
+    return _typed(record, time=str, event=str)
+
+
+def _sample(record: dict[str, Any]) -> dict[str, Any]:
+    _typed(record, problem_id=str, prompt=str, solution=str, truncated=bool, tokens=dict)
+    return record | {"tokens": token_columns(record["tokens"], *SAMPLE_COLUMNS)}
+
+
+def _evaluation_sample(record: dict[str, Any]) -> dict[str, Any]:
+    _typed(record, problem_id=str, prompt=str, response=str, correct=bool, length=int, truncated=bool)
+    return _typed(record, sample=int | None)
+
+
+def token_columns(tokens: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return ``tokens``, whose ``names`` are lists with one entry per token; texts and names of statuses are texts.
+
+    Raises: ValueError, as `json_object`, for other tokens.
+    """
+    _typed(tokens, **dict.fromkeys(names, list))
+    if len({len(tokens[name]) for name in names}) > 1:
+        raise ValueError("has columns of different lengths")
+    if not all(isinstance(text, str) for text in tokens["text"]):
+        raise ValueError("has a token without text")
+    if not all(isinstance(name, str | None) for name in tokens["status"]):
+        raise ValueError("has a status that is not a name")
+    return tokens
+
+
+def _typed(record: dict[str, Any], **types: Any) -> dict[str, Any]:
+    for name, kind in types.items():
+        value = record.get(name, ...)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"has no {name} of the right type")
+    return record
 
 
 class EventLog:

@@ -28,8 +28,8 @@ from megatron_selfdistill.run_log import (
     EVALUATION_SAMPLES_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
-    complete_lines,
     read_metrics,
+    records,
 )
 from megatron_selfdistill.terminal import visible
 
@@ -99,7 +99,7 @@ class MetricsLog:
             if path == self.path or path.exists():
                 _forget_after(step, path)
         forget_explored_after(self.path.parent, step)
-        self._file = self.path.open("a+", encoding="utf-8")  # `_restore` reads the file
+        self._file = self.path.open("a+b")  # `_restore` reads the file
         self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
         if self._console is not None:
             self._console.start(step)
@@ -211,18 +211,18 @@ class MetricsLog:
         """
         try:
             self._file.seek(0)
-            text = self._file.read()
+            content = self._file.read()
             outcome = "it is written again"
         except OSError as error:  # a network file system may have forgotten the file
-            text, outcome = "", f"it starts empty: the logged lines cannot be read any more ({error})"
+            content, outcome = b"", f"it starts empty: the logged lines cannot be read any more ({error})"
         logger.warning("%s was removed or replaced while the run wrote it: %s", hidden(str(self.path)), outcome)
         with contextlib.suppress(OSError):
             self._file.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.path.exists():
             os.replace(self.path, self.path.with_suffix(f".replaced{self.path.suffix}"))
-        self.path.write_text(text, encoding="utf-8")
-        self._file = self.path.open("a+", encoding="utf-8")
+        self.path.write_bytes(content)
+        self._file = self.path.open("a+b")
         lines = [(int(line.pop("step")), line) for line in read_metrics(self.path.parent)]
         self._loggers.rewrite(lines)
 
@@ -232,7 +232,7 @@ class MetricsLog:
         if not self._is_there():
             self._restore()
         values = {key: _json_number(float(value)) for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False) + "\n")
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
         self._file.flush()
         self._loggers.add_scalars(step, metrics)
 
@@ -253,9 +253,12 @@ def configured_log(config: Config, phases: Phases, *, enabled: bool) -> MetricsL
 
 
 def _forget_after(step: int, path: Path) -> None:
-    """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file in one move."""
-    kept = [line for line, values in complete_lines(path) if step and values["step"] <= step]
-    replace_file(path, "".join(kept))
+    """Drop the lines of steps after ``step`` (for 0, all lines) from a file, and replace the file in one move.
+
+    Lines without a step, which `records` skips, are dropped, too.
+    """
+    kept = [line for line, record in records(path) if record["step"] <= step] if step else []
+    replace_file(path, b"".join(kept))
 
 
 def _json_number(value: float) -> float | str:

@@ -45,7 +45,7 @@ def facts(run: RunRecord) -> list[list[str]]:
         ("launches", str(len(run.launches)) if run.launches else None),
         ("command", launch.get("command")),
     ]
-    return [[name, text] for name, text in rows if text]
+    return [[name, text] for name, text in rows if text and isinstance(text, str)]
 
 
 def status(run: RunRecord) -> str:
@@ -113,7 +113,10 @@ def _value(value: float | None) -> str:
 
 def _text(value: Any) -> str:
     """Return a value of the configuration as YAML has it, on one line."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    try:
+        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError):  # a date, for instance
+        return str(value)
 
 
 def _model(config: Mapping[str, Any]) -> str | None:
@@ -173,11 +176,13 @@ def _layout(config: Mapping[str, Any]) -> str | None:
 
 
 def _versions(versions: Any) -> str | None:
-    return ", ".join(f"{name} {version}" for name, version in versions.items()) if isinstance(versions, dict) else None
+    if not isinstance(versions, dict):
+        return None
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str))
 
 
 def _details(event: Mapping[str, Any]) -> str:
     for name in ("reason", "checkpoint", "start"):
-        if name in event:
+        if isinstance(event.get(name), str):
             return str(event[name])
     return ""

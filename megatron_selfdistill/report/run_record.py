@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,13 +13,18 @@ from typing import Any
 import yaml
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.run_log import (
     METRICS_FILE,
     each_metrics,
+    finite,
     read_evaluation_samples,
     read_events,
     read_samples,
+    shortened,
 )
+
+logger = logging.getLogger(__name__)
 
 PHASES = (
     *("rollout", "environment", "sync", "solutions", "read", "pack"),
@@ -82,7 +88,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
     The configuration decides whether the record has texts: those of chat logs need conversations.show_contents=true,
     whatever earlier launches wrote.  Without a readable config.yaml there are none.
     """
-    config = dict(_flat(_configuration(run_dir)))
+    config = _configuration(run_dir)
     shows = bool(config) and (
         config.get("data.kind") != "conversations" or config.get("conversations.show_contents") is True
     )
@@ -90,7 +96,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
         label=label,
         config=config,
         metrics=_columns(each_metrics(run_dir)),
-        events=[event for event in read_events(run_dir) if {"time", "step", "event"} <= event.keys()],
+        events=read_events(run_dir),
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
         shows_contents=shows,
@@ -102,19 +108,19 @@ def limits(run: RunRecord, key: str) -> dict[str, float]:
     steps = run.config.get("guards.reference_steps")
     if not isinstance(steps, int):
         return {}
-    reference = run.values(key)[:steps]
+    reference = run.values(key)[: max(0, steps)]
     if not reference or len(reference) < steps:
         return {}
     mean = sum(reference) / len(reference)
     found = {}
     for option in _OPTIONS.get(key, ()):
-        ratio = run.config.get(f"guards.{option}")
+        ratio = finite(run.config.get(f"guards.{option}"))
         if ratio is not None:
             found[f"guards.{option}"] = ratio * mean
     if "guards.max_entropy_ratio" in found:
-        rise = run.config.get("guards.min_entropy_rise") or 0.0
+        rise = finite(run.config.get("guards.min_entropy_rise")) or 0.0
         found["guards.max_entropy_ratio"] = max(found["guards.max_entropy_ratio"], mean + rise)
-    return found
+    return {name: limit for name, limit in found.items() if math.isfinite(limit)}
 
 
 _OPTIONS = {
@@ -131,28 +137,36 @@ def step_shares(run: RunRecord) -> dict[str, float]:
     steps, seconds = run.metrics.get("seconds/step", ([], []))
     later = set(steps[1:])
     total = sum(value for step, value in zip(steps, seconds, strict=True) if step in later)
-    if not later or not total > 0:
+    if not later or not 0 < total < math.inf:
         return {}
     shares = {}
     for phase in PHASES:
         at, spent = run.metrics.get(f"seconds/{phase}", ([], []))
         in_phase = sum(value for step, value in zip(at, spent, strict=True) if step in later and math.isfinite(value))
-        if in_phase > 0:
+        if 0 < in_phase < math.inf:
             shares[phase] = in_phase / len(later)
     rest = total / len(later) - sum(shares.values())
     return shares | ({"other": rest} if rest > 0 else {})
 
 
-def _configuration(run_dir: Path) -> Any:
+def _configuration(run_dir: Path) -> dict[str, Any]:
+    """Return the keys of a run's config.yaml, flat; empty without the file and, with a warning, for another file."""
+    path = run_dir / "config.yaml"
     try:
-        return yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(stored, Mapping):
+            raise ValueError(f"expected keys with values, got {type(stored).__name__}")
+        return dict(_flat(stored))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        logger.warning(
+            "%s is not the configuration of a run, so the report shows no settings and no texts: %s",
+            hidden(str(path)),
+            shortened(f"{type(error).__name__}: {error}", 200),
+        )
         return {}
 
 
-def _flat(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if not isinstance(values, Mapping):
-        return
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _flat(value, f"{prefix}{key}.")

@@ -18,7 +18,7 @@ from megatron_selfdistill.report.html_page import asset, html_page
 from megatron_selfdistill.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.report.target_page import write_target_pages
-from megatron_selfdistill.run_log import REPORT_FILE
+from megatron_selfdistill.run_log import REPORT_FILE, finite
 
 MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
@@ -175,10 +175,12 @@ def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _number(value: Any) -> float | None:
     """Return a number of samples.jsonl to 3 significant digits; None for null and for NaN and infinities, strings."""
-    return float(f"{value:.3g}") if isinstance(value, int | float) else None
+    number = finite(value)
+    return None if number is None else float(f"{number:.3g}")
 
 
 def _difference(teacher: Any, student: Any) -> float | None:
-    if not isinstance(teacher, int | float) or not isinstance(student, int | float):
+    of_teacher, of_student = finite(teacher), finite(student)
+    if of_teacher is None or of_student is None:
         return None
-    return round(teacher - student, 2)
+    return finite(round(of_teacher - of_student, 2))

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import logging
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,7 +106,7 @@ def write_target_pages(run_dir: Path) -> list[TargetPage]:
             try:
                 record = read_explored(source)
                 text = target_page(record)
-            except (ValueError, EOFError, OSError, zlib.error) as error:
+            except (ValueError, OSError) as error:
                 logger.warning("%s has no page: %s: %s", source, type(error).__name__, error)
                 continue
             replace_file(page.path, text)

@@ -10,12 +10,14 @@ import re
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
+from megatron_selfdistill.evaluation.evaluation_result import Transcript
 from megatron_selfdistill.metrics import (
     COLUMNS,
     MetricsLog,
@@ -53,11 +55,12 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
 
 
 def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
+    answer = Transcript("", None, "a prompt", "a response", correct=True, length=3, truncated=False)
     for done, steps in ((0, (2, 4)), (3, (4, 6))):  # killed after step 4; the checkpoint is of step 3
         with MetricsLog(tmp_path, num_steps=8, loggers=[], console=False) as log:
             log.resume(done)
             for step in steps:
-                log.log_evaluation_samples(step, [{"problem_id": "a"}, {"problem_id": "b"}])
+                log.log_evaluation_samples(step, [vars(replace(answer, problem_id=name)) for name in "ab"])
     kept = [(record["step"], record["problem_id"]) for record in read_evaluation_samples(tmp_path)]
     assert kept == [(2, "a"), (2, "b"), (4, "a"), (4, "b"), (6, "a"), (6, "b")]
 
