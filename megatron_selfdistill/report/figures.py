@@ -1,45 +1,44 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The figures of a report: their metrics, and what a healthy and a sick curve look like.
+"""The figures of a report: their metrics, what a healthy and a sick curve look like, and the rule of a sick curve.
 
-docs/monitoring.md repeats the sentences of a figure in the row of its first metric; a test compares both.
+The last argument of a figure computes what the sentence before it says (`sick_rules`).  docs/monitoring.md repeats the
+sentences of a figure in the row of its first metric; a test compares both.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class ReportFigure:
-    """One figure of a report: some metrics over the steps."""
-
-    title: str
-    metrics: dict[str, str]
-    """The key of a metric -> its name in the legend.  A key may end with ``*``, which stands for a number; ``*`` in the
-    name is the same number."""
-    unit: str
-    """The unit of the values, as the axis shows it."""
-    healthy: str
-    """A sentence about a healthy curve."""
-    sick: str
-    """A sentence about a sick curve."""
-    guarded: str | None = None
-    """The metric whose limits (`run_record.limits`) the figure shows; None for a figure without limits."""
-
-    def present(self, keys: Collection[str]) -> dict[str, str]:
-        """Return the metrics of the figure that are in ``keys``, without ``*``, in the order of the legend."""
-        found: dict[str, str] = {}
-        for pattern, name in self.metrics.items():
-            form = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
-            matches = [(key, match) for key in keys if (match := form.fullmatch(key)) is not None]
-            for key, match in sorted(matches, key=lambda pair: [int(number) for number in pair[1].groups()]):
-                found[key] = name.replace("*", match[1]) if match.groups() else name
-        return found
-
+from megatron_selfdistill.report.figure import ReportFigure
+from megatron_selfdistill.report.sick_rules import (
+    FALL,
+    above,
+    above_other,
+    all_of,
+    any_of,
+    below,
+    beyond_limits,
+    bound_of_k,
+    bound_of_staleness,
+    configured,
+    falls,
+    falls_again,
+    flat,
+    near,
+    never_above,
+    not_above_at_first,
+    once_above,
+    only_part,
+    rises,
+    starts_above,
+    starts_below,
+    unless,
+    variety_falls,
+)
 
 NATS, SHARE = "nats per token", "share"
+_TENTHS = [f"reverse_kl/tenth_{n:02d}" for n in range(1, 11)]
+_TRAINED_AND_EVALUATED = ("training", "evaluation, greedy", "evaluation, sampled")
+_HINT_8GRAMS = ("leak/hint_8grams", "evaluation/greedy_hint_8grams", "evaluation/sampled_hint_8grams")
+_LEAK_WORDS = ("leak/words_per_1000", *(f"evaluation/{kind}_leak_words_per_1000" for kind in ("greedy", "sampled")))
 
 GROUPS: dict[str, list[ReportFigure]] = {
     "Accuracy on held-out problems": [
@@ -49,6 +48,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "The accuracy rises.",
             "The accuracy falls again: use an earlier checkpoint.",
+            any_of(falls_again("evaluation/greedy_accuracy"), falls_again("evaluation/sampled_accuracy")),
         ),
         ReportFigure(
             "Several samples per problem",
@@ -56,6 +56,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "All curves rise.",
             "The accuracy rises while pass@k with a large k falls: the responses lose their variety.",
+            variety_falls,
         ),
         ReportFigure(
             "Different right answers",
@@ -63,6 +64,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "answers",
             "The number rises with the accuracy, or stays where each problem has one right answer.",
             "The number falls while the accuracy rises: the samples become one response.",
+            all_of(rises("evaluation/sampled_accuracy", by=FALL), falls("evaluation/distinct_right", ratio=0.9)),
         ),
         ReportFigure(
             "Overconfidence",
@@ -70,6 +72,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "mean confidence less accuracy",
             "The gap stays near its first value or comes nearer to 0.",
             "The gap rises: the confidence grows faster than the accuracy.",
+            any_of(rises("evaluation/greedy_ocg", by=0.05), rises("evaluation/sampled_ocg", by=0.05)),
         ),
         ReportFigure(
             "Accuracy with hints",
@@ -77,6 +80,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "The accuracy with hints is clearly above the accuracy without hints.",
             "Both are about equal: the method cannot teach what the model cannot do with its hint.",
+            not_above_at_first("evaluation_hinted/greedy_accuracy", "evaluation/greedy_accuracy"),
         ),
     ],
     "Loss": [
@@ -86,6 +90,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The loss falls over the run.",
             "The loss does not change over tens of steps.",
+            flat("loss/mean"),
         ),
         ReportFigure(
             "Reverse KL of student and target",
@@ -93,6 +98,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The divergence is clearly above 0 at the first step, and falls.",
             "The divergence is below 1e-6 at the first step: the hint changes nothing.",
+            starts_below("loss/reverse_kl", 1e-6),
         ),
         ReportFigure(
             "Reverse KL along the response",
@@ -100,6 +106,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "All parts of a response have a part of the divergence.",
             "Only the first tenth or only the last tenth has any: the hint decides how responses begin or end.",
+            any_of(only_part(_TENTHS[0], _TENTHS), only_part(_TENTHS[-1], _TENTHS)),
         ),
         ReportFigure(
             "Surprise at the response",
@@ -107,6 +114,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The teacher's curve comes down to the student's curve.",
             "The teacher's curve rises: the responses move away from what the teacher would write.",
+            rises("teacher_cross_entropy", ratio=1.5, by=0.1),
         ),
     ],
     "Entropy": [
@@ -116,6 +124,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The entropy falls slowly, within the guards.",
             "The entropy rises, or it falls below a fiftieth of its first value.",
+            any_of(rises("entropy/student", ratio=2, by=0.05), falls("entropy/student", ratio=1 / 50)),
         ),
         ReportFigure(
             "Entropy of the target minus entropy of the student",
@@ -123,6 +132,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The difference is at most 0 with the bound of k, and comes near 0 as the student learns.",
             "The difference is clearly above 0.",
+            above("entropy/target_minus_student", 0.01),
         ),
         ReportFigure(
             "Same most likely token",
@@ -130,6 +140,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "The agreement of student and teacher rises.",
             "The agreement is near 1 from the start: the hint changes nothing.",
+            starts_above("top1_agreement", 0.99),
         ),
     ],
     "Temperature of the mix": [
@@ -139,6 +150,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "temperature",
             "The mean is steady, and lies between the percentiles.",
             "All curves lie at the bound of k: the bound decides everywhere, and the entropy does not.",
+            near("k/p01", bound_of_k, 0.99),
         ),
         ReportFigure(
             "Tokens at the bound of k",
@@ -146,6 +158,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "Some tokens are at the bound.",
             "The share is near 1, or it is clearly higher at the forks than at all tokens.",
+            any_of(above("status/capped", 0.95), above_other("forks/capped", "status/capped", by=0.1)),
         ),
         ReportFigure(
             "Matched tokens",
@@ -153,6 +166,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "Most tokens are matched, or undetermined because the student is certain.",
             "Few tokens are matched although the target matches the entropy.",
+            configured("target.rule", "entropy_matched", below("status/matched", 0.1)),
         ),
         ReportFigure(
             "Tokens without a match",
@@ -160,6 +174,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "No token is unconverged, and few tokens are out of range.",
             "A token is unconverged: report this fault with the configuration of the run.",
+            once_above("status/unconverged", 0),
         ),
     ],
     "Responses": [
@@ -169,6 +184,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "tokens",
             "The mean length stays near its first value.",
             "The mean length falls below a quarter of its first value: the responses no longer show their work.",
+            falls("response/length_mean", ratio=1 / 4),
         ),
         ReportFigure(
             "Responses that are cut",
@@ -176,6 +192,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "The share stays near 0.",
             "The share rises: read the samples, and raise rollout.max_new_tokens.",
+            any_of(rises("response/truncated_share", by=0.1), rises("evaluation/greedy_truncated_share", by=0.1)),
         ),
         ReportFigure(
             "Length of the responses in evaluations",
@@ -183,6 +200,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "tokens",
             "The lengths stay near their first values.",
             "The lengths fall together with the accuracy.",
+            all_of(falls("evaluation/greedy_mean_length", ratio=0.8), falls("evaluation/greedy_accuracy", by=FALL)),
         ),
     ],
     "Optimizer": [
@@ -192,6 +210,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "norm before clipping",
             "The norm stays near its first values.",
             "The norm is far above its first values: lower optimizer.lr.",
+            rises("gradient_norm", ratio=10, by=0.1),
         ),
         ReportFigure(
             "Learning rate",
@@ -199,6 +218,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "learning rate",
             "The curve has the form of optimizer.lr_decay_style.",
             "The rate is 0, or another rate than the configuration gives.",
+            never_above("learning_rate", 0),
         ),
     ],
     "Guards": [
@@ -208,6 +228,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The curve stays between the dotted limits.",
             "The curve is beyond a limit for guards.patience steps in a row: the guard stops the run.",
+            beyond_limits("entropy/student"),
             guarded="entropy/student",
         ),
         ReportFigure(
@@ -216,6 +237,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "tokens",
             "The curve stays above the dotted limit.",
             "The curve is below the limit for guards.patience steps in a row: the guard stops the run.",
+            beyond_limits("response/length_mean"),
             guarded="response/length_mean",
         ),
     ],
@@ -226,6 +248,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "The mass is far below the mass of recipe=teacher_alone.",
             "The mass rises: the target asks for tokens that the model did not consider.",
+            any_of(*(rises(f"target/mass_on_rare_{of}", ratio=2, by=1e-3) for of in ("student", "reference"))),
         ),
         ReportFigure(
             "Entropy at the forks",
@@ -233,28 +256,23 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "nats per fork",
             "Both curves are about equal.",
             "The target's curve is far below the student's curve: the target closes forks.",
+            above_other("forks/entropy_student", "forks/entropy_target", ratio=2, by=0.05),
         ),
         ReportFigure(
             "Pieces of the hint in the responses",
-            {
-                "leak/hint_8grams": "training",
-                "evaluation/greedy_hint_8grams": "evaluation, greedy",
-                "evaluation/sampled_hint_8grams": "evaluation, sampled",
-            },
+            dict(zip(_HINT_8GRAMS, _TRAINED_AND_EVALUATED, strict=True)),
             "share of the 8-grams",
             "The share stays near its first value.",
             "The share rises towards the value of an evaluation with hints: the responses recite the hint.",
+            any_of(*(rises(key, by=0.1) for key in _HINT_8GRAMS)),
         ),
         ReportFigure(
             "Words about the hint",
-            {
-                "leak/words_per_1000": "training",
-                "evaluation/greedy_leak_words_per_1000": "evaluation, greedy",
-                "evaluation/sampled_leak_words_per_1000": "evaluation, sampled",
-            },
+            dict(zip(_LEAK_WORDS, _TRAINED_AND_EVALUATED, strict=True)),
             "per 1000 tokens",
             "The number stays near its first value.",
             "The number rises: the responses speak of a hint that they do not have.",
+            any_of(*(rises(key, ratio=2, by=1.0) for key in _LEAK_WORDS)),
         ),
     ],
     "Sampler and trainer": [
@@ -264,6 +282,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "nats",
             "The difference is small and steady.",
             "The difference grows: sampler and trainer compute different models.",
+            rises("sampler/log_prob_mean_abs_diff", ratio=3, by=0.01),
         ),
         ReportFigure(
             "Correction for the sampler",
@@ -271,6 +290,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "weight, share",
             "The mean weight is near 1, and few tokens are at the cap.",
             "The share of tokens at the cap grows.",
+            rises("correction/capped", by=0.1),
         ),
         ReportFigure(
             "Guided responses",
@@ -278,6 +298,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The distance of the guided responses is steady.",
             "The distance grows: guided responses are far off-policy.",
+            rises("guided/log_ratio", ratio=2, by=0.1),
         ),
         ReportFigure(
             "Age of the sampler's weights",
@@ -285,6 +306,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "steps",
             "The age is at most rollout.max_staleness.",
             "The mean is near its bound: most responses come from weights that are several steps old.",
+            near("rollout/staleness_mean", bound_of_staleness, 0.9),
         ),
         ReportFigure(
             "Servers",
@@ -292,6 +314,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "servers",
             "All servers answer.",
             "The number falls: read the log of the server in run_dir/servers.",
+            falls("rollout/servers_alive", by=0.5),
         ),
     ],
     "Own solutions and chat logs": [
@@ -301,6 +324,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "Most problems have a solution.",
             "Only few problems have a solution: raise solutions.num_samples.",
+            below("solutions/available_share", 0.2),
         ),
         ReportFigure(
             "Log-prob of the logged turns",
@@ -308,6 +332,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             NATS,
             "The mean stays near its first value.",
             "The mean falls steadily: the log has become off-policy.",
+            falls("turns/log_prob_mean", by=0.5),
         ),
     ],
     "Time and memory": [
@@ -317,6 +342,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "tokens per second",
             "Both curves are steady after the first step.",
             "A curve falls over the run, or drops for some steps: another job uses the machine.",
+            any_of(*(falls(f"tokens_per_second/{of}", ratio=0.5, skip=1) for of in ("rollout", "train"))),
         ),
         ReportFigure(
             "Duration of a step",
@@ -324,6 +350,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "seconds",
             "The durations are steady, apart from steps after an evaluation or a save.",
             "The duration of a step grows while the responses keep their length.",
+            unless(rises("seconds/step", ratio=2, skip=1), rises("response/length_mean", ratio=1.25)),
         ),
         ReportFigure(
             "Trainer and servers",
@@ -335,6 +362,12 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "seconds",
             "One of both waits is short: the slower side is never idle.",
             "Both wait: set rollout.overlap=stream, or smaller rollout.wave_microbatches.",
+            all_of(
+                *(
+                    above_other(key, "seconds/step", ratio=0.25)
+                    for key in ("rollout/waited_seconds", "rollout/servers_waited_seconds")
+                )
+            ),
         ),
         ReportFigure(
             "Generation and training at the same time",
@@ -342,6 +375,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "With rollout.overlap=stream, the share is high.",
             "The share is 0: generation and training take turns.",
+            configured("rollout.overlap", "stream", never_above("overlap/share", 0)),
         ),
         ReportFigure(
             "Memory",
@@ -349,6 +383,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "GiB",
             "The memory is flat after the first steps.",
             "The memory rises steadily.",
+            any_of(*(rises(f"memory/{of}_gib", ratio=1.25, skip=5) for of in ("peak", "rss"))),
         ),
     ],
 }

@@ -37,6 +37,7 @@ def facts(run: RunRecord) -> list[list[str]]:
         ("recipe", launch.get("recipe")),
         ("layout", launch.get("layout") or _layout(config)),
         ("data", _data(config)),
+        ("seen so far", _seen(run)),
         ("optimizer", _optimizer(config)),
         ("seed", _text(config.get("seed")) if config else None),
         ("hardware", launch.get("hardware")),
@@ -84,9 +85,12 @@ def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
         return [{"title": "First and last values", "columns": ["first", "last"], "rows": rows}]
     labels = [run.label for run in runs]
     keys = sorted({key for run in runs for key in run.config} - set(_PLACES))
+    # An empty section of one run, and its keys in another run, are one difference.
+    keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     configured = [[key, *(_text(run.config[key]) if key in run.config else "-" for run in runs)] for key in keys]
     facts_of = [dict(facts(run)) for run in runs]
-    names = ("recipe", "layout", "hardware", "versions", "git commit", "launches")
+    # The recipe of a launch is not among them: it stands for keys, which the first table has.
+    names = ("layout", "hardware", "versions", "git commit", "launches")
     known = [[name, *(of.get(name, "-") for of in facts_of)] for name in names]
     results = [[name, *(_value(values[-1] if values else None) for values in all_)] for name, all_ in _results(runs)]
     return [
@@ -159,6 +163,14 @@ def _data(config: Mapping[str, Any]) -> str | None:
     batch, samples = config.get("data.global_batch_size"), config.get("rollout.num_samples")
     responses = "1 response" if samples == 1 else f"{samples} responses"
     return f"{_text(config.get('data.path'))}; {batch} problems per step, {responses} each"
+
+
+def _seen(run: RunRecord) -> str | None:
+    """Return how often the run has seen its data, and how many tokens it has trained on, from its metrics."""
+    epochs, tokens = run.values("data/epoch"), run.values("tokens/response")
+    parts = [f"{epochs[-1]:.3g} epochs"] if epochs else []
+    parts += [f"{sum(tokens):,.0f} response tokens"] if tokens else []
+    return ", ".join(parts) or None
 
 
 def _optimizer(config: Mapping[str, Any]) -> str | None:

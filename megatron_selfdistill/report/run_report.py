@@ -13,10 +13,12 @@ from urllib.parse import quote
 
 from megatron_selfdistill.replaced_files import replace_file
 from megatron_selfdistill.report.downsampling import curve_of
+from megatron_selfdistill.report.figure import ReportFigure
 from megatron_selfdistill.report.figures import GROUPS
 from megatron_selfdistill.report.html_page import asset, html_page
 from megatron_selfdistill.report.run_facts import differences, event_rows, facts, status
 from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
+from megatron_selfdistill.report.run_summary import summary
 from megatron_selfdistill.report.target_page import write_target_pages
 from megatron_selfdistill.run_log import REPORT_FILE, finite
 
@@ -56,35 +58,19 @@ def report_page(
     the time of a page that its run will write again, in seconds since 1970; such a page loads itself again.
     """
     keys = {key for run in runs for key in run.metrics}
-    groups = {title: [(figure, figure.present(keys)) for figure in figures] for title, figures in GROUPS.items()}
-    shown = {key for figures in groups.values() for _, metrics in figures for key in metrics}
+    present = {key for figures in GROUPS.values() for figure in figures for key in figure.present(keys)}
+    curves = {key: [_curve(run, key) for run in runs] for key in sorted(present)}
+    groups, left_out = _groups(curves)
+    shown = {key for group in groups for figure in group["figures"] for key, _ in figure["lines"]}
     overview = {
         "runs": [_run(run) for run in runs],
-        "groups": [
-            {
-                "title": title,
-                "figures": [
-                    {
-                        "title": figure.title,
-                        "unit": figure.unit,
-                        "healthy": figure.healthy,
-                        "sick": figure.sick,
-                        "guarded": figure.guarded,
-                        "lines": list(metrics.items()),
-                    }
-                    for figure, metrics in figures
-                    if metrics
-                ],
-            }
-            for title, figures in groups.items()
-            if any(metrics for _, metrics in figures)
-        ],
+        "groups": groups,
+        "left_out": left_out,
         "differences": differences(runs),
         "explored": list(explored) if any(explored) else None,
         "written": written,
     }
-    curves = {key: [_curve(run, key) for run in runs] for key in sorted(shown)}
-    data: dict[str, Any] = {"overview": overview, "curves": curves}
+    data: dict[str, Any] = {"overview": overview, "curves": {key: curves[key] for key in curves if key in shown}}
     if any(run.evaluation_samples for run in runs):
         data["evaluations"] = [_spread(run.evaluation_samples, _evaluated) for run in runs]
     if any(run.samples for run in runs):
@@ -115,10 +101,56 @@ def _reference(path: Path, start: Path) -> str:
     return quote(os.path.relpath(path.resolve(), start.resolve()).replace(os.sep, "/"))
 
 
+def _groups(curves: Mapping[str, Sequence[Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the groups of figures with data, and sentences about figures that repeat others and are left out.
+
+    ``curves``: the key of a metric -> the curve of each run (`_curve`).
+    """
+    groups: list[dict[str, Any]] = []
+    left_out: list[str] = []
+    shown: dict[str, str] = {}
+    for title, figures in GROUPS.items():
+        kept = []
+        for figure in figures:
+            metrics = figure.present(curves)
+            twins = [
+                next((name for other, name in shown.items() if _repeats(curves, key, other)), "") for key in metrics
+            ]
+            if metrics and all(twins) and figure.guarded is None:
+                left_out.append(f"The figure {figure.title!r} is left out: it repeats {' and '.join(twins)}.")
+            elif metrics:
+                kept.append(_figure(figure, metrics))
+                shown |= {key: f"{name!r} of {figure.title!r}" for key, name in metrics.items() if key not in shown}
+        if kept:
+            groups.append({"title": title, "figures": kept})
+    return groups, left_out
+
+
+def _figure(figure: ReportFigure, metrics: Mapping[str, str]) -> dict[str, Any]:
+    return {
+        "title": figure.title,
+        "unit": figure.unit,
+        "healthy": figure.healthy,
+        "sick": figure.sick,
+        "guarded": figure.guarded,
+        "lines": list(metrics.items()),
+    }
+
+
+def _repeats(curves: Mapping[str, Sequence[Any]], key: str, other: str) -> bool:
+    """Return whether a metric has the numbers of another metric in every run that has it, as figures show them.
+
+    Curves that are constant in every run, and equal by chance, do not count.
+    """
+    pairs = [(one, two) for one, two in zip(curves[key], curves[other], strict=True) if one is not None]
+    return all(one == two for one, two in pairs) and any(len(set(one[1])) > 1 for one, _ in pairs)
+
+
 def _run(run: RunRecord) -> dict[str, Any]:
     return {
         "label": run.label,
         "status": status(run),
+        "summary": summary(run),
         "facts": facts(run),
         "events": event_rows(run),
         "resumed": [launch["step"] for launch in run.launches if launch["step"] > 0],

@@ -97,6 +97,21 @@ def test_several_runs_begin_with_their_differences_also_in_the_menu(browser, one
     assert browser.open(two).value(first) == ["Differences between the runs", "What ran"]
 
 
+def test_the_first_screen_says_whether_each_run_learns_and_is_healthy(browser, one, two):
+    labels = "[...document.querySelectorAll('#summaries dt')].map((term) => [term.textContent, term.className])"
+    tab = browser.open(two)
+    three = [["Learns", "good"], ["Healthy", "good"], ["Changed", "open"]]
+    assert tab.value(labels) == [*three, *three]
+    assert tab.value("[...document.querySelectorAll('#summaries h3')].map((h) => h.textContent)") == ["first", "second"]
+    tab = browser.open(one)
+    assert tab.value(labels) == three and tab.text("#summaries dd") == "accuracy (greedy) 0.300 → 0.900, steps 0 to 30"
+    assert tab.value("byId('summaries').getBoundingClientRect().bottom < byId('top').getBoundingClientRect().top")
+    assert (
+        tab.text("#left-out")
+        == "The figure 'Reverse KL of student and target' is left out: it repeats 'loss' of 'Loss'."
+    )
+
+
 def test_the_figure_draws_its_line_in_the_colours_of_the_theme(browser, one):
     """Count the pixels of the canvas that have the colour of the line, in both themes."""
     tab = browser.open(one)

@@ -106,7 +106,10 @@ ORDER = {
         "selection guidance episodes revisions on_policy ahead streamed partial replay solutions_as_responses turns "
         "next_state_hints hinted_turns chat_logs configured_hints configured_source"
     ),
-    "report": "curves next_steps html_page target_page downsampling figures run_record run_facts run_report refresh",
+    "report": (
+        "curves next_steps html_page target_page downsampling run_record sick_rules figure figures run_facts "
+        "run_summary run_report refresh"
+    ),
     "plan": "bubble plan_checks stages memory engines launch host_memory dry_run plan_tables",
     "learner": "",
     "trained_step": "",

@@ -7,7 +7,8 @@
  * @typedef {{name: string, colour: string, dash: number[], curve: Curve, shown: boolean}} Line
  * @typedef {{title: string, unit: string, healthy: string, sick: string, guarded: string | null,
  *            lines: [string, string][]}} FigureData
- * @typedef {{label: string, status: string, facts: [string, string][], events: string[][], resumed: number[],
+ * @typedef {{label: string, status: string, summary: [string, string, string][],
+ *            facts: [string, string][], events: string[][], resumed: number[],
  *            shares: Record<string, number>, limits: Record<string, Record<string, number>>}} Run
  */
 

@@ -11,6 +11,7 @@ startPage(async () => {
   const runs = overview.runs;
   byId("title").textContent = runs.map((run) => run.label).join(" · ");
   byId("theme").append(themeSwitch());
+  showSummaries(runs);
   showFacts(runs);
   showTables(overview.differences);
   if (runs.length > 1) {
@@ -20,6 +21,7 @@ startPage(async () => {
   }
   byId("results-title").textContent = runs.length > 1 ? "Differences between the runs" : "Results";
   showFigures(overview.groups, runs, curves);
+  byId("left-out").textContent = overview.left_out.join(" ");
   showShares(runs);
   showResponses(runs);
   showExplored(runs, overview.explored);
@@ -49,6 +51,23 @@ function unpackAll(packed) {
   }
   if (first <= last) [view.first, view.last] = [first, Math.max(last, first + 1)];
   return curves;
+}
+
+/**
+ * Show first of all whether each run learns, whether it is healthy, and what has changed.
+ * @param {Run[]} runs
+ */
+function showSummaries(runs) {
+  byId("summaries").append(
+    ...runs.map((run, i) => {
+      const list = element("dl", { class: "facts summary" });
+      for (const [label, text, state] of run.summary) {
+        list.append(element("dt", { class: state }, label), element("dd", {}, text));
+      }
+      const heading = runs.length > 1 ? [element("h3", {}, runSwatch(i), run.label)] : [];
+      return element("div", { class: "panel" }, ...heading, list);
+    }),
+  );
 }
 
 /** @param {Run[]} runs */

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -74,6 +75,68 @@ def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_
     loss = next(row for row in last["rows"] if row[0].startswith("loss"))
     assert float(loss[2]) - float(loss[1]) == pytest.approx(1.0, abs=1e-3)
     assert curve(blocks, "loss/mean", 1)[7] - curve(blocks, "loss/mean", 0)[7] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_difference_is_shown_once(run, tmp_path):
+    """Two runs that differ in one key of an empty section and in the recipe that stands for other keys."""
+    other = write_run(tmp_path / "second")
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["data"]["fields"] = {"solution": "answer"}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    events = (other / "events.jsonl").read_text()
+    (other / "events.jsonl").write_text(events.replace('"recipe": "anchored"', '"recipe": "teacher_alone"'))
+    keys, facts_, _ = blocks_of(page_of(run, other))["overview"]["differences"]
+    assert keys["rows"] == [["data.fields.solution", "-", "answer"]] and facts_["rows"] == []
+
+
+def test_epochs_and_tokens_are_facts_of_a_run(tmp_path):
+    run_dir = write_run(tmp_path / "first")
+    assert "seen so far" not in dict(read_facts(run_dir))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step in (31, 32):
+            file.write(json.dumps({"step": step, "data/epoch": step / 8, "tokens/response": 704}) + "\n")
+    assert dict(read_facts(run_dir))["seen so far"] == "4 epochs, 1,408 response tokens"
+
+
+def read_facts(run_dir):
+    return blocks_of(page_of(run_dir))["overview"]["runs"][0]["facts"]
+
+
+ONE_SAMPLE = ("evaluation/pass_at_1", "evaluation/distinct_right", "evaluation/sampled_accuracy")
+
+
+def test_a_figure_that_repeats_others_number_for_number_is_left_out_and_named(tmp_path):
+    """With one sample, pass@1 and the different right answers are the accuracy; the reverse KL is the loss."""
+    values = {(step, key): 0.3 + step / 100 for step in range(0, 31, 10) for key in ONE_SAMPLE}
+    twice = [write_run(tmp_path / name, shift=0.0) for name in ("first", "second")]
+    for run_dir in twice:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if line.pop("evaluation/pass_at_4", None) is not None:
+                line |= {key: values[line["step"], key] for key in ONE_SAMPLE}
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    overview = blocks_of(page_of(*twice))["overview"]
+    left_out = [re.match(r"The figure '(.*)' is left out: it repeats ('.*')\.", text) for text in overview["left_out"]]
+    assert [match.groups() for match in left_out] == [
+        ("Several samples per problem", "'sampled' of 'Accuracy'"),
+        ("Different right answers", "'sampled' of 'Accuracy'"),
+        ("Reverse KL of student and target", "'loss' of 'Loss'"),
+    ]
+    titles = titles_of(overview)
+    assert not {match[1] for match in left_out} & titles
+    assert "Entropy of the student and its limits" in titles, "the figure shows limits, which 'Entropy' does not"
+    other = write_run(tmp_path / "shifted", shift=0.1)
+    assert titles_of(blocks_of(page_of(*twice, other))["overview"]) >= {"Reverse KL of student and target"}
+
+
+def test_curves_that_are_constant_repeat_nothing(tmp_path):
+    zero = {(step, key): 0.0 for step in range(31) for key in ("response/truncated_share", "status/capped")}
+    shown = titles_of(blocks_of(page_of(write_run(tmp_path / "first", changes=zero)))["overview"])
+    assert {"Responses that are cut", "Tokens at the bound of k"} <= shown
+
+
+def titles_of(overview):
+    return {figure["title"] for group in overview["groups"] for figure in group["figures"]}
 
 
 def test_a_teacher_alone_is_described_without_a_mix(run, tmp_path):
@@ -175,7 +238,9 @@ def test_three_runs_of_10000_steps_are_below_5_mb_without_responses():
     for number in range(3):
         rng = random.Random(number)
         noise = [rng.gauss(0, 1) for _ in steps]
-        metrics = {key: (steps, [value * 10 ** (i % 7 - 4) for value in noise]) for i, key in enumerate(keys)}
+        metrics = {
+            key: (steps, [value * 10 ** (i % 7 - 4) * (1 + i / 100) for value in noise]) for i, key in enumerate(keys)
+        }
         runs.append(RunRecord(f"run {number}", {}, metrics, [], [], []))
     page = report_page(runs)
     assert len(set(keys)) > 60 and len(page) < 5e6
