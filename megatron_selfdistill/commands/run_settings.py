@@ -88,8 +88,11 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
     path = run_dir / CONFIGURATION_FILE
     try:
         stored = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"expected the configuration of a run in {path}, got {error}") from error
     if not isinstance(stored, dict):
         raise ConfigError(f"expected the configuration of a run in {path}, got {type(stored).__name__}")
+    for section in (*SETTINGS, "checkpoint", "adapter", "teacher"):
+        if not isinstance(stored.get(section, {}), dict):
+            raise ConfigError(f"expected the keys of section {section} in {path}, got {stored[section]!r}")
     return stored

@@ -25,6 +25,7 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.bootstrap import bootstrap
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
+from megatron_selfdistill.run_log import json_object
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,24 @@ def read_evaluation(directory: Path) -> Evaluation:
     directory = Path(directory)
     require_evaluation(directory)
     try:
-        summary = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
-        with (directory / PROBLEMS).open(encoding="utf-8") as stream:
-            lines = [json.loads(line) for line in stream]
+        summary = _object_in(directory / SUMMARY, (directory / SUMMARY).read_bytes())
+        with (directory / PROBLEMS).open("rb") as stream:
+            lines = [_object_in(f"{directory / PROBLEMS}:{number}", line) for number, line in enumerate(stream, 1)]
         values, ids = _values(lines), [line["id"] for line in lines]
         if len(lines) != summary["data"]["num_problems"]:
             raise ValueError(f"{len(lines)} lines for {summary['data']['num_problems']} problems")
         return Evaluation(directory, summary, ids, values)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(
             f"expected the files of an evaluation in {directory}, got other files ({type(error).__name__}: {error})"
         ) from error
+
+
+def _object_in(place: Path | str, text: bytes) -> dict[str, Any]:
+    try:
+        return json_object(text)
+    except ValueError as error:
+        raise ValueError(f"{place} {error}") from None
 
 
 def data_fingerprint(problems: Sequence[Problem]) -> str:

@@ -49,7 +49,7 @@ def _learns(run: RunRecord) -> SummaryLine:
         if values:
             first, last, best = values[0], values[-1], max(values)
             text = f"accuracy ({kind}) {first:.3f} → {last:.3f}, steps {steps[0]} to {steps[-1]}"
-            if best > last + FALL:
+            if best > max(first, last) + FALL:
                 text += f"; best {best:.3f} at step {steps[values.index(best)]}"
             if last > first + FALL:
                 return SummaryLine("Learns", text, "good")

@@ -3,8 +3,8 @@
 
 A rule compares the values at the end of a curve with a limit, and calls the figure sick since the first of them.  A
 single odd value is not enough: `IN_A_ROW` values of steps must agree, while one evaluation is enough.  A value that is
-not finite keeps no limit.  What a curve begins with is the median of its first `FIRST` values, of an evaluation its
-first value.
+not finite violates every limit.  The first value of a curve is the median of its first `FIRST` values; a curve of
+evaluations has too few for a median.
 """
 
 from __future__ import annotations

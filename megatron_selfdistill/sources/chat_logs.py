@@ -233,7 +233,7 @@ def _read_by_chunks(
 def list_skipped(file: Path, messages: Iterable[str]) -> None:
     """Append the messages that ``file`` does not have yet, a line each."""
     file.parent.mkdir(parents=True, exist_ok=True)  # the user may have removed the run directory
-    have = set(file.read_text(encoding="utf-8").splitlines()) if file.exists() else set()
+    have = set(file.read_text(encoding="utf-8", errors="replace").split("\n")) if file.exists() else set()
     shown = dict.fromkeys(visible(hidden(message)) for message in messages)  # people read the file in a terminal
     new = [message for message in shown if message not in have]
     with file.open("a", encoding="utf-8") as lines:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Response, sample_seed
+from megatron_selfdistill.run_log import json_object, shortened
 
 
 class SampleKey(NamedTuple):
@@ -46,10 +47,10 @@ class Recording:
         self.path = Path(path)
         self._responses: dict[SampleKey, Response] = {}
         self._replies: dict[SampleKey, Reply] = {}
-        with self.path.open() as lines:
+        with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
-                    record = json.loads(line)
+                    record = json_object(line)
                     turn, reply = record.pop("turn", 0), record.pop("reply", None)
                     key = SampleKey(record.pop("step"), record.pop("problem_id"), record.pop("sample_index"), turn)
                     self._responses[key] = Response(**record)
@@ -58,7 +59,7 @@ class Recording:
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
                         f"{self.path}:{number}: expected a response as rollout.record writes it, got "
-                        f"{line[:60]!r} ({error})"
+                        f"'{shortened(line.decode(errors='replace'), 60)}' ({error})"
                     ) from None
 
     def responses(self, keys: Sequence[SampleKey]) -> list[Response]:

@@ -84,6 +84,20 @@ def test_with_one_good_checkpoint_the_run_goes_back_to_it_and_reports_each_damag
     assert line.startswith(f"{run}/checkpoints has '") and line.endswith("the newest checkpoint counts")
 
 
+def test_odd_lines_of_the_log_stop_no_resumed_run(ranks, data, run):
+    """Nor does an odd byte in config.yaml, which a resumed run writes again."""
+    before = reproducible_metrics(run)
+    with (run / "config.yaml").open("ab") as file:
+        file.write(b"# \xff\n")
+    for name in ("metrics.jsonl", "events.jsonl"):
+        lines = (run / name).read_bytes().splitlines(keepends=True)
+        (run / name).write_bytes(b"".join([lines[0], b"\xff\n[1, 2]\n", *lines[1:]]))
+    status, output = started(ranks, overrides(data, run, "num_steps=7"))
+    assert status == 0 and "Traceback" not in output
+    assert f"{run}/metrics.jsonl: 2 lines were skipped, the first: line 2, which is not text in UTF-8" in output
+    assert reproducible_metrics(run)[:6] == before and reproducible_metrics(run)[6]["step"] == 7
+
+
 def removed_in_step_5(arguments: list[str], run: Path) -> tuple[int, str]:
     """Start a run and delete its directory during the 5th step; return the exit status and the output."""
     from megatron_selfdistill.trainer import Trainer

@@ -130,7 +130,7 @@ def finished_run(config: Config, as_given: Config) -> Path | None:
     if config.dry_run or not config.checkpoint.resume or not file.is_file():
         return None
     # The first launch wrote the file without the architecture of a checkpoint, the later launches with it.
-    if file.read_text(encoding="utf-8") not in map(to_yaml, (as_given, config)):
+    if file.read_text(encoding="utf-8", errors="replace") not in map(to_yaml, (as_given, config)):
         return None  # `resumption` judges the differences
     latest = directory.latest(run_dir / "checkpoints")
     if latest is None or directory.iteration_of(latest) < config.num_steps:

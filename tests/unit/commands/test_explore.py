@@ -131,13 +131,18 @@ def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the
         assert tokens["reference_entropy"] != pytest.approx(tokens["student_entropy"], rel=1e-3)
 
 
-def test_a_setting_from_the_environment_is_asked_for(tmp_path, capsys):
+def test_a_configuration_that_cannot_be_used_is_one_sentence(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text("data: {system_prompt: '${oc.env:PROMPT}'}", encoding="utf-8")
     assert tool.main([str(tmp_path), *TEXTS]) == 2
     assert "data.system_prompt was read from the environment: set it again" in capsys.readouterr().err
-    (tmp_path / "config.yaml").write_text("data: {", encoding="utf-8")
-    assert tool.main([str(tmp_path), *TEXTS]) == 2
-    assert "expected the configuration of a run in" in capsys.readouterr().err
+    for text in ("data: {", "\xff", "[" * 3000, "7"):
+        (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
+        assert tool.main([str(tmp_path), *TEXTS]) == 2
+        assert "expected the configuration of a run in" in capsys.readouterr().err
+    for section in ("data", "checkpoint", "teacher"):
+        (tmp_path / "config.yaml").write_text(f"{section}: [3]", encoding="utf-8")
+        assert tool.main([str(tmp_path), *TEXTS]) == 2
+        assert f"expected the keys of section {section} in" in capsys.readouterr().err
 
 
 REFUSALS = {

@@ -296,6 +296,28 @@ def test_a_file_of_other_settings_is_not_continued(ranks, directory, summary):
     assert (directory / "own.attempts.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("odd", "reason"),
+    [
+        (b"[1]", "is not an object but a list"),
+        (b'"a problem_id"', "is not an object but a text"),
+        (b"\xff", "is not text in UTF-8"),
+        (b"[" * 100_000, "is nested too deeply"),
+        (b"{}", "has no problem_id"),
+    ],
+    ids=lambda value: repr(value[:9]),
+)
+def test_an_odd_line_of_a_journal_is_named_and_costs_no_other_line(tmp_path, odd, reason):
+    journal = solution_journal.Journal(tmp_path / "own.jsonl", {"model": "any"}, group_size=1)
+    journal.begin(10)
+    journal.append([{"problem_id": "a"}, {"problem_id": "b"}])
+    content = journal.path.read_bytes().replace(b'{"problem_id": "b"}', odd)
+    journal.path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"own.attempts.jsonl: expected .*, got line 3, which {reason}; remove"):
+        journal.begin(10)
+    assert journal.path.read_bytes() == content
+
+
 def test_a_file_of_another_command_is_not_continued(tmp_path):
     (tmp_path / "foreign.jsonl").write_text("{}\n")
     (tmp_path / "broken.attempts.jsonl").write_text("[1]\n")

@@ -286,10 +286,21 @@ def test_a_directory_without_a_whole_evaluation_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="2 lines for 3 problems"):
         read_evaluation(directory)
     (directory / PROBLEMS).write_text("\n".join([*lines[:2], lines[2][:20]]))
-    with pytest.raises(ConfigError, match="JSONDecodeError"):
+    with pytest.raises(ConfigError, match=f"{PROBLEMS}:3 is not JSON"):
         read_evaluation(directory)
     (directory / PROBLEMS).unlink()
     with pytest.raises(ConfigError, match=f"got no {PROBLEMS}"):
+        read_evaluation(directory)
+
+
+@pytest.mark.parametrize("name", [SUMMARY, PROBLEMS])
+@pytest.mark.parametrize(
+    "odd", [b"[1]", b"{}", b"\xff", b"[" * 100_000, b'{"greedy": [], "samples": 3}'], ids=lambda odd: repr(odd[:9])
+)
+def test_an_odd_file_of_an_evaluation_is_refused_by_its_name(tmp_path, name, odd):
+    directory = write(tmp_path / "a", outcomes_of(1, 1))
+    (directory / name).write_bytes(odd + b"\n")
+    with pytest.raises(ConfigError, match=r"expected the files of an evaluation in .*/a, got other files"):
         read_evaluation(directory)
 
 

@@ -265,7 +265,7 @@ def test_a_sick_run_names_its_figures_and_its_guard():
     learns, healthy, _ = summary(run)
     assert learns == (
         "Does not learn",
-        "accuracy (greedy) 0.600 → 0.200, steps 0 to 40; best 0.600 at step 0",
+        "accuracy (greedy) 0.600 → 0.200, steps 0 to 40",
         "bad",
     )
     assert healthy.label == "Sick" and healthy.text == (
@@ -277,6 +277,11 @@ def test_a_sick_run_names_its_figures_and_its_guard():
         "Entropy",
         "Entropy of the student and its limits",
     ]
+
+
+def test_an_accuracy_that_fell_again_names_its_best_step():
+    best = {GREEDY: lambda step: 0.9 if step == 20 else 0.5}
+    assert summary(run_of(best))[0].text == "accuracy (greedy) 0.500 → 0.500, steps 0 to 40; best 0.900 at step 20"
 
 
 def test_a_run_without_evaluations_says_so_and_shows_its_loss():
