@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.replaced_files import replace_file
-from megatron_selfdistill.run_log import json_object, token_columns
+from megatron_selfdistill.run_log import check_token_columns, json_object
 
 EXPLORED_DIRECTORY = "explored"
 """The directory of a run with one file per explored response."""
@@ -76,7 +76,7 @@ def read_explored(path: Path) -> dict[str, Any]:
         for name, kind in _FIELDS.items():
             if not isinstance(record.get(name), kind):
                 raise ValueError(f"has no {name} of the right type")
-        token_columns(record["tokens"], "id", "text", "status", "loss")
+        check_token_columns(record["tokens"], "id", "text", "status", "loss")
         if not all(isinstance(block, dict) for block in record["blocks"]):
             raise ValueError("has a block that is not an object")
     except (ValueError, EOFError, zlib.error) as error:

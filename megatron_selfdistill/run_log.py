@@ -22,7 +22,6 @@ REPORT_FILE = "report.html"
 SAMPLE_COLUMNS = ("text", "student_log_prob", "teacher_log_prob", "loss", "k", "status")
 """The columns of a sample's tokens that its readers need."""
 
-
 _LARGEST_STEP = 2**53
 """No step reaches this number, from which on JSON's readers round integers."""
 
@@ -145,7 +144,8 @@ def _event(record: dict[str, Any]) -> dict[str, Any]:
 
 def _sample(record: dict[str, Any]) -> dict[str, Any]:
     _typed(record, problem_id=str, prompt=str, solution=str, truncated=bool, tokens=dict)
-    return record | {"tokens": token_columns(record["tokens"], *SAMPLE_COLUMNS)}
+    check_token_columns(record["tokens"], *SAMPLE_COLUMNS)
+    return record
 
 
 def _evaluation_sample(record: dict[str, Any]) -> dict[str, Any]:
@@ -153,10 +153,10 @@ def _evaluation_sample(record: dict[str, Any]) -> dict[str, Any]:
     return _typed(record, sample=int | None)
 
 
-def token_columns(tokens: dict[str, Any], *names: str) -> dict[str, Any]:
-    """Return ``tokens``, whose ``names`` are lists with one entry per token; texts and names of statuses are texts.
+def check_token_columns(tokens: dict[str, Any], *names: str) -> None:
+    """Check that ``names`` are lists with one entry per token, with texts in the columns text and status.
 
-    Raises: ValueError, as `json_object`, for other tokens.
+    Raises: ValueError with the end of a sentence about the line.
     """
     _typed(tokens, **dict.fromkeys(names, list))
     if len({len(tokens[name]) for name in names}) > 1:
@@ -165,7 +165,6 @@ def token_columns(tokens: dict[str, Any], *names: str) -> dict[str, Any]:
         raise ValueError("has a token without text")
     if not all(isinstance(name, str | None) for name in tokens["status"]):
         raise ValueError("has a status that is not a name")
-    return tokens
 
 
 def _typed(record: dict[str, Any], **types: Any) -> dict[str, Any]:

@@ -4,9 +4,10 @@
     selfdistill report runs/first
     selfdistill report runs/first runs/second -o comparison.html
 
-The report shows what ran, the curves with what a healthy and a sick curve look like, the differences between the runs,
-responses before and after, and the events.  It needs no network and no server, and it can be written while a run
-trains or after the run was killed.  A run writes the report of itself (report.every).
+The report says first whether each run learns and is healthy.  Then it shows what ran, the curves with what a healthy
+and a sick curve look like, the differences between the runs, responses before and after, and the events.  It needs no
+network and no server, and it can be written while a run trains or after the run was killed.  A run writes the report
+of itself (report.every).
 
 exit status: 0; 2 with one message for a directory that is no run directory
 """
