@@ -101,8 +101,8 @@ CASES = {
         {"target__k_max": "1 + w", "target__teacher_weight": 0.75},
     ),
     "Tokens at the bound of k": (
-        {"status/capped": 0.4, "forks/capped": 0.4},
-        {"status/capped": 0.4, "forks/capped": after(25, 0.4, 0.9)},
+        {"status/capped": 0.4, "forks/capped": 0.9},
+        {"status/capped": after(25, 0.4, 0.97), "forks/capped": 0.9},
         25,
         {},
     ),
