@@ -10,11 +10,13 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import get_origin
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.config import compose
 from megatron_selfdistill.config.console_line import COLUMNS
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
@@ -74,7 +76,7 @@ def version() -> str:
 
 
 def keys(section: str = "") -> str:
-    """Return every key with its default and meaning, by section; with ``section``, only that section, or that key.
+    """Return every key with default, meaning and range, by section; with ``section``, only that section, or that key.
 
     Raises: `ConfigError`, which names the nearest section, if there is no such section.
     """
@@ -88,7 +90,7 @@ def keys(section: str = "") -> str:
         if own:
             group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
             lines.append(f"\n== {name or 'the run'}: {title} =={group}")
-            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}" for key in own]
+            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}{_range(key)}" for key in own]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -97,6 +99,14 @@ def recipes(directories: Sequence[Path] = ()) -> str:
     files = [file for place in (config_dir(), *directories) for file in sorted((place / "recipe").glob("*.yaml"))]
     width = max(len(file.stem) for file in files)
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
+
+
+def _range(key: str) -> str:
+    """Return the line with the range of a number or a list; the meaning of another key names its choices."""
+    kind = compose.kinds()[key]
+    plain, ranges, _ = taken_apart(kind)
+    is_shown = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
+    return f"\n    Range: {described(kind)}." if is_shown else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -114,7 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="SECTION",
-        help="list every key (of a section) with its default and meaning, and exit",
+        help="list every key (of a section) with its default, meaning and range, and exit",
     )
     parser.add_argument("--recipes", action="store_true", help="list the recipes, and exit")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")

@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import NoneType
-from typing import Any, get_type_hints
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -28,6 +28,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.schema.field_checks import kinds_of, require
+from megatron_selfdistill.config.schema.ranges import described, has_form, shown, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
@@ -140,15 +142,21 @@ def _parsed(override: str) -> Override:
 @functools.cache
 def _text_keys() -> frozenset[str]:
     """Return the keys whose values are texts, or null."""
-    return frozenset(name for name, kind in _types(Config) if kind in (str, str | None))
+    return frozenset(name for name, kind in kinds().items() if taken_apart(kind)[0] is str)
 
 
-def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, kind in get_type_hints(cls).items():
-        if dataclasses.is_dataclass(kind):
-            yield from _types(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-        else:
-            yield prefix + name, kind
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """Return the type of each key, with the range that it declares."""
+
+    def found(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, kind in kinds_of(cls).items():
+            if dataclasses.is_dataclass(kind):
+                yield from found(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            elif prefix + name in keys():
+                yield prefix + name, kind
+
+    return dict(found(Config, ""))
 
 
 def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
@@ -157,6 +165,7 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     Raises: `ConfigError` for an unknown key, a wrong type and an impossible value.
     """
     try:
+        _require_forms(values)
         merged = OmegaConf.merge(_schema(), values)
         environment = environment_values(merged)
         config: Any = OmegaConf.to_object(merged)
@@ -169,6 +178,17 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
             raise error.__cause__ from None
         key = getattr(error, "full_key", None) or ""
         raise ConfigError(unknown_key(key) or f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _require_forms(values: Mapping[str, Any] | DictConfig) -> None:
+    """Raise `ConfigError` for a value that cannot have the type of its key, and for a section that is no mapping."""
+    given: Any = OmegaConf.to_container(OmegaConf.merge(values), resolve=False)
+    for key, kind in kinds().items():
+        section, _, name = key.rpartition(".")
+        part = given.get(section, {}) if section else given
+        require(isinstance(part, dict), f"{section} must be a mapping of the keys of this section, got {shown(part)}")
+        if name in part:
+            require(has_form(kind, part[name]), f"{key} must be {described(kind)}, got {shown(part[name])}")
 
 
 def writable(config: Config) -> dict[str, Any]:

@@ -20,7 +20,7 @@ ORDER = {
     "errors": "",
     "choices": "",
     "config": (
-        "console_line paths environment schema.field_checks schema.model_config schema.adapter_config "
+        "console_line paths environment schema.ranges schema.field_checks schema.model_config schema.adapter_config "
         "schema.parallel_config schema.data_config schema.rollout_config schema.environment_config "
         "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
         "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks "
