@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config.compose import keys, writable
+from megatron_selfdistill.config.compose import writable
+from megatron_selfdistill.config.key_list import keys
 from megatron_selfdistill.config.schema.whole_config import Config
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"

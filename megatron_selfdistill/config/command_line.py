@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import get_origin
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill.config import compose
+from megatron_selfdistill.config import key_list
 from megatron_selfdistill.config.console_line import COLUMNS
+from megatron_selfdistill.config.overrides import yaml_text
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
@@ -80,11 +81,11 @@ def keys(section: str = "") -> str:
 
     Raises: `ConfigError`, which names the nearest section, if there is no such section.
     """
-    listed, lines = compose.keys(), []
+    listed, lines = key_list.keys(), []
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
     if not chosen:
-        raise ConfigError(f"--keys {section}: {compose.unknown_key(section)}")
-    options = compose.groups()
+        raise ConfigError(f"--keys {section}: {key_list.unknown_key(section)}")
+    options = key_list.groups()
     for name, title in _sections():
         own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
         if own:
@@ -103,7 +104,7 @@ def recipes(directories: Sequence[Path] = ()) -> str:
 
 def _range(key: str) -> str:
     """Return the line with the range of a number or a list; the meaning of another key names its choices."""
-    kind = compose.kinds()[key]
+    kind = key_list.kinds()[key]
     plain, ranges, _ = taken_apart(kind)
     is_shown = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
     return f"\n    Range: {described(kind)}." if is_shown else ""
@@ -116,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. target=strict")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration; the last of equal keys holds")
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
     parser.add_argument("--version", action="store_true", help="show versions, and exit")
     parser.add_argument(
@@ -136,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _more_help(directories: Sequence[Path]) -> str:
-    groups = "\n".join(f"  {_choices(name, names)}" for name, names in compose.groups().items() if name != "recipe")
+    groups = "\n".join(f"  {_choices(name, names)}" for name, names in key_list.groups().items() if name != "recipe")
     listed = "\n".join(f"  {line}" for line in recipes(directories).splitlines())
     return "\n\n".join(
         [
@@ -163,7 +164,7 @@ def _choices(group: str, names: Sequence[str]) -> str:
 
 def _first_comment(file: Path) -> str:
     comments = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in yaml_text(file).splitlines():
         if not line.startswith("#"):
             break
         if "@package" not in line:

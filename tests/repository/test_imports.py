@@ -25,7 +25,7 @@ ORDER = {
         "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
         "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks "
         "schema.overlap_checks "
-        "schema.whole_config checks world_checks compose functions bound_keys command_line"
+        "schema.whole_config checks world_checks key_list overrides compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
     "replaced_files": "",

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
-from megatron_selfdistill.config.compose import kinds
+from megatron_selfdistill.config.key_list import kinds
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.config.schema.ranges import OneOf, described, taken_apart
 

@@ -22,6 +22,7 @@ from megatron_selfdistill.config.schema.field_checks import check_fields, requir
 from megatron_selfdistill.config.schema.ranges import (
     FilePath,
     LogProb,
+    Name,
     NonNegativeFloat,
     OneOf,
     PositiveInt,
@@ -40,7 +41,7 @@ class DataConfig:
     path: FilePath | None = None
     """The place of the records: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a directory of such files, a
     glob, or the name of a data set on the Hugging Face hub."""
-    split: Text = "train"
+    split: Name = "train"
     """Split of a hub data set."""
     subset: Text | None = None
     """Subset (configuration) of a hub data set; null is the default subset."""

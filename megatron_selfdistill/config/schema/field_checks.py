@@ -8,7 +8,7 @@ import os
 from dataclasses import fields
 from typing import Any, get_type_hints
 
-from megatron_selfdistill.config.schema.ranges import PATH, faults, taken_apart
+from megatron_selfdistill.config.schema.ranges import AnyText, faults, taken_apart
 from megatron_selfdistill.errors import ConfigError
 
 
@@ -38,7 +38,7 @@ def check_fields(section: str, values: Any) -> None:
         plain, ranges, nullable = taken_apart(kind)
         if value == "" and plain is str and nullable:
             object.__setattr__(values, field.name, value := None)
-        elif PATH in ranges and isinstance(value, str):
+        elif isinstance(value, str) and any(isinstance(one, AnyText) and one.is_path for one in ranges):
             object.__setattr__(values, field.name, value := os.path.expanduser(value))
         require_range(f"{section}.{field.name}".lstrip("."), kind, value)
 

@@ -11,11 +11,11 @@ from megatron_selfdistill.config.schema.field_checks import check_fields, requir
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
+    Name,
     NonNegativeFloat,
     OneOf,
     PositiveInt,
     Ranks,
-    Text,
     above,
     at_least,
     at_most,
@@ -100,7 +100,7 @@ class ScheduleConfig:
     """Megatron's method of full recomputation: uniform or block."""
     recompute_num_layers: PositiveInt | None = None
     """Number of layers in a unit of full recomputation."""
-    recompute_modules: Annotated[list[Text], DifferentEntries()] = field(default_factory=lambda: ["core_attn"])
+    recompute_modules: Annotated[list[Name], DifferentEntries()] = field(default_factory=lambda: ["core_attn"])
     """Modules that selective recomputation recomputes, by Megatron's names."""
 
     def __post_init__(self) -> None:

@@ -77,20 +77,24 @@ class OneOf:
 
 @dataclass(frozen=True)
 class AnyText:
-    """Texts without choices, which may not have the character NUL, since files and programs cannot hold it."""
+    """Texts without choices, which files and programs can hold: in UTF-8, and without the character NUL."""
 
     words: str
+    may_be_empty: bool = True
+    is_path: bool = False
+    """Whether a leading ``~`` stands for the user's home directory."""
 
     def __str__(self) -> str:
-        return self.words
+        return self.words if self.may_be_empty else f"{self.words} that is not empty"
 
     def holds(self, value: Any) -> bool:
         """Return whether files and programs can hold ``value``."""
-        return "\0" not in str(value)
+        is_utf8 = not re.search("[\ud800-\udfff]", str(value))
+        return is_utf8 and "\0" not in str(value) and (self.may_be_empty or bool(value))
 
     def hint(self, value: Any) -> str:
         """Return what is wrong with ``value``, for a message."""
-        return f": {self.words} has no character NUL"
+        return f": {self.words} is in UTF-8 and has no character NUL" if value else ""
 
 
 @dataclass(frozen=True)
@@ -148,9 +152,9 @@ LogProb = Annotated[float, at_least(-MAX_NUMBER), at_most(0)]
 Temperature = Annotated[float, at_least(0.01), at_most(10**6)]  # logits that are divided by it stay finite
 DottedPath = Annotated[str, OneOf((), or_dotted=True)]
 Text = Annotated[str, AnyText("a text")]
-PATH = AnyText("a path")
-FilePath = Annotated[str, PATH]
-"""A path; a leading ``~`` stands for the user's home directory."""
+Name = Annotated[str, AnyText("a text", may_be_empty=False)]
+FilePath = Annotated[str, AnyText("a path", is_path=True)]
+Directory = Annotated[str, AnyText("a path", may_be_empty=False, is_path=True)]
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "a value"}
 
@@ -192,6 +196,9 @@ def faults(key: str, kind: Any, value: Any) -> Iterator[str]:
     plain, ranges, nullable = taken_apart(kind)
     if value is None and plain is not Any:
         return
+    form = get_origin(plain)
+    if not isinstance(value, form) if form is not None else plain is str and isinstance(value, list | dict):
+        yield f"{key} must be {described(kind)}, got {shown(value)}"
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key} must be a finite number, got {value}"
     for one in ranges:

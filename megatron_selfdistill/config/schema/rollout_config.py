@@ -20,7 +20,9 @@ from megatron_selfdistill.config.schema.field_checks import check_fields, requir
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
+    Directory,
     FilePath,
+    Name,
     NonNegativeFloat,
     NonNegativeInt,
     OneOf,
@@ -55,7 +57,7 @@ class RolloutConfig:
     hf_config: FilePath | None = None
     """Directory with the Hugging Face config.json from which vLLM builds the model; null takes the config.json in the
     checkpoint, or derives it from the model where the checkpoint has none."""
-    servers: Annotated[list[Text], DifferentEntries()] = field(default_factory=list)
+    servers: Annotated[list[Name], DifferentEntries()] = field(default_factory=list)
     """Addresses of vLLM servers that run already (`selfdistill serve`), such as http://host:port."""
     num_servers: Annotated[int, at_least(0), at_most(1024)] = 0
     """Number of servers that the run itself starts on the node of rank 0, and ends."""
@@ -70,7 +72,7 @@ class RolloutConfig:
     trainer's GPUs).  Null takes nccl on GPUs where all servers have the trainer's version of NCCL, otherwise ipc where
     the servers see the trainer's GPU, otherwise shared_memory where all workers can read files in transfer_dir,
     otherwise gloo."""
-    transfer_dir: FilePath = "/dev/shm"
+    transfer_dir: Directory = "/dev/shm"
     """Directory of the files of transfer=shared_memory, on a shared file system where servers are on other nodes."""
     bucket_mb: PositiveFloat = 1024.0
     """Size of the buckets in which weights travel, in MiB.  On the way to servers there are two buckets: one is packed
@@ -148,6 +150,11 @@ class RolloutConfig:
             self.temperature == 0 or self.temperature >= _MIN_TEMPERATURE,
             f"rollout.temperature must be 0 (greedy) or at least {_MIN_TEMPERATURE}, got {self.temperature}",
         )
+        for name in self.server_env:
+            require(
+                bool(name) and not set(name) & set("=\0"),
+                f"rollout.server_env must hold names of environment variables, got {name!r}",
+            )
         self._check_servers()
         self._check_guidance()
 

@@ -13,6 +13,7 @@ from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
     DifferentEntries,
     FilePath,
+    Name,
     NonNegativeFloat,
     NonNegativeInt,
     OneOf,
@@ -88,7 +89,7 @@ class MetricsConfig:
     target.anchor=reference, whose loss does not see the teacher's own logits, of the teacher alone (entropy/teacher,
     top1_agreement, teacher_cross_entropy).  The first step, and steps with samples, are always measured.  With
     target.anchor=student every step has the metrics of the teacher."""
-    leak_words: list[Text] = field(default_factory=lambda: list(LEAK_WORDS))
+    leak_words: list[Name] = field(default_factory=lambda: list(LEAK_WORDS))
     """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts them as whole words, in
     upper or lower case.  An empty list counts nothing."""
     show_samples: NonNegativeInt = 2
@@ -151,7 +152,7 @@ class EvaluationConfig:
 
     path: FilePath | None = None
     """The place of the problems with answers, in any form of data.path; null is no evaluation."""
-    split: Text = "test"
+    split: Name = "test"
     """Split of a hub data set."""
     subset: Text | None = None
     """Subset (configuration) of a hub data set; null is the default subset."""

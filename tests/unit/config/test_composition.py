@@ -15,9 +15,9 @@ from tiers import combinations
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, from_mapping, keys, load, to_yaml
-from megatron_selfdistill.config.compose import kinds
+from megatron_selfdistill.config.key_list import kinds
 from megatron_selfdistill.config.paths import config_dir
-from megatron_selfdistill.config.schema.ranges import PATH, taken_apart
+from megatron_selfdistill.config.schema.ranges import AnyText, taken_apart
 from megatron_selfdistill.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -277,7 +277,7 @@ def test_a_value_of_another_key_that_hydra_cannot_read_gets_advice_how_to_quote(
 
 def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
-    paths = [key for key, kind in kinds().items() if PATH in taken_apart(kind)[1]]
+    paths = [key for key, kind in kinds().items() if AnyText("a path", is_path=True) in taken_apart(kind)[1]]
     assert {"run_dir", "data.path", "checkpoint.load", "rollout.record"} <= set(paths)
     config = load([f"{key}=~/x" for key in paths])
     for key in paths:

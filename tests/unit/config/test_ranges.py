@@ -12,7 +12,7 @@ from typing import Annotated, Any, get_args, get_origin
 import pytest
 
 from megatron_selfdistill.config import Config, from_mapping, load
-from megatron_selfdistill.config.compose import kinds
+from megatron_selfdistill.config.key_list import kinds
 from megatron_selfdistill.config.schema.ranges import (
     AnyText,
     Bound,
@@ -89,7 +89,7 @@ def beyond(kind: Any) -> Iterator[Any]:
         elif isinstance(one, OneOf):
             yield from ["no such choice", "a..b", ""]
         elif isinstance(one, AnyText):
-            yield "no\0text"
+            yield from ["no\0text", "\udcff", *([] if one.may_be_empty else [""])]
     if get_origin(plain) is list:
         yield from ([wrong] for wrong in beyond(get_args(plain)[0]))
         yield from [[accepted(get_args(plain)[0])] * 2] if ranges else []
