@@ -328,6 +328,12 @@ class Config:
                 + ("objective=sft" if self.objective == "sft" else "conversations.responses=logged")
                 + " samples nothing",
             )
+        longest = self.rollout.max_new_tokens
+        require(
+            loss.skip_first_tokens < longest or self.rollout.replay is not None,
+            f"loss.skip_first_tokens must be below rollout.max_new_tokens={longest}, or no token of a response is "
+            f"trained on, got {loss.skip_first_tokens}",
+        )
         for key in (key for key, is_set in rewards.items() if is_set):
             require(
                 self.data.kind == "problems" and self.rollout.num_samples >= 2,

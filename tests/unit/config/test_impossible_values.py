@@ -77,6 +77,13 @@ def message_of_load(*overrides: str) -> str:
         ("target.k_max=abc", "target.k_max must be one of null, 1 + w, a number, got 'abc'"),
         ("target.k_max=0", "target.k_max must be"),
         ("target.k_max=true", "target.k_max must be"),
+        ("target.k_max=0.1", "target.k_max must be above (1 + target.teacher_weight) / 16 = 0.109375"),
+        ("target.k=2", "target.k=2.0 is the k of target.rule=fixed, but target.rule is entropy_matched"),
+        (
+            "target.teacher_weight=1001",
+            "must be at most 1000, got 1001.0: a larger weight leaves nothing of the anchor",
+        ),
+        ("loss.skip_first_tokens=256", "loss.skip_first_tokens must be below rollout.max_new_tokens=256"),
         ("target.k=-1", "target.k must be at least 0.01, or null, got -1"),
         ("loss.divergence=kl", "loss.divergence must be one of"),
         ("loss.backend=cuda", "loss.backend must be one of torch, triton, or null, got 'cuda'"),
@@ -207,6 +214,10 @@ def test_parallel_sizes_are_checked_without_torch():
         ),
         (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
         (["rollout.guidance=mixed", "rollout.temperature=0.7"], "samples from the target itself"),
+        (["target.rule=fixed", "target.k_max=2"], "target.k_max=2 bounds the k that target.rule=entropy_matched and"),
+        (["target.rule=fixed", "target.k_max=2", "target.k=1"], "but target.rule is fixed: set target.k_max=null"),
+        (["target.teacher_weight=3", "target.k_max=0.25"], "(1 + target.teacher_weight) / 16 = 0.25, or no k is left"),
+        (["target.rule=batch", "target.k=2"], "target.k=2.0 is the k of target.rule=fixed, but target.rule is batch"),
         (["rollout.guidance=mixed", "rollout.top_p=0.9"], "samples from the target itself"),
         (["loss.rollout_correction=truncated", "objective=sft"], "samples nothing"),
         (["objective=solutions"], "objective must be one of self_distillation, sft, rft, policy_gradient, got"),
@@ -409,3 +420,18 @@ def test_a_run_directory_that_cannot_be_one_is_refused_in_one_message_and_nothin
 def test_a_replay_that_is_not_there_is_refused(tmp_path):
     text = message_of_files(f"run_dir={tmp_path}", f"rollout.replay={tmp_path}/missing.jsonl")
     assert text.startswith(f"rollout.replay={tmp_path}/missing.jsonl: there is no such file")
+
+
+def test_a_target_that_the_schema_accepts_is_one_that_the_loss_accepts():
+    from megatron_selfdistill.config.schema.target_config import RANGE_OF_K
+    from megatron_selfdistill.loss.target import RANGE, Target
+
+    assert RANGE_OF_K == RANGE
+    for weight, k_max in ((0.75, 0.11), (1000.0, None), (0.0, 0.07)):
+        config = configured(f"target.teacher_weight={weight}", f"target.k_max={'null' if k_max is None else k_max}")
+        assert Target(teacher_weight=config.target.teacher_weight, k_max=config.target.k_max).k_bound == k_max
+
+
+def test_more_first_tokens_may_be_skipped_than_are_sampled_only_in_recorded_responses():
+    assert configured("loss.skip_first_tokens=300", "rollout.replay=old.jsonl").loss.skip_first_tokens == 300
+    assert configured("loss.skip_first_tokens=255").loss.skip_first_tokens == 255
