@@ -120,12 +120,12 @@ def _refuse_without_effect(override: str) -> None:
 
 
 def _require_option(group: str, override: str) -> None:
-    """Raise `ConfigError` unless ``override`` chooses a file, or files, of the group, or has the values themselves."""
+    """Raise `ConfigError` unless ``override`` chooses a file of the group, or has the values of the section itself."""
     with contextlib.suppress(HydraException):  # the message of `_unparsable` follows
         value = _parsed(override).value()
         is_name = bool(value) and isinstance(value, str | QuotedString) and "${" not in str(value)
         require(
-            is_name or (isinstance(value, list | dict) and bool(value)),
+            is_name or (isinstance(value, dict) and bool(value)),
             f"{override}: expected the name of a file, one of {', '.join(groups()[group])}: choose one, or leave "
             f"{group} out",
         )

@@ -98,6 +98,7 @@ def test_a_file_in_another_encoding_is_named_wherever_it_is_read(lab, capsys):
         (["recipe=null"], "recipe=null: expected the name of a file, one of caopd, chat_logs"),
         (["recipe="], "recipe=: expected the name of a file"),
         (["rollout=3"], "rollout=3: expected the name of a file, one of sampled"),
+        (["recipe=[grpo,sdft]"], "recipe=[grpo,sdft]: expected the name of a file"),
         (["rollout=[]"], "rollout=[]: expected the name of a file"),
         (["optimizer=${rollout}"], "optimizer=${rollout}: expected the name of a file, one of fp32, overlapped"),
         (["recipe=recipe/grpo"], "recipe=recipe/grpo: there is no such file; did you mean recipe=grpo?"),
