@@ -102,9 +102,10 @@ def _refuse_without_effect(override: str) -> None:
     require(bool(equals) or key.startswith("~"), f"expected key=value, got {shown(override)}")
     require(name == name.strip() != "", f"expected key=value with a key that has no spaces, got {shown(override)}")
     mappings = [known for known, (default, _) in keys().items() if isinstance(default, dict)]
+    removable = (name in groups() and name != "recipe") or any(f"{name}.".startswith(f"{known}.") for known in mappings)
     require(
-        not key.startswith("~") or any(name == known or name.startswith(f"{known}.") for known in mappings),
-        f"{override}: expected an entry of a mapping, such as ~{mappings[0]}.NAME: other keys have values: set one",
+        not key.startswith("~") or removable,
+        f"{override}: expected a group or an entry of a mapping, such as ~{mappings[0]}.NAME: set another value",
     )
     require(
         re.match("hydra([./@]|$)", name) is None or name == "hydra.searchpath",

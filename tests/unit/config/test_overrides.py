@@ -86,11 +86,10 @@ def test_a_file_in_another_encoding_is_named_wherever_it_is_read(lab, capsys):
         (["recipe=grpo", "recipe=sdft"], "recipe=grpo and recipe=sdft each choose a file of the group recipe"),
         (["recipe=grpo", "+recipe=sdft"], "a run takes one: remove one of them"),
         (["model=tiny", "model=qwen3_8b"], "model=tiny and model=qwen3_8b each choose a file of the group model"),
-        (["~recipe"], "~recipe: expected an entry of a mapping, such as ~model.transformer.NAME"),
-        (["~recipe=default"], "~recipe=default: expected an entry of a mapping"),
-        (["~target"], "~target: expected an entry of a mapping"),
-        (["~optimizer.lr"], "~optimizer.lr: expected an entry of a mapping"),
-        (["~num_steps=100"], "~num_steps=100: expected an entry of a mapping"),
+        (["~recipe"], "~recipe: expected a group or an entry of a mapping, such as ~model.transformer.NAME"),
+        (["~recipe=default"], "~recipe=default: expected a group or an entry of a mapping"),
+        (["~optimizer.lr"], "~optimizer.lr: expected a group or an entry of a mapping"),
+        (["~num_steps=100"], "~num_steps=100: expected a group or an entry of a mapping"),
         (["hydra.verbose=true"], "hydra.verbose=true has no effect"),
         (["+hydra.job.name=x"], "+hydra.job.name=x has no effect"),
         (["hydra/launcher=basic"], "hydra/launcher=basic has no effect"),
@@ -167,6 +166,11 @@ def test_what_has_an_effect_is_accepted(lab):
     assert config.num_steps == 4, "the last value of a key holds"
     assert (config.model.num_layers, config.model.hidden_size) == (5, 64)
     assert config.model.transformer == {"b": 2}
+
+
+def test_the_file_of_a_group_that_a_configuration_chooses_can_be_removed():
+    chosen, removed = load([], "quickstart"), load(["~model"], "quickstart")
+    assert (chosen.model.normalization, removed.model.normalization) == ("LayerNorm", "RMSNorm")
 
 
 def test_a_removed_mapping_is_a_given_key():
