@@ -35,6 +35,7 @@ from megatron_selfdistill.metrics.guards import (
 from megatron_selfdistill.metrics.leakage import leak_counts
 from megatron_selfdistill.metrics.overlap import overlap_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
+from megatron_selfdistill.metrics.untrained_step import warning_of_an_untrained_step
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.report import next_steps
@@ -326,29 +327,6 @@ def warnings_of(config: Config, step: int, metrics: Mapping[str, float]) -> list
     silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
     warnings = silent, warning_of_unused_scores(metrics), warning_of_an_untrained_step(config, step, metrics)
     return [warning for warning in warnings if warning is not None]
-
-
-def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
-    """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
-    without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
-    if "tokens/response" in metrics and not without_weight:
-        return None
-    loss, rollout, data, by_rewards = config.loss, config.rollout, config.data, config.policy.weight > 0
-    causes = {
-        f"loss.skip_first_tokens={loss.skip_first_tokens}": loss.skip_first_tokens > 0,
-        f"rollout.select={rollout.select}": rollout.select != "none",
-        f"data.solutions={data.solutions}": data.hints_follow_responses or data.solutions in ("own", "skill"),
-        f"data.on_long_context={data.on_long_context}": data.on_long_context == "drop",
-        f"policy.reward={config.policy.reward or 'null'} (equal rewards train nothing)": by_rewards,
-        f"distill.rule={config.distill.rule}": config.distill.rule != "uniform",
-        f"conversations.min_log_prob={config.conversations.min_log_prob}": config.logged,
-        f"evaluation.verifier={config.evaluation.verifier}": config.objective == "rft",
-    }
-    keys = ", ".join(key for key, is_set in causes.items() if is_set) or "the lengths of the responses in samples.jsonl"
-    return (
-        f"warning: step {step} trains on nothing: expected response tokens with a weight above 0, got "
-        f"{metrics.get('tokens/response', 0):g} tokens without one; look at {keys}"
-    )
 
 
 def tokens_read(

@@ -32,14 +32,15 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     Raises: `ConfigError` for an override that hydra would accept without effect, or would read for minutes.
     """
     chosen: dict[str, str] = {}
+    options = groups()
     for override in overrides:
         _refuse_without_effect(override)
         name, _, value = override.lstrip("+").partition("=")
-        if name in groups():
+        if name in options:
             _require_option(name, override)
-            before = chosen.setdefault(name, value)
+            before = value if value.startswith("{") else chosen.setdefault(name, value)
             require(
-                before == value or value.startswith("{"),
+                before == value,
                 f"{name}={before} and {name}={value} each choose a file of the group {name}, and a run takes one: "
                 "remove one of them",
             )
@@ -101,11 +102,9 @@ def _refuse_without_effect(override: str) -> None:
     name = key.lstrip("+~")
     require(bool(equals) or key.startswith("~"), f"expected key=value, got {shown(override)}")
     require(name == name.strip() != "", f"expected key=value with a key that has no spaces, got {shown(override)}")
-    mappings = [known for known, (default, _) in keys().items() if isinstance(default, dict)]
-    removable = (name in groups() and name != "recipe") or any(f"{name}.".startswith(f"{known}.") for known in mappings)
     require(
-        not key.startswith("~") or removable,
-        f"{override}: expected a group or an entry of a mapping, such as ~{mappings[0]}.NAME: set another value",
+        not key.startswith("~") or _is_removable(name),
+        f"{override}: expected a group or an entry of a mapping, such as ~model.transformer.NAME: set another value",
     )
     require(
         re.match("hydra([./@]|$)", name) is None or name == "hydra.searchpath",
@@ -118,6 +117,11 @@ def _refuse_without_effect(override: str) -> None:
     )
     for place in re.findall(r"file://([^,\]'\"]+)", value) if name == "hydra.searchpath" else []:
         require(Path(place).is_dir(), f"{override}: there is no directory {place}")
+
+
+def _is_removable(name: str) -> bool:
+    mappings = [known for known, (default, _) in keys().items() if isinstance(default, dict)]
+    return (name in groups() and name != "recipe") or any(f"{name}.".startswith(f"{known}.") for known in mappings)
 
 
 def _require_option(group: str, override: str) -> None:

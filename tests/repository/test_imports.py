@@ -90,8 +90,8 @@ ORDER = {
         "ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (
-        "guards samples pace phases progress claims leakage overlap step staleness sample_views token_numbers "
-        "step_samples explored loggers log"
+        "guards untrained_step samples pace phases progress claims leakage overlap step staleness sample_views "
+        "token_numbers step_samples explored loggers log"
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "

@@ -154,7 +154,7 @@ def test_an_interpolation_that_gives_nothing_is_one_sentence(monkeypatch, overri
 def test_what_has_an_effect_is_accepted(lab):
     config = load(
         [
-            *("num_steps=3", "num_steps=4", "model=tiny", "model=tiny", "model={num_layers: 5}"),
+            *("num_steps=3", "num_steps=4", "model={num_layers: 5}", "model=tiny", "model=tiny"),
             *(
                 "model.transformer.a=1",
                 "model.transformer.b=2",

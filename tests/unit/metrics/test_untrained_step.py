@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The warnings of a step's metrics."""
+"""A step that trains on no token is a warning that names the keys that can cause it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from megatron_selfdistill.config import from_mapping
-from megatron_selfdistill.trainer import warning_of_an_untrained_step
+from megatron_selfdistill.metrics.untrained_step import warning_of_an_untrained_step
 
 TRAINED = {"tokens/response": 40.0, "loss/mean": 0.1}
 
