@@ -94,8 +94,10 @@ def beyond(kind: Any) -> Iterator[Any]:
         yield from ([wrong] for wrong in beyond(get_args(plain)[0]))
         yield from [[accepted(get_args(plain)[0])] * 2] if ranges else []
         yield [f"a.b{i}" if get_args(get_args(plain)[0])[0] is str else i for i in range(10_001)]
-    if get_origin(plain) is dict:
+    if get_origin(plain) is dict and get_args(plain)[1] is Any:
         yield from [{"a": math.nan}, {"a": [1.0, math.inf]}, {"a": {"b": -math.inf}}]
+    elif get_origin(plain) is dict:
+        yield from ({"problem": wrong} for wrong in [*beyond(get_args(plain)[1]), [1], {"b": 1}])
 
 
 def of_another_type(kind: Any) -> Iterator[Any]:
