@@ -33,6 +33,9 @@ NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 """Values of model.activation."""
 
+ROUTER_SCORES = ("softmax", "sigmoid")
+"""Values of model.moe_router_score_function."""
+
 POSITION_EMBEDDINGS = ("rope", "yarn", "learned_absolute", "none")
 """Values of model.position_embedding_type."""
 
@@ -47,6 +50,9 @@ PAIR_ORDERS = ("teacher_first", "alternating")
 
 RECOMPUTE_GRANULARITIES = ("selective", "full")
 """Values of schedule.recompute_granularity; null recomputes nothing."""
+
+RECOMPUTE_METHODS = ("uniform", "block")
+"""Values of schedule.recompute_method, as Megatron spells them."""
 
 DATA_KINDS = ("problems", "conversations")
 """Values of data.kind."""
@@ -65,6 +71,9 @@ BAD_RECORD_POLICIES = ("error", "skip")
 
 LONG_CONTEXT_POLICIES = ("error", "drop", "truncate_start", "truncate_end")
 """Values of data.on_long_context."""
+
+ACCEPTED_RULES = ("closing_turn", "marked")
+"""Values of conversations.accepted_rule besides dotted paths."""
 
 CONVERSATION_TURNS = ("all", "before_accepted")
 """Values of conversations.turns."""
@@ -140,6 +149,9 @@ PRECISIONS = ("bf16", "fp32")
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
 """Values of optimizer.lr_decay_style, as Megatron spells them."""
+
+VERIFIERS = ("math_verify", "exact_match")
+"""Values of evaluation.verifier besides dotted paths."""
 
 LOGGERS = ("tensorboard", "wandb")
 """Values that metrics.loggers may hold besides dotted paths; each is also the name of the package that it needs."""

@@ -20,7 +20,7 @@ from megatron_selfdistill.checkpoint.formats.hf_files import read_config, weight
 from megatron_selfdistill.checkpoint.stored_adapters import read_stored_adapters, refuse_adapters, require_adapters
 from megatron_selfdistill.choices import LOGGERS
 from megatron_selfdistill.config import Config, function_named
-from megatron_selfdistill.config.schema.field_checks import is_dotted
+from megatron_selfdistill.config.schema.ranges import is_dotted
 from megatron_selfdistill.config.world_checks import check_ranks, check_world, longest_context
 from megatron_selfdistill.data.data_files import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place

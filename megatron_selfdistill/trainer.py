@@ -35,6 +35,7 @@ from megatron_selfdistill.metrics.guards import (
 from megatron_selfdistill.metrics.leakage import leak_counts
 from megatron_selfdistill.metrics.overlap import overlap_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
+from megatron_selfdistill.metrics.untrained_step import warning_of_an_untrained_step
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.report import next_steps
@@ -325,7 +326,8 @@ def warnings_of(config: Config, step: int, metrics: Mapping[str, float]) -> list
     """
     speaks = step == 1 and not config.reads_one_prompt
     silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
-    return [warning for warning in (silent, warning_of_unused_scores(metrics)) if warning is not None]
+    warnings = silent, warning_of_unused_scores(metrics), warning_of_an_untrained_step(config, step, metrics)
+    return [warning for warning in warnings if warning is not None]
 
 
 def tokens_read(

@@ -8,19 +8,9 @@ an impossible value raises `ConfigError` on every rank before anything expensive
 from __future__ import annotations
 
 from megatron_selfdistill.config.checks import check_files
-from megatron_selfdistill.config.compose import (
-    GivenKeys,
-    field_docs,
-    from_mapping,
-    given_keys,
-    groups,
-    keys,
-    load,
-    to_yaml,
-    unknown_key,
-    writable,
-)
+from megatron_selfdistill.config.compose import GivenKeys, from_mapping, given_keys, load, to_yaml, writable
 from megatron_selfdistill.config.functions import function_named, user_code
+from megatron_selfdistill.config.key_list import field_docs, groups, keys, unknown_key
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig

@@ -9,7 +9,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config.compose import keys, writable
+from megatron_selfdistill.config.compose import writable
+from megatron_selfdistill.config.key_list import keys
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.config.secret_keys import is_secret, is_written_out, shown_value
 

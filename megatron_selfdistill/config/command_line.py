@@ -10,11 +10,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import get_origin
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill.config import compose
+from megatron_selfdistill.config import key_list
 from megatron_selfdistill.config.console_line import COLUMNS
+from megatron_selfdistill.config.overrides import yaml_text
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
@@ -74,21 +77,21 @@ def version() -> str:
 
 
 def keys(section: str = "") -> str:
-    """Return every key with its default and meaning, by section; with ``section``, only that section, or that key.
+    """Return every key with default, meaning and range, by section; with ``section``, only that section, or that key.
 
     Raises: `ConfigError`, which names the nearest section, if there is no such section.
     """
-    listed, lines = compose.keys(), []
+    listed, lines = key_list.keys(), []
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
     if not chosen:
-        raise ConfigError(f"--keys {section}: {compose.unknown_key(section)}")
-    options = compose.groups()
+        raise ConfigError(f"--keys {section}: {key_list.unknown_key(section)}")
+    options = key_list.groups()
     for name, title in _sections():
         own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
         if own:
             group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
             lines.append(f"\n== {name or 'the run'}: {title} =={group}")
-            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}" for key in own]
+            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}{_range(key)}" for key in own]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -99,6 +102,14 @@ def recipes(directories: Sequence[Path] = ()) -> str:
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
 
 
+def _range(key: str) -> str:
+    """Return the line with the range of a number or a list; the meaning of another key names its choices."""
+    kind = key_list.kinds()[key]
+    plain, ranges, _ = taken_apart(kind)
+    is_shown = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
+    return f"\n    Range: {described(kind)}." if is_shown else ""
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selfdistill train",
@@ -106,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration, e.g. target=strict")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration; the last of equal keys holds")
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
     parser.add_argument("--version", action="store_true", help="show versions, and exit")
     parser.add_argument(
@@ -114,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         metavar="SECTION",
-        help="list every key (of a section) with its default and meaning, and exit",
+        help="list every key (of a section) with its default, meaning and range, and exit",
     )
     parser.add_argument("--recipes", action="store_true", help="list the recipes, and exit")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
@@ -126,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _more_help(directories: Sequence[Path]) -> str:
-    groups = "\n".join(f"  {_choices(name, names)}" for name, names in compose.groups().items() if name != "recipe")
+    groups = "\n".join(f"  {_choices(name, names)}" for name, names in key_list.groups().items() if name != "recipe")
     listed = "\n".join(f"  {line}" for line in recipes(directories).splitlines())
     return "\n\n".join(
         [
@@ -153,7 +164,7 @@ def _choices(group: str, names: Sequence[str]) -> str:
 
 def _first_comment(file: Path) -> str:
     comments = []
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in yaml_text(file).splitlines():
         if not line.startswith("#"):
             break
         if "@package" not in line:

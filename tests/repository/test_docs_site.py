@@ -97,9 +97,19 @@ def test_every_key_has_an_anchor_its_default_and_whether_a_resumed_run_may_chang
         ),
         ("loss.divergence", "`reverse_kl`, `forward_kl`, `jsd` · default `reverse_kl` · a resumed run keeps it"),
         ("teacher.weights", "`frozen`, `ema`, `current` · default `frozen` · a run never changes it"),
-        ("evaluation.verifier", "text · default `math_verify` · a resumed run keeps it if it trains on verdicts"),
-        ("model.vocab_size", "integer or null · default `null` · a resumed run keeps it"),
-        ("rollout.stop_token_ids", "list of integer · default `[]` · a resumed run keeps it"),
+        (
+            "evaluation.verifier",
+            "`math_verify`, `exact_match`, a dotted path · default `math_verify` · a resumed run keeps it if it "
+            "trains on verdicts",
+        ),
+        (
+            "model.vocab_size",
+            "a whole number, at least 1 and at most 2147483647, or null · default `null` · a resumed run keeps",
+        ),
+        (
+            "rollout.stop_token_ids",
+            "a list, each a whole number, at least 0 and at most 2147483647 · default `[]` · a resumed run keeps it",
+        ),
     ],
 )
 def test_an_entry_has_type_choices_default_and_rule(reference, key, words):

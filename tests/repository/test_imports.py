@@ -21,12 +21,13 @@ ORDER = {
     "errors": "",
     "choices": "",
     "config": (
-        "console_line paths secret_keys environment schema.field_checks schema.model_config schema.adapter_config "
+        "console_line paths secret_keys environment schema.ranges schema.field_checks schema.model_config "
+        "schema.adapter_config "
         "schema.parallel_config schema.data_config schema.rollout_config schema.environment_config "
         "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
         "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks "
         "schema.overlap_checks "
-        "schema.whole_config checks world_checks compose functions bound_keys command_line"
+        "schema.whole_config checks world_checks key_list overrides compose functions bound_keys command_line"
     ),
     "compat": "cpu known_warnings repairs",
     "replaced_files": "",
@@ -93,8 +94,8 @@ ORDER = {
         "normalization ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (
-        "guards samples pace phases progress claims leakage overlap step staleness sample_views token_numbers "
-        "step_samples explored loggers log"
+        "guards untrained_step samples pace phases progress claims leakage overlap step staleness sample_views "
+        "token_numbers step_samples explored loggers log"
     ),
     "evaluation": (
         "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "

@@ -44,7 +44,7 @@ def wheel(tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("wheel")
     tree = directory / "source"  # a build leaves files in the tree that it builds from
     tree.mkdir()
-    for name in "setup.py pyproject.toml MANIFEST.in LICENSE README.md configs megatron_selfdistill".split():
+    for name in "setup.py pyproject.toml MANIFEST.in LICENSE README.md configs megatron_selfdistill tools".split():
         done = run("cp", "-r", REPOSITORY / name, tree / name, cwd=directory)
         assert done.returncode == 0, done.stderr
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", directory)

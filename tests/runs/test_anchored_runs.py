@@ -60,7 +60,7 @@ def test_one_k_per_step_comes_from_the_references_entropy(ranks, data, tmp_path)
     ("key", "message"),
     [
         ("target.rule=teacher_alone", "set target=teacher_alone"),
-        ("target.match=teacher", "target.match must be null, student or target.anchor"),
+        ("target.match=teacher", "target.match must be one of student, reference, or null, got 'teacher'"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(data, tmp_path, key, message):

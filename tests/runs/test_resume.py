@@ -26,7 +26,10 @@ LAYOUTS = {
         1,
         ["teacher.weights=current", "target=batch", "target.anchor=student"],
     ),
-    "DP2, bf16, overlapped": (2, ["optimizer=overlapped", "optimizer.precision=bf16"]),
+    "DP2, bf16, overlapped": (
+        2,
+        ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.precision=bf16"],
+    ),
     "PP2xVPP2, saved in the background": (
         2,
         [

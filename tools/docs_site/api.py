@@ -27,7 +27,7 @@ PAGES = {
         "data.problems data.records data.tokenizer data.prompts data.contexts data.chat.conversations "
         "data.chat.acceptance",
     ),
-    "config": ("Configuration", "config.compose config.bound_keys"),
+    "config": ("Configuration", "config.compose config.key_list config.bound_keys"),
     "evaluation": (
         "Evaluation",
         "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "

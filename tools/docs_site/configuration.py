@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 import itertools
 import re
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
+from megatron_selfdistill.config.key_list import kinds
 from megatron_selfdistill.config.paths import config_dir
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.config.schema.ranges import OneOf, described, taken_apart
 
 INTRODUCTION = """\
 # Configuration
@@ -25,7 +24,7 @@ INTRODUCTION = """\
 Every key can stand in a YAML file or on the command line, as `key=value`. `selfdistill --keys` prints the same list,
 `selfdistill --keys rollout` prints one section. An unknown key is an error, which names the nearest key.
 
-The line under a key gives its type, its default, and whether a run that has a checkpoint may resume with another value:
+The line under a key gives its values, its default, and whether a run with a checkpoint may resume with another value:
 """
 WHEN_RESUMED = {
     FREE: "a resumed run may change it",
@@ -40,8 +39,6 @@ MEANING = {
     FIXED: "The form of a checkpoint depends on the value. Not even `checkpoint.resume=force` allows another value.",
     JUDGE: "The key is bound if the run trains on verdicts; otherwise a resumed run may change it.",
 }
-_NAMES = {str: "text", int: "integer", float: "number", bool: "true or false", Any: "any value", type(None): "null"}
-_NO_CHOICE = "no such choice"
 
 
 def page() -> str:
@@ -71,30 +68,14 @@ def page() -> str:
     return "\n".join(lines)
 
 
-def choices(key: str) -> tuple[str, ...]:
-    """Return the values that a text key accepts, in the schema's order; () if it accepts any text.
-
-    They are taken from the message with which the schema refuses a value that is no choice.
-    """
-    section, _, name = key.rpartition(".")
-    cls: Any = type(getattr(Config(), section)) if section else Config
-    try:
-        cls(**{name: _NO_CHOICE})
-    except ConfigError as error:
-        found = re.match(rf"{re.escape(key)} must be one of (.*), got {_NO_CHOICE!r}", str(error))
-        return tuple(found[1].split(", ")) if found else ()
-    return ()
-
-
-def type_name(kind: Any) -> str:
-    """Return the name of a field's type in YAML, such as "integer or null" or "list of text"."""
-    if get_origin(kind) in (Union, types.UnionType):
-        return " or ".join(type_name(one) for one in get_args(kind))
-    if get_origin(kind) is list:
-        return f"list of {type_name(get_args(kind)[0])}"
-    if get_origin(kind) is dict:
-        return f"mapping to {type_name(get_args(kind)[1])}"
-    return _NAMES[kind]
+def values(kind: Any) -> str:
+    """Return the values that a key of the type ``kind`` accepts, choices as code."""
+    plain, ranges, nullable = taken_apart(kind)
+    choices = [one for one in ranges if isinstance(one, OneOf)]
+    if plain is not str or not choices or not choices[0].choices:
+        return described(kind)
+    dotted = ", a dotted path" * choices[0].or_dotted
+    return ", ".join(f"`{one}`" for one in choices[0].choices) + dotted + " or null" * nullable
 
 
 def shown(default: Any) -> str:
@@ -104,26 +85,10 @@ def shown(default: Any) -> str:
     return repr(default) if isinstance(default, str) and not default.strip() else str(default)
 
 
-@functools.cache
-def types_of_keys() -> dict[str, Any]:
-    """Return the type of each key's field."""
-
-    def found(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, kind in get_type_hints(cls).items():
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-                yield from found(kind, f"{prefix}{name}.")
-            else:
-                yield prefix + name, kind
-
-    return dict(found(Config, ""))
-
-
 def _entry(key: str, default: Any, meaning: str) -> list[str]:
-    kind = types_of_keys()[key]
-    values = [f"`{one}`" for one in choices(key)] if kind in (str, str | None) else []
     rule = rule_of(key)
     parts = [
-        ", ".join(values) + (" or null" if kind == str | None else "") if values else type_name(kind),
+        values(kinds()[key]),
         f"default `{shown(default)}`",
         WHEN_RESUMED[rule],
     ]

@@ -5,8 +5,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require
+from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.ranges import (
+    DifferentEntries,
+    FilePath,
+    OneOf,
+    PositiveFloat,
+    Seed,
+    at_least,
+    at_most,
+)
 
 LINEAR_LAYERS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
 LATENT_LAYERS = (
@@ -17,35 +27,34 @@ LATENT_LAYERS = (
     "linear_kv_up_proj",
 )
 """The linear layers of latent attention, which other attention does not have."""
+AdaptedLayer = Annotated[str, OneOf((*LINEAR_LAYERS, *LATENT_LAYERS))]
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
     """Low-rank adapters (LoRA): small trained factors beside the frozen weights of linear layers."""
 
-    rank: int = 0
+    rank: Annotated[int, at_least(0), at_most(2**16)] = 0
     """Rank r of the adapters; 0 trains all weights and has no adapters."""
-    alpha: float = 32.0
+    alpha: PositiveFloat = 32.0
     """Numerator of the scale of the adapters, which is alpha / rank."""
     rank_stabilised: bool = False
     """Whether the scale is alpha / sqrt(rank) (rsLoRA), which keeps large ranks learning."""
-    layers: list[str] = field(default_factory=lambda: list(LINEAR_LAYERS))
+    layers: Annotated[list[AdaptedLayer], DifferentEntries()] = field(default_factory=lambda: list(LINEAR_LAYERS))
     """Names of the linear layers with adapters, as Megatron names them: linear_qkv, linear_proj, linear_fc1 and
     linear_fc2; with latent attention also linear_q_proj, linear_q_down_proj, linear_q_up_proj, linear_kv_down_proj and
     linear_kv_up_proj."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the random factor A; B begins at 0."""
-    load: str | None = None
+    load: FilePath | None = None
     """Checkpoint of adapters on checkpoint.load at which a run begins, with the same rank, scale and layers; null
     begins at random A and B = 0."""
-    base: str | None = None
+    base: FilePath | None = None
     """For commands that read a checkpoint of adapters: the checkpoint of the frozen weights below them, where it has
     moved; null takes the place that the adapters state.  A run names these weights with checkpoint.load."""
 
     def __post_init__(self) -> None:
-        normalise("adapter", self)
-        at_least(0, "adapter", self, "rank seed")
-        require(self.alpha > 0, f"adapter.alpha must be above 0, got {self.alpha}")
+        check_fields("adapter", self)
         require(self.rank == 0 or bool(self.layers), "adapter.layers must name at least one layer, got none")
 
     @property

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_selfdistill.choices import (
+    ACCEPTED_RULES,
     BAD_RECORD_POLICIES,
     CONVERSATION_RESPONSES,
     CONVERSATION_TURNS,
@@ -17,13 +18,16 @@ from megatron_selfdistill.choices import (
     SOLUTION_SOURCES,
     UNLIKELY_TURN_POLICIES,
 )
-from megatron_selfdistill.config.schema.field_checks import (
-    at_least,
+from megatron_selfdistill.config.schema.field_checks import check_fields, require_range
+from megatron_selfdistill.config.schema.ranges import (
+    FilePath,
+    LogProb,
+    Name,
+    NonNegativeFloat,
+    OneOf,
+    PositiveInt,
+    Text,
     is_dotted,
-    normalise,
-    one_of,
-    one_of_or_dotted,
-    require,
 )
 
 
@@ -31,49 +35,49 @@ from megatron_selfdistill.config.schema.field_checks import (
 class DataConfig:
     """The problems, the tokenizer and the prompts."""
 
-    kind: str = "problems"
+    kind: Annotated[str, OneOf(DATA_KINDS)] = "problems"
     """The kind of the records: problems (with solutions), or conversations (chat logs; see the section
     conversations)."""
-    path: str | None = None
+    path: FilePath | None = None
     """The place of the records: a file (.jsonl, .json, .csv, each also .gz, or .parquet), a directory of such files, a
     glob, or the name of a data set on the Hugging Face hub."""
-    split: str = "train"
+    split: Name = "train"
     """Split of a hub data set."""
-    subset: str | None = None
+    subset: Text | None = None
     """Subset (configuration) of a hub data set; null is the default subset."""
-    fields: dict[str, str] = field(default_factory=dict)
+    fields: dict[str, Text] = field(default_factory=dict)
     """Name of a field -> name of the column that holds it.  Problems have the fields problem, solution, answer, id and
     messages; conversations have messages, accepted, tools and id."""
-    on_bad_record: str = "error"
+    on_bad_record: Annotated[str, OneOf(BAD_RECORD_POLICIES)] = "error"
     """The reaction to a bad record: error (the run ends) or skip (the record is counted and skipped)."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Number of records that are used, from the first one on; null is all."""
-    tokenizer: str | None = None
+    tokenizer: FilePath | None = None
     """The tokenizer: a Hugging Face directory or a SentencePiece .model file."""
     trust_remote_code: bool = False
     """Whether to run the Python code in the tokenizer's directory that its auto_map names.  The code can do whatever
     you can do: read it first."""
     allow_other_tokenizer: bool = False
     """Whether the tokens of the tokenizer may differ from the tokens of the tokenizer in the checkpoint."""
-    chat_template: str | None = None
+    chat_template: FilePath | None = None
     """Chat template in Jinja, or the path of its file; null takes the template of the tokenizer."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the chat template, such as enable_thinking."""
-    system_prompt: str | None = None
+    system_prompt: Text | None = None
     """System prompt of both contexts; null is none."""
-    student_template: str = "{problem}"
+    student_template: Text = "{problem}"
     """The student's user message, with the slot {problem}."""
-    teacher_template: str | None = None
+    teacher_template: Text | None = None
     """The teacher's user message, with the slots {problem} and {solution}; null takes the wording in
     data/prompts.py for data.solutions."""
-    global_batch_size: int = 32
+    global_batch_size: PositiveInt = 32
     """Number of problems (of turns, where the records are conversations) per step, over all data-parallel ranks."""
-    max_length: int | None = None
+    max_length: PositiveInt | None = None
     """Length of the longest context, in tokens; null is model.max_position_embeddings."""
-    on_long_context: str = "error"
+    on_long_context: Annotated[str, OneOf(LONG_CONTEXT_POLICIES)] = "error"
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""
-    solutions: str = "given"
+    solutions: Annotated[str, OneOf(SOLUTION_SOURCES, or_dotted=True)] = "given"
     """The hint that the teacher sees: given (the solution of the data), answer (the answer of the data alone), own
     (an earlier response of the model whose answer is right; see the section solutions), skill (a lesson of an earlier
     response to the problem; see the section hints), next_state (what the next message of a log reveals about a logged
@@ -84,17 +88,12 @@ class DataConfig:
     each.  From peer on, the hint is known after the sampling, and a response without a hint has no teacher."""
 
     def __post_init__(self) -> None:
-        normalise("data", self)
-        one_of("data.kind", self.kind, DATA_KINDS)
-        one_of_or_dotted("data.solutions", self.solutions, SOLUTION_SOURCES)
-        one_of("data.on_bad_record", self.on_bad_record, BAD_RECORD_POLICIES)
-        one_of("data.on_long_context", self.on_long_context, LONG_CONTEXT_POLICIES)
-        at_least(1, "data", self, "global_batch_size limit max_length")
+        check_fields("data", self)
         known = {"problem", "solution", "answer", "id", "messages"}
         if self.kind == "conversations":
             known |= {"accepted", "tools"}
         for name in self.fields:
-            one_of("a key of data.fields", name, sorted(known))
+            require_range("a key of data.fields", Annotated[str, OneOf(tuple(sorted(known)))], name)
 
     @property
     def hints_follow_responses(self) -> bool:
@@ -111,55 +110,45 @@ class DataConfig:
 class ConversationsConfig:
     """The training on turns of logged conversations (data.kind=conversations)."""
 
-    accepted_rule: str = "closing_turn"
+    accepted_rule: Annotated[str, OneOf(ACCEPTED_RULES, or_dotted=True)] = "closing_turn"
     """Rule that finds the answer that the user accepted, where the log has no mark: closing_turn (the last assistant
     message before the last user message, if the user then says thanks or goes on, and neither corrects nor repeats
     anything), marked (only marks count), or the dotted path of a function ``rule(messages) -> index or None``."""
-    turns: str = "all"
+    turns: Annotated[str, OneOf(CONVERSATION_TURNS)] = "all"
     """Turns that are trained on: all (the accepted turn too, with its own text as the hint) or before_accepted."""
-    responses: str = "logged"
+    responses: Annotated[str, OneOf(CONVERSATION_RESPONSES)] = "logged"
     """The responses: logged (the tokens of the log; nothing is sampled, and no sampler is built) or sampled (a new
     rollout for each turn)."""
-    min_log_prob: float | None = None
+    min_log_prob: LogProb | None = None
     """Bound below which the mean log-prob per token under the student makes a logged turn unlikely, in nats; null: no
     turn is unlikely."""
-    unlikely: str = "drop"
+    unlikely: Annotated[str, OneOf(UNLIKELY_TURN_POLICIES)] = "drop"
     """Weight of unlikely turns in the loss: drop (weight 0) or down_weight (exp(mean log-prob - min_log_prob))."""
     show_contents: bool = False
     """Whether messages about bad records may quote the log, and metrics.show_samples may show its turns."""
 
     def __post_init__(self) -> None:
-        normalise("conversations", self)
-        one_of("conversations.turns", self.turns, CONVERSATION_TURNS)
-        one_of("conversations.responses", self.responses, CONVERSATION_RESPONSES)
-        one_of("conversations.unlikely", self.unlikely, UNLIKELY_TURN_POLICIES)
-        require(
-            self.min_log_prob is None or self.min_log_prob <= 0,
-            f"conversations.min_log_prob is a log-prob in nats, at most 0, got {self.min_log_prob}",
-        )
+        check_fields("conversations", self)
 
 
 @dataclass(frozen=True)
 class SolutionsConfig:
     """Responses of the model whose answer is right, used as solutions (data.solutions=own)."""
 
-    refresh_every: int = 50
+    refresh_every: PositiveInt = 50
     """Number of steps after which the present weights solve the problems of the coming steps anew."""
-    num_samples: int = 8
+    num_samples: PositiveInt = 8
     """Number of responses per problem, sampled with the settings of rollout, among which the search finds solutions."""
-    keep: int = 2
+    keep: PositiveInt = 2
     """Number of right responses kept per problem; the teacher sees the best one that is not the response itself."""
-    pick: str = "shortest"
+    pick: Annotated[str, OneOf(SOLUTION_RANKINGS)] = "shortest"
     """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
     learnable (the score of pipeline/score.py)."""
-    alpha: float = 0.01
+    alpha: NonNegativeFloat = 0.01
     """Weight of the least likely token and of the largest divergence from the teacher under pick=learnable."""
-    ratio_weight: float = 1.0
+    ratio_weight: NonNegativeFloat = 1.0
     """Weight of the divergence of the student from the teacher against the log-prob of the response under
     pick=learnable; 0 ranks by the log-prob alone."""
 
     def __post_init__(self) -> None:
-        normalise("solutions", self)
-        at_least(1, "solutions", self, "refresh_every num_samples keep")
-        at_least(0, "solutions", self, "alpha ratio_weight")
-        one_of("solutions.pick", self.pick, SOLUTION_RANKINGS)
+        check_fields("solutions", self)

@@ -4,49 +4,51 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass, field, fields
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, require, require_address
+from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address
+from megatron_selfdistill.config.schema.ranges import (
+    MAX_WAIT,
+    NonNegativeInt,
+    OneOf,
+    PositiveInt,
+    Text,
+    above,
+    at_least,
+    at_most,
+)
 
 
 @dataclass(frozen=True)
 class EnvironmentConfig:
     """The environment that replies to the sampled responses, with texts and rewards."""
 
-    name: str = "none"
+    name: Annotated[str, OneOf(("none", "http"), or_dotted=True)] = "none"
     """The environment: none, http (an endpoint for chat completions that plays the environment) or the dotted path of a
     class, or of a function that makes an environment, such as package.module.Class.  With an environment, the reward of
     a response is the reward of the reply to it, unless policy.reward names a function."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of the class or the function that name names."""
-    max_turns: int = 1
+    max_turns: PositiveInt = 1
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""
-    url: str | None = None
+    url: Text | None = None
     """Address of the endpoint of name=http, such as http://host:8000/v1; requests go to url/chat/completions."""
-    model: str | None = None
+    model: Text | None = None
     """Name of the model in requests to the endpoint; null sends none."""
-    api_key: str | None = field(default=None, repr=False)
+    api_key: Text | None = field(default=None, repr=False)
     """Key that requests to the endpoint carry as a bearer token; null sends none.  Write it as
     ${oc.env:ENVIRONMENT_API_KEY}: the files of the run show this text even for a key that is written out."""
-    timeout_s: float = 60.0
+    timeout_s: Annotated[float, above(0), at_most(MAX_WAIT)] = 60.0
     """Seconds after which a request without a complete answer counts as failed."""
-    retries: int = 3
+    retries: NonNegativeInt = 3
     """Number of further attempts after a request has failed: no connection, no answer in time, or a status of 429 or of
     500 and above."""
-    concurrency: int = 16
+    concurrency: Annotated[int, at_least(1), at_most(2**16)] = 16
     """Number of requests to the endpoint that a rank sends at the same time."""
 
     def __post_init__(self) -> None:
-        normalise("environment", self)
-        at_least(1, "environment", self, "max_turns concurrency")
-        at_least(0, "environment", self, "retries")
-        require(self.timeout_s > 0, f"environment.timeout_s must be positive, got {self.timeout_s}")
-        require(
-            self.name in ("none", "http") or "." in self.name.strip("."),
-            "environment.name must be none, http or the dotted path of a class (package.module.Class), got "
-            f"{self.name!r}",
-        )
+        check_fields("environment", self)
         if self.name == "none":
             self._check_unset()
         self._check_endpoint()

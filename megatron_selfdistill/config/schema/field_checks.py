@@ -1,24 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The checks that the sections of the schema share; each check raises `ConfigError` and names the key."""
+"""The checks that every section of the configuration makes of its own fields."""
 
 from __future__ import annotations
 
-import difflib
-import math
+import functools
 import os
 import re
 import urllib.parse
-from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_type_hints
 
+from megatron_selfdistill.config.schema.ranges import AnyText, faults, taken_apart
 from megatron_selfdistill.errors import ConfigError
-
-PATHS = frozenset(
-    "run_dir data.path data.tokenizer data.chat_template checkpoint.load adapter.load adapter.base "
-    "evaluation.path rollout.hf_config rollout.server_python rollout.transfer_dir rollout.replay rollout.record".split()
-)
-"""The keys whose values are paths: a leading ``~`` in such a value stands for the user's home directory."""
 
 
 def require(condition: bool, message: str) -> None:
@@ -27,50 +20,29 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def normalise(section: str, values: Any) -> None:
-    """Change the values of a section in place: an empty text becomes null, and ``~`` in a path the home directory.
+def require_range(key: str, kind: Any, value: Any) -> None:
+    """Raise `ConfigError` unless ``value`` lies in the range that the type ``kind`` declares."""
+    for message in faults(key, kind, value):
+        raise ConfigError(message)
 
-    ``values`` is the section's frozen dataclass, and ``section`` its name, "" for the keys that belong to no section.
 
-    Raises: `ConfigError` for a number that is not finite.
+def check_fields(section: str, values: Any) -> None:
+    """Change the values of a section in place, and require that each lies in the range that its field declares.
+
+    An empty text becomes null if the field accepts null, and ``~`` in a path the home directory.  ``values`` is the
+    section's frozen dataclass, and ``section`` its name, "" for the keys that belong to no section.
+
+    Raises: `ConfigError` for a value outside of its range.
     """
+    kinds = kinds_of(values.__class__)
     for field in fields(values):
-        key, value = f"{section}.{field.name}".lstrip("."), getattr(values, field.name)
-        if value == "" and field.type == "str | None":
-            object.__setattr__(values, field.name, None)
-        elif key in PATHS and isinstance(value, str):
-            object.__setattr__(values, field.name, os.path.expanduser(value))
-        _require_finite(key, value)
-
-
-def at_least(least: float, section: str, values: Any, names: str) -> None:
-    """Raise `ConfigError` unless each of the section's fields in ``names`` is null or at least ``least``.
-
-    ``names`` separates the fields by spaces.
-    """
-    for name in names.split():
-        value = getattr(values, name)
-        require(value is None or value >= least, f"{section}.{name} must be at least {least}, got {value}")
-
-
-def one_of(key: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise `ConfigError`, which lists the choices and names the nearest one, unless ``value`` is a choice."""
-    spelt = {choice.lower(): choice for choice in choices}
-    near = difflib.get_close_matches(str(value).lower(), spelt, n=1)
-    hint = f"; did you mean {spelt[near[0]]!r}?" if near else ""
-    require(value in choices, f"{key} must be one of {', '.join(choices)}, got {value!r}{hint}")
-
-
-def is_dotted(value: str) -> bool:
-    """Return whether ``value`` has the form of a dotted path, package.module.function."""
-    parts = value.split(".")
-    return len(parts) > 1 and all(part.isidentifier() for part in parts)
-
-
-def one_of_or_dotted(key: str, value: str, choices: Sequence[str]) -> None:
-    """Raise `ConfigError`, as `one_of` does, unless ``value`` is a choice or has the form of a dotted path."""
-    if not is_dotted(value):
-        one_of(key, value, (*choices, "a dotted path (package.module.function)"))
+        kind, value = kinds[field.name], getattr(values, field.name)
+        plain, ranges, nullable = taken_apart(kind)
+        if value == "" and plain is str and nullable:
+            object.__setattr__(values, field.name, value := None)
+        elif isinstance(value, str) and any(isinstance(one, AnyText) and one.is_path for one in ranges):
+            object.__setattr__(values, field.name, value := os.path.expanduser(value))
+        require_range(f"{section}.{field.name}".lstrip("."), kind, value)
 
 
 def require_address(key: str, address: str, example: str) -> None:
@@ -90,11 +62,7 @@ def require_address(key: str, address: str, example: str) -> None:
     )
 
 
-def _require_finite(key: str, value: Any) -> None:
-    if isinstance(value, dict):
-        for name, entry in value.items():
-            _require_finite(f"{key}.{name}", entry)
-    elif isinstance(value, list):
-        for entry in value:
-            _require_finite(key, entry)
-    require(not isinstance(value, float) or math.isfinite(value), f"{key} must be a finite number, got {value}")
+@functools.cache
+def kinds_of(cls: type) -> dict[str, Any]:
+    """Return the type of each field of a section, with the ranges that it declares."""
+    return get_type_hints(cls, include_extras=True)

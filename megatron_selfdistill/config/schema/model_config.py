@@ -4,10 +4,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_selfdistill.choices import ACTIVATIONS, NORMALIZATIONS, POSITION_EMBEDDINGS
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.choices import ACTIVATIONS, NORMALIZATIONS, POSITION_EMBEDDINGS, ROUTER_SCORES
+from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.ranges import (
+    DottedPath,
+    NonNegativeFloat,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    above,
+    at_least,
+    at_most,
+)
+
+MAX_LAYERS = 10_000
+"""The largest number of layers; a plan goes through them one by one."""
+Epsilon = Annotated[float, above(0), at_most(1)]
 
 
 @dataclass(frozen=True)
@@ -17,62 +31,62 @@ class ModelConfig:
     The keys have the names of Megatron Core's ``TransformerConfig`` and ``GPTModel``.
     """
 
-    provider: str | None = None
+    provider: DottedPath | None = None
     """Dotted path of a function ``model_provider(pre_process, post_process, vp_stage) -> GPTModel``
     (Megatron-LM's signature); it replaces all keys of the architecture below except ``vocab_size``."""
-    vocab_size: int | None = None
+    vocab_size: PositiveInt | None = None
     """Tokens of the vocabulary, before Megatron's padding; null takes the size of the tokenizer."""
-    make_vocab_size_divisible_by: int = 128
+    make_vocab_size_divisible_by: PositiveInt = 128
     """The size of the padded vocabulary is a multiple of this number times the tensor-parallel size."""
-    num_layers: int = 2
+    num_layers: Annotated[int, at_least(1), at_most(MAX_LAYERS)] = 2
     """Number of transformer layers."""
-    hidden_size: int = 64
+    hidden_size: PositiveInt = 64
     """Width of the residual stream."""
-    ffn_hidden_size: int | None = None
+    ffn_hidden_size: PositiveInt | None = None
     """Width of the MLP; null is 4 * hidden_size."""
-    num_attention_heads: int = 4
+    num_attention_heads: PositiveInt = 4
     """Number of query heads."""
-    num_query_groups: int | None = None
+    num_query_groups: PositiveInt | None = None
     """Number of key and value heads (grouped-query attention); null is num_attention_heads."""
-    kv_channels: int | None = None
+    kv_channels: PositiveInt | None = None
     """Channels per head; null is hidden_size / num_attention_heads."""
-    max_position_embeddings: int = 4096
+    max_position_embeddings: PositiveInt = 4096
     """Length of the longest sequence that the model can read, in tokens."""
-    position_embedding_type: str = "rope"
+    position_embedding_type: Annotated[str, OneOf(POSITION_EMBEDDINGS)] = "rope"
     """The encoding of positions: rope, yarn (rope with scaled frequencies), learned_absolute or none."""
-    rotary_base: int = 10000
+    rotary_base: PositiveInt = 10000
     """Base of the rotary frequencies."""
-    rotary_percent: float = 1.0
+    rotary_percent: Annotated[float, above(0), at_most(1)] = 1.0
     """Share of the channels that the rotary embedding rotates, from 0 to 1."""
     rope_scaling: bool = False
     """Whether the rotary frequencies are scaled as in Llama 3."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: PositiveFloat = 8.0
     """Factor by which rope_scaling stretches the rotary frequencies."""
-    seq_len_interpolation_factor: float | None = None
+    seq_len_interpolation_factor: PositiveFloat | None = None
     """Factor by which all rotary positions are divided (linear scaling); null is no scaling."""
-    yarn_rotary_scaling_factor: float = 1.0
+    yarn_rotary_scaling_factor: PositiveFloat = 1.0
     """Factor by which YaRN stretches the sequence, with position_embedding_type=yarn."""
-    yarn_original_max_position_embeddings: int = 4096
+    yarn_original_max_position_embeddings: PositiveInt = 4096
     """Length of the sequences, in tokens, for which the model was trained before YaRN."""
-    yarn_beta_fast: float = 32.0
+    yarn_beta_fast: PositiveFloat = 32.0
     """Rotations within the original length above which YaRN leaves a frequency as it is."""
-    yarn_beta_slow: float = 1.0
+    yarn_beta_slow: PositiveFloat = 1.0
     """Rotations within the original length below which YaRN divides a frequency by the whole factor."""
-    yarn_mscale: float = 1.0
+    yarn_mscale: NonNegativeFloat = 1.0
     """x in the factor 0.1 x log(yarn_rotary_scaling_factor) + 1, by which YaRN multiplies queries and keys."""
-    yarn_mscale_all_dim: float = 0.0
+    yarn_mscale_all_dim: NonNegativeFloat = 0.0
     """x in the same expression, by which YaRN divides queries and keys."""
     yarn_correction_range_round_to_int: bool = True
     """Whether the channels between which YaRN interpolates are rounded outwards to whole numbers."""
-    normalization: str = "RMSNorm"
+    normalization: Annotated[str, OneOf(NORMALIZATIONS)] = "RMSNorm"
     """Kind of all normalisations: RMSNorm or LayerNorm."""
-    layernorm_epsilon: float = 1e-5
+    layernorm_epsilon: Epsilon = 1e-5
     """Epsilon of all normalisations."""
-    latent_layernorm_epsilon: float | None = None
+    latent_layernorm_epsilon: Epsilon | None = None
     """Epsilon of the normalisations of the latents in multi-latent attention; null is layernorm_epsilon."""
     gated_linear_unit: bool = True
     """Whether the MLP is gated; with activation silu it is SwiGLU."""
-    activation: str = "silu"
+    activation: Annotated[str, OneOf(ACTIVATIONS)] = "silu"
     """Activation of the MLP: silu, gelu (exact, by the error function), gelu_tanh (its tanh approximation) or
     quick_gelu (x times the sigmoid of 1.702 x)."""
     add_bias_linear: bool = False
@@ -85,25 +99,25 @@ class ModelConfig:
     """Whether queries and keys are normalised over the channels of all heads together; excludes qk_layernorm."""
     share_embeddings_and_output_weights: bool = False
     """Whether the output layer shares its weights with the word embeddings."""
-    init_method_std: float = 0.02
+    init_method_std: NonNegativeFloat = 0.02
     """Standard deviation of the initial weights of a run that loads no checkpoint."""
-    num_moe_experts: int | None = None
+    num_moe_experts: PositiveInt | None = None
     """Number of experts in each mixture-of-experts layer; null is a dense model."""
-    moe_router_topk: int = 2
+    moe_router_topk: PositiveInt = 2
     """Number of experts that compute each token."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: PositiveInt | None = None
     """Width of the MLP of one expert; null is ffn_hidden_size."""
-    moe_aux_loss_coeff: float = 0.0
+    moe_aux_loss_coeff: NonNegativeFloat = 0.0
     """Weight of the load-balancing loss; 0 by default, since self-distillation alone should not move the router."""
-    moe_z_loss_coeff: float | None = None
+    moe_z_loss_coeff: NonNegativeFloat | None = None
     """Weight of the router's z-loss; null is no z-loss."""
     moe_router_enable_expert_bias: bool = False
     """Whether biases of the experts balance the load, without an auxiliary loss."""
-    moe_router_score_function: str = "softmax"
+    moe_router_score_function: Annotated[str, OneOf(ROUTER_SCORES)] = "softmax"
     """Score of the router: softmax, or sigmoid, which expert biases need."""
     allow_untested_fp8: bool = False
     """Whether ``model.transformer.fp8`` may be set; this project has never run FP8 on a GPU."""
-    num_passthrough_mtp_layers: int = 0
+    num_passthrough_mtp_layers: Annotated[int, at_least(0), at_most(MAX_LAYERS)] = 0
     """Number of multi-token-prediction layers of the checkpoint: they are converted both ways, never built or
     trained."""
     transformer: dict[str, Any] = field(default_factory=dict)
@@ -111,16 +125,8 @@ class ModelConfig:
     derives."""
 
     def __post_init__(self) -> None:
-        normalise("model", self)
-        sizes = "vocab_size make_vocab_size_divisible_by num_layers hidden_size ffn_hidden_size kv_channels"
-        at_least(1, "model", self, f"{sizes} num_attention_heads num_query_groups max_position_embeddings")
-        at_least(1, "model", self, "num_moe_experts moe_router_topk moe_ffn_hidden_size")
-        at_least(0, "model", self, "num_passthrough_mtp_layers")
-        at_least(1, "model", self, "yarn_original_max_position_embeddings")
-        one_of("model.position_embedding_type", self.position_embedding_type, POSITION_EMBEDDINGS)
+        check_fields("model", self)
         self._check_positions()
-        one_of("model.normalization", self.normalization, NORMALIZATIONS)
-        one_of("model.activation", self.activation, ACTIVATIONS)
         require(
             not (self.qk_layernorm and self.qk_layernorm_all_heads),
             "model.qk_layernorm normalises each head, model.qk_layernorm_all_heads all heads together: set one of them",
@@ -140,9 +146,6 @@ class ModelConfig:
 
     def _check_positions(self) -> None:
         """Raise `ConfigError` for scalings of the rotary positions that exclude each other."""
-        for name in ("seq_len_interpolation_factor", "yarn_rotary_scaling_factor"):
-            value = getattr(self, name)
-            require(value is None or value > 0, f"model.{name} must be greater than 0, got {value}")
         interpolated = self.seq_len_interpolation_factor is not None
         require(
             not (self.rope_scaling and interpolated),

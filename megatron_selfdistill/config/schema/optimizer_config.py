@@ -4,40 +4,53 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from megatron_selfdistill.choices import LR_DECAY_STYLES, OPTIMIZERS, PRECISIONS
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.ranges import (
+    Decay,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveFloat,
+    PositiveInt,
+    at_least,
+    at_most,
+)
+
+LearningRate = Annotated[float, at_least(0), at_most(100)]
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
     """Megatron's optimizer, its learning rate, and the reduction of gradients over data-parallel ranks."""
 
-    optimizer: str = "adam"
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adam"
     """The optimizer: adam or sgd."""
-    precision: str = "bf16"
+    precision: Annotated[str, OneOf(PRECISIONS)] = "bf16"
     """Precision of the weights: bf16 (with float32 main parameters) or fp32."""
-    lr: float = 1e-6
+    lr: LearningRate = 1e-6
     """Learning rate after warm-up."""
-    min_lr: float = 0.0
+    min_lr: LearningRate = 0.0
     """Learning rate at the end of the decay."""
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: NonNegativeInt = 0
     """Number of steps of linear warm-up."""
-    lr_decay_steps: int | None = None
+    lr_decay_steps: PositiveInt | None = None
     """Number of steps until the learning rate is min_lr; null is num_steps."""
-    lr_decay_style: str = "constant"
+    lr_decay_style: Annotated[str, OneOf(LR_DECAY_STYLES)] = "constant"
     """Form of the decay: constant, linear, cosine or inverse-square-root."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
-    adam_beta1: float = 0.9
+    adam_beta1: Decay = 0.9
     """Decay of the first moment."""
-    adam_beta2: float = 0.95
+    adam_beta2: Decay = 0.95
     """Decay of the second moment."""
-    adam_eps: float = 1e-8
+    adam_eps: PositiveFloat = 1e-8
     """Epsilon of Adam."""
-    sgd_momentum: float = 0.0
+    sgd_momentum: Decay = 0.0
     """Momentum of SGD."""
-    clip_grad: float = 1.0
+    clip_grad: NonNegativeFloat = 1.0
     """Norm to which larger gradients are clipped; 0 is no clipping."""
     use_distributed_optimizer: bool = True
     """Whether the data-parallel ranks share the state of the optimizer."""
@@ -47,19 +60,11 @@ class OptimizerConfig:
     """Whether parameters are gathered bucket by bucket while forward runs (distributed optimizer only)."""
 
     def __post_init__(self) -> None:
-        normalise("optimizer", self)
-        one_of("optimizer.optimizer", self.optimizer, OPTIMIZERS)
-        one_of("optimizer.precision", self.precision, PRECISIONS)
-        one_of("optimizer.lr_decay_style", self.lr_decay_style, LR_DECAY_STYLES)
-        at_least(0, "optimizer", self, "lr min_lr lr_warmup_steps weight_decay adam_eps sgd_momentum clip_grad")
-        at_least(1, "optimizer", self, "lr_decay_steps")
+        check_fields("optimizer", self)
         require(
             self.min_lr <= self.lr,
             f"optimizer.min_lr ({self.min_lr}) must not be above optimizer.lr ({self.lr}), from which it decays",
         )
-        for name in ("adam_beta1", "adam_beta2"):
-            beta = getattr(self, name)
-            require(0 <= beta < 1, f"optimizer.{name} must lie in [0, 1), got {beta}")
         require(
             self.optimizer != "sgd" or not self.use_distributed_optimizer,
             "optimizer.optimizer=sgd needs optimizer.use_distributed_optimizer=false: Megatron's distributed optimizer "

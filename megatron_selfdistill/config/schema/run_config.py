@@ -5,10 +5,23 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from megatron_selfdistill.choices import LOGGERS, VERIFY_LEVELS
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.choices import LOGGERS, VERIFIERS, VERIFY_LEVELS
+from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.ranges import (
+    MAX_WAIT,
+    DifferentEntries,
+    FilePath,
+    Name,
+    NonNegativeFloat,
+    NonNegativeInt,
+    OneOf,
+    PositiveInt,
+    Text,
+    at_least,
+    at_most,
+)
 from megatron_selfdistill.errors import ConfigError
 
 CONFIDENCE = r"(?i)\bconfidence[\s*]*:[\s*]*([01]?\.\d+|[01])(?!\.?\d|\s*%)"
@@ -19,38 +32,32 @@ CONFIDENCE = r"(?i)\bconfidence[\s*]*:[\s*]*([01]?\.\d+|[01])(?!\.?\d|\s*%)"
 class CheckpointConfig:
     """The checkpoint that a run starts from, and the checkpoints that it writes."""
 
-    load: str | None = None
+    load: FilePath | None = None
     """Megatron checkpoint (torch_dist or legacy) with the initial weights; null starts from random weights.  The
     arguments in the checkpoint give the architecture, and keys model.* must not contradict them."""
     load_optimizer: bool = False
     """Whether the optimizer state in checkpoint.load is taken too (torch_dist, the same kind of optimizer)."""
-    verify: str = "checksums"
+    verify: Annotated[str, OneOf(VERIFY_LEVELS)] = "checksums"
     """The comparison with the manifest of a checkpoint before the checkpoint is loaded: checksums (reads every file
     once; the ranks share the files), sizes, or none.  Only with none, a checkpoint of this program that has lost its
     manifest is loaded.  Checkpoints of other programs have no manifest."""
-    save_every: int = 100
+    save_every: NonNegativeInt = 100
     """Number of steps between checkpoints; 0 saves at the end only."""
-    keep_last: int | None = 2
+    keep_last: PositiveInt | None = 2
     """Number of newest checkpoints that are kept; null keeps all."""
     async_save: bool = False
     """Whether a checkpoint is written in the background while training continues."""
-    resume: Any = True
+    resume: Annotated[Any, OneOf((True, False, "force"))] = True
     """The use of checkpoints in the run directory: true continues from the newest checkpoint, but refuses to continue,
     and names the keys, if a key that decides what the run learns has changed.  force continues in this case, too, with
     the stored weights, optimizer and teacher and the present configuration.  false refuses a directory with
     checkpoints."""
 
     def __post_init__(self) -> None:
-        normalise("checkpoint", self)
-        one_of("checkpoint.verify", self.verify, VERIFY_LEVELS)
-        require(
-            self.resume in (True, False, "force"),
-            f"checkpoint.resume must be one of true, false, force, got {self.resume!r}",
-        )
-        at_least(0, "checkpoint", self, "save_every")
-        at_least(1, "checkpoint", self, "keep_last")
+        check_fields("checkpoint", self)
 
 
+LoggerName = Annotated[str, OneOf(LOGGERS, or_dotted=True)]
 LEAK_WORDS = (
     "hint",
     "hints",
@@ -69,50 +76,38 @@ class MetricsConfig:
     Metrics are always written to metrics.jsonl in the run directory.
     """
 
-    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    loggers: Annotated[list[LoggerName], DifferentEntries()] = field(default_factory=lambda: ["tensorboard"])
     """Places that show the metrics and samples, besides the files of the run: tensorboard (event files in the run
     directory), wandb (Weights & Biases; its own environment variables choose the project and the mode), and dotted
     paths of classes or functions that take a LoggedRun and return a MetricsLogger."""
     console: bool = True
     """Whether the console shows a progress bar, and a line every console_every steps."""
-    console_every: int = 1
+    console_every: PositiveInt = 1
     """Number of steps between console lines."""
-    teacher_every: int = 10
+    teacher_every: PositiveInt = 10
     """Number of steps between measurements of target/mass_on_rare_student and target/mass_on_rare_reference, and, with
     target.anchor=reference, whose loss does not see the teacher's own logits, of the teacher alone (entropy/teacher,
     top1_agreement, teacher_cross_entropy).  The first step, and steps with samples, are always measured.  With
     target.anchor=student every step has the metrics of the teacher."""
-    leak_words: list[str] = field(default_factory=lambda: list(LEAK_WORDS))
+    leak_words: list[Name] = field(default_factory=lambda: list(LEAK_WORDS))
     """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts them as whole words, in
     upper or lower case.  An empty list counts nothing."""
-    show_samples: int = 2
+    show_samples: NonNegativeInt = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
     disagreement: on the console, in the loggers, and in full in samples.jsonl in the run directory; 0 is none.
     Responses of conversations are shown only with conversations.show_contents=true."""
-    show_samples_every: int = 10
+    show_samples_every: PositiveInt = 10
     """Number of steps between samples; the samples of the first step are always shown."""
-    explore_samples: int = 1
+    explore_samples: NonNegativeInt = 1
     """Number of samples whose tokens are saved for the target explorer at the steps of evaluations, in the directory
     explored of the run directory, with about 4 KB per token; at most show_samples.  0 is none.  Each of these steps
     reads the samples once more with every model.  Responses of conversations are saved only with
     conversations.show_contents=true."""
 
     def __post_init__(self) -> None:
-        normalise("metrics", self)
-        at_least(1, "metrics", self, "console_every show_samples_every teacher_every")
-        at_least(0, "metrics", self, "show_samples explore_samples")
-        for name in self.loggers:
-            known = ", ".join(LOGGERS)
-            require(
-                name in LOGGERS or "." in name,
-                f"metrics.loggers must hold {known} or dotted paths (package.module.function), got {name!r}",
-            )
-        require(len(set(self.loggers)) == len(self.loggers), f"metrics.loggers holds a name twice, got {self.loggers}")
+        check_fields("metrics", self)
         for word in self.leak_words:
-            require(
-                isinstance(word, str) and bool(word.strip()),
-                f"metrics.leak_words must hold words or phrases, got {word!r}",
-            )
+            require(bool(word.strip()), f"metrics.leak_words must hold words or phrases, got {word!r}")
 
     def teacher_due(self, step: int) -> bool:
         """Return whether ``step``, counted from 1, measures the teacher alone."""
@@ -132,18 +127,17 @@ class MetricsConfig:
 class ReportConfig:
     """The report of a run: report.html in the run directory, one file for any browser."""
 
-    every: int | None = None
+    every: NonNegativeInt | None = None
     """Number of steps after which a run writes its report again, besides after every evaluation and at its end; null is
     only then, and 0 is never.  Another process writes the report, so training does not wait.  `selfdistill report`
     writes the report at any time."""
-    num_problems: int = 20
+    num_problems: NonNegativeInt = 20
     """Number of held-out problems of which every evaluation keeps two responses as text, the greedy response and the
     first sample, in evaluation_samples.jsonl in the run directory, for the report.  With conversations, responses are
     kept only with conversations.show_contents=true."""
 
     def __post_init__(self) -> None:
-        normalise("report", self)
-        at_least(0, "report", self, "every num_problems")
+        check_fields("report", self)
 
     def due(self, step: int, evaluated: bool) -> bool:
         """Return whether the report is to be written after ``step``, which has or has not ended with an evaluation."""
@@ -156,38 +150,32 @@ class ReportConfig:
 class EvaluationConfig:
     """The evaluation on held-out problems, without hints."""
 
-    path: str | None = None
+    path: FilePath | None = None
     """The place of the problems with answers, in any form of data.path; null is no evaluation."""
-    split: str = "test"
+    split: Name = "test"
     """Split of a hub data set."""
-    subset: str | None = None
+    subset: Text | None = None
     """Subset (configuration) of a hub data set; null is the default subset."""
-    every: int = 0
+    every: NonNegativeInt = 0
     """Number of steps between evaluations; 0 is never."""
     at_start: bool = False
     """Whether the run is evaluated before the first step, too."""
-    limit: int | None = None
+    limit: PositiveInt | None = None
     """Number of problems that are used, from the first one on; null is all."""
-    num_samples: int = 1
+    num_samples: NonNegativeInt = 1
     """Number of responses per problem at rollout.temperature, besides one greedy response."""
-    pass_at_k: list[int] = field(default_factory=lambda: [1])
+    pass_at_k: Annotated[list[PositiveInt], DifferentEntries()] = field(default_factory=lambda: [1])
     """Values of k of pass@k, at most num_samples each."""
-    verifier: str = "math_verify"
+    verifier: Annotated[str, OneOf(VERIFIERS, or_dotted=True)] = "math_verify"
     """The judge that finds a response right or wrong: math_verify (its final answer means the answer), exact_match (its
     final answer is the answer letter by letter), or the dotted path of ``verify(response_text, problem) -> bool``."""
-    confidence: str | None = CONFIDENCE
+    confidence: Text | None = CONFIDENCE
     """Regular expression of the text in which a response states its confidence; the first group is a number from 0 to
     1.  The verifier does not see this text.  Null reads no text: every confidence is the probability of the response.
     """
 
     def __post_init__(self) -> None:
-        normalise("evaluation", self)
-        at_least(0, "evaluation", self, "every num_samples")
-        at_least(1, "evaluation", self, "limit")
-        require(
-            min(self.pass_at_k, default=1) >= 1,
-            f"evaluation.pass_at_k must hold numbers of at least 1, got {self.pass_at_k}",
-        )
+        check_fields("evaluation", self)
         worst = max(self.pass_at_k, default=0)
         require(
             worst <= max(self.num_samples, 1),
@@ -219,49 +207,46 @@ class EvaluationConfig:
 class GuardsConfig:
     """The guards: each stops an unhealthy run with a message and a checkpoint; null turns a guard off."""
 
-    identity_tolerance: float | None = 1e-4
+    identity_tolerance: NonNegativeFloat | None = 1e-4
     """Largest loss, in nats per token, of one prompt that the same weights read as student and as teacher, at the
     start."""
-    max_teacher_cross_entropy: float | None = None
+    max_teacher_cross_entropy: NonNegativeFloat | None = None
     """Largest cross-entropy of the teacher on the first responses, in nats per token, at the start."""
-    max_log_prob_distance: float | None = 1.0
+    max_log_prob_distance: NonNegativeFloat | None = 1.0
     """Largest mean distance, in nats per token, between the log-probs that the engine and the trainer give the sampled
     tokens (sampler/log_prob_mean_abs_diff).  The run warns above 0.1 nats."""
     non_finite: bool = True
     """Whether the run stops at a loss or gradient norm that is NaN or infinite; the step is not applied."""
-    reference_steps: int = 5
+    reference_steps: PositiveInt = 5
     """Number of first steps whose means are the reference of the guards below."""
-    patience: int = 3
+    patience: PositiveInt = 3
     """Number of consecutive steps that must violate a guard before it stops the run."""
-    min_entropy_ratio: float | None = 0.02
+    min_entropy_ratio: NonNegativeFloat | None = 0.02
     """Smallest entropy of the student, as a share of its reference."""
-    max_entropy_ratio: float | None = 3.0
+    max_entropy_ratio: NonNegativeFloat | None = 3.0
     """Largest entropy of the student, as a multiple of its reference."""
-    min_entropy_rise: float = 0.05
+    min_entropy_rise: NonNegativeFloat = 0.05
     """Smallest rise of the entropy, in nats per token, for which max_entropy_ratio stops the run: a tiny reference
     alone does not."""
-    min_length_ratio: float | None = 0.25
+    min_length_ratio: NonNegativeFloat | None = 0.25
     """Smallest mean length of the responses, as a share of its reference."""
 
     def __post_init__(self) -> None:
-        normalise("guards", self)
-        at_least(1, "guards", self, "reference_steps patience")
-        at_least(0, "guards", self, "max_log_prob_distance")
+        check_fields("guards", self)
 
 
 @dataclass(frozen=True)
 class StopConfig:
     """The reasons besides SIGUSR1 and SIGTERM to end a run early; the run can continue from its last checkpoint."""
 
-    time_limit_minutes: float | None = None
+    time_limit_minutes: Annotated[float, at_least(0), at_most(MAX_WAIT)] | None = None
     """Minutes from its start within which the run ends by itself; null: before its Slurm job ends, if it is one."""
-    margin_minutes: float = 3.0
+    margin_minutes: Annotated[float, at_least(0), at_most(MAX_WAIT)] = 3.0
     """Minutes at the end of this time for the last checkpoint, besides the time of the longest step so far."""
-    hang_timeout_minutes: float | None = None
+    hang_timeout_minutes: Annotated[float, at_least(0), at_most(MAX_WAIT)] | None = None
     """Minutes without progress of any rank after which the stack of every rank is written to run_dir/stacks, the rank
     that hangs is named, and the run ends with exit status 5; null is 5/6 of parallel.distributed_timeout_minutes, and 0
     is never."""
 
     def __post_init__(self) -> None:
-        normalise("stop", self)
-        at_least(0, "stop", self, "time_limit_minutes margin_minutes hang_timeout_minutes")
+        check_fields("stop", self)

@@ -4,47 +4,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from megatron_selfdistill.choices import ANCHORS, TARGET_RULES, TEACHER_OFFLOADS, TEACHER_WEIGHTS
-from megatron_selfdistill.config.schema.field_checks import at_least, normalise, one_of, require
+from megatron_selfdistill.config.schema.field_checks import check_fields, require
+from megatron_selfdistill.config.schema.ranges import Decay, OneOf, above, at_least, at_most
+
+RANGE_OF_K = 16
+"""The factor by which k may lie above or below 1 + w (`loss.target.RANGE`)."""
+MAX_K = 10**6
+TeacherWeight = Annotated[
+    float,
+    at_least(0),
+    at_most(1000, "a larger weight leaves nothing of the anchor; target.rule=teacher_alone has no anchor"),
+]
 
 
 @dataclass(frozen=True)
 class TargetConfig:
     """The target q = softmax((w * teacher_logits + anchor_logits) / k)."""
 
-    rule: str = "entropy_matched"
+    rule: Annotated[str, OneOf(TARGET_RULES)] = "entropy_matched"
     """The rule for k, the temperature of the mix: entropy_matched (per token), fixed, batch (one k per step), or
     teacher_alone (no mix: the target is the teacher)."""
-    teacher_weight: float = 0.75
+    teacher_weight: TeacherWeight = 0.75
     """Weight w of the teacher's logits; the weight of the anchor's logits is 1."""
-    guided_teacher_weight: float | None = None
+    guided_teacher_weight: TeacherWeight | None = None
     """Weight w for the tokens of guided problems (rollout.guidance=mixed; with rollout.guide_below the problems below
     it), whose guided responses are also sampled with it; null is teacher_weight.  Needs anchor=reference, and k_max and
     k that are not numbers."""
-    k_max: Any = "1 + w"
+    k_max: Annotated[Any, OneOf((None, "1 + w"), or_number=True), above(0), at_most(MAX_K)] = "1 + w"
     """Upper bound of k: '1 + w', a number, or null (no bound: the entropies always match)."""
-    k: float | None = None
+    k: Annotated[float, at_least(0.01), at_most(MAX_K)] | None = None
     """The value of k under rule=fixed; null is 1 + w."""
-    anchor: str = "reference"
+    anchor: Annotated[str, OneOf(ANCHORS)] = "reference"
     """The model that the teacher is mixed with, on the student's context: reference (the weights at the start of the
     run, so that the target stands still with a frozen teacher, whose weights are also the reference's; with another
     teacher the reference is one more copy of the weights) or student (the weights that are trained)."""
-    match: str | None = None
+    match: Annotated[str, OneOf(ANCHORS)] | None = None
     """The model whose entropy the target has: reference (needs anchor=reference) or student; null is the anchor."""
 
     def __post_init__(self) -> None:
-        normalise("target", self)
-        one_of("target.rule", self.rule, TARGET_RULES)
-        at_least(0, "target", self, "teacher_weight guided_teacher_weight")
-        number = isinstance(self.k_max, int | float) and not isinstance(self.k_max, bool)
-        require(
-            self.k_max is None or self.k_max == "1 + w" or (number and self.k_max > 0),
-            f"target.k_max must be '1 + w', a positive number or null, got {self.k_max!r}",
-        )
-        require(self.k is None or self.k > 0, f"target.k must be positive or null, got {self.k}")
-        one_of("target.anchor", self.anchor, ANCHORS)
+        check_fields("target", self)
+        self._check_k()
         require(
             self.match in (None, "student", self.anchor),
             f"target.match must be null, student or target.anchor, got {self.match!r} with target.anchor={self.anchor}",
@@ -56,6 +58,25 @@ class TargetConfig:
         )
         if self.guided_teacher_weight is not None:
             self._check_guided_teacher_weight()
+
+    def _check_k(self) -> None:
+        smallest, solves = (1 + self.teacher_weight) / RANGE_OF_K, self.rule in ("entropy_matched", "batch")
+        require(
+            self.k is None or self.rule == "fixed",
+            f"target.k={self.k} is the k of target.rule=fixed, but target.rule is {self.rule}: set target.rule=fixed, "
+            "or target.k=null",
+        )
+        if isinstance(self.k_max, int | float):
+            require(
+                solves,
+                f"target.k_max={self.k_max} bounds the k that target.rule=entropy_matched and batch solve for, but "
+                f"target.rule is {self.rule}: set target.k_max=null",
+            )
+            require(
+                self.k_max > smallest,
+                f"target.k_max must be above (1 + target.teacher_weight) / {RANGE_OF_K} = {smallest:g}, or no k is "
+                f"left, got {self.k_max}",
+            )
 
     def _check_guided_teacher_weight(self) -> None:
         require(
@@ -75,18 +96,15 @@ class TargetConfig:
 class TeacherConfig:
     """The weights that score the response with the solution in their context."""
 
-    weights: str = "frozen"
+    weights: Annotated[str, OneOf(TEACHER_WEIGHTS)] = "frozen"
     """The teacher's weights: frozen (the weights at the start of the run, also those of the reference), ema (a moving
     average of the student's weights) or current (the student's weights themselves).  Beside ema and current, the
     reference of target.anchor=reference is a copy of the weights of its own."""
-    ema_decay: float = 0.99
+    ema_decay: Decay = 0.99
     """Decay of the moving average per optimizer step."""
-    offload: str = "none"
+    offload: Annotated[str, OneOf(TEACHER_OFFLOADS)] = "none"
     """The place of the teacher's weights, and of a reference's own copy, between steps: none (on the device) or cpu (in
     host memory)."""
 
     def __post_init__(self) -> None:
-        normalise("teacher", self)
-        one_of("teacher.weights", self.weights, TEACHER_WEIGHTS)
-        one_of("teacher.offload", self.offload, TEACHER_OFFLOADS)
-        require(0 <= self.ema_decay < 1, f"teacher.ema_decay must lie in [0, 1), got {self.ema_decay}")
+        check_fields("teacher", self)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Annotated
 
 from megatron_selfdistill.choices import OBJECTIVES
 from megatron_selfdistill.config.environment import FromEnvironment, Place
@@ -13,7 +14,7 @@ from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_checks import check_conversations, check_hints, check_next_state
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
 from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
-from megatron_selfdistill.config.schema.field_checks import normalise, one_of, require
+from megatron_selfdistill.config.schema.field_checks import check_fields, require
 from megatron_selfdistill.config.schema.hints_config import HintsConfig
 from megatron_selfdistill.config.schema.loss_config import LossConfig
 from megatron_selfdistill.config.schema.model_config import ModelConfig
@@ -26,6 +27,7 @@ from megatron_selfdistill.config.schema.policy_config import (
     PolicyConfig,
     VerbalConfig,
 )
+from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, PositiveInt, Seed
 from megatron_selfdistill.config.schema.reward_checks import check_readers
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.run_config import (
@@ -39,21 +41,18 @@ from megatron_selfdistill.config.schema.run_config import (
 from megatron_selfdistill.config.schema.target_checks import check_guided_tokens, check_reference
 from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
 
-MAX_SEED = 2**32 - 1
-"""The largest seed, which numpy and torch accept."""
-
 
 @dataclass(frozen=True)
 class Config:
     """The configuration of a run, with all its sections."""
 
-    run_dir: str = ""
+    run_dir: FilePath = ""
     """Directory of the run: checkpoints, teacher, metrics and resolved configuration.  It must be set."""
-    num_steps: int = 100
+    num_steps: PositiveInt = 100
     """Number of optimizer steps of the run, over all launches."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of the data, of sampling and of the initial weights."""
-    objective: str = "self_distillation"
+    objective: Annotated[str, OneOf(OBJECTIVES)] = "self_distillation"
     """The objective of the training: self_distillation (also with rewards beside the teacher, policy.weight), or a
     baseline on the same data without a teacher: sft (next-token training on the text of the solutions), rft (next-token
     training on the model's responses whose answer is right) or policy_gradient (rewards alone, as in GRPO)."""
@@ -117,10 +116,7 @@ class Config:
     """The values that come from the environment, and secrets, each with its interpolation.  This field is not a key."""
 
     def __post_init__(self) -> None:
-        normalise("", self)
-        one_of("objective", self.objective, OBJECTIVES)
-        require(self.num_steps >= 1, f"num_steps must be at least 1, got {self.num_steps}")
-        require(0 <= self.seed <= MAX_SEED, f"seed must lie in 0 to {MAX_SEED}, got {self.seed}")
+        check_fields("", self)
         if self.data.kind == "conversations":
             check_conversations(self.objective, self.data, self.conversations, self.rollout, self.loss)
             if self.data.solutions == "next_state":
@@ -332,6 +328,12 @@ class Config:
                 + ("objective=sft" if self.objective == "sft" else "conversations.responses=logged")
                 + " samples nothing",
             )
+        longest = self.rollout.max_new_tokens
+        require(
+            loss.skip_first_tokens < longest or self.rollout.replay is not None,
+            f"loss.skip_first_tokens must be below rollout.max_new_tokens={longest}, or no token of a response is "
+            f"trained on, got {loss.skip_first_tokens}",
+        )
         for key in (key for key, is_set in rewards.items() if is_set):
             require(
                 self.data.kind == "problems" and self.rollout.num_samples >= 2,

@@ -64,9 +64,10 @@ def test_keys_of_a_section_are_those_alone_with_the_groups_options(capsys):
     keys = [line.partition("=")[0] for line in text.splitlines() if not line.startswith((" ", "=", "("))]
     assert keys == [key for key in list(configuration.keys()) if key.startswith("target.")]
     assert "(sets several at once: target=batch|capped|" in text
-    assert printed(capsys, "--keys", "optimizer.lr").splitlines()[-2:] == [
+    assert printed(capsys, "--keys", "optimizer.lr").splitlines()[-3:] == [
         "optimizer.lr=1e-06",
         "    Learning rate after warm-up.",
+        "    Range: a number, at least 0 and at most 100.",
     ]
     assert "did you mean 'rollout'?" in refused(capsys, "--keys", "rolout")
 

@@ -15,7 +15,9 @@ from tiers import combinations
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config.key_list import kinds
 from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.schema.ranges import AnyText, taken_apart
 from megatron_selfdistill.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -275,10 +277,10 @@ def test_a_value_of_another_key_that_hydra_cannot_read_gets_advice_how_to_quote(
 
 def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
-    from megatron_selfdistill.config.schema.field_checks import PATHS
-
-    config = load([f"{key}=~/x" for key in PATHS])
-    for key in PATHS:
+    paths = [key for key, kind in kinds().items() if AnyText("a path", is_path=True) in taken_apart(kind)[1]]
+    assert {"run_dir", "data.path", "checkpoint.load", "rollout.record"} <= set(paths)
+    config = load([f"{key}=~/x" for key in paths])
+    for key in paths:
         section, _, name = key.rpartition(".")
         assert getattr(getattr(config, section) if section else config, name) == "/home/me/x", key
     (tmp_path / "data").mkdir()
@@ -288,13 +290,7 @@ def test_a_tilde_in_a_path_is_the_home_directory(monkeypatch, tmp_path):
 
 
 def test_no_text_is_null():
-    optional = [
-        f"{section.name}.{f.name}"
-        for section in dataclasses.fields(Config)
-        if dataclasses.is_dataclass(getattr(Config(), section.name))
-        for f in dataclasses.fields(getattr(Config(), section.name))
-        if f.type == "str | None"
-    ]
+    optional = [key for key, kind in kinds().items() if (taken_apart(kind)[0], taken_apart(kind)[2]) == (str, True)]
     assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.replay"} <= set(optional)
     config = load([f"{key}=" for key in optional])
     for key in optional:

@@ -262,5 +262,7 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
     monkeypatch.setattr(module, "tokens_read", lambda *_: 0.0)
     for _ in range(3):
-        module.Trainer.finish_step(run, [TrainedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9})
+        module.Trainer.finish_step(
+            run, [TrainedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9, "tokens/response": 8}
+        )
         assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in messages] == [True]

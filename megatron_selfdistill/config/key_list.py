@@ -1,0 +1,86 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The keys of the configuration with their defaults, meanings and ranges, and the groups that set several keys."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.schema.field_checks import kinds_of
+from megatron_selfdistill.config.schema.whole_config import Config
+
+
+def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Return every key -> (default, documentation), depth first; ``prefix`` stands before each key."""
+    out: dict[str, tuple[Any, str]] = {}
+    docs = field_docs(cls)
+    for f in dataclasses.fields(cls):
+        if f.metadata.get("omegaconf_ignore"):
+            continue
+        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
+        if dataclasses.is_dataclass(default):
+            out.update(keys(type(default), f"{prefix}{f.name}."))
+        else:
+            out[prefix + f.name] = (default, docs.get(f.name, ""))
+    return out
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Return name -> doc comment of each field of a dataclass: the string under the field."""
+    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for node, after in pairwise(body):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    return docs
+
+
+@functools.cache
+def kinds() -> dict[str, Any]:
+    """Return the type of each key, with the range that it declares."""
+
+    def found(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
+        for name, kind in kinds_of(cls).items():
+            if dataclasses.is_dataclass(kind):
+                yield from found(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
+            elif prefix + name in keys():
+                yield prefix + name, kind
+
+    return dict(found(Config, ""))
+
+
+def groups() -> dict[str, list[str]]:
+    """Return group -> options of the configs that the project ships."""
+    return {
+        directory.name: sorted(file.stem for file in directory.glob("*.yaml"))
+        for directory in sorted(config_dir().iterdir())
+        if directory.is_dir()
+    }
+
+
+def unknown_key(key: str) -> str | None:
+    """Return a message that names the nearest key, or None if the key exists."""
+    key = key.split("[")[0]  # an element of a list
+    known = keys()
+    free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
+    sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
+    if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
+        return None
+    names = [*known] if "." in key else [*known, *sections, *groups()]
+    near = _nearest(key, names)
+    return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"
+
+
+def _nearest(key: str, names: Sequence[str]) -> str:
+    """Return the name with the same last part in another section, or else the name with the most similar spelling."""
+    last = key.rpartition(".")[2]
+    same_last = [name for name in names if name.rpartition(".")[2] == last]
+    return difflib.get_close_matches(key, same_last or names, n=1, cutoff=0.0)[0]

@@ -1,0 +1,256 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The overrides of a command line: refusals of what hydra accepts without effect, and messages for hydra's errors."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import NoneType
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString
+from hydra.errors import HydraException, MissingConfigException
+
+from megatron_selfdistill.config.key_list import groups, keys, kinds, unknown_key
+from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.ranges import shown, taken_apart
+from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.errors import ConfigError
+
+_MAX_CHARACTERS = 10_000  # hydra takes a second to read a list of this length, and minutes for one of ten times as much
+
+
+def for_hydra(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides in hydra's grammar, with quoted texts.
+
+    Raises: `ConfigError` for an override that hydra would accept without effect, or would read for minutes.
+    """
+    chosen: dict[str, str] = {}
+    options = groups()
+    for override in overrides:
+        _refuse_without_effect(override)
+        name, _, value = override.lstrip("+").partition("=")
+        if name in options:
+            _require_option(name, override)
+            before = value if value.startswith("{") else chosen.setdefault(name, value)
+            require(
+                before == value,
+                f"{name}={before} and {name}={value} each choose a file of the group {name}, and a run takes one: "
+                "remove one of them",
+            )
+    return [_literal(override) for override in overrides]
+
+
+def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[str]) -> str:
+    """Return a message for hydra's error.
+
+    It names the first override that does not parse, or whose key or option is unknown; else it is hydra's own.
+    """
+    for override in overrides:
+        if (message := _unparsable(override)) is not None:
+            return message
+    if isinstance(error, RecursionError):
+        return _endless(overrides, search_path)
+    if isinstance(error, UnicodeDecodeError):
+        return _not_utf8(error, search_path)
+    for override in overrides:
+        key, equals, value = override.partition("=")
+        if (message := _without_package(key.lstrip("+"), value, search_path)) is not None:
+            return message
+        if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
+            continue
+        if key not in groups():
+            message = unknown_key(key)
+            if message:
+                return message
+        elif f"Could not override '{key}'" in str(error):
+            return (
+                f"{key}={value}: the recipe has no groups to choose from; end its defaults with /groups (groups.yaml)"
+            )
+    if isinstance(error, MissingConfigException) and (message := _missing_file(overrides, error)):
+        return message
+    if isinstance(error, yaml.YAMLError):
+        return " ".join(str(error).split())
+    reason = _reason(error)
+    in_file = re.search(r"full_key: (\S+)", str(error))  # hydra names the key of a file only there
+    message = unknown_key(in_file[1]) if in_file else None
+    return f"{reason.split(':')[0]}: {message}" if message else reason
+
+
+def yaml_text(file: Path) -> str:
+    """Return the text of a YAML file.
+
+    Raises: `ConfigError`, which names the file, if the file is not in UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file}: expected UTF-8 text, got the byte {error.object[error.start]:#04x} at position {error.start}: "
+            "save the file as UTF-8"
+        ) from error
+
+
+def _refuse_without_effect(override: str) -> None:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~")
+    require(bool(equals) or key.startswith("~"), f"expected key=value, got {shown(override)}")
+    require(name == name.strip() != "", f"expected key=value with a key that has no spaces, got {shown(override)}")
+    require(
+        not key.startswith("~") or _is_removable(name),
+        f"{override}: expected a group or an entry of a mapping, such as ~model.transformer.NAME: set another value",
+    )
+    require(
+        re.match("hydra([./@]|$)", name) is None or name == "hydra.searchpath",
+        f"{override} has no effect: the only setting of hydra's own that a run reads is hydra.searchpath",
+    )
+    require(
+        len(value) <= _MAX_CHARACTERS or _takes_text(name),
+        f"{name} has a value of {len(value)} characters, more than the {_MAX_CHARACTERS} that a command line may have: "
+        "put the value into a YAML file of your own (--config-dir)",
+    )
+    for place in re.findall(r"file://([^,\]'\"]+)", value) if name == "hydra.searchpath" else []:
+        require(Path(place).is_dir(), f"{override}: there is no directory {place}")
+
+
+def _is_removable(name: str) -> bool:
+    mappings = [known for known, (default, _) in keys().items() if isinstance(default, dict)]
+    return (name in groups() and name != "recipe") or any(f"{name}.".startswith(f"{known}.") for known in mappings)
+
+
+def _require_option(group: str, override: str) -> None:
+    """Raise `ConfigError` unless ``override`` chooses a file of the group, or has the values of the section itself."""
+    with contextlib.suppress(HydraException):  # the message of `_unparsable` follows
+        value = _parsed(override).value()
+        is_name = bool(value) and isinstance(value, str | QuotedString) and "${" not in str(value)
+        require(
+            is_name or (isinstance(value, dict) and bool(value)),
+            f"{override}: expected the name of a file, one of {', '.join(groups()[group])}: choose one, or leave "
+            f"{group} out",
+        )
+
+
+def _literal(override: str) -> str:
+    """Return ``key=value`` for hydra; a value that hydra would not read as a text is quoted if the key takes a text."""
+    key, equals, value = override.partition("=")
+    if not equals or not _takes_text(key) or _gives_text(override):
+        return override
+    quote = Quote.double if "'" in value else Quote.single
+    return f"{key}={QuotedString(value, quote).with_quotes()}"
+
+
+def _gives_text(override: str) -> bool:
+    """Return whether hydra reads the value of ``override`` as one text or null."""
+    try:
+        parsed = _parsed(override)
+    except HydraException:
+        return False  # such as a path with a colon and a space, which hydra reads once it is quoted
+    return not parsed.is_sweep_override() and isinstance(parsed.value(), str | NoneType)
+
+
+def _parsed(override: str) -> Override:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except (ValueError, RecursionError) as error:  # Python's limits on digits and on nesting
+        raise HydraException(str(error)) from error
+
+
+def _takes_text(key: str) -> bool:
+    return key in _text_keys() or key.startswith("data.fields.")
+
+
+@functools.cache
+def _text_keys() -> frozenset[str]:
+    """Return the keys whose values are texts, or null."""
+    return frozenset(name for name, kind in kinds().items() if taken_apart(kind)[0] is str)
+
+
+def _unparsable(override: str) -> str | None:
+    key, _, value = override.partition("=")
+    try:
+        sweep = _parsed(override).is_sweep_override()
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        if len(override) > _MAX_CHARACTERS // 10:
+            return f"the value of {key} cannot be read ({reason})"
+        return f"{override} cannot be read ({reason}): quote the value for hydra and the shell, '{key}=\"{value}\"'"
+    return f"{override} gives several values, and a run takes one: quote a text, '{key}=\"{value}\"'" if sweep else None
+
+
+def _missing_file(overrides: Sequence[str], error: Exception) -> str | None:
+    found = re.match(r"(?:In '([^']*)': )?Could not (?:find|load) '([^']*)'", str(error))
+    if found is None:
+        return None
+    asking, missing = found[1], found[2]
+    group, _, option = missing.partition("/")
+    near = difflib.get_close_matches(option, groups().get(group, []), n=1, cutoff=0.0)
+    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    if f"{group}={option}" in overrides:
+        return f"{group}={option}: there is no such file{hint}"
+    named_by = f"an `override /{group}`" if asking == "groups" else f"{asking}.yaml"
+    return f"{missing}.yaml: there is no such file, but {named_by} names it in defaults{hint}"
+
+
+def _endless(overrides: Sequence[str], search_path: Sequence[str]) -> str:
+    for override in overrides:
+        group, _, option = override.partition("=")
+        if cycle := _cycle(group, [option], search_path):
+            return f"{' -> '.join(cycle)}: the defaults of these files lead back to a file itself: remove one entry"
+    return "a value is nested more deeply than Python can read: give it fewer levels"
+
+
+def _cycle(group: str, options: list[str], search_path: Sequence[str]) -> list[str]:
+    """Return the files by which the defaults of the last of ``options`` lead back to one of them; [] if they do not."""
+    for directory in search_path:
+        file = Path(directory) / group / f"{options[-1]}.yaml"
+        defaults = None
+        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, RecursionError):
+            defaults = yaml.safe_load(yaml_text(file)).get("defaults")
+        for name in (name for name in (defaults if isinstance(defaults, list) else []) if isinstance(name, str)):
+            if name in options:
+                return [f"{group}={one}" for one in (*options, name)]
+            if cycle := _cycle(group, [*options, name], search_path):
+                return cycle
+    return []
+
+
+def _not_utf8(error: UnicodeDecodeError, search_path: Sequence[str]) -> str:
+    for file in (file for directory in search_path for file in sorted(Path(directory).rglob("*.yaml"))):
+        if not file.is_file():
+            continue
+        try:
+            yaml_text(file)
+        except ConfigError as named:
+            return str(named)
+    return f"a YAML file is not in UTF-8: {error}"
+
+
+def _without_package(group: str, option: str, search_path: Sequence[str]) -> str | None:
+    """Return a message if the option's file is in ``search_path`` and lacks the line that lets it set all keys."""
+    sections = {field.name for field in dataclasses.fields(Config)}
+    for directory in search_path:
+        file = Path(directory) / group / f"{option}.yaml"
+        if group not in sections and file.is_file():
+            comments = re.match(r"(\s*(#.*)?\n)*", yaml_text(file))
+            if comments is None or "@package" not in comments[0]:
+                return (
+                    f"{group}={option}: {file} must begin with the line `# @package _global_`, which lets it set all "
+                    "keys"
+                )
+    return None
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of hydra's error, with that of its cause where hydra's says nothing about it."""
+    first, *others = [*str(error).splitlines(), ""]
+    if error.__cause__ is not None:
+        others += str(error.__cause__).splitlines()
+    if first and not re.search("Error merging|raised while composing", first):
+        return first
+    return f"{first.removesuffix(':')}: {next(filter(None, others), repr(error))}".removeprefix(": ")

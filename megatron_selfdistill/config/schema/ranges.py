@@ -1,0 +1,241 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The ranges of keys: a field of a section declares the values that it accepts in its type, inside ``Annotated``."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import operator
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Union, get_args, get_origin
+
+_COMPARISONS = {"at least": operator.ge, "above": operator.gt, "at most": operator.le, "below": operator.lt}
+_MAX_ENTRIES = 10_000
+_MAX_SHOWN = 200
+_FORMS = {
+    bool: re.compile("true|false|yes|no|on|off|y|n|1|0", re.IGNORECASE),
+    int: re.compile("[-+]?[0-9_]+"),
+    float: re.compile(r"[-+]?(\.?inf|\.?nan|([0-9_]{1,300}(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?)", re.IGNORECASE),
+    str: re.compile(".*", re.DOTALL),
+}
+"""Plain type -> the texts that can become a value of this type."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One end of a range of numbers."""
+
+    words: str
+    """The comparison: at least, above, at most or below."""
+    limit: float
+    advice: str = ""
+    """What to do about a number beyond the limit, for messages."""
+
+    def __str__(self) -> str:
+        return f"{self.words} {self.limit}"
+
+    def holds(self, value: Any) -> bool:
+        """Return whether a number lies on the right side of the limit; other values have no side."""
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        return not is_number or bool(_COMPARISONS[self.words](value, self.limit))
+
+    def hint(self, value: Any) -> str:
+        """Return what a message adds about a ``value`` beyond the limit."""
+        return f": {self.advice}" if self.advice else ""
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A list of choices."""
+
+    choices: tuple[Any, ...]
+    or_dotted: bool = False
+    """Whether a dotted path of the user's own code is accepted, too."""
+    or_number: bool = False
+    """Whether a number is accepted, too."""
+
+    def __str__(self) -> str:
+        others = ["a dotted path (package.module.function)"] * self.or_dotted + ["a number"] * self.or_number
+        shown = [*map(_in_yaml, self.choices), *others]
+        return f"one of {', '.join(shown)}" if len(shown) > 1 else shown[0]
+
+    def holds(self, value: Any) -> bool:
+        """Return whether ``value`` is a choice; true is not 1."""
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return self.or_number
+        return value in self.choices or (self.or_dotted and isinstance(value, str) and is_dotted(value))
+
+    def hint(self, value: Any) -> str:
+        """Return the choice that is spelt most like ``value``, for a message."""
+        spelt = {choice.lower(): choice for choice in self.choices if isinstance(choice, str)}
+        near = difflib.get_close_matches(str(value).lower(), spelt, n=1)
+        return f"; did you mean {spelt[near[0]]!r}?" if near else ""
+
+
+@dataclass(frozen=True)
+class AnyText:
+    """Texts without choices, which files and programs can hold: in UTF-8, and without the character NUL."""
+
+    words: str
+    may_be_empty: bool = True
+    is_path: bool = False
+    """Whether a leading ``~`` stands for the user's home directory."""
+
+    def __str__(self) -> str:
+        return self.words if self.may_be_empty else f"{self.words} that is not empty"
+
+    def holds(self, value: Any) -> bool:
+        """Return whether files and programs can hold ``value``."""
+        is_utf8 = not re.search("[\ud800-\udfff]", str(value))
+        return is_utf8 and "\0" not in str(value) and (self.may_be_empty or bool(value))
+
+    def hint(self, value: Any) -> str:
+        """Return what is wrong with ``value``, for a message."""
+        return f": {self.words} is in UTF-8 and has no character NUL" if value else ""
+
+
+@dataclass(frozen=True)
+class DifferentEntries:
+    """Lists that hold each entry once."""
+
+    def __str__(self) -> str:
+        return "a list of different entries"
+
+    def holds(self, value: Any) -> bool:
+        """Return whether no entry of ``value`` stands there twice."""
+        return len(set(value)) == len(value)
+
+    def hint(self, value: Any) -> str:
+        """Return an entry that stands twice in ``value``, for a message."""
+        return f": {next(entry for place, entry in enumerate(value) if entry in value[:place])!r} stands there twice"
+
+
+def at_least(limit: float, advice: str = "") -> Bound:
+    """Return the range of numbers from ``limit`` on."""
+    return Bound("at least", limit, advice)
+
+
+def above(limit: float, advice: str = "") -> Bound:
+    """Return the range of numbers greater than ``limit``."""
+    return Bound("above", limit, advice)
+
+
+def at_most(limit: float, advice: str = "") -> Bound:
+    """Return the range of numbers up to ``limit``."""
+    return Bound("at most", limit, advice)
+
+
+def below(limit: float, advice: str = "") -> Bound:
+    """Return the range of numbers less than ``limit``."""
+    return Bound("below", limit, advice)
+
+
+MAX_INT = 2**31 - 1
+"""The largest count: devices and engines hold lengths, ids and sizes in 32 bits."""
+MAX_NUMBER = 10**9
+"""The largest quantity: the product of four such numbers is still finite in float32."""
+MAX_WAIT = 10**6
+"""The longest time to wait, in seconds or minutes, which every clock can count."""
+
+PositiveInt = Annotated[int, at_least(1), at_most(MAX_INT)]
+NonNegativeInt = Annotated[int, at_least(0), at_most(MAX_INT)]
+Ranks = Annotated[int, at_least(1), at_most(2**20)]
+Seed = Annotated[int, at_least(0), at_most(2**32 - 1)]  # what numpy and torch accept
+PositiveFloat = Annotated[float, above(0), at_most(MAX_NUMBER)]
+NonNegativeFloat = Annotated[float, at_least(0), at_most(MAX_NUMBER)]
+Share = Annotated[float, at_least(0), at_most(1)]
+Decay = Annotated[float, at_least(0), below(1)]
+LogProb = Annotated[float, at_least(-MAX_NUMBER), at_most(0)]
+Temperature = Annotated[float, at_least(0.01), at_most(10**6)]  # logits that are divided by it stay finite
+DottedPath = Annotated[str, OneOf((), or_dotted=True)]
+Text = Annotated[str, AnyText("a text")]
+Name = Annotated[str, AnyText("a text", may_be_empty=False)]
+FilePath = Annotated[str, AnyText("a path", is_path=True)]
+Directory = Annotated[str, AnyText("a path", may_be_empty=False, is_path=True)]
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", Any: "a value"}
+
+
+def is_dotted(value: str) -> bool:
+    """Return whether ``value`` has the form of a dotted path, package.module.function."""
+    parts = value.split(".")
+    return len(parts) > 1 and all(part.isidentifier() for part in parts)
+
+
+def taken_apart(kind: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """Return the plain type of a field's type, the ranges that it declares, and whether it accepts null."""
+    nullable = get_origin(kind) in (Union, types.UnionType)
+    if nullable:
+        (kind,) = (one for one in get_args(kind) if one is not types.NoneType)
+    plain, *ranges = get_args(kind) if get_origin(kind) is Annotated else (kind,)
+    return plain, tuple(ranges), nullable
+
+
+def described(kind: Any) -> str:
+    """Return the values that a field of the type ``kind`` accepts, in words."""
+    plain, ranges, nullable = taken_apart(kind)
+    if get_origin(plain) is list:
+        words = f"{ranges[0] if ranges else 'a list'}, each {described(get_args(plain)[0])}"
+    elif get_origin(plain) is dict:
+        words = "a mapping"
+    else:
+        bounds = " and ".join(str(one) for one in ranges if isinstance(one, Bound))
+        first = next((str(one) for one in ranges if not isinstance(one, Bound)), _NAMES[plain])
+        words = f"{first}, {bounds}" if bounds else first
+    return f"{words}, or null" if nullable else words
+
+
+def faults(key: str, kind: Any, value: Any) -> Iterator[str]:
+    """Yield a message for each part of ``value`` that lies outside of the range of the type ``kind``.
+
+    ``key`` is the key with this value, for messages.  The value has the plain type of ``kind``, or is null.
+    """
+    plain, ranges, nullable = taken_apart(kind)
+    if value is None and plain is not Any:
+        return
+    form = get_origin(plain)
+    if not isinstance(value, form) if form is not None else plain is str and isinstance(value, list | dict):
+        yield f"{key} must be {described(kind)}, got {shown(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        yield f"{key} must be a finite number, got {value}"
+    for one in ranges:
+        if not one.holds(value):
+            yield f"{key} must be {one}{', or null' * nullable}, got {shown(value)}{one.hint(value)}"
+    if isinstance(value, dict):
+        kind_of_entry = get_args(plain)[1] if get_origin(plain) is dict else Any
+        for name, entry in value.items():
+            yield from faults(f"{key}.{name}", kind_of_entry, entry)
+    elif isinstance(value, list):
+        if len(value) > _MAX_ENTRIES:
+            yield f"{key} must have at most {_MAX_ENTRIES} entries, got {len(value)}"
+        kind_of_entry = get_args(plain)[0] if get_origin(plain) is list else Any
+        for place, entry in enumerate(value):
+            yield from faults(f"{key}[{place}]", kind_of_entry, entry)
+
+
+def has_form(kind: Any, value: Any) -> bool:
+    """Return whether ``value``, as YAML has it, can become a value of the type ``kind``; an interpolation may."""
+    plain, _, nullable = taken_apart(kind)
+    if value is None:
+        return nullable or plain is Any
+    if isinstance(value, dict | list):
+        is_right = plain is Any or get_origin(plain) is type(value)
+        return is_right and all(has_form(get_args(plain)[0], one) for one in value if get_origin(plain) is list)
+    if isinstance(value, str) and "${" in value:
+        return True
+    if value == "???" or not isinstance(value, str | int | float):  # omegaconf's mark of a missing value
+        return False
+    return plain is Any or (plain in _FORMS and _FORMS[plain].fullmatch(str(value)) is not None)
+
+
+def shown(value: Any) -> str:
+    """Return ``value`` for a message, which shows the beginning of a long value."""
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} .. ({len(text)} characters)"
+
+
+def _in_yaml(value: Any) -> str:
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,214 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every key declares a range, and a value outside of it is one message that names the key."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, get_args, get_origin
+
+import pytest
+
+from megatron_selfdistill.config import Config, from_mapping, load
+from megatron_selfdistill.config.key_list import kinds
+from megatron_selfdistill.config.schema.ranges import (
+    AnyText,
+    Bound,
+    OneOf,
+    PositiveInt,
+    Text,
+    above,
+    at_least,
+    at_most,
+    below,
+    taken_apart,
+)
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.train import EXIT_BAD_INPUT
+
+KINDS = kinds()
+SECTIONS = {
+    name: [key for key in KINDS if key.rpartition(".")[0] == name]
+    for name in dict.fromkeys(key.rpartition(".")[0] for key in KINDS)
+}
+FIRST = "optimizer"
+
+
+def lacks_range(kind: Any) -> bool:
+    """Return whether a value of the type ``kind`` can be anything although a range could be declared."""
+    plain, ranges, _ = taken_apart(kind)
+    ends = {one.words for one in ranges if isinstance(one, Bound)}
+    is_bounded = bool(ends & {"at least", "above"}) and bool(ends & {"at most", "below"})
+    choices = next((one for one in ranges if isinstance(one, OneOf)), None)
+    if plain in (int, float):
+        return not is_bounded
+    if plain is str:
+        return choices is None and not any(isinstance(one, AnyText) for one in ranges)
+    if plain is Any:
+        return choices is None or (choices.or_number and not is_bounded)
+    if get_origin(plain) is list:
+        return lacks_range(get_args(plain)[0])
+    return plain is not bool and get_origin(plain) is not dict  # a mapping has the names of other programs
+
+
+def test_every_key_declares_the_range_of_its_values():
+    without = [key for key, kind in KINDS.items() if lacks_range(kind)]
+    assert without == [], "these keys need a range of config/schema/ranges.py in their types"
+
+
+@pytest.mark.parametrize(
+    ("kind", "lacks"),
+    [
+        *(
+            (kind, True)
+            for kind in (int, float | None, str, str | None, Any, list[str], tuple, Annotated[int, above(0)])
+        ),
+        *((kind, False) for kind in (PositiveInt, PositiveInt | None, Text, list[Text], bool, dict[str, Any])),
+    ],
+    ids=str,
+)
+def test_a_type_without_a_range_is_seen(kind, lacks):
+    assert lacks_range(kind) is lacks
+
+
+# -- values outside of the range ---------------------------------------------------------------------------------------
+
+
+def beyond(kind: Any) -> Iterator[Any]:
+    """Yield values of the right type outside of the range of ``kind``: next to each end, and far from it."""
+    plain, ranges, _ = taken_apart(kind)
+    for one in ranges:
+        if isinstance(one, Bound):
+            away = -1 if one.words in ("at least", "above") else 1
+            yield one.limit if one.words in ("above", "below") else _next(plain, one.limit, away)
+            yield from [one.limit + away, away * 2**70]
+            if plain is not int:
+                yield from [away * 1e300, away * math.inf, math.nan]
+        elif isinstance(one, OneOf):
+            yield from ["no such choice", "a..b", ""]
+        elif isinstance(one, AnyText):
+            yield from ["no\0text", "\udcff", *([] if one.may_be_empty else [""])]
+    if get_origin(plain) is list:
+        yield from ([wrong] for wrong in beyond(get_args(plain)[0]))
+        yield from [[accepted(get_args(plain)[0])] * 2] if ranges else []
+        yield [f"a.b{i}" if get_args(get_args(plain)[0])[0] is str else i for i in range(10_001)]
+    if get_origin(plain) is dict and get_args(plain)[1] is Any:
+        yield from [{"a": math.nan}, {"a": [1.0, math.inf]}, {"a": {"b": -math.inf}}]
+    elif get_origin(plain) is dict:
+        yield from ({"problem": wrong} for wrong in [*beyond(get_args(plain)[1]), [1], {"b": 1}])
+
+
+def of_another_type(kind: Any) -> Iterator[Any]:
+    """Yield values that are no values of the type ``kind``, as YAML files and the command line have them."""
+    plain, ranges, nullable = taken_apart(kind)
+    wrong: dict[Any, list[Any]] = {
+        int: ["three", "", "٣", 2.5, 1e300, math.inf, math.nan, True],
+        float: ["three", "", "٣", "1e", 10**400, True],
+        bool: ["maybe", 2, -1, 2**70, 1e300],
+    }
+    yield from wrong.get(plain, [])
+    yield from [] if get_origin(plain) is list else [[], [1]]
+    yield from [] if get_origin(plain) is dict else [{}, {"a": 1}]
+    if get_origin(plain) in (list, dict):
+        yield from ["text", 3, -1, math.inf, True]
+    if get_origin(plain) is list:
+        yield from ([one] for one in of_another_type(get_args(plain)[0]))
+    yield "???"
+    if not nullable and not any(isinstance(one, OneOf) and None in one.choices for one in ranges):
+        yield None
+
+
+def accepted(kind: Any) -> Any:
+    """Return a value in the range of the type ``kind``."""
+    plain, ranges, _ = taken_apart(kind)
+    if plain is str:
+        return next((one.choices[0] for one in ranges if isinstance(one, OneOf) and one.choices), "a.b")
+    return next(one.limit for one in ranges if isinstance(one, Bound) and one.words in ("at least", "at most"))
+
+
+def _next(plain: Any, limit: float, away: int) -> float:
+    return limit + away if plain is int else math.nextafter(limit, away * math.inf)
+
+
+def nested(key: str, value: Any) -> dict[str, Any]:
+    section, _, name = key.rpartition(".")
+    return {section: {name: value}} if section else {name: value}
+
+
+def section_with(key: str, value: Any) -> object:
+    """Make the section of ``key`` alone, which takes a thousandth of the time of a whole configuration."""
+    section, _, name = key.rpartition(".")
+    cls: Any = type(getattr(Config(), section)) if section else Config
+    return cls(**{name: value})
+
+
+def assert_refused(fail: Callable[[], object], key: str, value: Any) -> None:
+    """Assert that ``fail`` raises one sentence that names the key, what was expected, and what it got."""
+    with pytest.raises(ConfigError) as caught:
+        print(f"{key}={value!r} is accepted:", fail())
+    text = str(caught.value)
+    assert text.startswith(key) and "\n" not in text and len(text) < 1000, text
+    assert (" must be " in text or " must have " in text) and ", got " in text, text
+
+
+def values_beyond(key: str) -> list[Any]:
+    plain, _, nullable = taken_apart(KINDS[key])
+    becomes_null = plain is str and nullable
+    return [value for value in beyond(KINDS[key]) if not (value == "" and becomes_null)]
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_value_outside_of_the_range_of_a_key_is_refused(section):
+    for key in SECTIONS[section]:
+        for value in values_beyond(key):
+            assert_refused(lambda key=key, value=value: section_with(key, value), key, value)
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_value_of_another_type_is_refused(section):
+    for key in SECTIONS[section]:
+        for value in of_another_type(KINDS[key]):
+            assert_refused(lambda key=key, value=value: from_mapping(nested(key, value)), key, value)
+
+
+@pytest.mark.parametrize("section", [FIRST, *(pytest.param(name, marks=pytest.mark.full) for name in SECTIONS)])
+def test_the_loader_refuses_a_value_outside_of_the_range(section):
+    for key in SECTIONS[section]:
+        for value in values_beyond(key)[-1:] if section == FIRST else values_beyond(key):
+            assert_refused(lambda key=key, value=value: from_mapping(nested(key, value)), key, value)
+
+
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan", "1e300", "-1", str(2**70), "[1]", "{a: 1}", "three", "null"])
+def test_the_command_line_refuses_an_odd_learning_rate(value):
+    assert_refused(lambda: load([f"optimizer.lr={value}"]), "optimizer.lr", value)
+
+
+def test_a_command_ends_with_status_2_and_one_line_about_the_range(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "megatron_selfdistill", "target.teacher_weight=1e300"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=120,
+    )
+    assert done.returncode == EXIT_BAD_INPUT
+    assert "target.teacher_weight must be at most 1000, got 1e+300" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [-0.5, 0, 1, 3])
+def test_a_bound_holds_as_python_compares(value):
+    found = [bound.holds(value) for bound in (at_least(1), above(0), at_most(1), below(3))]
+    assert found == [value >= 1, value > 0, value <= 1, value < 3]
+
+
+def test_the_ends_of_a_range_are_accepted():
+    for key, value in {
+        "target.teacher_weight": 1000,
+        "rollout.top_p": 1,
+        "seed": 2**32 - 1,
+        "guards.patience": 1,
+    }.items():
+        section_with(key, value)
