@@ -139,13 +139,13 @@ def evaluate_and_listen(arguments: list[str]) -> tuple[int, str]:
 def test_a_rank_in_the_description_that_no_factor_has_takes_no_memory(ranks, data, whole, tmp_path):
     path = shutil.copytree(whole, tmp_path / "run") / "checkpoints" / "iter_0000004"
     (path / "manifest.json").unlink()
-    (path / "adapters.json").write_text((path / "adapters.json").read_text().replace('"rank": 4', '"rank": 1000000000'))
+    (path / "adapters.json").write_text((path / "adapters.json").read_text().replace('"rank": 4', '"rank": 50000'))
     command = ["--megatron", str(path), "--data", str(data / "problems.jsonl"), "--out", str(tmp_path / "evaluated")]
     command += [f"data.tokenizer={data}/tokenizer", "optimizer=fp32", "rollout.max_new_tokens=8"]
     command += ["rollout.kv_cache_gb=0.1", "checkpoint.verify=none"]
     ((status, output),) = ranks.run(evaluate_and_listen, command, world_size=1, init_process_group=False)
     assert status == 2 and output.endswith(
-        "iter_0000004 has factors of the ranks [4], but its adapters.json has the rank 1000000000\n"
+        "iter_0000004 has factors of the ranks [4], but its adapters.json has the rank 50000\n"
     )
 
 

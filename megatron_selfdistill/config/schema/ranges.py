@@ -197,7 +197,8 @@ def faults(key: str, kind: Any, value: Any) -> Iterator[str]:
     if value is None and plain is not Any:
         return
     form = get_origin(plain)
-    if not isinstance(value, form) if form is not None else plain is str and isinstance(value, list | dict):
+    is_no_text = plain is str and isinstance(value, int | float | list | dict)
+    if not isinstance(value, form) if form is not None else is_no_text:
         yield f"{key} must be {described(kind)}, got {shown(value)}"
     if isinstance(value, float) and not math.isfinite(value):
         yield f"{key} must be a finite number, got {value}"

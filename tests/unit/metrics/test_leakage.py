@@ -134,5 +134,8 @@ def test_what_cannot_be_counted_has_no_key():
 
 @pytest.mark.parametrize("words", [[""], ["hint", "  "], [3]])
 def test_a_list_with_anything_but_words_is_refused(words):
-    with pytest.raises(ConfigError, match=r"metrics\.leak_words must hold words or phrases, got"):
+    with pytest.raises(
+        ConfigError,
+        match=r"metrics\.leak_words(\[0\] must be a text that is not empty| must hold words or phrases), got",
+    ):
         MetricsConfig(leak_words=words)

@@ -80,7 +80,7 @@ REFUSED = {
             "lab_models.with_dropout": "dropout makes the trained student",
             "lab_models.absent": "got 'lab_models.absent'; module 'lab_models' has no attribute",
             "no_such_lab.provider": "cannot be imported: No module named 'no_such_lab'",
-            "provider": "the dotted path of a function (package.module.function), got 'provider'",
+            "provider": "a dotted path (package.module.function), or null, got 'provider'",
             "lab_models.not_a_function": "got 'lab_models.not_a_function', which is a int",
         },
     ),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -66,7 +67,7 @@ def test_a_server_finds_vllms_command_line_where_the_version_has_it(monkeypatch,
     assert found == [arguments, arguments, startup]
 
 
-def test_a_server_for_guided_requests_is_refused_before_vllm_reads_anything(monkeypatch):
+def test_a_server_for_guided_requests_is_refused_before_vllm_reads_anything(monkeypatch, capsys):
     others = {
         "vllm.entrypoints.launchers.api_server.entry": ["run_server"],
         "vllm.platforms": ["current_platform"],
@@ -75,8 +76,9 @@ def test_a_server_for_guided_requests_is_refused_before_vllm_reads_anything(monk
     install(monkeypatch, {**COMMON, **others}, "0.33.0")
     monkeypatch.setitem(sys.modules, "uvloop", ModuleType("uvloop"))
     monkeypatch.setattr(serve, "_set_environment", lambda options: None)
-    with pytest.raises(SystemExit, match=REFUSAL):
+    with pytest.raises(SystemExit) as ended:
         serve.main(["--hf-config=/model", "--guided"])
+    assert ended.value.code == 2 and re.search(REFUSAL, capsys.readouterr().err)
 
 
 def test_a_colocated_engine_for_guided_requests_is_refused_before_it_is_built(monkeypatch):
