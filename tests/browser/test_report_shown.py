@@ -84,6 +84,15 @@ def test_no_column_of_a_table_is_clipped(browser, tmp_path, count):
     tab.close()
 
 
+def test_a_short_table_beside_a_long_one_keeps_the_height_of_its_rows(browser, two):
+    tab = browser.open(two)
+    first = "document.querySelector('.compared tbody')"
+    tab.value(f"void {first}.replaceChildren({first}.firstElementChild)")
+    heights = "[...document.querySelectorAll('.compared tbody tr')].map((row) => row.offsetHeight)"
+    assert max(tab.value(heights)) < 2 * min(tab.value(heights))
+    tab.close()
+
+
 def test_every_figure_names_its_axis_of_steps(browser, one):
     tab = browser.open(one)
     tab.value("void figures.forEach((figure) => figure.draw())")
