@@ -82,7 +82,8 @@ def _servers(arguments: argparse.Namespace, root: Path) -> Iterator[tuple[list[s
     process = context.Process(target=_serve, args=(there, arguments.problems, arguments.sigma), daemon=True)
     process.start()
     try:
-        yield [f"rollout.servers=[{here.recv()}]"], here.send
+        # These servers know no model: their log-probs are not those of the trainer, which a guard would stop.
+        yield [f"rollout.servers=[{here.recv()}]", "guards.max_log_prob_distance=null"], here.send
     finally:
         process.terminate()
 

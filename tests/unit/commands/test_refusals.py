@@ -54,7 +54,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 rank:"),
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
     "train, a recipe": ([TRAIN, "recipe=nope"], "recipe=nope: there is no such file"),
-    "train, a type": ([TRAIN, "num_steps=three"], "'three' of type 'str' could not be converted to Integer"),
+    "train, a type": ([TRAIN, "num_steps=three"], "num_steps must be a whole number, at least 1"),
     "train, a logger": ([TRAIN, *RUNNABLE, "metrics.loggers=[nope.Logger]"], "nope cannot be imported"),
     "train, too long contexts": ([TRAIN, *RUNNABLE, "data.max_length=1000000"], "exceeds the longest packed sequence"),
     "a plan, a layout": ([TRAIN, *PLAN, THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
