@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.checkpoint import directory
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights, open_weights
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
@@ -25,9 +26,6 @@ from megatron_selfdistill.checkpoint.stored_adapters import KEPT_BASE, StoredAda
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.model.hf.mapping import Family, check_counts, family_of, family_of_model
-
-HF_ASSETS = "huggingface"
-"""The subdirectory of a Megatron checkpoint with the config.json, tokenizer and generation files of its source."""
 
 FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
 """The description of each checkpoint format of Megatron."""

@@ -32,6 +32,8 @@ TRACKER = "latest_checkpointed_iteration.txt"
 """The name of Megatron's tracker file, which names the latest checkpoint."""
 CHECKPOINTS = "checkpoints"
 """The name, in a run directory, of the directory with the tracker file."""
+HF_ASSETS = "huggingface"
+"""The subdirectory of a Megatron checkpoint with the config.json, tokenizer and generation files of its source."""
 _TEMPORARY = ".writing_"
 _REPLACED = ".old"
 _ITERATION = re.compile(r"iter_(\d+)(?:\.old)?")

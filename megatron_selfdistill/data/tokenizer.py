@@ -12,6 +12,8 @@ from megatron_selfdistill.data.data_files import is_hub_name
 from megatron_selfdistill.data.template_trial import try_chat_template
 from megatron_selfdistill.errors import MissingChatTemplateError
 
+_RARE_LETTERS = "\U00010380\U00012000"
+"""Letters of Ugaritic and of cuneiform, which are in a vocabulary of bytes only."""
 _TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
 
 
@@ -114,9 +116,9 @@ class HuggingFaceTokenizer(Tokenizer):
         # Ids may have holes (len() is then too small for an embedding table).
         self.vocab_size: int = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
         self.eos_id: int | None = self._tokenizer.eos_token_id
-        # Tokenizers of bytes name another special token as their unknown token, which no text becomes.
-        others = {self.eos_id, self._tokenizer.bos_token_id, self._tokenizer.pad_token_id}
-        self.unknown_id = None if self._tokenizer.unk_token_id in others else self._tokenizer.unk_token_id
+        # Tokenizers of bytes name an unknown token, too, which no text becomes.
+        unknown = self._tokenizer.unk_token_id
+        self.unknown_id = unknown if unknown in self.encode(_RARE_LETTERS) else None
         try_chat_template(self.name, self._tokenizer.chat_template, self._tokenizer.special_tokens_map)
 
     def tokens(self) -> dict[int, str]:
@@ -183,7 +185,7 @@ class SentencePieceTokenizer(Tokenizer):
         }
         self._special_tokens = {f"{name}_token": self._sp.id_to_piece(i) for name, i in special.items() if i >= 0}
         self.eos_id: int | None = special["eos"] if special["eos"] >= 0 else None
-        self.unknown_id = special["unk"]
+        self.unknown_id = special["unk"] if special["unk"] in self._sp.encode(_RARE_LETTERS) else None
         try_chat_template(self.name, chat_template, self._special_tokens)
         self._control = {self._sp.id_to_piece(i): i for i in range(self.vocab_size) if self._sp.is_control(i)}
         # Longest first: where one piece is the beginning of another, the longer piece is meant.

@@ -6,6 +6,8 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
+
 
 def done(
     run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path, report: Path | None = None
@@ -16,7 +18,7 @@ def done(
     """
     part = "" if steps_here == num_steps else f" ({steps_here} of them in this launch)"
     return [
-        f"done: {num_steps} steps{part} in {duration(seconds)}; checkpoint: {checkpoint}",
+        f"done: {num_steps} {_steps(num_steps)}{part} in {duration(seconds)}; checkpoint: {checkpoint}",
         *([f"report: {report} (open it in a browser)"] if report is not None else []),
         *_next(run_dir, num_steps),
     ]
@@ -24,7 +26,8 @@ def done(
 
 def complete(run_dir: Path, num_steps: int, checkpoint: Path) -> list[str]:
     """Return the lines of a launch that finds all steps of the run done."""
-    first = f"complete: all {num_steps} steps were done before, nothing is trained; checkpoint: {checkpoint}"
+    were = "the only step was" if num_steps == 1 else f"all {num_steps} steps were"
+    first = f"complete: {were} done before, nothing is trained; checkpoint: {checkpoint}"
     return [first, *_next(run_dir, num_steps)]
 
 
@@ -44,9 +47,17 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d} hours" if hours else f"{minutes}:{rest:02d} minutes"
 
 
+def _steps(number: int) -> str:
+    return "step" if number == 1 else "steps"
+
+
 def _next(run_dir: Path, num_steps: int) -> list[str]:
+    run = shlex.quote(str(run_dir))
+    convert = f"selfdistill convert megatron-to-hf --megatron {run} --out {shlex.quote(f'{run_dir}-hf')}"
+    evaluate = f"selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after"
+    came_from_hf = (run_dir / HF_ASSETS).is_dir()  # other models may have no architecture of Hugging Face
     return [
-        f"next: selfdistill convert megatron-to-hf --megatron {shlex.quote(f'{run_dir}/checkpoints')} "
-        f"--out {shlex.quote(f'{run_dir}/huggingface')}",
+        f"next: {convert if came_from_hf else evaluate}",
+        *([f"  or: {evaluate}"] if came_from_hf else []),
         f"  or: the same command with a larger num_steps (num_steps={2 * num_steps}) trains on from there",
     ]

@@ -14,6 +14,7 @@ import tiny_run
 from tiny_run import overrides, saved_step, train
 
 from megatron_selfdistill.commands import convert
+from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
 from megatron_selfdistill.metrics import MetricsLog
 from megatron_selfdistill.report import next_steps
 
@@ -75,17 +76,26 @@ def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
 def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended):
     run, messages = ended
     checkpoint = run / "checkpoints" / "iter_0000002"
-    done, to_hugging_face, train_on = messages[-3:]
+    done, evaluate, train_on = messages[-3:]
     assert re.fullmatch(rf"done: 2 steps in \d+ s; checkpoint: {checkpoint}", done)
     assert (checkpoint / "metadata.json").is_file()
     assert "num_steps=4" in train_on
-    words = shlex.split(to_hugging_face.removeprefix("next: selfdistill convert "))
-    assert words == f"megatron-to-hf --megatron {run}/checkpoints --out {run}/huggingface".split()
+    assert evaluate == f"next: selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after"
 
 
-def test_the_command_to_convert_is_one_that_the_program_takes(ended):
-    words = shlex.split(ended[1][-2].removeprefix("next: selfdistill convert "))
+def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path):
+    run = tmp_path / "a run"
+    (run / "huggingface").mkdir(parents=True)
+    first, convert_it, evaluate, _ = next_steps.done(run, 1, 1, 3.0, run / "checkpoints" / "iter_0000001")
+    assert first == f"done: 1 step in 3 s; checkpoint: {run}/checkpoints/iter_0000001"
+    words = shlex.split(convert_it.removeprefix("next: selfdistill convert "))
+    assert words == ["megatron-to-hf", "--megatron", str(run), "--out", f"{run}-hf"]
     assert convert._parser().parse_args(words).run is convert.megatron_to_hf
+    assert evaluation_arguments(shlex.split(evaluate.removeprefix("  or: selfdistill evaluate "))).megatron == run
+
+
+def test_a_model_of_no_known_architecture_is_not_to_be_converted(tmp_path):
+    assert not any("convert" in line for line in next_steps.complete(tmp_path, 2, tmp_path / "iter_0000002"))
 
 
 def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
@@ -97,7 +107,7 @@ def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, dat
     assert messages[0] == (
         f"complete: all 2 steps were done before, nothing is trained; checkpoint: {run}/checkpoints/iter_0000002"
     )
-    assert messages[1].startswith("next: selfdistill convert ") and "num_steps=4" in messages[2]
+    assert messages[1].startswith("next: selfdistill evaluate ") and "num_steps=4" in messages[2]
     assert not (tmp_path / "built").exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 

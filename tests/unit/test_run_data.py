@@ -369,7 +369,13 @@ def test_an_evaluation_in_an_unknown_language_is_refused(directory, tmp_path):
 
 
 def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path):
-    tokenizer = Tokenizer(models.WordLevel({"a": 0, "$": 1}, unk_token="$"))
+    bytes_of_text = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE({**bytes_of_text, "$": 256}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="$", eos_token="$")
     fast.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).unknown_id is None
+
+
+def test_an_unknown_token_may_also_pad(tmp_path):
+    assert load_tokenizer(character_tokenizer(tmp_path, pad_token="_")).unknown_id == CHARACTERS.index("_")

@@ -73,7 +73,8 @@ class DataConfig:
     global_batch_size: PositiveInt = 32
     """Number of problems (of turns, where the records are conversations) per step, over all data-parallel ranks."""
     max_length: PositiveInt | None = None
-    """Length of the longest context, in tokens; null is model.max_position_embeddings."""
+    """Length of the longest context, in tokens; null is model.max_position_embeddings, or the longest packed sequence
+    (schedule.max_tokens) if that is shorter."""
     on_long_context: Annotated[str, OneOf(LONG_CONTEXT_POLICIES)] = "error"
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""

@@ -87,7 +87,7 @@ def test_what_the_readme_says_about_the_cost_is_in_the_tables():
         re.search(pattern, readme).groups()
         for pattern in (
             r"one GPU of 80 GiB trains ([\d.]+) B parameters, or adapters of ([\d.]+) B",
-            r"200 steps of Qwen3-8B take (\d+) GPUs for \[([\d.]+) hours\]",
+            r"200 steps of Qwen3-8B take (\d+) H200 GPUs for \[([\d.]+) hours\]",
         )
     )
     rows = [(model, cells.split(" | ")) for model, cells in ONE_GPU]
