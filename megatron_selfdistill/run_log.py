@@ -179,9 +179,9 @@ class EventLog:
     """The log of what happens to a run besides its steps: events.jsonl in the run directory.
 
     A line has ``time`` (UTC, ISO 8601), ``step`` (the steps that are done), ``event`` and details.  The events are
-    ``started`` (with the facts of the launch), ``saved``, ``stopped`` (on request), ``guard`` and ``engine`` (why the
-    run ended), and ``finished``.  A resumed run appends to the file: unlike metrics, events of steps that the run
-    repeats stay.  Details hide values that come from the environment.
+    ``started`` (with the facts of the launch), ``saved``, ``stopped`` (on request), ``guard``, ``engine`` and
+    ``verifier`` (why the run ended), and ``finished``.  A resumed run appends to the file: unlike metrics, events of
+    steps that the run repeats stay.  Details hide values that come from the environment.
 
     ``enabled``: False if this rank writes nothing.
     """

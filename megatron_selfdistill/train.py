@@ -23,7 +23,7 @@ from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
-from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
+from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.needed_packages import require_packages
 from megatron_selfdistill.plan import plan_checks
@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return the exit status.
 
     0: the run is complete, or it stopped when asked (stop.py); 2: bad input; 3: a guard stopped the run; 4: an engine
-    returned no responses; 130: Ctrl-C outside of a run, or pressed twice.  A run that hangs exits with 5 (watchdog.py).
+    returned no responses, or a verifier, reward or hint of the user failed; 130: Ctrl-C outside of a run, or pressed
+    twice.  A run that hangs exits with 5 (watchdog.py).
     """
     guard_standard_error()
     ranks = RollCall()
@@ -67,8 +68,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OtherRankFailed as elsewhere:
         ranks.inform_torchrun(str(elsewhere))
         return elsewhere.status
-    except (ConfigError, CheckpointError, EngineError) as error:
-        status = EXIT_NO_ROLLOUT if isinstance(error, EngineError) else EXIT_BAD_INPUT
+    except (ConfigError, CheckpointError, EngineError, VerifierError) as error:
+        status = EXIT_NO_ROLLOUT if isinstance(error, (EngineError, VerifierError)) else EXIT_BAD_INPUT
         _report(visible(hidden(str(error))), status, ranks)
         return status
     except KeyboardInterrupt:
@@ -109,7 +110,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     """Check the configuration, build the trainer, run the loop, and return the exit status.
 
     0: the run is complete, or it stopped when asked; `EXIT_UNHEALTHY`: a guard stopped the run; `EXIT_NO_ROLLOUT`: an
-    engine failed.  In all three cases there is a checkpoint from which the run continues.
+    engine or code of the user failed.  In all three cases there is a checkpoint from which the run continues.
     ``given``: the keys that the user has set, which must not contradict the checkpoint that the run starts from; null
     means all keys that are not at their defaults.  ``ranks``: where the ranks of the launch meet; the caller reports an
     error there.
@@ -179,15 +180,16 @@ def _train(
                     loop(trainer)
                     conclude(trainer, first, time.monotonic() - began)
                 return 0
-            except (RunUnhealthy, EngineError) as reason:
+            except (RunUnhealthy, EngineError, VerifierError) as reason:  # every rank raises each of them
                 if isinstance(reason, EngineError) and trainer.stop.agreed():
                     trainer.leave()  # the end of the job has also ended its servers
                     return 0
                 trainer.save()
-                unhealthy = isinstance(reason, RunUnhealthy)
-                trainer.events.record(trainer.step, "guard" if unhealthy else "engine", reason=str(reason))
+                events = {RunUnhealthy: "guard", EngineError: "engine", VerifierError: "verifier"}
+                event = next(name for kind, name in events.items() if isinstance(reason, kind))
+                trainer.events.record(trainer.step, event, reason=str(reason))
                 trainer.log.message(f"stopped: {reason}")
-                return EXIT_UNHEALTHY if unhealthy else EXIT_NO_ROLLOUT
+                return EXIT_UNHEALTHY if isinstance(reason, RunUnhealthy) else EXIT_NO_ROLLOUT
             finally:
                 trainer.close()
                 if trainer.run_directory.is_owned:

@@ -22,7 +22,8 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.carried_weights import CarriedWeights, carried_rules
 from megatron_selfdistill.checkpoint.conversion_progress import FiniteCheck, Progress
-from megatron_selfdistill.checkpoint.describe import FORMATS, HF_ASSETS, hf_assets_of, num_tokens
+from megatron_selfdistill.checkpoint.describe import FORMATS, hf_assets_of, num_tokens
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.full_weights import Weights
 from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, read_config, without_lost_code

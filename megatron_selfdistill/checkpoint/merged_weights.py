@@ -22,6 +22,7 @@ from megatron_selfdistill.checkpoint.formats.full_weights import (
     Weights,
     open_weights,
     raise_misfit,
+    require_rank_of_factors,
     verify_checksums,
     weight_shapes,
 )
@@ -172,6 +173,7 @@ def merge_adapters(
             "hf-to-megatron"
         )
     source, factors = TorchDistReader(opened.path), TorchDistReader(weights.path)
+    require_rank_of_factors(weights.path, weight_shapes(factors), adapters.settings.rank)
     merge = Merge(adapters.settings.scale)
     finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
     pieces = _merged_pieces(source, factors, merge, finite)

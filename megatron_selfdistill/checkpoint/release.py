@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.conversion_progress import Progress
-from megatron_selfdistill.checkpoint.describe import HF_ASSETS
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.formats import manifest, torch_dist_writer
 from megatron_selfdistill.checkpoint.formats.hf_files import copy_hf_assets, hf_assets
 from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece

@@ -59,6 +59,7 @@ def status(run: RunRecord) -> str:
         "stopped": "the run was asked to stop, and can be resumed",
         "guard": "a guard stopped the run",
         "engine": "an engine failed",
+        "verifier": "a verifier, reward or hint of the user failed",
     }
     if last is None:
         return done

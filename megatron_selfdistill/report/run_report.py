@@ -26,7 +26,7 @@ MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
 between them at equal distances."""
 
-ENDINGS = ("finished", "stopped", "guard", "engine")
+ENDINGS = ("finished", "stopped", "guard", "engine", "verifier")
 """The events that end a launch of a run."""
 
 SCRIPTS = ("uplot.min.js", "legend.js", "figure.js", "responses.js", "live.js", "run_report.js")

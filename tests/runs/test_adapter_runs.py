@@ -26,10 +26,11 @@ from tiny_run import (
 
 from megatron_selfdistill.checkpoint.describe import describe
 from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
+from megatron_selfdistill.checkpoint.merged_weights import merge_adapters
 from megatron_selfdistill.checkpoint.stored_adapters import base_digest
 from megatron_selfdistill.commands import convert, evaluate, explore
 from megatron_selfdistill.config import load
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import CheckpointError, ConfigError
 
 ADAPTED = ("adapter.rank=4", "adapter.alpha=8")
 
@@ -144,9 +145,10 @@ def test_a_rank_in_the_description_that_no_factor_has_takes_no_memory(ranks, dat
     command += [f"data.tokenizer={data}/tokenizer", "optimizer=fp32", "rollout.max_new_tokens=8"]
     command += ["rollout.kv_cache_gb=0.1", "checkpoint.verify=none"]
     ((status, output),) = ranks.run(evaluate_and_listen, command, world_size=1, init_process_group=False)
-    assert status == 2 and output.endswith(
-        "iter_0000004 has factors of the ranks [4], but its adapters.json has the rank 50000\n"
-    )
+    fault = "iter_0000004 has factors of the ranks [4], but its adapters.json has the rank 50000"
+    assert status == 2 and output.endswith(f"{fault}\n")
+    with pytest.raises(CheckpointError, match=re.escape(fault)):
+        merge_adapters(path, tmp_path / "merged")
 
 
 def test_a_checkpoint_with_the_state_of_its_optimizer_is_merged_by_the_command_of_the_page(

@@ -17,6 +17,7 @@ from megatron_selfdistill.commands import convert
 from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
 from megatron_selfdistill.metrics import MetricsLog
 from megatron_selfdistill.report import next_steps
+from megatron_selfdistill.run_log import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -141,3 +142,11 @@ def test_a_run_that_was_stopped_shows_how_to_continue_and_ends_with_the_steps_of
 )
 def test_durations_are_for_people(seconds, text):
     assert next_steps.duration(seconds) == text
+
+
+def test_a_reward_that_fails_costs_no_finished_step(ranks, data, tmp_path):
+    rewarded = ["policy.reward=hint_functions.reward_that_leaves_late", "policy.weight=1", "rollout.num_samples=2"]
+    train(ranks, overrides(data, tmp_path / "run", "checkpoint.save_every=0", *rewarded), world_size=2, expected=4)
+    assert saved_step(tmp_path / "run") >= 1
+    event = read_events(tmp_path / "run")[-1]
+    assert event["event"] == "verifier" and "reward_that_leaves_late tried to end the program" in event["reason"]

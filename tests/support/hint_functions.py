@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -35,3 +36,15 @@ def reward_of_reply(response_text: str, problem: Problem) -> float:
     """Return 1 for a reply that the user thanks for, else -1."""
     assert problem.reply is not None
     return 1.0 if problem.reply.next_state[0]["content"] == "thanks" else -1.0
+
+
+_CALLS = 0
+
+
+def reward_that_leaves_late(response_text: str, problem: Problem) -> float:
+    """Return 1 for the first twenty responses of a process, and then try to end the program."""
+    global _CALLS
+    _CALLS += 1
+    if _CALLS > 20:
+        sys.exit(0)
+    return 1.0

@@ -22,16 +22,20 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.directory import find
 from megatron_selfdistill.checkpoint.formats.finite import non_finite
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_BUILT, raise_misfit, weight_shapes
+from megatron_selfdistill.checkpoint.formats.full_weights import (
+    NOT_BUILT,
+    raise_misfit,
+    require_rank_of_factors,
+    weight_shapes,
+)
 from megatron_selfdistill.checkpoint.formats.legacy import LegacyReader
 from megatron_selfdistill.checkpoint.formats.tensor_names import Place, has_numbered_layers, names, shown
 from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
 from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
 from megatron_selfdistill.checkpoint.run import sharded_io, state
-from megatron_selfdistill.checkpoint.stored_adapters import NAME, refuse_adapters
+from megatron_selfdistill.checkpoint.stored_adapters import refuse_adapters
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.model.hf.adapter_rules import SUFFIX
 
 Chunks = Sequence[torch.nn.Module]
 
@@ -86,9 +90,7 @@ def require_stored_rank(path: Path, rank: int) -> None:
     """
     found = run_on_rank_0(lambda: directory.resolve(path))
     shapes = run_on_rank_0(lambda: weight_shapes(TorchDistReader(found)))
-    held = {shape[-2] for key, shape in shapes.items() if key.endswith(f"{SUFFIX}.a") and len(shape) > 1}
-    if held != {rank}:
-        raise CheckpointError(f"{found} has factors of the ranks {sorted(held)}, but its {NAME} has the rank {rank}")
+    require_rank_of_factors(found, shapes, rank)
 
 
 def load_weights_and_optimizer(

@@ -47,7 +47,7 @@ def check_fields(section: str, values: Any) -> None:
 
 def require_address(key: str, address: str, example: str) -> None:
     """Raise `ConfigError`, without a password, unless ``address`` is one of http or https that names no user."""
-    shown = re.sub(r"^(\w+://)?[^/]*@", r"\1***@", address)
+    shown = re.sub(r"^(\w+://)?[^/]*@", r"\1***@", re.sub(r"[?#].*", "?***", address))
     try:
         place = urllib.parse.urlsplit(address)
         good = place.scheme in ("http", "https") and bool(place.hostname) and place.port != 0

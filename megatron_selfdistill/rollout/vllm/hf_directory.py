@@ -13,7 +13,8 @@ from typing import Any
 
 from megatron_selfdistill.checkpoint import directory
 from megatron_selfdistill.checkpoint.conversion import DTYPES
-from megatron_selfdistill.checkpoint.describe import HF_ASSETS, hf_assets_of
+from megatron_selfdistill.checkpoint.describe import hf_assets_of
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_selfdistill.checkpoint.conversion import hf_to_megatron, megatron_to_hf
-from megatron_selfdistill.checkpoint.describe import HF_ASSETS, describe
+from megatron_selfdistill.checkpoint.describe import describe
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.checkpoint.formats.full_weights import open_weights
 from megatron_selfdistill.checkpoint.peft_adapters import weight_rules
 from megatron_selfdistill.checkpoint.run.external import load_weights

@@ -17,7 +17,7 @@ import tiny_run
 from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint.describe import HF_ASSETS
+from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
 from megatron_selfdistill.commands.given_model import computed_in, find_model

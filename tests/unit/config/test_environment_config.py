@@ -39,10 +39,11 @@ def configured(*overrides: str) -> Config:
         (["environment.name=http", "environment.url=http://host:99999"], "got 'http://host:99999'"),
         (
             ["environment.name=http", "environment.url=http://host/v1?a=b"],
-            "http://host:8000/v1, got 'http://host/v1?a=b'",
+            "http://host:8000/v1, got 'http://host/v1?***'",
         ),
         (["environment.name=http", "environment.url=https:///v1"], "got 'https:///v1'"),
         (["environment.name=http", "environment.url=me:s3cr3t@host/v1"], "got '***@host/v1'"),
+        (["environment.name=http", "environment.url=http://host/v1?key=s3cr3t"], "got 'http://host/v1?***'"),
         (
             ["environment.name=http", "environment.url=https://me:s3cr3t@host/v1"],
             "environment.url must be an address without a user and a password, since no request would send them and "
