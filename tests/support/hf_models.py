@@ -463,8 +463,12 @@ def hf_logits(model: Any, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 SEQUENCES = [torch.randint(VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (23, 40)]
 """Two texts for the comparison of logits, to test packing; both are longer than the original length of YaRN."""
-LOGITS_BOUND = 1e-4
-"""The largest difference of the logits of two float32 implementations of these models.
 
-A rounding of every weight to float32 moves these logits by 5e-6 to 4e-5, so that the bound is that of three roundings.
-"""
+
+def logits_bound(kind: str) -> float:
+    """Return the largest difference of the logits of two float32 implementations of a model of this kind.
+
+    A rounding of every weight to float32 moves these logits by 5e-6 to 3e-5, and in models with gated delta nets by
+    2e-5 to 1e-4: the bound is that of three roundings.
+    """
+    return 3e-4 if kind.startswith(("qwen3_next", "qwen3_5")) else 1e-4

@@ -28,7 +28,7 @@ from megatron_selfdistill.errors import CheckpointError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 KINDS = list(hf_models.CONFIGS)
-NAMED_OTHERWISE = dict.fromkeys(["phi3", "qwen3_5_moe"], hf_models.LOGITS_BOUND)
+NAMED_OTHERWISE = {kind: hf_models.logits_bound(kind) for kind in ("phi3", "qwen3_5_moe")}
 """Kinds that return without config.json as an earlier family, which computes the same with other tensors."""
 
 

@@ -31,4 +31,4 @@ def test_three_roundings_of_the_weights_move_the_logits_by_at_most_the_bound(tmp
         weight.mul_(1 + CHANGE / 4 * (2 * torch.randint(0, 2, weight.shape, generator=draw) - 1))
     logits = (hf_models.hf_logits(one, hf_models.SEQUENCES) for one in (model, changed))
     moved = (torch.sub(*logits)).abs().max().item() / (CHANGE / 4) * UNIT_ROUNDOFF
-    assert hf_models.LOGITS_BOUND / 40 < ROUNDINGS * moved < 1.5 * hf_models.LOGITS_BOUND
+    assert hf_models.logits_bound(kind) / 10 < ROUNDINGS * moved < hf_models.logits_bound(kind)

@@ -37,7 +37,6 @@ ROTATED = ("qwen3", "llama_linear", "qwen3_yarn", "glm4_moe")
 UNCUT_EXPERTS = ("gpt_oss",)  # with biases
 """One kind for each form of the rotary positions, which context parallelism cuts."""
 SWAPPABLE = ("llama2", "qwen3", "mixtral")
-TOLERANCE = 1e-4
 # Each a multiple of 4 for CP2, so that their total is even for sequence parallelism; longer than YaRN's first length.
 SEQUENCES = [
     torch.randint(hf_models.VOCAB_SIZE, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (24, 40)
@@ -328,7 +327,7 @@ def test_logits_are_those_of_transformers(comparison, layout, kind, precision):
     """In float32; in bf16 they are as near to exact ones as those of transformers."""
     assert comparison.expected[kind]["fp32"].std() > 1
     if precision == "fp32":
-        assert comparison.difference(layout, kind) <= TOLERANCE
+        assert comparison.difference(layout, kind) <= hf_models.logits_bound(kind)
     else:
         mine, theirs = comparison.bf16_errors(layout, kind)
         assert 0 < mine <= 1.3 * theirs
@@ -341,14 +340,14 @@ def test_the_live_model_is_exported_as_it_came(comparison, layout, kind, precisi
 
 @in_layouts("TP2xPP2", "TP2xEP2, ETP1", quick=["TP2xEP2, ETP1"], kinds=["deepseek_v3"])
 def test_the_written_checkpoint_loads_in_any_layout_and_leaves_it_as_it_came(comparison, layout, kind):
-    assert comparison.difference(layout, kind, "from checkpoint") <= TOLERANCE
+    assert comparison.difference(layout, kind, "from checkpoint") <= hf_models.logits_bound(kind)
     assert comparison.loaded(layout, "from checkpoint")[kind, "fp32"].changed == []
 
 
 def test_layers_that_are_swapped_across_stages_are_seen(comparison):
     loaded = comparison.loaded("PP2xVPP2", "swapped")
     for kind in SWAPPABLE:
-        assert (loaded[kind, "fp32"].logits - comparison.expected[kind]["fp32"]).abs().max() > 1000 * TOLERANCE
+        assert (loaded[kind, "fp32"].logits - comparison.expected[kind]["fp32"]).abs().max() > 0.1
 
 
 def main() -> None:
