@@ -275,8 +275,8 @@ def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Pr
         check_teacher_prompt(builder, problem, student, teacher, pair.solution)
         costs.append(hint_cost(builder, problem, student, teacher))
     cost = mean_cost(costs)
-    prompts = [prompt for _, pair in looked_at for prompt in (pair.student_prompt, pair.teacher_prompt)]
-    unknown = about_unknown_tokens(builder.tokenizer, prompts)
+    students, teachers = zip(*((pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at), strict=True)
+    unknown = about_unknown_tokens(builder.tokenizer, students, teachers)
     return (
         f"the teacher's prompt adds {cost.wording:.0f} tokens of wording (data.teacher_template) and on average "
         f"{cost.solution:.0f} of the {shown_part} (in {len(costs)} prompts){f'; {unknown}' if unknown else ''}"

@@ -80,23 +80,33 @@ def check_teacher_prompt(
     )
 
 
-def about_unknown_tokens(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str | None:
-    """Return a warning about the unknown tokens in ``prompts``, token ids; None where there are none.
+def about_unknown_tokens(
+    tokenizer: Tokenizer, students: Sequence[Sequence[int]], teachers: Sequence[Sequence[int]] = ()
+) -> str | None:
+    """Return a warning about the unknown tokens in the prompts of students and teachers; None where there are none.
 
-    Raises: ValueError if their share is above `UNREADABLE`.
+    Raises: ValueError if their share in the students' prompts is above `UNREADABLE`.
     """
+    of_students = _about_unknown(tokenizer, students)
+    if of_students is not None and of_students[0] > UNREADABLE:
+        raise ValueError(
+            f"{of_students[1]}: set data.tokenizer to a tokenizer of the language of the data, that of the model"
+        )
+    of_all = _about_unknown(tokenizer, [*students, *teachers])
+    return None if of_all is None else f"warning: {of_all[1]}"
+
+
+def _about_unknown(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> tuple[float, str] | None:
+    """Return the share of unknown tokens in ``prompts``, and a sentence about it; None where there are none."""
     token = tokenizer.unknown_id
     unknown = 0 if token is None else sum(list(ids).count(token) for ids in prompts)
     if token is None or not unknown:
         return None
     share = unknown / sum(map(len, prompts))
-    found = (
-        f"{share:.1%} of the tokens of the first prompts are {tokenizer.decode([token])!r}, the unknown "
-        f"token of {tokenizer.name}, which the model reads in place of every text that this tokenizer does not know"
+    return share, (
+        f"{share:.1%} of the tokens of the first prompts are {tokenizer.decode([token])!r}, the unknown token of "
+        f"{tokenizer.name}, which the model reads in place of every text that this tokenizer does not know"
     )
-    if share > UNREADABLE:
-        raise ValueError(f"{found}: set data.tokenizer to a tokenizer of the language of the data, that of the model")
-    return f"warning: {found}"
 
 
 def _shows(tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> bool:
