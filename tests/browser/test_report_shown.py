@@ -76,7 +76,7 @@ def test_no_column_of_a_table_is_clipped(browser, tmp_path, count):
     tab.value("void document.querySelectorAll('details').forEach((part) => { part.open = true; })")
     tab.wait_for("document.querySelector('#pairs .pair') && document.querySelector('#samples .token')")
     for width in (420, 700, 1280, 1920):
-        tab.page.set_viewport_size({"width": width, "height": 800})
+        tab.resize(width)
         tab.value("void figures.forEach((figure) => figure.point(990))")
         assert tab.value(CLIPPED) == [], width
         tab.value("void figures.forEach((figure) => figure.leave())")

@@ -74,6 +74,11 @@ class Tab:
             }}
         }})()""")
 
+    def resize(self, width: int, height: int = 800) -> None:
+        """Give the page another size; return when the page has answered the event of it, which comes with a frame."""
+        self.page.set_viewport_size({"width": width, "height": height})
+        self.value("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
     def text(self, selector: str) -> str:
         """Return the visible text of the first element that the selector finds."""
         return str(self.page.inner_text(selector))
