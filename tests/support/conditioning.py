@@ -9,8 +9,9 @@ digits in any order of its terms.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import models
@@ -52,9 +53,16 @@ def amplification(ranks: RankPool, case: Case, seed: int) -> tuple[float, str]:
     return worst / CHANGE, where
 
 
-def _run_with_changed_weights(case: Case, seed: int) -> Outcome:
+@contextlib.contextmanager
+def changed_weights(seed: int) -> Iterator[None]:
+    """Multiply every weight that this process fills by 1 + `CHANGE` or 1 - `CHANGE`, as the seed draws."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(models, "full_weight", _changed(models.full_weight, seed))
+        yield
+
+
+def _run_with_changed_weights(case: Case, seed: int) -> Outcome:
+    with changed_weights(seed):
         return run(case)
 
 

@@ -82,14 +82,17 @@ def test_a_module_that_ends_the_program_when_it_is_imported_is_refused():
 
 def test_a_signal_still_ends_the_code_of_a_user():
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    # A shell without job control lets the programs that it starts in the background ignore SIGINT.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(SystemExit) as caught, user_code("a verifier"):
             os.kill(os.getpid(), signal.SIGTERM)
         assert caught.value.code == 143
+        with pytest.raises(KeyboardInterrupt), user_code("a verifier"):
+            os.kill(os.getpid(), signal.SIGINT)
     finally:
         signal.signal(signal.SIGTERM, before)
-    with pytest.raises(KeyboardInterrupt), user_code("a verifier"):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.signal(signal.SIGINT, ignored)
 
 
 def test_a_program_that_ends_within_a_run_does_not_end_with_the_status_of_success(monkeypatch, data, tmp_path):
