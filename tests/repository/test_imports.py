@@ -33,7 +33,7 @@ ORDER = {
     "replaced_files": "",
     "run_log": "",
     "explored_files": "",
-    "distributed": "collectives launch_store roll_call watchdog ranks stop",
+    "distributed": "collectives launch_store roll_call watchdog ranks parcels stop",
     "loss": (
         "status target batch_k divergence weighting "
         "sharded.beta_grid sharded.argument_checks sharded.solver sharded.shard_sums sharded.token_statistics "
@@ -72,7 +72,7 @@ ORDER = {
     "prechecks": "",
     "teacher": "",
     "rollout": (
-        "base streaming guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
+        "base arrays streaming guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
         "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
         "vllm.gpt_oss_loading vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "

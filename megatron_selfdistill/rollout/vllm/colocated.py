@@ -27,12 +27,7 @@ from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_adapter import why_not_adapted
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
-from megatron_selfdistill.rollout.vllm.exchange import (
-    WeightAge,
-    check_requests,
-    gather_requests,
-    return_responses,
-)
+from megatron_selfdistill.rollout.vllm.exchange import EngineShares, WeightAge, check_requests
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
@@ -97,7 +92,7 @@ class ColocatedSampler:
         if adapter is not None and adapter.rank and refusal:
             raise ConfigError(refusal)
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
-        self._engine_number, self._engine_rank = divmod(grid.rank, engine_tp)
+        self._engine_tp, self._engine_rank = engine_tp, grid.rank % engine_tp
         self._num_engines = grid.world_size // engine_tp
         self._guided, self._bare_roles, self._progress = rollout.guidance != "none", bare_roles, progress
         self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=int(rollout.bucket_mb * 2**20))
@@ -159,16 +154,15 @@ class ColocatedSampler:
         requests, or samples with other weights than the last `update_weights` sent.
         """
         version = self._last_version()
-        gathered = gather_requests(requests, self._grid)
-        check_requests(gathered.requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
+        with raise_on_all_ranks(EngineError):
+            check_requests(requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
+        shares = EngineShares(len(requests), self._grid, self._engine_tp)
+        share = shares.distribute(requests)
         if self._asleep:  # the weights have left the device
             self.update_weights(version)
-        indices = self._share(len(gathered.requests))
         with raise_on_all_ranks(EngineError):
-            responses = self._generate_share([gathered.requests[i] for i in indices], params)
-        # All ranks of an engine have the responses; the engine's first rank returns them.
-        generated = dict(zip(indices, responses, strict=True)) if self._engine_rank == 0 else {}
-        return return_responses(generated, gathered)
+            responses = self._generate_share(share, params)
+        return shares.collect(responses)
 
     def sleep(self) -> None:
         """Leave the device to the trainer; do nothing where memory cannot be given back (on a CPU)."""
@@ -196,14 +190,6 @@ class ColocatedSampler:
         for bucket in buckets:
             self._count("sync_bytes", sum(tensor.nbytes for _, tensor in bucket))
             yield from bucket
-
-    def _share(self, count: int) -> range:
-        """Return the indices of the requests of this rank's engine.
-
-        They are neighbours, since the samples of one problem share the KV cache of their prompt.
-        """
-        first, end = (count * n // self._num_engines for n in (self._engine_number, self._engine_number + 1))
-        return range(first, end)
 
     def _generate_share(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]

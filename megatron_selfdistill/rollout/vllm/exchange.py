@@ -1,29 +1,43 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Send the requests of all replicas to engines with weights of their own, and return the responses to the replicas.
+"""Send the requests of the replicas to engines with weights of their own, and the responses back to the replicas.
 
-    gathered = gather_requests(requests, grid)  # the requests of all replicas, on every rank
-    with raise_on_all_ranks(EngineError):
-        generated = {index: response, ...}  # this rank's share; an error here is raised on all ranks
-    responses = return_responses(generated, gathered)  # the responses to this replica's requests, in order
+    # With servers, to which rank 0 speaks:
+    gathered = gather_requests(requests, grid)  # rank 0 has the requests of all replicas
+    answered = gathered.by_replica({index: response, ...})  # rank 0 has the responses
+    responses = return_responses(answered, [0], grid, range(len(requests)))  # every rank has those of its replica
 
-Every function is a collective over the world.
+    # With colocated engines:
+    shares = EngineShares(len(requests), grid, engine_tp)
+    own = shares.distribute(requests)  # every rank has the share of its engine
+    responses = shares.collect([response, ...])  # every rank has the responses to the requests of its replica
+
+Requests and responses travel from the ranks that have them to the ranks that need them, as arrays (rollout/arrays.py):
+a replica sends and receives through its first rank, which broadcasts responses to the others.  What a rank sends and
+receives depends on its own replica and engine; with servers, only rank 0 handles the requests of the whole world.
+
+Every function and method is a collective over the world, unless it says otherwise.
 """
 
 from __future__ import annotations
 
-import pickle
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+import numpy as np
 
-from megatron_selfdistill.checkpoint.formats.unpickler import loads_pickled
-from megatron_selfdistill.distributed.collectives import gather_objects, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.arrays import (
+    NUM_RESPONSE_ARRAYS,
+    request_arrays,
+    requests_from,
+    response_arrays,
+    responses_from,
+)
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, require_room
 
 if TYPE_CHECKING:
@@ -32,75 +46,158 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GatheredRequests:
-    """The requests of all data-parallel replicas, as every rank holds them."""
+    """The requests of all data-parallel replicas on rank 0, and how many of them this rank's replica has."""
 
-    requests: list[Request]
-    """All requests, in the order of the replicas."""
-    own: Sequence[int]
-    """Indices of the requests of this rank's replica."""
-    by_rank: Sequence[Sequence[int]]
-    """Indices of the requests of each rank's replica, by global rank; hashable."""
-    device: torch.device
-    """Device of the tensors that collectives exchange."""
+    requests: Sequence[Request]
+    """On rank 0 all requests, in the order of the replicas; on the other ranks nothing."""
+    replicas: Mapping[int, range]
+    """On rank 0 the indices of each replica's requests, by the global rank that is its first; elsewhere nothing."""
+    num_own: int
+    """Number of the requests of this rank's replica."""
 
-    def only(self, indices: Collection[int]) -> GatheredRequests:
-        """Return the same requests, of which only those of ``indices`` are to be answered."""
-        by_rank = [tuple(i for i in own if i in indices) for own in self.by_rank]
-        return replace(self, own=tuple(i for i in self.own if i in indices), by_rank=by_rank)
+    def by_replica(self, responses: Mapping[int, Response]) -> dict[int, dict[int, Response]]:
+        """Return ``responses``, which have indices into `requests`, by first rank and index in the replica.
+
+        No collective.
+        """
+        return {
+            first: {i - own.start: responses[i] for i in own if i in responses} for first, own in self.replicas.items()
+        }
 
 
 def gather_requests(requests: Sequence[Request], grid: RankGrid) -> GatheredRequests:
-    """Return the requests of all replicas, in the order of the replicas, on every rank.
+    """Return the requests of all replicas, in the order of the replicas, on rank 0.
 
     ``requests`` belong to this data-parallel replica, and are the same on each of its ranks.
-    Collectives: one all-gather of objects over the world.
+    Collectives: those of `send_requests`, in which the first rank of each replica sends to rank 0.
     """
-    shares = gather_objects((grid.dp_rank, list(requests) if grid.is_first_of_replica else []))
-    by_replica: list[list[Request]] = [[] for _ in range(grid.dp_size)]
-    for dp_rank, share in shares:
-        by_replica[dp_rank] += share
-    ranges = [range(first, end) for first, end in pairwise(accumulate(map(len, by_replica), initial=0))]
-    everything = [request for share in by_replica for request in share]
-    return GatheredRequests(everything, ranges[grid.dp_rank], [ranges[dp_rank] for dp_rank, _ in shares], grid.device)
+    firsts = [grid.first_rank_of(replica) for replica in range(grid.dp_size)] if grid.rank == 0 else []
+    received = send_requests({0: requests} if grid.is_first_of_replica else {}, firsts, grid)
+    ends = accumulate((len(received[first]) for first in firsts), initial=0)
+    replicas = {first: range(*bounds) for first, bounds in zip(firsts, pairwise(ends), strict=True)}
+    return GatheredRequests([r for first in firsts for r in received[first]], replicas, len(requests))
 
 
-def return_responses(generated: Mapping[int, Response], gathered: GatheredRequests) -> list[Response]:
-    """Return the responses to the requests of this rank's replica, in order.
+class EngineShares:
+    """The requests of all replicas, one behind the other, cut into one share per colocated engine.
 
-    ``generated`` holds the responses that this rank has, by index into ``gathered.requests``; exactly one rank has the
-    response to each request.
-    Collectives over the world: two all-to-alls, in which each rank receives the responses to the requests of its own
-    replica and no others, and the collectives of `raise_on_all_ranks`.
-    Raises: `EngineError` on all ranks alike if a request has no response or more than one.
+    Shares are equally long, give or take one request.  They are neighbours, since the samples of one problem share the
+    KV cache of their prompt.
     """
-    shares = {
-        indices: pickle.dumps([(index, vars(generated[index])) for index in indices if index in generated])
-        for indices in set(gathered.by_rank)
-    }
-    received = _all_to_all([shares[indices] for indices in gathered.by_rank], gathered.device)
-    found = [pair for share in received for pair in loads_pickled(share, "a share of responses")]
-    counts = Counter(index for index, _ in found)
-    wrong = [f"request {index} has {counts[index]}" for index in gathered.own if counts[index] != 1]
+
+    def __init__(self, num_own: int, grid: RankGrid, engine_tp: int) -> None:
+        """Cut the requests of all replicas, of which this rank's replica has ``num_own``.
+
+        ``engine_tp`` consecutive ranks are one engine; it divides the world's size.
+        Collectives: an all-reduce of one integer per replica over the data-parallel group.
+        """
+        self._grid, self._tp = grid, engine_tp
+        counts = max_over_ranks(
+            [num_own if replica == grid.dp_rank else 0 for replica in range(grid.dp_size)], grid.dp_group
+        )
+        num_engines = grid.world_size // engine_tp
+        self._replicas = [range(*bounds) for bounds in pairwise(accumulate(counts, initial=0))]
+        cuts = [sum(counts) * engine // num_engines for engine in range(num_engines + 1)]
+        self._engines = [range(*bounds) for bounds in pairwise(cuts)]
+        self._own = self._replicas[grid.dp_rank]
+        self._share = self._engines[grid.rank // engine_tp]
+
+    def distribute(self, requests: Sequence[Request]) -> list[Request]:
+        """Return the share of this rank's engine, on each of its ranks; ``requests`` are those of the replica.
+
+        Collectives: those of `send_requests`, in which the first rank of each replica sends to all ranks of the engines
+        that answer its requests.
+        """
+        parts: dict[int, Sequence[Request]] = {}
+        if self._grid.is_first_of_replica:
+            for engine, common in _overlaps(self._own, self._engines):
+                part = requests[common.start - self._own.start : common.stop - self._own.start]
+                parts |= dict.fromkeys(range(engine * self._tp, (engine + 1) * self._tp), part)
+        sources = [self._grid.first_rank_of(replica) for replica, _ in _overlaps(self._share, self._replicas)]
+        received = send_requests(parts, sources, self._grid)
+        return [request for source in sources for request in received[source]]
+
+    def collect(self, responses: Sequence[Response]) -> list[Response]:
+        """Return the responses to the requests of this rank's replica, in order.
+
+        ``responses``: those to the requests that `distribute` returned, in order; the first rank of each engine has
+        them, and those of its other ranks are ignored.
+        Collectives and errors: those of `return_responses`, in which the first rank of each engine sends.
+        """
+        answered: dict[int, dict[int, Response]] = {}
+        if self._grid.rank % self._tp == 0:
+            of_share = dict(zip(self._share, responses, strict=False))
+            for replica, common in _overlaps(self._share, self._replicas):
+                start = self._replicas[replica].start
+                answered[self._grid.first_rank_of(replica)] = {i - start: of_share[i] for i in common if i in of_share}
+        sources = [engine * self._tp for engine, _ in _overlaps(self._own, self._engines)]
+        found = return_responses(answered, sources, self._grid, range(len(self._own)))
+        return [found[i] for i in range(len(self._own))]
+
+
+def send_requests(
+    parts: Mapping[int, Sequence[Request]], sources: Collection[int], grid: RankGrid
+) -> dict[int, list[Request]]:
+    """Send the requests ``parts[r]`` to each global rank r; return the requests that each of ``sources`` sends here.
+
+    ``parts`` and ``sources`` are as for `exchange_parcels`.  A prompt that several requests of one part have travels
+    once.
+    Collectives: those of `exchange_parcels` and of `raise_on_all_ranks`.
+    Raises: `EngineError` on all ranks alike for token ids and seeds that are no such numbers.
+    """
     with raise_on_all_ranks(EngineError):
-        if wrong:
-            raise EngineError(f"expected one response to each request, but {wrong[0]}")
-    responses = {index: Response(**fields) for index, fields in found}
-    return [responses[index] for index in gathered.own]
+        packed = {id(part): request_arrays(part) for part in parts.values()}
+    received = exchange_parcels({to: packed[id(part)] for to, part in parts.items()}, sources, grid.device)
+    return {source: requests_from(arrays) for source, arrays in received.items()}
 
 
-def _all_to_all(outgoing: Sequence[bytes], device: torch.device) -> list[bytes]:
-    """Send ``outgoing[r]``, which is not empty, to each rank r; return what each rank sends to this one, by rank.
+def return_responses(
+    answered: Mapping[int, Mapping[int, Response]],
+    sources: Collection[int],
+    grid: RankGrid,
+    wanted: Collection[int],
+    *,
+    is_last: bool = True,
+) -> dict[int, Response]:
+    """Return responses to the requests of this rank's replica, by index into its requests, on each of its ranks.
 
-    Collectives: two all-to-alls over the world, of sizes and of bytes.
+    ``answered``: the responses that this rank has, by the first rank of the replica that asked, and by index into the
+    requests of that replica.  ``sources``: the ranks whose ``answered`` names the first rank of this replica.
+    ``wanted``: the indices of the requests that wait for a response; all of them get one if ``is_last``.
+    Log-probs are rounded to float32 (`response_arrays`).
+    Collectives: those of `exchange_parcels`, `broadcast_in_replica` and, twice, of `raise_on_all_ranks`.
+    Raises: `EngineError` on all ranks alike if a request that waits has no response or more than one, or if another
+    one has a response.
     """
-    sizes = torch.tensor([len(data) for data in outgoing], device=device)
-    received_sizes = torch.empty_like(sizes)
-    dist.all_to_all_single(received_sizes, sizes)
-    output_sizes = received_sizes.tolist()
-    received = torch.empty(sum(output_sizes), dtype=torch.uint8, device=device)
-    sent = torch.frombuffer(bytearray().join(outgoing), dtype=torch.uint8).to(device)
-    dist.all_to_all_single(received, sent, output_sizes, [len(data) for data in outgoing])
-    return [part.numpy().tobytes() for part in received.cpu().split(output_sizes)]
+    with raise_on_all_ranks(EngineError):
+        outgoing = {
+            to: [np.array(list(part), np.int32), *response_arrays(list(part.values()))] if part else []
+            for to, part in answered.items()
+        }
+    received = exchange_parcels(outgoing, sources if grid.is_first_of_replica else [], grid.device)
+    arrays = broadcast_in_replica([array for arrays in received.values() for array in arrays], grid)
+    size = 1 + NUM_RESPONSE_ARRAYS
+    parts = [arrays[first : first + size] for first in range(0, len(arrays), size)]
+    counts = Counter(index for indices, *_ in parts for index in indices.tolist())
+    with raise_on_all_ranks(EngineError):
+        for index in sorted({*wanted, *counts}):
+            expected, found = int(index in wanted), counts[index]
+            if found > expected or (is_last and found < expected):
+                raise EngineError(
+                    "expected one response to each request of this replica that waits for one, but request "
+                    f"{index} {'waits' if expected else 'does not wait'} and has {found}"
+                )
+    return {
+        index: response
+        for indices, *others in parts
+        for index, response in zip(indices.tolist(), responses_from(others), strict=True)
+    }
+
+
+def _overlaps(span: range, others: Sequence[range]) -> list[tuple[int, range]]:
+    """Return the number of each of ``others`` that has indices of ``span``, and these indices."""
+    common = [range(max(span.start, other.start), min(span.stop, other.stop)) for other in others]
+    return [(number, indices) for number, indices in enumerate(common) if indices]
 
 
 def check_requests(

@@ -20,7 +20,7 @@ from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 
 @dataclass(frozen=True)
 class Ticket:
-    """A batch of requests that servers work on, as every rank holds it."""
+    """A batch of requests that servers work on."""
 
     gathered: GatheredRequests
     batch: ServerBatch | None

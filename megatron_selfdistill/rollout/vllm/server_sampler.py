@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,12 @@ import torch
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
-from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0, run_on_rank_0
+from megatron_selfdistill.distributed.collectives import (
+    broadcast_object,
+    raise_on_all_ranks,
+    run_long_on_rank_0,
+    run_on_rank_0,
+)
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.model.build import unwrapped
@@ -172,11 +178,12 @@ class ServerSampler:
         Raises: as `generate`; `EngineError` where no server has weights that ``max_staleness`` allows at ``used_at``.
         """
         version = self._known_version()
+        with raise_on_all_ranks(EngineError):
+            check_requests(requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
         gathered = gather_requests(requests, self._grid)
-        everything = gathered.requests
-        check_requests(everything, params, self._max_length, guided=self._guided, who="the vLLM servers")
 
         def begin() -> ServerBatch:
+            everything = gathered.requests
             age = WeightAge(used_at, self._max_staleness)
             recent = {key: response for key, response in known.items() if age.allows(response.weight_version)}
             keys = [request_key(request, params) for request in everything] if recent else []
@@ -202,9 +209,9 @@ class ServerSampler:
 
     def collect(self, ticket: Ticket) -> list[Response]:
         """Return the responses to the requests of ``ticket``, in order; see `generate`.  Collective over the world."""
-        all_of_a_replica = WaveRule(max(len(ticket.gathered.requests), 1), min_tokens=1)
+        all_of_a_replica = WaveRule(group_size=sys.maxsize, min_tokens=1)
         [wave] = self._waves(ticket, all_of_a_replica)
-        return [wave.responses[i] for i in range(len(ticket.gathered.own))]
+        return [wave.responses[i] for i in range(ticket.gathered.num_own)]
 
     def settle(self) -> None:
         """Return once all responses under way are finished.  Collective over the world; raises as `generate`."""
@@ -317,33 +324,32 @@ class ServerSampler:
         return self._version
 
     def _waves(self, ticket: Ticket, rule: WaveRule) -> Iterator[ArrivedWave]:
-        gathered, batch, num_requests = ticket.gathered, ticket.batch, len(ticket.gathered.requests)
-        replicas = list(dict.fromkeys(gathered.by_rank))
-        returned: set[int] = set()
+        gathered, batch = ticket.gathered, ticket.batch
+        waiting = set(range(gathered.num_own))
+        returned: set[int] = set()  # of all replicas, on rank 0
 
         def chosen(finished: Mapping[int, Response]) -> list[int] | None:
-            self._progress(len(finished), num_requests, "")
-            return next_wave(gathered.requests, replicas, finished, returned, rule)
+            self._progress(len(finished), len(gathered.requests), "")
+            return next_wave(gathered.requests, list(gathered.replicas.values()), finished, returned, rule)
 
         def take() -> dict[int, Response]:
             assert batch is not None
             with self._waiting_time:
                 wave = batch.arrivals.wait_for(chosen)
-                if len(returned) + len(wave) == num_requests:
+                returned.update(wave)
+                if len(returned) == len(gathered.requests):
                     self._finish_batch(batch)
             return batch.arrivals.of(wave)
 
         is_last = False
         while not is_last:
             generated = run_long_on_rank_0(take, EngineError) or {}
-            wave = broadcast_object(list(generated))
-            returned.update(wave)
-            is_last = len(returned) == num_requests
-            asked = gathered.only(set(wave))
-            responses = return_responses(generated, asked)
-            first = gathered.own[0] if gathered.own else 0
-            own = {i - first: response for i, response in zip(asked.own, responses, strict=True)}
-            yield ArrivedWave(own, len(returned) / max(num_requests, 1), is_last)
+            share, is_last = broadcast_object(
+                (len(returned) / max(len(gathered.requests), 1), len(returned) == len(gathered.requests))
+            )
+            own = return_responses(gathered.by_replica(generated), [0], self._grid, waiting, is_last=is_last)
+            waiting.difference_update(own)
+            yield ArrivedWave(own, share, is_last)
 
     def _finish_batch(self, batch: ServerBatch) -> None:
         """Wait for all responses of ``batch`` and, the first time, count what has happened on the way."""

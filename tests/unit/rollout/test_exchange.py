@@ -4,18 +4,19 @@
 from __future__ import annotations
 
 import math
-import pickle
+import re
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
-import torch.distributed as dist
 from models import parallel
 
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.exchange import (
+    EngineShares,
     check_requests,
     gather_requests,
     return_responses,
@@ -50,72 +51,123 @@ def own(replica: int, counts: list[int]) -> list[Request]:
     return requests_of(replica, counts[replica])
 
 
-def exchanged(tp: int, counts: list[int], fault: str = "") -> tuple[list[Request], list[Response] | str]:
-    """Return all requests as this rank sees them, and the responses that its replica got, or the error's message.
+def rounded(response: Response) -> Response:
+    """Return ``response`` with log-probs as they travel: numbers of float32."""
+    values = {name: getattr(response, name) for name in ("log_probs", "sampled_log_probs", "teacher_log_probs")}
+    return replace(response, **{name: x and np.array(x, np.float32).tolist() for name, x in values.items()})
 
-    Rank i % world generates response i.
-    """
-    grid = initialize(parallel(tp=tp), seed=1)
-    gathered = gather_requests(own(grid.dp_rank, counts), grid)
-    generated = {i: response_to(r) for i, r in enumerate(gathered.requests) if i % grid.world_size == grid.rank}
-    if fault and grid.rank == 1:
-        generated = (
-            {i: r for i, r in generated.items() if i != 1} if fault == "missing" else {**generated, 0: generated[1]}
-        )
+
+def answer_by_rank_0(requests: list[Request], grid: Any, fault: str) -> tuple[list[Request], dict[int, Response]]:
+    """Return the requests that rank 0 gets, and the responses of this replica, in two waves."""
+    gathered = gather_requests(requests, grid)
+    responses = {i: response_to(request) for i, request in enumerate(gathered.requests)}
+    waves = [{i: r for i, r in responses.items() if i % 2 == odd} for odd in (0, 1)]
+    if fault == "missing" and grid.rank == 0:
+        del waves[1][1]
+    if fault == "twice" and grid.rank == 0:
+        waves[1] |= waves[0]
+    waiting, found = set(range(len(requests))), {}
+    for wave, is_last in zip(waves, (False, True), strict=True):
+        own = return_responses(gathered.by_replica(wave), [0], grid, waiting, is_last=is_last)
+        assert not set(own) & set(found)
+        waiting -= set(own)
+        found |= own
+    return list(gathered.requests), found
+
+
+def answer_by_engines(
+    requests: list[Request], grid: Any, fault: str, engine_tp: int
+) -> tuple[list[Request], dict[int, Response]]:
+    """Return the requests that this rank's engine gets, and the responses of this replica."""
+    shares = EngineShares(len(requests), grid, engine_tp)
+    share = shares.distribute(requests)
+    responses = [response_to(request) for request in share]
+    if fault == "missing" and grid.rank == 0:
+        responses.pop()
+    if grid.rank % engine_tp:
+        responses = []  # only the first rank of an engine is asked
+    return share, dict(enumerate(shares.collect(responses)))
+
+
+def exchanged(
+    layout: dict[str, int], counts: list[int], engine_tp: int | None, fault: str = ""
+) -> tuple[list[Request], list[Response] | str]:
+    """Return the requests that this rank gets to answer, and the responses that its replica got, or the error."""
+    grid = initialize(parallel(**layout), seed=1)
+    requests = own(grid.dp_rank, counts)
     try:
-        return gathered.requests, return_responses(generated, gathered)
+        if engine_tp is None:
+            asked, found = answer_by_rank_0(requests, grid, fault)
+        else:
+            asked, found = answer_by_engines(requests, grid, fault, engine_tp)
     except EngineError as error:
-        return gathered.requests, str(error)
+        return [], str(error)
+    return asked, [found[i] for i in range(len(requests))]
+
+
+LAYOUTS = [
+    ({}, 1, [3]),
+    ({}, 1, [0]),
+    ({}, 2, [5, 2]),
+    ({"tp": 2}, 4, [0, 4]),
+    ({"pp": 2}, 4, [7, 1]),
+    ({"cp": 2}, 4, [1, 6]),
+    ({}, 4, [1, 0, 0, 3]),
+    pytest.param({"tp": 2, "pp": 2}, 8, [5, 2], marks=pytest.mark.full),
+]
+
+
+def own_responses(layout: dict[str, int], world_size: int, counts: list[int], rank: int) -> list[Response]:
+    """Return the responses to the requests of a rank's replica; stages are the slowest axis of the ranks."""
+    replica = rank % (world_size // layout.get("pp", 1)) // (layout.get("tp", 1) * layout.get("cp", 1))
+    return [rounded(response_to(request)) for request in own(replica, counts)]
+
+
+@pytest.mark.parametrize(("layout", "world_size", "counts"), LAYOUTS)
+def test_rank_0_gets_all_requests_and_every_replica_the_responses_to_its_own(ranks, layout, world_size, counts):
+    everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
+    for rank, (asked, back) in enumerate(ranks.run(exchanged, layout, counts, None, world_size=world_size)):
+        assert asked == ([] if rank else everybody)
+        # NaN is not equal to itself
+        assert repr(back) == repr(own_responses(layout, world_size, counts, rank))
+
+
+@pytest.mark.parametrize(("layout", "world_size", "counts"), LAYOUTS)
+@pytest.mark.parametrize("engine_tp", [1, 2])
+def test_every_engine_gets_its_share_and_every_replica_the_responses(ranks, layout, world_size, counts, engine_tp):
+    engine_tp = min(engine_tp, world_size)
+    everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
+    num_engines = world_size // engine_tp
+    cuts = [len(everybody) * engine // num_engines for engine in range(num_engines + 1)]
+    for rank, (asked, back) in enumerate(ranks.run(exchanged, layout, counts, engine_tp, world_size=world_size)):
+        engine = rank // engine_tp
+        assert asked == everybody[cuts[engine] : cuts[engine + 1]]
+        assert repr(back) == repr(own_responses(layout, world_size, counts, rank))
 
 
 @pytest.mark.parametrize(
-    ("tp", "world_size", "counts"),
-    [(1, 1, [3]), (1, 1, [0]), (1, 2, [5, 2]), (2, 4, [0, 4]), (2, 4, [7, 1]), (1, 4, [1, 0, 0, 3])],
+    ("engine_tp", "fault", "found"),
+    [
+        (None, "missing", "rank 0: expected one .* but request 1 waits and has 0"),
+        (None, "twice", "ranks? 0, 1: .* but request 0 does not wait and has 1|request 1 does not wait and has 1"),
+        (1, "missing", "rank 0: .* but request 2 waits and has 0"),
+    ],
 )
-def test_every_replica_gets_the_responses_to_its_own_requests(ranks, tp, world_size, counts):
-    everybody = [request for replica in range(len(counts)) for request in own(replica, counts)]
-    for rank, (requests, back) in enumerate(ranks.run(exchanged, tp, counts, world_size=world_size)):
-        assert requests == everybody
-        wanted = [response_to(request) for request in own(rank // tp, counts)]
-        assert repr(back) == repr(wanted)  # NaN is not equal to itself
+def test_a_missing_or_doubled_response_is_an_error_on_all_ranks(ranks, engine_tp, fault, found):
+    sentences = [back for _, back in ranks.run(exchanged, {}, [3, 3], engine_tp, fault, world_size=2)]
+    assert sentences[0] == sentences[1] and re.search(found, sentences[0])
 
 
-@pytest.mark.parametrize(("fault", "found"), [("missing", "request 1 has 0"), ("twice", "request 0 has 2")])
-def test_a_missing_or_doubled_response_is_an_error_on_all_ranks(ranks, fault, found):
-    sentences = [back for _, back in ranks.run(exchanged, 1, [3, 3], fault, world_size=2)]
-    assert sentences[0] == sentences[1] and found in sentences[0]
+def test_a_request_that_is_no_request_is_an_error_on_all_ranks(ranks):
+    first, second = ranks.run(impossible, world_size=2)
+    assert first == second and "rank 1: OverflowError" in first
 
 
-def collectives_of_an_exchange(counts: list[int]) -> tuple[list[str], int, int]:
-    """Return the collectives in which responses return, the bytes that this rank receives, and the expected bytes.
-
-    The expected bytes are those of the responses to the requests of this rank's replica, one share for each rank.
-    """
+def impossible() -> str:
     grid = initialize(parallel(), seed=1)
-    gathered = gather_requests(own(grid.dp_rank, counts), grid)
-    generated = {i: response_to(r) for i, r in enumerate(gathered.requests) if i % grid.world_size == grid.rank}
-    called, received = [], []
-    with pytest.MonkeyPatch.context() as patch:
-
-        def recorded(name: str, original: Any) -> Any:
-            def call(*args: Any, **kwargs: Any) -> Any:
-                called.append(name)
-                received.append(args[0].numel() if args[0].dtype == torch.uint8 else 0)
-                return original(*args, **kwargs)
-
-            return call
-
-        for name in ("all_reduce", "all_gather", "broadcast", "all_to_all_single"):
-            patch.setattr(dist, name, recorded(name, getattr(dist, name)))
-        back = dict(zip(gathered.own, return_responses(generated, gathered), strict=True))
-    shares = [[(i, vars(back[i])) for i in back if i % grid.world_size == rank] for rank in range(grid.world_size)]
-    return called, sum(received), sum(len(pickle.dumps(share)) for share in shares)
-
-
-def test_responses_travel_in_one_collective_to_those_who_asked_however_many_ranks_there_are(ranks):
-    for called, received, wanted in ranks.run(collectives_of_an_exchange, [5, 2, 0, 3], world_size=4):
-        assert called == ["all_to_all_single", "all_to_all_single", "all_reduce"]  # sizes, responses, errors
-        assert received == pytest.approx(wanted, abs=100)  # a pickle stores equal strings of one process once
+    with pytest.raises(EngineError) as error:
+        gather_requests([Request([2**40 * grid.rank + 1], 1)], grid)
+    return str(error.value)
 
 
 PARAMS = SamplingParams(max_new_tokens=10)

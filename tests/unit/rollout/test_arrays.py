@@ -1,0 +1,92 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Requests and responses are the same after they have travelled as arrays, in 8 bytes per token."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_selfdistill.rollout.arrays import (
+    NUM_RESPONSE_ARRAYS,
+    request_arrays,
+    requests_from,
+    response_arrays,
+    responses_from,
+)
+from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response
+
+TOKENS = st.integers(0, 2**31 - 1)
+PROMPTS = st.lists(TOKENS, max_size=4)
+REQUESTS = st.builds(Request, PROMPTS, st.integers(0, 2**64 - 1), st.none() | PROMPTS, st.integers(0, 2**31 - 1))
+FLOATS = st.floats(width=32)
+
+
+@st.composite
+def responses(draw: st.DrawFn) -> Response:
+    tokens = draw(st.lists(TOKENS, max_size=4))
+    count = len(tokens)
+    log_probs = draw(st.lists(FLOATS, min_size=count, max_size=count))
+    others = st.lists(FLOATS, min_size=count, max_size=count)
+    sampled = draw(others | st.sampled_from([log_probs, [0.0] * count, [-0.0] * count, [math.nan] * count]))
+    versions = st.integers(0, 2**31 - 1)
+    spans = draw(st.lists(st.tuples(versions, versions), max_size=3)) or ()
+    return Response(
+        tokens,
+        log_probs,
+        sampled,
+        draw(st.sampled_from(FINISH_REASONS)),
+        draw(st.none() | others),
+        draw(st.none() | versions),
+        spans,
+    )
+
+
+@given(st.lists(REQUESTS, max_size=5))
+def test_requests_are_equal_after_they_have_travelled(requests):
+    assert requests_from(request_arrays(requests)) == requests
+
+
+@given(st.lists(responses(), max_size=5))
+def test_responses_with_float32_log_probs_are_equal_after_they_have_travelled(some):
+    arrays = response_arrays(some)
+    assert len(arrays) == (NUM_RESPONSE_ARRAYS if some else 0)
+    assert repr(responses_from(arrays)) == repr(some)  # NaN is not equal to itself, and 0.0 equals -0.0
+
+
+def num_bytes(arrays: list[np.ndarray]) -> int:
+    return sum(array.nbytes for array in arrays)
+
+
+def test_a_prompt_travels_once_however_many_requests_have_it():
+    prompt = list(range(1000))
+    one, many = (
+        num_bytes(request_arrays([Request(list(prompt), seed, list(prompt)) for seed in range(count)]))
+        for count in (1, 9)
+    )
+    assert one == 4 * 1000 + 4 + 20 and many == one + 8 * 20  # two places, begun and a seed of 8 bytes per request
+
+
+@pytest.mark.parametrize(
+    ("sampled", "teacher", "per_token"),
+    [(-0.5, None, 8), (0.0, None, 8), (math.nan, None, 8), (-0.25, None, 12), (-0.25, -2.0, 16)],
+)
+def test_a_token_takes_4_bytes_and_4_for_each_log_prob_that_is_not_known_otherwise(sampled, teacher, per_token):
+    short, long = (
+        num_bytes(
+            response_arrays(
+                [Response([7] * n, [-0.5] * n, [sampled] * n, "stop", None if teacher is None else [teacher] * n)]
+            )
+        )
+        for n in (10, 110)
+    )
+    assert long - short == 100 * per_token
+
+
+@pytest.mark.parametrize("request_", [Request([2**31], 1), Request([1], -1), Request([1], 2**64)])
+def test_numbers_that_do_not_fit_are_refused_and_not_changed(request_):
+    with pytest.raises(OverflowError):
+        request_arrays([request_])
