@@ -28,8 +28,10 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.attention_sinks import has_sinks
 from megatron_selfdistill.model.attention_windows import window_faults
 from megatron_selfdistill.model.core_attributes import set_attributes
+from megatron_selfdistill.model.flash_sinks import FlashSinkAttention, sink_faults
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
 from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
@@ -220,6 +222,7 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "install Transformer Engine or use tensor_model_parallel_size=1",
         ),
         *window_faults(config, transformer_engine=not local),
+        *sink_faults(config, transformer_engine=not local),
         (
             config.apply_rope_fusion and config.rotary_interleaved,
             "apply_rope_fusion rotates packed sequences as if rotary_interleaved were false: "
@@ -342,6 +345,9 @@ def layer_spec(
     if te and hasattr(config, "latent_layernorm_epsilon"):
         for spec in block.layer_specs:
             give_latents_their_epsilon(spec)
+    if te and has_sinks(config):
+        for spec in block.layer_specs:
+            spec.submodules.self_attention.submodules.core_attention = FlashSinkAttention
     if not te:
         for spec in block.layer_specs:
             _complete_local_layer(spec, config)

@@ -57,12 +57,13 @@ def believe(patch: pytest.MonkeyPatch, node: Node) -> None:
         patch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
         patch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", object())
         patch.setattr(megatron_config, "is_te_min_version", lambda *_, **__: True)
+        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
 
-def configured(model: ModelConfig, node: Node) -> TransformerConfig:
+def configured(model: ModelConfig, node: Node, precision: str = "fp32") -> TransformerConfig:
     with pytest.MonkeyPatch.context() as patch:
         believe(patch, node)
-        return transformer_config(model, ParallelConfig(), OptimizerConfig(precision="fp32"), ScheduleConfig())
+        return transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
 
 
 def models() -> list[ModelConfig]:
@@ -105,7 +106,7 @@ def test_no_combination_is_refused_on_a_gpu_that_a_cpu_takes(node):
 def test_every_shipped_model_is_configured_on_every_node(option):
     model = load([f"model={option}"]).model
     for node in NODES.values():
-        configured(model, node)
+        configured(model, node, "bf16")
 
 
 def test_what_is_fused_on_a_gpu_with_transformer_engine():
