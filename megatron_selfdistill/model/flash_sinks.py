@@ -15,10 +15,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
-from torch import Tensor
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.attention_sinks import has_sinks
@@ -197,8 +199,9 @@ def sink_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[
 
 def refuse_sinks_of_transformer_engine(chunk: torch.nn.Module) -> None:
     """Raise `ConfigError` if the model of ``model.provider`` has sinks that this Transformer Engine cannot pack."""
-    of_engine = any(getattr(module, "softmax_type", "vanilla") != "vanilla" for module in chunk.modules())
-    if of_engine and not is_te_min_version(_PACKED_SINKS_OF_TRANSFORMER_ENGINE):
+    if not repairs.have_transformer_engine() or is_te_min_version(_PACKED_SINKS_OF_TRANSFORMER_ENGINE):
+        return
+    if any(getattr(module, "softmax_type", "vanilla") != "vanilla" for module in chunk.modules()):
         raise ConfigError(
             "model.provider: expected sinks (softmax_type) that can be computed in packed sequences, got those of "
             f"Transformer Engine before {_PACKED_SINKS_OF_TRANSFORMER_ENGINE}: take the layer spec from "

@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 from hf_models import packed
 from models import fill_from_names
+from packaging.version import Version
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
+import megatron.core.utils as megatron_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -355,16 +357,18 @@ def test_where_flash_attention_cannot_run_sinks_are_refused_before_a_model_is_bu
     assert refusal(monkeypatch, transformer={"softmax_type": "vanilla"}) == ""
 
 
-@pytest.mark.parametrize("softmax_type", ["learnable", "vanilla"])
-def test_a_providers_sinks_are_refused_with_a_transformer_engine_that_cannot_pack_them(softmax_type, monkeypatch):
+@pytest.mark.parametrize(
+    ("softmax_type", "version"), [("learnable", "2.11.0"), ("learnable", "2.12.0"), ("vanilla", "2.11.0")]
+)
+def test_a_providers_sinks_are_refused_with_a_transformer_engine_that_cannot_pack_them(
+    softmax_type, version, monkeypatch
+):
     chunk = torch.nn.Sequential(EngineAttention(config(softmax_type=softmax_type)))
-    asked = []
-    monkeypatch.setattr(flash_sinks, "is_te_min_version", lambda version: asked.append(version) or True)
-    flash_sinks.refuse_sinks_of_transformer_engine(chunk)
-    monkeypatch.setattr(flash_sinks, "is_te_min_version", lambda version: False)
-    if softmax_type == "vanilla":
+    flash_sinks.refuse_sinks_of_transformer_engine(chunk)  # there is no Transformer Engine here
+    monkeypatch.setattr(repairs, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(megatron_utils, "_te_version", Version(version))
+    if softmax_type == "vanilla" or version == "2.12.0":
         flash_sinks.refuse_sinks_of_transformer_engine(chunk)
         return
-    assert asked == ["2.12.0"]
-    with pytest.raises(build.ConfigError, match=r"^model\.provider: expected sinks .* before 2\.12\.0"):
+    with pytest.raises(build.ConfigError, match=r"^model\.provider: expected sinks .* before 2\.12\.0: take the layer"):
         flash_sinks.refuse_sinks_of_transformer_engine(chunk)
