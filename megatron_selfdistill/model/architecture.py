@@ -21,6 +21,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -287,7 +288,19 @@ def _kernel_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
 
 
 def _expert_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
+    flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
+    installed = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
     return [
+        (
+            flex and not installed[backend],
+            f"moe_token_dispatcher_type=flex needs the package deep_ep (moe_flex_dispatcher_backend={backend}), which "
+            "this process lacks: install it, or do not set model.transformer.moe_token_dispatcher_type",
+        ),
+        (
+            flex and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1,
+            "moe_token_dispatcher_type=flex sends tokens between ranks, but each rank has all experts: raise "
+            "parallel.expert_model_parallel_size, or do not set model.transformer.moe_token_dispatcher_type",
+        ),
         (
             config.moe_expert_capacity_factor is not None,
             "moe_expert_capacity_factor drops tokens depending on the rest of the microbatch, so a response's "

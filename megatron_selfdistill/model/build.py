@@ -250,7 +250,8 @@ def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
 def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
     """Return a copy of ``config`` without the kernels of Transformer Engine."""
     config = copy.copy(config)
-    config.persist_layer_norm = config.apply_rope_fusion = config.moe_grouped_gemm = False
+    config.persist_layer_norm = config.apply_rope_fusion = False
+    config.moe_grouped_gemm = config.moe_permute_fusion = False
     config.gradient_accumulation_fusion = config.gradient_accumulation_fusion and layers._grad_accum_fusion_available
     return config
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 
 from megatron_selfdistill.errors import ConfigError
 
@@ -55,6 +56,11 @@ class Installed:
         """Whether the run is on a GPU and Megatron Core has imported apex's kernel for weight gradients."""
         return self.cuda and layers._grad_accum_fusion_available
 
+    @property
+    def permutation(self) -> bool:
+        """Whether Transformer Engine has kernels that sort tokens by expert; those of 2.9 fail with triton 3.5."""
+        return self.cuda and self.transformer_engine and is_te_min_version("2.10.0")
+
 
 def fused_kernels(values: Mapping[str, Any], activation: str, installed: Installed) -> dict[str, Any]:
     """Return the fields of ``TransformerConfig`` that choose kernels, and the matching ``activation_func``.
@@ -84,6 +90,8 @@ def fused_kernels(values: Mapping[str, Any], activation: str, installed: Install
         # Transformer Engine's layers have their own kernel for main_grad; the output layer needs apex's kernel.
         "gradient_accumulation_fusion": te or installed.apex,
         "moe_grouped_gemm": te and moe and not values.get("moe_use_legacy_grouped_gemm"),
+        # moe_router_fusion stays false: before 2.14 its kernels compute scores in bf16, so tokens change their experts.
+        "moe_permute_fusion": moe and installed.permutation,
     }
 
 
@@ -107,6 +115,7 @@ def kernels_in_use(config: TransformerConfig) -> str:
     ]
     if config.num_moe_experts is not None:
         parts.append(f"experts {'in one grouped product' if config.moe_grouped_gemm else 'one after the other'}")
+        parts.append(f"permutation of tokens {'fused' if config.moe_permute_fusion else 'unfused'}")
     return f"kernels: {'; '.join(parts)}"
 
 

@@ -15,6 +15,7 @@ from tiers import combinations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.transformer.transformer_config as megatron_config
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
@@ -47,6 +48,7 @@ def configured(model: ModelConfig = DENSE, parallel: dict | None = None, **trans
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
 TWO_GROUPS = dataclasses.replace(DENSE, num_attention_heads=4, num_query_groups=2)
 GELU = dataclasses.replace(DENSE, activation="gelu", gated_linear_unit=False)
 GATED_DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2}
@@ -111,6 +113,13 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
             {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.01, 0.01]},
         ),
     ],
+    "moe_token_dispatcher_type=flex needs the package deep_ep": [
+        (MOE, EP2, {"moe_token_dispatcher_type": "flex"}),
+        (MOE, EP2, {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
+    ],
+    "moe_token_dispatcher_type=flex sends tokens between ranks": [
+        (MOE, {}, {"moe_token_dispatcher_type": "flex"}),
+    ],
     "experimental_attention_variant has layers here for gated_delta_net only": [
         (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
     ],
@@ -131,6 +140,8 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
 def test_what_megatron_gets_wrong_is_refused_with_a_sentence(sentence, monkeypatch):
     monkeypatch.setattr(megatron_config, "is_te_min_version", lambda *_: True)  # Megatron's own checks come first
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+    if "between ranks" in sentence:
+        monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", True)
     for model, parallel, transformer in REFUSED[sentence]:
         with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
             configured(model, parallel, **transformer)
