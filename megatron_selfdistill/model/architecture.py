@@ -18,10 +18,8 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
@@ -34,7 +32,7 @@ from megatron_selfdistill.model.attention_windows import window_faults
 from megatron_selfdistill.model.core_attributes import set_attributes
 from megatron_selfdistill.model.flash_sinks import FlashSinkAttention, sink_faults
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
-from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
+from megatron_selfdistill.model.fused_kernels import Installed, dispatcher_faults, fused_kernels, kernel_faults
 from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import BiasedExpertOutput, CoreAttention
@@ -170,7 +168,8 @@ def known_faults(config: TransformerConfig) -> list[_Fault]:
         *_loss_faults(config),
         *_attention_faults(config, local),
         *_all_heads_faults(config),
-        *_kernel_faults(config, local),
+        *kernel_faults(config, transformer_engine=not local),
+        *dispatcher_faults(config),
         *_expert_faults(config, local),
     ]
 
@@ -270,37 +269,8 @@ def _all_heads_faults(config: TransformerConfig) -> list[_Fault]:
     ]
 
 
-def _kernel_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
-    return [
-        (
-            config.bias_activation_fusion
-            and config.activation_func_clamp_value is not None
-            and config.activation_func in (F.gelu, F.silu),
-            "bias_activation_fusion: the fused kernel ignores activation_func_clamp_value: "
-            "set model.transformer.bias_activation_fusion=false",
-        ),
-        (
-            local and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
-            "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
-            "layers, which this process lacks: do not set model.transformer.gradient_accumulation_fusion",
-        ),
-    ]
-
-
 def _expert_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
-    flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
-    installed = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
     return [
-        (
-            flex and not installed[backend],
-            f"moe_token_dispatcher_type=flex needs the package deep_ep (moe_flex_dispatcher_backend={backend}), which "
-            "this process lacks: install it, or do not set model.transformer.moe_token_dispatcher_type",
-        ),
-        (
-            flex and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1,
-            "moe_token_dispatcher_type=flex sends tokens between ranks, but each rank has all experts: raise "
-            "parallel.expert_model_parallel_size, or do not set model.transformer.moe_token_dispatcher_type",
-        ),
         (
             config.moe_expert_capacity_factor is not None,
             "moe_expert_capacity_factor drops tokens depending on the rest of the microbatch, so a response's "
