@@ -132,7 +132,8 @@ def _keys_of_rank(
         return result
     bounds, num_chunks = packed.cu_seqlens_q.long(), 2 * cp_size
     starts, chunk = (x.repeat_interleave(2) for x in (bounds[:-1], bounds.diff() // num_chunks))
-    own = chunk.new_tensor([cp_rank, num_chunks - 1 - cp_rank]).repeat(len(bounds) - 1)
+    is_second = torch.arange(len(chunk), device=bounds.device) % 2
+    own = cp_rank + is_second * (num_chunks - 1 - 2 * cp_rank)  # the index of each chunk in its sequence
     num_keys = chunk * (own + 1)
     queries_before, keys_before = (torch.nn.functional.pad(x.cumsum(0), (1, 0)) for x in (chunk, num_keys))
     total = num_queries * (num_chunks + 1) // 2  # over both segments of a sequence: its keys and one chunk more
@@ -140,9 +141,9 @@ def _keys_of_rank(
     inside = torch.arange(total, device=own.device) - keys_before[segment]  # position in the sequence
     starts, chunk = starts[segment], chunk[segment]
     index = inside // chunk
-    second = index >= cp_size
-    holder = torch.where(second, num_chunks - 1 - index, index)
-    places = holder * num_queries + starts // cp_size + second * chunk + inside % chunk
+    in_second = index >= cp_size
+    holder = torch.where(in_second, num_chunks - 1 - index, index)
+    places = holder * num_queries + starts // cp_size + in_second * chunk + inside % chunk
     of_rank = PackedSeqParams(
         qkv_format="thd",
         cu_seqlens_q=queries_before.int(),

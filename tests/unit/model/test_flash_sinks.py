@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from hf_models import packed
+from host_traffic import host_traffic
 from models import fill_from_names
 from packaging.version import Version
 from torch import Tensor
@@ -209,6 +210,16 @@ def test_context_parallel_ranks_compute_their_part_of_the_definition(ranks, vari
         for part, expected in zip(parts, (out, *(leaf.grad for leaf in leaves)), strict=True):
             torch.testing.assert_close(part, expected[held].detach())
     torch.testing.assert_close(torch.stack([of_rank[-1] for of_rank in per_rank]).sum(0), sinks.grad)
+
+
+def test_the_segments_of_a_context_parallel_rank_are_computed_without_the_host():
+    packed_seq_params = segments(CP_LENGTHS)
+    with host_traffic() as found:
+        of_rank, places = flash_sinks._keys_of_rank(packed_seq_params, sum(CP_LENGTHS) // 2, 2, 1)
+    assert found == []
+    assert of_rank.cu_seqlens_q.diff().tolist() == [length // 4 for length in CP_LENGTHS for _ in range(2)]
+    assert of_rank.cu_seqlens_kv.diff().tolist() == [length // 4 * own for length in CP_LENGTHS for own in (2, 3)]
+    assert len(places) == sum(CP_LENGTHS) * 5 // 4
 
 
 # -- the operators of PyTorch -----
