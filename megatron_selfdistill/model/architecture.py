@@ -18,7 +18,6 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
-from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
@@ -28,10 +27,12 @@ from megatron.core.transformer.transformer_config import MLATransformerConfig, T
 from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.attention_sinks import has_sinks
 from megatron_selfdistill.model.attention_windows import window_faults
 from megatron_selfdistill.model.core_attributes import set_attributes
+from megatron_selfdistill.model.flash_sinks import FlashSinkAttention, sink_faults
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
-from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
+from megatron_selfdistill.model.fused_kernels import Installed, dispatcher_faults, fused_kernels, kernel_faults
 from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import BiasedExpertOutput, CoreAttention
@@ -167,7 +168,8 @@ def known_faults(config: TransformerConfig) -> list[_Fault]:
         *_loss_faults(config),
         *_attention_faults(config, local),
         *_all_heads_faults(config),
-        *_kernel_faults(config, local),
+        *kernel_faults(config, transformer_engine=not local),
+        *dispatcher_faults(config),
         *_expert_faults(config, local),
     ]
 
@@ -220,6 +222,7 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "install Transformer Engine or use tensor_model_parallel_size=1",
         ),
         *window_faults(config, transformer_engine=not local),
+        *sink_faults(config, transformer_engine=not local),
         (
             config.apply_rope_fusion and config.rotary_interleaved,
             "apply_rope_fusion rotates packed sequences as if rotary_interleaved were false: "
@@ -262,23 +265,6 @@ def _all_heads_faults(config: TransformerConfig) -> list[_Fault]:
             normalised and config.num_query_groups % tp != 0,
             f"qk_layernorm_all_heads counts each key once, but {config.num_query_groups} query groups on {tp} "
             "tensor-parallel ranks are copied: lower parallel.tensor_model_parallel_size",
-        ),
-    ]
-
-
-def _kernel_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
-    return [
-        (
-            config.bias_activation_fusion
-            and config.activation_func_clamp_value is not None
-            and config.activation_func in (F.gelu, F.silu),
-            "bias_activation_fusion: the fused kernel ignores activation_func_clamp_value: "
-            "set model.transformer.bias_activation_fusion=false",
-        ),
-        (
-            local and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
-            "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
-            "layers, which this process lacks: do not set model.transformer.gradient_accumulation_fusion",
         ),
     ]
 
@@ -342,6 +328,9 @@ def layer_spec(
     if te and hasattr(config, "latent_layernorm_epsilon"):
         for spec in block.layer_specs:
             give_latents_their_epsilon(spec)
+    if te and has_sinks(config):
+        for spec in block.layer_specs:
+            spec.submodules.self_attention.submodules.core_attention = FlashSinkAttention
     if not te:
         for spec in block.layer_specs:
             _complete_local_layer(spec, config)

@@ -23,6 +23,15 @@ SINK = "softmax_offset"
 _CHANNELS = 8  # two are used; kernels want a multiple of 8
 
 
+def has_sinks(config: Any) -> bool:
+    """Return whether the softmax of attention has a sink; ``config`` is a ``TransformerConfig``."""
+    return bool(_kind_of_softmax(config) != "vanilla")
+
+
+def _kind_of_softmax(config: Any) -> Any:
+    return getattr(config.softmax_type, "value", config.softmax_type)
+
+
 def sinks_of_layer(config: Any, tp_size: int) -> Tensor | None:
     """Return the sinks of the heads that a tensor-parallel rank holds, [n / tp] in ``params_dtype``, all 0 at first.
 
@@ -31,8 +40,8 @@ def sinks_of_layer(config: Any, tp_size: int) -> Tensor | None:
 
     Raises: ValueError for another ``softmax_type``.
     """
-    kind = getattr(config.softmax_type, "value", config.softmax_type)
-    if kind == "vanilla":
+    kind = _kind_of_softmax(config)
+    if not has_sinks(config):
         return None
     if kind not in ("learnable", "off-by-one"):
         raise ValueError(f"softmax_type must be vanilla, off-by-one or learnable, got {kind!r}")

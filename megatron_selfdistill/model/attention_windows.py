@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.model.attention_sinks import has_sinks
+
 _LEAST_QUERIES, _MOST_QUERIES = 128, 512
 """The bounds of the number of queries in a block: shorter blocks call more kernels, longer blocks mask more keys."""
 
@@ -45,9 +47,9 @@ def window_faults(config: Any, *, transformer_engine: bool) -> list[tuple[bool, 
     """
     window, freq = config.window_size, config.window_attn_skip_freq
     bounded = window is not None and len(window) == 2 and window[0] >= 0 and window[1] == 0
-    cut = transformer_engine and config.context_parallel_size > 1
+    # A layer with sinks has this program's own attention beside Transformer Engine's layers, too.
+    cut = transformer_engine and config.context_parallel_size > 1 and not has_sinks(config)
     communication = set(config.cp_comm_type if isinstance(config.cp_comm_type, list) else [config.cp_comm_type])
-    has_sinks = getattr(config.softmax_type, "value", config.softmax_type) != "vanilla"
     return [
         (
             window is not None and not bounded,
@@ -68,11 +70,6 @@ def window_faults(config: Any, *, transformer_engine: bool) -> list[tuple[bool, 
             cut and bounded and not communication <= {"a2a", "all_gather"},
             "Transformer Engine has no sliding window for cp_comm_type=p2p: set model.transformer.cp_comm_type=a2a or "
             "parallel.context_parallel_size=1",
-        ),
-        (
-            cut and has_sinks and communication != {"a2a"},
-            "Transformer Engine has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a "
-            "only: set model.transformer.cp_comm_type=a2a or parallel.context_parallel_size=1",
         ),
     ]
 

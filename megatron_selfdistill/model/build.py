@@ -38,6 +38,7 @@ from megatron_selfdistill.model.architecture import (
     refuse_known_faults,
     uses_transformer_engine,
 )
+from megatron_selfdistill.model.flash_sinks import refuse_sinks_of_transformer_engine
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1",)
@@ -249,7 +250,8 @@ def _without_apex(make: Callable[[], GPTModel]) -> GPTModel:
 def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
     """Return a copy of ``config`` without the kernels of Transformer Engine."""
     config = copy.copy(config)
-    config.persist_layer_norm = config.apply_rope_fusion = config.moe_grouped_gemm = False
+    config.persist_layer_norm = config.apply_rope_fusion = False
+    config.moe_grouped_gemm = config.moe_permute_fusion = False
     config.gradient_accumulation_fusion = config.gradient_accumulation_fusion and layers._grad_accum_fusion_available
     return config
 
@@ -288,6 +290,7 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
         chunk.config, allow_fp8=model.allow_untested_fp8, transformer_engine=uses_transformer_engine()
     )
     refuse_known_faults(chunk.config)
+    refuse_sinks_of_transformer_engine(chunk)
     _refuse_changed_logits(chunk)
     if chunk.post_process and not chunk.parallel_output:
         raise ConfigError(f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel")

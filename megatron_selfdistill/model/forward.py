@@ -69,8 +69,9 @@ def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
 
 
 def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
-    """Return whether any layer attends through `model.layers.CoreAttention`."""
-    return any(isinstance(module, CoreAttention) for chunk in chunks for module in chunk.modules())
+    """Return whether any layer attends in the batches of segments of `model.layers.CoreAttention`."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return any(isinstance(module, CoreAttention) and module.reads_segment_batches for module in modules)
 
 
 def refuses_packed_sequences(config: TransformerConfig) -> bool:

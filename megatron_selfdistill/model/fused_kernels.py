@@ -17,7 +17,9 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import is_te_min_version
 
 from megatron_selfdistill.errors import ConfigError
 
@@ -55,6 +57,11 @@ class Installed:
         """Whether the run is on a GPU and Megatron Core has imported apex's kernel for weight gradients."""
         return self.cuda and layers._grad_accum_fusion_available
 
+    @property
+    def permutation(self) -> bool:
+        """Whether Transformer Engine has kernels that sort tokens by expert; those of 2.9 fail with triton 3.5."""
+        return self.cuda and self.transformer_engine and is_te_min_version("2.10.0")
+
 
 def fused_kernels(values: Mapping[str, Any], activation: str, installed: Installed) -> dict[str, Any]:
     """Return the fields of ``TransformerConfig`` that choose kernels, and the matching ``activation_func``.
@@ -84,7 +91,50 @@ def fused_kernels(values: Mapping[str, Any], activation: str, installed: Install
         # Transformer Engine's layers have their own kernel for main_grad; the output layer needs apex's kernel.
         "gradient_accumulation_fusion": te or installed.apex,
         "moe_grouped_gemm": te and moe and not values.get("moe_use_legacy_grouped_gemm"),
+        # moe_router_fusion stays false: before 2.14 its kernels compute scores in bf16, so tokens change their experts.
+        "moe_permute_fusion": moe and installed.permutation,
     }
+
+
+def kernel_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[tuple[bool, str]]:
+    """Return the kernels that would compute another function or are not there, and whether ``config`` has them.
+
+    Each entry is (whether it is found, the message about it).  ``transformer_engine``: whether the layers are
+    Transformer Engine's.
+    """
+    return [
+        (
+            config.bias_activation_fusion
+            and config.activation_func_clamp_value is not None
+            and config.activation_func in (F.gelu, F.silu),
+            "bias_activation_fusion: the fused kernel ignores activation_func_clamp_value: "
+            "set model.transformer.bias_activation_fusion=false",
+        ),
+        (
+            not transformer_engine and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
+            "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
+            "layers, which this process lacks: do not set model.transformer.gradient_accumulation_fusion",
+        ),
+    ]
+
+
+def dispatcher_faults(config: TransformerConfig) -> list[tuple[bool, str]]:
+    """Return why Megatron Core could not build the dispatcher of tokens, and whether ``config`` has this fault."""
+    flex, backend = config.moe_token_dispatcher_type == "flex", config.moe_flex_dispatcher_backend
+    installed = {"deepep": fused_a2a.HAVE_DEEP_EP, "hybridep": fused_a2a.HAVE_HYBRIDEP}
+    return [
+        (
+            flex and not installed.get(backend, False),
+            "moe_token_dispatcher_type=flex needs the package deep_ep with moe_flex_dispatcher_backend=deepep or "
+            f"hybridep, which this process lacks for {backend}: install it, or do not set "
+            "model.transformer.moe_token_dispatcher_type",
+        ),
+        (
+            flex and config.expert_model_parallel_size * config.expert_tensor_parallel_size == 1,
+            "moe_token_dispatcher_type=flex sends tokens between ranks, but each rank has all experts: raise "
+            "parallel.expert_model_parallel_size, or do not set model.transformer.moe_token_dispatcher_type",
+        ),
+    ]
 
 
 def activation_name(config: TransformerConfig) -> str | None:
@@ -107,6 +157,7 @@ def kernels_in_use(config: TransformerConfig) -> str:
     ]
     if config.num_moe_experts is not None:
         parts.append(f"experts {'in one grouped product' if config.moe_grouped_gemm else 'one after the other'}")
+        parts.append(f"permutation of tokens {'fused' if config.moe_permute_fusion else 'unfused'}")
     return f"kernels: {'; '.join(parts)}"
 
 

@@ -66,6 +66,9 @@ class CoreAttention(MegatronModule):
     pass, one all-reduce of their gradients in the backward pass.
     """
 
+    reads_segment_batches = True
+    """Whether packed sequences are computed in the batches of `PackedSequences.segment_batches`."""
+
     def __init__(
         self,
         config: TransformerConfig,
@@ -172,7 +175,7 @@ class CoreAttention(MegatronModule):
         that the mask and the scores of only one block exist at a time.
         """
         q = query.transpose(0, 1).unsqueeze(0)  # [1, n, t / cp, d]
-        gathered = (_GatherSequence.apply(x, self.cp_group) for x in (key, value))  # type: ignore[no-untyped-call]
+        gathered = (GatherSequence.apply(x, self.cp_group) for x in (key, value))  # type: ignore[no-untyped-call]
         k, v = (x[layout.order].transpose(0, 1)[None] for x in gathered)
         recomputed = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=self.attention_dropout > 0)
 
@@ -334,7 +337,7 @@ def context_parallel_queries(
     )
 
 
-class _GatherSequence(torch.autograd.Function):
+class GatherSequence(torch.autograd.Function):
     """An all-gather of tokens over the context-parallel group; backward all-reduces, and keeps this rank's tokens."""
 
     @staticmethod
@@ -348,7 +351,7 @@ class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Return the summed gradient of this rank's tokens."""
-        # gloo lacks reduce_scatter for some dtypes; Transformer Engine's attention does not use this class.
+        # gloo lacks reduce_scatter for some dtypes.
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None

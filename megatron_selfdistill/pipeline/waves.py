@@ -62,18 +62,22 @@ def gradients_of(wave: Wave, accumulated: Accumulated, chunks: Sequence[Any]) ->
     """Let a call of the schedule add the gradients of ``wave``; leave the configuration of the schedule as it was.
 
     ``chunks``: this rank's chunks of the student, in Megatron's DDP.
+    The first microbatch of a later wave is not the first one after a change of the weights: with FP8, Transformer
+    Engine would overwrite the earlier gradients with those of that microbatch.
     In the last wave, the earlier gradients are first divided by the same number as those of the wave.  In another wave,
     nothing is reduced over data-parallel ranks and nothing is finalised.
     """
-    if wave.is_last:
-        if wave.earlier is not None and wave.earlier.divisor != accumulated.divisor:
-            for chunk in chunks:
-                chunk.scale_gradients(wave.earlier.divisor / accumulated.divisor)
-        yield
-        return
-    config = unwrapped(chunks[0]).config
-    before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
     with contextlib.ExitStack() as stack:
+        if wave.earlier is not None:
+            stack.enter_context(_weights_unchanged(chunks))
+        if wave.is_last:
+            if wave.earlier is not None and wave.earlier.divisor != accumulated.divisor:
+                for chunk in chunks:
+                    chunk.scale_gradients(wave.earlier.divisor / accumulated.divisor)
+            yield
+            return
+        config = unwrapped(chunks[0]).config
+        before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
         for chunk in chunks:  # once around the whole call: the exit of DDP's context switches the reduction on
             stack.enter_context(chunk.no_sync())
         # The schedule drains deferred gradients of the output layer only where it has a function that finalises.
@@ -82,6 +86,25 @@ def gradients_of(wave: Wave, accumulated: Accumulated, chunks: Sequence[Any]) ->
             yield
         finally:
             config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = before
+
+
+@contextlib.contextmanager
+def _weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
+    """Keep a call of the schedule from marking its first microbatch, as Megatron Core's schedules do in every call.
+
+    Layers with this mark quantise their weights anew and overwrite ``main_grad``, as they must once in a step.
+    """
+    for chunk in chunks:
+        chunk.set_is_first_microbatch = _mark_nothing
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            del chunk.set_is_first_microbatch
+
+
+def _mark_nothing() -> None:
+    """Leave the marks of first microbatches as they are."""
 
 
 def _finalise_nothing(*args: object, **kwargs: object) -> None:

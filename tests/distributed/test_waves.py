@@ -9,15 +9,21 @@ from typing import Any
 import layouts
 import models
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from layouts import Case, Outcomes, joined
 from models import parallel
 from parity import LAYOUTS, case_of, compare, compare_parameters, reference_of
 from tiers import combinations
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.tensor_parallel import ColumnParallelLinear
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import unwrapped, wrap_for_training
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.waves import Accumulated, Wave
@@ -189,3 +195,91 @@ def waves_without_tokens() -> tuple[bool, bool]:
     except schedule.NoResponseTokens:
         return kept, True
     return kept, False
+
+
+# -- layers that overwrite gradients -----
+
+
+class OverwrittenGradient(torch.autograd.Function):
+    """A product with a weight whose gradient the first microbatch writes and each later one adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, is_first: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.is_first = is_first
+        return x @ weight.t()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight = ctx.saved_tensors
+        of_weight = grad.flatten(0, 1).t() @ x.flatten(0, 1)
+        weight.main_grad.copy_(of_weight) if ctx.is_first else weight.main_grad.add_(of_weight)
+        weight.grad_added_to_main_grad = True
+        return grad @ weight, torch.empty_like(weight), None
+
+
+class MarkedLinear(ColumnParallelLinear):
+    """A layer with Transformer Engine's mark of the first microbatch, which the layer's forward pass removes."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_first_microbatch = True
+        self.microbatches: list[bool] = []
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        self.microbatches.append(self.is_first_microbatch)
+        is_first, self.is_first_microbatch = self.is_first_microbatch, False
+        return OverwrittenGradient.apply(x, self.weight, is_first), None
+
+
+def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
+    block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
+    for spec in block.layer_specs:
+        spec.submodules.mlp.submodules.linear_fc1 = MarkedLinear
+    return block
+
+
+def waves_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list[list[bool]], float]:
+    """Return the marks of a layer's microbatches by call, and the error of the gradients of three waves.
+
+    The last call is a step of its own.
+    """
+    case = Case(kind="gqa", parallel=cuts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "layer_spec", marked_spec)
+        chunks, grid = models.build(models.model_config(case.kind), cuts, optimizer=case.optimizer)
+    for chunk in chunks:
+        unwrapped(chunk).config.use_kitchen = True  # one of the kinds of quantisation for which Megatron sets the mark
+    student = wrap_for_training(chunks, case.optimizer)
+    vocab, batch = layouts.vocab_shard(student, grid), layouts.packed(case, grid)
+    layers = [layer for chunk in student for layer in chunk.modules() if isinstance(layer, MarkedLinear)]
+    marks = []
+
+    def call(wave: Wave) -> Any:
+        before = len(layers[0].microbatches)
+        output = schedule.run(student, None, batch, token_losses.next_token, grid, vocab, wave=wave)
+        marks.append(layers[0].microbatches[before:])
+        return output.accumulated
+
+    def gradients() -> list[Tensor]:
+        found = [layer.weight.main_grad.clone() for layer in layers]
+        for chunk in student:
+            chunk.zero_grad_buffer()
+        return found
+
+    first = call(Wave(share=0.5, is_last=False))
+    call(Wave(call(Wave(first, share=0.9, is_last=False))))
+    in_waves = gradients()
+    call(Wave())
+    return marks, max(float((a - b).norm() / b.norm()) for a, b in zip(in_waves, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("cuts", [parallel(), parallel(pp=2, vpp=2)], ids=["one rank", "PP2xVPP2"])
+def test_only_the_first_microbatch_of_a_step_is_marked_so_that_no_wave_overwrites_another(ranks, cuts):
+    """The waves are three times the same responses, so their gradient is that of one call with them."""
+    world_size = cuts.pipeline_model_parallel_size
+    for marks, difference in ranks.run(waves_of_layers_that_overwrite, cuts, world_size=world_size):
+        assert all(len(of_call) > 1 for of_call in marks)
+        assert [of_call[0] for of_call in marks] == [True, False, False, True]
+        assert not any(mark for of_call in marks for mark in of_call[1:])
+        assert difference < 12 * 2.0**-24, "three roundings of sums and of a scale each"

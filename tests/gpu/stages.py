@@ -62,7 +62,7 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
             "kernel_stage",
             "claims",
             *(() if on_gpu else CPU_CLAIMS),
-            limit_s=130,
+            limit_s=115,
             checks=["kernels of the loss"],
         ),
         stage("sanitizer", "kernel_stage", "sanitizer", limit_s=40, checks=["kernels under compute-sanitizer"]),
@@ -87,6 +87,12 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
             *("several", "staged", "--seconds", f"{slower * 65}", "--names", *several),
             limit_s=70,
             checks=[f"several: {name}" for name in several],
+        ),
+        stage(
+            "sinks",
+            "sinks_stage",
+            limit_s=15,
+            checks=["attention sinks: full", "attention sinks: window"],
         ),
         stage("ipc", "ipc_stage", limit_s=20, checks=["CUDA IPC between two processes", "weights over CUDA IPC"]),
         stage(

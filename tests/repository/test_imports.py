@@ -49,7 +49,8 @@ ORDER = {
         "hints pieces contexts chat.replies packing rows"
     ),
     "model": (
-        "attention_windows attention_sinks norms layers head_norms fused_kernels fp8 host_to_device optimizer_step "
+        "attention_sinks attention_windows norms layers flash_sinks "
+        "head_norms fused_kernels fp8 host_to_device optimizer_step "
         "packed_sequences gated_delta_net core_attributes architecture build hf.rules hf.linear_attention "
         "hf.adapter_rules adapters hf.decoder hf.config_fields hf.family hf.rope hf.sliding_windows hf.sigmoid_router "
         "hf.dense "

@@ -34,7 +34,7 @@ BETWEEN = ("/megatron_selfdistill/compat/cpu.py",)
 READ_BY_THE_HOST = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal"}
 FACTORIES = ("tensor", "as_tensor")
 """Functions that copy pageable memory if they get a device."""
-MOVES = ("to", "cpu", "cuda", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
+MOVES = ("to", "cpu", "cuda", "new_tensor", "tolist", "item", "__bool__", "__int__", "__float__", "__index__")
 
 
 class _Operators(TorchDispatchMode):
@@ -49,8 +49,9 @@ class _Operators(TorchDispatchMode):
         with_mask = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
+        of_unknown_size = name == "repeat_interleave" and not (kwargs or {}).get("output_size")
         filled = with_mask and name != "index" and args[2].numel() == 1  # by masked_fill, on the device
-        if name in READ_BY_THE_HOST or (with_mask and not filled):
+        if name in READ_BY_THE_HOST or of_unknown_size or (with_mask and not filled):
             record(name, self.found)
         return func(*args, **(kwargs or {}))
 

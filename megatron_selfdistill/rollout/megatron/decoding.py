@@ -19,6 +19,7 @@ from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.attention_sinks import has_sinks
 from megatron_selfdistill.model.layers import CoreAttention
 
 
@@ -132,7 +133,6 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
     config = models[0].config
     rotary = {model.position_embedding_type for model in models}
     attention = list(_attention_layers(models))
-    softmax_type = getattr(config.softmax_type, "value", config.softmax_type)
     return [
         (
             config.flash_decode,
@@ -172,7 +172,7 @@ def _model_refusals(models: Sequence[GPTModel]) -> list[tuple[bool, str]]:
             "fine_grained_activation_offloading also acts while decoding: set it to false",
         ),
         (
-            (bool(config.window_size) or softmax_type != "vanilla") and not _has_our_attention(models),
+            (bool(config.window_size) or has_sinks(config)) and not _has_our_attention(models),
             "sliding windows and attention sinks are decoded with this program's attention only, not with Transformer "
             "Engine's on Megatron's static KV cache: set rollout.engine=vllm",
         ),

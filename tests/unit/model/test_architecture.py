@@ -15,6 +15,7 @@ from tiers import combinations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.transformer.transformer_config as megatron_config
+from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
@@ -47,6 +48,7 @@ def configured(model: ModelConfig = DENSE, parallel: dict | None = None, **trans
 PP2_VPP2 = {"pipeline_model_parallel_size": 2, "virtual_pipeline_model_parallel_size": 2}
 TP2_SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CP2 = {"context_parallel_size": 2}
+EP2 = {"expert_model_parallel_size": 2}
 TWO_GROUPS = dataclasses.replace(DENSE, num_attention_heads=4, num_query_groups=2)
 GELU = dataclasses.replace(DENSE, activation="gelu", gated_linear_unit=False)
 GATED_DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2}
@@ -111,6 +113,13 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
             {"moe_router_load_balancing_type": ["aux_loss", "global_aux_loss"], "moe_aux_loss_coeff": [0.01, 0.01]},
         ),
     ],
+    "moe_token_dispatcher_type=flex needs the package deep_ep": [
+        (MOE, EP2, {"moe_token_dispatcher_type": "flex"}),
+        (MOE, EP2, {"moe_token_dispatcher_type": "flex", "moe_flex_dispatcher_backend": "hybridep"}),
+    ],
+    "moe_token_dispatcher_type=flex sends tokens between ranks": [
+        (MOE, {}, {"moe_token_dispatcher_type": "flex"}),
+    ],
     "experimental_attention_variant has layers here for gated_delta_net only": [
         (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
     ],
@@ -131,6 +140,8 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
 def test_what_megatron_gets_wrong_is_refused_with_a_sentence(sentence, monkeypatch):
     monkeypatch.setattr(megatron_config, "is_te_min_version", lambda *_: True)  # Megatron's own checks come first
     monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+    if "between ranks" in sentence:
+        monkeypatch.setattr(fused_a2a, "HAVE_DEEP_EP", True)
     for model, parallel, transformer in REFUSED[sentence]:
         with pytest.raises(ConfigError, match=re.escape(sentence)) as caught:
             configured(model, parallel, **transformer)
@@ -143,12 +154,22 @@ WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
         {"window_size": (8, 0), "cp_comm_type": "a2a+p2p"},
         {"window_size": (8, 0), "cp_comm_type": ["a2a", "a2a", "p2p", "a2a"]},
     ],
-    "has attention sinks (softmax_type) under context parallelism for cp_comm_type=a2a only": [
-        {"softmax_type": "learnable"},
-        {"softmax_type": "off-by-one", "cp_comm_type": "all_gather"},
-    ],
 }
 """Sentence -> fields of a configuration under context parallelism that meet it."""
+SINKS = {"softmax_type": "learnable", "bf16": True}
+SINKS_WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
+    "need PyTorch's flash attention, but this PyTorch was built without it": [
+        SINKS,
+        {**SINKS, "softmax_type": "off-by-one"},
+    ],
+    "need flash attention, which has no float32": [{"softmax_type": "learnable"}],
+    "have no latent attention": [{**SINKS, "multi_latent_attention": True}],
+    "expected model.kv_channels to be a multiple of 8 and at most 256": [
+        {**SINKS, "kv_channels": 12},
+        {**SINKS, "kv_channels": 264},
+    ],
+}
+"""Sentence -> fields of a configuration with sinks that meet it."""
 
 
 @pytest.mark.parametrize("sentence", WITH_TRANSFORMER_ENGINE)
@@ -162,6 +183,32 @@ def test_what_transformer_engine_cannot_cut_is_refused_with_a_sentence(sentence,
                 refuse_known_faults(config)
             refuse_known_faults(dataclasses.replace(config, cp_comm_type="a2a"))
             refuse_known_faults(dataclasses.replace(config, context_parallel_size=1))
+
+
+@pytest.mark.parametrize("sentence", SINKS_WITH_TRANSFORMER_ENGINE)
+def test_sinks_that_flash_attention_cannot_compute_are_refused_with_a_sentence(sentence, monkeypatch):
+    available = "built without it" not in sentence
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: available)
+    for fields in SINKS_WITH_TRANSFORMER_ENGINE[sentence]:
+        config = configured()
+        for name, value in fields.items():
+            setattr(config, name, value)
+        refuse_known_faults(config)  # our attention can
+        with monkeypatch.context() as patch:
+            patch.setattr(architecture, "uses_transformer_engine", lambda: True)
+            with pytest.raises(ConfigError, match=re.escape(sentence)):
+                refuse_known_faults(config)
+            config.softmax_type = "vanilla"
+            refuse_known_faults(config)
+
+
+def test_windows_beside_sinks_are_cut_by_our_attention_for_every_communication(monkeypatch):
+    config = configured(DENSE, CP2)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(architecture, "uses_transformer_engine", lambda: True)
+    for communication in ("p2p", "a2a", "all_gather"):
+        fields = SINKS | {"window_size": (8, 0), "cp_comm_type": communication}
+        refuse_known_faults(dataclasses.replace(config, **fields))
 
 
 def test_experts_with_biases_are_not_cut_over_tensor_parallel_ranks():
@@ -180,11 +227,11 @@ def test_a_providers_fused_activation_may_not_leave_out_the_clamp():
 
 def test_every_sentence_of_refuse_known_faults_is_met_above():
     messages = [message for _, message in known_faults(configured())]
-    sentences = [
-        re.sub(r"window_(size|attn_skip_freq)=[^:]*", "", sentence) for sentence in [*REFUSED, *WITH_TRANSFORMER_ENGINE]
-    ]
+    tables = REFUSED, WITH_TRANSFORMER_ENGINE, SINKS_WITH_TRANSFORMER_ENGINE
+    sentences = [re.sub(r"window_(size|attn_skip_freq)=[^:]*", "", sentence) for table in tables for sentence in table]
     assert len(messages) == len(sentences)
-    assert all(any(start in message for message in messages) for start in sentences)
+    lacking = ", but this PyTorch was built without it"  # what is lacking stands in the message where it is refused
+    assert all(any(start.removesuffix(lacking) in message for message in messages) for start in sentences)
 
 
 @pytest.mark.parametrize("sentence", REFUSED)

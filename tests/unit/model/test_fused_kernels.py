@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import megatron.core.transformer.moe.moe_utils as moe_utils
 import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
 from megatron.core.tensor_parallel import layers
@@ -24,7 +25,8 @@ from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelCo
 from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model import architecture
+from megatron_selfdistill.model import architecture, build
+from megatron_selfdistill.model import fused_kernels as fused_kernels_module
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.fused_kernels import (
     ACTIVATIONS,
@@ -43,9 +45,16 @@ class Node:
     cuda: bool = False
     te: bool = False
     apex: bool = False
+    te_minor: int = 11
+    """The n of Transformer Engine's version 2.n."""
 
 
 NODES = {"CPU": Node(), "GPU": Node(cuda=True), "GPU, apex": Node(cuda=True, apex=True), "GPU, TE": Node(True, True)}
+PERMUTATIONS = (
+    "fused_permute fused_permute_with_probs fused_unpermute fused_sort_chunks_by_index "
+    "fused_sort_chunks_by_index_with_probs"
+).split()
+"""The functions of Transformer Engine without which Megatron Core refuses ``moe_permute_fusion``."""
 
 
 def believe(patch: pytest.MonkeyPatch, node: Node) -> None:
@@ -57,12 +66,18 @@ def believe(patch: pytest.MonkeyPatch, node: Node) -> None:
         patch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
         patch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", object())
         patch.setattr(megatron_config, "is_te_min_version", lambda *_, **__: True)
+        patch.setattr(
+            fused_kernels_module, "is_te_min_version", lambda version: node.te_minor >= int(version.split(".")[1])
+        )
+        for name in PERMUTATIONS:
+            patch.setattr(moe_utils, name, object(), raising=False)
+        patch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
 
 
-def configured(model: ModelConfig, node: Node) -> TransformerConfig:
+def configured(model: ModelConfig, node: Node, precision: str = "fp32") -> TransformerConfig:
     with pytest.MonkeyPatch.context() as patch:
         believe(patch, node)
-        return transformer_config(model, ParallelConfig(), OptimizerConfig(precision="fp32"), ScheduleConfig())
+        return transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
 
 
 def models() -> list[ModelConfig]:
@@ -105,7 +120,7 @@ def test_no_combination_is_refused_on_a_gpu_that_a_cpu_takes(node):
 def test_every_shipped_model_is_configured_on_every_node(option):
     model = load([f"model={option}"]).model
     for node in NODES.values():
-        configured(model, node)
+        configured(model, node, "bf16")
 
 
 def test_what_is_fused_on_a_gpu_with_transformer_engine():
@@ -119,6 +134,24 @@ def test_what_is_fused_on_a_gpu_with_transformer_engine():
     assert not configured(yarn, NODES["GPU, TE"]).apply_rope_fusion
     latent = {"multi_latent_attention": True, "rope_type": "yarn"}
     assert configured(dataclasses.replace(moe, transformer=latent), NODES["GPU, TE"]).apply_rope_fusion
+
+
+def test_tokens_are_sorted_by_expert_in_a_kernel_wherever_a_working_one_is():
+    """The kernels of Transformer Engine 2.9 call a function of triton that triton 3.5 changed."""
+    moe = ModelConfig(num_moe_experts=4)
+    found = {name: configured(moe, node).moe_permute_fusion for name, node in NODES.items()}
+    assert found == {"CPU": False, "GPU": False, "GPU, apex": False, "GPU, TE": True}
+    assert not configured(moe, Node(True, True, te_minor=9)).moe_permute_fusion
+    assert configured(moe, Node(True, True, te_minor=10)).moe_permute_fusion
+    assert not configured(ModelConfig(), NODES["GPU, TE"]).moe_permute_fusion
+    chosen = dataclasses.replace(moe, transformer={"moe_permute_fusion": False})
+    assert not configured(chosen, NODES["GPU, TE"]).moe_permute_fusion
+    assert not build._for_local_layers(configured(moe, NODES["GPU, TE"])).moe_permute_fusion
+
+
+def test_the_router_keeps_the_kernels_that_compute_scores_in_float32():
+    for node in NODES.values():
+        assert not configured(ModelConfig(num_moe_experts=4), node).moe_router_fusion
 
 
 def test_grouped_experts_with_biases_come_without_the_fusion_that_megatron_refuses_beside_them():
@@ -225,7 +258,7 @@ def test_the_log_says_what_is_fused(monkeypatch):
     monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
     assert kernels_in_use(config) == (
         "kernels: activation silu, fused; rotary embedding fused; weight gradients accumulated by the kernel: all "
-        "layers but the output layer; experts in one grouped product"
+        "layers but the output layer; experts in one grouped product; permutation of tokens fused"
     )
     plain = kernels_in_use(configured(ModelConfig(activation="gelu"), Node()))
     assert (

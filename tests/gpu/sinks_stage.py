@@ -1,0 +1,113 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Stage: attention with sinks by flash attention in bf16 against its definition in float64, with all gradients.
+
+    python -m tests.gpu.sinks_stage
+
+A CPU has no kernel of flash attention; there the operators are those of tests/support/flash_attention.py.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
+from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from tests.gpu.results import held
+from tests.support import flash_attention
+
+GPT_OSS = 64, 8, 64
+"""The heads, the query groups and the channels of gpt-oss-120b."""
+SMALL = 4, 2, 8
+LEFT = 127
+BOUND = 3.0
+"""The bound of errors relative to those of flash attention without sinks, which rounds the output once less."""
+SINK_BOUND = 0.05
+"""The bound of the relative error of the sinks' gradient, a sum over all tokens of products that bf16 rounds."""
+
+
+def main() -> int:
+    sound = [
+        held(f"attention sinks: {name}", partial(compared, left)) for name, left in (("full", None), ("window", LEFT))
+    ]
+    return 0 if all(sound) else 1
+
+
+def compared(left: int | None) -> Outcome:
+    """Compare outputs and gradients, with sinks and without."""
+    on_gpu = torch.cuda.is_available()
+    heads, groups, channels = GPT_OSS if on_gpu else SMALL
+    lengths = [1, 700, 129, 900, 40] if on_gpu else [1, 150, 9]
+    device = torch.device("cuda" if on_gpu else "cpu")
+    generator = torch.Generator(device).manual_seed(0)
+    rows = (heads, groups, groups, heads)
+    q, k, v, dy = (torch.randn(sum(lengths), n, channels, generator=generator, device=device) for n in rows)
+    inputs = [x.bfloat16() for x in (2 * q, k, v, dy.flatten(1))]
+    errors = []
+    with nullcontext() if on_gpu else flash_attention.on_cpu():
+        for sinks in (torch.linspace(-3, 6, heads, device=device).bfloat16(), q.new_full((heads,), -torch.inf)):
+            got, expected = by_flash_attention(inputs, sinks, lengths, left), exact(inputs, sinks, lengths, left)
+            errors.append([float((a.double() - b).norm() / b.norm()) for a, b in zip(got, expected, strict=True)])
+    with_sinks, without = errors
+    names = ("output", "gradient of queries", "gradient of keys", "gradient of values")
+    figures = [
+        Figure(f"{name}: error / that without sinks", with_sinks[i] / without[i], BOUND) for i, name in enumerate(names)
+    ]
+    return Outcome((*figures, Figure("gradient of sinks: relative error", with_sinks[4], SINK_BOUND)))
+
+
+def by_flash_attention(inputs: list[Tensor], sinks: Tensor, lengths: list[int], left: int | None) -> list[Tensor]:
+    """Return the output and the gradients of queries, keys, values and sinks."""
+    *leaves, dy = (x.clone().requires_grad_() for x in inputs)
+    (_, heads, channels), groups = leaves[0].shape, leaves[1].size(1)
+    config = TransformerConfig(
+        num_layers=1,
+        hidden_size=heads * channels,
+        num_attention_heads=heads,
+        num_query_groups=groups,
+        kv_channels=channels,
+        softmax_type="learnable",
+        window_size=None if left is None else (left, 0),
+        attention_dropout=0.0,
+    )
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    layer = FlashSinkAttention(config, 1, None, "self", pg_collection=SimpleNamespace(cp=one))
+    layer.softmax_offset.data = sinks
+    bounds = torch.tensor([0, *lengths], device=sinks.device).cumsum(0).int()
+    longest = max(lengths)
+    packed = PackedSeqParams("thd", bounds, bounds, max_seqlen_q=longest, max_seqlen_kv=longest)
+    out = layer(*leaves, packed_seq_params=packed)
+    out.backward(dy)
+    return [out.detach(), *(leaf.grad for leaf in leaves), layer.softmax_offset.grad]
+
+
+def exact(inputs: list[Tensor], sinks: Tensor, lengths: list[int], left: int | None) -> list[Tensor]:
+    """Return what `by_flash_attention` returns, in float64: the sink is a further column of the scores."""
+    *leaves, dy = (x.double().requires_grad_() for x in inputs)
+    offset = sinks.double().requires_grad_()
+    parts = []
+    for q, k, v in zip(*(x.split(lengths) for x in leaves), strict=True):
+        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+        scores = torch.einsum("ind,jnd->nij", q, k) / q.size(-1) ** 0.5
+        places = torch.arange(q.size(0), device=q.device)
+        distance = places[:, None] - places
+        hidden = (distance < 0) if left is None else (distance < 0) | (distance > left)
+        column = offset[:, None, None].expand(-1, q.size(0), 1)
+        weights = torch.cat([scores.masked_fill(hidden, -torch.inf), column], dim=-1).softmax(-1)[..., :-1]
+        parts.append(torch.einsum("nij,jnd->ind", weights, v).flatten(1))
+    out = torch.cat(parts)
+    out.backward(dy)
+    return [out.detach(), *(leaf.grad for leaf in leaves), offset.grad]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

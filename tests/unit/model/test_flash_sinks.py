@@ -1,0 +1,385 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Sinks beside Transformer Engine's layers: flash attention, corrected by its log-sum-exp, is the softmax with a sink.
+
+The operators of flash attention are those of `tests.support.flash_attention`, whose backward pass reads the output and
+the log-sum-exp that it is handed, as the CUDA kernel does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import flash_attention
+import pytest
+import torch
+import torch.distributed as dist
+from hf_models import packed
+from host_traffic import host_traffic
+from models import fill_from_names
+from packaging.version import Version
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # isort: skip  (must come before megatron.core)
+import megatron.core.utils as megatron_utils
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
+from megatron_selfdistill.data.packing import context_parallel_positions
+from megatron_selfdistill.distributed.ranks import initialize
+from megatron_selfdistill.model import architecture, build, flash_sinks
+from megatron_selfdistill.model.architecture import layer_spec, transformer_config
+from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
+from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, uses_local_attention
+
+HEADS, GROUPS, CHANNELS = 4, 2, 8
+SINKS = (0.5, -2.0, 3.0, 1.0)
+LENGTHS = [1, 3, 40, 17, 1, 8]
+VARIANTS: dict[str, dict[str, Any]] = {"full": {}, "window": {"window_size": (5, 0)}}
+ROWS: dict[str, tuple[float, list[float], list[int]]] = {
+    "peaked": (3.0, list(SINKS), LENGTHS),
+    "logits of thousands": (1e3, [5e3, -5e3, 1e3, 0.0], LENGTHS),
+    "sinks far above": (1.0, [1e4, 60.0, 30.0, 1e3], LENGTHS),
+    "sinks far below": (1.0, [-1e4, -60.0, -30.0, -1e3], LENGTHS),
+    "sequences of one token": (3.0, list(SINKS), [1, 1, 1]),
+}
+"""Name -> the size of queries, the sinks, and the lengths of the packed sequences."""
+
+
+@pytest.fixture(autouse=True)
+def flash_attention_on_cpu() -> Iterator[None]:
+    with flash_attention.on_cpu():
+        yield
+
+
+def config(**changes: Any) -> TransformerConfig:
+    values = {"num_layers": 1, "hidden_size": HEADS * CHANNELS, "num_attention_heads": HEADS}
+    values |= {"num_query_groups": GROUPS, "softmax_type": "learnable", "use_cpu_initialization": True}
+    return TransformerConfig(**values | {"attention_dropout": 0.0} | changes)
+
+
+def attention(sinks: list[float], dtype: torch.dtype, group: Any = None, **changes: Any) -> FlashSinkAttention:
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    made = FlashSinkAttention(config(**changes), 1, None, "self", pg_collection=SimpleNamespace(cp=group or one))
+    made.softmax_offset.data = torch.tensor(sinks, dtype=dtype)
+    return made
+
+
+def segments(lengths: list[int]) -> PackedSeqParams:
+    bounds = torch.tensor([0, *lengths]).cumsum(0).int()
+    longest = max(lengths)
+    return PackedSeqParams(
+        qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds, max_seqlen_q=longest, max_seqlen_kv=longest
+    )
+
+
+def inputs(size: float, num_tokens: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return queries, keys, values and the gradient of the output."""
+    generator = torch.Generator().manual_seed(0)
+    heads = (HEADS, GROUPS, GROUPS, HEADS)
+    q, k, v, dy = (torch.randn(num_tokens, n, CHANNELS, generator=generator, dtype=torch.float64) for n in heads)
+    return (size * q).to(dtype), k.to(dtype), v.to(dtype), dy.flatten(1).to(dtype)
+
+
+def softmax_with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, lengths: list[int], left: int | None) -> Tensor:
+    """Return the definition, [t, n * d], in the dtype of its arguments: the sink is a further column of the scores."""
+    out = []
+    for start, end in pairwise([0, *torch.tensor(lengths).cumsum(0).tolist()]):
+        own_k, own_v = (x[start:end].repeat_interleave(HEADS // GROUPS, dim=1) for x in (k, v))
+        scores = torch.einsum("ind,jnd->nij", q[start:end], own_k) / CHANNELS**0.5
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        hidden = (distance < 0) if left is None else (distance < 0) | (distance > left)
+        column = sinks[:, None, None].expand(-1, end - start, 1)
+        scores = torch.cat([scores.masked_fill(hidden, -torch.inf), column], dim=-1)
+        out.append(torch.einsum("nij,jnd->ind", scores.softmax(-1)[..., :-1], own_v).flatten(1))
+    return torch.cat(out)
+
+
+def exact(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
+    """Return the definition's output and gradients of queries, keys, values and sinks in float64."""
+    size, sinks, lengths = ROWS[row]
+    *qkv, dy = (x.double() for x in inputs(size, sum(lengths), dtype))
+    leaves = [x.requires_grad_() for x in (*qkv, torch.tensor(sinks, dtype=dtype).double())]
+    out = softmax_with_sinks(*leaves, lengths, *VARIANTS[variant].get("window_size", [None])[:1])
+    out.backward(dy)
+    return [out.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def computed(row: str, variant: str, dtype: torch.dtype) -> list[Tensor]:
+    """Return what `exact` returns, as `FlashSinkAttention` computes it."""
+    size, sinks, lengths = ROWS[row]
+    *qkv, dy = inputs(size, sum(lengths), dtype)
+    layer = attention(sinks, dtype, **VARIANTS[variant])
+    leaves = [x.requires_grad_() for x in qkv]
+    out = layer(*leaves, packed_seq_params=segments(lengths))
+    out.backward(dy)
+    return [out.detach(), *(leaf.grad for leaf in leaves), layer.softmax_offset.grad]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("row", ROWS)
+def test_output_and_all_gradients_equal_the_definition(row, variant):
+    """In float64 throughout, so that only a wrong formula can differ by more than the conditioning of the scores."""
+    largest = ROWS[row][0] * 40  # the scores' bound: an error of 2**-53 in them is an error of the probabilities
+    for got, expected in zip(computed(row, variant, torch.float64), exact(row, variant, torch.float64), strict=True):
+        bound = 64 * largest * 2.0**-53 * max(1.0, float(expected.abs().max()))
+        assert got.dtype == torch.float64 and got.isfinite().all()
+        torch.testing.assert_close(got, expected, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_in_bf16_the_output_is_rounded_twice_and_the_sinks_are_corrected_in_float32(variant):
+    out, *_, of_sinks = computed("peaked", variant, torch.bfloat16)
+    expected, *_, expected_of_sinks = exact("peaked", variant, torch.bfloat16)
+    assert out.dtype == of_sinks.dtype == torch.bfloat16
+    twice = 2 * 2.0**-8 + 2.0**-15  # by flash attention, and here; the rest covers float32
+    torch.testing.assert_close(out.double(), expected, rtol=twice, atol=0)
+    dy = inputs(ROWS["peaked"][0], sum(LENGTHS), torch.bfloat16)[-1].double()
+    terms = (dy * expected).abs().unflatten(1, (HEADS, CHANNELS)).sum((0, 2))  # their rounding; P of a sink is below 1
+    assert ((of_sinks.double() - expected_of_sinks).abs() <= twice * terms + 2.0**-8 * expected_of_sinks.abs()).all()
+
+
+def test_in_bf16_a_sink_beside_large_logits_keeps_its_share():
+    """The sum of the exponentials would overflow, and bf16 would round 40.25 - 40 to another number."""
+    layer = attention([40.25] * HEADS, torch.bfloat16)
+    q, k, v = (torch.ones(1, n, CHANNELS, dtype=torch.bfloat16) for n in (HEADS, GROUPS, GROUPS))
+    q *= 40.0 / CHANNELS**0.5
+    score = float(q[0, 0, 0].double() * CHANNELS / CHANNELS**0.5)
+    share = 1 / (1 + torch.tensor(40.25 - score, dtype=torch.float64).exp())
+    out = layer(q, k, v, packed_seq_params=segments([1]))
+    torch.testing.assert_close(out.double(), share.expand(1, HEADS * CHANNELS), rtol=2.0**-8, atol=0)
+
+
+def test_frozen_sinks_get_no_gradient_and_the_others_are_unchanged():
+    *qkv, dy = inputs(3.0, sum(LENGTHS), torch.float64)
+    found = []
+    for frozen in (False, True):
+        layer = attention(list(SINKS), torch.float64)
+        layer.softmax_offset.requires_grad_(not frozen)
+        leaves = [x.clone().requires_grad_() for x in qkv]
+        layer(*leaves, packed_seq_params=segments(LENGTHS)).backward(dy)
+        assert (layer.softmax_offset.grad is None) == frozen
+        found.append([leaf.grad for leaf in leaves])
+    assert all(map(torch.equal, *found))
+
+
+def test_sinks_that_are_off_by_one_are_zeros_without_a_gradient():
+    *qkv, _ = inputs(3.0, sum(LENGTHS), torch.float64)
+    one = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
+    changed = config(softmax_type="off-by-one")
+    layer = FlashSinkAttention(changed, 1, None, "self", pg_collection=SimpleNamespace(cp=one))
+    expected = softmax_with_sinks(*qkv, torch.zeros(HEADS, dtype=torch.float64), LENGTHS, None)
+    torch.testing.assert_close(layer(*qkv, packed_seq_params=segments(LENGTHS)), expected)
+    assert not list(layer.parameters())
+
+
+# -- context parallelism -----
+
+CP_LENGTHS = [8, 24, 8, 16]
+
+
+def of_cp_rank(variant: str) -> list[Tensor]:
+    """Return what `computed` returns, at the positions of this context-parallel rank."""
+    group = dist.group.WORLD
+    held = context_parallel_positions(torch.tensor([0, *CP_LENGTHS]).cumsum(0), group.size(), group.rank())
+    *qkv, dy = (x[held] for x in inputs(3.0, sum(CP_LENGTHS), torch.float64))
+    layer = attention(list(SINKS), torch.float64, group, **VARIANTS[variant])
+    leaves = [x.requires_grad_() for x in qkv]
+    packed_seq_params = segments(CP_LENGTHS)
+    with flash_attention.on_cpu():
+        out = layer(*leaves, packed_seq_params=packed_seq_params)
+        out.backward(dy)
+        assert torch.equal(layer(*leaves, packed_seq_params=packed_seq_params), out), "the segments are kept"
+    return [held, out.detach(), *(leaf.grad for leaf in leaves), layer.softmax_offset.grad]
+
+
+@pytest.mark.parametrize(("variant", "cp_size"), [("full", 2), ("window", 2), ("window", 4)])
+def test_context_parallel_ranks_compute_their_part_of_the_definition(ranks, variant, cp_size):
+    leaves = [x.requires_grad_() for x in (*inputs(3.0, sum(CP_LENGTHS), torch.float64)[:3],)]
+    sinks = torch.tensor(SINKS, dtype=torch.float64, requires_grad=True)
+    left = VARIANTS[variant].get("window_size", [None])[0]
+    out = softmax_with_sinks(*leaves, sinks, CP_LENGTHS, left)
+    out.backward(inputs(3.0, sum(CP_LENGTHS), torch.float64)[3])
+    per_rank = ranks.run(of_cp_rank, variant, world_size=cp_size)
+    for held, *parts, _ in per_rank:
+        for part, expected in zip(parts, (out, *(leaf.grad for leaf in leaves)), strict=True):
+            torch.testing.assert_close(part, expected[held].detach())
+    torch.testing.assert_close(torch.stack([of_rank[-1] for of_rank in per_rank]).sum(0), sinks.grad)
+
+
+def test_the_segments_of_a_context_parallel_rank_are_computed_without_the_host():
+    packed_seq_params = segments(CP_LENGTHS)
+    with host_traffic() as found:
+        of_rank, places = flash_sinks._keys_of_rank(packed_seq_params, sum(CP_LENGTHS) // 2, 2, 1)
+    assert found == []
+    assert of_rank.cu_seqlens_q.diff().tolist() == [length // 4 for length in CP_LENGTHS for _ in range(2)]
+    assert of_rank.cu_seqlens_kv.diff().tolist() == [length // 4 * own for length in CP_LENGTHS for own in (2, 3)]
+    assert len(places) == sum(CP_LENGTHS) * 5 // 4
+
+
+# -- the operators of PyTorch -----
+
+
+@pytest.mark.parametrize("left", [-1, 5])
+def test_the_operators_of_this_pytorch_take_the_arguments_and_return_the_shapes(left):
+    """PyTorch's own kernels for tensors without storage: they check the arguments and give the shapes of CUDA's."""
+    q, k, v = (torch.empty(12, n, CHANNELS, dtype=torch.bfloat16, device="meta") for n in (HEADS, GROUPS, GROUPS))
+    bounds = torch.empty(4, dtype=torch.int32, device="meta")
+    window = {"scale": 0.3, "window_size_left": left, "window_size_right": 0}
+    out, lse, state, unused, _ = torch.ops.aten._flash_attention_forward(
+        q, k, v, bounds, bounds, 7, 7, 0.0, True, False, **window
+    )
+    assert out.shape == q.shape and lse.shape == (HEADS, 12) and lse.dtype == torch.float32
+    grads = torch.ops.aten._flash_attention_backward(
+        out, q, k, v, out, lse, bounds, bounds, 7, 7, 0.0, True, state, unused, **window
+    )
+    assert [grad.shape for grad in grads] == [q.shape, k.shape, v.shape]
+
+
+def test_the_stand_in_has_the_gradients_of_attention_without_sinks():
+    *qkv, dy = inputs(3.0, sum(LENGTHS), torch.float64)
+    leaves = [x.requires_grad_() for x in qkv]
+    expected = softmax_with_sinks(*leaves, torch.full((HEADS,), -torch.inf).double(), LENGTHS, 5)
+    expected.backward(dy)
+    bounds = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+    window = {"scale": CHANNELS**-0.5, "window_size_left": 5, "window_size_right": 0}
+    with torch.no_grad():
+        out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
+            *leaves, bounds, bounds, 40, 40, 0.0, True, False, **window
+        )
+        grads = torch.ops.aten._flash_attention_backward(
+            dy.unflatten(1, (HEADS, CHANNELS)), *leaves, out, lse, bounds, bounds, 40, 40, 0.0, True, *state, **window
+        )
+    torch.testing.assert_close(out.flatten(1), expected.detach())
+    for grad, leaf in zip(grads, leaves, strict=True):
+        torch.testing.assert_close(grad, leaf.grad)
+
+
+# -- the model -----
+
+
+class EngineAttention(torch.nn.Module):
+    """Stands for Transformer Engine's attention before 2.12."""
+
+    def __init__(self, config: TransformerConfig, *_: Any, **__: Any) -> None:
+        super().__init__()
+        self.softmax_type = config.softmax_type
+
+    def forward(self, *_: Any, packed_seq_params: Any = None, **__: Any) -> Tensor:
+        raise ValueError("No dot product attention backend is available for the provided inputs.")
+
+
+def as_if_transformer_engine(patch: pytest.MonkeyPatch) -> None:
+    """Let Megatron Core's spec for Transformer Engine have the local layers, but an `EngineAttention`."""
+    of_megatron = architecture.get_gpt_decoder_block_spec
+
+    def block_spec(config: TransformerConfig, *, use_transformer_engine: bool, **options: Any) -> Any:
+        if not use_transformer_engine:
+            return of_megatron(config, use_transformer_engine=False, **options)
+        block = layer_spec(config, options["vp_stage"], transformer_engine=False)
+        for spec in block.layer_specs:
+            spec.submodules.self_attention.submodules.core_attention = EngineAttention
+        return block
+
+    patch.setattr(architecture, "get_gpt_decoder_block_spec", block_spec)
+
+
+def tiny_gpt_oss() -> ModelConfig:
+    shipped = load(["model=gpt_oss_120b"]).model
+    sizes = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 32, "moe_ffn_hidden_size": 32, "kv_channels": 8}
+    heads = {"num_attention_heads": HEADS, "num_query_groups": GROUPS}
+    experts = {"num_moe_experts": 4, "moe_router_topk": 2, "vocab_size": 61, "make_vocab_size_divisible_by": 8}
+    transformer = {**shipped.transformer, "window_size": [3, 0]}
+    return dataclasses.replace(shipped, **sizes, **heads, **experts, transformer=transformer)
+
+
+def logits_of_both_kinds() -> tuple[list[str], bool, Tensor, Tensor]:
+    """Return the kinds of attention of the model for Transformer Engine, and the logits of it and of local layers."""
+    grid = initialize(ParallelConfig(), seed=1)
+    model = tiny_gpt_oss()
+    settings = transformer_config(model, ParallelConfig(), OptimizerConfig(precision="fp32"), ScheduleConfig())
+    microbatch = packed([[5, 7, 11, 2, 9, 4, 1], [3], [8, 6, 10, 12, 0]])
+    logits = []
+    with pytest.MonkeyPatch.context() as patch, flash_attention.on_cpu(), torch.no_grad():
+        as_if_transformer_engine(patch)
+        for transformer_engine in (True, False):
+            [chunk] = build_chunks(model, settings, grid, 61, transformer_engine=transformer_engine)
+            fill_from_names([chunk])
+            chunk.double()
+            local = uses_local_attention([chunk])
+            assert local == (not transformer_engine)
+            if transformer_engine:
+                kinds = [
+                    type(layer.self_attention.core_attention).__name__ for layer in unwrapped(chunk).decoder.layers
+                ]
+            hidden = hidden_states(chunk, ModelInputs.on_host(microbatch, grid, local_attention=local), grid)
+            logits.append(project(unwrapped(chunk), hidden))
+    return kinds, *logits
+
+
+def test_gpt_oss_on_transformer_engines_spec_attends_by_flash_attention_to_packed_sequences(ranks):
+    [(kinds, of_engine, of_local)] = ranks.run(logits_of_both_kinds, world_size=1)
+    assert kinds == ["FlashSinkAttention"] * 2
+    torch.testing.assert_close(of_engine, of_local, rtol=1e-5, atol=1e-5)
+    assert of_local.std() > 0.1
+
+
+def kinds_without_sinks() -> list[str]:
+    initialize(ParallelConfig(), seed=1)
+    with pytest.MonkeyPatch.context() as patch:
+        as_if_transformer_engine(patch)
+        block = layer_spec(config(softmax_type="vanilla", normalization="RMSNorm"), transformer_engine=True)
+    return [spec.submodules.self_attention.submodules.core_attention.__name__ for spec in block.layer_specs]
+
+
+def test_models_without_sinks_keep_transformer_engines_attention(ranks):
+    assert ranks.run(kinds_without_sinks, world_size=1) == [["EngineAttention"]]
+
+
+# -- refusals -----
+
+
+def refusal(monkeypatch: pytest.MonkeyPatch, precision: str = "bf16", **changes: Any) -> str:
+    """Return the message that refuses the tiny GPT-OSS with Transformer Engine's layers; empty where it runs."""
+    monkeypatch.setattr(architecture, "uses_transformer_engine", lambda: True)
+    transformer = {**tiny_gpt_oss().transformer, **changes.pop("transformer", {})}
+    model = dataclasses.replace(tiny_gpt_oss(), transformer=transformer, **changes)
+    try:
+        transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
+    except build.ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_where_flash_attention_cannot_run_sinks_are_refused_before_a_model_is_built(monkeypatch):
+    assert "this PyTorch was built without it" in refusal(monkeypatch)
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    assert refusal(monkeypatch) == ""
+    assert "has no float32: set optimizer.precision=bf16" in refusal(monkeypatch, "fp32")
+    assert "a multiple of 8 and at most 256, got 12" in refusal(monkeypatch, kv_channels=12)
+    assert "at most 256, got 264" in refusal(monkeypatch, kv_channels=264)
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cu124")
+    assert "this PyTorch is 2.6.0+cu124, expected 2.7 or later" in refusal(monkeypatch)
+    assert refusal(monkeypatch, transformer={"softmax_type": "vanilla"}) == ""
+
+
+@pytest.mark.parametrize(
+    ("softmax_type", "version"), [("learnable", "2.11.0"), ("learnable", "2.12.0"), ("vanilla", "2.11.0")]
+)
+def test_a_providers_sinks_are_refused_with_a_transformer_engine_that_cannot_pack_them(
+    softmax_type, version, monkeypatch
+):
+    chunk = torch.nn.Sequential(EngineAttention(config(softmax_type=softmax_type)))
+    flash_sinks.refuse_sinks_of_transformer_engine(chunk)  # there is no Transformer Engine here
+    monkeypatch.setattr(repairs, "have_transformer_engine", lambda: True)
+    monkeypatch.setattr(megatron_utils, "_te_version", Version(version))
+    if softmax_type == "vanilla" or version == "2.12.0":
+        flash_sinks.refuse_sinks_of_transformer_engine(chunk)
+        return
+    with pytest.raises(build.ConfigError, match=r"^model\.provider: expected sinks .* before 2\.12\.0: take the layer"):
+        flash_sinks.refuse_sinks_of_transformer_engine(chunk)
