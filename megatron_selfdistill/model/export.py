@@ -99,9 +99,9 @@ class Exporter:
         transfers are queued; the stream does not wait for them.
         Buckets follow the order of pipeline stages, with dense tensors before experts, else the order of the rules.
 
-        Collectives: every rank of the world iterates to the end.  First the data-parallel ranks gather the parameters
-        that ``overlap_param_gather`` has not gathered yet.  Each bucket takes one broadcast over PP, and one all-gather
-        over TP or expert TP x EP (or one broadcast per sender, if few ranks have something to send).
+        Collectives: every rank of the world iterates as far as the others.  First the data-parallel ranks gather the
+        parameters that ``overlap_param_gather`` has not gathered yet.  Each bucket takes one broadcast over PP, and one
+        all-gather over TP or expert TP x EP (or one broadcast per sender, if few ranks have something to send).
         """
         for chunk in self._chunks:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
