@@ -123,6 +123,7 @@ class Learner:
             )
         self.batch_k: float | None = None
         """For target.rule=batch: the k that was solved from the last step; None before the first step."""
+        self.release_gradients()
 
     @property
     def has_teacher(self) -> bool:
@@ -206,6 +207,7 @@ class Learner:
         """
         if wave is None or wave.earlier is None:
             for chunk in self.chunks:
+                chunk.restore_grad_buffers(synchronize=False)
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         options = {"token_coefficients": token_coefficients, "wave": wave}
@@ -263,13 +265,24 @@ class Learner:
     def apply_gradients(self, norm: float) -> float:
         """Update the weights with the prepared gradients, clipped by their ``norm``, and then the teacher.
 
-        Returns the learning rate of this update.  Collective.
+        Returns the learning rate of this update.  `release_gradients` follows the update.  Collective.
         """
         self.scheduler.step(1)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         apply_gradients(self.optimizer, norm)
         self.teacher.update(self.optimizer)
+        self.release_gradients()
         return learning_rate
+
+    def release_gradients(self) -> None:
+        """Free the memory of ``main_grad``, whose values are lost, where a vLLM engine samples on this device.
+
+        `forward_backward` takes the memory again.  The host waits for the device.  Elsewhere nothing happens.
+        """
+        if self.config.samples and self.config.rollout.is_colocated:
+            self.optimizer.zero_grad()  # drops views of the gradients
+            for chunk in self.chunks:
+                chunk.offload_grad_buffers()
 
     def solve_k(self, output: StepOutput) -> None:
         """Set ``batch_k`` for the next step from the entropies of this step, where target.rule=batch.  Collective."""

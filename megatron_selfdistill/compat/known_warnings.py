@@ -15,6 +15,7 @@ _MESSAGES = (
     "`torch.distributed.",
     "`load_state_dict` is deprecated",
     "Please use DTensor instead",
+    "TypedStorage is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
     # Set in distributed/ranks.py, where it matters.
     "When using async grad allreduce",

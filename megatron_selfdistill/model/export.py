@@ -87,8 +87,10 @@ class Exporter:
         group_sizes = {expert: group.size() for expert, group in self._groups.items()}
         self._buckets = [_packed(run, group_sizes) for run in _runs(_locate(rules, stages), bucket_bytes)]
 
-    def stream(self, *, copies: bool = True) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(self, *, copies: bool = True, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Yield every tensor of the rules once, full, in its live dtype, as lists of (Hugging Face name, tensor).
+
+        A list is a bucket.  ``first``: the number of the bucket to begin with, equal on all ranks; 0 is the first one.
 
         Every rank of ``on_ranks`` receives the same lists; other ranks receive empty lists.  The stream empties a list
         when the caller asks for the next one, so that a loop never holds two buckets: keep the tensors, not the list.
@@ -97,9 +99,9 @@ class Exporter:
         transfers are queued; the stream does not wait for them.
         Buckets follow the order of pipeline stages, with dense tensors before experts, else the order of the rules.
 
-        Collectives: every rank of the world iterates to the end.  First the data-parallel ranks gather the parameters
-        that ``overlap_param_gather`` has not gathered yet.  Each bucket takes one broadcast over PP, and one all-gather
-        over TP or expert TP x EP (or one broadcast per sender, if few ranks have something to send).
+        Collectives: every rank of the world iterates as far as the others.  First the data-parallel ranks gather the
+        parameters that ``overlap_param_gather`` has not gathered yet.  Each bucket takes one broadcast over PP, and one
+        all-gather over TP or expert TP x EP (or one broadcast per sender, if few ranks have something to send).
         """
         for chunk in self._chunks:
             if getattr(chunk, "remove_forward_pre_hook_handles", None):
@@ -108,7 +110,7 @@ class Exporter:
         shards = {
             place_of(shard, self._depths): data_of(shard, self._depths) for shard in sharded_tensors(self._chunks)
         }
-        for bucket in self._buckets:
+        for bucket in self._buckets[first:]:
             tensors = self._full_tensors(bucket, shards, copies)
             beat()
             yield tensors

@@ -77,8 +77,9 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": config.cluster.reserved_gb * GIB,
     }
+    training = _gib(resident | working)
     if not config.samples:
-        return Memory(_gib(resident | working), {})
+        return Memory(training, {})
     rollout = config.rollout
     guides = config.is_anchored and rollout.guidance != "none"  # these weights then sample responses, too
     rests = config.teacher.offload == "cpu" and not guides
@@ -92,11 +93,13 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
             engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
             engine["engine weights"] += load.engine_factors * element_size(config)
     engine["reserved"] = config.cluster.reserved_gb * GIB
+    if rollout.is_colocated:
+        resident = resident | {"gradients": 0.0}  # `Learner.release_gradients`
     if rollout.engine == "megatron" or rollout.placement == "colocated":
         free = config.cluster.gpu_memory_gb * GIB - sum(resident.values()) - sum(engine.values())
         given = rollout.kv_cache_gb
         engine["KV cache"] = max(free, 0.0) / 3 if given is None else given * GIB
-    return Memory(_gib(resident | working), _gib(resident | engine))
+    return Memory(training, _gib(resident | engine))
 
 
 def engine_weight_gib(config: Config, model_parameters: int) -> float:

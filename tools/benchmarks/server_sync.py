@@ -2,11 +2,12 @@
 """Measure a weight sync to a vLLM server, as a ratio to a copy of the same bytes in one process.
 
     python tools/benchmarks/server_sync.py --server-python .venv-vllm/bin/python --transfers shared_memory gloo
+    torchrun --nproc-per-node 4 tools/benchmarks/server_sync.py --tp 2 --bucket-mb 4 ...
 
-The trainer is this process, with a random Llama; the server is a real one, which this script starts and ends.  Before
-each sync the script copies all weights into memory that has been written before, so that both meet the same load of the
-machine; the medians are compared.  With ``--adapter-rank`` the model has adapters of this rank, and a sync sends their
-factors alone.
+The trainer is this process, or all ranks of the launch, with a random Llama; the server is a real one, which this
+script starts and ends.  Before each sync rank 0 copies as many bytes as a sync sends into memory that has been written
+before, so that both meet the same load of the machine; the medians are compared.  With ``--adapter-rank`` the model has
+adapters of this rank, and a sync sends their factors alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -45,23 +47,25 @@ def main() -> None:
     from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.distributed import ranks
 
-    cuts = ParallelConfig()
+    cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp)
     grid = ranks.initialize(cuts, seed=0)
     llama = RandomLlama.of(cuts, grid, arguments.vocab, num_layers=arguments.layers, hidden_size=arguments.hidden)
     with llama.hf_directory() as directory:
         found = _measure(arguments, llama, directory)
-    print(_table(found, arguments, grid.device))
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
+    if grid.is_reporter:
+        print(_table(found, arguments, grid))
+        if arguments.json:
+            Path(arguments.json).write_text(json.dumps({"arguments": vars(arguments), **found}, indent=2))
     ranks.shutdown()
 
 
 def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict[str, Any]:
     """Return, by transfer, the seconds of each sync and of the copy before it, and the bytes of one sync.
 
-    ``directory`` has the config.json of ``llama``, and receives the logs of the servers.
+    ``directory`` has the config.json of ``llama``, and on rank 0 receives the logs of the servers.
     """
     from megatron_selfdistill.config import AdapterConfig, RolloutConfig
+    from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0
     from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
     from megatron_selfdistill.rollout.vllm.client import VllmServer
     from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
@@ -70,28 +74,35 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
 
     adapter = AdapterConfig(rank=arguments.adapter_rank)
     chunks = llama.chunks(adapter)
-    os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
-    processes = start_servers(
-        RolloutConfig(
-            engine="vllm",
-            placement="server",
-            num_servers=arguments.servers,
-            server_python=arguments.server_python,
-            kv_cache_gb=0.2,
-            engine_args={"max_num_seqs": 8},
-            transfer="ipc" if "ipc" in arguments.transfers else None,
-        ),
-        directory=directory / "servers",
-        hf_config=directory,
-        token=token,
-        dtype=llama.dtype,
-        max_model_len=MAX_LENGTH,
-        adapter=EngineAdapter.of(adapter, adapter_rules(llama.rules, adapter)) if adapter.rank else None,
-    )
+    processes: list[Any] = []
+
+    def start() -> None:
+        os.environ[TOKEN_VARIABLE] = token = secrets.token_urlsafe(16)
+        processes.extend(
+            start_servers(
+                RolloutConfig(
+                    engine="vllm",
+                    placement="server",
+                    num_servers=arguments.servers,
+                    server_python=arguments.server_python,
+                    kv_cache_gb=0.2,
+                    engine_args={"max_num_seqs": 8},
+                    transfer="ipc" if "ipc" in arguments.transfers else None,
+                ),
+                directory=directory / "servers",
+                hf_config=directory,
+                token=token,
+                dtype=llama.dtype,
+                max_model_len=MAX_LENGTH,
+                adapter=EngineAdapter.of(adapter, adapter_rules(llama.rules, adapter)) if adapter.rank else None,
+            )
+        )
+        wait_until_healthy(processes, [VllmServer(one.address, token) for one in processes], START_SECONDS)
+
     found: dict[str, Any] = {"syncs": {}, "copies": {}, "bytes": 0}
     try:
-        addresses = [one.address for one in processes]
-        wait_until_healthy(processes, [VllmServer(address, token) for address in addresses], START_SECONDS)
+        run_long_on_rank_0(start)
+        addresses = broadcast_object([one.address for one in processes])
         for transfer in arguments.transfers:
             rollout = RolloutConfig(
                 engine="vllm",
@@ -100,12 +111,12 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
                 transfer=transfer,
                 bucket_mb=arguments.bucket_mb,
             )
-            syncs, copies, found["bytes"] = _syncs(llama, chunks, rollout, directory, arguments.repeats + 1, adapter)
-            found["syncs"][transfer], found["copies"][transfer] = syncs[1:], copies[1:]  # the first ones warm up
+            syncs, copies, found["bytes"] = _syncs(llama, chunks, rollout, directory, arguments.repeats, adapter)
+            found["syncs"][transfer], found["copies"][transfer] = syncs, copies
     finally:
         for one in processes:
             one.stop()
-        if arguments.show_log:
+        if arguments.show_log and processes:
             print((directory / "servers" / "0.log").read_text()[-8000:], file=sys.stderr)
     return found
 
@@ -113,7 +124,7 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
 def _syncs(
     llama: Any, chunks: list[Any], rollout: Any, directory: Path, repeats: int, adapter: Any
 ) -> tuple[list[float], list[float], int]:
-    """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of the last sync."""
+    """Return the seconds of each of ``repeats`` syncs and of the copy before it, and the bytes of one sync."""
     from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
     sampler = ServerSampler(
@@ -127,34 +138,41 @@ def _syncs(
         run_dir=directory,
         adapter=adapter,
     )
-    copy = _copy_of(chunks)
+    sampler.update_weights(0)
+    sampler.metrics()
+    sampler.update_weights(1)  # with adapters the first one sends the weights, too
+    num_bytes = int(sampler.metrics()["rollout/sync_bytes"])
+    copy = _copy_of(num_bytes if llama.grid.rank == 0 else 1, llama.grid.device)
     syncs, copies = [], []
-    num_bytes = 0
-    for version in range(repeats):
-        copies.append(seconds_of(copy))
-        syncs.append(seconds_of(partial(sampler.update_weights, version)))
-        num_bytes = int(sampler.metrics()["rollout/sync_bytes"])
+    for version in range(2, repeats + 2):
+        copies.append(_seconds(copy))
+        syncs.append(_seconds(partial(sampler.update_weights, version)))
     sampler.close()
     return syncs, copies, num_bytes
 
 
-def _copy_of(chunks: Any) -> Callable[[], None]:
-    """Return a function that copies all parameters of the model into memory of their size, written before."""
-    sources = [parameter.detach() for chunk in chunks for parameter in chunk.parameters()]
-    targets = [source.clone() for source in sources]
+def _copy_of(num_bytes: int, device: torch.device) -> Callable[[], None]:
+    """Return a function that copies as many bytes into memory that has been written before."""
+    source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=device) for _ in range(2))
 
     def copy() -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+        target.copy_(source)
 
     return copy
 
 
-def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.device) -> str:
+def _seconds(work: Callable[[], Any]) -> float:
+    """Return the wall seconds of ``work()`` on this rank, from the moment when all ranks begin."""
+    dist.barrier()
+    return seconds_of(work)
+
+
+def _table(found: dict[str, Any], arguments: argparse.Namespace, grid: Any) -> str:
     mib = found["bytes"] / 2**20
     lines = [
         f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}: {mib:.1f} MiB; "
-        f"{arguments.servers} server(s), buckets of {arguments.bucket_mb} MiB; {device.type}, medians of "
+        f"{arguments.servers} server(s), buckets of {arguments.bucket_mb} MiB; {grid.device.type}, "
+        f"{grid.world_size} rank(s), TP {arguments.tp}, medians of "
         f"{arguments.repeats}"
         + (f"; factors of rank {arguments.adapter_rank} alone" if arguments.adapter_rank else ""),
         "",
@@ -170,7 +188,16 @@ def _table(found: dict[str, Any], arguments: argparse.Namespace, device: torch.d
 def _parser() -> argparse.ArgumentParser:
     parser = measuring_parser(
         __doc__,
-        {"layers": 8, "hidden": 768, "vocab": 8192, "bucket-mb": 64, "servers": 1, "repeats": 5, "adapter-rank": 0},
+        {
+            "layers": 8,
+            "hidden": 768,
+            "vocab": 8192,
+            "bucket-mb": 64,
+            "servers": 1,
+            "tp": 1,
+            "repeats": 5,
+            "adapter-rank": 0,
+        },
     )
     parser.add_argument("--transfers", nargs="+", default=["shared_memory", "gloo"], help="as rollout.transfer")
     parser.add_argument("--server-python", help="the Python of the environment with vLLM; default: this one")

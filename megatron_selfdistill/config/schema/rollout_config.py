@@ -168,6 +168,11 @@ class RolloutConfig:
         )
 
     @property
+    def is_colocated(self) -> bool:
+        """Whether vLLM engines sample in the trainer's own processes, on the trainer's devices."""
+        return self.engine == "vllm" and self.placement == "colocated"
+
+    @property
     def selects_by_function(self) -> bool:
         """Whether the user's function selects among the responses of a step."""
         return is_dotted(self.select)

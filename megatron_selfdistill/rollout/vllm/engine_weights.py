@@ -49,11 +49,11 @@ class EngineWeights:
             chunks, grid, rules, bucket_bytes=bucket_bytes, on_ranks=on_ranks, part=lambda key: not is_adapter_key(key)
         )
 
-    def stream(self) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Return the stream of the weights, without adapters: `Exporter.stream` with views where possible."""
-        return self._weights.stream(copies=False)
+        return self._weights.stream(copies=False, first=first)
 
-    def stream_factors(self) -> Iterator[list[tuple[str, Tensor]]]:
+    def stream_factors(self, first: int = 0) -> Iterator[list[tuple[str, Tensor]]]:
         """Return the stream of the factors of the adapters, by PEFT's names: as `stream`."""
         assert self._factors is not None, "the model has no adapters"
-        return self._factors.stream(copies=False)
+        return self._factors.stream(copies=False, first=first)

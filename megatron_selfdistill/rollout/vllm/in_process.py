@@ -21,19 +21,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm.engine import (
-    WORKER_EXTENSION,
-    EngineOutput,
-    EngineRequest,
-    cpu_engine_args,
-    engine_output,
-)
+from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, engine_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
-from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.vllm.in_process_args import in_process_engine_args
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
+from megatron_selfdistill.rollout.vllm.transfer_buckets import without_expandable_segments
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -71,13 +66,12 @@ class InProcessEngine:
         """Start the engine on the model of ``directory``'s config.json.
 
         ``ident``: a name that no other run on this machine has, equal on all ranks.  ``settings``: arguments of
-        ``vllm.LLM``, which override the arguments that are set here.  ``vocab_size``: number of the model's tokens.
-        ``adapter``: the adapters of the run, if it has
-        any; then `load_adapter` comes after `load` and before the first `generate`.
+        ``vllm.LLM`` (`in_process_engine_args`).  ``vocab_size``: number of the model's tokens.  ``adapter``: the
+        adapters of the run, if it has any; then `load_adapter` comes after `load` and before the first `generate`.
 
         Collectives: process groups over the world; every rank of it builds its engine at the same time. Raises:
-        `ConfigError` where vLLM is not installed, where it refuses the model or the settings, and where this process
-        has an engine already; `EngineError` where it fails otherwise.
+        `ConfigError` where vLLM is not installed, where it refuses the model or the settings, where the settings cannot
+        work in this process, and where this process has an engine already; `EngineError` where it fails otherwise.
         """
         global _live
         if _live is not None:
@@ -85,30 +79,14 @@ class InProcessEngine:
         self.rank, self.ident, self._adapter, self._vocab_size = dist.get_rank(), ident, adapter, vocab_size
         # Only CUDA's virtual memory can be freed and allocated again under the same addresses.
         self.can_sleep = device.type == "cuda"
-        arguments = {
-            "skip_tokenizer_init": True,
-            "trust_remote_code": False,  # rollout.engine_args may say otherwise
-            "load_format": "dummy",
-            "generation_config": "vllm",
-            "enforce_eager": device.type == "cpu",
-            "disable_log_stats": True,
-            "enable_sleep_mode": self.can_sleep,
-            "tensor_parallel_size": engine_tp,
-            "distributed_executor_backend": "external_launcher",
-            "worker_extension_cls": WORKER_EXTENSION,
-        }
-        if device.type == "cpu":
-            arguments |= cpu_engine_args(read_config(directory), settings["max_model_len"])
-        if guided:
-            arguments |= GUIDED_ENGINE_ARGS
-        if adapter is not None:
-            arguments |= adapter.engine_args(on_cpu=device.type == "cpu")
-        _refuse_other_ranks(arguments, settings)
+        arguments = in_process_engine_args(
+            directory, device, engine_tp=engine_tp, guided=guided, settings=settings, adapter=adapter
+        )
         environment = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | _ENVIRONMENT
-        with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})):
-            self._llm = _started(
-                directory, arguments | dict(settings), self.rank, device.index or 0, ident, guided=guided
-            )
+        if self.can_sleep:
+            torch.cuda.empty_cache()  # the blocks that torch keeps for reuse may be of expandable segments
+        with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})), without_expandable_segments():
+            self._llm = _started(directory, arguments, self.rank, device.index or 0, ident, guided=guided)
         _live = self
 
     @property
@@ -292,21 +270,6 @@ def _started(
     for path in _SHARED_MEMORY.glob(f"{ident}-*"):
         path.unlink(missing_ok=True)
     return llm
-
-
-def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    ours = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **arguments}
-    for name in (
-        "tensor_parallel_size",
-        "pipeline_parallel_size",
-        "data_parallel_size",
-        "distributed_executor_backend",
-    ):
-        if settings.get(name, ours[name]) != ours[name]:
-            raise ConfigError(
-                f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
-                "trainer's own ranks; remove it, or set rollout.placement=server"
-            )
 
 
 def _reporting(step: Callable[[], Any], report: Callable[[int], None]) -> Callable[[], Any]:

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 
 import torch
@@ -51,7 +50,7 @@ from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket
 from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
 from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
-from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
+from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate, send_buckets
 
 
 class ServerSampler:
@@ -91,6 +90,7 @@ class ServerSampler:
         shorter responses, or has workers that ``rollout.transfer`` does not reach.
         """
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
+        self._timeout_s = rollout.timeout_s
         self._guided, self._bare_roles, self._progress = rollout.guidance != "none", bare_roles, progress
         bucket_bytes = int(rollout.bucket_mb * 2**20)
         self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=bucket_bytes, on_ranks=[0])
@@ -283,8 +283,8 @@ class ServerSampler:
         update = run_long_on_rank_0(lambda: self._begin(todo.pop(0).servers, version), EngineError)
         streams = [self._weights.stream] if sends_weights else []
         streams += [self._weights.stream_factors] if self._weights.adapter is not None else []
-        for tensors in chain.from_iterable(stream() for stream in streams):
-            run_long_on_rank_0(lambda tensors=tensors: update.send(tensors), EngineError)  # type: ignore[misc,union-attr]
+        for stream in streams:
+            send_buckets(stream, update, self._timeout_s)
         run_long_on_rank_0(lambda: todo.extend(self._finish(update, version)), EngineError)  # type: ignore[arg-type]
 
     def _begin(self, servers: Sequence[VllmServer], version: int) -> WeightUpdate:

@@ -67,7 +67,10 @@ class Transfer(Protocol):
         ...
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
-        """Let ``servers``, as joined, load a bucket, and return the servers that failed."""
+        """Let ``servers``, as joined, load a bucket, and return the servers that failed.
+
+        The bytes of the bucket are complete: the GPU has done the work that `pack` has queued.
+        """
         ...
 
     def release(self) -> None:
@@ -184,11 +187,6 @@ class IpcTransfer(_OfferedTransfer):
         layout = layout_of(tensors)
         buffer = self._buffers.next(layout.num_bytes)
         return Bucket(layout, pack(tensors, layout, buffer.memory), buffer.handle)
-
-    def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
-        """Let each server copy the bucket; return the servers that failed."""
-        torch.cuda.synchronize(bucket.packed.device)
-        return super().send(bucket, servers)
 
     def release(self) -> None:
         """Free the two buffers."""

@@ -144,6 +144,11 @@ def _gpu_memory(num_bytes: int) -> Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8, device="cuda")
 
 
+def segments_expand() -> bool:
+    """Return whether torch's settings let its segments of GPU memory grow in place (expandable_segments)."""
+    return _EXPANDABLE.search(_allocator_settings()) is not None
+
+
 @contextlib.contextmanager
 def without_expandable_segments() -> Iterator[None]:
     """Let torch allocate GPU memory by cudaMalloc inside, whatever its settings; other settings stay as they are.
@@ -151,7 +156,7 @@ def without_expandable_segments() -> Iterator[None]:
     Memory of expandable segments needs other handles, which torch 2.11 to 2.13 do not open reliably.
     """
     settings = _allocator_settings()
-    if not _EXPANDABLE.search(settings):
+    if not segments_expand():
         yield
         return
     _set_allocator_settings(_EXPANDABLE.sub("expandable_segments:False", settings))

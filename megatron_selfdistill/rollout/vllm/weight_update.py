@@ -1,10 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Send the weights of one moment from the trainer's rank 0 to several vLLM servers at once, by any transfer.
 
-    update = WeightUpdate(transfer, servers, version)  # on rank 0
-    for tensors in exporter.stream(copies=False):      # on every rank
-        update.send(tensors)
-    update.finish()
+    update = WeightUpdate(transfer, servers, version)  # on rank 0; None on the other ranks
+    send_buckets(weights.stream, update, patience_s)   # on every rank
+    update.finish()                                    # on rank 0
     update.failures                                    # servers without a complete update, and why
 
 A server answers no request between the first call and the last, and the version that it reports after an incomplete
@@ -13,19 +12,29 @@ update is not a number.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.distributed.collectives import run_long_on_rank_0, run_on_rank_0
+from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.protocol import digest
-from megatron_selfdistill.rollout.vllm.transfer import Failures, Transfer, on_each
+from megatron_selfdistill.rollout.vllm.transfer import Bucket, Failures, Transfer, on_each
 
 LOADING = "loading"
 """Version that a server reports while weights arrive; it is no number, so no response with it is ever used."""
+
+AGREEMENT_BUCKETS = 16
+"""Number of buckets that the ranks export between two agreements on how the update is going."""
+
+Buckets = Iterator[list[tuple[str, Tensor]]]
 
 
 class WeightUpdate:
@@ -56,9 +65,7 @@ class WeightUpdate:
         self.failures: Failures = {}
         self.num_bytes = 0
         device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._thread = ThreadPoolExecutor(
-            1, "bucket", initializer=None if device is None else lambda: torch.cuda.set_device(device)
-        )
+        self._thread = ThreadPoolExecutor(1, "bucket", initializer=partial(_enter_own_stream, device))
         self._on_its_way: Future[Failures] | None = None
         self._drop(on_each(self.servers, partial(_begin, keeps=keeps)))
         self._drop(transfer.join(self.servers) if self.servers else {})
@@ -75,36 +82,48 @@ class WeightUpdate:
         """Whether no server will get a complete update."""
         return not self.servers or bool(self.failures and not self._transfer.isolated)
 
-    def send(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
-        """Send one bucket, which may be empty.
+    def send(self, tensors: Sequence[tuple[str, Tensor]], deadline: float = math.inf) -> bool:
+        """Send one bucket, which may be empty, and return whether it was taken.
 
         Returns when its tensors may be overwritten: servers have loaded the bucket before it, and may still be loading
-        this bucket, so that the next bucket is gathered and packed meanwhile.
+        this bucket, so that the next bucket is gathered and packed meanwhile.  The bucket is not taken if servers still
+        load the bucket before it at ``deadline``, a time of ``time.monotonic()``; `settle` comes before it is sent
+        again.
         """
         if self.broken or not tensors:
-            return
+            return True
         bucket = self._transfer.pack(tensors)
-        self._settle()
-        if self.broken:
-            return
-        self._names += bucket.layout.names
-        self.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
-        self._on_its_way = self._thread.submit(self._transfer.send, bucket, list(self.servers))
+        packed = _end_of_queued_work()
+        if not self.settle(deadline):
+            return False
+        if not self.broken:
+            self._names += bucket.layout.names
+            self.num_bytes += sum(tensor.nbytes for _, tensor in tensors)
+            self._on_its_way = self._thread.submit(self._send, bucket, list(self.servers), packed)
+        return True
+
+    def settle(self, deadline: float = math.inf) -> bool:
+        """Wait until the bucket that is on its way is loaded, but not beyond ``deadline``; return whether it is."""
+        if self._on_its_way is not None:
+            left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+            if wait([self._on_its_way], left).not_done:
+                return False
+            sent, self._on_its_way = self._on_its_way, None
+            self._drop(sent.result())
+        return True
 
     def finish(self) -> None:
         """Let servers that got every tensor answer with the new weights from now on."""
         try:
-            self._settle()
+            self.settle()
             self._end()
         finally:
             self._thread.shutdown()
             self._transfer.release()
 
-    def _settle(self) -> None:
-        """Wait for the bucket that is on its way."""
-        if self._on_its_way is not None:
-            sent, self._on_its_way = self._on_its_way, None
-            self._drop(sent.result())
+    def _send(self, bucket: Bucket, servers: Sequence[VllmServer], packed: Callable[[], None]) -> Failures:
+        packed()
+        return self._transfer.send(bucket, servers)
 
     def _end(self) -> None:
         if self.broken:
@@ -134,8 +153,88 @@ class WeightUpdate:
         self.servers = [server for server in self.servers if server not in failures]
 
 
+def send_buckets(stream: Callable[[int], Buckets], update: WeightUpdate | None, patience_s: float) -> None:
+    """Send all buckets of ``stream`` in their order, each of them once.
+
+    ``stream(first)`` yields the buckets from number ``first`` on, as `Exporter.stream` does: every rank of the world
+    iterates, and only rank 0 needs the tensors.  ``update``: rank 0's update; None on the other ranks.
+
+    The ranks export a bucket while servers load the bucket before it.  On rank 0 the full tensors of one bucket and two
+    packed buckets exist at a time.  Between two agreements the other ranks wait for rank 0 in the collectives of
+    ``stream`` only, and rank 0 waits for servers for ``patience_s`` in sum.  After that time rank 0 takes no more
+    buckets, and all ranks export these buckets again once the servers have loaded the bucket that is on its way.
+
+    Collectives: those of ``stream``; a broadcast from rank 0 after every `AGREEMENT_BUCKETS` buckets and at the end;
+    `run_long_on_rank_0` where rank 0 took no more buckets.  If no server takes part any more, the export ends at the
+    next agreement.  Raises: at the next agreement, on all ranks alike, what `WeightUpdate.send` raises on rank 0.
+    """
+    first, ended = 0, False
+    buckets = stream(first)
+    while not ended:
+        turn, num_exported = _Turn(update, time.monotonic() + patience_s), 0
+        for tensors in islice(buckets, AGREEMENT_BUCKETS):
+            turn.send(tensors)
+            num_exported += 1
+        num_taken = run_on_rank_0(turn.num_taken, EngineError)
+        if num_taken is None:
+            break
+        first += num_taken
+        ended = num_taken == num_exported < AGREEMENT_BUCKETS
+        if num_taken < num_exported:
+            run_long_on_rank_0(turn.settle, EngineError)
+            buckets = stream(first)
+
+
+class _Turn:
+    """Rank 0's part in the buckets between two agreements: an error or a late server ends it; nothing elsewhere."""
+
+    def __init__(self, update: WeightUpdate | None, deadline: float) -> None:
+        self._update, self._deadline = update, deadline
+        self._num_taken = 0
+        self._ended = update is None
+        self._error: Exception | None = None
+
+    def send(self, tensors: Sequence[tuple[str, Tensor]]) -> None:
+        """Send a bucket unless the turn has ended."""
+        if self._ended or self._update is None:
+            return
+        try:
+            self._ended = not self._update.send(tensors, self._deadline)
+        except Exception as error:
+            self._ended, self._error = True, error
+        self._num_taken += not self._ended
+
+    def num_taken(self) -> int | None:
+        """Return the number of the buckets that were taken, or None if no server takes part; raise what has failed."""
+        assert self._update is not None
+        if self._error is not None:
+            raise self._error
+        return None if self._update.broken else self._num_taken
+
+    def settle(self) -> None:
+        """Wait until the servers have loaded the bucket that is on its way."""
+        assert self._update is not None
+        self._update.settle()
+
+
 def _begin(server: VllmServer, keeps: bool) -> None:
     """Stop a server's work, undo an unfinished update of an earlier trainer, and mark the weights as incomplete."""
     server.pause(keeps=keeps)
     server.set_weight_version(LOADING)
     server.call("abandon_weight_update")
+
+
+def _enter_own_stream(device: int | None) -> None:
+    """Let this thread queue work on a stream of its own, which does not wait for the export of the next bucket."""
+    if device is not None:
+        torch.cuda.set_device(device)
+        torch.cuda.set_stream(torch.cuda.Stream())
+
+
+def _end_of_queued_work() -> Callable[[], None]:
+    """Return a function that waits until the GPU has done what this thread has queued so far; nothing on a CPU."""
+    if not torch.cuda.is_available():
+        return lambda: None
+    event = torch.cuda.Event()
+    event.record()
+    return event.synchronize

@@ -287,6 +287,25 @@ def test_a_rank_that_holds_a_part_hands_out_copies(ranks):
         assert found == [(True, 0.0)]
 
 
+def from_each_bucket(model: ModelConfig, parallel: ParallelConfig) -> list[bool]:
+    """Return, for each bucket, whether a stream that begins with it has the tensors from there on."""
+    from megatron_selfdistill.model.export import Exporter
+
+    chunks, grid = models.build(model, parallel)
+    exporter = Exporter(chunks, grid, rules_of(model), bucket_bytes=SOME)
+    whole = [list(bucket) for bucket in exporter.stream()]
+    found = []
+    for first in range(len(whole) + 1):
+        tail, expected = flat([list(b) for b in exporter.stream(first=first)]), flat(whole[first:])
+        found.append(list(tail) == list(expected) and all(torch.equal(tail[name], expected[name]) for name in tail))
+    return found
+
+
+def test_a_stream_can_begin_with_any_bucket(ranks):
+    for found in ranks.run(from_each_bucket, models.model_config("shallow"), sizes(tensor=2), world_size=2):
+        assert len(found) > 4 and all(found)
+
+
 def after_a_step(optimizer: OptimizerConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
     """Return the exports before and after an optimizer step, and the logits of the next forward pass."""
     from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training

@@ -248,7 +248,8 @@ def test_a_colocated_engine_comes_beside_the_resident_parts_only():
     found = planned_memory(rollout=kept)
     assert found.rollout["engine weights"] == 10**9 / GIB and found.rollout["KV cache"] == 7
     assert not {"activations", "logits"} & set(found.rollout)
-    resident = sum(found.training[part] for part in ("weights", "gradients", "optimizer", "teacher"))
+    assert found.rollout["gradients"] == 0 < found.training["gradients"]
+    resident = sum(found.training[part] for part in ("weights", "optimizer", "teacher"))
     assert found.rollout_peak == pytest.approx(resident + 10**9 / GIB + 7 + 1 + 6)
     offloaded = planned_memory(rollout=kept, teacher={"offload": "cpu"})
     assert offloaded.rollout_peak == pytest.approx(found.rollout_peak - found.training["teacher"])

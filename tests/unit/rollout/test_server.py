@@ -218,6 +218,24 @@ def test_a_server_that_fails_while_the_group_forms_costs_the_others_moments(rank
     assert fakes[1].version == "0"
 
 
+def test_a_server_that_falls_silent_in_an_update_costs_the_others_its_timeout_and_no_weights(ranks, fakes):
+    """The silence takes all of rank 0's patience between two agreements."""
+    load, loaded = fakes[0].update, []
+
+    def fall_silent(info: dict[str, Any]) -> None:
+        loaded.append(info)
+        if len(loaded) == 3:
+            fakes[0].hangs_at = "/update_weights"
+        load(info)
+
+    fakes[0].update = fall_silent  # type: ignore[method-assign]
+    options = {"timeout_s": 3.0}
+    [(tokens, metrics)] = run(ranks, fakes, [[]], 4, layout={"tp": 2, "pp": 2}, options=options)
+    assert tokens == wanted(everybodys(24)) and metrics["rollout/servers_alive"] == 1
+    assert fakes[1].version == "0" and fakes[0].version == "loading"
+    assert fakes[0].weights.keys() < fakes[1].weights.keys()
+
+
 def test_weights_that_are_old_enough_to_be_wrong_are_refused_unless_staleness_is_allowed(ranks, fakes):
     """Both servers say that the step's weights are the previous ones."""
     stale = [{}, {"writes_version": "0"}]

@@ -120,7 +120,7 @@ def test_a_server_answers_nothing_and_has_no_version_while_weights_arrive(transf
     update.send(first)
     update.send(second)  # returns when the first one is loaded
     assert {fake.version for fake in fakes} == {"loading"}
-    update._settle()
+    update.settle()
     transfer.close()
     calls = [call for call in fakes[0].calls if not call.startswith(("/get_world", "/init_weight"))]
     calls = [call for call in calls if call != "/collective_rpc place"]

@@ -112,7 +112,7 @@ def interrupted(servers: Reach) -> tuple[str, list[Response]]:
     broken_off = WeightUpdate(transfer, clients[1:], 9)
     for bucket in buckets[:3]:
         broken_off.send(bucket)
-    broken_off._settle()
+    broken_off.settle()
     transfer.close()
     models.fill_from_names(chunks, 0)
     with sampler(chunks, grid, servers) as built:

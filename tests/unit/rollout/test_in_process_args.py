@@ -1,0 +1,85 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The arguments of an engine in the trainer's processes, and the memory that it starts in, with a stand-in for vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.rollout.vllm import in_process, transfer_buckets
+
+EXPANDING, FIXED = "expandable_segments:True", "expandable_segments:False"
+NAME = "disable_custom_all_reduce"
+
+Start = Callable[..., dict[str, Any]]
+
+
+@pytest.fixture
+def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
+    """Return a function that starts an engine, and returns its arguments and the allocator's settings at the start."""
+    events: list[str] = []
+    found: dict[str, Any] = {"events": events}
+
+    def started(directory: Path, arguments: dict[str, Any], *_: Any, **__: Any) -> None:
+        found["arguments"] = arguments
+        found["allocator"] = transfer_buckets._allocator_settings()
+        events.append("start")
+
+    monkeypatch.setattr(in_process, "_live", None)
+    monkeypatch.setattr(in_process.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(in_process, "_started", started)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("empty_cache"))
+    (tmp_path / "config.json").write_text("{}")
+
+    def start(engine_tp: int, allocator: str, device: str = "cuda", **engine_args: Any) -> dict[str, Any]:
+        transfer_buckets._set_allocator_settings(allocator)
+        settings = {"max_model_len": 8, **engine_args}
+        device_ = torch.device(device)
+        in_process.InProcessEngine(
+            tmp_path, device_, "x", engine_tp=engine_tp, guided=False, settings=settings, vocab_size=8
+        )
+        assert transfer_buckets._allocator_settings() == allocator
+        return found
+
+    before = transfer_buckets._allocator_settings()
+    yield start
+    transfer_buckets._set_allocator_settings(before)
+
+
+@pytest.mark.parametrize("engine_tp", [2, 8])
+def test_the_ranks_of_an_engine_beside_expandable_segments_add_up_without_shared_buffers(start, engine_tp):
+    assert start(engine_tp, EXPANDING)["arguments"][NAME] is True
+
+
+@pytest.mark.parametrize(
+    ("engine_tp", "allocator", "device"),
+    [(1, EXPANDING, "cuda"), (2, FIXED, "cuda"), (2, "max_split_size_mb:512", "cuda"), (2, EXPANDING, "cpu")],
+    ids=["one rank", "fixed segments", "default segments", "cpu"],
+)
+def test_otherwise_vllm_chooses_how_ranks_add_up(start, engine_tp, allocator, device):
+    assert NAME not in start(engine_tp, allocator, device)["arguments"]
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_the_users_choice_wins_where_memory_can_be_shared(start, value):
+    assert start(2, FIXED, **{NAME: value})["arguments"][NAME] is value
+    in_process._live = None
+    assert start(1, EXPANDING, **{NAME: value})["arguments"][NAME] is value
+
+
+def test_a_choice_that_would_end_the_process_is_refused_before_vllm_starts(start):
+    with pytest.raises(ConfigError, match=rf"rollout\.engine_args\.{NAME}=False: .*expandable_segments:False"):
+        start(2, EXPANDING, **{NAME: False})
+    assert start(2, EXPANDING, **{NAME: True})["arguments"][NAME] is True
+
+
+@pytest.mark.parametrize("engine_tp", [1, 2])
+def test_an_engine_starts_in_segments_of_fixed_size_and_the_trainers_settings_come_back(start, engine_tp):
+    found = start(engine_tp, f"max_split_size_mb:512,{EXPANDING}")
+    assert found["allocator"] == f"max_split_size_mb:512,{FIXED}"
+    assert found["events"] == ["empty_cache", "start"]
