@@ -32,7 +32,7 @@ from megatron_selfdistill.model.attention_windows import window_faults
 from megatron_selfdistill.model.core_attributes import set_attributes
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, fused_kernels
-from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
+from megatron_selfdistill.model.gated_delta_specs import place_gated_delta_nets
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import BiasedExpertOutput, CoreAttention
 from megatron_selfdistill.model.norms import LatentRMSNorm, RMSNorm, with_latent_epsilon
