@@ -20,7 +20,6 @@ from megatron_selfdistill.data.packing import Microbatch, context_parallel_posit
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
-from megatron_selfdistill.model.layers import CoreAttention
 from megatron_selfdistill.model.packed_sequences import PackedSequences
 
 
@@ -69,13 +68,14 @@ def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
 
 
 def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
-    """Return whether any layer attends through `model.layers.CoreAttention`."""
-    return any(isinstance(module, CoreAttention) for chunk in chunks for module in chunk.modules())
+    """Return whether any layer computes packed sequences in batches of segments (`model.layers.SegmentBatches`)."""
+    modules = (module for chunk in chunks for module in chunk.modules())
+    return any(getattr(module, "reads_segment_batches", False) for module in modules)
 
 
 def refuses_packed_sequences(config: TransformerConfig) -> bool:
     """Return whether Megatron Core refuses packed sequences for any layer, so that each context needs a row."""
-    return config.experimental_attention_variant is not None
+    return config.experimental_attention_variant not in (None, "gated_delta_net")
 
 
 def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -> Tensor:

@@ -156,6 +156,11 @@ class GatedDeltaNet(MegatronModule):
                 self.A_log.uniform_(*_A_RANGE).log_()
 
     @property
+    def reads_segment_batches(self) -> bool:
+        """Return whether packed sequences are computed in the batches of `PackedSequences.segment_batches`."""
+        return self.kernels is None
+
+    @property
     def state_bytes(self) -> int:
         """Return the bytes of this rank's state of one sequence."""
         kernel = self.conv1d.kernel_size[0]

@@ -66,6 +66,9 @@ class CoreAttention(MegatronModule):
     pass, one all-reduce of their gradients in the backward pass.
     """
 
+    reads_segment_batches = True
+    """Whether packed sequences are computed in the batches of `PackedSequences.segment_batches`."""
+
     def __init__(
         self,
         config: TransformerConfig,

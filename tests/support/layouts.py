@@ -33,6 +33,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import forward, gated_delta_net
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import schedule, token_losses, waves
 from megatron_selfdistill.pipeline.reference import Reference
@@ -455,6 +456,12 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
             patch.setattr(waves, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
+        elif name == "the segments of a gated delta net are one":
+
+            def one_segment(packed: Any, device: torch.device) -> SegmentBatches:
+                return segments_by_length(torch.tensor([0, packed.segment_bounds[-1]]))
+
+            patch.setattr(gated_delta_net, "segment_batches_of", one_segment)
         elif name == "layer-norm all-reduce dropped":
             finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # the package exports a namesake
             patch.setattr(finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *a, **k: None)
