@@ -26,7 +26,6 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack, pad_to_count, required_seq_length
-from megatron_selfdistill.data.rows import in_rows, required_row_length, row_count
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
@@ -69,8 +68,6 @@ class Case:
     paired: bool = False
     max_tokens: int = MAX_TOKENS
     seq_quantum: int | None = None
-    unpacked: bool = False
-    """Whether each context has a row of its own (data/rows.py)."""
     extra_weightless: int = 1
     steps: int = 0
     teacher: str = "frozen"
@@ -150,12 +147,8 @@ def packed_wave(case: Case, grid: RankGrid, everything: list[ContextPair], mine:
         "paired": case.paired,
     }
     rules = PackingRules(**arguments)
-    if case.unpacked:
-        length = _max(required_row_length(everything, rules, seq_quantum=case.seq_quantum), grid)
-        batch = in_rows(mine, rules, length, row_count(_max(len(mine), grid), length, case.max_tokens))
-    else:
-        length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
-        batch = pack(mine, rules, seq_length=length)
+    length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
+    batch = pack(mine, rules, seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
     roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
     while sum(n * m for n, m in zip(counts, roles, strict=True)) % schedule.microbatch_multiple(grid):
