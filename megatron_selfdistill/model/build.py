@@ -291,8 +291,8 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
     refuse_known_faults(chunk.config)
     if any(isinstance(module, MegatronGatedDeltaNet) for module in chunk.modules()):
         raise ConfigError(
-            f"model.provider={path!r} must build its gated delta nets with model.architecture.layer_spec: those "
-            "of Megatron Core take no packed sequences"
+            f"model.provider={path!r} must build its gated delta nets with model.architecture.layer_spec: "
+            "those of Megatron Core take no packed sequences"
         )
     _refuse_changed_logits(chunk)
     if chunk.post_process and not chunk.parallel_output:
