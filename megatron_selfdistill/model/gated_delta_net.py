@@ -19,7 +19,7 @@ computes the segments as rows of batches of similar lengths.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.ssm import gated_delta_net as cores
 from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.spec_utils import build_module
@@ -41,6 +40,7 @@ from megatron.core.transformer.utils import (
 )
 
 from megatron_selfdistill.model.gated_delta_kernels import kernels_for
+from megatron_selfdistill.model.gated_delta_rule import chunk_gated_delta_rule, one_step
 from megatron_selfdistill.model.layers import segment_batches_of
 from megatron_selfdistill.model.packed_sequences import PackedSequences
 
@@ -260,16 +260,17 @@ class GatedDeltaNet(MegatronModule):
         """Return the outputs ``[b, s, heads, d_v]``; ``decay`` is log a."""
         initial = None if states is None or states.is_new else states.matrices.transpose(0, 1).movedim(2, 1)
         if query.size(1) == 1 and initial is not None:
-            out, final = _one_step(query, key, value, decay, beta, initial)
+            out, final = one_step(query, key, value, decay, beta, initial)
         else:
-            rule = self.kernels.chunk_gated_delta_rule if self.kernels else cores.torch_chunk_gated_delta_rule
+            rule: Callable[..., Any] = chunk_gated_delta_rule
+            if self.kernels is not None:
+                rule = self.kernels.chunk_gated_delta_rule
             out, final = rule(
                 *(x.contiguous() for x in (query, key, value)),
                 g=decay,
                 beta=beta.contiguous(),
                 initial_state=initial,
                 output_final_state=states is not None,
-                use_qk_l2norm_in_kernel=False,
                 **lengths,
             )
         if states is not None:
@@ -327,18 +328,6 @@ class _States:
         inputs, matrices = (memory[:, rows] for memory in memories[layer.layer_number])
         decodes, lengths = context.is_decode_only(), getattr(context, "state_lengths", None)
         return cls(inputs, matrices, not decodes, None if decodes or lengths is None else lengths[rows])
-
-
-def _one_step(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the output ``[b, 1, heads, d_v]`` of one token and the state behind it, ``[b, heads, d_k, d_v]``."""
-    q, k, v = (x[:, 0].float() for x in (query, key, value))
-    state = state * decay[:, 0].exp()[..., None, None]
-    correction = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[:, 0].float()[..., None]
-    state = state + k[..., None] * correction[..., None, :]
-    out = torch.einsum("bhk,bhkv->bhv", q * q.size(-1) ** -0.5, state)
-    return out[:, None].to(query.dtype), state
 
 
 def _of_unit_length(x: Tensor) -> Tensor:

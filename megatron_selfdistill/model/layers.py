@@ -280,7 +280,7 @@ def _attention_layout(
     layouts: dict[int | None, ContextParallelQueries] = packed.__dict__.setdefault("_selfdistill_layouts", {})
     if None not in layouts:
         layouts[None] = context_parallel_queries(_host_bounds(packed), cp_group, device)
-    if left not in layouts:
+    if left is not None and left not in layouts:
         layouts[left] = layouts[None].within(left)
     return layouts[left]
 

@@ -50,7 +50,8 @@ ORDER = {
     ),
     "model": (
         "attention_windows attention_sinks norms layers head_norms fused_kernels fp8 host_to_device optimizer_step "
-        "packed_sequences gated_delta_kernels gated_delta_net gated_delta_specs core_attributes architecture build "
+        "packed_sequences gated_delta_kernels gated_delta_rule gated_delta_net gated_delta_specs core_attributes "
+        "architecture build "
         "hf.rules hf.linear_attention hf.adapter_rules adapters hf.decoder hf.config_fields hf.family hf.rope "
         "hf.sliding_windows hf.sigmoid_router hf.dense "
         "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.gpt_oss "
