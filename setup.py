@@ -42,6 +42,9 @@ EXTRAS = {
     "vllm": ["vllm>=0.32,<0.34"],
     "wandb": ["wandb>=0.31,<1"],
     "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12.0"],  # what megatron-core 0.16.1 declares for its own extra
+    # For gated delta nets on GPUs.  0.6 was read, and ran in Triton's interpreter.  Up to 0.4 the gradients are wrong
+    # on Hopper with Triton 3.4 to 3.7.0, which later versions refuse; 0.5 cannot be imported with Triton 3.9.
+    "gdn": ["flash-linear-attention>=0.6,<0.7"],
     # For `make test-browser` alone, and not in dev: it has 190 MB.
     "browser": ["playwright>=1.55,<2"],
     "dev": [

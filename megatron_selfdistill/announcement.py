@@ -13,7 +13,6 @@ from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.distributed.ranks import about_allocator
 from megatron_selfdistill.launch_facts import launch_facts, layers, layout, start
 from megatron_selfdistill.model.build import megatron_in_use, unwrapped
-from megatron_selfdistill.model.forward import refuses_packed_sequences
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.sources.chat_logs import SKIPPED_FILE, list_skipped
@@ -64,8 +63,6 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     config, grid, data, learner = trainer.config, trainer.grid, trainer.run_data, trainer.learner
     yield f"{megatron_in_use()}; {layers()}; device: {grid.device.type}"
     yield kernels_in_use(unwrapped(learner.chunks[0]).config)
-    if refuses_packed_sequences(unwrapped(learner.chunks[0]).config):
-        yield "sequences: one per row, padded to the longest of the step, since this model's layers cannot be packed"
     if grid.device.type == "cuda":
         quantum = length_quantum(config.schedule.max_tokens)
         yield f"GPU memory: {about_allocator(os.environ)}; packed sequences of multiples of {quantum} tokens"

@@ -32,7 +32,6 @@ from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget,
 from megatron_selfdistill.metrics.samples import chosen
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.model.forward import refuses_packed_sequences
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
 from megatron_selfdistill.model.output_layer import FusedLoss
@@ -186,7 +185,6 @@ class Learner:
             grid=self.grid,
             with_reference=self.config.is_anchored,
             seq_multiple=token_multiple(unwrapped(self.chunks[0]).config),
-            unpacked=refuses_packed_sequences(unwrapped(self.chunks[0]).config),
         )
 
     def forward_backward(

@@ -50,7 +50,7 @@ def is_installed(module: str) -> bool:
 
 def needed_packages(config: Config) -> list[NeededPackage]:
     """Return the optional packages without which ``config`` cannot run."""
-    return [*_vllm(config), *_transformer_engine(config)]
+    return [*_vllm(config), *_transformer_engine(config), *_flash_linear_attention(config)]
 
 
 def require_packages(config: Config) -> None:
@@ -104,4 +104,25 @@ def _transformer_engine(config: Config) -> list[NeededPackage]:
     return [
         NeededPackage("Transformer Engine", "transformer_engine", "te", reason, place, True, instead)
         for reason, instead in found
+    ]
+
+
+def _flash_linear_attention(config: Config) -> list[NeededPackage]:
+    """Return flash-linear-attention where gated delta nets compute with its kernels (`model.gated_delta_kernels`)."""
+    transformer = config.model.transformer
+    if transformer.get("experimental_attention_variant") != "gated_delta_net" or transformer.get("deterministic_mode"):
+        return []
+    from megatron_selfdistill.compat import cpu  # imports torch
+
+    return [
+        NeededPackage(
+            "flash-linear-attention",
+            "fla",
+            "gdn",
+            "the computation of gated delta nets on GPUs",
+            "the trainer's own environment",
+            not cpu.ON_CPU,
+            "set model.transformer.deterministic_mode=true (with Transformer Engine also the environment variable "
+            "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0), which computes them with PyTorch: slowly, with much memory",
+        )
     ]

@@ -146,6 +146,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
 
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
+    require_packages(config)  # of the architecture that a checkpoint states
     require_same_tokenizer(config)
     check_world(config, ranks.world_size)
     patience_s = config.parallel.distributed_timeout_minutes * 60

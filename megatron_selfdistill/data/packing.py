@@ -41,20 +41,6 @@ class Microbatch:
     predicts."""
     num_sequences: int
     """Number of contexts; 0 in a microbatch without loss."""
-    num_rows: int | None = None
-    """Number b of rows of S / b tokens, one behind the other, which the model reads apart from each other; a row holds
-    one context, or only padding (data/rows.py).  None is a packed sequence."""
-
-    @property
-    def state_positions(self) -> Tensor:
-        """Indices [R] int64 of the hidden states at ``response_positions`` among the states that the model returns.
-
-        The states of rows, ``[S / b, b, h]``, are counted position by position.
-        """
-        if self.num_rows is None:
-            return self.response_positions
-        row_length = len(self.tokens) // self.num_rows
-        return self.response_positions % row_length * self.num_rows + self.response_positions // row_length
 
     @property
     def max_seqlen(self) -> int:
@@ -75,8 +61,6 @@ class PackedBatch:
     guided: Tensor
     """Whether each of the response tokens belongs to a guided problem, [R_total] bool."""
     num_contexts: int
-    num_rows: int | None = None
-    """``Microbatch.num_rows`` of all microbatches."""
 
     @property
     def student_padding_share(self) -> float:
@@ -211,7 +195,7 @@ def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> Pac
     ):
         if want < have:
             raise ValueError(f"Expected at least the present number of {role} microbatches, {have}, got {want}.")
-    padding = replace(microbatch_of([], packed.seq_length, 1), num_rows=packed.num_rows)
+    padding = microbatch_of([], packed.seq_length, 1)
     return replace(
         packed,
         student=packed.student + [padding] * (num_student - len(packed.student)),

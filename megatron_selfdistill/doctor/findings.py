@@ -34,6 +34,8 @@ SIGNALS = "--signals-to-handle"
 # The optional distributions: what each distribution provides, and what a run uses without the distribution.
 OPTIONAL = {
     "transformer-engine": "fused layers on GPUs; without it Megatron's local layer spec",
+    "flash-linear-attention": "gated delta nets (Qwen3-Next, Qwen3.5) on GPUs; without it their runs on GPUs need "
+    "model.transformer.deterministic_mode=true, which is slow",
     "vllm": "rollout.engine=vllm colocated; without it the in-process sampler, or vLLM on servers",
 }
 # Containers bring their own builds of these distributions, often ahead of the releases: a version above the upper bound
@@ -45,12 +47,15 @@ MODULES = {
     "hydra-core": "hydra",
     "math-verify": "math_verify",
     "transformer-engine": "transformer_engine",
+    "flash-linear-attention": "fla",
 }
 # The fix for a failed import: compiled parts fit only the torch with which they were built.
 BUILD_ANEW = {
     "megatron-core": 'install it anew: pip install --force-reinstall --no-deps "{requirement}"',
     "transformer-engine": "build it for this torch (pip uninstall transformer-engine transformer-engine-torch; "
     'pip install --no-build-isolation --no-cache-dir "transformer-engine[pytorch]{wanted}"), or go without it',
+    "flash-linear-attention": 'install one for this Triton (pip install "{requirement}"), or uninstall both it and '
+    "fla-core: Megatron Core imports it in every run",
     "vllm": 'install a vLLM made for this torch (pip install "{requirement}" brings both), or uninstall it',
     "apex": "build github.com/NVIDIA/apex for this torch, or pip uninstall apex",
 }
@@ -214,7 +219,7 @@ def requirements() -> tuple[dict[str, str], dict[str, str]]:
     Both come from setup.py, except that the installed megatron-core declares its versions of Transformer Engine.
     """
     required, extras = _constant("REQUIREMENTS"), _constant("EXTRAS")
-    optional = dict(map(_split, [*extras["te"], *extras["vllm"]]))
+    optional = dict(map(_split, [*extras["te"], *extras["gdn"], *extras["vllm"]]))
     declared = declared_by("megatron-core", "transformer-engine")
     return dict(map(_split, required)), optional | ({"transformer-engine": declared} if declared else {})
 

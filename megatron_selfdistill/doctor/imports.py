@@ -54,6 +54,7 @@ class _Import:
 _IMPORTS = {
     "megatron-core": _Import(("megatron.core", "megatron.core.package_info")),
     "transformer-engine": _Import(("transformer_engine", "transformer_engine.pytorch")),
+    "flash-linear-attention": _Import(("fla", "fla.modules.conv", "fla.ops.gated_delta_rule")),
     # On a CPU vLLM only logs that its library does not load.
     "vllm": _Import(("vllm", "vllm._custom_ops"), operator="rms_norm"),
     "apex": _Import(("apex", "torch", "amp_C", "apex.optimizers")),

@@ -16,7 +16,6 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, explored_responses
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import refuses_packed_sequences
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import pack_everywhere
@@ -92,7 +91,6 @@ def read_by_all_models(
         grid=grid,
         with_reference=reference is not None,
         seq_multiple=token_multiple(unwrapped(models.student[0]).config),
-        unpacked=refuses_packed_sequences(unwrapped(models.student[0]).config),
     )
     output = schedule.run(
         models.student,

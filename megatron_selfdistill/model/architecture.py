@@ -33,7 +33,7 @@ from megatron_selfdistill.model.core_attributes import set_attributes
 from megatron_selfdistill.model.flash_sinks import FlashSinkAttention, sink_faults
 from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, dispatcher_faults, fused_kernels, kernel_faults
-from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
+from megatron_selfdistill.model.gated_delta_specs import place_gated_delta_nets
 from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
 from megatron_selfdistill.model.layers import BiasedExpertOutput, CoreAttention
 from megatron_selfdistill.model.norms import LatentRMSNorm, RMSNorm, with_latent_epsilon

@@ -24,6 +24,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDeltaNet
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -291,6 +292,11 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
     )
     refuse_known_faults(chunk.config)
     refuse_sinks_of_transformer_engine(chunk)
+    if any(isinstance(module, MegatronGatedDeltaNet) for module in chunk.modules()):
+        raise ConfigError(
+            f"model.provider={path!r} must build its gated delta nets with model.architecture.layer_spec: "
+            "those of Megatron Core take no packed sequences"
+        )
     _refuse_changed_logits(chunk)
     if chunk.post_process and not chunk.parallel_output:
         raise ConfigError(f"model.provider={path!r} must build with parallel_output=True: the loss is vocab-parallel")

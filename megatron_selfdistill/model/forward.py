@@ -14,28 +14,22 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
-from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model.build import unwrapped
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
-from megatron_selfdistill.model.layers import CoreAttention
 from megatron_selfdistill.model.packed_sequences import PackedSequences
 
 
 @dataclass(frozen=True)
 class ModelInputs:
-    """The inputs of the model for one microbatch: the share of this context-parallel rank, ``[1, s / cp]`` each.
-
-    The inputs of a microbatch of b rows are ``[b, s]`` each.
-    """
+    """The inputs of the model for one microbatch: the share of this context-parallel rank, ``[1, s / cp]`` each."""
 
     tokens: Tensor
     position_ids: Tensor
     padding_mask: Tensor
-    packed_seq_params: PackedSequences | None
-    """None for rows, each of which is one sequence."""
+    packed_seq_params: PackedSequences
 
     @classmethod
     def on_host(cls, microbatch: Microbatch, grid: RankGrid, *, local_attention: bool) -> ModelInputs:
@@ -43,14 +37,6 @@ class ModelInputs:
 
         ``local_attention``: the result of `uses_local_attention`.
         """
-        if microbatch.num_rows is not None:
-            shape = microbatch.num_rows, -1
-            return cls(
-                tokens=microbatch.tokens.view(shape),
-                position_ids=microbatch.position_ids.view(shape),
-                padding_mask=microbatch.padding_mask.view(shape),
-                packed_seq_params=None,
-            )
         held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
         position_ids = microbatch.position_ids[held]
         return cls(
@@ -69,22 +55,13 @@ def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
 
 
 def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
-    """Return whether any layer attends in the batches of segments of `model.layers.CoreAttention`."""
+    """Return whether any layer computes packed sequences in batches of segments (`model.layers.SegmentBatches`)."""
     modules = (module for chunk in chunks for module in chunk.modules())
-    return any(isinstance(module, CoreAttention) and module.reads_segment_batches for module in modules)
-
-
-def refuses_packed_sequences(config: TransformerConfig) -> bool:
-    """Return whether Megatron Core refuses packed sequences for any layer, so that each context needs a row."""
-    return config.experimental_attention_variant is not None
+    return any(getattr(module, "reads_segment_batches", False) for module in modules)
 
 
 def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -> Tensor:
-    """Return the chunk's hidden states ``[s / cp (/ tp), 1, h]`` before the output layer, in the parameters' dtype.
-
-    A chunk before the last returns those of b rows as ``[s (/ tp), b, h]``; the last returns them position by position,
-    ``[s b (/ tp), 1, h]``, as ``Microbatch.state_positions`` counts them.
-    """
+    """Return the chunk's hidden states ``[s / cp (/ tp), 1, h]`` before the output layer, in the parameters' dtype."""
     model = unwrapped(chunk)
     extra: dict[str, Any] = {}
     if model.config.num_moe_experts is not None:
@@ -103,8 +80,6 @@ def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -
             packed_seq_params=inputs.packed_seq_params,
             **extra,
         )
-    if inputs.packed_seq_params is None and model.post_process:
-        return hidden.flatten(0, 1).unsqueeze(1)
     return hidden
 
 

@@ -11,12 +11,17 @@ convolution precedes queries, keys and values, and a norm and the gate silu(z_t)
 Source: Yang, Kautz and Hatamizadeh 2024 (arXiv 2412.06464), as in transformers' Qwen3-Next.  Megatron Core's own layer
 has neither a decoding state nor the right gradient of its output norm under tensor parallelism without sequence
 parallelism, and rounds exp(A_log) to the parameters' dtype.  This layer reads the same keys of ``TransformerConfig``.
+
+A packed sequence computes what each of its segments computes alone: neither the convolution nor the state passes a
+boundary.  On a GPU the kernels of flash-linear-attention (`model.gated_delta_kernels`) take ``cu_seqlens``; PyTorch
+computes the segments as rows of batches of similar lengths.
 """
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,25 +29,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.ssm import gated_delta_net as cores
-from megatron.core.tensor_parallel import (
-    ColumnParallelLinear,
-    RowParallelLinear,
-    copy_to_tensor_model_parallel_region,
-    get_cuda_rng_tracker,
-)
-from megatron.core.transformer.enums import LayerType
-from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.spec_utils import build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
+
+from megatron_selfdistill.model.gated_delta_kernels import kernels_for
+from megatron_selfdistill.model.gated_delta_rule import chunk_gated_delta_rule, one_step
+from megatron_selfdistill.model.layers import segment_batches_of
+from megatron_selfdistill.model.packed_sequences import PackedSequences
 
 _UNIT_LENGTH_EPSILON = 1e-6
 _A_RANGE = (1.0, 16.0)
@@ -88,8 +88,10 @@ class GatedDeltaNet(MegatronModule):
     output gates z, betas and alphas; those of ``conv1d`` are its query, key and values.  So both are cut over
     tensor-parallel ranks as they are, unlike the layer of Megatron Core, whose checkpoints have other keys.
 
-    Input and output: ``[s (/ tp), b, h]``, each column of the batch one sequence.  Collectives: those of the two linear
-    layers, and that of `GatedOutputNorm`.
+    Input and output: ``[s (/ tp), b, h]``, each column of the batch one sequence, or ``[s (/ tp), 1, h]`` for a packed
+    one.  Collectives: those of the two linear layers, and that of `GatedOutputNorm`.
+
+    Raises: `ConfigError` as `kernels_for`, except for a layer on the meta device, which computes nothing.
     """
 
     def __init__(
@@ -132,6 +134,8 @@ class GatedDeltaNet(MegatronModule):
         self.A_log = torch.nn.Parameter(torch.zeros(num_value_heads // tp_size, **place))
         for weight in (self.conv1d.weight, self.dt_bias, self.A_log):
             weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+        self.kernels = None if self.A_log.is_meta else kernels_for(config)
+        """The kernels with which the layer computes; None for PyTorch's formula."""
         self.out_norm = GatedOutputNorm(config, self.value_dim, pg_collection.tp)
         self.out_proj = build_module(
             submodules.out_proj,
@@ -150,6 +154,11 @@ class GatedDeltaNet(MegatronModule):
             with torch.no_grad(), get_cuda_rng_tracker().fork():
                 self.conv1d.reset_parameters()  # other channels on each tensor-parallel rank
                 self.A_log.uniform_(*_A_RANGE).log_()
+
+    @property
+    def reads_segment_batches(self) -> bool:
+        """Return whether packed sequences are computed in the batches of `PackedSequences.segment_batches`."""
+        return self.kernels is None
 
     @property
     def state_bytes(self) -> int:
@@ -171,34 +180,62 @@ class GatedDeltaNet(MegatronModule):
         ``inference_context``: a ``StaticInferenceContext``, which holds the state of each row.  A pass that decodes
         continues at this state; other passes begin a sequence.  Afterwards the state is that behind the last token or,
         where the context has ``state_lengths`` [rows] and does not decode yet, behind so many tokens of each row.
+        ``packed_seq_params``: the `PackedSequences` of a packed sequence, which leaves no state behind.
 
-        Raises: ValueError for packed sequences, between which the state would pass.
+        Raises: ValueError for a packed sequence with an ``inference_context``.
         """
-        if packed_seq_params is not None:
-            raise ValueError("a gated delta net takes one sequence per row: its state would pass between packed ones")
+        packed: PackedSequences | None = packed_seq_params
+        if packed is not None and inference_context is not None:
+            raise ValueError("inference_context: expected None for a packed sequence, whose segments share no state")
         projected, _bias = self.in_proj(hidden_states)
         s, b = projected.shape[:2]
         grouped = projected.transpose(0, 1).reshape(b, s, self.num_key_heads, -1)
-        mixed, z, beta, alpha = grouped.split([sum(self.sections[:3]), *self.sections[3:]], dim=-1)
-        states = None if inference_context is None else _States.of(self, inference_context, b)
-        mixed = self._convolved(mixed.flatten(2).transpose(1, 2), states)
-        mixed = mixed.transpose(1, 2).reshape(b, s, self.num_key_heads, -1)
-        query, key, value = mixed.split(self.sections[:3], dim=-1)
-        value, z = (x.reshape(b, s, -1, self.value_dim) for x in (value, z))
-        beta, alpha = beta.reshape(b, s, -1).sigmoid(), alpha.reshape(b, s, -1)
+        mixed, z, *writing = grouped.split([sum(self.sections[:3]), *self.sections[3:]], dim=-1)
+        inputs = [x.flatten(2) for x in (mixed, *writing)]
+        if packed is None:
+            states = None if inference_context is None else _States.of(self, inference_context, b)
+            out = self._mixed(*inputs, states=states)
+        elif self.kernels is not None:
+            out = self._mixed(*inputs, lengths=packed.lengths_for_fla)
+        else:
+            segments = segment_batches_of(packed, mixed.device)
+            rows = [self._mixed(*(x[0][index] for x in inputs)).flatten(0, 1) for index in segments.batches]
+            out = torch.cat(rows)[segments.place].unsqueeze(0)  # no token reads the repeats behind its segment's end
+        out = self.out_norm(out, z.reshape(b, s, -1, self.value_dim)).reshape(b, s, -1).transpose(0, 1).contiguous()
+        result: tuple[Tensor, Tensor | None] = self.out_proj(out)
+        return result
+
+    def _mixed(
+        self,
+        mixed: Tensor,
+        beta: Tensor,
+        alpha: Tensor,
+        *,
+        states: _States | None = None,
+        lengths: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
+        """Return the outputs ``[b, s, heads, d_v]`` of rows ``[b, s, channels]``, before their norm.
+
+        ``lengths``: the segments of the only row, for the kernels; none for rows of one sequence each.
+        """
+        b, s = mixed.shape[:2]
+        convolved = self._convolved(mixed, states, lengths).reshape(b, s, self.num_key_heads, -1)
+        query, key, value = convolved.split(self.sections[:3], dim=-1)
         query, key = (_of_unit_length(x).repeat_interleave(self.values_per_key, dim=2) for x in (query, key))
+        beta = beta.sigmoid()
         decay = -self.A_log.float().exp() * F.softplus(alpha.float() + self.dt_bias)
         if states is not None and states.lengths is not None:  # later tokens neither forget nor write
             counts = (torch.arange(s, device=beta.device) < states.lengths[:, None])[..., None]
             decay, beta = decay * counts, beta * counts
-        out = self._recurrence(query, key, value, decay, beta, states)
-        out = self.out_norm(out, z).reshape(b, s, -1).transpose(0, 1).contiguous()
-        result: tuple[Tensor, Tensor | None] = self.out_proj(out)
-        return result
+        return self._recurrence(query, key, value.reshape(b, s, -1, self.value_dim), decay, beta, states, lengths)
 
-    def _convolved(self, mixed: Tensor, states: _States | None) -> Tensor:
-        """Return silu of the causal convolution of ``mixed [b, channels, s]``, which continues at the state."""
-        before = self.conv1d.kernel_size[0] - 1
+    def _convolved(self, mixed: Tensor, states: _States | None, lengths: Mapping[str, Tensor]) -> Tensor:
+        """Return silu of the causal convolution of ``mixed [b, s, channels]``, which continues at the state."""
+        if self.kernels is not None and states is None:
+            fused: Tensor
+            fused, _ = self.kernels.causal_conv1d(mixed, self.conv1d.weight.squeeze(1), activation="silu", **lengths)
+            return fused
+        mixed, before = mixed.transpose(1, 2), self.conv1d.kernel_size[0] - 1
         if states is None or states.is_new:
             padded = F.pad(mixed, (before, 0))
         else:
@@ -208,28 +245,33 @@ class GatedDeltaNet(MegatronModule):
             read = torch.full((b,), s, device=mixed.device) if states.lengths is None else states.lengths
             last = (read[:, None] + torch.arange(before, device=mixed.device))[:, None].expand(-1, mixed.size(1), -1)
             states.inputs.copy_(padded.gather(2, last).permute(2, 0, 1))
-        convolved: Tensor = F.silu(self.conv1d(padded))
-        return convolved
+        return F.silu(self.conv1d(padded)).transpose(1, 2)
 
     def _recurrence(
-        self, query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, states: _States | None
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        decay: Tensor,
+        beta: Tensor,
+        states: _States | None,
+        lengths: Mapping[str, Tensor],
     ) -> Tensor:
         """Return the outputs ``[b, s, heads, d_v]``; ``decay`` is log a."""
         initial = None if states is None or states.is_new else states.matrices.transpose(0, 1).movedim(2, 1)
         if query.size(1) == 1 and initial is not None:
-            out, final = _one_step(query, key, value, decay, beta, initial)
+            out, final = one_step(query, key, value, decay, beta, initial)
         else:
-            rule = cores.chunk_gated_delta_rule
-            if rule is None or self.config.deterministic_mode or not query.is_cuda:
-                rule = cores.torch_chunk_gated_delta_rule
-            inputs = (x.contiguous() for x in (query, key, value))
+            rule: Callable[..., Any] = chunk_gated_delta_rule
+            if self.kernels is not None:
+                rule = self.kernels.chunk_gated_delta_rule
             out, final = rule(
-                *inputs,
+                *(x.contiguous() for x in (query, key, value)),
                 g=decay,
                 beta=beta.contiguous(),
                 initial_state=initial,
                 output_final_state=states is not None,
-                use_qk_l2norm_in_kernel=False,
+                **lengths,
             )
         if states is not None:
             states.matrices.copy_(final.movedim(1, 2).transpose(0, 1))
@@ -288,75 +330,6 @@ class _States:
         return cls(inputs, matrices, not decodes, None if decodes or lengths is None else lengths[rows])
 
 
-def _one_step(
-    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the output ``[b, 1, heads, d_v]`` of one token and the state behind it, ``[b, heads, d_k, d_v]``."""
-    q, k, v = (x[:, 0].float() for x in (query, key, value))
-    state = state * decay[:, 0].exp()[..., None, None]
-    correction = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[:, 0].float()[..., None]
-    state = state + k[..., None] * correction[..., None, :]
-    out = torch.einsum("bhk,bhkv->bhv", q * q.size(-1) ** -0.5, state)
-    return out[:, None].to(query.dtype), state
-
-
 def _of_unit_length(x: Tensor) -> Tensor:
     precise = x.float()
     return (precise * torch.rsqrt((precise * precise).sum(-1, keepdim=True) + _UNIT_LENGTH_EPSILON)).to(x.dtype)
-
-
-def place_gated_delta_nets(
-    block: TransformerBlockSubmodules, config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool
-) -> None:
-    """Put a `GatedDeltaNet` into the layers of this rank's chunk that have one, in the place of attention.
-
-    ``block``: the layer specs of the chunk, complete but for this.  ``transformer_engine``: whether they are
-    Transformer Engine's.
-    """
-    linear = gated_delta_layers(config)
-    if not any(linear):
-        return
-    linears = _linears(transformer_engine)
-    block.layer_specs = [
-        _with_gated_delta_net(spec, linears, includes_norm=transformer_engine) if linear[number] else spec
-        for number, spec in zip(_layers_of_chunk(config, vp_stage), block.layer_specs, strict=True)
-    ]
-
-
-def gated_delta_layers(config: TransformerConfig) -> list[bool]:
-    """Return whether each layer of the model has a gated delta net in the place of attention."""
-    if config.experimental_attention_variant != "gated_delta_net":
-        return [False] * config.num_layers
-    freq = config.linear_attention_freq
-    if isinstance(freq, int):
-        return [(i + 1) % freq != 0 for i in range(config.num_layers)]
-    return [bool(linear) for linear in freq or []]
-
-
-def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Return the numbers of the layers of one model chunk of this rank, from 0."""
-    if config.pipeline_model_parallel_layout is not None:
-        layout = config.pipeline_model_parallel_layout
-        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
-    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
-
-
-def _linears(transformer_engine: bool) -> GatedDeltaNetLinears:
-    if transformer_engine:
-        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
-
-        return GatedDeltaNetLinears(TELayerNormColumnParallelLinear, TERowParallelLinear)
-    return GatedDeltaNetLinears(ColumnParallelLinear, RowParallelLinear)
-
-
-def _with_gated_delta_net(layer: ModuleSpec, linears: GatedDeltaNetLinears, *, includes_norm: bool) -> ModuleSpec:
-    """Return a copy of a layer spec with a `GatedDeltaNet`; ``includes_norm``: whether ``in_proj`` has the norm."""
-    layer = copy.deepcopy(layer)
-    layer.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=linears)
-    if includes_norm:
-        layer.submodules.input_layernorm = IdentityOp
-    else:
-        names = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
-        layer.submodules.sharded_state_dict_keys_map = layer.submodules.sharded_state_dict_keys_map | names
-    return layer

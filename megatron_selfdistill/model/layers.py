@@ -275,22 +275,25 @@ def _attention_layout(
     packed: PackedSeqParams, cp_group: dist.ProcessGroup, device: torch.device, left: int | None
 ) -> SegmentBatches | ContextParallelQueries:
     """Return the layout of one microbatch for layers with a window ``left``, and keep it on ``packed`` for them."""
-    segments: SegmentBatches | None = getattr(packed, "segment_batches", None)
-    if segments is not None:
-        return segments
-    layouts = packed.__dict__.setdefault("_selfdistill_layouts", {})
+    if cp_group.size() == 1:
+        return segment_batches_of(packed, device)
+    layouts: dict[int | None, ContextParallelQueries] = packed.__dict__.setdefault("_selfdistill_layouts", {})
     if None not in layouts:
-        if cp_group.size() == 1:
-            layouts[None] = segments_by_length(_host_bounds(packed)).to(device)
-        else:
-            layouts[None] = context_parallel_queries(_host_bounds(packed), cp_group, device)
-    full: SegmentBatches | ContextParallelQueries = layouts[None]
-    if left is None or isinstance(full, SegmentBatches):
-        return full
-    if left not in layouts:
-        layouts[left] = full.within(left)
-    windowed: ContextParallelQueries = layouts[left]
-    return windowed
+        layouts[None] = context_parallel_queries(_host_bounds(packed), cp_group, device)
+    if left is not None and left not in layouts:
+        layouts[left] = layouts[None].within(left)
+    return layouts[left]
+
+
+def segment_batches_of(packed: PackedSeqParams, device: torch.device) -> SegmentBatches:
+    """Return the segments of one microbatch in batches on ``device``.
+
+    If ``packed`` comes without them, they are made once and kept on ``packed``; that waits for the device.
+    """
+    known: SegmentBatches | None = getattr(packed, "segment_batches", None)
+    if known is None:
+        known = packed.segment_batches = segments_by_length(_host_bounds(packed)).to(device)
+    return known
 
 
 def _host_bounds(packed: PackedSeqParams) -> Tensor:

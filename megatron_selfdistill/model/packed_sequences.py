@@ -8,9 +8,11 @@ the device.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -33,11 +35,22 @@ class PackedSequences(PackedSeqParams):
     rotary_positions: Tensor | None = None
     """The position in its sequence of each token that this context-parallel rank holds, [s / cp] int64."""
     segment_batches: SegmentBatches | None = None
-    """The batches of segments for `model.layers.CoreAttention`; None under context parallelism or other attention."""
+    """The batches of segments for layers that compute with PyTorch; None under context parallelism or other layers."""
 
     def __post_init__(self) -> None:
         # Megatron passes only this tensor to the rotary embedding.
         setattr(self.cu_seqlens_q_padded, _POSITIONS, self.rotary_positions)
+
+    @functools.cached_property
+    def lengths_for_fla(self) -> dict[str, Tensor]:
+        """The arguments that state the segments to flash-linear-attention: int64 on the device, and on the host.
+
+        All layers get the same two objects: the library knows its tables of segments by the identity of both.
+        """
+        return {
+            "cu_seqlens": self.cu_seqlens_q.long(),
+            "cu_seqlens_cpu": torch.tensor(self.segment_bounds, dtype=torch.int64),
+        }
 
     @classmethod
     def of(cls, microbatch: Microbatch, position_ids: Tensor, *, with_segment_batches: bool) -> PackedSequences:

@@ -17,7 +17,6 @@ from megatron_selfdistill.data.packing import (
     pad_to_count,
     required_seq_length,
 )
-from megatron_selfdistill.data.rows import in_rows, required_row_length, row_count
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.pipeline.schedule import microbatch_multiple
@@ -32,7 +31,6 @@ def pack_everywhere(
     grid: RankGrid,
     with_reference: bool = False,
     seq_multiple: int | None = None,
-    unpacked: bool = False,
 ) -> PackedBatch:
     """Return this replica's contexts, packed into sequences of at most ``max_tokens``.
 
@@ -40,23 +38,16 @@ def pack_everywhere(
     multiple of `microbatch_multiple`.  A replica that has fewer microbatches gets weightless ones, and a replica
     without contexts gets only weightless ones.  ``pair_order=alternating`` packs student and teacher alike.  The
     sequence length is a multiple of ``seq_multiple``, which `model.fp8.token_multiple` returns.  On GPUs the length is
-    rounded up to a multiple of `length_quantum`, which changes neither losses nor gradients.  ``unpacked``, the result
-    of `model.forward.refuses_packed_sequences`, gives each context a row of its own (data/rows.py), with equally many
-    rows of one length in all microbatches of all replicas.
+    rounded up to a multiple of `length_quantum`, which changes neither losses nor gradients.
 
     Collectives: two maxima over the data-parallel ranks. Raises: ValueError where one context alone exceeds
-    ``max_tokens``, and for rows under context parallelism.
+    ``max_tokens``.
     """
     paired = pair_order == "alternating"
     rules = PackingRules(max_tokens, grid.cp_size, grid.tp_size, paired, seq_multiple)
     quantum = length_quantum(max_tokens) if grid.device.type == "cuda" else None
-    if unpacked:
-        need = [required_row_length(contexts, rules, seq_quantum=quantum), len(contexts)]
-        length, most_contexts = max_over_ranks(need, grid.dp_group)
-        batch = in_rows(contexts, rules, length, row_count(most_contexts, length, max_tokens))
-    else:
-        (seq_length,) = max_over_ranks([required_seq_length(contexts, rules, seq_quantum=quantum)], grid.dp_group)
-        batch = pack(contexts, rules, seq_length=seq_length)
+    (seq_length,) = max_over_ranks([required_seq_length(contexts, rules, seq_quantum=quantum)], grid.dp_group)
+    batch = pack(contexts, rules, seq_length=seq_length)
     counts = max(len(batch.student), 1), max(len(batch.teacher), 1)
     num_student, num_teacher = max_over_ranks(counts, grid.dp_group)
     num_student, run_by_teacher = raised_to_multiple(

@@ -15,7 +15,6 @@ from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import refuses_packed_sequences
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import pack_everywhere
@@ -60,7 +59,6 @@ def candidate_log_probs(
         with_teacher=False,
         grid=grid,
         seq_multiple=token_multiple(unwrapped(chunks[0]).config),
-        unpacked=refuses_packed_sequences(unwrapped(chunks[0]).config),
     )
     reading = _Reading(torch.tensor(token_ids, device=grid.device))
     output = schedule.run(chunks, None, batch, reading, grid, vocab, forward_only=True)

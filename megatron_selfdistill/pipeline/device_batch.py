@@ -150,7 +150,7 @@ def _held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int)
 
     Tokens of guided problems come after the others, and otherwise positions rise.
     """
-    positions, ids = microbatch.state_positions, microbatch.response_ids
+    positions, ids = microbatch.response_positions, microbatch.response_ids
     if cp_size > 1:
         held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
         place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)

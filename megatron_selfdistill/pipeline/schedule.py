@@ -118,7 +118,7 @@ def run(
         stack.enter_context(router_losses_per_weighted_microbatch(student, router_factor))
         if not forward_only:
             stack.enter_context(gradients_of(wave, accumulated, student))
-        step.run(order, batch.seq_length, batch.num_rows or 1, forward_only)
+        step.run(order, batch.seq_length, forward_only)
     return step.collected(num_response_tokens, accumulated)
 
 
@@ -176,10 +176,10 @@ class _Step:
     coefficients: list[Coefficients] = field(default_factory=list)
     measures: list[TokenMeasures] = field(default_factory=list)
 
-    def run(self, order: Sequence[tuple[str, int]], num_tokens: int, num_rows: int, forward_only: bool) -> None:
+    def run(self, order: Sequence[tuple[str, int]], seq_length: int, forward_only: bool) -> None:
         """Run the microbatches of ``order``, each a role and an index, through Megatron's schedule.
 
-        ``num_tokens``: the tokens of a microbatch, in ``num_rows`` rows.
+        ``seq_length``: the tokens of a microbatch.
         """
         chunks, iterators = self.student, [iter(order) for _ in self.student]
         with torch.set_grad_enabled(not forward_only):
@@ -188,8 +188,8 @@ class _Step:
                 data_iterator=iterators if len(chunks) > 1 else iterators[0],
                 model=chunks if len(chunks) > 1 else chunks[0],
                 num_microbatches=len(order),
-                seq_length=num_tokens // num_rows,
-                micro_batch_size=num_rows,
+                seq_length=seq_length,
+                micro_batch_size=1,
                 forward_only=forward_only,
             )
 

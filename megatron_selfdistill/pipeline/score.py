@@ -52,7 +52,6 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import refuses_packed_sequences
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion, ResponsePositions
 from megatron_selfdistill.pipeline import schedule, token_losses
@@ -165,7 +164,6 @@ def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: 
         with_teacher=True,
         grid=grid,
         seq_multiple=token_multiple(unwrapped(models.student[0]).config),
-        unpacked=refuses_packed_sequences(unwrapped(models.student[0]).config),
     )
     output = schedule.run(
         models.student,

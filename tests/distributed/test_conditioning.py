@@ -8,10 +8,6 @@ from conditioning import AMPLIFICATION, OTHERWISE, amplification
 from layouts import Case
 from models import KINDS
 
-CASES = {
-    kind: Case(kind=kind, **({"unpacked": True, "max_tokens": 150} if kind == "gated_delta" else {})) for kind in KINDS
-}
-
 
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind in ("gqa", "gated_delta") else pytest.mark.full) for kind in KINDS]
@@ -19,11 +15,11 @@ CASES = {
 def test_a_model_amplifies_a_change_of_its_weights_as_its_bound_says(ranks, kind):
     """The measurement is that of exact arithmetic, up to the curvature: it does not depend on the machine."""
     stated = AMPLIFICATION.get(kind, OTHERWISE)
-    measured, _ = amplification(ranks, CASES[kind], seed=1)
+    measured, _ = amplification(ranks, Case(kind=kind), seed=1)
     assert stated / 4 <= measured <= 2 * stated
 
 
 def test_the_decay_of_a_gated_delta_net_has_the_gradient_that_amplifies_most(ranks):
     """Its gradient is ill-conditioned: a rounding of the weights moves it 10 times as far as any of another model."""
-    measured, where = amplification(ranks, CASES["gated_delta"], seed=3)
+    measured, where = amplification(ranks, Case(kind="gated_delta"), seed=3)
     assert where.endswith("self_attention.A_log") and measured > 5 * OTHERWISE

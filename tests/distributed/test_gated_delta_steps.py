@@ -1,16 +1,16 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A step of a model with gated delta nets, whose contexts have rows of their own, is the same in every layout."""
+"""A step of a model with gated delta nets is the same in every layout, and does not depend on packing."""
 
 from __future__ import annotations
 
 import dataclasses
 
-import hf_models
+import fla_stand_in
 import pytest
 import torch
 from conditioning import bound
 from decoding import logits_of
-from layouts import Case, Outcomes, contexts
+from layouts import Case, Outcome, Outcomes, contexts, joined, run
 from models import VOCAB_SIZE, build, model_config, parallel
 from parity import compare, compare_parameters
 from tiers import combinations
@@ -18,9 +18,10 @@ from tiers import combinations
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.model import forward
+from megatron_selfdistill.model import gated_delta_net
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.gated_delta_kernels import GatedDeltaKernels
 from megatron_selfdistill.pipeline.candidates import candidate_log_probs
 from megatron_selfdistill.pipeline.score import ScoringModels, log_probs
 
@@ -34,7 +35,8 @@ LAYOUTS = {
     "TP2xPP2+SP": (parallel(tp=2, pp=2, sp=True), 4),
 }
 BOUND = bound("gated_delta")
-ALONE = Case(kind="gated_delta", unpacked=True, max_tokens=150, extra_weightless=0)
+LONGEST = max(max(pair.student_length, pair.teacher_length) for pair in contexts())
+ALONE = Case(kind="gated_delta", extra_weightless=0)
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +67,35 @@ def test_two_steps_change_every_parameter_as_much_as_on_one_rank(outcomes):
     )
 
 
-@pytest.mark.parametrize("changes", [{"seq_quantum": 64}, {"max_tokens": 50}], ids=["longer rows", "one row each"])
-def test_padding_and_the_number_of_rows_change_nothing(outcomes, changes):
-    """The state runs forwards only, so that no token sees the padding behind it, nor another row."""
+@pytest.mark.parametrize(
+    "changes",
+    [{"seq_quantum": 64}, {"max_tokens": LONGEST}, {"max_tokens": 300}],
+    ids=["more padding", "one context each", "all contexts in one"],
+)
+def test_neither_padding_nor_packing_changes_a_gradient(outcomes, changes):
+    """No token sees a context before its own, nor the padding behind it."""
     compare(outcomes(dataclasses.replace(ALONE, **changes)), outcomes(ALONE), BOUND)
+
+
+def test_a_state_that_passes_a_boundary_is_seen(outcomes):
+    case = dataclasses.replace(ALONE, mutation="the segments of a gated delta net are one")
+    with pytest.raises(AssertionError, match="differ"):
+        compare(outcomes(case), outcomes(ALONE), BOUND)
+
+
+def stepped_by_the_kernels(case: Case) -> Outcome:
+    """Return the outcome of a step in which the stand-in of flash-linear-attention's kernels computes."""
+    kernels = GatedDeltaKernels(fla_stand_in.causal_conv1d, fla_stand_in.chunk_gated_delta_rule)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_delta_net, "kernels_for", lambda config: kernels)
+        return run(case)
+
+
+@pytest.mark.parametrize("name", ["TP2+SP", pytest.param("PP2xVPP2", marks=pytest.mark.full)])
+def test_the_kernels_get_the_segments_of_every_microbatch(ranks, outcomes, name):
+    cuts, world_size = LAYOUTS[name]
+    case = dataclasses.replace(ALONE, parallel=cuts)
+    compare(joined(ranks.run(stepped_by_the_kernels, case, world_size=world_size)), outcomes(ALONE), BOUND)
 
 
 def test_recomputed_layers_have_the_same_gradients(outcomes):
@@ -95,15 +122,15 @@ def measured(cuts: ParallelConfig) -> tuple[list[float], list[float], list[list[
     """Return the log-probs of the contexts' responses under both prompts, and those of candidates after each prompt."""
     chunks, grid = build(model_config("gated_delta"), cuts)
     vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, VOCAB_SIZE, grid.tp_group)
-    reading = ScoringModels(chunks, chunks, grid, vocab, max_tokens=150, fusion=None, backend=None)
+    reading = ScoringModels(chunks, chunks, grid, vocab, max_tokens=56, fusion=None, backend=None)
     student, teacher = log_probs(contexts(), reading)
     prompts = [pair.student_prompt for pair in contexts()]
-    found = candidate_log_probs(prompts, CANDIDATES, chunks, grid, vocab, max_tokens=150)
+    found = candidate_log_probs(prompts, CANDIDATES, chunks, grid, vocab, max_tokens=56)
     return student.tolist(), teacher.tolist(), found.tolist()
 
 
 def measured_one_by_one() -> tuple[list[float], list[float], list[list[float]]]:
-    """Return the same from a pass over each text alone, without padding."""
+    """Return the same from a pass over each text alone."""
     [model], _ = build(model_config("gated_delta"), parallel())
 
     def after(prompt: list[int], response: list[int]) -> torch.Tensor:
@@ -128,20 +155,13 @@ def test_texts_and_candidates_are_scored_as_each_text_alone_is(ranks):
             torch.testing.assert_close(torch.tensor(values), torch.tensor(wanted), rtol=0, atol=1e-4)
 
 
-def packed_and_under_context_parallelism() -> list[str]:
-    """Return the messages of a packed sequence and of context parallelism."""
-    messages = []
-    [model], grid = build(model_config("gated_delta"), parallel())
-    texts = [[1, 2, 3], [4, 5]]
-    with pytest.raises(ValueError) as caught:
-        forward.hidden_states(model, forward.inputs_of(hf_models.packed(texts), grid), grid)
-    messages.append(str(caught.value))
+def under_context_parallelism() -> str:
+    """Return the message of context parallelism."""
+    build(model_config("gated_delta"), parallel())
     with pytest.raises(ConfigError) as refused:
         transformer_config(model_config("gated_delta"), parallel(cp=2), OptimizerConfig(), ScheduleConfig())
-    return [*messages, str(refused.value)]
+    return str(refused.value)
 
 
-def test_packed_sequences_and_context_parallelism_are_refused(ranks):
-    [(of_packing, of_cuts)] = ranks.run(packed_and_under_context_parallelism, world_size=1)
-    assert "a gated delta net takes one sequence per row" in of_packing
-    assert "Gated delta net does not support context parallel" in of_cuts
+def test_context_parallelism_is_refused(ranks):
+    assert "Gated delta net does not support context parallel" in ranks.run(under_context_parallelism, world_size=1)[0]

@@ -77,12 +77,6 @@ def test_waves_have_the_gradients_of_one_call_in_every_kind_of_step(outcomes, op
     compare(*outcomes.of(in_waves(case), world_size))
 
 
-def test_waves_of_rows_have_the_gradients_of_one_call(outcomes):
-    """The waves have different numbers of rows."""
-    case, world_size = case_of("PP2", unpacked=True, max_tokens=200)
-    compare(*outcomes.of([in_waves(case)[0], case], world_size))
-
-
 OVERLAPS: dict[str, dict[str, Any]] = {
     "distributed": {"use_distributed_optimizer": True},
     "reduction": {"overlap_grad_reduce": True},

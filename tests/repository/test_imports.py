@@ -46,14 +46,13 @@ ORDER = {
     ),
     "data": (
         "data_files records user_values problems chat.acceptance chat.conversations template_trial tokenizer prompts "
-        "hints pieces contexts chat.replies packing rows"
+        "hints pieces contexts chat.replies packing"
     ),
     "model": (
-        "attention_sinks attention_windows norms layers flash_sinks "
-        "head_norms fused_kernels fp8 host_to_device optimizer_step "
-        "packed_sequences gated_delta_net core_attributes architecture build hf.rules hf.linear_attention "
-        "hf.adapter_rules adapters hf.decoder hf.config_fields hf.family hf.rope hf.sliding_windows hf.sigmoid_router "
-        "hf.dense "
+        "attention_sinks attention_windows norms layers flash_sinks head_norms fused_kernels fp8 host_to_device "
+        "optimizer_step packed_sequences gated_delta_kernels gated_delta_rule gated_delta_net gated_delta_specs "
+        "core_attributes architecture build hf.rules hf.linear_attention hf.adapter_rules adapters hf.decoder "
+        "hf.config_fields hf.family hf.rope hf.sliding_windows hf.sigmoid_router hf.dense "
         "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.gpt_oss "
         "hf.qwen_next hf.ministral hf.mistral3 hf.nearest hf.mapping live_shards export forward output_layer "
     ),

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Whole runs of a model with gated delta nets: they say that they do not pack, train, and resume bit for bit."""
+"""Whole runs of a model with gated delta nets: they train, and resume bit for bit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ GATED_DELTA = (
     "linear_num_key_heads: 2, linear_num_value_heads: 4, linear_key_head_dim: 8, linear_value_head_dim: 8, "
     "attention_output_gate: true, layernorm_zero_centered_gamma: true}",
 )
-ROWS = "sequences: one per row, padded to the longest of the step, since this model's layers cannot be packed"
 
 
 def arguments(data: Path, run: Path, *more: str) -> list[str]:
@@ -33,16 +32,6 @@ def test_a_run_trains_and_resumes_bit_for_bit(ranks, data, whole):
     metrics = reproducible_metrics(whole)
     assert len(metrics) == 2 and all(step["loss/mean"] > 0 for step in metrics)
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run), step=1, num_steps=2)
-
-
-def test_a_run_says_at_its_start_that_it_does_not_pack(ranks, data, tmp_path):
-    said = [
-        ranks.run(
-            start_and_listen, [*of_run, "dry_run=true", "metrics.console=true"], world_size=1, init_process_group=False
-        )
-        for of_run in (arguments(data, tmp_path / "linear"), overrides(data, tmp_path / "other"))
-    ]
-    assert [(status, ROWS in " ".join(output.split())) for ((status, output),) in said] == [(0, True), (0, False)]
 
 
 def test_context_parallelism_is_refused(ranks, data, tmp_path):

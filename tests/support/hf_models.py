@@ -27,7 +27,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from megatron_selfdistill.config import ModelConfig
-from megatron_selfdistill.data.packing import Microbatch, microbatch_of
+from megatron_selfdistill.data.packing import Microbatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.model import forward
 from megatron_selfdistill.model.build import unwrapped
@@ -414,23 +414,6 @@ class _Stacked:
         return self.value.narrow(*arguments)
 
 
-def in_rows(sequences: Sequence[Sequence[int]]) -> Microbatch:
-    """Return rows of one sequence each, padded to the longest, with a response position at every token."""
-    length, num_tokens = max(map(len, sequences)), sum(map(len, sequences))
-    whole = microbatch_of([([], list(sequence), 0) for sequence in sequences], length * len(sequences), length)
-    return dataclasses.replace(
-        whole,
-        num_rows=len(sequences),
-        response_positions=(~whole.padding_mask).nonzero().flatten(),
-        response_ids=torch.arange(num_tokens),
-    )
-
-
-def microbatch_for(config: Any, sequences: Sequence[Sequence[int]]) -> Microbatch:
-    """Return the sequences as a model with this ``TransformerConfig`` reads them, in rows or packed."""
-    return in_rows(sequences) if forward.refuses_packed_sequences(config) else packed(sequences)
-
-
 def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
     """Return one packed sequence of several sequences, with a response position at every token."""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
@@ -449,9 +432,9 @@ def packed(sequences: Sequence[Sequence[int]]) -> Microbatch:
 @torch.no_grad()
 def megatron_logits(chunk: torch.nn.Module, grid: RankGrid, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Return the logits [sum of lengths, vocabulary] in float32 of a model on one rank, computed as in training."""
-    microbatch = microbatch_for(unwrapped(chunk).config, sequences)
+    microbatch = packed(sequences)
     inputs = forward.inputs_of(microbatch, grid)
-    rows = forward.states_at(forward.hidden_states(chunk, inputs, grid), microbatch.state_positions, grid)
+    rows = forward.states_at(forward.hidden_states(chunk, inputs, grid), microbatch.response_positions, grid)
     return forward.project(unwrapped(chunk), rows).float()[:, :VOCAB_SIZE]
 
 

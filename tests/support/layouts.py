@@ -26,13 +26,13 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack, pad_to_count, required_seq_length
-from megatron_selfdistill.data.rows import in_rows, required_row_length, row_count
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import forward, gated_delta_net
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
 from megatron_selfdistill.model.output_layer import Fusion
 from megatron_selfdistill.pipeline import schedule, token_losses, waves
 from megatron_selfdistill.pipeline.reference import Reference
@@ -68,8 +68,6 @@ class Case:
     paired: bool = False
     max_tokens: int = MAX_TOKENS
     seq_quantum: int | None = None
-    unpacked: bool = False
-    """Whether each context has a row of its own (data/rows.py)."""
     extra_weightless: int = 1
     steps: int = 0
     teacher: str = "frozen"
@@ -149,12 +147,8 @@ def packed_wave(case: Case, grid: RankGrid, everything: list[ContextPair], mine:
         "paired": case.paired,
     }
     rules = PackingRules(**arguments)
-    if case.unpacked:
-        length = _max(required_row_length(everything, rules, seq_quantum=case.seq_quantum), grid)
-        batch = in_rows(mine, rules, length, row_count(_max(len(mine), grid), length, case.max_tokens))
-    else:
-        length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
-        batch = pack(mine, rules, seq_length=length)
+    length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)
+    batch = pack(mine, rules, seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
     roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
     while sum(n * m for n, m in zip(counts, roles, strict=True)) % schedule.microbatch_multiple(grid):
@@ -455,6 +449,12 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
             patch.setattr(waves, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
+        elif name == "the segments of a gated delta net are one":
+
+            def one_segment(packed: Any, device: torch.device) -> SegmentBatches:
+                return segments_by_length(torch.tensor([0, packed.segment_bounds[-1]]))
+
+            patch.setattr(gated_delta_net, "segment_batches_of", one_segment)
         elif name == "layer-norm all-reduce dropped":
             finalize = sys.modules["megatron.core.distributed.finalize_model_grads"]  # the package exports a namesake
             patch.setattr(finalize, "_allreduce_non_tensor_model_parallel_grads", lambda *a, **k: None)

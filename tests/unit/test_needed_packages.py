@@ -11,6 +11,9 @@ from types import ModuleType
 import pytest
 
 from megatron_selfdistill import train
+from megatron_selfdistill.checkpoint.formats import stored_model
+from megatron_selfdistill.checkpoint.run import resumption
+from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.needed_packages import described, needed_packages, require_packages
@@ -18,6 +21,7 @@ from megatron_selfdistill.needed_packages import described, needed_packages, req
 SERVERS = ("rollout.engine=vllm", "rollout.placement=server")
 LATENT = ("model=deepseek_v3",)
 CUT = (*LATENT, "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+GATED = ("+model.transformer={experimental_attention_variant: gated_delta_net}",)
 LOGGED = ("recipe=chat_logs", "rollout.engine=vllm")
 CASES = {
     "the default": ([], []),
@@ -29,6 +33,8 @@ CASES = {
     "logged responses, evaluated": ([*LOGGED, "evaluation.path=a", "evaluation.every=5"], [("vllm", True)]),
     "latent attention": (LATENT, []),
     "latent attention, cut": (CUT, [("transformer_engine", True)]),
+    "gated delta nets": (GATED, [("fla", False)]),
+    "gated delta nets in PyTorch": ([*GATED, "+model.transformer.deterministic_mode=true"], []),
     "layers in FP8": (["+model.transformer.fp8=hybrid"], [("transformer_engine", True)]),
 }
 
@@ -37,7 +43,7 @@ CASES = {
 def absent(monkeypatch):
     """Hide the optional packages of the machine that runs the tests."""
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
-    for name in ("vllm", "transformer_engine"):
+    for name in ("vllm", "transformer_engine", "fla"):
         monkeypatch.delitem(sys.modules, name, raising=False)
 
 
@@ -51,7 +57,7 @@ def test_every_extra_that_a_message_names_is_one_of_the_installation():
     setup = (Path(__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
     for overrides, _ in CASES.values():
         for it in needed_packages(load(list(overrides))):
-            distribution = it.module.replace("_", "-")
+            distribution = {"fla": "flash-linear-attention"}.get(it.module, it.module.replace("_", "-"))
             assert re.search(rf'^    "{it.extra}": \["{distribution}\b', setup, re.MULTILINE)
             assert f"pip install -e '.[{it.extra}]'" in it.remedy
 
@@ -81,3 +87,27 @@ def test_a_plan_says_what_to_install_and_whether_it_is_here(absent):
     assert line.startswith("needs no optional package; Transformer Engine is used")
     (line,) = described(load(list(CUT)))
     assert re.search(r"needs Transformer Engine .*'\.\[te\]'", line) and "not needed" not in line
+
+
+def test_gated_delta_nets_need_their_kernels_on_a_gpu_only(absent, monkeypatch):
+    config = load(list(GATED))
+    require_packages(config)
+    (line,) = described(config)
+    assert line.startswith(
+        "needs flash-linear-attention in the trainer's own environment, because of the computation of gated"
+    )
+    assert "'.[gdn]'" in line and "(this machine has no" not in line
+    monkeypatch.setattr(cpu, "ON_CPU", False)
+    (line,) = described(config)
+    assert "(this machine has no flash-linear-attention)" in line
+    with pytest.raises(ConfigError, match=r"'\.\[gdn\]' .* or set model\.transformer\.deterministic_mode=true"):
+        require_packages(config)
+    require_packages(load([*GATED, "+model.transformer.deterministic_mode=true"]))
+
+
+def test_the_architecture_of_a_checkpoint_needs_its_packages_before_data_is_read(absent, monkeypatch):
+    monkeypatch.setattr(cpu, "ON_CPU", False)
+    monkeypatch.setattr(resumption, "refuse_another_run", lambda config, given: None)
+    monkeypatch.setattr(stored_model, "with_stored_architecture", lambda config, given: load(list(GATED)))
+    with pytest.raises(ConfigError, match="gated delta nets on GPUs needs flash-linear-attention in the trainer's own"):
+        train._check_and_train(load([]), None, None, None)

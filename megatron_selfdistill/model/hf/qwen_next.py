@@ -158,8 +158,8 @@ _EXPERT_DEFAULTS = {
 }
 
 _LIMITS = (
-    "no biases; no YaRN; each sequence has a row of its own, without context parallelism; the module "
-    "for multi-token prediction is kept for the way back and not trained"
+    "no biases; no YaRN; no context parallelism; "
+    "the module for multi-token prediction is kept for the way back and not trained"
 )
 
 QWEN3_NEXT = Family(

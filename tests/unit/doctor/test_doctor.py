@@ -63,7 +63,7 @@ def test_the_report_of_a_node_that_can_run_names_what_a_run_uses():
     import megatron.core
 
     place = next(iter(megatron.core.__path__))
-    assert f"megatron-core       ok       {megatron.core.__version__}, from {place}\n" in report.stdout
+    assert f"megatron-core           ok       {megatron.core.__version__}, from {place}\n" in report.stdout
 
 
 def test_a_bare_python_gets_a_report_and_every_fix(tmp_path):
@@ -229,6 +229,8 @@ def test_torchrun_should_be_able_to_leave_signals_to_the_ranks(findings, monkeyp
 BROKEN = {
     "transformer_engine/__init__.py": f"raise ImportError('transformer_engine_torch.so: {ABI}')",
     "transformer_engine-2.9.0.dist-info/METADATA": "Name: transformer-engine\nVersion: 2.9.0\n",
+    "fla/__init__.py": "",
+    "fla/modules/__init__.py": f"raise ValueError('key contains names that are not kernel arguments: BT, not {ABI}')",
     "vllm/__init__.py": "__version__ = '0.32.1'",
     "vllm/_custom_ops.py": f"import torch; print('WARNING Failed to import from vllm._C: {ABI}')",  # and nothing else
     "amp_C.py": f"raise ImportError('amp_C.so: {ABI}')",
@@ -239,6 +241,11 @@ BROKEN = {
 SOUND = {
     "transformer_engine/__init__.py": "__version__ = '2.9.1'",
     "transformer_engine/pytorch/__init__.py": "",
+    "fla/__init__.py": "__version__ = '0.6.0'",
+    "fla/modules/__init__.py": "",
+    "fla/modules/conv.py": "",
+    "fla/ops/__init__.py": "",
+    "fla/ops/gated_delta_rule.py": "",
     "vllm/__init__.py": "__version__ = '0.32.1'",
     "vllm/_custom_ops.py": "import torch\ntorch.ops._C.rms_norm = print",
     "torch/__init__.py": "from types import SimpleNamespace\nops = SimpleNamespace(_C=SimpleNamespace())",
@@ -257,7 +264,7 @@ def test_what_is_installed_but_does_not_load_is_a_failure_with_its_reason_and_fi
     [(status, report)] = ranks.run(examined_before, directory, world_size=1, init_process_group=False)
     assert status == 1, report
     lines = {line.split(": ")[2]: line for line in report.splitlines()}
-    assert lines.keys() == {"transformer-engine", "vllm", "apex", "megatron-core"}, report
+    assert lines.keys() == {"transformer-engine", "flash-linear-attention", "vllm", "apex", "megatron-core"}, report
     assert all(f": FAILURE: {name}: " in line for name, line in lines.items())
     assert all(ABI in lines[name] for name in lines.keys() - {"megatron-core"}), report
     assert "its import ended the process by SIGABRT" in lines["megatron-core"]
@@ -266,13 +273,13 @@ def test_what_is_installed_but_does_not_load_is_a_failure_with_its_reason_and_fi
 
 
 def test_packages_that_load_are_distinguished_from_those_that_are_not_there(imports, monkeypatch, tmp_path):
-    names = ["transformer-engine", "vllm", "apex", "megatron-core"]
+    names = ["transformer-engine", "flash-linear-attention", "vllm", "apex", "megatron-core"]
     with monkeypatch.context() as patch:
         patch.setenv("PYTHONPATH", str(write(tmp_path / "all", SOUND)))
         with imports.importing(names, PATIENT_S) as outcomes:
             found = outcomes()
     assert not any(outcome.error or outcome.absent for outcome in found.values()), found
-    assert [found[name].version for name in names] == ["2.9.1", "0.32.1", "", "0.12.0"]
+    assert [found[name].version for name in names] == ["2.9.1", "0.6.0", "0.32.1", "", "0.12.0"]
     assert found["megatron-core"].place == str(tmp_path / "all" / "megatron" / "core")
     without = write(tmp_path / "none", {"torch/__init__.py": ""})
     monkeypatch.setattr(imports.sys, "flags", SimpleNamespace(isolated=0, no_site=1))

@@ -12,6 +12,7 @@ import torch
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
+from megatron.core.ssm.gated_delta_net import GatedDeltaNet
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
@@ -83,6 +84,15 @@ def that_gathers_its_logits(pre_process: bool, post_process: bool) -> GPTModel:
 def with_dropout(pre_process: bool, post_process: bool) -> GPTModel:
     gpt = model_provider(pre_process, post_process)
     gpt.config.hidden_dropout = 0.1
+    return gpt
+
+
+def with_megatrons_gated_delta_net(pre_process: bool, post_process: bool) -> GPTModel:
+    """Return a model with a layer of Megatron Core, which only a GPU with flash-linear-attention can make whole."""
+    gpt = model_provider(pre_process, post_process)
+    layer = GatedDeltaNet.__new__(GatedDeltaNet)
+    torch.nn.Module.__init__(layer)
+    gpt.decoder.layers[0].self_attention = layer
     return gpt
 
 

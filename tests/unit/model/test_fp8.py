@@ -146,7 +146,6 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
     target = {"learner": learner, "score": score}[module]
     monkeypatch.setattr(target, "pack_everywhere", recorded)
     monkeypatch.setattr(target, "token_multiple", lambda config: ("multiple of", config))
-    monkeypatch.setattr(target, "refuses_packed_sequences", lambda config: False)
     monkeypatch.setattr(target, "unwrapped", lambda chunk: type("Model", (), {"config": chunk}))
     with pytest.raises(InterruptedError):
         if module == "score":

@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Callable
 
+import fla_stand_in
 import models
 import pytest
 import torch
+from conditioning import ROUNDINGS, UNIT_ROUNDOFF
 from models import build, model_config, parallel
 from torch import Tensor
 
@@ -16,13 +20,16 @@ from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.model import gated_delta_net
+from megatron_selfdistill.data.packing import Microbatch
+from megatron_selfdistill.model import gated_delta_specs
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
 from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.gated_delta_kernels import GatedDeltaKernels
 from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetLinears
 from megatron_selfdistill.model.hf.linear_attention import GatedQueryGroups, HeadGroups
+from megatron_selfdistill.model.packed_sequences import PackedSequences
 
-LENGTH, ROWS = 70, 2  # more than one chunk of 64 tokens
+ROWS = 2
 
 
 def silu(x: Tensor) -> Tensor:
@@ -64,29 +71,92 @@ def by_definition(layer: GatedDeltaNet, weights: dict[str, Tensor], x: Tensor) -
     return torch.stack(out, dim=1) @ weights["out_proj.weight"].T
 
 
-def errors_of_layer() -> dict[str, float]:
-    """Return the largest error of the output and of each gradient, as a share of the largest value."""
+SEGMENTS = (1, 2, 66, 4, 1, 64, 3)
+"""The lengths of the segments of a packed sequence; the last one is padding.
+
+One token, fewer tokens than the convolution's three taps, more than a chunk of 64, and a whole chunk.  PyTorch computes
+the segments 1 and 1, and 4 and 3, as two rows of one batch.
+"""
+AMPLIFICATION = 120.0
+"""The relative change of a gradient of the layer per relative change of its weights, in the largest: that of x."""
+
+
+def packed_sequences() -> PackedSequences:
+    bounds = torch.tensor([0, *itertools.accumulate(SEGMENTS)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in SEGMENTS])
+    nothing, mask = torch.empty(0, dtype=torch.int64), torch.zeros(sum(SEGMENTS), dtype=torch.bool)
+    microbatch = Microbatch(positions, positions, bounds, mask, nothing, nothing, len(SEGMENTS))
+    return PackedSequences.of(microbatch, positions, with_segment_batches=False)
+
+
+def values_and_gradients(
+    weights: dict[str, Tensor], x: Tensor, output: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return the output for ``x`` and the gradients of its weighted sum, of x and of every weight."""
+    for weight in weights.values():
+        weight.grad = None
+    x = x.clone().requires_grad_()
+    out = output(x)
+    (out * torch.randn(out.shape, generator=torch.Generator().manual_seed(1))).sum().backward()
+    gradients = {"x": x.grad} | {name: weight.grad for name, weight in weights.items()}
+    return {"output": out.detach()} | {f"gradient of {name}": value for name, value in gradients.items()}
+
+
+def in_every_way() -> dict[str, dict[str, Tensor]]:
+    """Return what the layer computes for the segments packed in two ways, in rows, and by definition."""
     [model], _ = build(model_config("gated_delta"), parallel())
     layer = unwrapped(model).decoder.layers[0].self_attention
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(LENGTH, ROWS, 32, generator=generator)
-    weight = torch.randn(LENGTH, ROWS, 32, generator=generator)
-    mine = x.clone().requires_grad_()
-    (layer(mine)[0] * weight).sum().backward()
-    exact = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
-    theirs = x.double().requires_grad_()
-    expected = by_definition(layer, exact, theirs)
-    (expected * weight).sum().backward()
-    pairs = {"output": (layer(x)[0], expected), "gradient of x": (mine.grad, theirs.grad)}
-    pairs |= {f"gradient of {name}": (p.grad, exact[name].grad) for name, p in layer.named_parameters()}
-    return {name: float((a.double() - b).abs().max() / b.abs().max()) for name, (a, b) in pairs.items()}
+    x = torch.randn(sum(SEGMENTS), 1, 32, generator=torch.Generator().manual_seed(0))
+    weights, packed = dict(layer.named_parameters()), packed_sequences()
+    exact = {name: p.detach().double().requires_grad_() for name, p in weights.items()}
+
+    def in_rows(x: Tensor) -> Tensor:
+        return torch.cat([layer(row)[0] for row in x.split(SEGMENTS)])
+
+    def defined(x: Tensor) -> Tensor:
+        return torch.cat([by_definition(layer, exact, row) for row in x.split(SEGMENTS)])
+
+    def packed_output(x: Tensor) -> Tensor:
+        return layer(x, packed_seq_params=packed)[0]
+
+    found = {"definition": values_and_gradients(exact, x.double(), defined)}
+    found["rows"] = values_and_gradients(weights, x, in_rows)
+    found["PyTorch"] = values_and_gradients(weights, x, packed_output)
+    layer.kernels = GatedDeltaKernels(fla_stand_in.causal_conv1d, fla_stand_in.chunk_gated_delta_rule)
+    fla_stand_in.calls.clear()
+    found["kernels"] = values_and_gradients(weights, x, packed_output)
+    packed_output(x)
+    identities = {(id(call["cu_seqlens"]), id(call["cu_seqlens_cpu"])) for call in fla_stand_in.calls}
+    assert len(fla_stand_in.calls) == 12 and len(identities) == 1  # the convolution's input and the rule's five, twice
+    return found
 
 
-def test_values_and_gradients_are_those_of_the_definition_in_float64(ranks):
-    (errors,) = ranks.run(errors_of_layer, world_size=1)
+@pytest.fixture(scope="module")
+def computed(ranks):
+    (found,) = ranks.run(in_every_way, world_size=1)
+    return found
+
+
+def errors_of(found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
+    """Return the largest error of each tensor as a share of its largest value."""
+    return {
+        name: float((found[name].double() - value).abs().max() / value.abs().max()) for name, value in exact.items()
+    }
+
+
+@pytest.mark.parametrize("way", ["rows", "PyTorch", "kernels"])
+def test_values_and_gradients_are_those_of_the_definition_in_float64(computed, way, record_property):
+    """The stand-in of the kernels also demands the form of ``cu_seqlens`` that the library reads."""
+    errors = errors_of(computed[way], computed["definition"])
+    record_property("errors", errors)
     assert len(errors) == 8
     for name, error in errors.items():
-        assert error < 1e-4, name
+        assert error < ROUNDINGS * UNIT_ROUNDOFF * AMPLIFICATION, name
+
+
+def test_a_packed_sequence_computes_what_each_segment_computes_alone(computed):
+    for name, error in errors_of(computed["PyTorch"], computed["rows"]).items():
+        assert error < 1e-5, name
 
 
 def outputs_in_passes() -> tuple[Tensor, Tensor, Tensor]:
@@ -123,9 +193,9 @@ def specs_of_layers() -> list[tuple[bool, bool]]:
     cuts = ParallelConfig(pipeline_model_parallel_size=2)
     config = transformer_config(model_config("gated_delta"), cuts, OptimizerConfig(), ScheduleConfig())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_delta_net, "_linears", lambda fused: GatedDeltaNetLinears(FusedLinear, FusedLinear))
+        patch.setattr(gated_delta_specs, "_linears", lambda fused: GatedDeltaNetLinears(FusedLinear, FusedLinear))
         block = layer_spec(config, transformer_engine=False)
-        gated_delta_net.place_gated_delta_nets(block, config, None, transformer_engine=True)
+        gated_delta_specs.place_gated_delta_nets(block, config, None, transformer_engine=True)
     found = []
     for spec in block.layer_specs:
         parts = spec.submodules

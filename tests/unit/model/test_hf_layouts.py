@@ -184,15 +184,15 @@ def logits_through_the_pipeline(
 ) -> Tensor | None:
     """Return the logits of the forward pass of training, on the last stage; None on other stages."""
     config = unwrapped(chunks[0]).config
-    microbatch = hf_models.microbatch_for(config, sequences)
+    microbatch = hf_models.packed(sequences)
     inputs = forward.inputs_of(microbatch, grid)
-    num_rows, length = inputs.tokens.shape
+    length = inputs.tokens.numel()
     length //= grid.tp_size if grid.sequence_parallel else 1
     neighbour = [dist.get_global_rank(grid.pp_group, (grid.pp_rank + step) % grid.pp_size) for step in (-1, 1)]
     for chunk in chunks:
         model = unwrapped(chunk)
         if not model.pre_process:
-            received = torch.empty(length, num_rows, config.hidden_size, dtype=config.params_dtype)
+            received = torch.empty(length, 1, config.hidden_size, dtype=config.params_dtype)
             dist.recv(received, src=neighbour[0], group=grid.pp_group)
             model.set_input_tensor(received)
         hidden = forward.hidden_states(chunk, inputs, grid)
@@ -200,7 +200,7 @@ def logits_through_the_pipeline(
             dist.send(hidden.contiguous(), dst=neighbour[1], group=grid.pp_group)
     if not grid.is_last_stage:
         return None
-    held = microbatch.state_positions if grid.cp_size == 1 else torch.arange(inputs.tokens.numel())
+    held = microbatch.response_positions if grid.cp_size == 1 else torch.arange(inputs.tokens.numel())
     rows = forward.states_at(hidden, held, grid)
     shard = forward.project(model, rows).float()
     shards = [torch.empty_like(shard) for _ in range(grid.tp_size)]

@@ -16,9 +16,9 @@ SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 
 
 def packed_share(
-    shares: list[list[int]], pair_order: str, cuts: dict, with_reference: bool = False, unpacked: bool = False
-) -> tuple[tuple[int, int | None], int, int, torch.Tensor]:
-    """Return length and rows, numbers of microbatches, and response tokens in the order of the student's ids."""
+    shares: list[list[int]], pair_order: str, cuts: dict, with_reference: bool = False
+) -> tuple[int, int, int, torch.Tensor]:
+    """Return the length, numbers of microbatches, and response tokens in the order of the student's ids."""
     grid = initialize(models.parallel(**cuts), seed=1)
     batch = pack_everywhere(
         [layouts.contexts()[i] for i in shares[grid.dp_rank]],
@@ -27,23 +27,16 @@ def packed_share(
         with_teacher=True,
         grid=grid,
         with_reference=with_reference,
-        unpacked=unpacked,
     )
     ids = torch.cat([microbatch.response_ids for microbatch in batch.student]).sort().values
     assert ids.equal(torch.arange(len(batch.response_tokens)))
-    shape = batch.seq_length, batch.num_rows
-    assert {m.num_rows for m in batch.student + batch.teacher} == {batch.num_rows}
-    return shape, len(batch.student), len(batch.teacher), batch.response_tokens
+    return batch.seq_length, len(batch.student), len(batch.teacher), batch.response_tokens
 
 
-@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "in rows"])
 @pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
 @pytest.mark.parametrize("shares", [SHARES, [[], list(range(7))]], ids=["some each", "none on one"])
-def test_replicas_with_different_contexts_get_microbatches_of_one_number_and_length(
-    ranks, shares, pair_order, unpacked
-):
-    (one, other) = ranks.run(packed_share, shares, pair_order, {}, False, unpacked, world_size=2)
-    assert (one[0][1] is not None) == unpacked
+def test_replicas_with_different_contexts_get_microbatches_of_one_number_and_length(ranks, shares, pair_order):
+    (one, other) = ranks.run(packed_share, shares, pair_order, {}, world_size=2)
     assert one[:3] == other[:3]
     assert min(one[1:3]) > 1, "there must be several microbatches to differ in"
     for share, (*_, tokens) in zip(shares, (one, other), strict=True):
@@ -58,8 +51,3 @@ def test_the_interleaved_schedule_gets_a_multiple_of_its_stages(ranks, pair_orde
     for _, num_student, num_teacher, _ in ranks.run(packed_share, *arguments, world_size=2):
         assert (num_student * (1 + with_reference) + num_teacher) % 2 == 0
         assert pair_order == "teacher_first" or num_student == num_teacher
-
-
-def test_rows_under_context_parallelism_are_refused(ranks):
-    with pytest.raises(Exception, match="cp_size: expected 1, since context parallelism cannot cut rows"):
-        ranks.run(packed_share, [[0, 1]], "alternating", {"cp": 2}, False, True, world_size=2)
