@@ -195,6 +195,16 @@ def sink_faults(config: TransformerConfig, *, transformer_engine: bool) -> list[
             f"{prefix} with Transformer Engine's layers need flash attention: expected model.kv_channels to be a "
             f"multiple of 8 and at most {_LARGEST_HEAD}, got {channels}",
         ),
+        (
+            used and (config.fp8_dot_product_attention or config.fp8_multi_head_attention),
+            f"{prefix} with Transformer Engine's layers have no FP8: leave model.transformer.fp8_dot_product_attention "
+            "and fp8_multi_head_attention false",
+        ),
+        (
+            used and config.deterministic_mode and not torch.are_deterministic_algorithms_enabled(),
+            f"{prefix} with Transformer Engine's layers add gradients in any order, unless PyTorch's deterministic "
+            "algorithms are on: do not set model.transformer.deterministic_mode",
+        ),
     ]
 
 

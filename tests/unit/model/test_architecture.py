@@ -168,6 +168,8 @@ SINKS_WITH_TRANSFORMER_ENGINE: dict[str, list[dict]] = {
         {**SINKS, "kv_channels": 12},
         {**SINKS, "kv_channels": 264},
     ],
+    "have no FP8": [{**SINKS, "fp8_dot_product_attention": True}, {**SINKS, "fp8_multi_head_attention": True}],
+    "add gradients in any order": [{**SINKS, "deterministic_mode": True}],
 }
 """Sentence -> fields of a configuration with sinks that meet it."""
 
