@@ -69,6 +69,7 @@ CASES = {
             schedule=ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
         ),
         "tied": Case(kind="tied"),
+        "gated delta": Case(kind="gated_delta"),
         "guided": Case(kind="shallow", target=Target(anchor="reference"), guided=GUIDED),
     },
     "TP2 with sequence parallelism": {
