@@ -20,15 +20,22 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 
+PADDING_LENGTH = 256
+"""The longest segment that is only padding, in units of ``segment_multiple`` tokens.
+
+Attention costs the square of a segment's length.  In pieces, the padding behind the contexts costs as much as a linear
+layer does; as one segment it could cost more than all contexts together.
+"""
+
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed sequence of S tokens: segments of a context with its padding, then a segment that is only padding."""
+    """One packed sequence of S tokens: segments of a context with its padding, then segments that are only padding."""
 
     tokens: Tensor
     """Token ids [S] int64; 0 at padding."""
     position_ids: Tensor
-    """Positions [S] int64, from 0 in each segment, its padding included; 0 in the whole segment that is only padding,
+    """Positions [S] int64, from 0 in each segment, its padding included; 0 in segments that are only padding,
     which may be longer than the model's positions."""
     cu_seqlens: Tensor
     """Beginning of each segment [num_segments + 1] int32, from 0 to S."""
@@ -75,6 +82,8 @@ class PackedBatch:
     guided: Tensor
     """Whether each of the response tokens belongs to a guided problem, [R_total] bool."""
     num_contexts: int
+    segment_multiple: int
+    """Number of which the length of each segment is a multiple (`PackingRules.segment_multiple`)."""
     num_rows: int | None = None
     """``Microbatch.num_rows`` of all microbatches."""
 
@@ -194,6 +203,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
         response_tokens=_int64([token for context in contexts for token in context.response]),
         guided=torch.tensor([context.guided for context in contexts for _ in context.response], dtype=torch.bool),
         num_contexts=len(contexts),
+        segment_multiple=rules.segment_multiple,
     )
 
 
@@ -211,7 +221,7 @@ def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> Pac
     ):
         if want < have:
             raise ValueError(f"Expected at least the present number of {role} microbatches, {have}, got {want}.")
-    padding = replace(microbatch_of([], packed.seq_length, 1), num_rows=packed.num_rows)
+    padding = replace(microbatch_of([], packed.seq_length, packed.segment_multiple), num_rows=packed.num_rows)
     return replace(
         packed,
         student=packed.student + [padding] * (num_student - len(packed.student)),
@@ -302,7 +312,7 @@ def microbatch_of(
 ) -> Microbatch:
     """Return the packed sequence of ``contexts``: (prompt, response, index of the first token in all responses).
 
-    ``segment_multiple``: the number of which the length of each segment is a multiple.
+    ``segment_multiple``: the number of which the length of each segment is a multiple, as ``seq_length`` is.
     """
     tokens = torch.zeros(seq_length, dtype=torch.int64)
     position_ids = torch.zeros(seq_length, dtype=torch.int64)
@@ -320,8 +330,8 @@ def microbatch_of(
         response_positions.append(torch.arange(first, first + len(response)))
         response_ids.append(torch.arange(offset, offset + len(response)))
         bounds.append(end)
-    if bounds[-1] < seq_length:
-        bounds.append(seq_length)
+    while bounds[-1] < seq_length:
+        bounds.append(min(bounds[-1] + PADDING_LENGTH * segment_multiple, seq_length))
     return Microbatch(
         tokens=tokens,
         position_ids=position_ids,

@@ -105,6 +105,7 @@ def in_rows(contexts: Sequence[ContextPair], rules: PackingRules, length: int, c
         response_tokens=torch.tensor([t for context in contexts for t in context.response], dtype=torch.int64),
         guided=torch.tensor([context.guided for context in contexts for _ in context.response], dtype=torch.bool),
         num_contexts=len(contexts),
+        segment_multiple=length,
         num_rows=count,
     )
 
