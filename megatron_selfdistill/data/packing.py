@@ -20,13 +20,6 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 
-PADDING_LENGTH = 256
-"""The longest segment that is only padding, in units of ``segment_multiple`` tokens.
-
-Attention costs the square of a segment's length.  In pieces, the padding behind the contexts costs as much as a linear
-layer does; as one segment it could cost more than all contexts together.
-"""
-
 
 @dataclass(frozen=True)
 class Microbatch:
@@ -330,8 +323,9 @@ def microbatch_of(
         response_positions.append(torch.arange(first, first + len(response)))
         response_ids.append(torch.arange(offset, offset + len(response)))
         bounds.append(end)
+    piece = padding_length(seq_length, segment_multiple)
     while bounds[-1] < seq_length:
-        bounds.append(min(bounds[-1] + PADDING_LENGTH * segment_multiple, seq_length))
+        bounds.append(min(bounds[-1] + piece, seq_length))
     return Microbatch(
         tokens=tokens,
         position_ids=position_ids,
@@ -341,6 +335,16 @@ def microbatch_of(
         response_ids=torch.cat(response_ids),
         num_sequences=len(contexts),
     )
+
+
+def padding_length(seq_length: int, segment_multiple: int) -> int:
+    """Return the length of a segment that is only padding, a multiple of ``segment_multiple`` tokens.
+
+    Attention costs the square of a segment's length, so one segment of padding could cost more than all contexts.  A
+    segment has 256 multiples, and more where a packed sequence would have over 256 of them: Transformer Engine rounds
+    the number of segments up to a power of two, at most to 512, before it chooses and compiles a kernel.
+    """
+    return segment_multiple * max(256, -(-seq_length // (256 * segment_multiple)))
 
 
 def _padding_share(microbatches: list[Microbatch]) -> float:

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import (
-    PADDING_LENGTH,
     Microbatch,
     PackedBatch,
     PackingRules,
@@ -22,6 +21,7 @@ from megatron_selfdistill.data.packing import (
     length_quantum,
     pack,
     pad_to_count,
+    padding_length,
     required_seq_length,
 )
 
@@ -69,7 +69,7 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
         assert m.max_seqlen == max(end - start for start, end in segments(m))
         multiple = 2 * cp if cp > 1 else 1
         only_padding = segments(m)[m.num_sequences :]
-        assert all(end - start == PADDING_LENGTH * multiple for start, end in only_padding[:-1])
+        assert all(end - start == padding_length(seq_length, multiple) for start, end in only_padding[:-1])
         for number, (start, end) in enumerate(segments(m)):
             real = int((~m.padding_mask[start:end]).sum())
             assert not m.padding_mask[start : start + real].any(), "padding is at the end"
@@ -78,7 +78,7 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
                 assert m.position_ids[start:end].tolist() == list(range(end - start))
             else:
                 assert real == 0 and not m.position_ids[start:end].any()
-                assert end - start <= PADDING_LENGTH * multiple
+                assert end - start <= padding_length(seq_length, multiple)
             assert (end - start) % multiple == 0
         assert not m.tokens[m.padding_mask].any()
         assert (m.tokens[m.response_positions + 1] == packed.response_tokens[m.response_ids]).all(), "row predicts"
@@ -199,6 +199,17 @@ def test_attention_over_padding_costs_its_length_times_that_of_a_piece(cp_size: 
     if cp_size == 1:
         # One segment of padding would cost 51 times the context; the pieces cost less than the context.
         assert (length - 2000) ** 2 > 51 * 2000**2 and pairs(holds_one) < 2 * 2000**2
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [4096, 65536, 10**6])
+def test_padding_of_any_length_has_at_most_256_segments(max_tokens: int, cp_size: int) -> None:
+    rules = PackingRules(max_tokens=max_tokens, cp_size=cp_size, tp_size=1, paired=True)
+    length = max_tokens // rules.length_multiple * rules.length_multiple
+    empty = pad_to_count(pack([], rules, seq_length=length), 1, 0).student[0]
+    assert len(segments(empty)) <= 256
+    assert not any((end - start) % rules.segment_multiple for start, end in segments(empty))
+    assert pairs(empty) <= length * max(256 * rules.segment_multiple, length / 256 + rules.segment_multiple)
 
 
 def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:
