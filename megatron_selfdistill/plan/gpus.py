@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The clock of a plan: what the kinds of GPU of cluster.gpu can do at best, and the shares that a run reaches.
 
-The bandwidths and the FLOP/s are those of NVIDIA's data sheets.  The shares and the seconds are assumptions, which
-nobody has measured for this project.
+Bandwidth, FLOP/s and links are those of NVIDIA's data sheets.  The bytes that a copy reaches are what others report
+of an H100 and an H200; a B200 is assumed to reach the same share.  The other shares and the seconds are assumptions,
+too, which nobody has measured for this project: with them an H100 writes a token of an 8 B model in 6.5 ms.
 """
 
 from __future__ import annotations
@@ -54,4 +55,7 @@ LAYER_SECONDS = 25e-6
 ALL_REDUCE_SECONDS = 8e-6
 """The seconds of an all-reduce of a few tokens over the GPUs of an engine; a layer has two."""
 WAKE_SECONDS = 2.0
-"""The seconds in which a colocated engine falls asleep, wakes up, and takes its tensors one by one."""
+"""The seconds in which a colocated engine falls asleep, wakes up, and takes its tensors one by one.
+
+A plan counts all of them as phase ``sync``; a run falls asleep at the beginning of phase ``train``.
+"""
