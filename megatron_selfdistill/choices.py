@@ -9,6 +9,12 @@ from __future__ import annotations
 TARGET_RULES = ("entropy_matched", "fixed", "batch", "teacher_alone")
 """Values of target.rule, the rule for k, the temperature of the mix."""
 
+GPU_MEMORY_GB = {"H100": 79.1, "H200": 139.7, "B200": 178.3}
+"""Values of cluster.gpu -> the memory of such a GPU in GiB, as PyTorch reports it."""
+
+GPUS = tuple(GPU_MEMORY_GB)
+"""Values of cluster.gpu."""
+
 ANCHORS = ("student", "reference")
 """Values of target.anchor, the model that the teacher is mixed with, and of target.match, whose entropy is matched."""
 

@@ -23,12 +23,12 @@ from megatron_selfdistill.data.contexts import ContextPair
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed sequence of S tokens: segments of a context with its padding, then a segment that is only padding."""
+    """One packed sequence of S tokens: segments of a context with its padding, then segments that are only padding."""
 
     tokens: Tensor
     """Token ids [S] int64; 0 at padding."""
     position_ids: Tensor
-    """Positions [S] int64, from 0 in each segment, its padding included; 0 in the whole segment that is only padding,
+    """Positions [S] int64, from 0 in each segment, its padding included; 0 in segments that are only padding,
     which may be longer than the model's positions."""
     cu_seqlens: Tensor
     """Beginning of each segment [num_segments + 1] int32, from 0 to S."""
@@ -61,6 +61,8 @@ class PackedBatch:
     guided: Tensor
     """Whether each of the response tokens belongs to a guided problem, [R_total] bool."""
     num_contexts: int
+    segment_multiple: int
+    """Number of which the length of each segment is a multiple (`PackingRules.segment_multiple`)."""
 
     @property
     def student_padding_share(self) -> float:
@@ -178,6 +180,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
         response_tokens=_int64([token for context in contexts for token in context.response]),
         guided=torch.tensor([context.guided for context in contexts for _ in context.response], dtype=torch.bool),
         num_contexts=len(contexts),
+        segment_multiple=rules.segment_multiple,
     )
 
 
@@ -195,7 +198,7 @@ def pad_to_count(packed: PackedBatch, num_student: int, num_teacher: int) -> Pac
     ):
         if want < have:
             raise ValueError(f"Expected at least the present number of {role} microbatches, {have}, got {want}.")
-    padding = microbatch_of([], packed.seq_length, 1)
+    padding = microbatch_of([], packed.seq_length, packed.segment_multiple)
     return replace(
         packed,
         student=packed.student + [padding] * (num_student - len(packed.student)),
@@ -286,7 +289,7 @@ def microbatch_of(
 ) -> Microbatch:
     """Return the packed sequence of ``contexts``: (prompt, response, index of the first token in all responses).
 
-    ``segment_multiple``: the number of which the length of each segment is a multiple.
+    ``segment_multiple``: the number of which the length of each segment is a multiple, as ``seq_length`` is.
     """
     tokens = torch.zeros(seq_length, dtype=torch.int64)
     position_ids = torch.zeros(seq_length, dtype=torch.int64)
@@ -304,8 +307,9 @@ def microbatch_of(
         response_positions.append(torch.arange(first, first + len(response)))
         response_ids.append(torch.arange(offset, offset + len(response)))
         bounds.append(end)
-    if bounds[-1] < seq_length:
-        bounds.append(seq_length)
+    piece = padding_length(seq_length, segment_multiple)
+    while bounds[-1] < seq_length:
+        bounds.append(min(bounds[-1] + piece, seq_length))
     return Microbatch(
         tokens=tokens,
         position_ids=position_ids,
@@ -315,6 +319,16 @@ def microbatch_of(
         response_ids=torch.cat(response_ids),
         num_sequences=len(contexts),
     )
+
+
+def padding_length(seq_length: int, segment_multiple: int) -> int:
+    """Return the length of a segment that is only padding, a multiple of ``segment_multiple`` tokens.
+
+    Attention costs the square of a segment's length, so one segment of padding could cost more than all contexts.  A
+    segment has 256 multiples, and more where a packed sequence would have over 256 of them: Transformer Engine rounds
+    the number of segments up to a power of two, at most to 512, before it chooses and compiles a kernel.
+    """
+    return segment_multiple * max(256, -(-seq_length // (256 * segment_multiple)))
 
 
 def _padding_share(microbatches: list[Microbatch]) -> float:

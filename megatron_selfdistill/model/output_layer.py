@@ -313,7 +313,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         copies=1.0 if has_teacher else next_token_copies(element_size),
         mix_copies=2 * 4 / element_size if config.is_anchored and (config.copies_reference or cannot) else 0.0,
     )
-    share = config.cluster.gpu_memory_gb * DEFAULT_LOGITS_SHARE
+    share = config.cluster.memory_of_gpu * DEFAULT_LOGITS_SHARE
     limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30
     if loss.fused is not None or not has_teacher or layer.largest <= limit:
         return layer

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 
@@ -11,6 +12,7 @@ from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_arc
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
+from megatron_selfdistill.data.hints import LOOKED_AT
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.output_layer import OutputLayer, choose_output_layer
@@ -27,6 +29,7 @@ from megatron_selfdistill.plan.plan_checks import (
     planned_gpus,
 )
 from megatron_selfdistill.plan.stages import Stage, stages
+from megatron_selfdistill.plan.step_time import Lengths, StepTime
 from megatron_selfdistill.run_data import RunData
 
 _SERVED_SHARE = 0.8
@@ -71,6 +74,8 @@ class Plan:
     output_layer: OutputLayer
     engines: Engines | None
     """The vLLM engines; None for another sampler, or without a sampler."""
+    time: StepTime | None
+    """The time of a step; None for a run that learns from a log, whose lengths no key states."""
 
     @property
     def adapter_parameters(self) -> int:
@@ -82,7 +87,7 @@ class Plan:
 
         A stage, or a server's share of the weights, may exceed its GPU; the ranks of a node may exceed its host memory.
         """
-        room, rollout = self.config.cluster.gpu_memory_gb, self.config.rollout
+        room, rollout = self.config.cluster.memory_of_gpu, self.config.rollout
         served = engine_weight_gib(self.config, self.parameters)
         on_servers = self.config.samples and rollout.engine == "vllm" and rollout.placement == "server"
         if on_servers and served > _SERVED_SHARE * room:
@@ -162,6 +167,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     ]
     samples = config.samples and not config.logged and config.rollout.engine == "vllm"
     kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
+    of_engines = engines(config, transformer, built, num_gpus, kv_cache_gib, load) if samples else None
+    time = StepTime(config, transformer, built, load, of_engines, step.schedule.bubble, _lengths(config, run_data))
     return Plan(
         config=config,
         num_problems=len(run_data.problems) if run_data is not None else None,
@@ -177,7 +184,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         schedule=step.schedule,
         host=host_memory(config, transformer, built, load),
         output_layer=choose_output_layer(config, load.vocab_size),
-        engines=engines(config, transformer, built, num_gpus, kv_cache_gib, load) if samples else None,
+        engines=of_engines,
+        time=None if config.logged else time,
     )
 
 
@@ -226,6 +234,22 @@ def microbatches(config: Config, contexts: int, per_sequence: int) -> tuple[int,
     num_teacher = num_student if config.objective == "self_distillation" else 0
     paired = bool(num_teacher) and config.schedule.pair_order == "alternating"
     return raised_to_multiple(num_student, num_teacher, multiple, paired=paired, with_reference=config.is_anchored)
+
+
+def _lengths(config: Config, run_data: RunData | None) -> Lengths:
+    """Return the assumed lengths, with the means of the first problems' prompts if the data are known.
+
+    The teacher's prompts count as assumed if any of these problems has no solution yet.
+    """
+    assumed = Lengths.assumed(config)
+    if run_data is None or config.logged:
+        return assumed
+    looked_at = run_data.problems.problems[:LOOKED_AT]
+    student = statistics.fmean(len(run_data.builder.student_prompt(problem)) for problem in looked_at)
+    if not all(problem.solution for problem in looked_at):
+        return replace(assumed, student_prompt=student)
+    teacher = statistics.fmean(len(run_data.builder.teacher_prompt(problem)) for problem in looked_at)
+    return replace(assumed, student_prompt=student, teacher_prompt=teacher)
 
 
 def _vocab_size(config: Config, run_data: RunData | None) -> int:

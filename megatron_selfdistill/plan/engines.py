@@ -1,16 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The load of the vLLM engines, and their share of the time of a step: arithmetic, not measurement.
+"""The load of the vLLM engines of a plan: arithmetic, not measurement.
 
-An engine reads all of its weights from memory for every token of a batch, for any number of sequences.  Up to the
-balance of the machine the sequences share this read, so one sequence takes as long as a full batch.  An engine is full
-when the number of its sequences reaches the balance, or the number that the KV cache holds at a time:
+An engine is full when the number of its sequences reaches the balance of the machine, or the number that the KV cache
+holds at a time:
 
-    balance  = `BALANCE` * all parameters / parameters that a token uses (fewer in a mixture of experts)
-    rollout  = longest response * bytes of weights per GPU / bandwidth * max(1, sequences / full)
-    training = `training_flops` per token * response tokens / (GPUs * FLOP/s * `MFU`)
+    balance = `Gpu.balance` * all parameters / parameters that a token uses (fewer in a mixture of experts)
 
-The mean response and the mean prompt are assumed to be a third (`MEAN`) of the longest.  With rollout.extra_problems
-the longest responses go on in later steps, and the rollout takes `Engines.seconds_with` instead.
+The mean response and the mean prompt are assumed to be a third (`MEAN`) of the longest.
 """
 
 from __future__ import annotations
@@ -22,21 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.plan.gpus import RATES
 from megatron_selfdistill.plan.memory import GIB, Load, element_size, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
-from megatron_selfdistill.rollout.factory import configured_target
 
 if TYPE_CHECKING:
     from megatron_selfdistill.model.hf.rules import Rule
 
-BANDWIDTH = 4.3e12
-"""The bytes per second that an H200 copies within its own memory."""
-FLOPS = 780e12
-"""The FLOP/s of an H200's dense bf16 matrix products."""
-BALANCE = FLOPS / BANDWIDTH
-"""The number of sequences at which products of bf16 weights (2 FLOPs for 2 bytes) take as long as reading them: 181."""
-MFU = 0.4
-"""The share of `FLOPS` that training reaches."""
 MEAN = 1 / 3
 """The mean length of prompts and responses, as a share of the longest."""
 # The share of a server's GPU that weights and KV cache take together if rollout.kv_cache_gb leaves the size to vLLM.
@@ -55,43 +43,13 @@ class Engines:
     """The sequences of mean length, half generated, that the KV cache of one engine holds at a time."""
     balance: float
     """The sequences at which computing takes as long as reading the weights."""
-    seconds: tuple[float, float]
-    """The seconds of the rollout and of training in a step."""
     update_bytes: int
     """The bytes that an engine receives after a step: all weights, or the factors of the adapters."""
-    batch: int
-    """The data.global_batch_size at which the engines are full or the rollout takes half of the step, rounded up to a
-    power of two."""
 
     @property
     def full(self) -> float:
         """The number of sequences up to which further sequences take no more time."""
         return min(self.balance, self.capacity)
-
-    @property
-    def share(self) -> float:
-        """The rollout's share of the time of a step."""
-        return self.seconds[0] / sum(self.seconds)
-
-    def seconds_with(self, more: float) -> float:
-        """Return the seconds of a rollout with ``more`` times as many problems under way than the step trains on.
-
-        Every read of the weights adds a token to each response under way, and a step needs as many tokens as it trains
-        on.  So it needs `MEAN` / ``more`` of the reads of a rollout that ends with its longest response.
-        """
-        reads = self.seconds[0] / max(1.0, self.sequences / self.full)
-        return reads * MEAN / more * max(1.0, more * self.sequences / self.full)
-
-    @property
-    def warning(self) -> str | None:
-        """A warning if the rollout takes most of the step and further sequences would take no more time; else None."""
-        if self.share <= 0.5 or self.sequences >= self.full:
-            return None
-        return (
-            f"warning: {self.sequences:g} sequences per engine leave the engines nearly idle, and sampling responses "
-            f"takes about {self.share:.0%} of a step; {self.full:.0f} sequences take about as long: raise "
-            f"data.global_batch_size to {self.batch}, or rollout.num_samples by the same factor"
-        )
 
 
 def engines(
@@ -108,33 +66,26 @@ def engines(
     responses = data.global_batch_size * rollout.num_samples
     sequences = responses * (2 if rollout.guidance == "mixed" else 1) / count
     parameters = sum(stage.model_parameters for stage in built)
-    active = parameters - _idle_experts(transformer, built)
     weight_gib = engine_weight_gib(config, parameters)
     if not colocated:
-        left = _SERVER_SHARE * config.cluster.gpu_memory_gb - weight_gib
+        left = _SERVER_SHARE * config.cluster.memory_of_gpu - weight_gib
         kv_cache_gib = left if rollout.kv_cache_gb is None else rollout.kv_cache_gb
     prompt = (data.max_length or 2 * rollout.max_new_tokens) - rollout.max_new_tokens
     held = MEAN * (prompt + rollout.max_new_tokens / 2)
     capacity = max(1, int(kv_cache_gib * GIB / kv_cache_bytes(config, transformer) / held))
-    balance = BALANCE * parameters / active * element_size(config) / 2
-    reading = rollout.max_new_tokens * weight_gib * GIB / BANDWIDTH
-    flops = training_flops(config, transformer, active, load.vocab_size)
-    training = flops * MEAN * rollout.max_new_tokens * responses / (num_gpus * FLOPS * MFU)
-    full = min(balance, capacity)
-    enough = min(full, sequences * reading / training)
-    whole = Engines(
+    balance = RATES[config.cluster.gpu].balance * parameters / active_parameters(transformer, built)
+    return Engines(
         count=count,
-        sequences=sequences,
+        sequences=(1 + rollout.extra_problems / data.global_batch_size) * sequences,
         capacity=capacity,
-        balance=balance,
-        seconds=(reading * max(1.0, sequences / full), training),
+        balance=balance * element_size(config) / 2,
         update_bytes=(load.engine_factors or parameters) * element_size(config),
-        batch=2 ** math.ceil(math.log2(max(1.0, data.global_batch_size * enough / sequences))),
     )
-    if not rollout.extra_problems:
-        return whole
-    more = 1 + rollout.extra_problems / data.global_batch_size
-    return replace(whole, sequences=more * sequences, seconds=(whole.seconds_with(more), training))
+
+
+def active_parameters(transformer: Any, built: Sequence[Stage]) -> float:
+    """Return the number of parameters that a token uses: all but those of the experts that it does not visit."""
+    return sum(stage.model_parameters for stage in built) - _idle_experts(transformer, built)
 
 
 def engine_factors(config: Config, vocab_size: int) -> int:
@@ -156,23 +107,6 @@ def factor_rules(config: Config, vocab_size: int) -> list[Rule]:
     given = config.rollout.hf_config
     family = family_of_model(config.model) if given is None else family_of(read_config(Path(given)))
     return adapter_rules(family.rules(replace(config.model, vocab_size=vocab_size)), config.adapter)
-
-
-def training_flops(config: Config, transformer: Any, parameters: float, vocab_size: int) -> float:
-    """Return the FLOPs per response token of a step: 2 per parameter and pass.
-
-    The student, the teacher and the reference have one forward pass each; `backward_passes` are the others.
-    Teacher and reference are projected once as a mix, or once each where their weights differ; the match with the
-    reference's entropy projects the reference once more.  ``parameters``: the parameters that a token uses.
-    """
-    models = 1 + (config.objective == "self_distillation") + config.is_anchored
-    passes = models + backward_passes(config)
-    flops: float = 2.0 * passes * parameters
-    if config.is_anchored:
-        matches = configured_target(config.target, None).needs_reference_entropy
-        projections = 1 + config.copies_reference + matches
-        flops += 2.0 * (projections - 2) * float(transformer.hidden_size) * vocab_size
-    return flops
 
 
 def backward_passes(config: Config) -> float:

@@ -3,7 +3,7 @@
 
 The numbers are arithmetic, not measurement: parameters are counted exactly, activations after Korthikanti et al. 2022
 (arXiv 2205.05198, section 4) for grouped queries, gated MLPs and experts, with flash attention, Transformer Engine's
-fused layers, no dropout, and an equal number of tokens for every expert.  ``cluster.reserved_gb`` stands for the rest.
+fused layers, no dropout, and an equal number of tokens for every expert.  plan/reserved.py stands for the rest.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.model.head_norms import ALL_HEADS
 from megatron_selfdistill.model.output_layer import choose_output_layer
+from megatron_selfdistill.plan.reserved import reserved_gib
 from megatron_selfdistill.plan.stages import Stage
 
 GIB = 2**30
@@ -70,12 +71,14 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
     """Return the memory of the stage's first rank; a KV cache without a configured size takes a third of the rest."""
     resident = parameter_bytes(config, stage)
     frozen = {name: resident.pop(name) for name in ("teacher", "reference")}
+    reserved = reserved_gib(config, stage, transformer.num_layers) * GIB
     working = {
         **frozen,
         "activations": activation_bytes(transformer, stage, load),
         "teacher states": teacher_state_bytes_on_device(config, transformer, load) if stage.projects else 0.0,
         "logits": logit_bytes(config, transformer, load) if stage.projects else 0.0,
-        "reserved": config.cluster.reserved_gb * GIB,
+        "output gradient": output_gradient_bytes(config, transformer, load) if stage.projects else 0.0,
+        "reserved": reserved,
     }
     training = _gib(resident | working)
     if not config.samples:
@@ -92,11 +95,11 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         ):  # the engine sleeps while the trainer trains, and then holds neither weights nor cache
             engine["engine weights"] = engine_weight_gib(config, load.model_parameters) * GIB
             engine["engine weights"] += load.engine_factors * element_size(config)
-    engine["reserved"] = config.cluster.reserved_gb * GIB
+    engine["reserved"] = reserved
     if rollout.is_colocated:
         resident = resident | {"gradients": 0.0}  # `Learner.release_gradients`
     if rollout.engine == "megatron" or rollout.placement == "colocated":
-        free = config.cluster.gpu_memory_gb * GIB - sum(resident.values()) - sum(engine.values())
+        free = config.cluster.memory_of_gpu * GIB - sum(resident.values()) - sum(engine.values())
         given = rollout.kv_cache_gb
         engine["KV cache"] = max(free, 0.0) / 3 if given is None else given * GIB
     return Memory(training, _gib(resident | engine))
@@ -278,6 +281,18 @@ def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> f
     tokens = load.seq_length / transformer.context_parallel_size
     hidden = layer.tokens_with_states(tokens) * transformer.hidden_size * element_size(config)
     return float(layer.tokens_with_logits(tokens) * layer.token_bytes + hidden)
+
+
+def output_gradient_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
+    """Return the bytes of the output layer's gradient ``[v / tp, h]`` beside ``main_grad``; 0 beside adapters.
+
+    Backward returns a gradient of the weight's dtype for DDP's hook.  If a kernel has already added the gradient to
+    ``main_grad``, this is a dummy that Transformer Engine keeps from then on (``get_dummy_wgrad``).
+    """
+    if config.adapter.rank:
+        return 0.0
+    columns = load.vocab_size // transformer.tensor_model_parallel_size
+    return float(columns * transformer.hidden_size * element_size(config))
 
 
 def _gib(parts: dict[str, float]) -> dict[str, float]:

@@ -21,6 +21,8 @@ from megatron_selfdistill.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.plan.launch import launch_commands, num_nodes
 from megatron_selfdistill.plan.memory import Memory, engine_weight_gib
 from megatron_selfdistill.plan.stages import Stage
+from megatron_selfdistill.plan.step_time import StepTime
+from megatron_selfdistill.plan.time_table import assumptions, shares, time_table
 from megatron_selfdistill.terminal import visible
 
 _WIDEST = 240
@@ -29,13 +31,13 @@ TRAINING, SAMPLING = "= while training", "= while sampling"
 
 def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -> None:
     """Print the plan; ``arguments``: the arguments of the command line."""
-    table = memory_table(plan)
     console = console or Console(width=_WIDEST)  # a log has no width, and a cut number would be useless
-    title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.gpu_memory_gb:g}"
+    title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.memory_of_gpu:g}"
     for text in (
         *(visible(hidden(line)) for line in summary(plan)),
         title,
-        table,
+        memory_table(plan),
+        *((assumptions(plan.time), time_table(plan.time), shares(plan.time), "") if plan.time else ()),
         *launch_commands(plan.config, arguments),
     ):
         console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
@@ -116,27 +118,28 @@ def _trained(plan: Plan) -> list[str]:
 
 def _how_full(plan: Plan) -> list[str]:
     """Return the lines about the sequences per engine, with a warning if there are too few sequences."""
-    if plan.engines is None:
+    if plan.engines is None or plan.time is None:
         return []
-    rollout, training = plan.engines.seconds
+    rollout, rest = plan.time.turns
     filled = (
         f"{plan.engines.sequences:g} sequences per engine and step; its KV cache holds about {plan.engines.capacity} "
-        f"at a time; by arithmetic for H200 GPUs (plan/engines.py) {rollout:.0f} s of rollout and {training:.0f} s of "
-        "training per step"
+        f"at a time; by arithmetic for {plan.config.cluster.gpu} GPUs (below) {rollout:.0f} s of rollout and "
+        f"{rest:.0f} s of the rest of a step"
     )
-    return [filled, *([plan.engines.warning] if plan.engines.warning else []), *_overlap(plan), *_continued(plan)]
+    warning = [plan.time.warning] if plan.time.warning else []
+    return [filled, *warning, *_overlap(plan, plan.time), *_continued(plan, plan.time)]
 
 
-def _overlap(plan: Plan) -> list[str]:
+def _overlap(plan: Plan, time: StepTime) -> list[str]:
     """Return the line about the ways in which generation and training can share the time of a step.
 
     There is none for a run in which both must take turns.
     """
     streams = _is_possible(plan.config, overlap="stream", ahead=0, at_update="wait")
     goes_ahead = _is_possible(plan.config, overlap="none", wave_microbatches=None, ahead=1, max_staleness=1)
-    if plan.engines is None or not (streams or goes_ahead):
+    if not (streams or goes_ahead):
         return []
-    generation, training = plan.engines.seconds
+    generation, training = time.turns
     turns, longer = generation + training, max(generation, training)
     ways = [f"{turns:.0f} s in turns"]
     choice = "rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old will do"
@@ -154,15 +157,15 @@ def _overlap(plan: Plan) -> list[str]:
     return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
 
 
-def _continued(plan: Plan) -> list[str]:
+def _continued(plan: Plan, time: StepTime) -> list[str]:
     """Return the line about the step that does not wait for the longest responses; none where it has to wait."""
     batch = plan.config.data.global_batch_size
     extra = batch // 2
     possible = extra and not plan.config.rollout.extra_problems
-    if plan.engines is None or not (possible and _is_possible(plan.config, extra_problems=extra, max_staleness=1)):
+    if not (possible and _is_possible(plan.config, extra_problems=extra, max_staleness=1)):
         return []
-    generation, training = plan.engines.seconds
-    shorter = plan.engines.seconds_with(1 + extra / batch)
+    generation, training = time.turns
+    shorter, _ = time.with_extra_problems(extra).turns
     if shorter >= generation:
         return []
     return [

@@ -111,7 +111,8 @@ ORDER = {
         "curves next_steps html_page target_page downsampling run_record sick_rules figure figures run_facts "
         "run_summary run_report refresh"
     ),
-    "plan": "bubble plan_checks stages memory engines launch host_memory dry_run plan_tables",
+    "plan": "bubble gpus plan_checks stages reserved memory engines step_time launch host_memory dry_run "
+    "time_table plan_tables",
     "learner": "",
     "trained_step": "",
     "trainer": "",

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated
 
-from megatron_selfdistill.choices import PAIR_ORDERS, RECOMPUTE_GRANULARITIES, RECOMPUTE_METHODS
+from megatron_selfdistill.choices import GPU_MEMORY_GB, GPUS, PAIR_ORDERS, RECOMPUTE_GRANULARITIES, RECOMPUTE_METHODS
 from megatron_selfdistill.config.schema.field_checks import check_fields, require
 from megatron_selfdistill.config.schema.ranges import (
     MAX_WAIT,
@@ -65,10 +65,10 @@ class ClusterConfig:
     """Number of ranks of the launch, one per GPU; a launch of another size is refused.  Null allows any size."""
     gpus_per_node: Ranks = 8
     """Number of GPUs of one node."""
-    gpu_memory_gb: NonNegativeFloat = 80.0
-    """Memory of one GPU, in GiB."""
-    reserved_gb: NonNegativeFloat = 6.0
-    """Memory of one GPU that the dry run reserves for CUDA, NCCL, an engine's workspace and fragmentation, in GiB."""
+    gpu: Annotated[str, OneOf(GPUS)] = "H100"
+    """Kind of GPU: H100, H200 or B200.  It gives the plan its clock, and the memory of one GPU."""
+    gpu_memory_gb: NonNegativeFloat | None = None
+    """Memory of one GPU, in GiB; null is that of cluster.gpu."""
     host_memory_gb: NonNegativeFloat = 1000.0
     """Host memory of one node that the tensors of a run may take, in GiB.  Subtract a few GiB per rank for the
     processes."""
@@ -80,6 +80,11 @@ class ClusterConfig:
             num_gpus is None or num_gpus <= per_node or num_gpus % per_node == 0,
             f"cluster.num_gpus ({num_gpus}) must be at most cluster.gpus_per_node ({per_node}) or a multiple of it",
         )
+
+    @property
+    def memory_of_gpu(self) -> float:
+        """The memory of one GPU, in GiB."""
+        return GPU_MEMORY_GB[self.gpu] if self.gpu_memory_gb is None else self.gpu_memory_gb
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from megatron_selfdistill.data.packing import (
     length_quantum,
     pack,
     pad_to_count,
+    padding_length,
     required_seq_length,
 )
 
@@ -66,17 +67,19 @@ def check_stream(stream: list[Microbatch], prompts: list[list[int]], packed: Pac
         assert m.cu_seqlens[0] == 0 and m.cu_seqlens[-1] == seq_length
         assert (m.cu_seqlens.diff() > 0).all()
         assert m.max_seqlen == max(end - start for start, end in segments(m))
-        assert len(segments(m)) - m.num_sequences in (0, 1), "at most one segment is only padding"
+        multiple = 2 * cp if cp > 1 else 1
+        only_padding = segments(m)[m.num_sequences :]
+        assert all(end - start == padding_length(seq_length, multiple) for start, end in only_padding[:-1])
         for number, (start, end) in enumerate(segments(m)):
             real = int((~m.padding_mask[start:end]).sum())
             assert not m.padding_mask[start : start + real].any(), "padding is at the end"
             if number < m.num_sequences:
-                assert end - start - real < (2 * cp if cp > 1 else 1)
+                assert end - start - real < multiple
                 assert m.position_ids[start:end].tolist() == list(range(end - start))
             else:
                 assert real == 0 and not m.position_ids[start:end].any()
-            if cp > 1:
-                assert (end - start) % (2 * cp) == 0
+                assert end - start <= padding_length(seq_length, multiple)
+            assert (end - start) % multiple == 0
         assert not m.tokens[m.padding_mask].any()
         assert (m.tokens[m.response_positions + 1] == packed.response_tokens[m.response_ids]).all(), "row predicts"
     ids = torch.cat([torch.empty(0, dtype=torch.int64), *(m.response_ids for m in stream)])
@@ -175,6 +178,38 @@ def test_padding_microbatches_fill_up_to_the_count() -> None:
     assert padded.student_padding_share == 1 - 5 / 24
     with pytest.raises(ValueError, match="at least the present number of student microbatches, 3, got 1"):
         pad_to_count(padded, 1, 2)
+
+
+def pairs(m: Microbatch) -> int:
+    """Return the number of pairs of a query and a key, without the factor of causal attention."""
+    return sum((end - start) ** 2 for start, end in segments(m))
+
+
+@pytest.mark.parametrize(("cp_size", "piece"), [(1, 256), (2, 1024), (3, 1536)])
+def test_attention_over_padding_costs_its_length_times_that_of_a_piece(cp_size: int, piece: int) -> None:
+    """One context of 2000 tokens, and 14,384 tokens of padding behind it; a microbatch of 16,384 without a context."""
+    rules = PackingRules(max_tokens=16400, cp_size=cp_size, tp_size=1, paired=True)
+    length = 16400 // rules.length_multiple * rules.length_multiple
+    packed = pack(contexts_of([(1000, 1000, 1000)]), rules, seq_length=length)
+    holds_one, holds_none = pad_to_count(packed, 2, 1).student
+    behind = length - segments(holds_one)[0][1]
+    assert holds_one.max_seqlen == max(piece, segments(holds_one)[0][1]) and holds_none.max_seqlen == piece
+    assert 2000**2 < pairs(holds_one) <= segments(holds_one)[0][1] ** 2 + behind * piece
+    assert pairs(holds_none) <= length * piece
+    if cp_size == 1:
+        # One segment of padding would cost 51 times the context; the pieces cost less than the context.
+        assert (length - 2000) ** 2 > 51 * 2000**2 and pairs(holds_one) < 2 * 2000**2
+
+
+@pytest.mark.parametrize("cp_size", [1, 2, 3])
+@pytest.mark.parametrize("max_tokens", [4096, 65536, 10**6])
+def test_padding_of_any_length_has_at_most_256_segments(max_tokens: int, cp_size: int) -> None:
+    rules = PackingRules(max_tokens=max_tokens, cp_size=cp_size, tp_size=1, paired=True)
+    length = max_tokens // rules.length_multiple * rules.length_multiple
+    empty = pad_to_count(pack([], rules, seq_length=length), 1, 0).student[0]
+    assert len(segments(empty)) <= 256
+    assert not any((end - start) % rules.segment_multiple for start, end in segments(empty))
+    assert pairs(empty) <= length * max(256 * rules.segment_multiple, length / 256 + rules.segment_multiple)
 
 
 def test_a_rank_without_contexts_has_only_padding_microbatches() -> None:

@@ -75,7 +75,7 @@ def test_the_default_limit_is_a_twentieth_of_the_memory():
 
 def test_every_cut_of_rows_and_columns_counts():
     def size(**sections: Any) -> float:
-        config = from_mapping({"schedule": {"max_tokens": ROWS}, **sections})
+        config = from_mapping({"schedule": {"max_tokens": ROWS}, "cluster": {"gpu_memory_gb": 80.0}, **sections})
         return choose_output_layer(config, COLUMNS).largest / GIB
 
     assert size() == 2

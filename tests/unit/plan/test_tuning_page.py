@@ -11,6 +11,7 @@ import pytest
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
 from megatron_selfdistill.plan.dry_run import dry_run
+from megatron_selfdistill.plan.time_table import cells, seconds
 
 PAGE = (Path(__file__).resolve().parents[3] / "docs" / "tuning.md").read_text()
 ROWS = re.findall(r"^\| (?:none|`([^`|]+=[^`|]+)`) \| ([0-9.]+) \| ([0-9.]+) \|$", PAGE, re.MULTILINE)
@@ -30,12 +31,23 @@ def test_a_row_of_the_memory_table_is_what_the_plan_says(keys, training, samplin
 
 def test_the_printed_plan_is_what_the_plan_says():
     parts, sums = figures()
-    printed = dict(re.findall(r"^  ([a-zA-Z= ]+?) +([0-9.]+)$", PAGE, re.MULTILINE))
+    printed = dict(re.findall(r"^  ([a-zA-Z=][a-zA-Z= ]*?) +([0-9.]+)$", PAGE, re.MULTILINE))
     assert printed == {
         **{name: size for name, size in parts.items() if size != "0.0"},
         "= while training": sums[0],
         "= while sampling": sums[1],
     }
+
+
+def test_the_printed_time_of_a_step_is_what_the_plan_says():
+    keys, printed = re.search(
+        r"`(recipe=qwen3_8b [^`]*)`:\n\n<!-- time of a step -->\n```\n(.*?)```", PAGE, re.DOTALL
+    ).groups()
+    time = dry_run(load(keys.split())).time
+    assert time is not None
+    rows = [re.split(r" {2,}", line.strip()) for line in printed.splitlines()[2:]]
+    assert rows[:-1] == [list(filter(None, cells(part)[:-1])) for part in time.parts]
+    assert rows[-1] == ["= a step", seconds(time.seconds)]
 
 
 HOURS = re.findall(r"^\| `recipe=(\w+)` \| ([0-9]+) \| (.*) \| ([0-9.]+) \|$", PAGE, re.MULTILINE)
@@ -49,8 +61,8 @@ def test_the_hours_of_a_recipe_are_the_arithmetic_of_the_plan(recipe, num_gpus, 
     assert settings == f"{batch} | {steps} | {batch * steps:,} | `{config.optimizer.lr:.0e}`".replace("e-0", "e-")
     (on_servers,) = re.findall(r"The GPUs of vLLM servers come on top \((.*?)\)", PAGE)
     assert (f"`{recipe}`" in on_servers) == (config.rollout.placement == "server")
-    engines = dry_run(config).engines
-    assert engines is not None and f"{sum(engines.seconds) * steps / 3600:.1f}" == hours
+    time = dry_run(config).time
+    assert time is not None and f"{time.seconds * steps / 3600:.1f}" == hours
 
 
 RECOMPUTED = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
@@ -87,7 +99,7 @@ def test_what_the_readme_says_about_the_cost_is_in_the_tables():
         re.search(pattern, readme).groups()
         for pattern in (
             r"one GPU of 80 GiB trains ([\d.]+) B parameters, or adapters of ([\d.]+) B",
-            r"200 steps of Qwen3-8B take (\d+) H200 GPUs for \[([\d.]+) hours\]",
+            r"200 steps of Qwen3-8B take (\d+) H100 GPUs for \[([\d.]+) hours\]",
         )
     )
     rows = [(model, cells.split(" | ")) for model, cells in ONE_GPU]
