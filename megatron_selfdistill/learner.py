@@ -203,16 +203,22 @@ class Learner:
         the teacher.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        if wave is None or wave.earlier is None:
+        is_first = wave is None or wave.earlier is None
+        if is_first:
             for chunk in self.chunks:
                 chunk.restore_grad_buffers(synchronize=False)
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         options = {"token_coefficients": token_coefficients, "wave": wave}
-        if not self.has_teacher:
-            return self._schedule(packed, None, token_losses.next_token, **options)
-        measurement = self._measurement() if measure_teacher else None
-        return self._self_distillation(packed, measurement, **options)
+        try:
+            if not self.has_teacher:
+                return self._schedule(packed, None, token_losses.next_token, **options)
+            measurement = self._measurement() if measure_teacher else None
+            return self._self_distillation(packed, measurement, **options)
+        except schedule.NoResponseTokens:
+            if is_first:
+                self.release_gradients()
+            raise
 
     def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False) -> StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.

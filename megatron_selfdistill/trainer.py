@@ -160,7 +160,6 @@ class Trainer:
         """
         batch, output = joined(step)
         if output is None:
-            self.learner.release_gradients()
             return {}
         metrics = self.source.metrics(batch, output)
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
