@@ -17,11 +17,13 @@ import datetime
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import hidden_gpus
@@ -41,12 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     run = now()
     where = {"device": device_name(options), "date": run[:10], "commit": commit(), "run": run}
-    print(f"test-gpu: {where['device']}, commit {where['commit']}", flush=True)
-    found = runner.run_stages(stages.chosen(options), lambda line: print(line, flush=True))
+    chosen = stages.chosen(options)
+    limit = f"{sum(stage.limit_s for stage in chosen) / 60:.1f} minutes at most"
+    print(f"test-gpu: {where['device']}, commit {where['commit']}; {limit}", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an end that kills the stage, too
+    found = runner.run_stages(chosen, lambda line: print(line, flush=True), partial(keep, options, where))
     print("\n" + runner.table(found, rows_of_checks(), where))
-    path = options.record or (REPOSITORY / "docs" / "support.jsonl" if options.device == "cuda" else None)
-    if path is not None:
-        record(path, found, where)
     failed = {result.check for result in found if result.verdict == FAILED}
     skipped = {result.check for result in found if result.verdict == SKIPPED}
     all_checks = {result.check for result in found}
@@ -69,7 +71,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--apex-source", type=Path, metavar="DIR", default=os.environ.get("APEX_SOURCE"), help="NVIDIA apex's sources"
     )
     parser.add_argument("--vllm-python", metavar="EXE", help="a Python with vLLM, for the stages with servers")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.record is not None and options.record.resolve() == support_results():
+        parser.error(
+            "expected another file than docs/support.jsonl for --record: that file has the results of GPUs only"
+        )
+    return options
 
 
 def rows_of_checks() -> dict[str, list[str]]:
@@ -81,11 +88,26 @@ def rows_of_checks() -> dict[str, list[str]]:
     return rows
 
 
-def record(path: Path, found: Sequence[Result], where: dict[str, str]) -> None:
-    """Append one line per result, with where, when and on which commit it was found."""
-    with path.open("a") as file:
+def keep(options: argparse.Namespace, where: dict[str, str], found: Sequence[Result]) -> None:
+    """Append one line per result, with where, when and on which commit it was found, and write the tables anew.
+
+    The file is that of --record, and else docs/support.jsonl for a GPU and none for a CPU.  Only docs/support.jsonl has
+    tables, in README and in docs/support.md.  A run that ends early has kept the results of the stages before.
+    """
+    own = support_results()
+    path = options.record or (own if options.device == "cuda" else None)
+    if path is None:
+        return
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(result) | where) + "\n" for result in found)
-    print(f"results appended to {path}")
+    if path.resolve() == own:
+        subprocess.run([sys.executable, str(REPOSITORY / "tools" / "support_table.py")], check=True)
+    print(f"results appended to {path}", flush=True)
+
+
+def support_results() -> Path:
+    """Return the file from which tools/support_table.py writes its tables."""
+    return (REPOSITORY / "docs" / "support.jsonl").resolve()
 
 
 def now() -> str:
