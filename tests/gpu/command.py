@@ -1,19 +1,20 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The command of ``make test-gpu``: stages with time limits, a table of results, and one exit status.
 
-    python -m tests.gpu                  one GPU, at most nine minutes
+    python -m tests.gpu                  one GPU, less than ten minutes
     python -m tests.gpu --gpus 8         also NCCL, hangs, vLLM and Transformer Engine on eight
     python -m tests.gpu --device cpu     the same stages as far as a CPU can run them
 
-A stage that fails or hangs does not stop the next one.  The command ends with 1 where a check failed.  Results of a GPU
-are appended to docs/support.jsonl, from which tools/support_table.py writes README's support table; those of a CPU go
-where --record says only.
+A stage that fails or hangs does not stop the next one.  The command ends with 1 where a check failed.  At the end of
+each stage the results of a GPU are appended to docs/support.jsonl, from which tools/support_table.py writes README's
+support table and docs/support.md.  The results of a CPU go where --record says only.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
@@ -32,6 +33,10 @@ from tests.gpu import runner, stages
 from tests.gpu.results import FAILED, SKIPPED, Result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    *("torch", "triton", "megatron-core", "transformers", "transformer-engine", "flash-attn", "flash-linear-attention"),
+    *("apex", "vllm", "liger-kernel"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = stages.chosen(options)
     limit = f"{sum(stage.limit_s for stage in chosen) / 60:.1f} minutes at most"
     print(f"test-gpu: {where['device']}, commit {where['commit']}; {limit}", flush=True)
+    print(f"test-gpu: {versions()}", flush=True)
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an end that kills the stage, too
     found = runner.run_stages(chosen, lambda line: print(line, flush=True), partial(keep, options, where))
     print("\n" + runner.table(found, rows_of_checks(), where))
@@ -122,6 +128,17 @@ def device_name(options: argparse.Namespace) -> str:
     code = "import torch; print(torch.cuda.get_device_name())"
     name = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     return f"{options.gpus} x {name}"
+
+
+def versions() -> str:
+    """Return the versions of the packages of this environment that compute or sample, without their imports."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def commit() -> str:

@@ -60,7 +60,8 @@ def run_stage(stage: Stage, limit_s: float, say: Callable[[str], None] = print) 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="selfdistill_gpu_") as directory:
         path = Path(directory) / "results.jsonl"
-        why, _ = run_process(stage, limit_s, say, {results.VARIABLE: str(path)})
+        told = {results.VARIABLE: str(path), results.DEADLINE: str(time.time() + limit_s)}
+        why, _ = run_process(stage, limit_s, say, told)
         found = results.read(path)
     reported = {result.check for result in found}
     for check in stage.checks:
