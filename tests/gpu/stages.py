@@ -69,13 +69,13 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     ipc = ["CUDA IPC between two processes", "weights over CUDA IPC"]
     kernel = ["apex's kernel against a product", *(f"apex: {name}" for name in cases.FUSED_WGRAD)]
     return [
-        stage("kernels", "kernel_stage", "claims", *claims, limit_s=95, checks=["kernels of the loss"]),
+        stage("kernels", "kernel_stage", "claims", *claims, limit_s=90, checks=["kernels of the loss"]),
         stage("fused-layer", "fused_stage", limit_s=20, checks=fused),
-        steps("step", "step", limit_s=65),
+        steps("step", "step", limit_s=60),
         stage("colocated", "colocated_stage", limit_s=85, checks=list(COLOCATED)),
         stage("speed", "speed_stage", limit_s=35, checks=speeds),
         stage("self-test", "selftest_stage", limit_s=80, checks=self_test),
-        steps("model", "one", limit_s=50),
+        steps("model", "one", limit_s=45),
         stage("runs", "run_stage", limit_s=40, checks=list(RUNS)),
         steps("ranks", "several", limit_s=55),
         stage("ipc", "ipc_stage", limit_s=10, checks=ipc),
@@ -108,7 +108,7 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
         ),
         stage("hang", "eight_stage", "hang", limit_s=110, checks=["a rank that stops"]),
         stage(
-            "colocated",
+            "colocated of 8",
             "eight_stage",
             "colocated",
             limit_s=240,

@@ -58,12 +58,12 @@ def test_the_checks_of_the_engines_are_those_of_the_stage():
 
 
 def test_a_case_whose_kernels_are_not_there_says_which_they_are(monkeypatch):
-    sinks = cases.AS_A_RUN["Transformer Engine, attention sinks"]
+    nets = cases.AS_A_RUN["flash-linear-attention, gated delta nets"]
     monkeypatch.setattr(layout_stage, "ON_GPU", False)
-    assert layout_stage.lacking(sinks) == "the kernels of transformer_engine need an NVIDIA GPU, and this is a CPU"
+    assert layout_stage.lacking(nets) == "the kernels of fla need an NVIDIA GPU, and this is a CPU"
     monkeypatch.setattr(layout_stage, "ON_GPU", True)
     monkeypatch.setattr(layout_stage, "is_installed", lambda module: module == cases.TE)
-    assert layout_stage.lacking(sinks) == "this environment has no flash_attn"
+    assert layout_stage.lacking(nets) == "this environment has no fla"
     assert (
         layout_stage.lacking(cases.AS_A_RUN["bf16"]) == layout_stage.lacking(cases.AS_A_RUN["Transformer Engine"]) == ""
     )

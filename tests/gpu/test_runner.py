@@ -119,10 +119,12 @@ def test_the_stages_of_one_gpu_take_less_than_ten_minutes_and_name_every_check_o
         chosen = stages.chosen(command.parsed(arguments))
         checks = [check for one in chosen for check in one.checks]
         assert len(set(checks)) == len(checks) > 20
+        assert len({one.name for one in chosen}) == len(chosen)
     one = stages.chosen(command.parsed([]))
     assert sum(stage.limit_s for stage in one) <= 570
     eight = stages.chosen(command.parsed(["--device", "cuda", "--gpus", "8"]))
     assert sum(stage.limit_s for stage in eight[len(one) :]) <= 15 * 60
+    assert len({stage.name for stage in eight}) == len(eight)
 
 
 def test_the_first_five_minutes_answer_the_most():
