@@ -22,6 +22,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import CodeType
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 WATCHED = ("megatron_selfdistill", "tests/gpu")
@@ -102,20 +103,21 @@ def functions_of(path: Path) -> list[Function]:
     return found
 
 
-def _code_objects(code: object) -> Iterator[object]:
+def _code_objects(code: CodeType) -> Iterator[CodeType]:
+    """Yield ``code`` and all code objects in it."""
     yield code
-    for constant in code.co_consts:  # type: ignore[attr-defined]
-        if hasattr(constant, "co_consts"):
-            yield from _code_objects(constant)
+    for inner in _inner(code):
+        yield from _code_objects(inner)
 
 
-def _own_lines(code: object) -> set[int]:
+def _inner(code: CodeType) -> list[CodeType]:
+    return [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+
+
+def _own_lines(code: CodeType) -> set[int]:
     """Return the lines of a function's code, comprehensions included, which are code objects of their own."""
-    lines = {line for _, _, line in code.co_lines() if line is not None}  # type: ignore[attr-defined]
-    for constant in code.co_consts:  # type: ignore[attr-defined]
-        if hasattr(constant, "co_consts") and constant.co_name.startswith("<"):
-            lines |= _own_lines(constant)
-    return lines
+    lines = {line for _, _, line in code.co_lines() if line is not None}
+    return lines.union(*(_own_lines(inner) for inner in _inner(code) if inner.co_name.startswith("<")))
 
 
 def _named(tree: ast.AST, prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
