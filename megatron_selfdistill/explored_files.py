@@ -70,15 +70,26 @@ def page_of(path: Path) -> Path:
 
 
 def read_explored(path: Path) -> dict[str, Any]:
-    """Return the record of a file.  Raises: OSError, ValueError for a file that is no record."""
+    """Return the record of a file.  Raises: OSError; ValueError, without the path, for a file that is no record."""
+    packed = path.read_bytes()
     try:
-        record = json_object(gzip.decompress(path.read_bytes()))
+        record = json_object(_unpacked(packed))
         for name, kind in _FIELDS.items():
             if not isinstance(record.get(name), kind):
                 raise ValueError(f"has no {name} of the right type")
         check_token_columns(record["tokens"], "id", "text", "status", "loss")
         if not all(isinstance(block, dict) for block in record["blocks"]):
             raise ValueError("has a block that is not an object")
-    except (ValueError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: expected an explored response, got a file that {error}") from error
+    except ValueError as error:
+        raise ValueError(f"expected an explored response, got a file that {error}") from error
     return record
+
+
+def _unpacked(packed: bytes) -> bytes:
+    """Return what gzip has packed.  Raises: ValueError with the end of a sentence about the file."""
+    try:
+        return gzip.decompress(packed)
+    except gzip.BadGzipFile:
+        raise ValueError("is not compressed") from None
+    except (EOFError, zlib.error):
+        raise ValueError("is cut or damaged") from None

@@ -24,7 +24,7 @@ from pathlib import Path
 from megatron_selfdistill.checkpoint.formats import manifest
 from megatron_selfdistill.checkpoint.formats.hf_files import download_advice
 from megatron_selfdistill.checkpoint.formats.manifest import sync
-from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.errors import CheckpointError, first_few
 
 LEGACY_FILE = "model_optim_rng.pt"
 """The name of a rank's file in the legacy format."""
@@ -95,10 +95,13 @@ def resolve(path: Path) -> Path:
 
 
 def instead_of(corrupt: Path) -> str:
-    """Return the end of a message, which offers the newest complete checkpoint beside ``corrupt``, or an empty text."""
+    """Return the end of a message: the newest complete checkpoint beside ``corrupt``, or else the runs in that path."""
     complete = (other for other in candidates(corrupt.parent) if other != corrupt and incomplete(other) is None)
     newest = next(complete, None)
-    return "" if newest is None else f"; the newest complete one is {newest}"
+    if newest is not None:
+        return f"; the newest complete one is {newest}"
+    runs = sorted(str(held.parent) for held in corrupt.glob(f"*/{CHECKPOINTS}"))
+    return f"; {corrupt} holds the runs {first_few(runs, ', ')}: name one of them" if runs else ""
 
 
 def find(path: Path) -> tuple[Path, bool]:
@@ -197,9 +200,7 @@ def unverifiable(path: Path) -> str | None:
 
     The answer for checkpoints of other programs, which write no manifest, is None.
     """
-    from megatron_selfdistill.checkpoint.run.saved_run import (
-        is_selfdistill_checkpoint,
-    )  # imports torch, which takes seconds
+    from megatron_selfdistill.checkpoint.run.saved_run import is_selfdistill_checkpoint  # imports torch
 
     if manifest.read(path) is not None or not is_selfdistill_checkpoint(path):
         return None

@@ -17,12 +17,12 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.doctor.imports import IMPORT_LIMIT_S, ImportResult, importing
+from megatron_selfdistill.doctor.versions import is_readable, newer, numbers, satisfies, without_upper_bound
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _LOCK = "tested_versions.txt"
@@ -234,7 +234,7 @@ def declared_by(distribution: str, name: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         return ""
     found = [versions for other, versions in map(_split, declared) if other == name]
-    return next((versions for versions in found if all(map(_CLAUSE.fullmatch, versions.split(",")))), "")
+    return next((versions for versions in found if is_readable(versions)), "")
 
 
 def tested() -> dict[str, str]:
@@ -309,14 +309,14 @@ def imported_package(name: str, wanted: str, outcome: ImportResult, *, required:
     if not version:
         return Finding(name, f"of no known version, from {outcome.place}", WARNING, f"expected {requirement}")
     fix = f'pip install "{requirement}"'
-    if recorded and _numbers(recorded) != _numbers(version):
+    if recorded and numbers(recorded) != numbers(version):
         fix = f"pip has {recorded}, but {outcome.place} comes first: clear PYTHONPATH or leave that directory"
     finding = _of_version(name, version, wanted, fix, required=required)
     return replace(finding, found=f"{finding.found}, from {outcome.place}", short=version)
 
 
 def _of_version(name: str, version: str, wanted: str, fix: str, *, required: bool) -> Finding:
-    if not satisfies(version, _without_upper_bound(wanted) if name in OWN_BUILDS else wanted):
+    if not satisfies(version, without_upper_bound(wanted) if name in OWN_BUILDS else wanted):
         return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, fix)
     newest = tested().get(name)
     if newest is None or not newer(version, newest):
@@ -339,48 +339,6 @@ def _there(module: str) -> bool:
     """Return whether the package of ``module`` can be found, without importing it."""
     name = module.split(".")[0]
     return name in sys.modules or importlib.util.find_spec(name) is not None
-
-
-_CLAUSE = re.compile(r"(>=|<|==)([0-9][0-9a-z.+]*)")
-
-
-def satisfies(version: str, wanted: str) -> bool:
-    """Return whether ``version`` satisfies ``wanted``, a list of >=, < and ==.
-
-    Only the leading numbers count: a local build or a release candidate equals its release.
-    """
-    compare: dict[str, Callable[[Any, Any], bool]] = {
-        ">=": lambda a, b: a >= b,
-        "<": lambda a, b: a < b,
-        "==": lambda a, b: a == b,
-    }
-    for clause in filter(None, wanted.split(",")):
-        match = _CLAUSE.fullmatch(clause.strip())
-        assert match is not None, clause
-        numbers = [_numbers(text) for text in (version, match.group(2))]
-        length = max(map(len, numbers))
-        have, limit = (tuple(part + [0] * (length - len(part))) for part in numbers)
-        if not compare[match.group(1)](have, limit):
-            return False
-    return True
-
-
-def newer(version: str, newest: str) -> bool:
-    """Return whether ``version`` is beyond ``newest`` as far as the numbers of ``newest`` go.
-
-    2.14 is beyond 2.13; 2.13.1 is not.
-    """
-    known = _numbers(newest)
-    return _numbers(version)[: len(known)] > known
-
-
-def _without_upper_bound(wanted: str) -> str:
-    return ",".join(clause for clause in wanted.split(",") if not clause.strip().startswith("<"))
-
-
-def _numbers(version: str) -> list[int]:
-    leading = re.match(r"[0-9]+(\.[0-9]+)*", version)
-    return [int(part) for part in leading.group().split(".")] if leading else [0]
 
 
 def apex(outcome: ImportResult | None) -> Finding:

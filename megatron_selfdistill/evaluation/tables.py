@@ -31,10 +31,17 @@ def first_metrics(names: Iterable[str]) -> list[str]:
     return [name for name in names if name in first]
 
 
+def without_repeats(names: Iterable[str]) -> list[str]:
+    """Return ``names`` without sampled_accuracy and pass_at_1 if avg_at_N, which is the same number, is among them."""
+    names = list(names)
+    repeats = ("sampled_accuracy", "pass_at_1") if any(name.startswith("avg_at_") for name in names) else ()
+    return [name for name in names if name not in repeats]
+
+
 def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) -> None:
     """Print the ``summary`` of `write_evaluation` as a table, with ``line`` below it.
 
-    ``show_all``: whether the table has every metric of the summary, and not only those of `first_metrics`.
+    ``show_all``: whether the table has every metric of the summary once, and not only those of `first_metrics`.
     """
     model, data, settings = summary["model"], summary["data"], summary["settings"]
     iteration = "" if model["iteration"] is None else f", iteration {model['iteration']}"
@@ -45,8 +52,7 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
     table.add_column("value", justify="right")
     table.add_column("95 %", justify="right")
     intervals = summary["intervals"]
-    alone = [name for name in summary["metrics"] if name not in intervals and name != "sampled_accuracy"]
-    names = [*intervals, *alone]  # a single problem has no intervals
+    names = without_repeats(dict.fromkeys([*intervals, *summary["metrics"]]))  # a single problem has no intervals
     shown = names if show_all else first_metrics(names)
     table.caption = f"95 % intervals over the problems (bootstrap){_rest(names, shown)}\n{line}"
     for name in shown:
@@ -61,7 +67,7 @@ def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
     ``show_all``: as in `show_summary`.
     """
     console = _console()
-    names = [it.metric for it in compared.differences]
+    names = without_repeats(it.metric for it in compared.differences)
     shown = names if show_all else first_metrics(names)
     caption = (
         f"paired bootstrap over {compared.num_problems} problems, {compared.num_resamples} resamples, "

@@ -285,6 +285,15 @@ GROUPS: dict[str, list[ReportFigure]] = {
             rises("sampler/log_prob_mean_abs_diff", ratio=3, by=0.01),
         ),
         ReportFigure(
+            "Mean difference of the log-probs and its limit",
+            {"sampler/log_prob_mean_abs_diff": "mean"},
+            "nats",
+            "The curve stays below the dotted limit.",
+            "The curve is above the limit for guards.patience steps in a row: the guard stops the run.",
+            beyond_limits("sampler/log_prob_mean_abs_diff"),
+            guarded="sampler/log_prob_mean_abs_diff",
+        ),
+        ReportFigure(
             "Correction for the sampler",
             {"correction/weight_mean": "mean weight", "correction/capped": "tokens at the cap"},
             "weight, share",

@@ -22,6 +22,15 @@ RESULTS = {
 }
 """The metrics whose first and last values a report lists -> their names."""
 
+ENDINGS = {
+    "finished": "the run is complete",
+    "stopped": "the run was asked to stop, and can be resumed",
+    "guard": "a guard stopped the run",
+    "engine": "an engine failed",
+    "verifier": "a verifier, reward or hint of the user failed",
+}
+"""The events that end a launch of a run -> what each says about the run."""
+
 # These keys differ between any two runs and say nothing about them.
 _PLACES = ("run_dir",)
 
@@ -54,16 +63,9 @@ def status(run: RunRecord) -> str:
     total = run.config.get("num_steps")
     done = f"{run.last_step} of {total} steps" if total else f"{run.last_step} steps"
     last = run.events[-1]["event"] if run.events else None
-    endings = {
-        "finished": "the run is complete",
-        "stopped": "the run was asked to stop, and can be resumed",
-        "guard": "a guard stopped the run",
-        "engine": "an engine failed",
-        "verifier": "a verifier, reward or hint of the user failed",
-    }
     if last is None:
         return done
-    return f"{done}; {endings.get(last, 'the run is training, or was killed')}"
+    return f"{done}; {ENDINGS.get(last, 'the run is training, or was killed')}"
 
 
 def event_rows(run: RunRecord) -> list[list[str]]:

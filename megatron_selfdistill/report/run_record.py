@@ -104,7 +104,14 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
 
 
 def limits(run: RunRecord, key: str) -> dict[str, float]:
-    """Return name -> value of the limits that the guards set on a metric; empty until the reference is complete."""
+    """Return name -> value of the limits that the guards set on a metric.
+
+    A limit that is a multiple of the first values is there as soon as the reference is complete.
+    """
+    if key in _LARGEST:
+        largest = finite(run.config.get(_LARGEST[key]))
+        judged = run.config.get("rollout.replay") is None  # the guard is silent about replayed responses
+        return {_LARGEST[key]: largest} if judged and largest is not None else {}
     steps = run.config.get("guards.reference_steps")
     if not isinstance(steps, int):
         return {}
@@ -123,6 +130,7 @@ def limits(run: RunRecord, key: str) -> dict[str, float]:
     return {name: limit for name, limit in found.items() if math.isfinite(limit)}
 
 
+_LARGEST = {"sampler/log_prob_mean_abs_diff": "guards.max_log_prob_distance"}
 _OPTIONS = {
     "entropy/student": ("min_entropy_ratio", "max_entropy_ratio"),
     "response/length_mean": ("min_length_ratio",),

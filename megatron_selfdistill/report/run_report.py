@@ -16,7 +16,7 @@ from megatron_selfdistill.report.downsampling import curve_of
 from megatron_selfdistill.report.figure import ReportFigure
 from megatron_selfdistill.report.figures import GROUPS
 from megatron_selfdistill.report.html_page import asset, html_page
-from megatron_selfdistill.report.run_facts import differences, event_rows, facts, status
+from megatron_selfdistill.report.run_facts import ENDINGS, differences, event_rows, facts, status
 from megatron_selfdistill.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.report.run_summary import summary
 from megatron_selfdistill.report.target_page import write_target_pages
@@ -25,9 +25,6 @@ from megatron_selfdistill.run_log import REPORT_FILE, finite
 MAX_STEPS_WITH_TEXT = 12
 """The largest number of steps of a run whose responses a report holds; longer runs keep the first, the last and steps
 between them at equal distances."""
-
-ENDINGS = ("finished", "stopped", "guard", "engine", "verifier")
-"""The events that end a launch of a run."""
 
 SCRIPTS = ("uplot.min.js", "legend.js", "figure.js", "responses.js", "live.js", "run_report.js")
 STYLES = ("uplot.min.css", "run_report.css")
@@ -147,6 +144,7 @@ def _repeats(curves: Mapping[str, Sequence[Any]], key: str, other: str) -> bool:
 
 
 def _run(run: RunRecord) -> dict[str, Any]:
+    guarded = [figure.guarded for figures in GROUPS.values() for figure in figures if figure.guarded is not None]
     return {
         "label": run.label,
         "status": status(run),
@@ -155,7 +153,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "events": event_rows(run),
         "resumed": [launch["step"] for launch in run.launches if launch["step"] > 0],
         "shares": step_shares(run),
-        "limits": {key: limits(run, key) for key in ("entropy/student", "response/length_mean")},
+        "limits": {key: limits(run, key) for key in guarded},
     }
 
 

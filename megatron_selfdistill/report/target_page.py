@@ -107,7 +107,8 @@ def write_target_pages(run_dir: Path) -> list[TargetPage]:
                 record = read_explored(source)
                 text = target_page(record)
             except (ValueError, OSError) as error:
-                logger.warning("%s has no page: %s: %s", source, type(error).__name__, error)
+                reason = error.strerror if isinstance(error, OSError) else error  # str(OSError) repeats the path
+                logger.warning("%s has no page: %s", source, reason)
                 continue
             replace_file(page.path, text)
         pages.append(page)

@@ -39,7 +39,7 @@ def main(source: str | None) -> int:
                     held(name, lambda: Outcome(not_done=why))
             return 0 if why else 1
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([directory, os.environ["PYTHONPATH"]])}
-        command = [sys.executable, "-m", "tests.gpu.layout_stage", "apex", "staged", "--seconds", "60"]
+        command = [sys.executable, "-m", "tests.gpu.layout_stage", "apex", "staged"]
         return subprocess.run(command, env=environment).returncode
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layouts import Case
-from models import parallel
+from models import model_config, parallel
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.model.output_layer import Fusion
@@ -49,6 +49,8 @@ class Compared:
     """Parameters after three steps instead of the first step's gradients."""
     bound: float | None = None
     """Largest relative difference; None: rounding of float32, which differs between devices."""
+    needs: tuple[str, ...] = ()
+    """Modules of kernels for GPUs, without which the case is skipped."""
 
     @property
     def reference(self) -> Case:
@@ -121,8 +123,34 @@ FUSED_WGRAD = {
     ),
     "apex's kernel, float32": Compared(Case()),
 }
-GROUPS = {"one": ONE_RANK, "several": SEVERAL_RANKS, "eight": EIGHT_GPUS, "apex": FUSED_WGRAD}
+TE, LINEAR = "transformer_engine", "fla"
+HEADS_OF_64: dict[str, Any] = {"num_layers": 2, "kv_channels": 64}
+"""Heads of a size that every kernel of attention has, and few layers, which amplify the rounding of bf16 less."""
+SINKS = {"softmax_type": "learnable", "window_size": (5, 0), "window_attn_skip_freq": 2}
+DELTA_HEADS_OF_64 = model_config("gated_delta").transformer | {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+
+
+def _as_a_run(*needs: str, **changes: Any) -> Compared:
+    case = Case(**{"optimizer": _sgd(precision="bf16"), "model_changes": HEADS_OF_64} | changes)
+    return Compared(case, bound=BF16_BOUND, needs=needs)
+
+
+AS_A_RUN = {
+    "bf16": _as_a_run(),
+    "Transformer Engine": _as_a_run(TE, fusion=Fusion("keep_gradient", 16)),
+    "Transformer Engine, experts": _as_a_run(TE, kind="moe"),
+    "Transformer Engine, attention sinks": _as_a_run(TE, model_changes=HEADS_OF_64 | {"transformer": SINKS}),
+    "flash-linear-attention, gated delta nets": _as_a_run(
+        *(LINEAR,),
+        kind="gated_delta",
+        model_changes=HEADS_OF_64 | {"transformer": DELTA_HEADS_OF_64},
+        divergence="forward_kl",
+    ),
+}
+"""The layers that a run on this machine has: Transformer Engine's if it is installed."""
+GROUPS = {"step": AS_A_RUN, "one": ONE_RANK, "several": SEVERAL_RANKS, "eight": EIGHT_GPUS, "apex": FUSED_WGRAD}
 CPU_REDUCED = {
+    "step": tuple(AS_A_RUN),
     "one": ("grouped queries", "MLA", "fused low_memory", "Adam, three steps"),
     "several": ("TP2", "PP2xVPP2 tied", "CP2", "EP2", "DP2 overlapped"),
 }

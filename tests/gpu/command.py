@@ -1,27 +1,30 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The command of ``make test-gpu``: stages with time limits, a table of results, and one exit status.
 
-    python -m tests.gpu                  one GPU, at most nine minutes
+    python -m tests.gpu                  one GPU, less than ten minutes
     python -m tests.gpu --gpus 8         also NCCL, hangs, vLLM and Transformer Engine on eight
     python -m tests.gpu --device cpu     the same stages as far as a CPU can run them
 
-A stage that fails or hangs does not stop the next one.  The command ends with 1 where a check failed.  Results of a GPU
-are appended to docs/support.jsonl, from which tools/support_table.py writes README's support table; those of a CPU go
-where --record says only.
+A stage that fails or hangs does not stop the next one.  The command ends with 1 where a check failed.  At the end of
+each stage the results of a GPU are appended to docs/support.jsonl, from which tools/support_table.py writes README's
+support table and docs/support.md.  The results of a CPU go where --record says only.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import hidden_gpus
@@ -30,6 +33,10 @@ from tests.gpu import runner, stages
 from tests.gpu.results import FAILED, SKIPPED, Result
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGES = (
+    *("torch", "triton", "megatron-core", "transformers", "transformer-engine", "flash-attn", "flash-linear-attention"),
+    *("apex", "vllm", "liger-kernel"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,12 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     began = time.monotonic()
     run = now()
     where = {"device": device_name(options), "date": run[:10], "commit": commit(), "run": run}
-    print(f"test-gpu: {where['device']}, commit {where['commit']}", flush=True)
-    found = runner.run_stages(stages.chosen(options), lambda line: print(line, flush=True))
+    chosen = stages.chosen(options)
+    limit = f"{sum(stage.limit_s for stage in chosen) / 60:.1f} minutes at most"
+    print(f"test-gpu: {where['device']}, commit {where['commit']}; {limit}", flush=True)
+    print(f"test-gpu: {versions()}", flush=True)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # an end that kills the stage, too
+    found = runner.run_stages(chosen, lambda line: print(line, flush=True), partial(keep, options, where))
     print("\n" + runner.table(found, rows_of_checks(), where))
-    path = options.record or (REPOSITORY / "docs" / "support.jsonl" if options.device == "cuda" else None)
-    if path is not None:
-        record(path, found, where)
     failed = {result.check for result in found if result.verdict == FAILED}
     skipped = {result.check for result in found if result.verdict == SKIPPED}
     all_checks = {result.check for result in found}
@@ -69,7 +77,12 @@ def parsed(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--apex-source", type=Path, metavar="DIR", default=os.environ.get("APEX_SOURCE"), help="NVIDIA apex's sources"
     )
     parser.add_argument("--vllm-python", metavar="EXE", help="a Python with vLLM, for the stages with servers")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.device == "cpu" and options.record is not None and options.record.resolve() == support_results():
+        parser.error(
+            "expected another file than docs/support.jsonl for --record: that file has the results of GPUs only"
+        )
+    return options
 
 
 def rows_of_checks() -> dict[str, list[str]]:
@@ -81,11 +94,26 @@ def rows_of_checks() -> dict[str, list[str]]:
     return rows
 
 
-def record(path: Path, found: Sequence[Result], where: dict[str, str]) -> None:
-    """Append one line per result, with where, when and on which commit it was found."""
-    with path.open("a") as file:
+def keep(options: argparse.Namespace, where: dict[str, str], found: Sequence[Result]) -> None:
+    """Append one line per result, with where, when and on which commit it was found, and write the tables anew.
+
+    The file is that of --record, and else docs/support.jsonl for a GPU and none for a CPU.  Only docs/support.jsonl has
+    tables, in README and in docs/support.md.  A run that ends early has kept the results of the stages before.
+    """
+    own = support_results()
+    path = options.record or (own if options.device == "cuda" else None)
+    if path is None:
+        return
+    with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(asdict(result) | where) + "\n" for result in found)
-    print(f"results appended to {path}")
+    if path.resolve() == own:
+        subprocess.run([sys.executable, str(REPOSITORY / "tools" / "support_table.py")], check=True)
+    print(f"results appended to {path}", flush=True)
+
+
+def support_results() -> Path:
+    """Return the file from which tools/support_table.py writes its tables."""
+    return (REPOSITORY / "docs" / "support.jsonl").resolve()
 
 
 def now() -> str:
@@ -100,6 +128,17 @@ def device_name(options: argparse.Namespace) -> str:
     code = "import torch; print(torch.cuda.get_device_name())"
     name = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip()
     return f"{options.gpus} x {name}"
+
+
+def versions() -> str:
+    """Return the versions of the packages of this environment that compute or sample, without their imports."""
+    found = []
+    for name in PACKAGES:
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
 
 
 def commit() -> str:

@@ -3,7 +3,9 @@
 
     python -m tests.gpu.layout_rank GROUP BACKEND RANK WORLD_SIZE DIRECTORY NAME ...
 
-BACKEND is staged or nccl on GPUs, and staged or gloo on a CPU.  The name "reference/NAME" means that case's reference.
+BACKEND is staged or nccl on GPUs, and staged on a CPU; gloo is that of the references.  The cases of the group "step"
+have the layers of a run, Transformer Engine's if it is installed; all others have Megatron's local ones.  The name
+"reference/NAME" means that case's reference.
 """
 
 from __future__ import annotations
@@ -13,9 +15,11 @@ import os
 import sys
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
-# The cases are float32, which Transformer Engine's attention does not support, so the stage compares the local layers.
-sys.modules["transformer_engine"] = None  # type: ignore[assignment]
+if __name__ == "__main__" and (sys.argv[1] != "step" or sys.argv[2] == "gloo"):
+    # Most cases are float32, which Transformer Engine's attention does not support: they compare the local layers.
+    sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 
 def main(group: str, backend: str, rank: int, world_size: int, directory: Path, names: list[str]) -> None:
@@ -52,10 +56,21 @@ def main(group: str, backend: str, rank: int, world_size: int, directory: Path, 
             timeout=timedelta(seconds=90),
         )
         outcome = layouts.run(case)
+        if on_gpu:
+            refuse_local_layers(compared)
         path = directory / file_name(name, rank)
         torch.save((outcome.loss, outcome.grads, outcome.params), path.with_suffix(".part"))
         path.with_suffix(".part").rename(path)
         leave(synchronize=True)
+
+
+def refuse_local_layers(compared: Any) -> None:
+    """Raise RuntimeError if a case that needs Transformer Engine has run with Megatron's local layers."""
+    from megatron_selfdistill.model import architecture
+    from tests.gpu import cases
+
+    if cases.TE in compared.needs and not architecture.uses_transformer_engine():
+        raise RuntimeError("expected Transformer Engine's layers, got Megatron's local ones")
 
 
 def file_name(name: str, rank: int) -> str:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: training steps in layouts on the device, each against one CPU rank.
 
-python -m tests.gpu.layout_stage GROUP BACKEND [--seconds S] [--names NAME ...]
+python -m tests.gpu.layout_stage GROUP BACKEND [--names NAME ...]
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from pathlib import Path
 import layouts
 import torch
 
+from megatron_selfdistill.needed_packages import is_installed
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from tests.gpu import cases
 from tests.gpu.layout_rank import file_name
-from tests.gpu.results import held
+from tests.gpu.results import held, report, seconds_left
 
 # Another device sums float32 values in another order, and the last bits of its exponentials differ.
-BOUND = 1e-4 if os.environ.get("CUDA_VISIBLE_DEVICES") != "" else 1e-5
+ON_GPU = os.environ.get("CUDA_VISIBLE_DEVICES") != ""
+BOUND = 1e-4 if ON_GPU else 1e-5
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}
 
 
@@ -33,12 +35,14 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("group", choices=sorted(cases.GROUPS))
     parser.add_argument("backend", choices=("staged", "nccl"))
-    parser.add_argument("--seconds", type=float, default=100.0, help="of all ranks together")
     parser.add_argument("--names", nargs="*", help="these cases only")
     options = parser.parse_args()
     group = cases.GROUPS[options.group]
-    names = options.names or list(group)
-    deadline = time.monotonic() + options.seconds
+    skipped = {name: why for name in options.names or group if (why := lacking(group[name]))}
+    for name, why in skipped.items():
+        report(f"{options.group}: {name}", Outcome(not_done=why))
+    names = [name for name in options.names or group if name not in skipped]
+    deadline = time.monotonic() + seconds_left()
     with tempfile.TemporaryDirectory(prefix="selfdistill_layouts_") as path:
         directory = Path(path)
         same = references(options.group, names)
@@ -62,6 +66,14 @@ def main() -> int:
             for name in names
         ]
     return 0 if all(sound) else 1
+
+
+def lacking(one: cases.Compared) -> str:
+    """Return why a case cannot run here; empty where it can."""
+    if one.needs and not ON_GPU:
+        return f"the kernels of {one.needs[0]} need an NVIDIA GPU, and this is a CPU"
+    absent = [module for module in one.needs if not is_installed(module)]
+    return f"this environment has no {' and no '.join(absent)}" if absent else ""
 
 
 def references(group: str, names: Sequence[str]) -> dict[str, str]:

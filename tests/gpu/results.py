@@ -1,11 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A stage reports one line of JSON per figure, in the file that SELFDISTILL_GPU_RESULTS names, and a table row."""
+"""A stage reports one line of JSON per figure, in the file that SELFDISTILL_GPU_RESULTS names, and a table row.
+
+SELFDISTILL_GPU_DEADLINE is the time at which the stage is killed, in seconds of ``time.time``.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +18,9 @@ from pathlib import Path
 from megatron_selfdistill.selftest.outcome import Outcome, lines
 
 VARIABLE = "SELFDISTILL_GPU_RESULTS"
+DEADLINE = "SELFDISTILL_GPU_DEADLINE"
+TO_REPORT_S = 5.0
+"""Seconds that a stage keeps for the report of what it has not finished."""
 OK, FAILED, SKIPPED = "ok", "FAILURE", "skipped"
 
 
@@ -72,6 +79,12 @@ def held(check: str, work: Callable[[], Outcome]) -> bool:
         traceback.print_exc(file=sys.stdout)
         outcome = Outcome(error=f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
     return report(check, outcome)
+
+
+def seconds_left(without_deadline: float = 100.0) -> float:
+    """Return the seconds that this stage may still work, without those for its report."""
+    deadline = os.environ.get(DEADLINE)
+    return without_deadline if deadline is None else float(deadline) - time.time() - TO_REPORT_S
 
 
 def read(path: Path) -> list[Result]:

@@ -35,15 +35,22 @@ class Stage:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def run_stages(stages: Sequence[Stage], say: Callable[[str], None] = print) -> list[Result]:
+def run_stages(
+    stages: Sequence[Stage],
+    say: Callable[[str], None] = print,
+    keep: Callable[[list[Result]], None] = lambda results: None,
+) -> list[Result]:
     """Run every stage, also after failures; return all results in the order of the stages.
 
-    The stages together take at most the sum of their limits.
+    The stages together take at most the sum of their limits.  ``keep`` gets the results of a stage as soon as it ends.
     """
-    found, saved = [], 0.0
+    found: list[Result] = []
+    saved = 0.0
     for stage in stages:
         began = time.monotonic()
-        found += run_stage(stage, stage.limit_s + saved, say)
+        of_stage = run_stage(stage, stage.limit_s + saved, say)
+        keep(of_stage)
+        found += of_stage
         saved = max(0.0, saved + stage.limit_s - (time.monotonic() - began))
     return found
 
@@ -53,7 +60,8 @@ def run_stage(stage: Stage, limit_s: float, say: Callable[[str], None] = print) 
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="selfdistill_gpu_") as directory:
         path = Path(directory) / "results.jsonl"
-        why, _ = run_process(stage, limit_s, say, {results.VARIABLE: str(path)})
+        told = {results.VARIABLE: str(path), results.DEADLINE: str(time.time() + limit_s)}
+        why, _ = run_process(stage, limit_s, say, told)
         found = results.read(path)
     reported = {result.check for result in found}
     for check in stage.checks:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Stage: the self-test of the node, ``selfdistill doctor --selftest``, with its checks as results.
 
-python -m tests.gpu.selftest_stage [--ranks N] [--sampler megatron|vllm] --seconds S
+python -m tests.gpu.selftest_stage [--ranks N] [--sampler megatron|vllm]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 
 from megatron_selfdistill.selftest import node_test
 from megatron_selfdistill.selftest.outcome import Outcome
-from tests.gpu.results import report
+from tests.gpu.results import report, seconds_left
 from tests.gpu.runner import REPOSITORY
 
 
@@ -21,7 +21,6 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--sampler", choices=("megatron", "vllm"), default="megatron")
-    parser.add_argument("--seconds", type=float, required=True)
     options = parser.parse_args()
     if options.ranks > 1 and "RANK" not in os.environ:
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.ranks}"]
@@ -37,7 +36,7 @@ def main() -> int:
                 report(f"{prefix}: {outcome.name}", outcome)
 
     node_test._Table = Table  # type: ignore[misc]
-    outcomes = node_test.selftest(options.sampler, limit_s=options.seconds)
+    outcomes = node_test.selftest(options.sampler, limit_s=seconds_left() / 2)  # the warm-up takes as long at most
     return 0 if node_test.passed(outcomes) else 1
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.selftest.node_test import CHECKS
 from tests.gpu import cases
 from tests.gpu.runner import Stage
@@ -17,6 +18,7 @@ RUNS = (
     "guided sampling in process",
     "memory against the plan",
 )
+COLOCATED = ("colocated engine: the trainer's own sampler", "colocated engine: vLLM")
 CPU_CLAIMS = (
     "test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks",
     "test_solve_target_finds_what_the_loss_finds_bit_for_bit",
@@ -42,12 +44,12 @@ def chosen(options: argparse.Namespace) -> list[Stage]:
 
 
 def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
-    """Return the stages of one device: at most nine minutes together on a GPU; a CPU that others want too gets more."""
+    """Return the stages of one device, those first whose answers matter most.
+
+    On a GPU the first five take five minutes at most, and all of them less than ten; a CPU that others want too gets
+    more.  The last ones need most of their time only with software that few environments have.
+    """
     slower = 1 if on_gpu else CPU_PATIENCE
-    one, several = (
-        list(group) if on_gpu else list(cases.CPU_REDUCED[name])
-        for name, group in (("one", cases.ONE_RANK), ("several", cases.SEVERAL_RANKS))
-    )
     environment = {} if on_gpu else NO_GPU
     apex = [str(options.apex_source)] if options.apex_source else []
 
@@ -55,53 +57,31 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
         command = [sys.executable, "-m", f"tests.gpu.{module}", *arguments]
         return Stage(name, command, slower * limit_s, checks, environment)
 
+    def steps(name: str, group: str, limit_s: float) -> Stage:
+        names = list(cases.GROUPS[group] if on_gpu else cases.CPU_REDUCED[group])
+        checks = [f"{group}: {one}" for one in names]
+        return stage(name, "layout_stage", group, "staged", "--names", *names, limit_s=limit_s, checks=checks)
+
+    claims = () if on_gpu else CPU_CLAIMS
+    fused = [f"fused {mode} against float64" for mode in FUSED_MODES]
+    speeds = ["copy and product", "speed of the loss", "torch.compile"]
+    self_test = [f"self-test: {name}" for name in SELF_TEST]
+    ipc = ["CUDA IPC between two processes", "weights over CUDA IPC"]
+    kernel = ["apex's kernel against a product", *(f"apex: {name}" for name in cases.FUSED_WGRAD)]
     return [
-        stage("roofline", "roofline", limit_s=40, checks=["copy and product", "torch.compile"]),
-        stage(
-            "kernels",
-            "kernel_stage",
-            "claims",
-            *(() if on_gpu else CPU_CLAIMS),
-            limit_s=115,
-            checks=["kernels of the loss"],
-        ),
-        stage("sanitizer", "kernel_stage", "sanitizer", limit_s=40, checks=["kernels under compute-sanitizer"]),
-        stage(
-            "self-test",
-            "selftest_stage",
-            *("--seconds", f"{slower * 45}"),
-            limit_s=90,
-            checks=[f"self-test: {name}" for name in SELF_TEST],
-        ),
-        stage(
-            "model",
-            "layout_stage",
-            *("one", "staged", "--seconds", f"{slower * 55}", "--names", *one),
-            limit_s=60,
-            checks=[f"one: {name}" for name in one],
-        ),
-        stage("runs", "run_stage", limit_s=50, checks=list(RUNS)),
-        stage(
-            "ranks",
-            "layout_stage",
-            *("several", "staged", "--seconds", f"{slower * 65}", "--names", *several),
-            limit_s=70,
-            checks=[f"several: {name}" for name in several],
-        ),
-        stage(
-            "sinks",
-            "sinks_stage",
-            limit_s=15,
-            checks=["attention sinks: full", "attention sinks: window"],
-        ),
-        stage("ipc", "ipc_stage", limit_s=20, checks=["CUDA IPC between two processes", "weights over CUDA IPC"]),
-        stage(
-            "apex",
-            "apex_stage",
-            *apex,
-            limit_s=40,
-            checks=["apex's kernel against a product", *(f"apex: {name}" for name in cases.FUSED_WGRAD)],
-        ),
+        stage("kernels", "kernel_stage", "claims", *claims, limit_s=90, checks=["kernels of the loss"]),
+        stage("fused-layer", "fused_stage", limit_s=20, checks=fused),
+        steps("step", "step", limit_s=60),
+        stage("colocated", "colocated_stage", limit_s=85, checks=list(COLOCATED)),
+        stage("speed", "speed_stage", limit_s=35, checks=speeds),
+        stage("self-test", "selftest_stage", limit_s=80, checks=self_test),
+        steps("model", "one", limit_s=45),
+        stage("runs", "run_stage", limit_s=40, checks=list(RUNS)),
+        steps("ranks", "several", limit_s=55),
+        stage("sinks", "sinks_stage", limit_s=15, checks=["attention sinks: full", "attention sinks: window"]),
+        stage("ipc", "ipc_stage", limit_s=10, checks=ipc),
+        stage("sanitizer", "kernel_stage", "sanitizer", limit_s=20, checks=["kernels under compute-sanitizer"]),
+        stage("apex", "apex_stage", *apex, limit_s=15, checks=kernel),
     ]
 
 
@@ -116,20 +96,20 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
         stage(
             "nccl",
             "layout_stage",
-            *("eight", "nccl", "--seconds", "75"),
+            *("eight", "nccl"),
             limit_s=80,
             checks=[f"eight: {name}" for name in cases.EIGHT_GPUS],
         ),
         stage(
             "self-test of 8",
             "selftest_stage",
-            *("--ranks", "8", "--seconds", "25"),
+            *("--ranks", "8"),
             limit_s=60,
             checks=[f"self-test of 8 ranks: {name}" for name in SELF_TEST],
         ),
         stage("hang", "eight_stage", "hang", limit_s=110, checks=["a rank that stops"]),
         stage(
-            "colocated",
+            "colocated of 8",
             "eight_stage",
             "colocated",
             limit_s=240,

@@ -72,6 +72,14 @@ def test_what_a_stage_does_not_use_of_its_limit_is_left_for_the_next_one():
     assert [result.verdict for result in found] == [OK, OK], lines
 
 
+def test_a_stage_knows_the_time_that_earlier_ones_have_left_it():
+    code = "from tests.gpu.results import seconds_left\nprint('left', seconds_left(), flush=True)\n"
+    lines: list[str] = []
+    run_stages([stage("quick", "pass", limit_s=300.0), stage("next", code, limit_s=100.0)], lines.append)
+    (left,) = [float(line.split()[-1]) for line in lines if "] left " in line]
+    assert 300 < left < 400
+
+
 def test_an_outcome_becomes_rows():
     passed, failed = Figure("a", 0.5, 1.0), Figure("b", 0.5, 1.0, at_least=True, where="TP 2")
     assert [(r.verdict, r.bound, r.note) for r in results_of("c", Outcome((passed, failed)))] == [
@@ -104,13 +112,26 @@ def test_the_command_ends_with_1_where_a_check_failed(tmp_path, monkeypatch, val
     assert '"check": "one"' in (tmp_path / "out.jsonl").read_text()
 
 
-def test_the_stages_of_one_gpu_take_nine_minutes_at_most_and_name_every_check_once():
+def test_the_stages_of_one_gpu_take_less_than_ten_minutes_and_name_every_check_once():
     from tests.gpu import command, stages
 
     for arguments in (["--device", "cuda"], ["--device", "cpu"]):
         chosen = stages.chosen(command.parsed(arguments))
         checks = [check for one in chosen for check in one.checks]
         assert len(set(checks)) == len(checks) > 20
-    assert sum(one.limit_s for one in stages.chosen(command.parsed([]))) <= 540
+        assert len({one.name for one in chosen}) == len(chosen)
+    one = stages.chosen(command.parsed([]))
+    assert sum(stage.limit_s for stage in one) <= 570
     eight = stages.chosen(command.parsed(["--device", "cuda", "--gpus", "8"]))
-    assert sum(one.limit_s for one in eight) <= 540 + 15 * 60
+    assert sum(stage.limit_s for stage in eight[len(one) :]) <= 15 * 60
+    assert len({stage.name for stage in eight}) == len(eight)
+
+
+def test_the_first_five_minutes_answer_the_most():
+    from tests.gpu import command, stages
+
+    first = stages.chosen(command.parsed([]))[:5]
+    assert [one.name for one in first] == ["kernels", "fused-layer", "step", "colocated", "speed"]
+    assert sum(one.limit_s for one in first) <= 300
+    on_cpu = stages.chosen(command.parsed(["--device", "cpu"]))
+    assert [one.name for one in on_cpu] == [one.name for one in stages.chosen(command.parsed([]))]

@@ -122,7 +122,7 @@ ORDER = {
     "selftest": (
         "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test"
     ),
-    "doctor": "imports findings",
+    "doctor": "imports versions findings",
     "commands": (
         "endings convert_adapters convert report doctor given_config given_model evaluate_options evaluate exploration "
         "model_options explore_options run_settings given_models explore alignment_contexts alignment_options "

@@ -46,6 +46,12 @@ class Example:
         self.row_weights = torch.randn(num_tokens, generator=generator)  # of either sign, none alike
         self.row_weights[::4] = 0
 
+    def to(self, device: torch.device) -> Example:
+        """Move all tensors to ``device``; return the same example."""
+        for name, value in vars(self).items():
+            setattr(self, name, value if value is None else value.to(device))
+        return self
+
 
 def entropy(log_probs: Tensor) -> Tensor:
     """Return H in nats over the last axis."""

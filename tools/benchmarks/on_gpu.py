@@ -158,20 +158,6 @@ def page(found: Sequence[Measured], where: dict[str, str] | None) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def versions() -> str:
-    """Return the versions that matter for speed, of this environment."""
-    import importlib.metadata
-
-    names = "torch triton megatron-core transformer-engine liger-kernel vllm".split()
-    found = []
-    for name in names:
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return ", ".join(found)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the page after each measurement, and return 1 where one has failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = command.now()
     where = {
         "device": command.device_name(options),
-        "versions": versions(),
+        "versions": command.versions(),
         "date": now[:10],
         "commit": command.commit(),
     }

@@ -249,16 +249,10 @@ def _message(message: object, where: str) -> dict[str, Any]:
             raise BadConversationError(f"{where}: expected tool calls of an assistant only, got tool calls of a {role}")
         kept["tool_calls"] = [_tool_call(call, where) for call in calls]
     content = kept.pop("content", None)
-    if content is not None:
-        kept["content"] = content = _text(content, where)
-    may_be_empty = role == "tool" or "tool_calls" in kept
-    if not may_be_empty and not (content and content.strip()):
+    text = "" if content is None else _text(content, where)
+    if role != "tool" and "tool_calls" not in kept and not text.strip():
         raise BadConversationError(f"{where}: expected a text as the content of the {role}, got an empty one")
-    if role == "tool":
-        kept.setdefault("content", "")
-    elif not kept.get("content"):
-        kept.pop("content", None)
-    return kept
+    return kept | {"content": text} if text or role == "tool" else kept
 
 
 def _text(content: object, where: str) -> str:

@@ -70,6 +70,20 @@ def test_a_run_directory_stands_for_its_checkpoints(checkpoints, complete, tmp_p
     assert directory.resolve(checkpoints) == checkpoints / "iter_0000002", "a tracker file of its own is the nearer one"
 
 
+def test_a_directory_of_runs_is_refused_with_the_names_of_its_runs(tmp_path):
+    for name in ("second", "first"):
+        (tmp_path / "runs" / name / directory.CHECKPOINTS).mkdir(parents=True)
+    (tmp_path / "runs" / "notes").mkdir()
+    with pytest.raises(
+        CheckpointError, match=r"has no metadata\.json; \S+/runs holds the runs (\S+), (\S+): name one"
+    ) as it:
+        directory.resolve(tmp_path / "runs")
+    assert f"{tmp_path}/runs/first, {tmp_path}/runs/second: name one of them" in str(it.value)
+    with pytest.raises(CheckpointError) as refused:
+        directory.resolve(tmp_path / "runs" / "notes")
+    assert "holds the runs" not in str(refused.value)
+
+
 def test_there_is_no_latest_without_checkpoints(tmp_path):
     assert directory.latest(tmp_path) is None
     assert directory.latest(tmp_path / "nowhere") is None

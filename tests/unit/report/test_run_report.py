@@ -160,6 +160,26 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     assert limits(record, "loss/mean") == {}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        ([], {"guards.max_log_prob_distance": 1.0}),
+        (["guards.max_log_prob_distance=0.3"], {"guards.max_log_prob_distance": 0.3}),
+        (["guards.max_log_prob_distance=null"], {}),
+        (["rollout.replay=recorded.jsonl"], {}),
+    ],
+)
+def test_the_limit_of_the_difference_of_log_probs_is_drawn_from_the_first_step(tmp_path, overrides, limit):
+    path = write_run(tmp_path / "run", 2, *overrides)
+    overview = blocks_of(page_of(path))["overview"]
+    assert overview["runs"][0]["limits"]["sampler/log_prob_mean_abs_diff"] == limit
+    assert [figure["title"] for group in overview["groups"] for figure in group["figures"] if figure["guarded"]] == [
+        "Entropy of the student and its limits",
+        "Mean length of the responses and its limit",
+        "Mean difference of the log-probs and its limit",
+    ]
+
+
 def test_a_tiny_reference_leaves_room_for_the_smallest_rise(tmp_path):
     tiny = {(step, "entropy/student"): 0.001 for step in range(1, 6)}
     (record,) = read_runs([write_run(tmp_path / "tiny", changes=tiny)])

@@ -145,6 +145,12 @@ CASES = {
         38,
         LIMITS,
     ),
+    "Mean difference of the log-probs and its limit": (
+        {"sampler/log_prob_mean_abs_diff": 0.9},
+        {"sampler/log_prob_mean_abs_diff": after(38, 0.9, 1.1)},
+        38,
+        {"guards__patience": 3, "guards__max_log_prob_distance": 1.0},
+    ),
     "Target's mass on tokens that a model hardly considers": (
         {"target/mass_on_rare_student": 0.01},
         {"target/mass_on_rare_reference": after(25, 0.01, 0.05)},

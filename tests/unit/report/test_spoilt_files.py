@@ -198,8 +198,8 @@ def test_an_explored_file_of_another_form_is_a_warning_and_no_page(tmp_path, cap
             odd.append(record | {key: value})
     write_explored(tmp_path, 5, [record, *odd])
     assert [page.sample for page in write_target_pages(tmp_path)] == [1]
-    assert [message.split(".json.gz has no page: ")[1].split(":")[0] for message in caplog.messages] == [
-        "ValueError"
+    assert [message.split(".json.gz has no page: ")[1].split(",")[0] for message in caplog.messages] == [
+        "expected an explored response"
     ] * len(odd)
 
 
@@ -213,3 +213,18 @@ def test_an_explored_file_that_is_no_record_is_a_warning_and_no_page(run, tmp_pa
     (pages,) = blocks_of(write_report([copy]).read_text())["overview"]["explored"]
     assert [page["sample"] for page in pages] == [7] and len(caplog.messages) == 6
     assert "step_0000005_1.json.gz has no page" in caplog.text
+    assert caplog.messages[5].endswith("has no page: expected an explored response, got a file that is not compressed")
+
+
+@pytest.mark.parametrize("fault", ["is a directory", "is cut", "is of another version"])
+def test_the_warning_about_an_explored_file_names_the_file_once(tmp_path, caplog, fault):
+    record = record_of(logit_rows(3, 300, 2), Target(), step=5)
+    (path,) = write_explored(tmp_path, 5, [record | {"version": 0} if fault == "is of another version" else record])
+    if fault == "is a directory":
+        path.unlink()
+        path.mkdir()
+    if fault == "is cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    assert write_target_pages(tmp_path) == []
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} has no page: ") and message.count(path.name) == 1

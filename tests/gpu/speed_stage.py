@@ -1,12 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Stage: versions, the speed of a copy and of a bf16 product, and a warm torch.compile for the stages that follow.
+"""Stage: the speed of a copy, of a bf16 product and of the loss, and that torch.compile works.
 
-python -m tests.gpu.roofline
+python -m tests.gpu.speed_stage
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 import subprocess
 import sys
@@ -22,20 +21,22 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 COPIED_BYTES = 2**31 if ON_GPU else 2**26
 SIZE = 8192 if ON_GPU else 512
-PACKAGES = "torch megatron-core triton transformers transformer-engine apex flash-attn vllm liger-kernel".split()
+LOSS_SHAPE = (4096, 151936) if ON_GPU else (16, 4096)
+"""Tokens and columns: a microbatch with the whole vocabulary of Qwen3."""
+LOSS_PASSES = 7
+"""Two reads of the rows of student and teacher, and one more of both with the gradient written in place."""
+MOST_OF_FLOOR = 8.0 if ON_GPU else 1e4
+"""The kernels are within a small factor of the time of their reads and writes; PyTorch's operators take 100 times."""
 
 
 def main() -> int:
-    for package in PACKAGES:
-        try:
-            print(f"{package} {importlib.metadata.version(package)}", flush=True)
-        except importlib.metadata.PackageNotFoundError:
-            print(f"{package}: not installed", flush=True)
     print(f"Python {platform.python_version()}, CUDA {torch.version.cuda}, NCCL {nccl_version()}", flush=True)
     if ON_GPU:
         query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
         print(subprocess.run(query, capture_output=True, text=True).stdout.strip(), flush=True)
-    return 0 if all([held("copy and product", speeds), held("torch.compile", compiled)]) else 1
+    checks = {"copy and product": speeds, "speed of the loss": speed_of_loss, "torch.compile": compiled}
+    sound = [held(name, check) for name, check in checks.items()]
+    return 0 if all(sound) else 1
 
 
 def nccl_version() -> str:
@@ -44,9 +45,7 @@ def nccl_version() -> str:
 
 def speeds() -> Outcome:
     """Measure a copy, in GB/s read and written, and a square bf16 product, in TFLOP/s."""
-    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    copy = 2 * COPIED_BYTES / seconds(lambda: target.copy_(source)) / 1e9
+    copy = copied_per_second() / 1e9
     a, b = (torch.randn(SIZE, SIZE, device=DEVICE).bfloat16() for _ in range(2))
     product = 2 * SIZE**3 / seconds(lambda: a @ b) / 1e12
     return Outcome(
@@ -55,6 +54,35 @@ def speeds() -> Outcome:
             Figure("bf16 product, TFLOP/s", product, 10.0 if ON_GPU else 1e-4, at_least=True),
         )
     )
+
+
+def copied_per_second() -> float:
+    """Return the bytes per second that a copy reads and writes."""
+    source = torch.ones(COPIED_BYTES, dtype=torch.uint8, device=DEVICE)
+    target = torch.empty_like(source)
+    return 2 * COPIED_BYTES / seconds(lambda: target.copy_(source))
+
+
+def speed_of_loss() -> Outcome:
+    """Measure the loss of bf16 logits with its gradient, as a multiple of the time of its reads and writes."""
+    from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
+
+    tokens, columns = LOSS_SHAPE
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    rows = [torch.randn(LOSS_SHAPE, device=DEVICE, generator=generator, dtype=torch.bfloat16) for _ in range(2)]
+    ids = torch.randint(columns, (tokens,), device=DEVICE, generator=generator)
+    student = rows[0].requires_grad_()
+    shard = VocabShard(0, columns, columns)
+
+    def step() -> None:
+        student.grad = None
+        stats = distillation_loss(student, rows[1], ids, target=Target(), divergence=Divergence(), vocab=shard)
+        stats.loss.sum().backward()
+
+    taken = seconds(step)
+    floor = LOSS_PASSES * rows[0].nbytes / copied_per_second()
+    print(f"the loss of {tokens} tokens over {columns} columns: {1000 * taken:.2f} ms, floor {1000 * floor:.2f} ms")
+    return Outcome((Figure("time of the loss to that of its reads and writes", taken / floor, MOST_OF_FLOOR),))
 
 
 def seconds(work: Callable[[], object], repeats: int = 5) -> float:
@@ -76,10 +104,7 @@ def _wait() -> None:
 
 
 def compiled() -> Outcome:
-    """Compare Megatron's compiled function of gated MLPs with its formula, with gradients.
-
-    Later processes find the compiled function in Inductor's cache.
-    """
+    """Compare Megatron's compiled function of gated MLPs with its formula, with gradients."""
     from megatron_selfdistill.compat import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
     from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 
