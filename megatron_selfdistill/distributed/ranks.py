@@ -115,6 +115,13 @@ class RankGrid:
         """Whether this rank is the first of the TP x CP x PP ranks that work on the same problems."""
         return self.replica_rank == 0
 
+    def first_rank_of(self, replica: int) -> int:
+        """Return the global rank of the first rank of a data-parallel replica, on every rank of the world.
+
+        Megatron numbers ranks in the order TP, CP, DP, PP, of which TP is the fastest.
+        """
+        return replica * self.tp_size * self.cp_size
+
     @property
     def is_reporter(self) -> bool:
         """Whether this rank prints and writes metrics: rank 0 of the world."""

@@ -33,7 +33,7 @@ ORDER = {
     "replaced_files": "",
     "run_log": "",
     "explored_files": "",
-    "distributed": "collectives launch_store roll_call watchdog ranks stop",
+    "distributed": "collectives launch_store roll_call watchdog ranks parcels stop",
     "loss": (
         "status target batch_k divergence weighting "
         "sharded.beta_grid sharded.argument_checks sharded.solver sharded.shard_sums sharded.token_statistics "
