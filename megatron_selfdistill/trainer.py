@@ -37,6 +37,7 @@ from megatron_selfdistill.metrics.overlap import overlap_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.metrics.untrained_step import warning_of_an_untrained_step
 from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.report.refresh import ReportRefresh
@@ -45,6 +46,7 @@ from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
+from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.trained_step import TrainedBatch, TrainedStep, joined, wave_of
 
@@ -127,6 +129,14 @@ class Trainer:
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
         return self.source.batches(self.step, self.sampling)
+
+    def balance(self, batch: StepBatch) -> StepBatch:
+        """Return the batch with its contexts on the replicas where the step trains on them in the least time.
+
+        The contexts stay where they are if the step would not become shorter.  Collective.
+        """
+        with self.phases("pack"):
+            return moved(batch, placement_everywhere(batch.contexts, self.learner.packing, self.grid), self.grid)
 
     def pack(self, batch: StepBatch) -> PackedBatch:
         """Return both contexts of every response as microbatches: equal in number and length on all replicas."""

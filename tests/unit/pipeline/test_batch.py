@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere, placement_everywhere
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 """The contexts of each of two replicas."""
@@ -20,15 +20,8 @@ def packed_share(
 ) -> tuple[tuple[int, int | None], int, int, torch.Tensor]:
     """Return length and rows, numbers of microbatches, and response tokens in the order of the student's ids."""
     grid = initialize(models.parallel(**cuts), seed=1)
-    batch = pack_everywhere(
-        [layouts.contexts()[i] for i in shares[grid.dp_rank]],
-        max_tokens=layouts.MAX_TOKENS,
-        pair_order=pair_order,
-        with_teacher=True,
-        grid=grid,
-        with_reference=with_reference,
-        unpacked=unpacked,
-    )
+    packing = Packing(layouts.MAX_TOKENS, pair_order, True, with_reference, unpacked=unpacked)
+    batch = pack_everywhere([layouts.contexts()[i] for i in shares[grid.dp_rank]], packing, grid)
     ids = torch.cat([microbatch.response_ids for microbatch in batch.student]).sort().values
     assert ids.equal(torch.arange(len(batch.response_tokens)))
     shape = batch.seq_length, batch.num_rows
@@ -63,3 +56,26 @@ def test_the_interleaved_schedule_gets_a_multiple_of_its_stages(ranks, pair_orde
 def test_rows_under_context_parallelism_are_refused(ranks):
     with pytest.raises(Exception, match="cp_size: expected 1, since context parallelism cannot cut rows"):
         ranks.run(packed_share, [[0, 1]], "alternating", {"cp": 2}, False, True, world_size=2)
+
+
+def placements(shares: list[list[int]], pair_order: str, unpacked: bool) -> list[list[int]] | None:
+    """Return the replicas of the contexts of each replica."""
+    grid = initialize(models.parallel(), seed=1)
+    packing = Packing(layouts.MAX_TOKENS, pair_order, True, unpacked=unpacked, attention_tokens=1000)
+    return placement_everywhere([layouts.contexts()[i] for i in shares[grid.dp_rank]], packing, grid)
+
+
+@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "in rows"])
+@pytest.mark.parametrize("pair_order", ["teacher_first", "alternating"])
+def test_a_replica_with_too_much_to_do_gives_contexts_away(ranks, pair_order, unpacked):
+    (one, other) = ranks.run(placements, [[], list(range(7))], pair_order, unpacked, world_size=2)
+    assert one == other and one is not None
+    work = [1 if unpacked else context.student_length for context in layouts.contexts()]
+    moves = sum(cost for cost, replica in zip(work, one[1], strict=True) if replica == 0)
+    assert one[0] == [] and abs(2 * moves - sum(work)) <= max(work)
+
+
+@pytest.mark.parametrize("unpacked", [False, True], ids=["packed", "in rows"])
+@pytest.mark.parametrize("shares", [[[], []], [[3], [3]], [[3, 1], [1, 3]]], ids=["none", "one each", "equal"])
+def test_contexts_stay_where_nothing_is_gained(ranks, shares, unpacked):
+    assert ranks.run(placements, shares, "teacher_first", unpacked, world_size=2) == [None, None]
