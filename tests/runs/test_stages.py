@@ -34,6 +34,7 @@ SELDOM = ("sft", "rft", "on-policy, mixed with the student, one k per batch")
 # What a stage may change, by "object.attribute": everything else must be as it was.
 CHANGES = {
     "next_batch": {"sampler.version"},
+    "balance": set(),
     "pack": set(),
     "forward_backward": set(),
     "update": {"trainer.checked", "learner.batch_k"},
@@ -144,8 +145,9 @@ def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]
             batch = stage("next_batch")
             again = trainer.next_batch()
             assert (again.problems, again.contexts) == (batch.problems, batch.contexts)
-            packed = stage("pack", batch)
-            step = [stage("forward_backward", batch, packed)]
+            balanced = stage("balance", batch)
+            packed = stage("pack", balanced)
+            step = [stage("forward_backward", balanced, packed)]
             metrics = stage("update", step)
             assert trainer.source.state_dict() == committed, "the state is the one before the step"
             stage("finish_step", step, metrics)
