@@ -35,9 +35,9 @@ def computed(by_replica: Sequence[Sequence[int]], budget: int) -> int:
     return max(len(sequences) for _, sequences in planned) * fullest
 
 
-def costs_per_real_token(num_replicas: int, num_each: int) -> tuple[float, float]:
+def costs_per_real_token(num_replicas: int, num_each: int, seed: int = 0) -> tuple[float, float]:
     """Return computed tokens per real token, as dealt in turn and with ``max_tokens``, and as a step has them."""
-    lengths = [300 + length for length in response_lengths(num_replicas * num_each)]
+    lengths = [300 + length for length in response_lengths(num_replicas * num_each, seed)]
     homes = [i % num_replicas for i in range(len(lengths))]
     before = computed(shares(lengths, homes, num_replicas), RULES.max_tokens)
     by_replica = shares(lengths, placed([(length,) for length in lengths], homes, num_replicas), num_replicas)
