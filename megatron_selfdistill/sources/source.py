@@ -54,7 +54,7 @@ class StepBatch:
     """The complete solution for each of ``contexts``, even if the teacher's prompt shows only a part.  A batch that is
     made by hand may have no solutions; its responses are then not shown as samples."""
     accepted: Sequence[bool] = ()
-    """Whether each of ``contexts`` holds the logged reply that the user accepted; empty where no reply is logged."""
+    """Whether each of ``contexts`` holds a logged reply that the user accepted; empty means False."""
     sampler_log_probs: Tensor | None = None
     """[R_total] float64 nats, on the device: the log-probs from the sampler; infinity for tokens that were not
     sampled after the student's prompt, and None if no token was."""
