@@ -106,7 +106,8 @@ def _broadcast(tensor: Tensor, grid: RankGrid) -> None:
 def _swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
     """Send a tensor to each rank of ``outgoing`` and receive one from each rank of ``incoming``, all at once.
 
-    On NCCL a batch uses the communicator of the world, which has connections only between ranks that have sent.
+    On NCCL a batch uses the communicator of the world, which connects only ranks that have sent to each other.  Some
+    ranks of the world may be absent, since an earlier collective has made the communicator (`raise_on_all_ranks`).
     """
     batch = [dist.P2POp(dist.isend, tensor, to) for to, tensor in outgoing.items()]
     batch += [dist.P2POp(dist.irecv, tensor, source) for source, tensor in incoming.items()]
