@@ -32,11 +32,10 @@ from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget,
 from megatron_selfdistill.metrics.samples import chosen
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
 from megatron_selfdistill.model.output_layer import FusedLoss
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.candidates import candidate_log_probs
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs, on_whole_replica
@@ -135,6 +134,17 @@ class Learner:
         return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
 
     @property
+    def packing(self) -> Packing:
+        """How the contexts of a step become microbatches."""
+        return Packing.of_model(
+            unwrapped(self.chunks[0]).config,
+            max_tokens=self.config.schedule.max_tokens,
+            pair_order=self.pair_order,
+            with_teacher=self.has_teacher,
+            with_reference=self.config.is_anchored,
+        )
+
+    @property
     def role_weights(self) -> list[RoleWeights]:
         """The weights, other than the student's, with which a sampler guides responses.
 
@@ -177,15 +187,7 @@ class Learner:
 
         Collective.
         """
-        return pack_everywhere(
-            contexts,
-            max_tokens=self.config.schedule.max_tokens,
-            pair_order=self.pair_order,
-            with_teacher=self.has_teacher,
-            grid=self.grid,
-            with_reference=self.config.is_anchored,
-            seq_multiple=token_multiple(unwrapped(self.chunks[0]).config),
-        )
+        return pack_everywhere(contexts, self.packing, self.grid)
 
     def forward_backward(
         self,

@@ -45,8 +45,11 @@ def loop(trainer: Trainer) -> None:
     while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
         step: list[TrainedBatch] = []
         for batch in trainer.batches():  # on-policy: responses of the current weights, in waves where they stream
-            packed = trainer.pack(batch)  # the same responses conditioned on two prompts
-            step.append(trainer.forward_backward(batch, packed, step))  # teacher and student in one pipeline schedule
+            balanced = trainer.balance(batch)  # the same responses, equally much work for every replica
+            packed = trainer.pack(balanced)  # the same responses conditioned on two prompts
+            step.append(
+                trainer.forward_backward(balanced, packed, step)
+            )  # teacher and student in one pipeline schedule
         metrics = trainer.update(step)
         trainer.finish_step(step, metrics)
     if trainer.step < trainer.config.num_steps:

@@ -37,6 +37,7 @@ from megatron_selfdistill.metrics.overlap import overlap_metrics
 from megatron_selfdistill.metrics.step_samples import step_samples
 from megatron_selfdistill.metrics.untrained_step import warning_of_an_untrained_step
 from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.report.refresh import ReportRefresh
@@ -45,6 +46,7 @@ from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
+from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.trained_step import TrainedBatch, TrainedStep, joined, wave_of
 
@@ -53,9 +55,8 @@ class Trainer:
     """Learner, source of responses, data, checkpoints and logs of one rank.
 
     Every rank of the world makes the same calls in the same order.  A step is a chain of values: no stage keeps
-    anything for the next one.  The stages change only the following: `forward_backward` changes the gradients, `update`
-    changes the learner and ``checked``, and `finish_step` changes the ``step``, the state of the source, the guards,
-    the log and the checkpoints.
+    anything for the next one.  Three stages change something: `forward_backward` the gradients, `update` the learner
+    and ``checked``, `finish_step` the ``step``, the state of the source, the guards, the log and the checkpoints.
     """
 
     def __init__(
@@ -128,6 +129,11 @@ class Trainer:
         """
         return self.source.batches(self.step, self.sampling)
 
+    def balance(self, batch: StepBatch) -> StepBatch:
+        """Return the batch with its contexts moved among the replicas if that makes the step shorter.  Collective."""
+        with self.phases("pack"):
+            return moved(batch, placement_everywhere(batch.contexts, self.learner.packing, self.grid), self.grid)
+
     def pack(self, batch: StepBatch) -> PackedBatch:
         """Return both contexts of every response as microbatches: equal in number and length on all replicas."""
         with self.phases("pack"):
@@ -140,7 +146,7 @@ class Trainer:
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        output, wave, measure_teacher = None, wave_of(batch, earlier), self.config.metrics.teacher_due(self.step + 1)
+        output, wave, due = None, wave_of(batch, earlier), self.config.metrics.teacher_due(self.step + 1)
         if not earlier and self.config.explores(self.step + 1):
             self._save_explored(batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
@@ -148,9 +154,7 @@ class Trainer:
             tolerance = self.config.guards.identity_tolerance
             if not self.checked and wave.earlier is None and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
-            output = self.learner.forward_backward(
-                packed, batch.token_coefficients, measure_teacher=measure_teacher, wave=wave
-            )
+            output = self.learner.forward_backward(packed, batch.token_coefficients, measure_teacher=due, wave=wave)
         return TrainedBatch(batch, packed, output)
 
     def update(self, step: TrainedStep) -> dict[str, float]:
@@ -236,10 +240,7 @@ class Trainer:
         return result
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
-        """Return the metrics of a batch under the present weights, student and teacher; nothing is trained.
-
-        Entropies are the student's own, at temperature 1, at every response token.
-        """
+        """Return the metrics of a batch under the present weights, at temperature 1, and train nothing.  Collective."""
         return self.source.metrics(batch, self.learner.measure(batch.contexts))
 
     def save(self) -> None:

@@ -98,6 +98,21 @@ class PackingRules:
         return 2 * self.cp_size if self.cp_size > 1 else 1
 
     @property
+    def capacity(self) -> int:
+        """Greatest length of a packed sequence: the largest multiple of ``length_multiple`` within ``max_tokens``.
+
+        Raises: ValueError if there is none, or for a size below 1.
+        """
+        multiple = self.length_multiple
+        if self.max_tokens < multiple:
+            raise ValueError(
+                f"max_tokens: expected at least {multiple}, of which the length of a packed sequence must be a "
+                f"multiple (cp_size {self.cp_size}, tp_size {self.tp_size}, seq_multiple {self.seq_multiple}), got "
+                f"{self.max_tokens}."
+            )
+        return self.max_tokens // multiple * multiple
+
+    @property
     def length_multiple(self) -> int:
         """Number of which the length of a packed sequence is a multiple.
 
@@ -120,16 +135,10 @@ def required_seq_length(contexts: Sequence[ContextPair], rules: PackingRules, *,
 
     Raises: ValueError if a context is longer than ``max_tokens``, or has an empty prompt.
     """
-    multiple = rules.length_multiple
-    capacity = rules.max_tokens // multiple * multiple
-    if capacity < 1:
-        raise ValueError(
-            f"max_tokens: expected at least {multiple}, of which the length of a packed sequence must be a multiple "
-            f"(cp_size {rules.cp_size}, tp_size {rules.tp_size}, seq_multiple {rules.seq_multiple}), got "
-            f"{rules.max_tokens}."
-        )
+    multiple, capacity = rules.length_multiple, rules.capacity
+    roles = padded_lengths(contexts, rules)
     need = 0
-    for lengths, sequences in _planned_sequences(contexts, capacity, rules):
+    for lengths, sequences in zip(roles, planned_sequences(*roles, capacity, paired=rules.paired), strict=True):
         need = max(need, *(sum(lengths[index] for index in sequence) for sequence in sequences), 0)
     return max(multiple, min(round_up(need, math.lcm(multiple, seq_quantum or 1)), capacity))
 
@@ -160,7 +169,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
             f"{rules.max_tokens} (max_tokens), got {length}; take the largest required_seq_length over the "
             "data-parallel ranks."
         )
-    (_, student), (_, teacher) = _planned_sequences(contexts, length, rules)
+    student, teacher = planned_sequences(*padded_lengths(contexts, rules), length, paired=rules.paired)
     offsets = [0]
     for context in contexts:
         offsets.append(offsets[-1] + len(context.response))
@@ -244,14 +253,15 @@ def require_prompts(contexts: Sequence[ContextPair]) -> None:
             )
 
 
-def _planned_sequences(
-    contexts: Sequence[ContextPair], capacity: int, rules: PackingRules
-) -> list[tuple[list[int], list[list[int]]]]:
-    """Return, for student and teacher, the padded length of every context and the contexts of each microbatch."""
+def padded_lengths(contexts: Sequence[ContextPair], rules: PackingRules) -> tuple[list[int], list[int]]:
+    """Return the lengths of the student's and of the teacher's contexts, padded to ``rules.segment_multiple``.
+
+    Raises: ValueError if a context is longer than ``rules.max_tokens`` allows, or has an empty prompt.
+    """
     require_prompts(contexts)
-    multiple = rules.segment_multiple
-    student = [round_up(context.student_length, multiple) for context in contexts]
-    teacher = [round_up(context.teacher_length, multiple) for context in contexts]
+    capacity = rules.capacity
+    student = [round_up(context.student_length, rules.segment_multiple) for context in contexts]
+    teacher = [round_up(context.teacher_length, rules.segment_multiple) for context in contexts]
     for role, lengths in (("student", student), ("teacher", teacher)):
         longest = max(range(len(contexts)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > capacity:
@@ -260,27 +270,39 @@ def _planned_sequences(
                 f"{capacity} tokens, the longest packed sequence within max_tokens, got {lengths[longest]} (padding "
                 "for context parallelism included); raise max_tokens, or lower the length that contexts may have."
             )
-    if rules.paired:
+    return student, teacher
+
+
+def planned_sequences(
+    student: list[int], teacher: list[int], capacity: int, *, paired: bool
+) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the contexts of each microbatch of student and teacher, from the results of `padded_lengths`.
+
+    Each context goes into the first microbatch of at most ``capacity`` tokens with room, the longest context first.
+    No length exceeds ``capacity``.  ``paired``: as in `PackingRules`.
+    """
+    if paired:
         sequences = _first_fit_decreasing([student, teacher], capacity)
-        return [(student, sequences), (teacher, sequences)]
-    return [(lengths, _first_fit_decreasing([lengths], capacity)) for lengths in (student, teacher)]
+        return sequences, sequences
+    return _first_fit_decreasing([student], capacity), _first_fit_decreasing([teacher], capacity)
 
 
 def _first_fit_decreasing(lengths_by_role: list[list[int]], capacity: int) -> list[list[int]]:
     # Context i has the length lengths_by_role[k][i] for role k, and goes into the first microbatch where it fits for
     # all roles.  Contexts of equal length keep their order, so that the result is the same on every machine.
-    order = sorted(range(len(lengths_by_role[0])), key=lambda i: -max(lengths[i] for lengths in lengths_by_role))
+    first, last = lengths_by_role[0], lengths_by_role[-1]
     sequences: list[list[int]] = []
-    room: list[list[int]] = []
-    for index in order:
-        sizes = [lengths[index] for lengths in lengths_by_role]
-        fits = (all(map(int.__le__, sizes, left)) for left in room)
-        number = next((number for number, fit in enumerate(fits) if fit), len(sequences))
-        if number == len(sequences):
-            sequences.append([])
-            room.append([capacity] * len(lengths_by_role))
-        sequences[number].append(index)
-        room[number] = [free - size for size, free in zip(sizes, room[number], strict=True)]
+    room: list[tuple[int, int]] = []
+    for index in sorted(range(len(first)), key=lambda i: -max(first[i], last[i])):
+        one, other = first[index], last[index]
+        for number, (left, right) in enumerate(room):
+            if one <= left and other <= right:
+                sequences[number].append(index)
+                room[number] = left - one, right - other
+                break
+        else:
+            sequences.append([index])
+            room.append((capacity - one, capacity - other))
     return sequences
 
 

@@ -142,6 +142,20 @@ def gather_items(items: Sequence[T], group: dist.ProcessGroup | None = None) -> 
     return [item for part in gather_objects(items, group) for item in part]
 
 
+def gather_integers(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[list[int]]:
+    """Return the ``values`` of each rank of ``group`` (None: the world), in the order of its ranks.
+
+    The ranks may have different numbers of values.  Collectives: a maximum, and an all-gather of int64 that is as long
+    as the longest ``values``; the host waits for both.
+    """
+    (longest,) = max_over_ranks([len(values)], group)
+    padding = [0] * (longest - len(values))
+    mine = torch.tensor([len(values), *values, *padding], dtype=torch.int64, device=_device())
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return [rest[:count] for count, *rest in torch.stack(parts).tolist()]
+
+
 def broadcast_object(value: T) -> T:
     """Return rank 0's ``value``, pickled, on every rank of the world.  Collectives: one broadcast."""
     values = [value]

@@ -16,9 +16,8 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, explored_responses
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.reference import Reference
 from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
 from megatron_selfdistill.rollout.factory import configured_target
@@ -83,15 +82,14 @@ def read_by_all_models(
         reference = Reference(settings.target, models.reference, chunk_tokens, backend)
     # Alternating, so that the states of only one packed sequence are kept.
     order = "alternating"
-    batch = pack_everywhere(
-        contexts,
+    packing = Packing.of_model(
+        unwrapped(models.student[0]).config,
         max_tokens=_longest_sequence(run_data, grid),
         pair_order=order,
         with_teacher=True,
-        grid=grid,
         with_reference=reference is not None,
-        seq_multiple=token_multiple(unwrapped(models.student[0]).config),
     )
+    batch = pack_everywhere(contexts, packing, grid)
     output = schedule.run(
         models.student,
         models.teacher,

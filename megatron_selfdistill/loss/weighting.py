@@ -86,35 +86,57 @@ class TruncatedImportance:
 
 
 @dataclass(frozen=True)
+class TokenOwners:
+    """The response that each response token of this replica belongs to."""
+
+    ids: Tensor
+    """[R_total] int64: the index of the token's response among those of the replica, in the order of
+    ``PackedBatch.response_tokens``; on the device of the logits.  All tokens of a response lie in one microbatch."""
+    num_responses: int
+    over_ranks: Callable[[Tensor], Tensor]
+    """The sum over the ranks that hold tokens of the same responses, with the same bits on all of these ranks, so that
+    all of them decide alike."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], over_ranks: Callable[[Tensor], Tensor]) -> TokenOwners:
+        """Return the owners of the tokens of responses of these ``lengths``, on the host."""
+        ids = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+        return cls(ids, len(lengths), over_ranks)
+
+    def means(self, values: Tensor, response_ids: Tensor) -> Tensor:
+        """Return the mean of ``values`` over the response of each token, [R] float64.
+
+        values: [R], one per token; response_ids: [R], the indices of the tokens among the replica's response tokens.
+        Collectives: `over_ranks`, once.
+        """
+        owners = self.ids[response_ids]
+        sums = torch.zeros(2, self.num_responses, dtype=torch.float64, device=values.device)
+        sums[0].index_add_(0, owners, values.double())
+        sums[1].index_add_(0, owners, torch.ones_like(values, dtype=torch.float64))
+        total, count = self.over_ranks(sums)
+        means: Tensor = total / count.clamp(min=1)
+        return means[owners]
+
+
+@dataclass(frozen=True)
 class SequenceImportance:
     """Truncated importance weights ``min(mean of p / mu over the response, cap)``, the same for a response's tokens."""
 
     sampled_log_probs: Tensor
     """[R_total] nats: log mu, as for `TruncatedImportance`."""
-    sequence_ids: Tensor
-    """[R_total] int64: the response of every response token of this replica, counted from 0, in the same order and on
-    the same device.  All tokens of a response lie in one microbatch."""
-    num_sequences: int
-    """The number of responses in ``sequence_ids``."""
-    over_ranks: Callable[[Tensor], Tensor]
-    """As for `LikelyTurns`."""
+    owners: TokenOwners
     cap: float = 2.0
     """The largest weight."""
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
         """Return the weight [R] of every response token as the coefficient of its divergence.
 
-        Arguments: as for `TruncatedImportance`.  Collectives: `over_ranks`, once.
+        Arguments: as for `TruncatedImportance`.  Collectives: those of `TokenOwners.means`.
         """
         with torch.no_grad():
-            sequences = self.sequence_ids[response_ids]
             ratios = (student_log_prob.double() - self.sampled_log_probs[response_ids].double()).exp()
-            sums = torch.zeros(2, self.num_sequences, dtype=torch.float64, device=student_log_prob.device)
-            sums[0].index_add_(0, sequences, ratios)
-            sums[1].index_add_(0, sequences, torch.ones_like(ratios))
-            total, count = self.over_ranks(sums)
-            weights = (total / count.clamp(min=1)).clamp(max=self.cap)
-            return Coefficients(weights[sequences].to(student_log_prob))
+            weights = self.owners.means(ratios, response_ids).clamp(max=self.cap)
+            return Coefficients(weights.to(student_log_prob))
 
 
 @dataclass(frozen=True)
@@ -128,35 +150,24 @@ class LikelyTurns:
     step smaller and the other turns no larger.
     """
 
-    turn_ids: Tensor
-    """[R_total] int64: the turn of every response token of this replica, counted from 0, in the order of
-    ``PackedBatch.response_tokens``; on the device of the logits.  All tokens of a turn lie in one microbatch."""
-    num_turns: int
-    """The number of turns in ``turn_ids``."""
+    owners: TokenOwners
+    """The turn of each token."""
     min_log_prob: float
     """The smallest mean log p of a turn with weight 1, in nats per token."""
     weight: Callable[[Tensor], Tensor]
     """The weight as a function of m - min_log_prob < 0: `dropped` or `down_weighted`."""
-    over_ranks: Callable[[Tensor], Tensor]
-    """The sum over the ranks that hold tokens of the same turns, with the same bits on all of these ranks, so that all
-    of them decide alike."""
 
     def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
         """Return the weight [R] of every response token as the coefficient of its divergence.
 
         student_log_prob: [R] nats, log p of the tokens; response_ids: [R], their indices among the replica's response
         tokens.
-        Collectives: `over_ranks`, once.
+        Collectives: those of `TokenOwners.means`.
         """
         with torch.no_grad():
-            turns = self.turn_ids[response_ids]
-            sums = torch.zeros(2, self.num_turns, dtype=torch.float64, device=student_log_prob.device)
-            sums[0].index_add_(0, turns, student_log_prob.double())
-            sums[1].index_add_(0, turns, torch.ones_like(student_log_prob, dtype=torch.float64))
-            log_prob, count = self.over_ranks(sums)
-            excess = log_prob / count.clamp(min=1) - self.min_log_prob
+            excess = self.owners.means(student_log_prob, response_ids) - self.min_log_prob
             weights = torch.where(excess < 0, self.weight(excess), torch.ones_like(excess))
-            return Coefficients(weights[turns].to(student_log_prob))
+            return Coefficients(weights.to(student_log_prob))
 
 
 def dropped(excess: Tensor) -> Tensor:

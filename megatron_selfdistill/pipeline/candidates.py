@@ -15,9 +15,8 @@ from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.pipeline import schedule
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.score import over_whole_replica
 
 
@@ -52,14 +51,9 @@ def candidate_log_probs(
         return torch.empty(0, len(token_ids), dtype=torch.float64)
     # A context has one response token, whose place is that of the candidates; which token it is does not matter.
     pairs = [ContextPair("", list(prompt), list(prompt), [token_ids[0]], truncated=False) for prompt in prompts]
-    batch = pack_everywhere(
-        pairs,
-        max_tokens=max_tokens,
-        pair_order="teacher_first",
-        with_teacher=False,
-        grid=grid,
-        seq_multiple=token_multiple(unwrapped(chunks[0]).config),
-    )
+    config = unwrapped(chunks[0]).config
+    packing = Packing.of_model(config, max_tokens=max_tokens, pair_order="teacher_first", with_teacher=False)
+    batch = pack_everywhere(pairs, packing, grid)
     reading = _Reading(torch.tensor(token_ids, device=grid.device))
     output = schedule.run(chunks, None, batch, reading, grid, vocab, forward_only=True)
     values = torch.cat(reading.found).T if reading.found else None

@@ -52,10 +52,9 @@ from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.model.output_layer import FusedLoss, Fusion, ResponsePositions
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import over_last_stage, pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, over_last_stage, pack_everywhere
 from megatron_selfdistill.pipeline.step_output import StepOutput
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
@@ -157,14 +156,9 @@ def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: 
         return torch.empty(3, 0, dtype=torch.float64)
     # Alternating, so that the teacher's states of only one packed sequence are kept, for any number of texts.
     order = "alternating"
-    batch = pack_everywhere(
-        pairs,
-        max_tokens=models.max_tokens,
-        pair_order=order,
-        with_teacher=True,
-        grid=grid,
-        seq_multiple=token_multiple(unwrapped(models.student[0]).config),
-    )
+    config = unwrapped(models.student[0]).config
+    packing = Packing.of_model(config, max_tokens=models.max_tokens, pair_order=order, with_teacher=True)
+    batch = pack_everywhere(pairs, packing, grid)
     output = schedule.run(
         models.student,
         models.teacher,

@@ -19,7 +19,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks, unwrapped
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.selftest.outcome import Figure, Outcome
 from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnderTest, contexts
 
@@ -89,7 +89,7 @@ def _read(chunks: Sequence[torch.nn.Module], grid: RankGrid) -> _Reading:
         return token_losses.next_token(student, teacher, tokens, vocab)
 
     pairs = contexts(grid, same_prompt=False)
-    batch = pack_everywhere(pairs, max_tokens=MAX_TOKENS, pair_order="teacher_first", with_teacher=False, grid=grid)
+    batch = pack_everywhere(pairs, Packing(MAX_TOKENS, "teacher_first", with_teacher=False), grid)
     output = schedule.run(chunks, None, batch, next_token, grid, vocab, forward_only=True)
     assert output.stats is not None
     return _Reading(torch.cat(logits), output.stats.loss)

@@ -19,7 +19,7 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.metrics import step_metrics
 from megatron_selfdistill.model.build import unwrapped, wrap_for_training
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest
 from megatron_selfdistill.selftest.tiny import ALPHABET, MAX_TOKENS, LaunchUnderTest, contexts
 from megatron_selfdistill.teacher import Teacher
@@ -58,9 +58,7 @@ class Pair:
     def packed(self, *, same_prompt: bool) -> PackedBatch:
         """Return the contexts as microbatches, cut alike for both orders of pairs."""
         pairs = contexts(self.grid, same_prompt=same_prompt)
-        return pack_everywhere(
-            pairs, max_tokens=MAX_TOKENS, pair_order="alternating", with_teacher=True, grid=self.grid
-        )
+        return pack_everywhere(pairs, Packing(MAX_TOKENS, "alternating", with_teacher=True), self.grid)
 
     def step(self, batch: PackedBatch, target: Target, divergence: Divergence, pair_order: str) -> Step:
         """Run forward and backward and return the results."""

@@ -71,7 +71,8 @@ class ChatLogs(CommittedState):
             responses, problems = [answer.response for answer in answers], [answer.problem for answer in answers]
             contexts = build_contexts([answer.prompts for answer in answers], responses)
             coefficients: TokenCoefficients | None
-            coefficients = turn_weights(self._conversations, Turns.of(problems, contexts), self._grid)
+            turns = Turns.of(problems, contexts)
+            coefficients = turn_weights(self._conversations, turns, self._grid)
         if self._terms is not None:
             coefficients = self._terms.coefficients(step, answers, contexts)
         return StepBatch(
@@ -79,6 +80,7 @@ class ChatLogs(CommittedState):
             responses=responses,
             contexts=contexts,
             solutions=[problem.solution for problem in problems],
+            accepted=turns.accepted,
             token_coefficients=coefficients,
             metrics={**read.metrics, **found},
             next_state=SourceState(problem_sampler, self.state.prompts),
@@ -86,7 +88,7 @@ class ChatLogs(CommittedState):
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return `turn_metrics` and the `step_metrics` of the batch, which has no sampler.  Collective."""
-        turns = Turns.of(batch.problems, batch.contexts)
+        turns = Turns(batch.response_lengths, batch.accepted)
         weighted = self._conversations.min_log_prob is not None
         metrics = turn_metrics(output, turns, weighted, self._grid)
         output = replace(output, coefficients=None) if weighted else output

@@ -38,6 +38,8 @@ class StepBatch:
 
     Everything belongs to one data-parallel replica and is the same on each of its ranks.  The tokens have the
     order of ``contexts``, whose responses follow each other; `PackedBatch.response_tokens` has the same order.
+    ``problems`` and ``responses`` stay with the replica that asked for them.  ``contexts`` and all that describes them
+    or their tokens may go to another replica before the step trains on them (sources/moved_contexts.py).
     A batch need not hold all responses of its step, and no stage assumes that it does: a step whose responses arrive in
     waves is a sequence of batches, of which the last one carries ``next_state``.
     """
@@ -51,6 +53,8 @@ class StepBatch:
     solutions: Sequence[str] = ()
     """The complete solution for each of ``contexts``, even if the teacher's prompt shows only a part.  A batch that is
     made by hand may have no solutions; its responses are then not shown as samples."""
+    accepted: Sequence[bool] = ()
+    """Whether each of ``contexts`` holds a logged reply that the user accepted; empty means False."""
     sampler_log_probs: Tensor | None = None
     """[R_total] float64 nats, on the device: the log-probs from the sampler; infinity for tokens that were not
     sampled after the student's prompt, and None if no token was."""
@@ -79,6 +83,7 @@ class StepBatch:
             responses=[response for batch in batches for response in batch.responses],
             contexts=[context for batch in batches for context in batch.contexts],
             solutions=[solution for batch in batches for solution in batch.solutions],
+            accepted=[accepted for batch in batches for accepted in batch.accepted],
             sampler_log_probs=torch.cat(log_probs) if log_probs else None,
             metrics=batches[-1].metrics,
             next_state=batches[-1].next_state,

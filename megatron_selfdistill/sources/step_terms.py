@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.loss.weighting import SequenceImportance, TruncatedImportance
+from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners, TruncatedImportance
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.batch import over_last_stage
@@ -84,9 +84,8 @@ class StepTerms:
             return None
         if kind == "truncated":
             return TruncatedImportance(signals.sampled_log_prob, cap)
-        owners = signals.per_token(torch.arange(len(signals.lengths)))
-        over_ranks = partial(over_last_stage, grid=self.grid)
-        return SequenceImportance(signals.sampled_log_prob, owners, len(signals.lengths), over_ranks, cap)
+        owners = TokenOwners.of(signals.lengths.tolist(), partial(over_last_stage, grid=self.grid))
+        return SequenceImportance(signals.sampled_log_prob, owners, cap)
 
     def _totals(self, signals: Signals) -> tuple[float, float, float]:
         """Return the numbers of tokens, responses and groups of the global batch, where the loss needs them."""
@@ -124,12 +123,16 @@ def _numbered(owners: Sequence[Hashable]) -> list[int]:
 
 
 def _all_terms(config: Config, step: int, answers: Sequence[Answer], signals: Signals) -> tuple[Terms, Tensor | None]:
-    """Return the terms of all tokens, and the floors of their likelihood terms; None where no token has a floor."""
+    """Return the terms of all tokens, and the floors of their likelihood terms.
+
+    The floors are None if the configuration gives no token a floor, which is then true of all replicas.
+    """
     responses = [answer for answer in answers if answer.part == "response"]
     extra = answers[len(responses) :]
-    if not extra:
-        return rule_terms(config, signals), None
     policy, num_tokens = config.policy, sum(len(answer.response.token_ids) for answer in responses)
+    none = torch.full((num_tokens,), -math.inf, dtype=torch.float64)
+    if not extra:  # but other replicas may have some
+        return rule_terms(config, signals), none if policy.revision_weight or policy.reply_weight else None
     measured = (signals.student_log_prob, signals.target_log_prob)
     own = signals_of(responses, *(None if values is None else values[:num_tokens] for values in measured))
     advantages = revision_advantages(own, policy.revision_baseline)
@@ -143,7 +146,6 @@ def _all_terms(config: Config, step: int, answers: Sequence[Answer], signals: Si
     )
     lengths = signals.lengths[len(responses) :]
     floors = likelihood_floors(is_revision, policy.revision_min_log_prob).repeat_interleave(lengths)
-    none = torch.full((num_tokens,), -math.inf, dtype=torch.float64)
     return rule_terms(config, own).extended(likelihood.repeat_interleave(lengths)), torch.cat([none, floors])
 
 

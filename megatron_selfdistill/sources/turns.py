@@ -14,7 +14,7 @@ from megatron_selfdistill.config import ConversationsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.loss.weighting import LikelyTurns, down_weighted, dropped
+from megatron_selfdistill.loss.weighting import LikelyTurns, TokenOwners, down_weighted, dropped
 from megatron_selfdistill.metrics.step import over_all_ranks
 from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.pipeline.batch import over_last_stage
@@ -27,7 +27,7 @@ class Turns:
 
     lengths: list[int]
     """Tokens of each reply."""
-    accepted: list[bool]
+    accepted: Sequence[bool]
     """Whether each reply is the one that the user accepted."""
 
     @classmethod
@@ -47,9 +47,8 @@ def turn_weights(wanted: ConversationsConfig, turns: Turns, grid: RankGrid) -> L
     if wanted.min_log_prob is None:
         return None
     weight = {"drop": dropped, "down_weight": down_weighted}[wanted.unlikely]
-    over_ranks = partial(over_last_stage, grid=grid)
-    turn_ids = to_device_in_one_copy(turns.ids, grid.device)
-    return LikelyTurns(turn_ids, len(turns.lengths), wanted.min_log_prob, weight, over_ranks)
+    owners = TokenOwners.of(turns.lengths, partial(over_last_stage, grid=grid))
+    return to_device_in_one_copy(LikelyTurns(owners, wanted.min_log_prob, weight), grid.device)
 
 
 def turn_metrics(output: StepOutput, turns: Turns, weighted: bool, grid: RankGrid) -> dict[str, float]:

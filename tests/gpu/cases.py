@@ -131,8 +131,8 @@ DELTA_HEADS_OF_64 = model_config("gated_delta").transformer | {"linear_key_head_
 
 
 def _as_a_run(*needs: str, **changes: Any) -> Compared:
-    case = Case(**{"optimizer": _sgd(precision="bf16"), "model_changes": HEADS_OF_64} | changes)
-    return Compared(case, bound=BF16_BOUND, needs=needs)
+    usual: dict[str, Any] = {"optimizer": _sgd(precision="bf16"), "model_changes": HEADS_OF_64}
+    return Compared(Case(**usual | changes), bound=BF16_BOUND, needs=needs)
 
 
 AS_A_RUN = {

@@ -46,7 +46,7 @@ ORDER = {
     ),
     "data": (
         "data_files records user_values problems chat.acceptance chat.conversations template_trial tokenizer prompts "
-        "hints pieces contexts chat.replies packing"
+        "hints pieces contexts chat.replies packing budgets placement"
     ),
     "model": (
         "attention_sinks attention_windows norms layers flash_sinks head_norms fused_kernels fp8 host_to_device "
@@ -102,10 +102,10 @@ ORDER = {
         "held_out evaluations comparison all_models alignment_groups alignment_nodes tables"
     ),
     "sources": (
-        "problem_prompts reward_metrics explanation_rewards step_terms recording visits source on_demand_sampler "
-        "synced_sampler solution_search own_solutions group_functions hindsight_hints asked_model skills verbal_scores "
-        "selection guidance episodes revisions on_policy ahead streamed partial replay solutions_as_responses turns "
-        "next_state_hints hinted_turns chat_logs configured_hints configured_source"
+        "problem_prompts reward_metrics explanation_rewards step_terms recording visits source moved_contexts "
+        "on_demand_sampler synced_sampler solution_search own_solutions group_functions hindsight_hints asked_model "
+        "skills verbal_scores selection guidance episodes revisions on_policy ahead streamed partial replay "
+        "solutions_as_responses turns next_state_hints hinted_turns chat_logs configured_hints configured_source"
     ),
     "report": (
         "curves next_steps html_page target_page downsampling run_record sick_rules figure figures run_facts "

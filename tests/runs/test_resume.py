@@ -28,7 +28,10 @@ LAYOUTS = {
     ),
     "DP2, bf16, overlapped": (
         2,
-        ["optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.precision=bf16"],
+        [
+            *("optimizer.overlap_grad_reduce=true", "optimizer.overlap_param_gather=true", "optimizer.precision=bf16"),
+            *("schedule.max_tokens=48", "seed=5"),  # contexts move between the replicas in the first and the third step
+        ],
     ),
     "PP2xVPP2, saved in the background": (
         2,

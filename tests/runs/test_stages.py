@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import overrides
+from tiny_run import overrides, with_trainer, write_chats
 
 CONTAINERS = (list, tuple, set, dict)
 SCALARS = (str, int, float, bool, type(None))
@@ -34,6 +34,7 @@ SELDOM = ("sft", "rft", "on-policy, mixed with the student, one k per batch")
 # What a stage may change, by "object.attribute": everything else must be as it was.
 CHANGES = {
     "next_batch": {"sampler.version"},
+    "balance": set(),
     "pack": set(),
     "forward_backward": set(),
     "update": {"trainer.checked", "learner.batch_k"},
@@ -46,39 +47,12 @@ CHANGES = {
 @pytest.fixture(scope="module")
 def data(own_data: Path) -> Path:
     """Besides, logged conversations of one turn each."""
-    from _lib.pretraining import write_records
-
-    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
-    (own_data / "template.jinja").write_text(template)
-    turns = [(f"{number:03d}-0=", f"{number:03d}", "thanks") for number in range(40)]
-    roles = ("user", "assistant", "user")
-    records = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]} for texts in turns]
-    write_records(own_data / "chats.jsonl", records)
+    write_chats(own_data, [f"{number:03d}" for number in range(40)])
     return own_data
 
 
 def arguments(data: Path, run_dir: Path, *options: str) -> list[str]:
     return overrides(data, run_dir, "num_steps=3", *(option.replace("DATA", str(data)) for option in options))
-
-
-def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
-    """Return ``use(trainer)`` for the `Trainer` of a configuration."""
-    from megatron_selfdistill.config import load
-    from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.run_data import RunData
-    from megatron_selfdistill.trainer import Trainer
-
-    config = load(overrides)
-    run_data = RunData.load(config)
-    grid = ranks.initialize(config.parallel, config.seed)
-    try:
-        trainer = Trainer(config, run_data, grid)
-        try:
-            return use(trainer)
-        finally:
-            trainer.close()
-    finally:
-        ranks.shutdown()
 
 
 def gradients(trainer: Any, batch: Any) -> torch.Tensor:
@@ -171,8 +145,9 @@ def changes_of_two_steps(overrides: Sequence[str]) -> list[dict[str, list[str]]]
             batch = stage("next_batch")
             again = trainer.next_batch()
             assert (again.problems, again.contexts) == (batch.problems, batch.contexts)
-            packed = stage("pack", batch)
-            step = [stage("forward_backward", batch, packed)]
+            balanced = stage("balance", batch)
+            packed = stage("pack", balanced)
+            step = [stage("forward_backward", balanced, packed)]
             metrics = stage("update", step)
             assert trainer.source.state_dict() == committed, "the state is the one before the step"
             stage("finish_step", step, metrics)

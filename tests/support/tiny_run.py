@@ -43,6 +43,18 @@ def write_data(directory: Path, num_problems: int = 40) -> None:
     write_records(directory / "problems.jsonl", [subtraction.record(a, b) for a, b in pairs])
 
 
+def write_chats(directory: Path, replies: Sequence[str]) -> None:
+    """Write logged conversations of one turn each into chats.jsonl of ``directory``, and their template."""
+    from _lib.pretraining import write_records
+
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}${% endif %}{% endfor %}"
+    (directory / "template.jinja").write_text(template)
+    turns = [(f"{number:03d}-0=", reply, "thanks") for number, reply in enumerate(replies)]
+    roles = ("user", "assistant", "user")
+    records = [{"messages": [{"role": r, "content": t} for r, t in zip(roles, texts, strict=True)]} for texts in turns]
+    write_records(directory / "chats.jsonl", records)
+
+
 def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
     """Return the overrides of a run of 6 steps of 8 problems; ``more`` comes last."""
     return [
@@ -69,6 +81,26 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "report.every=0",
         *more,
     ]
+
+
+def with_trainer(overrides: Sequence[str], use: Callable[[Any], Any]) -> Any:
+    """Return ``use(trainer)`` for the `Trainer` of a configuration."""
+    from megatron_selfdistill.config import load
+    from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.trainer import Trainer
+
+    config = load(overrides)
+    run_data = RunData.load(config)
+    grid = ranks.initialize(config.parallel, config.seed)
+    try:
+        trainer = Trainer(config, run_data, grid)
+        try:
+            return use(trainer)
+        finally:
+            trainer.close()
+    finally:
+        ranks.shutdown()
 
 
 def start(arguments: Sequence[str], kill_at: str | None = None) -> int:

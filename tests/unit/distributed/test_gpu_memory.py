@@ -19,7 +19,7 @@ from megatron_selfdistill.data.packing import PackingRules, length_quantum, requ
 from megatron_selfdistill.distributed import ranks
 from megatron_selfdistill.distributed.ranks import about_allocator, expand_segments
 from megatron_selfdistill.pipeline import batch
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 
 SIZES = {"max_tokens": 4096, "cp_size": 1, "tp_size": 1, "paired": False}
 
@@ -32,8 +32,7 @@ def lengths(device: str, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int
     found = []
     for step in range(40):
         contexts = [ContextPair("p", [1] * (300 + 37 * step), [1] * 400, [2] * 100, truncated=False)]
-        order = {"pair_order": "teacher_first", "with_teacher": True, "grid": grid}
-        packed = pack_everywhere(contexts, max_tokens=SIZES["max_tokens"], **order)
+        packed = pack_everywhere(contexts, Packing(SIZES["max_tokens"], "teacher_first", with_teacher=True), grid)
         found.append((required_seq_length(contexts, PackingRules(**SIZES)), packed.seq_length))
     return found
 

@@ -32,7 +32,7 @@ from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwr
 from megatron_selfdistill.model.fp8 import token_multiple
 from megatron_selfdistill.pipeline import batch as batch_module
 from megatron_selfdistill.pipeline import score
-from megatron_selfdistill.pipeline.batch import pack_everywhere
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.teacher import Teacher
 
 UNCUT = ParallelConfig()
@@ -120,9 +120,7 @@ def test_without_fp8_any_length_will_do():
 def lengths(multiple: int | None) -> set[int]:
     _, grid = models.build(models.model_config(), ParallelConfig())
     contexts = [ContextPair("0", [1] * n, [1] * (n + 3), [2] * 5, truncated=False) for n in (3, 20, 9)]
-    packed = pack_everywhere(
-        contexts, max_tokens=256, pair_order="teacher_first", with_teacher=True, grid=grid, seq_multiple=multiple
-    )
+    packed = pack_everywhere(contexts, Packing(256, "teacher_first", True, seq_multiple=multiple), grid)
     assert sum(len(mb.response_positions) for mb in packed.student) == 15
     return {packed.seq_length, *(len(mb.tokens) for mb in (*packed.student, *packed.teacher))}
 
@@ -139,14 +137,16 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
     """Each hands the multiple of its own chunks on."""
     seen: list[Any] = []
 
-    def recorded(*_: Any, **arguments: Any) -> Any:
-        seen.append(arguments["seq_multiple"])
+    def recorded(contexts: Any, packing: Packing, grid: Any) -> Any:
+        seen.append(packing.seq_multiple)
         raise InterruptedError
 
     target = {"learner": learner, "score": score}[module]
     monkeypatch.setattr(target, "pack_everywhere", recorded)
-    monkeypatch.setattr(target, "token_multiple", lambda config: ("multiple of", config))
-    monkeypatch.setattr(target, "unwrapped", lambda chunk: type("Model", (), {"config": chunk}))
+    monkeypatch.setattr(batch_module, "token_multiple", lambda config: ("multiple of", config.model))
+    monkeypatch.setattr(
+        target, "unwrapped", lambda chunk: SimpleNamespace(config=SimpleNamespace(model=chunk, hidden_size=8))
+    )
     with pytest.raises(InterruptedError):
         if module == "score":
             monkeypatch.setattr(score, "max_over_ranks", lambda values, group: values)
@@ -161,7 +161,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
         else:
             config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8), is_anchored=False)
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
-            learner.Learner.pack(me, [])
+            learner.Learner.pack(SimpleNamespace(packing=learner.Learner.packing.fget(me), grid=None), [])
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
 

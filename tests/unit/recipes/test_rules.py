@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from megatron_selfdistill.loss.weighting import SequenceImportance, TruncatedImportance
+from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners, TruncatedImportance
 from megatron_selfdistill.recipes.advantages import clipped_policy, group_advantage, group_advantages, reward_advantage
 from megatron_selfdistill.recipes.normalization import token_factors
 from megatron_selfdistill.recipes.pi_distill import pi_distill
@@ -358,7 +358,7 @@ def test_weight_of_a_sequence_is_the_mean_ratio_up_to_the_cap():
         return sums + tensor(4.0, 0.0, 1.0, 0.0).view(2, 2)
 
     mu = tensor(-1.0, -2.0, -3.0, -1.0)
-    weights = SequenceImportance(mu, torch.tensor([0, 0, 0, 1]), 2, over_ranks, cap=2.0)
+    weights = SequenceImportance(mu, TokenOwners.of([3, 1], over_ranks), cap=2.0)
     found = weights(tensor(-0.5, -1.0, -1.5), torch.tensor([3, 0, 1]))
     mean = (1.0 + torch.tensor(0.5).double().exp().item() + 4.0) / 3
     assert found.divergence.tolist() == pytest.approx(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -127,6 +128,16 @@ def test_the_weight_of_a_revision_rises_linearly_with_the_steps_and_that_of_a_re
         assert revision == pytest.approx([wanted] * 2) and reply == pytest.approx([0.2] * 3), step
     with pytest.raises(ConfigError, match=r"needs policy.revision_weight above 0, got 0"):
         load(["policy.revision_warmup_steps=4"])
+
+
+def test_a_replica_without_revisions_has_floors_like_those_that_have_some():
+    """A response that moves to another replica finds the same columns there."""
+    config = load(["recipe=rltf_sd", "environment.name=replying.Replying"])
+    answers = [turn.answer for turn in turns(*EPISODES)]
+    terms = StepTerms(config, lambda contexts: pytest.fail("nothing is measured"), ONE_RANK, Phases())
+    for some in (answers, []):
+        floors = terms.coefficients(0, some, []).likelihood_floor
+        assert floors.tolist() == [-math.inf] * sum(len(answer.response.token_ids) for answer in some)
 
 
 def test_the_mask_of_unlikely_tokens_holds_for_revisions_alone():

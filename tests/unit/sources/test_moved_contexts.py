@@ -1,0 +1,84 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A context in a parcel keeps every bit of what the step needs of it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
+from megatron_selfdistill.recipes.ratio_terms import RatioTerms
+from megatron_selfdistill.recipes.signals import Terms
+from megatron_selfdistill.sources.moved_contexts import _opened, _parcel, _values_of_tokens
+from megatron_selfdistill.sources.source import StepBatch
+
+CONTEXTS = [
+    ContextPair("a/0", [1], [5, 2**31 - 1, 0], [7, 8, 9], truncated=True),
+    ContextPair("nothing", [3, 4], [4], [], truncated=False),
+    ContextPair("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1], truncated=False, guided=True),
+]
+SOLUTIONS = ["x = 1\r\n", "", "答え"]
+LOG_PROBS = torch.tensor([-0.1, -math.inf, math.inf, -1e-300, -3.0], dtype=torch.float64)
+CPU = torch.device("cpu")
+
+
+def over_ranks(sums: torch.Tensor) -> torch.Tensor:
+    return sums
+
+
+def batch_of(coefficients: Any) -> StepBatch:
+    return StepBatch(
+        contexts=CONTEXTS,
+        solutions=SOLUTIONS,
+        accepted=[True, False, True],
+        sampler_log_probs=LOG_PROBS,
+        token_coefficients=coefficients,
+        metrics={"found": 1.0},
+        share=0.5,
+    )
+
+
+def terms() -> RatioTerms:
+    columns = [torch.arange(5.0, dtype=torch.float64) * number for number in range(1, 5)]
+    mu = LOG_PROBS.nan_to_num(neginf=-9, posinf=-8)
+    correction = SequenceImportance(mu, TokenOwners.of([3, 0, 2], over_ranks), cap=1e9)
+    return RatioTerms(Terms(*columns), mu, None, 0.2, 0.3, correction=correction, likelihood_floor=-columns[1])
+
+
+def test_a_parcel_of_some_contexts_has_all_of_them_in_its_order():
+    batch = batch_of(terms())
+    order = [2, 1, 0]
+    found = _opened(batch, _parcel(batch, _values_of_tokens(batch), order), CPU)
+    assert found.contexts == [CONTEXTS[i] for i in order]
+    assert (found.solutions, found.accepted) == ([SOLUTIONS[i] for i in order], [True, False, True])
+    assert (found.metrics, found.share) == (batch.metrics, batch.share)
+    tokens = torch.tensor([3, 4, 0, 1, 2])
+    assert found.sampler_log_probs.equal(LOG_PROBS[tokens])
+    own, other = batch.token_coefficients, found.token_coefficients
+    assert (other.clip_low, other.clip_high, other.target_log_prob) == (0.2, 0.3, None)
+    log_prob = torch.linspace(-3, -1, 5)
+    for field in ("divergence", "policy", "clipped"):
+        before = getattr(own(log_prob[tokens], tokens), field)
+        assert getattr(other(log_prob[tokens], torch.arange(5)), field).equal(before)
+
+
+def test_a_batch_without_log_probs_and_coefficients_has_none_in_its_parcel():
+    batch = StepBatch(contexts=CONTEXTS)
+    found = _opened(batch, _parcel(batch, _values_of_tokens(batch), [0]), CPU)
+    assert found.contexts == CONTEXTS[:1] and found.sampler_log_probs is None and found.token_coefficients is None
+
+
+def test_a_replica_may_have_no_contexts():
+    batch = batch_of(terms())
+    empty = _opened(batch, _parcel(batch, _values_of_tokens(batch), []), CPU)
+    assert (empty.contexts, empty.solutions, empty.accepted) == ([], [], [])
+    assert empty.sampler_log_probs.shape == (0,) and empty.token_coefficients.correction.owners.num_responses == 0
+
+
+def test_a_coefficient_that_is_no_value_per_token_cannot_travel():
+    with pytest.raises(AssertionError, match="has a value per token"):
+        _values_of_tokens(batch_of(SequenceImportance(torch.zeros(4), TokenOwners.of([4], over_ranks))))
