@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
+from megatron_selfdistill.rollout.vllm.plugin.compact_responses import compact_body
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
 
@@ -110,6 +112,8 @@ class FakeVllm(ThreadingHTTPServer):
         """Whether this answer comes one byte at a time."""
         self.texts: dict[str, str] = {}
         """Path, or method of /collective_rpc -> the characters of its answer, or of its result."""
+        self.compact = True
+        """Whether responses have the compact form of the project's plugin for the clients that accept it."""
         self.status = 200
         """The HTTP status of responses."""
         self.says = ""
@@ -141,6 +145,8 @@ class FakeVllm(ThreadingHTTPServer):
         """The number of pauses that have aborted the responses under way."""
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
+        self.num_compact = 0
+        """The number of responses in the compact form."""
         self.begun = 0
         self.transfer = ""
         self.receiver: Receiver | None = None
@@ -249,7 +255,12 @@ class _Handler(BaseHTTPRequestHandler):
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
         aborted = num_aborts < fake.num_aborts
         answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
-        self._reply(fake.status, fake.says or answer)
+        compact = compact_body(json.dumps(answer).encode()) if fake.compact and not fake.says else None
+        if compact is None or MEDIA_TYPE not in self.headers["Accept"]:
+            self._reply(fake.status, fake.says or answer)
+        else:
+            fake.num_compact += 1
+            self._send(200, compact, MEDIA_TYPE)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
         fake = self.server
@@ -293,8 +304,11 @@ class _Handler(BaseHTTPRequestHandler):
         return [{"method": method, "args": arguments}]
 
     def _reply(self, status: int, answer: Any) -> None:
-        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self._send(status, (answer if isinstance(answer, str) else json.dumps(answer)).encode(), "application/json")
+
+    def _send(self, status: int, data: bytes, media_type: str) -> None:
         self.send_response(status)
+        self.send_header("Content-Type", media_type)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

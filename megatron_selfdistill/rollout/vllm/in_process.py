@@ -24,14 +24,9 @@ from torch import Tensor
 from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm.engine import (
-    WORKER_EXTENSION,
-    EngineOutput,
-    EngineRequest,
-    cpu_engine_args,
-    engine_output,
-)
+from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +23,10 @@ from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.vllm import patient_http
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
-from megatron_selfdistill.rollout.vllm.engine import EngineRequest, response_of
+from megatron_selfdistill.rollout.vllm.engine import response_of
+from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
+from megatron_selfdistill.rollout.vllm.http import http_process
 
 
 @pytest.fixture
@@ -151,7 +153,8 @@ def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, say
 def test_log_probs_are_believed_up_to_their_rounding(fake, value):
     fake.says = changed(logprobs={"content": of_log_probs(value)})
     [output] = client(fake.address).generate([request_of(4, 5)])
-    assert output.log_probs == [value] * 3 and type(output.log_probs[0]) is float
+    assert output.log_probs == [struct.unpack("f", struct.pack("f", value))[0]] * 3, "in float32"
+    assert type(output.log_probs[0]) is float
 
 
 def test_log_probs_of_a_prompt_are_as_true_as_those_of_a_response(fake):
@@ -283,7 +286,7 @@ def test_waiting_can_be_interrupted(fake):
 @contextmanager
 def preempted(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> Iterator[None]:
     """Send SIGTERM to this process shortly, as Slurm does to a run and its servers when it preempts the job."""
-    monkeypatch.setattr(patient_http, "_LEAVING_SECONDS", patience_s)
+    monkeypatch.setattr(http_process, "_LEAVING_SECONDS", patience_s)
     with stop.listening():
         signal_comes = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
         signal_comes.start()
@@ -357,7 +360,7 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
 
 def test_an_answer_that_breaks_off_is_an_error(fake, monkeypatch):
     monkeypatch.setattr(fake_vllm._Handler, "send_header", longer_than_it_is)
-    with pytest.raises(EngineError, match=f"{fake.address}: .*IncompleteRead"):
+    with pytest.raises(EngineError, match=f"{fake.address}: .*RemoteProtocolError: peer closed connection"):
         VllmServer(fake.address).weight_version()
 
 
