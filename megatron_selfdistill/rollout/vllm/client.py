@@ -13,7 +13,7 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.http.child import MAX_IN_FLIGHT as MAX_IN_FLIGHT
-from megatron_selfdistill.rollout.vllm.http.http_process import HttpReply, http_process
+from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, HttpReply, http_process
 from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Generate, ServerAccess
 from megatron_selfdistill.rollout.vllm.http.patient_http import METRICS, counted_tokens
 from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused as RequestRefused
@@ -208,7 +208,13 @@ class VllmServer:
         return parsed(self._answer(method, path, body, timeout_s), method, path, self.address)
 
     def _answer(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> HttpAnswer:
-        return http_process().begin(self._access, Ask(method, path, body, timeout_s), _answer).result()
+        ask = Ask(method, path, body, timeout_s)
+        try:
+            return http_process().begin(self._access, ask, _answer).result()
+        except HttpProcessEnded:
+            if method != "GET":
+                raise
+            return http_process().begin(self._access, ask, _answer).result()  # changes nothing, so it may be repeated
 
     def _error(self, message: str) -> EngineError:
         return EngineError(f"{self.address}: {message}")

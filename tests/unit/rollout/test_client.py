@@ -27,6 +27,7 @@ from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.engine import response_of
 from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
 from megatron_selfdistill.rollout.vllm.http import http_process
+from megatron_selfdistill.rollout.vllm.http.stated_response import StatedResponse
 
 
 @pytest.fixture
@@ -147,6 +148,63 @@ def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, say
         client(fake.address).generate([request])
     assert not isinstance(error.value, RequestRefused), "another server may do the request"
     assert len(str(error.value)) < 1000
+
+
+def stated(**fields: Any) -> bytes:
+    """Return the compact form of a response to `request_of(4, 5)`, but for ``fields``."""
+    right = {"token_ids": tokens_behind([4, 5], 3), "log_probs": [-0.5] * 3, "finish_reason": "length"}
+    return StatedResponse(**{**right, "weight_versions": [("7", 0, 3)], **fields}).packed()
+
+
+COMPACT = stated()
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        (b"\n", "got 1 bytes of another form"),
+        (COMPACT[:-1], r"got \d+ bytes of another form \(expected 8 bytes for each of 3 tokens, got 23 bytes"),
+        (COMPACT + b"x", "of another form"),
+        (COMPACT.replace(b"\n", b" ", 1), "of another form"),
+        (COMPACT.replace(b'"num_tokens": 3', b'"num_tokens": -3'), "of another form"),
+        (COMPACT.replace(b'"num_tokens": 3', b'"num_tokens": 3.0'), "of another form"),
+        (COMPACT.replace(b'"num_tokens"', b'"tokens"'), "of another form"),
+        (COMPACT.replace(b'["7", 0, 3]', b'["7", 0]'), "of another form"),
+        (COMPACT.replace(b'["7", 0, 3]', b'["7", 0, true]'), "of another form"),
+        (COMPACT.replace(b'["7", 0, 3]', b"[" * 10_000), "of another form"),
+        (b"7" + COMPACT[COMPACT.index(b"\n") :], "of another form"),
+        (stated(token_ids=[9, 10, 50]), "token ids 50, expected 0 to 49"),
+        (stated(token_ids=[9, 10, -1]), "token ids -1, expected"),
+        (stated(log_probs=[-0.5, math.nan, -0.5]), "log-probs nan, expected"),
+        (stated(log_probs=[-0.5, -math.inf, 3.0]), "log-probs -inf, 3.0, expected"),
+        (stated(log_probs=[-9999.0] * 3), "a server writes this number for NaN"),
+        (stated(token_ids=[9, 10], log_probs=[-0.5] * 2, weight_versions=[("7", 0, 2)]), "--max-model-len"),
+        (stated(token_ids=[], log_probs=[], weight_versions=[]), "got 0 tokens"),
+        (stated(finish_reason="abort"), "'abort'"),
+        (stated(weight_versions=[("7", 0, 1), ("7", 2, 3)]), "0 to 1, 2 to 3, expected spans"),
+        (stated(weight_versions=[("9" * 5000, 0, 3)]), "ValueError: Exceeds the limit"),
+    ],
+)
+def test_a_lie_in_the_compact_form_is_an_error_with_the_address(fake, says, why):
+    fake.says_compact = says
+    with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
+        client(fake.address, timeout_s=30).generate([request_of(4, 5)])
+    assert not isinstance(error.value, RequestRefused) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_server_without_the_plugin_answers_in_json(fake, compact):
+    fake.compact, fake.version = compact, "3"
+    [output] = client(fake.address).generate([request_of(4, 5)])
+    assert (output.token_ids, output.log_probs) == (tokens_behind([4, 5], 3), [-0.5] * 3)
+    assert (output.finish_reason, output.weight_version, fake.num_compact) == ("length", 3, int(compact))
+
+
+def test_the_compact_form_takes_eight_bytes_a_token():
+    long = stated(token_ids=[5] * 1400, log_probs=[-0.1] * 1400, weight_versions=[("7", 0, 1400)])
+    assert len(long) < 8 * 1400 + 120
+    found = StatedResponse.unpacked(long)
+    assert found.token_ids == [5] * 1400 and found.log_probs == pytest.approx([-0.1] * 1400, rel=2**-24)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -0.0, 5e-4, -9998.0, -7])
@@ -356,6 +414,15 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
     with pytest.raises(EngineError, match=rf"{fake.address}: .*no end of the answer within 0.5 s, after \d+ bytes"):
         VllmServer(fake.address, timeout_s=0.5).max_model_len()
     assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/inference/v1/generate"])
+def test_headers_that_come_byte_by_byte_are_given_up_in_time(fake, path):
+    fake.drips_at, started = path, time.monotonic()
+    server = client(fake.address, timeout_s=0.5)
+    with pytest.raises(EngineError, match=rf"{fake.address}: .*TimeoutError: no (answer|token) within 0.5 s"):
+        server.generate([request_of(1)]) if "generate" in path else server.max_model_len()
+    assert time.monotonic() - started < 20, "the headers take minutes"
 
 
 def test_an_answer_that_breaks_off_is_an_error(fake, monkeypatch):

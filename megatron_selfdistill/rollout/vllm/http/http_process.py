@@ -101,7 +101,13 @@ class HttpProcess:
             number = next(self._numbers)
             self._pending[number] = pending
         self._tell_patience()
-        self._send(number, access, task)
+        try:
+            self._send(number, access, task)
+        except OSError as error:  # no memory, or no descriptor
+            with self._lock:
+                is_ours = self._pending.pop(number, None) is not None
+            if is_ours:
+                pending.result.set_exception(EngineError(f"{access.address}: {name}: cannot be sent: {error}"))
         if self.end is not None:
             self._lose()  # the thread that reads may have seen the end before this task
         return pending.result
@@ -136,17 +142,20 @@ class HttpProcess:
         """Take what the process says until it ends."""
         poll = select.poll()
         poll.register(self._messages, select.POLLIN)
-        while True:
+        is_open = True
+        while is_open:
             self._tell_patience()
-            if not poll.poll(_POLL_MILLISECONDS):
-                continue
-            parts = self._messages.receive()
-            if parts is None:
-                break
-            self._take(json.loads(bytes(parts[0])), parts[1:])
+            is_open = not poll.poll(_POLL_MILLISECONDS) or self._take_one()
         self.end = _end_of(self._process.wait())
         self._lose()
-        self._messages.close()
+
+    def _take_one(self) -> bool:
+        """Take one message; return whether the process goes on."""
+        parts = self._messages.receive()
+        if parts is None:
+            return False
+        self._take(json.loads(bytes(parts[0])), parts[1:])
+        return True
 
     def _take(self, head: dict[str, Any], parts: list[memoryview]) -> None:
         number = head["number"]

@@ -84,7 +84,7 @@ class StatedResponse:
         head: Any = json.loads(body[:end])
         count = head["num_tokens"]
         if type(count) is not int or len(body) - end - 1 != 2 * _BYTES * count:
-            raise ValueError(f"expected {2 * _BYTES} bytes per token behind the head, got {len(body) - end - 1} bytes")
+            raise ValueError(f"expected 8 bytes for each of {count} tokens, got {len(body) - end - 1} bytes")
         numbers = memoryview(body)[end + 1 :]
         tokens, log_probs = tokens_of(numbers[: _BYTES * count]), log_probs_of(numbers[_BYTES * count :])
         versions = [(str(version), _integer(start), _integer(end)) for version, start, end in head["weight_versions"]]
