@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.http.child import MAX_IN_FLIGHT as MAX_IN_FLIGHT
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, HttpReply, http_process
 from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Generate, ServerAccess
 from megatron_selfdistill.rollout.vllm.http.patient_http import METRICS, counted_tokens

@@ -13,8 +13,9 @@ from typing import Generic, TypeVar
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError, first_few
-from megatron_selfdistill.rollout.vllm.client import MAX_IN_FLIGHT, RequestRefused, VllmServer
+from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
+from megatron_selfdistill.rollout.vllm.http.http_tasks import MAX_IN_FLIGHT
 
 T = TypeVar("T")
 Task = Callable[[VllmServer], Future[T]]

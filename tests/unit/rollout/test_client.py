@@ -451,6 +451,9 @@ def test_the_token_is_sent_and_never_shown(fake):
     with pytest.raises(RequestRefused, match="401") as error:
         VllmServer(fake.address, "secres").weight_version()
     assert "secre" not in str(error.value)
+    with pytest.raises(EngineError, match="HTTP does not allow a header of the request") as impossible:
+        VllmServer(fake.address, "secret\nline").weight_version()
+    assert "secre" not in str(impossible.value)
 
 
 def test_a_method_gets_its_arguments_and_gives_the_first_workers_result(fake):

@@ -22,14 +22,11 @@ from collections import deque
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput
-from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Drop, Generate, Leave, ServerAccess
+from megatron_selfdistill.rollout.vllm.http.http_tasks import MAX_IN_FLIGHT, Ask, Drop, Generate, Leave, ServerAccess
 from megatron_selfdistill.rollout.vllm.http.patient_http import Patience, PatientHttp
 from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused, max_bytes_of, response_in
 from megatron_selfdistill.rollout.vllm.http.shared_messages import Messages
 from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, log_prob_bytes, token_bytes
-
-MAX_IN_FLIGHT = 512
-"""Number of requests for responses that one server works on at once; further requests wait here."""
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5"
@@ -130,13 +127,15 @@ class _Child:
             except ConnectionError:
                 self._ended.set()
                 return
+            except OSError as error:  # no memory: rank 0 must not wait for an answer that never comes
+                sys.exit(f"cannot hand an answer to rank 0: {error}")
             self._outgoing.popleft()
         self._loop.remove_writer(self._messages)
 
 
 async def _asked(server: _Server, ask: Ask) -> tuple[dict[str, object], bytes]:
     content = None if ask.body is None else json.dumps(ask.body).encode()
-    answer = await server.http.answer(ask.method, ask.path, content, timeout_s=ask.timeout_s, max_bytes=ask.max_bytes)
+    answer = await server.http.answer(ask.method, ask.path, content, timeout_s=ask.timeout_s)
     return {"status": answer.status, "media_type": answer.media_type}, answer.body
 
 

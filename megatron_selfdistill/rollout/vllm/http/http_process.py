@@ -142,11 +142,17 @@ class HttpProcess:
         """Take what the process says until it ends."""
         poll = select.poll()
         poll.register(self._messages, select.POLLIN)
-        is_open = True
-        while is_open:
-            self._tell_patience()
-            is_open = not poll.poll(_POLL_MILLISECONDS) or self._take_one()
-        self.end = _end_of(self._process.wait())
+        try:
+            is_open = True
+            while is_open:
+                self._tell_patience()
+                is_open = not poll.poll(_POLL_MILLISECONDS) or self._take_one()
+            end = _end_of(self._process.wait())
+        except OSError as error:  # no memory, or no descriptor
+            self._process.kill()
+            self._process.wait()
+            end = f"was ended, since its answers cannot be read ({error})"
+        self.end = end
         self._lose()
 
     def _take_one(self) -> bool:

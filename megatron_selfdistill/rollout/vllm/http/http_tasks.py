@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
-from megatron_selfdistill.rollout.vllm.http.patient_http import MAX_BYTES
+
+MAX_IN_FLIGHT = 512
+"""Number of requests for responses that one server works on at once; further requests wait in the process."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,6 @@ class Ask:
     """A JSON value, or None for no body."""
     timeout_s: float | None = None
     """Seconds in place of those of `ServerAccess`."""
-    max_bytes: int = MAX_BYTES
-    """The greatest length of the answer."""
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.timed_http import HttpAnswer, HttpError, LongAnswerError, exchange, new_client
 
-MAX_BYTES = 2**27
-"""The greatest length of an answer unless the caller states another one: the longest are results of all workers."""
-
 METRICS = "/metrics"
 """The path at which a server states its counts."""
 
+# The greatest length of an answer unless the caller states another one: the longest are results of all workers.
+_MAX_BYTES = 2**27
 _LOOK_SECONDS, _LEAST_PAUSE_SECONDS = 1.0, 0.01
 # Timeout of requests to a server that has let one request wait for `timeout_s`, until it answers again.
 _SILENT_TIMEOUT_SECONDS = 10.0
@@ -87,7 +86,7 @@ class PatientHttp:
         *,
         timeout_s: float | None = None,
         generates: bool = False,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = _MAX_BYTES,
         accept: str = "*/*",
     ) -> HttpAnswer:
         """Return an answer, which is a sign of life.
@@ -106,7 +105,7 @@ class PatientHttp:
         content: bytes | None = None,
         timeout_s: float | None = None,
         generates: bool = False,
-        max_bytes: int = MAX_BYTES,
+        max_bytes: int = _MAX_BYTES,
         accept: str = "*/*",
     ) -> HttpAnswer:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
