@@ -118,10 +118,10 @@ class HttpProcess:
             dropped = {number: one for number, one in self._pending.items() if one.access.key == access.key}
             for number in dropped:
                 del self._pending[number]
-        if dropped:
-            self._send(0, access, Drop(list(dropped)))
         for one in dropped.values():
             one.result.set_exception(EngineError(f"{access.address}: {one.name}: {_GIVEN_UP}"))
+        if dropped:
+            self._send(0, access, Drop(list(dropped)))
 
     def forsake(self) -> None:
         """Close this end in a process that was forked from the one that uses it."""
