@@ -93,7 +93,7 @@ test-browser: venv ## run the tests of pages in a real Chromium (needs chromium:
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_BROWSER=1 \
 		$(BIN)/python -m pytest -q tests/browser $(ARGS)
 
-# One GPU, at most nine minutes; docs/gpu.md says what each stage proves.
+# One GPU, less than ten minutes; docs/gpu.md says what each stage proves.
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 

@@ -29,6 +29,7 @@ REQUIREMENTS = [
     "datasets>=4,<6",
     "hydra-core>=1.3,<1.4",
     "omegaconf>=2.3,<2.4",
+    "httpx>=0.27,<1",
     "rich>=13",
     "tensorboard>=2.15",
     "matplotlib>=3.8",

@@ -30,6 +30,9 @@ FUSED_MODES = ("keep_gradient", "low_memory")
 LOSS_FUSED = ("none", *FUSED_MODES)
 """Values of loss.fused; null chooses one of them by the memory that the logits take."""
 
+FINISH_REASONS = ("stop", "length")
+"""The ways in which a response ends: with a stop token, or at its greatest length."""
+
 OBJECTIVES = ("self_distillation", "sft", "rft", "policy_gradient")
 """Values of objective."""
 

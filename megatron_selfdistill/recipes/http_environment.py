@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import time
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.recipes.environments import Reply
-from megatron_selfdistill.recipes.timed_http import post
+from megatron_selfdistill.timed_http import HttpError, post
 
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
 MAX_BYTES = 10_000_000
@@ -71,8 +70,11 @@ class HttpEnvironment:
                 time.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS))
             try:
                 status, text = self._post(payload)
-            except (OSError, http.client.HTTPException) as error:
-                failure = f"{type(error).__name__}: {error}"
+            except TimeoutError as error:
+                failure = f"TimeoutError: {error}"
+                continue
+            except HttpError as error:
+                failure = str(error)
                 continue
             if status == 200:
                 return _parsed(text)
@@ -89,7 +91,8 @@ class HttpEnvironment:
         headers = {"Content-Type": "application/json"}
         if self.api_key is not None:
             headers["Authorization"] = f"Bearer {self.api_key}"
-        return post(f"{self.url.rstrip('/')}/chat/completions", payload, headers, self.timeout_s, MAX_BYTES)
+        answer = post(f"{self.url.rstrip('/')}/chat/completions", payload, headers, self.timeout_s, MAX_BYTES)
+        return answer.status, answer.text
 
 
 def _parsed(text: str) -> Any:

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
 from megatron_selfdistill.loss.target import Target
 
 if TYPE_CHECKING:
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 # Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
 _MAX_ELEMENTS = 2**24
-
-FINISH_REASONS = ("stop", "length")
-"""The ways in which a response ends: with a stop token, or at its greatest length."""
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """A function that `Sampler.generate` calls whenever more responses are finished, on the ranks that know it.

@@ -349,3 +349,13 @@ def test_partial_responses_are_measured_beside_whole_ones():
     assert cells["whole responses"][1] == "0.00" and cells["whole responses"][-2:] == ["1.00", "1.00"]
     others = [row for way, row in cells.items() if "problems more" in way]
     assert len(others) == 3 and all(float(row[1]) > 0 for row in others)
+
+
+@pytest.mark.full
+def test_responses_of_servers_are_counted_in_both_forms(tmp_path):
+    options = ["--responses=24", "--tokens=50", "--servers=3", "--in-flight=8", "--repeats=1"]
+    shown = run("server_responses.py", *options, f"--json={tmp_path}/found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert "| json |" in shown and "| compact |" in shown
+    for [one] in (found["json"], found["compact"]):
+        assert one["seconds"] > 0 and one["http_seconds"] > 0 and 1 <= one["threads"] <= 12

@@ -20,6 +20,7 @@ ORDER = {
     "terminal": "",
     "errors": "",
     "choices": "",
+    "timed_http": "",
     "config": (
         "console_line paths secret_keys environment schema.ranges schema.field_checks schema.model_config "
         "schema.adapter_config "
@@ -76,11 +77,14 @@ ORDER = {
         "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
         "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
         "vllm.gpt_oss_loading vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
+        "vllm.engine_output vllm.http.shared_messages vllm.http.stated_response vllm.http.response_answer "
+        "vllm.http.patient_http vllm.http.http_tasks vllm.http.child vllm.http.http_process "
         "vllm.engine vllm.engine_adapter vllm.engine_weights vllm.plugin.adapter_loader vllm.exchange "
         "vllm.pair_messages vllm.pairs vllm.hf_directory vllm.transfer_buckets vllm.in_process_args "
-        "vllm.in_process vllm.colocated vllm.patient_http vllm.client vllm.dispatch vllm.server.server_nodes "
+        "vllm.in_process vllm.colocated vllm.client vllm.dispatch vllm.server.server_nodes "
         "vllm.server.server_process vllm.transfer_group vllm.transfer vllm.transfer_choice "
         "vllm.weight_update vllm.server_pool vllm.server_batch vllm.server_sampler vllm.plugin.access "
+        "vllm.plugin.compact_responses "
         "vllm.plugin.pair_scheduler vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers "
         "vllm.plugin.weight_backend vllm.plugin.worker vllm.server.serve factory"
     ),
@@ -90,7 +94,7 @@ ORDER = {
         "batch score candidates"
     ),
     "recipes": (
-        "environments timed_http http_environment signals advantages teacher_terms scope uni_opd sod pi_distill "
+        "environments http_environment signals advantages teacher_terms scope uni_opd sod pi_distill "
         "normalization ratio_terms rltf explanation_reward verbal_score"
     ),
     "metrics": (

@@ -16,8 +16,8 @@ from megatron_selfdistill.train import EXIT_NO_ROLLOUT
 
 
 def start_with_an_engine_that_dies_in_the_fifth_step(arguments: list[str]) -> int:
+    from megatron_selfdistill.errors import EngineError
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-    from megatron_selfdistill.rollout.vllm.engine import EngineError
 
     generate, calls = MegatronSampler.generate, []
 

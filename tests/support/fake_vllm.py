@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
+from megatron_selfdistill.rollout.vllm.plugin.compact_responses import compact_body
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
 
@@ -108,12 +110,18 @@ class FakeVllm(ThreadingHTTPServer):
         """The path whose answer never ends: one long number in JSON."""
         self.drips = False
         """Whether this answer comes one byte at a time."""
+        self.drips_at = ""
+        """The path whose headers come one byte at a time."""
         self.texts: dict[str, str] = {}
         """Path, or method of /collective_rpc -> the characters of its answer, or of its result."""
+        self.compact = True
+        """Whether responses have the compact form of the project's plugin for the clients that accept it."""
         self.status = 200
         """The HTTP status of responses."""
         self.says = ""
         """The characters that replace every response, if not empty."""
+        self.says_compact = b""
+        """The bytes that replace every response in the compact form, if not empty."""
         self.writes_version = ""
         """The version of the weights that responses state falsely, if not empty."""
         self.max_model_len = 10_000
@@ -141,6 +149,8 @@ class FakeVllm(ThreadingHTTPServer):
         """The number of pauses that have aborted the responses under way."""
         self.calls: list[str] = []
         self.answered: Counter[str] = Counter()
+        self.num_compact = 0
+        """The number of responses in the compact form."""
         self.begun = 0
         self.transfer = ""
         self.receiver: Receiver | None = None
@@ -203,7 +213,9 @@ class _Handler(BaseHTTPRequestHandler):
             fake.calls.append(" ".join([path, *([body["method"]] if path == "/collective_rpc" else [])]))
             while path == fake.hangs_at:
                 time.sleep(0.01)
-            if path == fake.endless_at:
+            if path == fake.drips_at:
+                self._drip_headers()
+            elif path == fake.endless_at:
                 self._never_end(b"1" if fake.drips else b"1" * 2**16, 0.05 if fake.drips else 0.0)
             elif path in fake.texts:
                 self._reply(200, fake.texts[path])
@@ -216,6 +228,14 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 fake.num_aborts += self.path == "/pause?mode=abort"
                 self._reply(200, self._control(path, body))
+
+    def _drip_headers(self) -> None:
+        self.close_connection = True
+        for byte in b"HTTP/1.1 200 OK\r\n" + b"X" * 10_000:
+            if not self.server.drips_at:
+                break
+            self.wfile.write(bytes([byte]))
+            time.sleep(0.05)
 
     def _never_end(self, piece: bytes, pause_s: float) -> None:
         self.close_connection = True
@@ -249,7 +269,13 @@ class _Handler(BaseHTTPRequestHandler):
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
         aborted = num_aborts < fake.num_aborts
         answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
-        self._reply(fake.status, fake.says or answer)
+        compact = compact_body(json.dumps(answer).encode()) if fake.compact and not fake.says else None
+        compact = fake.says_compact or compact
+        if compact is None or MEDIA_TYPE not in self.headers["Accept"]:
+            self._reply(fake.status, fake.says or answer)
+        else:
+            fake.num_compact += 1
+            self._send(200, compact, MEDIA_TYPE)
 
     def _control(self, path: str, body: dict[str, Any]) -> Any:
         fake = self.server
@@ -293,8 +319,11 @@ class _Handler(BaseHTTPRequestHandler):
         return [{"method": method, "args": arguments}]
 
     def _reply(self, status: int, answer: Any) -> None:
-        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self._send(status, (answer if isinstance(answer, str) else json.dumps(answer)).encode(), "application/json")
+
+    def _send(self, status: int, data: bytes, media_type: str) -> None:
         self.send_response(status)
+        self.send_header("Content-Type", media_type)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -315,6 +344,6 @@ def fake_servers(count: int) -> Iterator[list[FakeVllm]]:
     finally:
         for server in servers:
             server.together, server.hang_at, server.hangs_at, server.holds, server.paused = 0, 0, "", [], False
-            server.endless_at = ""
+            server.endless_at = server.drips_at = ""
             server.shutdown()
             server.server_close()

@@ -19,8 +19,8 @@ from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.engine import EngineRequest
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
+from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 

@@ -1,28 +1,28 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One vLLM server over HTTP, as an `Engine`, with the standard library alone."""
+"""One vLLM server over HTTP, as an `Engine`; the process of http/ speaks HTTP and reads the responses."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+import itertools
+import urllib.parse
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, possible_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
-from megatron_selfdistill.rollout.vllm.patient_http import PatientHttp
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, HttpReply, http_process
+from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Generate, ServerAccess
+from megatron_selfdistill.rollout.vllm.http.patient_http import METRICS, counted_tokens
+from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused as RequestRefused
+from megatron_selfdistill.rollout.vllm.http.response_answer import parsed, shown
+from megatron_selfdistill.rollout.vllm.http.stated_response import log_probs_of, tokens_of
+from megatron_selfdistill.timed_http import HttpAnswer
 
-MAX_IN_FLIGHT = 512
-"""Number of requests that one server works on at once; further requests wait here."""
+T = TypeVar("T")
 
-_SHOWN_CHARS = 500
-# The greatest length of an answer with a response: that of its fixed parts, and that of a token, which needs 200 bytes.
-_FIXED_BYTES, _TOKEN_BYTES = 2**20, 2**10
-
-
-class RequestRefused(EngineError):
-    """The server refuses the request; another server would refuse it too."""
+_keys = itertools.count()
 
 
 class VllmServer:
@@ -30,7 +30,7 @@ class VllmServer:
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
     connection, an answer of another form, an answer that cannot be true (`possible_output`), an error of the server,
-    and silence (`PatientHttp`).
+    silence (`PatientHttp`), and the end of the process that speaks HTTP (`HttpProcessEnded`).
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class VllmServer:
         the run has adapters, which the server then takes.
         """
         self.address, self._vocab_size, self._adapted = address.rstrip("/"), vocab_size, adapted
-        self._http = PatientHttp(self.address, token, timeout_s)
+        self._access = ServerAccess(next(_keys), self.address, token, timeout_s)
+        self._url = urllib.parse.urlsplit(self.address)
 
     def __repr__(self) -> str:
         return f"VllmServer({self.address!r})"  # without the token
@@ -61,12 +62,12 @@ class VllmServer:
     @property
     def host(self) -> str:
         """Name or number of the server's host, without the port."""
-        return self._http.host
+        return self._url.hostname or ""
 
     @property
     def port(self) -> int:
         """Port of the server, by default that of the scheme."""
-        return self._http.port
+        return self._url.port or (443 if self._url.scheme == "https" else 80)
 
     def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
         """Return one output per request, in order.
@@ -74,29 +75,22 @@ class VllmServer:
         Up to `MAX_IN_FLIGHT` requests are at the server at once, neighbours together.  Raises `EngineError`, with
         nothing returned, if one fails.
         """
-        if not requests:
-            return []
-        with ThreadPoolExecutor(min(len(requests), MAX_IN_FLIGHT), thread_name_prefix="request") as threads:
-            try:
-                return list(threads.map(self.complete, requests))
-            except BaseException:
-                self.interrupt()
-                raise
+        outputs = [self.begin(request, lambda output: output) for request in requests]
+        try:
+            return [output.result() for output in outputs]
+        except BaseException:
+            self.interrupt()
+            raise
 
-    def complete(self, request: EngineRequest) -> EngineOutput:
-        """Return the output of one request."""
-        body: dict[str, Any] = {
-            "token_ids": request.token_ids,
-            "sampling_params": dict(request.sampling),
-            "stream": False,
-        }
-        if self._adapted and request.adapted:
-            body["model"] = ADAPTER_NAME
-        longest = request.sampling.get("max_tokens", 0)
-        longest += len(request.token_ids) if "prompt_logprobs" in request.sampling else 0
-        max_bytes = _FIXED_BYTES + _TOKEN_BYTES * longest
-        status, text = self._http.answer("POST", "/inference/v1/generate", body, generates=True, max_bytes=max_bytes)
-        return self._output(self._parsed("POST", "/inference/v1/generate", status, text), request)
+    def begin(self, request: EngineRequest, convert: Callable[[EngineOutput], T]) -> Future[T]:
+        """Send a request and return ``convert`` of its output to come.
+
+        The future raises `EngineError` where the request fails, and what ``convert`` raises.
+        """
+        assert self._vocab_size is not None, "a client that generates needs vocab_size"
+        model = ADAPTER_NAME if self._adapted and request.adapted else None
+        task = Generate(request, model, self._vocab_size)
+        return http_process().begin(self._access, task, lambda reply: convert(_output(reply)))
 
     def call(self, method: str, *args: Any) -> Any:
         """Call the worker extension's method of that name, and return the result of the server's first worker."""
@@ -107,7 +101,7 @@ class VllmServer:
         answer = self._ask("POST", "/collective_rpc", {"method": method, "args": list(args)})
         results = answer.get("results") if isinstance(answer, dict) else None
         if not isinstance(results, list) or not results:
-            raise self._error(f"expected a result of {method} from each worker, got {_shown(answer)}")
+            raise self._error(f"expected a result of {method} from each worker, got {shown(answer)}")
         return results
 
     def described(self, method: str, *args: Any, **kinds: Any) -> list[dict[str, Any]]:
@@ -115,12 +109,12 @@ class VllmServer:
         results = self.call_all(method, *args)
         for result in results:
             if not isinstance(result, dict) or not all(isinstance(result.get(key), kinds[key]) for key in kinds):
-                raise self._error(f"expected {', '.join(kinds)} from {method}, got {_shown(result)}")
+                raise self._error(f"expected {', '.join(kinds)} from {method}, got {shown(result)}")
         return results
 
     def interrupt(self) -> None:
         """Let every request that waits in another thread raise `EngineError`; the server drops the request."""
-        self._http.interrupt()
+        http_process().interrupt(self._access)
 
     def health(self, timeout_s: float | None = None) -> None:
         """Return if the server is up and its engine alive, else raise `EngineError`."""
@@ -154,12 +148,12 @@ class VllmServer:
         models = self._field("/v1/models", "data", list)
         longest = models[0].get("max_model_len") if models and isinstance(models[0], dict) else None
         if not isinstance(longest, int | None) or any(not isinstance(model, dict) for model in models):
-            raise self._error(f"expected models with a number max_model_len from /v1/models, got {_shown(models)}")
+            raise self._error(f"expected models with a number max_model_len from /v1/models, got {shown(models)}")
         return longest
 
     def num_tokens(self, timeout_s: float | None = None) -> float | None:
         """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
-        return self._http.num_tokens(timeout_s)
+        return counted_tokens(self._answer("GET", METRICS, timeout_s=timeout_s), self.address)
 
     # The calls of one weight update, in order.
 
@@ -206,91 +200,36 @@ class VllmServer:
     def _field(self, path: str, name: str, kind: Any, timeout_s: float | None = None) -> Any:
         answer = self._ask("GET", path, timeout_s=timeout_s)
         if not isinstance(answer, dict) or name not in answer or not isinstance(answer[name], kind):
-            raise self._error(f"expected {name} from {path}, got {_shown(answer)}")
+            raise self._error(f"expected {name} from {path}, got {shown(answer)}")
         return answer[name]
 
     def _ask(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
-        return self._parsed(method, path, *self._http.answer(method, path, body, timeout_s))
+        return parsed(self._answer(method, path, body, timeout_s), method, path, self.address)
 
-    def _parsed(self, method: str, path: str, status: int, text: str) -> Any:
-        """Return an answer, or None where it is empty; raise `EngineError` for a refusal, and for no JSON."""
-        if status != 200:
-            kind = RequestRefused if 400 <= status < 500 else EngineError
-            raise kind(f"{self.address}: {method} {path} answered {status}: {_reason(text)}")
+    def _answer(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> HttpAnswer:
+        ask = Ask(method, path, body, timeout_s)
         try:
-            return json.loads(text) if text.strip() else None
-        except (ValueError, RecursionError) as error:
-            raise self._error(f"{method} {path}: expected JSON, got {_shown(text)}") from error
-
-    def _output(self, answer: Any, request: EngineRequest) -> EngineOutput:
-        """Return the output that an answer holds; raise `EngineError` if a part of it is missing or wrong."""
-        assert self._vocab_size is not None, "a client that generates needs vocab_size"
-        try:
-            [choice] = answer["choices"]
-            token_ids = [_integer(token) for token in choice["token_ids"]]
-            content = choice["logprobs"]["content"]
-            logged = [_integer(token["token_id"]) for token in content]
-            log_probs = [_number(token["logprob"]) for token in content]
-            spans = [
-                (str(span["version"]), _integer(span["start"]), _integer(span["end"]))
-                for span in choice["weight_versions"] or []
-            ]
-            finish_reason = str(choice["finish_reason"])
-            prompt = _prompt_log_probs(answer, request) if "prompt_logprobs" in request.sampling else []
-        except (LookupError, TypeError, ValueError, OverflowError, RecursionError) as error:
-            raise self._error(
-                f"expected one choice with token_ids, logprobs, weight_versions and finish_reason, got {_shown(answer)}"
-            ) from error
-        if logged != token_ids:
-            raise self._error(
-                f"expected tokens with a log-prob each, got {len(token_ids)} tokens and {len(log_probs)} log-probs"
-                f"{' of other tokens' if len(token_ids) == len(log_probs) else ''}"
-            )
-        return possible_output(
-            request,
-            self._vocab_size,
-            self.name,
-            token_ids=token_ids,
-            log_probs=log_probs,
-            finish_reason=finish_reason,
-            versions=spans,
-            prompt_log_probs=prompt,
-        )
+            return http_process().begin(self._access, ask, _answer).result()
+        except HttpProcessEnded:
+            if method != "GET":
+                raise
+            return http_process().begin(self._access, ask, _answer).result()  # changes nothing, so it may be repeated
 
     def _error(self, message: str) -> EngineError:
         return EngineError(f"{self.address}: {message}")
 
 
-def _prompt_log_probs(answer: Any, request: EngineRequest) -> list[float]:
-    """Return the log-probs of the tokens of the request but the first."""
-    entries = answer["prompt_logprobs"][1:]
-    own = zip(request.token_ids[1:], entries, strict=True)
-    return [_number(entry[str(token)]["logprob"]) for token, entry in own]
+def _answer(reply: HttpReply) -> HttpAnswer:
+    return HttpAnswer(reply.head["status"], reply.head["media_type"], bytes(reply.parts[0]))
 
 
-def _integer(value: Any) -> int:
-    """Return ``value``; raise TypeError unless it is an integer, which a boolean and 1.0 are not."""
-    if type(value) is not int:
-        raise TypeError(f"expected an integer, got {type(value).__name__}")
-    return value
-
-
-def _number(value: Any) -> float:
-    """Return a number of JSON as a float; raise TypeError for anything else, and OverflowError if it is too large."""
-    return value if type(value) is float else float(_integer(value))
-
-
-def _reason(text: str) -> str:
-    """Return the message in an answer that reports an error, without the JSON around it."""
-    try:
-        return _shown(str(json.loads(text)["error"]["message"]))
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return _shown(text)
-
-
-def _shown(answer: Any) -> str:
-    try:
-        text = answer if isinstance(answer, str) else json.dumps(answer)
-    except RecursionError:
-        text = "an answer that is nested too deeply"
-    return text[:_SHOWN_CHARS] + ("..." if len(text) > _SHOWN_CHARS else "")
+def _output(reply: HttpReply) -> EngineOutput:
+    head, (tokens, log_probs, prompt_log_probs) = reply.head, reply.parts
+    return EngineOutput(
+        token_ids=tokens_of(tokens),
+        log_probs=log_probs_of(log_probs),
+        finish_reason=head["finish_reason"],
+        weight_version=head["weight_version"],
+        prompt_log_probs=log_probs_of(prompt_log_probs),
+        weight_spans=[(version, num_tokens) for version, num_tokens in head["weight_spans"]],
+    )

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest, engine_output
+from megatron_selfdistill.rollout.vllm.engine import engine_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.in_process_args import in_process_engine_args
 from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENVIRONMENT
 from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept

@@ -26,13 +26,8 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable
-from megatron_selfdistill.rollout.vllm.engine import (
-    LOG_PROB_ROUNDING,
-    WORKER_EXTENSION,
-    Engine,
-    EngineOutput,
-    EngineRequest,
-)
+from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, Engine
+from megatron_selfdistill.rollout.vllm.engine_output import LOG_PROB_ROUNDING, EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pair_messages import ROLES, PairHalf, PairLog
 
 GUIDED_ENGINE_ARGS: dict[str, Any] = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -87,28 +88,40 @@ class ServerBatch:
         cuts = [len(guided) * i // len(self._servers) for i in range(len(self._servers) + 1)]
         groups = [[i] for i in plain]
         groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
-        tasks = [self._task([self.requests[i] for i in group]) for group in groups]
 
         def returned(task: int, responses: list[Response]) -> None:
             arrived(dict(zip(groups[task], responses, strict=True)))
 
-        self._dispatched = dispatch(tasks, self._servers, returned)
+        threads = ThreadPoolExecutor(len(self._servers), thread_name_prefix="pairs")  # none starts without pairs
+        try:
+            tasks = [self._task([self.requests[i] for i in group], threads) for group in groups]
+            self._dispatched = dispatch(tasks, self._servers, returned)
+        finally:
+            threads.shutdown(wait=False, cancel_futures=True)
 
-    def _task(self, requests: Sequence[Request]) -> Task[list[Response]]:
-        """Return the task of one server: one plain response, or guided responses that are sampled together."""
+    def _task(self, requests: Sequence[Request], threads: ThreadPoolExecutor) -> Task[list[Response]]:
+        """Return the task of one server: one plain response, or guided responses that are sampled together.
 
-        def do(server: VllmServer) -> list[Response]:
-            if self._cancelled.is_set():
-                raise EngineError(f"{server.address}: given up, since the sampler was closed")
-            if requests[0].teacher_prompt is None:
-                output = server.complete(engine_request(requests[0], self.params))
-                responses = [response_of(output, self.params)]
-            else:
-                own_counts = PairCounts()
-                responses = generate_guided(server, requests, self.params, own_counts, self._bare_roles)
-                self._pair_counts.append(own_counts)
+        The driver of pairs waits in one of ``threads``; a plain response needs no thread.
+        """
+
+        def recent(responses: list[Response], server: VllmServer) -> list[Response]:
             for response in responses:
                 self._age.require(response.weight_version, server.name)
             return responses
 
-        return do
+        def guided(server: VllmServer) -> list[Response]:
+            own_counts = PairCounts()
+            responses = generate_guided(server, requests, self.params, own_counts, self._bare_roles)
+            self._pair_counts.append(own_counts)
+            return recent(responses, server)
+
+        def begin(server: VllmServer) -> Future[list[Response]]:
+            if self._cancelled.is_set():
+                raise EngineError(f"{server.address}: given up, since the sampler was closed")
+            if requests[0].teacher_prompt is not None:
+                return threads.submit(guided, server)
+            request = engine_request(requests[0], self.params)
+            return server.begin(request, lambda output: recent([response_of(output, self.params)], server))
+
+        return begin

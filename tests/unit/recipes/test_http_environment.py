@@ -188,7 +188,7 @@ def test_the_timeout_is_that_of_the_whole_answer(parts):
 )
 def test_an_answer_that_is_too_long_is_refused_and_not_repeated(parts, monkeypatch):
     monkeypatch.setattr(http_environment, "MAX_BYTES", 19)
-    with bytes_server(parts, pause_s=0) as url, pytest.raises(ValueError, match=r"at most 1.9e-05 MB, got a longer"):
+    with bytes_server(parts, pause_s=0) as url, pytest.raises(ValueError, match=r"at most 19 bytes, got a longer"):
         HttpEnvironment(url, timeout_s=20, retries=0).reply(PROBLEM, ["-1"])
 
 
@@ -198,7 +198,10 @@ def test_an_answer_of_the_greatest_length_is_read_and_one_that_breaks_off_is_not
     monkeypatch.setattr(http_environment, "MAX_BYTES", len(text))
     with bytes_server([head + text], pause_s=0) as url:
         assert HttpEnvironment(url, timeout_s=20).reply(PROBLEM, ["-1"]).text == "ok"
-    with bytes_server([head + text[:-1]], pause_s=0) as url, pytest.raises(RuntimeError, match="last: IncompleteRead"):
+    with (
+        bytes_server([head + text[:-1]], pause_s=0) as url,
+        pytest.raises(RuntimeError, match="last: RemoteProtocolError"),
+    ):
         HttpEnvironment(url, timeout_s=20, retries=0).reply(PROBLEM, ["-1"])
 
 
@@ -208,6 +211,29 @@ def test_an_address_where_nothing_listens_is_one_message():
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
     with pytest.raises(RuntimeError, match=rf"environment.url={url}: .* ConnectionRefusedError"):
         HttpEnvironment(url, retries=0).reply(PROBLEM, ["-1"])
+
+
+def test_the_timeout_covers_the_connection_to_every_address_of_the_host(monkeypatch):
+    began = time.monotonic()
+    with socket.socket() as listening, contextlib.ExitStack() as waiting:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(0)
+        address = listening.getsockname()
+        for _ in range(4):  # a full queue: Linux answers no further attempt
+            one = waiting.enter_context(socket.socket())
+            one.setblocking(False)
+            one.connect_ex(address)
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address)] * 4
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: found)
+        with pytest.raises(RuntimeError, match=r"within 0.5 s, got none in 1 attempt; the last: TimeoutError"):
+            HttpEnvironment(f"http://many.example:{address[1]}", timeout_s=0.5, retries=0).reply(PROBLEM, ["-1"])
+    assert time.monotonic() - began < 1.5, "each of the four addresses would take 0.5 s"
+
+
+def test_a_key_that_no_header_may_have_is_not_shown():
+    with pytest.raises(RuntimeError, match="HTTP does not allow a header of the request") as error:
+        reply_to(lambda n, body: (200, completion("ok")), api_key="secret\nkey", retries=0)
+    assert "secret" not in str(error.value)
 
 
 def test_threads_ask_the_endpoint_at_the_same_time_and_a_failure_names_the_problem():

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import signal
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -22,9 +23,11 @@ from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.rollout.vllm import patient_http
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
-from megatron_selfdistill.rollout.vllm.engine import EngineRequest, response_of
+from megatron_selfdistill.rollout.vllm.engine import response_of
+from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
+from megatron_selfdistill.rollout.vllm.http import http_process
+from megatron_selfdistill.rollout.vllm.http.stated_response import StatedResponse
 
 
 @pytest.fixture
@@ -147,11 +150,69 @@ def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, say
     assert len(str(error.value)) < 1000
 
 
+def stated(**fields: Any) -> bytes:
+    """Return the compact form of a response to `request_of(4, 5)`, but for ``fields``."""
+    right = {"token_ids": tokens_behind([4, 5], 3), "log_probs": [-0.5] * 3, "finish_reason": "length"}
+    return StatedResponse(**{**right, "weight_versions": [("7", 0, 3)], **fields}).packed()
+
+
+COMPACT = stated()
+
+
+@pytest.mark.parametrize(
+    ("says", "why"),
+    [
+        (b"\n", "got 1 bytes of another form"),
+        (COMPACT[:-1], r"got \d+ bytes of another form \(expected 8 bytes for each of 3 tokens, got 23 bytes"),
+        (COMPACT + b"x", "of another form"),
+        (COMPACT.replace(b"\n", b" ", 1), "of another form"),
+        (COMPACT.replace(b'"num_tokens": 3', b'"num_tokens": -3'), "of another form"),
+        (COMPACT.replace(b'"num_tokens": 3', b'"num_tokens": 3.0'), "of another form"),
+        (COMPACT.replace(b'"num_tokens"', b'"tokens"'), "of another form"),
+        (COMPACT.replace(b'["7", 0, 3]', b'["7", 0]'), "of another form"),
+        (COMPACT.replace(b'["7", 0, 3]', b'["7", 0, true]'), "of another form"),
+        (COMPACT.replace(b'["7", 0, 3]', b"[" * 10_000), "of another form"),
+        (b"7" + COMPACT[COMPACT.index(b"\n") :], "of another form"),
+        (stated(token_ids=[9, 10, 50]), "token ids 50, expected 0 to 49"),
+        (stated(token_ids=[9, 10, -1]), "token ids -1, expected"),
+        (stated(log_probs=[-0.5, math.nan, -0.5]), "log-probs nan, expected"),
+        (stated(log_probs=[-0.5, -math.inf, 3.0]), "log-probs -inf, 3.0, expected"),
+        (stated(log_probs=[-9999.0] * 3), "a server writes this number for NaN"),
+        (stated(token_ids=[9, 10], log_probs=[-0.5] * 2, weight_versions=[("7", 0, 2)]), "--max-model-len"),
+        (stated(token_ids=[], log_probs=[], weight_versions=[]), "got 0 tokens"),
+        (stated(finish_reason="abort"), "'abort'"),
+        (stated(weight_versions=[("7", 0, 1), ("7", 2, 3)]), "0 to 1, 2 to 3, expected spans"),
+        (stated(weight_versions=[("9" * 5000, 0, 3)]), "ValueError: Exceeds the limit"),
+    ],
+)
+def test_a_lie_in_the_compact_form_is_an_error_with_the_address(fake, says, why):
+    fake.says_compact = says
+    with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
+        client(fake.address, timeout_s=30).generate([request_of(4, 5)])
+    assert not isinstance(error.value, RequestRefused) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_a_server_without_the_plugin_answers_in_json(fake, compact):
+    fake.compact, fake.version = compact, "3"
+    [output] = client(fake.address).generate([request_of(4, 5)])
+    assert (output.token_ids, output.log_probs) == (tokens_behind([4, 5], 3), [-0.5] * 3)
+    assert (output.finish_reason, output.weight_version, fake.num_compact) == ("length", 3, int(compact))
+
+
+def test_the_compact_form_takes_eight_bytes_a_token():
+    long = stated(token_ids=[5] * 1400, log_probs=[-0.1] * 1400, weight_versions=[("7", 0, 1400)])
+    assert len(long) < 8 * 1400 + 120
+    found = StatedResponse.unpacked(long)
+    assert found.token_ids == [5] * 1400 and found.log_probs == pytest.approx([-0.1] * 1400, rel=2**-24)
+
+
 @pytest.mark.parametrize("value", [0, 0.0, -0.0, 5e-4, -9998.0, -7])
 def test_log_probs_are_believed_up_to_their_rounding(fake, value):
     fake.says = changed(logprobs={"content": of_log_probs(value)})
     [output] = client(fake.address).generate([request_of(4, 5)])
-    assert output.log_probs == [value] * 3 and type(output.log_probs[0]) is float
+    assert output.log_probs == [struct.unpack("f", struct.pack("f", value))[0]] * 3, "in float32"
+    assert type(output.log_probs[0]) is float
 
 
 def test_log_probs_of_a_prompt_are_as_true_as_those_of_a_response(fake):
@@ -283,7 +344,7 @@ def test_waiting_can_be_interrupted(fake):
 @contextmanager
 def preempted(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> Iterator[None]:
     """Send SIGTERM to this process shortly, as Slurm does to a run and its servers when it preempts the job."""
-    monkeypatch.setattr(patient_http, "_LEAVING_SECONDS", patience_s)
+    monkeypatch.setattr(http_process, "_LEAVING_SECONDS", patience_s)
     with stop.listening():
         signal_comes = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM))
         signal_comes.start()
@@ -355,9 +416,18 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.parametrize("path", ["/v1/models", "/inference/v1/generate"])
+def test_headers_that_come_byte_by_byte_are_given_up_in_time(fake, path):
+    fake.drips_at, started = path, time.monotonic()
+    server = client(fake.address, timeout_s=0.5)
+    with pytest.raises(EngineError, match=rf"{fake.address}: .*TimeoutError: no (answer|token) within 0.5 s"):
+        server.generate([request_of(1)]) if "generate" in path else server.max_model_len()
+    assert time.monotonic() - started < 20, "the headers take minutes"
+
+
 def test_an_answer_that_breaks_off_is_an_error(fake, monkeypatch):
     monkeypatch.setattr(fake_vllm._Handler, "send_header", longer_than_it_is)
-    with pytest.raises(EngineError, match=f"{fake.address}: .*IncompleteRead"):
+    with pytest.raises(EngineError, match=f"{fake.address}: .*RemoteProtocolError: peer closed connection"):
         VllmServer(fake.address).weight_version()
 
 
@@ -381,6 +451,9 @@ def test_the_token_is_sent_and_never_shown(fake):
     with pytest.raises(RequestRefused, match="401") as error:
         VllmServer(fake.address, "secres").weight_version()
     assert "secre" not in str(error.value)
+    with pytest.raises(EngineError, match="HTTP does not allow a header of the request") as impossible:
+        VllmServer(fake.address, "secret\nline").weight_version()
+    assert "secre" not in str(impossible.value)
 
 
 def test_a_method_gets_its_arguments_and_gives_the_first_workers_result(fake):

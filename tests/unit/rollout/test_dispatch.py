@@ -6,7 +6,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,11 +15,22 @@ import pytest
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import dispatch
+from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
 
 
 def servers_of(count: int) -> list[VllmServer]:
     """Return clients of servers that do not exist; tasks do not call them."""
     return [VllmServer(f"http://server{i}:1") for i in range(count)]
+
+
+THREADS = ThreadPoolExecutor(64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads() -> Iterator[None]:
+    """End the threads in which the tasks work."""
+    yield
+    THREADS.shutdown()
 
 
 def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[list[Any], Counter[int], dict[int, str]]:
@@ -27,7 +39,7 @@ def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[lis
     where: dict[int, str] = {}
     lock = threading.Lock()
 
-    def task(i: int) -> Callable[[VllmServer], int]:
+    def task(i: int) -> Callable[[VllmServer], Future[int]]:
         def do(server: VllmServer) -> int:
             before(i, server)
             with lock:
@@ -35,7 +47,7 @@ def counting(count: int, before: Callable[[int, VllmServer], None]) -> tuple[lis
                 where[i] = server.address
             return i
 
-        return do
+        return lambda server: THREADS.submit(do, server)
 
     return [task(i) for i in range(count)], done, where
 
@@ -132,6 +144,25 @@ def test_each_result_arrives_once_on_the_callers_thread_also_where_a_server_fail
     assert dispatch(tasks, servers, lambda index, i: arrived.append((i, threading.current_thread()))).num_retried
     assert sorted(i for i, _ in arrived) == list(range(20))
     assert {thread for _, thread in arrived} == {threading.current_thread()}
+
+
+def test_what_the_http_process_has_lost_begins_once_more_and_blames_no_server():
+    lost: list[int] = []
+
+    def before(i: int, server: VllmServer) -> None:
+        if i in (3, 5) and lost.count(i) < 1 + (i == 5) * twice:
+            lost.append(i)
+            raise HttpProcessEnded("was ended by SIGKILL")
+
+    twice = False
+    tasks, done, _ = counting(12, before)
+    dispatched = dispatch(tasks, servers_of(2))
+    assert dispatched.results == list(range(12)) and set(done.values()) == {1}
+    assert dispatched.num_retried == 2 and not dispatched.failures
+    twice = True
+    lost.clear()
+    with pytest.raises(HttpProcessEnded, match="SIGKILL"):
+        dispatch(counting(12, before)[0], servers_of(2))
 
 
 def test_no_tasks_give_no_results():

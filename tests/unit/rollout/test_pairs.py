@@ -16,7 +16,7 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm import pairs
-from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 

@@ -30,7 +30,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm import pairs
-from megatron_selfdistill.rollout.vllm.engine import EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.plugin import guided_processor

@@ -101,6 +101,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not is_head:
         _run_headless(parsed)
         return
+    parsed.middleware = [
+        *parsed.middleware,
+        "megatron_selfdistill.rollout.vllm.plugin.compact_responses.CompactResponses",
+    ]
     if options.adapter_rank:
         parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.AdapterNamed"]
     if token:

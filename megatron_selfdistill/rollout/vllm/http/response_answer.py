@@ -1,0 +1,121 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The response in the answer of a vLLM server: its parts, or one message that says what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest, possible_output
+from megatron_selfdistill.rollout.vllm.http.stated_response import (
+    GENERATE,
+    MEDIA_TYPE,
+    NOT_STATED,
+    OtherTokensError,
+    StatedResponse,
+    number_of,
+)
+from megatron_selfdistill.timed_http import HttpAnswer
+
+_SHOWN_CHARS = 500
+# The greatest length of an answer with a response: that of its fixed parts, and that of a token, which needs 200 bytes.
+_FIXED_BYTES, _TOKEN_BYTES = 2**20, 2**10
+
+
+class RequestRefused(EngineError):
+    """The server refuses the request; another server would refuse it too."""
+
+
+def max_bytes_of(request: EngineRequest) -> int:
+    """Return the greatest length of an answer to ``request``."""
+    longest = request.sampling.get("max_tokens", 0)
+    longest += len(request.token_ids) if "prompt_logprobs" in request.sampling else 0
+    return _FIXED_BYTES + _TOKEN_BYTES * int(longest)
+
+
+def response_in(answer: HttpAnswer, request: EngineRequest, address: str, vocab_size: int) -> EngineOutput:
+    """Return the output that an answer holds, in JSON or in the compact form.
+
+    Raises: `EngineError` with ``address`` if a part of it is missing, wrong or impossible; `RequestRefused`.
+    """
+    prompt_log_probs: list[float] = []
+    if answer.media_type == MEDIA_TYPE:
+        stated = _compact(answer, address)
+    else:
+        stated, prompt_log_probs = _of_json(parsed(answer, "POST", GENERATE, address), request, address)
+    return possible_output(
+        request,
+        vocab_size,
+        f"the vLLM server {address}",
+        token_ids=list(stated.token_ids),
+        log_probs=list(stated.log_probs),
+        finish_reason=stated.finish_reason,
+        versions=stated.weight_versions,
+        prompt_log_probs=prompt_log_probs,
+    )
+
+
+def parsed(answer: HttpAnswer, method: str, path: str, address: str) -> Any:
+    """Return the JSON of an answer, or None where it is empty; raise `EngineError` for a refusal, and for no JSON."""
+    _require_ok(answer, method, path, address)
+    text = answer.text
+    try:
+        return json.loads(text) if text.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{address}: {method} {path}: expected JSON, got {shown(text)}") from error
+
+
+def shown(answer: Any) -> str:
+    """Return the beginning of an answer, for a message."""
+    try:
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+    except RecursionError:
+        text = "an answer that is nested too deeply"
+    return text[:_SHOWN_CHARS] + ("..." if len(text) > _SHOWN_CHARS else "")
+
+
+def _require_ok(answer: HttpAnswer, method: str, path: str, address: str) -> None:
+    if answer.status != 200:
+        kind = RequestRefused if 400 <= answer.status < 500 else EngineError
+        raise kind(f"{address}: {method} {path} answered {answer.status}: {_reason(answer.text)}")
+
+
+def _compact(answer: HttpAnswer, address: str) -> StatedResponse:
+    _require_ok(answer, "POST", GENERATE, address)
+    try:
+        return StatedResponse.unpacked(answer.body)
+    except NOT_STATED as error:
+        raise EngineError(
+            f"{address}: expected a response of the media type {MEDIA_TYPE}, got {len(answer.body)} bytes of another "
+            f"form ({str(error)[:_SHOWN_CHARS]})"
+        ) from error
+
+
+def _of_json(answer: Any, request: EngineRequest, address: str) -> tuple[StatedResponse, list[float]]:
+    """Return the response in vLLM's JSON, and the log-probs of the request's own tokens."""
+    try:
+        prompt = _prompt_log_probs(answer, request) if "prompt_logprobs" in request.sampling else []
+        return StatedResponse.of_json(answer), prompt
+    except OtherTokensError as error:
+        raise EngineError(f"{address}: {error}") from error
+    except NOT_STATED as error:
+        raise EngineError(
+            f"{address}: expected one choice with token_ids, logprobs, weight_versions and finish_reason, got "
+            f"{shown(answer)}"
+        ) from error
+
+
+def _prompt_log_probs(answer: Any, request: EngineRequest) -> list[float]:
+    """Return the log-probs of the tokens of the request but the first."""
+    entries = answer["prompt_logprobs"][1:]
+    own = zip(request.token_ids[1:], entries, strict=True)
+    return [number_of(entry[str(token)]["logprob"]) for token, entry in own]
+
+
+def _reason(text: str) -> str:
+    """Return the message in an answer that reports an error, without the JSON around it."""
+    try:
+        return shown(str(json.loads(text)["error"]["message"]))
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return shown(text)

@@ -1,0 +1,116 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole answers over HTTP, with a greatest length of the body; deadlines hold from the connection to the last byte.
+
+    async with asyncio.timeout(seconds), new_client(url) as client:
+        answer = await exchange(client, "POST", url, content, headers, max_bytes)
+
+The timeout of a socket is the time between two bytes: an endpoint that sends a byte every second would never reach it.
+A deadline of asyncio's covers everything: the host's name, the connection, the request, headers and body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import httpx
+
+
+class LongAnswerError(ValueError):
+    """An answer whose body is longer than the caller takes."""
+
+
+class HttpError(OSError):
+    """An exchange without a complete answer; the message has the cause, and no header of the request."""
+
+
+@dataclass(frozen=True)
+class HttpAnswer:
+    """A complete answer."""
+
+    status: int
+    """The status code."""
+    media_type: str
+    """The header Content-Type, empty where the answer has none."""
+    body: bytes
+    """The body as it was sent; the request asks for no compression."""
+
+    @property
+    def text(self) -> str:
+        """The body as UTF-8, with U+FFFD for other bytes."""
+        return self.body.decode(errors="replace")
+
+
+def new_client(url: str) -> httpx.AsyncClient:
+    """Return a client of ``url``'s scheme that opens a connection for each request and has no deadlines of its own.
+
+    It reads neither proxies nor passwords from the environment.
+    """
+    secure: ssl.SSLContext | bool = ssl.create_default_context() if url.startswith("https:") else False
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    return httpx.AsyncClient(verify=secure, trust_env=False, timeout=None, limits=limits)
+
+
+async def exchange(
+    client: httpx.AsyncClient,
+    method: str,
+    url: str,
+    content: bytes | None,
+    headers: Mapping[str, str | bytes],
+    max_bytes: int,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> HttpAnswer:
+    """Send a request and return its answer.
+
+    ``progress`` is called with the number of the body's bytes so far, first with 0 when the headers have arrived.
+    Raises: `HttpError` without a complete answer; `LongAnswerError` for a body of more than ``max_bytes``.
+    """
+    sent = {"Accept-Encoding": "identity", **headers}
+    try:
+        async with client.stream(method, url, content=content, headers=sent) as answer:  # type: ignore[arg-type]
+            body = bytearray()
+            progress(0)
+            _require_short(int(answer.headers.get("Content-Length", 0)), max_bytes)
+            async for piece in answer.aiter_raw():
+                body += piece
+                progress(len(body))
+                _require_short(len(body), max_bytes)
+            return HttpAnswer(answer.status_code, answer.headers.get("Content-Type", ""), bytes(body))
+    except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+        raise HttpError(_cause(error)) from None
+
+
+def post(url: str, payload: str, headers: Mapping[str, str | bytes], timeout_s: float, max_bytes: int) -> HttpAnswer:
+    """Send ``payload`` to ``url`` and return the answer; no event loop may run in this thread.
+
+    Raises: TimeoutError where the answer is not complete ``timeout_s`` seconds after the call; otherwise as `exchange`.
+    """
+
+    async def exchanged() -> HttpAnswer:
+        try:
+            async with asyncio.timeout(timeout_s), new_client(url) as client:
+                return await exchange(client, "POST", url, payload.encode(), headers, max_bytes)
+        except TimeoutError:
+            raise TimeoutError("the answer was not complete") from None
+
+    loop = asyncio.new_event_loop()
+    try:
+        return loop.run_until_complete(exchanged())
+    finally:
+        loop.close()  # and not asyncio.run, which would wait for the thread that looks up a host's name
+
+
+def _require_short(num_bytes: int, max_bytes: int) -> None:
+    if num_bytes > max_bytes:
+        raise LongAnswerError(f"expected an answer of at most {max_bytes} bytes, got a longer one")
+
+
+def _cause(error: BaseException) -> str:
+    """Return the first cause of ``error``, without the headers that a refused request would show."""
+    if isinstance(error, httpx.LocalProtocolError):
+        return f"{type(error).__name__}: HTTP does not allow a header of the request; is there a line break in a token?"
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return f"{type(error).__name__}: {error}"
