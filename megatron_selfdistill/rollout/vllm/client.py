@@ -1,36 +1,42 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""One vLLM server over HTTP, as an `Engine`; the process of http/ speaks HTTP and reads the responses."""
+"""One vLLM server over HTTP; the process of http/ speaks HTTP and reads the responses."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import Concatenate, ParamSpec, TypeVar
 
-from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_NAME
+from megatron_selfdistill.rollout.vllm.coroutines import Work, run
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, HttpReply, http_process
-from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Generate, ServerAccess
-from megatron_selfdistill.rollout.vllm.http.patient_http import METRICS, counted_tokens
+from megatron_selfdistill.rollout.vllm.http.http_tasks import ServerAccess
 from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused as RequestRefused
-from megatron_selfdistill.rollout.vllm.http.response_answer import parsed, shown
-from megatron_selfdistill.rollout.vllm.http.stated_response import log_probs_of, tokens_of
-from megatron_selfdistill.timed_http import HttpAnswer
+from megatron_selfdistill.rollout.vllm.server_calls import ServerCalls
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 _keys = itertools.count()
 
 
+def _waiting(call: Callable[Concatenate[ServerCalls, P], Work[T]]) -> Callable[Concatenate[VllmServer, P], T]:
+    """Return the method that makes ``call`` and returns its result when it has ended."""
+
+    @functools.wraps(call)
+    def method(server: VllmServer, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return run(call(server.calls, *args, **kwargs))
+
+    return method
+
+
 class VllmServer:
     """The server at ``address`` (``http://host:port``); ``token`` is sent with every request unless it is empty.
 
-    Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
-    connection, an answer of another form, an answer that cannot be true (`possible_output`), an error of the server,
-    silence (`PatientHttp`), and the end of the process that speaks HTTP (`HttpProcessEnded`).
+    Any number of threads may use it at once.  A method waits for the server's answer in the thread that calls it; work
+    on many servers at once uses `calls`.  Errors are those of `ServerCalls`.
     """
 
     def __init__(
@@ -47,8 +53,10 @@ class VllmServer:
         ``vocab_size``: number of the model's tokens, without which the client generates nothing.  ``adapted``: whether
         the run has adapters, which the server then takes.
         """
-        self.address, self._vocab_size, self._adapted = address.rstrip("/"), vocab_size, adapted
+        self.address = address.rstrip("/")
         self._access = ServerAccess(next(_keys), self.address, token, timeout_s)
+        self.calls = ServerCalls(self._access, vocab_size=vocab_size, adapted=adapted)
+        """The calls of the server, as coroutines."""
         self._url = urllib.parse.urlsplit(self.address)
 
     def __repr__(self) -> str:
@@ -57,7 +65,7 @@ class VllmServer:
     @property
     def name(self) -> str:
         """The name of the server in messages, with its address."""
-        return f"the vLLM server {self.address}"
+        return self.calls.name
 
     @property
     def host(self) -> str:
@@ -69,167 +77,21 @@ class VllmServer:
         """Port of the server, by default that of the scheme."""
         return self._url.port or (443 if self._url.scheme == "https" else 80)
 
-    def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """Return one output per request, in order.
-
-        Up to `MAX_IN_FLIGHT` requests are at the server at once, neighbours together.  Raises `EngineError`, with
-        nothing returned, if one fails.
-        """
-        outputs = [self.begin(request, lambda output: output) for request in requests]
-        try:
-            return [output.result() for output in outputs]
-        except BaseException:
-            self.interrupt()
-            raise
-
     def begin(self, request: EngineRequest, convert: Callable[[EngineOutput], T]) -> Future[T]:
-        """Send a request and return ``convert`` of its output to come.
-
-        The future raises `EngineError` where the request fails, and what ``convert`` raises.
-        """
-        assert self._vocab_size is not None, "a client that generates needs vocab_size"
-        model = ADAPTER_NAME if self._adapted and request.adapted else None
-        task = Generate(request, model, self._vocab_size)
-        return http_process().begin(self._access, task, lambda reply: convert(_output(reply)))
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call the worker extension's method of that name, and return the result of the server's first worker."""
-        return self.call_all(method, *args)[0]
-
-    def call_all(self, method: str, *args: Any) -> list[Any]:
-        """Call the worker extension's method of that name; return the result of each worker, by rank."""
-        answer = self._ask("POST", "/collective_rpc", {"method": method, "args": list(args)})
-        results = answer.get("results") if isinstance(answer, dict) else None
-        if not isinstance(results, list) or not results:
-            raise self._error(f"expected a result of {method} from each worker, got {shown(answer)}")
-        return results
-
-    def described(self, method: str, *args: Any, **kinds: Any) -> list[dict[str, Any]]:
-        """Return the results of `call_all`, which are objects with entries of these ``kinds``."""
-        results = self.call_all(method, *args)
-        for result in results:
-            if not isinstance(result, dict) or not all(isinstance(result.get(key), kinds[key]) for key in kinds):
-                raise self._error(f"expected {', '.join(kinds)} from {method}, got {shown(result)}")
-        return results
+        """Send a request and return ``convert`` of its output to come; see `ServerCalls.begin`."""
+        return self.calls.begin(request, convert)
 
     def interrupt(self) -> None:
-        """Let every request that waits in another thread raise `EngineError`; the server drops the request."""
-        http_process().interrupt(self._access)
+        """Let every request that is under way raise `EngineError`; the server drops the request."""
+        self.calls.interrupt()
 
-    def health(self, timeout_s: float | None = None) -> None:
-        """Return if the server is up and its engine alive, else raise `EngineError`."""
-        self._ask("GET", "/health", timeout_s=timeout_s)
-
-    def weight_version(self, timeout_s: float | None = None) -> str:
-        """Return the version that `finish_weight_update` or `set_weight_version` set last.
-
-        Before the first of these calls the version may be any word.
-        """
-        return str(self._field("/weight_info", "weight_version", str | int | None, timeout_s))
-
-    def world_size(self) -> int:
-        """Return the number of this server's workers."""
-        size: int = self._field("/get_world_size", "world_size", int)
-        return size
-
-    def workers(self) -> list[dict[str, Any]]:
-        """Return a dictionary for each worker of this server, in the order of their ranks.
-
-        ``host`` is the name of the worker's host and ``boot_id`` the id of the host's running kernel; ``address`` is
-        the worker's address among the server's nodes, empty where the server has one node; ``nccl`` is the version of
-        its NCCL library, None on a CPU; ``gpus`` are the UUIDs of the GPUs that it sees and ``gpu``
-        is that of the GPU on which it computes, None on a CPU.
-        """
-        text = str | None
-        return self.described("place", host=str, boot_id=str, address=str, nccl=text, gpus=list, gpu=text)
-
-    def max_model_len(self) -> int | None:
-        """Return the greatest length of prompt plus response in tokens; None if the server does not report it."""
-        models = self._field("/v1/models", "data", list)
-        longest = models[0].get("max_model_len") if models and isinstance(models[0], dict) else None
-        if not isinstance(longest, int | None) or any(not isinstance(model, dict) for model in models):
-            raise self._error(f"expected models with a number max_model_len from /v1/models, got {shown(models)}")
-        return longest
-
-    def num_tokens(self, timeout_s: float | None = None) -> float | None:
-        """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
-        return counted_tokens(self._answer("GET", METRICS, timeout_s=timeout_s), self.address)
-
-    # The calls of one weight update, in order.
-
-    def pause(self, *, keeps: bool = False) -> None:
-        """Stop all work until `resume`.
-
-        ``keeps``: requests that still run, and requests that come meanwhile, go on after `resume`; otherwise those that
-        still run, of a trainer that has ended, are aborted.
-        """
-        self._ask("POST", "/pause?mode=keep&clear_cache=false" if keeps else "/pause?mode=abort", {})
-
-    def init_weight_transfer(self, transfer: str, arguments: Mapping[str, Any]) -> None:
-        """Set the transfer of the coming weights (rollout/vllm/plugin/receivers.py), first or after a change."""
-        info = {"transfer": transfer, "arguments": dict(arguments)}
-        self._ask("POST", "/init_weight_transfer_engine", {"init_info": info})
-
-    def set_weight_version(self, version: str) -> None:
-        """Set the version that the server reports with responses from now on."""
-        self._ask("POST", "/update_weight_version", {"new_version": version})
-
-    def start_weight_update(self) -> None:
-        """Begin an update: the following buckets replace all weights."""
-        self._ask("POST", "/start_weight_update", {})
-
-    def update_weights(self, **update_info: Any) -> None:
-        """Load one bucket of weights; return when it is loaded."""
-        self._ask("POST", "/update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, version: str) -> None:
-        """End an update in which all weights have arrived, and clear the caches of the old weights.
-
-        Requests that a pause has kept read their tokens again when they go on, so that each further token has the
-        distribution that the new weights alone give it.
-        """
-        self._ask("POST", "/finish_weight_update", {"weight_version": version})
-        answer = self._ask("POST", "/reset_prefix_cache?reset_running_requests=true", {})
-        if not (isinstance(answer, dict) and answer.get("success")):
-            raise self._error("cannot reset its prefix cache: blocks are still in use")
-
-    def resume(self) -> None:
-        """Let the server work on requests again."""
-        self._ask("POST", "/resume", {})
-
-    def _field(self, path: str, name: str, kind: Any, timeout_s: float | None = None) -> Any:
-        answer = self._ask("GET", path, timeout_s=timeout_s)
-        if not isinstance(answer, dict) or name not in answer or not isinstance(answer[name], kind):
-            raise self._error(f"expected {name} from {path}, got {shown(answer)}")
-        return answer[name]
-
-    def _ask(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> Any:
-        return parsed(self._answer(method, path, body, timeout_s), method, path, self.address)
-
-    def _answer(self, method: str, path: str, body: Any = None, timeout_s: float | None = None) -> HttpAnswer:
-        ask = Ask(method, path, body, timeout_s)
-        try:
-            return http_process().begin(self._access, ask, _answer).result()
-        except HttpProcessEnded:
-            if method != "GET":
-                raise
-            return http_process().begin(self._access, ask, _answer).result()  # changes nothing, so it may be repeated
-
-    def _error(self, message: str) -> EngineError:
-        return EngineError(f"{self.address}: {message}")
-
-
-def _answer(reply: HttpReply) -> HttpAnswer:
-    return HttpAnswer(reply.head["status"], reply.head["media_type"], bytes(reply.parts[0]))
-
-
-def _output(reply: HttpReply) -> EngineOutput:
-    head, (tokens, log_probs, prompt_log_probs) = reply.head, reply.parts
-    return EngineOutput(
-        token_ids=tokens_of(tokens),
-        log_probs=log_probs_of(log_probs),
-        finish_reason=head["finish_reason"],
-        weight_version=head["weight_version"],
-        prompt_log_probs=log_probs_of(prompt_log_probs),
-        weight_spans=[(version, num_tokens) for version, num_tokens in head["weight_spans"]],
-    )
+    generate = _waiting(ServerCalls.generate)
+    call = _waiting(ServerCalls.call)
+    described = _waiting(ServerCalls.described)
+    health = _waiting(ServerCalls.health)
+    weight_version = _waiting(ServerCalls.weight_version)
+    world_size = _waiting(ServerCalls.world_size)
+    workers = _waiting(ServerCalls.workers)
+    max_model_len = _waiting(ServerCalls.max_model_len)
+    num_tokens = _waiting(ServerCalls.num_tokens)
+    update_weights = _waiting(ServerCalls.update_weights)

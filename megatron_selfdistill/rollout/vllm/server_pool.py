@@ -41,9 +41,9 @@ class ServerPool:
         """
         reported: dict[VllmServer, str] = {}
 
-        def ask(server: VllmServer) -> None:
-            server.health(_PROBE_SECONDS)
-            reported[server] = server.weight_version(_PROBE_SECONDS)
+        async def ask(server: VllmServer) -> None:
+            await server.calls.health(_PROBE_SECONDS)
+            reported[server] = await server.calls.weight_version(_PROBE_SECONDS)
 
         failures = on_each(self.servers, ask)
         self.lose(failures)
@@ -86,8 +86,8 @@ class ServerPool:
         Raises: `EngineError` if there is no such server.
         """
 
-        def ask(server: VllmServer) -> None:
-            if server.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
+        async def ask(server: VllmServer) -> None:
+            if await server.calls.weight_version(_PROBE_SECONDS) != str(self._versions[server]):
                 raise EngineError(f"{server.address}: lost its weights")
 
         def is_recent(server: VllmServer) -> bool:
@@ -110,7 +110,7 @@ class ServerPool:
 
 def failing(servers: Sequence[VllmServer]) -> dict[VllmServer, Exception]:
     """Return the servers that do not answer now, with their errors."""
-    return on_each(servers, lambda server: server.health(_PROBE_SECONDS))
+    return on_each(servers, lambda server: server.calls.health(_PROBE_SECONDS))
 
 
 def _causes(errors: Iterable[Exception]) -> str:

@@ -266,8 +266,8 @@ class ServerSampler:
         servers = self._pool.reachable(self._transfer.forget)
         keeping: dict[VllmServer, bool] = dict.fromkeys(servers, False)
 
-        def ask(server: VllmServer) -> None:
-            answers = server.described("frozen_weights", run=str | None)
+        async def ask(server: VllmServer) -> None:
+            answers = await server.calls.described("frozen_weights", run=str | None)
             keeping[server] = all(answer["run"] == self._name for answer in answers)
 
         if self._weights.adapter is not None:
@@ -294,8 +294,8 @@ class ServerSampler:
         if adapter is None:
             return WeightUpdate(self._transfer, servers, version, keeps=keeps)
 
-        def load(server: VllmServer) -> None:
-            server.call_all("load_factors", adapter.to_json(), self._name)
+        async def load(server: VllmServer) -> None:
+            await server.calls.call_all("load_factors", adapter.to_json(), self._name)
 
         return WeightUpdate(self._transfer, servers, version, load, keeps=keeps)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import Work, begin
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, layout_of, pack
 from megatron_selfdistill.rollout.vllm.server.server_names import own_address
 from megatron_selfdistill.rollout.vllm.transfer_buckets import (
@@ -115,14 +116,14 @@ class _OfferedTransfer:
 
     def send(self, bucket: Bucket, servers: Sequence[VllmServer]) -> Failures:
         """Let each server read the bucket; return the servers that failed."""
-        return on_each(servers, lambda server: server.update_weights(**vars(bucket.layout), where=bucket.where))
+        return on_each(servers, lambda server: server.calls.update_weights(**vars(bucket.layout), where=bucket.where))
 
     def forget(self, server: VllmServer) -> None:
         """Invite the server again at the next `join`."""
         self._joined.discard(server)
 
-    def _invite(self, server: VllmServer) -> None:
-        server.init_weight_transfer(self._name, {})
+    async def _invite(self, server: VllmServer) -> None:
+        await server.calls.init_weight_transfer(self._name, {})
 
 
 class SharedMemoryTransfer(_OfferedTransfer):
@@ -164,10 +165,10 @@ class SharedMemoryTransfer(_OfferedTransfer):
         """Remove the two mapped files."""
         self._files.close()
 
-    def _invite(self, server: VllmServer) -> None:
-        here = all(worker["boot_id"] == boot_id() for worker in server.workers())
+    async def _invite(self, server: VllmServer) -> None:
+        here = all(worker["boot_id"] == boot_id() for worker in await server.calls.workers())
         (self._elsewhere.discard if here else self._elsewhere.add)(server)
-        super()._invite(server)
+        await super()._invite(server)
 
 
 class IpcTransfer(_OfferedTransfer):
@@ -224,9 +225,9 @@ class BroadcastTransfer:
         sizes: dict[VllmServer, int] = {}
         addresses: set[str] = set()
 
-        def ask(server: VllmServer) -> None:
-            sizes[server] = server.world_size()
-            workers = {worker["address"] for worker in server.workers()} - {""}
+        async def ask(server: VllmServer) -> None:
+            sizes[server] = await server.calls.world_size()
+            workers = {worker["address"] for worker in await server.calls.workers()} - {""}
             addresses.update([own_address(server.host, server.port), *(own_address(each, 1) for each in workers)])
 
         failures = on_each(servers, ask)
@@ -255,9 +256,9 @@ class BroadcastTransfer:
                 self._backend, address, port, 0, first_rank, device, self._timeout_s, given_up=failed.is_set
             )
 
-        def invite(server: VllmServer) -> None:
+        async def invite(server: VllmServer) -> None:
             try:
-                server.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
+                await server.calls.init_weight_transfer(self._backend, {**common, "first_rank": ranks[server]})
             except Exception:
                 failed.set()
                 raise
@@ -286,9 +287,9 @@ class BroadcastTransfer:
                 self._broken = True
                 raise
 
-        def load(server: VllmServer) -> None:
+        async def load(server: VllmServer) -> None:
             try:
-                server.update_weights(**vars(bucket.layout))
+                await server.calls.update_weights(**vars(bucket.layout))
             except Exception:
                 failed.set()
                 raise
@@ -315,33 +316,32 @@ class BroadcastTransfer:
         self._joined = []
 
 
-def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], None]) -> Failures:
-    """Call ``do`` on all servers at once; return the exception of each server on which it failed."""
+def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]) -> Failures:
+    """Run ``do`` for all servers at once; return the exception of each server on which it failed."""
     return on_each_while(None, servers, do)
 
 
 def on_each_while(
-    own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], None]
+    own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]
 ) -> Failures:
-    """Call ``do`` on all servers at once and ``own`` meanwhile in this thread; return the failures.
+    """Run ``do`` for all servers at once and call ``own`` meanwhile in this thread; return the failures.
 
     A failure of ``own`` alone counts as a failure of every server: it does not show which of them caused it.  A server
-    that has not answered some seconds after ``own`` failed is interrupted, and fails.
+    that has not answered some seconds after ``own`` failed is interrupted, and fails.  No server takes a thread.
     """
-    if not servers:
-        return {}
+    answers: dict[VllmServer, Future[None]] = {}
     own_error: Exception | None = None
-    with ThreadPoolExecutor(len(servers), thread_name_prefix="server") as threads:
-        answers = {server: threads.submit(do, server) for server in servers}
-        if own is not None:
-            try:
-                own()
-            except Exception as error:
-                own_error = error
-                silent = wait(answers.values(), _GRACE_SECONDS).not_done
-                for server in [server for server, answer in answers.items() if answer in silent]:
-                    server.interrupt()
-        raised = {server: answer.exception() for server, answer in answers.items()}
+    try:
+        for server in servers:
+            answers[server] = begin(do(server))
+        own_error = _error_of(own) if own is not None and servers else None
+        if own_error is not None:
+            silent = wait(answers.values(), _GRACE_SECONDS).not_done
+            for server in [server for server, answer in answers.items() if answer in silent]:
+                server.interrupt()
+    finally:
+        wait(answers.values())  # servers may read the memory of a bucket until they have answered
+    raised = {server: answer.exception() for server, answer in answers.items()}
     # Without their tracebacks, whose frames would keep the memory of a bucket for as long as the failure is known.
     failures: Failures = {
         server: error.with_traceback(None) for server, error in raised.items() if isinstance(error, Exception)
@@ -349,3 +349,11 @@ def on_each_while(
     if own_error is not None and not failures:
         return {server: EngineError(f"{server.address}: {own_error}") for server in servers}
     return failures
+
+
+def _error_of(own: Callable[[], None]) -> Exception | None:
+    try:
+        own()
+    except Exception as error:
+        return error
+    return None

@@ -25,6 +25,7 @@ from torch import Tensor
 from megatron_selfdistill.distributed.collectives import run_long_on_rank_0, run_on_rank_0
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import Work
 from megatron_selfdistill.rollout.vllm.protocol import digest
 from megatron_selfdistill.rollout.vllm.transfer import Bucket, Failures, Transfer, on_each
 
@@ -49,7 +50,7 @@ class WeightUpdate:
         transfer: Transfer,
         servers: Sequence[VllmServer],
         version: int,
-        load_factors: Callable[[VllmServer], None] | None = None,
+        load_factors: Callable[[VllmServer], Work[None]] | None = None,
         *,
         keeps: bool = False,
     ) -> None:
@@ -70,7 +71,7 @@ class WeightUpdate:
         self._drop(on_each(self.servers, partial(_begin, keeps=keeps)))
         self._drop(transfer.join(self.servers) if self.servers else {})
         if not self.broken:
-            self._each(lambda server: server.start_weight_update())
+            self._each(lambda server: server.calls.start_weight_update())
 
     @property
     def isolated(self) -> bool:
@@ -130,22 +131,22 @@ class WeightUpdate:
             return
         complete = digest(self._names)
 
-        def end(server: VllmServer) -> None:
-            server.update_weights(complete=complete)
+        async def end(server: VllmServer) -> None:
+            await server.calls.update_weights(complete=complete)
             if self._load_factors is None:
-                server.finish_weight_update(str(self._version))
+                await server.calls.finish_weight_update(str(self._version))
             else:
-                server.finish_weight_update(LOADING)
-                self._load_factors(server)
-                server.set_weight_version(str(self._version))
-            server.resume()
+                await server.calls.finish_weight_update(LOADING)
+                await self._load_factors(server)
+                await server.calls.set_weight_version(str(self._version))
+            await server.calls.resume()
 
         # The transfer itself is over, so a failure here concerns one server only.
         failures = on_each(self.servers, end)
         self.servers = [server for server in self.servers if server not in failures]
         self.failures.update(failures)
 
-    def _each(self, do: Callable[[VllmServer], None]) -> None:
+    def _each(self, do: Callable[[VllmServer], Work[None]]) -> None:
         self._drop(on_each(self.servers, do))
 
     def _drop(self, failures: Failures) -> None:
@@ -217,11 +218,11 @@ class _Turn:
         self._update.settle()
 
 
-def _begin(server: VllmServer, keeps: bool) -> None:
+async def _begin(server: VllmServer, keeps: bool) -> None:
     """Stop a server's work, undo an unfinished update of an earlier trainer, and mark the weights as incomplete."""
-    server.pause(keeps=keeps)
-    server.set_weight_version(LOADING)
-    server.call("abandon_weight_update")
+    await server.calls.pause(keeps=keeps)
+    await server.calls.set_weight_version(LOADING)
+    await server.calls.call("abandon_weight_update")
 
 
 def _enter_own_stream(device: int | None) -> None:

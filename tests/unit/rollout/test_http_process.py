@@ -10,7 +10,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -181,31 +182,87 @@ def test_no_shared_memory_and_no_descriptor_is_left_behind(fakes):
         assert "memfd:message" not in Path(f"/proc/{pid}/maps").read_text()
 
 
-def most_threads(addresses: list[str]) -> tuple[int, int]:
-    """Return the threads of a rank without servers, and the most while 16 servers work on 512 responses."""
-    before, most, ended = threading.active_count(), [0], threading.Event()
-    with sampler(addresses, {}, timeout_s=60.0) as (built, _):
-        built.update_weights(0)
+@contextmanager
+def counted_threads() -> Iterator[Callable[[], int]]:
+    """Count this process's threads meanwhile; yield a function that returns the most so far but the counting one."""
+    most, ended = [0], threading.Event()
 
-        def count() -> None:
-            while not ended.wait(0.01):
-                most[0] = max(most[0], threading.active_count() - 1)
+    def count() -> None:
+        while not ended.wait(0.01):
+            most[0] = max(most[0], threading.active_count() - 1)
 
-        counting = threading.Thread(target=count)
-        counting.start()
-        responses = built.generate([Request([1 + i % 5, i], i) for i in range(512)], GREEDY)
+    counting = threading.Thread(target=count)
+    counting.start()
+    try:
+        yield lambda: most[0]
+    finally:
         ended.set()
         counting.join()
-        assert len(responses) == 512
-    return before, most[0]
 
 
-def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks):
+def most_threads(addresses: list[str], work: str) -> tuple[int, int]:
+    """Return the threads of a rank without servers, and the most while all servers do some work."""
+    before = threading.active_count()
+    with sampler(addresses, {}, timeout_s=60.0, guidance="mixed" if work == "guided" else "none") as (built, _):
+        if work != "update":
+            built.update_weights(0)
+        teacher_prompt = [3, 4] if work == "guided" else None
+        with counted_threads() as most:
+            if work == "update":
+                built.update_weights(0)
+            else:
+                # The stand-in's responses depend on the sum of the prompt, so both halves of a pair are equal.
+                num_requests = 16 * PER_SERVER // (2 if teacher_prompt else 1)
+                requests = [Request([1, 6], i, teacher_prompt) for i in range(num_requests)]
+                assert len(built.generate(requests, GREEDY)) == len(requests)
+            return before, most()
+
+
+PER_SERVER = 32
+"""Requests that each of 16 servers works on at once."""
+
+
+@pytest.mark.parametrize("work", ["plain"])
+def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks, work):
     with fake_servers(16) as fakes:
         for fake in fakes:
-            fake.together = 32
-        [(before, most)] = ranks.run(most_threads, [fake.address for fake in fakes], world_size=1, timeout=TIMEOUT)
-        assert all(fake.begun == 32 for fake in fakes), "all requests were in flight at once"
+            fake.together = sys.maxsize
+
+        def release() -> None:
+            wait_until(lambda: all(fake.begun == PER_SERVER for fake in fakes))
+            time.sleep(0.2)
+            for fake in fakes:
+                fake.together = 0
+
+        with ThreadPoolExecutor(1) as thread:
+            released = thread.submit(release)
+            addresses = [fake.address for fake in fakes]
+            [(before, most)] = ranks.run(most_threads, addresses, work, world_size=1, timeout=TIMEOUT)
+            released.result()  # all requests were in flight at once
+    assert most - before <= 4
+
+
+def test_a_weight_update_of_sixteen_servers_takes_a_handful_of_threads_and_asks_all_at_once(ranks):
+    with fake_servers(16) as fakes:
+        steps = ["/pause", "/init_weight_transfer_engine", "/update_weights", "/finish_weight_update"]
+
+        def hang_at(path: str) -> None:
+            for fake in fakes:
+                fake.hangs_at = path
+
+        def release() -> None:
+            for step, following in zip(steps, [*steps[1:], ""], strict=True):
+                wait_until(lambda step=step: all(step in fake.calls for fake in fakes))
+                time.sleep(0.2)
+                hang_at(following)
+
+        hang_at(steps[0])
+        with ThreadPoolExecutor(1) as thread:
+            released = thread.submit(release)
+            addresses = [fake.address for fake in fakes]
+            [(before, most)] = ranks.run(most_threads, addresses, "update", world_size=1, timeout=TIMEOUT)
+            released.result()
+        assert all(fake.version == "0" for fake in fakes)
     assert most - before <= 4
 
 

@@ -19,6 +19,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -160,26 +161,27 @@ class HttpProcess:
         parts = self._messages.receive()
         if parts is None:
             return False
-        self._take(json.loads(bytes(parts[0])), parts[1:])
+        complete = self._taken(json.loads(bytes(parts[0])), parts[1:])
+        del parts  # an exception in what waits for the result may keep this frame, and with it the shared memory
+        complete()
         return True
 
-    def _take(self, head: dict[str, Any], parts: list[memoryview]) -> None:
+    def _taken(self, head: dict[str, Any], parts: list[memoryview]) -> Callable[[], None]:
+        """Return the function that completes the task of a message."""
         number = head["number"]
         if number == 0:
-            beat()
-            return
+            return beat
         with self._lock:
             pending = self._pending.pop(number, None)
         if pending is None:
-            return  # dropped meanwhile
+            return lambda: None  # dropped meanwhile
         if "error" in head:
             kind = RequestRefused if head["refused"] else EngineError
-            pending.result.set_exception(kind(head["error"]))
-            return
+            return partial(pending.result.set_exception, kind(head["error"]))
         try:
-            pending.result.set_result(pending.convert(HttpReply(head, parts)))
+            return partial(pending.result.set_result, pending.convert(HttpReply(head, parts)))
         except Exception as error:
-            pending.result.set_exception(error)
+            return partial(pending.result.set_exception, error)
 
     def _lose(self) -> None:
         """Let all tasks raise that the process has ended."""
