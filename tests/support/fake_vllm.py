@@ -17,9 +17,11 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
+from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
 from megatron_selfdistill.rollout.vllm.plugin.compact_responses import compact_body
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
@@ -151,6 +153,8 @@ class FakeVllm(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.num_compact = 0
         """The number of responses in the compact form."""
+        self.pair_lengths: dict[str, int] = {}
+        """Name -> the length of the response, of each guided pair whose log has not been taken."""
         self.begun = 0
         self.transfer = ""
         self.receiver: Receiver | None = None
@@ -266,6 +270,8 @@ class _Handler(BaseHTTPRequestHandler):
         with fake.lock:
             fake.answered[json.dumps(body["token_ids"])] += 1
             fake.models[body.get("model")] += 1
+            if half := PairHalf.of(body["sampling_params"].get("extra_args")):
+                fake.pair_lengths[half.pair] = half.max_tokens
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
         aborted = num_aborts < fake.num_aborts
         answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
@@ -313,6 +319,12 @@ class _Handler(BaseHTTPRequestHandler):
             return [fake.adapters]
         if method == "frozen_weights":
             return [{"run": fake.frozen_weights}]
+        if method == "guided_limits":
+            return [{"max_model_len": fake.max_model_len, "max_num_batched_tokens": 2**20, "kv_cache_tokens": 2**20}]
+        if method == "pop_pair_logs":
+            lengths = [fake.pair_lengths.pop(name, None) for name in arguments[0]]
+            logs = [None if each is None else PairLog([-1, -1], np.full((each, 3), fake.log_prob)) for each in lengths]
+            return [[None if log is None else log.to_json() for log in logs]]
         if method == "load_factors":
             fake.adapter, fake.frozen_weights = arguments
             return [None]

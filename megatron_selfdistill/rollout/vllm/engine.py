@@ -38,6 +38,43 @@ class Engine(Protocol):
         ...
 
 
+class AwaitedEngine(Protocol):
+    """An `Engine` with coroutines in place of functions, so that many of them can work at once in one thread."""
+
+    @property
+    def name(self) -> str:
+        """See `Engine`."""
+        ...
+
+    async def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+        """See `Engine`."""
+        ...
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """See `Engine`."""
+        ...
+
+
+class AwaitedHere:
+    """An `AwaitedEngine` that does its work in the thread that awaits it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def name(self) -> str:
+        """See `Engine`."""
+        return self._engine.name
+
+    async def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+        """See `Engine`."""
+        return self._engine.generate(requests)
+
+    async def call(self, method: str, *args: Any) -> Any:
+        """See `Engine`."""
+        return self._engine.call(method, *args)
+
+
 def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> dict[str, Any]:
     """Return engine arguments for an engine on a CPU and the model of a config.json.
 

@@ -26,7 +26,8 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable
-from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, Engine
+from megatron_selfdistill.rollout.vllm.coroutines import run
+from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, AwaitedEngine, AwaitedHere, Engine
 from megatron_selfdistill.rollout.vllm.engine_output import LOG_PROB_ROUNDING, EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pair_messages import ROLES, PairHalf, PairLog
 
@@ -80,23 +81,34 @@ def generate_guided(
     Raises: ValueError where a prompt leaves no room for the response, or ``params`` do not fit guided requests;
     `EngineError` where the engine fails, has no room for both halves of a pair, or changed its weights in between.
     """
+    return run(guided_responses(AwaitedHere(engine), requests, params, counts, bare_roles))
+
+
+async def guided_responses(
+    engine: AwaitedEngine,
+    requests: Sequence[Request],
+    params: SamplingParams,
+    counts: PairCounts | None = None,
+    bare_roles: Collection[str] = (),
+) -> list[Response]:
+    """Return guided responses as `generate_guided` does, from an engine whose work is awaited."""
     refuse_unguidable(params, has_reference="reference" in bare_roles)
     if refusal := why_not_in_pairs(params.target):
         raise ValueError(refusal)
     counts = PairCounts() if counts is None else counts
     if not requests:
         return []
-    limits = _limits(engine)
+    limits = await _limits(engine)
     _check_lengths(requests, params, limits["max_model_len"])
     counts.pairs += len(requests)
     anchor = "reference" if params.target.is_anchored else "student"
     adapted = {"anchor": anchor not in bare_roles, "teacher": "teacher" not in bare_roles}
     pairs = [_Pair(request, adapted) for request in requests]
-    counts.primed_tokens += _prime(engine, pairs, limits)
+    counts.primed_tokens += await _prime(engine, pairs, limits)
     todo, wave, attempts = pairs, len(pairs), 0
     while todo:
         batch, later = todo[:wave], todo[wave:]
-        num_new = _run_round(engine, batch, params, counts)
+        num_new = await _run_round(engine, batch, params, counts)
         beat()
         unfinished = [pair for pair in batch if pair.finish_reason is None]
         todo = unfinished + later
@@ -114,7 +126,7 @@ def generate_guided(
             )
         wave = max(1, min(wave, len(batch)) // 2)
     if params.target.is_anchored:
-        _read_by_student(engine, pairs)
+        await _read_by_student(engine, pairs)
     return [pair.response() for pair in pairs]
 
 
@@ -176,7 +188,7 @@ def _check_lengths(requests: Sequence[Request], params: SamplingParams, max_mode
         )
 
 
-def _prime(engine: Engine, pairs: Sequence[_Pair], limits: Mapping[str, int]) -> int:
+async def _prime(engine: AwaitedEngine, pairs: Sequence[_Pair], limits: Mapping[str, int]) -> int:
     """Let the engine read prompts, and so cache them; return the number of tokens.
 
     Halves whose prompts end in different passes are separated at once.  A cached prompt takes one block of a pass, so
@@ -193,7 +205,7 @@ def _prime(engine: Engine, pairs: Sequence[_Pair], limits: Mapping[str, int]) ->
             break
         ahead.append(EngineRequest(list(prompt), {**_PLAIN, "max_tokens": 1}, adapted))
     if ahead:
-        _generate(engine, ahead)
+        await _generate(engine, ahead)
     return sum(len(request.token_ids) for request in ahead)
 
 
@@ -201,7 +213,7 @@ def _prime(engine: Engine, pairs: Sequence[_Pair], limits: Mapping[str, int]) ->
 _PLAIN = {"temperature": 0.0, "ignore_eos": True, "logprobs": 0, "detokenize": False}
 
 
-def _run_round(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, counts: PairCounts) -> int:
+async def _run_round(engine: AwaitedEngine, batch: Sequence[_Pair], params: SamplingParams, counts: PairCounts) -> int:
     """Run one round, in which all halves go on until they end or separate; return the number of new tokens."""
     prefix = uuid.uuid4().hex
     names = [f"{prefix}-{index}" for index in range(len(batch))]
@@ -212,12 +224,12 @@ def _run_round(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, c
         for role in ROLES
     ]
     try:
-        outputs = _generate(engine, halves)
+        outputs = await _generate(engine, halves)
     except Exception:
         with contextlib.suppress(EngineError):
-            engine.call("pop_pair_logs", names)
+            await engine.call("pop_pair_logs", names)
         raise
-    logs = _logs(engine, names, params.max_new_tokens)
+    logs = await _logs(engine, names, params.max_new_tokens)
     counts.rounds += 1
     num_new = 0
     for index, (pair, stop, log) in enumerate(zip(batch, stops, logs, strict=True)):
@@ -226,20 +238,20 @@ def _run_round(engine: Engine, batch: Sequence[_Pair], params: SamplingParams, c
     return num_new
 
 
-def _limits(engine: Engine) -> dict[str, int]:
-    limits = engine.call("guided_limits")
+async def _limits(engine: AwaitedEngine) -> dict[str, int]:
+    limits = await engine.call("guided_limits")
     wanted = ("max_model_len", "max_num_batched_tokens", "kv_cache_tokens")
     if not isinstance(limits, dict) or any(type(limits.get(name)) is not int for name in wanted):
         raise EngineError(f"{engine.name} was to state {', '.join(wanted)} as integers, got {str(limits)[:200]}")
     return limits
 
 
-def _logs(engine: Engine, names: Sequence[str], max_new_tokens: int) -> list[PairLog]:
+async def _logs(engine: AwaitedEngine, names: Sequence[str], max_new_tokens: int) -> list[PairLog]:
     """Return the log of each pair, in as many answers as keep an answer short."""
     num_together, logs = max(1, _LOGGED_TOKENS // max_new_tokens), []
     for first in range(0, len(names), num_together):
         asked = names[first : first + num_together]
-        found = engine.call("pop_pair_logs", list(asked))
+        found = await engine.call("pop_pair_logs", list(asked))
         try:
             for _, fields in zip(asked, found, strict=True):
                 if fields is None:
@@ -267,12 +279,12 @@ def _half_request(pair: _Pair, name: str, role: str, stop: int, params: Sampling
     return EngineRequest([*pair.prompt(role), *pair.token_ids], sampling, pair.adapted[role])
 
 
-def _read_by_student(engine: Engine, pairs: Sequence[_Pair]) -> None:
+async def _read_by_student(engine: AwaitedEngine, pairs: Sequence[_Pair]) -> None:
     """Set the student's log-probs of the response of each pair.
 
     The engine gets the response as a prompt, without its last token, which is the only token that it may sample.
     """
-    read = _generate(engine, [_student_request(pair) for pair in pairs])
+    read = await _generate(engine, [_student_request(pair) for pair in pairs])
     for pair, output in zip(pairs, read, strict=True):
         count = len(pair.token_ids)
         log_probs = [*output.prompt_log_probs, *output.log_probs][-count:]
@@ -300,8 +312,8 @@ def _stop_token(request: Request, params: SamplingParams) -> int:
     return params.stop_token_ids[0] if params.stop_token_ids else request.teacher_prompt[0]
 
 
-def _generate(engine: Engine, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-    outputs = engine.generate(requests)
+async def _generate(engine: AwaitedEngine, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+    outputs = await engine.generate(requests)
     if len(outputs) != len(requests):
         raise EngineError(f"{engine.name} returned {len(outputs)} outputs for {len(requests)} requests")
     return outputs

@@ -5,18 +5,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime
+from megatron_selfdistill.rollout.vllm import coroutines
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import DispatchResult, Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.exchange import GatheredRequests, WeightAge
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
+from megatron_selfdistill.rollout.vllm.pairs import PairCounts, guided_responses
 
 
 @dataclass(frozen=True)
@@ -92,27 +93,20 @@ class ServerBatch:
         def returned(task: int, responses: list[Response]) -> None:
             arrived(dict(zip(groups[task], responses, strict=True)))
 
-        threads = ThreadPoolExecutor(len(self._servers), thread_name_prefix="pairs")  # none starts without pairs
-        try:
-            tasks = [self._task([self.requests[i] for i in group], threads) for group in groups]
-            self._dispatched = dispatch(tasks, self._servers, returned)
-        finally:
-            threads.shutdown(wait=False, cancel_futures=True)
+        tasks = [self._task([self.requests[i] for i in group]) for group in groups]
+        self._dispatched = dispatch(tasks, self._servers, returned)
 
-    def _task(self, requests: Sequence[Request], threads: ThreadPoolExecutor) -> Task[list[Response]]:
-        """Return the task of one server: one plain response, or guided responses that are sampled together.
-
-        The driver of pairs waits in one of ``threads``; a plain response needs no thread.
-        """
+    def _task(self, requests: Sequence[Request]) -> Task[list[Response]]:
+        """Return the task of one server: one plain response, or guided responses that are sampled together."""
 
         def recent(responses: list[Response], server: VllmServer) -> list[Response]:
             for response in responses:
                 self._age.require(response.weight_version, server.name)
             return responses
 
-        def guided(server: VllmServer) -> list[Response]:
+        async def guided(server: VllmServer) -> list[Response]:
             own_counts = PairCounts()
-            responses = generate_guided(server, requests, self.params, own_counts, self._bare_roles)
+            responses = await guided_responses(server.calls, requests, self.params, own_counts, self._bare_roles)
             self._pair_counts.append(own_counts)
             return recent(responses, server)
 
@@ -120,7 +114,7 @@ class ServerBatch:
             if self._cancelled.is_set():
                 raise EngineError(f"{server.address}: given up, since the sampler was closed")
             if requests[0].teacher_prompt is not None:
-                return threads.submit(guided, server)
+                return coroutines.begin(guided(server))
             request = engine_request(requests[0], self.params)
             return server.begin(request, lambda output: recent([response_of(output, self.params)], server))
 

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class ServerCalls:
-    """The calls of one server, as coroutines for `coroutines.begin`.
+    """The calls of one server, as coroutines for `coroutines.begin`; an `AwaitedEngine`.
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
     connection, an answer of another form, an answer that cannot be true (`possible_output`), an error of the server,

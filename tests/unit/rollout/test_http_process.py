@@ -21,12 +21,15 @@ from fake_vllm import FakeVllm, fake_servers, tokens_behind
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request
+from megatron_selfdistill.rollout.streaming import BusyTime
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.dispatch import DispatchResult, Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
+from megatron_selfdistill.rollout.vllm.exchange import WeightAge
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, http_process
 from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask
 from megatron_selfdistill.rollout.vllm.http.shared_messages import Messages
+from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch
 
 HELD = 7
 """The first token of the prompts whose responses the servers hold back."""
@@ -84,6 +87,26 @@ def test_requests_that_a_killed_process_had_are_answered_once_and_no_server_is_b
     [dispatched] = found
     assert [output.token_ids for output in dispatched.results] == [tokens_behind(prompt, 3) for prompt in prompts]
     assert sorted(arrived) == list(range(16)) and dispatched.num_retried == 8 and not dispatched.failures
+    assert http_process().pid != killed
+
+
+def test_guided_pairs_that_a_killed_process_had_are_sampled_again_and_no_server_is_blamed(fakes):
+    servers = [VllmServer(fake.address, timeout_s=60, vocab_size=50) for fake in fakes]
+    for fake in fakes:
+        fake.holds, fake.version = [HELD], "0"
+    # The stand-in's responses depend on the sum of the prompt, so both halves of a pair are equal.
+    requests = [Request([HELD, i], i, [HELD, i - 1, 1]) for i in range(1, 9)]
+    batch = ServerBatch(requests, GREEDY, WeightAge(0, 0), servers, {}, (), BusyTime())
+    wait_until(lambda: sum(fake.begun for fake in fakes) == 16)
+    killed = http_process().pid
+    os.kill(killed, signal.SIGKILL)
+    wait_until(lambda: sum(fake.begun for fake in fakes) == 32)
+    for fake in fakes:
+        fake.holds = []
+    batch.finish()
+    responses = batch.arrivals.so_far()
+    assert [responses[i].token_ids for i in range(8)] == [tokens_behind(each.prompt, 4) for each in requests]
+    assert batch.counts["rollout/requests_retried"] == 2 and not batch.failures, "one group of pairs for each server"
     assert http_process().pid != killed
 
 
@@ -222,7 +245,7 @@ PER_SERVER = 32
 """Requests that each of 16 servers works on at once."""
 
 
-@pytest.mark.parametrize("work", ["plain"])
+@pytest.mark.parametrize("work", ["plain", "guided"])
 def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks, work):
     with fake_servers(16) as fakes:
         for fake in fakes:

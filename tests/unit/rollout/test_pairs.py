@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -16,9 +19,10 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm import pairs
+from megatron_selfdistill.rollout.vllm.coroutines import begin, result_of
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
+from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided, guided_responses
 
 PARAMS = SamplingParams(max_new_tokens=30, stop_token_ids=(1, 3))
 GARBAGE = 99
@@ -168,6 +172,50 @@ def test_the_student_reads_what_two_frozen_models_have_chosen() -> None:
         generate_guided(engine, make_requests(1), matching, bare_roles=("reference",))
     with pytest.raises(ValueError, match="weights of a reference, which this sampler does not hold"):
         generate_guided(engine, make_requests(1), anchored)
+
+
+class LateEngine:
+    """An engine whose answers come one by one, when the test says so."""
+
+    name = PartingEngine.name
+
+    def __init__(self, engine: PartingEngine) -> None:
+        self.engine = engine
+        self.asked: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+
+    async def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+        return await self._later(lambda: self.engine.generate(requests))
+
+    async def call(self, method: str, *args: Any) -> Any:
+        return await self._later(lambda: self.engine.call(method, *args))
+
+    async def _later(self, answer: Callable[[], Any]) -> Any:
+        future: Future[Any] = Future()
+        self.asked.append((future, answer))
+        return await result_of(future)
+
+    def answer_one(self) -> None:
+        future, answer = self.asked.popleft()
+        try:
+            future.set_result(answer())
+        except EngineError as error:
+            future.set_exception(error)
+
+
+def test_engines_that_answer_late_all_work_at_once_and_need_no_thread() -> None:
+    engines = [LateEngine(PartingEngine(0.5)) for _ in range(8)] + [LateEngine(PartingEngine(seats=0))]
+    before = threading.active_count()
+    results = [begin(guided_responses(engine, make_requests(10), PARAMS)) for engine in engines]
+    while not all(result.done() for result in results):
+        assert all(len(e.asked) == 1 for e, result in zip(engines, results, strict=True) if not result.done())
+        for engine in engines:
+            if engine.asked:
+                engine.answer_one()
+    assert threading.active_count() == before
+    for result in results[:-1]:
+        assert_undisturbed(result.result(0))
+    with pytest.raises(EngineError, match="got no token in 10 rounds"):
+        results[-1].result(0)
 
 
 def test_no_requests_ask_nothing_of_the_engine() -> None:
