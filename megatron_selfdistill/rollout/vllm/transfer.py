@@ -223,14 +223,19 @@ class BroadcastTransfer:
         self.close()
         beat()  # the following calls take a bounded time, and may have to be made for each server
         sizes: dict[VllmServer, int] = {}
+        nodes: dict[VllmServer, set[str]] = {}
         addresses: set[str] = set()
 
         async def ask(server: VllmServer) -> None:
             sizes[server] = await server.calls.world_size()
-            workers = {worker["address"] for worker in await server.calls.workers()} - {""}
-            addresses.update([own_address(server.host, server.port), *(own_address(each, 1) for each in workers)])
+            nodes[server] = {worker["address"] for worker in await server.calls.workers()} - {""}
 
         failures = on_each(servers, ask)
+        for server, workers in nodes.items():
+            try:  # here, since a coroutine must not wait for the lookup of a name
+                addresses.update([own_address(server.host, server.port), *(own_address(each, 1) for each in workers)])
+            except OSError as error:
+                failures[server] = EngineError(f"{server.address}: no way to its workers is known: {error}")
         if failures:
             return failures
         first_rank, ranks = 1, {}

@@ -280,6 +280,24 @@ def test_workers_on_other_hosts_are_told_an_address_that_leads_out_of_this_one(f
     assert hosts == ["localhost"]
 
 
+def test_names_are_looked_up_in_the_thread_that_joins_and_an_unknown_one_is_its_servers_failure(fakes, monkeypatch):
+    """The thread that reads the answers of all servers must not wait for a name."""
+    threads: set[threading.Thread] = set()
+
+    def look_up(host: str, port: int) -> str:
+        threads.add(threading.current_thread())
+        if host == "node7":
+            raise OSError("Name or service not known")
+        return host
+
+    monkeypatch.setattr(transfer_module, "own_address", look_up)
+    fakes[1].workers = [{**fakes[1].workers[0], "address": "node7"}]
+    [(server, error)] = BroadcastTransfer("gloo", 10.0).join(reach(fakes)).items()
+    assert server.address == fakes[1].address
+    assert str(error) == f"{server.address}: no way to its workers is known: Name or service not known"
+    assert threads == {threading.current_thread()}
+
+
 def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
     modes: list[int] = []
     fakes[0].update = lambda info: modes.extend(p.stat().st_mode & 0o777 for p in Path(tmp_path).iterdir())  # type: ignore[method-assign]
