@@ -51,6 +51,8 @@ GREEDY = replace(SAMPLED, temperature=0.0)
 class LLMEngine:
     """vLLM's ``LLM`` in this process as an `Engine`; keeps what it was asked and answered last."""
 
+    name = "the vLLM engine of this test"
+
     def __init__(self, directory: Path, **settings: Any) -> None:
         os.environ.update(
             VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", VLLM_NO_USAGE_STATS="1", HF_HUB_OFFLINE="1"
