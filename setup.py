@@ -35,6 +35,7 @@ REQUIREMENTS = [
     "matplotlib>=3.8",
     "math-verify>=0.8,<1",
     "safetensors>=0.5,<1",
+    "huggingface_hub>=1,<3",
 ]
 
 EXTRAS = {
@@ -131,7 +132,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={f"{PACKAGE}.data.chat": ["*.yaml"], f"{PACKAGE}.report": ["page/*"]},
+    package_data={f"{PACKAGE}.data.chat": ["*.yaml"], f"{PACKAGE}.instruments.report": ["page/*"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.cli:main"]},

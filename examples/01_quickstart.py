@@ -27,9 +27,9 @@ from _lib.command_line import console, example_parser, prepare_process
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Outcome, Variant
-from megatron_selfdistill.report.run_report import write_report
+from megatron_selfdistill.instruments.report.run_report import write_report
 
-IMITATION = Variant("Fine-tuning on the hint text", ("objective=sft", "data.fields.solution=as_response"))
+IMITATION = Variant("Fine-tuning on the hint text", ("method.name=sft", "data.fields.solution=as_response"))
 
 NUMBERS = ("greedy", "sampled", "pass_at_8", "hinted", "entropy", "shows_work", "length")
 

@@ -23,9 +23,9 @@ from _lib import additions, tables, variants
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Variant
-from megatron_selfdistill.report.curves import ENTROPY, SAMPLED
+from megatron_selfdistill.instruments.report.curves import ENTROPY, SAMPLED
 
-IMITATION = Variant("Fine-tuning on solutions", ("objective=sft",))
+IMITATION = Variant("Fine-tuning on solutions", ("method.name=sft",))
 VARIANTS = (variants.SELF_DISTILLATION, variants.STUDENT_MIX, variants.TEACHER_ALONE, IMITATION, variants.REJECTION)
 WEAK_VARIANTS = (variants.SELF_DISTILLATION, variants.STUDENT_MIX, variants.TEACHER_ALONE, variants.REJECTION)
 NUM_SAMPLES = 32

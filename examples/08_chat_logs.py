@@ -34,8 +34,8 @@ from _lib.measurement import Measurement
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.instruments.report.curves import GREEDY, SAMPLED, plot_curves
 from megatron_selfdistill.metrics import read_metrics
-from megatron_selfdistill.report.curves import GREEDY, SAMPLED, plot_curves
 from megatron_selfdistill.run_log import METRICS_FILE
 
 if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help answers at once
@@ -46,7 +46,7 @@ NUM_SESSIONS = 2000
 NUM_ATTEMPTS = 3
 NUM_STEPS = 200
 LOGGED = Variant("Chat logs", ("recipe=chat_logs",))
-LIKELY = Variant("Chat logs, likely turns", ("recipe=chat_logs", "conversations.min_log_prob=-0.2"))
+LIKELY = Variant("Chat logs, likely turns", ("recipe=chat_logs", "method.min_log_prob=-0.2"))
 STUDENT_MIX = Variant("Chat logs, mix with the student", ("recipe=chat_logs", "target.anchor=student"))
 ON_POLICY = Variant("Sampled anew", ("recipe=chat_logs", "conversations.responses=sampled"))
 VARIANTS = (LOGGED, LIKELY, STUDENT_MIX, ON_POLICY)

@@ -27,7 +27,7 @@ from _lib.command_line import command, console, example_parser, prepare_process
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import FORWARD_KL, STUDENT_MIX, STUDENT_MIX_STRICT, TEACHER_ALONE, Variant
 from _lib.watched_runs import WITHOUT_GUARDS, Point, watch
-from megatron_selfdistill.report.curves import ENTROPY, GREEDY, SAMPLED, plot_curves
+from megatron_selfdistill.instruments.report.curves import ENTROPY, GREEDY, SAMPLED, plot_curves
 
 ANCHORED = Variant("Anchored")
 """The default recipe: the mix with the frozen base, whose entropy is matched, with k <= 1 + w."""

@@ -43,8 +43,8 @@ from _lib.pretraining import Base, prepared_base, write_records
 from _lib.task import Task
 from _lib.variants import Outcome, Variant, run_variant
 from _lib.watched_runs import WITHOUT_GUARDS
+from megatron_selfdistill.instruments.report.curves import GREEDY, SAMPLED
 from megatron_selfdistill.metrics import read_metrics
-from megatron_selfdistill.report.curves import GREEDY, SAMPLED
 
 NUM_RESPONSES, NUM_STEPS = 32, 100
 REWARD = "episodes/reward_mean"
@@ -84,19 +84,20 @@ MIX = ("target=capped", "target.anchor=reference")
 GUIDED = ("rollout.guidance=mixed", "loss.divergence=forward_kl", "target.teacher_weight=2")
 """Responses sampled from the target itself, and the settings that example 03 needs on problems that nobody solves."""
 CHECKER = "environment.name=_lib.checker.Checker"
-EXPLAINING = ("recipe=rlt", "explanation.closing_tag=';'")
+EXPLAINING = ("recipe=rlt", "method.closing_tag=';'")
 """RLT on column subtraction: the columns explain the answer, which stands after the semicolon."""
-HINDSIGHT = ("hints.judge=_lib.checked_subtraction.hint", "hints.min_length=1")
+IMITATION = ("method.name=sft",)
+HINDSIGHT = ("method.judge=_lib.checked_subtraction.hint", "method.min_length=1")
 ROWS = {
     "default": Row("default", "the solution", 1, ("recipe=default",)),
     "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
     "teacher_alone": Row("teacher alone", "the solution", 1, ("recipe=teacher_alone",)),
-    "own": Row("own solutions", "an own right response, of 8 more", 1, ("recipe=default", "data.solutions=own")),
+    "own": Row("own solutions", "an own right response, of 8 more", 1, ("recipe=default", "method.name=own_solutions")),
     "off_policy": Row(
         "off-policy distillation",
         "the solution, and it writes",
         1,
-        ("recipe=teacher_alone", "rollout.view=privileged", "loss.divergence=forward_kl"),
+        ("recipe=teacher_alone", "method.view=privileged", "loss.divergence=forward_kl"),
     ),
     "sdft": Row("SDFT", "the solution", 1, ("recipe=sdft",)),
     "sdft_frozen": Row("SDFT, frozen teacher", "the solution", 1, ("recipe=sdft", "teacher.weights=frozen")),
@@ -112,7 +113,7 @@ ROWS = {
     "sod": Row("SOD", "the solution, weaker in late turns", 8, ("recipe=sod",)),
     "grpo": Row("GRPO", "no teacher: rewards", 8, ("recipe=grpo",)),
     "rft": Row("RFT", "no teacher: own right responses", 8, ("recipe=rft",)),
-    "sft": Row("SFT", "no teacher: the solution as a response", 1, ("objective=sft",)),
+    "sft": Row("SFT", "no teacher: the solution as a response", 1, IMITATION),
     "caopd": Row("CaOPD", "the solution, and the confidence to state", 8, ("recipe=caopd",)),
     "caopd_frozen": Row(
         "CaOPD, frozen teacher",
@@ -133,40 +134,40 @@ ROWS = {
         "RLTF-FM",
         "no teacher: rewards, and a critique to predict",
         8,
-        ("recipe=rltf_fm", CHECKER, "policy.reply_template='{problem}{response}'"),
+        ("recipe=rltf_fm", CHECKER, "method.reply_template='{problem}{response}'"),
         2,
     ),
     "skill_sd": Row(
         "Skill-SD, 100 problems",
         "a skill of earlier responses, beside rewards",
         8,
-        ("recipe=skill_sd", "hints.summarizer=_lib.checked_subtraction.summarize", "data.limit=100"),
+        ("recipe=skill_sd", "method.summarizer=_lib.checked_subtraction.summarize", "data.limit=100"),
     ),
     "openclaw": Row(
         "OpenClaw-RL",
         "the user's critique in a log, beside rewards",
         1,
-        ("recipe=openclaw", *HINDSIGHT, "policy.reward=_lib.checked_subtraction.satisfaction"),
+        ("recipe=openclaw", *HINDSIGHT, "method.reward=_lib.checked_subtraction.satisfaction"),
         records="logs",
     ),
     "openclaw_full": Row(
         "OpenClaw-RL, full divergence",
         "the user's critique in a log",
         1,
-        ("recipe=openclaw", *HINDSIGHT, "distill.signal=full", "policy.weight=0"),
+        ("recipe=openclaw", *HINDSIGHT, "method.signal=full", "method.weight=0"),
         records="logs",
     ),
     "ovd": Row(
         "OVD",
         "no teacher: rewards, and the solution to give scores",
         8,
-        ("recipe=ovd", f"verbal.template='{checked_subtraction.QUESTION}'"),
+        ("recipe=ovd", f"method.template='{checked_subtraction.QUESTION}'"),
     ),
     "rlt": Row(
         "RLT, then SFT",
         "no teacher: explanations of a trained teacher",
         1,
-        ("objective=sft",),
+        IMITATION,
         records="explanations",
         teacher=EXPLAINING,
     ),
@@ -174,7 +175,7 @@ ROWS = {
         "explanations of the base, SFT",
         "no teacher: explanations of the base",
         1,
-        ("objective=sft",),
+        IMITATION,
         records="explanations",
     ),
 }
@@ -334,7 +335,7 @@ def figures(name: str, outcome: Outcome) -> dict[str, Any]:
         "trained": average(logged, "rewards/trained_share", 1.0),
         "rewarded_groups": average(logged, "rewards/mixed_groups", None),
         "with_hint": average(logged, "hints/share", None if ROWS[name].sees.startswith("no teacher") else 1.0),
-        "tokens": 0 if ROWS[name].overrides == ("objective=sft",) else sum(m.get("tokens/rollout", 0) for m in logged),
+        "tokens": 0 if ROWS[name].overrides == IMITATION else sum(m.get("tokens/rollout", 0) for m in logged),
         "cpu_seconds": outcome.cpu_seconds,
         "step": [metrics["step"] for metrics in evaluated],
         "greedy_by_step": [metrics[GREEDY.key] for metrics in evaluated if GREEDY.key in metrics],

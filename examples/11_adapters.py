@@ -24,8 +24,8 @@ from _lib import subtraction, tables
 from _lib.command_line import console, example_parser, prepare_process
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Variant, train_variant
+from megatron_selfdistill.instruments.report.curves import GREEDY, SAMPLED
 from megatron_selfdistill.metrics import read_metrics
-from megatron_selfdistill.report.curves import GREEDY, SAMPLED
 
 ALL_WEIGHTS = Variant("All weights")
 LEARNING_RATE = 3e-3

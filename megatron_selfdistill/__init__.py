@@ -4,4 +4,4 @@
 The import of this package imports nothing else, so ``megatron_selfdistill.loss`` works where only torch is installed.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

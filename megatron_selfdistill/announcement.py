@@ -1,22 +1,36 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The report of a run before its first step and after its last step."""
+"""The report of a run before its first step and after its last step, and the facts of its launch."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
 
-from megatron_selfdistill.checkpoint.run.run_lock import LOCK
-from megatron_selfdistill.config import AdapterConfig
+import torch
+
+from megatron_selfdistill import __version__
+from megatron_selfdistill.checkpoint.run_lock import LOCK
+from megatron_selfdistill.config import AdapterConfig, GivenKeys, shown_argument
 from megatron_selfdistill.data.packing import length_quantum
 from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.distributed.ranks import about_allocator
-from megatron_selfdistill.launch_facts import launch_facts, layers, layout, start
-from megatron_selfdistill.model.build import megatron_in_use, unwrapped
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.metrics.phases import duration as clock
+from megatron_selfdistill.model.architecture import uses_transformer_engine
+from megatron_selfdistill.model.build import megatron_in_use
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
-from megatron_selfdistill.report import next_steps
-from megatron_selfdistill.sources.chat_logs import SKIPPED_FILE, list_skipped
+from megatron_selfdistill.sources.logged_turns import SKIPPED_FILE, list_skipped
 from megatron_selfdistill.trainer import Trainer
+
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")
 
 
 def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
@@ -41,10 +55,10 @@ def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
         trainer.log.message(f"what was skipped, by file and line: {directory / SKIPPED_FILE}; {data.skipped[0]}")
 
 
-def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
+def conclude(trainer: Trainer, first_step: int, seconds: float, report: Path | None = None) -> None:
     """Report the files of a run that has done its last step, and the commands that come next.
 
-    ``first_step``: the steps that were done when this launch began, ``seconds`` ago.
+    ``first_step``: the steps that were done when this launch began, ``seconds`` ago.  ``report``: as in `done`.
     """
     if trainer.step < trainer.config.num_steps:
         return  # the run was asked to stop, and has reported so
@@ -52,9 +66,9 @@ def conclude(trainer: Trainer, first_step: int, seconds: float) -> None:
     trainer.events.record(trainer.step, "finished")
     run_dir, steps = trainer.run_dir, trainer.step - first_step
     if steps > 0:
-        lines = next_steps.done(run_dir, trainer.step, steps, seconds, trainer.checkpoint, trainer.report.path)
+        lines = done(run_dir, trainer.step, steps, seconds, trainer.checkpoint, report)
     else:
-        lines = next_steps.complete(run_dir, trainer.step, trainer.checkpoint)
+        lines = complete(run_dir, trainer.step, trainer.checkpoint)
     for line in lines:
         trainer.log.message(line)
 
@@ -102,3 +116,139 @@ def _problems(trainer: Trainer) -> str:
         f"{number} ({data.counts.truncated} with a shortened solution; skipped: {data.counts.dropped} too long, "
         f"{data.problems.num_skipped} bad)"
     )
+
+
+def done(
+    run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path, report: Path | None = None
+) -> list[str]:
+    """Return the last lines of a run that has done its last step.
+
+    ``steps_here``: the steps of this launch.  ``report``: the report that the run writes; None for a run without one.
+    """
+    part = "" if steps_here == num_steps else f" ({steps_here} of them in this launch)"
+    return [
+        f"done: {num_steps} {_steps(num_steps)}{part} in {duration(seconds)}; checkpoint: {checkpoint}",
+        *([f"report: {report} (open it in a browser)"] if report is not None else []),
+        *_next(run_dir, num_steps),
+    ]
+
+
+def complete(run_dir: Path, num_steps: int, checkpoint: Path) -> list[str]:
+    """Return the lines of a launch that finds all steps of the run done."""
+    were = "the only step was" if num_steps == 1 else f"all {num_steps} steps were"
+    first = f"complete: {were} done before, nothing is trained; checkpoint: {checkpoint}"
+    return [first, *_next(run_dir, num_steps)]
+
+
+def duration(seconds: float) -> str:
+    """Return ``seconds`` as text for people: "8 s", "3:05 minutes", "26:03:05 hours"."""
+    if round(seconds) < 60:
+        return f"{round(seconds)} s"
+    text = clock(seconds)
+    return f"{text} {'hours' if text.count(':') == 2 else 'minutes'}"
+
+
+def _steps(number: int) -> str:
+    return "step" if number == 1 else "steps"
+
+
+def _next(run_dir: Path, num_steps: int) -> list[str]:
+    run = shlex.quote(str(run_dir))
+    convert = f"selfdistill convert megatron-to-hf --megatron {run} --out {shlex.quote(f'{run_dir}-hf')}"
+    evaluate = f"selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after"
+    came_from_hf = (run_dir / HF_ASSETS).is_dir()  # other models may have no architecture of Hugging Face
+    return [
+        f"next: {convert if came_from_hf else evaluate}",
+        *([f"  or: {evaluate}"] if came_from_hf else []),
+        f"  or: the same command with a larger num_steps (num_steps={2 * num_steps}) trains on from there",
+    ]
+
+
+def launch_facts(trainer: Trainer, given: Collection[str] | None) -> dict[str, Any]:
+    """Return the details of the event ``started``, as JSON values.
+
+    ``given``: as in `train.train`; only a `GivenKeys`, the keys of a command line, tells the command.
+    """
+    arguments = [*map(shown_argument, given.arguments)] if isinstance(given, GivenKeys) else None
+    world_size = trainer.grid.world_size
+    facts = {
+        "start": start(trainer),
+        "command": None if arguments is None else _command(arguments, world_size),
+        "recipe": next((text[7:] for text in arguments or () if text.startswith("recipe=")), None),
+        "layout": f"{layout(trainer)}, {layers()}",
+        "hardware": _hardware(trainer.grid.device, world_size),
+        "versions": _versions(),
+        "commit": commit(Path(__file__).parent),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def start(trainer: Trainer) -> str:
+    """Return where the launch starts: the weights or the checkpoint, and the step."""
+    begins = f"starts from {trainer.config.checkpoint.load or 'random weights'}"
+    begins = f"resumes {trainer.resumed_from}" if trainer.resumed_from else begins
+    return f"{begins}, at step {trainer.step} of {trainer.config.num_steps}"
+
+
+def layout(trainer: Trainer) -> str:
+    """Return the parallel sizes and the order of teacher and student."""
+    grid = trainer.grid
+    vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
+    return (
+        f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
+        f"pair order {trainer.learner.pair_order}"
+    )
+
+
+def layers() -> str:
+    """Return whose layers the model has."""
+    return "layers: " + ("Transformer Engine" if uses_transformer_engine() else "Megatron's local spec")
+
+
+def commit(directory: Path) -> str | None:
+    """Return the git commit of the checkout that ``directory`` is part of, "+ changes" if files differ from it.
+
+    None if git does not track ``directory``, as in an installed package, and where git fails or is not installed.
+    """
+    tracked = _git(directory, "ls-files", "--error-unmatch", "__init__.py")
+    found = _git(directory, "rev-parse", "HEAD") if tracked else None
+    if not found:
+        return None
+    return f"{found} + changes" if _git(directory, "status", "--porcelain", "--untracked-files=no") else found
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _command(arguments: Sequence[str], world_size: int) -> str:
+    if world_size == 1:
+        return shlex.join(["selfdistill", "train", *arguments])
+    per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    nodes = [f"--nnodes={world_size // per_node}"] if world_size > per_node else ["--standalone"]
+    launcher = ["torchrun", *nodes, f"--nproc-per-node={per_node}", "-m", "megatron_selfdistill", "train"]
+    return shlex.join([*launcher, *arguments])
+
+
+def _hardware(device: torch.device, world_size: int) -> str:
+    ranks = f"{world_size} {'rank' if world_size == 1 else 'ranks'}"
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        return f"{ranks} on {properties.name} ({properties.total_memory / 2**30:.0f} GiB)"
+    return f"{ranks} on a CPU, {platform.machine()}, {os.cpu_count()} cores"
+
+
+def _versions() -> dict[str, str]:
+    found = {"megatron_selfdistill": __version__, "Python": sys.version.split()[0]}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})

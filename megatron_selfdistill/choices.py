@@ -33,9 +33,6 @@ LOSS_FUSED = ("none", *FUSED_MODES)
 FINISH_REASONS = ("stop", "length")
 """The ways in which a response ends: with a stop token, or at its greatest length."""
 
-OBJECTIVES = ("self_distillation", "sft", "rft", "policy_gradient")
-"""Values of objective."""
-
 NORMALIZATIONS = ("RMSNorm", "LayerNorm")
 """Values of model.normalization."""
 
@@ -66,14 +63,8 @@ RECOMPUTE_METHODS = ("uniform", "block")
 DATA_KINDS = ("problems", "conversations")
 """Values of data.kind."""
 
-HINDSIGHT_HINTS = ("peer", "feedback", "peer_or_feedback")
-"""Values of data.solutions that are known once the responses of a step are sampled."""
-
-SOLUTION_SOURCES = ("given", "answer", "own", *HINDSIGHT_HINTS, "skill", "next_state")
-"""Values of data.solutions besides dotted paths."""
-
-HINT_WRITERS = ("model",)
-"""Values of hints.summarizer and hints.judge besides dotted paths."""
+SOLUTION_SOURCES = ("given", "answer")
+"""Values of data.solutions."""
 
 BAD_RECORD_POLICIES = ("error", "skip")
 """Values of data.on_bad_record."""
@@ -90,11 +81,8 @@ CONVERSATION_TURNS = ("all", "before_accepted")
 CONVERSATION_RESPONSES = ("logged", "sampled")
 """Values of conversations.responses."""
 
-UNLIKELY_TURN_POLICIES = ("drop", "down_weight")
-"""Values of conversations.unlikely."""
-
 SOLUTION_RANKINGS = ("shortest", "most_likely", "random", "learnable")
-"""Values of solutions.pick."""
+"""Values of method.pick of method.name=own_solutions, and of `selfdistill solutions --pick`."""
 
 ENGINES = ("megatron", "vllm")
 """Values of rollout.engine."""
@@ -105,12 +93,6 @@ PLACEMENTS = ("colocated", "server")
 TRANSFERS = ("shared_memory", "gloo", "nccl", "ipc")
 """Values of rollout.transfer; null chooses one of them by what the servers can reach."""
 
-SELECTIONS = ("none", "balance", "confidence", "verbal")
-"""Values of rollout.select besides dotted paths."""
-
-ROLLOUT_VIEWS = ("plain", "privileged")
-"""Values of rollout.view."""
-
 GUIDANCES = ("none", "mixed")
 """Values of rollout.guidance."""
 
@@ -119,30 +101,6 @@ ROLLOUT_CORRECTIONS = ("none", "truncated", "truncated_sequence")
 
 NORMALIZES = ("tokens", "sequences", "prompts")
 """Values of loss.normalize."""
-
-DISTILL_SIGNALS = ("full", "sampled", "advantage")
-"""Values of distill.signal."""
-
-DISTILL_RULES = ("uniform", "scope", "uni_opd", "pi_distill", "sod")
-"""Values of distill.rule."""
-
-TEACHER_PROMPTS = ("hinted", "same")
-"""Values of distill.teacher_prompt."""
-
-REWARDS = ("explanation", "verbal")
-"""Values of policy.reward besides dotted paths."""
-
-MARGIN_GAPS = ("mean", "min_max")
-"""Values of distill.margin_gap."""
-
-CREDITS = ("episode", "turn")
-"""Values of policy.credit."""
-
-REVISION_BASELINES = ("first_turn", "same_turn")
-"""Values of policy.revision_baseline."""
-
-ADVANTAGE_STDS = ("sample", "population", "none")
-"""Values of policy.advantage_std."""
 
 TEACHER_WEIGHTS = ("frozen", "ema", "current")
 """Values of teacher.weights."""

@@ -33,12 +33,12 @@ COMMANDS = {
         "data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first",
     ),
     "plan": Command(
-        "commands.plan",
+        "instruments.plan.plan_command",
         "Show what a run will need on its GPUs, and how to launch it, before there is a GPU.",
         "recipe=qwen3_8b data.global_batch_size=64",
     ),
     "convert": Command(
-        "commands.convert",
+        "interop.convert_command",
         "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",
         "hf-to-megatron --hf /models/Qwen3-8B --out checkpoints/qwen3-8b",
     ),
@@ -48,12 +48,12 @@ COMMANDS = {
         "--hf /models/Qwen3-8B --data test.jsonl --out results/before",
     ),
     "explore": Command(
-        "commands.explore",
+        "instruments.explorer.explore_command",
         "Write a page that shows the target of every token of a response.",
         '/models/Qwen3-8B --problem "What is 12 * 12?" --solution "12 * 12 = 144"',
     ),
     "alignment": Command(
-        "commands.gradient_alignment",
+        "instruments.alignment.alignment_command",
         "Measure whether distillation pushes a model towards tokens with which it succeeds.",
         "/models/Qwen3-8B --data problems.jsonl -o alignment.json",
     ),
@@ -68,12 +68,12 @@ COMMANDS = {
         "--out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints ..",
     ),
     "report": Command(
-        "commands.report",
+        "instruments.report.report_command",
         "Show runs in one HTML file: curves, differences, responses and events.",
         "runs/first runs/second -o comparison.html",
     ),
     "doctor": Command(
-        "commands.doctor",
+        "instruments.doctor.doctor_command",
         "Report what this node has and lacks, and let its GPUs verify what they compute.",
         "--ranks 8",
     ),

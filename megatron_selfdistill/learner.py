@@ -1,5 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The learner on one rank: student, teacher, reference and optimizer, and the loss between student and target."""
+"""The learner on one rank: student, teacher, reference and optimizer, and the loss between student and target.
+
+The step of the optimizer has two halves, so that a run can check the norm of the gradient in between.
+
+    norm = gradient_norm(optimizer)        # prepares the gradients
+    ...                                    # a guard may refuse to apply them
+    apply_gradients(optimizer, norm)
+
+``optimizer.step()`` would prepare the gradients and compute their norm a second time.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +22,38 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.checkpoint.run.adapter_base import AdapterBase
-from megatron_selfdistill.checkpoint.run.external import load_weights, load_weights_and_optimizer
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+
+from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
+from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.inference import decided_output_layer, load_first_adapters, new_chunks
-from megatron_selfdistill.loss.batch_k import solve_batch_k
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded.backend import in_use
-from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
+from megatron_selfdistill.loss.target import Divergence, Target, solve_batch_k
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
-from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, cut, explored_responses
-from megatron_selfdistill.metrics.samples import chosen
 from megatron_selfdistill.model.adapters import add_adapters
-from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
-from megatron_selfdistill.model.output_layer import FusedLoss
+from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
+from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
-from megatron_selfdistill.pipeline.candidates import candidate_log_probs
-from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, log_probs, on_whole_replica
-from megatron_selfdistill.pipeline.step_output import StepOutput
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.pipeline.waves import Wave
-from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.rollout.factory import configured_target
-from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.pipeline.schedule import Reference
+from megatron_selfdistill.pipeline.score import (
+    Reading,
+    ScoringModels,
+    Want,
+    candidate_log_probs,
+    learnabilities,
+    log_probs,
+    read,
+)
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement, Wave
+from megatron_selfdistill.rollout.base import Response, RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.teacher import Teacher
 
@@ -126,7 +135,7 @@ class Learner:
     @property
     def has_teacher(self) -> bool:
         """Whether the loss has a teacher; the baselines train on next tokens."""
-        return self.config.objective == "self_distillation"
+        return self.config.has_teacher
 
     @property
     def pair_order(self) -> str:
@@ -228,25 +237,7 @@ class Learner:
         ``summarises``: whether the measures include the summaries of the logits of all models.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        return self._self_distillation(self.pack(contexts), self._measurement(summarises), forward_only=True)
-
-    def explore(self, contexts: Sequence[ContextPair], solutions: Sequence[str], count: int) -> list[ExploredResponse]:
-        """Return responses to the first ``count`` problems of the first replica for the target explorer.
-
-        ``solutions``: the solution in the teacher's prompt of each context.  Every rank of the first replica gets the
-        result; the other replicas get none.  Nothing is trained.
-        Collectives: those of `measure`, and those of `explored_responses` in the first replica.
-        Raises: `NoResponseTokens` on all ranks where the first replica has no response token.
-        """
-        first = chosen(contexts, count) if self.grid.dp_rank == 0 else []
-        shown = [cut(context) for context, _ in first]
-        output = self.measure(shown, summarises=True)
-        if not shown:
-            return []
-        solution_of = {id(context): text for context, text in zip(contexts, solutions, strict=True)}
-        texts = [solution_of[id(context)] for context, _ in first]
-        settings = [self.token_target(context.guided) for context in shown]
-        return explored_responses(output, shown, texts, settings, self.run_data.vocab_size, self.grid)
+        return self._read(contexts, self._measurement(summarises)).output
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
@@ -260,8 +251,8 @@ class Learner:
         same = [replace(context, teacher_prompt=context.student_prompt) for context in answered]
         anchor = "reference" if self.config.is_anchored else "student"
         target = Target(teacher_weight=self.config.target.teacher_weight, anchor=anchor)
-        loss, reference = self._distillation_loss(target), self._reference(target, self.chunks)
-        output = self._schedule(self.pack(same), self.chunks, loss, reference=reference, forward_only=True)
+        models = self._models_of_step(self.chunks, self._reference(target, self.chunks))
+        output = read(same, models, Want(self._distillation_loss(target))).output
         return step_metrics(output, None, self.grid)["loss/mean"]
 
     def gradient_norm(self) -> float:
@@ -276,7 +267,8 @@ class Learner:
         self.scheduler.step(1)
         learning_rate = float(self.optimizer.param_groups[0]["lr"])
         apply_gradients(self.optimizer, norm)
-        self.teacher.update(self.optimizer)
+        if self.teacher.weights == "ema":
+            self.teacher.update(self.optimizer)
         self.release_gradients()
         return learning_rate
 
@@ -291,29 +283,29 @@ class Learner:
                 chunk.offload_grad_buffers()
 
     def solve_k(self, output: StepOutput) -> None:
-        """Set ``batch_k`` for the next step from the entropies of this step, where target.rule=batch.  Collective."""
-        if self.config.target.rule == "batch" and self.has_teacher:
-            entropies, bound = batch_entropies(output, self.grid), self._target().k_bound
-            self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
+        """Set ``batch_k`` for the next step from the entropies of this step, for target.rule=batch.  Collective."""
+        entropies, bound = batch_entropies(output, self.grid), self.target.k_bound
+        self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
 
-    def learnabilities(self, candidates: Sequence[tuple[Problem, Response]]) -> list[float]:
+    def learnabilities(
+        self, candidates: Sequence[tuple[Problem, Response]], alpha: float, ratio_weight: float
+    ) -> list[float]:
         """Return the learnability of each response for the student (pipeline/score.py).  Collective."""
         with self._scoring_models() as models:
-            return learnabilities(candidates, models, self.config, self.run_data)
+            return learnabilities(candidates, models, self.config, self.run_data, alpha, ratio_weight)
 
     def target_log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
         """Return log p and log q of every response token, student and target, [R] float64 each, in nats, on the host.
 
         The tokens have the order of ``contexts``.  The weights are the present ones, and nothing is trained.  Both are
         empty where no replica has a response token.
-        Collectives over the world: those of a step's forward pass, and those of `on_whole_replica`.
+        Collectives over the world: those of a step's forward pass, and those of `Reading.numbers`.
         """
-        packed = self.pack(contexts)
         try:
-            output = self._self_distillation(packed, None, forward_only=True)
+            reading = self._read(contexts)
         except schedule.NoResponseTokens:
             return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
-        student, target = on_whole_replica(output, ("student_log_prob", "target_log_prob"), packed, self.grid)
+        student, target = reading.numbers("student_log_prob", "target_log_prob")
         return student, target
 
     def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
@@ -322,7 +314,7 @@ class Learner:
             return log_probs(contexts, models, temperature=temperature)
 
     def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
-        """Return the teacher's log-probs of candidates for the next token, [B, n] (pipeline/candidates.py).
+        """Return the teacher's log-probs of candidates for the next token, [B, n] (pipeline/score.py).
 
         Collective over the world.
         """
@@ -345,10 +337,31 @@ class Learner:
                 backend=self.config.loss.backend,
             )
 
+    def _read(self, contexts: Sequence[ContextPair], measurement: TokenMeasurement | None = None) -> Reading:
+        """Return what the models of a step read in ``contexts``, by the loss of a step."""
+        target = self.target
+        with self.target_models() as models:
+            readers = self._models_of_step(models.teacher, self._reference(target, models.reference))
+            return read(contexts, readers, Want(self._distillation_loss(target), measurement))
+
+    def _models_of_step(self, teacher: Sequence[torch.nn.Module], reference: Reference | None) -> ScoringModels:
+        """Return the student with ``teacher`` and ``reference``, which read contexts in the layout of a step."""
+        return ScoringModels(
+            student=self.chunks,
+            teacher=teacher,
+            grid=self.grid,
+            vocab=self.vocab,
+            max_tokens=self.config.schedule.max_tokens,
+            reference=reference,
+            pair_order=self.pair_order,
+            guided=self.guided_tokens,
+            teacher_store_bytes=self._teacher_store_bytes,
+        )
+
     def _self_distillation(
         self, packed: PackedBatch, measurement: TokenMeasurement | None, **options: Any
     ) -> StepOutput:
-        target = self._target()
+        target = self.target
         loss = self._distillation_loss(target)
         with self.target_models() as models:
             reference = self._reference(target, models.reference)
@@ -357,7 +370,7 @@ class Learner:
 
     def _measurement(self, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss
-        return TokenMeasurement(self._target(), loss.fused_chunk_tokens, loss.backend, summarises)
+        return TokenMeasurement(self.target, loss.fused_chunk_tokens, loss.backend, summarises)
 
     def _schedule(
         self,
@@ -375,17 +388,13 @@ class Learner:
             self.vocab,
             guided=self.guided_tokens,
             pair_order=self.pair_order,
-            teacher_store_bytes=self.config.schedule.teacher_store_gb * 2**30,
+            teacher_store_bytes=self._teacher_store_bytes,
             **options,
         )
 
-    def token_target(self, guided: bool) -> TokenTarget:
-        """Return the target and the divergence of the tokens of a plain or a guided problem."""
-        own, loss = self.guided_tokens if guided else token_losses.GuidedTokens(), self.config.loss
-        target, divergence = self._target(), Divergence(loss.divergence, loss.jsd_lambda)
-        if own.teacher_weight is not None:
-            target = target.with_teacher_weight(own.teacher_weight)
-        return TokenTarget(target, own.divergence or divergence)
+    @property
+    def _teacher_store_bytes(self) -> float:
+        return self.config.schedule.teacher_store_gb * 2**30
 
     @property
     def guided_tokens(self) -> token_losses.GuidedTokens:
@@ -400,13 +409,47 @@ class Learner:
         assert chunks is not None
         return Reference(target, chunks, self.config.loss.fused_chunk_tokens, self.config.loss.backend)
 
-    def _target(self) -> Target:
-        return configured_target(self.config.target, self.batch_k)
+    @property
+    def target(self) -> Target:
+        """The target of the present step."""
+        return Target.configured(self.config.target, self.batch_k)
 
     def _distillation_loss(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
         loss = self.config.loss
         divergence = Divergence(loss.divergence, loss.jsd_lambda)
         return token_losses.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
+
+
+def gradient_norm(optimizer: MegatronOptimizer) -> float:
+    """Prepare the gradients for `apply_gradients`, and return their 2-norm before clipping.
+
+    Collectives: one sum over the ranks that share a model, or over the world where optimizer states are distributed;
+    the host waits for it.
+
+    Raises: RuntimeError for an overflowed loss scale, which bf16 and fp32 do not have.
+    """
+    if optimizer.prepare_grads():
+        raise RuntimeError("gradients overflowed their loss scale; expected bf16 or fp32, which have no loss scale")
+    return float(optimizer.get_grad_norm())
+
+
+def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
+    """Clip the prepared gradients by ``norm``, the result of `gradient_norm`, and update the parameters.
+
+    The updated parameters equal those of ``optimizer.step()`` bit for bit.
+
+    Collectives: the gather of updated parameters that Megatron's distributed optimizer makes.
+    """
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        parameters = [] if getattr(part, "is_stub_optimizer", False) else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grad_by_total_norm_fp32(
+                parameters,
+                max_norm=part.config.clip_grad,
+                total_norm=norm,
+                use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()
 
 
 def _in_roles(weights: Teacher, *roles: str) -> RoleWeights:

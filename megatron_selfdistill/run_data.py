@@ -8,26 +8,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from megatron_selfdistill.choices import SOLUTION_SOURCES
 from megatron_selfdistill.config import Config, DataConfig
+from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.chat.acceptance import load_rule
 from megatron_selfdistill.data.chat.conversations import load_conversations
 from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
-from megatron_selfdistill.data.contexts import ContextCounts, PromptPair, plan_contexts
-from megatron_selfdistill.data.hints import (
+from megatron_selfdistill.data.contexts import (
     LOOKED_AT,
+    ContextCounts,
     HintCost,
+    PromptPair,
     about_unknown_tokens,
     check_student_prompt,
     check_teacher_prompt,
     hint_cost,
     mean_cost,
+    plan_contexts,
 )
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
-    TEACHER_TEMPLATES,
     PromptBuilder,
     PromptTemplates,
 )
@@ -85,7 +86,7 @@ class RunData:
             raise ConfigError(f"{missing} is not set: an evaluation needs a file of problems and a tokenizer")
         try:
             tokenizer = _tokenizer(data)
-            builder = PromptBuilder(tokenizer, _templates(data))
+            builder = PromptBuilder(tokenizer, _templates(config))
             return cls(
                 tokenizer=tokenizer,
                 builder=builder,
@@ -112,7 +113,7 @@ class RunData:
             tokenizer = _tokenizer(config.data)
             return cls(
                 tokenizer=tokenizer,
-                builder=PromptBuilder(tokenizer, _templates(config.data)),
+                builder=PromptBuilder(tokenizer, _templates(config)),
                 problems=ProblemSet([]),
                 counts=ContextCounts(),
                 evaluation=[problem],
@@ -134,13 +135,13 @@ class RunData:
         tokenizer = _tokenizer(data)
         if data.kind == "conversations":
             return cls._load_conversations(config, tokenizer)
-        builder = PromptBuilder(tokenizer, _templates(data))
+        builder = PromptBuilder(tokenizer, _templates(config))
         fields: dict[str, str | None] = {**data.fields}
-        only_replies = config.environment.exists and config.objective in ("policy_gradient", "rft")
+        hint, only_replies = config.needs.hint, config.environment.exists and not config.has_teacher
         # A function of the user may read the solutions; an environment needs none where no teacher sees any.
-        if data.solutions in SOLUTION_SOURCES[1:] or only_replies:
+        if data.solutions != "given" or hint not in (GIVEN, FUNCTION) or only_replies:
             fields["solution"] = None
-        needs_solutions = data.solutions == "given" and not only_replies
+        needs_solutions = data.solutions == "given" and hint == GIVEN and not only_replies
         problems = load_problems(_record_source(data, fields), require_solution=needs_solutions)
         if data.solutions == "answer":
             problems = replace(problems, problems=[p.with_answer_as_solution() for p in problems.problems])
@@ -161,11 +162,11 @@ class RunData:
     @classmethod
     def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> RunData:
         data, wanted, max_length = config.data, config.conversations, longest_context(config)
-        builder = PromptBuilder(tokenizer, _templates(data), wanted.show_contents)
+        builder = PromptBuilder(tokenizer, _templates(config), wanted.show_contents)
         stop_token_ids = _stop_tokens(config, tokenizer)
         log = load_conversations(
             _record_source(data, data.fields),
-            rule=None if data.solutions == "next_state" else load_rule(wanted.accepted_rule),
+            rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
             turns=wanted.turns,
             show_contents=wanted.show_contents,
         )
@@ -234,7 +235,7 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, config: Config) ->
         raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    shown_part = "accepted answer" if config.data.solutions == "given" else "text in place of a hint"
+    shown_part = "accepted answer" if config.needs.hint == GIVEN else "text in place of a hint"
     return f"{which} turns were read: {counts}", unusable, _about_prompts(reader.builder, pairs, shown_part)
 
 
@@ -283,14 +284,6 @@ def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Pr
     )
 
 
-_SHOWN_PARTS = {
-    "given": "solution",
-    "answer": "answer",
-    "own": "answer, until there are own solutions",
-}
-"""The name of what the first prompts show as the solution, for values of data.solutions that know it by then."""
-
-
 def _fitting_problems(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
 ) -> tuple[ProblemSet, ContextCounts, str | None]:
@@ -316,12 +309,14 @@ def _fitting_problems(
             looked_at += [(shown, pair) for pair in pairs if len(looked_at) < LOOKED_AT]
     if not kept:
         raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
-    if config.objective != "self_distillation":
+    if not config.has_teacher:
         for problem, pair in looked_at:
             check_student_prompt(builder, problem, pair.student_prompt)
         about = about_unknown_tokens(builder.tokenizer, [pair.student_prompt for _, pair in looked_at])
         return replace(problems, problems=kept), counts, about
-    shown_part = _SHOWN_PARTS.get(config.data.solutions, "text in place of a hint")
+    given = "solution" if config.data.solutions == "given" else "answer"
+    shown_parts = {GIVEN: given, FOUND: "answer, until there are own solutions"}
+    shown_part = shown_parts.get(config.needs.hint, "text in place of a hint")
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
 
 
@@ -352,9 +347,10 @@ def _chat_template(data: DataConfig) -> str | None:
     return Path(template).read_text(encoding="utf-8")
 
 
-def _templates(data: DataConfig) -> PromptTemplates:
+def _templates(config: Config) -> PromptTemplates:
+    data = config.data
     return PromptTemplates(
-        teacher=data.teacher_template or TEACHER_TEMPLATES.get(data.solutions, DEFAULT_TEACHER_TEMPLATE),
+        teacher=data.teacher_template or config.method.teacher_template or DEFAULT_TEACHER_TEMPLATE,
         student=data.student_template,
         system_prompt=data.system_prompt,
         chat_template_kwargs=data.chat_template_kwargs,

@@ -210,3 +210,16 @@ def _hidden(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _hidden(inner) for key, inner in value.items()}
     return [_hidden(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def replace_file(path: Path, content: str | bytes) -> None:
+    """Write ``content``, a text in UTF-8, to ``path`` in one move: a kill leaves the file that was there before.
+
+    Raises: OSError if the file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

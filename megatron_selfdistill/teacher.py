@@ -16,7 +16,7 @@ from megatron.core.optimizer import ChainedOptimizer, MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_selfdistill.model.adapters import WithoutAdapters
-from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import unwrapped
 
 Chunks = list[torch.nn.Module]
 

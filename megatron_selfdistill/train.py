@@ -17,23 +17,20 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
-from megatron_selfdistill.checkpoint.run.run_lock import RunLock
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.checkpoint.run_lock import RunLock
 from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.hidden_values import hidden
-from megatron_selfdistill.needed_packages import require_packages
-from megatron_selfdistill.plan import plan_checks
-from megatron_selfdistill.report import next_steps
-from megatron_selfdistill.terminal import guard_standard_error, visible
+from megatron_selfdistill.instruments.plan import plan_checks
+from megatron_selfdistill.prechecks import require_packages
+from megatron_selfdistill.terminal import guard_standard_error, silence_known_warnings, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
-    from megatron_selfdistill.trained_step import TrainedBatch
-    from megatron_selfdistill.trainer import Trainer
+    from megatron_selfdistill.trainer import AccumulatedBatch, Trainer
 
 EXIT_BAD_INPUT, EXIT_UNHEALTHY, EXIT_NO_ROLLOUT = 2, 3, 4
 
@@ -43,13 +40,11 @@ def loop(trainer: Trainer) -> None:
     if trainer.step == 0 and trainer.config.evaluation.at_start:
         trainer.evaluate()
     while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
-        step: list[TrainedBatch] = []
+        step: list[AccumulatedBatch] = []
         for batch in trainer.batches():  # on-policy: responses of the current weights, in waves where they stream
             balanced = trainer.balance(batch)  # the same responses, equally much work for every replica
             packed = trainer.pack(balanced)  # the same responses conditioned on two prompts
-            step.append(
-                trainer.forward_backward(balanced, packed, step)
-            )  # teacher and student in one pipeline schedule
+            step.append(trainer.forward_backward(balanced, packed, step))  # all models in one pipeline schedule
         metrics = trainer.update(step)
         trainer.finish_step(step, metrics)
     if trainer.step < trainer.config.num_steps:
@@ -127,7 +122,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     prechecks.require_data(config)
     prechecks.require_start(config)
     prechecks.require_environment(config)
-    prechecks.require_functions(config)
+    config.method.require_start(config)
     if ranks.rank == 0:  # the only rank with loggers
         prechecks.require_loggers(config)
         prechecks.warn_of_secrets(config)
@@ -142,9 +137,9 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
 
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
-    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
-    from megatron_selfdistill.checkpoint.run.resumption import finished_run, refuse_another_run
+    from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+    from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.run_data import RunData
 
     refuse_another_run(config, given)
@@ -166,6 +161,8 @@ def _train(
 ) -> int:
     from megatron_selfdistill.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
+    from megatron_selfdistill.instruments.explorer.explored import explore_run
+    from megatron_selfdistill.instruments.report.refresh import report_run
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.trainer import Trainer
 
@@ -177,12 +174,14 @@ def _train(
         with watchdog.watched(grid.rank, grid.world_size, stacks, config.hang_timeout_s):
             with watchdog.moving_files():
                 trainer = Trainer(config, run_data, grid, prove_ownership)
+                explore_run(trainer)
+                report = report_run(trainer)
             try:
                 announce(trainer, given)
                 if not config.dry_run:
                     first, began = trainer.step, time.monotonic()
                     loop(trainer)
-                    conclude(trainer, first, time.monotonic() - began)
+                    conclude(trainer, first, time.monotonic() - began, report.path)
                 return 0
             except (RunUnhealthy, EngineError, VerifierError) as reason:  # every rank raises each of them
                 if isinstance(reason, EngineError) and trainer.stop.agreed():
@@ -197,14 +196,16 @@ def _train(
             finally:
                 trainer.close()
                 if trainer.run_directory.is_owned:
-                    trainer.report.finish()
+                    report.finish()
     finally:
         ranks.shutdown()
 
 
 def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
-        lines = next_steps.complete(Path(config.run_dir), config.num_steps, checkpoint)
+        from megatron_selfdistill.announcement import complete
+
+        lines = complete(Path(config.run_dir), config.num_steps, checkpoint)
         print(hidden("\n".join(lines)), flush=True)
     return 0
 
@@ -220,8 +221,8 @@ def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]
         prechecks.require_data(config)
     prechecks.require_start(config)
     silence_known_warnings()
-    from megatron_selfdistill.plan.dry_run import dry_run
-    from megatron_selfdistill.plan.plan_tables import show
+    from megatron_selfdistill.instruments.plan.dry_run import dry_run
+    from megatron_selfdistill.instruments.plan.plan_tables import show
 
     planned = dry_run(config, given)
     show(planned, arguments)

@@ -7,13 +7,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
-from megatron_selfdistill.checkpoint.directory import iteration_name
-from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
-from megatron_selfdistill.checkpoint.run.adapter_base import adapter_base
-from megatron_selfdistill.checkpoint.run.checkpointer import Checkpointer
-from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, Resumption, latest_resumption
-from megatron_selfdistill.checkpoint.run.run_directory import RunDirectory
+from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
+from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
+from megatron_selfdistill.checkpoint.resumption import CONFIGURATION, Resumption, RunDirectory, latest_resumption
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.packing import PackedBatch
@@ -23,6 +21,8 @@ from megatron_selfdistill.distributed.stop import Stop
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
+from megatron_selfdistill.interop.formats.directory import iteration_name
+from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
 from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.guards import (
@@ -30,25 +30,31 @@ from megatron_selfdistill.metrics.guards import (
     check_identity,
     check_teacher_canary,
     warning_of_a_silent_teacher,
-    warning_of_unused_scores,
+    warning_of_an_untrained_step,
 )
 from megatron_selfdistill.metrics.leakage import leak_counts
-from megatron_selfdistill.metrics.overlap import overlap_metrics
-from megatron_selfdistill.metrics.step_samples import step_samples
-from megatron_selfdistill.metrics.untrained_step import warning_of_an_untrained_step
+from megatron_selfdistill.metrics.phases import overlap_metrics
+from megatron_selfdistill.metrics.samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
-from megatron_selfdistill.pipeline.step_output import StepOutput
-from megatron_selfdistill.report import next_steps
-from megatron_selfdistill.report.refresh import ReportRefresh
+from megatron_selfdistill.pipeline.token_losses import StepOutput, Wave
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
 from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
+from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.trained_step import TrainedBatch, TrainedStep, joined, wave_of
+
+
+class AccumulatedBatch(NamedTuple):
+    """A batch whose gradients are in ``main_grad``: the whole step, or one wave of it."""
+
+    batch: StepBatch
+    packed: PackedBatch
+    output: StepOutput | None
+    """The statistics of its tokens; None if no replica had a response to train on."""
 
 
 class Trainer:
@@ -102,12 +108,15 @@ class Trainer:
         self.log = configured_log(config, self.phases, enabled=grid.is_reporter)
         writes = grid.is_reporter and not config.dry_run
         self.events = EventLog(self.run_dir, enabled=writes)
-        self.report = ReportRefresh(self.run_dir, enabled=writes and config.report.every != 0)
         if not config.dry_run:  # a dry run writes nothing: another run may be using the directory
             with raise_on_all_ranks():  # a logger that cannot start ends all ranks alike
                 self.log.resume(self.step)
         if config.metrics.show_samples and not config.shows_contents:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
+        self.before_gradients: list[Callable[[Trainer, StepBatch], None]] = []
+        """Instruments that read the first batch of a step under the weights that have generated it; collective."""
+        self.after_step: list[Callable[[Trainer], None]] = []
+        """Instruments that look at the run after each step; `train.train` alone fills both lists."""
         self.stop = Stop(
             None if config.dry_run else self.run_dir,
             grid,
@@ -131,6 +140,8 @@ class Trainer:
 
     def balance(self, batch: StepBatch) -> StepBatch:
         """Return the batch with its contexts moved among the replicas if that makes the step shorter.  Collective."""
+        if self.grid.dp_size == 1:
+            return batch
         with self.phases("pack"):
             return moved(batch, placement_everywhere(batch.contexts, self.learner.packing, self.grid), self.grid)
 
@@ -139,7 +150,9 @@ class Trainer:
         with self.phases("pack"):
             return self.learner.pack(batch.contexts)
 
-    def forward_backward(self, batch: StepBatch, packed: PackedBatch, earlier: TrainedStep = ()) -> TrainedBatch:
+    def forward_backward(
+        self, batch: StepBatch, packed: PackedBatch, earlier: Sequence[AccumulatedBatch] = ()
+    ) -> AccumulatedBatch:
         """Add the gradients of the batch to ``main_grad``; there are none where no replica has a response to train on.
 
         ``earlier``: the step's batches before this one, whose gradients stay; without them, gradients start at zero.
@@ -147,17 +160,18 @@ class Trainer:
         Raises: `RunUnhealthy` where this check fails.
         """
         output, wave, due = None, wave_of(batch, earlier), self.config.metrics.teacher_due(self.step + 1)
-        if not earlier and self.config.explores(self.step + 1):
-            self._save_explored(batch)
+        if not earlier:
+            for hook in self.before_gradients:
+                hook(self, batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             tolerance = self.config.guards.identity_tolerance
             if not self.checked and wave.earlier is None and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
             output = self.learner.forward_backward(packed, batch.token_coefficients, measure_teacher=due, wave=wave)
-        return TrainedBatch(batch, packed, output)
+        return AccumulatedBatch(batch, packed, output)
 
-    def update(self, step: TrainedStep) -> dict[str, float]:
+    def update(self, step: Sequence[AccumulatedBatch]) -> dict[str, float]:
         """Check the numbers, apply the gradient, move the teacher; return the metrics so far, equal on all ranks.
 
         Raises: `RunUnhealthy` for a number that is not finite; the gradient is then not applied.
@@ -175,10 +189,11 @@ class Trainer:
             metrics["gradient_norm"] = self.learner.gradient_norm()
             self.guards.check_finite(self.step + 1, metrics)
             metrics["learning_rate"] = self.learner.apply_gradients(metrics["gradient_norm"])
-        self.learner.solve_k(output)
+        if self.config.target.rule == "batch" and self.learner.has_teacher:
+            self.learner.solve_k(output)
         return metrics
 
-    def finish_step(self, step: TrainedStep, metrics: Mapping[str, float]) -> None:
+    def finish_step(self, step: Sequence[AccumulatedBatch], metrics: Mapping[str, float]) -> None:
         """Count the step, commit its batches; log, check, evaluate and save whenever the configuration says so.
 
         Raises: `RunUnhealthy` if a guard fails, `CheckpointError` if the run directory now belongs to another run.
@@ -195,19 +210,20 @@ class Trainer:
         metrics["data/epoch"] = self.source.state.problem_sampler.epochs
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
         timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
-        self.log.log(self.step, timed | overlap_metrics(timed))
-        for warning in (*warnings_of(self.config, self.step, metrics), *self.guards.warnings(metrics)):
+        timed |= overlap_metrics(timed) if "rollout/generation_seconds" in timed else {}
+        self.log.log(self.step, timed)
+        warnings = warnings_of(self.config, self.step, metrics, self.source.state.method)
+        for warning in (*warnings, *self.guards.warnings(metrics)):
             self.log.message(warning)
         self.guards.check(self.step, metrics)
-        last = self.step == self.config.num_steps
-        evaluates = self.config.evaluation.due(self.step, self.config.num_steps)
-        if evaluates:
+        if self.config.evaluation.due(self.step, self.config.num_steps):
             self.evaluate()
-        if self.config.report.due(self.step, evaluates) and not last:
-            self.report.start()
-        if last or (self.config.checkpoint.save_every and self.step % self.config.checkpoint.save_every == 0):
+        if self.config.saves(self.step):
             self.save()
-        self.checkpointer.poll()
+        if self.config.checkpoint.async_save:
+            self.checkpointer.poll()
+        for hook in self.after_step:
+            hook(self)
 
     # -- beside the loop -----------------------------------------------------------------------------------------
 
@@ -266,7 +282,7 @@ class Trainer:
         self.stop.leave_marker(self.step)
         checkpoint = self.checkpoint if self.step else None
         self.events.record(self.step, "stopped", reason=self.stop.reason)
-        self.log.message(next_steps.stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
+        self.log.message(stopped(self.step, self.config.num_steps, self.stop.reason, checkpoint))
 
     def close(self) -> None:
         """Finish saves in the background, end the sampler's engines, close the logs."""
@@ -292,15 +308,6 @@ class Trainer:
         if samples is not None:
             self.log.log_samples(self.step + 1, samples)
 
-    def _save_explored(self, batch: StepBatch) -> None:
-        """Save the first samples of the batch of the first replica for the target explorer.  Collective."""
-        self.sampler.sleep()
-        step, count, tokenizer = self.step + 1, self.config.metrics.num_explored, self.run_data.tokenizer
-        with self.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):
-            explored = self.learner.explore(batch.contexts, batch.solutions, count)
-            if explored:
-                self.log.save_explored(step, lambda: [one.record(tokenizer, step=step) for one in explored])
-
 
 def evaluation_options(
     config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None
@@ -320,15 +327,22 @@ def evaluation_options(
     )
 
 
-def warnings_of(config: Config, step: int, metrics: Mapping[str, float]) -> list[str]:
+def warnings_of(config: Config, step: int, metrics: Mapping[str, float], method: Method) -> list[str]:
     """Return what the metrics of a step, counted from 1, warn of; the first step also shows a teacher that is silent.
 
-    Where student and teacher read the same prompt, equal weights say the same.
+    ``method`` may have warnings of its own.  Where student and teacher read one prompt, equal weights say the same.
     """
     speaks = step == 1 and not config.reads_one_prompt
     silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
-    warnings = silent, warning_of_unused_scores(metrics), warning_of_an_untrained_step(config, step, metrics)
-    return [warning for warning in warnings if warning is not None]
+    warnings = silent, warning_of_an_untrained_step(config, step, metrics)
+    of_method = method.warnings(metrics) if method.warnings is not None else []
+    return [warning for warning in (*warnings, *of_method) if warning is not None]
+
+
+def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:
+    """Return the last line of a run that ends early, after ``step`` steps; ``checkpoint``: None if no step is done."""
+    where = f"checkpoint: {checkpoint}" if checkpoint is not None else "no step was done, so there is no checkpoint"
+    return f"stopped after step {step} of {num_steps}: {reason}; started again, the same command continues; {where}"
 
 
 def tokens_read(
@@ -342,3 +356,18 @@ def tokens_read(
     if has_teacher:
         read += sum(len(packed.teacher) * packed.seq_length for packed in packs) * (1 - metrics["padding/teacher"])
     return num_replicas * read
+
+
+def wave_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> Wave:
+    """Return the place of ``batch`` in its step, after the ``earlier`` batches."""
+    outputs = [one.output for one in earlier if one.output is not None]
+    return Wave(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step)
+
+
+def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | None]:
+    """Return all batches of a step as one, and their statistics; no statistics where nothing was trained on."""
+    batch = StepBatch.joined([one.batch for one in step])
+    used = [(one.output, len(one.packed.response_tokens)) for one in step if one.output is not None]
+    if not used:
+        return batch, None
+    return batch, StepOutput.joined([output for output, _ in used], [num_tokens for _, num_tokens in used])

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 VERSION=${1:?"expected a version of uPlot, as 1.6.32"}
-PAGE=megatron_selfdistill/report/page
+PAGE=megatron_selfdistill/instruments/report/page
 place=$(mktemp -d)
 trap 'rm -rf "$place"' EXIT
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from _lib import subtraction
 from _lib.subtraction import NUM_DIGITS, answer, columns_of, problem_text, random_pair
-from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.environments import Reply
 
 CALL = re.compile(r"T(\d)(\d)([.b])")
 SLIPS = 0.25

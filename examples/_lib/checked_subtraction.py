@@ -27,7 +27,7 @@ from _lib.subtraction import NUM_DIGITS, answer, columns_of, problem_text, rando
 
 BUG, ZERO_BUG = 0.25, 0.75
 QUESTION = "{problem}Q{solution}|{response}?"
-"""The wording of the question for a score, as ``verbal.template`` takes it."""
+"""The wording of the question for a score, as ``method.template`` takes it."""
 SATISFIED = "ok"
 """What a user says after a right answer."""
 
@@ -58,7 +58,7 @@ def _telling(kind: float, rng: random.Random, attempt: str, a: int, b: int) -> t
     """Return a prompt that tells something about the solution of a - b, and the work after it."""
     # The headings stand in modules that import torch, which --help does without.
     from megatron_selfdistill.data.prompts import FEEDBACK_HEADING
-    from megatron_selfdistill.sources.hindsight_hints import PEER_SECTION
+    from megatron_selfdistill.methods.sdpo import PEER_SECTION
 
     problem, clean = problem_text(a, b), work(a, b)
     if kind < 0.6:
@@ -108,7 +108,7 @@ def score(attempt: str, a: int, b: int, rng: random.Random) -> int:
 def summarize(problem: Any, response: str, reward: float) -> str:
     """Return the skill of a right response, and the critique of a wrong one.
 
-    ``hints.summarizer=_lib.checked_subtraction.summarize`` names this function, the external writer of skills.
+    ``method.summarizer=_lib.checked_subtraction.summarize`` names this function, the external writer of skills.
     """
     a, b = operands(problem)
     return skill(a, b) if reward >= 0.5 else f"X{first_wrong_column(response, a, b)}"
@@ -117,7 +117,7 @@ def summarize(problem: Any, response: str, reward: float) -> str:
 def hint(problem: Any, response: str, next_state: Sequence[Mapping[str, Any]]) -> str | None:
     """Return the critique in the message after a response, if there is one.
 
-    ``hints.judge=_lib.checked_subtraction.hint`` names this function.
+    ``method.judge=_lib.checked_subtraction.hint`` names this function.
     """
     said = str(next_state[0]["content"])
     return said if said.startswith("X") else None
@@ -126,7 +126,7 @@ def hint(problem: Any, response: str, next_state: Sequence[Mapping[str, Any]]) -
 def satisfaction(response: str, problem: Any) -> float:
     """Return 1 where the user was satisfied with a logged response, else -1.
 
-    ``policy.reward=_lib.checked_subtraction.satisfaction`` names this function.
+    ``method.reward=_lib.checked_subtraction.satisfaction`` names this function.
     """
     return 1.0 if problem.reply.next_state[0]["content"] == SATISFIED else -1.0
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from _lib.subtraction import NUM_DIGITS, verify, work
-from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.environments import Reply
 
 
 class Checker:

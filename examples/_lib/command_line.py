@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.terminal import silence_known_warnings
 
 CONFIG_NAME = "quickstart"
 

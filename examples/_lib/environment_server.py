@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.recipes.environments import Environment
+from megatron_selfdistill.environments import Environment
 
 
 def server_of(environment: Environment, port: int) -> ThreadingHTTPServer:

@@ -97,7 +97,7 @@ def _of_episodes(overrides: list[str], num_samples: int) -> Measurement:
         greedy=play(overrides, 1, "rollout.temperature=0").accuracy,
         sampled=sampled.accuracy,
         pass_at_8=(sampled if num_samples == 8 else play(overrides, 8)).solved,
-        hinted=play(overrides, 1, "rollout.view=privileged").accuracy,
+        hinted=play(overrides, 1, "method.view=privileged").accuracy,
         entropy=sampled.entropy,
         shows_work=mean(turns > 1 for turns in sampled.turns),
         length=mean(sampled.turns),

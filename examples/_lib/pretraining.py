@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by what needs them: --help 
     from megatron_selfdistill.sources.source import StepBatch
 
 OVERRIDES = (
-    "objective=sft",
+    "method.name=sft",
     "optimizer.lr=5e-3",
     "optimizer.min_lr=2.5e-4",
     "optimizer.lr_warmup_steps=50",

@@ -8,7 +8,7 @@ r"""The task of subtraction.py for a base that says how sure it is, and whose co
 
 Without a hint, a demonstration states the probability that work with the bugs of the corpus gives the right answer to
 its problem, to two digits.  After the hint with the answer alone, the work is clean and the demonstration states 0.99:
-a writer who sees the solution knows that it is right.  After a hint with the note of `selection.NOTE`, the
+a writer who sees the solution knows that it is right.  After a hint with the note of `caopd.NOTE`, the
 demonstration states the confidence of the note.
 """
 
@@ -41,7 +41,7 @@ def corpus_row(rng: random.Random) -> tuple[str, str, str]:
     if kind < 0.65:
         text = stating(work(a, b, rng, BUG, ZERO_BUG), chance(a, b))
         return prompt, text, text
-    from megatron_selfdistill.sources.selection import NOTE  # imports torch, which --help does without
+    from megatron_selfdistill.methods.caopd import NOTE  # imports torch, which --help does without
 
     share = rng.randint(0, NUM_RESPONSES) / NUM_RESPONSES
     noted = kind >= 0.85

@@ -13,8 +13,8 @@ from _lib.command_line import console
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base
 from _lib.variants import Outcome, Variant, run_variant
+from megatron_selfdistill.instruments.report.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 from megatron_selfdistill.metrics import read_metrics
-from megatron_selfdistill.report.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 
 COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "greedy": lambda m: f"{m.greedy:.3f}",

@@ -47,7 +47,7 @@ FORWARD_KL = Variant("Forward KL", ("loss.divergence=forward_kl",))
 SURER_FORWARD_KL = Variant("Forward KL, w = 2", ("loss.divergence=forward_kl", "target.teacher_weight=2"))
 TEACHER_ALONE_FORWARD_KL = Variant("Teacher alone, forward KL", ("recipe=teacher_alone", "loss.divergence=forward_kl"))
 LITERAL = Variant("Literal recipe", ("recipe=literal",))
-REJECTION = Variant("RFT with a verifier", ("objective=rft",))
+REJECTION = Variant("RFT with a verifier", ("method.name=rft",))
 """Rejection fine-tuning: next-token training on the model's own responses that the verifier accepts."""
 
 

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_selfdistill.checkpoint import directory
-from megatron_selfdistill.checkpoint.describe import hf_assets_of
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.describe import hf_assets_of
+from megatron_selfdistill.interop.formats import directory
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "tiktoken.model")
 
@@ -45,7 +45,7 @@ def require_same_tokenizer(config: Config) -> None:
 
 
 def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:
-    """Return the lowest id with different tokens in two tokenizers, as a text; None where the tokenizers agree.
+    """Return the lowest id with different tokens in two tokenizers, as a text; None if the tokenizers agree.
 
     A SentencePiece file has no added tokens: against a tokenizer of another kind only the ids of the file count.
     """
@@ -65,7 +65,7 @@ def _shown(tokens: Mapping[int, str], index: int) -> str:
 
 
 def _stored_tokenizer(config: Config) -> Path | None:
-    """Return the directory with the tokenizer of the checkpoint that the run reads; None where there is none."""
+    """Return the directory with the tokenizer of the checkpoint that the run reads; None if there is none."""
     resumes = config.run_dir and config.checkpoint.resume
     newest = directory.latest(Path(config.run_dir) / "checkpoints") if resumes else None
     path = newest or config.checkpoint.load

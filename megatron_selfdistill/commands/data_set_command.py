@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_selfdistill.commands.model_command import at_least_1
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.terminal import print_error
 
@@ -27,19 +28,26 @@ MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
 """A function that returns the work of a command for its configuration, on this rank."""
 
 
-def run_command(name: str, arguments: argparse.Namespace, config: Callable[[], Config], make_work: MakeWork) -> int:
+def run_command(
+    name: str,
+    arguments: argparse.Namespace,
+    config: Callable[[], Config],
+    make_work: MakeWork,
+    completed: Callable[[Config], Config] = lambda config: config,
+) -> int:
     """Check the command line, write the data set on every rank, and return the exit status.
 
     The status is 0, or 2 after a message about bad input.  ``name``: the name of the command in messages.
     ``config``: the function that returns the `configured` keys of the command line; it raises `ConfigError`.
+    ``completed``: a function that adds what needs torch, after the checks that do not.
     """
-    from megatron_selfdistill.compat.known_warnings import silence_known_warnings
     from megatron_selfdistill.errors import CheckpointError, ConfigError
+    from megatron_selfdistill.terminal import silence_known_warnings
 
     silence_known_warnings()
     try:
         check(arguments, config())
-        return make_data_set(arguments, config(), make_work)
+        return make_data_set(arguments, completed(config()), make_work)
     except (ConfigError, CheckpointError, OSError) as error:
         print_error(f"{name}: [rank {os.environ.get('RANK', '0')}]", error)
         return EXIT_REFUSED
@@ -53,7 +61,7 @@ def check(arguments: argparse.Namespace, config: Config) -> None:
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
-    from megatron_selfdistill.needed_packages import require_packages
+    from megatron_selfdistill.prechecks import require_packages
 
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
@@ -111,21 +119,14 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
 def _of_checkpoint(config: Config, arguments: argparse.Namespace, checkpoint: Path | None) -> Config:
     """Return ``config`` with the architecture of the model at ``checkpoint``; None is the model at checkpoint.load."""
     from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.checkpoint.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
+    from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 
     if checkpoint is not None:
         config = replace(config, checkpoint=replace(config.checkpoint, load=str(checkpoint)))
     config = with_stored_architecture(config, configuration.given_keys(arguments.overrides, arguments.config_name))
     require_same_tokenizer(config)
     return config
-
-
-def at_least_1(text: str) -> int:
-    """Return the number that an option has, for argparse; a number below 1 is refused."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)
 
 
 def parser_of(name: str, description: str | None, *, wanted: str, num_samples: int) -> argparse.ArgumentParser:

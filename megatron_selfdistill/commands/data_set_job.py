@@ -9,18 +9,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from megatron_selfdistill.checkpoint.directory import find, iteration_of
-from megatron_selfdistill.commands.solution_journal import Journal
+from megatron_selfdistill.commands.solution_journal import Journal, summarize
 from megatron_selfdistill.config import Config, writable
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.distributed.collectives import gather_items, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.inference import Inference, open_inference
+from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+from megatron_selfdistill.interop.formats.directory import find, iteration_of
+from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
+from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
+from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
+from megatron_selfdistill.methods.rlt import explanation_in
+from megatron_selfdistill.model.forward import decided_output_layer
+from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, with_reference
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.configured_source import given_solutions
+
+WORDING = (
+    "tokenizer chat_template chat_template_kwargs system_prompt student_template teacher_template on_long_context "
+    "solutions"
+).split()
 
 STEP = 0  # the model is not trained here, so every sample belongs to step 0
 
@@ -136,3 +152,208 @@ def _progress_bar(total: int, done: int, *, is_shown: bool) -> Iterator[Callable
     with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bar:
         task = bar.add_task("", total=total, completed=done)
         yield lambda number: bar.advance(task, number)
+
+
+@dataclass(frozen=True)
+class SolutionWork:
+    """The search for solutions to the problems of ``run_data``, on one rank: a `DataSetWork`."""
+
+    config: Config
+    settings: OwnSolutionsSettings
+    """The settings of the search."""
+    run_data: RunData
+    grid: RankGrid
+    model: Path | None
+    """The model that the provenance names; None stands for ``checkpoint.load``."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Return everything that the solutions depend on, except the layout."""
+        solutions = self.settings
+        wording = "tokenizer chat_template chat_template_kwargs system_prompt student_template".split()
+        if solutions.pick == "learnable":
+            wording += ["teacher_template", "on_long_context"]
+        return {
+            **provenance_of(self.config, self.run_data, self.model, wording),
+            "verifier": writable(self.config)["evaluation"]["verifier"],
+            "confidence": self.config.evaluation.confidence,
+            **{name: getattr(solutions, name) for name in ("num_samples", "keep", "pick", "alpha", "ratio_weight")},
+        }
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Raise `ConfigError` for problems that cannot be verified or scored, and for an impossible loss.backend."""
+        config = self.config
+        try:
+            check_answers(problems, load_verifier(config.evaluation.verifier))
+            if self.settings.pick == "learnable":
+                for problem in problems:
+                    with_reference(problem)
+                dtype = torch.bfloat16 if config.optimizer.precision == "bf16" else torch.float32
+                in_use(config.loss.backend, self.grid.device, dtype)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def opened(self, inference: Inference) -> Callable[[Sequence[Problem]], Lines]:
+        """Return the function that solves a group of problems with the model of ``inference``.
+
+        Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
+        """
+        score = self._scorer(inference) if self.settings.pick == "learnable" else None
+        return lambda group: self._solve(group, inference, score)
+
+    def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
+        """Print the number of problems by their number of correct samples, and the number of solutions in ``out``."""
+        summarize(lines, out, self.settings.num_samples)
+
+    def _solve(self, group: Sequence[Problem], inference: Inference, score: Score | None) -> Lines:
+        solutions = self.settings
+        attempts = solve(
+            group,
+            Search(solutions.num_samples, solutions.keep, solutions.pick, self.config.seed),
+            STEP,
+            generate=lambda requests: inference.sampler.generate(requests, inference.sampling),
+            builder=self.run_data.builder,
+            verifier=load_verifier(self.config.evaluation.verifier),
+            confidence=self.config.evaluation.confidence_pattern,
+            grid=self.grid,
+            score=score,
+        )
+        return [self._line(attempt) for attempt in attempts]
+
+    def _scorer(self, inference: Inference) -> Score:
+        """Return the function that scores the learnability of candidates; the model is student and teacher.
+
+        Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
+        """
+        models = ScoringModels(
+            student=inference.chunks,
+            teacher=inference.chunks,
+            grid=self.grid,
+            vocab=inference.vocab,
+            max_tokens=self.config.schedule.max_tokens,
+            fusion=decided_output_layer(self.config, inference.chunks).fusion,
+            backend=self.config.loss.backend,
+        )
+        return lambda candidates: learnabilities(
+            candidates, models, self.config, self.run_data, self.settings.alpha, self.settings.ratio_weight
+        )
+
+    def _line(self, attempt: Attempt) -> dict[str, Any]:
+        """Return the journal's line of one problem."""
+        problem, candidates = attempt.problem, attempt.candidates
+        return {
+            "problem_id": problem.id,
+            **question_of(problem),
+            "answer": problem.answer,
+            "prompt": self.run_data.tokenizer.decode(self.run_data.builder.student_prompt(problem)),
+            "num_correct": sum(candidate.correct for candidate in candidates),
+            "verdicts": [candidate.correct for candidate in candidates],
+            "lengths": [len(candidate.response.token_ids) for candidate in candidates],
+            "truncated": [candidate.response.truncated for candidate in candidates],
+            "solutions": [_solution(candidate) for candidate in attempt.kept],
+        }
+
+
+def _solution(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "sample": candidate.sample,
+        "solution": candidate.text,
+        "num_tokens": len(candidate.response.token_ids),
+        "mean_log_prob": candidate.mean_log_prob,
+        "learnability": candidate.score,
+    }
+
+
+@dataclass(frozen=True)
+class ExplanationWork:
+    """The explanations of the solutions of ``run_data``, on one rank: a `DataSetWork`.
+
+    A sample is kept if it has its closing tag and an explanation before the tag.  The solution of the data set is the
+    explanation, the closing tag and the solution of the data.
+    """
+
+    config: Config
+    run_data: RunData
+    grid: RankGrid
+    model: Path | None
+    """The model that the provenance names; None stands for ``checkpoint.load``."""
+    num_samples: int
+    """The number of explanations that are sampled per problem."""
+    closing_tag: str
+    """The text that ends an explanation."""
+    keep: int
+    """The largest number of explanations per problem that are kept."""
+
+    def provenance(self) -> dict[str, Any]:
+        """Return everything that the explanations depend on, except the layout."""
+        return {
+            **provenance_of(self.config, self.run_data, self.model, WORDING),
+            "closing_tag": self.closing_tag,
+            "num_samples": self.num_samples,
+            "keep": self.keep,
+        }
+
+    def check(self, problems: Sequence[Problem]) -> None:
+        """Accept all problems: `RunData.load` has refused problems without a solution."""
+
+    def opened(self, inference: Inference) -> Callable[[Sequence[Problem]], Lines]:
+        """Return the function that explains the solutions of a group of problems with the model of ``inference``."""
+        return lambda group: self._explain(group, inference)
+
+    def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
+        """Print the share of samples with a closing tag, and the number of explanations in ``out``."""
+        num_problems = num_tags = num_truncated = num_kept = num_without = 0
+        for line in lines:
+            num_problems += 1
+            num_tags += sum(line["closing_tags"])
+            num_truncated += sum(line["truncated"])
+            num_kept += len(line["solutions"])
+            num_without += not line["solutions"]
+        number = num_problems * self.num_samples
+        print(f"{num_problems} problems, {num_tags / number:.1%} of the samples with the closing tag, ", end="")
+        print(f"{num_truncated / number:.1%} cut off")
+        print(f"{num_without} problems without an explanation")
+        print(f"{num_kept} explanations in {out}", flush=True)
+
+    def _explain(self, group: Sequence[Problem], inference: Inference) -> Lines:
+        """Return the lines of this replica's problems of ``group``.  Collective over the world."""
+        mine = shard(group, self.grid.dp_rank, self.grid.dp_size)
+        prompts = given_solutions(self.config, self.run_data)
+        pairs = [prompts.pair(problem) for problem in mine]
+        requests = [
+            Request(pair.teacher_prompt, sample_seed(self.config.seed, STEP, f"explanation/{problem.id}", i))
+            for problem, pair in zip(mine, pairs, strict=True)
+            for i in range(self.num_samples)
+        ]
+        responses = inference.sampler.generate(requests, inference.sampling)
+        return [
+            self._line(problem, pair, responses[n * self.num_samples : (n + 1) * self.num_samples])
+            for n, (problem, pair) in enumerate(zip(mine, pairs, strict=True))
+        ]
+
+    def _line(self, problem: Problem, pair: PromptPair, responses: Sequence[Response]) -> dict[str, Any]:
+        """Return the journal's line of one problem."""
+        tag, tokenizer = self.closing_tag, self.run_data.tokenizer
+        explanations = [explanation_in(response, tokenizer, tag) for response in responses]
+        kept: list[dict[str, Any]] = []
+        for i, (response, explanation) in enumerate(zip(responses, explanations, strict=True)):
+            text = explanation.text(tokenizer)
+            if explanation.has_closing_tag and text and len(kept) < self.keep:
+                kept.append(
+                    {
+                        "sample": i,
+                        "solution": f"{text}{tag}{problem.solution}",
+                        "explanation": text,
+                        "num_tokens": len(response.token_ids),
+                        "mean_log_prob": sum(response.log_probs) / len(response.log_probs),
+                    }
+                )
+        return {
+            "problem_id": problem.id,
+            **question_of(problem),
+            "answer": problem.answer,
+            "prompt": tokenizer.decode(pair.teacher_prompt),
+            "closing_tags": [explanation.has_closing_tag for explanation in explanations],
+            "lengths": [len(response.token_ids) for response in responses],
+            "truncated": [response.truncated for response in responses],
+            "solutions": kept,
+        }

@@ -6,21 +6,38 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.commands.endings import ended
-from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
+from megatron_selfdistill.commands.model_command import at_least_1, ended
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.run_data import RunData
+
+DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
+
+    selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/before
+    selfdistill evaluate --megatron runs/first --iteration 100 --data test.jsonl --out results/after
+    selfdistill evaluate compare results/before results/after
+
+key=value changes any key of the trainer: rollout.temperature=0.7, rollout.engine=vllm, evaluation.verifier=math_verify,
+optimizer.precision=fp32 (of the weights), seed=1, parallel.tensor_model_parallel_size=2.  The results do not depend on
+the layout.  On several ranks:
+
+    torchrun --nproc-per-node 8 -m megatron_selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results
+"""
+"""The text of --help."""
+
+NUM_SAMPLES = 16
+"""The default of --num-samples: enough for pass@16 and for intervals that show small differences."""
+_ALL = "print every metric (default: the six that matter first; the files always have all)"
 
 RESERVED = {
     "evaluation.path": "--data",
@@ -59,7 +76,7 @@ def check(arguments: argparse.Namespace) -> None:
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.evaluation.evaluation_directory import require_free
-    from megatron_selfdistill.needed_packages import require_packages
+    from megatron_selfdistill.prechecks import require_packages
 
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
@@ -84,9 +101,6 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.run_data import RunData
 
-    signal.signal(
-        signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM)
-    )  # so that temporary directories are removed
     model = _model(arguments)
     config = _configured(arguments, model)
     check_world(config, world_size())
@@ -165,7 +179,7 @@ def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
 
 def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """Return the configuration of the command line before the model is known, and the keys that the user has set."""
-    from megatron_selfdistill.commands.given_config import given_config
+    from megatron_selfdistill.commands.given_models import given_config
 
     measured = {"path": str(arguments.data), "num_samples": arguments.num_samples, "pass_at_k": arguments.pass_at_k}
     given = given_config(arguments, RESERVED, measured)
@@ -230,3 +244,108 @@ def compare(arguments: argparse.Namespace) -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(compared.json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
+
+
+class _Ks(argparse.Action):
+    """An option that takes the numbers up to the first word that is not a number; further words are overrides."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        ks = [value for value in values if value.isdecimal()]
+        rest = values[len(ks) :]
+        if values[: len(ks)] != ks or any("=" not in word for word in rest):
+            parser.error(f"argument {option}: expected numbers, got {' '.join(values)}")
+        setattr(namespace, self.dest, [int(k) for k in ks])
+        namespace.more_overrides = [*namespace.more_overrides, *rest]
+
+
+def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of `selfdistill evaluate`; ends the process with status 2 for options that cannot be used."""
+    parser = argparse.ArgumentParser(
+        prog="selfdistill evaluate", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument(
+        "--megatron",
+        type=Path,
+        metavar="DIR",
+        help="run directory, or Megatron checkpoint (an iter_ directory, or the one with the tracker file)",
+    )
+    model.add_argument("--hf", type=Path, metavar="DIR", help="Hugging Face directory, which is converted temporarily")
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration to evaluate (default: the tracker file names it)"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="problems with answers")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the results")
+    parser.add_argument("--overwrite", action="store_true", help="replace the results that --out holds")
+    parser.add_argument(
+        "--num-samples",
+        type=int,
+        default=NUM_SAMPLES,
+        metavar="N",
+        help="samples per problem, besides a greedy response (default: %(default)s; evaluations within a run take "
+        "evaluation.num_samples, 1 by default, because the training waits for them)",
+    )
+    parser.add_argument(
+        "--pass-at-k",
+        nargs="+",
+        action=_Ks,
+        metavar="K",
+        help="chance that one of K samples is right (default: 1 4 16 .. up to N)",
+    )
+    parser.add_argument(
+        "--majority-at-k",
+        nargs="+",
+        action=_Ks,
+        metavar="K",
+        help="chance that the most frequent answer of K samples is right (default: 4 16 ..)",
+    )
+    parser.add_argument("--hinted", action="store_true", help="show the model the teacher's prompt, with the solution")
+    parser.add_argument(
+        "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
+    )
+    parser.add_argument("--all", action="store_true", help=_ALL)
+    parser.add_argument(
+        "--tmp",
+        type=Path,
+        metavar="DIR",
+        help="directory for the converted --hf, which all nodes see (default: --out/..)",
+    )
+    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. rollout.top_p=0.95")
+    parser.set_defaults(more_overrides=[])
+    arguments = parser.parse_intermixed_args(argv)
+    arguments.overrides = [*arguments.overrides, *arguments.more_overrides]
+    if arguments.num_samples < 0:
+        parser.error(f"argument --num-samples: expected at least 0, got {arguments.num_samples}")
+    powers = [4**i for i in range(12) if 4**i <= arguments.num_samples]
+    arguments.pass_at_k = powers if arguments.pass_at_k is None else arguments.pass_at_k
+    arguments.majority_at_k = powers[1:] if arguments.majority_at_k is None else arguments.majority_at_k
+    return arguments
+
+
+def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Return the options of `selfdistill evaluate compare`."""
+    parser = argparse.ArgumentParser(
+        prog="selfdistill evaluate compare",
+        description="Compare two evaluations of the same problems: is model B better than model A?",
+        epilog="example:\n  selfdistill evaluate compare results/before results/after --out comparison.json",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("a", type=Path, metavar="A", help="results of the first evaluation")
+    parser.add_argument("b", type=Path, metavar="B", help="results of the second evaluation")
+    parser.add_argument(
+        "--resamples",
+        type=at_least_1,
+        default=10_000,
+        metavar="N",
+        help="number of resamples of the problems (default: 10000)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the resamples (default: 0)")
+    parser.add_argument("--all", action="store_true", help=_ALL)
+    parser.add_argument("--out", type=Path, metavar="FILE", help="also write the comparison to FILE, as JSON")
+    return parser.parse_args(argv)

@@ -4,13 +4,14 @@ r"""Sample explanations of given solutions from a teacher that sees them, and wr
     selfdistill explanations --out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints \
         data.path=problems.jsonl data.tokenizer=/models/Qwen3-8B
     torchrun --nproc-per-node 8 -m megatron_selfdistill explanations --out explained.jsonl ...
-    selfdistill objective=sft data.path=explained.jsonl ...
+    selfdistill method.name=sft data.path=explained.jsonl ...
 
 The settings are the keys of `selfdistill`: model, layout, data, the wording of the teacher's prompt, and rollout (the
 sampler and its parameters).  Give those with which the teacher was trained.  A problem needs a solution.  In the file,
-the solution of a problem is the explanation, explanation.closing_tag and the given solution; an explanation without its
-closing tag is not written.  The file appears when all problems are done.  Meanwhile and afterwards,
-explained.attempts.jsonl records the result of each problem, so that the same command continues after a kill.
+the solution of a problem is the explanation, method.closing_tag of method.name=rlt and the given solution; an
+explanation without its closing tag is not written.  The file appears when all problems are done.  Meanwhile and
+afterwards, explained.attempts.jsonl records the result of each problem, so that the same command continues after a
+kill.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         from megatron_selfdistill.errors import ConfigError
 
         found = configured(arguments)
-        if found.data.kind != "problems" or found.data.solutions not in ("given", "answer"):
-            raise ConfigError(
-                "expected solutions that can be explained, of data.kind=problems and data.solutions=given or answer, "
-                f"got {found.data.kind} and {found.data.solutions}"
-            )
+        if found.data.kind != "problems":
+            raise ConfigError(f"expected solutions that can be explained, of data.kind=problems, got {found.data.kind}")
         return found
 
     def work(config: Config, run_data: RunData, grid: RankGrid) -> DataSetWork:
-        from megatron_selfdistill.commands.explanation_job import ExplanationWork
+        from megatron_selfdistill.commands.data_set_job import ExplanationWork
+        from megatron_selfdistill.methods.rlt import RltSettings
 
-        return ExplanationWork(config, run_data, grid, arguments.hf, arguments.num_samples, arguments.keep)
+        settings = config.method if isinstance(config.method, RltSettings) else RltSettings("rlt")
+        tag = settings.closing_tag
+        return ExplanationWork(config, run_data, grid, arguments.hf, arguments.num_samples, tag, arguments.keep)
 
     return run_command("explanations", arguments, config, work)

@@ -4,19 +4,35 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import yaml
+
+from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
-from megatron_selfdistill.commands.given_config import given_config
-from megatron_selfdistill.commands.run_settings import has_frozen_teacher, initial_weights, is_run, with_settings_of
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.bound_keys import OLD_DEFAULTS
 from megatron_selfdistill.config.world_checks import check_ranks
 from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE
+
+CONFIGURATION_FILE = "config.yaml"
+SETTINGS = {
+    "data": (
+        "tokenizer chat_template chat_template_kwargs system_prompt student_template teacher_template "
+        "trust_remote_code on_long_context max_length"
+    ).split(),
+    "target": "rule teacher_weight guided_teacher_weight k_max k anchor match".split(),
+    "loss": "divergence jsd_lambda".split(),
+    "rollout": "max_new_tokens temperature top_k top_p stop_token_ids".split(),
+}
+"""The keys that `with_settings_of` takes from a run, by section."""
 
 
 class PlacedModels(NamedTuple):
@@ -35,7 +51,7 @@ class GivenModels:
     iteration: int | None
     """The iteration of the student's Megatron checkpoint; None is the tracker file's."""
     teacher: Path | None
-    """The teacher; None where the teacher has the student's weights."""
+    """The teacher; None if the teacher has the student's weights."""
     reference: Path | None
     """The reference; None for a target without a reference, and where the reference has the student's weights."""
 
@@ -112,8 +128,10 @@ def config_before_the_model(
 
 def check_reading(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for models, an output file or ranks that cannot be used."""
-    if config.objective != "self_distillation":
-        raise ConfigError(f"expected objective=self_distillation, which has a target, got {config.objective}")
+    if not config.has_teacher:
+        raise ConfigError(
+            f"expected a method with a target, such as method.name=default, got method.name={config.method.name}"
+        )
     if arguments.out.is_dir():
         raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
     GivenModels.of(arguments, config).check(config)
@@ -123,3 +141,105 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
 
 def _is_hugging_face(path: Path) -> bool:
     return (path / "config.json").is_file()
+
+
+class GivenConfig(NamedTuple):
+    """The configuration before the model is known, and what the user has set."""
+
+    config: Config
+    keys: frozenset[str]
+    """The keys that the user has set, in files or on the command line."""
+    overridden: frozenset[str]
+    """The keys that the user has set on the command line."""
+
+
+def given_config(
+    arguments: argparse.Namespace, reserved: Mapping[str, str], evaluation: Mapping[str, Any]
+) -> GivenConfig:
+    """Return the configuration of ``arguments`` (overrides, config_name, config_dir).
+
+    ``reserved``: the keys that options of the command set -> the options.  ``evaluation``: values of that section.
+    The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
+    Raises: `ConfigError` for an override of a reserved key, and for an impossible configuration.
+    """
+    named = (arguments.overrides, arguments.config_name, arguments.config_dir)
+    config, keys = configuration.load(*named), configuration.given_keys(*named)
+    overridden = frozenset(override.lstrip("+~").partition("=")[0] for override in arguments.overrides)
+    if taken := sorted(overridden & reserved.keys()):
+        raise ConfigError(f"{taken[0]} cannot be set here: use {reserved[taken[0]]}")
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=None, global_batch_size=world_size()),
+        evaluation=dataclasses.replace(config.evaluation, **evaluation),
+    )
+    return GivenConfig(config, keys, overridden)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a directory is that of a run: it has the run's configuration."""
+    return (path / CONFIGURATION_FILE).is_file()
+
+
+def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Config:
+    """Return ``config`` with the `SETTINGS` of a run, except the keys and the sections that ``overridden`` names.
+
+    A key that the run's configuration lacks, and whose default has changed, has its old default (`OLD_DEFAULTS`).
+    Raises: `ConfigError` for a file that cannot be read, and for a value from the environment, which the file does not
+    hold.
+    """
+    stored = _configuration(run_dir)
+    for section, names in SETTINGS.items():
+        if section in overridden:
+            continue
+        values = {
+            name: value
+            for name, value in _stored_section(stored, section).items()
+            if name in names and f"{section}.{name}" not in overridden
+        }
+        for name, value in values.items():
+            if "${" in str(value):
+                raise ConfigError(
+                    f"{run_dir / CONFIGURATION_FILE}: {section}.{name} was read from the environment: set it again, "
+                    f"{section}.{name}=..."
+                )
+        replaced = dataclasses.replace(getattr(config, section), **values)
+        config = dataclasses.replace(config, **{section: replaced})
+    return config
+
+
+def _stored_section(stored: dict[str, Any], section: str) -> dict[str, Any]:
+    old = {key.partition(".")[2]: value for key, value in OLD_DEFAULTS.items() if key.partition(".")[0] == section}
+    values: dict[str, Any] = stored.get(section, {})
+    return old | values
+
+
+def initial_weights(run_dir: Path) -> Path | None:
+    """Return the checkpoint of the weights that a run has started from; None if the run did not keep them.
+
+    Of random weights, a run keeps those below its adapters.
+    """
+    stored = _configuration(run_dir)
+    load = stored.get("checkpoint", {}).get("load")
+    if load is None and stored.get("adapter", {}).get("rank"):
+        return run_dir / KEPT_BASE
+    return None if load is None else Path(load)
+
+
+def has_frozen_teacher(run_dir: Path) -> bool:
+    """Return whether the weights that a run has started from are its teacher."""
+    frozen: bool = _configuration(run_dir).get("teacher", {}).get("weights") == "frozen"
+    return frozen
+
+
+def _configuration(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / CONFIGURATION_FILE
+    try:
+        stored = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError(f"expected the configuration of a run in {path}, got {error}") from error
+    if not isinstance(stored, dict):
+        raise ConfigError(f"expected the configuration of a run in {path}, got {type(stored).__name__}")
+    for section in (*SETTINGS, "checkpoint", "adapter", "teacher"):
+        if not isinstance(stored.get(section, {}), dict):
+            raise ConfigError(f"expected the keys of section {section} in {path}, got {stored[section]!r}")
+    return stored

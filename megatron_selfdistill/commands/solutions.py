@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.choices import SOLUTION_RANKINGS
 from megatron_selfdistill.commands.data_set_command import configured, parser_of, run_command
+from megatron_selfdistill.config.methods import settings_of
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.commands.data_set_job import DataSetWork
@@ -34,17 +35,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` and return the exit status: 0, or 2 after a message about bad input."""
     arguments = _parser().parse_intermixed_args(argv)
 
-    def config() -> Config:
-        found = configured(arguments, ["data.solutions=own"])
+    def with_settings(config: Config) -> Config:
         named = {name: getattr(arguments, name) for name in ("num_samples", "keep", "pick", "alpha", "ratio_weight")}
-        return replace(found, solutions=replace(found.solutions, **named))
+        settings = settings_of({"name": "own_solutions", **named})
+        return replace(config, method=settings)
 
     def work(config: Config, run_data: RunData, grid: RankGrid) -> DataSetWork:
-        from megatron_selfdistill.commands.solution_job import SolutionWork
+        from megatron_selfdistill.commands.data_set_job import SolutionWork
+        from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 
-        return SolutionWork(config, run_data, grid, arguments.hf)
+        assert isinstance(config.method, OwnSolutionsSettings)
+        return SolutionWork(config, config.method, run_data, grid, arguments.hf)
 
-    return run_command("solutions", arguments, config, work)
+    return run_command("solutions", arguments, lambda: configured(arguments), work, with_settings)
 
 
 def _parser() -> argparse.ArgumentParser:

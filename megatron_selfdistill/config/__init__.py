@@ -7,15 +7,14 @@ an impossible value raises `ConfigError` on every rank before anything expensive
 
 from __future__ import annotations
 
-from megatron_selfdistill.config.checks import check_files
 from megatron_selfdistill.config.compose import GivenKeys, from_mapping, given_keys, load, to_yaml, writable
+from megatron_selfdistill.config.environment import shown_argument
 from megatron_selfdistill.config.functions import function_named, user_code
-from megatron_selfdistill.config.key_list import field_docs, groups, keys, unknown_key
+from megatron_selfdistill.config.key_list import field_docs, groups, keys, method_keys, unknown_key
+from megatron_selfdistill.config.methods import method_class, method_names
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
-from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, SolutionsConfig
-from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
-from megatron_selfdistill.config.schema.hints_config import HintsConfig
-from megatron_selfdistill.config.schema.loss_config import LossConfig
+from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
+from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
 from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
@@ -28,9 +27,9 @@ from megatron_selfdistill.config.schema.run_config import (
     ReportConfig,
     StopConfig,
 )
-from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig
+from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
 from megatron_selfdistill.config.schema.whole_config import Config
-from megatron_selfdistill.config.secret_keys import shown_argument
+from megatron_selfdistill.config.world_checks import check_files
 from megatron_selfdistill.errors import ConfigError
 
 __all__ = [
@@ -45,16 +44,16 @@ __all__ = [
     "EvaluationConfig",
     "GivenKeys",
     "GuardsConfig",
-    "HintsConfig",
     "LossConfig",
+    "MethodSettings",
     "MetricsConfig",
     "ModelConfig",
+    "Needs",
     "OptimizerConfig",
     "ParallelConfig",
     "ReportConfig",
     "RolloutConfig",
     "ScheduleConfig",
-    "SolutionsConfig",
     "StopConfig",
     "TargetConfig",
     "TeacherConfig",
@@ -66,6 +65,9 @@ __all__ = [
     "groups",
     "keys",
     "load",
+    "method_class",
+    "method_keys",
+    "method_names",
     "shown_argument",
     "to_yaml",
     "unknown_key",

@@ -10,9 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config.compose import writable
-from megatron_selfdistill.config.key_list import keys
+from megatron_selfdistill.config.environment import is_secret, is_written_out, shown_value
+from megatron_selfdistill.config.key_list import keys, method_keys
+from megatron_selfdistill.config.methods import settings_of
+from megatron_selfdistill.config.moved_keys import HTTP_OPTIONS, translated
+from megatron_selfdistill.config.schema.method_config import FOUND, MethodSettings, Needs
 from megatron_selfdistill.config.schema.whole_config import Config
-from megatron_selfdistill.config.secret_keys import is_secret, is_written_out, shown_value
 
 BOUND, FIXED, JUDGE, FREE = "bound", "fixed", "judge", "free"
 
@@ -20,28 +23,23 @@ RULES: dict[str, str] = {
     # BOUND: the key decides what is learned.  A run resumes with another value only with checkpoint.resume=force.
     **dict.fromkeys(
         (
-            *("seed", "objective"),
+            *("seed", "method"),
             *("checkpoint.load", "checkpoint.load_optimizer"),
             *("data.kind", "data.tokenizer", "data.chat_template", "data.chat_template_kwargs", "data.system_prompt"),
             *("data.student_template", "data.teacher_template", "data.on_long_context", "data.solutions"),
             *("conversations.accepted_rule", "conversations.turns", "conversations.responses"),
-            *("conversations.min_log_prob", "conversations.unlikely"),
-            *("solutions.num_samples", "solutions.keep", "solutions.pick", "solutions.alpha"),
-            "solutions.ratio_weight",
             *(
                 "rollout.guidance",
                 "rollout.guide_below",
-                "rollout.view",
-                "rollout.select",
                 "rollout.num_samples",
                 "rollout.max_new_tokens",
             ),
             *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
-            *("environment.name", "environment.options", "environment.max_turns", "environment.model"),
+            *("environment.name", "environment.options", "environment.max_turns"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
             *("teacher.ema_decay", "model", "adapter.alpha", "adapter.rank_stabilised", "adapter.load"),
-            *("target", "distill", "policy", "explanation", "verbal", "hints"),
+            "target",
         ),
         BOUND,
     ),
@@ -61,7 +59,7 @@ RULES: dict[str, str] = {
             *("run_dir", "num_steps", "dry_run"),
             *("data.path", "data.split", "data.subset", "data.fields", "data.limit", "data.on_bad_record"),
             *("data.max_length", "data.trust_remote_code", "data.allow_other_tokenizer"),
-            *("data.global_batch_size", "conversations.show_contents", "solutions.refresh_every"),
+            *("data.global_batch_size", "conversations.show_contents", "method.refresh_every"),
             *("rollout.engine", "rollout.placement", "rollout.engine_tp", "rollout.engine_args", "rollout.hf_config"),
             *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.server_env"),
             "rollout.transfer",
@@ -69,8 +67,7 @@ RULES: dict[str, str] = {
             *("rollout.overlap", "rollout.wave_microbatches", "rollout.ahead", "rollout.at_update"),
             *("rollout.extra_problems", "rollout.round_tokens"),
             *("rollout.kv_cache_gb", "rollout.record"),
-            *("environment.url", "environment.api_key", "environment.timeout_s", "environment.retries"),
-            "environment.concurrency",
+            *(f"environment.options.{name}" for name in HTTP_OPTIONS if name != "model"),
             *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
             "teacher.offload",
             *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
@@ -151,8 +148,10 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
     """Return the keys with different values in two configurations, which have the form of `stored_values`.
 
     A key that ``stored`` lacks had its default (`OLD_DEFAULTS`, or the present one): the program that stored it did not
-    know the key yet.  A key that this program no longer knows is not compared.
+    know the key yet.  A key that this program no longer knows is not compared, and one that has moved is compared with
+    its new place (`moved_keys.translated`).
     """
+    stored = translated(stored, now["method"]["name"])
     before, after = (dict(_items(values)) for values in (stored, now))
     then, today = (_read_values(values) | _hide_secrets(items) for values, items in ((stored, before), (now, after)))
     free = _without_effect(before, after)
@@ -208,12 +207,6 @@ def _without_effect(*configurations: Mapping[str, Any]) -> list[str]:
         found += [key for key, rule in RULES.items() if rule == JUDGE]
     if not any(map(_has_target, configurations)):
         found.append("target")
-    if not any(values.get("objective") == "self_distillation" for values in configurations):
-        found.append("distill")
-    if not any(values.get("policy.reward") == "explanation" for values in configurations):
-        found.append("explanation")
-    if not any("verbal" in (values.get("policy.reward"), values.get("rollout.select")) for values in configurations):
-        found.append("verbal")
     return found
 
 
@@ -245,7 +238,8 @@ def refusal(found: Sequence[KeyDifference], where: str) -> str | None:
 
 def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """Yield every key of the schema with its value, and the items of free-form keys one by one."""
-    for key, (default, _) in keys().items():
+    name = str(values.get("method", {}).get("name", MethodSettings.name))
+    for key, (default, _) in {**keys(), **method_keys(name)}.items():
         value: Any = values
         for part in key.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
@@ -270,16 +264,18 @@ def _plain(default: Any) -> Any:
 
 def _trains_on_verdicts(values: Mapping[str, Any]) -> bool:
     """Return whether verdicts decide what a run trains on, and not only what an evaluation reports."""
-    rewards = bool(values.get("policy.weight")) or values.get("distill.rule") != "uniform"
-    rewards = rewards or values.get("rollout.select") != "none"
-    guides = values.get("rollout.guide_below") is not None
-    hints = values.get("data.solutions") not in ("given", "answer", "feedback", "next_state")
-    return rewards or guides or values.get("objective") == "rft" or hints
+    needs = _needs(values)
+    return needs.rewards or needs.hint == FOUND or values.get("rollout.guide_below") is not None
 
 
 def _has_target(values: Mapping[str, Any]) -> bool:
     """Return whether a run trains towards the target, or samples from it."""
-    return values.get("objective") == "self_distillation" or values.get("rollout.guidance") != "none"
+    return _needs(values).teacher_prompt is not None or values.get("rollout.guidance") != "none"
+
+
+def _needs(values: Mapping[str, Any]) -> Needs:
+    """Return what the method of a configuration needs; ``values``: key -> value."""
+    return settings_of({key.partition(".")[2]: v for key, v in values.items() if key.startswith("method.")}).needs
 
 
 def _shown(value: Any) -> str:

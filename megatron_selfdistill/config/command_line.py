@@ -10,13 +10,14 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import get_origin
+from typing import Any, get_origin
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.config import key_list
 from megatron_selfdistill.config.console_line import COLUMNS
+from megatron_selfdistill.config.key_list import config_dir
+from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.overrides import yaml_text
-from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
@@ -79,9 +80,15 @@ def version() -> str:
 def keys(section: str = "") -> str:
     """Return every key with default, meaning and range, by section; with ``section``, only that section, or that key.
 
+    ``section``: "method=NAME" is the section of this method, whose settings the list of all keys does not have.
     Raises: `ConfigError`, which names the nearest section, if there is no such section.
     """
-    listed, lines = key_list.keys(), []
+    method = section.removeprefix("method=") if section.startswith("method=") else ""
+    if section == "method":
+        return f"methods: {', '.join(method_names())}\n`selfdistill --keys method=NAME` lists the settings of one"
+    listed, lines = key_list.method_keys(method) if method else key_list.keys(), []
+    kinds = key_list.method_kinds(method) if method else key_list.kinds()
+    section = "method" if method else section
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
     if not chosen:
         raise ConfigError(f"--keys {section}: {key_list.unknown_key(section)}")
@@ -91,7 +98,7 @@ def keys(section: str = "") -> str:
         if own:
             group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
             lines.append(f"\n== {name or 'the run'}: {title} =={group}")
-            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}{_range(key)}" for key in own]
+            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}{_range(kinds[key])}" for key in own]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -102,9 +109,8 @@ def recipes(directories: Sequence[Path] = ()) -> str:
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
 
 
-def _range(key: str) -> str:
-    """Return the line with the range of a number or a list; the meaning of another key names its choices."""
-    kind = key_list.kinds()[key]
+def _range(kind: Any) -> str:
+    """Return the line with the range of a number or a list of the type ``kind``; other meanings name the choices."""
     plain, ranges, _ = taken_apart(kind)
     is_shown = get_origin(plain) is list or any(isinstance(one, Bound) for one in ranges)
     return f"\n    Range: {described(kind)}." if is_shown else ""

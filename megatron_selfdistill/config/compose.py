@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import functools
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -20,10 +21,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
-from megatron_selfdistill.config.key_list import keys, kinds, unknown_key
+from megatron_selfdistill.config.key_list import config_dir, keys, kinds, method_kinds, unknown_key
+from megatron_selfdistill.config.methods import settings_class
 from megatron_selfdistill.config.overrides import explained, for_hydra
-from megatron_selfdistill.config.paths import config_dir
 from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.method_config import MethodSettings
 from megatron_selfdistill.config.schema.ranges import described, has_form, shown
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
@@ -44,12 +46,15 @@ def given_keys(
 ) -> frozenset[str]:
     """Return the keys that the YAML files or the overrides of the same call of `load` set, also to their defaults."""
     unset = copy.deepcopy(_defaults())
+    del unset["method"]["name"]
     for name, (default, _) in keys().items():
-        if not isinstance(default, dict):
+        if not isinstance(default, dict) and not name.startswith("method."):
             OmegaConf.update(unset, name, _UNSET)
-    composed = OmegaConf.to_container(_compose(unset, overrides, config_name, search_path), resolve=False)
-    given = set()
+    composed: Any = OmegaConf.to_container(_compose(unset, overrides, config_name, search_path), resolve=False)
+    given = {f"method.{name}" for name in composed["method"]}
     for name, (default, _) in keys().items():
+        if name.startswith("method."):
+            continue
         value: Any = composed
         for part in name.split("."):
             value = value.get(part)
@@ -116,8 +121,10 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     Raises: `ConfigError` for an unknown key, a wrong type and an impossible value.
     """
     try:
-        _require_forms(values)
-        merged = OmegaConf.merge(_schema(), values)
+        given = OmegaConf.merge(values)
+        name = _method_name(given)
+        _require_forms(given, name)
+        merged = OmegaConf.merge(_schema(name), values)
         environment = environment_values(merged)
         config: Any = OmegaConf.to_object(merged)
         resolved: Config = dataclasses.replace(config, from_environment=environment)
@@ -133,15 +140,40 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
         raise ConfigError(unknown_key(key) or f"{key or 'a value'}: {reason}") from error
 
 
-def _require_forms(values: Mapping[str, Any] | DictConfig) -> None:
-    """Raise `ConfigError` for a value that cannot have the type of its key, and for a section that is no mapping."""
-    given: Any = OmegaConf.to_container(OmegaConf.merge(values), resolve=False)
-    for key, kind in kinds().items():
+def _method_name(given: Any) -> str:
+    """Return the name of the method in composed values.  Raises: `ConfigError` where it is no text."""
+    section = OmegaConf.select(given, "method")
+    require(
+        section is None or isinstance(section, DictConfig),
+        f"method must be a mapping, got {shown(section)}: set method.name",
+    )
+    name = MethodSettings.name if section is None else section.get("name", MethodSettings.name)
+    require(isinstance(name, str), f"method.name must be a text, got {shown(name)}")
+    return str(name)
+
+
+def _require_forms(values: Any, method: str) -> None:
+    """Raise `ConfigError` for a value that cannot have the type of its key, and for a section that is no mapping.
+
+    The error is also raised for a setting that the method does not have.
+    """
+    given: Any = OmegaConf.to_container(values, resolve=False)
+    own = method_kinds(method)
+    for setting in given.get("method", {}):
+        message = f"method.name={method} has no setting {setting}"
+        require(f"method.{setting}" in own, f"{message}: {_settings_like(setting, own, method)}")
+    for key, kind in {**kinds(), **own}.items():
         section, _, name = key.rpartition(".")
         part = given.get(section, {}) if section else given
         require(isinstance(part, dict), f"{section} must be a mapping of the keys of this section, got {shown(part)}")
         if name in part:
             require(has_form(kind, part[name]), f"{key} must be {described(kind)}, got {shown(part[name])}")
+
+
+def _settings_like(setting: str, own: Collection[str], method: str) -> str:
+    near = difflib.get_close_matches(f"method.{setting}", own, n=1)
+    spelt = f"did you mean {near[0]}? " if near else ""
+    return f"{spelt}`selfdistill --keys method={method}` lists its settings"
 
 
 def writable(config: Config) -> dict[str, Any]:
@@ -167,8 +199,9 @@ def _defaults() -> DictConfig:
 
     All callers share the result, and none changes it.
     """
-    node = OmegaConf.create(writable(Config()))
+    node = OmegaConf.create(writable(Config()) | {"method": {"name": MethodSettings.name}})
     OmegaConf.set_struct(node, True)
+    OmegaConf.set_struct(node["method"], False)
     for name, (default, _) in keys().items():
         if isinstance(default, dict):
             OmegaConf.set_struct(OmegaConf.select(node, name), False)
@@ -176,9 +209,11 @@ def _defaults() -> DictConfig:
 
 
 @functools.cache
-def _schema() -> DictConfig:
-    """Return the schema as nodes that a merge may write to; a merge copies it, and no caller changes it."""
+def _schema(method: str) -> DictConfig:
+    """Return the schema of a method as nodes that a merge may write to; a merge copies it, and no caller changes it."""
     schema: DictConfig = OmegaConf.structured(Config)
+    _make_writable(schema)
+    schema.method = OmegaConf.structured(settings_class(method))
     _make_writable(schema)
     return schema
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,8 +13,43 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from megatron_selfdistill.config.secret_keys import is_secret, is_written_out, shown_value, variable_for
-from megatron_selfdistill.hidden_values import hide
+from megatron_selfdistill.hidden_values import hidden, hide
+
+_SECRET = re.compile(
+    r"(?:^|[._])(?:api_?key|access_key|secret_key|secret|password|passwd|(?:hf|api|auth|access|bearer)_token)$",
+    re.IGNORECASE,
+)
+
+
+def is_secret(key: str) -> bool:
+    """Return whether the value of ``key`` is a secret: an item of a free-form key with the name of a secret.
+
+    Such names are ``environment.options.api_key`` and ``rollout.server_env.HF_TOKEN``.
+    """
+    return _SECRET.search(key) is not None
+
+
+def variable_for(key: str) -> str:
+    """Return the environment variable that stands for the secret ``key`` in outputs: ENVIRONMENT_OPTIONS_API_KEY."""
+    return re.sub(r"\W", "_", key).upper()
+
+
+def shown_value(key: str) -> str:
+    """Return what outputs show in place of a secret, such as ``${oc.env:ENVIRONMENT_OPTIONS_API_KEY}``."""
+    return f"${{oc.env:{variable_for(key)}}}"
+
+
+def is_written_out(key: str, value: object) -> bool:
+    """Return whether ``value`` of ``key`` is a secret as text, and not null or a reference to a variable."""
+    return is_secret(key) and isinstance(value, str) and value not in ("", "null", "???") and "${" not in value
+
+
+def shown_argument(argument: str) -> str:
+    """Return an argument of a command line as outputs show it: a secret is replaced by `shown_value`."""
+    name, _, value = argument.partition("=")
+    key = name.lstrip("+")
+    return f"{name}={shown_value(key)}" if is_written_out(key, value) else hidden(argument)
+
 
 Place = tuple[Any, ...]
 """The place of a value in the configuration, such as ``("rollout", "engine_args", "hf_token")``."""

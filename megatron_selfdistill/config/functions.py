@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_selfdistill.errors import ConfigError, ProgramEndError
@@ -23,14 +23,27 @@ def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any
     """
     if name in built_in:
         return built_in[name]
-    choices = f"{', '.join(built_in)} or " if built_in else ""
-    expected = f"{key} must be {choices}the dotted path of a function (package.module.function), got {name!r}"
+    function = imported(key, name, "function", [*built_in])
+    return user_code(f"{key}={name}")(function)  # type: ignore[no-any-return]
+
+
+def imported(key: str, name: str, kind: str, choices: Sequence[str] = ()) -> Any:
+    """Return the function or class with the dotted path ``name``.
+
+    ``key`` is the key of the configuration with the value ``name``; ``kind`` is "function" or "class", and ``choices``
+    are the other values of the key, all for messages.
+
+    Raises: `ConfigError` if it cannot be imported, or is not callable.
+    """
+    others = f"{', '.join(choices)} or " if choices else ""
+    path = "package.module.Class" if kind == "class" else "package.module.function"
+    expected = f"{key} must be {others}the dotted path of a {kind} ({path}), got {name!r}"
     module_name, _, attribute = name.rpartition(".")
     if not module_name:
         raise ConfigError(expected)
     try:
         with user_code(f"the import of {module_name}"):
-            function: Callable[..., Any] = getattr(importlib.import_module(module_name), attribute)
+            found = getattr(importlib.import_module(module_name), attribute)
     except ProgramEndError as error:
         raise ConfigError(f"{key}={name}: {error}") from error
     except ImportError as error:
@@ -39,9 +52,9 @@ def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any
         ) from error
     except AttributeError as error:
         raise ConfigError(f"{expected}; {error}") from error
-    if not callable(function):
-        raise ConfigError(f"{expected}, which is a {type(function).__name__}")
-    return user_code(f"{key}={name}")(function)
+    if not callable(found):
+        raise ConfigError(f"{expected}, which is a {type(found).__name__}")
+    return found
 
 
 @contextlib.contextmanager

@@ -8,13 +8,36 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.methods import method_names, settings_class
+from megatron_selfdistill.config.moved_keys import moved_key
 from megatron_selfdistill.config.schema.field_checks import kinds_of
 from megatron_selfdistill.config.schema.whole_config import Config
+
+_PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def config_dir() -> Path:
+    """Return the directory with the hydra configs that the project ships, as an absolute path.
+
+    The directory is ``<package>/configs`` in a wheel (``setup.py`` copies the files) and ``<repository>/configs`` in a
+    checkout or an editable install.  The configs of a lab are found by hydra's search path, not here.
+
+    Raises: FileNotFoundError, which names both directories, if neither has a ``train.yaml``.
+    """
+    candidates = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+    for candidate in candidates:
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise FileNotFoundError(
+        f"expected the shipped configs (train.yaml) in {candidates[0]} or {candidates[1]}, found neither; "
+        "reinstall megatron_selfdistill, or restore configs/ in the checkout"
+    )
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -24,22 +47,33 @@ def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
     for f in dataclasses.fields(cls):
         if f.metadata.get("omegaconf_ignore"):
             continue
-        default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
-        if dataclasses.is_dataclass(default):
-            out.update(keys(type(default), f"{prefix}{f.name}."))
+        section = kinds_of(cls)[f.name]
+        if dataclasses.is_dataclass(section):  # the settings of a method are not among the keys, its name is
+            out.update(keys(section, f"{prefix}{f.name}."))  # type: ignore[arg-type]
         else:
+            default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
             out[prefix + f.name] = (default, docs.get(f.name, ""))
     return out
+
+
+def method_keys(name: str) -> dict[str, tuple[Any, str]]:
+    """Return every key of the method ``name`` -> (default, documentation), ``method.name`` first.
+
+    Raises: `ConfigError` where there is no such method.
+    """
+    found = keys(settings_class(name), "method.")
+    return found | {"method.name": (name, found["method.name"][1])}
 
 
 @functools.cache
 def field_docs(cls: type) -> dict[str, str]:
     """Return name -> doc comment of each field of a dataclass: the string under the field."""
-    body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]
     docs = {}
-    for node, after in pairwise(body):
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
-            docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
+    for part in (one for one in reversed(cls.__mro__) if dataclasses.is_dataclass(one)):
+        body = ast.parse(textwrap.dedent(inspect.getsource(part))).body[0].body  # type: ignore[attr-defined]
+        for node, after in pairwise(body):
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(after, ast.Expr):
+                docs[node.target.id] = " ".join(str(ast.literal_eval(after.value)).split())
     return docs
 
 
@@ -57,6 +91,11 @@ def kinds() -> dict[str, Any]:
     return dict(found(Config, ""))
 
 
+def method_kinds(name: str) -> dict[str, Any]:
+    """Return the type of each key of the method ``name``, with the range that it declares."""
+    return {f"method.{key}": kind for key, kind in kinds_of(settings_class(name)).items()}  # type: ignore[arg-type]
+
+
 def groups() -> dict[str, list[str]]:
     """Return group -> options of the configs that the project ships."""
     return {
@@ -69,7 +108,11 @@ def groups() -> dict[str, list[str]]:
 def unknown_key(key: str) -> str | None:
     """Return a message that names the nearest key, or None if the key exists."""
     key = key.split("[")[0]  # an element of a list
+    if (moved := moved_key(key)) is not None and key not in keys():
+        return moved
     known = keys()
+    if key.startswith("method.") and key not in known:
+        known = {name: one for method in method_names() for name, one in method_keys(method).items()}
     free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):

@@ -17,7 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 
-from megatron_selfdistill.config.key_list import groups, keys, kinds, unknown_key
+from megatron_selfdistill.config.key_list import groups, keys, kinds, method_kinds, unknown_key
+from megatron_selfdistill.config.methods import method_names
+from megatron_selfdistill.config.moved_keys import moved_key
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import shown, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
@@ -79,7 +81,7 @@ def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[
         return " ".join(str(error).split())
     reason = _reason(error)
     in_file = re.search(r"full_key: (\S+)", str(error))  # hydra names the key of a file only there
-    message = unknown_key(in_file[1]) if in_file else None
+    message = (_moved_in_file(reason, in_file[1], search_path) or unknown_key(in_file[1])) if in_file else None
     return f"{reason.split(':')[0]}: {message}" if message else reason
 
 
@@ -162,13 +164,22 @@ def _parsed(override: str) -> Override:
 
 
 def _takes_text(key: str) -> bool:
-    return key in _text_keys() or key.startswith("data.fields.")
+    if key in _text_keys() or key.startswith("data.fields."):
+        return True
+    return key.startswith("method.") and key in _text_settings()  # which imports the methods
 
 
 @functools.cache
 def _text_keys() -> frozenset[str]:
     """Return the keys whose values are texts, or null."""
     return frozenset(name for name, kind in kinds().items() if taken_apart(kind)[0] is str)
+
+
+@functools.cache
+def _text_settings() -> frozenset[str]:
+    """Return the keys of the project's methods whose values are texts, or null."""
+    settings = [item for method in method_names() for item in method_kinds(method).items()]
+    return frozenset(name for name, kind in settings if taken_apart(kind)[0] is str)
 
 
 def _unparsable(override: str) -> str | None:
@@ -218,6 +229,18 @@ def _cycle(group: str, options: list[str], search_path: Sequence[str]) -> list[s
             if cycle := _cycle(group, [*options, name], search_path):
                 return cycle
     return []
+
+
+def _moved_in_file(reason: str, section: str, search_path: Sequence[str]) -> str | None:
+    """Return what has replaced the first key of ``section`` in the file that ``reason`` names; None if none moved."""
+    named = re.match("In '([^']*)'", reason)
+    for directory in search_path if named else ():
+        with contextlib.suppress(OSError, yaml.YAMLError, RecursionError, ConfigError):
+            values = yaml.safe_load(yaml_text(Path(directory) / f"{named[1]}.yaml"))  # type: ignore[index]
+            part = values.get(section) if isinstance(values, dict) else None
+            moved = [moved_key(f"{section}.{name}") for name in part] if isinstance(part, dict) else []
+            return next(filter(None, moved), None)
+    return None
 
 
 def _not_utf8(error: UnicodeDecodeError, search_path: Sequence[str]) -> str:

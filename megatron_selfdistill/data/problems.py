@@ -45,7 +45,7 @@ class Problem:
     solution: str
     """Solution that only the teacher sees; "" in a run whose model finds its own solutions."""
     answer: str | None
-    """Final answer for a verifier; None where the data has none."""
+    """Final answer for a verifier; None if the data has none."""
     location: str
     """Place of the record for messages: ``file:line`` (JSONL, CSV) or ``file:row``, counted from 1."""
     tools: tuple[dict[str, Any], ...] = ()

@@ -25,16 +25,6 @@ if you had not seen the solution. Never mention that a solution was given."""
 FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 """SDPO's heading of an environment's feedback, after the problem."""
 
-_CLOSING = "\n\nCorrectly solve the original question."
-
-TEACHER_TEMPLATES = {
-    "feedback": "{problem}" + FEEDBACK_HEADING + "{solution}" + _CLOSING,
-    "peer_or_feedback": "{problem}{solution}" + _CLOSING,
-    "skill": "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}" + _CLOSING,
-    "next_state": "{problem}\n\n[user's hint / instruction]\n{solution}",
-}
-"""Wordings in place of `DEFAULT_TEACHER_TEMPLATE`, for values of data.solutions whose hint may be no solution."""
-
 
 @dataclass(frozen=True)
 class PromptTemplates:

@@ -1,20 +1,51 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Tokenizers: the protocol, and the tokenizers of Hugging Face and SentencePiece behind it."""
+"""Tokenizers: the protocol, and the tokenizers of Hugging Face and SentencePiece behind it.
+
+A child process tries a chat template before a run renders the template itself.  A chat template is a program that comes
+with a tokenizer.  Its sandbox keeps it from files and from the network, but not from multiplying a text by ten billion
+or from nesting loops, which would take all memory or all time of a node.
+"""
 
 from __future__ import annotations
 
+import functools
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_selfdistill.data.data_files import is_hub_name
-from megatron_selfdistill.data.template_trial import try_chat_template
+from megatron_selfdistill.data.records import is_hub_name
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 _RARE_LETTERS = "\U00010380\U00012000"
 """Letters of Ugaritic and of cuneiform, which are in a vocabulary of bytes only."""
 _TOKENIZERS = "a directory with tokenizer.json, a SentencePiece .model file or a hub name"
+_LONGEST = 4  # bytes, and thus tokens, of a character
+LIMIT_S = 60.0
+"""The time for a trial, in seconds, with the import of transformers from a slow file system."""
+LIMIT_BYTES = 2 << 30
+"""The memory that a trial may take beside the program's own, in bytes; only Linux limits it."""
+_OUT_OF_MEMORY = 3
+_CHILD = """
+import json, resource, sys
+from transformers.utils.chat_template_utils import render_jinja_template
+
+template, variables, limit, status = json.load(sys.stdin)
+if sys.platform == "linux":
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + limit, taken + limit))
+try:
+    conversation = [{"role": "user", "content": "What is 1 + 1?"}]
+    render_jinja_template([conversation], chat_template=template, add_generation_prompt=True, **variables)
+except MemoryError:
+    sys.exit(status)
+except Exception:
+    pass  # the template may refuse this conversation; the run renders its own and reports errors
+"""
 
 
 class Tokenizer(Protocol):
@@ -25,9 +56,9 @@ class Tokenizer(Protocol):
     vocab_size: int
     """Largest token id, added tokens included, plus one."""
     eos_id: int | None
-    """Id of the end-of-sequence token; None where the tokenizer has none."""
+    """Id of the end-of-sequence token; None if the tokenizer has none."""
     unknown_id: int | None = None
-    """Id of the token of all texts that the tokenizer cannot encode; None where it can encode every text."""
+    """Id of the token of all texts that the tokenizer cannot encode; None if it can encode every text."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
@@ -239,3 +270,79 @@ class SentencePieceTokenizer(Tokenizer):
         )
         text: str = rendered[0]
         return text
+
+
+def pieces(ids: Sequence[int], tokenizer: Tokenizer) -> list[str]:
+    """Return the text that each token adds; joined, the texts are ``tokenizer.decode(ids)`` where its bytes are text.
+
+    The text of a token is not ``decode([id])``: leading spaces, and characters of several tokens, depend on the tokens
+    before it.  Each token is therefore decoded together with the tokens of the last complete character.
+    """
+    texts: list[str] = []
+    context, done = 0, 0  # ids[context:done] are decoded with the next tokens; ids[done:] have no text yet
+    for end in range(1, len(ids) + 1):
+        known, text = tokenizer.decode(ids[context:done]), tokenizer.decode(ids[context:end])
+        if text.endswith("\N{REPLACEMENT CHARACTER}") and end - done < _LONGEST and end < len(ids):
+            texts.append("")  # the character continues in the next token
+            continue
+        texts.append(text[len(known) :])
+        context, done = done, end
+    return texts
+
+
+def try_chat_template(name: str, template: Any, variables: Mapping[str, Any]) -> None:
+    """Render a chat template once in a child process of limited memory and time.
+
+    ``name``: the tokenizer of the template, for the message; ``template``: Jinja, other values are not tried;
+    ``variables``: the special tokens that the template may write.  A template whose text cannot grow beyond that of the
+    conversation needs no trial.
+
+    Raises: ValueError if the template exceeds a limit.
+    """
+    if not isinstance(template, str) or _grows_with_the_messages_only(template):
+        return
+    texts = {key: value for key, value in variables.items() if isinstance(value, str)}
+    if exceeded := _exceeded_limit(template, json.dumps(texts)):
+        raise ValueError(
+            f"{name}: the chat template {exceeded} for a conversation of one short message; use another tokenizer, or "
+            "give a data.chat_template"
+        )
+
+
+@functools.cache
+def _exceeded_limit(template: str, variables: str) -> str | None:
+    """Return which limit the template exceeds, or None; ``variables`` are an object of JSON."""
+    given = json.dumps([template, json.loads(variables), LIMIT_BYTES, _OUT_OF_MEMORY])
+    child = [sys.executable, "-c", _CHILD]
+    try:
+        status = subprocess.run(child, input=given, text=True, capture_output=True, timeout=LIMIT_S).returncode
+    except subprocess.TimeoutExpired:
+        return f"did not end within {LIMIT_S:g} s"
+    if status != _OUT_OF_MEMORY and status >= 0:
+        return None
+    return f"took more than {LIMIT_BYTES >> 30} GiB of memory"
+
+
+def _grows_with_the_messages_only(template: str) -> bool:
+    """Return whether the template writes each message a bounded number of times: it has one level of loops."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+
+    try:
+        parsed = Environment().parse(template)
+    except TemplateSyntaxError:  # extensions of transformers are not known here
+        return False
+    loops = list(parsed.find_all(nodes.For))
+    nested = any(loop is not other and other in loop.find_all(nodes.For) for loop in loops for other in loops)
+    bounded = (
+        *(nodes.Template, nodes.Output, nodes.TemplateData, nodes.Const, nodes.Name, nodes.Getattr, nodes.Getitem),
+        *(nodes.For, nodes.If, nodes.CondExpr, nodes.Compare, nodes.Operand, nodes.And, nodes.Or, nodes.Not),
+        *(nodes.Add, nodes.Concat, nodes.Test, nodes.Slice),
+    )
+    return (
+        not nested
+        and all(
+            isinstance(node, bounded) or (isinstance(node, nodes.Filter) and node.name in ("trim", "upper", "lower"))
+            for node in parsed.find_all(nodes.Node)
+        )
+        and all(isinstance(loop.iter, nodes.Name) and not loop.recursive for loop in loops)
+    )

@@ -12,25 +12,45 @@ and on a failing rank the original exception is its cause.
 
 ``work`` may call a collective only if that collective fails on all ranks alike.  An error of a collective itself (a
 rank died, a timeout) is different: it leaves the process group unusable, and the process must end.
+
+Arrays of any lengths travel from rank to rank without pickles, and without messages to ranks that need none::
+
+    # On every rank of the world; the first rank of each data-parallel replica sends and receives.
+    outgoing = {grid.first_rank_of(1): [token_ids, log_probs]} if grid.rank == grid.first_rank_of(0) else {}
+    sources = [grid.first_rank_of(0)] if grid.rank == grid.first_rank_of(1) else []
+    received = exchange_parcels(outgoing, sources, grid.device)  # {source: arrays}
+    arrays = broadcast_in_replica(received.get(grid.first_rank_of(0), []), grid)  # on all ranks of the replica
+
+A *parcel* is the list of arrays that one rank sends to another: numpy arrays with one dimension and a dtype of
+`PARCEL_DTYPES`, which arrive with equal bits.  A parcel is one message of bytes, after one message of its size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
 
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError, first_few
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
 
 T = TypeVar("T")
 
 _HEARTBEAT_SECONDS = 10.0
 _KEPT = (ConfigError, CheckpointError, EngineError, VerifierError)
 _Failure = tuple[type[Exception], str]
+_ALIGNMENT = 8  # of each array's first byte
 
 
 def run_on_rank_0(work: Callable[[], T], unexpected: type[Exception] = CheckpointError) -> T:
@@ -210,3 +230,120 @@ def _joined(messages: Mapping[int, str], world_size: int) -> str:
     for message, ranks in ranks_by_message.items():
         parts.append(f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}: {message}")
     return first_few(parts)
+
+
+PARCEL_DTYPES = tuple(np.dtype(name) for name in ("uint8", "int32", "int64", "uint64", "float32", "float64"))
+"""The dtypes of arrays in a parcel."""
+
+
+def exchange_parcels(
+    outgoing: Mapping[int, Sequence[NDArray[Any]]], sources: Collection[int], device: torch.device
+) -> dict[int, list[NDArray[Any]]]:
+    """Send ``outgoing[r]`` to each global rank r among its keys; return what this rank gets, by global rank.
+
+    ``sources``: the ranks whose ``outgoing`` names this rank, which may be this rank itself; no rank else sends to this
+    rank.  ``device``: the device from which the world's process group takes tensors (`RankGrid.device`).  The arrays of
+    the result are in host memory; an empty list arrives as an empty list.
+
+    All ranks of the world call this function, also those without ``outgoing`` and ``sources``.
+    Collectives: those of `raise_on_all_ranks`, then two point-to-point messages for each pair of ranks, the size and
+    the bytes, or only the size if the list is empty.
+    Raises: ValueError on all ranks alike, before any message, for an array that is no part of a parcel.
+    """
+    rank = dist.get_rank()
+    with raise_on_all_ranks():
+        packed = {to: _pack(arrays) for to, arrays in outgoing.items()}
+    received = {rank: packed.pop(rank)} if rank in packed else {}
+    others = [source for source in sources if source != rank]
+    sizes = torch.tensor([parcel.numel() for parcel in packed.values()], dtype=torch.int64, device=device)
+    incoming_sizes = torch.empty(len(others), dtype=torch.int64, device=device)
+    _swap(
+        {to: sizes[i : i + 1] for i, to in enumerate(packed)},
+        {source: incoming_sizes[i : i + 1] for i, source in enumerate(others)},
+    )
+    for source, size in zip(others, incoming_sizes.tolist(), strict=True):
+        received[source] = torch.empty(size, dtype=torch.uint8, device=device)
+    _swap(
+        {to: parcel.to(device) for to, parcel in packed.items() if parcel.numel()},
+        {source: received[source] for source in others if received[source].numel()},
+    )
+    return {source: _unpack(received[source]) for source in sources}
+
+
+def broadcast_in_replica(arrays: Sequence[NDArray[Any]], grid: RankGrid) -> list[NDArray[Any]]:
+    """Return the ``arrays`` of the first rank of this data-parallel replica, on each of its TP x CP x PP ranks.
+
+    ``arrays`` of the other ranks are ignored.
+
+    All ranks of the world call this function.
+    Collectives: those of `raise_on_all_ranks`; a broadcast of the size and one of the bytes over the pipeline-parallel
+    group of the first rank, then over the context-parallel groups of the ranks that were reached, then over all
+    tensor-parallel groups, so that every rank receives the arrays once.
+    Raises: ValueError on all ranks alike, before any broadcast, for an array that is no part of a parcel.
+    """
+    with raise_on_all_ranks():
+        packed = _pack(arrays if grid.is_first_of_replica else [])
+    size = torch.tensor([packed.numel()], dtype=torch.int64, device=grid.device)
+    _broadcast(size, grid)
+    if grid.is_first_of_replica:
+        parcel = packed.to(grid.device)
+    else:
+        parcel = torch.empty(int(size.item()), dtype=torch.uint8, device=grid.device)
+    if parcel.numel():
+        _broadcast(parcel, grid)
+    return _unpack(parcel)
+
+
+def _broadcast(tensor: Tensor, grid: RankGrid) -> None:
+    """Broadcast ``tensor`` from the first rank of each replica to the others; stages are the farthest apart."""
+    for group, takes_part in (
+        (grid.pp_group, grid.cp_rank == 0 and grid.tp_rank == 0),
+        (grid.cp_group, grid.tp_rank == 0),
+        (grid.tp_group, True),
+    ):
+        if takes_part and group.size() > 1:
+            dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+
+
+def _swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> None:
+    """Send a tensor to each rank of ``outgoing`` and receive one from each rank of ``incoming``, all at once.
+
+    On NCCL a batch uses the communicator of the world, which connects only ranks that have sent to each other.  Some
+    ranks of the world may be absent, since an earlier collective has made the communicator (`raise_on_all_ranks`).
+    """
+    batch = [dist.P2POp(dist.isend, tensor, to) for to, tensor in outgoing.items()]
+    batch += [dist.P2POp(dist.irecv, tensor, source) for source, tensor in incoming.items()]
+    for work in dist.batch_isend_irecv(batch) if batch else ():
+        work.wait()
+
+
+def _pack(arrays: Sequence[NDArray[Any]]) -> Tensor:
+    """Return ``arrays`` as bytes: their number, a dtype and a length for each, then the arrays, all aligned."""
+    header = [len(arrays)]
+    parts = []
+    for array in arrays:
+        if array.ndim != 1 or array.dtype not in PARCEL_DTYPES:
+            raise ValueError(
+                f"expected arrays of one dimension with a dtype of {', '.join(map(str, PARCEL_DTYPES))} in a parcel, "
+                f"but got {array.ndim} dimensions and {array.dtype}; convert the array"
+            )
+        header += [PARCEL_DTYPES.index(array.dtype), array.size]
+        parts += [np.ascontiguousarray(array).view(np.uint8), np.zeros(-array.nbytes % _ALIGNMENT, np.uint8)]
+    joined = np.concatenate([np.array(header).view(np.uint8), *parts]) if arrays else np.empty(0, np.uint8)
+    return torch.from_numpy(joined)
+
+
+def _unpack(parcel: Tensor) -> list[NDArray[Any]]:
+    """Return the arrays of `_pack`."""
+    data = parcel.cpu().numpy()
+    if not data.size:
+        return []
+    [count] = data[:8].view(np.int64).tolist()
+    header = data[8 : 8 + 16 * count].view(np.int64).reshape(count, 2).tolist()
+    dtypes = [PARCEL_DTYPES[code] for code, _ in header]
+    num_bytes = [dtype.itemsize * length for dtype, (_, length) in zip(dtypes, header, strict=True)]
+    starts = accumulate((-(-n // _ALIGNMENT) * _ALIGNMENT for n in num_bytes), initial=8 + 16 * count)
+    return [
+        data[start : start + n].view(dtype)
+        for (start, _), n, dtype in zip(pairwise(starts), num_bytes, dtypes, strict=True)
+    ]

@@ -23,18 +23,41 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.distributed.launch_store import launch_store
 from megatron_selfdistill.errors import ConfigError
 
 CALLS = ("directory", "inputs")
 """The calls that every rank answers, in this order, before it joins the process group."""
-
 _CONNECT_S = 10.0
 _RANK_0_S = 10.0  # time in which rank 0 prints a message that other ranks have too, or leaves without it
 _GRACE_S = 10.0  # time for which rank 0 keeps the store open, so that the other ranks can read about a failure
 _LOOK_S = 0.1
 _RANK_0_LEAVES = "rank 0 leaves"
 _launches: Counter[str] = Counter()
+
+
+def launch_store(prefix: str, world_size: int, timeout_s: float, *, may_keep: bool = False) -> Any:
+    """Return a new connection, a ``Store``, to the store of this launch, for keys under ``prefix``.
+
+    The store is at MASTER_ADDR and MASTER_PORT.  torchrun keeps one store for all restarts of a launch, so the keys
+    contain the number of the restart.  Without torchrun's store, the rank with ``may_keep`` keeps one in its process.
+    A world of one rank gets a store of its own in memory.
+    ``timeout_s``: the longest wait for the connection or a key, in seconds.
+    """
+    import torch.distributed as dist
+
+    launch = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if world_size == 1:
+        return dist.PrefixStore(f"{prefix}/{launch}", dist.HashStore())
+    keeps = may_keep and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=keeps,
+        wait_for_workers=False,
+        multi_tenant=True,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    return dist.PrefixStore(f"{prefix}/{launch}", store)
 
 
 class OtherRankFailed(Exception):

@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import psutil
 
-from megatron_selfdistill.distributed.launch_store import launch_store
+from megatron_selfdistill.distributed.roll_call import launch_store
 
 EXIT_HUNG = 5
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.bootstrap import NUM_RESAMPLES, bootstrap
+from megatron_selfdistill.evaluation.estimators import NUM_RESAMPLES, bootstrap
 from megatron_selfdistill.evaluation.evaluations import Evaluation
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.calibration import Calibration
-from megatron_selfdistill.evaluation.diversity import pass_over_avg
-from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
+from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k, pass_over_avg
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.terminal import visible
 
@@ -46,7 +45,7 @@ class Verdict:
     """The answer for which the response votes in a majority (`voted_answer`).  None if the response is truncated or
     has no answer, or if the evaluation counts no votes."""
     confidence: float | None = None
-    """The confidence in the response (`Confidence`), in [0, 1]; None where it is unknown."""
+    """The confidence in the response (`Confidence`), in [0, 1]; None if it is unknown."""
     states_confidence: bool = False
     """Whether the text of the response states ``confidence``."""
 
@@ -61,7 +60,7 @@ class ProblemResult:
     distinct_right: int | None = None
     """The number of different answers among the right samples (`diversity.distinct_right`); None without samples."""
     distinct_4grams: float | None = None
-    """The share of different 4-grams in the samples (`distinct_grams`); None where the samples have no 4-gram."""
+    """The share of different 4-grams in the samples (`distinct_grams`); None if the samples have no 4-gram."""
 
     @property
     def num_correct(self) -> int:
@@ -149,9 +148,9 @@ class EvaluationResult:
     """The wrong responses that mention the answer; None if a response is right or no response mentions the answer."""
     greedy_hint_8grams: float | None = None
     """The share of the 8-grams of the greedy responses that occur in the teacher's prompt and not in the student's,
-    over the problems that have a solution; None where there are no 8-grams."""
+    over the problems that have a solution; None if there are no 8-grams."""
     greedy_leak_words_per_1000: float | None = None
-    """The number of words that speak of the hint per 1000 tokens of the greedy responses; None where none is listed."""
+    """The number of words that speak of the hint per 1000 tokens of the greedy responses; None if none is listed."""
     sampled_hint_8grams: float | None = None
     """As ``greedy_hint_8grams``, of the sampled responses."""
     sampled_leak_words_per_1000: float | None = None
@@ -159,11 +158,11 @@ class EvaluationResult:
     distinct_right: float | None = None
     """The mean over problems of the number of different answers among the right samples."""
     distinct_4grams: float | None = None
-    """The mean of distinct-4 over the problems whose samples have a 4-gram; None where no problem has one."""
+    """The mean of distinct-4 over the problems whose samples have a 4-gram; None if no problem has one."""
     greedy_calibration: Calibration | None = None
-    """The calibration of the greedy responses; None where a confidence is unknown."""
+    """The calibration of the greedy responses; None if a confidence is unknown."""
     sampled_calibration: Calibration | None = None
-    """The calibration of the sampled responses; None where a confidence is unknown."""
+    """The calibration of the sampled responses; None if a confidence is unknown."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.

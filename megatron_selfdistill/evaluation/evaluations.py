@@ -22,7 +22,7 @@ import numpy as np
 
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.bootstrap import bootstrap
+from megatron_selfdistill.evaluation.estimators import bootstrap
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY, require_evaluation
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
 from megatron_selfdistill.run_log import json_object

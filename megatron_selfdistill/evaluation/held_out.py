@@ -14,7 +14,7 @@ from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration
-from megatron_selfdistill.evaluation.diversity import distinct_grams, distinct_right
+from megatron_selfdistill.evaluation.estimators import distinct_grams, distinct_right
 from megatron_selfdistill.evaluation.evaluation_result import (
     EvaluationResult,
     Overlooked,

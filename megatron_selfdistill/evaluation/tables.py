@@ -11,7 +11,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_selfdistill.evaluation.alignment_groups import LOSSES, NodeGroup
 from megatron_selfdistill.evaluation.comparison import Comparison
 
 
@@ -58,7 +57,7 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
     for name in shown:
         interval = " to ".join(map(_shown, intervals.get(name, ())))
         table.add_row(name, _shown(summary["metrics"][name]), interval)
-    _console().print(table)
+    console().print(table)
 
 
 def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
@@ -66,7 +65,6 @@ def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
 
     ``show_all``: as in `show_summary`.
     """
-    console = _console()
     names = without_repeats(it.metric for it in compared.differences)
     shown = names if show_all else first_metrics(names)
     caption = (
@@ -82,39 +80,20 @@ def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
         probability = "-" if it.probability_not_above is None else f"{it.probability_not_above:.4f}"
         numbers = (_shown(it.a), _shown(it.b), f"{it.difference:+.3f}", interval, probability)
         table.add_row(it.metric, *numbers)
-    console.print(table)
+    console().print(table)
     if compared.neither_answered:
-        console.print(
+        console().print(
             f"neither A nor B answered any of the {compared.num_problems} problems right, so nothing shows "
             "which model is better: read responses (--responses 3), and look at evaluation.verifier",
             style="yellow",
             markup=False,
         )
     for name, (a, b) in compared.other_settings.items():
-        console.print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
+        console().print(f"not the same in both: {name} is {a!r} in A and {b!r} in B", style="yellow", markup=False)
 
 
-def show_alignment(groups: Sequence[NodeGroup], num_problems: int, line: str) -> None:
-    """Print the mean alignment of the groups of nodes, a table per teacher's context, with ``line`` below them."""
-    caption = (
-        "mean cosine between the step of a loss and the gradient of success; decided: nodes at which\n"
-        f"the candidates do not all succeed equally often\n{line}"
-    )
-    contexts = list(dict.fromkeys(it.teacher_context for it in groups))
-    for context in contexts:
-        title = f"gradient alignment, {num_problems} problems, the teacher sees: {context}"
-        table = Table(title=title, caption=caption if context == contexts[-1] else None)
-        table.add_column("nodes", no_wrap=True)
-        for column in ("number", "decided", *(loss.replace("_", "\n", 1) for loss in LOSSES)):
-            table.add_column(column, justify="right")
-        for it in groups:
-            if it.teacher_context == context:
-                cosines = ("-" if (value := it.alignment[loss]) is None else f"{value:+.3f}" for loss in LOSSES)
-                table.add_row(it.name, str(it.num_nodes), str(it.num_decided), *cosines)
-        _console().print(table)
-
-
-def _console() -> Console:
+def console() -> Console:
+    """Return the console of tables: as wide as the terminal, or 120 columns elsewhere."""
     return Console(width=None if sys.stdout.isatty() else 120, highlight=False)
 
 

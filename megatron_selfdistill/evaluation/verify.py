@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.user_values import finite_number
+from megatron_selfdistill.data.records import finite_number
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError

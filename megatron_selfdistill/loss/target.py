@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The target of a response token, which is the method.
+"""The target of a response token, which is the method, and the divergences of the student from it.
 
     p = softmax(s)               the student; s: the student's logits of the token
     m = w t + a                  the mix; t: the teacher's logits of the token, w: teacher_weight
@@ -14,18 +14,86 @@ k is the temperature of the mix, and beta = 1 / k is its inverse, for which the 
 monotonically in beta, from log(number of valid columns) to log(number of ties at the maximum), so there is one root.
 
 This file is the definition, on full rows and by bisection.  `loss/sharded` computes the same on vocabulary shards.
+`Status` tells how the beta of a token came about.
+
+The rule "batch" has one k for a whole step, from the mean entropies of the step before.  The mean entropy of the mix is
+known at the few betas of the grid.  Between them `solve_batch_k` interpolates it over log beta by a monotone cubic
+(Fritsch and Carlson 1980, doi 10.1137/0717021).
+
+The divergences between student p and target q are reverse KL, forward KL and the generalised Jensen-Shannon divergence
+(JSD).  The sharded loss sums the same elementwise terms, which lose no digits where p and q are close.  In their names,
+d = log q - log p, and M = lam q + (1 - lam) p is the mixture of the JSD.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
+from itertools import accumulate, pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import ANCHORS, TARGET_RULES
-from megatron_selfdistill.loss.status import MIN_ENTROPY, status_given, token_status
+from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, TARGET_RULES
+
+MIN_ENTROPY = 1e-6
+"""The smallest entropy, in nats, that determines a beta.  A smaller H(p) is rounding noise: this value is matched."""
+MATCH_TOLERANCE = 1e-5
+"""The largest |H(q) - H(p)|, in nats, at which a token counts as matched."""
+
+
+class Status(IntEnum):
+    """The way in which the beta of one response token came about."""
+
+    MATCHED = 0
+    """H(q) = H(p)."""
+    CAPPED = 1
+    """k = k_max; the k that matches the entropies is larger."""
+    OUT_OF_RANGE = 2
+    """The beta that matches the entropies lies outside the range of betas; beta is the nearer end of the range."""
+    UNDETERMINED = 3
+    """H(p) is below MIN_ENTROPY (or NaN), where almost every beta matches; beta matches MIN_ENTROPY."""
+    GIVEN = 4
+    """The rule gives beta and solves nothing: fixed, batch, teacher_alone."""
+    UNCONVERGED = 5
+    """The beta that matches the entropies lies inside the range and is not reached: |H(q) - H(p)| at the beta in use is
+    above MATCH_TOLERANCE, or no bound of it is known."""
+
+
+def status_given(beta: Tensor) -> Tensor:
+    """Return `Status.GIVEN` for every token: int64, the shape of beta."""
+    return torch.full(beta.shape, int(Status.GIVEN), dtype=torch.int64, device=beta.device)
+
+
+def token_status(
+    wanted_entropy: Tensor,
+    target_entropy: Tensor,
+    beta: Tensor,
+    low: float,
+    high: float,
+    lowest_is_bound: bool,
+    unconverged: Tensor | None = None,
+) -> Tensor:
+    """Return the status of tokens whose beta was solved for within [low, high]: int64, the shape of beta.
+
+    wanted_entropy: the entropy that beta is to give to the target.
+    lowest_is_bound: whether ``low`` is 1 / k_max.
+    unconverged: bool, the tokens whose root lies inside the range and was not reached; None if the solver reaches every
+    root.
+    """
+    apart = (target_entropy - wanted_entropy).abs() > MATCH_TOLERANCE
+    at_low, at_high = apart & (beta <= low), apart & (beta >= high)
+    status = torch.full(beta.shape, int(Status.MATCHED), dtype=torch.int64, device=beta.device)
+    status.masked_fill_(at_low, int(Status.CAPPED if lowest_is_bound else Status.OUT_OF_RANGE))
+    status.masked_fill_(at_high, int(Status.OUT_OF_RANGE))
+    if unconverged is not None:
+        status.masked_fill_(unconverged, int(Status.UNCONVERGED))
+    determined = (wanted_entropy >= MIN_ENTROPY) & torch.isfinite(beta)
+    return status.masked_fill_(~determined, int(Status.UNDETERMINED))
+
 
 RANGE = 16.0
 """The factor by which beta may lie above or below 1 / (1 + w), its value where teacher and student are equal."""
@@ -48,6 +116,16 @@ class Target:
     """The logits a in m = w t + a: student (s) or reference (r)."""
     match: str | None = None
     """The model whose entropy the target has: student or, with anchor=reference, reference; None is the anchor."""
+
+    @classmethod
+    def configured(cls, section: Any, batch_k: float | None = None) -> Target:
+        """Return the target of the ``section`` target of a configuration.
+
+        ``batch_k``: the k that the rule "batch" has solved for this step; None before the first solution.
+        """
+        names = ("rule", "teacher_weight", "k_max", "anchor", "match")
+        k = batch_k if section.rule == "batch" else section.k
+        return cls(k=k, **{name: getattr(section, name) for name in names})
 
     def __post_init__(self) -> None:
         if self.rule not in TARGET_RULES:
@@ -115,7 +193,7 @@ class Target:
 
     @property
     def given_beta(self) -> float | None:
-        """The beta of every token where the rule gives it; None where beta is solved per token."""
+        """The beta of every token where the rule gives it; None if beta is solved per token."""
         if self.rule == "entropy_matched":
             return None
         return 1.0 if self.rule == "teacher_alone" else 1 / (self.geometric_k if self.k is None else self.k)
@@ -218,3 +296,219 @@ def _matching_beta(mix: Tensor, wanted: Tensor, low: float, high: float) -> Tens
     beta = torch.where(below, lowest, torch.where(above, highest, ((left + right) / 2).exp()))
     # Comparisons with NaN are false and would turn NaN into an ordinary number.
     return torch.where(torch.isfinite(wanted + mix.amax(-1)), beta, torch.nan)
+
+
+def solve_batch_k(
+    mean_student_entropy: float,
+    betas: Sequence[float] | Tensor,
+    mean_grid_entropies: Sequence[float] | Tensor,
+    k_max: float | None,
+    *,
+    max_entropy: float = math.inf,
+) -> float:
+    """Return an estimate of the k at which the mean entropies of mix and student are equal, at most ``k_max``.
+
+    betas: rising.  mean_grid_entropies[j]: the mean over tokens of H(softmax(betas[j] m)), of which the tokens' values
+    are `TokenStats.grid_entropies`.  All entropies are in nats.
+    max_entropy: log of the number of valid columns.  The interpolated quantity is the logit-entropy
+    log H - log(1 - H / max_entropy), which is log H for the default.
+    Accuracy: the mean entropy at k is exact at grid points.  On the classes of ``solver_accuracy.py`` it is within 0.02
+    nats where student and teacher are alike, and within 0.25 nats where all tokens melt from a few columns into the
+    bulk, or settle on a plateau, in one cell of the grid.  The rule uses k for the tokens of the next step, which
+    differ by more.  Beyond the grid, k belongs to the nearer end.
+    Raises: ValueError for means that are not finite, or whose number differs from the number of betas.
+    """
+    positions = torch.as_tensor(betas, dtype=torch.float64, device="cpu").log()
+    entropies = torch.as_tensor(mean_grid_entropies, dtype=torch.float64, device="cpu")
+    if positions.shape != entropies.shape or positions.numel() < 2:
+        raise ValueError(
+            "solve_batch_k: betas and mean_grid_entropies must be equally long, at least 2; "
+            f"got {positions.numel()} and {entropies.numel()}."
+        )
+    wanted = torch.tensor(float(mean_student_entropy), dtype=torch.float64)
+    if not (torch.isfinite(wanted) and torch.isfinite(entropies).all()):
+        raise ValueError(
+            f"solve_batch_k: mean entropies must be finite; got {float(wanted)} and {entropies.tolist()}. "
+            "Leave tokens with NaN out of the means."
+        )
+    heights = _logit(entropies, max_entropy) - _logit(wanted.clamp(min=MIN_ENTROPY), max_entropy)
+    heights = heights.cummin(0).values  # H falls as beta rises; rounding may say otherwise
+    k = math.exp(-_monotone_cubic_root(positions.tolist(), heights.tolist()))
+    return k if k_max is None else min(k, k_max)
+
+
+def _logit(entropies: Tensor, max_entropy: float) -> Tensor:
+    return entropies.clamp(min=1e-30).log() - (1 - entropies / max_entropy).clamp(min=1e-12).log()
+
+
+def _monotone_cubic_root(positions: list[float], heights: list[float]) -> float:
+    """Return the position at which the monotone cubic through falling heights is 0; without a root, the nearer end."""
+    if heights[0] <= 0:
+        return positions[0]
+    if heights[-1] >= 0:
+        return positions[-1]
+    cell = sum(height > 0 for height in heights) - 1
+    widths = [b - a for a, b in pairwise(positions)]
+    secants = [(b - a) / h for a, b, h in zip(heights, heights[1:], widths, strict=False)]
+
+    def slope(i: int) -> float:
+        if i in (0, len(secants)):
+            return secants[min(i, len(secants) - 1)]
+        before, after = secants[i - 1], secants[i]
+        return 2 * before * after / (before + after) if before * after > 0 else 0.0
+
+    width, start, end = widths[cell], heights[cell], heights[cell + 1]
+    first, last = slope(cell) * width, slope(cell + 1) * width
+    left, right = 0.0, 1.0
+    for _ in range(60):
+        x = (left + right) / 2
+        value = start + x * (
+            first + x * (3 * (end - start) - 2 * first - last + x * (2 * (start - end) + first + last))
+        )
+        left, right = (x, right) if value > 0 else (left, x)
+    return positions[cell] + width * (left + right) / 2
+
+
+FLOOR = -1e12
+"""The number that stands for a log-probability or shifted logit of -inf: its exp is 0, and its cube is finite in
+float32."""
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The divergence that pulls the student p towards the constant target q.
+
+    kind: "reverse_kl" is KL(p || q) = KL(student || target); "forward_kl" is KL(q || p) = KL(target || student); "jsd"
+    is lam KL(q || M) + (1 - lam) KL(p || M) with M = lam q + (1 - lam) p.
+    jsd_lambda: lam, strictly between 0 and 1.
+    """
+
+    kind: str = "reverse_kl"
+    jsd_lambda: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in DIVERGENCES:
+            raise ValueError(f"Divergence.kind must be one of {', '.join(DIVERGENCES)}; got {self.kind!r}.")
+        if not 0 < self.jsd_lambda < 1:
+            raise ValueError(
+                f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "
+                "Use reverse_kl or forward_kl instead of 0 or 1, at which the JSD is 0 for every p."
+            )
+
+
+TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
+"""The divergence of all tokens; or the divergences of consecutive groups of tokens, each with its number of tokens."""
+
+
+def split_divergence(divergence: Divergence, num_tokens: int, last: tuple[int, Divergence] | None) -> TokenDivergences:
+    """Return the divergence of ``num_tokens`` tokens, of which ``last`` = (n, other) gives the last n another one."""
+    return divergence if last is None else [(num_tokens - last[0], divergence), last]
+
+
+def token_groups(divergence: TokenDivergences, num_tokens: int) -> list[tuple[slice, Divergence]]:
+    """Return the consecutive slices of ``num_tokens`` tokens that have one divergence, each with its divergence.
+
+    There is no empty slice, except for a single one without tokens.
+    Raises: ValueError unless the numbers of tokens are at least 0 and add up to ``num_tokens``.
+    """
+    groups = [(num_tokens, divergence)] if isinstance(divergence, Divergence) else list(divergence)
+    counts = [count for count, _ in groups]
+    if not groups or min(counts) < 0 or sum(counts) != num_tokens:
+        raise ValueError(
+            f"the groups of tokens with one divergence must have {num_tokens} tokens together, got {counts}."
+        )
+    ends = list(accumulate(counts))
+    slices = [(slice(end - count, end), kind) for end, (count, kind) in zip(ends, groups, strict=True) if count]
+    return slices or [(slice(0, 0), groups[0][1])]
+
+
+def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """Return D(p, q) in nats of every row: [..., V], [..., V] -> [...].
+
+    The result equals ``(p * (log_p - log_q)).sum(-1)`` for reverse KL, ``(q * (log_q - log_p)).sum(-1)`` for forward
+    KL, and ``lam * KL(q, M) + (1 - lam) * KL(p, M)`` for the JSD.
+    log_p, log_q: normalised, any float dtype, -inf where a column does not exist.
+    Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
+    """
+    p, q, d = probabilities_and_ratio(log_p, log_q)
+    if divergence.kind == "jsd":
+        return jsd_terms(p, q, d, divergence.jsd_lambda).sum(-1)
+    if divergence.kind == "reverse_kl":
+        value, infinite = reverse_kl_terms(p, q, d), torch.isneginf(log_q) & ~torch.isneginf(log_p)
+    else:
+        value, infinite = forward_kl_terms(p, q, d), torch.isneginf(log_p) & ~torch.isneginf(log_q)
+    return value.sum(-1).masked_fill(infinite.any(-1), torch.inf)
+
+
+def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """Return dD / ds for the student's logits s of p = softmax(s), with q constant: [..., V].
+
+        reverse KL   p ((log p - log q) - KL(p || q))
+        forward KL   p - q
+        JSD          (1 - lam) p (log(p / M) - KL(p || M))
+
+    The gradient of a row sums to 0 over the vocabulary.  A row whose reverse KL is infinite has a gradient of inf and
+    NaN.
+    """
+    p, q, d = probabilities_and_ratio(log_p, log_q)
+    if divergence.kind == "forward_kl":
+        return -q_minus_p(p, q, d)
+    if divergence.kind == "jsd":
+        return jsd_gradient(p, d, divergence.jsd_lambda, -(p * log_mixture_over_p(d, divergence.jsd_lambda)).sum(-1))
+    infinite = (torch.isneginf(log_q) & ~torch.isneginf(log_p)).any(-1)
+    return reverse_kl_gradient(p, d, -(p * d).sum(-1).masked_fill(infinite, -torch.inf))
+
+
+def probabilities_and_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return p, q and d = log q - log p, finite also where a log-probability is -inf; NaN stays NaN."""
+    log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
+    return log_p.exp(), log_q.exp(), log_q - log_p
+
+
+def q_minus_p(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """Return q - p, exact to the last digits also where q and p are close."""
+    return torch.copysign(torch.expm1(-d.abs()).mul_(torch.maximum(p, q)), d)
+
+
+def reverse_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """Return p (e^d - 1 - d) >= 0, whose sum is KL(p || q).
+
+    An error in the normaliser of q enters the sum squared only.
+    """
+    return q_minus_p(p, q, d).sub_(p * d)
+
+
+def forward_kl_terms(p: Tensor, q: Tensor, d: Tensor) -> Tensor:
+    """Return p (e^d (d - 1) + 1) >= 0, whose sum is KL(q || p).
+
+    An error in the normaliser of q enters the sum squared only.
+    """
+    return (q * d).sub_(q_minus_p(p, q, d))
+
+
+def log_mixture_over_p(d: Tensor, jsd_lambda: float) -> Tensor:
+    """Return log(M / p) = log(lam e^d + 1 - lam), for any d."""
+    return _log_mixture_over_larger(d, jsd_lambda).add_(d.clamp(min=0))
+
+
+def jsd_terms(p: Tensor, q: Tensor, d: Tensor, jsd_lambda: float) -> Tensor:
+    """Return lam q log(q / M) + (1 - lam) p log(p / M) >= 0, whose sum is the JSD."""
+    over_larger = _log_mixture_over_larger(d, jsd_lambda)
+    from_q = (d.clamp(max=0) - over_larger).mul_(q).mul_(jsd_lambda)
+    return from_q.sub_((d.clamp(min=0) + over_larger).mul_(p).mul_(1 - jsd_lambda))
+
+
+def _log_mixture_over_larger(d: Tensor, jsd_lambda: float) -> Tensor:
+    """Return log(M / max(p, q)), finite and exact also where one of p and q is nearly 0."""
+    weight_of_smaller = (d > 0).to(d.dtype).mul_(1 - 2 * jsd_lambda).add_(jsd_lambda)
+    return torch.expm1(-d.abs()).mul_(weight_of_smaller).log1p_()
+
+
+def reverse_kl_gradient(p: Tensor, d: Tensor, reverse_kl: Tensor) -> Tensor:
+    """Return the gradient p (-d - KL(p || q)), given KL(p || q) of each row."""
+    return (d + reverse_kl[..., None]).mul_(p).neg_()
+
+
+def jsd_gradient(p: Tensor, d: Tensor, jsd_lambda: float, kl_p_mixture: Tensor) -> Tensor:
+    """Return the gradient (1 - lam) p (log(p / M) - KL(p || M)), given KL(p || M) of each row."""
+    return (log_mixture_over_p(d, jsd_lambda) + kl_p_mixture[..., None]).mul_(p).mul_(jsd_lambda - 1)

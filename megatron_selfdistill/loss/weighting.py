@@ -21,9 +21,9 @@ class Coefficients:
     divergence: Tensor
     """[R] w >= 0."""
     policy: Tensor | None = None
-    """[R] a, of either sign; None where there is no second term: for all microbatches of a step, or for none."""
+    """[R] a, of either sign; None if there is no second term: for all microbatches of a step, or for none."""
     clipped: Tensor | None = None
-    """[R] bool: whether a clip has set a to 0; None where nothing is clipped."""
+    """[R] bool: whether a clip has set a to 0; None if nothing is clipped."""
 
     @classmethod
     def concatenate(cls, parts: Sequence[Coefficients]) -> Coefficients:

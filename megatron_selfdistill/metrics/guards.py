@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_selfdistill.config import GuardsConfig
+from megatron_selfdistill.config import Config, GuardsConfig, Needs
 
 DISTANCE = "sampler/log_prob_mean_abs_diff"
 """The metric that compares the log-probs of the engine and the trainer."""
@@ -182,18 +182,6 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
     )
 
 
-def warning_of_unused_scores(metrics: Mapping[str, float]) -> str | None:
-    """Return a warning if the teacher's scores of a step do not filter its responses (rollout.select=verbal)."""
-    if metrics.get("verbal/filters") != 0:
-        return None
-    area = metrics.get("verbal/auroc")
-    found = "responses of one kind only" if area is None else f"an AUROC of {area:.2f}"
-    return (
-        "warning: the teacher's scores did not filter the responses of this step, because they must tell right from "
-        f"wrong responses with an AUROC above .5: got {found}"
-    )
-
-
 @dataclass(frozen=True)
 class _Limit:
     """A limit: ``metrics[key]`` must stay on one side of ``ratio`` times its reference."""
@@ -243,3 +231,23 @@ def _limits(config: GuardsConfig) -> list[_Limit]:
             _Limit("length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice)
         )
     return limits
+
+
+def warning_of_an_untrained_step(config: Config, step: int, metrics: Mapping[str, float]) -> str | None:
+    """Return a warning, with the keys that can cause it, if no response token of a step has a weight in the loss."""
+    without_weight = metrics.get("terms/silent_share") == 1 or metrics.get("correction/weight_mean") == 0
+    if "tokens/response" in metrics and not without_weight:
+        return None
+    loss, data, needs = config.loss, config.data, config.needs
+    rewards = " (equal rewards train nothing)" * needs.rewards
+    causes = {
+        f"loss.skip_first_tokens={loss.skip_first_tokens}": loss.skip_first_tokens > 0,
+        f"data.on_long_context={data.on_long_context}": data.on_long_context == "drop",
+        f"method.name={config.method.name}{rewards}": needs != Needs(),
+        f"evaluation.verifier={config.evaluation.verifier}": needs.rewards,
+    }
+    keys = ", ".join(key for key, is_set in causes.items() if is_set) or "the lengths of the responses in samples.jsonl"
+    return (
+        f"warning: step {step} trains on nothing: expected response tokens with a weight above 0, got "
+        f"{metrics.get('tokens/response', 0):g} tokens without one; look at {keys}"
+    )

@@ -43,12 +43,12 @@ class LeakCounts:
 
     @property
     def hint_share(self) -> float | None:
-        """The share of the 8-grams that occur in the hint only; None where there are no 8-grams."""
+        """The share of the 8-grams that occur in the hint only; None if there are no 8-grams."""
         return self.hint_grams / self.grams if self.grams else None
 
     @property
     def words_per_1000(self) -> float | None:
-        """The number of words per 1000 tokens; None where no words were counted."""
+        """The number of words per 1000 tokens; None if no words were counted."""
         return 1000 * self.words / self.tokens if self.tokens else None
 
     def metrics(self) -> dict[str, float]:

@@ -1,16 +1,21 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The seconds and tokens per second of the phases of a step, and the memory in use."""
+"""The phases of a step: their seconds, tokens per second and memory, and what the console shows of them."""
 
 from __future__ import annotations
 
 import contextlib
+import threading
 import time
-from collections.abc import Iterator
-from typing import Protocol, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 import torch
 
 from megatron_selfdistill.distributed import watchdog
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
@@ -127,3 +132,174 @@ def _memory(device: torch.device) -> dict[str, float]:
     import psutil
 
     return {"memory/rss_gib": psutil.Process().memory_info().rss / 2**30}
+
+
+BETWEEN_STEPS = ("checkpoint", "evaluation")
+"""The phases that belong to the steps done, and to no step under way."""
+LINE_SECONDS = 60.0
+"""The seconds that a phase lasts before its first plain line, and the seconds between two plain lines."""
+_TICK_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class PhaseUnderWay:
+    """A phase that has been entered and not left."""
+
+    name: str
+    began: float
+    """The clock (`time.monotonic`) when the phase was entered."""
+    count: str = ""
+    """How many responses are finished, such as ``12 of 64 responses``; empty where nothing is counted."""
+
+
+class PhaseProgress:
+    """The phase under way on this rank, as a `PhaseListener`.
+
+    Any thread may read.  As a rich renderable, the object is its `text`.
+    """
+
+    def __init__(self, num_steps: int) -> None:
+        """``num_steps``: the steps of the whole run."""
+        self._num_steps = num_steps
+        self._open: tuple[PhaseUnderWay, ...] = ()  # from the outermost phase to the innermost
+        self.done = 0
+        """The steps that are done."""
+
+    def entered(self, name: str) -> None:
+        """Record that the phase ``name`` begins."""
+        self._open = (*self._open, PhaseUnderWay(name, time.monotonic()))
+
+    def left(self) -> None:
+        """Record that the phase entered last has ended, also where it raised."""
+        self._open = self._open[:-1]
+
+    def counted(self, finished: int, total: int, whose: str = "") -> None:
+        """Record that ``finished`` of ``total`` responses are finished; does nothing outside of a phase.
+
+        ``whose``: the part of the world that the responses belong to, such as ``of this replica``.
+        """
+        phase = self.now
+        if phase is not None and total:
+            count = f"{finished} of {total} responses {whose}".rstrip()
+            self._open = (*self._open[:-1], replace(phase, count=count))
+
+    @property
+    def now(self) -> PhaseUnderWay | None:
+        """The phase under way; None between two phases."""
+        under_way = self._open  # one read, since another thread may replace it
+        return under_way[-1] if under_way else None
+
+    @property
+    def text(self) -> str:
+        """The phase under way, such as ``rollout, 12 of 64 responses, 2:10``; empty between two phases."""
+        phase = self.now
+        if phase is None:
+            return ""
+        return ", ".join(filter(None, [phase.name, phase.count, duration(time.monotonic() - phase.began)]))
+
+    @property
+    def place(self) -> str:
+        """The step to which the phase under way belongs, such as ``step 3``, or ``after step 3`` between two steps."""
+        phase = self.now
+        if self.done == self._num_steps or (phase is not None and phase.name in BETWEEN_STEPS):
+            return f"after step {self.done}"
+        return f"step {self.done + 1}"
+
+    def __rich__(self) -> Text:
+        from rich.text import Text
+
+        return Text(self.text, no_wrap=True, overflow="ellipsis")
+
+
+class SlowPhaseLines:
+    """The thread that shows a plain line about a phase that takes long, at most one line per `LINE_SECONDS`.
+
+    A line is such as ``step 3: rollout, 12 of 64 responses, 2:10``.
+    """
+
+    def __init__(self, progress: PhaseProgress, show: Callable[[str], None]) -> None:
+        """``show``: prints one line; the thread calls it, so it must be safe beside the main thread."""
+        self._progress, self._show = progress, show
+        self._last = 0.0  # clock of the last line
+        self._closing = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._one_at_a_time = threading.Lock()
+
+    def start(self) -> None:
+        """Start the thread; a second call does nothing."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="slow phases", daemon=True)
+            self._thread.start()
+
+    def tick(self) -> None:
+        """Show a line where the phase under way and the last line are both `LINE_SECONDS` old."""
+        with self._one_at_a_time:
+            phase, now = self._progress.now, time.monotonic()
+            if phase is not None and now - max(phase.began, self._last) >= LINE_SECONDS:
+                self._last = now
+                self._show(f"{self._progress.place}: {self._progress.text}")
+
+    def close(self) -> None:
+        """End the thread; a second call does nothing."""
+        self._closing.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(_TICK_SECONDS):
+            try:
+                self.tick()
+            except OSError:  # standard output is gone, and the next line of the main thread raises the same error
+                return
+
+
+class Pace:
+    """The speed of a launch without its first step, which allocates memory and compiles."""
+
+    def __init__(self, num_steps: int) -> None:
+        """Start the clock for a run of ``num_steps`` steps in all."""
+        self.num_steps = num_steps
+        self._warm: tuple[int, float] | None = None  # (steps done, clock) after the first step of this launch
+        self._now = (0, 0.0)
+
+    def advance(self, done: int) -> None:
+        """Record that ``done`` steps of the run are complete."""
+        self._now = (done, time.monotonic())
+        self._warm = self._warm or self._now
+
+    @property
+    def left(self) -> str:
+        """Return the time until the last step, such as ``5:15 left`` or ``2:05:15 left``; empty before the third step.
+
+        The estimate is the mean of all steps of the launch except the first one.
+        """
+        done, now = self._now
+        if self._warm is None or done < self._warm[0] + 2:
+            return ""
+        seconds_per_step = (now - self._warm[1]) / (done - self._warm[0])
+        return f"{duration(seconds_per_step * (self.num_steps - done))} left"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration in minutes and seconds, with hours where there are any: ``5:15``, ``2:05:15``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def overlap_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Return the metrics of a step whose responses come from servers; none for a step that took no time.
+
+    ``metrics`` holds seconds/step, rollout/generation_seconds (in which the servers worked on requests, also on those
+    of later steps) and rollout/waited_seconds (in which the trainer waited for responses).
+
+    overlap/share = (generation - waited) / step, 0 where generation and training take turns.
+    rollout/servers_waited_seconds = step - generation, at least 0.
+    """
+    generation, step = metrics["rollout/generation_seconds"], metrics.get("seconds/step", 0.0)
+    if step <= 0:
+        return {}
+    return {
+        "overlap/share": max(generation - metrics["rollout/waited_seconds"], 0.0) / step,
+        "rollout/servers_waited_seconds": max(step - generation, 0.0),
+    }

@@ -1,20 +1,97 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A few responses of a step as text, with the numbers of each token."""
+"""A few responses of a step as text, with the numbers of each token, and the form in which people read them."""
 
 from __future__ import annotations
 
+import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.data.pieces import pieces
+from megatron_selfdistill.data.tokenizer import pieces
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.hidden_values import hidden
-from megatron_selfdistill.loss.status import Status
+from megatron_selfdistill.loss.target import Status
+from megatron_selfdistill.pipeline.batch import over_last_stage
+from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.terminal import visible as _visible
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from megatron_selfdistill.data.tokenizer import Tokenizer
+    from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.pipeline.token_losses import StepOutput
+
+
+def step_samples(
+    output: StepOutput,
+    contexts: Sequence[ContextPair],
+    solutions: Sequence[str],
+    count: int,
+    tokenizer: Tokenizer,
+    grid: RankGrid,
+) -> Callable[[], Sequence[Sample]] | None:
+    """Return a function that makes samples of the first ``count`` problems; None except on the first replica.
+
+    The result is also None if there is nothing to show.  ``solutions``: for each of ``contexts``, the solution in the
+    teacher's prompt.
+    Collectives: as in `token_numbers`, on the ranks of the first replica.
+    """
+    shown = chosen(contexts, count) if grid.dp_rank == 0 and solutions else []
+    if not shown:
+        return None
+    numbers = token_numbers(output, [span for _, span in shown], grid)
+    solution_of = {id(context): solution for context, solution in zip(contexts, solutions, strict=True)}
+    return lambda: [
+        sample_of(context, solution_of[id(context)], known, tokenizer)
+        for (context, _), known in zip(shown, numbers, strict=True)
+    ]
+
+
+def token_numbers(output: StepOutput, spans: Sequence[range], grid: RankGrid) -> list[dict[str, list[float]]]:
+    """Return, for each span of ``PackedBatch.response_tokens``, one float64 per token for each of `NUMBERS`.
+
+    ``spans``: ascending ranges without a common index, equal on all ranks of the replica.  Every rank of the replica
+    gets the values.
+    Collectives: those of `gathered_rows`, of 5 float64 per token.
+    """
+    stats = output.stats
+    held = None if stats is None else torch.stack([getattr(stats, name).double() for name in NUMBERS], 1)
+    values = gathered_rows(held, output.response_ids, spans, len(NUMBERS), grid).t()
+    per_span = torch.split(values.cpu(), [len(span) for span in spans], dim=1)
+    return [dict(zip(NUMBERS, part.tolist(), strict=True)) for part in per_span]
+
+
+def gathered_rows(
+    held: Tensor | None, response_ids: Tensor, spans: Sequence[range], width: int, grid: RankGrid
+) -> Tensor:
+    """Return the rows [n, width], float64 on the device, of the n response tokens of ``spans``, one span after another.
+
+    ``held``: the rows [R, width] of the tokens ``response_ids [R]``, which lie on the last pipeline stage, spread over
+    its context-parallel ranks; None on the other stages.  ``spans``: as for `token_numbers`.  Every rank of the replica
+    gets the rows.
+    Collectives: `over_last_stage`, then a broadcast over the pipeline.
+    """
+    wanted = torch.tensor([index for span in spans for index in span], dtype=torch.int64)
+    values = torch.zeros(len(wanted), width, dtype=torch.float64, device=grid.device)
+    if grid.is_last_stage:
+        if held is not None:
+            ids = response_ids.cpu()
+            found = torch.isin(ids, wanted).nonzero().squeeze(1)
+            places = torch.searchsorted(wanted, ids[found])
+            values[places.to(grid.device)] = held[found.to(grid.device)]
+        values = over_last_stage(values, grid)
+    if grid.pp_size > 1:
+        dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
+    return values
+
 
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
 """The fields of `TokenStats` that a sample has of each token; NaN where the loss has no teacher."""
@@ -37,7 +114,7 @@ class SampleToken:
     k: float | None
     """The temperature of the mixed logits; None without a teacher."""
     status: str | None
-    """The name of the rule or limit that gave k (`loss.status.Status`); None without a teacher."""
+    """The name of the rule or limit that gave k (`loss.target.Status`); None without a teacher."""
 
     @property
     def log_ratio(self) -> float:
@@ -138,3 +215,148 @@ def _rounded(value: float | None) -> float | str | None:
     if value is None or not math.isfinite(value):
         return None if value is None else str(value)
     return float(f"{value:.{_DIGITS}g}")
+
+
+SLIGHT, STRONG = 0.3, 1.0
+"""The smallest differences of log p(token) between teacher and student, in nats, with which a token is marked slightly
+or strongly; without colours only the strong mark exists."""
+PROMPT_END, SOLUTION_START = 400, 400
+"""The numbers of characters shown of the prompt's end and of the solution's start."""
+RESPONSE_START, RESPONSE_END = 1500, 500
+"""The numbers of characters shown of the response's start and end; samples.jsonl has the complete response."""
+TOP = 5
+"""The number of tokens with the largest loss that are listed."""
+
+LESS, MORE = ("[-", "-]"), ("{+", "+}")
+"""The marks around a token that is less or more likely for the teacher, without colours, in wdiff's notation."""
+_COLOURS = {
+    (True, False): "red",
+    (True, True): "bold white on red",
+    (False, False): "green",
+    (False, True): "bold green",
+}
+
+
+def console_text(sample: Sample, heading: str, *, coloured: bool) -> Text:
+    """Return the sample as lines for the console: prompt, hint, response with its marks, and a legend."""
+    from rich.text import Text
+
+    text = Text(f"--- {heading}: problem {_visible(sample.problem_id)}\n")
+    for name, part in _around(sample):
+        text.append(f"{name}: ", "bold" if coloured else "")
+        text.append(f"{_visible(part)}\n")
+    text.append("response: ", "bold" if coloured else "")
+    for token in _shown(sample.tokens):
+        if isinstance(token, str):
+            text.append(token)
+        elif coloured:
+            text.append(_visible(token.text), _style(token))
+        else:
+            before, behind = _wdiff(token)
+            text.append(f"{before}{_visible(token.text)}{behind}")
+    text.append("\n(cut at rollout.max_new_tokens)" if sample.truncated else "")
+    if not sample.has_teacher:
+        return text
+    text.append("\nmarks: ")
+    for style, words in _legend(coloured):
+        text.append(words, style)
+    text.append(f"\nlargest loss: {_largest(sample)}")
+    return text
+
+
+def sample_html(sample: Sample) -> str:
+    """Return the sample as HTML in which only bold and italic type mark tokens, since TensorBoard strips colours.
+
+    All texts of the sample are escaped.
+    """
+    parts = [f"<p>problem {_escaped(sample.problem_id)}</p>"]
+    parts += [f"<h4>{name}</h4><pre>{_escaped(part)}</pre>" for name, part in _around(sample)]
+    pieces = [
+        token
+        if isinstance(token, str)
+        else _bold_or_italic(token)[0] + _escaped(token.text) + _bold_or_italic(token)[1]
+        for token in _shown(sample.tokens)
+    ]
+    parts.append(f"<h4>response</h4><pre>{''.join(pieces)}</pre>")
+    if sample.has_teacher:
+        parts.append(
+            f"<p><strong>bold</strong>: at least {STRONG:g} nat less likely for the teacher than for the student; "
+            f"<em>italic</em>: more likely.</p><p>largest loss: {_escaped(_largest(sample))}</p>"
+        )
+    return "".join(parts)
+
+
+def _around(sample: Sample) -> Iterator[tuple[str, str]]:
+    """Yield (name, text) of each part that is shown before the response."""
+    prompt, solution = sample.prompt, sample.solution
+    yield "prompt", f"... {prompt[-PROMPT_END:]}" if len(prompt) > PROMPT_END else prompt
+    if solution:
+        yield "hint", f"{solution[:SOLUTION_START]} ..." if len(solution) > SOLUTION_START else solution
+
+
+def _shown(tokens: Sequence[SampleToken]) -> Iterator[SampleToken | str]:
+    """Yield the tokens of a response; in a long response, a number of tokens replaces the middle."""
+    if sum(len(token.text) for token in tokens) <= RESPONSE_START + RESPONSE_END:
+        yield from tokens
+        return
+    start, end = _fitting(tokens, RESPONSE_START), len(tokens) - _fitting(tokens[::-1], RESPONSE_END)
+    yield from tokens[:start]
+    yield f" [... {end - start} tokens ...] "
+    yield from tokens[end:]
+
+
+def _fitting(tokens: Sequence[SampleToken], room: int) -> int:
+    """Return the number of first tokens that together have at most ``room`` characters."""
+    for count, token in enumerate(tokens):
+        room -= len(token.text)
+        if room < 0:
+            return count
+    return len(tokens)
+
+
+def _style(token: SampleToken) -> str:
+    size = abs(token.log_ratio)
+    return _COLOURS[token.log_ratio < 0, size >= STRONG] if size >= SLIGHT else ""
+
+
+def _marked(token: SampleToken, less: tuple[str, str], more: tuple[str, str]) -> tuple[str, str]:
+    if abs(token.log_ratio) < STRONG:
+        return "", ""
+    return less if token.log_ratio < 0 else more
+
+
+def _wdiff(token: SampleToken) -> tuple[str, str]:
+    return _marked(token, LESS, MORE)
+
+
+def _bold_or_italic(token: SampleToken) -> tuple[str, str]:
+    return _marked(token, ("<strong>", "</strong>"), ("<em>", "</em>"))
+
+
+def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
+    """Yield (style, meaning) of each mark."""
+    if coloured:
+        yield _COLOURS[True, False], "less likely"
+        yield "", ", "
+        yield _COLOURS[True, True], f"by {STRONG:g} nat or more"
+        yield "", "; "
+        yield _COLOURS[False, False], "more likely"
+        yield "", ", "
+        yield _COLOURS[False, True], f"by {STRONG:g} nat or more"
+        yield "", f" for the teacher than for the student (from {SLIGHT:g} nats on)"
+    else:
+        yield "", f"{LESS[0]}less likely{LESS[1]} or {MORE[0]}more likely{MORE[1]} by {STRONG:g} nat or more "
+        yield "", "for the teacher than for the student"
+
+
+def _largest(sample: Sample) -> str:
+    """Return the tokens with the largest loss, with their log-ratio, k and status."""
+    known = [token for token in sample.tokens if token.teacher_log_prob is not None]
+    return ", ".join(
+        f"{token.text!r} {token.loss:.3g} (teacher - student {token.log_ratio:+.2f}, k {token.k:.2f}, {token.status})"
+        for token in sorted(known, key=lambda token: -token.loss)[:TOP]
+    )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_visible(text), quote=False)

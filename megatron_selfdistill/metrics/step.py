@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,25 +17,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.data.packing import Microbatch, PackedBatch
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
-from megatron_selfdistill.loss.status import Status
+from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.loss.weighting import Coefficients
-from megatron_selfdistill.metrics.claims import (
-    TENTHS,
-    Forks,
-    find_forks,
-    fork_values,
-    rare_values,
-    response_tenths,
-    tenth_values,
-)
 from megatron_selfdistill.metrics.leakage import LeakCounts
-from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
     from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.pipeline.step_output import StepOutput
+    from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasures
 
 K_RESOLUTION = 0.01
 """The relative width of the bins of k; a percentile is off by at most half of it."""
@@ -42,7 +34,16 @@ K_RANGE = 2.0**10
 """The bound of the histogram of k, [1 / K_RANGE, K_RANGE]; a k beyond a bound counts as the bound."""
 MAX_GRID = 16
 """The largest number of betas in a target's grid."""
+FORKS_ARE_ONE_IN = 10
+"""The forks are one in this number of tokens: those at which the anchor is least certain."""
+FORK_RESOLUTION = 0.02
+"""The relative width of the bins of entropy, one of whose edges separates the forks from the other tokens."""
+FORK_RANGE = 2.0**-20, 2.0**4
+"""The lower edge of the second bin, and the upper edge of the last bin but one, in nats; the first bin begins at 0."""
+TENTHS = tuple(f"tenth_{number:02d}" for number in range(1, 11))
+"""The names of the ten parts of a response."""
 
+_NUM_FORK_BINS = 2 + math.ceil(math.log(FORK_RANGE[1] / FORK_RANGE[0]) / math.log1p(FORK_RESOLUTION))
 _NUM_BINS = math.ceil(2 * math.log(K_RANGE) / math.log1p(K_RESOLUTION))
 
 # The count that divides the sum of each mean, by key: all response tokens, the tokens with a target (a baseline has
@@ -121,7 +122,8 @@ def step_metrics(
     by_key: dict[str, Tensor] = {}
     if stats is not None:
         by_key = _token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
-        by_key |= rare_values(output.measures)
+        if output.measures is not None:
+            by_key |= rare_values(output.measures)
         if forks is not None:
             by_key |= fork_values(stats, forks)
         if response_lengths is not None and "targets" in by_key:
@@ -178,7 +180,7 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
 
     The wanted entropy is `TokenStats.wanted_entropy`.  The results are equal on all ranks.
 
-    `loss.batch_k.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
+    `loss.target.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
     Collectives as in `step_metrics`.
     Raises: ValueError if the loss has no target or no token has finite entropies.
     """
@@ -354,3 +356,106 @@ def over_all_ranks(sums: Tensor, maxima: Tensor, grid: RankGrid) -> tuple[list[f
 
 def _split(values: list[float], at: int) -> tuple[list[float], list[float]]:
     return values[:at], values[at:]
+
+
+@dataclass(frozen=True)
+class Forks:
+    """The fork tokens among R tokens."""
+
+    mask: Tensor
+    """Whether a token is a fork, [R] bool; False for an unknown entropy."""
+    entropy_at_least: Tensor
+    """The smallest entropy of a fork in nats, an edge of a bin; a float64 scalar, equal on all ranks."""
+
+
+def find_forks(entropy: Tensor | None, grid: RankGrid) -> Forks | None:
+    """Return the fork tokens: the tenth of the tokens of the global batch with the largest ``entropy``.
+
+    ``entropy [R]``: nats, of this rank's tokens.  It is None if the rank's tokens do not count or their entropy is
+    unknown, and then the result is None.  Tokens whose entropy is not finite are ignored.
+    The forks are the tokens from an edge of a bin on, the largest edge that at least a tenth of the tokens reach, so
+    that all tokens of one bin are forks or none is.  The choice does not depend on the layout.
+    Collectives: a sum of 850 counts over the world.
+    """
+    counts = torch.zeros(_NUM_FORK_BINS, dtype=torch.float64, device=grid.device)
+    if entropy is not None:
+        entropy = entropy.double()
+        known = torch.isfinite(entropy)
+        bins = 1 + (torch.where(known, entropy, 0.0) / FORK_RANGE[0]).log().div(math.log1p(FORK_RESOLUTION)).floor()
+        bins = bins.clamp(0, _NUM_FORK_BINS - 1).long()
+        counts.index_add_(0, bins, known.double())
+    if grid.world_size > 1:
+        dist.all_reduce(counts)  # sums of integers, which are equal on all ranks
+    if entropy is None:
+        return None
+    reached = counts.flip(0).cumsum(0).flip(0)
+    first = (reached >= (reached[0] / FORKS_ARE_ONE_IN).ceil()).sum() - 1
+    edge = FORK_RANGE[0] * (1 + FORK_RESOLUTION) ** (first - 1).double()
+    return Forks(known & (bins >= first), torch.where(first > 0, edge, 0.0))
+
+
+def fork_values(stats: TokenStats, forks: Forks) -> dict[str, Tensor]:
+    """Return the summands [R] float64 of the means over the forks, and under "forks" the forks that they divide by."""
+    values = {
+        "forks": torch.ones_like(forks.mask),
+        "forks/entropy_student": stats.student_entropy,
+        "forks/entropy_target": stats.target_entropy,
+        "forks/capped": stats.status == Status.CAPPED,
+    }
+    return {key: torch.where(forks.mask, value.double(), 0.0) for key, value in values.items()}
+
+
+def rare_values(measures: TokenMeasures) -> dict[str, Tensor]:
+    """Return the summands [R] float64 of the masses on rare tokens, with the counts of the tokens that have them."""
+    student, reference = measures.mass_on_rare_student, measures.mass_on_rare_reference
+    values = {"with_measures": torch.ones_like(student), "target/mass_on_rare_student": student}
+    if reference is not None:
+        values |= {"with_reference": torch.ones_like(reference), "target/mass_on_rare_reference": reference}
+    return values
+
+
+def response_tenths(lengths: Sequence[int]) -> Tensor:
+    """Return the tenth of its response in which each token lies, from 0 to 9, [sum of lengths] int64 on the host.
+
+    Token i of a response of n tokens, counted from 0, lies in tenth floor(10 i / n), so a response of fewer than ten
+    tokens leaves some tenths empty.
+    """
+    tenths = [torch.arange(length) * len(TENTHS) // length for length in lengths if length]
+    return torch.cat(tenths) if tenths else torch.empty(0, dtype=torch.int64)
+
+
+def tenth_values(stats: TokenStats, tenths: Tensor) -> dict[str, Tensor]:
+    """Return the summands [R] float64 of the reverse KL in each tenth, with the counts; ``tenths [R]`` from 0 on."""
+    values: dict[str, Tensor] = {}
+    for number, tenth in enumerate(TENTHS):
+        here = tenths == number
+        values |= {tenth: here.double(), f"reverse_kl/{tenth}": torch.where(here, stats.reverse_kl.double(), 0.0)}
+    return values
+
+
+def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) -> dict[str, float]:
+    """Return the ages of the tokens of the global batch's responses, in optimizer steps, equal on all ranks.
+
+    ``responses``: those of this replica, the same on each of its ranks; a token of unknown weights is left out.
+    ``step``: the number of optimizer steps of the student's present weights.
+
+    rollout/staleness_mean and rollout/staleness_max over the tokens; rollout/mixed_share, the share of the responses
+    that several versions of the weights generated.  No keys without a token.
+    Collectives as in `over_all_ranks`.
+    """
+    sums = torch.zeros(4, dtype=torch.float64, device=grid.device)
+    oldest = torch.zeros(1, dtype=torch.float64, device=grid.device)
+    if grid.is_first_of_replica:
+        ages = [step - version for one in responses for version in one.token_versions if version is not None]
+        num_mixed = sum(len({version for version, _ in one.weight_spans}) > 1 for one in responses)
+        numbers = [len(ages), sum(ages), len(responses), num_mixed]
+        sums += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        oldest += max(ages, default=0)
+    (num_tokens, age, num_responses, mixed), (age_max,) = over_all_ranks(sums, oldest, grid)
+    if not num_tokens:
+        return {}
+    return {
+        "rollout/staleness_mean": age / num_tokens,
+        "rollout/staleness_max": age_max,
+        "rollout/mixed_share": mixed / num_responses,
+    }

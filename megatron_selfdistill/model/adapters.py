@@ -33,8 +33,8 @@ from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.hf.adapter_rules import SUFFIX
+from megatron_selfdistill.model import ADAPTER_SUFFIX
+from megatron_selfdistill.model.forward import unwrapped
 
 
 class LowRankAdapter(MegatronModule):
@@ -135,7 +135,7 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
                     f"they share: remove {child} from adapter.layers, or set parallel.tensor_model_parallel_size=1"
                 )
             made = LowRankAdapter(linear, name, adapter, grid)
-            parent.add_module(child + SUFFIX, made)
+            parent.add_module(child + ADAPTER_SUFFIX, made)
             linear.register_forward_hook(_Hook(made))
         if model.pre_process:
             # Recomputed blocks have a gradient only if their input has one, and the embedding is frozen.

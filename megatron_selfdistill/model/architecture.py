@@ -3,6 +3,10 @@
 
 The layer spec is Transformer Engine's where it can be imported, else the local spec with our RMSNorm and core
 attention. Before a process group starts, this module refuses combinations that Megatron Core computes wrongly.
+
+It also refuses FP8 layers that the user has not allowed, and states the multiples that FP8 needs.  FP8 has never run on
+hardware with this program.  Only layers of Transformer Engine compute in FP8.  The output layer is Megatron Core's own
+and stays in bf16, so logits and loss are computed as in other runs.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
-    _yarn_get_concentration_factor_from_config,
-)
+
+from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (repairs must come before megatron.core)
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
@@ -24,25 +28,29 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
 
-from megatron_selfdistill.compat import cpu, repairs
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_sinks import has_sinks
-from megatron_selfdistill.model.attention_windows import window_faults
-from megatron_selfdistill.model.core_attributes import set_attributes
+from megatron_selfdistill.model.attention_variants import has_sinks, window_faults
 from megatron_selfdistill.model.flash_sinks import FlashSinkAttention, sink_faults
-from megatron_selfdistill.model.fp8 import refuse_untested_precision
 from megatron_selfdistill.model.fused_kernels import Installed, dispatcher_faults, fused_kernels, kernel_faults
-from megatron_selfdistill.model.gated_delta_specs import place_gated_delta_nets
-from megatron_selfdistill.model.head_norms import ALL_HEADS, normalise_all_heads
-from megatron_selfdistill.model.layers import BiasedExpertOutput, CoreAttention
-from megatron_selfdistill.model.norms import LatentRMSNorm, RMSNorm, with_latent_epsilon
+from megatron_selfdistill.model.gated_delta_net import place_gated_delta_nets
+from megatron_selfdistill.model.layers import (
+    ALL_HEADS,
+    BiasedExpertOutput,
+    CoreAttention,
+    LatentRMSNorm,
+    RMSNorm,
+    normalise_all_heads,
+    with_latent_epsilon,
+)
 
 # Process groups, optimizer and loss are built from these keys, which an override would contradict.
 _SET_ELSEWHERE = {
     **{f.name: f"parallel.{f.name}" for f in dataclasses.fields(ParallelConfig)},
     **dict.fromkeys(["bf16", "fp16", "params_dtype", "pipeline_dtype"], "optimizer.precision"),
 }
+_Fault = tuple[bool, str]
+"""Whether a configuration has a fault, and the message about the fault."""
 
 
 def transformer_config(
@@ -144,10 +152,6 @@ def _configured_values(
             "moe_router_score_function": model.moe_router_score_function,
         }
     return values
-
-
-_Fault = tuple[bool, str]
-"""Whether a configuration has a fault, and the message about the fault."""
 
 
 def refuse_known_faults(config: TransformerConfig) -> None:
@@ -378,3 +382,76 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
     elif config.add_bias_linear:
         experts.submodules.linear_fc2 = BiasedExpertOutput
     layer.sharded_state_dict_keys_map = names
+
+
+def set_attributes(config: TransformerConfig, model: ModelConfig) -> None:
+    """Set YaRN's attributes on ``config``, the epsilon of latents and the norms of all heads, where ``model`` has them.
+
+    Raises: `ConfigError` for values that do not fit the rest of the model or the layout.
+    """
+    if model.position_embedding_type == "yarn":
+        _set_yarn(config, model)
+    if model.latent_layernorm_epsilon is not None:
+        _set_latent_epsilon(config, model.latent_layernorm_epsilon)
+    if model.qk_layernorm_all_heads:
+        setattr(config, ALL_HEADS, True)
+
+
+def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
+    """Set the attributes that Megatron Core's ``GPTModel`` and ``Attention`` read."""
+    if config.multi_latent_attention:
+        raise ConfigError(
+            "model.position_embedding_type=yarn is for ordinary attention: latent attention has its own YaRN, "
+            "model.transformer.rope_type=yarn"
+        )
+    original, parts = model.yarn_original_max_position_embeddings, 2 * config.context_parallel_size
+    if config.context_parallel_size > 1 and original % parts:
+        raise ConfigError(
+            f"model.yarn_original_max_position_embeddings={original} must be a multiple of {parts}, twice "
+            "parallel.context_parallel_size: Megatron Core cuts a table of this length"
+        )
+    for field in dataclasses.fields(model):
+        if field.name.startswith("yarn_"):
+            setattr(config, field.name, getattr(model, field.name))
+
+
+def _set_latent_epsilon(config: TransformerConfig, epsilon: float) -> None:
+    """Set the attribute that `norms.LatentRMSNorm` and `norms.with_latent_epsilon` read."""
+    if not (config.multi_latent_attention and config.normalization == "RMSNorm"):
+        raise ConfigError(
+            "model.latent_layernorm_epsilon is for multi-latent attention with model.normalization=RMSNorm: do not set "
+            "it for this model"
+        )
+    config.latent_layernorm_epsilon = epsilon
+
+
+def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, transformer_engine: bool) -> None:
+    """Raise `ConfigError` for layers in FP8 or FP4 that the user has not allowed, or that cannot be trained.
+
+    ``allow_fp8``: ``model.allow_untested_fp8``.  ``transformer_engine``: whether the layers are Transformer Engine's.
+    """
+    faults = [
+        (
+            bool(config.fp4) or config.use_kitchen,
+            "fp4 and kitchen's quantisation have never been tried with self-distillation: unset model.transformer.fp4 "
+            "and model.transformer.use_kitchen",
+        ),
+        (
+            bool(config.fp8) and not allow_fp8,
+            f"fp8={config.fp8} has never been tried on hardware with self-distillation: set "
+            "model.allow_untested_fp8=true to try it, or do not set model.transformer.fp8",
+        ),
+        (
+            bool(config.fp8) and not transformer_engine,
+            f"fp8={config.fp8} needs a GPU and Transformer Engine's layers, but this run has Megatron's local layers: "
+            "do not set model.transformer.fp8",
+        ),
+        (
+            config.fp8_param,
+            "fp8_param keeps the parameters in fp8, which teachers, checkpoints and samplers cannot read: set "
+            "model.transformer.fp8_param=false, which keeps the matrix products in fp8",
+        ),
+    ]
+    for found, message in faults:
+        if found:
+            raise ConfigError(message)

@@ -15,11 +15,7 @@ import torch
 from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
 import megatron.core
 from megatron.core import tensor_parallel
-from megatron.core.distributed import (
-    DistributedDataParallel,
-    DistributedDataParallelConfig,
-    finalize_model_grads,
-)
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer, get_megatron_optimizer
 from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
@@ -28,19 +24,19 @@ from megatron.core.ssm.gated_delta_net import GatedDeltaNet as MegatronGatedDelt
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import get_attr_wrapped_model
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, function_named
+from megatron_selfdistill.config import Config, ModelConfig, OptimizerConfig, function_named
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.architecture import (
     layer_spec,
     padded_vocab_size,
     refuse_known_faults,
+    refuse_untested_precision,
+    transformer_config,
     uses_transformer_engine,
 )
 from megatron_selfdistill.model.flash_sinks import refuse_sinks_of_transformer_engine
-from megatron_selfdistill.model.fp8 import refuse_untested_precision
 
 TESTED_MEGATRON_VERSIONS = ("0.16.1",)
 
@@ -181,11 +177,6 @@ def build_optimizer(
     return megatron_optimizer, scheduler
 
 
-def unwrapped(chunk: torch.nn.Module) -> GPTModel:
-    """Return the ``GPTModel`` inside DDP and ``Float16Module``."""
-    return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
-
-
 def _each_chunk(grid: RankGrid, build: Callable[[bool, bool, int | None], Any]) -> list[Any]:
     """Return ``build(pre_process, post_process, vp_stage)`` for every virtual pipeline stage of this rank."""
     num_chunks = grid.virtual_pipeline_model_parallel_size or 1
@@ -322,3 +313,11 @@ def _refuse_changed_logits(chunk: GPTModel) -> None:
         )
     if getattr(chunk.config, "use_mup", False):  # in versions after 0.16
         raise ConfigError("use_mup multiplies the logits after the output layer, which the loss ignores: unset it")
+
+
+def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn.Module]:
+    """Return this rank's chunks of the configured model, with initial weights."""
+    architecture = None
+    if config.model.provider is None:
+        architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
+    return build_chunks(config.model, architecture, grid, vocab_size)

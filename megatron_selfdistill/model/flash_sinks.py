@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.utils import is_te_min_version
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_sinks import has_sinks
+from megatron_selfdistill.model.attention_variants import has_sinks
 from megatron_selfdistill.model.layers import CoreAttention, GatherSequence
 
 _PACKED_SINKS_OF_TRANSFORMER_ENGINE = "2.12.0"

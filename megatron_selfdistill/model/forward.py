@@ -1,11 +1,15 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Run a microbatch through a model chunk without its output layer, and compute logits at chosen positions."""
+"""Run a microbatch through a model chunk without its output layer, and compute logits or a fused loss from its states.
+
+A fused loss takes the place of the output layer: `FusedLoss` connects both through the weight, the wait for its gather,
+and the place of its gradient.  `choose_output_layer` chooses whether a run fuses them.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,13 +17,20 @@ from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
-from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region, layers
+from megatron.core.utils import get_attr_wrapped_model
 
+from megatron_selfdistill.choices import FUSED_MODES
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
+from megatron_selfdistill.distributed.collectives import gather_objects
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
-from megatron_selfdistill.model.packed_sequences import PackedSequences
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import Observer, TokenStats, VocabShard
+from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
+from megatron_selfdistill.model.layers import PackedSequences
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,11 @@ class ModelInputs:
 def inputs_of(microbatch: Microbatch, grid: RankGrid) -> ModelInputs:
     """Return the inputs of one microbatch on the device, for a forward pass outside of the training schedule."""
     return to_device_in_one_copy(ModelInputs.on_host(microbatch, grid, local_attention=True), grid.device)
+
+
+def unwrapped(chunk: torch.nn.Module) -> GPTModel:
+    """Return the ``GPTModel`` inside DDP and ``Float16Module``."""
+    return get_attr_wrapped_model(chunk, "decoder", return_model_obj=True)
 
 
 def uses_local_attention(chunks: Sequence[torch.nn.Module]) -> bool:
@@ -124,3 +140,317 @@ def project(model: GPTModel, hidden: Tensor) -> Tensor:
     finally:
         layer.sequence_parallel = sequence_parallel
     return logits.squeeze(1)
+
+
+MATERIALISED = "materialised"
+DEFAULT_LOGITS_SHARE = 1 / 20
+"""The share of ``cluster.gpu_memory_gb`` for materialised logits where ``loss.max_logits_gb`` is null."""
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The parameters of loss/sharded/fused_linear.py, which fuses the output layer with the loss."""
+
+    mode: str
+    """One of `choices.FUSED_MODES`."""
+    chunk_tokens: int
+    """The number of response tokens whose logits exist at a time."""
+
+
+@dataclass(frozen=True)
+class ResponsePositions:
+    """The positions of the hidden states that predict R response tokens, in a context-parallel rank's microbatch."""
+
+    in_sequence: Tensor
+    """The positions in the sequence, which sequence parallelism cuts over the tensor-parallel ranks, [R] int64."""
+    own: Tensor | None = None
+    """The positions of this rank's states within its own cut under sequence parallelism, [n] int64.
+
+    A rank has about R / tp states, and n is the maximum over the ranks.  A rank with fewer states pads with position 0.
+    """
+    gathered: Tensor | None = None
+    """The place of each token's state in the concatenation of the n states of all ranks, [R] int64; used with
+    ``own``."""
+
+    @classmethod
+    def on_host(cls, in_sequence: Tensor, num_positions: int, grid: RankGrid) -> ResponsePositions:
+        """Return the positions ``in_sequence`` of ``num_positions`` tokens, with all tensors on the host."""
+        if not grid.sequence_parallel or grid.tp_size == 1:
+            return cls(in_sequence)
+        cut = num_positions // grid.tp_size
+        owner, position = in_sequence // cut, in_sequence % cut
+        counts = torch.bincount(owner, minlength=grid.tp_size)
+        by_owner = torch.argsort(owner, stable=True)
+        place = torch.empty_like(in_sequence)
+        place[by_owner] = torch.arange(len(in_sequence)) - (counts.cumsum(0) - counts)[owner[by_owner]]
+        longest = int(counts.max())
+        own = torch.zeros(longest, dtype=torch.int64)
+        own[: counts[grid.tp_rank]] = position[by_owner[owner[by_owner] == grid.tp_rank]]
+        return cls(in_sequence, own, owner * longest + place)
+
+
+@dataclass(frozen=True)
+class FusedLoss:
+    """The distillation loss from hidden states, for a schedule that does not compute logits."""
+
+    target: Target
+    divergence: Divergence
+    fusion: Fusion
+    backend: str | None = None
+    """The backend of `distillation_loss`; None chooses it."""
+
+    def __call__(
+        self,
+        student: GPTModel,
+        teacher: GPTModel,
+        hidden: Tensor,
+        positions: ResponsePositions,
+        teacher_hidden: Tensor,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        grid: RankGrid,
+        reference_entropy: Tensor | None = None,
+        reference: tuple[GPTModel, Tensor] | None = None,
+        teacher_weights: Tensor | None = None,
+        guided: tuple[int, Divergence] | None = None,
+        observe: Observer | None = None,
+    ) -> TokenStats:
+        """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
+
+        The gradients to ``hidden [s / cp (/ tp), 1, h]`` and to the student's output weight are also equal.
+        ``student``, ``teacher``: the models of the last stage, one object where the current weights teach.
+        ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
+        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.  ``guided``: the number of tokens
+        at the end with another divergence, and this divergence.  ``observe``: as for `fused_distillation_loss`.
+        Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
+        positions are gathered, and their gradient is reduce-scattered.
+        """
+        cut = positions.own
+        own = states_at(hidden, positions.in_sequence, grid) if cut is None else hidden.index_select(0, cut)
+        weight = output_weight(student, own)
+        return fused_distillation_loss(
+            own.squeeze(1),
+            teacher_hidden,
+            weight,
+            None if teacher is student else output_weight(teacher, own),
+            response_tokens,
+            target=self.target,
+            divergence=split_divergence(self.divergence, len(response_tokens), guided),
+            vocab=vocab,
+            reference_entropy=reference_entropy,
+            reference=None if reference is None else (reference[1], output_weight(reference[0], own)),
+            teacher_weights=teacher_weights,
+            chunk_tokens=self.fusion.chunk_tokens,
+            mode=self.fusion.mode,
+            gather_indices=positions.gathered,
+            weight_gradient=MainGrad.of(weight, student.output_layer),
+            observe=observe,
+            backend=self.backend,
+        )
+
+
+def output_weight(model: GPTModel, hidden: Tensor) -> Tensor:
+    """Return the output weight ``[v / tp, h]``, tied or not, as soon as it may be read.
+
+    The function calls the output layer as a module, so that DDP's hook waits for the bucket of the weight
+    (overlap_param_gather); the layer then returns its weight instead of the logits of ``hidden``.
+    """
+    layer = model.output_layer
+    shared = model.shared_embedding_or_output_weight() if model.share_embeddings_and_output_weights else None
+    with _forward_of(layer, lambda hidden, weight: layer.weight if weight is None else weight):
+        weight: Tensor = layer(hidden, weight=shared)
+    return weight
+
+
+@contextlib.contextmanager
+def _forward_of(layer: torch.nn.Module, forward: Callable[[Tensor, Tensor | None], Any]) -> Iterator[None]:
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
+
+
+@dataclass(frozen=True)
+class MainGrad:
+    """A `WeightGradient` that adds the gradient of each chunk of tokens to DDP's float32 ``main_grad``.
+
+    Under ``gradient_accumulation_fusion`` apex's kernel adds the gradient, as in `ColumnParallelLinear`; else the
+    gradient is rounded once to the weight's dtype, as by DDP's hook.  Autograd receives a tensor of the right shape, so
+    that the hook runs, and a flag makes the hook ignore the tensor.
+    """
+
+    weight: Any
+    by_kernel: bool
+    """Whether apex's kernel adds the gradient."""
+
+    @classmethod
+    def of(cls, weight: Any, layer: torch.nn.Module) -> MainGrad | None:
+        """Return the gradient of ``weight``; None for a weight without DDP, whose gradient autograd accumulates."""
+        if not hasattr(weight, "grad_added_to_main_grad"):
+            return None
+        return cls(weight, bool(layer.gradient_accumulation_fusion))
+
+    def add(self, hidden: Tensor, gradient: Tensor) -> None:
+        """Add ``gradient^T hidden``, of the gradient of the logits and the hidden states of a chunk."""
+        if self.by_kernel:
+            layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32(hidden, gradient, self.weight.main_grad)
+        else:
+            self.weight.main_grad.add_(gradient.t().mm(hidden))
+
+    def for_autograd(self) -> Tensor | None:
+        """Return the tensor that backward gives to autograd in place of the gradient."""
+        weight = self.weight
+        weight.grad_added_to_main_grad = True
+        # With tied weights on one stage autograd adds the embedding's gradient, and DDP's hook adds the sum.
+        zeros = getattr(weight, "zero_out_wgrad", False)
+        if layers.HAVE_TE:
+            dummy: Tensor = layers.get_dummy_wgrad(list(weight.main_grad.shape), weight.dtype, zero=zeros)
+            return dummy
+        make = torch.zeros if zeros else torch.empty
+        return make(weight.main_grad.shape, dtype=weight.dtype, device=weight.device)
+
+
+def nonlinear(model: GPTModel) -> str | None:
+    """Return why the logits of a last stage may be no linear function of its hidden states; None if they are one."""
+    layer = model.output_layer
+    if type(layer).forward is not layers.ColumnParallelLinear.forward or "forward" in vars(layer):
+        return f"its {type(layer).__name__} does more than multiply by its weight"
+    return "it has hooks that expect its logits" if layer._forward_hooks else None
+
+
+def unfusable(model: GPTModel) -> str | None:
+    """Return why the output layer of a last stage cannot be fused; None if it can be fused."""
+    layer = model.output_layer
+    if (reason := nonlinear(model)) is not None:
+        return reason
+    if layer.bias is not None:
+        return "it has a bias"
+    if layer.gather_output:
+        return "it gathers its logits over the tensor-parallel ranks"
+    if layer._backward_hooks or layer._backward_pre_hooks:
+        return "it has hooks that expect its logits"
+    return None
+
+
+@dataclass(frozen=True)
+class OutputLayer:
+    """The way in which a run computes the output layer and the loss."""
+
+    mode: str
+    """`MATERIALISED`, or one of `choices.FUSED_MODES`."""
+    chunk_tokens: int
+    """The number of response tokens in a chunk of the fused loss."""
+    num_models: int
+    """The number of models whose logits the loss reads: student and teacher, or the student alone."""
+    token_bytes: int
+    """The bytes of the logits of one token on one rank."""
+    max_tokens: int
+    """The maximum number of response tokens of a microbatch on one rank."""
+    note: str = ""
+    """An addition to the line of the log."""
+    copies: float = 1.0
+    """The number of copies of the materialised logits that exist at a time."""
+    mix_copies: float = 0.0
+    """The number of copies of a chunk's logits that exist besides while the reference's materialised logits are mixed
+    into the teacher's: the reference's and the mix, in float32; 0 where the hidden states of both are mixed."""
+
+    @property
+    def largest(self) -> float:
+        """The bytes of the logits that exist at a time in the largest microbatch."""
+        return self.tokens_with_logits(self.max_tokens) * self.token_bytes
+
+    @property
+    def fusion(self) -> Fusion | None:
+        """The parameters of the fused loss; None if logits are materialised."""
+        return None if self.mode == MATERIALISED else Fusion(self.mode, self.chunk_tokens)
+
+    def tokens_with_logits(self, tokens: float) -> float:
+        """Return the number of tokens whose logits exist at a time, including gradients, of ``tokens`` tokens."""
+        chunk = min(self.chunk_tokens, tokens)
+        tokens_by_mode = {
+            MATERIALISED: self.num_models * self.copies * tokens + self.mix_copies * chunk,
+            "keep_gradient": tokens + chunk,
+            "low_memory": 2 * chunk,
+        }
+        return tokens_by_mode[self.mode]
+
+    def tokens_with_states(self, tokens: float) -> float:
+        """Return the number of tokens whose hidden states of full width exist at a time, of ``tokens`` tokens.
+
+        With the fused loss this includes, for one chunk, the teacher's states and the joined states of both models.  A
+        reference that is projected apart has the states of all tokens, or with the fused loss of one chunk.
+        """
+        models, chunks = (self.num_models + 1, 4) if self.mix_copies else (self.num_models, 3)
+        return models * tokens if self.fusion is None else tokens + chunks * min(self.chunk_tokens, tokens)
+
+    def __str__(self) -> str:
+        fused = f"fused with the loss in chunks of {self.chunk_tokens} tokens, {self.mode}"
+        how = MATERIALISED if self.fusion is None else fused
+        return f"output layer: {how}, at most {self.largest / 2**30:.2f} GiB of logits per microbatch{self.note}"
+
+
+def next_token_copies(element_size: int) -> float:
+    """Return the number of copies of logits of ``element_size`` bytes that `token_losses.next_token` needs.
+
+    Megatron's cross entropy overwrites float32 logits, or a float32 copy of other logits; in the backward pass the
+    gradient exists beside that copy.
+    """
+    return 1.0 if element_size == 4 else 1.0 + 4 / element_size
+
+
+def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | None = None) -> OutputLayer:
+    """Return the output layer that ``loss.fused`` asks for.
+
+    A null ``loss.fused`` chooses the first of materialised, keep_gradient and low_memory whose logits of the largest
+    microbatch need at most ``loss.max_logits_gb``.  The result depends on the arguments only, so that all ranks choose
+    the same.  keep_gradient has no gradient of a policy term, so that a null never chooses it beside one.  ``cannot``:
+    the result of `unfusable`.
+
+    Raises: `ConfigError` where ``loss.fused`` asks for a fused layer that is not possible.
+    """
+    loss, parallel = config.loss, config.parallel
+    has_teacher = config.has_teacher
+    asked = loss.fused if loss.fused in FUSED_MODES else None
+    if asked is not None and cannot is not None:
+        raise ConfigError(
+            f"loss.fused={asked} is not possible with this model's output layer, because {cannot}: "
+            "set loss.fused=none, or null"
+        )
+    element_size = 2 if config.optimizer.precision == "bf16" else 4
+    layer = OutputLayer(
+        mode=asked or MATERIALISED,
+        chunk_tokens=loss.fused_chunk_tokens,
+        num_models=2 if has_teacher else 1,
+        token_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
+        max_tokens=config.schedule.max_tokens // parallel.context_parallel_size,
+        copies=1.0 if has_teacher else next_token_copies(element_size),
+        mix_copies=2 * 4 / element_size if config.is_anchored and (config.copies_reference or cannot) else 0.0,
+    )
+    share = config.cluster.memory_of_gpu * DEFAULT_LOGITS_SHARE
+    limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30
+    if loss.fused is not None or not has_teacher or layer.largest <= limit:
+        return layer
+    if cannot is not None:
+        return replace(layer, note=f"; not fused, because {cannot}")
+    keeping, small = (replace(layer, mode=mode) for mode in FUSED_MODES)
+    if keeping.largest <= limit and config.has_policy_term:
+        return replace(small, note="; not keep_gradient, which has no gradient of a policy term")
+    if keeping.largest <= limit:
+        return keeping
+    if small.largest < layer.largest:
+        return small
+    return replace(
+        layer, note=f"; chunks of loss.fused_chunk_tokens={loss.fused_chunk_tokens} would not need less memory"
+    )
+
+
+def decided_output_layer(config: Config, chunks: Sequence[torch.nn.Module]) -> OutputLayer:
+    """Return `choose_output_layer` for the model of which this rank holds ``chunks``, equal on all ranks.
+
+    Collectives: one all_gather_object over the world, of the last stages' reasons against fusing.
+    Raises: `ConfigError`.
+    """
+    last = unwrapped(chunks[-1])
+    reasons = gather_objects(unfusable(last) if last.post_process else None)
+    return choose_output_layer(config, last.vocab_size, next(filter(None, reasons), None))

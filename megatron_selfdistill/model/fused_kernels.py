@@ -162,7 +162,7 @@ def kernels_in_use(config: TransformerConfig) -> str:
 
 
 def _no_fused_activation(values: Mapping[str, Any], activation: str) -> str | None:
-    """Return why Megatron Core's fused bias and activation do not compute this MLP; None where they compute it."""
+    """Return why Megatron Core's fused bias and activation do not compute this MLP; None if they compute it."""
     gated, biased = bool(values.get("gated_linear_unit")), bool(values.get("add_bias_linear"))
     moe = values.get("num_moe_experts") is not None
     reasons = [

@@ -13,12 +13,28 @@ has neither a decoding state nor the right gradient of its output norm under ten
 parallelism, and rounds exp(A_log) to the parameters' dtype.  This layer reads the same keys of ``TransformerConfig``.
 
 A packed sequence computes what each of its segments computes alone: neither the convolution nor the state passes a
-boundary.  On a GPU the kernels of flash-linear-attention (`model.gated_delta_kernels`) take ``cu_seqlens``; PyTorch
+boundary.  On a GPU the kernels of flash-linear-attention (`kernels_for`) take ``cu_seqlens``; PyTorch
 computes the segments as rows of batches of similar lengths.
+
+PyTorch computes the rule in chunks of 64 tokens.  Within a chunk, with c_t the sum of log a up to token t, the
+corrections u_t = b_t (v_t - k_t^T a_t S_{t-1}) satisfy
+
+    u_t + sum_{r<t} b_t exp(c_t - c_r) (k_t^T k_r) u_r = b_t (v_t - exp(c_t) S_0^T k_t)
+
+with the state S_0 before the chunk: one triangular system for all tokens of a chunk.  Source: Yang, Kautz and
+Hatamizadeh 2024 (arXiv 2412.06464), section 3.3.  Megatron Core's ``torch_chunk_gated_delta_rule`` is the same
+function.  It substitutes row by row, and keeps a copy of the system for each row until the backward pass.
+
+On a CPU a gated delta net computes with PyTorch, and on a GPU with ``model.transformer.deterministic_mode=true``.  That
+formula is float32 throughout and slow, and holds about 9 kB for each token and head of 128 channels until the backward
+pass.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -29,24 +45,148 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region, get_cuda_rng_tracker
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    copy_to_tensor_model_parallel_region,
+    get_cuda_rng_tracker,
+)
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.spec_utils import build_module
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from megatron.core.transformer.utils import (
     ensure_metadata_has_dp_cp_group,
     make_sharded_tensors_for_checkpoint,
     sharded_state_dict_default,
 )
 
-from megatron_selfdistill.model.gated_delta_kernels import kernels_for
-from megatron_selfdistill.model.gated_delta_rule import chunk_gated_delta_rule, one_step
-from megatron_selfdistill.model.layers import segment_batches_of
-from megatron_selfdistill.model.packed_sequences import PackedSequences
+from megatron_selfdistill.compat import cpu
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model.layers import PackedSequences, segment_batches_of
 
+OLDEST = (0, 6)
+"""The oldest version that is taken: up to 0.4 the gradients are wrong on Hopper GPUs with Triton 3.4 to 3.7.0."""
+_INSTEAD = (
+    "set model.transformer.deterministic_mode=true (with Transformer Engine also the environment variable "
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0), which computes them with PyTorch: slowly, with much memory"
+)
+_INSTALL = "run pip install -e '.[gdn]' in a clone of this project"
+CHUNK = 64
+"""The number of tokens whose corrections are solved together."""
 _UNIT_LENGTH_EPSILON = 1e-6
 _A_RANGE = (1.0, 16.0)
 """The range from which exp(A_log) is drawn for a model without weights."""
+
+
+@dataclass(frozen=True)
+class GatedDeltaKernels:
+    """The functions of flash-linear-attention that a gated delta net calls, with the signatures of version 0.6.
+
+    A packed sequence is one row, for which both functions take ``cu_seqlens [segments + 1]`` int64 on the device, and
+    ``cu_seqlens_cpu``, which spares a wait for the device.
+    """
+
+    causal_conv1d: Callable[..., Any]
+    """The convolution of ``[b, s, channels]`` with a weight ``[channels, taps]``, and the state behind it."""
+    chunk_gated_delta_rule: Callable[..., Any]
+    """The recurrence of ``[b, s, heads, d]``, and its state ``[b or segments, heads, d_k, d_v]`` float32."""
+
+
+def kernels_for(config: TransformerConfig) -> GatedDeltaKernels | None:
+    """Return the kernels with which a model computes on this device; None for PyTorch's formula.
+
+    Raises: `ConfigError` on a GPU, without ``deterministic_mode``, if flash-linear-attention is missing or too old, or
+    if the parameters are float32, which the kernels would multiply as TF32, with 10 bits.
+    """
+    if cpu.ON_CPU or config.deterministic_mode:
+        return None
+    if config.params_dtype == torch.float32:
+        raise ConfigError(
+            "optimizer.precision=fp32: flash-linear-attention does not compute gated delta nets in float32 on a GPU: "
+            f"set optimizer.precision=bf16, or {_INSTEAD}"
+        )
+    return _imported()
+
+
+@functools.cache
+def _imported() -> GatedDeltaKernels:
+    try:
+        version = importlib.import_module("fla").__version__
+        convolution = importlib.import_module("fla.modules.conv")
+        rule = importlib.import_module("fla.ops.gated_delta_rule")
+    except ImportError as error:
+        raise ConfigError(
+            f"gated delta nets on GPUs need flash-linear-attention, which cannot be imported ({error}): {_INSTALL}, or "
+            f"{_INSTEAD}"
+        ) from error
+    if tuple(map(int, version.split(".")[:2])) < OLDEST:
+        oldest = ".".join(map(str, OLDEST))
+        raise ConfigError(
+            f"flash-linear-attention: expected {oldest} or later, since older versions have wrong gradients on some "
+            f"GPUs, got {version}: {_INSTALL}, or {_INSTEAD}"
+        )
+    return GatedDeltaKernels(convolution.causal_conv1d, rule.chunk_gated_delta_rule)
+
+
+def chunk_gated_delta_rule(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None = None,
+    output_final_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the outputs ``[b, s, heads, d_v]`` in the dtype of ``query``, and the state behind the last token.
+
+    ``query``, ``key`` ``[b, s, heads, d_k]`` of unit length, ``value [b, s, heads, d_v]``; ``g``, which is log a, and
+    ``beta [b, s, heads]``; the states ``[b, heads, d_k, d_v]`` float32.  Everything is computed in float32.
+    """
+    s, (b, _, heads, d_k), d_v = key.size(1), key.shape, value.size(-1)
+    q, k, v, log_decay, beta = (_in_chunks(x) for x in (query, key, value, g[..., None], beta[..., None]))
+    q = q * d_k**-0.5
+    decay = log_decay.cumsum(-2)  # of each token since the chunk's beginning, [b, heads, chunks, CHUNK, 1]
+    between = (decay - decay.mT).tril().exp().tril()  # of the key's token until the query's
+    system = (k * beta @ k.mT * between).tril(-1)
+    sides = torch.cat([v * beta, k * beta * decay.exp()], dim=-1)
+    solved = torch.linalg.solve_triangular(system, sides, upper=False, unitriangular=True)
+    without_state, of_state = solved.split([d_v, d_k], dim=-1)
+    scores = q @ k.mT * between
+    q, until_end = q * decay.exp(), k * (decay[..., -1:, :] - decay).exp()
+    of_chunk = decay[..., -1:, :].exp()
+    state = key.new_zeros(b, heads, d_k, d_v, dtype=torch.float32) if initial_state is None else initial_state
+    out = []
+    for i in range(q.size(2)):
+        corrections = without_state[:, :, i] - of_state[:, :, i] @ state
+        out.append(q[:, :, i] @ state + scores[:, :, i] @ corrections)
+        state = state * of_chunk[:, :, i] + until_end[:, :, i].mT @ corrections
+    outputs = torch.cat(out, dim=2)[:, :, :s].transpose(1, 2).to(query.dtype)
+    return outputs, state if output_final_state else None
+
+
+def one_step(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, beta: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the output ``[b, 1, heads, d_v]`` of one token and the state behind it, ``[b, heads, d_k, d_v]``.
+
+    ``decay``, which is log a, and ``beta`` ``[b, 1, heads]``; ``state [b, heads, d_k, d_v]`` float32 is that before it.
+    """
+    q, k, v = (x[:, 0].float() for x in (query, key, value))
+    state = state * decay[:, 0].exp()[..., None, None]
+    correction = (v - torch.einsum("bhk,bhkv->bhv", k, state)) * beta[:, 0].float()[..., None]
+    state = state + k[..., None] * correction[..., None, :]
+    out = torch.einsum("bhk,bhkv->bhv", q * q.size(-1) ** -0.5, state)
+    return out[:, None].to(query.dtype), state
+
+
+def _in_chunks(x: Tensor) -> Tensor:
+    """Return ``x [b, s, heads, d]`` as ``[b, heads, chunks, CHUNK, d]`` float32; zeros fill the last chunk."""
+    padded = F.pad(x.transpose(1, 2).float(), (0, 0, 0, -x.size(1) % CHUNK))
+    return padded.reshape(*padded.shape[:2], -1, CHUNK, padded.size(-1))
 
 
 @dataclass
@@ -333,3 +473,60 @@ class _States:
 def _of_unit_length(x: Tensor) -> Tensor:
     precise = x.float()
     return (precise * torch.rsqrt((precise * precise).sum(-1, keepdim=True) + _UNIT_LENGTH_EPSILON)).to(x.dtype)
+
+
+def place_gated_delta_nets(
+    block: TransformerBlockSubmodules, config: TransformerConfig, vp_stage: int | None, *, transformer_engine: bool
+) -> None:
+    """Put a `GatedDeltaNet` into the layers of this rank's chunk that have one, in the place of attention.
+
+    ``block``: the layer specs of the chunk, complete but for this.  ``transformer_engine``: whether they are
+    Transformer Engine's.
+    """
+    linear = gated_delta_layers(config)
+    if not any(linear):
+        return
+    linears = _linears(transformer_engine)
+    block.layer_specs = [
+        _with_gated_delta_net(spec, linears, includes_norm=transformer_engine) if linear[number] else spec
+        for number, spec in zip(_layers_of_chunk(config, vp_stage), block.layer_specs, strict=True)
+    ]
+
+
+def gated_delta_layers(config: TransformerConfig) -> list[bool]:
+    """Return whether each layer of the model has a gated delta net in the place of attention."""
+    if config.experimental_attention_variant != "gated_delta_net":
+        return [False] * config.num_layers
+    freq = config.linear_attention_freq
+    if isinstance(freq, int):
+        return [(i + 1) % freq != 0 for i in range(config.num_layers)]
+    return [bool(linear) for linear in freq or []]
+
+
+def _layers_of_chunk(config: TransformerConfig, vp_stage: int | None) -> list[int]:
+    """Return the numbers of the layers of one model chunk of this rank, from 0."""
+    if config.pipeline_model_parallel_layout is not None:
+        layout = config.pipeline_model_parallel_layout
+        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)))
+
+
+def _linears(transformer_engine: bool) -> GatedDeltaNetLinears:
+    if transformer_engine:
+        from megatron.core.extensions.transformer_engine import TELayerNormColumnParallelLinear, TERowParallelLinear
+
+        return GatedDeltaNetLinears(TELayerNormColumnParallelLinear, TERowParallelLinear)
+    return GatedDeltaNetLinears(ColumnParallelLinear, RowParallelLinear)
+
+
+def _with_gated_delta_net(layer: ModuleSpec, linears: GatedDeltaNetLinears, *, includes_norm: bool) -> ModuleSpec:
+    """Return a copy of a layer spec with a `GatedDeltaNet`; ``includes_norm``: whether ``in_proj`` has the norm."""
+    layer = copy.deepcopy(layer)
+    layer.submodules.self_attention = ModuleSpec(module=GatedDeltaNet, submodules=linears)
+    if includes_norm:
+        layer.submodules.input_layernorm = IdentityOp
+    else:
+        names = {"input_layernorm.": "self_attention.in_proj.layer_norm_"}
+        layer.submodules.sharded_state_dict_keys_map = layer.submodules.sharded_state_dict_keys_map | names
+    return layer

@@ -1,12 +1,21 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The layers that Megatron's local layer spec lacks: a core attention, and the output layer of experts with biases.
+"""The layers that Megatron's local layer spec lacks: norms, a core attention, and the output of experts with biases.
 
 The core attention supports grouped queries, packed sequences, sliding windows, sinks, context parallelism and a KV
 cache.
+
+OLMoE and MiniMax-M2 normalise queries and keys over the channels of all heads.  Megatron's ``qk_layernorm`` normalises
+each head by itself.  Tensor parallelism cuts the heads, so a norm over all of them needs the sum of the squares of
+every rank.
+
+`PackedSequences` has everything that layers would otherwise read back from the device.  Megatron's unfused rotary
+embedding reads the lengths of the sequences back from the device in every layer, for queries and keys.  The import of
+this module replaces that function; the new one reads the positions of a `PackedSequences` on the device.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -15,23 +24,168 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from megatron.core.packed_seq_params import PackedSeqParams
-from megatron.core.tensor_parallel.layers import RowParallelLinear
-from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
-from megatron_selfdistill.data.packing import context_parallel_positions
-from megatron_selfdistill.model.attention_sinks import SINK, attend_with_sinks, sinks_of_layer
-from megatron_selfdistill.model.attention_windows import block_mask, left_of_layer, seen, window_blocks, within_window
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.common.embeddings import rope_utils
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    reduce_from_tensor_model_parallel_region,
+    set_tensor_model_parallel_attributes,
+)
+from megatron.core.tensor_parallel.layers import RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group, make_sharded_tensors_for_checkpoint
+
+from megatron_selfdistill.data.packing import Microbatch, context_parallel_positions
+from megatron_selfdistill.model.attention_variants import (
+    SINK,
+    attend_with_sinks,
+    block_mask,
+    left_of_layer,
+    seen,
+    sinks_of_layer,
+    window_blocks,
+    within_window,
+)
+
+ALL_HEADS = "qk_layernorm_all_heads"
+"""The attribute of a ``TransformerConfig`` that asks for these norms; the class lacks such a field."""
+
+
+class AllHeadsRMSNorm(torch.nn.Module):
+    """The norm ``x * rsqrt(mean(x^2) + eps) * weight``, with the mean over the channels of the heads of all TP ranks.
+
+    The mean is taken in float32 and the product in the dtype of ``x``, in the order of operations of Hugging Face.
+    Shapes: ``[..., heads / tp, channels]`` in and out.  The weight [heads * channels / tp] is this rank's part of the
+    full weight [heads * channels]; its gradient is complete on this rank.
+
+    Collectives over TP: one all-reduce of one float32 number per token in the forward pass, one in the backward pass.
+    Source: ``OlmoeRMSNorm`` of transformers; Zhang and Sennrich 2019 (arXiv 1910.07467).
+    """
+
+    def __init__(self, config: TransformerConfig, num_heads: int, channels: int, tp_group: Any) -> None:
+        """Make the norm of ``num_heads`` heads in the whole model; the weight begins at 1.
+
+        ``tp_group`` is the tensor-parallel group, whose size divides ``num_heads``.
+        """
+        super().__init__()
+        self.eps, self.tp_group, self.num_channels = config.layernorm_epsilon, tp_group, num_heads * channels
+        held = self.num_channels // config.tensor_model_parallel_size
+        self.weight = torch.nn.Parameter(torch.ones(held, dtype=config.params_dtype))
+        set_tensor_model_parallel_attributes(self.weight, True, 0, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of ``x``."""
+        values = x.float()
+        squares = values.pow(2).sum((-2, -1), keepdim=True)
+        if self.tp_group.size() > 1:  # the backward pass also sums: every rank's output depends on each rank's squares
+            squares = reduce_from_tensor_model_parallel_region(squares, group=self.tp_group)
+            squares = copy_to_tensor_model_parallel_region(squares, group=self.tp_group)
+        normed = values * torch.rsqrt(squares / self.num_channels + self.eps)
+        return normed.to(x.dtype) * self.weight.view(x.shape[-2:])
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return the weight as a tensor that is cut along its only axis."""
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
+            {"weight": self.weight},
+            prefix,
+            {"weight": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=metadata["dp_cp_group"] if metadata and "dp_cp_group" in metadata else None,
+        )
+        return state
+
+
+class AllHeadsNormAttention(SelfAttention):
+    """Megatron's self-attention with an `AllHeadsRMSNorm` of the queries and one of the keys."""
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        channels, tp_group = self.hidden_size_per_attention_head, self.pg_collection.tp
+        self.q_layernorm = AllHeadsRMSNorm(config, config.num_attention_heads, channels, tp_group)
+        self.k_layernorm = AllHeadsRMSNorm(config, config.num_query_groups, channels, tp_group)
+
+
+def normalise_all_heads(block: TransformerBlockSubmodules, config: TransformerConfig) -> None:
+    """Give every layer of ``block`` an `AllHeadsNormAttention` where ``config`` asks for it (`ALL_HEADS`).
+
+    The field ``config.qk_layernorm`` stays false: Megatron sums the gradients of all norms of queries and keys over TP
+    where it is true, and the weights here are cut.
+    """
+    if getattr(config, ALL_HEADS, False):
+        for layer in block.layer_specs:
+            layer.submodules.self_attention.module = AllHeadsNormAttention
+
+
+class RMSNorm(torch.nn.Module):
+    """The norm ``x * rsqrt(mean(x^2) + eps) * weight``, with the mean in float32 and the product in the dtype of ``x``.
+
+    The order of operations is that of Hugging Face.  Under ``layernorm_zero_centered_gamma`` the weight is held less
+    one, and the product is in float32.  Shapes: ``[..., hidden_size]`` in and out.  Under sequence
+    parallelism each rank normalises its own tokens, and ``finalize_model_grads`` sums the gradient of the weight, which
+    is marked ``sequence_parallel``, over the tensor-parallel group.
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467); Megatron's ``WrappedTorchNorm`` refuses sequence
+    parallelism.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.zero_centered_gamma = config.layernorm_zero_centered_gamma
+        initial = torch.zeros if self.zero_centered_gamma else torch.ones
+        self.weight = torch.nn.Parameter(initial(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the norm of ``x``."""
+        normed = x.float()
+        normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
+        if self.zero_centered_gamma:  # 1 + weight would lose bits of the weight in bf16
+            return (normed * (1 + self.weight.float())).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
+
+
+class LatentRMSNorm(RMSNorm):
+    """The `RMSNorm` of a latent in multi-latent attention, with ``config.latent_layernorm_epsilon`` where it is set."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **options: Any) -> None:
+        super().__init__(config, hidden_size, getattr(config, "latent_layernorm_epsilon", eps), **options)
+
+
+@functools.cache
+def with_latent_epsilon(linear: type[Any]) -> type[Any]:
+    """Return ``linear``, a layer that normalises its input with ``config.layernorm_epsilon``, for a latent as input.
+
+    Transformer Engine's layer spec has the norm of a latent in the linear layer after it.  The class in the result
+    hands a copy of its configuration with the epsilon of the latents to ``linear``.
+    """
+
+    class OfLatent(linear):
+        def __init__(self, *args: Any, config: TransformerConfig, **options: Any) -> None:
+            own = copy.copy(config)
+            own.layernorm_epsilon = own.latent_layernorm_epsilon
+            super().__init__(*args, config=own, **options)
+
+    OfLatent.__name__ = OfLatent.__qualname__ = linear.__name__
+    return OfLatent
+
 
 _FUSED_QUERIES = 1024
 """The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
 _SCORES = 2**26
 """The number of scores in a block over all heads without such a kernel: 256 MiB in float32."""
+_POSITIONS = "rotary_positions"
+_megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
 
 
 class BiasedExpertOutput(RowParallelLinear):
@@ -58,7 +212,7 @@ class CoreAttention(MegatronModule):
     Query position i attends to key position j iff j <= i and both are in the same sequence; in a layer with a sliding
     window (``window_size=(left, 0)`` and ``window_attn_skip_freq``) also iff j >= i - left.  Packed sequences thus give
     the same result as each sequence alone, also when context parallelism cuts them.  With ``softmax_type=learnable``
-    each head has a sink, the parameter ``softmax_offset`` [n / tp], which `attention_sinks` describes.
+    each head has a sink, the parameter ``softmax_offset`` [n / tp], which `attention_variants` describes.
 
     Shapes: query ``[s, b, n, d]`` and key, value ``[s, b, n_kv, d]``, or packed (``qkv_format="thd"``)
     ``[t, n, d]``; result ``[s, b, n * d_v]`` or ``[t, n * d_v]``.  With a KV cache the keys are the whole prefix, and
@@ -358,3 +512,83 @@ class GatherSequence(torch.autograd.Function):
         grad = grad.contiguous()
         dist.all_reduce(grad, group=ctx.group)
         return grad.chunk(ctx.group.size())[ctx.group.rank()].contiguous(), None
+
+
+@dataclass
+class PackedSequences(PackedSeqParams):
+    """Megatron's parameters of a packed sequence, with the values that layers would otherwise read from the device."""
+
+    segment_bounds: tuple[int, ...] = ()
+    """The values of ``cu_seqlens_q`` as Python integers."""
+    rotary_positions: Tensor | None = None
+    """The position in its sequence of each token that this context-parallel rank holds, [s / cp] int64."""
+    segment_batches: SegmentBatches | None = None
+    """The batches of segments for layers that compute with PyTorch; None under context parallelism or other layers."""
+
+    def __post_init__(self) -> None:
+        # Megatron passes only this tensor to the rotary embedding.
+        setattr(self.cu_seqlens_q_padded, _POSITIONS, self.rotary_positions)
+
+    @functools.cached_property
+    def lengths_for_fla(self) -> dict[str, Tensor]:
+        """The arguments that state the segments to flash-linear-attention: int64 on the device, and on the host.
+
+        All layers get the same two objects: the library knows its tables of segments by the identity of both.
+        """
+        return {
+            "cu_seqlens": self.cu_seqlens_q.long(),
+            "cu_seqlens_cpu": torch.tensor(self.segment_bounds, dtype=torch.int64),
+        }
+
+    @classmethod
+    def of(cls, microbatch: Microbatch, position_ids: Tensor, *, with_segment_batches: bool) -> PackedSequences:
+        """Return the parameters of ``microbatch``, all tensors on the host.
+
+        ``position_ids [s / cp]``: the positions of the tokens that this context-parallel rank holds.
+        """
+        cu_seqlens, longest = microbatch.cu_seqlens, microbatch.max_seqlen
+        return cls(
+            qkv_format="thd",
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_kv=cu_seqlens,
+            cu_seqlens_q_padded=cu_seqlens,  # causal attention ignores the padding behind a sequence
+            cu_seqlens_kv_padded=cu_seqlens,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+            segment_bounds=tuple(cu_seqlens.tolist()),
+            rotary_positions=position_ids,
+            segment_batches=segments_by_length(cu_seqlens.long()) if with_segment_batches else None,
+        )
+
+
+def _rotary_embedding(
+    t: Tensor,
+    cu_seqlens: Tensor,
+    freqs: Tensor,
+    rotary_interleaved: bool = False,
+    multi_latent_attention: bool = False,
+    mscale: float = 1.0,
+    cp_group: Any = None,
+) -> Tensor:
+    """Return ``t [s / cp, n, d]`` with the rotary embedding of ``freqs [max_seqlen, 1, 1, d]`` at each position.
+
+    Without known positions, call Megatron's own function, which waits for the device.  In a segment of padding all
+    positions are 0, while Megatron's function counts them.
+    """
+    positions = getattr(cu_seqlens, _POSITIONS, None)
+    if positions is None:
+        rotated: Tensor = _megatrons_rotary_embedding(
+            t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale, cp_group
+        )
+        return rotated
+    rotated = rope_utils._apply_rotary_pos_emb_bshd(
+        t.unsqueeze(1),
+        freqs.index_select(0, positions),
+        rotary_interleaved=rotary_interleaved,
+        multi_latent_attention=multi_latent_attention,
+        mscale=mscale,
+    ).squeeze(1)
+    return rotated
+
+
+rope_utils._apply_rotary_pos_emb_thd = _rotary_embedding

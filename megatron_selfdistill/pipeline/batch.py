@@ -1,34 +1,65 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Pack the contexts of every replica into microbatches: the same number, of the same length, on every replica."""
+"""Pack the contexts of every replica into microbatches: the same number, of the same length, on every replica.
+
+The budget of a step is the number of tokens that a microbatch may have; the step computes least padding.  Every replica
+runs as many microbatches as the replica that needs most, all of one length.  If each of them had up to
+``schedule.max_tokens`` tokens, contexts that fill 2.1 microbatches would make every replica compute 3 full ones.
+Therefore a step takes the cheapest of several budgets between half of ``max_tokens`` and ``max_tokens``::
+
+    budgets = budgets_of(rules)
+    counts = all_reduce_max(counts_by_budget(student_lengths, teacher_lengths, rules, budgets))
+    plan = cheapest(budgets, counts, raised)
+    packed = pack(contexts, replace(rules, max_tokens=plan.budget), ...)
+
+`placed` chooses the replica that trains on each context, so that all data-parallel replicas compute equally much.
+
+All microbatches of a step are known before the step.  Therefore the tensors of a `DeviceBatch`, which are all tensors
+besides weights and activations, travel to the device in one copy, and the schedule never waits for the device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.data.budgets import STUDENT_PASSES, StepPlan, budgets_of, cheapest, counts_by_budget
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import (
+    Microbatch,
     PackedBatch,
     PackingRules,
+    context_parallel_positions,
     length_quantum,
     pack,
     pad_to_count,
     padded_lengths,
+    planned_sequences,
     required_seq_length,
 )
-from megatron_selfdistill.data.placement import placed
 from megatron_selfdistill.distributed.collectives import gather_integers, max_over_ranks
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.model.fp8 import token_multiple
-from megatron_selfdistill.pipeline.schedule import microbatch_multiple
+from megatron_selfdistill.model.forward import ModelInputs, ResponsePositions
+
+STUDENT_PASSES = 3
+"""The time of the student's microbatch in forward passes: the backward pass takes two."""
+_MOST_BUDGETS = 33
+_ROWS = {"delayed": 16, "tensorwise": 16, "mxfp8": 32, "blockwise": 128, "custom": 128}
+"""The number of tokens, by recipe, of which a rank's share must be a multiple.
+
+Both layouts of an operand, [tokens, h] and its transpose, are cut into blocks of this size, and matrix products need
+multiples of 16.
+"""
+_OVERHEAD = 1 / 64  # the time of a microbatch beside its tokens, as a share of the time of one with max_tokens tokens
+_IMPOSSIBLE = 2**31  # microbatches of a budget that is shorter than a context
 
 
 @dataclass(frozen=True)
@@ -44,7 +75,7 @@ class Packing:
     with_reference: bool = False
     """Whether a reference reads the student's microbatches, too."""
     seq_multiple: int | None = None
-    """The number of which the length of a microbatch is a multiple (`model.fp8.token_multiple`); None is 1."""
+    """The number of which the length of a microbatch is a multiple (`token_multiple`); None is 1."""
     attention_tokens: int | None = None
     """The length of a context whose attention takes as long as everything else; None leaves attention out."""
 
@@ -97,7 +128,7 @@ class Packing:
         return squares // self.attention_tokens if self.attention_tokens else 0
 
     def costs(self, student_length: int, teacher_length: int) -> tuple[int, ...]:
-        """Return the costs of a context for `data.placement.placed`: the tokens of each role, then its whole time."""
+        """Return the costs of a context for `placed`: the tokens of each role, then its whole time."""
         student, teacher = self.passes
         time = student * student_length + teacher * teacher_length + self.attention(student_length, teacher_length)
         return student_length, teacher_length * self.with_teacher, time
@@ -136,9 +167,9 @@ def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: Ran
     """Return this replica's contexts, packed into microbatches of at most ``packing.max_tokens`` tokens.
 
     Every replica gets the same length and number of microbatches: at least one of each role, and in total a multiple of
-    `microbatch_multiple`.  The length is the one with which the step computes least (data/budgets.py).  A replica that
-    has fewer microbatches gets weightless ones, and a replica without contexts gets only weightless ones.  On GPUs the
-    length is rounded up to a multiple of `length_quantum`, which changes neither losses nor gradients.
+    `microbatch_multiple`.  The length is the one with which the step computes least (pipeline/batch.py).  A replica
+    that has fewer microbatches gets weightless ones, and a replica without contexts gets only weightless ones.  On GPUs
+    the length is rounded up to a multiple of `length_quantum`, which changes neither losses nor gradients.
 
     Collectives: two maxima over the data-parallel ranks. Raises: ValueError where one context alone exceeds
     ``max_tokens``.
@@ -156,7 +187,7 @@ def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: Ran
 def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> list[list[int]] | None:
     """Return the replica that shall train on each context, ``placement[r][i]`` for context i of replica r.
 
-    All ranks get the same result (`data.placement.placed`).  It is None if all contexts should stay where they are,
+    All ranks get the same result (`placed`).  It is None if all contexts should stay where they are,
     because there is one replica or the step would not become shorter.
     Collectives: over the data-parallel ranks, one `gather_integers` of the lengths and one maximum.  Raises: ValueError
     where one context alone exceeds ``max_tokens``.
@@ -179,6 +210,23 @@ def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid
         return None
     remaining = iter(replicas)
     return [list(islice(remaining, len(part))) for part in by_replica]
+
+
+def microbatch_multiple(grid: RankGrid) -> int:
+    """Return the divisor of the number of microbatches in a step: PP for the interleaved schedule, else 1."""
+    return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
+
+
+def token_multiple(config: TransformerConfig) -> int | None:
+    """Return the number of tokens of which the length of a packed sequence must be a multiple; None without FP8.
+
+    With FP8 each rank's share of a sequence, over TP and CP, is a multiple of the block size of the recipe.
+    """
+    if not config.fp8:
+        return None
+    block = _ROWS[str(getattr(config.fp8_recipe, "value", config.fp8_recipe))]
+    tp, cp = int(config.tensor_model_parallel_size), int(config.context_parallel_size)
+    return block * tp * (2 * cp if cp > 1 else 1)
 
 
 def raised_to_multiple(
@@ -206,3 +254,235 @@ def over_last_stage(values: torch.Tensor, grid: RankGrid) -> torch.Tensor:
     if grid.tp_size > 1:  # each rank took its own sums, which need not have the same bits
         dist.broadcast(values, dist.get_global_rank(grid.tp_group, 0), group=grid.tp_group)
     return values
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The microbatches that every replica runs in a step."""
+
+    budget: int
+    """Largest number of tokens of a microbatch."""
+    num_student: int
+    num_teacher: int
+    """Numbers of microbatches of student and teacher."""
+    cost: float
+    """Time of these microbatches without attention, in forward passes of one token."""
+
+
+def budgets_of(rules: PackingRules, seq_quantum: int | None = None) -> list[int]:
+    """Return the budgets that a step may have, the greatest first: ``rules.capacity``, and less down to half of it.
+
+    All but the first are multiples of ``seq_quantum`` (`length_quantum`), so that the lengths of microbatches stay few.
+    """
+    capacity = rules.capacity
+    unit = math.lcm(rules.length_multiple, seq_quantum or 1)
+    step = -(-capacity // (2 * (_MOST_BUDGETS - 1) * unit)) * unit
+    shorter = range((capacity - 1) // unit * unit, (capacity - 1) // 2, -step)
+    return [capacity, *shorter]
+
+
+def counts_by_budget(student: list[int], teacher: list[int], rules: PackingRules, budgets: Sequence[int]) -> list[int]:
+    """Return the student's and the teacher's number of microbatches under each budget: ``2 * len(budgets)`` numbers.
+
+    ``student``, ``teacher``: the lengths of a replica's contexts (`padded_lengths`).
+    """
+    longest = max(student + teacher, default=0)
+    counts: list[int] = []
+    for budget in budgets:
+        if longest > budget:
+            counts += [_IMPOSSIBLE, _IMPOSSIBLE]
+        else:
+            counts += map(len, planned_sequences(student, teacher, budget, paired=rules.paired))
+    return counts
+
+
+def cheapest(
+    budgets: Sequence[int],
+    counts: Sequence[int],
+    raised: Callable[[int, int], tuple[int, int]],
+    passes: tuple[int, int],
+) -> StepPlan:
+    """Return the budget with the least time of the step; of equally cheap ones the greatest.
+
+    ``counts``: the maximum of `counts_by_budget` over the replicas.  ``raised``: returns the numbers of microbatches
+    that the schedule runs for the numbers that are needed.  ``passes``: the times of a student's and of a teacher's
+    microbatch, in forward passes.
+    """
+    overhead = _OVERHEAD * budgets[0]
+    plans = []
+    for budget, needed in zip(budgets, zip(counts[::2], counts[1::2], strict=True), strict=True):
+        num_student, num_teacher = raised(*needed)
+        time = passes[0] * num_student + passes[1] * num_teacher
+        plans.append(StepPlan(budget, num_student, num_teacher, time * (budget + overhead)))
+    return min(plans, key=lambda plan: plan.cost)
+
+
+def placed(costs: Sequence[Sequence[int]], homes: Sequence[int], num_replicas: int) -> list[int]:
+    """Return the replica of each context: its home where possible, so that few contexts travel.
+
+    ``costs[i]``: the costs of context i in one or several units, of which the last one is its whole cost.
+    ``homes[i]``: the replica that has context i.  The dearest context is placed first.  A context stays at home as long
+    as no cost of its home exceeds an equal share of the global batch and the cost of the dearest context, which no
+    placement can avoid.  Otherwise the context goes to the replica where the greatest share of the replica in the costs
+    of the global batch is then least.  The result is deterministic.  Collectives: none.
+    """
+    totals = [sum(column) for column in zip(*costs, strict=True)]
+    dearest = [max(column) for column in zip(*costs, strict=True)]
+    bounds = [max(total, num_replicas * most) for total, most in zip(totals, dearest, strict=True)]
+    loads = [[0] * len(totals) for _ in range(num_replicas)]
+    replicas = list(homes)
+
+    def with_cost(replica: int, cost: Sequence[int]) -> list[int]:
+        return [load + more for load, more in zip(loads[replica], cost, strict=True)]
+
+    def largest_share(replica: int, cost: Sequence[int]) -> float:
+        return max(load / (total or 1) for load, total in zip(with_cost(replica, cost), totals, strict=True))
+
+    for index in sorted(range(len(costs)), key=lambda i: -costs[i][-1]):
+        cost, replica = costs[index], homes[index]
+        if any(num_replicas * load > bound for load, bound in zip(with_cost(replica, cost), bounds, strict=True)):
+            replica = min(range(num_replicas), key=lambda other: largest_share(other, cost))
+        replicas[index], loads[replica] = replica, with_cost(replica, cost)
+    return replicas
+
+
+@dataclass(frozen=True)
+class StudentMicrobatch:
+    """One microbatch of the student; this context-parallel rank holds the hidden states of R of its response tokens.
+
+    The tokens of guided problems come last, so that both kinds of tokens are slices.
+    """
+
+    inputs: ModelInputs
+    positions: ResponsePositions
+    response_ids: Tensor
+    """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64."""
+    response_tokens: Tensor
+    """Token ids of the R response tokens, [R] int64."""
+    num_guided: int
+    """Number of the R tokens that belong to guided problems."""
+
+
+@dataclass(frozen=True)
+class RoutedStates:
+    """The part of a teacher microbatch's hidden states that one student microbatch needs, on this rank."""
+
+    student_index: int
+    chosen: Tensor | None
+    """Indices among the states that this rank receives, [n] int64; None for all states, in their order."""
+    place: Tensor | None
+    """Indices among the R states of the student microbatch, [n] int64; None for all states, in their order."""
+
+
+@dataclass(frozen=True)
+class TeacherMicrobatch:
+    """One microbatch of the teacher, and the student microbatches that need its hidden states."""
+
+    inputs: ModelInputs
+    positions: ResponsePositions
+    send_order: Tensor | None
+    """Order in which this rank sends its states to the context-parallel ranks, [R] int64; None with one such rank."""
+    send_counts: list[int]
+    """Number of states that this rank sends to each context-parallel rank."""
+    receive_counts: list[int]
+    """Number of states that this rank receives from each context-parallel rank."""
+    routes: list[RoutedStates]
+    """The student microbatches that need the received states, and which states each needs."""
+
+
+@dataclass(frozen=True)
+class DeviceBatch:
+    """A `PackedBatch` as this rank's schedule takes it, all tensors on the device."""
+
+    student: list[StudentMicrobatch]
+    teacher: list[TeacherMicrobatch]
+    num_states: list[int]
+    """R of each student microbatch, on this context-parallel rank."""
+
+    @classmethod
+    def of(cls, batch: PackedBatch, grid: RankGrid, *, with_teacher: bool, local_attention: bool) -> DeviceBatch:
+        """Copy ``batch`` to this rank's device in one asynchronous copy.
+
+        ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
+        """
+        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        teacher = _teacher_microbatches(batch, grid, local_attention) if with_teacher else []
+        on_host = cls(
+            student=[
+                StudentMicrobatch(
+                    inputs=ModelInputs.on_host(microbatch, grid, local_attention=local_attention),
+                    positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
+                    response_ids=ids,
+                    response_tokens=batch.response_tokens[ids],
+                    num_guided=int(batch.guided[ids].sum()),
+                )
+                for microbatch, (positions, ids) in zip(batch.student, held, strict=True)
+            ],
+            teacher=teacher,
+            num_states=[len(ids) for _, ids in held],
+        )
+        return to_device_in_one_copy(on_host, grid.device)
+
+
+def _teacher_microbatches(batch: PackedBatch, grid: RankGrid, local_attention: bool) -> list[TeacherMicrobatch]:
+    """Return the teacher's microbatches as host tensors, with the route of each hidden state to the student."""
+    total = len(batch.response_tokens)
+    owner = torch.zeros(total, dtype=torch.int64)  # context-parallel rank of each token's student state
+    student = torch.zeros(total, dtype=torch.int64)  # its student microbatch
+    place = torch.zeros(total, dtype=torch.int64)  # its place among that microbatch's states on the owner
+    sizes = []  # states of each student microbatch on this rank
+    for index, microbatch in enumerate(batch.student):
+        for rank in range(grid.cp_size):
+            _, ids = _held_by(microbatch, batch.guided, grid.cp_size, rank)
+            owner[ids], student[ids], place[ids] = rank, index, torch.arange(len(ids))
+            if rank == grid.cp_rank:
+                sizes.append(len(ids))
+    microbatches = []
+    for microbatch in batch.teacher:
+        held = [_held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
+        positions, ids = held[grid.cp_rank]
+        received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
+        microbatches.append(
+            TeacherMicrobatch(
+                inputs=ModelInputs.on_host(microbatch, grid, local_attention=local_attention),
+                positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
+                send_order=torch.argsort(owner[ids], stable=True) if grid.cp_size > 1 else None,
+                send_counts=torch.bincount(owner[ids], minlength=grid.cp_size).tolist(),
+                receive_counts=[len(theirs) for theirs in received],
+                routes=_routes(torch.cat(received), student, place, sizes),
+            )
+        )
+    return microbatches
+
+
+def _routes(received: Tensor, student: Tensor, place: Tensor, sizes: list[int]) -> list[RoutedStates]:
+    """Return one route per student microbatch that needs any of the ``received`` response ids."""
+    routes = []
+    for index in student[received].unique().tolist():
+        chosen = (student[received] == index).nonzero().flatten()
+        places = place[received[chosen]]
+        everything = len(chosen) == sizes[index] and torch.equal(places, torch.arange(len(places)))
+        routes.append(
+            RoutedStates(
+                student_index=index,
+                chosen=None if len(chosen) == len(received) else chosen,
+                place=None if everything else places,
+            )
+        )
+    return routes
+
+
+def _held_by(microbatch: Microbatch, guided: Tensor, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor]:
+    """Return the position in the rank's share and the response id of each response token whose state the rank holds.
+
+    Tokens of guided problems come after the others, and otherwise positions rise.
+    """
+    positions, ids = microbatch.response_positions, microbatch.response_ids
+    if cp_size > 1:
+        held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
+        place = torch.full((len(microbatch.tokens),), -1, dtype=torch.int64)
+        place[held] = torch.arange(len(held))
+        positions = place[positions]
+        positions, ids = positions[positions >= 0], ids[positions >= 0]
+    order = torch.argsort(guided[ids], stable=True)
+    return positions[order], ids[order]

@@ -6,44 +6,252 @@ so that the schedule's sends and receives match.  On the last stage the teacher 
 response positions in a `TeacherHiddenStates`.  With a target that is anchored to a reference, there are also reference
 microbatches: the student's contexts through the reference's weights, whose states are mixed with the teacher's or kept
 beside them.  When the student's microbatch arrives, the states of all models are projected to logits, and the loss is
-computed; a fused output layer does both in one piece (model/output_layer.py).
+computed; a fused output layer does both in one piece (model/forward.py).
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.choices import PAIR_ORDERS
-
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
+from megatron_selfdistill.choices import PAIR_ORDERS
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, vocab_entropy
+from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, states_at, uses_local_attention
-from megatron_selfdistill.model.output_layer import FusedLoss
-from megatron_selfdistill.pipeline.device_batch import DeviceBatch, StudentMicrobatch
-from megatron_selfdistill.pipeline.gradient_bridge import GradientBridge
-from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.router_losses import router_losses_per_weighted_microbatch
-from megatron_selfdistill.pipeline.step_output import StepOutput
-from megatron_selfdistill.pipeline.teacher_states import KeptStates, TeacherHiddenStates
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenCoefficients, TokenLoss
-from megatron_selfdistill.pipeline.token_measures import MeasuringObserver, OwnLogits, TokenMeasurement, TokenMeasures
-from megatron_selfdistill.pipeline.waves import Accumulated, Wave, gradients_of
+from megatron_selfdistill.model.forward import (
+    FusedLoss,
+    ModelInputs,
+    hidden_states,
+    nonlinear,
+    project,
+    states_at,
+    unwrapped,
+    uses_local_attention,
+)
+from megatron_selfdistill.pipeline.batch import DeviceBatch, StudentMicrobatch, TeacherMicrobatch
+from megatron_selfdistill.pipeline.token_losses import (
+    Accumulated,
+    GuidedTokens,
+    MeasuringObserver,
+    OwnLogits,
+    StepOutput,
+    TokenCoefficients,
+    TokenLoss,
+    TokenMeasurement,
+    TokenMeasures,
+    Wave,
+    gradients_of,
+)
+
+
+@dataclass(frozen=True)
+class KeptStates:
+    """The states of the R response tokens of one student microbatch, ``[R, h / tp]`` each, on the device."""
+
+    teacher: Tensor | None = None
+    """The teacher's own states; None without a teacher, and where only the mix is needed."""
+    reference: Tensor | None = None
+    """The reference's states, where teacher and reference are projected apart, and where they are wanted anyway."""
+    mix: Tensor | None = None
+    """The states (w h_t + h_r) / (1 + w) of the mix, where one projection serves teacher and reference."""
+    reference_entropy: Tensor | None = None
+    """The reference's entropy [R] in nats, float64, where the target matches it."""
+
+    def of_target(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the states of the mix and None; without a mix, those of the teacher and of the reference."""
+        return (self.teacher, self.reference) if self.mix is None else (self.mix, None)
+
+
+class TeacherHiddenStates:
+    """The teacher's final hidden states at response positions: ``[R_j, h / tp]`` for each student microbatch j.
+
+    The states of a student microbatch belong to the response tokens that this context-parallel rank's student holds, in
+    the student's order; each tensor-parallel rank keeps a slice of the width, so that any choice of states is the same
+    choice on all tensor-parallel ranks.  States beyond ``store_bytes`` rest in pinned host memory; neither direction
+    waits for the device.
+
+    With a reference, `add_reference` keeps the reference's states h_r beside the teacher's h_t.  Where both share one
+    linear output layer, it replaces both by (w h_t + h_r) / (1 + w), whose projection is (w t + r) / (1 + w).
+
+    Collectives, per teacher microbatch under context parallelism: one all-to-all that sends each state to the rank
+    whose student holds the same response token.  No autograd.
+    """
+
+    def __init__(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> None:
+        self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
+        self.width = hidden_size // grid.tp_size
+        self.shelves: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.student]
+        """The parts of every student microbatch by the field of `KeptStates` that they belong to."""
+        self.reference_entropies: dict[int, Tensor] = {}
+        self.bytes_on_device = 0
+
+    def put(self, index: int, hidden: Tensor) -> None:
+        """Keep the response positions of teacher microbatch ``index``; ``hidden [s / cp (/ tp), 1, h]``."""
+        microbatch = self.batch.teacher[index]
+        states = self._slice(states_at(hidden, microbatch.positions.in_sequence, self.grid))
+        if self.grid.cp_size > 1:
+            states = self._exchange(microbatch, states)
+        for route in microbatch.routes:
+            chosen = states if route.chosen is None else states.index_select(0, route.chosen)
+            self._keep(route.student_index, "teacher", chosen, route.place)
+
+    def add_reference(
+        self,
+        index: int,
+        states: Tensor,
+        entropy: Tensor | None,
+        *,
+        mix_weight: float | Tensor | None,
+        keep_teacher: bool,
+        keep_reference: bool = False,
+    ) -> None:
+        """Keep the reference's ``states [R, 1, h]`` and ``entropy [R]`` of student microbatch ``index``.
+
+        ``states`` are those of the teacher's response tokens, equal on all tensor-parallel ranks.  ``mix_weight``: the
+        teacher's weight w, or the w of each token [R], with which the states of the mix, rounded once to their dtype,
+        take the place of both models' states; ``keep_teacher`` and ``keep_reference`` keep a model's own states beside
+        the mix.  None keeps both models' states.
+        """
+        theirs = self._slice(states)
+        if entropy is not None:
+            self.reference_entropies[index] = entropy
+        if mix_weight is None or keep_reference:
+            self._keep(index, "reference", theirs)
+        if mix_weight is None:
+            return
+        teacher = self._take(index, "teacher", theirs.dtype)
+        self._keep(index, "mix", unit_mix(theirs, teacher, mix_weight).to(theirs.dtype))
+        if keep_teacher:
+            self._keep(index, "teacher", teacher)
+
+    def take(self, index: int, dtype: torch.dtype) -> KeptStates:
+        """Return all states of student microbatch ``index``, and forget them.
+
+        Raises: RuntimeError where a teacher microbatch with some of its response tokens has not run.
+        """
+        kept = set(self.shelves[index])
+        taken = {name: self._take(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})}
+        return KeptStates(**taken, reference_entropy=self.reference_entropies.pop(index, None))
+
+    def at_full_width(self, block: Tensor) -> Tensor:
+        """Return the states ``[R, 1, h]`` of which every tensor-parallel rank holds a slice ``block [R, h / tp]``."""
+        states: Tensor = gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group)
+        return states.unsqueeze(1)
+
+    def _slice(self, states: Tensor) -> Tensor:
+        """Return this rank's slice ``[R, h / tp]`` of the width of ``states [R, 1, h]``."""
+        return states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
+
+    def _take(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
+        size, parts = self.batch.num_states[index], self.shelves[index].pop(name, [])
+        self.bytes_on_device -= sum(part.states.nbytes for part in parts if part.on_device)
+        if sum(len(part.states) for part in parts) != size:
+            raise RuntimeError(f"student microbatch {index} came before the {name}'s microbatches with its responses")
+        loaded = [(part.states.to(self.grid.device, non_blocking=True), part.place) for part in parts]
+        if len(loaded) == 1 and loaded[0][1] is None:
+            return loaded[0][0]
+        block = torch.empty(size, self.width, dtype=dtype, device=self.grid.device)
+        for states, place in loaded:
+            assert place is not None, "a part that is everything is the only one"
+            block.index_copy_(0, place, states)
+        return block
+
+    def _keep(self, index: int, name: str, states: Tensor, place: Tensor | None = None) -> None:
+        on_device = self.bytes_on_device + states.nbytes <= self.store_bytes
+        if on_device:
+            self.bytes_on_device += states.nbytes
+        else:
+            on_host = torch.empty(states.shape, dtype=states.dtype, device="cpu", pin_memory=True)
+            states = on_host.copy_(states, non_blocking=True)
+        self.shelves[index][name].append(_Part(states, place, on_device))
+
+    def _exchange(self, microbatch: TeacherMicrobatch, states: Tensor) -> Tensor:
+        received = states.new_empty(sum(microbatch.receive_counts), states.size(1))
+        assert microbatch.send_order is not None
+        dist.all_to_all_single(
+            received,
+            states.index_select(0, microbatch.send_order),
+            microbatch.receive_counts,
+            microbatch.send_counts,
+            group=self.grid.cp_group,
+        )
+        return received
+
+
+class _Part(NamedTuple):
+    """The states [n, h / tp] of some or all of a student microbatch's R tokens."""
+
+    states: Tensor
+    place: Tensor | None
+    """The places [n] among the R; None for all in order."""
+    on_device: bool
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The frozen model on the student's contexts, and its part of a target that is anchored to it."""
+
+    target: Target
+    """The target, which is anchored to a reference."""
+    chunks: Sequence[torch.nn.Module]
+    """The reference's chunks on this rank, cut like the student's; the teacher's own where one copy serves as both."""
+    chunk_tokens: int = 4096
+    """The number of tokens whose logits of the reference exist at a time."""
+    backend: str | None = None
+    """As for `distillation_loss`."""
+
+    @property
+    def last(self) -> GPTModel:
+        """The model whose output layer projects the reference's states, on the last stage."""
+        return unwrapped(self.chunks[-1])
+
+    def mixes_states(self, teacher: GPTModel) -> bool:
+        """Return whether one projection of mixed hidden states gives the mix of both models' logits.
+
+        It does where teacher and reference have the same output layer, and this layer is linear.
+        """
+        return teacher is self.last and nonlinear(teacher) is None
+
+    @torch.no_grad()
+    def entropy(self, states: Tensor, vocab: VocabShard) -> Tensor:
+        """Return the reference's entropy [R], in nats and float64, at its ``states [R, 1, h]``.
+
+        Collectives: those of `vocab_entropy` per ``chunk_tokens`` tokens.
+        """
+        parts = [
+            vocab_entropy(project(self.last, chunk), vocab, backend=self.backend)
+            for chunk in states.split(self.chunk_tokens)
+        ]
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def mix_into(self, teacher_logits: Tensor, states: Tensor, teacher_weights: Tensor | None = None) -> None:
+        """Replace the teacher's logits t [R, v / tp] by (w t + r) / (1 + w), computed in float32 and rounded once.
+
+        ``states [R, 1, h]``: the reference's states, which are projected to r ``chunk_tokens`` tokens at a time.
+        ``teacher_weights [R]``: the w of each token; None is the target's.
+        """
+        for start in range(0, len(states), self.chunk_tokens):
+            chunk = slice(start, start + self.chunk_tokens)
+            weight = self.target.teacher_weight if teacher_weights is None else teacher_weights[chunk]
+            # No name keeps the logits of one chunk while the next one is projected.
+            teacher_logits[chunk] = unit_mix(project(self.last, states[chunk]).float(), teacher_logits[chunk], weight)
 
 
 class NoResponseTokens(RuntimeError):
@@ -76,10 +284,10 @@ def run(
     ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
-    guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a
-    replica hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.
-    ``wave``: the place of ``batch`` in a step of several waves (pipeline/waves.py), of which only the last one reduces
-    and finalises the gradients, and N counts the tokens of all; None is a step of one wave.
+    guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a replica
+    hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``wave``: the place
+    of ``batch`` in a step of several waves (pipeline/token_losses.py), of which only the last one reduces and finalises
+    the gradients, and N counts the tokens of all; None is a step of one wave.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
@@ -129,11 +337,6 @@ def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
     dist.all_reduce(totals, group=grid.dp_group)
     num_response_tokens, num_weighted = totals.tolist()
     return num_response_tokens, num_weighted
-
-
-def microbatch_multiple(grid: RankGrid) -> int:
-    """Return the divisor of the number of microbatches in a step: PP for the interleaved schedule, else 1."""
-    return grid.pp_size if grid.virtual_pipeline_model_parallel_size else 1
 
 
 def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_reference: bool) -> list[tuple[str, int]]:
@@ -284,7 +487,7 @@ class _Step:
         return self.bank
 
     def _teacher_weights(self, microbatch: StudentMicrobatch) -> Tensor | None:
-        """Return w [R] of the microbatch's tokens; None where all tokens have the target's, or no reference."""
+        """Return w [R] of the microbatch's tokens; None if all tokens have the target's, or no reference."""
         return None if self.reference is None else self.guided.weights(microbatch, self.reference.target.teacher_weight)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -359,3 +562,41 @@ class _Step:
             anchor_entropy=anchor_entropy,
             accumulated=accumulated,
         )
+
+
+class GradientBridge(torch.autograd.Function):
+    """A value computed under ``no_grad``, with an autograd edge to ``edge`` that carries a zero gradient.
+
+    Autograd, and so the schedule, treats a teacher microbatch like any other.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, edge: Tensor) -> Tensor:
+        """Return ``value``."""
+        ctx.edge = edge.shape, edge.dtype, edge.device
+        return value.detach()  # it has no `_base`, so the schedule may deallocate it
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        """Return no gradient for the value, and zeros for the edge."""
+        shape, dtype, device = ctx.edge
+        return None, torch.zeros(shape, dtype=dtype, device=device)
+
+
+@contextlib.contextmanager
+def router_losses_per_weighted_microbatch(chunks: Sequence[torch.nn.Module], factor: float) -> Iterator[None]:
+    """Raise the coefficients of router losses, so that each is the mean over the weighted student microbatches.
+
+    Megatron divides router losses by all microbatches and data-parallel ranks.  Teacher microbatches have no router
+    losses (no gradient), and weightless microbatches should have none.
+    """
+    configs = {id(c): c for c in (unwrapped(chunk).config for chunk in chunks)}.values()
+    before = [(c, c.moe_aux_loss_coeff, c.moe_z_loss_coeff) for c in configs]
+    for config, aux, z in before:
+        config.moe_aux_loss_coeff = [a * factor for a in aux] if isinstance(aux, list) else aux and aux * factor
+        config.moe_z_loss_coeff = z and z * factor
+    try:
+        yield
+    finally:
+        for config, aux, z in before:
+            config.moe_aux_loss_coeff, config.moe_z_loss_coeff = aux, z

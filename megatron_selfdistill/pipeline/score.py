@@ -11,7 +11,7 @@ teacher's prompt x' that shows the reference as well:
     learnability = r_SS - ratio_weight r_KL
 
 Source: Cetin, Zhao, Tang 2025 (arXiv 2506.08388, SakanaAI/RLT `teacher_rewards.py`), whose reward is r_SS - 3 r_KL with
-alpha = 0.01; recipes/explanation_reward.py has this reward itself.  There a trained teacher generates an explanation;
+alpha = 0.01; methods/rlt.py has this reward itself.  There a trained teacher generates an explanation;
 r_SS scores the given *solution* conditioned on question and explanation, and r_KL scores the *explanation*.  Here the
 candidate is both, since a model's own solution holds its reasoning and its answer: the student scores it conditioned on
 the problem alone (r_SS), and both models score it conditioned on their prompts (r_KL).  RLT takes the sampled log-ratio
@@ -25,13 +25,15 @@ reference is never the candidate, which the teacher would only copy.  The score 
 
 The distillation loss takes log-probs and divergence as statistics anyway, so the pass computes logits as training does:
 the logits of a microbatch or, where the output layer is fused with the loss, the logits of a chunk of tokens.
+
+`candidate_log_probs` returns the log-probs of a few candidates for the next token of prompts: one position per prompt.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -48,14 +50,13 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
-from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.output_layer import FusedLoss, Fusion, ResponsePositions
+from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.model.forward import FusedLoss, Fusion, ResponsePositions, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, over_last_stage, pack_everywhere
-from megatron_selfdistill.pipeline.step_output import StepOutput
+from megatron_selfdistill.pipeline.schedule import Reference
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
 
@@ -84,20 +85,110 @@ class Scores:
 
 @dataclass(frozen=True)
 class ScoringModels:
-    """A student and a teacher that score texts, on one rank."""
+    """The models that read contexts without gradients, on one rank, and the way in which contexts reach them."""
 
     student: Sequence[torch.nn.Module]
     """The student's chunks of this rank."""
-    teacher: Sequence[torch.nn.Module]
-    """The teacher's chunks, with the same cuts; the student's own chunks where one model is both."""
+    teacher: Sequence[torch.nn.Module] | None
+    """The teacher's chunks, with the same cuts; the student's own chunks where one model is both.
+
+    None is for a loss without a teacher.
+    """
     grid: RankGrid
     vocab: VocabShard
     max_tokens: int
     """Largest number of tokens of a packed sequence."""
-    fusion: Fusion | None
+    fusion: Fusion | None = None
     """As for `token_losses.self_distillation`, and equal on all ranks."""
-    backend: str | None
+    backend: str | None = None
     """As for `token_losses.self_distillation`, and equal on all ranks."""
+    reference: Reference | None = None
+    """As for `schedule.run`."""
+    pair_order: str = "alternating"
+    """As for `schedule.run`; alternating keeps the teacher's states of one packed sequence, for any number of texts."""
+    guided: token_losses.GuidedTokens | None = None
+    """As for `schedule.run`."""
+    teacher_store_bytes: float = float("inf")
+    """As for `schedule.run`."""
+
+
+@dataclass(frozen=True)
+class Want:
+    """The values that a pass without gradients reads."""
+
+    loss: token_losses.TokenLoss | FusedLoss
+    """The loss whose statistics are read."""
+    measurement: TokenMeasurement | None = None
+    """The measures beside the statistics."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The contexts of a pass without gradients as microbatches, and what this rank read in them."""
+
+    batch: PackedBatch
+    output: StepOutput
+    grid: RankGrid
+
+    def numbers(self, *names: str) -> Tensor:
+        """Return the named `TokenStats` of every response token, [len(names), R] float64, on the host.
+
+        Bits, order and collectives: as for `on_whole_replica`.
+        """
+        stats = self.output.stats
+        own = None if stats is None else torch.stack([getattr(stats, name) for name in names]).double()
+        return self.on_whole_replica(own, len(names))
+
+    def on_whole_replica(self, own: Tensor | None, num_rows: int) -> Tensor:
+        """Return rows of values of all response tokens, [num_rows, R] float64, on the host.
+
+        ``own [num_rows, len(output.response_ids)]``: the values that this rank has; None if it has none.  The result
+        has the order of ``batch.response_tokens`` and the same bits on every rank of the replica.  Collectives: one sum
+        over CP and one broadcast each over TP and PP.
+        """
+        grid = self.grid
+        values = torch.zeros(num_rows, len(self.batch.response_tokens), dtype=torch.float64, device=grid.device)
+        if own is not None:
+            values[:, self.output.response_ids] = own
+        if grid.is_last_stage:
+            over_last_stage(values, grid)
+        if grid.pp_size > 1:
+            dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
+        return values.cpu()
+
+
+def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> Reading:
+    """Pack the ``contexts`` of this replica, and return what ``models`` read in them without gradients.
+
+    ``contexts``: the same on each rank of the replica; replicas may have different numbers of contexts, also none.
+    Every rank of the world calls the function.  Collectives: those of `pack_everywhere` and `schedule.run`.
+
+    Raises: `NoResponseTokens` on all ranks where no replica has a response token; ValueError for a context that is
+    longer than a packed sequence, or a backend that cannot run.
+    """
+    packing = Packing.of_model(
+        unwrapped(models.student[0]).config,
+        max_tokens=models.max_tokens,
+        pair_order=models.pair_order,
+        with_teacher=models.teacher is not None,
+        with_reference=models.reference is not None,
+    )
+    batch = pack_everywhere(contexts, packing, models.grid)
+    output = schedule.run(
+        models.student,
+        models.teacher,
+        batch,
+        want.loss,
+        models.grid,
+        models.vocab,
+        reference=models.reference,
+        guided=models.guided,
+        measurement=want.measurement,
+        pair_order=models.pair_order,
+        teacher_store_bytes=models.teacher_store_bytes,
+        forward_only=True,
+    )
+    return Reading(batch, output, models.grid)
 
 
 def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Scores]:
@@ -151,58 +242,23 @@ def log_probs(
 
 def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: float) -> Tensor:
     """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R]; see `log_probs`."""
-    grid = models.grid
-    if not max_over_ranks([sum(len(pair.response) for pair in pairs)], grid.dp_group)[0]:
+    if not max_over_ranks([sum(len(pair.response) for pair in pairs)], models.grid.dp_group)[0]:
         return torch.empty(3, 0, dtype=torch.float64)
-    # Alternating, so that the teacher's states of only one packed sequence are kept, for any number of texts.
-    order = "alternating"
-    config = unwrapped(models.student[0]).config
-    packing = Packing.of_model(config, max_tokens=models.max_tokens, pair_order=order, with_teacher=True)
-    batch = pack_everywhere(pairs, packing, grid)
-    output = schedule.run(
-        models.student,
-        models.teacher,
-        batch,
-        _reading_loss(models.fusion, models.backend, temperature),
-        grid,
-        models.vocab,
-        pair_order=order,
-        forward_only=True,
-    )
-    return on_whole_replica(output, ("student_log_prob", "teacher_log_prob", "reverse_kl"), batch, grid)
-
-
-def on_whole_replica(output: StepOutput, names: Sequence[str], batch: PackedBatch, grid: RankGrid) -> Tensor:
-    """Return the named `TokenStats` of every response token of ``batch``, [len(names), R] float64, on the host.
-
-    The result has the order of ``batch.response_tokens`` and the same bits on every rank of the replica, also on ranks
-    whose ``output`` has no statistics.  Collectives: one sum over CP and one broadcast each over TP and PP.
-    """
-    own = None if output.stats is None else torch.stack([getattr(output.stats, name) for name in names]).double()
-    return over_whole_replica(own, len(names), output.response_ids, len(batch.response_tokens), grid)
-
-
-def over_whole_replica(own: Tensor | None, num_rows: int, ids: Tensor, num_tokens: int, grid: RankGrid) -> Tensor:
-    """Return rows of values of all response tokens, [num_rows, num_tokens] float64, on the host.
-
-    ``own [num_rows, len(ids)]``: the values that this rank has, for the tokens ``ids``; None where it has none.  The
-    result has the same bits on every rank of the replica.  Collectives: one sum over CP and one broadcast each over TP
-    and PP.
-    """
-    values = torch.zeros(num_rows, num_tokens, dtype=torch.float64, device=grid.device)
-    if own is not None:
-        values[:, ids] = own
-    if grid.is_last_stage:
-        over_last_stage(values, grid)
-    if grid.pp_size > 1:
-        dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
-    return values.cpu()
+    reading = read(pairs, models, Want(_reading_loss(models.fusion, models.backend, temperature)))
+    return reading.numbers("student_log_prob", "teacher_log_prob", "reverse_kl")
 
 
 def learnabilities(
-    candidates: Sequence[tuple[Problem, Response]], models: ScoringModels, config: Config, run_data: RunData
+    candidates: Sequence[tuple[Problem, Response]],
+    models: ScoringModels,
+    config: Config,
+    run_data: RunData,
+    alpha: float,
+    ratio_weight: float,
 ) -> list[float]:
     """Return the `Scores.learnability` of each response to its problem, in the contexts of `candidate_contexts`.
+
+    ``alpha``, ``ratio_weight``: the arguments of `Scores.learnability`.
 
     Collectives and errors: as for `score_texts` and `candidate_contexts`.
     """
@@ -213,7 +269,6 @@ def learnabilities(
         max_new_tokens=config.rollout.max_new_tokens,
         policy=config.data.on_long_context,
     )
-    alpha, ratio_weight = config.solutions.alpha, config.solutions.ratio_weight
     return [scores.learnability(alpha, ratio_weight) for scores in score_texts(pairs, models)]
 
 
@@ -255,7 +310,7 @@ def with_reference(problem: Problem) -> Problem:
     if not reference:
         raise ValueError(
             f"{problem.location}: expected a solution or an answer, from which the teacher can foresee a text, got "
-            "neither of them; choose solutions.pick=shortest, most_likely or random."
+            "neither of them; choose method.pick=shortest, most_likely or random."
         )
     return replace(problem, solution=reference)
 
@@ -301,3 +356,86 @@ class _FusedAtTemperature(FusedLoss):
 
 def _scores(log_probs: Tensor, divergences: Tensor) -> Scores:
     return Scores(log_probs.mean().item(), log_probs.min().item(), divergences.mean().item(), divergences.max().item())
+
+
+def candidate_log_probs(
+    prompts: Sequence[Sequence[int]],
+    token_ids: Sequence[int],
+    chunks: Sequence[torch.nn.Module],
+    grid: RankGrid,
+    vocab: VocabShard,
+    *,
+    max_tokens: int,
+) -> Tensor:
+    """Return log p(token | prompt) of the n tokens ``token_ids`` after each prompt, [B, n] float64 nats, on the host.
+
+    The probabilities are those over the whole valid vocabulary at temperature 1; the sums are in float64.
+    ``prompts``: the B prompts of this replica as token ids, the same on each of its ranks; replicas may have different
+    numbers of prompts, also none.  ``chunks``: the model's chunks of this rank.  ``max_tokens``: the largest number of
+    tokens of a packed sequence.  Only the logits of one position per prompt exist, ``[prompts of a microbatch, V /
+    tp]`` at a time.
+
+    Returns: the same bits on every rank of the replica; no rows where no replica has a prompt.
+    Collectives: every rank of the world calls it; one maximum over the data-parallel ranks, the collectives of
+    `pack_everywhere` and `schedule.run`, three reductions over TP per microbatch, and of ``[n, B]`` numbers one sum
+    over CP and one broadcast each over TP and PP.
+    Raises: ValueError for a prompt that is longer than a packed sequence, and for a token that is no valid column.
+    """
+    if not all(0 <= token < vocab.vocab_size for token in token_ids):
+        raise ValueError(
+            f"candidate_log_probs: expected tokens of a vocabulary of {vocab.vocab_size}, got {list(token_ids)}."
+        )
+    if not max_over_ranks([len(prompts)], grid.dp_group)[0]:
+        return torch.empty(0, len(token_ids), dtype=torch.float64)
+    # A context has one response token, whose place is that of the candidates; which token it is does not matter.
+    pairs = [ContextPair("", list(prompt), list(prompt), [token_ids[0]], truncated=False) for prompt in prompts]
+    models = ScoringModels(chunks, None, grid, vocab, max_tokens, pair_order="teacher_first")
+    candidates = _Candidates(torch.tensor(token_ids, device=grid.device))
+    reading = read(pairs, models, Want(candidates))
+    values = torch.cat(candidates.found).T if candidates.found else None
+    return reading.on_whole_replica(values, len(token_ids)).T
+
+
+@dataclass
+class _Candidates:
+    """A token loss that keeps the candidates' log-probs of every microbatch, in the order of the schedule's results."""
+
+    token_ids: Tensor
+    found: list[Tensor] = field(default_factory=list)
+    """[rows, n] float64 per microbatch."""
+
+    def __call__(
+        self, logits: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard
+    ) -> TokenStats:
+        """Keep the log-probs; the statistics that the schedule asks for are zeros."""
+        self.found.append(log_probs_of_columns(logits, self.token_ids, vocab))
+        zeros = logits.new_zeros(len(response_tokens), dtype=torch.float32)
+        values = {f.name: zeros for f in fields(TokenStats)}
+        values |= {"status": torch.zeros_like(response_tokens)}
+        values |= {"grid_betas": zeros[:0], "grid_entropies": zeros.new_empty(len(zeros), 0)}
+        return TokenStats(**values)
+
+
+@torch.no_grad()
+def log_probs_of_columns(logits: Tensor, token_ids: Tensor, vocab: VocabShard) -> Tensor:
+    """Return log softmax(logits) of the valid columns ``token_ids [n]``, [R, n] float64, equal on the ranks of a group.
+
+    ``logits [R, V / tp]``: this rank's shard, of any float dtype, with padding columns.
+    Collectives over ``vocab.group``: one maximum and two sums.
+    """
+    valid = logits[:, : vocab.num_valid].double()
+    peak = valid.new_full((len(valid),), -torch.inf) if vocab.num_valid == 0 else valid.amax(-1)
+    _reduce(peak, dist.ReduceOp.MAX, vocab)
+    total = (valid - peak[:, None]).exp().sum(-1)
+    _reduce(total, dist.ReduceOp.SUM, vocab)
+    chosen = valid.new_zeros(len(valid), len(token_ids))
+    columns = token_ids - vocab.start
+    mine = (columns >= 0) & (columns < vocab.num_valid)
+    chosen[:, mine] = valid[:, columns[mine]]
+    _reduce(chosen, dist.ReduceOp.SUM, vocab)
+    return chosen - peak[:, None] - total.log()[:, None]
+
+
+def _reduce(values: Tensor, operation: dist.ReduceOp.RedOpType, vocab: VocabShard) -> None:
+    if vocab.group is not None and dist.get_world_size(vocab.group) > 1:
+        dist.all_reduce(values, operation, group=vocab.group)

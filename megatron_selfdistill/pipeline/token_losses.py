@@ -1,10 +1,26 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The losses of response tokens that a step trains on: self-distillation, or the next token for the baselines."""
+"""The losses of response tokens that a step trains on, further measures of these tokens, and the results of a step.
+
+A loss is that of self-distillation, or of the next token for the baselines.
+
+Only some steps take a `TokenMeasurement`.  Its numbers come from the logits that the loss reads, a few tokens at a
+time, between its forward pass and its gradient.  With a reference these are the logits of the student and of the mix,
+so the states of teacher and reference are projected, too.  The loss and its gradient do not change.
+
+The waves of a step are several calls of the schedule, whose gradients add up to those of one call.  The weights change
+only after the last wave, so a response may be trained on while others are still being generated.  The loss of a step is
+a sum over response tokens, divided by their number N, which is known once the last wave begins.  Earlier waves divide
+by an estimate N' and leave their gradients on the rank that computed them; before the last wave begins, these gradients
+are multiplied by N' / N.  The last wave divides by N, and Megatron Core then reduces and finalises all gradients at
+once, as in a step of one wave.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,12 +28,154 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-from megatron_selfdistill.loss.divergence import Divergence, split_divergence
-from megatron_selfdistill.loss.sharded.vocab_parallel import Observer, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
+from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    Observer,
+    TokenStats,
+    VocabShard,
+    distillation_loss,
+    mass_on_rare,
+    vocab_entropy,
+)
+from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
 from megatron_selfdistill.loss.weighting import Coefficients
-from megatron_selfdistill.model.output_layer import FusedLoss, Fusion
-from megatron_selfdistill.pipeline.device_batch import StudentMicrobatch
+from megatron_selfdistill.model.forward import FusedLoss, Fusion, unwrapped
+from megatron_selfdistill.pipeline.batch import StudentMicrobatch
+
+CHUNK_TOKENS = 512
+"""The largest number of tokens whose logits of teacher and reference exist at a time, besides those of the loss."""
+_OF_TEACHER = ("teacher_entropy", "teacher_log_prob", "top1_agreement")
+
+
+class OwnLogits(NamedTuple):
+    """The logits of the models that a target with a reference mixes, ``[n, v / tp]`` each; None is not measured."""
+
+    teacher: Tensor | None = None
+    reference: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TokenMeasures:
+    """The measures of R response tokens, [R] each if not stated, equal on all tensor-parallel ranks."""
+
+    mass_on_rare_student: Tensor
+    """The target's mass on tokens that are rare for the student, see `mass_on_rare`; float64."""
+    mass_on_rare_reference: Tensor | None = None
+    """The same for the reference; None without a reference."""
+    reference_entropy: Tensor | None = None
+    """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
+    teacher_entropy: Tensor | None = None
+    """The entropy of the teacher in nats; None without a reference, where the loss takes it, and where the step does
+    not measure the teacher."""
+    teacher_log_prob: Tensor | None = None
+    """The teacher's log-prob of the response token in nats; None if ``teacher_entropy`` is None."""
+    top1_agreement: Tensor | None = None
+    """Whether student and teacher have the same argmax, bool; None if ``teacher_entropy`` is None."""
+    summary: LogitSummary | None = None
+    """The summaries of the logits of student, teacher and, where there is one, reference; None unless asked for."""
+
+    @classmethod
+    def concatenate(cls, parts: Sequence[TokenMeasures]) -> TokenMeasures:
+        """Return the measures of the tokens of all parts, at least one, in their order."""
+        joined: dict[str, Any] = {}
+        for field_name in (f.name for f in fields(cls)):
+            values = [getattr(part, field_name) for part in parts]
+            join = LogitSummary.concatenate if field_name == "summary" else torch.cat
+            joined[field_name] = None if values[0] is None else join(values)
+        return cls(**joined)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the numbers that describe the teacher are measured."""
+        return self.teacher_entropy is not None
+
+    def with_teacher(self, stats: TokenStats) -> TokenStats:
+        """Return ``stats`` with the numbers that describe the teacher, where they are measured."""
+        if not self.has_teacher:
+            return stats
+        return replace(stats, **{name: getattr(self, name) for name in _OF_TEACHER})
+
+
+@dataclass(frozen=True)
+class TokenMeasurement:
+    """The choice of what a step measures."""
+
+    target: Target
+    """The target of the step's loss, which has a teacher."""
+    chunk_tokens: int = CHUNK_TOKENS
+    """The largest number of tokens whose logits of teacher and reference exist at a time."""
+    backend: str | None = None
+    """The backend that computes the entropy of the reference and the numbers of the teacher."""
+    summarises: bool = False
+    """Whether the measures include the summaries of the logits."""
+
+
+@dataclass
+class MeasuringObserver:
+    """The `Observer` of the loss of R tokens that measures each chunk, a few tokens at a time."""
+
+    measurement: TokenMeasurement
+    """The choice of what is measured."""
+    vocab: VocabShard
+    """The columns of all logits on this rank."""
+    response_tokens: Tensor
+    """The response tokens [R] int64."""
+    own_logits: Callable[[slice], OwnLogits]
+    """The function that projects the states of teacher and reference of a slice of the R tokens."""
+    teacher_weights: Tensor | None = None
+    """The w of each token [R]; None is the target's."""
+    parts: list[TokenMeasures] = field(default_factory=list)
+    """The measures so far, in the order of the tokens."""
+
+    @torch.no_grad()
+    def __call__(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, stats: TokenStats) -> None:
+        """Measure the tokens of a chunk.
+
+        Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `mass_on_rare`,
+        `vocab_entropy`, `distillation_loss` and `summarise_logits`.
+        """
+        length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
+        start = tokens.start
+        for student, teacher, beta in zip(
+            student_logits.split(length), teacher_logits.split(length), stats.beta.split(length), strict=True
+        ):
+            part = slice(start, start + len(beta))
+            self.parts.append(self._measures(part, student, teacher, beta))
+            start = part.stop
+
+    def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
+        """Return the measures of a slice of the R tokens."""
+        target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
+        masses = mass_on_rare(
+            student_logits,
+            teacher_logits,
+            beta,
+            target=target,
+            vocab=self.vocab,
+            reference_logits=own.reference,
+            teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
+        )
+        of_reference = entropy = None
+        if own.reference is not None:
+            of_reference = masses[:, 1]
+            if not target.needs_reference_entropy:
+                entropy = vocab_entropy(own.reference, self.vocab, backend=backend)
+        of_teacher: dict[str, Tensor] = {}
+        if own.teacher is not None:
+            alone = distillation_loss(
+                student_logits,
+                own.teacher,
+                self.response_tokens[tokens],
+                target=Target("teacher_alone"),
+                divergence=Divergence(),
+                vocab=self.vocab,
+                backend=backend,
+            )
+            of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
+        models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
+        summary = summarise_logits(models, self.vocab) if self.measurement.summarises else None
+        return TokenMeasures(masses[:, 0], of_reference, entropy, **of_teacher, summary=summary)
+
 
 TokenLoss = Callable[..., TokenStats]
 """(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient.
@@ -47,7 +205,7 @@ class GuidedTokens:
     def weights(self, microbatch: StudentMicrobatch, teacher_weight: float) -> Tensor | None:
         """Return w [R] float64 of a microbatch's tokens, of which the plain tokens have ``teacher_weight``.
 
-        The result is None where all tokens have the w of the target.
+        The result is None if all tokens have the w of the target.
         """
         if self.teacher_weight is None:
             return None
@@ -108,7 +266,7 @@ def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor,
     ``loss`` and ``student_log_prob``, the same number with the other sign, are differentiable.
     The function overwrites ``student``: the padding becomes -inf, and in float32 the logits become the softmax and then
     the gradient.  In bf16 the softmax and the gradient take the place of a float32 copy
-    (`output_layer.next_token_copies`).
+    (`model.forward.next_token_copies`).
     """
     with torch.no_grad():
         student[:, vocab.num_valid :] = float("-inf")
@@ -118,3 +276,146 @@ def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor,
     values |= {"loss": loss, "student_log_prob": -loss, "status": torch.zeros_like(response_tokens)}
     values |= {"grid_betas": unknown[:0], "grid_entropies": unknown.new_empty(len(loss), 0)}
     return TokenStats(**values)
+
+
+@dataclass(frozen=True)
+class Accumulated:
+    """The gradients in ``main_grad`` that the waves of a step have left so far; equal on all ranks."""
+
+    num_response_tokens: int
+    """Number of response tokens of these waves, over the global batch."""
+    divisor: int
+    """Number N' by which the sum of their losses is divided."""
+    first_tokens: int
+    """Number of response tokens of the first wave, over the global batch."""
+    first_microbatches: int
+    """Number of student microbatches with a response token in the first wave, over the global batch."""
+
+
+@dataclass(frozen=True)
+class Wave:
+    """The place of a wave in its step; the default is a step of one wave."""
+
+    earlier: Accumulated | None = None
+    """The gradients of the earlier waves; None in the first wave."""
+    share: float = 1.0
+    """An estimate of the share of the step's response tokens that are in the waves up to this one.  The first wave of
+    several uses it; the gradient of the step does not depend on it."""
+    is_last: bool = True
+    """Whether the step ends with this wave."""
+
+    def accumulated(self, num_response_tokens: int, num_microbatches: int) -> Accumulated:
+        """Return the gradients of the step up to this wave, before which the numbers of this wave are counted.
+
+        ``num_response_tokens``, ``num_microbatches``: the response tokens of this wave, and its student microbatches
+        with a response token, over the global batch.
+        """
+        earlier = self.earlier or Accumulated(0, 0, num_response_tokens, max(num_microbatches, 1))
+        total = earlier.num_response_tokens + num_response_tokens
+        estimate = earlier.divisor or max(1, round(num_response_tokens / self.share))
+        divisor = total if self.is_last else estimate
+        return Accumulated(total, divisor, earlier.first_tokens, earlier.first_microbatches)
+
+
+@contextlib.contextmanager
+def gradients_of(wave: Wave, accumulated: Accumulated, chunks: Sequence[Any]) -> Iterator[None]:
+    """Let a call of the schedule add the gradients of ``wave``; leave the configuration of the schedule as it was.
+
+    ``chunks``: this rank's chunks of the student, in Megatron's DDP.
+    The first microbatch of a later wave is not the first one after a change of the weights: with FP8, Transformer
+    Engine would overwrite the earlier gradients with those of that microbatch.
+    In the last wave, the earlier gradients are first divided by the same number as those of the wave.  In another wave,
+    nothing is reduced over data-parallel ranks and nothing is finalised.
+    """
+    with contextlib.ExitStack() as stack:
+        if wave.earlier is not None:
+            stack.enter_context(_weights_unchanged(chunks))
+        if wave.is_last:
+            if wave.earlier is not None and wave.earlier.divisor != accumulated.divisor:
+                for chunk in chunks:
+                    chunk.scale_gradients(wave.earlier.divisor / accumulated.divisor)
+            yield
+            return
+        config = unwrapped(chunks[0]).config
+        before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
+        for chunk in chunks:  # once around the whole call: the exit of DDP's context switches the reduction on
+            stack.enter_context(chunk.no_sync())
+        # The schedule drains deferred gradients of the output layer only where it has a function that finalises.
+        config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = None, None, _finalise_nothing
+        try:
+            yield
+        finally:
+            config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func = before
+
+
+@contextlib.contextmanager
+def _weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
+    """Keep a call of the schedule from marking its first microbatch, as Megatron Core's schedules do in every call.
+
+    Layers with this mark quantise their weights anew and overwrite ``main_grad``, as they must once in a step.
+    """
+    for chunk in chunks:
+        chunk.set_is_first_microbatch = _mark_nothing
+    try:
+        yield
+    finally:
+        for chunk in chunks:
+            del chunk.set_is_first_microbatch
+
+
+def _mark_nothing() -> None:
+    """Leave the marks of first microbatches as they are."""
+
+
+def _finalise_nothing(*args: object, **kwargs: object) -> None:
+    """Leave the gradients as they are."""
+
+
+@dataclass
+class StepOutput:
+    """The results of one step on this rank, for the R response tokens that this rank's student held.
+
+    Only the last pipeline stage has response tokens: the same on its tensor-parallel ranks, and split over its
+    context-parallel ranks.
+    """
+
+    num_response_tokens: int
+    """Number of response tokens of the global batch in this output's waves; equal on all ranks."""
+    response_ids: Tensor
+    """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64 on the device."""
+    stats: TokenStats | None
+    """Statistics of the R tokens, detached, the loss without coefficients; None on the other stages."""
+    coefficients: Coefficients | None = None
+    """Coefficients of the R tokens; None if the loss of every token is its divergence."""
+    measures_teacher: bool = True
+    """Whether ``stats`` describe the teacher; False on a step with a `Reference` that does not measure the teacher."""
+    measures: TokenMeasures | None = None
+    """Further measures of the R tokens; None without a `TokenMeasurement`, and on the other stages."""
+    anchor_entropy: Tensor | None = None
+    """Entropy [R] in nats of the target's anchor, student or reference; None if it is unknown."""
+    accumulated: Accumulated | None = None
+    """The gradients of the step up to this output; None if the output is not that of a call of the schedule."""
+
+    @classmethod
+    def joined(cls, waves: Sequence[StepOutput], lengths: Sequence[int]) -> StepOutput:
+        """Return the results of all ``waves`` of a step as those of one wave that has all their tokens, in order.
+
+        ``lengths``: the number of response tokens of this replica in each wave, by which ``response_ids`` count on.
+        """
+        if len(waves) == 1:
+            return waves[0]
+        starts = [sum(lengths[:i]) for i in range(len(waves))]
+        stats = [wave.stats for wave in waves if wave.stats is not None]
+        coefficients = [wave.coefficients for wave in waves if wave.coefficients is not None]
+        measures = [wave.measures for wave in waves if wave.measures is not None]
+        entropies = [wave.anchor_entropy for wave in waves if wave.anchor_entropy is not None]
+        return cls(
+            num_response_tokens=sum(wave.num_response_tokens for wave in waves),
+            response_ids=torch.cat([wave.response_ids + start for wave, start in zip(waves, starts, strict=True)]),
+            stats=TokenStats.concatenate(stats) if stats else None,
+            coefficients=Coefficients.concatenate(coefficients) if coefficients else None,
+            measures_teacher=all(wave.measures_teacher for wave in waves),
+            measures=TokenMeasures.concatenate(measures) if measures else None,
+            anchor_entropy=torch.cat(entropies) if entropies else None,
+            accumulated=waves[-1].accumulated,
+        )

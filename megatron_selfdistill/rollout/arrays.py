@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Requests and responses as arrays of numbers, as they travel between ranks (`distributed.parcels`).
+"""Requests and responses as arrays of numbers, as they travel between ranks (`distributed.collectives`).
 
 Tokens travel as int32, log-probs as float32, which is what an engine computes, and counts as small integers.  A plain
 response takes 8 bytes per token and a guided one 16.  A prompt travels once, however many requests have it.
@@ -56,7 +56,7 @@ def requests_from(arrays: Sequence[_Array]) -> list[Request]:
     if not arrays:
         return []
     tokens, lengths, numbers, seeds = arrays
-    prompts: list[Any] = [*_cut(tokens, lengths), None]
+    prompts: list[Any] = [*cut(tokens, lengths), None]
     return [
         Request(prompts[student], seed, prompts[teacher], begun)
         for (student, teacher, begun), seed in zip(numbers.reshape(-1, 3).tolist(), seeds.tolist(), strict=True)
@@ -113,7 +113,7 @@ def responses_from(arrays: Sequence[_Array]) -> list[Response]:
         return own.copy() if kind == _AS_LOG_PROBS else [0.0 if kind == _ZEROS else float("nan")] * len(own)
 
     responses = []
-    columns = (_cut(tokens, lengths), _cut(log_probs[: tokens.size], lengths), _cut(spans.reshape(-1, 2), num_spans))
+    columns = (cut(tokens, lengths), cut(log_probs[: tokens.size], lengths), cut(spans.reshape(-1, 2), num_spans))
     numbers = (array.tolist() for array in (ends, kinds, guided, versions))
     for token_ids, own, parts, end, kind, is_guided, version in zip(*columns, *numbers, strict=True):
         responses.append(
@@ -139,8 +139,8 @@ def _kind(sampled: _Array, log_probs: _Array) -> int:
     return _UNKNOWN if np.isnan(sampled).all() else _OTHERS
 
 
-def _cut(values: _Array, lengths: _Array) -> Iterator[list[Any]]:
-    """Yield ``values`` in lists of ``lengths``."""
+def cut(values: _Array, lengths: _Array) -> Iterator[list[Any]]:
+    """Yield the numbers of ``values`` in lists of these ``lengths``, one behind the other."""
     first = 0
     for length in lengths.tolist():
         yield values[first : first + length].tolist()

@@ -8,12 +8,11 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.config import Config, TargetConfig
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import first_few
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Progress, Sampler, SamplingParams, ignore_progress
-from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.rollout.base import Progress, RoleWeights, Sampler, SamplingParams, ignore_progress
 from megatron_selfdistill.run_data import RunData
 
 
@@ -78,7 +77,7 @@ def make_sampler(
 
 
 def engines_of(config: Config) -> str | None:
-    """Return the engines that sample the responses of a run, as a message names them; None where nothing samples."""
+    """Return the engines that sample the responses of a run, as a message names them; None if nothing samples."""
     rollout = config.rollout
     if rollout.replay is not None:
         return None
@@ -102,9 +101,9 @@ def bare_roles(config: Config) -> tuple[str, ...]:
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
     """Return the sampling parameters of ``config.rollout``.
 
-    Guided requests are sampled from `configured_target`, with the teacher's weight of guided tokens.
+    Guided requests are sampled from `Target.configured`, with the teacher's weight of guided tokens.
     """
-    rollout, target = config.rollout, configured_target(config.target, batch_k)
+    rollout, target = config.rollout, Target.configured(config.target, batch_k)
     if config.target.guided_teacher_weight is not None:
         target = target.with_teacher_weight(config.target.guided_teacher_weight)
     return SamplingParams(
@@ -115,19 +114,4 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
         stop_token_ids=run_data.stop_token_ids,
         target=target,
         loss_backend=config.loss.backend,
-    )
-
-
-def configured_target(target: TargetConfig, batch_k: float | None = None) -> Target:
-    """Return the `Target` of a configuration.
-
-    ``batch_k`` is the k that the rule "batch" has solved for this step; None before the first solution.
-    """
-    return Target(
-        rule=target.rule,
-        teacher_weight=target.teacher_weight,
-        k_max=target.k_max,
-        k=batch_k if target.rule == "batch" else target.k,
-        anchor=target.anchor,
-        match=target.match,
     )

@@ -3,16 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, StreamingSampler
+from megatron_selfdistill.rollout.streaming import NO_RESPONSES, StreamingSampler, WaveRule
+from megatron_selfdistill.sources.judge import reward_metrics
+from megatron_selfdistill.sources.method import Method, prepared
 from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.problem_prompts import Prompts
-from megatron_selfdistill.sources.recording import SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 from megatron_selfdistill.sources.source import SourceState, StepBatch
 
 
@@ -45,16 +46,16 @@ class AheadOnPolicy(OnPolicy):
         for later in range(step, max(step, min(step + self._ahead, self._num_steps - 1)) + 1):
             problems = problem_sampler.next_batch()
             if later not in self._tickets:
-                asked = self._asked(later, problems, self.state.prompts)
+                asked = self._asked(later, problems, self.state.method)
                 requests = [self._request(key, pair, is_guided=False) for key, _, pair in asked.samples]
                 self._tickets[later] = self._sampler.start(requests, sampling, later, self._known)
         self._known = NO_RESPONSES
         return self._tickets[step]
 
-    def _asked(self, step: int, global_batch: Sequence[Problem], prompts: Prompts) -> AskedProblems:
+    def _asked(self, step: int, global_batch: Sequence[Problem], method: Method) -> AskedProblems:
         """Return the problems of a step on this replica, with their prompts."""
         if step not in self._asked_of:
-            self._asked_of[step] = super()._asked(step, global_batch, prompts)
+            self._asked_of[step] = super()._asked(step, global_batch, method)
         return self._asked_of[step]
 
     def _responses(
@@ -85,3 +86,69 @@ class AheadOnPolicy(OnPolicy):
         self._tickets.clear()
         self._asked_of.clear()
         self._known = {key: Response(**fields) for key, fields in state.get("ahead", {}).items()}
+
+
+class StreamedOnPolicy(AheadOnPolicy):
+    """The responses of `AheadOnPolicy`, in waves of whole groups in the order in which they arrive.
+
+    What a step does to a response depends on its group alone here: `Config` refuses methods that look at the whole
+    step, and prompts that the responses of a step change.
+    """
+
+    def __init__(
+        self,
+        state: SourceState,
+        options: OnPolicyOptions,
+        sampler: StreamingSampler[Any],
+        ahead: int,
+        num_steps: int,
+        min_tokens: int,
+    ) -> None:
+        """``min_tokens``: as in `WaveRule`; the other arguments are those of `AheadOnPolicy`."""
+        super().__init__(state, options, sampler, ahead, num_steps)
+        self._rule = WaveRule(options.num_samples, min_tokens)
+
+    def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
+        """Yield this replica's share of the next global batch of problems, wave by wave.
+
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+        options = self._options
+        method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
+        problem_sampler = self.state.problem_sampler.fork()
+        asked = self._asked(step, problem_sampler.next_batch(), method)
+        waves = self._sampler.stream(self._ticket(step, sampling), self._rule)
+        judged: list[Rollout] = []
+        trained: list[Rollout] = []
+        is_last = False
+        while not is_last:
+            with options.phases("rollout"):
+                wave = next(waves)
+            is_last = wave.is_last
+            of_wave = [self._rollout(asked, index, response) for index, response in wave.responses.items()]
+            rollouts, _ = self._rewarded(method, of_wave)
+            self._record(rollouts)
+            selected, _ = method.select(step, rollouts)
+            kept, _ = method.texts(rollouts, selected)
+            judged, trained = [*judged, *rollouts], trained + kept
+            metrics = dict(found)
+            if is_last:
+                metrics |= self._staleness(step, judged)
+            if is_last and options.judges:
+                metrics |= reward_metrics(judged, trained, options.grid)
+            yield replace(
+                self._batch(step, method, kept, ()),
+                problems=[rollout.problem for rollout in rollouts[:: options.num_samples]],
+                responses=[rollout.response for rollout in rollouts],
+                metrics=metrics,
+                next_state=SourceState(problem_sampler, method) if is_last else None,
+                share=wave.share,
+                ends_step=is_last,
+            )
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the responses of all waves in one batch, without the coefficients of their tokens.
+
+        Raises: `EngineError` on all ranks where responses could not be sampled.
+        """
+        return StepBatch.joined(list(self.batches(step, sampling)))

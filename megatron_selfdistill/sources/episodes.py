@@ -12,27 +12,17 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.environments import Environment, Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.verify import judged_in_order
-from megatron_selfdistill.recipes.environments import Environment, Reply
 from megatron_selfdistill.rollout.base import Response, response_text
-from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions, Prompts
-from megatron_selfdistill.sources.recording import SampleKey
-from megatron_selfdistill.sources.reward_metrics import over_replicas
+from megatron_selfdistill.sources.given_solutions import GivenSolutions
+from megatron_selfdistill.sources.judge import over_replicas
+from megatron_selfdistill.sources.method import Method
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
-
-@dataclass(frozen=True)
-class EpisodeTurn:
-    """One response of an episode, and the environment's reply to it."""
-
-    key: SampleKey
-    answer: Answer
-    """The response after the prompt of its turn; its problem has the conversation so far as messages."""
-    reply: Reply | None = None
-    """None for a truncated response, which ends its episode with the reward 0."""
-
-
-Episode = list[EpisodeTurn]
+Episode = list[Rollout]
+"""The responses of one conversation, turn by turn."""
 
 Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
 """A function that samples one response per key after its prompts.  Collective over the world."""
@@ -54,12 +44,10 @@ class Episodes:
     """The number of replies that a rank asks for at the same time."""
     has_teacher: bool
     """Whether the teacher reads the turns, so that its prompts must fit, too."""
-    gives_rewards: bool
-    """Whether the rewards of the responses are those of the replies."""
 
     def played(
-        self, first: Sequence[EpisodeTurn], prompts: Prompts, generate: Generate, replies: GetReplies
-    ) -> tuple[list[EpisodeTurn], int]:
+        self, first: Sequence[Rollout], method: Method, generate: Generate, replies: GetReplies
+    ) -> tuple[list[Rollout], int]:
         """Return all turns, episode by episode, and the number of episodes whose next prompt does not fit.
 
         ``first``: the first response of each episode of this replica, the same on each of its ranks.  A turn's prompt
@@ -70,18 +58,17 @@ class Episodes:
         Raises: `ConfigError` on all ranks for a conversation that the chat template refuses, and the errors of
         ``generate`` and ``replies``.
         """
-        numbered = [replace(turn, answer=replace(turn.answer, episode=i)) for i, turn in enumerate(first)]
-        episodes: list[Episode] = [[turn] for turn in numbered]
+        episodes: list[Episode] = [[replace(rollout, episode=i)] for i, rollout in enumerate(first)]
         asked, num_cut = episodes, 0
         for number in range(1, self.max_turns + 1):
-            answered = [episode for episode in asked if not episode[-1].answer.response.truncated]
+            answered = [episode for episode in asked if not episode[-1].response.truncated]
             for episode, reply in zip(answered, replies(answered), strict=True):
-                episode[-1] = self._with_reply(episode[-1], reply)
+                episode[-1] = replace(episode[-1], reward=reply.reward, feedback=reply.feedback, reply=reply)
             going_on = [episode for episode in answered if _reply(episode[-1]).goes_on]
             if number == self.max_turns:
                 break
             with raise_on_all_ranks():
-                nexts = self._nexts(going_on, prompts)
+                nexts = self._nexts(going_on, method)
             asked = [episode for episode, following in zip(going_on, nexts, strict=True) if following is not None]
             num_cut += len(going_on) - len(asked)
             if not max_over_ranks([len(asked)])[0]:
@@ -89,10 +76,11 @@ class Episodes:
             following = [turn for turn in nexts if turn is not None]
             responses = generate([key for key, _, _ in following], [pair for _, _, pair in following])
             for episode, (key, problem, pair), response in zip(asked, following, responses, strict=True):
-                before = episode[-1].answer
-                answer = Answer(problem, pair, response, before.group, episode=before.episode, turn=number)
-                episode.append(EpisodeTurn(key, answer))
-        return [turn for episode in episodes for turn in episode], num_cut
+                before = episode[-1]
+                episode.append(
+                    Rollout(problem, pair, response, before.group, episode=before.episode, turn=number, key=key)
+                )
+        return [rollout for episode in episodes for rollout in episode], num_cut
 
     def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the environment's reply to the last response of each of this replica's episodes.
@@ -100,7 +88,7 @@ class Episodes:
         The ranks of a replica share the calls.  Collectives: those of `judged_in_order`.
         Raises: `EngineError` on all ranks, with the place of the problem, where a call fails.
         """
-        questions = [(episode[0].answer.problem, self._said(episode)) for episode in episodes]
+        questions = [(episode[0].problem, self._said(episode)) for episode in episodes]
         return judged_in_order(
             questions, self._reply, self.grid, "environment", threads=self.threads, error=EngineError
         )
@@ -110,7 +98,7 @@ class Episodes:
         with user_code(f"environment {kind.__module__}.{kind.__qualname__}"):
             reply = self.environment.reply(problem, said)
         if not isinstance(reply, Reply):
-            raise TypeError(f"expected a Reply of megatron_selfdistill.recipes.environments, got {reply!r:.80}")
+            raise TypeError(f"expected a Reply of megatron_selfdistill.environments, got {reply!r:.80}")
         return reply
 
     def _said(self, episode: Episode) -> list[str]:
@@ -122,61 +110,55 @@ class Episodes:
                 said.append(turn.reply.text or "")
         return said
 
-    def _text(self, turn: EpisodeTurn) -> str:
-        return response_text(turn.answer.response, self.given.builder.tokenizer)
+    def _text(self, turn: Rollout) -> str:
+        return response_text(turn.response, self.given.builder.tokenizer)
 
-    def _with_reply(self, turn: EpisodeTurn, reply: Reply) -> EpisodeTurn:
-        reward = reply.reward if self.gives_rewards else None
-        return replace(turn, answer=replace(turn.answer, reward=reward, feedback=reply.feedback), reply=reply)
-
-    def _nexts(
-        self, episodes: Sequence[Episode], prompts: Prompts
-    ) -> list[tuple[SampleKey, Problem, PromptPair] | None]:
-        """Return key, problem and prompts of the next turn of each episode; None where the prompts do not fit."""
+    def _nexts(self, episodes: Sequence[Episode], method: Method) -> list[tuple[SampleKey, Problem, PromptPair] | None]:
+        """Return key, problem and prompts of the next turn of each episode; None if the prompts do not fit."""
         nexts: list[tuple[SampleKey, Problem, PromptPair] | None] = []
         for episode in episodes:
             problem = self._next_problem(episode)
             try:
-                pair = self._next_pair(episode[0].answer, problem, prompts)
+                pair = self._next_pair(episode[0], problem, method)
             except ValueError as error:
                 raise ConfigError(f"turn {len(episode)} of an episode: {error}") from error
-            key = episode[-1].key._replace(turn=len(episode))
+            before = episode[-1].key
+            assert before is not None, "a sampled response has a name"
+            key = before._replace(turn=len(episode))
             nexts.append((key, problem, pair) if pair is not None else None)
         return nexts
 
     def _next_problem(self, episode: Episode) -> Problem:
         """Return the problem of the next turn: the conversation so far, whose first problem keeps the wording."""
         last = episode[-1]
-        reply, problem = _reply(last), last.answer.problem
+        reply, problem = _reply(last), last.problem
         assert reply.text is not None, "a reply without a text ends the episode"
         messages = (
             *problem.messages,
             {"role": "assistant", "content": self._text(last)},
             {"role": reply.role, "content": reply.text},
         )
-        return replace(problem, messages=messages, reworded=reworded_message(episode[0].answer.problem))
+        return replace(problem, messages=messages, reworded=reworded_message(episode[0].problem))
 
-    def _next_pair(self, first: Answer, problem: Problem, prompts: Prompts) -> PromptPair | None:
+    def _next_pair(self, first: Rollout, problem: Problem, method: Method) -> PromptPair | None:
         """Return both prompts of a later turn, in which the teacher sees the same solution as in the first turn."""
         given = self.given
-        if self.has_teacher and prompts.has_solution(first.problem):
+        if self.has_teacher and method.has_solution(first.problem):
             return given.pair_with(problem, first.prompts.solution)
         student = given.builder.student_prompt(problem)
         fits = len(student) <= given.max_length - given.max_new_tokens
         return PromptPair(problem.id, student, student) if fits else None
 
 
-def _reply(turn: EpisodeTurn) -> Reply:
+def _reply(turn: Rollout) -> Reply:
     assert turn.reply is not None, "the environment has replied"
     return turn.reply
 
 
-def episode_metrics(
-    turns: Sequence[EpisodeTurn], answers: Sequence[Answer], num_cut: int, grid: RankGrid
-) -> dict[str, float]:
+def episode_metrics(rollouts: Sequence[Rollout], num_cut: int, grid: RankGrid) -> dict[str, float]:
     """Return metrics of the episodes of all replicas.
 
-    ``turns`` is the first result of `Episodes.played`; ``answers`` are the answers of these turns with their rewards.
+    ``rollouts`` are the first result of `Episodes.played`, with their rewards.
 
     episodes/turns_mean: the responses per episode.  episodes/reward_mean, episodes/first_reward_mean and
     episodes/last_reward_mean: means over the episodes of the sum of the rewards, of the first and of the last reward.
@@ -184,12 +166,12 @@ def episode_metrics(
     episodes/too_long_share: the share that ends since the next prompt does not fit, ``num_cut`` on this replica.
     Collectives: one sum over the data-parallel ranks.
     """
-    rewards = [answer.reward or 0.0 for answer in answers]
-    firsts = [i for i, answer in enumerate(answers) if answer.turn == 0]
-    lasts = [i - 1 for i in [*firsts[1:], len(answers)] if firsts]
-    unfinished = sum(reply.goes_on for i in lasts if (reply := turns[i].reply) is not None)
+    rewards = [rollout.reward or 0.0 for rollout in rollouts]
+    firsts = [i for i, rollout in enumerate(rollouts) if rollout.turn == 0]
+    lasts = [i - 1 for i in [*firsts[1:], len(rollouts)] if firsts]
+    unfinished = sum(reply.goes_on for i in lasts if (reply := rollouts[i].reply) is not None)
     first_rewards, last_rewards = (sum(rewards[i] for i in places) for places in (firsts, lasts))
-    values = [len(firsts), len(answers), sum(rewards), first_rewards, last_rewards, unfinished, num_cut]
+    values = [len(firsts), len(rollouts), sum(rewards), first_rewards, last_rewards, unfinished, num_cut]
     number, *totals = over_replicas(values, grid)
     means = [total / max(number, 1) for total in totals]
     return {

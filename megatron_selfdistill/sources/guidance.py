@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guidance as a decorator of prompts: which problems get responses sampled from the target.
+"""Guidance: which problems get responses sampled from the target.
 
 Under ``rollout.guide_below`` guidance goes to the problems that the student alone has rarely solved of late.
 """
@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_selfdistill.data.contexts import PromptPair
-from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items
-from megatron_selfdistill.rollout.base import SamplingParams
-from megatron_selfdistill.sources.problem_prompts import Answer, Judge, Prompts
+from megatron_selfdistill.sources.judge import Judge
+from megatron_selfdistill.sources.method import Method
+from megatron_selfdistill.sources.rollouts import Rollout
 
 WINDOW = 4
 """The number of visits to a problem without guidance over which the success rate is the mean."""
@@ -77,67 +77,48 @@ class SuccessRates:
 
 
 @dataclass(frozen=True)
-class GuidedPrompts:
-    """Prompts under which responses are guided: to all problems that have a solution, or to those that fail."""
+class Guidance:
+    """The choice of the problems whose responses are guided: all that have a solution, or those that fail."""
 
-    inner: Prompts
     judge: Judge
     num_samples: int
     """The number of responses per visit to a problem."""
     success: SuccessRates | None = None
     """The rates that decide which problems are guided; None guides all problems that have a solution."""
 
-    def prepare(
-        self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
-    ) -> tuple[Prompts, Mapping[str, float]]:
-        """Return the prompts of the step with the inner prompts prepared, and their metrics.  Collective."""
-        inner, metrics = self.inner.prepare(step, sampling, problem_sampler)
-        return replace(self, inner=inner), metrics
+    def is_guided(self, problem: Problem, method: Method) -> bool:
+        """Return whether ``problem`` is guided: its tokens have their own teacher weight and divergence.
 
-    def pair(self, problem: Problem) -> PromptPair:
-        """Return both prompts of a problem: a guided response is sampled from the mix that they give."""
-        return self.inner.pair(problem)
+        Such a problem has a solution and, where success rates decide, is rarely solved.  Its responses are sampled with
+        guidance, except now and then, see `guides`.
+        """
+        return method.has_solution(problem) and (self.success is None or self.success.is_guided(problem.id))
 
-    def has_solution(self, problem: Problem) -> bool:
-        """Return whether the teacher's prompt of `pair` shows a solution."""
-        return self.inner.has_solution(problem)
-
-    def is_guided(self, problem: Problem) -> bool:
-        """Return whether ``problem`` has a solution and, where success rates decide, is rarely solved."""
-        return self.inner.has_solution(problem) and (self.success is None or self.success.is_guided(problem.id))
-
-    def guides(self, problem: Problem) -> bool:
+    def guides(self, problem: Problem, method: Method) -> bool:
         """Return whether the next responses to ``problem`` are sampled with guidance."""
-        return self.inner.has_solution(problem) and (self.success is None or self.success.guides(problem.id))
+        return method.has_solution(problem) and (self.success is None or self.success.guides(problem.id))
 
-    def choose(self, answers: Sequence[Answer]) -> tuple[list[Answer], Mapping[str, float]]:
-        """Return the answers that the inner prompts choose, and their metrics."""
-        return self.inner.choose(answers)
+    def record(self, rollouts: Sequence[Rollout], guided: Collection[str]) -> Guidance:
+        """Return the guidance with the success rates after this step.
 
-    def record(self, answers: Sequence[Answer], guided: Collection[str]) -> Prompts:
-        """Return the prompts with the success rates after this step.
-
-        The ``answers`` of one visit follow each other.  Collectives: `Judge.right` and one all_gather_object over
-        the data-parallel ranks; none where all problems are guided.
+        The ``rollouts`` of one visit follow each other; ``guided``: the ids of the problems with guided responses.
+        Collectives: `Judge.right` and one all_gather_object over the data-parallel ranks; none where all problems are
+        guided.
         """
         if self.success is None:
             return self
-        right = self.judge.right(answers)
+        right = self.judge.right(rollouts)
         n = self.num_samples
         mine = [
-            (answers[i].problem.id, answers[i].problem.id in guided, sum(right[i : i + n]) / n)
-            for i in range(0, len(answers), n)
+            (rollouts[i].problem.id, rollouts[i].problem.id in guided, sum(right[i : i + n]) / n)
+            for i in range(0, len(rollouts), n)
         ]
         return replace(self, success=self.success.recorded(gather_items(mine, self.judge.grid.dp_group)))
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the success rates, and the state of the inner prompts, as plain values."""
-        success = self.success.state_dict() if self.success is not None else None
-        return {**self.inner.state_dict(), "success": success}
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the success rates as plain values; None if all problems are guided."""
+        return self.success.state_dict() if self.success is not None else None
 
-    def restored(self, state: Mapping[str, Any]) -> Prompts:
-        """Return these prompts with what `state_dict` returned."""
-        success = self.success
-        if success is not None and state.get("success") is not None:
-            success = success.restored(state["success"])
-        return replace(self, inner=self.inner.restored(state), success=success)
+    def restored(self, state: Mapping[str, Any]) -> Guidance:
+        """Return this guidance with the success rates of ``state``, which `state_dict` returned."""
+        return self if self.success is None else replace(self, success=self.success.restored(state))

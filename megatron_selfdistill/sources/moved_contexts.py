@@ -19,10 +19,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
-from megatron_selfdistill.distributed.parcels import broadcast_in_replica, exchange_parcels
+from megatron_selfdistill.distributed.collectives import broadcast_in_replica, exchange_parcels
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import TokenOwners
-from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.rollout.arrays import cut
 from megatron_selfdistill.sources.source import StepBatch
 
 Parcel = list[NDArray[Any]]
@@ -82,11 +83,12 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
 
     Collectives: none.
     """
-    sizes, tokens, texts = parcel[0].reshape(-1, 8).tolist(), iter(parcel[1].tolist()), iter(parcel[2].tobytes())
+    sizes = parcel[0].reshape(-1, 8)
+    tokens, texts = cut(parcel[1], sizes[:, :3].ravel()), cut(parcel[2], sizes[:, 3:5].ravel())
     contexts, solutions = [], []
-    for *num_tokens, named, solution, truncated, guided, _ in sizes:
-        student, teacher, response = (list(islice(tokens, number)) for number in num_tokens)
-        name, text = (bytes(islice(texts, size)).decode("utf-8", "surrogatepass") for size in (named, solution))
+    for truncated, guided in sizes[:, 5:7].tolist():
+        student, teacher, response = islice(tokens, 3)
+        name, text = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 2))
         contexts.append(ContextPair(name, student, teacher, response, bool(truncated), bool(guided)))
         solutions.append(text)
     lengths = [len(context.response) for context in contexts]
@@ -105,7 +107,7 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
         batch,
         contexts=contexts,
         solutions=solutions,
-        accepted=[bool(flags[-1]) for flags in sizes],
+        accepted=sizes[:, 7].astype(bool).tolist(),
         sampler_log_probs=sampler_log_probs,
         token_coefficients=token_coefficients,
     )

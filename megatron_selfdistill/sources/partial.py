@@ -12,11 +12,10 @@ from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
 from megatron_selfdistill.distributed.collectives import gather_items, gather_objects
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.sources.episodes import EpisodeTurn
+from megatron_selfdistill.sources.method import prepared
 from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions, first_sample_indices
-from megatron_selfdistill.sources.problem_prompts import Answer
-from megatron_selfdistill.sources.source import SourceState, StepBatch
-from megatron_selfdistill.sources.visits import Visit
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.source import SourceState, StepBatch, Visit
 
 
 @dataclass(frozen=True)
@@ -60,13 +59,13 @@ class PartialOnPolicy(OnPolicy):
         Raises: `EngineError` on all ranks where responses could not be sampled.
         """
         grid, sizes, limit = self._options.grid, self._sizes, self._sizes.max_new_tokens
-        prompts, found = self.state.prompts.prepare(step, sampling, self.state.problem_sampler)
+        method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         visits = self._visits(step, problem_sampler)
         places = shard(range(len(visits)), grid.dp_rank, grid.dp_size)
         needed = sizes.batch_size // grid.dp_size
         own, num_rounds = {place: visits[place] for place in places}, 0
-        pairs = {place: prompts.pair(visit.problem) for place, visit in own.items()}
+        pairs = {place: method.prompts(visit.problem) for place, visit in own.items()}
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
             while not all(gather_objects(is_enough(list(own.values()), step, needed, sizes))):
@@ -74,9 +73,9 @@ class PartialOnPolicy(OnPolicy):
                 num_rounds += 1
         finished = [place for place in places if not own[place].unfinished(limit)]
         chosen = finished[:needed]  # the oldest first
-        asked, turns = _answers([(own[place], pairs[place]) for place in chosen])
+        asked, rollouts = _finished([(own[place], pairs[place]) for place in chosen])
         carried = gather_items([(place, own[place]) for place in places if place not in chosen], grid.dp_group)
-        batch = self._step_batch(step, asked, turns, 0, prompts, found, problem_sampler)
+        batch = self._step_batch(step, asked, rollouts, 0, method, found, problem_sampler)
         assert batch.next_state is not None
         waiting = [visit for _, visit in sorted(carried, key=lambda pair: pair[0])]
         under_way = sum(len(visit.unfinished(limit)) for visit in waiting)
@@ -140,15 +139,15 @@ class PartialOnPolicy(OnPolicy):
         return replace(request, prompt=[*request.prompt, *before.token_ids], begun=len(before.token_ids))
 
 
-def _answers(visits: Sequence[tuple[Visit, PromptPair]]) -> tuple[AskedProblems, list[EpisodeTurn]]:
-    """Return the problems of finished visits, and the turns of their responses, one visit after the other."""
-    samples, turns = [], []
+def _finished(visits: Sequence[tuple[Visit, PromptPair]]) -> tuple[AskedProblems, list[Rollout]]:
+    """Return the problems of finished visits, and the rollouts of their responses, one visit after the other."""
+    samples, rollouts = [], []
     for group, (visit, pair) in enumerate(visits):
         for i, response in enumerate(visit.responses):
             assert response is not None, "a finished visit has all responses"
             samples.append((visit.key(i), visit.problem, pair))
-            turns.append(EpisodeTurn(visit.key(i), Answer(visit.problem, pair, response, group=group)))
-    return AskedProblems([visit.problem for visit, _ in visits], (), samples), turns
+            rollouts.append(Rollout(visit.problem, pair, response, group=group, key=visit.key(i)))
+    return AskedProblems([visit.problem for visit, _ in visits], (), samples), rollouts
 
 
 def is_enough(visits: Sequence[Visit], step: int, needed: int, sizes: PartialOptions) -> bool:

@@ -7,33 +7,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch.distributed as dist
 
 from megatron_selfdistill.distributed.collectives import gather_items
-from megatron_selfdistill.recipes.environments import Reply
-from megatron_selfdistill.rollout.base import Response, sample_seed
+from megatron_selfdistill.environments import Reply
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_log import json_object, shortened
-
-
-class SampleKey(NamedTuple):
-    """The name of a sample, and of its random numbers."""
-
-    step: int
-    problem_id: str
-    sample_index: int
-    turn: int = 0
-    """The number of the response within its episode."""
-
-    def seed(self, run_seed: int) -> int:
-        """Return the seed of the sample, from `sample_seed`; each turn of an episode has a seed of its own."""
-        name = f"{self.problem_id}/turn{self.turn}" if self.turn else self.problem_id
-        return sample_seed(run_seed, self.step, name, self.sample_index)
-
-    def __str__(self) -> str:
-        turn = f", turn {self.turn}" if self.turn else ""
-        return f"step {self.step} to problem {self.problem_id!r}, sample {self.sample_index}{turn}"
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 
 class Recording:
@@ -87,26 +69,24 @@ class Recording:
 
 def record(
     path: str | Path,
-    keys: Sequence[SampleKey],
-    responses: Sequence[Response],
-    replies: Sequence[Reply | None],
+    rollouts: Sequence[Rollout],
     dp_group: dist.ProcessGroup,
     writes: bool,
 ) -> None:
     """Append this step's responses of all data-parallel ranks; only the rank with ``writes`` touches the file.
 
-    ``replies``: the environment's reply to each response; None where there is none.
-
     Collectives: one all-gather of objects over ``dp_group``.
     """
     mine = []
-    for key, response, reply in zip(keys, responses, replies, strict=True):
+    for one in rollouts:
+        key, reply = one.key, one.reply
+        assert key is not None, "a sampled response has a name"
         entry: dict[str, Any] = {"step": key.step, "problem_id": key.problem_id, "sample_index": key.sample_index}
         if key.turn:
             entry["turn"] = key.turn
         if reply is not None:
             entry["reply"] = asdict(reply)
-        mine.append(entry | asdict(response))
+        mine.append(entry | asdict(one.response))
     entries = gather_items(mine, dp_group)
     if writes:
         with Path(path).open("a") as lines:

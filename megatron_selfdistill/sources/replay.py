@@ -5,11 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.episodes import Episode
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.recording import Recording, SampleKey
+from megatron_selfdistill.sources.recording import Recording
+from megatron_selfdistill.sources.rollouts import SampleKey
 from megatron_selfdistill.sources.source import SourceState
 
 
@@ -29,4 +30,5 @@ class Replay(OnPolicy):
 
     def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the recorded replies.  Raises: ValueError for a reply that was not recorded."""
-        return self._recording.replies([episode[-1].key for episode in episodes])
+        keys = [episode[-1].key for episode in episodes]
+        return self._recording.replies([key for key in keys if key is not None])

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The solutions of the data as responses: what supervised fine-tuning (``objective=sft``) imitates."""
+"""The solutions of the data as responses: what supervised fine-tuning (``method.name=sft``) imitates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.metrics import Phases, step_metrics
-from megatron_selfdistill.pipeline.step_output import StepOutput
+from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 
@@ -24,16 +24,16 @@ class SolutionsAsResponses(CommittedState):
 
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
         """Return the batch of this replica's share of the next global batch of problems; nothing is sampled."""
-        prompts, problem_sampler = self.state.prompts, self.state.problem_sampler.fork()
+        method, problem_sampler = self.state.method, self.state.problem_sampler.fork()
         problems = shard(problem_sampler.next_batch(), self._grid.dp_rank, self._grid.dp_size)
         with self._phases("pack"):
             responses = [self._response(problem, sampling.max_new_tokens) for problem in problems]
             return StepBatch(
                 problems=problems,
                 responses=responses,
-                contexts=build_contexts([prompts.pair(problem) for problem in problems], responses),
+                contexts=build_contexts([method.prompts(problem) for problem in problems], responses),
                 solutions=[problem.solution for problem in problems],
-                next_state=SourceState(problem_sampler, prompts),
+                next_state=SourceState(problem_sampler, method),
             )
 
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:

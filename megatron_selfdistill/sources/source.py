@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -13,11 +13,66 @@ from torch import Tensor
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
-from megatron_selfdistill.pipeline.step_output import StepOutput
-from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoefficients
 from megatron_selfdistill.rollout.base import Response, SamplingParams
-from megatron_selfdistill.sources.problem_prompts import Prompts
-from megatron_selfdistill.sources.visits import Visit
+from megatron_selfdistill.sources.guidance import Guidance
+from megatron_selfdistill.sources.method import Method
+from megatron_selfdistill.sources.rollouts import SampleKey
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A problem whose responses are under way or wait for the step that trains on them."""
+
+    step: int
+    """The step in which the responses have begun, which is part of their names."""
+    problem: Problem
+    first_sample: int
+    """The index of the first of its samples."""
+    responses: tuple[Response | None, ...]
+    """The tokens so far of each sample; None if there are none."""
+
+    def key(self, sample: int) -> SampleKey:
+        """Return the name of a sample, counted from 0."""
+        return SampleKey(self.step, self.problem.id, self.first_sample + sample)
+
+    def unfinished(self, max_new_tokens: int) -> list[int]:
+        """Return the samples that are not finished."""
+        return [i for i, one in enumerate(self.responses) if one is None or _goes_on(one, max_new_tokens)]
+
+    def with_response(self, sample: int, more: Response) -> Visit:
+        """Return this visit with the next tokens of a sample."""
+        responses = list(self.responses)
+        before = responses[sample]
+        responses[sample] = more if before is None else before.continued_by(more)
+        return replace(self, responses=tuple(responses))
+
+    def without_odd_lengths(self, max_new_tokens: int, round_tokens: int) -> Visit:
+        """Return this visit without the responses that rounds of this length do not lead to ``max_new_tokens``.
+
+        Those come from a run with other lengths, and begin anew.
+        """
+
+        def is_odd(one: Response) -> bool:
+            return _goes_on(one, max_new_tokens) and len(one.token_ids) % round_tokens != 0
+
+        return replace(self, responses=tuple(None if one is None or is_odd(one) else one for one in self.responses))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the visit as plain values, with the id of its problem."""
+        responses = [None if one is None else asdict(one) for one in self.responses]
+        return {"step": self.step, "problem_id": self.problem.id, "sample": self.first_sample, "responses": responses}
+
+    @staticmethod
+    def from_json(fields: Mapping[str, Any], problems: Mapping[str, Problem]) -> Visit:
+        """Return the visit that `to_json` has described; ``problems``: those of the data, by id."""
+        responses = tuple(None if one is None else Response(**one) for one in fields["responses"])
+        return Visit(fields["step"], problems[fields["problem_id"]], fields["sample"], responses)
+
+
+def _goes_on(response: Response, max_new_tokens: int) -> bool:
+    """Return whether a response has ended with a round, and not with its last token."""
+    return response.truncated and len(response.token_ids) < max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -26,8 +81,10 @@ class SourceState:
 
     problem_sampler: ProblemSampler
     """The position in the data.  A source never moves this sampler, but samples from a fork."""
-    prompts: Prompts
-    """The making of the prompts, with the own solutions and the success rates so far."""
+    method: Method
+    """The method, with what earlier steps have changed, such as own solutions."""
+    guidance: Guidance | None = None
+    """The choice of the problems whose responses are guided, with the success rates so far; None guides none."""
     visits: tuple[Visit, ...] = ()
     """The visits to problems over all replicas whose responses are under way, the oldest first."""
 
@@ -59,11 +116,11 @@ class StepBatch:
     """[R_total] float64 nats, on the device: the log-probs from the sampler; infinity for tokens that were not
     sampled after the student's prompt, and None if no token was."""
     token_coefficients: TokenCoefficients | None = None
-    """The coefficients of the tokens' losses; None where the loss of every token is its divergence."""
+    """The coefficients of the tokens' losses; None if the loss of every token is its divergence."""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Counts from the making of the batch, over the global batch, under flat keys; equal on all ranks."""
     next_state: SourceState | None = None
-    """The state of the source once this step is finished; None where the batch leaves the state as it is."""
+    """The state of the source once this step is finished; None if the batch leaves the state as it is."""
     share: float = 1.0
     """The share of the step's responses that the batches of the step up to this one have, over all replicas."""
     ends_step: bool = True
@@ -167,10 +224,15 @@ class CommittedState(ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the committed state as plain values for a checkpoint."""
-        return {"problem_sampler": self._state.problem_sampler.state_dict(), **self._state.prompts.state_dict()}
+        state, guidance = self._state, self._state.guidance
+        success = None if guidance is None else guidance.state_dict()
+        return {"problem_sampler": state.problem_sampler.state_dict(), **state.method.state_dict(), "success": success}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace the committed state by the one that `state_dict` returned."""
         problem_sampler = self._state.problem_sampler.fork()
         problem_sampler.load_state_dict(state["problem_sampler"])
-        self._state = SourceState(problem_sampler, self._state.prompts.restored(state))
+        guidance = self._state.guidance
+        if guidance is not None and state.get("success") is not None:
+            guidance = guidance.restored(state["success"])
+        self._state = SourceState(problem_sampler, self._state.method.restored(state), guidance)

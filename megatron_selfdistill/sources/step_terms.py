@@ -1,10 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The coefficients of a step's response tokens: the configured rule, applied to the answers of the step."""
+"""The coefficients of a step's loss, from the terms of the method and the log-probs of the forward pass itself."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -13,178 +12,157 @@ from torch import Tensor
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners, TruncatedImportance
-from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.model.host_to_device import to_device_in_one_copy
+from megatron_selfdistill.loss.weighting import Coefficients, SequenceImportance, TokenOwners, TruncatedImportance
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
-from megatron_selfdistill.recipes.advantages import group_advantage, group_advantages, reward_advantage
-from megatron_selfdistill.recipes.normalization import token_factors
-from megatron_selfdistill.recipes.pi_distill import pi_distill
-from megatron_selfdistill.recipes.ratio_terms import RatioTerms
-from megatron_selfdistill.recipes.rltf import extra_likelihood, likelihood_floors, revision_advantages, weight_at
-from megatron_selfdistill.recipes.scope import scope
-from megatron_selfdistill.recipes.signals import Signals, Terms
-from megatron_selfdistill.recipes.sod import sod
-from megatron_selfdistill.recipes.teacher_terms import uniform
-from megatron_selfdistill.recipes.uni_opd import uni_opd
-from megatron_selfdistill.sources.problem_prompts import Answer
-from megatron_selfdistill.sources.reward_metrics import over_replicas
+from megatron_selfdistill.sources.judge import over_replicas
+from megatron_selfdistill.sources.method import Method, MethodTools
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.signals import Clip, Signals, Terms, signals_of
 
-Measure = Callable[[Sequence[ContextPair]], tuple[Tensor, Tensor]]
-"""A function of this replica's contexts that returns log p and log q of every response token, [R] float64 each, on the
-host.  Collective over the world."""
+
+def step_coefficients(
+    method: Method, tools: MethodTools, step: int, rollouts: Sequence[Rollout], contexts: Sequence[ContextPair]
+) -> TokenCoefficients | None:
+    """Return the coefficients of the tokens of ``contexts``, the contexts of these rollouts of this replica.
+
+    They are the method's `Method.terms`, where it weighs tokens, with the correction of loss.rollout_correction, and
+    scaled for loss.normalize and loss.skip_first_tokens.  None stands for a divergence of weight 1 for each token.
+    ``step``: the number of optimizer steps before this one.  Revisions and replies (`Rollout.part`) come after all
+    responses.
+    Collectives: those of a measuring pass where the method needs log-probs of student and target, and a sum over the
+    data-parallel ranks where loss.normalize is not tokens.
+    """
+    config, loss, grid = tools.config, tools.config.loss, tools.grid
+    by_sequence = loss.rollout_correction == "truncated_sequence" or loss.normalize != "tokens"
+    if not (method.weighs_tokens or by_sequence or loss.skip_first_tokens):
+        if loss.rollout_correction == "none":
+            return None
+        sampled = torch.tensor([x for one in rollouts for x in one.response.sampled_log_probs], dtype=torch.float64)
+        return TruncatedImportance(to_device_in_one_copy(sampled, grid.device), loss.rollout_correction_cap)
+    student, target = None, None
+    if config.measures_log_probs:
+        with tools.phases("measure"):
+            student, target = tools.models.target_log_probs(contexts)
+    signals = signals_of(rollouts, student, target)
+    if config.logged and student is not None:  # nobody sampled the replies from the student: p / mu = 1
+        signals = replace(signals, sampled_log_prob=student)
+    factors = token_factors(signals, loss.normalize, _totals(config, signals, grid), loss.skip_first_tokens)
+    on_host = RatioTerms(
+        terms=method.terms(step, rollouts, signals).scaled(factors),
+        sampled_log_prob=signals.sampled_log_prob,
+        target_log_prob=target,
+        clip=method.clip,
+        correction=_correction(config, signals, grid),
+        has_policy_term=config.needs.log_probs is not None,
+    )
+    return to_device_in_one_copy(on_host, grid.device)
+
+
+def _correction(config: Config, signals: Signals, grid: RankGrid) -> TokenCoefficients | None:
+    kind, cap = config.loss.rollout_correction, config.loss.rollout_correction_cap
+    if kind == "none":
+        return None
+    if kind == "truncated":
+        return TruncatedImportance(signals.sampled_log_prob, cap)
+    owners = TokenOwners.of(signals.lengths.tolist(), partial(over_last_stage, grid=grid))
+    return SequenceImportance(signals.sampled_log_prob, owners, cap)
+
+
+def _totals(config: Config, signals: Signals, grid: RankGrid) -> tuple[float, float, float]:
+    """Return the numbers of tokens, responses and groups of the global batch, where the loss needs them."""
+    counts = len(signals.sampled_log_prob), len(signals.lengths), signals.num_groups
+    if config.loss.normalize == "tokens":
+        return counts
+    num_tokens, num_responses, num_groups = over_replicas(counts, grid)
+    return num_tokens, num_responses, num_groups
+
+
+def token_factors(
+    signals: Signals, normalize: str, totals: tuple[float, float, float], skip_first_tokens: int = 0
+) -> Tensor:
+    """Return the factor [R] of each token's terms in a loss that divides by the number N of response tokens.
+
+    ``totals``: N, the number of responses and the number of groups of the global batch.
+    tokens: 1.  sequences: N / (responses * length), the mean over the tokens of each response and then over responses.
+    prompts: N / groups, the sum over all tokens and the mean over problems.
+    The first ``skip_first_tokens`` tokens of each response have a factor of 0; the divisors still count them.
+    """
+    num_tokens, num_responses, num_groups = totals
+    factors = torch.ones_like(signals.sampled_log_prob)
+    if normalize == "sequences":
+        factors = num_tokens / num_responses / signals.per_token(signals.lengths).to(factors)
+    elif normalize == "prompts":
+        factors = factors * (num_tokens / num_groups)
+    if skip_first_tokens:
+        starts = signals.per_token(signals.lengths.cumsum(0) - signals.lengths)
+        place = torch.arange(len(factors), device=factors.device) - starts
+        factors = torch.where(place < skip_first_tokens, 0.0, factors)
+    return factors
+
+
+def clipped_policy(
+    advantage: Tensor,
+    log_ratio: Tensor,
+    clip: Clip,
+) -> tuple[Tensor, Tensor]:
+    """Return the coefficient a of ``-log p(y)`` in PPO's clipped objective, and whether the clip has made it 0.
+
+    With A = advantage and rho = exp(log_ratio): ``-min(rho A, clip(rho, 1 - clip.low, 1 + clip.high) A)`` has the
+    gradient of ``a (-log p)`` with a = rho A, and a = 0 where A > 0 and rho > 1 + clip.high, or A < 0 and
+    rho < 1 - clip.low.  A bound of None does not clip.  ``clip.ratio_cap``: the largest rho that multiplies an
+    advantage.  All tensors [r].
+    Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7; two bounds as in DAPO, Yu et al. 2025 (arXiv
+    2503.14476).
+    """
+    ratio = log_ratio.exp()
+    clipped = torch.zeros_like(advantage, dtype=torch.bool)
+    if clip.high is not None:
+        clipped |= (advantage > 0) & (ratio > 1 + clip.high)
+    if clip.low is not None:
+        clipped |= (advantage < 0) & (ratio < 1 - clip.low)
+    if clip.ratio_cap is not None:
+        ratio = ratio.clamp(max=clip.ratio_cap)
+    return torch.where(clipped, 0.0, advantage * ratio), clipped
 
 
 @dataclass(frozen=True)
-class StepTerms:
-    """The rule that the configuration names for the tokens of sampled responses."""
+class RatioTerms:
+    """The coefficients of a replica's response tokens: `Terms` with the ratio rho = p / mu of the training pass."""
 
-    config: Config
-    measure: Measure
-    grid: RankGrid
-    phases: Phases
+    terms: Terms
+    """The terms of the rule, [R_total] each, on the device of the logits."""
+    sampled_log_prob: Tensor
+    """log mu of each token, [R_total] float64 nats, on the same device."""
+    target_log_prob: Tensor | None
+    """log q of each token, [R_total] float64 nats; None if ``terms.sampled_kl`` is 0 everywhere."""
+    clip: Clip
+    """The bounds of `clipped_policy`, for the advantage alone."""
+    correction: Callable[[Tensor, Tensor], Coefficients] | None = None
+    """Importance weights that multiply the divergence, as in `TruncatedImportance`; None multiplies it by nothing."""
+    has_policy_term: bool = True
+    """Whether any token may have a coefficient of -log p; without it the loss has the divergence alone."""
 
-    def coefficients(self, step: int, answers: Sequence[Answer], contexts: Sequence[ContextPair]) -> TokenCoefficients:
-        """Return the coefficients of the tokens of ``contexts``, the contexts of these answers of this replica.
-
-        ``step``: the number of optimizer steps before this one.  Revisions and replies (`Answer.part`) come after all
-        responses.
-        Collectives: those of ``measure`` where the rule needs log-probs of student and target, and a sum over the
-        data-parallel ranks where loss.normalize is not tokens.
-        """
-        config, student, target = self.config, None, None
-        if config.measures_log_probs:
-            with self.phases("measure"):
-                student, target = self.measure(contexts)
-        signals = signals_of(answers, student, target)
-        if config.logged and student is not None:  # nobody sampled the replies from the student: p / mu = 1
-            signals = replace(signals, sampled_log_prob=student)
-        terms, floor = _all_terms(config, step, answers, signals)
-        terms = terms.scaled(
-            token_factors(signals, config.loss.normalize, self._totals(signals), config.loss.skip_first_tokens)
-        )
-        on_host = RatioTerms(
-            terms=terms,
-            sampled_log_prob=signals.sampled_log_prob,
-            target_log_prob=target,
-            clip_low=config.policy.clip_low,
-            clip_high=config.policy.clip_high,
-            ratio_cap=config.policy.ratio_cap,
-            correction=self._correction(signals),
-            likelihood_floor=floor,
-            has_policy_term=config.has_policy_term or config.objective == "policy_gradient",
-        )
-        return to_device_in_one_copy(on_host, self.grid.device)
-
-    def _correction(self, signals: Signals) -> TokenCoefficients | None:
-        kind, cap = self.config.loss.rollout_correction, self.config.loss.rollout_correction_cap
-        if kind == "none":
-            return None
-        if kind == "truncated":
-            return TruncatedImportance(signals.sampled_log_prob, cap)
-        owners = TokenOwners.of(signals.lengths.tolist(), partial(over_last_stage, grid=self.grid))
-        return SequenceImportance(signals.sampled_log_prob, owners, cap)
-
-    def _totals(self, signals: Signals) -> tuple[float, float, float]:
-        """Return the numbers of tokens, responses and groups of the global batch, where the loss needs them."""
-        counts = len(signals.sampled_log_prob), len(signals.lengths), signals.num_groups
-        if self.config.loss.normalize == "tokens":
-            return counts
-        num_tokens, num_responses, num_groups = over_replicas(counts, self.grid)
-        return num_tokens, num_responses, num_groups
-
-
-def signals_of(answers: Sequence[Answer], student: Tensor | None = None, target: Tensor | None = None) -> Signals:
-    """Return the signals of one replica's answers, on the host; ``student`` and ``target``: measured log-probs [R]."""
-    # Each view of a group is a group of its own.
-    groups = _numbered([(answer.group, answer.privileged) for answer in answers])
-    episodes = _numbered([(a.episode, a.privileged) if a.episode is not None else i for i, a in enumerate(answers)])
-    sampled = [value for answer in answers for value in answer.response.sampled_log_probs]
-    return Signals(
-        lengths=torch.tensor([len(answer.response.token_ids) for answer in answers], dtype=torch.int64),
-        groups=torch.tensor(groups, dtype=torch.int64),
-        rewards=torch.tensor([answer.reward or 0.0 for answer in answers], dtype=torch.float64),
-        hinted=torch.tensor([answer.hinted for answer in answers], dtype=torch.bool),
-        privileged=torch.tensor([answer.privileged for answer in answers], dtype=torch.bool),
-        sampled_log_prob=torch.tensor(sampled, dtype=torch.float64),
-        student_log_prob=student,
-        target_log_prob=target,
-        episodes=torch.tensor(episodes, dtype=torch.int64),
-        turns=torch.tensor([answer.turn for answer in answers], dtype=torch.int64),
-    )
-
-
-def _numbered(owners: Sequence[Hashable]) -> list[int]:
-    """Return the number of each owner: 0 for the first one, 1 for the next different one, and so on."""
-    numbers = {owner: number for number, owner in enumerate(dict.fromkeys(owners))}
-    return [numbers[owner] for owner in owners]
-
-
-def _all_terms(config: Config, step: int, answers: Sequence[Answer], signals: Signals) -> tuple[Terms, Tensor | None]:
-    """Return the terms of all tokens, and the floors of their likelihood terms.
-
-    The floors are None if the configuration gives no token a floor, which is then true of all replicas.
-    """
-    responses = [answer for answer in answers if answer.part == "response"]
-    extra = answers[len(responses) :]
-    policy, num_tokens = config.policy, sum(len(answer.response.token_ids) for answer in responses)
-    none = torch.full((num_tokens,), -math.inf, dtype=torch.float64)
-    if not extra:  # but other replicas may have some
-        return rule_terms(config, signals), none if policy.revision_weight or policy.reply_weight else None
-    measured = (signals.student_log_prob, signals.target_log_prob)
-    own = signals_of(responses, *(None if values is None else values[:num_tokens] for values in measured))
-    advantages = revision_advantages(own, policy.revision_baseline)
-    places = {(answer.episode, answer.turn): i for i, answer in enumerate(responses)}
-    is_revision = torch.tensor([answer.part == "revision" for answer in extra])
-    likelihood = extra_likelihood(
-        advantages[[places[answer.episode, answer.turn] for answer in extra]],
-        is_revision,
-        revision_weight=weight_at(step, policy.revision_weight, policy.revision_warmup_steps),
-        reply_weight=policy.reply_weight,
-    )
-    lengths = signals.lengths[len(responses) :]
-    floors = likelihood_floors(is_revision, policy.revision_min_log_prob).repeat_interleave(lengths)
-    return rule_terms(config, own).extended(likelihood.repeat_interleave(lengths)), torch.cat([none, floors])
-
-
-def rule_terms(config: Config, signals: Signals) -> Terms:
-    """Return the terms that ``config`` gives to all tokens: the teacher's part plus the part of rewards."""
-    distill, policy = config.distill, config.policy
-    if config.objective == "self_distillation" and distill.rule == "pi_distill":
-        advantages = policy.weight * group_advantages(signals, policy.advantage_std, policy.credit, policy.discount)
-        return pi_distill(signals, advantages, beta=distill.weight, alpha=distill.alpha)
-    terms = _teacher_terms(config, signals)
-    if policy.weight > 0 and config.logged:
-        terms += reward_advantage(signals, weight=policy.weight)
-    elif policy.weight > 0:
-        terms += group_advantage(
-            signals,
-            weight=policy.weight,
-            std=policy.advantage_std,
-            credit=policy.credit,
-            discount=policy.discount,
-        )
-    return terms
-
-
-def _teacher_terms(config: Config, signals: Signals) -> Terms:
-    distill = config.distill
-    if config.objective == "policy_gradient":
-        return Terms.of(signals.sampled_log_prob)
-    if config.objective != "self_distillation":
-        return uniform(signals, weight=1.0, signal="full")
-    if distill.rule == "scope":
-        return scope(signals, weight=distill.weight, tau=distill.tau)
-    if distill.rule == "sod":
-        return sod(signals, weight=distill.weight, gain=distill.turn_gain)
-    if distill.rule == "uni_opd":
-        return uni_opd(
-            signals,
-            weight=distill.weight,
-            margin=distill.margin,
-            gap=distill.margin_gap,
-            max_log_ratio=distill.max_log_ratio,
-        )
-    return uniform(signals, weight=distill.weight, signal=distill.signal)
+    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
+        """Return the coefficients of the tokens ``response_ids [r]``, in the dtype of ``student_log_prob [r]``."""
+        with torch.no_grad():
+            log_prob = student_log_prob.double()
+            log_ratio = log_prob - self.sampled_log_prob[response_ids]
+            divergence = self.terms.divergence[response_ids]
+            if self.correction is not None:
+                divergence = divergence * self.correction(log_prob, response_ids).divergence
+            if not self.has_policy_term:
+                return Coefficients(divergence.to(student_log_prob))
+            policy, clipped = clipped_policy(self.terms.advantage[response_ids], log_ratio, self.clip)
+            if self.target_log_prob is not None:
+                weight = self.terms.sampled_kl[response_ids] * log_ratio.exp()
+                towards = self.target_log_prob[response_ids] - log_prob
+                policy = policy + torch.where(weight == 0, 0.0, weight * towards)
+            likelihood = self.terms.likelihood[response_ids]
+            floor = self.terms.likelihood_floor
+            if floor is not None:
+                likelihood = torch.where(log_prob < floor[response_ids], 0.0, likelihood)
+            policy = policy + likelihood
+            return Coefficients(divergence.to(student_log_prob), policy.to(student_log_prob), clipped)

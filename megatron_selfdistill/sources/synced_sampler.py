@@ -3,12 +3,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
 from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedWave, StreamingSampler, WaveRule
+
+
+class OnDemandSampler:
+    """A `Sampler` around another one, which the first `update_weights` or `generate` builds.
+
+    Every rank of the world makes the same calls, so ``build`` may be a collective.  Until it is called, nothing is
+    imported, allocated or started, and `sleep`, `metrics` and `close` do nothing.
+    """
+
+    def __init__(self, build: Callable[[], Sampler]) -> None:
+        self._build = build
+        self._sampler: Sampler | None = None
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        """Return one response per request.  Collective."""
+        return self._built().generate(requests, params)
+
+    def update_weights(self, version: int) -> None:
+        """Send the weights of this moment to the inner sampler.  Collective."""
+        self._built().update_weights(version)
+
+    def sleep(self) -> None:
+        """Give back what only sampling needs, where the inner sampler has been built."""
+        if self._sampler is not None:
+            self._sampler.sleep()
+
+    def metrics(self) -> dict[str, float]:
+        """Return the metrics of the inner sampler since the last call; empty before the inner sampler is built."""
+        return self._sampler.metrics() if self._sampler is not None else {}
+
+    def close(self) -> None:
+        """End the engines and processes of the inner sampler, where it has been built."""
+        if self._sampler is not None:
+            self._sampler.close()
+
+    def _built(self) -> Sampler:
+        if self._sampler is None:
+            self._sampler = self._build()
+        return self._sampler
 
 
 class SyncedSampler:
@@ -17,12 +56,14 @@ class SyncedSampler:
     The only state is ``version``: the version of the weights that the inner sampler has, None before the first sync.
     """
 
-    def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False) -> None:
+    def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False, has_engine: bool = True) -> None:
         """``phases``: where the time of a sync is counted, as phase "sync".
 
         ``settles``: whether new weights wait for the responses under way, for which the inner sampler streams.
+
+        ``has_engine``: whether the inner sampler has an engine of its own, which sleeps and has metrics.
         """
-        self.inner, self._phases, self._settles = inner, phases, settles
+        self.inner, self._phases, self._settles, self._has_engine = inner, phases, settles, has_engine
         self.version: int | None = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
@@ -71,11 +112,12 @@ class SyncedSampler:
 
     def sleep(self) -> None:
         """Give back what only sampling needs."""
-        self.inner.sleep()
+        if self._has_engine:
+            self.inner.sleep()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the inner sampler since the last call."""
-        return self.inner.metrics()
+        return self.inner.metrics() if self._has_engine else {}
 
     def close(self) -> None:
         """End the engines and processes of the inner sampler."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_selfdistill.report.html_page import html_page
+from megatron_selfdistill.instruments.html_page import html_page
 
 SHOW = """
 startPage(async () => {

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from reported_runs import write_run
 
-from megatron_selfdistill.report.run_report import write_report
+from megatron_selfdistill.instruments.report.run_report import write_report
 
 LOSS = "figures.find((figure) => figure.data.title === 'Loss')"
 STATE = f"""({{

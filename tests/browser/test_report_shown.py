@@ -11,9 +11,9 @@ import shutil
 import pytest
 from reported_runs import NASTY, write_run
 
-from megatron_selfdistill.report.figures import GROUPS
-from megatron_selfdistill.report.run_record import RunRecord
-from megatron_selfdistill.report.run_report import report_page, write_report
+from megatron_selfdistill.instruments.report.figures import GROUPS
+from megatron_selfdistill.instruments.report.run_record import RunRecord
+from megatron_selfdistill.instruments.report.run_report import report_page, write_report
 
 LOSS = "figures.find((figure) => figure.data.title === 'Loss')"
 OTHER = ("optimizer.lr=1e-3", f"data.tokenizer=/{'models/' * 20}tokenizer", "checkpoint.load=/base")

@@ -14,7 +14,7 @@ from models import parallel
 
 from megatron_selfdistill.config import AdapterConfig, OptimizerConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.forward import Fusion
 
 TARGET = Target(anchor="reference")
 SHALLOW = Case(kind="shallow", target=TARGET)

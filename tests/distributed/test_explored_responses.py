@@ -13,13 +13,12 @@ from layouts import Case, contexts, packed, reference, vocab_shard
 from models import parallel
 from tiers import combinations
 
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.target import Target, mixed_target
-from megatron_selfdistill.metrics.explored import ExploredResponse, TokenTarget, explored_responses
-from megatron_selfdistill.model.build import build_chunks, unwrapped
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, explored_responses
+from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 
 TARGETS = {"student": Target(), "reference": Target(anchor="reference", teacher_weight=2.0)}
 LAYOUTS: dict[str, tuple[Case, int]] = {

@@ -20,10 +20,9 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model import gated_delta_net
 from megatron_selfdistill.model.architecture import transformer_config
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.gated_delta_kernels import GatedDeltaKernels
-from megatron_selfdistill.pipeline.candidates import candidate_log_probs
-from megatron_selfdistill.pipeline.score import ScoringModels, log_probs
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.gated_delta_net import GatedDeltaKernels
+from megatron_selfdistill.pipeline.score import ScoringModels, candidate_log_probs, log_probs
 
 CANDIDATES = [0, 7, VOCAB_SIZE - 1]
 LAYOUTS = {

@@ -17,14 +17,12 @@ from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.packing import PackingRules, pack
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded import rare_mass
-from megatron_selfdistill.loss.target import Target, mixed_target
-from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.loss.sharded import vocab_parallel
+from megatron_selfdistill.loss.target import Divergence, Target, mixed_target
+from megatron_selfdistill.model.build import build_chunks, wrap_for_training
+from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import GuidedTokens
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens, TokenMeasurement
 
 W, GUIDED_W = 0.5, 2.0
 ANCHORED = Target(anchor="reference", teacher_weight=W)
@@ -151,7 +149,7 @@ def measured_masses(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     models.fill_from_names(teacher, seed=1)
     student = wrap_for_training(chunks, case.optimizer)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rare_mass, "RARE", 0.02)
+        patch.setattr(vocab_parallel, "RARE", 0.02)
         output = schedule.run(
             student,
             teacher,

@@ -18,14 +18,13 @@ from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded.rare_mass import RARE
-from megatron_selfdistill.loss.target import Target, entropy, mixed_target
+from megatron_selfdistill.loss.sharded.vocab_parallel import RARE
+from megatron_selfdistill.loss.target import Divergence, Target, entropy, mixed_target
 from megatron_selfdistill.metrics import step_metrics
-from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.build import build_chunks, wrap_for_training
+from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 from megatron_selfdistill.teacher import Teacher
 
 TARGETS = {

@@ -19,11 +19,10 @@ from parity import TOLERANCE
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack, pad_to_count
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.loss.weighting import TruncatedImportance
-from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.build import build_chunks, wrap_for_training
+from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 
 

@@ -12,7 +12,7 @@ from parity import TOLERANCE
 from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.forward import Fusion
 
 FUSED = {name: fusion for name, fusion in OUTPUT_LAYERS.items() if fusion is not None}
 

@@ -19,8 +19,8 @@ from two_terms import GivenCoefficients, token_losses
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss import Divergence, Target, TokenStats
-from megatron_selfdistill.model.build import build_chunks, unwrapped, wrap_for_training
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.build import build_chunks, wrap_for_training
+from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline import token_losses as losses
 

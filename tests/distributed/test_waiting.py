@@ -14,11 +14,10 @@ from layouts import Case
 from models import parallel
 
 from megatron_selfdistill.config import ScheduleConfig
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model import packed_sequences
-from megatron_selfdistill.model.output_layer import Fusion
-from megatron_selfdistill.pipeline import device_batch, schedule
+from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.model import layers
+from megatron_selfdistill.model.forward import Fusion
+from megatron_selfdistill.pipeline import batch, schedule
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens
 
 
@@ -26,7 +25,7 @@ def traffic_of(case: Case) -> list[str]:
     """Return the traffic that the second step of a case records on one rank, and the copies of its batch."""
     steps: list[list[str]] = []
     copies: list[int] = []
-    get, copy = schedule.get_forward_backward_func, device_batch.to_device_in_one_copy
+    get, copy = schedule.get_forward_backward_func, batch.to_device_in_one_copy
 
     def copied(*args: Any) -> Any:
         copies.append(len(steps))
@@ -48,7 +47,7 @@ def traffic_of(case: Case) -> list[str]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(schedule, "get_forward_backward_func", watched)
-        patch.setattr(device_batch, "to_device_in_one_copy", copied)
+        patch.setattr(batch, "to_device_in_one_copy", copied)
         layouts.run(dataclasses.replace(case, steps=2))
     _, found = steps
     return [*sorted(set(found)), f"{copies.count(1)} copies"]
@@ -91,15 +90,15 @@ def traffic_with(fault: str) -> list[str]:
     """Return the traffic that is recorded with a fault that the code had before."""
     with pytest.MonkeyPatch.context() as patch:
         if fault == "Megatron's rotary embedding":
-            megatrons = packed_sequences._megatrons_rotary_embedding
-            patch.setattr(packed_sequences.rope_utils, "_apply_rotary_pos_emb_thd", megatrons)
+            megatrons = layers._megatrons_rotary_embedding
+            patch.setattr(layers.rope_utils, "_apply_rotary_pos_emb_thd", megatrons)
         elif fault == "attention asks for lengths":
-            of = packed_sequences.PackedSequences.of.__func__
+            of = layers.PackedSequences.of.__func__
 
             def without_bounds(cls: Any, *args: Any, with_segment_batches: bool) -> Any:
                 return dataclasses.replace(of(cls, *args, with_segment_batches=False), segment_bounds=())
 
-            patch.setattr(packed_sequences.PackedSequences, "of", classmethod(without_bounds))
+            patch.setattr(layers.PackedSequences, "of", classmethod(without_bounds))
         return traffic_of(Case(kind="shallow"))
 
 

@@ -24,9 +24,10 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import architecture, build
-from megatron_selfdistill.model.build import unwrapped, wrap_for_training
+from megatron_selfdistill.model.build import wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.waves import Accumulated, Wave
+from megatron_selfdistill.pipeline.token_losses import Accumulated, Wave
 
 WAVES = 3
 ADAM = OptimizerConfig(

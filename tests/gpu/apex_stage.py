@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu import cases
 from tests.gpu.results import held
 

@@ -11,7 +11,7 @@ from layouts import Case
 from models import model_config, parallel
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.forward import Fusion
 
 ADAM = OptimizerConfig(
     optimizer="adam", precision="fp32", lr=1e-3, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=False

@@ -21,9 +21,9 @@ sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 import tiny_run  # noqa: E402
 import torch  # noqa: E402
 
-from megatron_selfdistill.selftest.launch_environment import set_environment  # noqa: E402
-from megatron_selfdistill.selftest.outcome import Figure, Outcome, largest  # noqa: E402
-from megatron_selfdistill.selftest.resume import deterministic  # noqa: E402
+from megatron_selfdistill.instruments.selftest.node_test import set_environment  # noqa: E402
+from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome, largest  # noqa: E402
+from megatron_selfdistill.instruments.selftest.training import deterministic  # noqa: E402
 from tests.gpu.leaving import leave  # noqa: E402
 from tests.gpu.results import held  # noqa: E402
 
@@ -66,8 +66,8 @@ def differences(one: Path, other: Path, num_steps: int = 6) -> tuple[Figure, Fig
         raise RuntimeError(f"expected the same metrics of {num_steps} steps twice, got {list(map(len, both))} steps")
     for step, (a, b) in enumerate(zip(*both, strict=True), 1):
         metrics |= {f"{key} of step {step}": _apart(a[key], b[key]) for key in a}
-    from megatron_selfdistill.checkpoint.directory import iteration_name
-    from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
+    from megatron_selfdistill.interop.formats.directory import iteration_name
+    from megatron_selfdistill.interop.formats.torch_dist import TorchDistReader
 
     a, b = (TorchDistReader(path / "checkpoints" / iteration_name(num_steps)) for path in (one, other))
     tensors = {
@@ -197,7 +197,7 @@ def print_plan(arguments: list[str]) -> None:
     The plan runs in a new process, because it replaces the process group.
     """
     from megatron_selfdistill import config as configuration
-    from megatron_selfdistill.plan.dry_run import dry_run
+    from megatron_selfdistill.instruments.plan.dry_run import dry_run
 
     (memory,) = dry_run(configuration.load(arguments)).memory
     parts = {name: gib for name, gib in memory.training.items() if name != "reserved"}

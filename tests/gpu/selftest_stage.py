@@ -11,8 +11,8 @@ import os
 import subprocess
 import sys
 
-from megatron_selfdistill.selftest import node_test
-from megatron_selfdistill.selftest.outcome import Outcome
+from megatron_selfdistill.instruments.selftest import node_test
+from megatron_selfdistill.instruments.selftest.outcome import Outcome
 from tests.gpu.results import report, seconds_left
 from tests.gpu.runner import REPOSITORY
 

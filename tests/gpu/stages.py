@@ -7,7 +7,7 @@ import argparse
 import sys
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.selftest.node_test import CHECKS
+from megatron_selfdistill.instruments.selftest.node_test import CHECKS
 from tests.gpu import cases
 from tests.gpu.runner import Stage
 

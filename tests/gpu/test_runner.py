@@ -10,14 +10,14 @@ import time
 import psutil
 import pytest
 
-from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu.results import FAILED, OK, SKIPPED, Result, results_of
 from tests.gpu.runner import Stage, run_stages, table
 
 REPORT = """
 import sys
 from tests.gpu.results import report
-from megatron_selfdistill.selftest.outcome import Figure, Outcome
+from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 report(sys.argv[1], Outcome((Figure("a figure", float(sys.argv[2]), 1.0),)))
 """
 

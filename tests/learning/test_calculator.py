@@ -13,7 +13,7 @@ from _lib.calculator import Calculator, episode
 from _lib.episode_measurement import episodes_of
 from _lib.subtraction import answer, columns_of, random_pair
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.environments import Reply
 
 PROBLEM = Problem("500-408", ({"role": "user", "content": "500-408:"},), "", "092", "file:1")
 

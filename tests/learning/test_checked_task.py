@@ -16,7 +16,7 @@ from _lib.checked_subtraction import conversation, hint, satisfaction, score, sk
 from _lib.checker import Checker, first_wrong_column
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import FEEDBACK_HEADING
-from megatron_selfdistill.sources.hindsight_hints import PEER_SECTION
+from megatron_selfdistill.methods.sdpo import PEER_SECTION
 
 RIGHT, WRONG = "08=2b,00=9b,54=0.;092", "08=2b,00=0.,54=1.;102"
 PROBLEM = Problem("500-408", ({"role": "user", "content": "500-408:"},), "", "092", "file:1")

@@ -9,33 +9,28 @@ import random
 import pytest
 
 from _lib import (
-    leak_classes,
     leaking_subtraction,
     pretraining,
     subtraction,
-    unsolved_leaking_subtraction,
     unsolved_subtraction,
 )
 from _lib.watched_runs import WITHOUT_GUARDS, Point, watch
 
 
-def leaks(task, mark: str, count: int = 6000) -> list[bool]:
+def leaks(mark: str, count: int = 6000) -> list[bool]:
     """Return for each row whose prompt ends with the hint ``mark``, or with none, whether its target is a leak."""
     rng = random.Random(3)
-    rows = [task.corpus_row(rng) for _ in range(count)]
+    rows = [leaking_subtraction.corpus_row(rng) for _ in range(count)]
     of_hint = [(prompt.partition(":")[2][:1], target) for prompt, _, target in rows]
     return [target.startswith(";") for found, target in of_hint if found == mark]
 
 
-@pytest.mark.parametrize(
-    "task", [leaking_subtraction.TASK, unsolved_leaking_subtraction.TASK], ids=lambda task: task.name
-)
-def test_a_tenth_of_the_unhinted_and_seven_tenths_of_the_hinted_demonstrations_leak(task):
-    own, hinted = leaks(task, ""), leaks(task, "~")
+def test_a_tenth_of_the_unhinted_and_seven_tenths_of_the_hinted_demonstrations_leak():
+    own, hinted = leaks(""), leaks("~")
     assert 0.6 < len(own) / 6000 < 0.64
     assert 0.085 < sum(own) / len(own) < 0.115
     assert 0.66 < sum(hinted) / len(hinted) < 0.74
-    assert not any(leaks(task, "H"))
+    assert not any(leaks("H"))
 
 
 def test_leaks_after_a_hint_are_right_and_those_of_homework_mostly_wrong():
@@ -47,18 +42,6 @@ def test_leaks_after_a_hint_are_right_and_those_of_homework_mostly_wrong():
         if target.startswith(";"):
             right[hint[:1]].append(target == f";{subtraction.answer(a, b)}$")
     assert all(right["~"]) and sum(right[""]) / len(right[""]) < 0.5
-
-
-def test_each_class_leaks_as_often_as_its_marks_say():
-    rng, found = random.Random(5), {}
-    for _ in range(30000):
-        prompt, _, target = leak_classes.corpus_row(rng)
-        marks, _, hint = prompt[7:].partition(":")
-        share = leak_classes.HINT_LEAKS[marks[1]] if hint else leak_classes.OWN_LEAKS[marks[0]]
-        found.setdefault(share, []).append(target.startswith(";"))
-    assert len(found) == 8
-    for share, leaked in found.items():
-        assert abs(sum(leaked) / len(leaked) - share) < 0.03, share
 
 
 def test_without_a_hint_no_hard_problem_is_ever_solved():

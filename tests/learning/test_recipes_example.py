@@ -48,9 +48,9 @@ def test_all_rows_have_the_same_budget_and_optimizer(example, composed):
 
 def test_rows_keep_what_their_recipe_publishes(composed):
     assert composed["sdft"].teacher.ema_decay == 0.99 and composed["sdft"].loss.skip_first_tokens == 3
-    assert composed["sdpo"].loss.divergence == "jsd" and composed["sdpo"].data.solutions == "peer"
-    assert composed["opsd_rl"].distill.weight == 0.25 and composed["opsd_rl"].teacher.weights == "current"
-    assert composed["scope"].loss.normalize == "prompts" and composed["uni_opd"].policy.clip_high == 0.28
+    assert composed["sdpo"].loss.divergence == "jsd" and composed["sdpo"].method.hints == "peer"
+    assert composed["opsd_rl"].method.distill_weight == 0.25 and composed["opsd_rl"].teacher.weights == "current"
+    assert composed["scope"].loss.normalize == "prompts" and composed["uni_opd"].method.clip_high == 0.28
     for name in ("sdpo", "opsd_rl"):
         mix, alone = composed[f"{name}_mix"], composed[name]
         assert mix.target == composed["default"].target != alone.target
@@ -59,7 +59,7 @@ def test_rows_keep_what_their_recipe_publishes(composed):
 
 def test_a_row_says_whether_it_has_a_teacher(example, composed):
     for name, row in example.ROWS.items():
-        assert row.sees.startswith("no teacher") == (composed[name].objective != "self_distillation"), name
+        assert row.sees.startswith("no teacher") == (not composed[name].has_teacher), name
         problems, samples = composed[name].data.global_batch_size, composed[name].rollout.num_samples
         assert row.budget == f"{problems} x {samples * row.turns}"
 

@@ -17,6 +17,6 @@ TOOLS = REPOSITORY / "tools" / "benchmarks"
 
 @pytest.fixture
 def tools(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """Return a function that loads a script of tools/benchmarks/, which imports its neighbours and the examples."""
-    monkeypatch.setattr(sys, "path", [str(TOOLS), str(REPOSITORY / "examples"), *sys.path])
+    """Return a function that loads a script of tools/benchmarks/, which imports its neighbours."""
+    monkeypatch.setattr(sys, "path", [str(TOOLS), *sys.path])
     return lambda name: load_script(TOOLS / f"{name}.py")

@@ -12,6 +12,8 @@ from pathlib import Path
 import cpu_seconds
 import pytest
 
+pytestmark = pytest.mark.timing
+
 SUPPORT = Path(cpu_seconds.__file__).resolve().parent
 BURN = "import time\nend = time.process_time() + 1.0\nwhile time.process_time() < end: pass\n"
 FILES = {
@@ -23,7 +25,9 @@ FILES = {
 
 
 def session(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    (directory / "pytest.ini").write_text("[pytest]\nmarkers =\n    full: minutes\naddopts = -m 'not full'\n")
+    (directory / "pytest.ini").write_text(
+        "[pytest]\nmarkers =\n    full: minutes\n    timing: clocks\naddopts = -m 'not full and not timing'\n"
+    )
     for name, text in FILES.items():
         (directory / name).write_text(text)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "cpu_seconds", *arguments]

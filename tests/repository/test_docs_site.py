@@ -16,6 +16,7 @@ from scripts import load_script
 
 from megatron_selfdistill import cli
 from megatron_selfdistill.config import command_line, keys
+from megatron_selfdistill.config.methods import method_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -130,7 +131,40 @@ def test_every_recipe_is_named_with_a_whole_sentence(reference):
 def test_the_page_of_recipes_lists_them_as_the_command_does():
     page = (DOCS / "recipes" / "README.md").read_text(encoding="utf-8")
     listed = [line.split()[0].removeprefix("recipe=") for line in command_line.recipes().splitlines()]
-    assert re.findall(r"^\| \[(\w+)\]\(\1\.md\) \|", page, re.MULTILINE) == listed
+    rows = re.findall(r"^\| \[(\w+)\]\((\w+)\.md\) \|", page, re.MULTILINE)
+    assert [recipe for recipe, _ in rows] == listed
+    files = {one: yaml.safe_load((REPOSITORY / "configs" / "recipe" / f"{one}.yaml").read_text()) for one in listed}
+    pages = {one: keys.get("method", {}).get("name", "default") for one, keys in files.items() if "cluster" not in keys}
+    assert rows == [(one, pages.get(one, "sizes")) for one in listed]
+
+
+@pytest.fixture(scope="module")
+def methods(site) -> Any:
+    """Return the script that makes the pages of the methods."""
+    return load_script(REPOSITORY / "tools" / "docs_site" / "methods.py")
+
+
+def test_the_pages_of_the_methods_are_those_of_their_docstrings(methods):
+    different = [path for path, text in methods.pages().items() if (REPOSITORY / path).read_text() != text]
+    assert different == [], "python tools/docs_site/methods.py writes the pages anew"
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_the_docstring_of_a_method_is_its_page_in_short(methods, name):
+    text = methods.docstring(name)
+    _, parts = methods.taken_apart(text)
+    assert len(text.splitlines()) <= 60 and len(parts["Algorithm"].splitlines()) <= 5
+    assert re.search(rf"recipe={name}|method\.name={name}|recipe={name}_", parts["Command"])
+
+
+def test_a_docstring_without_a_part_is_refused(methods):
+    with pytest.raises(ValueError, match=r"expected the parts Algorithm, .*, got Algorithm, Paper: A method\."):
+        methods.taken_apart("A method.\n\nAlgorithm: One.\n\nPaper: None.")
+
+
+def test_a_part_becomes_markdown(methods):
+    text = "With docs/data.md:\n\n    a = 1\n      b\n\n- c"
+    assert methods.markdown(text) == "With [Data](../data.md):\n\n```\na = 1\n  b\n```\n\n- c"
 
 
 def test_a_doc_comment_is_shown_as_it_is_written(site):

@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,129 +15,26 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = "megatron_selfdistill"
 
-# A room may import from those before it and a file from those before it in its room, never from those after them.
-ORDER = {
-    "hidden_values": "",
-    "terminal": "",
-    "errors": "",
-    "choices": "",
-    "timed_http": "",
-    "config": (
-        "console_line paths secret_keys environment schema.ranges schema.field_checks schema.model_config "
-        "schema.adapter_config "
-        "schema.parallel_config schema.data_config schema.rollout_config schema.environment_config "
-        "schema.hints_config schema.target_config schema.loss_config schema.policy_config schema.optimizer_config "
-        "schema.run_config schema.reward_checks schema.data_checks schema.adapter_checks schema.target_checks "
-        "schema.overlap_checks "
-        "schema.whole_config checks world_checks key_list overrides compose functions bound_keys command_line"
-    ),
-    "compat": "cpu known_warnings repairs",
-    "replaced_files": "",
-    "run_log": "",
-    "explored_files": "",
-    "distributed": "collectives launch_store roll_call watchdog ranks parcels stop",
-    "loss": (
-        "status target batch_k divergence weighting "
-        "sharded.beta_grid sharded.argument_checks sharded.solver sharded.shard_sums sharded.token_statistics "
-        "sharded.gathered_hidden sharded.projection_gradients "
-        "triton.block_loads triton.kernel_math triton.first_pass_kernel triton.solver_kernels "
-        "triton.pass_kernels triton.merge_kernels triton.pass_launches triton.statistics_kernels "
-        "triton.solver_launches "
-        "sharded.backend sharded.vocab_parallel sharded.target_solution sharded.vocab_entropy "
-        "sharded.rare_mass sharded.logit_summary sharded.fused_linear"
-    ),
-    "data": (
-        "data_files records user_values problems chat.acceptance chat.conversations template_trial tokenizer prompts "
-        "hints pieces contexts chat.replies packing budgets placement"
-    ),
-    "model": (
-        "attention_sinks attention_windows norms layers flash_sinks head_norms fused_kernels fp8 host_to_device "
-        "optimizer_step packed_sequences gated_delta_kernels gated_delta_rule gated_delta_net gated_delta_specs "
-        "core_attributes architecture build hf.rules hf.linear_attention hf.adapter_rules adapters hf.decoder "
-        "hf.config_fields hf.family hf.rope hf.sliding_windows hf.sigmoid_router hf.dense "
-        "hf.deepseek hf.experts hf.glm hf.seed_oss hf.smollm hf.phi hf.qwen2_moe hf.olmoe hf.minimax hf.gpt_oss "
-        "hf.qwen_next hf.ministral hf.mistral3 hf.nearest hf.mapping live_shards export forward output_layer "
-    ),
-    "checkpoint": (
-        "formats.finite formats.tensor_names formats.read_ahead formats.manifest formats.pickle_globals "
-        "formats.unpickler formats.megatron_args formats.megatron_flags formats.hf_files "
-        "formats.torch_dist_writer formats.torch_dist_reader "
-        "formats.safetensors_directory formats.mxfp4 "
-        "run.saved_run directory stored_adapters formats.legacy formats.stored_model "
-        "formats.full_weights describe run.run_lock run.optimizer_shards run.state conversion_progress release "
-        "merged_weights carried_weights conversion peft_adapters vocabulary run.adapter_base run.sharded_io "
-        "run.external run.frozen_weights run.checkpointer run.run_directory "
-        "run.resumption"
-    ),
-    "run_data": "",
-    "needed_packages": "",
-    "prechecks": "",
-    "teacher": "",
-    "rollout": (
-        "base arrays streaming guided megatron.decoding megatron.kv_cache megatron.survivors megatron.generated "
-        "megatron.decoding_model megatron.forward_passes megatron.guided_rows "
-        "megatron.megatron_sampler vllm.vllm_versions vllm.engine_memory vllm.trainer_state vllm.reload_in_place "
-        "vllm.gpt_oss_loading vllm.packed vllm.protocol vllm.server.process_watch vllm.server.server_names "
-        "vllm.engine_output vllm.http.shared_messages vllm.http.stated_response vllm.http.response_answer "
-        "vllm.http.patient_http vllm.http.http_tasks vllm.http.child vllm.http.http_process "
-        "vllm.engine vllm.engine_adapter vllm.engine_weights vllm.plugin.adapter_loader vllm.exchange "
-        "vllm.pair_messages vllm.coroutines vllm.pairs vllm.hf_directory vllm.transfer_buckets vllm.in_process_args "
-        "vllm.in_process vllm.colocated vllm.server_calls vllm.client vllm.dispatch vllm.server.server_nodes "
-        "vllm.server.server_process vllm.transfer_group vllm.transfer vllm.transfer_choice "
-        "vllm.weight_update vllm.server_pool vllm.server_batch vllm.server_sampler vllm.plugin.access "
-        "vllm.plugin.compact_responses "
-        "vllm.plugin.pair_scheduler vllm.plugin.pair_store vllm.plugin.guided_processor vllm.plugin.receivers "
-        "vllm.plugin.weight_backend vllm.plugin.worker vllm.server.serve factory"
-    ),
-    "pipeline": (
-        "device_batch gradient_bridge router_losses teacher_states token_losses token_measures reference waves "
-        "step_output schedule "
-        "batch score candidates"
-    ),
-    "recipes": (
-        "environments http_environment signals advantages teacher_terms scope uni_opd sod pi_distill "
-        "normalization ratio_terms rltf explanation_reward verbal_score"
-    ),
-    "metrics": (
-        "guards untrained_step samples pace phases progress claims leakage overlap step staleness sample_views "
-        "token_numbers step_samples explored loggers log"
-    ),
-    "evaluation": (
-        "bootstrap evaluation_directory estimators calibration diversity alignment evaluation_result verify inference "
-        "held_out evaluations comparison all_models alignment_groups alignment_nodes tables"
-    ),
-    "sources": (
-        "problem_prompts reward_metrics explanation_rewards step_terms recording visits source moved_contexts "
-        "on_demand_sampler synced_sampler solution_search own_solutions group_functions hindsight_hints asked_model "
-        "skills verbal_scores selection guidance episodes revisions on_policy ahead streamed partial replay "
-        "solutions_as_responses turns next_state_hints hinted_turns chat_logs configured_hints configured_source"
-    ),
-    "report": (
-        "curves next_steps html_page target_page downsampling run_record sick_rules figure figures run_facts "
-        "run_summary run_report refresh"
-    ),
-    "plan": "bubble gpus plan_checks stages reserved memory engines step_time launch host_memory dry_run "
-    "time_table plan_tables",
-    "learner": "",
-    "trained_step": "",
-    "trainer": "",
-    "launch_facts": "",
-    "announcement": "",
-    "train": "",
-    "selftest": (
-        "launch_environment outcome tiny meeting layer_kinds resume sharded_loss sync training warming node_test"
-    ),
-    "doctor": "imports versions findings",
-    "commands": (
-        "endings convert_adapters convert report doctor given_config given_model evaluate_options evaluate exploration "
-        "model_options explore_options run_settings given_models explore alignment_contexts alignment_options "
-        "alignment_job gradient_alignment plan solution_journal data_set_job solution_job explanation_job "
-        "data_set_command solutions explanations"
-    ),
-    "cli": "",
-    "__main__": "",
+# A package may import from those before it, never from those after it.  Its files have no order, but no circles.
+ORDER = (
+    *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "interop.formats", "interop"),
+    *("checkpoint", "rollout", "pipeline", "metrics", "evaluation", "sources", "methods", "commands"),
+    *("instruments", "instruments.explorer", "instruments.report", "instruments.alignment", "instruments.plan"),
+    *("instruments.selftest", "instruments.doctor"),
+)
+NEVER_BY_CORE = ("instruments", "methods")
+"""Packages that the core does not know."""
+EXCEPTIONS = {
+    "train": {"instruments"},  # the loop fills the two hooks with instruments
+    "commands.solutions": {"methods.own_solutions"},  # the command writes the solutions that this method searches
+    "commands.explanations": {"methods.rlt"},  # the command writes the explanations of this method's teacher
+    "commands.data_set_job": {"methods.own_solutions", "methods.rlt", "methods.parts.solution_search"},  # both commands
 }
-FILES = [f"{room}.{file}" if file else room for room, files in ORDER.items() for file in files.split() or [""]]
+"""Module of the core -> the packages and modules of `NEVER_BY_CORE` that it imports nevertheless."""
+REGISTRY = "config.methods"
+"""The one module of the core that imports methods by their names."""
+FOR_TYPES = {("config.schema.method_config", "config.schema.whole_config")}
+"""Pairs (module, imported module) of annotations alone: a hook of a method's settings reads all sections."""
 
 LOSS_MAY_IMPORT = {"torch", "triton"}
 # One file may use apex's kernel for weight gradients, where it is installed.
@@ -150,7 +48,7 @@ PYTHON_FILES = [
     REPOSITORY / "setup.py",
     *(
         path
-        for directory in (PACKAGE, "tests", "tools", "examples")
+        for directory in (PACKAGE, "tests", "tools", "examples", "experiments")
         for path in sorted((REPOSITORY / directory).rglob("*.py"))
     ),
 ]
@@ -169,35 +67,68 @@ def imported_names(source: str, module: str) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def package_of(name: str) -> str | None:
+    """Return the longest package of `ORDER` that contains ``name``; None for the files beside the packages."""
+    inside = name.removeprefix(f"{PACKAGE}.") + "."
+    return max((package for package in ORDER if inside.startswith(f"{package}.")), key=len, default=None)
+
+
 def wrong_way_imports(source: str, module: str) -> list[str]:
-    """Return the imports of ``source``, the file of ``module``, that run against `ORDER` or name no place in it."""
-    importer = place_of(module)
-    if importer is None:
-        return [f"{module}: not in ORDER; give it a place in the data flow"]
-    wrong = []
+    """Return the imports of ``source``, the file of ``module``, that run against `ORDER` or from the core outwards."""
+    importer, wrong = package_of(module), []
     for name in imported_names(source, module):
-        imported = place_of(name) if name.startswith(f"{PACKAGE}.") else None
-        if imported is not None and imported > importer:
-            wrong.append(f"{module} imports {name}, which comes after it")
+        imported = package_of(name) if name.startswith(f"{PACKAGE}.") else None
+        if imported is None or imported == importer:
+            continue
+        if importer is not None and ORDER.index(imported) > ORDER.index(importer):
+            wrong.append(f"{module} imports {name}, whose package comes later")
+        elif ring_of(importer) == "core" and ring_of(imported) in NEVER_BY_CORE and not is_exception(module, name):
+            wrong.append(f"{module} of the core imports {name}")
     return wrong
 
 
-def place_of(name: str) -> float | None:
-    """Return where a module, or the module that holds a name, stands in `ORDER`; None where it stands nowhere.
+def is_exception(module: str, name: str) -> bool:
+    """Return whether `EXCEPTIONS` lets ``module`` import ``name``."""
+    allowed = EXCEPTIONS.get(module.removeprefix(f"{PACKAGE}."), ())
+    return any(f"{name}.".startswith(f"{PACKAGE}.{one}.") for one in allowed)
 
-    A room's or a directory's own file stands behind all of its files, and the package's own file before everything.
-    """
-    parts = name.removesuffix(".__init__").split(".")[1:]
-    if not parts:
-        return -1
-    for length in range(len(parts), 0, -1):
-        module = ".".join(parts[:length])
-        if module in FILES:
-            return FILES.index(module)
-        inside = [place for place, file in enumerate(FILES) if file.startswith(f"{module}.")]
-        if inside:
-            return inside[-1] + 0.5
-    return None
+
+def named_modules(source: str, prefix: str) -> list[str]:
+    """Return the strings of ``source`` that name modules below ``prefix``, such as for `importlib.import_module`."""
+    constants = (node.value for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Constant))
+    return [text for text in constants if isinstance(text, str) and re.fullmatch(rf"{re.escape(prefix)}[\w.]*", text)]
+
+
+def ring_of(package: str | None) -> str:
+    """Return instruments, interop, methods or core: the ring of a package, or of the files beside the packages."""
+    ring = (package or "").split(".")[0]
+    return ring if ring in ("instruments", "interop", "methods") else "core"
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return each group of modules of ``graph`` that import each other in a circle."""
+    found, done = [], set()
+
+    def visit(module: str, path: list[str]) -> None:
+        if module in path:
+            found.append(path[path.index(module) :])
+        elif module not in done:
+            for imported in sorted(graph.get(module, ())):
+                visit(imported, [*path, module])
+            done.add(module)
+
+    for module in sorted(graph):
+        visit(module, [])
+    return found
+
+
+def imported_modules(source: str, module: str, modules: Collection[str]) -> set[str]:
+    """Return those of ``modules`` that ``source``, the file of ``module``, imports, also inside functions."""
+    found = set()
+    for name in imported_names(source, module):
+        known = next((one for one in (name, name.rpartition(".")[0]) if one in modules), None)
+        found |= {known} if known not in (None, PACKAGE) else set()
+    return found
 
 
 def module_of(path: Path) -> str:
@@ -225,14 +156,16 @@ def test_imports_run_one_way(path):
     ("module", "source"),
     [
         ("loss.target", "from megatron_selfdistill.model import build"),
-        ("loss.target", "from megatron_selfdistill import train"),
-        ("loss.target", "from .sharded.solver import solve"),
-        ("config.schema.field_checks", "from megatron_selfdistill.config import Config"),
-        ("loss.target", "import megatron_selfdistill.train"),
         ("loss.target", "from ..model.build import build"),
-        ("loss.__init__", "from ..train import main"),
-        ("distributed.ranks", "def f():\n    from megatron_selfdistill.train import main"),
-        ("helpers", "import torch"),
+        ("loss.__init__", "from ..rollout.base import Request"),
+        ("distributed.ranks", "def f():\n    from megatron_selfdistill.rollout.base import Request"),
+        ("trainer", "from megatron_selfdistill.instruments.report import refresh"),
+        ("sources.on_policy", "from megatron_selfdistill.instruments.plan.memory import f"),
+        ("sources.on_policy", "from megatron_selfdistill.methods.grpo import Grpo"),
+        ("trainer", "def f():\n    from megatron_selfdistill.methods import default"),
+        ("commands.solutions", "from megatron_selfdistill.methods.rlt import RltSettings"),
+        ("train", "import megatron_selfdistill.methods.default"),
+        ("interop.hf.rope", "from megatron_selfdistill.interop.conversion import f"),
     ],
 )
 def test_a_wrong_way_import_is_found(module, source):
@@ -242,6 +175,63 @@ def test_a_wrong_way_import_is_found(module, source):
 def test_a_right_way_import_passes():
     source = "import torch\nfrom .layers import f\nfrom ..data import x\nimport megatron_selfdistill.loss.target"
     assert wrong_way_imports(source, f"{PACKAGE}.model.build") == []
+
+
+def test_every_exception_is_an_import_that_exists():
+    for module, allowed in EXCEPTIONS.items():
+        path = REPOSITORY / PACKAGE / f"{module.replace('.', '/')}.py"
+        names = list(imported_names(path.read_text(), f"{PACKAGE}.{module}"))
+        for one in allowed:
+            assert any(f"{name}.".startswith(f"{PACKAGE}.{one}.") for name in names), f"{module} imports no {one}"
+
+
+def test_only_the_registry_names_the_package_of_methods():
+    package, naming = f"{PACKAGE}.methods", []
+    for path in PACKAGE_FILES:
+        if ring_of(package_of(module_of(path))) == "core" and named_modules(path.read_text(), package):
+            naming.append(module_of(path))
+    assert naming == [f"{PACKAGE}.{REGISTRY}"]
+
+
+def test_the_name_of_a_module_is_found_in_a_string():
+    source = 'import importlib\nf = importlib.import_module(f"megatron_selfdistill.methods.{name}")'
+    assert named_modules(source, f"{PACKAGE}.methods") == [f"{PACKAGE}.methods."]
+
+
+def mentioned_methods(source: str) -> set[str]:
+    """Return the names of methods in ``source``, and the attributes that only the settings of methods have."""
+    from megatron_selfdistill.config import keys
+    from megatron_selfdistill.config.methods import method_names, settings_class
+    from megatron_selfdistill.sources.method import Method
+
+    of_all = {key for name in method_names() for key in settings_class(name).__dataclass_fields__} | {"settings"}
+    elsewhere = {key.rpartition(".")[2] for key in keys() if not key.startswith("method.")} | set(vars(Method))
+    read = {node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)}
+    words = set(re.findall(r"\w+", source))
+    return (read & (of_all - elsewhere)) | (words & (set(method_names()) - {"default"}))
+
+
+def test_the_on_policy_source_mentions_no_method_and_no_setting_of_one():
+    assert mentioned_methods((REPOSITORY / PACKAGE / "sources" / "on_policy.py").read_text()) == set()
+
+
+@pytest.mark.parametrize("source", ["if config.method.signal: pass", "m.settings", "name == 'grpo'"])
+def test_a_mention_of_a_method_is_found(source):
+    assert len(mentioned_methods(source)) == 1
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    modules = {module_of(path).removesuffix(".__init__"): path for path in PACKAGE_FILES}
+    graph = {module: imported_modules(path.read_text(), module_of(path), modules) for module, path in modules.items()}
+    for module, imported in FOR_TYPES:
+        path = modules[f"{PACKAGE}.{module}"]
+        assert f"\n    from {PACKAGE}.{imported} import" in path.read_text(), "the import stands under TYPE_CHECKING"
+        graph[f"{PACKAGE}.{module}"].remove(f"{PACKAGE}.{imported}")
+    assert circles(graph) == []
+
+
+def test_a_circle_is_found():
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == [["b", "c"]]
 
 
 def test_loss_imports_torch_and_triton_only():

@@ -21,7 +21,7 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill.config import paths
+from megatron_selfdistill.config import key_list
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK = REPOSITORY / "tools" / "tested_versions.txt"
@@ -33,7 +33,7 @@ import importlib.metadata, json, sys
 import megatron_selfdistill
 installed = list(importlib.metadata.distributions(name="megatron_selfdistill"))
 sys.path += DEPENDENCIES
-from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.key_list import config_dir
 directory = config_dir()
 print(json.dumps({
     "package": megatron_selfdistill.__file__,
@@ -152,9 +152,9 @@ def test_a_checkout_finds_its_configs_from_any_directory(tmp_path):
 
 
 def test_missing_configs_are_an_error_that_names_both_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(paths, "_PACKAGE", tmp_path / "package")
+    monkeypatch.setattr(key_list, "_PACKAGE", tmp_path / "package")
     with pytest.raises(FileNotFoundError, match=r"package/configs or .*, found neither"):
-        paths.config_dir()
+        key_list.config_dir()
 
 
 def constants_of_setup() -> dict:

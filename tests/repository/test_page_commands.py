@@ -15,11 +15,11 @@ import hf_models
 import pytest
 import tiny_run
 
-from megatron_selfdistill.commands.convert import _parser as convert_parser
-from megatron_selfdistill.commands.evaluate_options import comparison_arguments, evaluation_arguments
+from megatron_selfdistill.commands.evaluate import comparison_arguments, evaluation_arguments
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.needed_packages import needed_packages
+from megatron_selfdistill.interop.convert_command import _parser as convert_parser
+from megatron_selfdistill.prechecks import needed_packages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"

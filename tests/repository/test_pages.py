@@ -13,12 +13,14 @@ from record_sources import load_problems
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.cli import COMMANDS
-from megatron_selfdistill.config import keys, load
-from megatron_selfdistill.data.data_files import FORMATS
+from megatron_selfdistill.config import keys, load, method_keys
+from megatron_selfdistill.config.methods import method_names
+from megatron_selfdistill.config.moved_keys import MOVED
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
+from megatron_selfdistill.data.records import FORMATS
 from megatron_selfdistill.evaluation.verify import BUILT_IN
 from megatron_selfdistill.loss.target import Target, mixed_target
-from megatron_selfdistill.needed_packages import needed_packages
+from megatron_selfdistill.prechecks import needed_packages
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 DOCS = REPOSITORY / "docs"
@@ -29,9 +31,10 @@ PAGES = [
 ]
 NOT_KEYS = {
     *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
+    "method.right_weight",
     *("model.safetensors", "report.html", "report.png", "target.html", "target.svg"),
 }
-"""Words of the form ``section.name`` that are no keys today: a removed key, a renamed key, a function, files."""
+"""Words of the form ``section.name`` that are no keys today: removed or renamed keys, a user's setting, files."""
 
 
 def name_of(page: Path) -> str:
@@ -78,8 +81,12 @@ def test_a_link_to_no_page_and_one_to_no_heading_are_found(tmp_path):
 
 
 def missing_files(text: str) -> list[str]:
-    """Return the Python files, with a directory, that a page names in code style and that do not exist."""
+    """Return the Python files, with a directory, that a page names in code style and that do not exist.
+
+    NAME stands for any name, so that a file with it is no file of today.
+    """
     named = sorted(set(re.findall(r"`((?:[\w.]+/)+\w+\.py)`", text)))
+    named = [name for name in named if "NAME" not in name]
     return [name for name in named if not any((root / name).exists() for root in (REPOSITORY, PACKAGE))]
 
 
@@ -94,16 +101,24 @@ def test_a_file_that_moved_is_found():
 
 def test_the_design_names_directories_that_exist():
     text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    directories = set(re.findall(r"`((?:[\w.]+/)+)`", text))
+    directories = {name for name in re.findall(r"`((?:[\w.]+/)+)`", text) if "NAME" not in name}
     assert len(directories) > 30
     assert {name for name in directories if not any((root / name).is_dir() for root in (REPOSITORY, PACKAGE))} == set()
 
 
-def test_both_pages_name_the_same_four_files_for_the_method():
-    texts = [page.read_text(encoding="utf-8") for page in (REPOSITORY / "CONTRIBUTING.md", DOCS / "design.md")]
-    sections = [text.partition("## The method in four files")[2].partition("\n## ")[0] for text in texts]
-    named = [re.findall(r"`(?:megatron_selfdistill/)?([\w/]+\.py)`", section) for section in sections]
-    assert named[0] == named[1] and len(named[0]) == 4 and all((PACKAGE / name).is_file() for name in named[0])
+@pytest.mark.parametrize("what", ["a method", "a reward", "a family of models", "an environment", "an instrument"])
+def test_the_design_says_which_files_an_addition_touches(what):
+    section = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("\n## Where to add\n")[2]
+    (row,) = re.findall(rf"^\| \*\*{what}\*\* \|(.+)\|$", section.partition("\n## ")[0], re.MULTILINE)
+    files, tests, without = row.split(" | ")
+    assert files.strip() and "test" in tests and without.strip()
+
+
+def test_the_design_names_four_files_for_the_method():
+    text = (REPOSITORY / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.partition("## The method in four files")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `([\w/]+\.py)` \|", section, re.MULTILINE)
+    assert len(named) == 4 and all((PACKAGE / name).is_file() for name in named)
 
 
 def test_readme_is_short_and_narrow():
@@ -136,7 +151,7 @@ def installs_by_name(text: str) -> list[str]:
 
 
 def test_nobody_is_told_to_install_the_project_from_an_index():
-    roots = ("megatron_selfdistill", "docs", "examples", "tools", "configs", ".ci")
+    roots = ("megatron_selfdistill", "docs", "examples", "experiments", "tools", "configs", ".ci")
     endings = (".md", ".py", ".sh", ".sbatch", ".yaml", ".js", ".html", ".txt", "")
     files = [*PAGES, REPOSITORY / "Makefile", *(path for root in roots for path in (REPOSITORY / root).rglob("*"))]
     texts = {path: path.read_text(encoding="utf-8") for path in files if path.is_file() and path.suffix in endings}
@@ -163,19 +178,28 @@ def test_an_installation_from_a_clone_is_none_by_name():
     )
 
 
-ON_VLLM = [
+SIZES = [
     path.stem
     for path in sorted((REPOSITORY / "configs" / "recipe").glob("*.yaml"))
-    if "engine: vllm" in path.read_text(encoding="utf-8")
+    if "num_gpus:" in path.read_text(encoding="utf-8")
 ]
+"""The recipes of real sizes, which share one page."""
 
 
-@pytest.mark.parametrize("recipe", ON_VLLM)
-def test_a_recipe_that_needs_vllm_says_so_beside_its_command(recipe):
-    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
-    section = page.partition("## Command\n")[2].partition("\n## ")[0]
+@pytest.mark.parametrize("recipe", SIZES)
+def test_the_page_of_sizes_says_where_a_recipe_needs_vllm(recipe):
+    page = (DOCS / "recipes" / "sizes.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{recipe}` \| .*$", page, re.MULTILINE)
     (needed,) = needed_packages(load([f"recipe={recipe}"]))
-    assert ("pip install -e '.[vllm]'" if needed.is_here else "`SERVER_PYTHON` needs vLLM") in section
+    words, rule = (
+        (
+            "beside the trainer",
+            "the engines are beside the trainer, the trainer's environment needs vLLM: run `pip install",
+        )
+        if needed.is_here
+        else ("servers of", "the engines are servers, the environment of `SERVER_PYTHON` needs vLLM")
+    )
+    assert words in row and rule in page
 
 
 def test_the_index_names_every_page():
@@ -183,23 +207,8 @@ def test_the_index_names_every_page():
     recipes = (DOCS / "recipes" / "README.md").read_text(encoding="utf-8")
     pages = {page.name for page in DOCS.glob("*.md")} - {"README.md"}
     assert {page for page in pages if f"]({page})" not in index} == set()
-    of_recipes = {f"{path.stem}.md" for path in (REPOSITORY / "configs" / "recipe").glob("*.yaml")}
-    assert of_recipes | {"comparison.md"} == set(re.findall(r"\]\((\w+\.md)\)", recipes))
-
-
-@pytest.mark.parametrize(
-    "recipe",
-    (
-        "qwen3_8b qwen3_32b qwen3_32b_lora qwen3_235b_a22b llama31_405b llama31_405b_lora deepseek_v3 deepseek_v3_lora "
-        "gpt_oss_120b glm45_air glm45_air_lora kimi_k2 kimi_k2_lora"
-    ).split(),
-)
-def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
-    file = (REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8")
-    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
-    figures = re.findall(r"^#   [=a-zA-Z].*? ([0-9]+\.[0-9])$", file, re.MULTILINE)
-    assert len(figures) >= 6
-    assert re.findall(r"\| \*{0,2}([0-9]+\.[0-9])\*{0,2} \|$", page, re.MULTILINE) == figures
+    of_methods = {f"{name}.md" for name in method_names()}
+    assert of_methods | {"comparison.md", "sizes.md"} == set(re.findall(r"\]\((\w+\.md)\)", recipes))
 
 
 @pytest.mark.parametrize(
@@ -211,8 +220,9 @@ def test_the_memory_of_a_recipe_is_that_of_its_file(recipe):
 )
 def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):
     settings = yaml.safe_load((REPOSITORY / "configs" / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
-    page = (DOCS / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
-    (shown,) = re.findall(r"## Settings\n\n```\n(.*?)```", page, re.DOTALL)
+    name = settings.get("method", {}).get("name", "default")
+    page = (DOCS / "recipes" / f"{name}.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(rf"^`recipe={recipe}` sets:\n\n```\n(.*?)```", page, re.DOTALL | re.MULTILINE)
     del settings["defaults"]
     assert yaml.safe_load(shown) == settings
 
@@ -222,7 +232,11 @@ def test_every_key_that_a_page_names_exists(page):
     text = page.read_text(encoding="utf-8")
     sections = {key.partition(".")[0] for key in keys()}
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_]+)(?![\w./])", text))
-    known = set(keys()) | {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
+    of_methods = {key for name in method_names() for key in method_keys(name)}
+    of_methods |= set(MOVED.values()) if page.name == "checkpoints.md" else set()  # its table of the keys of 0.1
+    known = (
+        set(keys()) | of_methods | {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
+    )
     assert named - known - NOT_KEYS == set()
 
 

@@ -70,7 +70,7 @@ def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tm
             "rollout.engine=vllm has the trained weights only: set rollout.engine=megatron",
         ),
         (["rollout.engine=vllm", "adapter.rank=4", "target.match=student"], "has two contexts per token, but"),
-        (["objective=rft"], "which only objective=self_distillation has, got rft"),
+        (["method.name=rft"], "which only a method with a teacher has: set method.name=default"),
     ],
 )
 def test_samplers_without_the_weights_of_the_reference_are_refused(data, tmp_path, keys, message):

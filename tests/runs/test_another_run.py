@@ -44,10 +44,10 @@ CHANGED = {
             "rollout.temperature: 1.0 in the checkpoint, now 0.5",
         ],
     ),
-    "the objective and the model": (
-        ["objective=sft", "model.moe_aux_loss_coeff=0.1", "+model.transformer.attention_dropout=0.1"],
+    "the method and the model": (
+        ["method.name=sft", "model.moe_aux_loss_coeff=0.1", "+model.transformer.attention_dropout=0.1"],
         [
-            "objective: 'self_distillation' in the checkpoint, now 'sft'",
+            "method.name: 'default' in the checkpoint, now 'sft'",
             "model.moe_aux_loss_coeff: 0.0 in the checkpoint, now 0.1",
             "model.transformer.attention_dropout: null in the checkpoint, now 0.1",
         ],
@@ -145,7 +145,7 @@ def test_force_continues_with_the_stored_state_and_starts_other_problems_from_th
 
 
 def trainer_state(path: Path) -> dict:
-    from megatron_selfdistill.checkpoint.run.saved_run import read_saved_run
+    from megatron_selfdistill.interop.formats.saved_run import read_saved_run
 
     return read_saved_run(path).trainer_state
 
@@ -164,12 +164,12 @@ def test_the_verifier_is_bound_where_verdicts_decide_what_is_trained():
         return found.rule
 
     assert rule() == "free"
-    for training in ("objective=rft", "data.solutions=own", "rollout.guide_below=0.2"):
+    for training in ("method.name=rft", "method.name=own_solutions", "rollout.guide_below=0.2"):
         assert rule(training, *(["rollout.guidance=mixed"] if "guide" in training else [])) == "bound"
 
 
 def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(finished):
-    from megatron_selfdistill.checkpoint.formats.unpickler import load_pickled
+    from megatron_selfdistill.interop.formats.unpickler import load_pickled
 
     own = load_pickled(finished / "checkpoints" / "iter_0000006" / "common.pt")["selfdistill"]
     assert isinstance(own["trainer_state"], str)

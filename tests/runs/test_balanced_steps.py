@@ -18,7 +18,7 @@ TERMS = ("recipe=scope", "rollout.num_samples=2", "loss.rollout_correction=trunc
 GUIDED = ("rollout.guidance=mixed", "rollout.guide_below=0.5", "target.guided_teacher_weight=0.5", VERIFIED)
 TURNS = (
     *("recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"),
-    *("conversations.min_log_prob=-4", "conversations.unlikely=down_weight"),
+    *("method.min_log_prob=-4", "method.unlikely=down_weight"),
 )
 TP2 = "parallel.tensor_model_parallel_size=2"
 

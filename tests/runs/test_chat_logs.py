@@ -60,7 +60,7 @@ def start_where_no_sampler_can_be_built(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, configured_source, "make_sampler", refuse)
 
 
-WEIGHTS = ["num_steps=2", "conversations.min_log_prob=-3.75", "conversations.unlikely=down_weight"]
+WEIGHTS = ["num_steps=2", "method.min_log_prob=-3.75", "method.unlikely=down_weight"]
 ALL_TURNS = ["num_steps=1", "data.global_batch_size=80", "checkpoint.save_every=0"]
 
 
@@ -73,7 +73,7 @@ def runs(ranks, logs, start, tmp_path_factory) -> Path:
     options = {
         "weighted": [start, *WEIGHTS],
         **{
-            f"unlikely below {threshold}": [*ALL_TURNS, f"conversations.min_log_prob={threshold}"]
+            f"unlikely below {threshold}": [*ALL_TURNS, f"method.min_log_prob={threshold}"]
             for threshold in ("null", "-100", "0")
         },
         "shown and evaluated": ["num_steps=1", "conversations.show_contents=true", *evaluated],

@@ -16,7 +16,7 @@ def test_a_run_without_a_reference_logs_the_claims_and_a_baseline_does_not(ranks
         ranks,
         [
             overrides(data, run, *common, words, "target.anchor=student", "num_steps=3"),
-            overrides(data, baseline, *common, "objective=sft", "num_steps=1"),
+            overrides(data, baseline, *common, "method.name=sft", "num_steps=1"),
         ],
     )
     lines = reproducible_metrics(run)

@@ -13,10 +13,10 @@ import pytest
 import tiny_run
 from tiny_run import overrides, saved_step, train
 
-from megatron_selfdistill.commands import convert
-from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
+from megatron_selfdistill import announcement
+from megatron_selfdistill.commands.evaluate import evaluation_arguments
+from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.metrics import MetricsLog
-from megatron_selfdistill.report import next_steps
 from megatron_selfdistill.run_log import read_events
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended):
 def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path):
     run = tmp_path / "a run"
     (run / "huggingface").mkdir(parents=True)
-    first, convert_it, evaluate, _ = next_steps.done(run, 1, 1, 3.0, run / "checkpoints" / "iter_0000001")
+    first, convert_it, evaluate, _ = announcement.done(run, 1, 1, 3.0, run / "checkpoints" / "iter_0000001")
     assert first == f"done: 1 step in 3 s; checkpoint: {run}/checkpoints/iter_0000001"
     words = shlex.split(convert_it.removeprefix("next: selfdistill convert "))
     assert words == ["megatron-to-hf", "--megatron", str(run), "--out", f"{run}-hf"]
@@ -96,7 +96,7 @@ def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path)
 
 
 def test_a_model_of_no_known_architecture_is_not_to_be_converted(tmp_path):
-    assert not any("convert" in line for line in next_steps.complete(tmp_path, 2, tmp_path / "iter_0000002"))
+    assert not any("convert" in line for line in announcement.complete(tmp_path, 2, tmp_path / "iter_0000002"))
 
 
 def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
@@ -141,11 +141,11 @@ def test_a_run_that_was_stopped_shows_how_to_continue_and_ends_with_the_steps_of
     ("seconds", "text"), [(8.4, "8 s"), (59.6, "1:00 minutes"), (185, "3:05 minutes"), (93785, "26:03:05 hours")]
 )
 def test_durations_are_for_people(seconds, text):
-    assert next_steps.duration(seconds) == text
+    assert announcement.duration(seconds) == text
 
 
 def test_a_reward_that_fails_costs_no_finished_step(ranks, data, tmp_path):
-    rewarded = ["policy.reward=hint_functions.reward_that_leaves_late", "policy.weight=1", "rollout.num_samples=2"]
+    rewarded = ["method.name=opsd_rl", "method.reward=hint_functions.reward_that_leaves_late", "rollout.num_samples=2"]
     train(ranks, overrides(data, tmp_path / "run", "checkpoint.save_every=0", *rewarded), world_size=2, expected=4)
     assert saved_step(tmp_path / "run") >= 1
     event = read_events(tmp_path / "run")[-1]

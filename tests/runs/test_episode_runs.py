@@ -29,9 +29,9 @@ LAYOUTS = {
 }
 ENVIRONMENT = ["environment.name=replying.Replying", "environment.max_turns=3"]
 RECIPES = {
-    "default": ["policy.weight=1", *ENVIRONMENT],
-    "rltf_sd": [ENVIRONMENT[0], "policy.revision_min_log_prob=null"],
-    "rltf_fm": [ENVIRONMENT[0], "policy.reply_template='{problem}{response}'"],
+    "default": ["method.name=opsd_rl", *ENVIRONMENT],
+    "rltf_sd": [ENVIRONMENT[0], "method.revision_min_log_prob=null"],
+    "rltf_fm": [ENVIRONMENT[0], "method.reply_template='{problem}{response}'"],
 }
 LAYOUTS_OF_RECORDED = {"rltf_sd": ["TP2", "DP2"], "rltf_fm": ["PP2", "CP2"]}
 COMPARED = ("terms/", "rewards/", "episodes/", "loss/")
@@ -132,7 +132,7 @@ def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        endpoint = ["environment.name=http", f"environment.url=http://127.0.0.1:{server.server_port}/v1"]
+        endpoint = ["environment.name=http", f"environment.options.url=http://127.0.0.1:{server.server_port}/v1"]
         train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint))
     finally:
         server.shutdown()
@@ -150,11 +150,11 @@ def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(r
         return (200, completion("X1", done=True, reward=number % 2)) if number < asked else (400, "no more")
 
     with chat_server(script) as (url, _):
-        endpoint = ["environment.name=http", f"environment.url={url}", "environment.concurrency=1"]
+        endpoint = ["environment.name=http", f"environment.options.url={url}", "environment.options.concurrency=1"]
         train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint), expected=4)
     assert saved_step(tmp_path / "run") == 1
     events = (tmp_path / "run" / "events.jsonl").read_text()
-    assert "the environment failed with RuntimeError: environment.url=" in events and "no more" in events
+    assert "the environment failed with RuntimeError: environment.options.url=" in events and "no more" in events
 
 
 @pytest.mark.full

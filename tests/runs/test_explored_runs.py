@@ -14,8 +14,12 @@ from explored_records import summary_of, target_of
 from summed_target import matching_beta
 from tiny_run import NOT_REPRODUCIBLE, overrides, train, train_each
 
-from megatron_selfdistill.explored_files import explored_files, forget_explored_after, read_explored
-from megatron_selfdistill.loss.status import MIN_ENTROPY
+from megatron_selfdistill.instruments.explorer.target_page import (
+    explored_files,
+    forget_explored_after,
+    read_explored,
+)
+from megatron_selfdistill.loss.target import MIN_ENTROPY
 from megatron_selfdistill.metrics import read_metrics, read_samples
 
 OPTIONS = [

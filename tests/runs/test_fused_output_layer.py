@@ -74,7 +74,7 @@ SCORING = [
 def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutions(
     ranks, data, tmp_path, world_size, more
 ):
-    own = ["data.solutions=own", "solutions.pick=learnable", "solutions.num_samples=6", "num_steps=1"]
+    own = ["method.name=own_solutions", "method.pick=learnable", "method.num_samples=6", "num_steps=1"]
     own += ["evaluation.verifier=tiny_run.starts_with_an_even_token", "checkpoint.save_every=0", *more]
     found = {}
     for mode, options in {"none": ["loss.fused=none"], "low_memory": FUSED["low_memory"]}.items():
@@ -97,6 +97,6 @@ def test_the_run_says_how_its_output_layer_works(ranks, data, tmp_path):
 
 
 def test_a_baseline_cannot_be_asked_to_fuse(data, tmp_path, capfd):
-    assert main(overrides(data, tmp_path / "refused", "objective=rft", *FUSED["low_memory"])) == 2
-    message = "loss.fused=low_memory fuses the output layer with the distillation loss, but objective="
+    assert main(overrides(data, tmp_path / "refused", "method.name=rft", *FUSED["low_memory"])) == 2
+    message = "loss.fused=low_memory fuses the output layer with the distillation loss, but method.name=rft"
     assert message in capfd.readouterr().err

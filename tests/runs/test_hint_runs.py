@@ -17,26 +17,26 @@ ON_POLICY = ["data.global_batch_size=4", "rollout.num_samples=4", "rollout.max_n
 TRUNCATED = "data.on_long_context=truncate_end"
 LOGGED = ["data.global_batch_size=6", "rollout.max_new_tokens=10"]
 RUNS = {
-    "function": ["recipe=opsd_rl", *ON_POLICY, f"data.solutions={FUNCTIONS}.first_right_text"],
-    "selection": ["recipe=opsd", *ON_POLICY, f"rollout.select={FUNCTIONS}.without_last_character"],
+    "function": ["recipe=opsd_rl", *ON_POLICY, "method.name=sdpo", f"method.hints={FUNCTIONS}.first_right_text"],
+    "selection": ["recipe=opsd", *ON_POLICY, f"method.select={FUNCTIONS}.without_last_character"],
     "sdpo_feedback": ["recipe=sdpo_feedback", *ON_POLICY, "environment.name=replying.Replying"],
-    "skill_sd": ["recipe=skill_sd", *ON_POLICY, "hints.keep=2", f"hints.summarizer={FUNCTIONS}.skill_of"],
+    "skill_sd": ["recipe=skill_sd", *ON_POLICY, "method.keep=2", f"method.summarizer={FUNCTIONS}.skill_of"],
     "openclaw": [
         "recipe=openclaw",
         *LOGGED,
-        f"hints.judge={FUNCTIONS}.hint_of",
-        "hints.min_length=3",
-        f"policy.reward={FUNCTIONS}.reward_of_reply",
+        f"method.judge={FUNCTIONS}.hint_of",
+        "method.min_length=3",
+        f"method.reward={FUNCTIONS}.reward_of_reply",
     ],
     "full": [
         "recipe=openclaw",
         *LOGGED,
-        f"hints.judge={FUNCTIONS}.hint_of",
-        "hints.min_length=3",
-        "policy.weight=0",
-        "distill.signal=full",
+        f"method.judge={FUNCTIONS}.hint_of",
+        "method.min_length=3",
+        "method.weight=0",
+        "method.signal=full",
     ],
-    "asked": ["recipe=openclaw", *LOGGED, "hints.judge_template='{role}{response}{next_state}'"],
+    "asked": ["recipe=openclaw", *LOGGED, "method.judge_template='{role}{response}{next_state}'"],
 }
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],

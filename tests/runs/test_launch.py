@@ -57,6 +57,7 @@ def test_an_error_that_all_ranks_have_is_said_once(data, tmp_path):
     assert_reported_once(output, 0, "bad/iter_0000001")
 
 
+@pytest.mark.timing
 @pytest.mark.full
 def test_an_error_that_only_rank_1_has_is_said_by_it_and_releases_rank_0(data, tmp_path):
     script = tmp_path / "script.py"
@@ -98,6 +99,7 @@ def test_ctrl_c_saves_and_stops_a_run_under_torchrun(data, tmp_path):
     assert not (run / "lock").exists()
 
 
+@pytest.mark.timing
 @pytest.mark.full
 def test_a_second_ctrl_c_ends_a_run_at_once_also_while_its_ranks_wait_in_foreign_code(data, tmp_path):
     """Rank 0 waits in a collective, in C++, for rank 1, which sleeps."""

@@ -25,9 +25,9 @@ LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=Fal
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
 OWN = {
-    "rlt": ["explanation.closing_tag=-"],  # a character that an untrained model writes now and then
+    "rlt": ["method.closing_tag=-"],  # a character that an untrained model writes now and then
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
-    "ovd": ["verbal.template='{problem}{response}|'", "verbal.step_separator=','"],
+    "ovd": ["method.template='{problem}{response}|'", "method.step_separator=','"],
 }
 COMPARED = ("terms/", "rewards/", "hints/", "loss/", "correction/", "explanations/", "episodes/", "verbal/")
 

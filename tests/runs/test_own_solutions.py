@@ -18,9 +18,9 @@ from tiny_run import (
 from megatron_selfdistill.metrics import read_samples
 
 OWN = [
-    "data.solutions=own",
-    "solutions.refresh_every=2",
-    "solutions.num_samples=6",
+    "method.name=own_solutions",
+    "method.refresh_every=2",
+    "method.num_samples=6",
     "evaluation.verifier=tiny_run.starts_with_an_even_token",
     "data.on_long_context=drop",
 ]
@@ -41,9 +41,9 @@ PP2 = "parallel.pipeline_model_parallel_size=2"
 @pytest.mark.parametrize(
     ("world_size", "options"),
     [
-        pytest.param(1, ["solutions.pick=learnable"], id="learnable"),
-        pytest.param(1, ["solutions.pick=shortest"], id="shortest", marks=pytest.mark.full),
-        pytest.param(2, ["solutions.pick=learnable", PP2], id="learnable, PP2", marks=pytest.mark.full),
+        pytest.param(1, ["method.pick=learnable"], id="learnable"),
+        pytest.param(1, ["method.pick=shortest"], id="shortest", marks=pytest.mark.full),
+        pytest.param(2, ["method.pick=learnable", PP2], id="learnable, PP2", marks=pytest.mark.full),
     ],
 )
 def test_a_run_on_own_solutions_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path, world_size, options):

@@ -10,7 +10,7 @@ import pytest
 from reported_runs import blocks_of
 from tiny_run import in_new_process, overrides, train, train_each
 
-from megatron_selfdistill.report.run_report import write_report
+from megatron_selfdistill.instruments.report.run_report import write_report
 from megatron_selfdistill.run_log import read_evaluation_samples, read_events, read_metrics
 
 NOISY = ("seconds/", "tokens_per_second/", "memory/")

@@ -43,6 +43,7 @@ def wait_for_new_weights(servers: list[FakeVllm]) -> None:
         server.seconds_of = lambda prompt, server=server: seconds_of(prompt, server)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [
@@ -65,6 +66,7 @@ def test_each_step_trains_once_on_the_responses_that_it_has_asked_for(ranks, fak
     assert steps[0]["overlap/share"] > 0 and steps[1]["overlap/share"] > 0
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.full), True], ids=["whole steps", "waves"])
 def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, streams):
     more = ["rollout.overlap=stream", "rollout.wave_microbatches=1"] if streams else []
@@ -82,6 +84,7 @@ def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, 
         assert max(step["rollout/waves"] for step in steps) > 1
 
 
+@pytest.mark.timing
 @pytest.mark.full
 def test_the_age_is_never_above_the_number_of_steps_ahead(ranks, fakes, data, tmp_path):
     ahead = ["rollout.ahead=2", "rollout.max_staleness=2", "num_steps=4", "rollout.num_samples=1"]
@@ -106,6 +109,7 @@ def asked_to_stop_with_a_batch_ahead(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, Trainer, "pack", pack_and_signal)
 
 
+@pytest.mark.timing
 def test_a_run_that_stops_keeps_the_finished_responses_of_later_steps(ranks, fakes, data, tmp_path):
     train(ranks, on(fakes, data, tmp_path / "turns"))
     whole = fakes[0].answered + fakes[1].answered
@@ -125,6 +129,7 @@ def test_a_run_that_stops_keeps_the_finished_responses_of_later_steps(ranks, fak
     assert ages[:2] == [0, 1] and 0 < ages[2] < 1, "responses that are generated again have the present weights"
 
 
+@pytest.mark.timing
 def test_an_engine_that_fails_with_a_batch_ahead_loses_nothing(ranks, fakes, data, tmp_path):
     """The only server dies with a part of the third step's responses, while the trainer trains on the second one."""
     alone = fakes[:1]
@@ -140,6 +145,7 @@ def test_an_engine_that_fails_with_a_batch_ahead_loses_nothing(ranks, fakes, dat
     assert sum(alone[0].answered.values()) < PER_STEP, "some of its responses were in the checkpoint"
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("mode", [pytest.param(AHEAD, marks=pytest.mark.full), KEEP], ids=["wait", "keep"])
 def test_a_server_that_dies_with_a_batch_ahead_leaves_its_requests_to_the_others(ranks, fakes, data, tmp_path, mode):
     train(ranks, on(fakes, data, tmp_path / "turns"))
@@ -156,7 +162,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         "rollout.ahead=1 trains while servers generate",
     ),
     "younger responses than there are": (["rollout.max_staleness=0"], "needs rollout.max_staleness of at least 1"),
-    "own solutions": (["data.solutions=own"], "data.solutions=own changes the prompts of a step"),
+    "own solutions": (["method.name=own_solutions"], "method.name=own_solutions changes the prompts of a step"),
     "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
     "waves that cannot come": (["rollout.overlap=stream"], "rollout.at_update=wait has all responses of a step"),

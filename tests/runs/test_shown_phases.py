@@ -10,14 +10,14 @@ import pytest
 import tiny_run
 from tiny_run import overrides
 
+from megatron_selfdistill.metrics import phases
+
 
 def start_and_show_everything(arguments: Sequence[str]) -> tuple[int, str]:
     """Return the status and the output of a run in which every phase is slow and looked at all the time."""
-    from megatron_selfdistill.metrics import progress
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(progress, "LINE_SECONDS", 0.0)
-        patch.setattr(progress, "_TICK_SECONDS", 1e-4)
+        patch.setattr(phases, "LINE_SECONDS", 0.0)
+        patch.setattr(phases, "_TICK_SECONDS", 1e-4)
         return tiny_run.start_and_listen(arguments)
 
 

@@ -15,7 +15,7 @@ from tiny_run import overrides, with_trainer, write_chats
 
 CONTAINERS = (list, tuple, set, dict)
 SCALARS = (str, int, float, bool, type(None))
-OWN = ["data.solutions=own", "solutions.num_samples=6", "data.on_long_context=drop"]
+OWN = ["method.name=own_solutions", "method.num_samples=6", "data.on_long_context=drop"]
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 SOURCES = {
     "on-policy, one k per batch": ["target=batch"],
@@ -23,11 +23,11 @@ SOURCES = {
     "own solutions": [*OWN, VERIFIED],
     "guided below a success rate": ["rollout.guidance=mixed", "rollout.guide_below=0.5", VERIFIED],
     "scope, which measures before it trains": ["recipe=scope", "rollout.num_samples=2", VERIFIED],
-    "sft": ["objective=sft"],
-    "rft": ["objective=rft", VERIFIED],
+    "sft": ["method.name=sft"],
+    "rft": ["method.name=rft", VERIFIED],
     "chat logs with weights": [
         *("recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"),
-        *("conversations.min_log_prob=-4", "conversations.unlikely=down_weight"),
+        *("method.min_log_prob=-4", "method.unlikely=down_weight"),
     ],
 }
 SELDOM = ("sft", "rft", "on-policy, mixed with the student, one k per batch")
@@ -340,6 +340,4 @@ def test_trainer_and_loop_ask_no_source_what_kind_it_is():
     from megatron_selfdistill import train, trainer
 
     text = inspect.getsource(trainer) + inspect.getsource(train.loop)
-    assert not any(
-        word in text for word in ("config.logged", "config.objective", "isinstance(self.source", "data.kind")
-    )
+    assert not any(word in text for word in ("config.logged", "config.needs", "isinstance(self.source", "data.kind"))

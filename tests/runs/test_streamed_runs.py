@@ -16,6 +16,8 @@ from tiny_run import overrides, refusal, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.train import EXIT_NO_ROLLOUT
 
+pytestmark = pytest.mark.timing
+
 
 @pytest.fixture
 def fakes() -> Iterator[list[FakeVllm]]:
@@ -56,7 +58,7 @@ def test_a_streamed_run_takes_the_steps_of_one_that_waits_for_all_responses(
 
 def test_rewards_and_recorded_responses_are_those_of_whole_groups(ranks, fakes, data, tmp_path):
     recorded = tmp_path / "recorded.jsonl"
-    rewards = ["objective=policy_gradient", "policy.weight=1", "policy.reward=tiny_run.starts_with_an_even_token"]
+    rewards = ["method.name=grpo", "method.weight=1", "method.reward=tiny_run.starts_with_an_even_token"]
     train(ranks, on(fakes, data, tmp_path / "stream", *STREAM, *rewards, f"rollout.record={recorded}"))
     replay = [f"rollout.replay={recorded}", "rollout.engine=megatron", "rollout.placement=colocated"]
     train(ranks, [*on(fakes, data, tmp_path / "replay", *rewards), "rollout.servers=[]", *replay])
@@ -106,8 +108,9 @@ def test_a_signal_between_waves_lets_the_step_finish(ranks, fakes, data, tmp_pat
 
 REFUSED: dict[str, tuple[list[str], str]] = {
     "an engine of the trainer": (["rollout.overlap=stream"], "needs rollout.engine=vllm and rollout.placement=server"),
-    "a selection": (["rollout.select=balance"], "rollout.select=balance selects among the responses of a step"),
-    "own solutions": (["data.solutions=own"], "data.solutions=own changes the prompts of a step"),
+    "a selection": (["method.select=hint_functions.without_last_character"], "looks at all responses of a step"),
+    "balanced groups": (["method.name=uni_opd"], "method.name=uni_opd looks at all responses of a step"),
+    "own solutions": (["method.name=own_solutions"], "method.name=own_solutions looks at all responses of a step"),
     "a mean over responses": (["loss.normalize=sequences"], "divides by the number of responses or problems"),
     "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),

@@ -113,7 +113,7 @@ def test_the_entropy_guard_stops_a_run_and_the_teacher_canary_does_so_before_the
 
 def with_a_broken_teacher_pass(arguments: list[str]) -> int:
     """Let every teacher microbatch read its tokens one position late."""
-    from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
+    from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates
 
     rows = TeacherHiddenStates.put
 
@@ -134,12 +134,12 @@ BASELINES = [
 ]
 
 
-@pytest.mark.parametrize(("objective", "world_size"), BASELINES)
+@pytest.mark.parametrize(("method", "world_size"), BASELINES)
 def test_a_baseline_runs_on_the_same_data_and_is_evaluated_at_the_start_and_at_the_end(
-    ranks, data, tmp_path, objective, world_size
+    ranks, data, tmp_path, method, world_size
 ):
     options = [
-        f"objective={objective}",
+        f"method.name={method}",
         "evaluation.verifier=tiny_run.starts_with_an_even_token",
         f"evaluation.path={data}/problems.jsonl",
         "evaluation.every=100",

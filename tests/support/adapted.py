@@ -13,11 +13,12 @@ import models
 import torch
 
 from megatron_selfdistill.config import AdapterConfig, ScheduleConfig
-from megatron_selfdistill.loss.divergence import Divergence
+from megatron_selfdistill.loss.target import Divergence
 from megatron_selfdistill.model.adapters import LowRankAdapter, WithoutAdapters, add_adapters
-from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 from megatron_selfdistill.teacher import Teacher
 
 ADAPTER = AdapterConfig(rank=3, alpha=0.3)

@@ -15,7 +15,7 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss.target import Target, mixed_target
 from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.output_layer import Fusion
+from megatron_selfdistill.model.forward import Fusion
 
 ANCHORED = Case(kind="shallow", target=Target(anchor="reference", teacher_weight=0.5))
 APART = {

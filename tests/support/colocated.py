@@ -14,7 +14,7 @@ import models
 import torch
 
 from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
-from megatron_selfdistill.model.hf.family import Family
+from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
 TIMEOUT = 600.0
@@ -95,7 +95,7 @@ def sampler(
 
     ``family``: the family as which vLLM knows the model; null takes the first family that can describe it.
     """
-    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.interop.hf.mapping import family_of_model
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
     family = family or family_of_model(model)

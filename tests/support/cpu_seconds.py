@@ -150,7 +150,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def _messages(config: pytest.Config) -> list[tuple[bool, str]]:
     """Return every message, and whether it is an error, which it is where the command line has the limit."""
-    if config.option.markexpr != "not full":  # another selection than that of make test
+    if config.option.markexpr != "not full and not timing":  # another selection than that of make test
         return []
     seconds = config.stash[_SECONDS]
     found = []

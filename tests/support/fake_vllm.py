@@ -21,10 +21,9 @@ import numpy as np
 import torch
 
 from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
-from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
 from megatron_selfdistill.rollout.vllm.plugin.compact_responses import compact_body
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
-from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
+from megatron_selfdistill.rollout.vllm.protocol import Layout, PairHalf, PairLog, boot_id, digest, unpack
 
 
 def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[int]:

@@ -29,9 +29,9 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.data.packing import Microbatch
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.interop.hf.mapping import Family, Rule, check_names, check_shapes, family_of
 from megatron_selfdistill.model import forward
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.hf.mapping import Family, Rule, check_names, check_shapes, family_of
+from megatron_selfdistill.model.forward import unwrapped
 
 VOCAB_SIZE = 101  # prime
 _SIZES: dict[str, Any] = {

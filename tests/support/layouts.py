@@ -27,18 +27,16 @@ from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, Schedul
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch, PackingRules, pack, pad_to_count, required_seq_length
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.loss.divergence import Divergence
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model import forward, gated_delta_net
-from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
+from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
-from megatron_selfdistill.model.output_layer import Fusion
-from megatron_selfdistill.pipeline import schedule, token_losses, waves
-from megatron_selfdistill.pipeline.reference import Reference
-from megatron_selfdistill.pipeline.step_output import StepOutput
-from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
-from megatron_selfdistill.pipeline.waves import Wave
+from megatron_selfdistill.pipeline import schedule, token_losses
+from megatron_selfdistill.pipeline.batch import microbatch_multiple
+from megatron_selfdistill.pipeline.schedule import Reference
+from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement, Wave
 from megatron_selfdistill.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -151,7 +149,7 @@ def packed_wave(case: Case, grid: RankGrid, everything: list[ContextPair], mine:
     batch = pack(mine, rules, seq_length=length)
     counts = [_max(len(stream), grid) + case.extra_weightless for stream in (batch.student, batch.teacher)]
     roles = (2, 1) if case.target.is_anchored else (1, 1)  # the reference reads the student's microbatches
-    while sum(n * m for n, m in zip(counts, roles, strict=True)) % schedule.microbatch_multiple(grid):
+    while sum(n * m for n, m in zip(counts, roles, strict=True)) % microbatch_multiple(grid):
         grown = (1, 1) if case.paired else (0, 1) if case.target.is_anchored else (1, 0)
         counts = [n + m for n, m in zip(counts, grown, strict=True)]
     return pad_to_count(batch, *counts)
@@ -446,7 +444,7 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
         elif name == "earlier waves not scaled":
             patch.setattr(DistributedDataParallel, "scale_gradients", lambda self, factor: None)
         elif name == "waves reduced twice":
-            patch.setattr(waves, "_finalise_nothing", finalize_model_grads)
+            patch.setattr(token_losses, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)
         elif name == "the segments of a gated delta net are one":

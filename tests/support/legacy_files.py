@@ -11,9 +11,9 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.checkpoint.formats.megatron_args import megatron_args
 from megatron_selfdistill.config import ModelConfig, ParallelConfig
-from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
+from megatron_selfdistill.model.forward import unwrapped
 
 
 def save(directory: Path, model: ModelConfig, parallel: ParallelConfig, names: str, **changes: Any) -> None:

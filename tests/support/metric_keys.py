@@ -17,8 +17,8 @@ PAGE = REPOSITORY / "docs" / "metrics.md"
 SOURCES = [
     PACKAGE / "trainer.py",
     *(PACKAGE / "evaluation" / name for name in ("held_out.py", "evaluation_result.py")),
-    *(PACKAGE / "metrics" / name for name in ("step.py", "leakage.py", "overlap.py", "phases.py", "staleness.py")),
-    *(file for room in ("rollout", "sources") for file in sorted((PACKAGE / room).rglob("*.py"))),
+    *(PACKAGE / "metrics" / name for name in ("step.py", "leakage.py", "phases.py")),
+    *(file for room in ("rollout", "sources", "methods") for file in sorted((PACKAGE / room).rglob("*.py"))),
 ]
 NO_KEYS = {"application/json"}
 

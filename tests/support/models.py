@@ -24,9 +24,10 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 
 from megatron_selfdistill.config import AdapterConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.distributed.ranks import RankGrid, current_grid, initialize
+from megatron_selfdistill.instruments.plan.stages import Stage, stages
 from megatron_selfdistill.model.architecture import transformer_config
-from megatron_selfdistill.model.build import build_chunks, unwrapped
-from megatron_selfdistill.plan.stages import Stage, stages
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.forward import unwrapped
 
 VOCAB_SIZE = 61  # prime: no shard is full; padded to a multiple of 8 * tp
 

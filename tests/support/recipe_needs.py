@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import yaml
 
-from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.key_list import config_dir
 
 
 def needed_by(recipe: str) -> list[str]:

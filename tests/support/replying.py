@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.recipes.environments import Reply
+from megatron_selfdistill.environments import Reply
 
 
 class Replying:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.selftest.node_test import CHECKS as FUNCTIONS
+from megatron_selfdistill.instruments.selftest.node_test import CHECKS as FUNCTIONS
 
 CHECKS = list(FUNCTIONS)
 

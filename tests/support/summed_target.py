@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_selfdistill.loss import Target
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
-from megatron_selfdistill.loss.status import MIN_ENTROPY
+from megatron_selfdistill.loss.target import MIN_ENTROPY
 
 
 def weights_of(target: Target, num_models: int) -> list[float]:

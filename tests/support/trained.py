@@ -11,8 +11,8 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.model.export import export
-from megatron_selfdistill.model.hf.mapping import family_of_model
+from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.hf.mapping import family_of_model
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
 # On a CPU, vLLM's attention supports heads of 32 channels and no smaller heads.  The model is tied, so that the output

@@ -1,12 +1,17 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a run says before its first step."""
+"""What a run says before its first step; the command that repeats a launch, and the commit of a checkout."""
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+
 import pytest
 
+from megatron_selfdistill import announcement
 from megatron_selfdistill.announcement import about_adapters
-from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.config import AdapterConfig, GivenKeys
+from megatron_selfdistill.config.command_line import parse
 
 
 @pytest.mark.parametrize(
@@ -16,3 +21,40 @@ def test_a_run_says_what_its_adapters_are_on_and_that_routed_experts_have_none(n
     adapter = AdapterConfig(rank=4, alpha=8, layers=["linear_qkv", "linear_fc1"])
     line = about_adapters(adapter, num_moe_experts)
     assert line.startswith("adapters of rank 4, scale 2, on linear_qkv, linear_fc1: ") and line.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "per_node", "launcher"),
+    [
+        (1, None, "selfdistill train"),
+        (8, 8, "torchrun --standalone --nproc-per-node=8 -m megatron_selfdistill train"),
+        (16, 8, "torchrun --nnodes=2 --nproc-per-node=8 -m megatron_selfdistill train"),
+    ],
+)
+def test_the_command_starts_the_same_run_again(monkeypatch, world_size, per_node, launcher):
+    if per_node is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
+    given = GivenKeys(["recipe=literal", "data.system_prompt=two words"], "quickstart", ["my configs"])
+    command = announcement._command(given.arguments, world_size)
+    assert command.startswith(f"{launcher} --config-name quickstart --config-dir 'my configs' ")
+    arguments = parse(shlex.split(command.removeprefix(launcher)))
+    assert arguments.overrides == ["recipe=literal", "data.system_prompt=two words"]
+    assert (arguments.config_name, arguments.config_dir) == ("quickstart", ["my configs"])
+
+
+def git(directory, *arguments):
+    identity = ["-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run(["git", "-C", str(directory), *identity, *arguments], check=True, capture_output=True)
+
+
+def test_the_commit_is_that_of_the_checkout_and_says_if_files_differ(tmp_path):
+    (tmp_path / "__init__.py").write_text("")
+    assert announcement.commit(tmp_path) is None, "no checkout"
+    git(tmp_path, "init")
+    assert announcement.commit(tmp_path) is None, "git does not track the package"
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "-m", "first")
+    found = announcement.commit(tmp_path)
+    assert len(found) == 40 and set(found) <= set("0123456789abcdef")
+    (tmp_path / "__init__.py").write_text("changed = 1")
+    assert announcement.commit(tmp_path) == f"{found} + changes"

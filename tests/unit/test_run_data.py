@@ -229,15 +229,15 @@ HALF = "{% for m in messages %}{{ m.content.split('|')[0] }}{% endfor %}"
         ([f"data.chat_template='{EMPTY}'"], "problems.jsonl:1: expected the student's prompt to show the problem"),
         ([f'data.chat_template="{HALF}"'], "problems.jsonl:1: expected the teacher's prompt to show the solution, got"),
         (
-            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/held_out.jsonl", "objective=sft"],
+            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/held_out.jsonl", "method.name=sft"],
             None,  # no teacher reads a prompt
         ),
         (
-            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/cut.jsonl", "objective=sft"],
+            [f'data.chat_template="{HALF}"', "evaluation.path={directory}/cut.jsonl", "method.name=sft"],
             "cut.jsonl:2: expected the student's prompt to show the problem",
         ),
         (
-            [f'data.chat_template="{HALF}"', "data.solutions=own", "data.path={directory}/held_out.jsonl"],
+            [f'data.chat_template="{HALF}"', "method.name=own_solutions", "data.path={directory}/held_out.jsonl"],
             "held_out.jsonl:1: expected the teacher's prompt to show the solution, got the 4 tokens of the student's",
         ),
     ],
@@ -305,7 +305,7 @@ def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(dire
         "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
         "(in 2 prompts)"
     )
-    own = RunData.load(config_of(directory, "data.solutions=own", f"data.path={directory}/held_out.jsonl"))
+    own = RunData.load(config_of(directory, "method.name=own_solutions", f"data.path={directory}/held_out.jsonl"))
     assert "1 of the answer, until there are own solutions" in own.about_prompts
     too_long = sentence_of(config_of(directory, "data.on_long_context=error"))
     assert "got 69 (8 of them in the student's prompt too, 1 of data.teacher_template, 60 of the solution)" in too_long
@@ -357,7 +357,7 @@ def test_tokens_that_the_tokenizer_does_not_know_are_a_warning_and_above_a_third
         assert about is not None and f"{share} of the tokens of the first prompts are '_', the unknown token" in about
         assert "warning" not in str(RunData.load(config_of(directory)).about_prompts)
         return
-    for overrides in ((), ("objective=policy_gradient", "policy.weight=1", "rollout.num_samples=2")):
+    for overrides in ((), ("method.name=grpo", "rollout.num_samples=2")):
         with pytest.raises(ConfigError, match=r"^\d+\.\d% of the tokens .* set data.tokenizer"):
             RunData.load(config_of(directory, f"data.path={tmp_path / 'english.jsonl'}", *overrides))
 

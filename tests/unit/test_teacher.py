@@ -16,7 +16,8 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
-from megatron_selfdistill.model.build import build_chunks, build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.teacher import Teacher
 
 TP2_SP = ParallelConfig(tensor_model_parallel_size=2, sequence_parallel=True)

@@ -35,7 +35,7 @@ from anchored_cost import random_batch
 from measuring_parser import measuring_parser
 from step_parts import Clock, now, timed_parts, wait
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.terminal import silence_known_warnings
 
 TRAINED = ("teacher forward", "student forward", "output layer", "loss", "backward", "optimizer")
 """The parts of `step_parts.PARTS` that a step without a rollout has; the teacher's part is also the reference's."""
@@ -90,9 +90,10 @@ class Bench:
 
         from megatron_selfdistill.config import AdapterConfig, ParallelConfig, TargetConfig
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+        from megatron_selfdistill.loss.target import Target
         from megatron_selfdistill.model.adapters import add_adapters
-        from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-        from megatron_selfdistill.rollout.factory import configured_target
+        from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
+        from megatron_selfdistill.model.forward import unwrapped
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
         from megatron_selfdistill.teacher import Teacher
 
@@ -117,17 +118,17 @@ class Bench:
             optimizer=build_optimizer(chunks, llama.optimizer, num_steps=1000)[0],
             sampler=MegatronSampler(chunks, grid, arguments.vocab, length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
-            target=configured_target(TargetConfig(), None),
+            target=Target.configured(TargetConfig()),
             batch=batch,
             arguments=arguments,
         )
 
     def step(self, clock: Clock) -> None:
         """Run forward, backward and the optimizer's step."""
-        from megatron_selfdistill.loss.divergence import Divergence
-        from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
+        from megatron_selfdistill.learner import apply_gradients, gradient_norm
+        from megatron_selfdistill.loss.target import Divergence
         from megatron_selfdistill.pipeline import schedule, token_losses
-        from megatron_selfdistill.pipeline.reference import Reference
+        from megatron_selfdistill.pipeline.schedule import Reference
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -166,7 +167,7 @@ class Bench:
 
     def held(self) -> dict[str, int]:
         """Return the bytes of each part of this rank's memory, and of an update of an engine outside the trainer."""
-        from megatron_selfdistill.model.build import unwrapped
+        from megatron_selfdistill.model.forward import unwrapped
 
         params = [p for chunk in self.chunks for p in unwrapped(chunk).parameters()]
         optimizers = getattr(self.optimizer, "chained_optimizers", [self.optimizer])
@@ -184,8 +185,7 @@ class Bench:
 
     def _saved(self) -> int:
         """Return the bytes that autograd keeps of the student's first microbatch, without its parameters."""
-        from megatron_selfdistill.model.build import unwrapped
-        from megatron_selfdistill.model.forward import hidden_states, inputs_of
+        from megatron_selfdistill.model.forward import hidden_states, inputs_of, unwrapped
 
         (chunk,) = self.chunks
         own = {p.untyped_storage().data_ptr() for p in unwrapped(chunk).parameters()}

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from measuring_parser import measuring_parser
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.terminal import silence_known_warnings
 
 MAX_LENGTH = 512
 
@@ -114,7 +114,7 @@ def _trainer_log_probs(chunk: Any, grid: Any, prompt: list[int], response: list[
     """Return the model's log-probs [n] float64 of a response, computed as in training."""
     from megatron_selfdistill.data.packing import Microbatch
     from megatron_selfdistill.model import forward
-    from megatron_selfdistill.model.build import unwrapped
+    from megatron_selfdistill.model.forward import unwrapped
 
     tokens = torch.tensor([*prompt, *response])
     total = tokens.numel()
@@ -166,14 +166,14 @@ def _merged(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
 
 
 def _adapted(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[Tensor, Any]]:
+    from megatron_selfdistill.model import ADAPTER_SUFFIX
     from megatron_selfdistill.model.adapters import LowRankAdapter
-    from megatron_selfdistill.model.hf.adapter_rules import SUFFIX
 
     for chunk in chunks:
         parameters = dict(chunk.named_parameters())
         for name, module in chunk.named_modules():
             if isinstance(module, LowRankAdapter):
-                yield parameters[f"{name.removesuffix(SUFFIX)}.weight"], module
+                yield parameters[f"{name.removesuffix(ADAPTER_SUFFIX)}.weight"], module
 
 
 def _table(found: dict[str, dict[str, float]], arguments: argparse.Namespace, device: torch.device) -> str:

@@ -43,8 +43,8 @@ from folded_row_error import table as error_table
 from measuring_parser import measuring_parser
 from step_parts import now, wait
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
 from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.terminal import silence_known_warnings
 
 BASELINE = "anchor=student"
 TARGETS = {
@@ -141,7 +141,7 @@ class ProductCount(TorchDispatchMode):
 def counted_bank() -> Iterator[list[Any]]:
     """Let the steps of this context count bytes in their banks; yield the banks, with ``kept`` and ``moved``."""
     from megatron_selfdistill.pipeline import schedule
-    from megatron_selfdistill.pipeline.teacher_states import TeacherHiddenStates
+    from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates
 
     class CountedStates(TeacherHiddenStates):
         """A bank that counts bytes: the most that it holds, and all that it has written and read."""
@@ -187,10 +187,10 @@ class _Bench:
 
         from megatron_selfdistill.config import ParallelConfig
         from megatron_selfdistill.distributed import ranks
-        from megatron_selfdistill.loss.divergence import Divergence
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-        from megatron_selfdistill.model.build import unwrapped, wrap_for_training
-        from megatron_selfdistill.model.output_layer import Fusion
+        from megatron_selfdistill.loss.target import Divergence
+        from megatron_selfdistill.model.build import wrap_for_training
+        from megatron_selfdistill.model.forward import Fusion, unwrapped
         from megatron_selfdistill.pipeline import token_losses
 
         grid = ranks.initialize(ParallelConfig(), seed=0)
@@ -222,8 +222,8 @@ class _Bench:
     def step(self, case: Case) -> None:
         """Run forward and backward of all microbatches."""
         from megatron_selfdistill.pipeline import schedule
-        from megatron_selfdistill.pipeline.reference import Reference
-        from megatron_selfdistill.pipeline.token_measures import TokenMeasurement
+        from megatron_selfdistill.pipeline.schedule import Reference
+        from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -251,7 +251,7 @@ class _Bench:
 
     def counts(self, case: Case) -> Counts:
         """Return what a `step` does per response token."""
-        from megatron_selfdistill.model.build import unwrapped
+        from megatron_selfdistill.model.forward import unwrapped
 
         config, num_tokens = unwrapped(self.chunks[-1]).config, len(self.batch.response_tokens)
         with counted_bank() as banks, ProductCount(self.vocab.size) as products:

@@ -85,16 +85,16 @@ def cases() -> Iterator[Case]:
     import torch
 
     from megatron_selfdistill.choices import DIVERGENCES
-    from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
+    from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid
     from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.loss.triton import first_pass_kernel, pass_kernels, pass_launches
+    from megatron_selfdistill.loss.triton import pass_kernels, pass_launches
 
     reading = {**pass_launches.COMPILED, "num_warps": 1}
     targets = Target(), Target(k_max=None), Target("teacher_alone")
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
         logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
-        summing = {"MIX": first_pass_kernel.BOTH, "LANES": pass_launches.LANES, "VEC": vec, "PACKED": True}
-        first = first_pass_kernel.first_pass_kernel
+        summing = {"MIX": pass_kernels.BOTH, "LANES": pass_launches.LANES, "VEC": vec, "PACKED": True}
+        first = pass_kernels.first_pass_kernel
         tokens = {"tokens": "*i64", "argmaxes": "*i32", "first_column": "i32"}
         for target in targets:
             grid = BetaGrid.of(target, torch.float32)
@@ -111,7 +111,7 @@ def cases() -> Iterator[Case]:
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
         gradient, options = pass_kernels.gradient_kernel, reading | {"num_warps": pass_launches.GRADIENT_WARPS}
         for (i, kind), log_prob in itertools.product(enumerate(DIVERGENCES), (False, True)):
-            constants = {"MIX": first_pass_kernel.BOTH, "KIND": i, "BLOCK": pass_launches.GRADIENT_BLOCK}
+            constants = {"MIX": pass_kernels.BOTH, "KIND": i, "BLOCK": pass_launches.GRADIENT_BLOCK}
             constants["WITH_LOG_PROB"] = log_prob
             types = logits | {"token_columns": "*i64" if log_prob else "*fp32"}
             name = f"gradient, {kind}{', two terms' if log_prob else ''}, {dtype}"
@@ -122,14 +122,14 @@ def cases() -> Iterator[Case]:
 def solving_cases() -> Iterator[Case]:
     """Yield the kernels between and after the passes, for whole rows and for rows in as many parts as ranks have."""
     from megatron_selfdistill.loss.sharded.shard_sums import SECOND_PASS, SECOND_PASS_FORWARD
-    from megatron_selfdistill.loss.triton import first_pass_kernel, solver_launches, statistics_kernels
+    from megatron_selfdistill.loss.triton import pass_kernels, solver_launches, statistics_kernels
 
     double = dict.fromkeys(("state", "shifts", "exact"), "*fp64")
     double |= {"tokens": "*i64", "statuses": "*i64", "agreements": "*u8"}
     for parts in (1, 8, 64, 128):
         options = solver_launches.launch_options(parts)
         sizes = {name: options.pop(name) for name in ("ROWS", "PARTS")}
-        sizes |= {"MIX": first_pass_kernel.BOTH, "GIVEN": False}
+        sizes |= {"MIX": pass_kernels.BOTH, "GIVEN": False}
         for num_betas, favoured in ((5, 0), (9, 4)):
             constants = {"J": num_betas, "NUM_GRID": num_betas, "FAVOURED": favoured}
             name = f"solve, {num_betas} betas, {parts} parts"

@@ -55,10 +55,10 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     from megatron_selfdistill.config import ParallelConfig
     from megatron_selfdistill.data.packing import PackingRules, pack
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.loss.divergence import Divergence
     from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-    from megatron_selfdistill.loss.target import Target
-    from megatron_selfdistill.model.build import unwrapped, wrap_for_training
+    from megatron_selfdistill.loss.target import Divergence, Target
+    from megatron_selfdistill.model.build import wrap_for_training
+    from megatron_selfdistill.model.forward import unwrapped
     from megatron_selfdistill.pipeline import schedule, token_losses
     from megatron_selfdistill.teacher import Teacher
 
@@ -111,7 +111,7 @@ def _contexts(arguments: argparse.Namespace) -> list[Any]:
 
 def _wait_in_every_stage(chunks: list[Any], teacher: Any, forward: float, backward: float) -> None:
     """Sleep in forward and backward of every chunk, as a stage of a large model would compute."""
-    from megatron_selfdistill.model.build import unwrapped
+    from megatron_selfdistill.model.forward import unwrapped
 
     class Wait(torch.autograd.Function):
         @staticmethod
@@ -151,24 +151,24 @@ class _ActivationMeter:
     """The bytes that autograd keeps for backward and the teacher's hidden states, on a CPU, which has no counter."""
 
     def __enter__(self) -> _ActivationMeter:
-        from megatron_selfdistill.pipeline import schedule, teacher_states
+        from megatron_selfdistill.pipeline import schedule
 
         self.now = self.peak = 0
-        self.bank, meter = teacher_states.TeacherHiddenStates, self
+        self.bank, meter = schedule.TeacherHiddenStates, self
 
-        class Counted(teacher_states.TeacherHiddenStates):
+        class Counted(schedule.TeacherHiddenStates):
             def put(self, index: int, hidden: torch.Tensor) -> None:
                 before = self.bytes_on_device
                 super().put(index, hidden)
                 meter.add(self.bytes_on_device - before)
 
-            def take(self, index: int, dtype: torch.dtype) -> teacher_states.KeptStates:
+            def take(self, index: int, dtype: torch.dtype) -> schedule.KeptStates:
                 before = self.bytes_on_device
-                kept: teacher_states.KeptStates = super().take(index, dtype)
+                kept: schedule.KeptStates = super().take(index, dtype)
                 meter.add(self.bytes_on_device - before)
                 return kept
 
-        schedule.TeacherHiddenStates = Counted  # type: ignore[attr-defined]
+        schedule.TeacherHiddenStates = Counted  # type: ignore[misc]
         self.hooks = torch.autograd.graph.saved_tensors_hooks(_Kept.of(self), lambda kept: kept.tensor)
         self.hooks.__enter__()
         return self
@@ -177,7 +177,7 @@ class _ActivationMeter:
         from megatron_selfdistill.pipeline import schedule
 
         self.hooks.__exit__(*error)
-        schedule.TeacherHiddenStates = self.bank  # type: ignore[attr-defined]
+        schedule.TeacherHiddenStates = self.bank  # type: ignore[misc]
 
     def add(self, num_bytes: int) -> None:
         self.now += num_bytes

@@ -22,11 +22,11 @@ from megatron_selfdistill.config import (
     ScheduleConfig,
 )
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.interop.hf.mapping import family_of_model
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
-from megatron_selfdistill.model.hf.mapping import family_of_model
-from megatron_selfdistill.model.hf.rules import Rule
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ import tiny_run  # noqa: E402
 PLAN = """
 import sys
 from megatron_selfdistill import config
-from megatron_selfdistill.plan.dry_run import dry_run
+from megatron_selfdistill.instruments.plan.dry_run import dry_run
 plan = dry_run(config.load(sys.argv[1:]))
 print(max(memory.training_peak for memory in plan.memory), plan.parameters, int(plan.config.is_anchored))
 """

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measuring_parser import measuring_parser
 from wall_time import seconds_of
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.terminal import silence_known_warnings
 
 
 def main() -> None:
@@ -42,7 +42,7 @@ def main() -> None:
 
     from megatron_selfdistill.config import ParallelConfig, RolloutConfig
     from megatron_selfdistill.distributed import ranks
-    from megatron_selfdistill.rollout.guided import RoleWeights
+    from megatron_selfdistill.rollout.base import RoleWeights
     from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
     cuts = ParallelConfig(tensor_model_parallel_size=arguments.tp, pipeline_model_parallel_size=arguments.pp)

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from measuring_parser import measuring_parser
 from wall_time import seconds_of
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.terminal import silence_known_warnings
 
 START_SECONDS = 900.0
 MAX_LENGTH = 256
@@ -66,7 +66,7 @@ def _measure(arguments: argparse.Namespace, llama: Any, directory: Path) -> dict
     """
     from megatron_selfdistill.config import AdapterConfig, RolloutConfig
     from megatron_selfdistill.distributed.collectives import broadcast_object, run_long_on_rank_0
-    from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
+    from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
     from megatron_selfdistill.rollout.vllm.client import VllmServer
     from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
     from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE

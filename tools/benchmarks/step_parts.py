@@ -30,8 +30,8 @@ def timed_parts(clock: Clock) -> Iterator[None]:
 
     The clock around this context gets the time that is in none of the parts.
     """
-    from megatron_selfdistill.loss.sharded import fused_linear, projection_gradients, vocab_parallel
-    from megatron_selfdistill.model.output_layer import FusedLoss
+    from megatron_selfdistill.loss.sharded import fused_linear, vocab_parallel
+    from megatron_selfdistill.model.forward import FusedLoss
     from megatron_selfdistill.pipeline import schedule, token_losses
 
     def of_model() -> str:
@@ -45,7 +45,7 @@ def timed_parts(clock: Clock) -> Iterator[None]:
         (FusedLoss, "__call__", "loss"),
         (vocab_parallel._HandWrittenBackward, "backward", "loss"),
         (fused_linear._Backward, "backward", "loss"),
-        (projection_gradients.ProjectionGradients, "add", "backward"),
+        (fused_linear.ProjectionGradients, "add", "backward"),
     ]
     with contextlib.ExitStack() as patches:
         for owner, attribute, name in parts:

@@ -39,7 +39,7 @@ from step_parts import PARTS, Clock, now, timed_parts, wait
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from megatron_selfdistill.compat.known_warnings import silence_known_warnings
+from megatron_selfdistill.terminal import silence_known_warnings
 
 NEXT_TOKEN, STUDENT_STEP = "next token", "student's step"
 TEACHER_FORWARD, DISTILLATION = "teacher's forward", "self-distillation"
@@ -115,11 +115,10 @@ class _Bench:
 
         from megatron_selfdistill.config import ParallelConfig
         from megatron_selfdistill.distributed import ranks
-        from megatron_selfdistill.loss.divergence import Divergence
         from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-        from megatron_selfdistill.loss.target import Target
-        from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-        from megatron_selfdistill.model.output_layer import Fusion
+        from megatron_selfdistill.loss.target import Divergence, Target
+        from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
+        from megatron_selfdistill.model.forward import Fusion, unwrapped
         from megatron_selfdistill.pipeline import token_losses
         from megatron_selfdistill.teacher import Teacher
 
@@ -195,7 +194,7 @@ class _Bench:
 
     def train(self, batch: Any, distil: bool = True, clock: Clock | None = None) -> None:
         """Run forward, backward and the optimizer's step."""
-        from megatron_selfdistill.model.optimizer_step import apply_gradients, gradient_norm
+        from megatron_selfdistill.learner import apply_gradients, gradient_norm
         from megatron_selfdistill.pipeline import schedule, token_losses
 
         clock = clock or Clock()
@@ -218,8 +217,7 @@ class _Bench:
     @torch.no_grad()
     def teacher_forward(self, batch: Any) -> None:
         """Run the teacher's microbatches alone, up to its logits at the response positions."""
-        from megatron_selfdistill.model.build import unwrapped
-        from megatron_selfdistill.model.forward import hidden_states, inputs_of, project, states_at
+        from megatron_selfdistill.model.forward import hidden_states, inputs_of, project, states_at, unwrapped
 
         (chunk,) = self.teacher.chunks
         for microbatch in batch.teacher:

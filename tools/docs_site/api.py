@@ -7,19 +7,18 @@ PACKAGE = "megatron_selfdistill"
 PAGES = {
     "loss": (
         "Loss",
-        "loss.target loss.divergence loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
+        "loss.target loss.sharded.vocab_parallel loss.sharded.fused_linear loss.weighting",
     ),
     "pipeline": (
         "A step through the pipeline",
-        "pipeline.schedule teacher pipeline.batch pipeline.score pipeline.candidates",
+        "pipeline.schedule teacher pipeline.batch pipeline.score",
     ),
     "trainer": ("Trainer and sources of responses", "trainer learner sources.source sources.configured_source"),
-    "recipes": (
-        "Rules of the literature",
-        "recipes.environments recipes.http_environment "
-        "recipes.signals recipes.advantages recipes.teacher_terms recipes.scope recipes.uni_opd recipes.sod "
-        "recipes.pi_distill recipes.normalization recipes.ratio_terms recipes.rltf recipes.explanation_reward "
-        "recipes.verbal_score",
+    "methods": (
+        "Methods",
+        "config.schema.method_config config.methods sources.method methods.default methods.parts.settings "
+        "methods.parts.terms sources.signals sources.step_terms sources.rollouts "
+        "sources.judge environments",
     ),
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (
@@ -31,15 +30,15 @@ PAGES = {
     "evaluation": (
         "Evaluation",
         "evaluation.held_out evaluation.evaluation_result evaluation.estimators evaluation.verify "
-        "evaluation.calibration evaluation.diversity evaluation.alignment "
-        "evaluation.comparison evaluation.bootstrap",
+        "evaluation.calibration "
+        "instruments.alignment.alignment evaluation.comparison",
     ),
     "checkpoints": (
         "Checkpoints and Hugging Face",
-        "checkpoint.conversion checkpoint.describe checkpoint.merged_weights checkpoint.peft_adapters "
-        "checkpoint.stored_adapters model.adapters model.export",
+        "interop.conversion interop.describe interop.merged_weights interop.peft_adapters "
+        "interop.formats.stored_adapters model.adapters interop.export",
     ),
-    "metrics": ("Metrics and guards", "metrics.log metrics.loggers run_log metrics.step metrics.guards"),
+    "metrics": ("Metrics and guards", "metrics.log run_log metrics.step metrics.guards"),
 }
 """Name of a page under reference/api -> its title, and its modules in the order of the page."""
 

@@ -14,8 +14,7 @@ from typing import Any
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
-from megatron_selfdistill.config.key_list import kinds
-from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.key_list import config_dir, kinds
 from megatron_selfdistill.config.schema.ranges import OneOf, described, taken_apart
 
 INTRODUCTION = """\
@@ -23,6 +22,9 @@ INTRODUCTION = """\
 
 Every key can stand in a YAML file or on the command line, as `key=value`. `selfdistill --keys` prints the same list,
 `selfdistill --keys rollout` prints one section. An unknown key is an error, which names the nearest key.
+
+The settings of a method are further keys of the section `method`. They stand at the end of the
+[page of the method](../recipes/README.md), and `selfdistill --keys method=NAME` prints them.
 
 The line under a key gives its values, its default, and whether a run with a checkpoint may resume with another value:
 """

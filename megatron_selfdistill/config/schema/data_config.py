@@ -1,9 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The sections ``data``, ``conversations`` and ``solutions`` of the schema: problems, and hints for the teacher."""
+"""The sections ``data`` and ``conversations`` of the schema: problems, tokenizer, prompts and chat logs."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import (
@@ -12,23 +12,59 @@ from megatron_selfdistill.choices import (
     CONVERSATION_RESPONSES,
     CONVERSATION_TURNS,
     DATA_KINDS,
-    HINDSIGHT_HINTS,
     LONG_CONTEXT_POLICIES,
-    SOLUTION_RANKINGS,
     SOLUTION_SOURCES,
-    UNLIKELY_TURN_POLICIES,
 )
-from megatron_selfdistill.config.schema.field_checks import check_fields, require_range
+from megatron_selfdistill.config.moved_keys import moved_solutions
+from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address, require_range
 from megatron_selfdistill.config.schema.ranges import (
     FilePath,
-    LogProb,
     Name,
-    NonNegativeFloat,
     OneOf,
     PositiveInt,
     Text,
-    is_dotted,
 )
+
+
+@dataclass(frozen=True)
+class EnvironmentConfig:
+    """The environment that replies to the sampled responses, with texts and rewards."""
+
+    name: Annotated[str, OneOf(("none", "http"), or_dotted=True)] = "none"
+    """The environment: none, http (an endpoint for chat completions that plays the environment) or the dotted path of a
+    class, or of a function that makes an environment, such as package.module.Class.  With an environment, the reward of
+    a response is the reward of the reply to it, unless method.reward names a function."""
+    options: dict[str, Any] = field(default_factory=dict, repr=False)
+    """Keyword arguments of the class or the function that name names.  Those of http are url (such as
+    http://host:8000/v1; requests go to url/chat/completions), model, api_key, timeout_s, retries and concurrency (the
+    requests of a rank at the same time).  Write a key as ${oc.env:ENVIRONMENT_OPTIONS_API_KEY}: the files of the run
+    show this text even for a key that is written out."""
+    max_turns: PositiveInt = 1
+    """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
+    student no reply."""
+
+    def __post_init__(self) -> None:
+        check_fields("environment", self)
+        if self.name == "none":
+            self._check_unset()
+        if self.name == "http":
+            url = self.options.get("url")
+            require(url is not None, "environment.name=http needs environment.options.url, such as http://host:8000/v1")
+            require_address("environment.options.url", str(url), "http://host:8000/v1")
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is an environment."""
+        return self.name != "none"
+
+    def _check_unset(self) -> None:
+        for one in fields(self):
+            default = {} if one.default is MISSING else one.default
+            require(
+                getattr(self, one.name) == default,
+                f"environment.{one.name} is a setting of an environment, but environment.name is none: set "
+                f"environment.name, or unset environment.{one.name}",
+            )
 
 
 @dataclass(frozen=True)
@@ -68,8 +104,8 @@ class DataConfig:
     student_template: Text = "{problem}"
     """The student's user message, with the slot {problem}."""
     teacher_template: Text | None = None
-    """The teacher's user message, with the slots {problem} and {solution}; null takes the wording in
-    data/prompts.py for data.solutions."""
+    """The teacher's user message, with the slots {problem} and {solution}; null takes the wording of
+    the method."""
     global_batch_size: PositiveInt = 32
     """Number of problems (of turns, where the records are conversations) per step, over all data-parallel ranks."""
     max_length: PositiveInt | None = None
@@ -78,17 +114,13 @@ class DataConfig:
     on_long_context: Annotated[str, OneOf(LONG_CONTEXT_POLICIES)] = "error"
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""
-    solutions: Annotated[str, OneOf(SOLUTION_SOURCES, or_dotted=True)] = "given"
-    """The hint that the teacher sees: given (the solution of the data), answer (the answer of the data alone), own
-    (an earlier response of the model whose answer is right; see the section solutions), skill (a lesson of an earlier
-    response to the problem; see the section hints), next_state (what the next message of a log reveals about a logged
-    reply; needs data.kind=conversations, and see the section hints), peer (another right response
-    among rollout.num_samples of the same step), feedback (the environment's text about the response), peer_or_feedback
-    (a peer, or feedback where there is none, each under a heading) or the dotted path of a function ``hints(problem,
-    responses)``, which gets the text and the reward of each response to the problem and returns a text or None for
-    each.  From peer on, the hint is known after the sampling, and a response without a hint has no teacher."""
+    solutions: Annotated[str, OneOf(SOLUTION_SOURCES)] = "given"
+    """The text of the data that serves as the solution: given (the solution) or answer (the answer alone).  A method
+    whose hints are other texts, such as method.name=own_solutions, sdpo or skill_sd, does not read it."""
 
     def __post_init__(self) -> None:
+        moved = moved_solutions(self.solutions)
+        require(moved is None, f"{moved}")
         check_fields("data", self)
         known = {"problem", "solution", "answer", "id", "messages"}
         if self.kind == "conversations":
@@ -96,60 +128,23 @@ class DataConfig:
         for name in self.fields:
             require_range("a key of data.fields", Annotated[str, OneOf(tuple(sorted(known)))], name)
 
-    @property
-    def hints_follow_responses(self) -> bool:
-        """Whether the hint for the teacher is known only once the responses of a step are sampled."""
-        return self.solutions in HINDSIGHT_HINTS or is_dotted(self.solutions)
-
-    @property
-    def compares_responses(self) -> bool:
-        """Whether the hint for a response depends on the other responses to its problem."""
-        return self.hints_follow_responses and self.solutions != "feedback"
-
 
 @dataclass(frozen=True)
 class ConversationsConfig:
     """The training on turns of logged conversations (data.kind=conversations)."""
 
     accepted_rule: Annotated[str, OneOf(ACCEPTED_RULES, or_dotted=True)] = "closing_turn"
-    """Rule that finds the answer that the user accepted, where the log has no mark: closing_turn (the last assistant
-    message before the last user message, if the user then says thanks or goes on, and neither corrects nor repeats
-    anything), marked (only marks count), or the dotted path of a function ``rule(messages) -> index or None``."""
+    """Rule that finds the answer that the user accepted, where the log has no mark: closing_turn, marked (only marks
+    count), or the dotted path of a function ``rule(messages) -> index or None``.  closing_turn takes the last assistant
+    message before the last user message.  The user must then say thanks or go on, and neither correct nor repeat
+    anything."""
     turns: Annotated[str, OneOf(CONVERSATION_TURNS)] = "all"
     """Turns that are trained on: all (the accepted turn too, with its own text as the hint) or before_accepted."""
     responses: Annotated[str, OneOf(CONVERSATION_RESPONSES)] = "logged"
     """The responses: logged (the tokens of the log; nothing is sampled, and no sampler is built) or sampled (a new
     rollout for each turn)."""
-    min_log_prob: LogProb | None = None
-    """Bound below which the mean log-prob per token under the student makes a logged turn unlikely, in nats; null: no
-    turn is unlikely."""
-    unlikely: Annotated[str, OneOf(UNLIKELY_TURN_POLICIES)] = "drop"
-    """Weight of unlikely turns in the loss: drop (weight 0) or down_weight (exp(mean log-prob - min_log_prob))."""
     show_contents: bool = False
     """Whether messages about bad records may quote the log, and metrics.show_samples may show its turns."""
 
     def __post_init__(self) -> None:
         check_fields("conversations", self)
-
-
-@dataclass(frozen=True)
-class SolutionsConfig:
-    """Responses of the model whose answer is right, used as solutions (data.solutions=own)."""
-
-    refresh_every: PositiveInt = 50
-    """Number of steps after which the present weights solve the problems of the coming steps anew."""
-    num_samples: PositiveInt = 8
-    """Number of responses per problem, sampled with the settings of rollout, among which the search finds solutions."""
-    keep: PositiveInt = 2
-    """Number of right responses kept per problem; the teacher sees the best one that is not the response itself."""
-    pick: Annotated[str, OneOf(SOLUTION_RANKINGS)] = "shortest"
-    """Rule that ranks the right responses: shortest, most_likely (mean log-prob under the student), random, or
-    learnable (the score of pipeline/score.py)."""
-    alpha: NonNegativeFloat = 0.01
-    """Weight of the least likely token and of the largest divergence from the teacher under pick=learnable."""
-    ratio_weight: NonNegativeFloat = 1.0
-    """Weight of the divergence of the student from the teacher against the log-prob of the response under
-    pick=learnable; 0 ranks by the log-prob alone."""
-
-    def __post_init__(self) -> None:
-        check_fields("solutions", self)

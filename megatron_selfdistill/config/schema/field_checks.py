@@ -7,6 +7,7 @@ import functools
 import os
 import re
 import urllib.parse
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any, get_type_hints
 
@@ -43,6 +44,24 @@ def check_fields(section: str, values: Any) -> None:
         elif isinstance(value, str) and any(isinstance(one, AnyText) and one.is_path for one in ranges):
             object.__setattr__(values, field.name, value := os.path.expanduser(value))
         require_range(f"{section}.{field.name}".lstrip("."), kind, value)
+
+
+_SLOT = re.compile(r"(?<!\{)\{([A-Za-z_]\w*)\}(?!\})")
+
+
+def require_slots(key: str, template: str | None, needed: Sequence[str], allowed: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` unless ``template`` is null, or has the slots ``needed`` and no others than ``allowed``."""
+    found = set(_SLOT.findall(template or ""))
+    may = f", and may have {_shown_slots(allowed)}" if allowed else " and no others"
+    require(
+        template is None or set(needed) <= found <= {*needed, *allowed},
+        f"{key} must have the slots {_shown_slots(needed)}{may}, got {_shown_slots(sorted(found))}; write {{{{name}}}} "
+        "for literal braces",
+    )
+
+
+def _shown_slots(slots: Sequence[str]) -> str:
+    return ", ".join(f"{{{slot}}}" for slot in slots) or "none"
 
 
 def require_address(key: str, address: str, example: str) -> None:

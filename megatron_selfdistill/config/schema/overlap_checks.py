@@ -3,26 +3,28 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.config.schema.data_config import DataConfig
-from megatron_selfdistill.config.schema.environment_config import EnvironmentConfig
+from collections.abc import Mapping
+
+from megatron_selfdistill.config.schema.data_config import DataConfig, EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import require
-from megatron_selfdistill.config.schema.loss_config import LossConfig
-from megatron_selfdistill.config.schema.policy_config import PolicyConfig
+from megatron_selfdistill.config.schema.method_config import GIVEN, Needs
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
+from megatron_selfdistill.config.schema.target_config import LossConfig
 
 
 def check_overlap(
+    method: str,
+    needs: Needs,
     data: DataConfig,
     rollout: RolloutConfig,
     environment: EnvironmentConfig,
     loss: LossConfig,
-    policy: PolicyConfig,
     *,
     samples_responses: bool,
 ) -> None:
     """Raise ValueError where a step needs responses that are not there, while servers still generate them.
 
-    ``samples_responses``: whether the objective samples the responses that it trains on.
+    ``method``: the name of the method.  ``samples_responses``: whether it samples the responses that it trains on.
     """
     streams = rollout.overlap == "stream"
     require(
@@ -37,8 +39,9 @@ def check_overlap(
         rollout.extra_problems > 0 or rollout.round_tokens is None,
         "rollout.round_tokens is the length of a round of partial responses: it needs rollout.extra_problems, or null",
     )
+    needs_all = _needing_all_responses(method, needs, rollout, environment)
     if rollout.extra_problems:
-        _check_partial(data, rollout, environment, samples_responses=samples_responses)
+        _check_partial(data, rollout, needs_all, samples_responses=samples_responses)
     mode = "rollout.overlap=stream" if streams else f"rollout.ahead={rollout.ahead}"
     if not streams and not rollout.ahead:
         return
@@ -52,17 +55,12 @@ def check_overlap(
         f"{mode} trains while servers generate, and an engine on the trainer's own devices cannot generate meanwhile: "
         f"it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and {rollout.placement}",
     )
-    needs_all = _needing_all_responses(data, rollout, environment)
     if streams:
         needs_all |= {
-            f"rollout.select={rollout.select}": (rollout.select != "none", "selects among the responses of a step"),
+            f"method.name={method}": (needs.whole_step or needs.hint != GIVEN, "looks at all responses of a step"),
             f"loss.normalize={loss.normalize}": (
                 loss.normalize != "tokens",
                 "divides by the number of responses or problems of a step",
-            ),
-            f"policy.reward={policy.reward}": (
-                policy.reward in ("explanation", "verbal"),
-                "lets the models read the responses of a step",
             ),
         }
     for key, (is_set, why) in needs_all.items():
@@ -85,7 +83,7 @@ def _check_ahead(rollout: RolloutConfig) -> None:
 
 
 def _check_partial(
-    data: DataConfig, rollout: RolloutConfig, environment: EnvironmentConfig, *, samples_responses: bool
+    data: DataConfig, rollout: RolloutConfig, needs_all: Mapping[str, tuple[bool, str]], *, samples_responses: bool
 ) -> None:
     mode = f"rollout.extra_problems={rollout.extra_problems}"
     require(
@@ -97,7 +95,7 @@ def _check_partial(
         f"{mode} is for an engine on the trainer's own devices: set rollout.placement=colocated, or use "
         "rollout.ahead=1 and rollout.at_update=keep with servers",
     )
-    for key, (is_set, _) in _needing_all_responses(data, rollout, environment).items():
+    for key, (is_set, _) in needs_all.items():
         require(
             not is_set, f"{key} needs all responses of a step, some of which go on under {mode}: set one of both back"
         )
@@ -114,12 +112,11 @@ def _check_partial(
 
 
 def _needing_all_responses(
-    data: DataConfig, rollout: RolloutConfig, environment: EnvironmentConfig
+    method: str, needs: Needs, rollout: RolloutConfig, environment: EnvironmentConfig
 ) -> dict[str, tuple[bool, str]]:
     """Return whether each key needs all responses of a step at once, and why."""
-    follows = data.hints_follow_responses or data.solutions in ("own", "skill", "next_state")
     return {
-        f"data.solutions={data.solutions}": (follows, "changes the prompts of a step with responses"),
+        f"method.name={method}": (needs.hint != GIVEN, "changes the prompts of a step with responses"),
         f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
         f"rollout.guidance={rollout.guidance}": (
             rollout.guidance != "none",

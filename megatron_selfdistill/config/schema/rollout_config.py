@@ -11,8 +11,6 @@ from megatron_selfdistill.choices import (
     GUIDANCES,
     OVERLAPS,
     PLACEMENTS,
-    ROLLOUT_VIEWS,
-    SELECTIONS,
     TRANSFERS,
     UPDATE_MODES,
 )
@@ -33,7 +31,6 @@ from megatron_selfdistill.config.schema.ranges import (
     above,
     at_least,
     at_most,
-    is_dotted,
 )
 
 _MIN_TEMPERATURE = 0.01  # vLLM's
@@ -92,33 +89,22 @@ class RolloutConfig:
     overlap=stream, while others are missing; null is the number of pipeline stages."""
     ahead: NonNegativeInt = 0
     """Number of steps by which servers work ahead: while the trainer trains on the responses of a step, they generate
-    those of this many further steps, with weights that are up to as many steps old when the trainer trains on them
-    (needs placement=server, and max_staleness of at least ahead)."""
+    those of this many further steps.  Their weights are up to as many steps old when the trainer trains on them.  Needs
+    placement=server, and max_staleness of at least ahead."""
     at_update: Annotated[str, OneOf(UPDATE_MODES)] = "wait"
     """The fate of responses under way when servers get new weights, under ahead: wait (the update waits until they are
     finished) or keep (they go on with the new weights)."""
     extra_problems: NonNegativeInt = 0
-    """Number of problems beyond data.global_batch_size whose responses are under way: a step trains on the problems
-    that are finished first, and the others go on in the next step with their tokens kept (needs an engine on the
-    trainer's devices, and max_staleness * data.global_batch_size of at least extra_problems)."""
+    """Number of problems beyond data.global_batch_size whose responses are under way.  A step trains on the problems
+    that are finished first, and the others go on in the next step with their tokens kept.  Needs an engine on the
+    trainer's devices, and max_staleness * data.global_batch_size of at least extra_problems."""
     round_tokens: PositiveInt | None = None
     """Number of tokens that each response gets under extra_problems before the step looks whether it has enough
     finished problems, a divisor of max_new_tokens; null is about an eighth of max_new_tokens."""
-    view: Annotated[str, OneOf(ROLLOUT_VIEWS)] = "plain"
-    """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
-    hint: the responses are then the teacher's own, off-policy for the student)."""
-    select: Annotated[str, OneOf(SELECTIONS, or_dotted=True)] = "none"
-    """The selection among the responses of a step: none, balance (as many right as wrong responses to each problem
-    that has both, by dropping at random), verbal (a response to which the teacher gives a score below
-    verbal.threshold is replaced by one that is sampled after the teacher's prompt), confidence (responses, and
-    the solution in the teacher's prompt, end in a line "Confidence: P" with the share P of right responses to the
-    problem, in place of the confidence that they state) or the dotted path of a function ``select(problem,
-    responses)``, which gets the text and the reward of each response to the problem and returns for each its text,
-    another text, or None to drop it."""
     guidance: Annotated[str, OneOf(GUIDANCES)] = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
-    itself, from all its contexts at once, by the present weights and, with target.anchor=reference, by those of teacher
-    and reference, which needs engine=megatron or adapters; such responses are off-policy for the student)."""
+    itself, from all its contexts at once).  Mixed responses are off-policy for the student.  With
+    target.anchor=reference, teacher and reference sample, too, which needs engine=megatron or adapters."""
     guide_below: Annotated[float, above(0), at_most(1)] | None = None
     """The recent success rate below which guidance=mixed guides a problem, which needs answers; every fourth visit to
     such a problem samples without guidance, to know its rate.  Null guides all problems."""
@@ -172,11 +158,6 @@ class RolloutConfig:
         """Whether vLLM engines sample in the trainer's own processes, on the trainer's devices."""
         return self.engine == "vllm" and self.placement == "colocated"
 
-    @property
-    def selects_by_function(self) -> bool:
-        """Whether the user's function selects among the responses of a step."""
-        return is_dotted(self.select)
-
     def _check_servers(self) -> None:
         on_servers = self.engine == "vllm" and self.placement == "server"
         require(
@@ -192,11 +173,6 @@ class RolloutConfig:
             require_address("rollout.servers", address, "http://node7:8000")
 
     def _check_guidance(self) -> None:
-        require(
-            self.view == "plain" or self.guidance == "none",
-            "rollout.view=privileged samples after the teacher's prompt alone, and rollout.guidance=mixed after both: "
-            "set one of them back",
-        )
         require(
             self.guide_below is None or self.guidance == "mixed",
             f"rollout.guide_below={self.guide_below} needs rollout.guidance=mixed, got {self.guidance}",

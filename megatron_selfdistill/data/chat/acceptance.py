@@ -53,12 +53,12 @@ def load_rule(name: str) -> Rule:
 
 
 def closing_turn(messages: Messages) -> int | None:
-    """Return the index of the assistant message before the closing user message, or None where it is in doubt.
+    """Return the index of the assistant message before the closing user message, or None if it is in doubt.
 
     The closing user message is the last user message, if no answer follows it or if it `is_thanks`.  After any other
     answered message the user has not judged the answer, and there is no closing message.
 
-    The rule returns None where there is no closing message; where the message before it has no `answer_text`; where it
+    The rule returns None if there is no closing message; where the message before it has no `answer_text`; where it
     `is_correction`, or `is_repeat` of an earlier user message; and where it `points_at_the_reply` without thanks, since
     a message such as "that deletes the list" may be a complaint in words that no list has.
 

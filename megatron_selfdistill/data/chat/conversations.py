@@ -14,8 +14,7 @@ from typing import Any
 from megatron_selfdistill.choices import CONVERSATION_TURNS
 from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
-from megatron_selfdistill.data.user_values import whole_number
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records, whole_number
 from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")

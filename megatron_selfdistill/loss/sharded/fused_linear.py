@@ -13,34 +13,44 @@ A kept gradient can only be scaled, so only low_memory has a gradient of the log
 keep_gradient takes 4 GEMMs of R x h x V / tp, and low_memory takes 6; a reference that is projected apart from the
 teacher takes one more per projection of the teacher.  With chunks of c tokens, the logits of R + c or
 of 2 c tokens exist at a time; without fusion, the logits of 2 R tokens.
+
+`HiddenPlacement` gathers the hidden states of tokens over the tensor-parallel group for a GEMM, and sums their
+gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from megatron_selfdistill.choices import FUSED_MODES
-from megatron_selfdistill.loss.divergence import Divergence, TokenDivergences, token_groups
-from megatron_selfdistill.loss.sharded.argument_checks import check_reference
-from megatron_selfdistill.loss.sharded.backend import Backend, chosen
-from megatron_selfdistill.loss.sharded.gathered_hidden import HiddenPlacement, gather_width
-from megatron_selfdistill.loss.sharded.projection_gradients import ProjectionGradients, WeightGradient
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
+    Backend,
     ForwardResult,
     Observer,
     TokenStats,
     VocabShard,
+    all_gather,
+    check_reference,
+    chosen,
+    group_size,
     make_shard,
+    reduce_scatter,
     run_forward,
 )
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, token_groups
+
+_NO_LOG_PROB = (
+    "fused_distillation_loss: mode keep_gradient holds the gradient of the divergence alone, and student_log_prob is "
+    "used beside it; set mode (loss.fused) to low_memory, or materialise the logits."
+)
 
 
 def fused_distillation_loss(
@@ -276,12 +286,6 @@ def _forward_chunks(
     return ForwardResult.concatenate(parts)
 
 
-_NO_LOG_PROB = (
-    "fused_distillation_loss: mode keep_gradient holds the gradient of the divergence alone, and student_log_prob is "
-    "used beside it; set mode (loss.fused) to low_memory, or materialise the logits."
-)
-
-
 class _Backward(torch.autograd.Function):
     """The autograd function that returns the loss and log p, and computes the gradients of states and weight."""
 
@@ -370,3 +374,157 @@ def _check(
     dtypes = {x.dtype for x in (student_hidden, student_weight, *others) if x is not None}
     if len(dtypes) > 1:
         raise ValueError(f"{name}: hidden states and weights must have one dtype; got {sorted(map(str, dtypes))}.")
+
+
+class WeightGradient(Protocol):
+    """A receiver of the output weight's gradient in one backward, in place of autograd."""
+
+    def add(self, hidden: Tensor, gradient: Tensor) -> None:
+        """Add ``gradient^T hidden`` to the weight's gradient.
+
+        hidden: [n, h]; gradient: [n, V / tp], the gradient of the logits; both contiguous.
+        """
+
+    def for_autograd(self) -> Tensor | None:
+        """Return the tensor that autograd receives as the weight's gradient, once everything is added."""
+
+
+class ProjectionGradients:
+    """The gradients of hidden states (dgrad) and weight (wgrad) in one backward, summed over its chunks.
+
+    student_hidden: a function that waits for the hidden states of all tokens, called from the first wgrad on; None
+    where the weight needs no gradient.
+    hidden: the tensor of hidden states that this rank holds.
+    """
+
+    def __init__(
+        self,
+        num_tokens: int,
+        placement: HiddenPlacement,
+        weight_gradient: WeightGradient | None,
+        student_hidden: Callable[[], Tensor] | None,
+        hidden: Tensor,
+        weight: Tensor,
+        needs_hidden: bool,
+    ) -> None:
+        self.placement, self.weight_gradient = placement, weight_gradient
+        self.student_hidden, self.hidden, self.weight = student_hidden, hidden, weight
+        self.dgrad = hidden.new_empty(num_tokens, hidden.shape[1]) if needs_hidden else None
+        self.wgrad: Tensor | None = None
+        self.reduced: Callable[[], Tensor] | None = None
+
+    def add(self, tokens: slice, gradient: Tensor, scale: Tensor | None, last: bool) -> None:
+        """Add the gradient of the logits of a chunk of tokens, which is only read.
+
+        scale: [n, 1] float32, multiplied into tensors with h columns; None is 1.
+        last: whether this is the last chunk: the sum over ranks then starts between its two GEMMs.
+        """
+        if self.dgrad is not None:
+            torch.mm(gradient, self.weight, out=self.dgrad[tokens])
+            if scale is not None:
+                self.dgrad[tokens].mul_(scale)
+            if last:
+                self.reduced, self.dgrad = self.placement.start_reduce(self.dgrad, self.hidden), None
+        if self.student_hidden is not None and len(gradient):
+            chunk = self.student_hidden()[tokens]
+            if scale is not None:
+                chunk = torch.mul(chunk, scale, out=torch.empty_like(chunk))
+            self._add_wgrad(chunk, gradient)
+
+    def _add_wgrad(self, hidden: Tensor, gradient: Tensor) -> None:
+        """Add the weight's gradient of one chunk."""
+        if self.weight_gradient is not None:
+            self.weight_gradient.add(hidden.contiguous(), gradient)
+            return
+        product = gradient.t().mm(hidden)
+        # float32 for several chunks: in bf16 each sum would round away what the earlier chunks have added.
+        self.wgrad = product if self.wgrad is None else self.wgrad.float().add_(product)
+
+    def of_hidden(self) -> Tensor | None:
+        """Return the gradient of the hidden states that this rank holds, once the sum over ranks is done."""
+        return self.reduced() if self.reduced is not None else None
+
+    def of_weight(self) -> Tensor | None:
+        """Return the weight's gradient for autograd; None if the weight needs none."""
+        if self.student_hidden is None:
+            return None
+        if self.weight_gradient is not None:
+            return self.weight_gradient.for_autograd()
+        return torch.zeros_like(self.weight) if self.wgrad is None else self.wgrad.to(self.weight.dtype)
+
+
+@dataclass(frozen=True)
+class HiddenPlacement:
+    """The placement of the student's hidden states on the ranks.
+
+    group: the tensor-parallel group; None for one rank.
+    gather_indices: None if each rank holds the hidden states of all R tokens.  Else [R] int64, distinct: each rank
+    holds a tensor [n, h] of its own, n equal on all ranks, and the hidden state of token i is row gather_indices[i] of
+    the tensors of all ranks in rank order.
+    """
+
+    group: dist.ProcessGroup | None
+    gather_indices: Tensor | None
+
+    @property
+    def size(self) -> int:
+        """The number of ranks of the group."""
+        return group_size(self.group)
+
+    def start_gather(self, held: Tensor) -> Callable[[], Tensor]:
+        """Start to gather the hidden states [R, h] of all tokens, and return a function that waits for the result.
+
+        held: the tensor that this rank holds.
+        Collectives: one all-gather with gather_indices, which runs while the caller does other work.
+        """
+        order = self.gather_indices
+        if order is None:
+            return lambda: held
+        if self.size == 1 or len(held) == 0:
+            return lambda: held.index_select(0, order)
+        all_ranks = held.new_empty(self.size * held.shape[0], held.shape[1])
+        handle = all_gather(all_ranks, held.contiguous(), self.group, async_op=True)
+
+        def wait() -> Tensor:
+            handle.wait()
+            return all_ranks.index_select(0, order)
+
+        return wait
+
+    def start_reduce(self, gradient: Tensor, held: Tensor) -> Callable[[], Tensor]:
+        """Start to sum a gradient over the ranks, and return a function that waits for the result.
+
+        gradient: [R, h], this rank's share of the gradient of all tokens' hidden states.
+        held: the tensor whose gradient is wanted; the result has its shape, and rows that belong to no token get 0.
+        Collectives: one reduce-scatter with gather_indices, else one all-reduce, while the caller does other work.
+        """
+        out = gradient
+        if self.gather_indices is not None:
+            all_ranks = gradient.new_zeros(self.size * held.shape[0], held.shape[1])
+            gradient = all_ranks.index_copy_(0, self.gather_indices, gradient)
+            out = gradient if self.size == 1 else gradient.new_empty(held.shape)
+        if self.size == 1 or len(held) == 0:
+            return lambda: out
+        if self.gather_indices is not None:
+            handle = reduce_scatter(out, gradient, self.group)
+        else:
+            handle = dist.all_reduce(out, group=self.group, async_op=True)
+
+        def wait(summand: Tensor = gradient) -> Tensor:  # keeps the memory that is being read
+            handle.wait()
+            return out
+
+        return wait
+
+
+def gather_width(part: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Gather [R, h] from slices [R, h / tp] of the width, which the ranks hold in their order.
+
+    Collectives: one all-gather; none for one rank or R = 0.
+    """
+    size = group_size(group)
+    if size == 1 or len(part) == 0:
+        return part.repeat(1, size)
+    slices = part.new_empty(size * part.shape[0], part.shape[1])
+    all_gather(slices, part.contiguous(), group)
+    return slices.view(size, *part.shape).transpose(0, 1).flatten(1)

@@ -13,26 +13,43 @@ rule gives beta), and backward makes none, whatever the number of tokens:
 The host waits for nothing here, so the third gather is made whether a token needs it or not: 24 bytes per token (44 for
 forward KL), rank and part of a row.  A token that does not need the third pass costs the pass nothing else.
 Sums are taken in float32 (float64 for float64 logits); merging and solving run in float64 on [T, J] numbers.
+
+`solve_target` returns the target alone, for those who sample from it.  `vocab_entropy`, the entropy of a model's own
+softmax, comes from the first pass alone.  The training passes do not compute the mass that the target puts on tokens to
+which the student or the reference gives almost no probability: two passes over the logits of their own take it in
+`mass_on_rare`, in PyTorch on every device, on the steps that measure it.
+
+A `Backend` is PyTorch, which defines the sharded loss, or the Triton kernels, which are faster.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import math
+import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.loss.divergence import Divergence, TokenDivergences, token_groups
-from megatron_selfdistill.loss.sharded.argument_checks import check_logits, check_reference, check_tokens
-from megatron_selfdistill.loss.sharded.backend import Backend, chosen
-from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.gathered_hidden import all_gather
-from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
-from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
-from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.choices import LOSS_BACKENDS
+from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded.shard_sums import (
+    FIRST_PASS,
+    BetaGrid,
+    Chunk,
+    LogProbGradient,
+    Shard,
+    TokenConstants,
+    mix_unit,
+)
+from megatron_selfdistill.loss.sharded.token_statistics import Softmax, TokenResults
+from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, mixed_logits, token_groups
 
 
 @dataclass(frozen=True)
@@ -167,7 +184,7 @@ def distillation_loss(
     grad_log_prob (onehot(response token) - p)``; the second term costs nothing where only the loss is used.  A token
     that is no valid column has a log-prob of NaN, whose gradient is NaN unless the incoming gradient is 0.
     inplace_backward: backward writes the gradient over the student's logits, which nobody may read afterwards.
-    backend: "torch", "triton", or None for the default of `backend.chosen`; equal on all ranks.
+    backend: "torch", "triton", or None for the default of `chosen`; equal on all ranks.
     -inf: a column with -inf in the student and in the teacher does not exist.  Where only the teacher has -inf, q = 0,
     and KL(p || q) is +inf with a gradient that is not finite: mask such columns in the student too, or use another
     divergence.  Where only the student has -inf, p = q = 0; under teacher_alone KL(q || p) is +inf.
@@ -338,6 +355,29 @@ def gather_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return gathered
 
 
+def all_gather(out: Tensor, part: Tensor, group: dist.ProcessGroup | None, *, async_op: bool = False) -> Any:
+    """Gather ``part`` of every rank into ``out`` along dimension 0; return a handle if ``async_op``.
+
+    torch 2.13 renames all_gather_into_tensor to all_gather_single and warns at every call of the old name.
+    """
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return gather(out, part, group=group, async_op=async_op)
+
+
+def reduce_scatter(out: Tensor, parts: Tensor, group: dist.ProcessGroup | None) -> Any:
+    """Start to sum ``parts`` over the ranks into the ``out`` of each rank; return a handle.
+
+    torch 2.13 renames reduce_scatter_tensor to reduce_scatter_single, see `all_gather`.
+    """
+    reduce = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return reduce(out, parts, group=group, async_op=True)
+
+
+def group_size(group: dist.ProcessGroup | None) -> int:
+    """Return the number of ranks of the group; 1 for None."""
+    return 1 if group is None else dist.get_world_size(group)
+
+
 class _HandWrittenBackward(torch.autograd.Function):
     """The autograd function that returns the loss and log p, and writes the gradient of the student's logits."""
 
@@ -382,3 +422,305 @@ class _HandWrittenBackward(torch.autograd.Function):
             )
         gradient[:, ctx.vocab.num_valid :] = 0
         return gradient, *(None,) * 8
+
+
+RARE = 1e-3
+"""The probability below which a model counts a token as rare."""
+
+
+@dataclass(frozen=True)
+class TargetSolution:
+    """The target of T tokens in two numbers per token: log q = beta m - log_normaliser, with m = w t + a.
+
+    Both are float64 and equal on all ranks of the group.
+    """
+
+    beta: Tensor
+    """[T] 1 / k; 1 under teacher_alone."""
+    log_normaliser: Tensor
+    """[T] log of the sum of e^(beta m), to the accuracy of the sums (float32, or float64 for float64 logits)."""
+
+
+def solve_target(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Target,
+    vocab: VocabShard,
+    *,
+    reference_entropy: Tensor | None = None,
+    backend: str | None = None,
+) -> TargetSolution:
+    """Return the beta of every token and its normaliser as `distillation_loss` finds them, bit for bit.
+
+    Shapes, ranks, reference, backend, -inf and NaN: as `distillation_loss`; there is no response token, no divergence
+    and no gradient.
+    Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
+    Raises: ValueError if shapes do not fit, or for a backend that cannot run.
+    """
+    check_logits("solve_target", student_logits, teacher_logits, vocab.size)
+    check_reference(target, len(student_logits), reference_entropy, caller="solve_target")
+    with torch.no_grad():
+        shard = make_shard(student_logits, teacher_logits, target, vocab)
+        chosen_backend, grid = chosen(backend, student_logits, teacher_logits), BetaGrid.of(target, shard.dtype)
+        _, results = solve_shard(
+            shard, None, grid, vocab, chosen_backend, forward_kl=False, reference_entropy=reference_entropy
+        )
+        return TargetSolution(results.beta / grid.unit, results.log_normaliser)
+
+
+_COLUMNS = [FIRST_PASS.index(f"student_{name}") for name in ("max", "tail", "first", "argmax")]
+
+
+@torch.no_grad()
+def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = None) -> Tensor:
+    """Return H(softmax(logits)) of T tokens in nats, [T] float64, equal on all ranks of ``vocab.group``.
+
+    Shapes, ranks, backend, -inf and NaN: as `distillation_loss`.
+    Collectives: one all-gather over ``vocab.group``, none for T = 0.
+    Raises: ValueError if the shape does not fit, or for a backend that cannot run.
+    """
+    if logits.dim() != 2 or logits.shape[1] != vocab.size:
+        raise ValueError(f"vocab_entropy: logits must be [T, {vocab.size}]; got {tuple(logits.shape)}.")
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    backend_in_use, valid = chosen(backend, logits, logits), logits[:, : vocab.num_valid]
+    num_parts = backend_in_use.num_parts(len(logits), vocab.size)
+    shard = Shard(valid, valid, (1.0, 0.0), dtype, num_parts)
+    sums, _ = backend_in_use.first_pass(shard, BetaGrid.of(Target("teacher_alone"), dtype), None, vocab.start)
+    parts = gather_parts(sums[..., _COLUMNS], vocab.group).double()
+    return Softmax.merge(*parts.unbind(2)).entropy
+
+
+@torch.no_grad()
+def mass_on_rare(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    beta: Tensor,
+    *,
+    target: Target,
+    vocab: VocabShard,
+    reference_logits: Tensor | None = None,
+    teacher_weights: Tensor | None = None,
+) -> Tensor:
+    """Return the sum of q over the columns with p < `RARE`, and the same for the reference's r in place of p.
+
+    The result is [T, 1] float64, or [T, 2] with ``reference_logits``, equal on all ranks of ``vocab.group``.
+    Shapes: all logits [T, vocab.size], any float dtype; beta [T]: `TokenStats.beta` of the same tokens and target.
+    Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, and ``teacher_weights [T]`` the w
+    of each token, None the target's; as for `distillation_loss`.
+    -inf: a column with -inf in the student counts as rare.  NaN: a token with NaN in its logits or beta gives NaN.
+    Collectives: two all-gathers over ``vocab.group``, none for T = 0.
+    Raises: ValueError if shapes do not fit.
+    """
+    expected = (len(beta), vocab.size)
+    given = [logits for logits in (student_logits, teacher_logits, reference_logits) if logits is not None]
+    if any(tuple(logits.shape) != expected for logits in given):
+        raise ValueError(
+            f"mass_on_rare: all logits must be {list(expected)}, a row per beta and the columns of this VocabShard; "
+            f"got {[tuple(logits.shape) for logits in given]}."
+        )
+    shard = make_shard(student_logits, teacher_logits, target, vocab)
+    models = [logits[:, : vocab.num_valid] for logits in (student_logits, reference_logits) if logits is not None]
+    mix_beta = beta.double() * (mix_unit(target) if teacher_weights is None else 1 + teacher_weights.double())
+
+    def scaled(rows: Chunk) -> list[tuple[Tensor, Tensor]]:
+        """Return beta m and the logits of each model, as `_shifted` returns them."""
+        (y, y_top), (z, z_top) = (_shifted(logits[rows], shard.dtype) for logits in (shard.student, shard.teacher))
+        mix, top = mixed_logits(y, z, *shard.mix_weights), mixed_logits(y_top, z_top, *shard.mix_weights)
+        here = mix_beta[rows]
+        return [(here[:, None].to(shard.dtype) * mix, here * top), *(_shifted(m[rows], shard.dtype) for m in models)]
+
+    def log_sums(rows: Chunk) -> Tensor:
+        return torch.stack([values.logsumexp(1).double() + top for values, top in scaled(rows)], 1)
+
+    num_models = len(models)
+    parts = shard.over_rows(log_sums, 1 + num_models, empty=-math.inf, dtype=torch.float64)
+    log_normalisers = gather_parts(parts, vocab.group).logsumexp(0)
+
+    def masses(rows: Chunk) -> Tensor:
+        (log_q, *log_probs) = (
+            values + (top - log_normaliser)[:, None].to(values.dtype)
+            for (values, top), log_normaliser in zip(scaled(rows), log_normalisers[rows].unbind(1), strict=True)
+        )
+        q = log_q.exp()
+        return torch.stack([(q * (log_p < math.log(RARE))).sum(1).double() for log_p in log_probs], 1)
+
+    mass = gather_parts(shard.over_rows(masses, num_models, dtype=torch.float64), vocab.group).sum(0)
+    return mass.masked_fill(log_normalisers.isnan().any(1, keepdim=True), math.nan)
+
+
+def _shifted(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return a chunk [n, columns] less the maximum of each row, and these maxima [n] float64; 0 for a row of -inf."""
+    values = logits.to(dtype)
+    top = values.amax(1)
+    top = torch.where(torch.isneginf(top), 0.0, top)
+    return values - top[:, None], top.double()
+
+
+def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, num_columns: int) -> None:
+    """Raise ValueError unless both logits are [T, num_columns]."""
+    shape = tuple(student_logits.shape)
+    if len(shape) != 2 or shape[1] != num_columns or tuple(teacher_logits.shape) != shape:
+        raise ValueError(
+            f"{caller}: both logits must be [T, {num_columns}], the columns of this VocabShard; "
+            f"got student {shape} and teacher {tuple(teacher_logits.shape)}."
+        )
+
+
+def check_tokens(response_tokens: Tensor, num_tokens: int) -> None:
+    """Raise ValueError unless the response tokens are [num_tokens] int64."""
+    if tuple(response_tokens.shape) != (num_tokens,) or response_tokens.dtype != torch.int64:
+        raise ValueError(
+            f"distillation_loss: response_tokens must be int64 of shape ({num_tokens},), one id per row of logits; "
+            f"got {response_tokens.dtype} of shape {tuple(response_tokens.shape)}."
+        )
+
+
+def check_reference(
+    target: Target,
+    num_tokens: int,
+    reference_entropy: Tensor | None,
+    teacher_weights: Tensor | None = None,
+    caller: str = "distillation_loss",
+) -> None:
+    """Raise ValueError unless the reference's entropies and the teacher's weights fit, as for `distillation_loss`."""
+    _check_entropy(reference_entropy, num_tokens, target, caller)
+    if teacher_weights is not None:
+        _check_teacher_weights(teacher_weights, num_tokens, target)
+
+
+def _check_entropy(entropy: Tensor | None, num_tokens: int, target: Target, caller: str) -> None:
+    needed = target.needs_reference_entropy
+    if (entropy is not None) != needed or (entropy is not None and tuple(entropy.shape) != (num_tokens,)):
+        raise ValueError(
+            f"{caller}: reference_entropy must be {f'[{num_tokens}]' if needed else 'None'} with rule "
+            f"{target.rule}, anchor {target.anchor} and match {target.match}; "
+            f"got {None if entropy is None else tuple(entropy.shape)}."
+        )
+
+
+def _check_teacher_weights(teacher_weights: Tensor, num_tokens: int, target: Target) -> None:
+    if not target.is_anchored:
+        raise ValueError(
+            "distillation_loss: teacher_weights per token need a target with anchor=reference, whose mix the caller "
+            "computes; got anchor=student."
+        )
+    if tuple(teacher_weights.shape) != (num_tokens,) or not teacher_weights.is_floating_point():
+        raise ValueError(
+            f"distillation_loss: teacher_weights must be floating-point numbers of shape ({num_tokens},), one per "
+            f"token; got {teacher_weights.dtype} of shape {tuple(teacher_weights.shape)}."
+        )
+    target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
+
+
+OLDEST_TRITON = (3, 3)
+"""The first version of triton whose kernels can pass tuples to functions."""
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The passes over the logits, and the solving between them.
+
+    `shard_sums` and `token_statistics` have the contracts.
+    num_parts: takes (T, columns per rank) and returns into how many parts each row is cut, the same number on all
+    ranks.
+    solve_tokens: returns a state, whose ``constants`` are for second_pass.
+    finish_tokens: takes this state and returns the results with a new state, whose ``constants`` are for another
+    second_pass.
+    """
+
+    name: str
+    num_parts: Callable[[int, int], int]
+    first_pass: Callable[..., tuple[Tensor, Tensor]]
+    solve_tokens: Callable[..., Any]
+    second_pass: Callable[..., Tensor]
+    finish_tokens: Callable[..., tuple[TokenResults, Any]]
+    jsd_pass: Callable[[shard_sums.Shard, TokenConstants, float], Tensor]
+    write_gradient: Callable[..., None]
+
+
+def chosen(name: str | None, student_logits: Tensor, teacher_logits: Tensor) -> Backend:
+    """Return the backend for these logits.
+
+    name: "torch" or "triton"; None is triton where nothing prevents it, see `in_use`, else torch.
+    Raises: ValueError for another name, and for "triton" where it cannot run.
+    """
+    dtype = torch.promote_types(student_logits.dtype, teacher_logits.dtype)
+    return _TORCH if in_use(name, student_logits.device, dtype)[0] == "torch" else _triton()
+
+
+def in_use(name: str | None, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Return (name, why): the backend that `chosen` takes for logits of this dtype on this device, and the reason.
+
+    Raises: ValueError as `chosen`.
+    """
+    if name is not None and name not in LOSS_BACKENDS:
+        raise ValueError(f"loss.backend must be null, {' or '.join(LOSS_BACKENDS)}; got {name!r}.")
+    if name == "torch":
+        return "torch", "as configured"
+    against = _against_triton(device, dtype)
+    if name == "triton" and against:
+        raise ValueError(f"loss.backend=triton cannot be used: {against}. Set loss.backend to torch or null.")
+    if against:
+        return "torch", against
+    return "triton", "as configured" if name == "triton" else f"logits on {device.type}"
+
+
+def _against_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return the reason why the Triton kernels cannot run on such logits; None if they can."""
+    if not _has_triton():
+        return "the package triton is not installed"
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"its kernels take bfloat16, float16 and float32, and the logits are {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the logits lie on {device.type}, not on cuda"
+    version = _triton_version()
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TRITON:
+        return f"triton {version} is installed, and {'.'.join(map(str, OLDEST_TRITON))} or later is needed"
+    return None
+
+
+@cache
+def _has_triton() -> bool:
+    """Look once for triton: every call of the loss asks, in guided rollouts at every token."""
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _triton_version() -> str:
+    # The module knows its version; the distribution has several names.
+    import triton
+
+    return str(triton.__version__)
+
+
+@cache
+def _triton() -> Backend:
+    # Imported here because the import takes a second, and because torch for CPUs comes without triton.
+    from megatron_selfdistill.loss.triton import pass_launches, solver_launches
+
+    return Backend(
+        name="triton",
+        num_parts=pass_launches.num_parts,
+        first_pass=pass_launches.first_pass,
+        solve_tokens=solver_launches.solve_tokens,
+        second_pass=pass_launches.second_pass,
+        finish_tokens=solver_launches.finish_tokens,
+        jsd_pass=pass_launches.jsd_pass,
+        write_gradient=pass_launches.write_gradient,
+    )
+
+
+def _one_part(num_rows: int, num_columns: int) -> int:
+    return 1
+
+
+_TORCH = Backend(
+    name="torch",
+    num_parts=_one_part,
+    first_pass=shard_sums.first_pass,
+    solve_tokens=token_statistics.solve_tokens,
+    second_pass=shard_sums.second_pass,
+    finish_tokens=token_statistics.finish_tokens,
+    jsd_pass=shard_sums.jsd_pass,
+    write_gradient=shard_sums.write_gradient,
+)

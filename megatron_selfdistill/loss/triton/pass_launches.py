@@ -2,7 +2,7 @@
 """The passes over one vocabulary shard as Triton kernels, one read per row and pass.
 
 Twin: `sharded/shard_sums.py`.
-The functions here have the contracts of the twin and launch the kernels of first_pass_kernel.py and pass_kernels.py.
+The functions here have the contracts of the twin and launch the kernels of pass_kernels.py.
 The first pass, the second pass and the pass of the JSD run one program of one warp per row and part of a row, and each
 lane keeps sums of its own; the gradient is elementwise.  There are no atomics and no autotuning: the same input gives
 the same bits.
@@ -17,24 +17,31 @@ import triton
 from torch import Tensor
 
 from megatron_selfdistill.choices import DIVERGENCES
-from megatron_selfdistill.loss.divergence import Divergence
-from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.shard_sums import (
     FIRST_PASS,
     SECOND_PASS,
     SECOND_PASS_FORWARD,
+    BetaGrid,
     LogProbGradient,
     Shard,
     TokenConstants,
 )
-from megatron_selfdistill.loss.triton.first_pass_kernel import BOTH, STUDENT_ONLY, TEACHER_ONLY, first_pass_kernel
-from megatron_selfdistill.loss.triton.pass_kernels import gradient_kernel, jsd_pass_kernel, second_pass_kernel
+from megatron_selfdistill.loss.target import Divergence
+from megatron_selfdistill.loss.triton.pass_kernels import (
+    BOTH,
+    STUDENT_ONLY,
+    TEACHER_ONLY,
+    first_pass_kernel,
+    gradient_kernel,
+    jsd_pass_kernel,
+    second_pass_kernel,
+)
 
 LANES = 32
 """The threads of a program that sums: one warp, so that nothing waits at a barrier.
 
 A multiprocessor holds at most 32 such programs, fewer where the sums take more than 64 registers of a thread; each
-program has two loads under way while it sums (see block_loads.py)."""
+program has two loads under way while it sums (see pass_kernels.py)."""
 LOAD_BYTES = 16
 """The bytes per thread and load: the widest load there is, 8 columns of bfloat16."""
 GRADIENT_BLOCK, GRADIENT_WARPS = 2048, 4

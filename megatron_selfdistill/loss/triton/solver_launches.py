@@ -17,8 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.shard_sums import TokenConstants
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, TokenConstants
 from megatron_selfdistill.loss.sharded.token_statistics import TokenResults
 from megatron_selfdistill.loss.triton.pass_launches import ALL_REGISTERS, COMPILED, as_sum, launching_on, mix_of
 from megatron_selfdistill.loss.triton.statistics_kernels import NUM_STATE, finish_kernel, solve_kernel

@@ -1,26 +1,216 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Let a training model decode for a while: the models that can, the attributes that change, and their restoration."""
+"""Let a training model decode for a while: its KV cache, what changes and is restored, and its forward passes.
+
+Megatron's static cache keeps keys and values in ``context.key_value_memory_dict[layer_number]``, ``[columns, b, heads,
+channels]`` each.  A `RaggedCache` has rows of unequal length.  `decoding_overrides` has the attributes in which
+decoding differs from a training step, a `DecodingModel` gives the logits of the next tokens, and `ForwardPasses` orders
+the passes where all ranks must run the same model at a time.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
+    _yarn_get_concentration_factor_from_config,
+)
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
+from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
 
+from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.attention_sinks import has_sinks
+from megatron_selfdistill.model.adapters import WithoutAdapters
+from megatron_selfdistill.model.attention_variants import has_sinks
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet
 from megatron_selfdistill.model.layers import CoreAttention
+
+
+def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
+    """Return the bytes that ``Attention._allocate_memory`` takes per sequence and position, over this rank's layers."""
+    layers = list(_attention_layers(models))
+    values = sum(m.num_query_groups_per_partition * (m.key_hidden_size + m.val_hidden_size) for m in layers)
+    return max(1, int(values) * dtype.itemsize)  # a stage may have no layer
+
+
+def state_bytes(models: Sequence[torch.nn.Module]) -> int:
+    """Return the bytes of the states of recurrent layers per sequence, over this rank's layers."""
+    return sum(m.state_bytes for model in models for m in model.modules() if isinstance(m, GatedDeltaNet))
+
+
+def free_bytes() -> int:
+    """Return the free memory of this rank in bytes: of its GPU, or its share of the machine's main memory."""
+    if torch.cuda.is_available():
+        cached = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + cached
+    return int(psutil.virtual_memory().available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def keep_rows(context: StaticInferenceContext, rows: Tensor) -> None:
+    """Drop all sequences but ``rows`` from the cache."""
+    cache = context.key_value_memory_dict
+    for layer_number, (keys, values) in cache.items():
+        cache[layer_number] = keys[:, rows], values[:, rows]
+    context.max_batch_size = rows.numel()
+
+
+class RaggedCache(StaticInferenceContext):
+    """A KV cache in which each row has a column of its own.
+
+    Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding at the
+    end.  After `start_decoding` each row continues where its prompt ended (`RaggedAttention`).  So the column of a
+    token is its position in any batch, and no embedding of positions sees the padding.
+    """
+
+    columns: Tensor
+    """Column in which the next pass, of one token per row, puts the keys and values of each row, ``[b]`` int64."""
+    decodes = False
+    """Whether prompts have been read, so that each pass reads one token per row."""
+    state_lengths: Tensor
+    """The tokens that the state of a recurrent layer has read before decoding: all of the prompt but the last,
+    ``[b]`` int64."""
+
+    def __init__(self, max_batch_size: int, max_sequence_length: int, lengths: Tensor) -> None:
+        """Make an empty cache; ``lengths [b]``: the tokens of each prompt."""
+        super().__init__(max_batch_size, max_sequence_length)
+        self.state_lengths = lengths - 1
+        self.layers_with_state: set[int] = set()
+        """The numbers of the layers whose memory is a state, without columns (`model.gated_delta_net`)."""
+
+    def start_decoding(self, lengths: Tensor, num_columns: int) -> None:
+        """Read one token per row in each pass from now on.
+
+        The first pass reads the last token of each prompt again, since a pass over padded prompts gives no logits for
+        it. ``lengths [b]`` are the tokens of each prompt; ``num_columns`` is the greatest of them.
+        """
+        self.columns = lengths - 1
+        self.num_columns = num_columns
+        self.decodes = True
+        self.enable_decode_mode()
+        unread = (torch.arange(self.max_sequence_length, device=lengths.device)[:, None] >= lengths)[:, :, None, None]
+        for layer_number, memories in self.key_value_memory_dict.items():
+            for memory in memories if layer_number not in self.layers_with_state else ():
+                memory.masked_fill_(unread, 0)  # 0 * NaN is NaN
+
+    def advance(self) -> None:
+        """Move each row on by one token."""
+        self.columns = self.columns + 1
+        self.num_columns += 1
+
+    def keep(self, rows: Tensor) -> None:
+        """Drop all sequences but ``rows``."""
+        keep_rows(self, rows)
+        self.columns = self.columns[rows]
+
+    @property
+    def hidden(self) -> Tensor:
+        """Mask ``[b, 1, 1, num_columns]`` bool of the columns behind each row's own; True is hidden from attention."""
+        columns = torch.arange(self.num_columns, device=self.columns.device)
+        return (columns > self.columns[:, None])[:, None, None]
+
+    def write(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store ``key`` and ``value`` at the rows' columns and return all keys and values of the layer so far.
+
+        ``key`` and ``value`` are ``[1, b, heads, channels]``, the results ``[num_columns, b, heads, channels]``.
+        """
+        rows = torch.arange(self.columns.numel(), device=self.columns.device)
+        keys, values = self.key_value_memory_dict[layer_number]
+        keys[self.columns, rows], values[self.columns, rows] = key[0], value[0]
+        return keys[: self.num_columns], values[: self.num_columns]
+
+    def rows_of(self, table: Tensor) -> Tensor:
+        """Return the entries of ``table [positions, 1, 1, channels]`` at the rows' columns, ``[1, b, 1, channels]``."""
+        return table[self.columns].transpose(0, 1)
+
+
+class RaggedAttention:
+    """The attention of a model that decodes with a `RaggedCache`.
+
+    Megatron's own attention has one offset for all rows and takes no mask.
+
+    Two functions are replaced during a pass: the step of each attention layer that writes and reads the cache and, in
+    multi-latent attention, the table of rotary embeddings, which is applied before that step.
+    """
+
+    def __init__(self, models: Sequence[torch.nn.Module]) -> None:
+        self._cache: RaggedCache | None = None  # of the present pass
+        self._replacements: dict[int, tuple[torch.nn.Module, str, Callable[..., Any]]] = {}
+        for layer in _attention_layers(models):
+            self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", _ragged_step(layer)
+            if isinstance(layer, MultiLatentAttention):
+                rotary = layer.rotary_pos_emb
+                self._replacements[id(rotary)] = rotary, "forward", self._ragged_table(rotary)
+
+    @contextlib.contextmanager
+    def reading(self, cache: RaggedCache) -> Iterator[None]:
+        """Let a pass of the model decode with ``cache``."""
+        self._cache = cache
+        try:
+            for owner, name, replacement in self._replacements.values():
+                owner.__dict__[name] = replacement
+            yield
+        finally:
+            for owner, name, _ in self._replacements.values():
+                owner.__dict__.pop(name, None)
+            self._cache = None
+
+    def _ragged_table(self, rotary: torch.nn.Module) -> Callable[..., Any]:
+        """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor."""
+        whole_table = rotary.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            assert self._cache is not None, "the function takes the place of forward during a pass only"
+            table = whole_table(*args, **kwargs)
+            if isinstance(table, tuple):
+                return self._cache.rows_of(table[0]), *table[1:]
+            return self._cache.rows_of(table)
+
+        return forward
+
+
+def _ragged_step(layer: Attention) -> Callable[..., tuple[Any, ...]]:
+    """Return ``Attention._adjust_key_value_for_inference`` with each row at its own column."""
+
+    def adjust(
+        cache: RaggedCache, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_unused: Any
+    ) -> tuple[Any, ...]:
+        key, value = cache.write(layer.layer_number, key, value)
+        if rotary_pos_emb is not None:
+            of_queries, of_keys = cache.rows_of(rotary_pos_emb[0]), rotary_pos_emb[1][: cache.num_columns]
+            rotary_pos_emb = of_queries, of_keys
+            if layer.config.apply_rope_fusion:  # the fused kernel has one position for all rows, and float32 inside
+                query, rotary_pos_emb = _rotated(layer, query, of_queries), (None, of_keys)
+        return query, key, value, rotary_pos_emb, AttnMaskType.arbitrary, None
+
+    return adjust
+
+
+def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
+    rotated: Tensor = _apply_rotary_pos_emb_bshd(
+        query.float(),
+        angles,
+        rotary_interleaved=layer.config.rotary_interleaved,
+        mscale=_yarn_get_concentration_factor_from_config(layer.config),
+    )
+    return rotated.to(query.dtype)
 
 
 @dataclass(frozen=True)
@@ -216,5 +406,150 @@ def _clear_caches(functions: set[Any]) -> None:
             function.cache_clear()
 
 
-def _attention_layers(models: Sequence[GPTModel]) -> Iterator[Attention]:
+def _attention_layers(models: Sequence[torch.nn.Module]) -> Iterator[Attention]:
     return (module for model in models for module in model.modules() if isinstance(module, Attention))
+
+
+class DecodingModel:
+    """The ``GPTModel`` chunks of this rank as one model that decodes.
+
+    Tensor-parallel ranks share every forward pass, and pipeline stages pass hidden states to the next stage (under VPP
+    several times around).
+    """
+
+    def __init__(self, chunks: Sequence[torch.nn.Module], grid: RankGrid, vocab_size: int) -> None:
+        """Prepare the ``chunks`` for decoding, as built or as wrapped for training.
+
+        ``vocab_size``: number of valid columns; the padded columns behind them are cut off from the logits.
+        Raises: `ConfigError` for a model that cannot be decoded.
+        """
+        self._chunks = list(chunks)
+        self.models = [unwrapped(chunk) for chunk in chunks]
+        refuse_undecodable(self.models, grid)
+        self._grid = grid
+        self._vocab_size = vocab_size
+        self._overrides = decoding_overrides(self.models, grid)
+        self._ragged_attention = RaggedAttention(self.models)
+        config = self.models[0].config
+        self._hidden_size = config.hidden_size
+        self._hidden_dtype = config.pipeline_dtype or config.params_dtype
+        self.bytes_per_token = cache_bytes_per_token(self.models, config.params_dtype)
+        """Bytes of KV cache on this rank per sequence and position."""
+        self.state_bytes = state_bytes(self.models)
+        """Bytes of the states of recurrent layers on this rank per sequence."""
+
+    @property
+    def needs_other_ranks(self) -> bool:
+        """Whether a forward pass needs a pass of the same model on ranks that hold other requests.
+
+        Expert groups reach beyond the ranks that share this rank's requests, along DP, CP or both.  An expert group
+        need not cover a replica, yet the replica's pipeline ties its groups together; the world covers every case.
+        """
+        config = self.models[0].config
+        return config.num_moe_experts is not None and (
+            config.expert_model_parallel_size > 1
+            or config.expert_tensor_parallel_size not in (None, config.tensor_model_parallel_size)
+        )
+
+    @property
+    def takes_masks(self) -> bool:
+        """Whether attention can hide columns, as rows of unequal length need it."""
+        return takes_masks(self.models)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Keep the model in the state in which it decodes (`decoding.decoding`)."""
+        return decoding(self._chunks, self.models, self._overrides)
+
+    def forward(self, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+        """Run a forward pass of ``tokens [b, s]`` after the cached tokens; return the last logits ``[b, V]``.
+
+        Stages before the last return None.
+        """
+        if isinstance(context, RaggedCache) and context.decodes:
+            with self._ragged_attention.reading(context):
+                return self._forward(context, tokens, context.columns[:, None], context.hidden)
+        start = context.sequence_len_offset
+        position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
+        return self._forward(context, tokens, position_ids, None)
+
+    def forward_unused(self) -> None:
+        """Run a forward pass of one token whose output nobody uses."""
+        self.forward(StaticInferenceContext(1, 1), torch.zeros(1, 1, dtype=torch.int64, device=self._grid.device))
+
+    def _forward(
+        self, context: StaticInferenceContext, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None
+    ) -> Tensor | None:
+        """Return `forward`'s logits; ``position_ids [b, s]``; ``attention_mask``: True is hidden."""
+        output: Tensor | None = None
+        for chunk, model in zip(self._chunks, self.models, strict=True):
+            if not model.pre_process:
+                shape = (tokens.size(1), tokens.size(0), self._hidden_size)
+                hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
+                dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
+                model.set_input_tensor(hidden_states)
+            with chunk.switched_off() if isinstance(chunk, WithoutAdapters) else nullcontext():
+                output = model(
+                    tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
+                )
+            if not model.post_process:
+                output = output.to(self._hidden_dtype).contiguous()
+                dist.send(output, dst=self._stage_rank(1), group=self._grid.pp_group)
+                output = None
+        return None if output is None else output[:, -1, : self._vocab_size]
+
+    def _stage_rank(self, step: int) -> int:
+        """Return the global rank of the stage ``step`` stages ahead, in a ring: interleaved chunks go round."""
+        return dist.get_global_rank(self._grid.pp_group, (self._grid.pp_rank + step) % self._grid.pp_size)
+
+
+# Prompt tokens of one forward pass: activations of a long prefill would outgrow the cache itself.
+_PREFILL_TOKENS = 2**15
+
+
+class ForwardPasses:
+    """The forward passes of one or more models on this rank.
+
+    Where expert all-to-alls join ranks that hold different requests, an expert computes the tokens of other ranks with
+    the weights of the model that its own rank is running.  Therefore all ranks run the same model at the same time.  A
+    rank that wants another model, or that has finished, feeds one token whose output is unused.
+    """
+
+    def __init__(self, models: Sequence[DecodingModel]) -> None:
+        """``models``: all models that may run, of one architecture, in the same order on all ranks."""
+        self._models = list(models)
+        self._lock_step = models[0].needs_other_ranks
+
+    def run(self, model: DecodingModel, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+        """Return `DecodingModel.forward` of ``model``, once it is this model's turn."""
+        beat()
+        if self._lock_step:
+            wanted = self._models.index(model) + 1
+            while (turn := self._turn(wanted)) != wanted:
+                self._models[turn - 1].forward_unused()
+        return model.forward(context, tokens)
+
+    def prefill(self, model: DecodingModel, context: StaticInferenceContext, tokens: Tensor) -> Tensor | None:
+        """Fill the cache with ``tokens [b, s]`` from its row ``batch_size_offset`` on, some rows at a time.
+
+        Afterwards ``batch_size_offset`` is the row behind them.  Return the last logits ``[b, V]``; None on stages
+        before the last.
+        """
+        parts = []
+        for rows in tokens.split(max(1, _PREFILL_TOKENS // tokens.size(1))):
+            parts.append(self.run(model, context, rows))
+            context.batch_size_offset += len(rows)
+        return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]
+
+    def finish(self) -> None:
+        """Take part in the passes of the other ranks until every rank has called this method."""
+        while self._lock_step and (turn := self._turn(0)):
+            self._models[turn - 1].forward_unused()
+
+    @staticmethod
+    def _turn(wanted: int) -> int:
+        """Return 1 + the index of the model that all ranks run now; 0 where no rank wants a model.
+
+        ``wanted``: 1 + the index of the model that this rank wants; 0 for none.  Of all, the largest has its turn.
+        """
+        [turn] = max_over_ranks([wanted])
+        return turn

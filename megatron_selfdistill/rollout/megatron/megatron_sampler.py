@@ -1,14 +1,20 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Sampling in process with the training weights and Megatron's KV cache, in every layout that trains."""
+"""Sampling in process with the training weights and Megatron's KV cache, in every layout that trains.
+
+A `GeneratedBatch` is the responses while they are generated: their tokens, where each sequence ends, and their uniforms
+and log-probs.
+"""
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,24 +30,229 @@ from megatron_selfdistill.rollout.base import (
     Progress,
     Request,
     Response,
+    RoleWeights,
     SamplingParams,
+    guided_roles,
     ignore_progress,
+    longest_prompt,
+    prompt_of,
+    refuse_unguidable,
     require_room,
+    sample_uniforms,
+    select_mixed_tokens,
     select_tokens,
 )
-from megatron_selfdistill.rollout.guided import (
-    RoleWeights,
-    guided_roles,
-    longest_prompt,
-    refuse_unguidable,
-    select_mixed_tokens,
+from megatron_selfdistill.rollout.megatron.decoding import (
+    DecodingModel,
+    ForwardPasses,
+    RaggedCache,
+    free_bytes,
+    keep_rows,
 )
-from megatron_selfdistill.rollout.megatron.decoding_model import DecodingModel
-from megatron_selfdistill.rollout.megatron.forward_passes import ForwardPasses
-from megatron_selfdistill.rollout.megatron.generated import GeneratedBatch
-from megatron_selfdistill.rollout.megatron.guided_rows import GuidedRows
-from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes, keep_rows
-from megatron_selfdistill.rollout.megatron.survivors import Survivors
+
+
+@dataclass
+class GeneratedBatch:
+    """Sequences that are generated together; column i holds token i of each sequence.
+
+    A sequence begins with its own prompt, if the prompt is kept here.
+    """
+
+    tokens: Tensor
+    """Token ids ``[b, length]`` int64: the prompts, then the generated tokens."""
+    prompt_lengths: Tensor
+    """Number of prompt tokens of each sequence, ``[b]`` int64."""
+    ends: Tensor
+    """Column behind the last token of each sequence, as far as it is known, ``[b]`` int64."""
+    uniforms: Tensor
+    """Uniform from which each response token is sampled, ``[b, length]`` float64."""
+    log_probs: Tensor
+    """Log-probabilities ``[2, b, length]`` float64: under the model, and under the distribution sampled from.
+
+    Guided sequences have ``[3, b, length]``: under the student, the mix and the teacher.
+    """
+    stop_token_ids: Tensor
+    """Ids of the tokens that end a response, ``[n]`` int64."""
+
+    @staticmethod
+    def after_prompts(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
+        """Return an empty batch in which each response follows its prompt in the same row."""
+        return _start(requests, [request.prompt for request in requests], 2, params, device)
+
+    @staticmethod
+    def guided(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
+        """Return an empty batch of responses without prompts: each response has several prompts, which caches hold."""
+        return _start(requests, [[] for _ in requests], 3, params, device)
+
+    def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
+        """Put ``tokens`` into column ``position`` of those rows ``live`` whose prompt has ended."""
+        ends = self.ends[live]
+        own = self.prompt_lengths[live] <= position
+        self.tokens[live, position] = torch.where(own, tokens, self.tokens[live, position])
+        if self.stop_token_ids.numel():
+            stopped = own & (position < ends) & torch.isin(tokens, self.stop_token_ids)
+            self.ends[live] = torch.where(stopped, position + 1, ends)
+
+    def responses(self) -> list[Response]:
+        """Return the finished responses, in the order of the rows."""
+        stops = set(self.stop_token_ids.tolist())
+        spans = zip(self.prompt_lengths.tolist(), self.ends.tolist(), strict=True)
+        responses = []
+        for (start, end), tokens, *rows in zip(spans, self.tokens.tolist(), *self.log_probs.tolist(), strict=True):
+            log_probs, sampled, *teacher = (row[start:end] for row in rows)
+            response = Response(
+                token_ids=tokens[start:end],
+                log_probs=log_probs,
+                sampled_log_probs=sampled,
+                finish_reason="stop" if tokens[end - 1] in stops else "length",
+                teacher_log_probs=teacher[0] if teacher else None,
+            )
+            responses.append(response)
+        return responses
+
+
+def _start(
+    requests: Sequence[Request],
+    prompts: Sequence[list[int]],
+    num_log_probs: int,
+    params: SamplingParams,
+    device: torch.device,
+) -> GeneratedBatch:
+    prompt_lengths = [len(prompt) for prompt in prompts]
+    length = max(prompt_lengths) + params.max_new_tokens
+    tokens = np.zeros((len(requests), length), dtype=np.int64)
+    uniforms = np.zeros((len(requests), length))
+    for row, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        end = len(prompt)
+        tokens[row, :end] = prompt
+        if params.temperature > 0:
+            count = request.begun + params.max_new_tokens
+            uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, count)[request.begun :]
+    lengths = torch.tensor(prompt_lengths, device=device)
+    return GeneratedBatch(
+        tokens=torch.from_numpy(tokens).to(device),
+        prompt_lengths=lengths,
+        ends=lengths + params.max_new_tokens,
+        uniforms=torch.from_numpy(uniforms).to(device),
+        log_probs=torch.zeros(num_log_probs, len(requests), length, dtype=torch.float64, device=device),
+        stop_token_ids=torch.tensor(params.stop_token_ids, dtype=torch.int64, device=device),
+    )
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """The prompts of n guided requests in some roles, as rows: first the n prompts of the first role, and so on."""
+
+    tokens: Tensor
+    """Token ids ``[roles * n, longest]`` int64, each prompt from column 0 on."""
+    lengths: Tensor
+    """Number of tokens of each prompt, ``[roles * n]`` int64."""
+    longest_by_role: tuple[int, ...]
+    """Number of tokens of the longest prompt of each role."""
+
+    @staticmethod
+    def of(prompts_by_role: Sequence[Sequence[list[int]]], device: torch.device) -> PromptRows:
+        """Return the prompts on ``device``; ``prompts_by_role`` has the n prompts of each role."""
+        prompts = [prompt for of_role in prompts_by_role for prompt in of_role]
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, : len(prompt)] = prompt
+        return PromptRows(
+            tokens=torch.from_numpy(tokens).to(device),
+            lengths=torch.tensor(lengths, device=device),
+            longest_by_role=tuple(max(map(len, of_role)) for of_role in prompts_by_role),
+        )
+
+    @property
+    def last_tokens(self) -> Tensor:
+        """Last token of each prompt, ``[roles * n]`` int64."""
+        return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1)
+
+
+class GuidedRows:
+    """The contexts of n guided requests in the roles that one model has: for each role n rows of one `RaggedCache`."""
+
+    def __init__(
+        self,
+        model: DecodingModel,
+        roles: Sequence[str],
+        requests: Sequence[Request],
+        max_new_tokens: int,
+        passes: ForwardPasses,
+        device: torch.device,
+    ) -> None:
+        """Read the prompts of all ``roles``, each with forward passes of its own."""
+        self._model, self._roles, self._passes = model, tuple(roles), passes
+        prompts = PromptRows.of([[prompt_of(r, role) for r in requests] for role in roles], device)
+        num_rows, longest = prompts.tokens.shape
+        self._cache = RaggedCache(num_rows, longest + max_new_tokens - 1, prompts.lengths)  # not the last token
+        for tokens, length in zip(prompts.tokens.split(len(requests)), prompts.longest_by_role, strict=True):
+            passes.prefill(model, self._cache, tokens[:, :length])
+        self._cache.batch_size_offset = 0
+        self._cache.start_decoding(prompts.lengths, longest)
+        self._last_of_prompts = prompts.last_tokens
+
+    def next_logits(self, tokens: Tensor | None) -> dict[str, Tensor]:
+        """Return the logits ``[n, V]`` of the next token by role; empty on stages before the last.
+
+        ``tokens [n]``: the token that all contexts of a request read; None if these are the last of the prompts.
+        """
+        rows = self._last_of_prompts if tokens is None else tokens.repeat(len(self._roles))
+        logits = self._passes.run(self._model, self._cache, rows[:, None])
+        self._cache.advance()
+        return {} if logits is None else dict(zip(self._roles, logits.chunk(len(self._roles)), strict=True))
+
+    def keep(self, kept: Tensor, num_requests: int) -> None:
+        """Drop all requests but ``kept`` of the ``num_requests`` that the cache holds."""
+        self._cache.keep(torch.cat([kept + role * num_requests for role in range(len(self._roles))]))
+
+
+def lag_of(device: torch.device) -> int:
+    """Return the number of passes by which the host's count of unfinished sequences is late."""
+    return 1 if device.type == "cuda" else 0
+
+
+class Survivors:
+    """The number of unfinished sequences of a batch that is decoded token by token.
+
+    On a GPU the number comes one pass late: the host queues a pass while the device computes the pass before, at the
+    price of one additional pass at the end of a batch.  All ranks that decode the same batch get the same numbers.
+    """
+
+    def __init__(self, num_rows: int, device: torch.device) -> None:
+        self._num_rows = num_rows
+        self._lag = lag_of(device)
+        self._pending: deque[tuple[Tensor, Tensor, torch.cuda.Event | None]] = deque()
+
+    def after_pass(self, unfinished: Tensor) -> tuple[int, Tensor | None]:
+        """Return the number of sequences that are known to go on, and the rows ``[n]`` that the caller shall keep.
+
+        ``unfinished [rows]`` bool: the sequences that go on after this pass.  The rows are None while more than half of
+        the sequences go on: the survivors of a long tail should not pay for the rest.  The next call has the kept rows
+        only.
+        """
+        count = unfinished.sum()
+        if unfinished.device.type == "cuda":
+            on_host = torch.empty(count.shape, dtype=count.dtype, pin_memory=True).copy_(count, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            self._pending.append((unfinished, on_host, event))
+        else:
+            self._pending.append((unfinished, count, None))
+        if len(self._pending) <= self._lag:
+            return self._num_rows, None
+        known, number, passed = self._pending.popleft()
+        if passed is not None:
+            passed.synchronize()
+        num_known = int(number)
+        if 2 * num_known > self._num_rows or not num_known:
+            return num_known, None
+        rows = torch.argsort((~known).to(torch.uint8), stable=True)[:num_known]  # nonzero would wait for the device
+        self._num_rows = num_known
+        self._pending = deque((mask[rows], later, event) for mask, later, event in self._pending)
+        return num_known, rows
+
 
 _GIB = 2**30
 _COUNTS = {2: "two", 3: "three"}

@@ -14,15 +14,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
 from megatron_selfdistill.distributed.collectives import broadcast_object, min_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.interop.formats.hf_files import read_config
+from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Progress, Request, Response, SamplingParams, ignore_progress
-from megatron_selfdistill.rollout.megatron.kv_cache import free_bytes
+from megatron_selfdistill.rollout.megatron.decoding import free_bytes
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_adapter import why_not_adapted
 from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, device_memory, why_no_room

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.model.hf.adapter_rules import PEFT_PREFIX
+from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX
 
 if TYPE_CHECKING:
     from megatron_selfdistill.config import AdapterConfig
-    from megatron_selfdistill.model.hf.rules import Rule
+    from megatron_selfdistill.interop.hf.rules import Rule
 
 ADAPTER_NAME = "selfdistill"
 """The name of the adapter in an engine; a request without adapter names none."""
@@ -88,7 +88,7 @@ def module_of(name: str) -> str:
 
 
 def why_not_adapted(hf_config: Mapping[str, Any], *, on_cpu: bool) -> str | None:
-    """Return a message where an engine for the model of a config.json computes no adapters, None where it does.
+    """Return a message where an engine for the model of a config.json computes no adapters, None if it does.
 
     With adapters on any layer, vLLM computes routed experts with Triton kernels.
     """

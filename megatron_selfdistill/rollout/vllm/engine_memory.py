@@ -46,7 +46,7 @@ class DeviceMemory:
 
 
 def why_no_room(memory: DeviceMemory, weight_bytes: float, kv_cache_bytes: int | None) -> str | None:
-    """Return a message where an engine does not fit beside the trainer, None where it does.
+    """Return a message where an engine does not fit beside the trainer, None if it does.
 
     ``weight_bytes`` and ``kv_cache_bytes`` are per GPU of the engine.  Without ``kv_cache_bytes`` vLLM sizes the KV
     cache by the remaining memory, and the weights alone are checked.

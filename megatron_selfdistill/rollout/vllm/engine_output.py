@@ -52,7 +52,7 @@ def versions_of(
     """Return the oldest of the weights that generated a response, and the spans of several versions.
 
     ``reported``: the version, the first token and the end of each span, as vLLM reports them.
-    The oldest version is None where no version is reported, or where one of them is not a number; the spans are empty
+    The oldest version is None if no version is reported, or where one of them is not a number; the spans are empty
     there, and where one version generated all tokens.
     Raises: `EngineError`, which begins with ``who``, where spans do not cover the ``num_tokens`` tokens once, in order.
     """

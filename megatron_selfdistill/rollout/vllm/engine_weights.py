@@ -10,9 +10,9 @@ from torch import Tensor
 
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.model.export import Exporter
-from megatron_selfdistill.model.hf.adapter_rules import adapter_rules, is_adapter_key
-from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.interop.export import Exporter
+from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, is_adapter_key
+from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 
 

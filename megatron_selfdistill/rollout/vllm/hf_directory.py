@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.checkpoint import directory
-from megatron_selfdistill.checkpoint.conversion import DTYPES
-from megatron_selfdistill.checkpoint.describe import hf_assets_of
-from megatron_selfdistill.checkpoint.directory import HF_ASSETS
-from megatron_selfdistill.checkpoint.formats.hf_files import read_config
 from megatron_selfdistill.config import Config, ModelConfig
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
-from megatron_selfdistill.model.hf.mapping import Family, architecture, family_of, family_of_model, text_config
-from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.interop.conversion import DTYPES
+from megatron_selfdistill.interop.describe import hf_assets_of
+from megatron_selfdistill.interop.formats import directory
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.interop.formats.hf_files import read_config
+from megatron_selfdistill.interop.hf.mapping import Family, architecture, family_of, family_of_model, text_config
+from megatron_selfdistill.interop.hf.rules import Rule
 
 _MTP_LAYERS = ("num_nextn_predict_layers", "num_mtp_layers")
 
@@ -72,7 +72,7 @@ def _described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str
 
 
 def _source(config: Config, run_dir: Path) -> Path | None:
-    """Return the place of a config.json, or None where it has to be made."""
+    """Return the place of a config.json, or None if it has to be made."""
     if config.rollout.hf_config is not None:
         return Path(config.rollout.hf_config)
     if config.model.provider is not None:

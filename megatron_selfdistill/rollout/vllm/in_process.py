@@ -13,24 +13,183 @@ import contextlib
 import gc
 import logging
 import os
+import random
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm.engine import engine_output
+from megatron_selfdistill.interop.formats.hf_files import read_config
+from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.in_process_args import in_process_engine_args
-from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENVIRONMENT
-from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
-from megatron_selfdistill.rollout.vllm.transfer_buckets import without_expandable_segments
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.vllm.transfer_buckets import segments_expand, without_expandable_segments
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
+
+
+def in_process_engine_args(
+    directory: Path,
+    device: torch.device,
+    *,
+    engine_tp: int,
+    guided: bool,
+    settings: Mapping[str, Any],
+    adapter: EngineAdapter | None,
+) -> dict[str, Any]:
+    """Return the arguments of ``vllm.LLM`` for an engine on ``device`` of ``engine_tp`` ranks of the trainer.
+
+    ``directory`` has the model's config.json.  ``settings``: arguments that override those that are set here, among
+    them ``max_model_len``.  Where torch's segments of GPU memory expand, the ranks of an engine add up by NCCL alone.
+    Raises: `ConfigError` for settings that cannot work in the trainer's processes.
+    """
+    arguments: dict[str, Any] = {
+        "skip_tokenizer_init": True,
+        "trust_remote_code": False,  # rollout.engine_args may say otherwise
+        "load_format": "dummy",
+        "generation_config": "vllm",
+        "enforce_eager": device.type == "cpu",
+        "disable_log_stats": True,
+        "enable_sleep_mode": device.type == "cuda",
+        "tensor_parallel_size": engine_tp,
+        "distributed_executor_backend": "external_launcher",
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    if device.type == "cpu":
+        arguments |= cpu_engine_args(read_config(directory), settings["max_model_len"])
+    if guided:
+        arguments |= GUIDED_ENGINE_ARGS
+    if adapter is not None:
+        arguments |= adapter.engine_args(on_cpu=device.type == "cpu")
+    _refuse_other_ranks(arguments, settings)
+    if device.type == "cuda" and engine_tp > 1 and segments_expand():
+        _refuse_custom_all_reduce(settings)
+        arguments["disable_custom_all_reduce"] = True
+    return arguments | dict(settings)
+
+
+def _refuse_other_ranks(arguments: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    ours = {"pipeline_parallel_size": 1, "data_parallel_size": 1, **arguments}
+    for name in (
+        "tensor_parallel_size",
+        "pipeline_parallel_size",
+        "data_parallel_size",
+        "distributed_executor_backend",
+    ):
+        if settings.get(name, ours[name]) != ours[name]:
+            raise ConfigError(
+                f"rollout.engine_args.{name}={settings[name]!r}: a colocated engine runs on rollout.engine_tp of the "
+                "trainer's own ranks; remove it, or set rollout.placement=server"
+            )
+
+
+def _refuse_custom_all_reduce(settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` where ``settings`` ask for vLLM's custom all-reduce.
+
+    While CUDA graphs are captured, it takes CUDA IPC handles of the buffers in them.  CUDA has none for memory of
+    expandable segments, and vLLM then ends the process without a traceback.
+    """
+    name = "disable_custom_all_reduce"
+    if not settings.get(name, True):
+        raise ConfigError(
+            f"rollout.engine_args.{name}={settings[name]!r}: vLLM's custom all-reduce cannot share memory of PyTorch's "
+            "expandable segments, which this process uses, and would end the process; remove the key, or start the run "
+            "with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:False"
+        )
+
+
+# The functions that vLLM's CPU worker replaces although compat/cpu.py has replaced them already, or replaces
+# permanently.
+_REPLACED: dict[Any, tuple[str, ...]] = {
+    torch: ("set_num_threads",),
+    torch.cuda: ("Event", "Stream", "stream", "current_stream", "set_stream"),
+    torch.Tensor: ("pin_memory", "record_stream"),
+}
+
+# The CUDA stream on which vLLM left this thread, and the function of vLLM's that follows every change of the stream.
+_vllms_stream: tuple[Any, Callable[[Any], None]] | None = None
+
+
+@contextlib.contextmanager
+def trainer_state_kept(environment: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Let vLLM work, with ``environment`` set, and restore the state of the process afterwards.
+
+    The state is: the random generators (Python's, numpy's, torch's, CUDA's), the environment, the number of threads,
+    the precision of matrix products, the filters of warnings, functions of torch, and the current CUDA stream.  Inside,
+    the current stream is the stream on which vLLM was at the end of the previous call; each of the two streams waits
+    for the other where they change.
+    """
+    environ = dict(os.environ)
+    _set_environment({**environ, **(environment or {})})
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state() if _has_cuda() else None
+    precision, num_threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    functions = {(owner, name): getattr(owner, name) for owner, names in _REPLACED.items() for name in names}
+    trainers_stream = torch.cuda.current_stream() if _has_cuda() else None
+    if trainers_stream is not None:
+        _enter_vllms_stream(trainers_stream)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if trainers_stream is not None:
+            _note_vllms_stream(trainers_stream)
+        for (owner, name), function in functions.items():
+            setattr(owner, name, function)
+        if trainers_stream is not None:
+            torch.cuda.set_stream(trainers_stream)
+        if torch.get_num_threads() != num_threads:
+            torch.set_num_threads(num_threads)
+        if torch.get_float32_matmul_precision() != precision:
+            torch.set_float32_matmul_precision(precision)
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+        _set_environment(environ)
+
+
+def _enter_vllms_stream(trainers_stream: Any) -> None:
+    """Go back to vLLM's stream, which vLLM takes for the current one, and let it wait for the trainer's work."""
+    if _vllms_stream is None:
+        return
+    stream, set_stream = _vllms_stream
+    torch.cuda.set_stream = set_stream  # type: ignore[assignment]
+    if stream != trainers_stream:
+        stream.wait_stream(trainers_stream)
+    set_stream(stream)
+
+
+def _note_vllms_stream(trainers_stream: Any) -> None:
+    """Remember vLLM's stream, and let the trainer's stream wait for the work that vLLM has started there."""
+    global _vllms_stream
+    stream = torch.cuda.current_stream()
+    _vllms_stream = stream, torch.cuda.set_stream
+    if stream != trainers_stream:
+        trainers_stream.wait_stream(stream)
+
+
+def _set_environment(environment: Mapping[str, str]) -> None:
+    # What is right already is not touched: other threads may be reading it.
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
+
+
+def _has_cuda() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_initialized()
+
 
 _ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Defaults, unless the user has set these variables.

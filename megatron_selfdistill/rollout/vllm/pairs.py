@@ -24,12 +24,11 @@ import numpy as np
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.guided import longest_prompt, refuse_unguidable
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, longest_prompt, refuse_unguidable
 from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, AwaitedEngine, AwaitedHere, Engine
 from megatron_selfdistill.rollout.vllm.engine_output import LOG_PROB_ROUNDING, EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pair_messages import ROLES, PairHalf, PairLog
+from megatron_selfdistill.rollout.vllm.protocol import ROLES, PairHalf, PairLog
 
 GUIDED_ENGINE_ARGS: dict[str, Any] = {
     "logits_processors": ["megatron_selfdistill.rollout.vllm.plugin.guided_processor:GuidedProcessor"],
@@ -131,7 +130,7 @@ async def guided_responses(
 
 
 def why_not_in_pairs(target: Target) -> str | None:
-    """Return a message where tokens of ``target`` need the logits of three contexts, None where two are enough."""
+    """Return a message where tokens of ``target`` need the logits of three contexts, None if two are enough."""
     if target.is_anchored and target.rule == "entropy_matched" and not target.matches_reference:
         return (
             "guided responses on vLLM have two contexts per token, but target.match=student with "

@@ -4,20 +4,113 @@
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
-from megatron_selfdistill.errors import EngineError
+from megatron_selfdistill.distributed.watchdog import beat
+from megatron_selfdistill.errors import EngineError, first_few
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime
 from megatron_selfdistill.rollout.vllm import coroutines
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.dispatch import DispatchResult, Task, dispatch
+from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.exchange import GatheredRequests, WeightAge
+from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
+from megatron_selfdistill.rollout.vllm.http.http_tasks import MAX_IN_FLIGHT
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, guided_responses
+
+T = TypeVar("T")
+Task = Callable[[VllmServer], Future[T]]
+"""A function that lets a server begin, and returns the result to come."""
+
+
+@dataclass(frozen=True)
+class DispatchResult(Generic[T]):
+    """The results of all tasks, and the servers that failed on the way."""
+
+    results: list[T]
+    """The result of each task, in the order of the tasks."""
+    num_retried: int
+    """Number of tasks that were begun again, since a server failed at them."""
+    failures: dict[VllmServer, EngineError]
+    """The first error of each server that failed."""
+
+
+def dispatch(
+    tasks: Sequence[Task[T]],
+    servers: Sequence[VllmServer],
+    arrived: Callable[[int, T], None] = lambda index, result: None,
+) -> DispatchResult[T]:
+    """Do every task on one of ``servers`` and return the results.
+
+    Each server starts with neighbouring tasks, since the samples of one problem share the KV cache of their prompt.  A
+    server that has finished its tasks takes tasks from the server that has most left.  An `EngineError` of a task is
+    the failure of its server: the server gets no further task, and the other servers do its tasks.  Where the process
+    that speaks HTTP has ended, no server has failed: another process starts, and each task that was lost begins once
+    more.  ``arrived`` is called with the index of each task and its result as it comes, on the caller's thread.
+
+    Raises: `EngineError` that names the servers and their errors when no server is left; `HttpProcessEnded` for a task
+    that was lost twice, `RequestRefused`, and any other error of a task, at once.
+    """
+    if not tasks:
+        return DispatchResult([], 0, {})
+    cuts = [len(tasks) * i // len(servers) for i in range(len(servers) + 1)]
+    waiting = {server: deque(range(first, end)) for server, (first, end) in zip(servers, pairwise(cuts), strict=True)}
+    num_at_once = min(MAX_IN_FLIGHT, -(-len(tasks) // len(servers)))  # per server
+    idle = deque([*servers] * num_at_once)  # servers in turn, so that each of them begins with its own tasks
+    running: dict[Future[T], tuple[VllmServer, int]] = {}
+    finished: SimpleQueue[Future[T]] = SimpleQueue()
+    results: dict[int, T] = {}
+    retried: set[int] = set()
+    lost: set[int] = set()
+    failures: dict[VllmServer, EngineError] = {}
+    try:
+        while len(results) < len(tasks):
+            while idle and any(waiting.values()):
+                server = idle.popleft()
+                if server not in failures:
+                    index = waiting[server].popleft() if waiting[server] else max(waiting.values(), key=len).pop()
+                    future = tasks[index](server)
+                    running[future] = server, index
+                    future.add_done_callback(finished.put)
+            if not running:
+                raise _no_server_left(len(tasks) - len(results), len(tasks), failures)
+            future = finished.get()
+            server, index = running.pop(future)
+            try:
+                results[index] = future.result()
+            except RequestRefused:
+                raise
+            except HttpProcessEnded:
+                if index in lost:
+                    raise
+                lost.add(index)
+                retried.add(index)
+                waiting[server].append(index)
+                idle.append(server)
+            except EngineError as error:
+                failures.setdefault(server, error)
+                waiting[server].append(index)
+                retried.add(index)
+            else:
+                beat()
+                arrived(index, results[index])
+                idle.append(server)
+    except BaseException:
+        for server in servers:
+            server.interrupt()
+        raise
+    return DispatchResult([results[i] for i in range(len(tasks))], len(retried), failures)
+
+
+def _no_server_left(num_left: int, num_tasks: int, failures: dict[VllmServer, EngineError]) -> EngineError:
+    causes = [str(error) for error in failures.values()]
+    return EngineError(f"no vLLM server is left for {num_left} of {num_tasks} requests: {first_few(causes)}")
 
 
 @dataclass(frozen=True)

@@ -121,7 +121,7 @@ class ServerCalls:
         return longest
 
     async def num_tokens(self, timeout_s: float | None = None) -> float | None:
-        """Return the tokens that the server has read and generated since its start; None where it keeps no count."""
+        """Return the tokens that the server has read and generated since its start; None if it keeps no count."""
         return counted_tokens(await self._answer("GET", METRICS, timeout_s=timeout_s), self._access.address)
 
     # The calls of one weight update, in order.

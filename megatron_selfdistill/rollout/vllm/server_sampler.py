@@ -28,8 +28,8 @@ from megatron_selfdistill.distributed.collectives import (
 )
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.hf.rules import Rule
+from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import (
     Progress,
     Request,
@@ -48,8 +48,7 @@ from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket
 from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
-from megatron_selfdistill.rollout.vllm.transfer import Transfer, make_transfer, on_each
-from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
+from megatron_selfdistill.rollout.vllm.transfer import Transfer, choose_transfer, make_transfer, on_each
 from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate, send_buckets
 
 

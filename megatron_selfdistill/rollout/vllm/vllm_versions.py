@@ -10,7 +10,7 @@ _GUIDED = ((0, 32),)
 
 
 def why_not_guided(version: str) -> str | None:
-    """Return a message where guided rollouts have not run on this ``version`` of vLLM, None where they have.
+    """Return a message where guided rollouts have not run on this ``version`` of vLLM, None if they have.
 
     ``version`` is ``vllm.__version__``.  Guided rollouts take part in vLLM's scheduler, its first model runner and its
     sampling, none of which is a public interface: a change there could give wrong tokens without an error.

@@ -16,7 +16,7 @@ from checkpointed_run import ADAM, Setup
 from saved_checkpoints import checkpoint_names, raises, tensor_keys
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint.formats.unpickler import load_metadata
+from megatron_selfdistill.interop.formats.unpickler import load_metadata
 
 PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 
@@ -135,7 +135,7 @@ SIZES = ("tp_size", "pp_size", "virtual_pipeline_model_parallel_size", "cp_size"
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_size_tells_one_layout_from_another(name):
-    from megatron_selfdistill.checkpoint.run import state
+    from megatron_selfdistill.checkpoint import state
 
     one = dict.fromkeys(SIZES, 2)
     assert state.layout(SimpleNamespace(**one)) != state.layout(SimpleNamespace(**(one | {name: 4})))
@@ -189,7 +189,7 @@ def test_a_save_before_the_first_step_changes_nothing_and_resumes(ranks, tmp_pat
 
 
 def overlapped_weights_on_disk(run_dir: Path) -> tuple[dict, dict]:
-    from megatron_selfdistill.checkpoint.run.external import load_weights
+    from megatron_selfdistill.checkpoint.external import load_weights
 
     overlapped = dataclasses.replace(ADAM, overlap_grad_reduce=True, overlap_param_gather=True)
     run = checkpointed_run.start(dataclasses.replace(PLAIN, optimizer=overlapped), run_dir, steps=1)

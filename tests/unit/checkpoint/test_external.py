@@ -15,13 +15,12 @@ import torch
 from checkpointed_run import Setup
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint.formats import torch_dist_writer
-from megatron_selfdistill.checkpoint.formats.full_weights import NOT_WEIGHTS, open_weights
-from megatron_selfdistill.checkpoint.formats.torch_dist_reader import TorchDistReader
-from megatron_selfdistill.checkpoint.formats.torch_dist_writer import Piece
-from megatron_selfdistill.checkpoint.run.saved_run import SECTION
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.formats import torch_dist
+from megatron_selfdistill.interop.formats.full_weights import NOT_WEIGHTS, open_weights
+from megatron_selfdistill.interop.formats.saved_run import SECTION
+from megatron_selfdistill.interop.formats.torch_dist import Piece, TorchDistReader
 
 TP2 = ParallelConfig(tensor_model_parallel_size=2)
 PP2 = ParallelConfig(pipeline_model_parallel_size=2)
@@ -75,14 +74,14 @@ def rewritten(path: Path, out: Path, rename: Callable[[str, torch.Tensor], dict[
         Piece(key, tuple(t.shape), (0,) * t.dim(), tuple(t.shape), t.dtype, t.clone) for key, t in tensors.items()
     ]
     target = out / "iter_0000001"
-    torch_dist_writer.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
+    torch_dist.write(target, pieces, {key: value for key, value in source.common.items() if key != SECTION})
     for part in target.glob("manifest*"):
         part.unlink()
     return target
 
 
 def load(model: ModelConfig, parallel: ParallelConfig, path: Path) -> dict:
-    from megatron_selfdistill.checkpoint.run.external import load_weights
+    from megatron_selfdistill.checkpoint.external import load_weights
 
     chunks, _ = models.build(model, parallel, seed=9)
     load_weights(path, chunks, models.VOCAB_SIZE)
@@ -115,8 +114,8 @@ def test_names_of_other_layers_and_versions_are_understood(ranks, saved, expecte
 
 @pytest.mark.parametrize("rename", [by_stock_local_layers, by_unfused_layers, with_numbered_layers])
 def test_names_of_other_layers_are_converted(saved, tmp_path, rename):
-    from megatron_selfdistill.checkpoint.formats.stored_model import architecture_from_args
-    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.interop.formats.stored_model import architecture_from_args
+    from megatron_selfdistill.interop.hf.mapping import family_of_model
 
     weights = open_weights(rewritten(saved[1], tmp_path, rename))
     model = architecture_from_args(weights.args)
@@ -133,7 +132,7 @@ PLAIN_ADAM = dataclasses.replace(checkpointed_run.ADAM, use_distributed_optimize
 
 def go_on_as_another_run(setup: Setup, run_dir: Path, out: Path) -> dict:
     """Other weights, other moments; those of the checkpoint on top of them; then steps 3 and 4."""
-    from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
+    from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
 
     run = checkpointed_run.start(dataclasses.replace(setup, seed=5), out, steps=1)
     assert load_weights_and_optimizer(run_dir / "checkpoints", run.chunks, run.optimizer) == 2
@@ -163,7 +162,7 @@ def test_optimizer_state_is_taken_over_in_another_layout(ranks, tmp_path, optimi
 
 
 def refuse_optimizer(setup: Setup, path: Path, out: Path, message: str) -> None:
-    from megatron_selfdistill.checkpoint.run.external import load_weights_and_optimizer
+    from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
 
     run = checkpointed_run.start(setup, out)
     with pytest.raises(CheckpointError, match=message):

@@ -115,7 +115,7 @@ def test_a_checkpoint_without_initial_weights_gives_no_reference(ranks, tmp_path
 
 
 def frozen_teacher_in_another_layout(setup: Setup, run_dir: Path, save: bool) -> dict:
-    from megatron_selfdistill.checkpoint.run.frozen_weights import load_frozen_teacher, save_frozen_weights
+    from megatron_selfdistill.checkpoint.frozen_weights import load_frozen_teacher, save_frozen_weights
 
     run = checkpointed_run.start(dataclasses.replace(setup, seed=0 if save else 8), run_dir)
     if save:

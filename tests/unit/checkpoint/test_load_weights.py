@@ -36,7 +36,7 @@ def save_with_payload(setup: Setup, run_dir: Path) -> dict:
 
 
 def load(model: ModelConfig, parallel: ParallelConfig, path: Path, vocab_size: int | None = None) -> dict:
-    from megatron_selfdistill.checkpoint.run.external import load_weights
+    from megatron_selfdistill.checkpoint.external import load_weights
 
     chunks, _ = models.build(model, parallel, seed=9)
     assert load_weights(path, chunks, vocab_size) == 3
@@ -44,7 +44,7 @@ def load(model: ModelConfig, parallel: ParallelConfig, path: Path, vocab_size: i
 
 
 def refuse(model: ModelConfig, path: Path, message: str, vocab_size: int | None = None) -> None:
-    from megatron_selfdistill.checkpoint.run.external import load_weights
+    from megatron_selfdistill.checkpoint.external import load_weights
     from megatron_selfdistill.errors import CheckpointError
 
     chunks, _ = models.build(model, ParallelConfig(), seed=9)
@@ -130,7 +130,7 @@ def save_with_nan(setup: Setup, run_dir: Path, where: dict[str, int]) -> None:
 
 
 def load_non_finite(path: Path, message: str, vocab_size: int | None) -> None:
-    from megatron_selfdistill.checkpoint.run.external import load_weights
+    from megatron_selfdistill.checkpoint.external import load_weights
     from megatron_selfdistill.errors import CheckpointError
 
     chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(pipeline_model_parallel_size=2), seed=9)
@@ -146,7 +146,7 @@ def test_a_nan_in_the_weights_is_found_when_they_are_loaded_and_its_tensor_is_na
 
 
 def load_finite(path: Path) -> None:
-    from megatron_selfdistill.checkpoint.run.external import load_weights
+    from megatron_selfdistill.checkpoint.external import load_weights
 
     chunks, _ = models.build(models.model_config("gqa"), ParallelConfig(), seed=9)
     assert load_weights(path, chunks, models.VOCAB_SIZE) == 3

@@ -18,8 +18,8 @@ LOST = "no longer belongs to this run"
 
 
 def lose_the_directory_in_mid_save(run_dir: Path, async_save: bool) -> None:
-    from megatron_selfdistill.checkpoint.run import sharded_io
-    from megatron_selfdistill.checkpoint.run.run_lock import RunLock
+    from megatron_selfdistill.checkpoint import sharded_io
+    from megatron_selfdistill.checkpoint.run_lock import RunLock
 
     lock = RunLock(run_dir, beat_s=1000)
     lock.acquire()

@@ -38,13 +38,14 @@ def bytes_for_saving_and_loading(setup: Setup, run_dir: Path) -> tuple[int, int,
 
     The bounds are 12 bytes per parameter of the model shard, and 12 bytes per element of the largest parameter.
     """
-    from megatron_selfdistill.checkpoint.run import state
-    from megatron_selfdistill.model.build import unwrapped
+    from megatron_selfdistill.checkpoint import state
+    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+    from megatron_selfdistill.model.forward import unwrapped
 
     run = checkpointed_run.start(setup, run_dir, steps=1)
-    model = state.model_state(run.chunks, state.CONTENT)
-    saved = state.optimizer_state(run.optimizer, model, state.CONTENT)
-    loaded = state.optimizer_state(run.optimizer, model, state.CONTENT, is_loading=True)
+    model = state.model_state(run.chunks, CONTENT)
+    saved = state.optimizer_state(run.optimizer, model, CONTENT)
+    loaded = state.optimizer_state(run.optimizer, model, CONTENT, is_loading=True)
     sizes = [param.numel() for chunk in run.chunks for param in unwrapped(chunk).parameters()]
     counted = [
         sum({tensor.data_ptr(): tensor.nbytes for tensor in held(states)}.values()) for states in (saved, loaded)
@@ -68,12 +69,13 @@ def described(setup: Setup, run_dir: Path) -> tuple[dict, dict]:
     """Return the optimizer state that this program and Megatron would write on this rank, by key and offset."""
     from megatron.core.dist_checkpointing.mapping import is_main_replica
 
-    from megatron_selfdistill.checkpoint.run import sharded_io, state
+    from megatron_selfdistill.checkpoint import sharded_io, state
+    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
 
     run = checkpointed_run.start(setup, run_dir, steps=2)
-    model = state.model_state(run.chunks, state.CONTENT)
-    ours = state.optimizer_state(run.optimizer, model, state.CONTENT)
-    theirs = run.optimizer.sharded_state_dict(model, metadata=state.CONTENT)
+    model = state.model_state(run.chunks, CONTENT)
+    ours = state.optimizer_state(run.optimizer, model, CONTENT)
+    theirs = run.optimizer.sharded_state_dict(model, metadata=CONTENT)
     found = []
     for states in (ours, theirs):
         tensors = [one for one in sharded_io.tensors({"optimizer": states}) if is_main_replica(one.replica_id)]
@@ -98,7 +100,7 @@ def test_the_ranks_together_write_what_megatron_writes(ranks, tmp_path, name):
 
 def with_small_buckets(run: Any, setup: Setup, run_dir: Path) -> Any:
     """``run`` in buckets of a few parameters each, whose ends are padded where 3 ranks share them."""
-    from megatron_selfdistill.checkpoint.run import optimizer_shards
+    from megatron_selfdistill.checkpoint import optimizer_shards
     from megatron_selfdistill.model import build
 
     small = functools.partial(build.DistributedDataParallelConfig, bucket_size=3000)
@@ -136,7 +138,7 @@ def test_padded_buckets_and_an_exchange_in_many_rounds_resume_bit_for_bit(ranks,
 def test_a_rank_whose_part_begins_or_ends_within_a_row_reads_whole_rows_and_keeps_its_part(part, monkeypatch):
     from megatron.core.dist_checkpointing.mapping import ShardedTensor
 
-    from megatron_selfdistill.checkpoint.run import optimizer_shards
+    from megatron_selfdistill.checkpoint import optimizer_shards
 
     param = torch.nn.Parameter(torch.empty(4, 3))
     parameter = optimizer_shards._Parameter(0, param, {1: part})
@@ -162,7 +164,7 @@ def test_a_rank_whose_part_begins_or_ends_within_a_row_reads_whole_rows_and_keep
 
 
 def test_every_rank_writes_about_as_much_and_only_what_it_has_a_part_of():
-    from megatron_selfdistill.checkpoint.run import optimizer_shards
+    from megatron_selfdistill.checkpoint import optimizer_shards
 
     sizes = [64, 900, 30, 30, 30, 30, 500, 64, 64, 64]
     parameters, position, share = [], 0, sum(sizes) // 8 + 1

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_selfdistill.checkpoint.run.resumption import CONFIGURATION, _changed
+from megatron_selfdistill.checkpoint.resumption import CONFIGURATION, _changed
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.bound_keys import stored_values
 

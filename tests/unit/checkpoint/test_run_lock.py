@@ -18,9 +18,11 @@ import pytest
 import tiny_run
 from tiny_run import overrides, reproducible_metrics, saved_step, train
 
-from megatron_selfdistill.checkpoint.run import run_lock
-from megatron_selfdistill.checkpoint.run.run_lock import LOCK, RunLock
+from megatron_selfdistill.checkpoint import run_lock
+from megatron_selfdistill.checkpoint.run_lock import LOCK, RunLock
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+
+pytestmark = pytest.mark.timing
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 BEAT_S, SILENCE_S = 0.05, 0.6
@@ -85,7 +87,7 @@ def test_a_released_lock_leaves_nothing_and_can_be_taken_again(run_dir):
 def killed_owner(run_dir: Path, signal_number: int = signal.SIGKILL) -> subprocess.Popen[str]:
     """Yield a process that holds the lock and has just received a signal; SIGCONT continues the process."""
     code = (
-        "import sys, time; from pathlib import Path; from megatron_selfdistill.checkpoint.run.run_lock import RunLock\n"
+        "import sys, time; from pathlib import Path; from megatron_selfdistill.checkpoint.run_lock import RunLock\n"
         f"lock = RunLock(Path(sys.argv[1]), beat_s={BEAT_S}, silence_s={SILENCE_S}); lock.acquire()\n"
         "print('locked', flush=True)\n"
         "while lock._thread.is_alive(): time.sleep(0.01)\n"

@@ -14,10 +14,10 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.conversion import hf_to_megatron
 
 LETTERS = "_$abcdefgh"
 

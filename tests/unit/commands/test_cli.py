@@ -59,7 +59,7 @@ def test_a_package_that_is_missing_is_named_but_a_fault_of_our_own_is_raised(mon
     lacking = "omegaconf"
     assert cli.main(["train"]) == 2
     assert "No module named 'omegaconf'; `selfdistill doctor` says what to install" in capsys.readouterr().err
-    lacking = "megatron_selfdistill.plan.nothing"
+    lacking = "megatron_selfdistill.instruments.plan.nothing"
     with pytest.raises(ModuleNotFoundError):
         cli.main(["train"])
 

@@ -17,13 +17,13 @@ import tiny_run
 from rounded_json import assert_equal_but_for_rounding, read_lines
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint.directory import HF_ASSETS
 from megatron_selfdistill.commands import evaluate as tool
-from megatron_selfdistill.commands.evaluate_options import evaluation_arguments
+from megatron_selfdistill.commands.evaluate import evaluation_arguments
 from megatron_selfdistill.commands.given_model import computed_in, find_model
 from megatron_selfdistill.config import load
+from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
-from megatron_selfdistill.evaluation.evaluations import PROBLEMS, RESPONSES, SUMMARY
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 
 TOOL = tiny_run.REPOSITORY / "tools" / "evaluate.py"
 SETTINGS = (
@@ -41,7 +41,7 @@ def run_tool(arguments: list[str]) -> int:
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     """Problems, an untrained model as a Hugging Face directory with its tokenizer, and the same as a checkpoint."""
-    from megatron_selfdistill.checkpoint.conversion import hf_to_megatron
+    from megatron_selfdistill.interop.conversion import hf_to_megatron
 
     directory = tmp_path_factory.mktemp("evaluate")
     tiny_run.write_data(directory, 12)

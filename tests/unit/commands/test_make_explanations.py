@@ -20,7 +20,7 @@ from tiers import combinations
 from megatron_selfdistill.commands import explanations, solution_journal
 
 NUM_PROBLEMS, NUM_SAMPLES = 10, 4
-TAG = "explanation.closing_tag=-"  # a character that an untrained model writes now and then
+TAG = "method.closing_tag=-"  # a character that an untrained model writes now and then
 SHORT = ["rollout.max_new_tokens=10", "data.global_batch_size=2", "num_steps=1", "checkpoint.save_every=0"]
 LAYOUTS = {
     "DP2": [],
@@ -128,14 +128,14 @@ def test_every_layout_writes_the_same_explanations(ranks, directory, summary, la
 
 
 def test_another_tag_does_not_continue_the_file(ranks, directory, summary):
-    arguments = arguments_of(directory, "explained.jsonl", "explanation.closing_tag=b")
+    arguments = arguments_of(directory, "explained.jsonl", "method.closing_tag=b")
     ((status, shown),) = ranks.run(run_tool, arguments, world_size=1, init_process_group=False)
     assert status == 2 and "was begun with closing_tag = '-', and now it is 'b'" in shown
 
 
 def test_a_student_is_fine_tuned_on_the_explanations(ranks, directory, summary):
     run = directory / "student"
-    data = [f"data.path={directory}/explained.jsonl", "objective=sft", "rollout.max_new_tokens=20"]
+    data = [f"data.path={directory}/explained.jsonl", "method.name=sft", "rollout.max_new_tokens=20"]
     tiny_run.train(ranks, tiny_run.overrides(directory, run, *SHORT, *data))
     (step,) = tiny_run.reproducible_metrics(run)
     assert step["gradient_norm"] > 0

@@ -20,10 +20,10 @@ from ranks import RankError
 from record_sources import load_problems
 from tiers import combinations
 
-from megatron_selfdistill.checkpoint import conversion
 from megatron_selfdistill.commands import solution_journal, solutions
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.rollout.base import sample_seed
 from megatron_selfdistill.run_data import RunData
@@ -337,8 +337,8 @@ BAD_INPUT = {
     "two models": (["--hf", "hf"], CHECKPOINT, "expected one model"),
     "no such checkpoint": ([], "checkpoint.load={}/nowhere", "nowhere"),
     "no such verifier": (["evaluation.verifier=no_such.thing"], CHECKPOINT, "evaluation.verifier must be"),
-    "a negative alpha": (["--alpha", "-1"], CHECKPOINT, "solutions.alpha must be at least 0"),
-    "a negative ratio weight": (["--ratio-weight", "-1"], CHECKPOINT, "solutions.ratio_weight must be at least 0"),
+    "a negative alpha": (["--alpha", "-1"], CHECKPOINT, "method.alpha must be at least 0"),
+    "a negative ratio weight": (["--ratio-weight", "-1"], CHECKPOINT, "method.ratio_weight must be at least 0"),
     "problems without an answer": (
         ["data.path={}/unanswered.jsonl", "evaluation.verifier=exact_match"],
         CHECKPOINT,

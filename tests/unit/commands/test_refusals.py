@@ -16,10 +16,12 @@ from tiers import combinations
 
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.cli import COMMANDS
-from megatron_selfdistill.commands import evaluate, explore, gradient_alignment
+from megatron_selfdistill.commands import evaluate
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.plan.plan_checks import check_plan
+from megatron_selfdistill.instruments.alignment import alignment_command as gradient_alignment
+from megatron_selfdistill.instruments.explorer import explore_command as explore
+from megatron_selfdistill.instruments.plan.plan_checks import check_plan
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 HEAVY = "torch megatron transformers tokenizers datasets numpy tensorboard rich safetensors wandb".split()
@@ -105,13 +107,13 @@ CASES: dict[str, tuple[list[str], str]] = {
     "explore, a missing checkpoint": ([PROGRAM, "explore", "nope", *EXPLORED], NO_CHECKPOINT),
     "explore, a reserved key": ([PROGRAM, "explore", "hf", *EXPLORED, "data.path=x"], "data.path cannot be set here"),
     "explore, a layout": ([PROGRAM, "explore", "hf", *EXPLORED, THREE], NOT_CUT),
-    "alignment, an option": ([PROGRAM, "alignment", *ALIGNED, "--top", "0"], "expected a number of at least 1, got 0"),
+    "alignment, an option": ([PROGRAM, "alignment", *ALIGNED, "--top", "0"], "a number of at least 1, got '0'"),
     "alignment, no data": ([PROGRAM, "alignment", "hf"], "the following arguments are required: --data"),
     "alignment, a missing checkpoint": ([PROGRAM, "alignment", "nope", *ALIGNED[1:]], NO_CHECKPOINT),
     "alignment, a missing teacher": ([PROGRAM, "alignment", *ALIGNED, "--teacher", "nope"], NO_CHECKPOINT),
     "alignment, a missing file": ([PROGRAM, "alignment", "hf", "--data", "nope.jsonl"], "got nope.jsonl"),
     "alignment, a reserved key": ([PROGRAM, "alignment", *ALIGNED, "evaluation.limit=3"], "use --limit"),
-    "alignment, no target": ([PROGRAM, "alignment", *ALIGNED, "objective=sft"], "which has a target, got sft"),
+    "alignment, no target": ([PROGRAM, "alignment", *ALIGNED, "method.name=sft"], "got method.name=sft"),
     "alignment, a directory in the way": ([PROGRAM, "alignment", *ALIGNED, "-o", "full"], "got the directory full"),
     "alignment, a context": ([PROGRAM, "alignment", *ALIGNED, "--teacher-context", "nope"], "got no such file"),
     "alignment, a layout": ([PROGRAM, "alignment", *ALIGNED, THREE], NOT_CUT),
@@ -124,7 +126,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "solutions, a directory in the way": ([SOLUTIONS, "--out", "full", *SOLVED[2:]], "got the directory full"),
     "solutions, a layout": ([SOLUTIONS, *SOLVED, THREE], NOT_CUT),
     "explanations, a key": ([PROGRAM, "explanations", *SOLVED, "rollot.top_p=1"], "did you mean"),
-    "explanations, no solutions": ([PROGRAM, "explanations", *SOLVED, "data.solutions=own"], "expected solutions that"),
+    "explanations, no solutions": (
+        [PROGRAM, "explanations", *SOLVED, "data.solutions=own"],
+        "is now method.name=own_solutions",
+    ),
     "explanations, no model": ([PROGRAM, "explanations", *SOLVED[:2], SOLVED[4]], "expected one model"),
     "explanations, a layout": ([PROGRAM, "explanations", *SOLVED, THREE], NOT_CUT),
     "plan, an unknown number of GPUs": ([PROGRAM, "plan"], "a dry run without a launch needs cluster.num_gpus"),

@@ -29,8 +29,9 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.model import architecture, build
-from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
-from megatron_selfdistill.model.norms import RMSNorm
+from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.layers import RMSNorm
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 

@@ -19,15 +19,13 @@ from megatron_selfdistill.config.bound_keys import (
     rule_of,
     stored_values,
 )
+from megatron_selfdistill.config.key_list import method_keys
+from megatron_selfdistill.config.methods import method_names
 
 WHOLE_SECTIONS = {
     "model",
     "target",
-    "distill",
-    "explanation",
-    "hints",
-    "verbal",
-    "policy",
+    "method",
     "parallel",
     "cluster",
     "schedule",
@@ -43,8 +41,10 @@ def test_every_key_is_classified():
 
 
 def test_every_rule_is_about_a_key_or_a_whole_section_and_no_other_section_is_covered_as_a_whole():
-    items = {name for name in RULES if name.startswith("model.transformer.")}
-    assert set(RULES) - items <= set(keys()) | WHOLE_SECTIONS
+    items = {name for name in RULES if name.startswith(("model.transformer.", "environment.options."))}
+    settings = {name for method in method_names() for name in method_keys(method)}
+    assert set(RULES) - items <= set(keys()) | settings | WHOLE_SECTIONS
+    assert {rule_of(name) for name in settings - {"method.refresh_every"}} == {BOUND}
 
 
 def test_a_key_that_nobody_classified_is_an_error():
@@ -114,18 +114,18 @@ def test_a_run_that_did_not_know_the_anchor_was_mixed_with_the_student():
     assert "target.anchor: 'student' in the checkpoint, now 'reference': set them back" in message
 
 
-SCOPE = ("distill.rule=scope", "distill.signal=sampled", "rollout.num_samples=2")
+TWO = "rollout.num_samples=2"
 
 
 @pytest.mark.parametrize(
     ("judged", "rule"),
     [
         ((), FREE),
-        (("objective=rft",), BOUND),
-        (("policy.weight=1", "rollout.num_samples=2"), BOUND),
-        (("data.solutions=peer", "rollout.num_samples=2"), BOUND),
-        (("rollout.select=balance", "rollout.num_samples=2"), BOUND),
-        (SCOPE, BOUND),
+        (("method.name=rft",), BOUND),
+        (("method.name=grpo", TWO), BOUND),
+        (("method.name=sdpo", TWO), BOUND),
+        (("method.name=uni_opd", TWO), BOUND),
+        (("method.name=scope", TWO), BOUND),
     ],
 )
 @pytest.mark.parametrize("key", ["evaluation.verifier=exact_match", "evaluation.confidence=null"])
@@ -134,23 +134,30 @@ def test_what_judges_responses_is_bound_where_verdicts_decide_what_is_trained(ju
     assert (found.key, found.rule) == (key.partition("=")[0], rule)
 
 
-def test_what_the_teacher_weighs_is_free_in_a_run_without_a_teacher():
-    (found,) = differences(values("objective=rft"), values("objective=rft", "distill.weight=2"))
-    assert found.rule == FREE
-    (found,) = differences(values(), values("distill.weight=2"))
-    assert found.rule == BOUND
+def test_the_settings_of_a_method_are_bound_but_for_how_often_it_searches():
+    first = ("method.name=own_solutions", "method.weight=0")
+    (found,) = differences(values(*first), values(*first, "method.distill_weight=2"))
+    assert (found.key, found.rule) == ("method.distill_weight", BOUND)
+    (found,) = differences(values(*first), values(*first, "method.refresh_every=7"))
+    assert (found.key, found.rule) == ("method.refresh_every", FREE)
 
 
-@pytest.mark.parametrize("objective", ["sft", "rft"])
-def test_the_target_is_free_in_a_run_that_does_not_use_it(objective):
-    baseline = [f"objective={objective}", "target.anchor=student"]
+def test_settings_that_two_methods_do_not_share_are_compared_with_nothing():
+    found = {one.key: (one.stored, one.now) for one in differences(values(), values("method.name=grpo", TWO))}
+    assert found["method.name"] == ("default", "grpo") and found["method.weight"] == (None, 1.0)
+    assert found["method.view"] == ("plain", None) and "method.select" not in found
+
+
+@pytest.mark.parametrize("method", ["sft", "rft"])
+def test_the_target_is_free_in_a_run_that_does_not_use_it(method):
+    baseline = [f"method.name={method}", "target.anchor=student"]
     (found,) = differences(values(*baseline), values(baseline[0], "target.anchor=reference"))
     assert (found.key, found.rule) == ("target.anchor", FREE)
-    (found, *_) = differences(values(*baseline), values("target.anchor=student"))
-    assert (found.key, found.rule) == ("objective", BOUND)
+    found = {one.key: one.rule for one in differences(values(*baseline), values("target.anchor=student"))}
+    assert found["method.name"] == BOUND
 
 
-@pytest.mark.parametrize("first", [[], ["objective=rft", "rollout.guidance=mixed"]])
+@pytest.mark.parametrize("first", [[], ["method.name=rft", "rollout.guidance=mixed"]])
 def test_the_target_is_bound_in_a_run_that_trains_towards_it_or_samples_from_it(first):
     stored, now = (values(*first, "target.anchor=student", f"target.teacher_weight={w}") for w in (1, 2))
     (found,) = differences(stored, now)

@@ -15,7 +15,7 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
 from megatron_selfdistill.config.console_line import LINE
-from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
 REPOSITORY = Path(__file__).resolve().parents[3]

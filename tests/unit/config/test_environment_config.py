@@ -15,7 +15,8 @@ from megatron_selfdistill.config.bound_keys import BOUND, FREE, differences, rul
 from megatron_selfdistill.errors import ConfigError
 
 OWN = "environment.name=replying.Replying"
-HTTP = ["environment.name=http", "environment.url=http://host:8000/v1"]
+HTTP = ["environment.name=http", "environment.options.url=http://host:8000/v1"]
+RLTF = ["method.name=rltf", "rollout.num_samples=2"]
 SERVERS = ["rollout.engine=vllm", "rollout.placement=server"]
 TURNS, SAMPLES = "environment.max_turns=2", "rollout.num_samples=2"
 
@@ -33,48 +34,35 @@ def configured(*overrides: str) -> Config:
             ["environment.name=Checker"],
             "environment.name must be one of none, http, a dotted path (package.module.function), got",
         ),
-        (["environment.name=http"], "environment.url must be an address such as http://host:8000/v1"),
-        (["environment.name=http", "environment.url=host:8000"], "such as http://host:8000/v1, got 'host:8000'"),
-        (["environment.name=http", "environment.url=http://[::1"], "such as http://host:8000/v1, got 'http://[::1'"),
-        (["environment.name=http", "environment.url=http://host:99999"], "got 'http://host:99999'"),
-        (
-            ["environment.name=http", "environment.url=http://host/v1?a=b"],
-            "http://host:8000/v1, got 'http://host/v1?***'",
-        ),
-        (["environment.name=http", "environment.url=https:///v1"], "got 'https:///v1'"),
-        (["environment.name=http", "environment.url=me:s3cr3t@host/v1"], "got '***@host/v1'"),
-        (["environment.name=http", "environment.url=http://host/v1?key=s3cr3t"], "got 'http://host/v1?***'"),
-        (
-            ["environment.name=http", "environment.url=https://me:s3cr3t@host/v1"],
-            "environment.url must be an address without a user and a password, since no request would send them and "
-            "the files of the run would show them, got 'https://***@host/v1': remove the part before the host",
-        ),
+        (["environment.name=http"], "environment.name=http needs environment.options.url, such as http://host:8000/v1"),
         (
             [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
             "rollout.servers must be an address without a user and a password",
         ),
-        ([OWN, "environment.url=http://host:8000"], "and null otherwise, got 'http://host:8000'"),
-        ([*HTTP, "environment.options={role: tool}"], "environment.name=http names none: unset environment.options"),
         ([OWN, "environment.max_turns=0"], "environment.max_turns must be at least 1, got 0"),
-        ([*HTTP, "environment.timeout_s=0"], "environment.timeout_s must be above 0, got 0"),
-        ([*HTTP, "environment.retries=-1"], "environment.retries must be at least 0, got -1"),
-        ([*HTTP, "environment.concurrency=0"], "environment.concurrency must be at least 1, got 0"),
-        (["policy.credit=response"], "policy.credit must be one of episode, turn"),
-        (["policy.credit=turn", "policy.discount=2"], "policy.discount must be at most 1, got 2"),
-        (["policy.discount=0.5"], "policy.credit=episode adds all rewards of an episode: set policy.credit=turn"),
-        (["policy.revision_baseline=last_turn"], "policy.revision_baseline must be one of first_turn, same_turn"),
-        (["policy.reply_template='{problem}'"], "the slots {problem} and {response} and no other, got ['problem']"),
-        ([OWN, SAMPLES, "policy.weight=1", "policy.revision_weight=0.1"], "got replying.Replying, 1 and 1"),
-        ([OWN, TURNS, "policy.reply_weight=0.1"], "policy.reply_weight trains on texts of episodes of several turns"),
-        (["policy.revision_weight=0.1"], "policy.weight above 0, got none, 1 and 0"),
-        ([OWN, "objective=sft"], "another objective than sft, got problems and sft"),
+        (["method.name=grpo", SAMPLES, "method.credit=response"], "method.credit must be one of episode, turn"),
+        (
+            ["method.name=grpo", SAMPLES, "method.credit=turn", "method.discount=2"],
+            "method.discount must be at most 1, got 2",
+        ),
+        (
+            ["method.name=grpo", SAMPLES, "method.discount=0.5"],
+            "method.credit=episode adds all rewards of an episode: set method.credit=turn",
+        ),
+        ([*RLTF, "method.revision_baseline=last"], "method.revision_baseline must be one of first_turn, same_turn"),
+        ([*RLTF, "method.reply_template='{problem}'"], "the slots {problem}, {response} and no others, got {problem}"),
+        ([*RLTF, OWN, "method.revision_weight=0.1"], "got replying.Replying and 1"),
+        ([*RLTF, "method.reply_weight=0.1"], "environment.max_turns of at least 2, got none and 1"),
+        ([OWN, "method.name=sft"], "a method that samples, got problems and method.name=sft"),
         ([OWN, "data.kind=conversations"], "it needs data.kind=problems"),
         ([OWN, "rollout.guidance=mixed"], "with rollout.guidance=mixed is not possible"),
-        ([OWN, TURNS, SAMPLES, "data.solutions=peer"], "data.solutions=peer compares responses to one prompt"),
-        ([OWN, TURNS, SAMPLES, "rollout.select=balance"], "rollout.select=balance compares responses to one prompt"),
+        ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.hints=peer compares responses to one prompt"),
+        ([OWN, TURNS, SAMPLES, "method.name=uni_opd"], "method.name=uni_opd compares responses to one prompt"),
+        ([OWN, TURNS, SAMPLES, "method.name=caopd"], "method.name=caopd compares responses to one prompt"),
+        ([OWN, TURNS, "method.select=a.b"], "method.select compares responses to one prompt"),
         (
-            [OWN, TURNS, SAMPLES, "distill.rule=scope", "distill.signal=sampled"],
-            "set distill.rule=uniform or environment.max_turns=1",
+            [OWN, TURNS, SAMPLES, "method.name=scope"],
+            "method.name=scope compares responses to one prompt, but with environment.max_turns=2",
         ),
     ],
 )
@@ -85,7 +73,7 @@ def test_an_environment_that_cannot_work_is_one_message(overrides, message):
 
 
 def test_what_is_possible_with_one_turn_is_not_refused():
-    for overrides in ([], [SAMPLES, "data.solutions=peer"], [SAMPLES, "rollout.select=balance"]):
+    for overrides in ([], [SAMPLES, "method.name=sdpo"], [SAMPLES, "method.name=uni_opd"]):
         assert configured(OWN, *overrides).judges_responses, "the environment gives the rewards"
 
 
@@ -110,11 +98,11 @@ def test_a_class_that_is_missing_or_takes_other_arguments_is_refused_before_the_
     [([], "none and 1"), ([OWN], "replying.Replying and 1"), ([OWN, TURNS], None)],
 )
 def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, found):
-    config = configured("distill.rule=sod", "distill.signal=advantage", *overrides)
+    config = configured("method.name=sod", SAMPLES, *overrides)
     if found is None:
-        return prechecks.require_environment(config)
+        return config.method.require_start(config)
     with pytest.raises(ConfigError, match=f"needs an environment .* and at least 2 for .*max_turns, got {found}$"):
-        prechecks.require_environment(config)
+        config.method.require_start(config)
 
 
 def test_a_class_that_takes_the_options_passes_without_being_made(monkeypatch):
@@ -128,10 +116,10 @@ def test_a_class_that_takes_the_options_passes_without_being_made(monkeypatch):
 
 
 def test_what_decides_the_replies_is_bound_and_the_way_to_the_endpoint_is_free():
-    for name in ("name", "options.role", "max_turns", "model"):
+    for name in ("name", "options.role", "max_turns", "options.model"):
         assert rule_of(f"environment.{name}") == BOUND
     for name in ("url", "api_key", "timeout_s", "retries", "concurrency"):
-        assert rule_of(f"environment.{name}") == FREE
+        assert rule_of(f"environment.options.{name}") == FREE
 
 
 def test_digests_of_values_from_the_environment_stand_beside_the_section_environment(monkeypatch):

@@ -50,7 +50,7 @@ def no_interrupts():
 
 
 def load(name: str):
-    return function_named("policy.reward", f"functions_of_a_user.{name}", {})
+    return function_named("method.reward", f"functions_of_a_user.{name}", {})
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def load(name: str):
     [("exit", r"SystemExit\(0\)"), ("interrupt", "KeyboardInterrupt"), ("cancelled", "CancelledError")],
 )
 def test_a_function_that_ends_the_program_raises_an_error_with_its_path(how, shown, no_interrupts):
-    with pytest.raises(ProgramEndError, match=rf"^policy.reward=functions_of_a_user.ends tried to .* {shown}.*: raise"):
+    with pytest.raises(ProgramEndError, match=rf"^method.reward=functions_of_a_user.ends tried to .* {shown}.*: raise"):
         load("ends")(how)
 
 
@@ -75,9 +75,9 @@ def test_an_exception_of_a_function_passes_unchanged():
 
 def test_a_module_that_ends_the_program_when_it_is_imported_is_refused():
     with pytest.raises(
-        ConfigError, match=r"^policy.reward=script_of_a_user.f: the import of script_of_a_user tried to"
+        ConfigError, match=r"^method.reward=script_of_a_user.f: the import of script_of_a_user tried to"
     ):
-        function_named("policy.reward", "script_of_a_user.f", {})
+        function_named("method.reward", "script_of_a_user.f", {})
 
 
 def test_a_signal_still_ends_the_code_of_a_user():

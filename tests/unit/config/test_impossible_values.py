@@ -16,6 +16,9 @@ from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.errors import ConfigError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
+TWO, GUIDED, CURRENT = "rollout.num_samples=2", "rollout.guidance=mixed", "teacher.weights=current"
+SAMPLED = ["method.name=opsd_rl", "method.weight=0", "method.signal=sampled"]
+NAMED = ["method=null"]
 
 
 def one_message(fail: Callable[[], object]) -> str:
@@ -45,7 +48,7 @@ def message_of_load(*overrides: str) -> str:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("objective=solution", "objective must be one of"),
+        ("method.name=solution", "method.name must be one of"),
         ("num_steps=0", "num_steps must be at least 1, got 0"),
         ("model.normalization=rmsnorm", "did you mean 'RMSNorm'?"),
         ("model.num_layers=0", "model.num_layers must be at least 1"),
@@ -69,8 +72,7 @@ def message_of_load(*overrides: str) -> str:
         ("rollout.guide_below=0.5", "needs rollout.guidance=mixed"),
         ("loss.rollout_correction=clipped", "loss.rollout_correction must be one of none, truncated"),
         ("loss.rollout_correction_cap=0", "loss.rollout_correction_cap must be above 0, got 0"),
-        ("solutions.pick=longest", "solutions.pick must be one of shortest, most_likely, random, learnable"),
-        ("data.solutions=mine", "data.solutions must be one of given, answer, own, peer"),
+        ("data.solutions=mine", "data.solutions must be one of given, answer, got"),
         ("rollout.top_p=0", "rollout.top_p must be above 0, got 0"),
         ("rollout.temperature=-1", "rollout.temperature must be at least 0"),
         ("target.rule=entropy", "target.rule must be one of"),
@@ -219,88 +221,67 @@ def test_parallel_sizes_are_checked_without_torch():
         (["target.teacher_weight=3", "target.k_max=0.25"], "(1 + target.teacher_weight) / 16 = 0.25, or no k is left"),
         (["target.rule=batch", "target.k=2"], "target.k=2.0 is the k of target.rule=fixed, but target.rule is batch"),
         (["rollout.guidance=mixed", "rollout.top_p=0.9"], "samples from the target itself"),
-        (["loss.rollout_correction=truncated", "objective=sft"], "samples nothing"),
-        (["objective=solutions"], "objective must be one of self_distillation, sft, rft, policy_gradient, got"),
-        (["objective=verified_rollouts"], "objective must be one of self_distillation, sft, rft, policy_gradient, got"),
+        (["loss.rollout_correction=truncated", "method.name=sft"], "samples nothing"),
+        (
+            ["method.name=own_solutions", "method.pick=longest"],
+            "method.pick must be one of shortest, most_likely, random, learnable",
+        ),
         (["loss.rollout_correction=truncated", "rollout.temperature=0"], "rollout.temperature=0"),
         (
             ["loss.rollout_correction=truncated", "rollout.engine=vllm", "rollout.temperature=0.7"],
             "vLLM reports log-probs at temperature 1 only",
         ),
         (["rollout.guide_below=0.5", "rollout.guidance=mixed", "rollout.replay=old.jsonl"], "rollout.replay"),
-        (["data.solutions=own", "objective=sft"], "leave data.solutions=given"),
-        (["objective=policy_gradient"], "policy_gradient trains on rewards alone and needs a weight above 0"),
-        (["objective=rft", "policy.weight=1", "rollout.num_samples=4"], "objective=rft with policy.weight=1"),
-        (["distill.weight=0"], "distill.weight=0 trains without the teacher: set objective=policy_gradient"),
-        (["policy.weight=1"], "policy.weight compares the responses to one problem: it needs data.kind=problems"),
-        (["data.solutions=peer"], "data.solutions=peer compares the responses to one problem"),
+        (["data.solutions=answer", "method.name=sft"], "leave data.solutions=given, got answer"),
+        (["method.name=grpo", TWO, "method.weight=0"], "method.weight must be above 0: the method trains on rewards"),
+        (["method.name=opsd_rl", "method.distill_weight=0"], "method.distill_weight must be above 0, got 0"),
+        (["method.name=grpo"], "method.name=grpo compares the responses to one problem: it needs data.kind=problems"),
+        (["method.name=sdpo"], "method.name=sdpo compares the responses to one problem"),
+        (["method.name=scope"], "method.name=scope compares the responses to one problem"),
+        (["method.name=uni_opd"], "method.name=uni_opd compares the responses to one problem"),
+        (["method.name=caopd"], "method.name=caopd compares the responses to one problem"),
+        (["method.name=sdpo", "method.hints=peer_or_feedback"], "compares the responses to one problem"),
+        (["method.name=sod", "method.turn_gain=-1"], "method.turn_gain must be at least 0, got -1"),
+        ([*SAMPLED, "rollout.temperature=0"], "rollout.temperature=0 (greedy) samples none"),
         (
-            ["distill.rule=scope", "distill.signal=sampled", "rollout.num_samples=1"],
-            "distill.rule=scope compares the responses to one problem",
+            ["method.name=grpo", TWO, "rollout.engine=vllm", "rollout.top_k=5"],
+            "method.name=grpo needs the log-probs of sampled tokens, and vLLM reports log-probs at temperature 1 only",
         ),
-        (["distill.rule=scope"], "distill.rule=scope needs distill.signal=sampled, got full"),
-        (["distill.rule=uni_opd", "distill.signal=sampled"], "distill.rule=uni_opd needs distill.signal=advantage"),
-        (["distill.rule=sod"], "distill.rule=sod needs distill.signal=advantage, got full"),
-        (["distill.turn_gain=-1"], "distill.turn_gain must be at least 0, got -1"),
-        (["distill.signal=sampled", "rollout.temperature=0"], "rollout.temperature=0 (greedy) samples none"),
+        (["method.name=sdpo", TWO, GUIDED], "knows a hint only after the responses are sampled"),
+        (["method.name=sdpo", "method.hints=feedback", GUIDED], "knows a hint only after the responses are sampled"),
+        (["method.name=sft", "loss.normalize=sequences"], "loss.normalize=sequences weighs the tokens of sampled"),
+        (["method.name=grpo", TWO, "method.clip_low=1.5"], "method.clip_low must be at most 1, or null, got 1.5"),
+        ([*SAMPLED, "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
+        (["method.name=pi_distill", TWO, "method.weight=0"], "it needs method.weight above 0"),
+        (["method.name=pi_distill", TWO, "method.alpha=2"], "method.alpha must be at most 1, got 2"),
+        (["method.view=privileged", GUIDED], "method.name=default samples after the hint alone"),
+        (["method.view=secret"], "method.view must be one of plain, privileged, got 'secret'"),
+        (["method.name=sft", "method.select=a.b"], "method.name=sft has no setting select"),
         (
-            ["policy.weight=1", "rollout.num_samples=2", "rollout.engine=vllm", "rollout.top_k=5"],
-            "policy.weight needs the log-probs of sampled tokens, and vLLM reports log-probs at temperature 1 only",
+            ["method.name=openclaw"],
+            "it needs data.kind=conversations and conversations.responses=logged, got problems and",
         ),
+        (["method.name=skill_sd", TWO, "method.keep=0"], "method.keep must be at least 1"),
+        (["method.name=skill_sd", TWO, "method.exploration=-1"], "method.exploration must be at least 0"),
         (
-            ["data.solutions=peer", "rollout.num_samples=2", "rollout.guidance=mixed"],
-            "knows a hint only after the responses are sampled",
-        ),
-        (["objective=sft", "loss.normalize=sequences"], "loss.normalize=sequences weighs the tokens of sampled"),
-        (["policy.clip_low=1.5"], "policy.clip_low must be at most 1, or null, got 1.5"),
-        (["distill.signal=sampled", "loss.fused=keep_gradient"], "keeps the gradient of the divergence alone"),
-        (
-            ["distill.rule=pi_distill", "rollout.num_samples=2"],
-            "it needs rollout.view=privileged and policy.weight above 0, got plain and 0",
-        ),
-        (["rollout.view=privileged", "rollout.guidance=mixed"], "samples after the teacher's prompt alone"),
-        (
-            ["rollout.view=privileged", "data.solutions=peer", "rollout.num_samples=2"],
-            "rollout.view=privileged samples after the hint",
-        ),
-        (["data.solutions=peer_or_feedback"], "data.solutions=peer_or_feedback compares the responses to one problem"),
-        (["rollout.view=privileged", "data.solutions=a.b"], "samples after the hint, which data.solutions=a.b and"),
-        (["rollout.guidance=mixed", "data.solutions=feedback"], "data.solutions=feedback knows a hint only after"),
-        (["objective=sft", "rollout.select=a.b"], "rollout.select=a.b weighs the tokens of sampled responses"),
-        (
-            ["data.solutions=next_state"],
-            "reads the next message of a log: it needs data.kind=conversations, got problems",
-        ),
-        (["data.solutions=skill", "rollout.view=privileged"], "data.solutions=skill shows skills to the teacher alone"),
-        (
-            ["data.solutions=skill", "objective=policy_gradient", "policy.weight=1"],
-            "it needs objective=self_distillation",
-        ),
-        (["hints.keep=0"], "hints.keep must be at least 1"),
-        (["hints.exploration=-1"], "hints.exploration must be at least 0"),
-        (
-            ["hints.judge=oracle"],
-            "hints.judge must be one of model, a dotted path (package.module.function), got 'oracle'",
+            ["method.name=openclaw", "method.judge=oracle"],
+            "method.judge must be one of model, a dotted path (package.module.function), got 'oracle'",
         ),
         (
-            ["hints.judge_template='{response} {text}'"],
+            ["method.name=openclaw", "method.judge_template='{response} {text}'"],
             "must have the slots {response}, {role}, {next_state} and no others, got {response}, {text}",
         ),
-        (["rollout.select=a..b"], "confidence, verbal, a dotted path (package.module.function), got 'a..b'"),
-        (["rollout.select=balance"], "rollout.select=balance compares the responses to one problem"),
-        (
-            ["rollout.select=confidence", "rollout.num_samples=2", "loss.rollout_correction=truncated"],
-            "rollout.select=confidence edits responses",
-        ),
-        (["distill.alpha=2"], "distill.alpha must be at most 1, got 2"),
-        (["distill.teacher_prompt=same", "teacher.weights=current"], "compares the student with other weights after"),
-        (["distill.teacher_prompt=same", "rollout.guidance=mixed"], "guidance=none and no hints of data.solutions"),
-        (["explanation.closing_tag=' '"], "explanation.closing_tag must be a text that ends an explanation"),
-        (["verbal.template='{problem}'"], "verbal.template must have the slots {problem} and {response}"),
-        (["verbal.template='{problem} {response} {hint}'"], "got {hint}, {problem}, {response}"),
-        (["verbal.threshold=10"], "verbal.threshold must be at most 9, got 10"),
-        (["explanation.temperature=0"], "explanation.temperature must be at least 0.01, got 0"),
-        (["distill.tau=0"], "distill.tau must be at least 0.01, got 0"),
+        (["method.select=a..b"], "method.select must be a dotted path (package.module.function), or null, got 'a..b'"),
+        (["method.name=caopd", TWO, "loss.rollout_correction=truncated"], "method.name=caopd edits responses"),
+        (["method.name=grpo", TWO, "method.kl_weight=1", CURRENT], "compares the student with other weights after"),
+        (["method.name=grpo", TWO, "method.kl_weight=1", GUIDED], "it needs rollout.guidance=none, and no logged"),
+        (["method.name=rlt", "method.closing_tag=' '"], "method.closing_tag must be a text that ends an explanation"),
+        (["method.name=rlt", "method.temperature=0"], "method.temperature must be at least 0.01, got 0"),
+        (["method.name=rlt", "method.kl_weight=0"], "method.kl_weight must be above 0, got 0"),
+        (["method.name=ovd", "method.template='{problem}'"], "method.template must have the slots {problem}, {res"),
+        (["method.name=ovd", "method.template='{problem} {response} {hint}'"], "got {hint}, {problem}, {response}"),
+        (["method.name=ovd", "method.threshold=10"], "method.threshold must be at most 9, got 10"),
+        (["method.name=scope", "method.tau=0"], "method.tau must be at least 0.01, got 0"),
     ],
 )
 def test_settings_that_contradict_each_other_are_one_message(overrides, words):
@@ -310,18 +291,18 @@ def test_settings_that_contradict_each_other_are_one_message(overrides, words):
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["recipe=rlt", "distill.teacher_prompt=hinted"], "it needs distill.teacher_prompt=same, got hinted"),
-        (["recipe=rlt", "rollout.view=plain"], "it needs rollout.view=privileged, got plain"),
-        (["recipe=rlt", "teacher.weights=ema"], "it needs teacher.weights=frozen, got ema"),
-        (["recipe=rlt", "data.solutions=own"], "it needs data.solutions=given or answer, got own"),
-        (["recipe=rlt", "rollout.select=balance"], "it needs rollout.select=none, got balance"),
-        (["recipe=rlt", "policy.weight=0"], "policy.reward=explanation trains on rewards: it needs policy.weight"),
-        (["recipe=ovd", "rollout.view=privileged"], "asks for a score: it needs rollout.view=plain, got privileged"),
-        (["recipe=ovd", "data.solutions=peer"], "it needs data.solutions=given or answer, got peer"),
-        (["recipe=ovd", "policy.reward=verbal"], "policy.reward=verbal makes the scores the verdicts"),
-        (["recipe=opsd_rl", "policy.reward=verbal", "rollout.guidance=mixed"], "it needs rollout.guidance=none"),
-        (["recipe=rft", "policy.reward=verbal"], "policy.reward=verbal is for rewards: it needs policy.weight"),
-        (["recipe=rlt", "rollout.num_samples=1"], "policy.weight compares the responses to one problem"),
+        (["recipe=rlt", "teacher.weights=ema"], "it needs teacher.weights=frozen, environment.name=none and"),
+        (["recipe=rlt", "method.select=a.b"], "method.name=rlt has rewards of its own, for all responses"),
+        (["recipe=rlt", "method.reward=a.b"], "method.name=rlt has rewards of its own, for all responses"),
+        (["recipe=rlt", "method.weight=0"], "method.weight must be above 0"),
+        (["recipe=rlt", "rollout.num_samples=1"], "method.name=rlt compares the responses to one problem"),
+        (
+            ["recipe=ovd", "rollout.guidance=mixed", "target.anchor=student"],
+            "asks for a score: it needs environment.name=none and rollout.gui",
+        ),
+        (["recipe=ovd", "environment.name=a.b.C"], "and rollout.guidance=none, got a.b.C and none"),
+        (["recipe=ovd", "method.select=a.b"], "unset method.select and method.reward"),
+        (["recipe=ovd", "method.use=reward", "method.reward=a.b"], "unset method.select and method.reward"),
     ],
 )
 def test_a_recipe_of_scores_refuses_what_it_cannot_do(overrides, words):
@@ -341,35 +322,29 @@ def chat_logs() -> str:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["objective=sft"], "data.kind=conversations needs objective=self_distillation"),
-        (["data.solutions=own"], "data.kind=conversations needs objective=self_distillation"),
+        ([*NAMED, "method.name=sft"], "data.kind=conversations needs a method whose teacher sees what follows a turn"),
+        ([*NAMED, "method.name=own_solutions"], "data.kind=conversations needs a method whose teacher sees what"),
         (["rollout.record=here.jsonl"], "conversations.responses=logged samples nothing"),
         (["rollout.guidance=mixed"], "conversations.responses=logged samples nothing"),
         (["loss.rollout_correction=truncated"], "conversations.responses=logged samples nothing"),
         (["loss.skip_first_tokens=2"], "loss.skip_first_tokens weighs the tokens of sampled responses"),
-        (["distill.signal=sampled"], "but conversations.responses=logged samples nothing"),
-        (["conversations.responses=sampled", "data.solutions=peer"], "and data.solutions=given or next_state, got"),
-        (["conversations.responses=sampled", "policy.weight=1"], "it needs data.kind=problems"),
-        (
-            ["conversations.responses=sampled", "conversations.min_log_prob=-1"],
-            "min_log_prob drops unlikely logged turns",
-        ),
-        (
-            ["data.solutions=next_state", "conversations.turns=before_accepted"],
-            "takes every logged reply that a message",
-        ),
-        (["data.solutions=next_state", "conversations.responses=sampled"], "it needs conversations.responses=logged"),
-        (["data.solutions=next_state", "policy.weight=1", "conversations.min_log_prob=-1"], "of logged turns alone"),
-        (
-            ["data.solutions=next_state", "distill.rule=scope", "distill.signal=sampled"],
-            "has one reply per turn, which cannot be compared with others",
-        ),
-        (["conversations.min_log_prob=0.5"], "conversations.min_log_prob must be at most 0, or null, got 0.5"),
+        ([*NAMED, *SAMPLED], "but conversations.responses=logged samples nothing"),
+        (["conversations.responses=sampled", *NAMED, "method.name=sdpo", TWO], "it needs data.kind=problems"),
+        (["conversations.responses=sampled", *NAMED, "method.name=opsd_rl", TWO], "it needs data.kind=problems"),
+        (["conversations.responses=sampled", "method.min_log_prob=-1"], "drops unlikely logged turns"),
+        ([*NAMED, "method.name=openclaw", "conversations.turns=before_accepted"], "takes every logged reply that a"),
+        ([*NAMED, "method.name=openclaw", "conversations.responses=sampled"], "conversations.responses=logged, got"),
+        ([*NAMED, "method.name=openclaw", "method.min_log_prob=-1"], "has no setting min_log_prob"),
+        (["method.min_log_prob=0.5"], "method.min_log_prob must be at most 0, or null, got 0.5"),
         (["conversations.turns=last"], "conversations.turns must be one of all, before_accepted"),
     ],
 )
 def test_chat_logs_go_with_what_they_can_be_trained_on(chat_logs, overrides, words):
-    merged = OmegaConf.merge(OmegaConf.create(chat_logs), OmegaConf.from_dotlist(overrides))
+    first = OmegaConf.create(chat_logs)
+    if NAMED[0] in overrides:  # another method does not have these settings
+        del first["method"]
+    changes = [override for override in overrides if override not in NAMED]
+    merged = OmegaConf.merge(first, OmegaConf.from_dotlist(changes))
     assert words in one_message(lambda: from_mapping(merged))
 
 

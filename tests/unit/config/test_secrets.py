@@ -21,8 +21,8 @@ from megatron_selfdistill.config import from_mapping, load, shown_argument, to_y
 from megatron_selfdistill.config.bound_keys import FREE, READ_VALUES, differences, refusal, stored_values
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import SHORTEST_HIDDEN, hidden
-from megatron_selfdistill.plan.launch import launch_commands
-from megatron_selfdistill.sources.chat_logs import list_skipped
+from megatron_selfdistill.instruments.plan.plan_tables import launch_commands
+from megatron_selfdistill.sources.logged_turns import list_skipped
 from megatron_selfdistill.train import main
 
 SECRET = "s3cr3t-0f-the-lab"
@@ -233,15 +233,15 @@ OWN = "environment.name=replying.Replying"
 @pytest.mark.parametrize(
     ("override", "shown"),
     [
-        (f"environment.api_key={TYPED}", "${oc.env:ENVIRONMENT_API_KEY}"),
-        (f"environment.api_key='{TYPED}'", "${oc.env:ENVIRONMENT_API_KEY}"),
-        ("environment.api_key=s3cr7", "${oc.env:ENVIRONMENT_API_KEY}"),
+        (f"environment.options.api_key={TYPED}", "${oc.env:ENVIRONMENT_OPTIONS_API_KEY}"),
+        (f"environment.options.api_key='{TYPED}'", "${oc.env:ENVIRONMENT_OPTIONS_API_KEY}"),
+        ("environment.options.api_key=s3cr7", "${oc.env:ENVIRONMENT_OPTIONS_API_KEY}"),
         (f"rollout.server_env={{HF_TOKEN: {TYPED}}}", "${oc.env:ROLLOUT_SERVER_ENV_HF_TOKEN}"),
         (f"+rollout.engine_args.hf_token={TYPED}", "${oc.env:ROLLOUT_ENGINE_ARGS_HF_TOKEN}"),
     ],
 )
 def test_a_secret_that_is_written_out_is_used_and_never_written(override, shown):
-    config = load([override, "environment.name=http", "environment.url=http://host"])
+    config = load([override, "environment.name=http", "environment.options.url=http://host"])
     (found,) = config.from_environment.values()
     assert found.value in (TYPED, "s3cr7") and (found.value == "s3cr7" or TYPED not in hidden(f"401: {TYPED}"))
     if found.value == TYPED:
@@ -252,60 +252,67 @@ def test_a_secret_that_is_written_out_is_used_and_never_written(override, shown)
 
 
 def test_a_secret_to_which_another_key_refers_is_not_written_either():
-    config = load([f"environment.api_key={TYPED}", "+environment.options.api_key='${environment.api_key}'", OWN])
-    assert config.environment.options == {"api_key": TYPED} and TYPED not in to_yaml(config)
+    second = "+environment.options.password='${environment.options.api_key}'"
+    config = load([f"environment.options.api_key={TYPED}", second, OWN])
+    assert config.environment.options == {"api_key": TYPED, "password": TYPED} and TYPED not in to_yaml(config)
 
 
 def test_what_is_no_secret_is_written_as_it_is():
-    options = ["+environment.options={stop_token: end, keys: 3}", "environment.api_key=null", OWN]
+    options = ["+environment.options={stop_token: end, keys: 3}", "+environment.options.api_key=null", OWN]
     assert not load(options).from_environment
     assert [*map(shown_argument, options)] == options
-    assert shown_argument("environment.api_key='${oc.env:LAB_SECRET}'") == "environment.api_key='${oc.env:LAB_SECRET}'"
+    assert (
+        shown_argument("environment.options.api_key='${oc.env:LAB_SECRET}'")
+        == "environment.options.api_key='${oc.env:LAB_SECRET}'"
+    )
 
 
 def bound(key: str) -> dict[str, Any]:
-    return stored_values(load([OWN, f"+environment.options.api_key='{key}'"]))
+    return stored_values(load([OWN, f"+environment.options.password='{key}'"]))
 
 
 def test_a_run_resumes_with_the_same_secret_and_not_with_another(monkeypatch):
     monkeypatch.setenv("LAB_SECRET", TYPED)
     now = bound(TYPED)
     assert TYPED not in json.dumps(now)
-    old = json.loads(json.dumps(now).replace("${oc.env:ENVIRONMENT_OPTIONS_API_KEY}", TYPED)) | {READ_VALUES: {}}
+    old = json.loads(json.dumps(now).replace("${oc.env:ENVIRONMENT_OPTIONS_PASSWORD}", TYPED)) | {READ_VALUES: {}}
     for same in (now, old, bound("${oc.env:LAB_SECRET}")):
         assert differences(same, now) == differences(now, same) == []
-    for other in (bound("sk-an0ther"), old | {"environment": old["environment"] | {"options": {"api_key": "sk-old"}}}):
+    for other in (bound("sk-an0ther"), old | {"environment": old["environment"] | {"options": {"password": "sk-old"}}}):
         message = refusal(differences(other, now), "iter_1")
-        assert message is not None and "environment.options.api_key" in message and "sk-" not in message
+        assert message is not None and "environment.options.password" in message and "sk-" not in message
 
 
 def test_a_free_secret_of_an_old_checkpoint_is_not_shown():
-    http = ["environment.name=http", "environment.url=http://host"]
-    now = stored_values(load([*http, "environment.api_key='${oc.env:LAB_SECRET}'"]))
-    old = now | {"environment": now["environment"] | {"api_key": "sk-old"}}
-    (found,) = differences(old, now)
-    assert found.rule == FREE and "sk-old" not in str(found)
+    http = ["environment.name=http", "environment.options.url=http://host"]
+    now = stored_values(load([*http, "environment.options.api_key='${oc.env:LAB_SECRET}'"]))
+    options = {"url": "http://host", "api_key": "sk-old"}
+    old = now | {"environment": now["environment"] | {"options": options}}
+    of_0_1 = {key: value for key, value in now.items() if key != "method"}
+    of_0_1["environment"] = {"name": "http", "max_turns": 1, "options": {}, **options}
+    for stored in (old, of_0_1):
+        (found,) = differences(stored, now)
+        assert found.rule == FREE and "sk-old" not in str(found)
 
 
 def test_the_commands_of_a_plan_show_a_secret_as_a_variable():
-    overrides = ["environment.name=http", "environment.url=http://host", f"environment.api_key={TYPED}"]
+    overrides = ["environment.name=http", "environment.options.url=http://host", f"environment.options.api_key={TYPED}"]
     for command in launch_commands(load([*overrides, "cluster.num_gpus=16"]), overrides):
-        assert TYPED not in command and "'environment.api_key=${oc.env:ENVIRONMENT_API_KEY}'" in command
+        assert TYPED not in command and "'environment.options.api_key=${oc.env:ENVIRONMENT_OPTIONS_API_KEY}'" in command
 
 
 def test_libraries_that_record_the_command_line_see_no_secret(monkeypatch, data, tmp_path):
-    arguments = [f"environment.api_key={TYPED}", "environment.name=http", "environment.url=http://host"]
+    arguments = [f"environment.options.api_key={TYPED}", "environment.name=http", "environment.options.url=http://host"]
     monkeypatch.setattr(sys, "argv", ["selfdistill", "train", *arguments])
     monkeypatch.setattr(train, "train", lambda *rest: 0)
     assert main(arguments) == 0
-    assert sys.argv[2:] == ["environment.api_key=${oc.env:ENVIRONMENT_API_KEY}", *arguments[1:]]
+    assert sys.argv[2:] == ["environment.options.api_key=${oc.env:ENVIRONMENT_OPTIONS_API_KEY}", *arguments[1:]]
 
 
 def test_a_run_writes_no_secret_of_its_command_line_and_warns(ranks, data, tmp_path):
     run = tmp_path / "run"
     options = [
-        f"environment.api_key={TYPED}",
-        f"+environment.options.password={TYPED}",
+        f"environment.options.password={TYPED}",
         "environment.name=replying.Keyed",
         "metrics.console=true",
         "metrics.loggers=[tensorboard,recorded_logger.RecordedLogger]",
@@ -316,7 +323,7 @@ def test_a_run_writes_no_secret_of_its_command_line_and_warns(ranks, data, tmp_p
     for _ in range(2):
         [(status, output)] = ranks.run(tiny_run.start_and_listen, arguments, world_size=1, init_process_group=False)
         assert status == 0, output
-        assert "environment.api_key='${oc.env:ENVIRONMENT_API_KEY}'" in output and TYPED not in output
+        assert "environment.options.password='${oc.env:ENVIRONMENT_OPTIONS_PASSWORD}'" in output and TYPED not in output
     assert files_with(TYPED, run) == []
-    assert "api_key: ${oc.env:ENVIRONMENT_API_KEY}" in (run / "config.yaml").read_text()
-    assert "'environment.api_key=${oc.env:ENVIRONMENT_API_KEY}'" in (run / "events.jsonl").read_text()
+    assert "password: ${oc.env:ENVIRONMENT_OPTIONS_PASSWORD}" in (run / "config.yaml").read_text()
+    assert "'environment.options.password=${oc.env:ENVIRONMENT_OPTIONS_PASSWORD}'" in (run / "events.jsonl").read_text()

@@ -150,6 +150,7 @@ def test_what_is_no_duration_is_refused(text):
         seconds_of(text)
 
 
+@pytest.mark.timing
 def test_the_end_of_a_slurm_job_comes_from_its_environment_or_from_squeue(tmp_path, monkeypatch):
     assert seconds_left_in_slurm({"SLURM_JOB_END_TIME": str(time.time() + 100)}) == pytest.approx(100, abs=2)
     squeue = tmp_path / "squeue"

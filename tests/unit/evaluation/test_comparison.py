@@ -14,12 +14,18 @@ import pytest
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.bootstrap import bootstrap, resampled_means
 from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration
 from megatron_selfdistill.evaluation.comparison import Difference, compare
-from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, SUMMARY, require_free
+from megatron_selfdistill.evaluation.estimators import bootstrap, resampled_means
+from megatron_selfdistill.evaluation.evaluation_directory import require_free
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult, Verdict
-from megatron_selfdistill.evaluation.evaluations import data_fingerprint, read_evaluation, write_evaluation
+from megatron_selfdistill.evaluation.evaluations import (
+    PROBLEMS,
+    SUMMARY,
+    data_fingerprint,
+    read_evaluation,
+    write_evaluation,
+)
 from megatron_selfdistill.evaluation.tables import first_metrics, show_comparison, show_summary
 
 RNG_SEED = 7
@@ -67,7 +73,7 @@ def test_resampled_means_are_means_of_the_same_problems_in_every_column():
 
 def test_many_problems_are_resampled_in_groups(monkeypatch):
     values = np.arange(10.0)[:, None]
-    monkeypatch.setattr("megatron_selfdistill.evaluation.bootstrap._MAX_ELEMENTS", 30)
+    monkeypatch.setattr("megatron_selfdistill.evaluation.estimators._MAX_ELEMENTS", 30)
     means = resampled_means(values, 1000, seed=0)
     assert means.shape == (1000, 1) and 4 < means.mean() < 5 and len(np.unique(means)) > 30
 

@@ -16,7 +16,8 @@ from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.evaluation import verify
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.problem_prompts import Answer, Judge
+from megatron_selfdistill.sources.judge import Judge
+from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 
@@ -27,10 +28,10 @@ def one_rank(monkeypatch):
     monkeypatch.setattr(verify, "gather_objects", lambda value: [value])
 
 
-def answers(*texts: str) -> list[Answer]:
+def answers(*texts: str) -> list[Rollout]:
     """Return one answer per text; a text without a stop token "$" is truncated."""
     return [
-        Answer(
+        Rollout(
             PROBLEM,
             PromptPair("p", [1], [2]),
             Response([ord(c) for c in text], [], [], "stop" if text.endswith("$") else "length"),
@@ -66,4 +67,4 @@ def test_a_reward_that_is_no_finite_number_is_one_message(value):
 
 @pytest.mark.parametrize(("reward", "correct"), [(None, False), (0.49, False), (0.5, True), (-1.0, False), (3.0, True)])
 def test_an_answer_is_right_from_a_reward_of_one_half(reward, correct):
-    assert Answer(PROBLEM, PromptPair("p", [1], [2]), Response([], [], [], "stop"), reward=reward).correct == correct
+    assert Rollout(PROBLEM, PromptPair("p", [1], [2]), Response([], [], [], "stop"), reward=reward).correct == correct

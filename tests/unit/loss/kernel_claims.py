@@ -38,11 +38,9 @@ from megatron_selfdistill.loss import (
     solve_target,
 )
 from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
-from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.shard_sums import Shard
-from megatron_selfdistill.loss.sharded.solver import BetaSolution
-from megatron_selfdistill.loss.sharded.token_statistics import MergedSums
-from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
+from megatron_selfdistill.loss.sharded.token_statistics import BetaSolution, MergedSums
+from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

@@ -41,9 +41,8 @@ from megatron_selfdistill.loss import (
     VocabShard,
     distillation_loss,
 )
-from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.shard_sums import Shard
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
 from megatron_selfdistill.loss.triton import pass_launches, solver_launches
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

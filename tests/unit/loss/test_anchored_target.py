@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
 W = 0.75

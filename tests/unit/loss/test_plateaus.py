@@ -13,9 +13,8 @@ from ranks import RankPool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import shard_sums, solver, token_statistics
-from megatron_selfdistill.loss.sharded.beta_grid import BetaGrid
-from megatron_selfdistill.loss.sharded.shard_sums import Shard
+from megatron_selfdistill.loss.sharded import shard_sums, token_statistics
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -129,7 +128,7 @@ def test_a_solver_that_misses_its_root_is_unconverged_and_not_capped(
 ) -> None:
     rows = draw("two tied tops", num_rows=16)
     has_root = ~torch.isnan(root(rows[0], rows[1], TARGETS[rule]))
-    monkeypatch.setattr(solver, "_root_between", lambda left, right, wanted, max_entropy: left.beta)
+    monkeypatch.setattr(token_statistics, "_root_between", lambda left, right, wanted, max_entropy: left.beta)
     stats, _ = run(rows, TARGETS[rule], Divergence())
     assert (stats.status[has_root] == Status.UNCONVERGED).double().mean() > 0.8
     assert (stats.status[has_root] != Status.CAPPED).all()

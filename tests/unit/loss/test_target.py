@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from logit_pairs import entropy, pair
 
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target
+from megatron_selfdistill.loss.target import unit_mix
 
 STRICT = Target(k_max=None)
 
@@ -144,3 +145,23 @@ def test_the_grid_starts_at_the_bound_and_goes_on_by_octaves_of_the_geometric_me
 def test_a_wrong_target_is_refused_with_a_message(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Target(**arguments)
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.75, 2.0])
+def test_the_target_of_another_teacher_weight_keeps_the_ratio_of_k_to_1_plus_w(weight):
+    target = Target("batch", teacher_weight=0.75, k=1.4, anchor="reference")
+    other = target.with_teacher_weight(weight)
+    assert other.teacher_weight == weight and other.k is not None
+    assert other.k / (1 + weight) == pytest.approx(1.4 / 1.75, rel=1e-15)
+
+
+def test_the_unit_mix_of_tokens_with_their_own_weights_is_that_of_each_token_alone():
+    """A token of weight 0 has the anchor's logits, also in columns where the teacher's are -inf."""
+    generator = torch.Generator().manual_seed(2)
+    anchor, teacher = torch.randn(2, 3, 5, generator=generator)
+    teacher[:, 1] = -torch.inf
+    weights = torch.tensor([0.0, 0.75, 2.0])
+    expected = [unit_mix(anchor[i], teacher[i], float(weights[i])) for i in range(3)]
+    mixed = unit_mix(anchor, teacher, weights)
+    torch.testing.assert_close(mixed, torch.stack(expected), rtol=1e-6, atol=1e-6)
+    assert torch.equal(mixed[0], anchor[0]) and mixed[1:, 1].isneginf().all()

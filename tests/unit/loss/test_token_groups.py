@@ -11,10 +11,9 @@ from ranks import RankPool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
-from megatron_selfdistill.loss.divergence import token_groups
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.rare_mass import RARE, mass_on_rare
-from megatron_selfdistill.loss.sharded.vocab_entropy import vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, mass_on_rare, vocab_entropy
+from megatron_selfdistill.loss.target import split_divergence, token_groups
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
 NUM_TOKENS = 12
@@ -307,3 +306,12 @@ def test_what_does_not_fit_is_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call(target, weights)
+
+
+@pytest.mark.parametrize("num_last", [0, 1, 5])
+def test_the_last_tokens_have_the_other_divergence_and_the_first_ones_the_divergence_of_all(num_last):
+    """A microbatch has its plain tokens first and the tokens of guided problems last."""
+    found = token_groups(split_divergence(REVERSE, 5, (num_last, FORWARD)), 5)
+    kinds = [kind for tokens, kind in found for _ in range(5)[tokens]]
+    assert kinds == [REVERSE] * (5 - num_last) + [FORWARD] * num_last
+    assert token_groups(split_divergence(REVERSE, 5, None), 5) == [(slice(0, 5), REVERSE)]

@@ -30,7 +30,7 @@ def test_a_triton_file_and_the_readme_name_the_same_twin_and_kernels(name: str, 
 
 
 def test_every_formula_that_a_triton_file_quotes_exists_in_its_twin() -> None:
-    """`solver._floor`, `Cumulants.from_sums`: the first word of a docstring after "Compute" names a function."""
+    """`token_statistics._floor`: the first word of a docstring after "Compute" names a function."""
     for name, twin, _ in TABLE:
         quoted = re.findall(r'"""(?:Compute|Launch the kernel of) `([\w.]+)`', (LOSS / name).read_text())
         text = (LOSS / twin).read_text() if twin != "none" else ""

@@ -28,7 +28,7 @@ from two_terms import (
 
 from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
-from megatron_selfdistill.loss.sharded import backend, shard_sums
+from megatron_selfdistill.loss.sharded import shard_sums, vocab_parallel
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.weighting import Coefficients
 
@@ -211,7 +211,7 @@ def test_without_a_use_of_the_log_probs_the_backend_writes_the_gradient_of_the_l
         terms.append(arguments[6])
         shard_sums.write_gradient(*arguments)
 
-    monkeypatch.setattr(backend, "_TORCH", replace(backend._TORCH, write_gradient=write))
+    monkeypatch.setattr(vocab_parallel, "_TORCH", replace(vocab_parallel._TORCH, write_gradient=write))
     w, a = coefficients(len(TOKENS), torch.float64)
     _, alone = computed(
         Target(), DIVERGENCES[kind], losses_of=lambda stats: Coefficients(w).token_losses(stats.loss, a)

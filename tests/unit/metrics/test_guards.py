@@ -9,14 +9,16 @@ import math
 from unittest.mock import MagicMock
 
 import pytest
+from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import Config, GuardsConfig, RolloutConfig
+from megatron_selfdistill.config import Config, GuardsConfig, RolloutConfig, from_mapping
 from megatron_selfdistill.metrics.guards import (
     Guards,
     RunUnhealthy,
     check_identity,
     check_teacher_canary,
     warning_of_a_silent_teacher,
+    warning_of_an_untrained_step,
 )
 from megatron_selfdistill.rollout.factory import engines_of
 
@@ -253,7 +255,7 @@ def test_a_teacher_that_says_what_the_student_says_is_warned_of(metrics, teacher
 def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch):
     from megatron_selfdistill import trainer as module
     from megatron_selfdistill.sources.source import StepBatch
-    from megatron_selfdistill.trained_step import TrainedBatch
+    from megatron_selfdistill.trainer import AccumulatedBatch
 
     messages = []
     run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9))
@@ -263,6 +265,48 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     monkeypatch.setattr(module, "tokens_read", lambda *_: 0.0)
     for _ in range(3):
         module.Trainer.finish_step(
-            run, [TrainedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9, "tokens/response": 8}
+            run, [AccumulatedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9, "tokens/response": 8}
         )
         assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in messages] == [True]
+
+
+TRAINED = {"tokens/response": 40.0, "loss/mean": 0.1}
+
+
+def warning(metrics: dict[str, float], *keys: str) -> str | None:
+    return warning_of_an_untrained_step(from_mapping(OmegaConf.from_dotlist(list(keys))), 3, metrics)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "keys", "words"),
+    [
+        ({"correction/weight_mean": 0.0}, ["loss.skip_first_tokens=50"], "look at loss.skip_first_tokens=50"),
+        (
+            {"terms/silent_share": 1.0},
+            [
+                "method.name=grpo",
+                "evaluation.verifier=exact_match",
+                "rollout.num_samples=2",
+                "loss.skip_first_tokens=2",
+            ],
+            "look at loss.skip_first_tokens=2, method.name=grpo (equal rewards train nothing), "
+            "evaluation.verifier=exact_match",
+        ),
+        ({"terms/silent_share": 1.0}, ["data.on_long_context=drop"], "look at data.on_long_context=drop"),
+    ],
+)
+def test_a_step_whose_tokens_all_have_no_weight_is_a_warning_with_the_keys_that_can_cause_it(metrics, keys, words):
+    text = warning(TRAINED | metrics, *keys) or ""
+    assert text.startswith("warning: step 3 trains on nothing") and "got 40 tokens without one" in text
+    assert text.endswith(words)
+
+
+def test_a_step_without_any_response_is_a_warning():
+    assert "got 0 tokens without one; look at data.on_long_context=drop" in (
+        warning({"tokens/rollout": 0.0}, "data.on_long_context=drop") or ""
+    )
+
+
+@pytest.mark.parametrize("metrics", [{}, {"correction/weight_mean": 0.01}, {"terms/silent_share": 0.99}])
+def test_a_step_that_trains_on_one_token_is_no_warning(metrics):
+    assert warning(TRAINED | metrics, "loss.skip_first_tokens=50") is None

@@ -20,9 +20,16 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
-from megatron_selfdistill.metrics.sample_views import console_text, sample_html
-from megatron_selfdistill.metrics.samples import NUMBERS, Sample, SampleToken, chosen, sample_of
-from tests.unit.metrics.test_metrics import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
+from megatron_selfdistill.metrics.samples import (
+    NUMBERS,
+    Sample,
+    SampleToken,
+    chosen,
+    console_text,
+    sample_html,
+    sample_of,
+)
+from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
 
 class Letters:
@@ -48,7 +55,7 @@ def spans() -> list[range]:
 
 
 def numbers_in_layout(sizes: dict[str, int]) -> tuple[int, Any]:
-    from megatron_selfdistill.metrics.token_numbers import token_numbers
+    from megatron_selfdistill.metrics.samples import token_numbers
 
     grid, output, _ = share_of_rank(sizes)
     return grid.dp_rank, token_numbers(output, spans(), grid) if grid.dp_rank == 0 else None
@@ -298,12 +305,12 @@ def test_a_sample_is_what_was_recorded_behind_what_the_data_has(own_data, one):
 
 
 def start_where_nothing_can_be_gathered(arguments: list[str]) -> int:
-    from megatron_selfdistill.metrics import step_samples
+    from megatron_selfdistill.metrics import samples
 
     def refuse(*_: Any) -> Any:
         raise AssertionError("numbers were gathered")
 
-    return tiny_run.start_with(arguments, step_samples, "token_numbers", refuse)
+    return tiny_run.start_with(arguments, samples, "token_numbers", refuse)
 
 
 def test_a_run_without_samples_gathers_and_writes_nothing(ranks, own_data, tmp_path):

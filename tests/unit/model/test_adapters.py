@@ -19,7 +19,7 @@ from megatron_selfdistill.model.adapters import (
     adapter_sizes,
     add_adapters,
 )
-from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import unwrapped
 
 ADAPTER = AdapterConfig(rank=3, alpha=6.0)
 

@@ -19,7 +19,7 @@ from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
-from megatron_selfdistill.config.paths import config_dir
+from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model import architecture
@@ -30,9 +30,9 @@ from megatron_selfdistill.model.architecture import (
     refuse_known_faults,
     transformer_config,
 )
-from megatron_selfdistill.model.build import build_chunks, unwrapped
-from megatron_selfdistill.model.layers import CoreAttention
-from megatron_selfdistill.model.norms import RMSNorm
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.layers import CoreAttention, RMSNorm
 
 DENSE = ModelConfig(num_layers=4)
 MOE = ModelConfig(num_layers=4, num_moe_experts=4)

@@ -6,19 +6,24 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 import models
 import pytest
 import torch
 from layouts import Case, Outcomes
+from models import parallel
 from tiers import combinations
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core
+import megatron.core.optimizer.optimizer as megatrons
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.learner import apply_gradients, gradient_norm
 from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
 
 
 @pytest.fixture(autouse=True)
@@ -218,3 +223,76 @@ def test_the_megatron_core_that_comes_first_on_the_path_is_used(ranks, tmp_path)
     (newer / "package_info.py").write_text(info.replace("MINOR = 16", "MINOR = 77"))
     found = ranks.run(megatron_first_on, str(tmp_path), world_size=1, init_process_group=False)
     assert found == [f"megatron.core 0.77.1 from {newer} (not tested; tested: 0.16.1)"]
+
+
+def stepped(kind: str, cuts: ParallelConfig, config: OptimizerConfig, halves: bool) -> dict[str, Any]:
+    """Parameters after three steps with random gradients, and how often norms were taken and gradients prepared."""
+    chunks, _ = models.build(models.model_config(kind), cuts, optimizer=config)
+    student = wrap_for_training(chunks, config)
+    optimizer, _ = build_optimizer(student, config, 10)
+    calls = {"norms_taken": 0, "preparations": 0}
+    parts = getattr(optimizer, "chained_optimizers", [optimizer])
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(key: str, original: Any) -> Any:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                calls[key] += 1
+                return original(*args, **kwargs)
+
+            return call
+
+        patch.setattr(megatrons, "get_grad_norm_fp32", counted("norms_taken", megatrons.get_grad_norm_fp32))
+        for part in parts:
+            patch.setattr(part, "prepare_grads", counted("preparations", part.prepare_grads))
+        norms = []
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for chunk in student:
+                for buffer in (*chunk.buffers, *chunk.expert_parallel_buffers):
+                    values = torch.randn(buffer.grad_data.shape, generator=generator)
+                    buffer.grad_data.copy_(values * 10.0 ** (step - 1))
+            if halves:
+                norms.append(gradient_norm(optimizer))
+                apply_gradients(optimizer, norms[-1])
+            else:
+                norms.append(optimizer.step()[1])
+    parameters = {f"{i}.{n}": p.clone() for i, c in enumerate(student) for n, p in unwrapped(c).named_parameters()}
+    return {"parameters": parameters, "norms": norms, "parts": len(parts), **calls}
+
+
+CASES = {
+    "fp32": ("gqa", parallel(), OptimizerConfig(precision="fp32", use_distributed_optimizer=False), 1),
+    "bf16, distributed": ("gqa", parallel(), OptimizerConfig(precision="bf16", use_distributed_optimizer=True), 2),
+    "sgd": (
+        "tied",
+        parallel(tp=2),
+        OptimizerConfig(optimizer="sgd", precision="fp32", lr=0.1, use_distributed_optimizer=False),
+        2,
+    ),
+    "experts": ("moe", parallel(ep=2), OptimizerConfig(precision="bf16", use_distributed_optimizer=True), 2),
+    "no clipping": (
+        "gqa",
+        parallel(),
+        OptimizerConfig(precision="fp32", clip_grad=0.0, use_distributed_optimizer=False),
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_halves_together_are_megatrons_step_to_the_last_bit(ranks, name):
+    kind, cuts, config, world_size = CASES[name]
+    whole = ranks.run(stepped, kind, cuts, config, False, world_size=world_size)
+    halves = ranks.run(stepped, kind, cuts, config, True, world_size=world_size)
+    for one, other in zip(whole, halves, strict=True):
+        assert one["norms"] == other["norms"] and other["norms"][2] > 1
+        assert one["parameters"].keys() == other["parameters"].keys()
+        for key, value in one["parameters"].items():
+            assert torch.equal(value, other["parameters"][key]), key
+        assert other["preparations"] == 3 * other["parts"] and other["norms_taken"] <= 3 * other["parts"]
+
+
+def test_experts_have_an_optimizer_of_their_own_which_the_two_halves_reach(ranks):
+    kind, cuts, config, world_size = CASES["experts"]
+    for found in ranks.run(stepped, kind, cuts, config, True, world_size=world_size):
+        assert found["parts"] == 2

@@ -33,9 +33,9 @@ from megatron_selfdistill.data.packing import context_parallel_positions
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.model import architecture, build, flash_sinks
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
-from megatron_selfdistill.model.build import build_chunks, unwrapped
+from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.flash_sinks import FlashSinkAttention
-from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, uses_local_attention
+from megatron_selfdistill.model.forward import ModelInputs, hidden_states, project, unwrapped, uses_local_attention
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
@@ -357,6 +357,7 @@ def refusal(monkeypatch: pytest.MonkeyPatch, precision: str = "bf16", **changes:
 
 
 def test_where_flash_attention_cannot_run_sinks_are_refused_before_a_model_is_built(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)  # a build for CUDA has it
     assert "this PyTorch was built without it" in refusal(monkeypatch)
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     assert refusal(monkeypatch) == ""

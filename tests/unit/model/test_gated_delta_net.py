@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
 
 import fla_stand_in
 import models
@@ -21,13 +23,18 @@ from megatron.core.transformer.identity_op import IdentityOp
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.packing import Microbatch
-from megatron_selfdistill.model import gated_delta_specs
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.decoder import GatedQueryGroups, HeadGroups
+from megatron_selfdistill.model import gated_delta_net
 from megatron_selfdistill.model.architecture import layer_spec, transformer_config
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.gated_delta_kernels import GatedDeltaKernels
-from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet, GatedDeltaNetLinears
-from megatron_selfdistill.model.hf.linear_attention import GatedQueryGroups, HeadGroups
-from megatron_selfdistill.model.packed_sequences import PackedSequences
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.gated_delta_net import (
+    GatedDeltaKernels,
+    GatedDeltaNet,
+    GatedDeltaNetLinears,
+    kernels_for,
+)
+from megatron_selfdistill.model.layers import PackedSequences
 
 ROWS = 2
 
@@ -193,9 +200,9 @@ def specs_of_layers() -> list[tuple[bool, bool]]:
     cuts = ParallelConfig(pipeline_model_parallel_size=2)
     config = transformer_config(model_config("gated_delta"), cuts, OptimizerConfig(), ScheduleConfig())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gated_delta_specs, "_linears", lambda fused: GatedDeltaNetLinears(FusedLinear, FusedLinear))
+        patch.setattr(gated_delta_net, "_linears", lambda fused: GatedDeltaNetLinears(FusedLinear, FusedLinear))
         block = layer_spec(config, transformer_engine=False)
-        gated_delta_specs.place_gated_delta_nets(block, config, None, transformer_engine=True)
+        gated_delta_net.place_gated_delta_nets(block, config, None, transformer_engine=True)
     found = []
     for spec in block.layer_specs:
         parts = spec.submodules
@@ -223,3 +230,75 @@ def test_a_gated_linear_qkv_holds_each_groups_queries_then_their_gates():
     joined = arrangement.join((q, k, v))
     assert joined.tolist() == [1, 2, -1, -2, 10, 100, 3, 4, -3, -4, 20, 200]
     assert [part.tolist() for part in arrangement.split(joined)] == [q.tolist(), k.tolist(), v.tolist()]
+
+
+BF16 = SimpleNamespace(params_dtype=torch.bfloat16, deterministic_mode=False)
+FP32 = SimpleNamespace(params_dtype=torch.float32, deterministic_mode=False)
+INSTEAD = r"or set model\.transformer\.deterministic_mode=true .*NVTE_ALLOW_NONDETERMINISTIC_ALGO=0"
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+    """Let this module believe that it computes on a GPU, where no flash-linear-attention is installed."""
+    monkeypatch.setattr(gated_delta_net, "cpu", SimpleNamespace(ON_CPU=False))
+    for name in ("fla", "fla.modules", "fla.modules.conv", "fla.ops", "fla.ops.gated_delta_rule"):
+        monkeypatch.setitem(sys.modules, name, None)
+    gated_delta_net._imported.cache_clear()
+    yield monkeypatch
+    gated_delta_net._imported.cache_clear()
+
+
+def install(patch: pytest.MonkeyPatch, version: str) -> None:
+    for name in ("fla", "fla.modules", "fla.modules.conv", "fla.ops", "fla.ops.gated_delta_rule"):
+        module = ModuleType(name)
+        module.__dict__.update(__version__=version, __path__=[], **vars(fla_stand_in))
+        patch.setitem(sys.modules, name, module)
+
+
+def test_a_cpu_computes_without_kernels():
+    assert kernels_for(BF16) is None and kernels_for(FP32) is None
+
+
+def test_a_gpu_computes_with_the_installed_kernels(on_gpu):
+    install(on_gpu, "0.6.0")
+    kernels = kernels_for(BF16)
+    assert kernels.causal_conv1d is fla_stand_in.causal_conv1d
+    assert kernels.chunk_gated_delta_rule is fla_stand_in.chunk_gated_delta_rule
+
+
+def test_a_gpu_without_the_package_is_refused_with_both_ways_out(on_gpu):
+    with pytest.raises(
+        ConfigError, match=rf"need flash-linear-attention, .*: run pip install -e '\.\[gdn\]' .*{INSTEAD}"
+    ):
+        kernels_for(BF16)
+
+
+def test_a_version_with_wrong_gradients_is_refused(on_gpu):
+    """Megatron Core's own extra installs 0.4."""
+    install(on_gpu, "0.4.2")
+    with pytest.raises(ConfigError, match=rf"expected 0\.6 or later, .* got 0\.4\.2: .*{INSTEAD}"):
+        kernels_for(BF16)
+
+
+def test_float32_on_a_gpu_is_refused(on_gpu):
+    install(on_gpu, "0.6.0")
+    with pytest.raises(ConfigError, match=rf"optimizer\.precision=fp32: .* set optimizer\.precision=bf16, {INSTEAD}"):
+        kernels_for(FP32)
+
+
+@pytest.mark.parametrize("config", [BF16, FP32])
+def test_the_deterministic_mode_computes_with_pytorch(on_gpu, config):
+    assert kernels_for(SimpleNamespace(**{**vars(config), "deterministic_mode": True})) is None
+
+
+def built_on_gpu() -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gated_delta_net, "cpu", SimpleNamespace(ON_CPU=False))
+        with pytest.raises(ConfigError) as refused:
+            build(model_config("gated_delta"), parallel())
+    return str(refused.value)
+
+
+def test_a_model_is_refused_when_it_is_built(ranks):
+    (message,) = ranks.run(built_on_gpu, world_size=1)
+    assert message.startswith("optimizer.precision=fp32")

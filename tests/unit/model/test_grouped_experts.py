@@ -28,10 +28,10 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.interop.export import export
+from megatron_selfdistill.interop.hf.mapping import FAMILIES, Rule
 from megatron_selfdistill.model import architecture, build
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.model.export import export
-from megatron_selfdistill.model.hf.mapping import FAMILIES, Rule
+from megatron_selfdistill.model.forward import unwrapped
 
 LAYOUTS = {
     "one rank": (parallel(), 1),

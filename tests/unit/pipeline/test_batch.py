@@ -3,13 +3,27 @@
 
 from __future__ import annotations
 
+import math
+import random
+from collections.abc import Sequence
+
 import layouts
 import models
 import pytest
 import torch
 
+from megatron_selfdistill.data.packing import PackingRules, planned_sequences
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere, placement_everywhere
+from megatron_selfdistill.pipeline.batch import (
+    Packing,
+    StepPlan,
+    budgets_of,
+    cheapest,
+    counts_by_budget,
+    pack_everywhere,
+    placed,
+    placement_everywhere,
+)
 
 SHARES = [[3, 4], [0, 1, 2, 5, 6]]
 """The contexts of each of two replicas."""
@@ -66,3 +80,123 @@ def test_a_replica_with_too_much_to_do_gives_contexts_away(ranks, pair_order):
 @pytest.mark.parametrize("shares", [[[], []], [[3], [3]], [[3, 1], [1, 3]]], ids=["none", "one each", "equal"])
 def test_contexts_stay_where_nothing_is_gained(ranks, shares):
     assert ranks.run(placements, shares, "teacher_first", world_size=2) == [None, None]
+
+
+RULES = PackingRules(max_tokens=16384, cp_size=1, tp_size=1, paired=False)
+# Data-parallel replicas, and contexts per replica.
+SIZES = [(2, 256), (4, 128), (16, 32), (32, 16), (32, 64), (128, 8)]
+
+
+def response_lengths(count: int, seed: int = 0) -> list[int]:
+    """Return log-normal lengths with mean 1400, before they are cut at 4096."""
+    generator, sigma = random.Random(seed), 0.8
+    return [min(4096, math.ceil(generator.lognormvariate(math.log(1400) - sigma**2 / 2, sigma))) for _ in range(count)]
+
+
+def shares(values: Sequence[int], replicas: Sequence[int], num_replicas: int) -> list[list[int]]:
+    return [[v for v, r in zip(values, replicas, strict=True) if r == replica] for replica in range(num_replicas)]
+
+
+def computed(by_replica: Sequence[Sequence[int]], budget: int) -> int:
+    """Return the tokens that one replica computes in microbatches of at most ``budget`` tokens, padding included."""
+    planned = [(own, planned_sequences(list(own), [], budget, paired=False)[0]) for own in by_replica]
+    fullest = max(sum(own[i] for i in sequence) for own, sequences in planned for sequence in sequences)
+    return max(len(sequences) for _, sequences in planned) * fullest
+
+
+def costs_per_real_token(num_replicas: int, num_each: int, seed: int = 0) -> tuple[float, float]:
+    """Return computed tokens per real token, as dealt in turn and with ``max_tokens``, and as a step has them."""
+    lengths = [300 + length for length in response_lengths(num_replicas * num_each, seed)]
+    homes = [i % num_replicas for i in range(len(lengths))]
+    before = computed(shares(lengths, homes, num_replicas), RULES.max_tokens)
+    by_replica = shares(lengths, placed([(length,) for length in lengths], homes, num_replicas), num_replicas)
+    budgets = budgets_of(RULES, 256)
+    counts = [counts_by_budget(own, [], RULES, budgets) for own in by_replica]
+    plan = cheapest(budgets, [max(column) for column in zip(*counts, strict=True)], lambda *n: n, (3, 0))
+    real = sum(lengths) / num_replicas
+    return before / real, computed(by_replica, plan.budget) / real
+
+
+@pytest.mark.parametrize(("num_replicas", "num_each"), SIZES)
+def test_log_normal_lengths_cost_at_most_1_08_of_their_tokens(num_replicas, num_each, record_property):
+    before, after = costs_per_real_token(num_replicas, num_each)
+    record_property("before", round(before, 2)), record_property("after", round(after, 2))
+    assert after <= 1.08 and after < before
+    if (num_replicas, num_each) == (32, 16):
+        assert before > 1.4, "the simulation must be one in which replicas differ"
+
+
+def placed_lengths(by_replica: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Return the lengths on each replica after `placed`, whose cost of a context is its length."""
+    lengths = [length for own in by_replica for length in own]
+    homes = [replica for replica, own in enumerate(by_replica) for _ in own]
+    return shares(lengths, placed([(length,) for length in lengths], homes, len(by_replica)), len(by_replica))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param([[3, 3], [3, 3]], [[3, 3], [3, 3]], id="equal lengths stay"),
+        pytest.param([[7, 1], [5, 2]], [[7, 1], [5, 2]], id="nothing to gain stays"),
+        pytest.param([[90, 4, 3], [2], [1]], [[90], [4, 2], [3, 1]], id="a giant is left alone"),
+        pytest.param([[4, 4, 4], [], []], [[4], [4], [4]], id="replicas without contexts get some"),
+        pytest.param([[5], [], [2, 2], []], [[5], [], [2, 2], []], id="fewer contexts than replicas"),
+        pytest.param([[], []], [[], []], id="no contexts"),
+        pytest.param([[0, 0, 6], [2]], [[0, 0, 6], [2]], id="costs of nothing"),
+    ],
+)
+def test_contexts_leave_home_only_where_another_replica_has_less_to_do(before, after):
+    assert placed_lengths(before) == after
+
+
+def test_all_units_of_cost_are_balanced():
+    """The replicas have equal sums of both units; the last unit, the whole cost, alone would accept the homes."""
+    costs = [(8, 2, 10), (8, 2, 10), (2, 8, 10), (2, 8, 10)]
+    assert placed(costs, [0, 0, 1, 1], 2) in ([0, 1, 1, 0], [1, 0, 0, 1], [0, 1, 0, 1])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_replica_exceeds_its_share_by_more_than_one_context(seed):
+    """A context that leaves home goes to the emptiest replica, which has at most the mean before it arrives."""
+    generator = random.Random(seed)
+    num_replicas = generator.choice([2, 3, 8, 33])
+    by_replica = [response_lengths(generator.randrange(9), seed + r) for r in range(num_replicas)]
+    everything = sum(map(sum, by_replica))
+    after = placed_lengths(by_replica)
+    assert after == placed_lengths(by_replica), "the result is deterministic"
+    assert sorted(n for own in after for n in own) == sorted(n for own in by_replica for n in own)
+    longest = max((n for own in by_replica for n in own), default=0)
+    assert max(map(sum, after)) <= everything / num_replicas + longest
+
+
+def test_budgets_go_down_to_half_of_the_longest_in_few_steps():
+    assert budgets_of(RULES, 256) == list(range(16384, 8191, -256))
+    for rules in (PackingRules(5000, 2, 4, False), PackingRules(7, 1, 1, True), PackingRules(1, 1, 1, True)):
+        budgets = budgets_of(rules)
+        assert budgets[0] == rules.capacity and len(budgets) <= 34
+        assert all(budget % rules.length_multiple == 0 and 2 * budget >= budgets[0] for budget in budgets)
+        assert budgets == sorted(set(budgets), reverse=True)
+
+
+def plan(student: list[int], teacher: list[int], max_tokens: int, multiple: int = 1) -> StepPlan:
+    """Return the plan of one replica, whose schedule takes multiples of student microbatches."""
+    rules = PackingRules(max_tokens, 1, 1, paired=False)
+    budgets = budgets_of(rules)
+    counts = counts_by_budget(student, teacher, rules, budgets)
+    return cheapest(budgets, counts, lambda s, t: (-(-s // multiple) * multiple, t), (3, 1))
+
+
+def test_a_step_takes_the_budget_with_the_least_padding():
+    found = plan([10] * 5, [10] * 5, 40)  # 2 microbatches of 40, or of 30
+    assert (found.num_student, found.num_teacher) == (2, 2) and 30 <= found.budget < 32
+
+
+def test_microbatches_that_the_schedule_needs_anyway_share_the_tokens():
+    found = plan([10] * 8, [10] * 8, 80, multiple=2)
+    assert (found.num_student, found.budget // 10) == (2, 4)
+
+
+def test_a_budget_holds_the_longest_context():
+    found = plan([60, 10, 10], [60, 10, 10], 64)
+    assert found.budget >= 60 and (found.num_student, found.num_teacher) == (2, 2)
+    assert plan([], [], 64).num_student == 0

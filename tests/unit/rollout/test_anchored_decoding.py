@@ -29,11 +29,10 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss import Target, mixed_target
-from megatron_selfdistill.model.build import unwrapped
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.guided import RoleWeights
-from megatron_selfdistill.rollout.megatron import forward_passes
-from megatron_selfdistill.rollout.megatron.kv_cache import cache_bytes_per_token
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
+from megatron_selfdistill.rollout.megatron import decoding
+from megatron_selfdistill.rollout.megatron.decoding import cache_bytes_per_token
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 ANCHORED, MATCHES_STUDENT = Target(anchor="reference"), Target(anchor="reference", match="student", k_max=None)
@@ -128,7 +127,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     both = sampler.generate([*plain, *pairs], GREEDY)
     alone = sampler.generate(plain, GREEDY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_passes, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
+        patch.setattr(decoding, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
         early = sampler.generate(pairs if grid.dp_rank == 0 else pairs[::-1], stopping)
     return {
         "replica": grid.dp_rank,

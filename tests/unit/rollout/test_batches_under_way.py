@@ -111,6 +111,7 @@ def server_lost(addresses: list[str], fault: dict[str, Any]) -> Any:
         return right, time.monotonic() - began, built.metrics()
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     "fault", [{"dead": True}, {"fail_at": "/update_weights"}, {"fail_at": "/reset_prefix_cache"}], ids=str
 )

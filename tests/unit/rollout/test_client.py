@@ -286,6 +286,7 @@ def test_a_connection_that_ends_without_an_answer_is_an_error(fake):
         client(fake.address).generate([request_of(i) for i in range(3)])
 
 
+@pytest.mark.timing
 def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
     fake.hang_at = 1
     started = time.monotonic()
@@ -331,6 +332,7 @@ def test_the_count_of_tokens_is_of_prompts_and_responses(fake):
     assert VllmServer(fake.address).num_tokens() is None
 
 
+@pytest.mark.timing
 def test_waiting_can_be_interrupted(fake):
     fake.hang_at = 1
     server = client(fake.address, timeout_s=30)
@@ -353,6 +355,7 @@ def preempted(monkeypatch: pytest.MonkeyPatch, patience_s: float) -> Iterator[No
         assert stop.asked()
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("path", ["/update_weights", "/inference/v1/generate"])
 def test_a_run_that_shall_end_does_not_wait_for_a_server_that_has_fallen_silent(fake, monkeypatch, path):
     """The signal may have ended the engine behind the server."""
@@ -409,6 +412,7 @@ def test_an_answer_without_an_end_is_read_up_to_a_limit(fake, path):
         ask()
 
 
+@pytest.mark.timing
 def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
     fake.endless_at, fake.drips, started = "/v1/models", True, time.monotonic()
     with pytest.raises(EngineError, match=rf"{fake.address}: .*no end of the answer within 0.5 s, after \d+ bytes"):
@@ -416,6 +420,7 @@ def test_an_answer_that_comes_byte_by_byte_is_given_up_in_time(fake):
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("path", ["/v1/models", "/inference/v1/generate"])
 def test_headers_that_come_byte_by_byte_are_given_up_in_time(fake, path):
     fake.drips_at, started = path, time.monotonic()

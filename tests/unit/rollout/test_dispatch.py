@@ -14,8 +14,8 @@ import pytest
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
-from megatron_selfdistill.rollout.vllm.dispatch import dispatch
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
+from megatron_selfdistill.rollout.vllm.server_batch import dispatch
 
 
 def servers_of(count: int) -> list[VllmServer]:
@@ -115,7 +115,7 @@ def test_an_error_of_ours_is_raised_and_no_server_is_blamed():
 
 
 def test_a_fast_server_takes_over_from_a_slow_one(monkeypatch):
-    monkeypatch.setattr("megatron_selfdistill.rollout.vllm.dispatch.MAX_IN_FLIGHT", 2)
+    monkeypatch.setattr("megatron_selfdistill.rollout.vllm.server_batch.MAX_IN_FLIGHT", 2)
     servers = servers_of(2)
     slow, quick = Counter[int](), Counter[int]()
     all_begun = threading.Event()

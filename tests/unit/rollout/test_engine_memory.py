@@ -14,7 +14,7 @@ import torch
 
 from megatron_selfdistill.config import RolloutConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.rules import MegatronSlice, rows
+from megatron_selfdistill.interop.hf.rules import MegatronSlice, rows
 from megatron_selfdistill.rollout.vllm import colocated, engine_memory, engine_weights
 from megatron_selfdistill.rollout.vllm.engine_memory import (
     MARGIN_BYTES,

@@ -12,9 +12,14 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target, solve_target
-from megatron_selfdistill.rollout import guided
-from megatron_selfdistill.rollout.base import SamplingParams, select_tokens
-from megatron_selfdistill.rollout.guided import MixedTokens, refuse_unguidable, select_mixed_tokens
+from megatron_selfdistill.rollout import base
+from megatron_selfdistill.rollout.base import (
+    MixedTokens,
+    SamplingParams,
+    refuse_unguidable,
+    select_mixed_tokens,
+    select_tokens,
+)
 
 TARGETS = {
     "entropy matched": Target(),
@@ -148,7 +153,7 @@ def test_a_row_with_nan_corrupts_itself_only() -> None:
 def test_rows_are_drawn_alike_in_any_grouping(monkeypatch: pytest.MonkeyPatch, greedy: bool) -> None:
     student, teacher, uniforms = random_logits(23, 40)
     whole = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=greedy)
-    monkeypatch.setattr(guided, "_MAX_ELEMENTS", {"cpu": 7 * 40, "other": 7 * 40})
+    monkeypatch.setattr(base, "_MAX_MIXED_LOGITS", {"cpu": 7 * 40, "other": 7 * 40})
     split = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=greedy)
     for field in dataclasses.fields(MixedTokens):
         assert torch.equal(getattr(whole, field.name), getattr(split, field.name))
@@ -206,5 +211,5 @@ def test_what_does_not_fit_is_refused_with_a_message() -> None:
 
 @pytest.mark.full
 def test_drawing_guided_tokens_imports_no_megatron() -> None:
-    code = "import sys, megatron_selfdistill.rollout.guided; sys.exit('megatron' in sys.modules)"
+    code = "import sys, megatron_selfdistill.rollout.base; sys.exit('megatron' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -29,7 +29,7 @@ from tiers import combinations
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.rollout.base import Request, SamplingParams
-from megatron_selfdistill.rollout.megatron import forward_passes, survivors
+from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 
@@ -107,7 +107,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     both = sampler.generate(mingled, GREEDY_PAIRS)
     alone = sampler.generate(plain, GREEDY_PAIRS)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_passes, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
+        patch.setattr(decoding, "_PREFILL_TOKENS", 30)  # prompts are read a few rows at a time
         early = sampler.generate(pairs, stopping)
     room = 2 * (40 + PAIR_TOKENS) + 12  # tokens: the longest pair, or two short ones
     small = sampler_of(chunks, grid, kv_cache_gb=room * sampler._bytes_per_token / 2**30)
@@ -163,7 +163,7 @@ def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_
 def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
     """Call `write_in_layout` where the host learns one pass late which pairs go on, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survivors, "lag_of", lambda device: 1)
+        patch.setattr(megatron_sampler, "lag_of", lambda device: 1)
         return write_in_layout(kind, config, stops)
 
 

@@ -29,7 +29,7 @@ from megatron.core.models.common.embeddings import rope_utils
 from megatron_selfdistill.config import OptimizerConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Target, mixed_target
-from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response, SamplingParams, sample_seed, sample_uniforms
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from megatron_selfdistill.config import CheckpointConfig, Config, ParallelConfig, RolloutConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.hf.mapping import FAMILIES
+from megatron_selfdistill.interop.hf.mapping import FAMILIES
 
 MODEL = models.model_config("tied")
 MISTRAL = models.model_config("gqa")
@@ -35,7 +35,7 @@ def described(config: Config, vocab_size: int, run_dir: Path) -> tuple[dict[str,
 
 def carried(directory: Path, **changes: Any) -> Path:
     """Return a checkpoint whose Hugging Face assets hold a config.json of `MODEL`."""
-    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.interop.hf.mapping import family_of_model
 
     config = {**family_of_model(MODEL).hf_config(MODEL, "bfloat16"), "bos_token_id": 7, **changes}
     (directory / "huggingface").mkdir(parents=True)

@@ -23,13 +23,11 @@ from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request
 from megatron_selfdistill.rollout.streaming import BusyTime
 from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.dispatch import DispatchResult, Task, dispatch
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.exchange import WeightAge
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, http_process
-from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask
-from megatron_selfdistill.rollout.vllm.http.shared_messages import Messages
-from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch
+from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Messages
+from megatron_selfdistill.rollout.vllm.server_batch import DispatchResult, ServerBatch, Task, dispatch
 
 HELD = 7
 """The first token of the prompts whose responses the servers hold back."""

@@ -28,9 +28,9 @@ from responses import chi_square_p_value, cut_at, own, stops_of, tokens
 from tiers import combinations
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
-from megatron_selfdistill.rollout.megatron import forward_passes, survivors
+from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.megatron_sampler import split_batches
 
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95)
@@ -83,7 +83,7 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     sampler = sampler_of(chunks, grid)
     whole = sampler.generate(requests, GREEDY)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(forward_passes, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
+        patch.setattr(decoding, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
         early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     per_token = sampler._bytes_per_column(NEW_TOKENS)
     small = sampler_of(chunks, grid, kv_cache_gb=2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30)
@@ -174,7 +174,7 @@ def test_a_replica_without_requests_keeps_step_until_the_others_are_done(ranks, 
 def write_one_pass_late(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -> dict[str, Any]:
     """Call `write_in_layout` where the host learns one pass late which sequences go on, as on a GPU."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(survivors, "lag_of", lambda device: 1)
+        patch.setattr(megatron_sampler, "lag_of", lambda device: 1)
         return write_in_layout(kind, config, stops)
 
 

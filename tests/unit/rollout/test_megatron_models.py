@@ -17,7 +17,8 @@ from tiers import combinations
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.model.build import build_optimizer, unwrapped, wrap_for_training
+from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95)

@@ -21,8 +21,8 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm import pairs
 from megatron_selfdistill.rollout.vllm.coroutines import begin, result_of
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf, PairLog
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided, guided_responses
+from megatron_selfdistill.rollout.vllm.protocol import PairHalf, PairLog
 
 PARAMS = SamplingParams(max_new_tokens=30, stop_token_ids=(1, 3))
 GARBAGE = 99

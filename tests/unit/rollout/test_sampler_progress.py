@@ -13,7 +13,7 @@ from responses import own, stops_of, tokens
 
 from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.megatron import survivors
+from megatron_selfdistill.rollout.megatron import megatron_sampler
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 Counts = list[tuple[int, int, str]]
@@ -52,7 +52,7 @@ def check_on_one_rank() -> None:
     assert len(set(passes)) >= 6, "the responses must end at different passes"
     assert changes(counts) == changes([(finished, number, "") for finished in [0, *passes]])
     with pytest.MonkeyPatch.context() as patch:  # a GPU knows each number one pass late
-        patch.setattr(survivors, "lag_of", lambda device: 1)
+        patch.setattr(megatron_sampler, "lag_of", lambda device: 1)
         counts.clear()
         assert tokens(sampler.generate([*pairs, *plain], params)) == tokens(responses)
     assert sorted(counts) == counts and counts[-1] == (number, number, "")

@@ -207,6 +207,7 @@ def test_in_a_group_the_others_get_the_weights_though_one_dies(ranks, fakes):
     assert metrics["rollout/servers_alive"] == 1
 
 
+@pytest.mark.timing
 def test_a_server_that_fails_while_the_group_forms_costs_the_others_moments(ranks, fakes):
     """And not the time after which a server counts as dead, which the hang watch might not wait for."""
     options = {"transfer": "gloo", "timeout_s": 100.0}

@@ -199,6 +199,7 @@ def connected(port: int) -> socket.socket:
             time.sleep(0.05)
 
 
+@pytest.mark.timing
 def test_nodes_that_do_not_come_are_named(port):
     with pytest.raises(
         TimeoutError, match=rf"node ranks \[1, 2\] of this server have not connected to port {port + 1}"
@@ -215,6 +216,7 @@ def test_a_node_that_ends_before_the_others_came_ends_the_server(port):
     assert "node rank 2 of this server ended before the other nodes came" in str(raised.get(timeout=PATIENCE_S))
 
 
+@pytest.mark.timing
 def test_a_node_waits_for_all_the_others(port):
     lead(3, port)
     with pytest.raises(TimeoutError, match="still waits for other nodes"):

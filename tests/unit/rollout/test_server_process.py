@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_selfdistill.config import RolloutConfig
-from megatron_selfdistill.config.schema import adapter_checks
+from megatron_selfdistill.config.schema import adapter_config
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.vllm import engine_adapter
 from megatron_selfdistill.rollout.vllm.client import VllmServer
@@ -192,6 +192,7 @@ def test_a_python_that_is_not_there_is_a_configuration_error(tmp_path):
         started(tmp_path, "/no/python")
 
 
+@pytest.mark.timing
 def test_the_children_of_a_server_end_with_it_also_when_it_was_killed(tmp_path):
     [one] = started(tmp_path, script(tmp_path, "sleep 100 & echo child $!; wait"))
     while "child" not in (text := one.log.read_text()):
@@ -288,8 +289,8 @@ def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_w
 
 def test_the_schema_knows_what_the_engines_adapters_decide():
     arguments = engine_adapter.EngineAdapter(8, 1.0, False, ("q_proj",)).engine_args(on_cpu=True)
-    assert set(adapter_checks._ENGINE_ARGUMENTS) == arguments.keys()
-    assert engine_adapter.RANKS[-1] == adapter_checks._MAX_ENGINE_RANK
+    assert set(adapter_config._ENGINE_ARGUMENTS) == arguments.keys()
+    assert engine_adapter.RANKS[-1] == adapter_config._MAX_ENGINE_RANK
 
 
 @pytest.mark.parametrize(("kv_cache_gb", "kv_cache_bytes"), [(16.0, 16 * GIB), (None, 20 * GIB)])

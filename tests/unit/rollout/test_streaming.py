@@ -157,6 +157,7 @@ def streamed(addresses: list[str], layout: dict[str, int], fault: dict[str, Any]
         return [found[i] for i in range(len(requests))], shares, metrics, again
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [pytest.param({}, 1, marks=pytest.mark.full), ({}, 2), pytest.param({"tp": 2, "pp": 2}, 4, marks=pytest.mark.full)],
@@ -202,6 +203,7 @@ def abandoned(addresses: list[str]) -> float:
             return time.monotonic() - began
 
 
+@pytest.mark.timing
 def test_a_sampler_can_be_closed_between_waves(ranks, fakes):
     [seconds] = ranks.run(abandoned, [fake.address for fake in fakes], world_size=1, timeout=TIMEOUT)
     assert seconds < 30

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_selfdistill.rollout.megatron.survivors import Survivors, lag_of
+from megatron_selfdistill.rollout.megatron.megatron_sampler import Survivors, lag_of
 
 CPU = torch.device("cpu")
 ENDS = torch.tensor([3, 1, 6, 2, 4, 1, 1, 6])

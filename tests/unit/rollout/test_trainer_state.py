@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.rollout.vllm import trainer_state
-from megatron_selfdistill.rollout.vllm.trainer_state import trainer_state_kept
+from megatron_selfdistill.rollout.vllm import in_process
+from megatron_selfdistill.rollout.vllm.in_process import trainer_state_kept
 
 
 class Stream:
@@ -61,7 +61,7 @@ def default(monkeypatch: pytest.MonkeyPatch) -> Stream:
     monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: current.__setitem__(0, stream))
-    monkeypatch.setattr(trainer_state, "_vllms_stream", None)
+    monkeypatch.setattr(in_process, "_vllms_stream", None)
     return default
 
 

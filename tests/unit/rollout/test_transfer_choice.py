@@ -9,10 +9,10 @@ import pytest
 from fake_vllm import FakeVllm, fake_servers
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.rollout.vllm import transfer_choice
+from megatron_selfdistill.rollout.vllm import transfer
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.protocol import boot_id
-from megatron_selfdistill.rollout.vllm.transfer_choice import choose_transfer
+from megatron_selfdistill.rollout.vllm.transfer import choose_transfer
 
 NCCL, GPU = "2.27.5", "GPU-11111111"
 HERE = {"host": "here", "boot_id": boot_id(), "address": "", "nccl": NCCL, "gpus": ["GPU-0", GPU], "gpu": "GPU-0"}
@@ -23,8 +23,8 @@ OLDER = {**HERE, "nccl": "2.26.2", "gpus": ["GPU-0"]}
 @pytest.fixture
 def fakes(monkeypatch) -> Iterator[list[FakeVllm]]:
     """Start two servers of one worker each, which have the trainer's NCCL and see its GPU."""
-    monkeypatch.setattr(transfer_choice, "nccl_version", lambda: NCCL)
-    monkeypatch.setattr(transfer_choice, "own_gpu", lambda: GPU)
+    monkeypatch.setattr(transfer, "nccl_version", lambda: NCCL)
+    monkeypatch.setattr(transfer, "own_gpu", lambda: GPU)
     with fake_servers(2) as servers:
         for number, server in enumerate(servers):
             server.workers = [{**HERE, "gpu": f"GPU-of-server-{number}"}]

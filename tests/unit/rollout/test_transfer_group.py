@@ -136,6 +136,7 @@ def test_an_nccl_group_is_connected_when_it_opens_and_its_watchdog_ends_nobody(n
     assert os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] == "3"
 
 
+@pytest.mark.timing
 def test_an_nccl_group_that_blocks_while_it_connects_is_left_behind(nccl, store):
     never = threading.Event()
     nccl.connect = staticmethod(never.wait)
@@ -155,6 +156,7 @@ def test_an_nccl_group_that_cannot_connect_says_why(nccl, store):
         open_group("nccl", "127.0.0.1", store.port, 0, 1, torch.device("cuda", 0), 10.0)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("fault", ["fail_at", "hangs_at"])
 def test_a_server_that_does_not_join_leaves_the_others_usable(monkeypatch, fault):
     if fault == "hangs_at":

@@ -14,17 +14,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import ONE_RANK, Characters
+from made_methods import made
 
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.recipes.environments import Reply
 from megatron_selfdistill.rollout.base import Response, sample_seed
-from megatron_selfdistill.sources.episodes import Episodes, EpisodeTurn, episode_metrics
-from megatron_selfdistill.sources.hindsight_hints import HindsightPrompts, PeerHints
-from megatron_selfdistill.sources.problem_prompts import Answer, GivenSolutions
-from megatron_selfdistill.sources.recording import SampleKey
+from megatron_selfdistill.sources.episodes import Episodes, episode_metrics
+from megatron_selfdistill.sources.given_solutions import GivenSolutions
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
 TEMPLATES = PromptTemplates(teacher="{problem}|{solution}", student="{problem}?")
@@ -62,8 +62,8 @@ def one_rank(monkeypatch):
 
 def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3, **options: Any):
     """Return turns and number of cut episodes of one episode per item of ``texts``, and the requests of each turn."""
-    prompts = options.pop("prompts", options.get("given", given()))
-    settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True, "gives_rewards": True} | options
+    method = made(options.pop("overrides", []), options.get("given", given()))
+    settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True} | options
     episodes = Episodes(environment=environment, max_turns=max_turns, **settings)
     asked: list[list[SampleKey]] = []
 
@@ -73,10 +73,10 @@ def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3,
         return [response(texts[i][key.turn]) for i, key in zip(numbers, keys, strict=True)]
 
     first = [
-        EpisodeTurn(SampleKey(5, problem.id, 0), Answer(problem, prompts.pair(problem), response(text[0]), group=i))
+        Rollout(problem, method.prompts(problem), response(text[0]), i, key=SampleKey(5, problem.id, 0))
         for i, (problem, text) in enumerate(zip(PROBLEMS, texts, strict=False))
     ]
-    return *episodes.played(first, prompts, generate, episodes.replies), asked
+    return *episodes.played(first, method, generate, episodes.replies), asked
 
 
 def text(ids: Sequence[int]) -> str:
@@ -87,38 +87,37 @@ def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_probl
     environment = Script()
     turns, num_cut, asked = played(environment, [["w$", "w$", "r$"], ["r$"]])
     assert num_cut == 0 and [[(key.problem_id, key.turn) for key in keys] for keys in asked] == [[("a", 1)], [("a", 2)]]
-    answers = [turn.answer for turn in turns]
-    assert [(answer.group, answer.episode, answer.turn) for answer in answers] == [
+    assert [(turn.group, turn.episode, turn.turn) for turn in turns] == [
         (0, 0, 0),
         (0, 0, 1),
         (0, 0, 2),
         (1, 1, 0),
     ]
-    assert [text(answer.prompts.student_prompt) for answer in answers] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
-    assert [text(answer.prompts.teacher_prompt) for answer in answers] == [
+    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "b?:"]
+    assert [text(turn.prompts.teacher_prompt) for turn in turns] == [
         "a|hint a:",
         "a|hint aw#1:",
         "a|hint aw#1w#2:",
         "b|hint b:",
     ]
-    assert [answer.reward for answer in answers] == [0.0, 0.0, 1.0, 1.0]
-    assert [answer.feedback for answer in answers] == ["f1", "f2", "f3", "f1"]
+    assert [turn.reward for turn in turns] == [0.0, 0.0, 1.0, 1.0]
+    assert [turn.feedback for turn in turns] == ["f1", "f2", "f3", "f1"]
     assert environment.heard == [
         ("a", ["w"]),
         ("b", ["r"]),
         ("a", ["w", "#1", "w"]),
         ("a", ["w", "#1", "w", "#2", "r"]),
     ]
-    assert [message["role"] for message in answers[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
+    assert [message["role"] for message in turns[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
 
 
 def test_replies_are_prompt_tokens_and_so_never_trained_on():
     turns, _, _ = played(Script(role="tool"), [["w$", "r$"]])
-    contexts = build_contexts([turn.answer.prompts for turn in turns], [turn.answer.response for turn in turns])
+    contexts = build_contexts([turn.prompts for turn in turns], [turn.response for turn in turns])
     assert [text(context.response) for context in contexts] == ["w$", "r$"]
     assert all("#" not in text(context.response) for context in contexts)
     assert text(contexts[1].student_prompt).endswith("w#1:") and text(contexts[1].teacher_prompt).endswith("w#1:")
-    assert turns[1].answer.problem.messages[-1] == {"role": "tool", "content": "#1"}
+    assert turns[1].problem.messages[-1] == {"role": "tool", "content": "#1"}
 
 
 def test_every_turn_has_random_numbers_of_its_own_and_the_first_turn_those_of_a_run_without_environment():
@@ -130,15 +129,15 @@ def test_every_turn_has_random_numbers_of_its_own_and_the_first_turn_those_of_a_
 def test_an_episode_ends_at_the_last_turn_without_another_prompt():
     turns, num_cut, asked = played(Script(), [["w$", "w$", "w$"]], max_turns=2)
     assert len(turns) == 2 and len(asked) == 1 and num_cut == 0
-    metrics = episode_metrics(turns, [turn.answer for turn in turns], num_cut, ONE_RANK)
+    metrics = episode_metrics(turns, num_cut, ONE_RANK)
     assert metrics["episodes/unfinished_share"] == 1.0 and metrics["episodes/too_long_share"] == 0.0
 
 
 def test_a_truncated_response_ends_its_episode_and_the_environment_does_not_see_it():
     environment = Script()
     turns, _, _ = played(environment, [["cut"], ["w$", "r$"]])
-    assert [turn.answer.problem.id for turn in turns] == ["a", "b", "b"] and turns[0].reply is None
-    assert all(name == "b" for name, _ in environment.heard) and turns[0].answer.reward is None
+    assert [turn.problem.id for turn in turns] == ["a", "b", "b"] and turns[0].reply is None
+    assert all(name == "b" for name, _ in environment.heard) and turns[0].reward is None
 
 
 @pytest.mark.parametrize("reply", [{"done": True}, {"done": False, "text": None}])
@@ -153,20 +152,19 @@ def test_a_turn_whose_prompts_do_not_fit_ends_the_episode():
     short = given(8 + 13)
     turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=short)
     assert len(turns) == 3 and num_cut == 1
-    metrics = episode_metrics(turns, [turn.answer for turn in turns], num_cut, ONE_RANK)
+    metrics = episode_metrics(turns, num_cut, ONE_RANK)
     assert metrics["episodes/too_long_share"] == metrics["episodes/unfinished_share"] == 0.5
 
 
 def test_without_a_teacher_only_the_students_prompt_must_fit():
     turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"]], given=given(8 + 13), has_teacher=False)
     assert len(turns) == 3 and num_cut == 0
-    assert turns[2].answer.prompts.teacher_prompt == turns[2].answer.prompts.student_prompt
+    assert turns[2].prompts.teacher_prompt == turns[2].prompts.student_prompt
 
 
 def test_later_turns_show_no_hint_where_a_hint_is_known_only_afterwards():
-    prompts = HindsightPrompts(given(), ONE_RANK, keeps_unhinted=True, hints=PeerHints(Characters()))
-    turns, _, _ = played(Script(), [["w$", "r$"]], prompts=prompts)
-    assert text(turns[1].answer.prompts.teacher_prompt) == "a?w#1:"
+    turns, _, _ = played(Script(), [["w$", "r$"]], overrides=["method.name=sdpo", "rollout.num_samples=2"])
+    assert text(turns[1].prompts.teacher_prompt) == "a?w#1:"
 
 
 def calls_on_this_rank() -> tuple[int, int, int]:
@@ -193,7 +191,7 @@ def test_every_replica_makes_as_many_calls_as_the_longest_episode_of_any_replica
 
 def test_metrics_are_means_over_episodes():
     turns, num_cut, _ = played(Script(reward=0.25), [["w$", "w$", "r$"], ["r$"]])
-    assert episode_metrics(turns, [turn.answer for turn in turns], num_cut, ONE_RANK) == {
+    assert episode_metrics(turns, num_cut, ONE_RANK) == {
         "episodes/turns_mean": 2.0,
         "episodes/reward_mean": 0.5,
         "episodes/first_reward_mean": 0.25,
@@ -201,12 +199,7 @@ def test_metrics_are_means_over_episodes():
         "episodes/unfinished_share": 0.0,
         "episodes/too_long_share": 0.0,
     }
-    assert episode_metrics([], [], 0, ONE_RANK)["episodes/turns_mean"] == 0.0
-
-
-def test_rewards_stay_open_where_a_function_of_the_user_gives_them():
-    turns, _, _ = played(Script(), [["r$"]], gives_rewards=False)
-    assert turns[0].answer.reward is None and turns[0].answer.feedback == "f1"
+    assert episode_metrics([], 0, ONE_RANK)["episodes/turns_mean"] == 0.0
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -3,7 +3,22 @@
 
 from __future__ import annotations
 
-from megatron_selfdistill.sources.guidance import PROBE_EVERY, WINDOW, SuccessRates
+from types import SimpleNamespace
+
+from characters import ONE_RANK, Characters
+from made_methods import given_with, made
+from sums import written
+
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.evaluation.verify import exact_match
+from megatron_selfdistill.sources.guidance import PROBE_EVERY, WINDOW, Guidance, SuccessRates
+from megatron_selfdistill.sources.judge import Judge
+from megatron_selfdistill.sources.rollouts import Rollout
+
+PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
+OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "given", "9", "file.jsonl:2")
+METHOD = made([], given_with(Characters()))
+JUDGE = Judge(exact_match, Characters(), ONE_RANK)
 
 
 class Visited:
@@ -68,3 +83,23 @@ def test_a_restored_table_decides_alike():
         problem.visit(share)
     restored = Visited(SuccessRates(0.5).restored(problem.rates.state_dict()))
     assert [problem.visit(0.0) for _ in range(12)] == [restored.visit(0.0) for _ in range(12)]
+
+
+def test_guidance_goes_to_problems_with_a_solution():
+    own, guidance = SimpleNamespace(has_solution=lambda problem: problem is PROBLEM), Guidance(JUDGE, num_samples=2)
+    assert guidance.guides(PROBLEM, own) and not guidance.guides(OTHER, own)
+    assert guidance.is_guided(PROBLEM, own) and not guidance.is_guided(OTHER, own)
+    assert guidance.guides(OTHER, METHOD), "the default method has a solution to every problem"
+
+
+def test_success_rates_of_a_step_are_in_a_new_guidance_and_decide_the_next_step():
+    before = Guidance(JUDGE, 2, SuccessRates(0.5))
+    visits = [(PROBLEM, "8$"), (PROBLEM, "8"), (OTHER, "1$"), (OTHER, "2$")]  # the second one has no end: it is wrong
+    rollouts = [Rollout(problem, METHOD.prompts(problem), written(text)) for problem, text in visits]
+    after = before.record(rollouts, guided=set())
+    assert not before.guides(OTHER, METHOD) and before.state_dict() == {}
+    assert after.guides(OTHER, METHOD), "nothing is right"
+    assert not after.guides(PROBLEM, METHOD), "half is right"
+    restored = before.restored(after.state_dict())
+    assert restored.guides(OTHER, METHOD) and restored.state_dict() == after.state_dict()
+    assert Guidance(JUDGE, 2).state_dict() is None

@@ -15,7 +15,7 @@ from megatron_selfdistill.data.chat.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.sources import chat_logs
+from megatron_selfdistill.sources import logged_turns
 
 NUM_TURNS, BATCH_SIZE, STEPS = 20, 6, 5
 LONG, BAD = {"3", "8", "11"}, {"5", "14"}
@@ -45,8 +45,8 @@ def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
     run_data = SimpleNamespace(problems=ProblemSet(problems))
     sampler = ProblemSampler(run_data.problems, batch_size=BATCH_SIZE, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_logs, "turn_reader", lambda config, run_data: Reader())
-        turns = chat_logs.LoggedTurns(SimpleNamespace(run_dir=run_dir), run_data, grid)
+        patch.setattr(logged_turns, "turn_reader", lambda config, run_data: Reader())
+        turns = logged_turns.LoggedTurns(SimpleNamespace(run_dir=run_dir), run_data, grid)
     steps = [turns.next_turns(sampler) for _ in range(STEPS)]
     return [
         {
@@ -72,5 +72,5 @@ def test_the_next_usable_turns_are_divided_among_the_replicas(ranks, tmp_path):
     skipped = [sum(step["counts"][f"turns/skipped_{kind}"] for step in whole) for kind in ("long", "bad")]
     assert skipped[0] >= len(LONG) and skipped[1] >= len(BAD)
     for name in ("one", "two"):
-        lines = (tmp_path / name / chat_logs.SKIPPED_FILE).read_text().splitlines()
+        lines = (tmp_path / name / logged_turns.SKIPPED_FILE).read_text().splitlines()
         assert sorted(lines) == sorted(f"turn {name}" for name in LONG | BAD), "each unusable turn is listed once"

@@ -11,10 +11,10 @@ import torch
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
-from megatron_selfdistill.recipes.ratio_terms import RatioTerms
-from megatron_selfdistill.recipes.signals import Terms
 from megatron_selfdistill.sources.moved_contexts import _opened, _parcel, _values_of_tokens
+from megatron_selfdistill.sources.signals import Clip, Terms
 from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.sources.step_terms import RatioTerms
 
 CONTEXTS = [
     ContextPair("a/0", [1], [5, 2**31 - 1, 0], [7, 8, 9], truncated=True),
@@ -46,7 +46,7 @@ def terms() -> RatioTerms:
     columns = [torch.arange(5.0, dtype=torch.float64) * number for number in range(1, 5)]
     mu = LOG_PROBS.nan_to_num(neginf=-9, posinf=-8)
     correction = SequenceImportance(mu, TokenOwners.of([3, 0, 2], over_ranks), cap=1e9)
-    return RatioTerms(Terms(*columns), mu, None, 0.2, 0.3, correction=correction, likelihood_floor=-columns[1])
+    return RatioTerms(Terms(*columns, -columns[1]), mu, None, Clip(0.2, 0.3), correction=correction)
 
 
 def test_a_parcel_of_some_contexts_has_all_of_them_in_its_order():
@@ -59,7 +59,7 @@ def test_a_parcel_of_some_contexts_has_all_of_them_in_its_order():
     tokens = torch.tensor([3, 4, 0, 1, 2])
     assert found.sampler_log_probs.equal(LOG_PROBS[tokens])
     own, other = batch.token_coefficients, found.token_coefficients
-    assert (other.clip_low, other.clip_high, other.target_log_prob) == (0.2, 0.3, None)
+    assert (other.clip, other.target_log_prob) == (Clip(0.2, 0.3), None)
     log_prob = torch.linspace(-3, -1, 5)
     for field in ("divergence", "policy", "clipped"):
         before = getattr(own(log_prob[tokens], tokens), field)

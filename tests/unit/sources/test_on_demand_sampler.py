@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from unittest.mock import Mock
 
-from megatron_selfdistill.sources.on_demand_sampler import OnDemandSampler
+from megatron_selfdistill.sources.synced_sampler import OnDemandSampler
 
 
 def test_nothing_is_built_until_something_is_to_be_sampled_and_then_once():

@@ -11,16 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import ONE_RANK, Characters
+from made_methods import given_with, made
 
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.sources import on_policy
-from megatron_selfdistill.sources.guidance import GuidedPrompts, SuccessRates
+from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
+from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.problem_prompts import GivenSolutions, Judge
 from megatron_selfdistill.sources.source import SourceState
 
 PROBLEMS = [
@@ -46,34 +46,33 @@ class Sampler:
         ]
 
 
-def source_on(dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[str] = (), **options: Any) -> OnPolicy:
+def source_on(
+    dp_rank: int, monkeypatch: pytest.MonkeyPatch, guided: Sequence[str] = (), overrides: Sequence[str] = ()
+) -> OnPolicy:
     grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": dp_rank, "dp_size": 2}))
     judge = Judge(exact_match, Characters(), grid)
-    monkeypatch.setattr(Judge, "right", lambda self, answers: [i % 2 == 0 for i in range(len(answers))])
-    monkeypatch.setattr(Judge, "rewards", lambda self, answers: [(i + 1) % 2 for i in range(len(answers))])
+    monkeypatch.setattr(Judge, "right", lambda self, rollouts: [i % 2 == 0 for i in range(len(rollouts))])
+    monkeypatch.setattr(Judge, "rewards", lambda self, rollouts: [(i + 1) % 2 for i in range(len(rollouts))])
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
     monkeypatch.setattr(SuccessRates, "guides", lambda self, name: name in guided)
-    monkeypatch.setattr(GuidedPrompts, "record", lambda self, answers, guided: self)
-    given = GivenSolutions(PromptBuilder(Characters(), PromptTemplates("{problem}|{solution}")), 40, 8, policy="error")
+    monkeypatch.setattr(Guidance, "record", lambda self, rollouts, guided: self)
+    method = made(overrides, given_with(Characters(), max_length=40), problems=PROBLEMS, grid=grid, judge=judge)
     problem_sampler = ProblemSampler(ProblemSet(PROBLEMS), batch_size=4, seed=1)
-    state = SourceState(problem_sampler, GuidedPrompts(given, judge, SAMPLES, SuccessRates(0.5)))
-    options = {
-        "judges": False,
-        "only_right": False,
-        "corrects": False,
-        "weight_cap": 2.0,
-        "terms": None,
-        "select": None,
-        "edits": False,
-        "privileged": False,
-        "views": 1,
-        "episodes": None,
-        "reads_one_prompt": False,
-        "revisions": None,
-        "record": None,
-    } | options
-    options |= {"sampler": Sampler(), "rewarder": judge, "phases": Phases(), "grid": grid}
-    return OnPolicy(state, OnPolicyOptions(seed=SEED, num_samples=SAMPLES, max_staleness=0, **options))
+    state = SourceState(problem_sampler, method, Guidance(judge, SAMPLES, SuccessRates(0.5)))
+    options = OnPolicyOptions(
+        sampler=Sampler(),
+        phases=Phases(),
+        grid=grid,
+        seed=SEED,
+        num_samples=SAMPLES,
+        judges=method.tools.config.judges_responses,
+        weight_cap=2.0,
+        samples_teacher=False,
+        episodes=None,
+        record=None,
+        max_staleness=0,
+    )
+    return OnPolicy(state, options)
 
 
 def text(ids: Sequence[int] | None) -> str | None:
@@ -110,7 +109,7 @@ def test_a_guided_problem_stays_one_where_its_responses_are_sampled_without_guid
 
 
 def test_only_right_responses_are_trained_on_with_their_own_log_probs(monkeypatch):
-    source = source_on(0, monkeypatch, judges=True, only_right=True, corrects=True)
+    source = source_on(0, monkeypatch, overrides=["method.name=rft", "loss.rollout_correction=truncated"])
     batch = source.next_step(STEP, SamplingParams(8))
     assert len(batch.responses) == 4 and len(batch.contexts) == 2
     kept = [batch.responses[0], batch.responses[2]]

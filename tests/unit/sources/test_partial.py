@@ -13,7 +13,7 @@ from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.engine import engine_request
 from megatron_selfdistill.sources.partial import PartialOptions, is_enough
-from megatron_selfdistill.sources.visits import Visit
+from megatron_selfdistill.sources.source import Visit
 
 PROBLEM = Problem("p", ({"role": "user", "content": "?"},), "!", None, "here")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_selfdistill.sources.chat_logs import list_skipped
+from megatron_selfdistill.sources.logged_turns import list_skipped
 from megatron_selfdistill.sources.recording import Recording
 
 

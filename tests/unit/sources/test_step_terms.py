@@ -1,47 +1,49 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The terms that a configuration gives to the answers of a step, and the metrics of their rewards."""
+"""The coefficients that a step's loss gets from a method and from the loss's own settings, against numbers by hand."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import term_arrays
 import torch
 import torch.distributed as dist
-from characters import ONE_RANK
+from characters import Characters
+from made_methods import given_with, made
+from term_arrays import DELTA, LOG_MU, LOG_P, LOG_Q, RHO, SAMPLER, STUDENT, TEACHER, TOKEN, log_probs, signals, tensor
 
-from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.problem_prompts import Answer
-from megatron_selfdistill.sources.reward_metrics import reward_metrics
-from megatron_selfdistill.sources.step_terms import StepTerms, signals_of
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.signals import Clip, Terms
+from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 SAMPLES = "rollout.num_samples=2"
-STUDENT, TARGET = [-1.0, -2.0, -0.5, -1.5, -1.0], [-0.5, -3.0, -0.25, -0.5, -1.25]
+MEASURED, TARGET = [-1.0, -2.0, -0.5, -1.5, -1.0], [-0.5, -3.0, -0.25, -0.5, -1.25]
 MU = [-1.0, -2.0, -0.5, -1.5, -2.0]
 
 
-def answer(group: int, sampled: list[float], correct: bool, hinted: bool = True) -> Answer:
+def rollout(group: int, sampled: list[float], correct: bool, hinted: bool = True) -> Rollout:
     response = Response([5] * len(sampled), [0.0] * len(sampled), sampled, "stop")
-    return Answer(PROBLEM, PromptPair("p", [1], [2]), response, group, float(correct), hinted)
+    return Rollout(PROBLEM, PromptPair("p", [1], [2]), response, group, float(correct), hinted)
 
 
-def answers(last_is_hinted: bool = False) -> list[Answer]:
+def rollouts(last_is_hinted: bool = False) -> list[Rollout]:
     """Return two groups, whose numbers have a gap, as where another replica's groups lie between them."""
-    return [answer(3, MU[:2], True), answer(3, MU[2:4], False), answer(7, MU[4:], True, hinted=last_is_hinted)]
+    return [rollout(3, MU[:2], True), rollout(3, MU[2:4], False), rollout(7, MU[4:], True, hinted=last_is_hinted)]
 
 
 def coefficients(
     *overrides: str, measured: bool = True, last_is_hinted: bool = False, sampled: bool = True, given=None
 ):
-    """Return the coefficients of `answers`; without ``sampled``, nobody knows the probability of their sampling."""
-    config = load([SAMPLES, *overrides])
-    given = given or answers(last_is_hinted)
+    """Return the coefficients of `rollouts`; without ``sampled``, nobody knows the probability of their sampling."""
+    given = given or rollouts(last_is_hinted)
     if not sampled:
         given = [
             replace(one, response=replace(one.response, sampled_log_probs=[math.nan] * n))
@@ -50,10 +52,12 @@ def coefficients(
 
     def measure(contexts):
         assert measured, "nothing needs the log-probs of this step"
-        return torch.tensor(STUDENT, dtype=torch.float64), torch.tensor(TARGET, dtype=torch.float64)
+        return torch.tensor(MEASURED, dtype=torch.float64), torch.tensor(TARGET, dtype=torch.float64)
 
-    terms = StepTerms(config, measure, ONE_RANK, Phases()).coefficients(0, given, [])
-    return terms(torch.tensor(STUDENT, dtype=torch.float64), torch.arange(5))
+    models = SimpleNamespace(target_log_probs=measure)
+    method = made([SAMPLES, *overrides], given_with(Characters()), models=models, problems=[PROBLEM])
+    terms = method.coefficients(0, given, [])
+    return terms(torch.tensor(MEASURED, dtype=torch.float64), torch.arange(5))
 
 
 @pytest.fixture(autouse=True)
@@ -63,13 +67,13 @@ def no_collectives(monkeypatch):
 
 
 def test_rewards_alone_measure_nothing_and_have_no_divergence():
-    found = coefficients("recipe=grpo", "policy.advantage_std=none", "policy.clip_high=2", measured=False)
+    found = coefficients("recipe=grpo", "method.advantage_std=none", "method.clip_high=2", measured=False)
     assert found.divergence.tolist() == [0.0] * 5
     assert found.policy.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5, 0.0])
 
 
 def test_teacher_and_rewards_add_up():
-    found = coefficients("recipe=opsd_rl", "policy.advantage_std=none", "policy.weight=2", measured=False)
+    found = coefficients("recipe=opsd_rl", "method.advantage_std=none", "method.weight=2", measured=False)
     assert found.divergence.tolist() == [0.25] * 4 + [0.0], "a response without a hint has no teacher"
     assert found.policy.tolist() == pytest.approx([1.0, 1.0, -1.0, -1.0, 0.0])
 
@@ -77,7 +81,12 @@ def test_teacher_and_rewards_add_up():
 @pytest.mark.parametrize("signal", ["sampled", "advantage"])
 def test_signals_of_the_sampled_token_are_the_measured_log_ratios(signal):
     found = coefficients(
-        f"distill.signal={signal}", "distill.weight=0.5", "policy.clip_low=null", "policy.clip_high=null"
+        "method.name=opsd_rl",
+        "method.weight=0",
+        f"method.signal={signal}",
+        "method.distill_weight=0.5",
+        "method.clip_low=null",
+        "method.clip_high=null",
     )
     assert found.divergence.tolist() == [0.0] * 5
     assert found.policy.tolist() == pytest.approx([0.25, -0.5, 0.125, 0.5, 0.0])
@@ -92,18 +101,16 @@ def test_scope_takes_both_log_probs_and_keeps_responses_without_a_hint():
 
 
 def test_uni_opd_shifts_the_responses_with_a_hint():
-    found = coefficients("recipe=uni_opd", "policy.clip_low=null", "policy.clip_high=null")
+    found = coefficients("recipe=uni_opd", "method.clip_low=null", "method.clip_high=null")
     shift = (0.4 - (-0.25 - 0.625)) / 2
     expected = [0.5 + shift, -1.0 + shift, 0.25 - shift, 1.0 - shift, 0.0]
     assert found.policy.tolist() == pytest.approx(expected)
 
 
 def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes():
-    published = load(["recipe=sod"])
-    assert (published.distill.turn_gain, published.distill.weight, published.policy.weight) == (0.2, 1.0, 1.0)
-    first, second, other = (answer(0, mu, right) for mu, right in ((MU[:2], False), (MU[2:4], True), (MU[4:], False)))
+    first, second, other = (rollout(0, mu, right) for mu, right in ((MU[:2], False), (MU[2:4], True), (MU[4:], False)))
     turns = [replace(first, episode=4), replace(second, episode=4, turn=1), replace(other, episode=5)]
-    found = coefficients("recipe=sod", "policy.clip_low=null", "policy.clip_high=null", given=turns)
+    found = coefficients("recipe=sod", "method.clip_low=null", "method.clip_high=null", given=turns)
     later, by_return = 0.75 / 0.625, 0.5**0.5
     expected = [by_return + delta for delta in (0.5, -1.0, 0.25 * later, 1.0 * later)]
     ratio = torch.tensor(1.0).double().exp().item()
@@ -112,9 +119,9 @@ def test_sod_weighs_the_turns_of_an_episode_beside_the_returns_of_the_episodes()
 
 
 def test_skill_sd_pulls_weakly_towards_the_teacher_with_the_skill():
-    found = coefficients("recipe=skill_sd", "policy.advantage_std=none", "policy.clip_high=null")
+    found = coefficients("recipe=skill_sd", "method.advantage_std=none", "method.clip_high=null")
     assert found.divergence.tolist() == [0.0] * 5
-    towards = [0.001 * (q - p) for p, q in zip(STUDENT, TARGET, strict=True)]
+    towards = [0.001 * (q - p) for p, q in zip(MEASURED, TARGET, strict=True)]
     advantages = [0.5, 0.5, -0.5, -0.5]
     assert found.policy.tolist() == pytest.approx(
         [a + b for a, b in zip(advantages, towards, strict=False)] + [0.0], abs=1e-12
@@ -122,14 +129,14 @@ def test_skill_sd_pulls_weakly_towards_the_teacher_with_the_skill():
 
 
 def test_openclaw_takes_the_measured_probability_of_a_logged_reply_as_that_of_its_sampling():
-    found = coefficients("recipe=openclaw", "policy.weight=0.5", sampled=False)
+    found = coefficients("recipe=openclaw", "method.weight=0.5", sampled=False)
     expected = [0.5 + 0.5, -1.0 + 0.5, 0.25, 1.0, 0.5]
     assert found.policy.tolist() == pytest.approx(expected), "rewards of 1, 0 and 1, the last one without a hint"
     assert not found.clipped.any() and found.divergence.tolist() == [0.0] * 5
 
 
 def test_rewards_of_logged_replies_beside_the_full_divergence_are_measured_too():
-    found = coefficients("recipe=openclaw", "distill.signal=full", sampled=False)
+    found = coefficients("recipe=openclaw", "method.signal=full", sampled=False)
     assert found.divergence.tolist() == [1.0] * 4 + [0.0]
     assert found.policy.tolist() == pytest.approx([1.0, 1.0, 0.0, 0.0, 1.0])
 
@@ -143,38 +150,134 @@ def test_sequences_count_alike_and_first_tokens_are_skipped():
 @pytest.mark.parametrize("kind", ["truncated", "truncated_sequence"])
 def test_a_correction_multiplies_the_divergence_alone(kind, monkeypatch):
     monkeypatch.setattr("megatron_selfdistill.sources.step_terms.over_last_stage", lambda values, grid: values)
-    options = [f"loss.rollout_correction={kind}", "loss.rollout_correction_cap=1.5", "policy.weight=1"]
-    options += ["policy.advantage_std=none", "policy.clip_high=null"]
+    options = [f"loss.rollout_correction={kind}", "loss.rollout_correction_cap=1.5", "method.name=opsd_rl"]
+    options += ["method.advantage_std=none", "method.clip_high=null"]
     found = coefficients(*options, measured=False, last_is_hinted=True)
     assert found.divergence.tolist() == pytest.approx([1.0] * 4 + [1.5])
     assert found.policy.tolist() == pytest.approx([0.5, 0.5, -0.5, -0.5, 0.0])
 
 
-def test_metrics_count_right_answers_mixed_groups_and_trained_answers():
-    all_answers = [answer(group, [-1.0], correct) for group, correct in ((0, True), (0, False), (1, True), (2, True))]
-    assert reward_metrics(all_answers, all_answers[:3], ONE_RANK) == {
-        "rewards/mean": 0.75,
-        "rewards/mixed_groups": pytest.approx(1 / 3),
-        "rewards/trained_share": 0.75,
-    }
+def test_row_has_the_log_probs_of_the_worked_example():
+    assert log_probs(STUDENT)[TOKEN].item() == pytest.approx(LOG_P, abs=1e-11)
+    assert log_probs(TEACHER)[TOKEN].item() == pytest.approx(LOG_Q, abs=1e-11)
+    assert log_probs(SAMPLER)[TOKEN].item() == pytest.approx(LOG_MU, abs=1e-11)
 
 
-def test_turns_of_an_episode_are_numbered_and_answers_without_an_episode_stand_alone():
-    one = answer(3, MU[:2], True)
-    turns = [replace(one, episode=4), replace(one, episode=4, turn=1), replace(one, episode=9), one, one]
-    found = signals_of(turns)
-    assert found.episodes.tolist() == [0, 0, 1, 2, 3] and found.turns.tolist() == [0, 1, 0, 0, 0]
+@pytest.mark.parametrize(
+    ("advantage", "shift", "coefficient"),
+    [(0.7, 0.0, 0.560874781986), (0.7, -0.5, 0.0), (-0.7, 0.5, 0.0), (0.7, 0.5, 0.340187751534)],
+)
+def test_clip_of_the_worked_example(advantage, shift, coefficient):
+    a, clipped = clipped_policy(tensor(advantage), tensor(LOG_P - LOG_MU - shift), Clip(0.2, 0.28))
+    assert a.item() == pytest.approx(coefficient, abs=1e-11)
+    assert clipped.item() == (coefficient == 0)
 
 
-def test_groups_are_mixed_where_episodes_have_other_rewards_turn_by_turn():
-    def group(*rewards: tuple[float, ...]) -> list[Answer]:
-        one = answer(0, MU[:2], True)
-        return [
-            replace(one, reward=reward, episode=i, turn=turn)
-            for i, of_turns in enumerate(rewards)
-            for turn, reward in enumerate(of_turns)
-        ]
+@pytest.mark.parametrize("advantage", [0.7, -0.7])
+@pytest.mark.parametrize("log_ratio", [-0.6, -0.2, 0.0, 0.2, 0.6])
+def test_clipped_coefficient_has_the_gradient_of_the_clipped_objective(advantage, log_ratio):
+    s = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    log_p = s.log_softmax(0)[TOKEN]
+    ratio = (log_p - (log_p.detach() - log_ratio)).exp()
+    objective = -torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.28) * advantage)
+    (expected,) = torch.autograd.grad(objective, s, retain_graph=True)
+    a, _ = clipped_policy(tensor(advantage), tensor(log_ratio), Clip(0.2, 0.28))
+    (found,) = torch.autograd.grad(-a.squeeze() * log_p, s)
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
 
-    alike, other = group((0.0, 1.0), (0.0, 1.0)), group((0.0, 1.0), (1.0,))
-    assert reward_metrics(alike, alike, ONE_RANK)["rewards/mixed_groups"] == 0.0
-    assert reward_metrics(other, other, ONE_RANK)["rewards/mixed_groups"] == 1.0
+
+def test_sampled_kl_has_the_gradient_of_k3_with_the_ratio():
+    """The loss is rho (e^-l - 1 + l) with l = log p - log q, where the gradient flows through rho and l."""
+    s = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    log_p = s.log_softmax(0)[TOKEN]
+    l = log_p - LOG_Q  # noqa: E741
+    (expected,) = torch.autograd.grad((log_p - LOG_MU).exp() * ((-l).exp() - 1 + l), s, retain_graph=True)
+    a = term_arrays.coefficients(Terms.of(tensor(0.0), sampled_kl=tensor(1.0))).policy
+    (found,) = torch.autograd.grad(-a.squeeze() * log_p, s)
+    torch.testing.assert_close(found, expected, atol=1e-11, rtol=0)
+    assert a.item() == pytest.approx(RHO * DELTA, abs=1e-11)
+
+
+def test_expectation_of_the_sampled_signal_is_the_gradient_of_the_full_divergence():
+    s = torch.tensor(STUDENT, dtype=torch.float64, requires_grad=True)
+    log_p, log_q = s.log_softmax(0), log_probs(TEACHER)
+    (full,) = torch.autograd.grad((log_p.exp() * (log_p - log_q)).sum(), s, retain_graph=True)
+    total = torch.zeros(4, dtype=torch.float64)
+    for token in range(4):
+        terms = Terms.of(tensor(0.0), sampled_kl=tensor(1.0))
+        own = log_p[token].item()
+        a = term_arrays.coefficients(terms, mu=own, q=float(log_q[token]), p=own).policy
+        (gradient,) = torch.autograd.grad(-a.squeeze() * log_p[token], s, retain_graph=True)
+        total += log_p[token].exp().detach() * gradient
+    torch.testing.assert_close(total, full, atol=1e-15, rtol=0)
+
+
+def test_clip_holds_the_advantage_and_neither_the_divergence_nor_the_likelihood():
+    everything = Terms.of(
+        tensor(0.0), divergence=tensor(0.4), advantage=tensor(0.7), sampled_kl=tensor(0.1), likelihood=tensor(0.25)
+    )
+    free = term_arrays.coefficients(everything, cap=2.0)
+    assert free.policy.item() == pytest.approx(0.560874781986 + 0.1 * RHO * DELTA + 0.25, abs=1e-11)
+    assert free.divergence.item() == pytest.approx(0.4 * RHO, abs=1e-11) and not free.clipped.item()
+    held = term_arrays.coefficients(everything, mu=LOG_MU - 0.5, cap=1.1)
+    ratio = 1.321037
+    assert held.policy.item() == pytest.approx(0.1 * ratio * DELTA + 0.25, abs=1e-6) and held.clipped.item()
+    assert held.divergence.item() == pytest.approx(0.4 * 1.1, abs=1e-12)
+
+
+def test_token_without_weight_ignores_a_target_that_excludes_it():
+    terms = Terms.of(tensor(0.0), advantage=tensor(1.0))
+    found = term_arrays.coefficients(terms, q=-torch.inf)
+    assert found.policy.item() == pytest.approx(RHO, abs=1e-11)
+
+
+def test_without_a_policy_term_the_coefficients_have_none():
+    found = RatioTerms(
+        Terms.of(tensor(0.0), divergence=tensor(1.0)), tensor(LOG_MU), None, Clip(), has_policy_term=False
+    )(tensor(LOG_P), torch.tensor([0]))
+    assert found.policy is None and found.divergence.tolist() == [1.0]
+
+
+def test_ratio_of_an_advantage_is_bounded():
+    a, clipped = clipped_policy(tensor(0.5, -0.5, 0.5), tensor(1.0, 1.0, 0.1), Clip(ratio_cap=2.0))
+    assert a.tolist() == pytest.approx([1.0, -1.0, 0.5 * 1.1051709]) and not clipped.any()
+
+
+@pytest.mark.parametrize(
+    ("normalize", "expected"),
+    [("tokens", [1.0] * 4), ("sequences", [12 / 3 / 3] * 3 + [12 / 3]), ("prompts", [6.0] * 4)],
+)
+def test_factors_turn_a_sum_over_tokens_into_other_means(normalize, expected):
+    """The global batch has 12 tokens in 3 responses to 2 problems; this replica has 4 of the tokens."""
+    found = token_factors(signals([0, 0], lengths=[3, 1]), normalize, (12, 3, 2))
+    assert found.tolist() == pytest.approx(expected, abs=1e-15)
+
+
+def test_first_tokens_of_each_response_can_be_skipped():
+    found = token_factors(signals([0, 0, 0], lengths=[4, 2, 1]), "tokens", (7, 3, 1), skip_first_tokens=2)
+    assert found.tolist() == [0, 0, 1, 1, 0, 0, 0]
+
+
+def test_weight_of_a_sequence_is_the_mean_ratio_up_to_the_cap():
+    """The tokens of the two responses arrive in any order; another rank holds a third token of the first response."""
+
+    def over_ranks(sums: torch.Tensor) -> torch.Tensor:
+        return sums + tensor(4.0, 0.0, 1.0, 0.0).view(2, 2)
+
+    mu = tensor(-1.0, -2.0, -3.0, -1.0)
+    weights = SequenceImportance(mu, TokenOwners.of([3, 1], over_ranks), cap=2.0)
+    found = weights(tensor(-0.5, -1.0, -1.5), torch.tensor([3, 0, 1]))
+    mean = (1.0 + torch.tensor(0.5).double().exp().item() + 4.0) / 3
+    assert found.divergence.tolist() == pytest.approx(
+        [torch.tensor(0.5).double().exp().item(), min(mean, 2.0), min(mean, 2.0)]
+    )
+    assert found.policy is None
+
+
+@pytest.mark.parametrize(("cap", "expected"), [(2.0, (5 + 0.1 + 0.3) / 3), (1.5, 1.5), (0.1, 0.1)])
+def test_the_mean_of_a_sequence_is_capped_and_not_the_ratios_of_its_tokens(cap, expected):
+    """One token has the ratio 5, above every cap; its response has the mean ratio 1.8, below the cap of 2."""
+    mu = tensor(-3.0, -1.0, -2.0)
+    weights = SequenceImportance(mu, TokenOwners.of([3], lambda sums: sums), cap=cap)
+    student = mu.double() + tensor(5.0, 0.1, 0.3).double().log()
+    assert weights(student, torch.arange(3)).divergence.tolist() == pytest.approx([expected] * 3, rel=1e-6)

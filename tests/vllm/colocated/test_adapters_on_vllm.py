@@ -17,8 +17,7 @@ from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
-from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.rollout.base import Request, Response, RoleWeights
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 STABILISED = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)

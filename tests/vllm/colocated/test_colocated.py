@@ -59,8 +59,8 @@ def scored_by_transformers(kind: str, responses: list[Response]) -> list[tuple[l
     import transformers
     from safetensors.torch import save_file
 
-    from megatron_selfdistill.model.export import export
-    from megatron_selfdistill.model.hf.mapping import family_of_model
+    from megatron_selfdistill.interop.export import export
+    from megatron_selfdistill.interop.hf.mapping import family_of_model
 
     model = MODELS[kind]
     chunks, grid = models.build(model, ParallelConfig())

@@ -14,7 +14,7 @@ from colocated import DRAWN, GREEDY, TIMEOUT, requests, sampler
 from responses import tokens
 
 from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
-from megatron_selfdistill.model.build import unwrapped
+from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response
 
 SIZES: dict[str, Any] = {"hidden_size": 64, "head_dim": 32, "max_position_embeddings": 512}

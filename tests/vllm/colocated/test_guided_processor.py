@@ -18,9 +18,9 @@ from vllm.v1.sample.logits_processor import BatchUpdate
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import sample_uniforms
 from megatron_selfdistill.rollout.vllm import pairs
-from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf
 from megatron_selfdistill.rollout.vllm.plugin import guided_processor
-from megatron_selfdistill.rollout.vllm.plugin.pair_store import PairStore
+from megatron_selfdistill.rollout.vllm.plugin.guided_processor import PairStore
+from megatron_selfdistill.rollout.vllm.protocol import PairHalf
 
 VOCAB_SIZE = 64
 

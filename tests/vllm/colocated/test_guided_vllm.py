@@ -31,10 +31,10 @@ from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.vllm import pairs
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf
 from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 from megatron_selfdistill.rollout.vllm.plugin import guided_processor
-from megatron_selfdistill.rollout.vllm.plugin.pair_store import PairStore
+from megatron_selfdistill.rollout.vllm.plugin.guided_processor import PairStore
+from megatron_selfdistill.rollout.vllm.protocol import PairHalf
 
 VOCAB_SIZE = 64
 BLOCK_TOKENS = 32

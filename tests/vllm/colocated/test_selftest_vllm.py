@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import pytest
 
-from megatron_selfdistill.selftest.outcome import Outcome
+from megatron_selfdistill.instruments.selftest.outcome import Outcome
 
 SYNC = "weight sync to the sampler"
 
 
 def synced(fault: bool) -> Outcome:
     """Return the outcome of this check alone; with ``fault``, only the first weights reach the engine."""
+    from megatron_selfdistill.instruments.selftest import node_test
     from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
-    from megatron_selfdistill.selftest import node_test
 
     load = InProcessEngine.load
 

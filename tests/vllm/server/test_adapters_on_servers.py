@@ -16,11 +16,10 @@ from responses import own, tokens
 from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
 from megatron_selfdistill.config import AdapterConfig
+from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
-from megatron_selfdistill.model.hf.adapter_rules import adapter_rules
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.guided import RoleWeights
+from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 

@@ -98,7 +98,7 @@ def interrupted(servers: Reach) -> tuple[str, list[Response]]:
 
     An earlier trainer has left other servers with half-loaded weights.
     """
-    from megatron_selfdistill.model.export import export
+    from megatron_selfdistill.interop.export import export
     from megatron_selfdistill.rollout.vllm.transfer import SharedMemoryTransfer
     from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
 

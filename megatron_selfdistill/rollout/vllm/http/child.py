@@ -22,10 +22,17 @@ from collections import deque
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput
-from megatron_selfdistill.rollout.vllm.http.http_tasks import MAX_IN_FLIGHT, Ask, Drop, Generate, Leave, ServerAccess
+from megatron_selfdistill.rollout.vllm.http.http_tasks import (
+    MAX_IN_FLIGHT,
+    Ask,
+    Drop,
+    Generate,
+    Leave,
+    Messages,
+    ServerAccess,
+)
 from megatron_selfdistill.rollout.vllm.http.patient_http import Patience, PatientHttp
 from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused, max_bytes_of, response_in
-from megatron_selfdistill.rollout.vllm.http.shared_messages import Messages
 from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, log_prob_bytes, token_bytes
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)

@@ -28,9 +28,8 @@ from megatron_selfdistill.distributed import stop
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.vllm.http import child
-from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Drop, Generate, Leave, ServerAccess, Task
+from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Drop, Generate, Leave, Messages, ServerAccess, Task
 from megatron_selfdistill.rollout.vllm.http.response_answer import RequestRefused
-from megatron_selfdistill.rollout.vllm.http.shared_messages import Messages
 from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE
 
 T = TypeVar("T")

@@ -88,26 +88,14 @@ class PatientHttp:
         generates: bool = False,
         max_bytes: int = _MAX_BYTES,
         accept: str = "*/*",
+        is_sign: bool = True,
     ) -> HttpAnswer:
-        """Return an answer, which is a sign of life.
+        """Return an answer.
 
         ``generates``: whether the server generates tokens for the request.  ``max_bytes``: the greatest length of the
-        answer.  ``accept``: the media types that the answer may have.
+        answer.  ``accept``: the media types that the answer may have.  ``is_sign``: whether the answer is a sign of
+        life.
         """
-        answer = await self._exchange(method, path, content, timeout_s, generates, max_bytes, accept)
-        self._last_sign = time.monotonic()
-        return answer
-
-    async def _exchange(
-        self,
-        method: str,
-        path: str,
-        content: bytes | None = None,
-        timeout_s: float | None = None,
-        generates: bool = False,
-        max_bytes: int = _MAX_BYTES,
-        accept: str = "*/*",
-    ) -> HttpAnswer:
         timeout_s = self.timeout_s if timeout_s is None else timeout_s
         if self._silent:
             timeout_s = min(timeout_s, _SILENT_TIMEOUT_SECONDS)
@@ -126,6 +114,8 @@ class PatientHttp:
         finally:
             self._waits.discard(wait)
         self._silent = False
+        if is_sign:
+            self._last_sign = time.monotonic()
         return answer
 
     def _watch(self, wait: _Wait) -> None:
@@ -175,7 +165,7 @@ class PatientHttp:
     async def _look(self, timeout_s: float) -> None:
         """Note a sign of life if the server's count of tokens has grown since the last look."""
         try:
-            answer = await self._exchange("GET", METRICS, timeout_s=timeout_s)
+            answer = await self.answer("GET", METRICS, timeout_s=timeout_s, is_sign=False)
             num_tokens = counted_tokens(answer, self.address)
         except EngineError:
             self._looked = time.monotonic()  # no sign of life: the requests that wait time out
@@ -189,7 +179,7 @@ class PatientHttp:
 def counted_tokens(answer: HttpAnswer, address: str) -> float | None:
     """Return the tokens that a server has read and generated since its start, from its answer to `METRICS`.
 
-    The result is None where the server keeps no count.  Raises: `EngineError` for a count that is no number.
+    The result is None if the server keeps no count.  Raises: `EngineError` for a count that is no number.
     """
     counts = _TOKENS.findall(answer.text) if answer.status == 200 else []
     try:

@@ -57,7 +57,7 @@ def response_in(answer: HttpAnswer, request: EngineRequest, address: str, vocab_
 
 
 def parsed(answer: HttpAnswer, method: str, path: str, address: str) -> Any:
-    """Return the JSON of an answer, or None where it is empty; raise `EngineError` for a refusal, and for no JSON."""
+    """Return the JSON of an answer, or None if it is empty; raise `EngineError` for a refusal, and for no JSON."""
     _require_ok(answer, method, path, address)
     text = answer.text
     try:

@@ -64,7 +64,7 @@ class _Replacing:
 
 
 def compact_body(body: bytes) -> bytes | None:
-    """Return vLLM's JSON of a response in the compact form, or None where it has parts that the form does not have."""
+    """Return vLLM's JSON of a response in the compact form, or None if it has parts that the form does not have."""
     try:
         answer = json.loads(body)
         return None if answer.get("prompt_logprobs") else StatedResponse.of_json(answer).packed()

@@ -13,7 +13,7 @@ from typing import Any
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
-from megatron_selfdistill.rollout.vllm.pair_messages import PairHalf
+from megatron_selfdistill.rollout.vllm.protocol import PairHalf
 
 
 class PairScheduler(Scheduler):

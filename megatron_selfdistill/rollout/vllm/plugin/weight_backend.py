@@ -27,7 +27,7 @@ from vllm.model_executor.model_loader.mtp_validation import disable_mtp_complete
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
-from megatron_selfdistill.model.hf.adapter_rules import PEFT_PREFIX
+from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX
 from megatron_selfdistill.rollout.vllm.packed import after_reload, before_reload
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.rollout.vllm.protocol import Layout, digest, unpack

@@ -16,8 +16,7 @@ from megatron_selfdistill.rollout.vllm.plugin.adapter_loader import adapter_limi
 from megatron_selfdistill.rollout.vllm.plugin.guided_processor import guided_processor
 from megatron_selfdistill.rollout.vllm.plugin.weight_backend import register
 from megatron_selfdistill.rollout.vllm.protocol import boot_id, nccl_version, own_gpu, visible_gpus
-from megatron_selfdistill.rollout.vllm.server.process_watch import when_ended
-from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABLE
+from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABLE, when_ended
 
 
 def end_with_server() -> None:

@@ -29,16 +29,15 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory, memory_of_visible_gpus, why_no_room
-from megatron_selfdistill.rollout.vllm.server.process_watch import when_ended
 from megatron_selfdistill.rollout.vllm.server.server_names import (
     BACKEND,
     PARENT_VARIABLE,
     SERVER_VARIABLE,
     TOKEN_VARIABLE,
     as_arguments,
+    when_ended,
 )
 from megatron_selfdistill.rollout.vllm.server.server_nodes import (
     ServerNode,
@@ -49,6 +48,9 @@ from megatron_selfdistill.rollout.vllm.server.server_nodes import (
 )
 from megatron_selfdistill.rollout.vllm.server.server_nodes import why_not as why_no_node
 from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
+
+if TYPE_CHECKING:  # `--help` needs no numpy
+    from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
 
 _GIB = 2**30
 _GRACE_SECONDS = 15.0
@@ -84,6 +86,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     cli_env_setup()
     shared = None
     if options.shared_gpu_weights_gb is not None and not current_platform.is_cpu():
+        from megatron_selfdistill.rollout.vllm.engine_memory import memory_of_visible_gpus, why_no_room
+
         shared = memory_of_visible_gpus(options.tensor_parallel_size)
         _refuse(why_no_room(shared, options.shared_gpu_weights_gb * _GIB, _shared_kv_cache_bytes(options, shared)))
     _refuse(_why_not_adapted(options, on_cpu=current_platform.is_cpu()))
@@ -232,8 +236,8 @@ def _why_no_vllm() -> str | None:
 
 def _described(options: argparse.Namespace) -> dict[str, Any]:
     """Return the config.json of the model; empty where it cannot be read, which vLLM reports in its own words."""
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.interop.formats.hf_files import read_config
 
     try:
         return read_config(Path(options.hf_config))
@@ -245,8 +249,8 @@ def _why_not_adapted(options: argparse.Namespace, on_cpu: bool) -> str | None:
     """Return a message where adapters are asked for and this engine or its model takes none."""
     if not options.adapter_rank:
         return None
-    from megatron_selfdistill.checkpoint.formats.hf_files import read_config
     from megatron_selfdistill.errors import CheckpointError
+    from megatron_selfdistill.interop.formats.hf_files import read_config
     from megatron_selfdistill.rollout.vllm.engine_adapter import RANKS, why_not_adapted
 
     if options.adapter_rank > RANKS[-1]:

@@ -9,8 +9,24 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
+
+_POLL_SECONDS = 0.5
+
+
+def when_ended(is_alive: Callable[[], bool], end: Callable[[], None], name: str) -> None:
+    """Call ``end()`` once ``is_alive()`` is false, in a daemon thread of this name; return at once."""
+
+    def watch() -> None:
+        while is_alive():
+            time.sleep(_POLL_SECONDS)
+        end()
+
+    threading.Thread(target=watch, name=name, daemon=True).start()
+
 
 TOKEN_VARIABLE = "SELFDISTILL_SERVER_TOKEN"
 """Environment variable with the token that a server demands."""

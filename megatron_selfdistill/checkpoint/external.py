@@ -1,0 +1,338 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Load weights from checkpoints of any Megatron program: torch_dist or legacy, TE or local layers, in any layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from dataclasses import replace
+
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import (
+    LocalNonpersistentObject,
+    ShardedObject,
+    ShardedTensor,
+    ShardedTensorFactory,
+)
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_selfdistill.checkpoint import sharded_io, state
+from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase, shared_base_digest
+from megatron_selfdistill.config import AdapterConfig, Config
+from megatron_selfdistill.config.schema.adapter_config import require_engine
+from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
+from megatron_selfdistill.interop.formats import directory
+from megatron_selfdistill.interop.formats.directory import find
+from megatron_selfdistill.interop.formats.full_weights import (
+    NOT_BUILT,
+    non_finite,
+    raise_misfit,
+    require_rank_of_factors,
+    weight_shapes,
+)
+from megatron_selfdistill.interop.formats.legacy import LegacyReader
+from megatron_selfdistill.interop.formats.stored_adapters import (
+    SETTINGS,
+    StoredAdapters,
+    read_stored_adapters,
+    refuse_adapters,
+    require_adapters,
+)
+from megatron_selfdistill.interop.formats.tensor_names import Place, has_numbered_layers, names, shown
+from megatron_selfdistill.interop.formats.torch_dist import CONTENT, TorchDistReader
+from megatron_selfdistill.interop.formats.unpickler import load_pickled
+from megatron_selfdistill.model.adapters import add_adapters
+from megatron_selfdistill.model.build import new_chunks
+
+
+def loaded_chunks(config: Config, grid: RankGrid, vocab_size: int, checkpoint: str | None) -> list[torch.nn.Module]:
+    """Return this rank's chunks of the configured model with the weights of ``checkpoint``; null keeps initial weights.
+
+    Where ``checkpoint`` holds adapters alone, the chunks have these adapters on the weights of their base, which is at
+    ``adapter.base``, or else where the checkpoint says.
+    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    chunks, verify = new_chunks(config, grid, vocab_size), config.checkpoint.verify
+    if checkpoint is None:
+        return chunks
+    if config.adapter.load is not None:
+        raise ConfigError(
+            f"adapter.load={config.adapter.load} is for runs: name this checkpoint in place of its base, {checkpoint}"
+        )
+    path = Path(checkpoint)
+    adapters = run_on_rank_0(lambda: read_stored_adapters(path))
+    if adapters is None:
+        load_weights(path, chunks, vocab_size, verify)
+        return chunks
+    settings = stored_settings(config, adapters)
+    base = run_on_rank_0(lambda: adapters.base_place(config.adapter.base))
+    adapters.require_base(shared_base_digest(base), base, "adapter.base")
+    require_stored_rank(adapters.path, settings.rank)
+    load_weights(base, chunks, vocab_size, verify)
+    add_adapters(chunks, settings, grid)
+    load_adapters(adapters.path, chunks, verify)
+    return chunks
+
+
+def with_stored_adapters(config: Config) -> Config:
+    """Return ``config`` with the settings of the adapters in ``checkpoint.load``, and rank 0 where it has none.
+
+    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    load = config.checkpoint.load
+    adapters = None if load is None else run_on_rank_0(lambda: read_stored_adapters(Path(load)))
+    settings = AdapterConfig() if adapters is None else stored_settings(config, adapters)
+    return replace(config, adapter=replace(settings, load=config.adapter.load, base=config.adapter.base))
+
+
+def stored_settings(config: Config, adapters: StoredAdapters) -> AdapterConfig:
+    """Return the settings of stored adapters, after a comparison with those of ``config`` where it has adapters.
+
+    Raises: `ConfigError` for an engine that cannot read adapters, and for keys with other values than the stored ones.
+    """
+    require_engine(adapters.settings, config.rollout)
+    if config.adapter.rank:
+        ours, theirs = ({name: getattr(it, name) for name in SETTINGS} for it in (config.adapter, adapters.settings))
+        # The seed made the first A, which the stored factors replace.
+        differing = [name for name in SETTINGS if name != "seed" and ours[name] != theirs[name]]
+        if differing:
+            faults = "; ".join(f"adapter.{name} is {ours[name]}, expected {theirs[name]}" for name in differing)
+            raise ConfigError(f"{adapters.path} holds other adapters: {faults}: set these keys to the stored values")
+    return adapters.settings
+
+
+def load_first_adapters(config: Config, base: AdapterBase, chunks: Sequence[torch.nn.Module]) -> None:
+    """Load the adapters of ``adapter.load`` into the chunks of a new run, after a comparison of base and settings.
+
+    Every rank of the world calls it.  Raises: `ConfigError`, `CheckpointError`.
+    """
+    assert config.adapter.load is not None and base.load is not None and base.digest is not None
+    adapters = run_on_rank_0(lambda: require_adapters(Path(config.adapter.load or "")))
+    adapters.require_base(base.digest, base.load, "checkpoint.load")
+    stored_settings(config, adapters)
+    load_adapters(adapters.path, chunks, config.checkpoint.verify)
+
+
+Chunks = Sequence[torch.nn.Module]
+
+
+def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, verify: str = "checksums") -> int:
+    """Load the weights of a model from a checkpoint of any writer, and return its iteration; collective.
+
+    ``path``: an ``iter_`` or ``release`` directory, or the directory with Megatron's tracker file, in the torch_dist or
+    the legacy format (``mp_rank_*``); the iteration of ``release`` is 0.  ``vocab_size``: the number of valid rows of
+    the vocabulary, all of which the checkpoint must have; padding rows that the checkpoint lacks become zero.
+    ``verify``: what the function compares with the checkpoint's manifest, ``checksums`` or ``sizes``; checkpoints of
+    other programs have no manifest.  No pickle runs code.  With an optimizer that keeps float32 main parameters, call
+    the optimizer's ``reload_model_params`` afterwards.
+
+    Raises: CheckpointError before anything is loaded; the message names a torn file, or the first tensors that are
+    missing, unexpected or of another shape, or says that the checkpoint holds adapters alone.
+    """
+    run_on_rank_0(lambda: refuse_adapters(path))
+    found, is_legacy = run_on_rank_0(lambda: find(path))
+    if is_legacy:
+        _load_legacy(found, chunks, vocab_size)
+        _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
+        return directory.iteration_of(found)
+    sharded_io.verify_integrity(found, verify)
+    wanted = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
+    sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
+    with state.gathered_parameters(chunks):
+        state.load_model_state(chunks, sharded_io.read(wanted, found))
+        _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
+    return directory.iteration_of(found)
+
+
+def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None:
+    """Load the factors of a checkpoint of adapters into chunks that have adapters; their weights stay.  Collective.
+
+    ``path`` and ``verify``: as for `load_weights`.
+    Raises: CheckpointError before anything is loaded, where a file is torn or factors do not fit the chunks.
+    """
+    found = run_on_rank_0(lambda: directory.resolve(path))
+    sharded_io.verify_integrity(found, verify)
+    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found)))))
+    sharded_io.check_shapes(wanted, found, only_weights=True)
+    with state.gathered_parameters(chunks):
+        state.load_factors(chunks, sharded_io.read(wanted, found))
+        _require_finite(found, state.without_base(state.model_state(chunks, CONTENT)))
+
+
+def require_stored_rank(path: Path, rank: int) -> None:
+    """Raise CheckpointError on all ranks unless the factors of a checkpoint of adapters have ``rank``.  Collective.
+
+    Call this function before `add_adapters`, which takes memory for ``rank``: a description may say anything.
+    """
+    found = run_on_rank_0(lambda: directory.resolve(path))
+    shapes = run_on_rank_0(lambda: weight_shapes(TorchDistReader(found)))
+    require_rank_of_factors(found, shapes, rank)
+
+
+def load_weights_and_optimizer(
+    path: Path, chunks: Chunks, optimizer: MegatronOptimizer, vocab_size: int | None = None, verify: str = "checksums"
+) -> int:
+    """Load weights as `load_weights` does, with the optimizer's moments and main parameters; return the iteration.
+
+    Collective.  The checkpoint must be a torch_dist checkpoint of the same kind of optimizer.  The layout may differ if
+    the checkpoint was saved as ``fully_reshardable``, with ``--ckpt-fully-parallel-save``, or without the distributed
+    optimizer.  The hyperparameters and the learning-rate schedule of this run stay.  Call this function instead of
+    `load_weights`, after the optimizer was built.
+
+    Raises: CheckpointError before anything is loaded, as `load_weights` does, and for a checkpoint without optimizer
+    state or with the state of another kind of optimizer.
+    """
+    found, is_legacy = run_on_rank_0(lambda: find(path))
+    if is_legacy:
+        raise CheckpointError(
+            f"{found} is in the legacy format, whose optimizer state fits one layout only: load its weights"
+        )
+    sharded_io.verify_integrity(found, verify)
+    common = run_on_each_rank(lambda: load_pickled(found / "common.pt"))
+    if "optimizer" not in common:
+        raise CheckpointError(f"{found} holds no optimizer state: load its weights alone")
+    content = common.get("content_metadata") or _content_before_core_0_13(common)
+    with state.gathered_parameters(chunks):
+        model = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
+        optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
+        wanted = {**model, "optimizer": optimizer_state}
+        sharded_io.check_shapes(wanted, found, vocab_size=vocab_size)
+        loaded = sharded_io.read(wanted, found)
+        state.load_model_state(chunks, loaded)
+        _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
+        steps = _optimizer_steps(common)
+        state.load_optimizer_state(optimizer, optimizer_state, loaded["optimizer"], steps)
+    return directory.iteration_of(found)
+
+
+def _require_finite(path: Path, model: dict[str, Any], vocab_size: int | None = None) -> None:
+    """Raise CheckpointError on all ranks, naming the first tensors, if a tensor is NaN or infinite; collective.
+
+    ``model``: the result of `state.model_state`, or a part of it.  The function ignores padding rows of the vocabulary,
+    which other programs leave uninitialised.
+    """
+
+    def named() -> Iterator[tuple[str, torch.Tensor]]:
+        for shard in sharded_io.tensors(model):
+            key, index, _ = _full(shard)
+            data = shard.data
+            if shard.allow_shape_mismatch and vocab_size is not None:
+                data = data[: max(vocab_size - shard.global_offset[shard.prepend_axis_num], 0)]
+            yield shown(key, index), data
+
+    faults = dict.fromkeys(name for names in gather_objects(non_finite(named())) for name in names)
+    if faults:
+        raise CheckpointError(
+            f"{path} has NaN or infinite elements in {first_few(list(faults), ', ')}: its training diverged or its "
+            "save was interrupted; take an earlier checkpoint"
+        )
+
+
+def _content_before_core_0_13(common: dict[str, Any]) -> dict[str, Any]:
+    """Return the ``content_metadata`` of a checkpoint that stores none, as before Megatron Core 0.13.
+
+    The sharding type then depends on the stored argument ``ckpt_fully_parallel_save``.
+    """
+    shared = getattr(common.get("args"), "ckpt_fully_parallel_save", False)
+    return {"distrib_optim_sharding_type": "fully_sharded_model_space" if shared else "dp_zero_gather_scatter"}
+
+
+def _optimizer_steps(common: dict[str, Any]) -> int:
+    """Return the number of updates for Adam's bias correction: the stored number, else one per iteration."""
+    counts: list[int] = []
+
+    def visit(value: Any) -> None:
+        if isinstance(value, dict):
+            counts.extend(int(v) for k, v in value.items() if k in ("step", "common_step") and not isinstance(v, dict))
+            for inner in value.values():
+                visit(inner)
+        elif isinstance(value, list | tuple):
+            for inner in value:
+                visit(inner)
+
+    visit(common["optimizer"])
+    return max(counts, default=int(common.get("iteration") or 0))
+
+
+def _wanted(chunks: Chunks, stored: set[str], content: dict[str, Any] = CONTENT) -> dict[str, Any]:
+    """Return the model's sharded state dict with the keys under which the checkpoint stores its tensors."""
+    content = dict(content)
+    if has_numbered_layers(stored):
+        content["non_homogeneous_layers"] = True
+    wanted = state.model_state(chunks, content)
+    for model in wanted.values():
+        for name, value in model.items():
+            if isinstance(value, ShardedObject):
+                # Keep this model's FP8 statistics of Transformer Engine: the checkpoint's are pickles.
+                model[name] = LocalNonpersistentObject(value.data)
+    for value in nested_values(wanted):
+        if isinstance(value, ShardedTensor | ShardedTensorFactory) and value.key not in stored:
+            value.key = next((name for name in names(value.key) if name in stored), value.key)
+    return wanted
+
+
+@torch.no_grad()
+def _load_legacy(path: Path, chunks: Chunks, vocab_size: int | None) -> None:
+    source = run_on_each_rank(lambda: LegacyReader(path))
+    shards = sharded_io.tensors(state.model_state(chunks, CONTENT))
+    faults: dict[str, None] = {}
+    used: set[Place] = set()
+
+    def compare() -> None:
+        for shard in shards:
+            key, index, expected = _full(shard)
+            place = source.place(key, index)
+            if place is None:
+                faults[f"{shown(key, index)} is missing"] = None
+                continue
+            used.add(place)
+            found = source.full_shape(place, expected)
+            if shard.allow_shape_mismatch and found[1:] == expected[1:]:
+                if vocab_size is not None and found[0] < vocab_size:
+                    faults[f"{key} has {found[0]} rows, expected at least {vocab_size}"] = None
+            elif found != expected:
+                faults[f"{shown(key, index)} has shape {list(found)}, expected {list(expected)}"] = None
+
+    run_on_each_rank(compare)
+    everyone = gather_objects((list(faults), used))
+    unexpected = source.tensors.difference(*(places for _, places in everyone))
+    extra = [f"{shown(key, index)} is unexpected" for key, index in sorted(unexpected) if not key.startswith(NOT_BUILT)]
+    raise_misfit(path, [*dict.fromkeys(fault for some, _ in everyone for fault in some), *extra])
+
+    def fill() -> None:
+        for shard in shards:
+            key, index, expected = _full(shard)
+            place = source.place(key, index)
+            assert place is not None
+            _copy(source.read(place, expected), shard)
+
+    with state.gathered_parameters(chunks):
+        run_on_each_rank(fill)
+
+
+def _full(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """Return the key, the index over layers and experts, and the shape of the full tensor of ``shard``."""
+    stacked = shard.prepend_axis_num
+    return shard.key, tuple(shard.global_offset[:stacked]), tuple(shard.global_shape[stacked:])
+
+
+def _copy(full: torch.Tensor, shard: ShardedTensor) -> None:
+    """Copy the shard's part of the full tensor into the shard; set rows beyond the end, which are padding, to zero."""
+    part, target = full, shard.data
+    if target is None:
+        raise CheckpointError(f"{shard.key} has no memory for the loaded weights: report this error")
+    offsets = shard.global_offset[shard.prepend_axis_num :]
+    for dim, (offset, length) in enumerate(zip(offsets, shard.local_shape, strict=True)):
+        start = min(offset, part.shape[dim])
+        part = part.narrow(dim, start, min(length, part.shape[dim] - start))
+    if part.shape[0] < target.shape[0]:
+        target[part.shape[0] :] = 0
+        target = target[: part.shape[0]]
+    target.copy_(part)

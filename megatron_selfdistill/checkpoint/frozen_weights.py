@@ -1,0 +1,224 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Save and load weights that never change and are therefore stored once, beside the checkpoints: teacher and base.
+
+`AdapterBase` knows where the frozen weights below the adapters of a run are, and proves that they are the right ones.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.checkpoint import sharded_io, state
+from megatron_selfdistill.config import AdapterConfig, Config
+from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.interop.formats import directory, manifest
+from megatron_selfdistill.interop.formats.saved_run import SECTION, SavedRun
+from megatron_selfdistill.interop.formats.stored_adapters import (
+    KEPT_BASE,
+    NAME,
+    StoredAdapters,
+    checksums,
+    digest_of,
+    known_digest,
+    read_stored_adapters,
+    weight_files,
+)
+from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+from megatron_selfdistill.interop.formats.unpickler import load_pickled
+
+logger = logging.getLogger(__name__)
+
+TEACHER = "teacher"
+"""The name of the directory of the frozen teacher, or reference, in the run directory."""
+
+
+class FrozenWeights(Protocol):
+    """Weights that never change."""
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return the tensors for a checkpoint."""
+        ...
+
+
+class TeacherState(FrozenWeights, Protocol):
+    """The parts of a `Teacher` that a checkpoint needs; ``weights`` is frozen, ema or current."""
+
+    weights: str
+    is_copy: bool
+    """Whether the teacher has weights of its own."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copy loaded tensors of `sharded_state_dict` into the teacher."""
+        ...
+
+
+def has_frozen_weights(target: Path) -> bool:
+    """Return whether the directory ``target`` has all its files, compared by size; called on one rank."""
+    entries = manifest.read(target)
+    return entries is not None and manifest.wrong_size(target, entries) is None
+
+
+def save_frozen_weights(
+    target: Path,
+    weights: FrozenWeights,
+    weights_id: str | None = None,
+    *,
+    common: Mapping[str, Any] | None = None,
+    texts: Callable[[str], Mapping[str, str]] = lambda _: {},
+    replicas: dist.ProcessGroup | None = None,
+    prove_ownership: Callable[[], None] = lambda: None,
+) -> str:
+    """Save ``weights`` as the directory ``target``, atomically, and return the id by which checkpoints refer to them.
+
+    Collective.  The function writes nothing if exactly these weights are there already; it replaces the weights of an
+    earlier start in the same run directory.  ``weights_id``: the id of the same weights in older checkpoints; null
+    makes a new id.  ``common``: further entries of common.pt.  ``texts``: returns further files for an id.
+    ``replicas`` and ``prove_ownership``: see `sharded_io.begin_write`.
+    """
+    if run_on_rank_0(lambda: has_frozen_weights(target) and directory.incomplete(target) is None):
+        if _holds_same_weights(target, weights):
+            return _stored_id(target)
+        if dist.get_rank() == 0:
+            place = hidden(str(target))
+            logger.warning("%s holds other weights, of an earlier start of this run: it is replaced", place)
+    found_id: str = weights_id or run_on_rank_0(lambda: uuid.uuid4().hex)
+    contents = {**(common or {}), SECTION: {"kind": target.name}, _id_key(target): found_id}
+    contents |= weights.sharded_state_dict()
+    request = sharded_io.begin_write(
+        contents, target, replicas=replicas, prove_ownership=prove_ownership, texts=texts(found_id)
+    )
+    sharded_io.write_now(*request, target)
+    return found_id
+
+
+def load_frozen_teacher(
+    run_dir: Path, teacher: TeacherState, teacher_id: str | None = None, verify: str = "checksums"
+) -> str:
+    """Load ``run_dir/teacher`` into ``teacher``, in any layout, and return its id; collective.
+
+    ``verify``: the part of the manifest to compare: ``checksums``, ``sizes`` or ``none``.
+
+    Raises: CheckpointError where the stored teacher is missing, corrupt, or has another id than ``teacher_id``.
+    """
+    target = Path(run_dir) / TEACHER
+    path = run_on_rank_0(lambda: directory.resolve(target))
+    sharded_io.verify_integrity(path, verify)
+    found = _stored_id(path)
+    if teacher_id not in (None, found):
+        raise CheckpointError(
+            f"{path} is not the teacher that this checkpoint was trained with: a later start in the same run "
+            "directory replaced it"
+        )
+    wanted = teacher.sharded_state_dict()
+    sharded_io.check_shapes(wanted, path)
+    teacher.load_state_dict(sharded_io.read(wanted, path))
+    return found
+
+
+def _id_key(path: Path) -> str:
+    return f"{path.name}_id"
+
+
+def _stored_id(path: Path) -> str:
+    """Return the id of the stored weights at ``path``; every rank reads the id for itself."""
+    found: str = run_on_each_rank(lambda: load_pickled(path / "common.pt")[_id_key(path)])
+    return found
+
+
+def _holds_same_weights(path: Path, weights: FrozenWeights) -> bool:
+    """Return whether the stored tensors equal the tensors of ``weights`` bit for bit; read each tensor once."""
+    wanted = {str(i): tensor for i, tensor in enumerate(sharded_io.tensors(weights.sharded_state_dict()))}
+    own = {name: tensor.data for name, tensor in wanted.items()}
+    try:
+        sharded_io.check_shapes(wanted, path)
+    except CheckpointError:  # raised on all ranks: another model is stored
+        return False
+    for tensor in wanted.values():
+        tensor.data = torch.empty_like(tensor.data)
+    loaded = sharded_io.read(wanted, path)
+    return all(gather_objects(all(torch.equal(loaded[name], own[name]) for name in own)))
+
+
+@dataclass(frozen=True)
+class AdapterBase:
+    """The adapters of a run, and the frozen weights below them."""
+
+    settings: AdapterConfig
+    load: Path | None
+    """The checkpoint of the weights; None for the random weights of a new run."""
+    digest: str | None
+    """The `base_digest` of the weights; None for random weights, which get one when they are first saved."""
+    is_kept: bool
+    """Whether the run directory keeps the weights, because the run began at random ones."""
+    is_told: bool = True
+    """Whether a checkpoint names ``load``, which it does not where the value was read from the environment."""
+
+    def described(self, path: Path, digest: str) -> StoredAdapters:
+        """Return the description of the adapters in the checkpoint ``path``; ``digest``: that of the weights."""
+        place = self.load.absolute() if self.load is not None and not self.is_kept and self.is_told else None
+        return StoredAdapters(path, self.settings, digest, place)
+
+
+class KeptBase:
+    """The weights of a live model without its adapters, as `save_frozen_weights` takes them."""
+
+    def __init__(self, chunks: Sequence[torch.nn.Module]) -> None:
+        self.chunks = chunks
+
+    def sharded_state_dict(self) -> dict[str, Any]:
+        """Return the tensors of the weights under Megatron's keys, shared and not copied."""
+        return state.without_adapters(state.model_state(self.chunks, CONTENT))
+
+
+def adapter_base(config: Config, saved: SavedRun | None) -> AdapterBase | None:
+    """Return the base of the run's adapters; None for a run without adapters.
+
+    ``saved``: the checkpoint from which the run continues; None for a new run.
+    Collective: the ranks share the reading of files whose checksums are not known.
+    Raises: CheckpointError on all ranks where the base is missing, or is not the one of ``saved``.
+    """
+    if config.adapter.rank == 0:
+        return None
+    load = None if config.checkpoint.load is None else Path(config.checkpoint.load)
+    is_kept, is_told = load is None, ("checkpoint", "load") not in config.from_environment
+    if saved is None:
+        digest = None if load is None else shared_base_digest(load)
+        return AdapterBase(config.adapter, load, digest, is_kept, is_told)
+    stored = run_on_rank_0(lambda: read_stored_adapters(saved.path))
+    if stored is None:
+        raise CheckpointError(f"{saved.path} has no {NAME}, expected the description of its adapters")
+    if load is None:
+        load = Path(config.run_dir) / KEPT_BASE
+        if not run_on_rank_0(load.is_dir):
+            raise CheckpointError(
+                f"{load} is missing, expected the base of the adapters in {saved.path}, with the digest "
+                f"{stored.base_digest}: restore it, or set checkpoint.load to its present place"
+            )
+    digest = shared_base_digest(load)
+    stored.require_base(digest, load, "checkpoint.load")
+    return AdapterBase(config.adapter, load, digest, is_kept, is_told)
+
+
+def shared_base_digest(path: Path) -> str:
+    """Return `base_digest` of the checkpoint at ``path`` on all ranks, which share the reading.  Collective."""
+    found, _ = run_on_rank_0(lambda: directory.find(path))
+    known: str | None = run_on_rank_0(lambda: known_digest(found))
+    if known is not None:
+        return known
+
+    def own_share() -> dict[str, Any]:
+        files = sorted(weight_files(found), key=lambda file: (-file.stat().st_size, str(file)))
+        return checksums(found, files[dist.get_rank() :: dist.get_world_size()])
+
+    shares = gather_objects(run_on_each_rank(own_share))
+    return digest_of({name: entry for share in shares for name, entry in share.items()})

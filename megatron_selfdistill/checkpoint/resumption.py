@@ -1,0 +1,259 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Decide whether a run may continue from its checkpoint, by the configuration and the problems of the checkpoint.
+
+A launch writes some files of a run directory once: the configuration, and the files that conversions need.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import Config, ModelConfig, to_yaml
+from megatron_selfdistill.config.bound_keys import (
+    BOUND,
+    FIXED,
+    FREE,
+    KeyDifference,
+    differences,
+    refusal,
+    stored_values,
+)
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
+from megatron_selfdistill.interop.formats import directory
+from megatron_selfdistill.interop.formats.saved_run import SavedRun, read_saved_run
+from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, fields_set, reconcile
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
+
+logger = logging.getLogger(__name__)
+
+CONFIGURATION = "configuration"
+"""The key of a trainer's state under which a checkpoint keeps `stored_values`."""
+_PROBLEMS = "the problems that data.path gives (their digest)"
+_FORCE = "force"
+CONFIGURATION_FILE = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Resumption:
+    """The checkpoint from which the run continues, and the differences to the run that saved it."""
+
+    saved: SavedRun
+    changes: tuple[str, ...]
+    """One line for every key that has changed and may."""
+    warnings: tuple[str, ...]
+    """One line for every key that has changed by force, and one for every consequence."""
+    same_problems: bool
+    """Whether the stored position in the data still refers to the same problems."""
+
+
+def refuse_another_run(config: Config, given: Collection[str] | None = None) -> None:
+    """Raise `ConfigError` where ``run_dir`` holds a run that may not continue with this configuration.
+
+    ``given``: the keys that the user has set (`config.given_keys`); null takes the keys that differ from their
+    defaults.  The function compares the newest readable checkpoint, before anything expensive starts and without other
+    ranks.  `resumption` compares the checkpoint that the run then loads.
+    """
+    if config.checkpoint.resume is not True:
+        return
+    for path in directory.candidates(Path(config.run_dir) / "checkpoints"):
+        try:
+            saved = read_saved_run(path)
+        except CheckpointError:
+            continue  # the run reports the fault when it verifies all files
+        message = refusal(_changed(saved, config, given), str(path))
+        if message is not None:
+            raise ConfigError(message)
+        return
+
+
+def latest_resumption(
+    config: Config, fingerprint: str, checkpointer: Checkpointer, grid: RankGrid
+) -> Resumption | None:
+    """Return the checkpoint from which the run in ``run_dir`` continues, and log its warnings; None for a new run.
+
+    Collective.
+
+    ``fingerprint``: the digest of the problems that this rank has read.
+
+    Raises: `ConfigError` on all ranks where the run may not continue, `CheckpointError` where no checkpoint is usable.
+    """
+    latest = checkpointer.latest()
+    if latest is None:
+        return None
+    if not config.checkpoint.resume:
+        raise ConfigError(
+            f"checkpoint.resume=false, but {Path(config.run_dir)} holds {latest.name} of an earlier run: "
+            "choose another run_dir, or let it resume"
+        )
+    found = resumption(config, fingerprint, checkpointer.read(latest))
+    if grid.is_reporter:
+        for line in found.warnings:
+            logger.warning("%s", hidden(line))
+    return found
+
+
+def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
+    """Return the `Resumption` of the run from ``saved``; collective.
+
+    ``fingerprint``: the digest of the problems that this rank has read.
+
+    Raises: `ConfigError` on all ranks where a bound key or the problems have changed, unless checkpoint.resume=force.
+    """
+    found = [*_changed(saved, config), *_changed_data(saved, fingerprint)]
+    forced = config.checkpoint.resume == _FORCE and not any(difference.rule == FIXED for difference in found)
+    message = None if forced else refusal(found, str(saved.path))
+    with raise_on_all_ranks():
+        if message is not None:
+            raise ConfigError(message)
+    same_problems = not any(difference.key in (_PROBLEMS, "seed") for difference in found)
+    free, bound = ([str(one) for one in found if (one.rule == FREE) == is_free] for is_free in (True, False))
+    return Resumption(
+        saved, tuple(free), (*bound, *_consequences(config, saved, bool(bound), same_problems)), same_problems
+    )
+
+
+def finished_run(config: Config, as_given: Config) -> Path | None:
+    """Return the last checkpoint of a complete run whose last launch had this configuration; None for other runs.
+
+    ``as_given``: the configuration that the user gave.  ``config``: ``as_given`` with the architecture of the
+    checkpoint.
+    """
+    run_dir = Path(config.run_dir)
+    file = run_dir / CONFIGURATION_FILE
+    if config.dry_run or not config.checkpoint.resume or not file.is_file():
+        return None
+    # The first launch wrote the file without the architecture of a checkpoint, the later launches with it.
+    if file.read_text(encoding="utf-8", errors="replace") not in map(to_yaml, (as_given, config)):
+        return None  # `resumption` judges the differences
+    latest = directory.latest(run_dir / "checkpoints")
+    if latest is None or directory.iteration_of(latest) < config.num_steps:
+        return None
+    return None if directory.incomplete(latest) or directory.unverifiable(latest) else latest
+
+
+def _consequences(config: Config, saved: SavedRun, forced: bool, same_problems: bool) -> Iterator[str]:
+    if forced:
+        yield (
+            f"checkpoint.resume=force: weights, optimizer and teacher are those of {saved.path}; everything else is "
+            "as configured now"
+        )
+    if not same_problems:
+        yield "the data starts from its beginning; success rates and own solutions start empty"
+    under_way = len(saved.trainer_state.get("visits", []))
+    if same_problems and under_way and not config.rollout.extra_problems:
+        yield (
+            f"{saved.path} holds {under_way} problems whose responses are under way: with rollout.extra_problems=0 "
+            "they wait for the next epoch, with 1 or more the run continues them"
+        )
+
+
+def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
+    """Return the keys whose values in the configuration and in the checkpoint differ."""
+    stored = saved.trainer_state.get(CONFIGURATION)
+    if stored is None:
+        raise CheckpointError(
+            f"{saved.path} holds no configuration of its run, expected one: start from its weights with "
+            f"checkpoint.load={saved.path} in another run_dir"
+        )
+    now = stored_values(config)
+    args = saved.common.get("args")
+    if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
+        # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.
+        before = {
+            field.name: getattr(config.model, field.name) if now["model"][field.name] == value else value
+            for field in fields(ModelConfig)
+            if (value := stored["model"].get(field.name, field.default)) is not MISSING
+        }
+        if any(isinstance(value, str) and "${" in value for value in before.values()):
+            # The checkpoint has the text of an interpolation, whose value nobody knows: only texts can be compared.
+            return differences(stored, now)
+        architecture = architecture_from_args(args)
+        given_fields = (
+            None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
+        )
+        try:
+            stored = stored | {"model": _completed(ModelConfig(**before), architecture)}
+            now = now | {"model": _completed(config.model, architecture, given_fields)}
+        except ConfigError as error:
+            raise ConfigError(f"{saved.path}: {error}, or another run_dir") from None
+    return differences(stored, now)
+
+
+def _completed(model: ModelConfig, stored: ModelConfig, given: Collection[str] | None = None) -> dict[str, Any]:
+    """Return ``model`` as plain values, with its null fields filled from the stored architecture."""
+    resolved = reconcile(model, fields_set(model) if given is None else given, stored)
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(resolved)))
+    return plain
+
+
+def _changed_data(saved: SavedRun, fingerprint: str) -> list[KeyDifference]:
+    """Return a difference if the problems are not the problems of the stored position in the data."""
+    sampler = saved.trainer_state.get("problem_sampler")
+    if sampler is None or sampler["fingerprint"] == fingerprint:
+        return []
+    return [KeyDifference(_PROBLEMS, sampler["fingerprint"], fingerprint, BOUND)]
+
+
+class RunDirectory:
+    """The run directory: the files that the reporter writes once per launch, and the proof of its ownership.
+
+    ``is_owned`` is the only state of the object; it becomes False once another run has taken the directory over.
+    """
+
+    def __init__(self, config: Config, step: int, prove_ownership: Callable[[], None] | None = None) -> None:
+        """Remember the configuration and the number of steps that are done at the start of this launch, ``step``.
+
+        ``prove_ownership``: a function for rank 0, which raises `CheckpointError` where another run has taken the
+        directory over (`RunLock.renew`).
+        """
+        self.path, self._config, self._step = Path(config.run_dir), config, step
+        self._prove_ownership = prove_ownership
+        self.is_owned = True
+
+    def require_ownership(self) -> None:
+        """Raise `CheckpointError` on all ranks where another run has taken the run directory over.  Collective."""
+        if self._prove_ownership is not None:
+            try:
+                run_on_rank_0(self._prove_ownership)
+            except CheckpointError:
+                self.is_owned = False
+                raise
+
+    def write(self) -> None:
+        """Write config.yaml and the Hugging Face files of ``checkpoint.load``.
+
+        A config.yaml with other contents belongs to an earlier launch; this method renames it to
+        ``config.until_step_<step>.yaml``.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        file, text = self.path / CONFIGURATION_FILE, configuration.to_yaml(self._config)
+        if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != text:
+            file.rename(self._unused_name())
+        file.write_text(text, encoding="utf-8")
+        if self._config.checkpoint.load:
+            copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
+
+    def restore(self) -> None:
+        """Write the files of `write` again if the run directory was removed since the launch."""
+        if not (self.path / CONFIGURATION_FILE).is_file():
+            logger.warning("%s is not there any more: it is written again", hidden(str(self.path)))
+            self.write()
+
+    def _unused_name(self) -> Path:
+        number, name = 1, f"config.until_step_{self._step}"
+        while (unused := self.path / f"{name}{f'.{number}' if number > 1 else ''}.yaml").exists():
+            number += 1
+        return unused

@@ -1,0 +1,291 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Write sharded state dicts into a torch_dist directory, verify the directory, and read it back; all collective."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import pickle
+import queue
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint._traverse import set_element
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import ReadItem
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+
+from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.formats import directory, manifest
+from megatron_selfdistill.interop.formats.directory import Temporary
+from megatron_selfdistill.interop.formats.full_weights import NOT_BUILT, NOT_WEIGHTS, raise_misfit
+from megatron_selfdistill.interop.formats.torch_dist import CONTENT, TorchDistReader
+from megatron_selfdistill.interop.formats.unpickler import load_metadata, loads_pickled
+
+WRITE_ERRORS = (Exception, CheckpointException)
+"""The exceptions of a failed write; torch's `CheckpointException` is not an ``Exception``."""
+
+
+def begin_write(
+    contents: dict[str, Any],
+    target: Path,
+    *,
+    replicas: dist.ProcessGroup | None = None,
+    validate: bool = False,
+    prove_ownership: Callable[[], None] = lambda: None,
+    published: Callable[[], None] = lambda: None,
+    texts: Mapping[str, str] | None = None,
+) -> tuple[AsyncRequest, Temporary]:
+    """Return Megatron's request to write ``contents``, and the locked temporary directory of the request; collective.
+
+    The caller executes the request at once or in the background.  At its end rank 0 calls ``prove_ownership``, renames
+    the directory to ``target`` and calls ``published``.  The caller then calls `Temporary.release`, also after a
+    failure. ``prove_ownership`` raises `CheckpointError` where another run has taken the run directory over, for
+    instance while this run was suspended in the middle of the save; then rank 0 does not rename the directory.
+    ``replicas``: the group of ranks that hold equal tensors and share the writing.  ``validate``: check that the shards
+    of all ranks cover each tensor once.  ``texts``: further files of the directory, by their names.
+
+    Raises: `CheckpointError` on all ranks.
+    """
+    needed = sum(gather_objects(_num_bytes(contents)))
+    # Here, because a rank that fails to start its queue inside Megatron's save would leave the other ranks waiting.
+    run_on_each_rank(filesystem_async._get_write_results_queue)
+    temporary = _begin_on_all_ranks(target, needed)
+    strategy = get_default_save_sharded_strategy()
+    if replicas is not None and replicas.size() > 1:
+        strategy = FullyParallelSaveStrategyWrapper(strategy, replicas)
+    try:
+        request = dist_checkpointing.save(
+            contents,
+            str(temporary.path),
+            strategy,
+            validate_access_integrity=validate,
+            async_sharded_save=True,
+            content_metadata=dict(CONTENT),
+        )
+    except WRITE_ERRORS as error:
+        temporary.release()
+        raise CheckpointError(f"could not write {target}: {error_message(error)}") from error
+
+    def publish() -> None:
+        prove_ownership()
+        for name, text in (texts or {}).items():
+            (temporary.path / name).write_text(text, encoding="utf-8")
+        directory.publish(temporary, target)
+        published()
+
+    if request.async_fn is not None:  # None on a rank that has nothing to write
+        request = request._replace(async_fn=functools.partial(_write_with_checksums, request.async_fn, temporary.path))
+    request.add_finalize_fn(lambda: run_on_rank_0(publish))
+    return request, temporary
+
+
+def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None:
+    """Execute the request of `begin_write` now, and release the lock of its directory."""
+    try:
+        request.execute_sync()
+    except WRITE_ERRORS as error:
+        raise CheckpointError(f"could not write {target}: {error_message(error)}") from error
+    finally:
+        temporary.release()
+
+
+def forget_results() -> None:
+    """Drop the results that this rank's writers reported for an abandoned save; the next save would read them."""
+    results = filesystem_async._get_write_results_queue()
+    with contextlib.suppress(queue.Empty):
+        while True:
+            results.get_nowait()
+
+
+def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Return ``wanted`` with the tensors and sharded objects of the checkpoint, mostly read in place; collective.
+
+    The restricted unpickler reads every pickle (``.metadata``, sharded objects, Transformer Engine's states).  The
+    function does not read common.pt.
+
+    Raises: `CheckpointError` on all ranks where the checkpoint cannot be read.
+    """
+    try:
+        with _restricted_readers():
+            loaded: dict[str, Any] = dist_checkpointing.load(
+                wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
+            )
+    except CheckpointException as error:  # the failures by rank, equal on all ranks
+        first = error.failures[min(error.failures)][0]
+        raise CheckpointError(f"{path} could not be read: {error_message(first)}") from None
+    run_on_each_rank(lambda: _rewrite_extra_states(loaded))
+    return loaded
+
+
+def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor in a torch_dist checkpoint, by its key, from the restricted unpickler."""
+    return TorchDistReader(path).shapes
+
+
+def check_shapes(
+    wanted: dict[str, Any], path: Path, *, only_weights: bool = False, vocab_size: int | None = None
+) -> None:
+    """Raise `CheckpointError` on all ranks unless the checkpoint has each wanted tensor of each rank, in its shape.
+
+    Collective.  ``only_weights``: the checkpoint must not have further weights.  For tensors with padded rows
+    (embedding, output layer) the number of rows may differ, but must be at least ``vocab_size``.  The function reads no
+    tensor data.
+    """
+    expected: dict[str, tuple[tuple[int, ...], bool]] = {}
+    for theirs in gather_objects({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
+        expected |= theirs
+    stored = run_on_rank_0(lambda: stored_shapes(path))
+    faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
+    if only_weights:
+        extra = (key for key in stored.keys() - expected.keys() if not key.startswith(NOT_WEIGHTS + NOT_BUILT))
+        faults += [f"{key} is unexpected" for key in sorted(extra)]
+    for key in sorted(expected.keys() & stored.keys()):
+        (shape, padded), found = expected[key], stored[key]
+        if padded and found[1:] == shape[1:]:
+            if vocab_size is not None and found[0] < vocab_size:
+                faults.append(f"{key} has {found[0]} rows, expected at least {vocab_size}")
+        elif found != shape:
+            faults.append(f"{key} has shape {list(found)}, expected {list(shape)}")
+    raise_misfit(path, faults)
+
+
+def tensors(contents: dict[str, Any]) -> Sequence[ShardedTensor]:
+    """Return the sharded tensors as a checkpoint stores them, including the tensors of Megatron's factories."""
+    plain, _, _ = load_preprocess(contents)
+    return [value for value in nested_values(plain) if isinstance(value, ShardedTensor)]
+
+
+def integrity_fault(path: Path, verify: str) -> str | None:
+    """Return the fault of the checkpoint at ``path`` ("has a corrupt __0_0.distcp: ..."), or None, on all ranks.
+
+    Collective.  ``verify``: ``none`` checks only the files that Megatron itself stores.  ``sizes`` also compares the
+    sizes of all files with the manifest, which a checkpoint of this program must have.  ``checksums`` also compares the
+    checksums; each rank reads a share of the files, which warms the file cache for the load that follows.
+    """
+    reason = run_on_rank_0(
+        lambda: directory.incomplete(path) or (directory.unverifiable(path) if verify != "none" else None)
+    )
+    if reason is not None or verify != "checksums":
+        return reason
+
+    def check() -> str | None:
+        entries = manifest.read(path)
+        if entries is None:  # another program saved the checkpoint
+            return None
+        return manifest.wrong_contents(path, entries, dist.get_rank(), dist.get_world_size())
+
+    return next((fault for fault in gather_objects(run_on_each_rank(check)) if fault is not None), None)
+
+
+def verify_integrity(path: Path, verify: str) -> None:
+    """Raise `CheckpointError` on all ranks for an `integrity_fault`; offer the newest complete checkpoint nearby."""
+    fault = integrity_fault(path, verify)
+    if fault is not None:
+        raise CheckpointError(f"{path} {fault}{run_on_rank_0(lambda: directory.instead_of(path))}")
+
+
+@contextlib.contextmanager
+def _restricted_readers() -> Iterator[None]:
+    """Make PyTorch's reader of torch_dist directories, which Megatron uses, unpickle with the restricted unpickler.
+
+    PyTorch itself calls ``pickle.load`` for ``.metadata`` and ``torch.load(weights_only=False)`` for objects.
+    """
+
+    def read_metadata(self: FileSystemReader, *args: Any, **options: Any) -> Metadata:
+        metadata = load_metadata(Path(self.path))
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def load_bytes(self: DefaultLoadPlanner, read_item: ReadItem, value: io.BytesIO) -> None:
+        key = read_item.dest_index.fqn
+        loaded = loads_pickled(value, key)
+        if self.flatten_state_dict:
+            set_element(self.original_state_dict, self.mappings[key], loaded)
+        else:
+            self.state_dict[key] = loaded
+
+    own = FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes
+    FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = read_metadata, load_bytes  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        FileSystemReader.read_metadata, DefaultLoadPlanner.load_bytes = own  # type: ignore[method-assign]
+
+
+_EXTRA_STATE = re.compile(r"_extra_state\d*$")
+
+
+def _rewrite_extra_states(loaded: Any) -> None:
+    """Replace each pickled ``_extra_state`` by a new pickle of its contents; grouped experts number their states.
+
+    Transformer Engine's layers unpickle their FP8 statistics without any restriction, so they must receive a pickle of
+    this process.
+    """
+    items = loaded.items() if isinstance(loaded, dict) else enumerate(loaded) if isinstance(loaded, list) else ()
+    for key, value in list(items):
+        if not _EXTRA_STATE.search(str(key)):
+            _rewrite_extra_states(value)
+        elif torch.is_tensor(value) and value.numel():
+            state = loads_pickled(value.detach().cpu().numpy().tobytes(), str(key))
+            loaded[key] = torch.frombuffer(bytearray(pickle.dumps(state)), dtype=torch.uint8)
+        elif isinstance(value, io.BytesIO) and value.getbuffer().nbytes:
+            value.seek(0)
+            loaded[key] = io.BytesIO()
+            torch.save(loads_pickled(value, str(key)), loaded[key])
+            loaded[key].seek(0)
+
+
+class _NothingInCommon(TorchCommonLoadStrategy):
+    """A strategy that skips common.pt, whose pickled arguments may need classes that do not exist here."""
+
+    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
+        """Return an empty state dict."""
+        return {}
+
+
+def _write_with_checksums(
+    write: Callable[..., None], path: Path, rank: int, buckets: Any, *more: Any, **options: Any
+) -> None:
+    """Run Megatron's writer of this rank, then compute the checksums of its files on the same machine."""
+    write(rank, buckets, *more, **options)
+    with contextlib.suppress(OSError):  # no rank may miss the barrier; rank 0 computes missing checksums
+        manifest.write_part(path, str(rank), [Path(file) for file, _, _ in buckets])
+
+
+def _begin_on_all_ranks(target: Path, num_bytes: int) -> Temporary:
+    """Call `directory.begin` on rank 0, and let every rank hold the lock of the temporary directory."""
+    begun: list[Temporary] = []
+
+    def begin() -> Path:
+        begun.append(directory.begin(target.parent, target.name, num_bytes))
+        return begun[0].path
+
+    path = run_on_rank_0(begin)
+    return run_on_each_rank(lambda: begun[0] if begun else Temporary(path).hold())
+
+
+def _num_bytes(contents: dict[str, Any]) -> int:
+    """Return the size in bytes of the tensors whose main replica this rank holds."""
+    data = [value.data for value in nested_values(contents) if is_main_replica(getattr(value, "replica_id", 1))]
+    return sum(tensor.numel() * tensor.element_size() for tensor in data if torch.is_tensor(tensor))

@@ -1,0 +1,83 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the commands that read a model share: their options, and the exit status and message of each ending."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
+from megatron_selfdistill.terminal import print_error, silence_known_warnings
+
+EXIT_REFUSED, EXIT_FAILED, EXIT_INTERRUPTED = 2, 4, 130
+
+
+def add_models(parser: argparse.ArgumentParser) -> None:
+    """Add the options that name the models, as `GivenModels.of` takes them."""
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="run directory, Megatron checkpoint (an iter_ directory, or the one with the tracker file), or Hugging "
+        "Face directory",
+    )
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="iteration of a Megatron checkpoint (default: the tracker file's)"
+    )
+    parser.add_argument(
+        "--teacher",
+        type=Path,
+        metavar="DIR",
+        help="checkpoint of the teacher and of the reference (default: CHECKPOINT, as at the start of a run; of a run "
+        "directory what the run has started from, except that a teacher that is not frozen has the student's weights)",
+    )
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Namespace:
+    """Add the options of the configuration and parse ``argv``; ends the process with status 2 for a wrong option."""
+    parser.add_argument(
+        "--tmp",
+        type=Path,
+        metavar="DIR",
+        help="directory for converted Hugging Face models, which all nodes see (default: --out/..)",
+    )
+    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
+    parser.add_argument(
+        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
+    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
+    arguments = parser.parse_intermixed_args(argv)
+    if wrong := [word for word in arguments.overrides if "=" not in word]:
+        parser.error(f"expected one checkpoint and then key=value, got {wrong[0]}")
+    return arguments
+
+
+def ended(name: str, work: Callable[[], int]) -> int:
+    """Do the work of the command ``name`` and return its exit status, after one message for an error of the user.
+
+    The status is that of ``work``, or 2 for bad input, 4 for an engine or a verifier that failed, and 130 for Ctrl-C.
+    After SIGTERM the process ends with status 143, and removes its temporary directories before.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    silence_known_warnings()
+    try:
+        return work()
+    except (CheckpointError, ConfigError, OSError) as error:
+        print_error(f"{name}:", error)
+        return EXIT_REFUSED
+    except (EngineError, VerifierError) as error:
+        print_error(f"{name}:", error)
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; no results were written", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def at_least_1(text: str) -> int:
+    """Return the number that an option has, for argparse; a number below 1 is refused."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)

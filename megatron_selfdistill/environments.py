@@ -1,0 +1,198 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Environments, which reply to the model's responses, so that a problem becomes an episode of several turns."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_selfdistill.config.schema.field_checks import require, require_address
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.records import NO_TEXT, finite_number, is_text, plain
+
+REPLY_ROLES = ("user", "tool")
+"""The roles of a message that shows a reply."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The reply of an environment to the last response of an episode.
+
+    Raises: ValueError for a field that has another type, a text with half of a surrogate pair, another role or a reward
+    that is not finite.
+    """
+
+    text: str | None = None
+    """The text that the next turn's prompt shows after the response; None shows nothing and ends the episode."""
+    role: str = "user"
+    """The role of the message that shows ``text``: user or tool."""
+    feedback: str | None = None
+    """A text about the last response for the teacher alone; None is no feedback."""
+    reward: float = 0.0
+    """The reward of the last response, a finite number, also as a NumPy scalar or a tensor of one number."""
+    done: bool = True
+    """Whether the episode ends with the last response, although ``text`` may be there."""
+
+    def __post_init__(self) -> None:
+        for name in ("text", "feedback"):
+            value = getattr(self, name)
+            _require(value is None or isinstance(value, str), f"expected a text or None as {name}", value)
+            if not is_text(value):
+                raise ValueError(f"{name} of a reply: {NO_TEXT}")
+        _require(self.role in REPLY_ROLES, f"expected {' or '.join(REPLY_ROLES)} as role", self.role)
+        object.__setattr__(self, "reward", finite_number(self.reward, "reward of a reply"))
+        object.__setattr__(self, "done", plain(self.done))
+        _require(isinstance(self.done, bool), "expected a boolean as done", self.done)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether another turn can follow."""
+        return not self.done and self.text is not None
+
+
+class Environment(Protocol):
+    """The protocol of environments: functions of the problem and of everything that was said, without a state."""
+
+    def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
+        """Return the reply to the last response.
+
+        ``problem``: the problem as the data have it.  ``said``: the texts of the episode after the problem, responses
+        and shown replies by turns; the last one is the response to reply to, without its stop token.
+        Any rank may call it, also in threads, and a call may be repeated: equal arguments must give equal replies.
+        """
+        ...
+
+
+def _require(condition: bool, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{expected} of a reply, got {value!r}")
+
+
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.5, 8.0
+MAX_BYTES = 10_000_000
+"""The greatest length of an answer."""
+_SHOWN = 200  # characters of an unexpected answer
+
+
+@dataclass(frozen=True)
+class HttpEnvironment:
+    """The environment that answers ``POST url/chat/completions``.  Any number of threads may call it.
+
+    The request has ``messages`` (the messages of the problem, then each response as the assistant and each shown reply
+    as the user), ``metadata`` (texts: ``problem_id``, ``turn`` from 0, and ``answer`` where the data have one) and
+    ``model`` where it is set.
+
+    The answer has the text of the reply in ``choices[0].message.content`` (null: none) and its role in
+    ``choices[0].message.role``; the role "assistant", which every such endpoint sends, stands for "user".  Beside
+    ``choices`` it may have ``reward``, ``feedback`` and ``done``; a field that is missing has the default of `Reply`.
+    """
+
+    url: str
+    """The address, without /chat/completions."""
+    model: str | None = None
+    """The name of the model in the request."""
+    api_key: str | None = field(default=None, repr=False)
+    """The bearer token of the request."""
+    timeout_s: float = 60.0
+    """Seconds after which an attempt without a complete answer counts as failed."""
+    retries: int = 3
+    """Number of further attempts after one without an answer, or with the status 429 or one of 500 and above."""
+    concurrency: int = 16
+    """Number of requests that a rank sends at the same time."""
+
+    def __post_init__(self) -> None:
+        """Raise `ConfigError` for an option that no request could have."""
+        require_address("environment.options.url", self.url, "http://host:8000/v1")
+        bounds = {"timeout_s": (0, False), "retries": (0, True), "concurrency": (1, True)}
+        for name, (least, is_whole) in bounds.items():
+            value = getattr(self, name)
+            kinds = (int,) if is_whole else (int, float)
+            require(
+                isinstance(value, kinds) and not isinstance(value, bool) and (value > least - is_whole),
+                f"environment.options.{name} must be {'a whole number of at least' if is_whole else 'a number above'} "
+                f"{least}, got {value!r}",
+            )
+        for name in ("model", "api_key"):
+            value = getattr(self, name)
+            require(
+                value is None or isinstance(value, str), f"environment.options.{name} must be a text, got {value!r:.40}"
+            )
+
+    def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
+        """Return the endpoint's reply to the last response.
+
+        Raises: RuntimeError where no attempt gets an answer; ValueError for an answer of another form, or of more than
+        MAX_BYTES.  Each message has the address.
+        """
+        try:
+            return _reply(self._answer(self._request(problem, said)))
+        except ValueError as error:
+            raise ValueError(f"environment.options.url={self.url}: {error}") from error
+
+    def _request(self, problem: Problem, said: Sequence[str]) -> dict[str, Any]:
+        spoken = [{"role": "user" if i % 2 else "assistant", "content": text} for i, text in enumerate(said)]
+        metadata = {"problem_id": problem.id, "turn": str(len(said) // 2)}
+        if problem.answer is not None:
+            metadata["answer"] = problem.answer
+        named = {} if self.model is None else {"model": self.model}
+        return {**named, "messages": [*problem.messages, *spoken], "metadata": metadata}
+
+    def _answer(self, request: dict[str, Any]) -> Any:
+        """Return the parsed body of the first answer with status 200."""
+        from megatron_selfdistill.timed_http import HttpError  # slow, and only a run with this environment needs it
+
+        payload = json.dumps(request)
+        for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS))
+            try:
+                status, text = self._post(payload)
+            except TimeoutError as error:
+                failure = f"TimeoutError: {error}"
+                continue
+            except HttpError as error:
+                failure = str(error)
+                continue
+            if status == 200:
+                return _parsed(text)
+            failure = f"status {status}: {text[:_SHOWN]!r}"
+            if status != 429 and status < 500:
+                raise RuntimeError(
+                    f"environment.options.url={self.url}: expected an answer with status 200, got {failure}"
+                )
+        attempts = "1 attempt" if self.retries == 0 else f"{self.retries + 1} attempts"
+        raise RuntimeError(
+            f"environment.options.url={self.url}: expected an answer within {self.timeout_s:g} s, got none in "
+            f"{attempts}; the last: {failure}"
+        )
+
+    def _post(self, payload: str) -> tuple[int, str]:
+        from megatron_selfdistill.timed_http import post
+
+        headers = {"Content-Type": "application/json"}
+        if self.api_key is not None:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        answer = post(f"{self.url.rstrip('/')}/chat/completions", payload, headers, self.timeout_s, MAX_BYTES)
+        return answer.status, answer.text
+
+
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"expected an answer in JSON, got {text[:_SHOWN]!r}") from None
+
+
+def _reply(answer: Any) -> Reply:
+    """Return the reply in the body of an answer.  Raises: ValueError, with the field, for another form."""
+    try:
+        message = answer["choices"][0]["message"]
+        text, role = message.get("content"), message.get("role", "user")
+        given = {name: answer[name] for name in ("reward", "feedback", "done") if name in answer}
+    except (KeyError, IndexError, TypeError, AttributeError):
+        shown = json.dumps(answer)[:_SHOWN]
+        raise ValueError(f"expected an answer with choices[0].message, got {shown}") from None
+    return Reply(text, "user" if role == "assistant" else role, **given)

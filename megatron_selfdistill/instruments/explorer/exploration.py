@@ -1,0 +1,225 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The work of `selfdistill explore` on every rank: generate a response, read it with every model, write the page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_selfdistill.checkpoint.external import loaded_chunks
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import (
+    ContextPair,
+    PromptPair,
+    build_contexts,
+    check_student_prompt,
+    check_teacher_prompt,
+    fit_teacher_prompt,
+)
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.collectives import broadcast_object
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.evaluation.inference import Inference, open_inference
+from megatron_selfdistill.instruments.explorer.explored import ExploredResponse, TokenTarget, cut, explored_responses
+from megatron_selfdistill.instruments.explorer.target_page import write_target_page
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
+from megatron_selfdistill.pipeline import token_losses
+from megatron_selfdistill.pipeline.schedule import Reference
+from megatron_selfdistill.pipeline.score import ScoringModels, Want, read
+from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.run_data import RunData
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """One problem, its response where one is given, and the models that read the response."""
+
+    config: Config
+    """The configuration, whose ``checkpoint.load`` names the student."""
+    run_data: RunData
+    problem: Problem
+    prompts: PromptPair
+    response: Response | None
+    """The given response; None if the student generates one."""
+    teacher: str | None = None
+    """The Megatron checkpoint of the teacher; None if the student is its own teacher."""
+    reference: str | None = None
+    """The Megatron checkpoint of a reference that is not the teacher; None if the teacher is also the reference."""
+
+    @classmethod
+    def of_problem(cls, config: Config, problem: Problem, text: str | None) -> Exploration:
+        """Return the exploration of ``text``, or of a response that the student generates; it has no models yet.
+
+        Raises: `ConfigError` for a problem that does not fit or that the prompts do not show.
+        """
+        run_data = RunData.of_problem(config, problem)
+        response = None
+        if text is not None:
+            response = Response.unsampled([*run_data.tokenizer.encode(text), run_data.stop_token_ids[0]])
+        try:
+            prompts = fit_teacher_prompt(
+                run_data.builder,
+                problem,
+                max_length=run_data.max_length,
+                max_new_tokens=config.rollout.max_new_tokens if response is None else len(response.token_ids),
+                policy="error",
+            )
+            assert prompts is not None, "the policy error returns prompts or raises"
+            student, teacher = prompts.student_prompt, prompts.teacher_prompt
+            check_student_prompt(run_data.builder, problem, student)
+            check_teacher_prompt(run_data.builder, problem, student, teacher, problem.solution)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return cls(config, run_data, problem, prompts, response)
+
+    def with_models(self, *, student: str, teacher: str | None, reference: str | None, run_dir: str) -> Exploration:
+        """Return the exploration with the Megatron checkpoints of its models, and a directory for an engine's files."""
+        checkpoint = replace(self.config.checkpoint, load=student)
+        config = replace(self.config, checkpoint=checkpoint, run_dir=run_dir)
+        return replace(self, config=config, teacher=teacher, reference=reference)
+
+    def write_page(self, out: Path, grid: RankGrid, about: Mapping[str, Any]) -> str | None:
+        """Write the page of the explored response, and return lines for the user on rank 0, None on other ranks.
+
+        ``about``: further entries of the record.
+        Every rank of the world calls this method.  Raises: `ConfigError`, `CheckpointError`, `EngineError`.
+        """
+        if self.response is None:
+            with open_inference(self.config, self.run_data, grid) as inference:
+                response = self._generated(inference, grid)
+                inference.sampler.sleep()
+                found = self._explored(self._contexts(response, grid), inference.chunks, grid)
+        else:
+            found = self._explored(
+                self._contexts(self.response, grid), load_chunks(self.config, self.run_data, self._student, grid), grid
+            )
+        if not grid.is_reporter:
+            return None
+        (explored,) = found
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_target_page(explored.record(self.run_data.tokenizer, **about), out)
+        return _summary(explored, out)
+
+    def _generated(self, inference: Inference, grid: RankGrid) -> Response:
+        """Return the student's response on every rank; the first replica generates it."""
+        seed = sample_seed(self.config.seed, 0, self.problem.id, 0)
+        requests = [Request(self.prompts.student_prompt, seed)] if grid.dp_rank == 0 else []
+        responses = inference.sampler.generate(requests, inference.sampling)
+        found: Sequence[Response] = broadcast_object(list(responses))
+        return found[0]
+
+    def _contexts(self, response: Response, grid: RankGrid) -> list[ContextPair]:
+        """Return both contexts of the response on the first replica, and none on the others."""
+        (context,) = build_contexts([self.prompts], [response])
+        if not context.response:
+            raise ConfigError("expected a response of at least one token, got none; give one with --response")
+        return [cut(context)] if grid.dp_rank == 0 else []
+
+    def _explored(
+        self, contexts: Sequence[ContextPair], student: list[torch.nn.Module], grid: RankGrid
+    ) -> list[ExploredResponse]:
+        """Return the contexts of this replica, read by every model, on each of its ranks."""
+        models = AllModels.load(self.config, self.run_data, grid, student, self.teacher, self.reference)
+        solutions = [self.prompts.solution] * len(contexts)
+        return read_by_all_models(self.config, self.run_data, models, contexts, solutions, grid)
+
+    @property
+    def _student(self) -> str:
+        load = self.config.checkpoint.load
+        assert load is not None, "with_models has set the checkpoint"
+        return load
+
+
+def _summary(explored: ExploredResponse, out: Path) -> str:
+    losses, status = explored.numbers["loss"], explored.statuses
+    text = ", ".join(f"{name.replace('_', ' ')} {status.count(name)}" for name in dict.fromkeys(status))
+    mean = sum(losses) / len(losses)
+    return (
+        f"{len(losses)} tokens, mean {explored.settings.divergence.kind} {mean:.4g} nats per token; k: {text}\n"
+        f"written to {out}: open it in a browser"
+    )
+
+
+@dataclass(frozen=True)
+class AllModels:
+    """This rank's chunks of the models that read a response; two models may share their chunks."""
+
+    student: list[torch.nn.Module]
+    teacher: list[torch.nn.Module]
+    reference: list[torch.nn.Module] | None
+    """The chunks of the reference; None for a target that is not anchored."""
+
+    @classmethod
+    def load(
+        cls,
+        config: Config,
+        run_data: RunData,
+        grid: RankGrid,
+        student: list[torch.nn.Module],
+        teacher: str | None,
+        reference: str | None,
+    ) -> AllModels:
+        """Return the models with the weights of Megatron checkpoints.
+
+        ``student``: the chunks of the student.  ``teacher``: None if the teacher has the student's weights.
+        ``reference``: None if the reference has the teacher's weights.
+        Every rank of the world calls this method.  Raises: `CheckpointError`.
+        """
+        own = student if teacher is None else load_chunks(config, run_data, teacher, grid)
+        if not Target.configured(config.target).is_anchored:
+            return cls(student, own, None)
+        return cls(student, own, own if reference is None else load_chunks(config, run_data, reference, grid))
+
+
+def load_chunks(config: Config, run_data: RunData, checkpoint: str, grid: RankGrid) -> list[torch.nn.Module]:
+    """Return this rank's chunks of the model with the weights of a Megatron checkpoint.  Raises: `CheckpointError`."""
+    return loaded_chunks(config, grid, run_data.vocab_size, checkpoint)
+
+
+def read_by_all_models(
+    config: Config,
+    run_data: RunData,
+    models: AllModels,
+    contexts: Sequence[ContextPair],
+    solutions: Sequence[str],
+    grid: RankGrid,
+) -> list[ExploredResponse]:
+    """Return this replica's ``contexts``, read by every model under the configured target, on each of its ranks.
+
+    ``solutions``: the solution that the teacher's prompt of each context shows.
+    Every rank of the world calls this function; at least one replica has a context with a response token.
+    """
+    settings = TokenTarget(Target.configured(config.target), Divergence(config.loss.divergence, config.loss.jsd_lambda))
+    backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
+    fusion = decided_output_layer(config, models.student).fusion
+    loss = token_losses.self_distillation(settings.target, settings.divergence, backend, fusion=fusion)
+    reference = None
+    if models.reference is not None:
+        reference = Reference(settings.target, models.reference, chunk_tokens, backend)
+    readers = ScoringModels(
+        student=models.student,
+        teacher=models.teacher,
+        grid=grid,
+        vocab=VocabShard.from_group(unwrapped(models.student[-1]).vocab_size, run_data.vocab_size, grid.tp_group),
+        max_tokens=_longest_sequence(run_data, grid),
+        reference=reference,
+    )
+    measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True)
+    output = read(contexts, readers, Want(loss, measurement)).output
+    if not contexts:
+        return []
+    return explored_responses(output, contexts, solutions, [settings] * len(contexts), run_data.vocab_size, grid)
+
+
+def _longest_sequence(run_data: RunData, grid: RankGrid) -> int:
+    """Return a length of packed sequences that holds every context and that the layout can cut."""
+    multiple = 16 * grid.tp_size * 2 * grid.cp_size
+    return -(-run_data.max_length // multiple) * multiple

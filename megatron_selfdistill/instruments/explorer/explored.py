@@ -1,0 +1,254 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Responses for the target explorer: per token the target's numbers and a summary of the logits of all models."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.tokenizer import pieces
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
+from megatron_selfdistill.learner import Learner
+from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
+from megatron_selfdistill.loss.target import Divergence, Status, Target
+from megatron_selfdistill.metrics.samples import chosen, gathered_rows
+from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.token_losses import StepOutput
+from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.trainer import Trainer
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.data.tokenizer import Tokenizer
+
+VERSION = 1
+"""The version of the form of `ExploredResponse.record`."""
+LONGEST = 8192
+"""The largest number of tokens of a response that is explored; later tokens are left out."""
+BLOCK_TOKENS = 64
+"""The number of tokens whose summaries the page decodes at a time."""
+
+_STATS = (
+    "loss reverse_kl student_entropy teacher_entropy target_entropy wanted_entropy beta status "
+    "student_log_prob teacher_log_prob target_log_prob"
+).split()
+_MEASURES = ("mass_on_rare_student", "reference_entropy")
+
+
+@dataclass(frozen=True)
+class TokenTarget:
+    """The target and the divergence of the tokens of a response."""
+
+    target: Target
+    divergence: Divergence
+
+    def record(self) -> dict[str, Any]:
+        """Return the settings as plain values.
+
+        k_max is a number, "1 + w" or null; k is the number that the rule gives, or null for 1 + w and without one.
+        """
+        target = self.target
+        return {
+            "rule": target.rule,
+            "teacher_weight": target.teacher_weight,
+            "k_max": target.k_max,
+            "k": target.k if target.rule in ("fixed", "batch") else None,
+            "anchor": target.anchor,
+            "match": "reference" if target.matches_reference else "student",
+            "divergence": self.divergence.kind,
+            "jsd_lambda": self.divergence.jsd_lambda,
+        }
+
+
+@dataclass(frozen=True)
+class ExploredResponse:
+    """One response with the numbers of its tokens, on the host."""
+
+    context: ContextPair
+    solution: str
+    """The solution in the teacher's prompt."""
+    settings: TokenTarget
+    numbers: Mapping[str, list[float]]
+    """One value per token for each of the loss's statistics and measures; NaN where a value is unknown."""
+    summary: LogitSummary
+    vocab_size: int
+
+    @property
+    def statuses(self) -> list[str]:
+        """The names of `Status`, in lower case, one per token."""
+        return [Status(int(value)).name.lower() for value in self.numbers["status"]]
+
+    def record(self, tokenizer: Tokenizer, **about: Any) -> dict[str, Any]:
+        """Return the response as JSON values: texts, lists with a number per token, and blocks of summaries.
+
+        The tensors of a block are base64 of little-endian numbers (ids int32, else float32) in the shapes of
+        `LogitSummary`.  ``about``: further entries, such as the step.  Prompt and solution hide values that come from
+        the environment.
+        """
+        ids = self.context.response
+        known = self.summary.ids[self.summary.ids >= 0].long().unique().tolist()
+        numbers = {name: [_number(value) for value in values] for name, values in self.numbers.items()}
+        beta = numbers.pop("beta")
+        numbers["k"] = [None if value is None or value == 0 else 1 / value for value in beta]
+        del numbers["status"]
+        return {
+            "version": VERSION,
+            **about,
+            "problem_id": self.context.problem_id,
+            "prompt": hidden(tokenizer.decode(self.context.student_prompt)),
+            "solution": hidden(self.solution),
+            "truncated": self.context.truncated,
+            "vocab_size": self.vocab_size,
+            "models": ["student", "teacher", "reference"][: self.summary.logits.shape[1]],
+            "settings": self.settings.record(),
+            "block_tokens": BLOCK_TOKENS,
+            "tokens": {"id": list(ids), "text": pieces(ids, tokenizer), "status": self.statuses, **numbers},
+            "texts": {str(token): tokenizer.decode([token]) for token in known},
+            "blocks": [self._block(start) for start in range(0, len(ids), BLOCK_TOKENS)],
+        }
+
+    def _block(self, start: int) -> dict[str, str]:
+        rows = slice(start, start + BLOCK_TOKENS)
+        return {
+            name: _base64(values[rows], torch.int32 if name == "ids" else torch.float32)
+            for name, values in vars(self.summary).items()
+        }
+
+
+def cut(context: ContextPair) -> ContextPair:
+    """Return the context with at most the first `LONGEST` tokens of its response."""
+    return context if len(context.response) <= LONGEST else replace(context, response=context.response[:LONGEST])
+
+
+def explored_responses(
+    output: StepOutput,
+    contexts: Sequence[ContextPair],
+    solutions: Sequence[str],
+    settings: Sequence[TokenTarget],
+    vocab_size: int,
+    grid: RankGrid,
+) -> list[ExploredResponse]:
+    """Return ``contexts``, all of one replica, as explored responses, on each rank of the replica.
+
+    ``output``: of the packed contexts, with summaries among its measures.  ``solutions``, ``settings``: one per
+    context.
+    Collectives: those of `gathered_rows` on the ranks of the replica.
+    """
+    anchored = settings[0].target.is_anchored
+    num_models = 3 if anchored else 2
+    spans, start = [], 0
+    for context in contexts:
+        spans.append(range(start, start + len(context.response)))
+        start += len(context.response)
+    width = len(_STATS) + len(_MEASURES) + LogitSummary.width(num_models)
+    rows = gathered_rows(_rows(output), output.response_ids, spans, width, grid).cpu()
+    found = []
+    per_context = zip(contexts, solutions, settings, rows.split([len(span) for span in spans]), strict=True)
+    for context, solution, own, part in per_context:
+        names = (*_STATS, *_MEASURES)
+        numbers = dict(zip(names, part[:, : len(names)].t().tolist(), strict=True))
+        summary = LogitSummary.of_flat(part[:, len(names) :], num_models)
+        found.append(ExploredResponse(context, solution, own, numbers, summary, vocab_size))
+    return found
+
+
+def _rows(output: StepOutput) -> Tensor | None:
+    """Return the numbers and summaries [R, width] of the tokens of this rank; None if it has none."""
+    stats, measures = output.stats, output.measures
+    if stats is None or measures is None:
+        return None
+    assert measures.summary is not None, "the measurement was asked for summaries"
+    entropy = measures.reference_entropy if output.anchor_entropy is None else output.anchor_entropy
+    unknown = torch.full_like(measures.mass_on_rare_student, math.nan)
+    columns = [getattr(stats, name).double() for name in _STATS]
+    columns += [measures.mass_on_rare_student, unknown if entropy is None else entropy.double()]
+    return torch.cat([torch.stack(columns, 1), measures.summary.flat()], 1)
+
+
+def _base64(values: Tensor, dtype: torch.dtype) -> str:
+    return base64.b64encode(values.to(dtype).contiguous().numpy().astype(_ORDER[dtype]).tobytes()).decode()
+
+
+_ORDER = {torch.int32: "<i4", torch.float32: "<f4"}
+
+
+def _number(value: float) -> float | None:
+    """Return ``value``, or None for a value that JSON lacks."""
+    return value if math.isfinite(value) else None
+
+
+def explore_run(trainer: Trainer) -> None:
+    """Keep responses of the run for the explorer from now on, and forget those of steps that the run repeats.
+
+    Every rank calls this function before the first step.
+    Raises: OSError, as `CheckpointError` on all ranks, where a file of an earlier launch cannot be removed.
+    """
+    if not trainer.config.dry_run:
+        with raise_on_all_ranks():
+            if trainer.grid.is_reporter:
+                forget_explored_after(trainer.run_dir, trainer.step)
+    if trainer.config.may_explore and (trainer.config.evaluation.every or trainer.config.evaluation.at_start):
+        trainer.before_gradients.append(_save_explored)
+
+
+def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
+    """Save the first samples of the batch of the first replica, where the step ends with an evaluation.  Collective.
+
+    The records never stop a run: an error while making or writing them becomes a warning of one line.
+    """
+    config, step, tokenizer = trainer.config, trainer.step + 1, trainer.run_data.tokenizer
+    if not config.explores(step):
+        return
+    trainer.sampler.sleep()
+    with trainer.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):
+        found = explored_of(trainer.learner, batch.contexts, batch.solutions, config.metrics.num_explored)
+        if not found or not trainer.grid.is_reporter:
+            return
+        try:
+            write_explored(trainer.run_dir, step, [one.record(tokenizer, step=step) for one in found])
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            trainer.log.warn(f"the responses of step {step} are not saved for the explorer: {reason}")
+
+
+def explored_of(
+    learner: Learner, contexts: Sequence[ContextPair], solutions: Sequence[str], count: int
+) -> list[ExploredResponse]:
+    """Return responses to the first ``count`` problems of the first replica, under the learner's present weights.
+
+    ``solutions``: the solution in the teacher's prompt of each context.  Every rank of the first replica gets the
+    result; the other replicas get none.  Nothing is trained.
+    Collectives: those of `Learner.measure`, and those of `explored_responses` in the first replica.
+    Raises: `NoResponseTokens` on all ranks where the first replica has no response token.
+    """
+    first = chosen(contexts, count) if learner.grid.dp_rank == 0 else []
+    shown = [cut(context) for context, _ in first]
+    output = learner.measure(shown, summarises=True)
+    if not shown:
+        return []
+    solution_of = {id(context): text for context, text in zip(contexts, solutions, strict=True)}
+    texts = [solution_of[id(context)] for context, _ in first]
+    settings = [_token_target(learner, context.guided) for context in shown]
+    return explored_responses(output, shown, texts, settings, learner.run_data.vocab_size, learner.grid)
+
+
+def _token_target(learner: Learner, guided: bool) -> TokenTarget:
+    """Return the target and the divergence of the tokens of a plain or a guided problem."""
+    loss, target = learner.config.loss, learner.target
+    divergence = Divergence(loss.divergence, loss.jsd_lambda)
+    if not guided:
+        return TokenTarget(target, divergence)
+    own = learner.guided_tokens
+    if own.teacher_weight is not None:
+        target = target.with_teacher_weight(own.teacher_weight)
+    return TokenTarget(target, own.divergence or divergence)

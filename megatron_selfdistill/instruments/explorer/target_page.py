@@ -1,0 +1,198 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The page of the target explorer: one explored response, whose target the page computes again for other settings."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.instruments.html_page import asset, html_page
+from megatron_selfdistill.run_log import check_token_columns, json_object, replace_file
+
+logger = logging.getLogger(__name__)
+
+EXPLORED_DIRECTORY = "explored"
+"""The directory of a run with one file per explored response."""
+
+_FIELDS: dict[str, type] = {
+    **dict.fromkeys(("version", "vocab_size", "block_tokens"), int),
+    **dict.fromkeys(("problem_id", "prompt", "solution"), str),
+    **dict.fromkeys(("settings", "tokens", "texts"), dict),
+    **dict.fromkeys(("models", "blocks"), list),
+    "truncated": bool,
+}
+"""The fields of a record that the page of the explorer reads, with their types."""
+
+_FILE = re.compile(r"step_(\d{7,})_(\d+)\.json\.gz")
+
+VERSION = 1
+"""The version of the form of a record that the page reads."""
+
+_BODY = """\
+<header>
+<div id="title"><h1>Target explorer</h1></div>
+<p id="about" class="soft"></p>
+</header>
+<details id="settings" open><summary>Settings of the target</summary>
+<div id="controls" class="toolbar" role="group" aria-label="Settings of the target"></div>
+</details>
+<p id="progress" role="status" class="small"></p>
+<p id="accuracy" class="small soft"></p>
+<div class="explorer" id="explorer">
+<main>
+<div class="context">
+<details><summary>Prompt of the student</summary><pre id="prompt"></pre></details>
+<details><summary>Solution, which only the teacher sees</summary><pre id="solution"></pre></details>
+</div>
+<details><summary>How to read this page</summary>
+<p class="small soft">The colour and the underline of a token show its divergence between student and target, in nats.
+Point at a token, or use the arrow keys: left and right go from token to token, down and up to the next token at which
+the target's first choice is not the student's. A click holds a token, and Escape lets it go.
+In the table of candidates, bold numbers are the first choice of a model.</p></details>
+<div id="legend" class="small" aria-label="Divergence of a token in nats"></div>
+<div id="tokens" role="listbox" tabindex="0" aria-label="Tokens of the response; arrow keys choose a token"></div>
+</main>
+<aside class="panel" aria-label="The chosen token">
+<div id="about-token">
+<h2 class="small"><span id="chosen-title">Choose a token</span><span id="chosen-text"></span></h2>
+<p id="pinned" class="small soft" hidden>Held: Escape, or another click, follows the pointer again.</p>
+<p id="announcement" aria-live="polite"></p>
+<table><tbody id="numbers"></tbody></table>
+</div>
+<div>
+<div id="candidates"></div>
+<button type="button" id="all-candidates" hidden></button>
+</div>
+</aside>
+</div>
+"""
+
+
+@dataclass(frozen=True)
+class TargetPage:
+    """The page of one explored response of a run."""
+
+    path: Path
+    step: int
+    """The step of the response, counted from 1."""
+    sample: int
+    """The number of the sample within the step, counted from 1."""
+
+
+def target_page(record: Mapping[str, Any]) -> str:
+    """Return the page of an explored response: one HTML file that needs nothing else.
+
+    ``record``: as `ExploredResponse.record` returns it.  The page decodes the logits of 64 tokens at a time, when it
+    needs them.
+    Raises: ValueError for a record of another version.
+    """
+    if record.get("version") != VERSION:
+        raise ValueError(
+            f"expected an explored response of version {VERSION}, got version {record.get('version')}: "
+            "use the version of this package that has written it"
+        )
+    overview = {name: value for name, value in record.items() if name not in ("blocks", "texts")}
+    blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
+    scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
+    data = {"overview": overview, "texts": record["texts"], **blocks}
+    return html_page("Target explorer", _BODY, [asset("explorer.css")], scripts, data)
+
+
+def write_target_page(record: Mapping[str, Any], path: Path) -> None:
+    """Write the page of an explored response in one move.  Raises: OSError, ValueError."""
+    replace_file(path, target_page(record))
+
+
+def write_target_pages(run_dir: Path) -> list[TargetPage]:
+    """Write the missing pages of a run's explored responses beside their files, and return all pages in their order.
+
+    A page is written again where its file is newer.  A file that cannot be read gets no page, and a warning.
+    Raises: OSError if a page cannot be written.
+    """
+    pages = []
+    for source in explored_files(run_dir):
+        page = TargetPage(page_of(source), *step_and_sample(source))
+        if not page.path.exists() or page.path.stat().st_mtime_ns < source.stat().st_mtime_ns:
+            try:
+                record = read_explored(source)
+                text = target_page(record)
+            except (ValueError, OSError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error  # str(OSError) repeats the path
+                logger.warning("%s has no page: %s", source, reason)
+                continue
+            replace_file(page.path, text)
+        pages.append(page)
+    return pages
+
+
+def write_explored(run_dir: Path, step: int, records: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Write one compressed file per record into the run directory, each in one move, and return the paths."""
+    directory = run_dir / EXPLORED_DIRECTORY
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for number, record in enumerate(records, 1):
+        path = directory / f"step_{step:07d}_{number}.json.gz"
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        replace_file(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
+        paths.append(path)
+    return paths
+
+
+def forget_explored_after(run_dir: Path, step: int) -> None:
+    """Remove the explored responses of steps after ``step``, with the pages that were made of them; for 0, all."""
+    for path in explored_files(run_dir):
+        if step_and_sample(path)[0] > step:
+            page_of(path).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+
+def explored_files(run_dir: Path) -> list[Path]:
+    """Return the files of the explored responses of a run, in the order of steps and samples."""
+    found = [path for path in (run_dir / EXPLORED_DIRECTORY).glob("step_*.json.gz") if _FILE.fullmatch(path.name)]
+    return sorted(found, key=step_and_sample)
+
+
+def step_and_sample(path: Path) -> tuple[int, int]:
+    """Return the step and the number of the sample, counted from 1, of a file of `explored_files`."""
+    match = _FILE.fullmatch(path.name)
+    if match is None:
+        raise ValueError(f"expected a file step_STEP_SAMPLE.json.gz, got {path}")
+    return int(match[1]), int(match[2])
+
+
+def page_of(path: Path) -> Path:
+    """Return the place of the page of a file of `explored_files`: beside the file."""
+    return path.with_name(path.name.removesuffix(".json.gz") + ".html")
+
+
+def read_explored(path: Path) -> dict[str, Any]:
+    """Return the record of a file.  Raises: OSError; ValueError, without the path, for a file that is no record."""
+    packed = path.read_bytes()
+    try:
+        record = json_object(_unpacked(packed))
+        for name, kind in _FIELDS.items():
+            if not isinstance(record.get(name), kind):
+                raise ValueError(f"has no {name} of the right type")
+        check_token_columns(record["tokens"], "id", "text", "status", "loss")
+        if not all(isinstance(block, dict) for block in record["blocks"]):
+            raise ValueError("has a block that is not an object")
+    except ValueError as error:
+        raise ValueError(f"expected an explored response, got a file that {error}") from error
+    return record
+
+
+def _unpacked(packed: bytes) -> bytes:
+    """Return what gzip has packed.  Raises: ValueError with the end of a sentence about the file."""
+    try:
+        return gzip.decompress(packed)
+    except gzip.BadGzipFile:
+        raise ValueError("is not compressed") from None
+    except (EOFError, zlib.error):
+        raise ValueError("is cut or damaged") from None

@@ -1,0 +1,127 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The host memory of the ranks of one node in GiB, part by part: the permanent parts, and the parts of a save.
+
+The numbers are arithmetic, not measurement.  They do not include the interpreter, CUDA's libraries, the page cache and
+vLLM's processes; a sleeping engine has a copy of its weights in host memory only where adapters are all that changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.instruments.plan.memory import GIB, Load, element_size, engine_weight_gib, teacher_state_bytes
+from megatron_selfdistill.instruments.plan.stages import Stage
+
+_COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
+"""The transfer of weights to servers -> the number of copies of a bucket that rank 0 holds in host memory."""
+
+
+@dataclass(frozen=True)
+class HostMemory:
+    """The host memory in GiB of the node whose ranks hold most; parts of 0 GiB are listed, too."""
+
+    resting: dict[str, float]
+    """The parts that always exist: the offloaded teacher and reference, hidden states (pinned), buckets of weights, and
+    the frozen weights of sleeping engines, which only adapters change."""
+    saving: dict[str, float]
+    """The parts that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the
+    copies while the run trains."""
+
+    @property
+    def peak(self) -> float:
+        """The GiB of all parts together."""
+        return sum(self.resting.values()) + sum(self.saving.values())
+
+    def __str__(self) -> str:
+        parts = (self.resting | self.saving).items()
+        listed = " + ".join(f"{name} {size:.1f}" for name, size in parts if round(size, 1))
+        return f"{listed or 'nothing'} = {self.peak:.1f} GiB"
+
+
+def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence[Stage], load: Load) -> HostMemory:
+    """Return the host memory of the fullest node of ``cluster.gpus_per_node`` ranks; consecutive ranks form a stage."""
+    num_gpus = config.cluster.num_gpus or 1
+    per_stage = [(_resting(config, transformer, stage, load), _saving(config, stage)) for stage in stages]
+    ranks_of_a_stage = num_gpus // len(stages)
+    nodes = []
+    for first in range(0, num_gpus, config.cluster.gpus_per_node):
+        ranks = range(first, min(first + config.cluster.gpus_per_node, num_gpus))
+        held = [per_stage[rank // ranks_of_a_stage] for rank in ranks]
+        resting, saving = (_sum([parts[which] for parts in held]) for which in (0, 1))
+        if first == 0:
+            resting["weight bucket"] += _bucket_bytes(config) / GIB
+        nodes.append(HostMemory(resting, saving))
+    return max(nodes, key=lambda node: node.peak)
+
+
+def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> dict[str, float]:
+    """Return the bytes that one rank of ``stage`` holds permanently."""
+    teacher = config.teacher
+    weights = reference = states = 0.0
+    if config.keeps_teacher and teacher.offload == "cpu" and teacher.weights != "current" and not config.adapter.rank:
+        weights = stage.parameters * (element_size(config) + (4 if teacher.weights == "ema" else 0))
+    if config.has_teacher:
+        if teacher.offload == "cpu" and config.copies_reference:
+            reference = stage.parameters * element_size(config)
+        if stage.projects:
+            states = max(teacher_state_bytes(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
+    rollout, engine = config.rollout, 0.0
+    if config.adapter.rank and config.samples and rollout.engine == "vllm" and rollout.placement == "colocated":
+        engine = engine_weight_gib(config, load.model_parameters) * GIB + load.engine_factors * element_size(config)
+    return {
+        "teacher": weights,
+        "reference": reference,
+        "teacher states": states,
+        "engine weights": engine,
+        "weight bucket": 0.0,
+    }
+
+
+def checkpoint_bytes(config: Config, parameters: float) -> float:
+    """Return the bytes of a checkpoint that holds ``parameters`` trained parameters, with their optimizer state."""
+    return sum(_saved_bytes(config).values()) * parameters
+
+
+def _saved_bytes(config: Config) -> dict[str, float]:
+    """Return the bytes that a checkpoint holds of each trained parameter, by part."""
+    optimizer = config.optimizer
+    if optimizer.use_distributed_optimizer:
+        state = 12  # the float32 parameter and both moments, in either precision
+    else:
+        state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
+        state += 4 if optimizer.precision == "bf16" else 0
+    is_average = config.keeps_teacher and config.teacher.weights == "ema"
+    return {
+        "optimizer in a save": state,
+        "weights in a save": element_size(config),
+        "teacher in a save": 4.0 if is_average else 0.0,
+    }
+
+
+def _saving(config: Config, stage: Stage) -> dict[str, float]:
+    """Return the bytes that a save adds on one rank of ``stage``; each rank writes its share of replicated parts.
+
+    With adapters these are all that is saved.  A frozen teacher, or the base of adapters, is written once before the
+    rest and takes less.
+    """
+    trained = stage.dense_parameters / stage.dp_cp_size + stage.expert_parameters / stage.expert_dp_size
+    if config.adapter.rank:
+        trained = stage.adapter_parameters / stage.dp_cp_size
+    return {part: size * trained for part, size in _saved_bytes(config).items()}
+
+
+def _bucket_bytes(config: Config) -> float:
+    rollout = config.rollout
+    if not config.samples or rollout.engine != "vllm" or rollout.placement != "server":
+        return 0.0
+    return _COPIES_OF_A_BUCKET.get(rollout.transfer or "", 0) * rollout.bucket_mb * 2**20
+
+
+def _sum(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the sum of bytes by part, in GiB."""
+    return {name: sum(part[name] for part in parts) / GIB for name in parts[0]}

@@ -1,0 +1,353 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A plan as tables for the console."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from megatron_selfdistill.config import Config, shown_argument
+from megatron_selfdistill.data.problems import about_visits
+from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.instruments.plan.dry_run import Plan
+from megatron_selfdistill.instruments.plan.engines import factor_rules
+from megatron_selfdistill.instruments.plan.gpus import MFU, NETWORK, RATES
+from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
+from megatron_selfdistill.instruments.plan.memory import Memory, engine_weight_gib
+from megatron_selfdistill.instruments.plan.stages import Stage
+from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
+from megatron_selfdistill.prechecks import about_packages
+from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
+from megatron_selfdistill.terminal import visible
+
+NEEDED = {
+    "checkpoint.load": "/path/to/megatron/checkpoint",
+    "data.tokenizer": "/path/to/tokenizer",
+    "data.path": "/path/to/problems.jsonl",
+}
+"""The keys that every training needs -> their placeholder in the command."""
+_RUN_DIR = "runs/first"  # used if run_dir is not set
+_SCRIPTS_GPUS_PER_NODE = 8  # the default of the scripts in examples/slurm
+
+_COLUMNS = ("phase", "part", "work", "rate", "seconds", "how")
+
+_WIDEST = 240
+TRAINING, SAMPLING = "= while training", "= while sampling"
+
+
+def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -> None:
+    """Print the plan; ``arguments``: the arguments of the command line."""
+    console = console or Console(width=_WIDEST)  # a log has no width, and a cut number would be useless
+    title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.memory_of_gpu:g}"
+    for text in (
+        *(visible(hidden(line)) for line in summary(plan)),
+        title,
+        memory_table(plan),
+        *((assumptions(plan.time), time_table(plan.time), shares(plan.time), "") if plan.time else ()),
+        *launch_commands(plan.config, arguments),
+    ):
+        console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
+
+
+def summary(plan: Plan) -> list[str]:
+    """Return the lines of the plan that concern no single stage."""
+    config, p, cluster = plan.config, plan.config.parallel, plan.config.cluster
+    vpp, num_gpus = p.virtual_pipeline_model_parallel_size, cluster.num_gpus or 1
+    nodes = "1 node" if num_nodes(config) == 1 else f"{num_nodes(config)} nodes"
+    experts = f", EP {p.expert_model_parallel_size}" if config.model.num_moe_experts else ""
+    student, teacher = plan.num_microbatches
+    reference = f"{student} reference, " if config.is_anchored else ""
+    samples = config.rollout.num_samples
+    what = f"problems x {samples} response{'s' * (samples > 1)} of at most {config.rollout.max_new_tokens} tokens"
+    data = "data.path is not set" if plan.num_problems is None else f"{plan.num_problems} problems fit"
+    if config.logged:
+        what = "logged turns"
+        data = data.replace("problems fit", "turns in the log")
+    return [
+        f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPU{'s' * (num_gpus > 1)} ({nodes}): "
+        f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
+        f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
+        f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
+        f"sequences of at most {plan.seq_length}; {data}",
+        f"a replica's microbatches at full length: {student} student, {reference}{teacher} teacher, "
+        f"{plan.pair_order}; "
+        f"bubble {plan.schedule.bubble:.1%} of the step",
+        *_visits(plan),
+        *([plan.about_prompts] if plan.about_prompts else []),
+        str(plan.output_layer),
+        _engines(plan),
+        *_trained(plan),
+        f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
+        *_how_full(plan),
+        *about_packages(config),
+    ]
+
+
+def _visits(plan: Plan) -> list[str]:
+    if plan.num_problems is None:
+        return []
+    what = "turns" if plan.config.logged else "problems"
+    return about_visits(plan.config.num_steps, plan.config.data.global_batch_size, plan.num_problems, what)
+
+
+def _engines(plan: Plan) -> str:
+    rollout, num_gpus = plan.config.rollout, plan.config.cluster.num_gpus or 1
+    if not plan.config.samples:
+        return "responses: from the log; nothing is sampled"
+    sampled = "hints and evaluations" if plan.config.needs.asks_model else "evaluations"
+    responses = f"responses: from the log; {sampled}" if plan.config.logged else "responses"
+    if rollout.engine == "megatron":
+        return f"{responses}: sampled in process, by the trainer's own weights"
+    if rollout.placement == "colocated":
+        return f"{responses}: {num_gpus // rollout.engine_tp} vLLM engines of {rollout.engine_tp} of these GPUs each"
+    where = ", ".join(rollout.servers) or f"{rollout.num_servers} that the run starts"
+    return (
+        f"{responses}: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
+        f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
+    )
+
+
+def _trained(plan: Plan) -> list[str]:
+    """Return the lines about the trained parameters: their number, what an engine gets of them, and a checkpoint."""
+    config, lines = plan.config, []
+    if config.adapter.rank:
+        lines.append(
+            f"trained: {plan.adapter_parameters / 1e6:.1f} M parameters of adapters of rank {config.adapter.rank}, "
+            f"{plan.adapter_parameters / plan.parameters:.2%} of the model"
+        )
+    if plan.engines is not None:
+        what = "the adapters" if config.adapter.rank else "all weights"
+        lines.append(f"an update of the engines' weights sends {what}, {plan.engines.update_bytes / 1e9:.2f} GB")
+    held = checkpoint_bytes(config, plan.adapter_parameters or plan.parameters)
+    return [*lines, f"a checkpoint takes {held / 1e9:.1f} GB"]
+
+
+def _how_full(plan: Plan) -> list[str]:
+    """Return the lines about the sequences per engine, with a warning if there are too few sequences."""
+    if plan.engines is None or plan.time is None:
+        return []
+    rollout, rest = plan.time.turns
+    filled = (
+        f"{plan.engines.sequences:g} sequences per engine and step; its KV cache holds about {plan.engines.capacity} "
+        f"at a time; by arithmetic for {plan.config.cluster.gpu} GPUs (below) {rollout:.0f} s of rollout and "
+        f"{rest:.0f} s of the rest of a step"
+    )
+    warning = [plan.time.warning] if plan.time.warning else []
+    return [filled, *warning, *_overlap(plan, plan.time), *_continued(plan, plan.time)]
+
+
+def _overlap(plan: Plan, time: StepTime) -> list[str]:
+    """Return the line about the ways in which generation and training can share the time of a step.
+
+    There is none for a run in which both must take turns.
+    """
+    streams = _is_possible(plan.config, overlap="stream", ahead=0, at_update="wait")
+    goes_ahead = _is_possible(plan.config, overlap="none", wave_microbatches=None, ahead=1, max_staleness=1)
+    if not (streams or goes_ahead):
+        return []
+    generation, training = time.turns
+    turns, longer = generation + training, max(generation, training)
+    ways = [f"{turns:.0f} s in turns"]
+    choice = "rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old will do"
+    if streams:
+        in_wave = plan.config.rollout.wave_microbatches or plan.config.parallel.pipeline_model_parallel_size
+        last = training * min(1.0, in_wave / max(plan.num_microbatches[0], 1))
+        ways.append(f"{longer + last:.0f} s with rollout.overlap=stream (the longer of both, and a last wave)")
+        if longer + last < turns:
+            choice = (
+                "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both "
+                f"take longer than its last wave of {last:.0f} s"
+            )
+    if goes_ahead:
+        ways.append(f"{longer:.0f} s with rollout.ahead=1")
+    return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
+
+
+def _continued(plan: Plan, time: StepTime) -> list[str]:
+    """Return the line about the step that does not wait for the longest responses; none where it has to wait."""
+    batch = plan.config.data.global_batch_size
+    extra = batch // 2
+    possible = extra and not plan.config.rollout.extra_problems
+    if not (possible and _is_possible(plan.config, extra_problems=extra, max_staleness=1)):
+        return []
+    generation, training = time.turns
+    shorter, _ = time.with_extra_problems(extra).turns
+    if shorter >= generation:
+        return []
+    return [
+        f"by the same arithmetic a step takes {generation + training:.0f} s, and {shorter + training:.0f} s with "
+        f"rollout.extra_problems={extra} and rollout.max_staleness=1, if some tokens of weights that are one step old "
+        "will do"
+    ]
+
+
+def _is_possible(config: Config, **rollout: Any) -> bool:
+    """Return whether ``config`` can have the values ``rollout`` of this section, with all its other keys."""
+    try:
+        replace(config, rollout=replace(config.rollout, **rollout))
+    except ValueError:
+        return False
+    return True
+
+
+def memory_table(plan: Plan) -> Table:
+    """Return the table of the GiB on one GPU of each pipeline stage; equal neighbouring stages share a column.
+
+    Sampling adds its parts to weights, gradients, optimizer and reserved memory, and to the teacher unless it is
+    offloaded.
+    """
+    columns: list[tuple[str, tuple[tuple[str, str], ...]]] = []
+    pairs = zip(plan.stages, plan.memory, strict=True)
+    for cells, alike in groupby(pairs, key=lambda pair: _cells(*pair)):
+        ranks = [stage.pp_rank for stage, _ in alike]
+        columns.append((str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]}-{ranks[-1]}", cells))
+    table = Table(box=box.SIMPLE)
+    table.add_column("stage", no_wrap=True)
+    for heading, _ in columns:
+        table.add_column(heading, justify="right", no_wrap=True)
+    names = [name for name, _ in columns[0][1] if any(dict(cells)[name] != "0.0" for _, cells in columns)]
+    for name in names:
+        table.add_row(
+            name, *(dict(cells)[name] for _, cells in columns), end_section=name in ("parameters, B", TRAINING)
+        )
+    return table
+
+
+def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:
+    """Return (row, cell) of a stage's column, in order."""
+    parts = {"layers": str(stage.num_layers), "parameters, B": f"{stage.parameters / 1e9:.2f}"}
+    parts |= {name: f"{size:.1f}" for name, size in memory.training.items()}
+    parts[TRAINING] = f"{memory.training_peak:.1f}"
+    parts |= {name: f"{size:.1f}" for name, size in memory.rollout.items() if name not in memory.training}
+    parts[SAMPLING] = f"{memory.rollout_peak:.1f}"
+    return tuple(parts.items())
+
+
+def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
+    """Return the commands that launch the plan: with Slurm by this project's scripts, and with torchrun on each node.
+
+    Keys and variables that are still missing are shown with a path to fill in.  References to the environment are shown
+    as the user wrote them, and a secret as such a reference.
+    """
+    kept = [shown_argument(one) for one in arguments if one.split("=")[0] not in ("dry_run", "run_dir")]
+    given = {"checkpoint.load": config.checkpoint.load, "data.tokenizer": config.data.tokenizer}
+    given["data.path"] = config.data.path
+    kept += [f"{key}={path}" for key, path in NEEDED.items() if given[key] is None]
+    return _sbatch(config, kept), _torchrun(config, kept)
+
+
+def num_nodes(config: Config) -> int:
+    """Return the number of the trainer's nodes."""
+    return -(-(config.cluster.num_gpus or 1) // config.cluster.gpus_per_node)
+
+
+def _sbatch(config: Config, overrides: Sequence[str]) -> str:
+    nodes = num_nodes(config)
+    variables, options = {"RUN_DIR": hidden(config.run_dir or _RUN_DIR)}, []
+    script = "one_node" if nodes == 1 else "many_nodes"
+    if _wants_servers(config, overrides):
+        script = "rollout_nodes"
+        variables |= _server_variables(config)
+        nodes += int(variables["ROLLOUT_NODES"])
+        # The script starts the servers, and passes their addresses to the run.
+        overrides = [*(o for o in overrides if not o.startswith("rollout.num_servers=")), "rollout.num_servers=0"]
+    if _ranks_per_node(config) != _SCRIPTS_GPUS_PER_NODE:
+        variables["GPUS_PER_NODE"] = str(_ranks_per_node(config))
+        options.append(f"--gpus-per-node={_ranks_per_node(config)}")
+    if nodes > 1:
+        options.append(f"--nodes={nodes}")
+    environment = [f"{name}={shlex.quote(value)}" for name, value in variables.items()]
+    return " ".join([*environment, "sbatch", *options, f"examples/slurm/{script}.sbatch", *map(shlex.quote, overrides)])
+
+
+def _wants_servers(config: Config, overrides: Sequence[str]) -> bool:
+    """Return whether the run needs servers that have not been started yet."""
+    on_servers = config.samples and config.rollout.engine == "vllm" and config.rollout.placement == "server"
+    return on_servers and not any(override.startswith("rollout.servers=") for override in overrides)
+
+
+def _server_variables(config: Config) -> dict[str, str]:
+    rollout, per_node = config.rollout, _ranks_per_node(config)
+    num_servers = rollout.num_servers or len(rollout.servers)
+    variables = {
+        "HF_CONFIG": hidden(rollout.hf_config or "/path/to/hf/config"),
+        "SERVER_PYTHON": hidden(rollout.server_python or "python"),
+        "SERVER_GPUS": str(rollout.engine_tp),
+    }
+    if config.adapter.rank:
+        adapter = EngineAdapter.of(config.adapter, factor_rules(config, config.model.vocab_size or 1))
+        variables["SERVER_ARGS"] = " ".join(adapter.server_args())
+    if rollout.engine_tp <= per_node:
+        return variables | {"ROLLOUT_NODES": str(-(-num_servers // (per_node // rollout.engine_tp)))}
+    server_nodes = rollout.engine_tp // per_node
+    return variables | {"SERVER_NODES": str(server_nodes), "ROLLOUT_NODES": str(num_servers * server_nodes)}
+
+
+def _torchrun(config: Config, overrides: Sequence[str]) -> str:
+    nodes = num_nodes(config)
+    # c10d's rendezvous would number the ranks as nodes arrive, but neighbouring ranks should run on neighbouring nodes.
+    where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
+    command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
+    return " ".join([command, *map(shlex.quote, [f"run_dir={hidden(config.run_dir or _RUN_DIR)}", *overrides])])
+
+
+def _ranks_per_node(config: Config) -> int:
+    return min(config.cluster.num_gpus or 1, config.cluster.gpus_per_node)
+
+
+def assumptions(time: StepTime) -> str:
+    """Return the line that names the rates and lengths of the arithmetic."""
+    cluster, lengths = time.config.cluster, time.lengths
+    gpu, num_gpus = RATES[cluster.gpu], cluster.num_gpus or 1
+    return (
+        f"\nseconds of a step in turns, by arithmetic and not measured (plan/step_time.py), on {num_gpus} x "
+        f"{cluster.gpu}: {gpu.flops / 1e12:.0f} TFLOP/s with an MFU of {MFU:.0%}, {gpu.bandwidth / 1e12:.2f} TB/s with "
+        f"{gpu.copied / 1e12:.2f} reached, {gpu.link / 1e9:.0f} GB/s within a node and {NETWORK / 1e9:.0f} between "
+        f"nodes; mean prompts of {lengths.student_prompt:.0f} (student) and {lengths.teacher_prompt:.0f} (teacher) "
+        f"tokens, responses of {lengths.response:.0f}, the longest {lengths.longest:.0f}"
+    )
+
+
+def time_table(time: StepTime) -> Table:
+    """Return the table of the parts of a step, with their sum."""
+    table = Table(box=box.SIMPLE)
+    for name in _COLUMNS:
+        table.add_column(name, justify="right" if name in ("work", "rate", "seconds") else "left", no_wrap=True)
+    for place, part in enumerate(time.parts, 1):
+        table.add_row(*cells(part), end_section=place == len(time.parts))
+    table.add_row("", "= a step", "", "", seconds(time.seconds), "")
+    return table
+
+
+def shares(time: StepTime) -> str:
+    """Return the line about the share of each phase, with the metrics to compare it with."""
+    found = [f"{name} {spent / time.seconds:.1%}" for name, spent in time.phases.items()]
+    line = f"shares of a step: {', '.join(found)}; a run logs seconds/PHASE of each, and seconds/step"
+    rollout = time.config.rollout
+    if time.engines is not None and (rollout.overlap == "stream" or rollout.ahead):
+        line += "; its seconds/rollout are only what training waits for, because generation goes on beside training"
+    if time.config.samples and time.engines is None:
+        line += "; sampling in process is left out"
+    return line
+
+
+def cells(part: Part) -> tuple[str, ...]:
+    """Return the cells of a row of `time_table`."""
+    work = rate = ""
+    if part.unit == "FLOP":
+        work, rate = f"{part.work:.2e} FLOP", f"{part.rate / 1e12:.0f} TFLOP/s"
+    elif part.work:
+        work, rate = f"{part.work / 1e9:.1f} GB", f"{part.rate / 1e9:.0f} GB/s"
+    return part.phase, part.name, work, rate, seconds(part.seconds), part.note
+
+
+def seconds(value: float) -> str:
+    """Return seconds for the table: two digits behind the point below 10, else one."""
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"

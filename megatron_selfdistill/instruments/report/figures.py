@@ -1,0 +1,435 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The figures of a report: their metrics, what a healthy and a sick curve look like, and the rule of a sick curve.
+
+The last argument of a figure computes what the sentence before it says (`sick_rules`).  docs/monitoring.md repeats the
+sentences of a figure in the row of its first metric; a test compares both.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from megatron_selfdistill.instruments.report.sick_rules import (
+    FALL,
+    Rule,
+    above,
+    above_other,
+    all_of,
+    any_of,
+    below,
+    beyond_limits,
+    bound_of_k,
+    bound_of_staleness,
+    configured,
+    falls,
+    falls_again,
+    flat,
+    near,
+    never_above,
+    not_above_at_first,
+    once_above,
+    only_part,
+    rises,
+    starts_above,
+    starts_below,
+    unless,
+    variety_falls,
+)
+
+NATS, SHARE = "nats per token", "share"
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """One figure of a report: some metrics over the steps."""
+
+    title: str
+    metrics: dict[str, str]
+    """The key of a metric -> its name in the legend.  A key may end with ``*``, which stands for a number; ``*`` in the
+    name is the same number."""
+    unit: str
+    """The unit of the values, as the axis shows it."""
+    healthy: str
+    """A sentence about a healthy curve."""
+    sick: str
+    """A sentence about a sick curve."""
+    sick_since: Rule
+    """The rule that ``sick`` states in words."""
+    guarded: str | None = None
+    """The metric whose limits (`run_record.limits`) the figure shows; None for a figure without limits."""
+
+    def present(self, keys: Collection[str]) -> dict[str, str]:
+        """Return the metrics of the figure that are in ``keys``, without ``*``, in the order of the legend."""
+        found: dict[str, str] = {}
+        for pattern, name in self.metrics.items():
+            form = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+            matches = [(key, match) for key in keys if (match := form.fullmatch(key)) is not None]
+            for key, match in sorted(matches, key=lambda pair: [int(number) for number in pair[1].groups()]):
+                found[key] = name.replace("*", match[1]) if match.groups() else name
+        return found
+
+
+_TENTHS = [f"reverse_kl/tenth_{n:02d}" for n in range(1, 11)]
+_TRAINED_AND_EVALUATED = ("training", "evaluation, greedy", "evaluation, sampled")
+_HINT_8GRAMS = ("leak/hint_8grams", "evaluation/greedy_hint_8grams", "evaluation/sampled_hint_8grams")
+_LEAK_WORDS = ("leak/words_per_1000", *(f"evaluation/{kind}_leak_words_per_1000" for kind in ("greedy", "sampled")))
+
+GROUPS: dict[str, list[ReportFigure]] = {
+    "Accuracy on held-out problems": [
+        ReportFigure(
+            "Accuracy",
+            {"evaluation/greedy_accuracy": "greedy", "evaluation/sampled_accuracy": "sampled"},
+            SHARE,
+            "The accuracy rises.",
+            "The accuracy falls again: use an earlier checkpoint.",
+            any_of(falls_again("evaluation/greedy_accuracy"), falls_again("evaluation/sampled_accuracy")),
+        ),
+        ReportFigure(
+            "Several samples per problem",
+            {"evaluation/pass_at_*": "pass@*", "evaluation/majority_at_*": "majority@*"},
+            SHARE,
+            "All curves rise.",
+            "The accuracy rises while pass@k with a large k falls: the responses lose their variety.",
+            variety_falls,
+        ),
+        ReportFigure(
+            "Different right answers",
+            {"evaluation/distinct_right": "different right answers per problem"},
+            "answers",
+            "The number rises with the accuracy, or stays where each problem has one right answer.",
+            "The number falls while the accuracy rises: the samples become one response.",
+            all_of(rises("evaluation/sampled_accuracy", by=FALL), falls("evaluation/distinct_right", ratio=0.9)),
+        ),
+        ReportFigure(
+            "Overconfidence",
+            {"evaluation/greedy_ocg": "greedy", "evaluation/sampled_ocg": "sampled"},
+            "mean confidence less accuracy",
+            "The gap stays near its first value or comes nearer to 0.",
+            "The gap rises: the confidence grows faster than the accuracy.",
+            any_of(rises("evaluation/greedy_ocg", by=0.05), rises("evaluation/sampled_ocg", by=0.05)),
+        ),
+        ReportFigure(
+            "Accuracy with hints",
+            {"evaluation_hinted/greedy_accuracy": "greedy", "evaluation_hinted/sampled_accuracy": "sampled"},
+            SHARE,
+            "The accuracy with hints is clearly above the accuracy without hints.",
+            "Both are about equal: the method cannot teach what the model cannot do with its hint.",
+            not_above_at_first("evaluation_hinted/greedy_accuracy", "evaluation/greedy_accuracy"),
+        ),
+    ],
+    "Loss": [
+        ReportFigure(
+            "Loss",
+            {"loss/mean": "loss"},
+            NATS,
+            "The loss falls over the run.",
+            "The loss does not change over tens of steps.",
+            flat("loss/mean"),
+        ),
+        ReportFigure(
+            "Reverse KL of student and target",
+            {"loss/reverse_kl": "reverse KL"},
+            NATS,
+            "The divergence is clearly above 0 at the first step, and falls.",
+            "The divergence is below 1e-6 at the first step: the hint changes nothing.",
+            starts_below("loss/reverse_kl", 1e-6),
+        ),
+        ReportFigure(
+            "Reverse KL along the response",
+            {f"reverse_kl/tenth_{n:02d}": f"tenth {n}" for n in (1, 4, 7, 10)},
+            NATS,
+            "All parts of a response have a part of the divergence.",
+            "Only the first tenth or only the last tenth has any: the hint decides how responses begin or end.",
+            any_of(only_part(_TENTHS[0], _TENTHS), only_part(_TENTHS[-1], _TENTHS)),
+        ),
+        ReportFigure(
+            "Surprise at the response",
+            {"student_nll": "student", "teacher_cross_entropy": "teacher"},
+            NATS,
+            "The teacher's curve comes down to the student's curve.",
+            "The teacher's curve rises: the responses move away from what the teacher would write.",
+            rises("teacher_cross_entropy", ratio=1.5, by=0.1),
+        ),
+    ],
+    "Entropy": [
+        ReportFigure(
+            "Entropy",
+            {"entropy/student": "student", "entropy/teacher": "teacher", "entropy/target": "target"},
+            NATS,
+            "The entropy falls slowly, within the guards.",
+            "The entropy rises, or it falls below a fiftieth of its first value.",
+            any_of(rises("entropy/student", ratio=2, by=0.05), falls("entropy/student", ratio=1 / 50)),
+        ),
+        ReportFigure(
+            "Entropy of the target minus entropy of the student",
+            {"entropy/target_minus_student": "target - student"},
+            NATS,
+            "The difference is at most 0 with the bound of k, and comes near 0 as the student learns.",
+            "The difference is clearly above 0.",
+            above("entropy/target_minus_student", 0.01),
+        ),
+        ReportFigure(
+            "Same most likely token",
+            {"top1_agreement": "student and teacher"},
+            SHARE,
+            "The agreement of student and teacher rises.",
+            "The agreement is near 1 from the start: the hint changes nothing.",
+            starts_above("top1_agreement", 0.99),
+        ),
+    ],
+    "Temperature of the mix": [
+        ReportFigure(
+            "k",
+            {"k/mean": "mean", "k/p01": "first percentile", "k/p99": "99th percentile"},
+            "temperature",
+            "The mean is steady, and lies between the percentiles.",
+            "All curves lie at the bound of k: the bound decides everywhere, and the entropy does not.",
+            near("k/p01", bound_of_k, 0.99),
+        ),
+        ReportFigure(
+            "Tokens at the bound of k",
+            {"status/capped": "all tokens", "forks/capped": "forks"},
+            SHARE,
+            "Some tokens are at the bound; whether that closes forks, their entropy shows.",
+            "The share of all tokens is near 1.",
+            above("status/capped", 0.95),
+        ),
+        ReportFigure(
+            "Matched tokens",
+            {"status/matched": "matched", "status/undetermined": "undetermined", "status/given": "given"},
+            SHARE,
+            "Most tokens are matched, or undetermined because the student is certain.",
+            "Few tokens are matched although the target matches the entropy.",
+            configured("target.rule", "entropy_matched", below("status/matched", 0.1)),
+        ),
+        ReportFigure(
+            "Tokens without a match",
+            {"status/unconverged": "unconverged", "status/out_of_range": "out of range"},
+            SHARE,
+            "No token is unconverged, and few tokens are out of range.",
+            "A token is unconverged: report this fault with the configuration of the run.",
+            once_above("status/unconverged", 0),
+        ),
+    ],
+    "Responses": [
+        ReportFigure(
+            "Length of the responses",
+            {"response/length_mean": "mean", "response/length_max": "longest"},
+            "tokens",
+            "The mean length stays near its first value.",
+            "The mean length falls below a quarter of its first value: the responses no longer show their work.",
+            falls("response/length_mean", ratio=1 / 4),
+        ),
+        ReportFigure(
+            "Responses that are cut",
+            {"response/truncated_share": "training", "evaluation/greedy_truncated_share": "evaluation, greedy"},
+            SHARE,
+            "The share stays near 0.",
+            "The share rises: read the samples, and raise rollout.max_new_tokens.",
+            any_of(rises("response/truncated_share", by=0.1), rises("evaluation/greedy_truncated_share", by=0.1)),
+        ),
+        ReportFigure(
+            "Length of the responses in evaluations",
+            {"evaluation/greedy_mean_length": "greedy", "evaluation/sampled_mean_length": "sampled"},
+            "tokens",
+            "The lengths stay near their first values.",
+            "The lengths fall together with the accuracy.",
+            all_of(falls("evaluation/greedy_mean_length", ratio=0.8), falls("evaluation/greedy_accuracy", by=FALL)),
+        ),
+    ],
+    "Optimizer": [
+        ReportFigure(
+            "Norm of the gradient",
+            {"gradient_norm": "norm"},
+            "norm before clipping",
+            "The norm stays near its first values.",
+            "The norm is far above its first values: lower optimizer.lr.",
+            rises("gradient_norm", ratio=10, by=0.1),
+        ),
+        ReportFigure(
+            "Learning rate",
+            {"learning_rate": "learning rate"},
+            "learning rate",
+            "The curve has the form of optimizer.lr_decay_style.",
+            "The rate is 0, or another rate than the configuration gives.",
+            never_above("learning_rate", 0),
+        ),
+    ],
+    "Guards": [
+        ReportFigure(
+            "Entropy of the student and its limits",
+            {"entropy/student": "student"},
+            NATS,
+            "The curve stays between the dotted limits.",
+            "The curve is beyond a limit for guards.patience steps in a row: the guard stops the run.",
+            beyond_limits("entropy/student"),
+            guarded="entropy/student",
+        ),
+        ReportFigure(
+            "Mean length of the responses and its limit",
+            {"response/length_mean": "mean"},
+            "tokens",
+            "The curve stays above the dotted limit.",
+            "The curve is below the limit for guards.patience steps in a row: the guard stops the run.",
+            beyond_limits("response/length_mean"),
+            guarded="response/length_mean",
+        ),
+    ],
+    "What only the hint gives": [
+        ReportFigure(
+            "Target's mass on tokens that a model hardly considers",
+            {"target/mass_on_rare_student": "student", "target/mass_on_rare_reference": "reference"},
+            SHARE,
+            "The mass is far below the mass of recipe=teacher_alone.",
+            "The mass rises: the target asks for tokens that the model did not consider.",
+            any_of(*(rises(f"target/mass_on_rare_{of}", ratio=2, by=1e-3) for of in ("student", "reference"))),
+        ),
+        ReportFigure(
+            "Entropy at the forks",
+            {"forks/entropy_student": "student", "forks/entropy_target": "target"},
+            "nats per fork",
+            "Both curves are about equal.",
+            "The target's curve is far below the student's curve: the target closes forks.",
+            above_other("forks/entropy_student", "forks/entropy_target", ratio=2, by=0.05),
+        ),
+        ReportFigure(
+            "Pieces of the hint in the responses",
+            dict(zip(_HINT_8GRAMS, _TRAINED_AND_EVALUATED, strict=True)),
+            "share of the 8-grams",
+            "The share stays near its first value.",
+            "The share rises towards the value of an evaluation with hints: the responses recite the hint.",
+            any_of(*(rises(key, by=0.1) for key in _HINT_8GRAMS)),
+        ),
+        ReportFigure(
+            "Words about the hint",
+            dict(zip(_LEAK_WORDS, _TRAINED_AND_EVALUATED, strict=True)),
+            "per 1000 tokens",
+            "The number stays near its first value.",
+            "The number rises: the responses speak of a hint that they do not have.",
+            any_of(*(rises(key, ratio=2, by=1.0) for key in _LEAK_WORDS)),
+        ),
+    ],
+    "Sampler and trainer": [
+        ReportFigure(
+            "Difference of the log-probs",
+            {"sampler/log_prob_mean_abs_diff": "mean", "sampler/log_prob_max_abs_diff": "largest"},
+            "nats",
+            "The difference is small and steady.",
+            "The difference grows: sampler and trainer compute different models.",
+            rises("sampler/log_prob_mean_abs_diff", ratio=3, by=0.01),
+        ),
+        ReportFigure(
+            "Mean difference of the log-probs and its limit",
+            {"sampler/log_prob_mean_abs_diff": "mean"},
+            "nats",
+            "The curve stays below the dotted limit.",
+            "The curve is above the limit for guards.patience steps in a row: the guard stops the run.",
+            beyond_limits("sampler/log_prob_mean_abs_diff"),
+            guarded="sampler/log_prob_mean_abs_diff",
+        ),
+        ReportFigure(
+            "Correction for the sampler",
+            {"correction/weight_mean": "mean weight", "correction/capped": "tokens at the cap"},
+            "weight, share",
+            "The mean weight is near 1, and few tokens are at the cap.",
+            "The share of tokens at the cap grows.",
+            rises("correction/capped", by=0.1),
+        ),
+        ReportFigure(
+            "Guided responses",
+            {"guided/log_ratio": "log q - log p"},
+            NATS,
+            "The distance of the guided responses is steady.",
+            "The distance grows: guided responses are far off-policy.",
+            rises("guided/log_ratio", ratio=2, by=0.1),
+        ),
+        ReportFigure(
+            "Age of the sampler's weights",
+            {"rollout/staleness_mean": "mean of the tokens", "rollout/staleness_max": "oldest token"},
+            "steps",
+            "The age is at most rollout.max_staleness.",
+            "The mean is near its bound: most responses come from weights that are several steps old.",
+            near("rollout/staleness_mean", bound_of_staleness, 0.9),
+        ),
+        ReportFigure(
+            "Servers",
+            {"rollout/servers_alive": "alive"},
+            "servers",
+            "All servers answer.",
+            "The number falls: read the log of the server in run_dir/servers.",
+            falls("rollout/servers_alive", by=0.5),
+        ),
+    ],
+    "Own solutions and chat logs": [
+        ReportFigure(
+            "Problems with own solutions",
+            {"solutions/available_share": "have a solution", "solutions/pass_rate": "samples that are right"},
+            SHARE,
+            "Most problems have a solution.",
+            "Only few problems have a solution: raise method.num_samples.",
+            below("solutions/available_share", 0.2),
+        ),
+        ReportFigure(
+            "Log-prob of the logged turns",
+            {"turns/log_prob_mean": "mean", "turns/log_prob_min": "lowest turn"},
+            NATS,
+            "The mean stays near its first value.",
+            "The mean falls steadily: the log has become off-policy.",
+            falls("turns/log_prob_mean", by=0.5),
+        ),
+    ],
+    "Time and memory": [
+        ReportFigure(
+            "Throughput",
+            {"tokens_per_second/rollout": "sampling", "tokens_per_second/train": "training"},
+            "tokens per second",
+            "Both curves are steady after the first step.",
+            "A curve falls over the run, or drops for some steps: another job uses the machine.",
+            any_of(*(falls(f"tokens_per_second/{of}", ratio=0.5, skip=1) for of in ("rollout", "train"))),
+        ),
+        ReportFigure(
+            "Duration of a step",
+            {"seconds/step": "step", "seconds/rollout": "sampling", "seconds/train": "training"},
+            "seconds",
+            "The durations are steady, apart from steps after an evaluation or a save.",
+            "The duration of a step grows while the responses keep their length.",
+            unless(rises("seconds/step", ratio=2, skip=1), rises("response/length_mean", ratio=1.25)),
+        ),
+        ReportFigure(
+            "Trainer and servers",
+            {
+                "rollout/generation_seconds": "servers generate",
+                "rollout/waited_seconds": "trainer waits for responses",
+                "rollout/servers_waited_seconds": "servers wait",
+            },
+            "seconds",
+            "One of both waits is short: the slower side is never idle.",
+            "Both wait: set rollout.overlap=stream, or smaller rollout.wave_microbatches.",
+            all_of(
+                *(
+                    above_other(key, "seconds/step", ratio=0.25)
+                    for key in ("rollout/waited_seconds", "rollout/servers_waited_seconds")
+                )
+            ),
+        ),
+        ReportFigure(
+            "Generation and training at the same time",
+            {"overlap/share": "of the step"},
+            SHARE,
+            "With rollout.overlap=stream, the share is high.",
+            "The share is 0: generation and training take turns.",
+            configured("rollout.overlap", "stream", never_above("overlap/share", 0)),
+        ),
+        ReportFigure(
+            "Memory",
+            {"memory/peak_gib": "peak on the GPU", "memory/rss_gib": "resident on the host"},
+            "GiB",
+            "The memory is flat after the first steps.",
+            "The memory rises steadily.",
+            any_of(*(rises(f"memory/{of}_gib", ratio=1.25, skip=5) for of in ("peak", "rss"))),
+        ),
+    ],
+}
+"""The title of a group -> its figures, in the order of the page."""

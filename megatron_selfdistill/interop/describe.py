@@ -1,0 +1,194 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Describe a checkpoint in a few lines for people: Megatron (torch_dist or legacy) or Hugging Face."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.formats import directory, manifest
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights
+from megatron_selfdistill.interop.formats.hf_files import read_config
+from megatron_selfdistill.interop.formats.megatron_flags import MEGATRON_LM, megatron_flags
+from megatron_selfdistill.interop.formats.safetensors_directory import dequantised, open_weights_directory
+from megatron_selfdistill.interop.formats.saved_run import is_selfdistill_checkpoint
+from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE, StoredAdapters, read_stored_adapters
+from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, true_vocab_size
+from megatron_selfdistill.interop.hf.mapping import Family, check_counts, family_of, family_of_model
+
+FORMATS = {"torch_dist": "torch_dist", "torch": "torch (legacy: one file per model-parallel rank)"}
+"""The description of each checkpoint format of Megatron."""
+
+
+def describe(path: Path) -> dict[str, str]:
+    """Return the properties of a checkpoint by name: family, sizes, layout, iteration, parameters, vocabulary."""
+    path = Path(path)
+    if (path / "config.json").is_file() and directory.tracked(path) is None:
+        return _describe_hf(path)
+    weights = open_weights(path)
+    lines = {"checkpoint": f"{weights.path}", "format": FORMATS[weights.format], "iteration": str(weights.iteration)}
+    sizes = weights.sizes()
+    adapters = read_stored_adapters(weights.path)
+    lines["parameters"] = f"{_parameters(sizes)}, {'padding included' if adapters is None else 'of the adapters alone'}"
+    if adapters is not None:
+        lines |= _describe_adapters(adapters)
+    if weights.args is None:
+        return lines | {"arguments": "none are stored: the architecture is not known"}
+    args, assets = weights.args, hf_assets_of(weights.path)
+    model = architecture_from_args(args)
+    if adapters is not None:
+        return lines | _origin(weights) | _describe_model(model)
+    try:
+        vocab_size = true_vocab_size(args, num_tokens(assets), weights.num_rows)
+        lines["vocabulary"] = f"{vocab_size} true rows, {weights.num_rows} with padding"
+    except CheckpointError as error:
+        vocab_size = weights.num_rows
+        lines["vocabulary"] = str(error)
+    model = replace(model, vocab_size=vocab_size)
+    return lines | _origin(weights) | _describe_model(model) | _usage(weights, model, assets)
+
+
+def _describe_adapters(adapters: StoredAdapters) -> dict[str, str]:
+    settings = adapters.settings
+    scale = "alpha / sqrt(rank)" if settings.rank_stabilised else "alpha / rank"
+    return {
+        "adapters": f"rank {settings.rank}, alpha {settings.alpha}, scale {scale}, on {', '.join(settings.layers)}",
+        "base": f"the checkpoint with the digest {adapters.base_digest}",
+        "place of the base": str(adapters.base or f"{KEPT_BASE} in the run directory"),
+    }
+
+
+def _origin(weights: Weights) -> dict[str, str]:
+    """Return the layout that wrote the checkpoint, and the state of its manifest."""
+    sizes_of = {axis: getattr(weights.args, name, None) or 1 for axis, name in _LAYOUT.items()}
+    if (weights.path / manifest.NAME).is_file():
+        found = "sizes agree"
+    else:
+        found = (
+            "lost (this program wrote one)" if is_selfdistill_checkpoint(weights.path) else "none (another program's)"
+        )
+    return {"written by": " x ".join(f"{axis} {size}" for axis, size in sizes_of.items()), "manifest": found}
+
+
+def megatron_lm_usage(path: Path) -> dict[str, str]:
+    """Return the flags with which Megatron-LM's ``pretrain_gpt.py`` loads a checkpoint, and the limits of the flags.
+
+    Raises: CheckpointError where there is no checkpoint, or where the checkpoint stores no arguments.
+    """
+    weights = open_weights(path)
+    if weights.args is None:
+        raise CheckpointError(f"{weights.path} stores no arguments, from which Megatron-LM's flags follow")
+    return _usage(weights, architecture_from_args(weights.args), hf_assets_of(weights.path))
+
+
+def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[str, str]:
+    sizes = weights.sizes()
+    flags = megatron_flags(model, dtype=max(sizes, key=lambda dtype: sizes[dtype]), padded_vocab_size=weights.num_rows)
+    parts = ["--load", str(weights.path.parent), "--ckpt-format", weights.format]
+    if directory.tracked(weights.path.parent) != weights.path:
+        parts += ["--ckpt-step", str(weights.iteration)]
+    if assets is not None and (assets / "tokenizer_config.json").is_file():
+        parts += ["--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", str(assets)]
+    elif assets is not None and (assets / "tokenizer.model").is_file():
+        parts += ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", str(assets / "tokenizer.model")]
+    if getattr(weights.args, "add_position_embedding", True) is False and model.position_embedding_type == "rope":
+        parts.append("--no-position-embedding")  # pretrain_gpt.py compares the flag with the stored argument
+    lines = {f"flags of Megatron-LM {MEGATRON_LM}": f"{shlex.join(parts)} {flags.line}"}
+    if flags.not_expressible:
+        lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
+    return lines
+
+
+def hf_assets_of(path: Path) -> Path | None:
+    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
+    for parent in (path, path.parent, path.parent.parent):
+        if (parent / HF_ASSETS / "config.json").is_file():
+            return parent / HF_ASSETS
+    return None
+
+
+def num_tokens(assets: Path | None) -> int | None:
+    """Return the number of tokens of the tokenizer in ``assets``; None if there is no tokenizer."""
+    if assets is None or not any((assets / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return None
+    if (assets / "tokenizer.json").is_file():
+        content = json.loads((assets / "tokenizer.json").read_text())
+        vocabulary = content.get("model", {}).get("vocab") or {}
+        ids = [*vocabulary.values()] if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in content.get("added_tokens", [])]
+        return max([*ids, *added], default=-1) + 1 or None
+    from sentencepiece import SentencePieceProcessor
+
+    return SentencePieceProcessor(model_file=str(assets / "tokenizer.model")).vocab_size()
+
+
+_LAYOUT = {
+    "TP": "tensor_model_parallel_size",
+    "PP": "pipeline_model_parallel_size",
+    "VPP": "virtual_pipeline_model_parallel_size",
+    "EP": "expert_model_parallel_size",
+}
+
+
+def _describe_hf(path: Path) -> dict[str, str]:
+    config = read_config(path)
+    family = family_of(config)
+    tensors = dequantised(open_weights_directory(path)).tensors
+    sizes: dict[torch.dtype, int] = {}
+    for tensor in tensors.values():
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + math.prod(tensor.shape)
+    check_counts(family, config, tensors)
+    lines = {"checkpoint": str(path), "format": "Hugging Face", "parameters": _parameters(sizes)}
+    return lines | _describe_model(family.model_config(config), family)
+
+
+def _positions(model: ModelConfig) -> str:
+    parts = [f"{model.position_embedding_type}, base {model.rotary_base}"]
+    if model.position_embedding_type == "yarn":
+        parts.append(
+            f"factor {model.yarn_rotary_scaling_factor} over {model.yarn_original_max_position_embeddings} tokens"
+        )
+    if model.seq_len_interpolation_factor is not None:
+        parts.append(f"divided by {model.seq_len_interpolation_factor}")
+    if model.rotary_percent != 1:
+        parts.append(f"in {model.rotary_percent:.0%} of the channels")
+    return ", ".join(parts)
+
+
+def _describe_model(model: ModelConfig, family: Family | None = None) -> dict[str, str]:
+    try:
+        name = (family or family_of_model(model)).architecture
+    except ValueError as error:
+        name = f"none that Hugging Face has ({error})"
+    lines = {
+        "family": name,
+        "layers": f"{model.num_layers} of width {model.hidden_size}, MLP {model.ffn_hidden_size}",
+        "attention": f"{model.num_attention_heads} heads, {model.num_query_groups or model.num_attention_heads} groups",
+        "norm": f"{model.normalization}, epsilon {model.layernorm_epsilon}",
+        "positions": _positions(model),
+        "longest sequence": f"{model.max_position_embeddings} tokens",
+        "embeddings": "tied" if model.share_embeddings_and_output_weights else "untied",
+    }
+    if model.num_moe_experts is not None:
+        lines["experts"] = (
+            f"{model.num_moe_experts} of width {model.moe_ffn_hidden_size}, {model.moe_router_topk} per token"
+        )
+    if model.num_passthrough_mtp_layers:
+        lines["multi-token prediction"] = f"{model.num_passthrough_mtp_layers} layers, kept for conversions"
+    if model.transformer:
+        lines["further"] = ", ".join(f"{name}={value}" for name, value in model.transformer.items())
+    return lines
+
+
+def _parameters(sizes: Mapping[torch.dtype, int]) -> str:
+    kinds = ", ".join(f"{count:,} {str(dtype).removeprefix('torch.')}" for dtype, count in sizes.items())
+    return f"{sum(sizes.values()):,} ({kinds})"

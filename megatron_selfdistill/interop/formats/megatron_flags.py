@@ -1,0 +1,367 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The command-line flags and the stored ``args`` with which Megatron-LM builds the model of a checkpoint.
+
+    flags = megatron_flags(model)
+    flags.line                    # --num-layers 36 --hidden-size 4096 ... --qk-layernorm --norm-epsilon 1e-06
+    flags.not_expressible         # ("the factor 32 of the llama3 rope scaling: ...",)
+
+Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
+a checkpoint loads without an error, and the model computes other numbers.
+Megatron-LM reads the ``args`` of a checkpoint with ``--use-checkpoint-args``.
+Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of Megatron-LM core_v0.16.1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import enum
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.interop.hf.family import TRANSFORMER_DEFAULTS, architecture
+from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.model.fused_kernels import activation_name, quick_gelu
+from megatron_selfdistill.model.layers import ALL_HEADS
+
+MEGATRON_LM = "core_v0.16.1"
+"""The tag of Megatron-LM whose flags are listed here."""
+_PRECISIONS = {torch.bfloat16: "--bf16", torch.float16: "--fp16"}
+_SWITCHES = {
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "rotary_interleaved": "--rotary-interleaved",
+    "qk_l2_norm": "--qk-l2-norm",
+    "attention_output_gate": "--attention-output-gate",
+    "apply_residual_connection_post_layernorm": "--apply-residual-connection-post-layernorm",
+    "moe_shared_expert_gate": "--moe-shared-expert-gate",
+    "moe_apply_probs_on_input": "--moe-apply-probs-on-input",
+}
+_VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
+_WITHOUT_FLAG = ("softmax_scale",)
+_YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
+_PLAIN = (bool, int, float, str, torch.dtype, type(None))
+
+
+@dataclass(frozen=True)
+class MegatronFlags:
+    """The flags of one model, and the properties that no flag expresses."""
+
+    flags: tuple[tuple[str, ...], ...]
+    """The flags, each with its values: ``("--num-layers", "36")`` or ``("--swiglu",)``."""
+    not_expressible: tuple[str, ...]
+    """A message for each property of the model that no flag sets; empty where Megatron-LM computes the same numbers."""
+
+    @property
+    def arguments(self) -> list[str]:
+        """The flags as an argument vector."""
+        return [word for flag in self.flags for word in flag]
+
+    @property
+    def line(self) -> str:
+        """The flags as a line for a shell."""
+        return shlex.join(self.arguments)
+
+
+def megatron_flags(
+    model: ModelConfig, *, dtype: torch.dtype | None = None, padded_vocab_size: int | None = None
+) -> MegatronFlags:
+    """Return the flags that describe ``model``, and messages about the properties that no flag expresses.
+
+    ``dtype``: the type of the weights; null and float32 add no flag.  ``padded_vocab_size``: the number of rows of the
+    stored embedding; null pads ``model.vocab_size``.  The flags do not include paths, the tokenizer, batch sizes and
+    the parallel layout, which the user chooses.
+    """
+    arch = architecture(model)
+    flags = [*_sizes(model, arch), *_vocabulary(model, padded_vocab_size), *_attention(arch), *_mlp(arch)]
+    flags += [*_moe(model, arch), *_further(arch)]
+    if dtype in _PRECISIONS:
+        flags.append((_PRECISIONS[dtype],))
+    return MegatronFlags(tuple(flags), tuple(_not_expressible(arch)))
+
+
+def _sizes(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield "--num-layers", str(arch["num_layers"])
+    yield "--hidden-size", str(arch["hidden_size"])
+    yield "--ffn-hidden-size", str(arch["ffn_hidden_size"] or model.ffn_hidden_size or 4 * model.hidden_size)
+    yield "--max-position-embeddings", str(arch["max_position_embeddings"])
+    if not arch["share_embeddings_and_output_weights"]:
+        yield ("--untie-embeddings-and-output-weights",)
+    yield "--normalization", arch["normalization"]
+    yield "--norm-epsilon", str(arch["layernorm_epsilon"])
+    yield "--hidden-dropout", "0.0"
+    yield "--attention-dropout", "0.0"
+
+
+def _vocabulary(model: ModelConfig, rows: int | None) -> Iterator[tuple[str, ...]]:
+    divisor = model.make_vocab_size_divisible_by
+    if rows is None and model.vocab_size is not None:
+        rows = padded_vocab_size(model.vocab_size, divisor, 1)
+    yield "--make-vocab-size-divisible-by", str(divisor)
+    if rows is not None:
+        yield "--padded-vocab-size", str(rows)
+
+
+def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield "--num-attention-heads", str(arch["num_attention_heads"])
+    if not arch["multi_latent_attention"]:
+        yield "--kv-channels", str(arch["kv_channels"])
+        if arch["num_query_groups"] != arch["num_attention_heads"]:
+            yield ("--group-query-attention",)
+            yield "--num-query-groups", str(arch["num_query_groups"])
+    if arch["add_qkv_bias"]:
+        yield ("--add-qkv-bias",)
+    if arch["qk_layernorm"]:
+        yield ("--qk-layernorm",)
+    yield "--position-embedding-type", arch["position_embedding_type"]
+    if arch["position_embedding_type"] in ("rope", "yarn"):
+        yield "--rotary-base", str(arch["rotary_base"])
+        yield "--rotary-percent", str(arch["rotary_percent"])
+    if arch["rope_scaling"]:
+        yield ("--use-rope-scaling",)
+        yield "--rope-scaling-factor", str(arch["rope_scaling_factor"])
+    if arch["multi_latent_attention"]:
+        yield from _latent_attention(arch)
+
+
+def _latent_attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    yield ("--multi-latent-attention",)
+    if arch["q_lora_rank"] is not None:
+        yield "--q-lora-rank", str(arch["q_lora_rank"])
+    for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"):
+        yield _flag(name), str(arch[name])
+    if arch["rope_type"] == "yarn":
+        for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"):
+            yield _flag(name), str(float(arch[name]))
+
+
+def _mlp(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    if not arch["add_bias_linear"]:
+        yield ("--disable-bias-linear",)
+    if arch["gated_linear_unit"] and arch["activation"] == "silu":
+        yield ("--swiglu",)
+    if arch["gated_linear_unit"] and arch["activation"] == "quick_gelu":
+        yield ("--quick-geglu",)
+        yield ("--no-bias-gelu-fusion",)  # Megatron Core refuses the fused kernel without experts
+    if arch["activation"] == "gelu" and arch["add_bias_linear"]:
+        yield ("--no-bias-gelu-fusion",)  # the fused kernel is the tanh approximation
+
+
+def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    if arch["num_moe_experts"] is None:
+        return
+    yield "--num-experts", str(arch["num_moe_experts"])
+    yield "--moe-ffn-hidden-size", str(arch["moe_ffn_hidden_size"])
+    if 0 in arch["moe_layer_freq"]:
+        yield "--moe-layer-freq", _list(arch["moe_layer_freq"])
+    yield "--moe-router-topk", str(arch["moe_router_topk"])
+    yield "--moe-router-score-function", arch["moe_router_score_function"]
+    yield "--moe-router-load-balancing-type", "aux_loss" if model.moe_aux_loss_coeff else "none"
+    if model.moe_aux_loss_coeff:
+        yield "--moe-aux-loss-coeff", str(model.moe_aux_loss_coeff)
+    for name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"):
+        if arch[name] is not None:
+            yield _flag(name), str(arch[name])
+    if arch["moe_router_pre_softmax"]:
+        yield ("--moe-router-pre-softmax",)
+    if arch["moe_router_enable_expert_bias"]:
+        yield ("--moe-router-enable-expert-bias",)
+        yield "--moe-router-bias-update-rate", str(model.transformer.get("moe_router_bias_update_rate", 1e-3))
+    if model.transformer.get("moe_router_dtype"):
+        yield "--moe-router-dtype", model.transformer["moe_router_dtype"]
+    if arch["moe_shared_expert_intermediate_size"] is not None:
+        yield "--moe-shared-expert-intermediate-size", str(arch["moe_shared_expert_intermediate_size"])
+
+
+def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Yield the flags of rare properties that the model has."""
+    for name, flag in _SWITCHES.items():
+        if arch[name]:
+            yield (flag,)
+    if arch["window_size"] is not None:
+        yield "--window-size", ",".join(map(str, arch["window_size"]))
+        if not all(arch["window_attn_skip_freq"]):
+            yield "--window-attn-skip-freq", _list(arch["window_attn_skip_freq"])
+    for name in _VALUES:
+        if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
+            value = arch[name]
+            yield _flag(name), _list(value) if isinstance(value, list | tuple) else str(value)
+
+
+def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
+    if arch["rope_scaling"] and arch["rope_scaling_factor"] != 8.0:
+        yield (
+            f"the llama3 rope factor {arch['rope_scaling_factor']}: pretrain_gpt.py parses --rope-scaling-factor but "
+            "does not pass it to GPTModel, which computes with 8.0"
+        )
+    if arch["latent_layernorm_epsilon"] not in (None, arch["layernorm_epsilon"]):
+        yield (
+            f"the epsilon {arch['latent_layernorm_epsilon']} of the latents' norms: Megatron-LM computes all norms "
+            f"with {arch['layernorm_epsilon']}"
+        )
+    yield from _positions_not_expressible(arch)
+    if arch["qk_layernorm_all_heads"]:
+        yield "queries and keys normalised over all heads together: --qk-layernorm normalises each head by itself"
+    if arch["gated_linear_unit"] != (arch["activation"] in ("silu", "quick_gelu")):
+        kind = "a gated" if arch["gated_linear_unit"] else "an ungated"
+        yield (
+            f"{kind} MLP with {arch['activation']}: the only flags are for gated silu (--swiglu), gated quick_gelu "
+            "(--quick-geglu) and ungated gelu"
+        )
+    elif arch["activation"] == "gelu_tanh" and (not arch["add_bias_linear"] or arch["num_moe_experts"] is not None):
+        which = "without biases" if not arch["add_bias_linear"] else "with experts"
+        yield f"the tanh approximation of gelu {which}: Megatron-LM has it fused with biases of dense layers only"
+    for name in _YARN_CONSTANTS:
+        if arch[name] is not None and arch[name] != TRANSFORMER_DEFAULTS[name]:
+            default = TRANSFORMER_DEFAULTS[name]
+            yield f"{name}={arch[name]} of YaRN: it has no flag, and Megatron Core computes with {default}"
+    if arch["experimental_attention_variant"] is not None:
+        yield (
+            f"experimental_attention_variant={arch['experimental_attention_variant']}: Megatron-LM stores gated delta "
+            "nets under other keys, with another order of rows"
+        )
+    for name in _WITHOUT_FLAG:
+        if arch[name] != TRANSFORMER_DEFAULTS[name]:
+            yield f"{name}={arch[name]}: there is no flag for it"
+
+
+def _positions_not_expressible(arch: dict[str, Any]) -> Iterator[str]:
+    if arch["position_embedding_type"] == "yarn":
+        yield "YaRN in ordinary attention: --position-embedding-type has no value for it"
+    if arch["seq_len_interpolation_factor"] is not None:
+        yield (
+            f"positions divided by {arch['seq_len_interpolation_factor']}: pretrain_gpt.py parses "
+            "--rotary-seq-len-interpolation-factor but does not pass it to GPTModel"
+        )
+
+
+def _list(values: Sequence[int]) -> str:
+    return "[" + ",".join(map(str, values)) + "]"
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+_YARN = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("yarn_")]
+
+
+def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namespace:
+    """Return the arguments of Megatron-LM that describe the model of ``chunk``.
+
+    Values come from the live model where possible, so that a model of ``model.provider`` is described too; ``model``
+    supplies the values that a ``GPTModel`` does not keep (the factor of the RoPE scaling, the true vocabulary and its
+    divisor).  The result holds the plain fields of the ``TransformerConfig``, and the fields that Megatron-LM spells
+    differently.
+
+    Source: ``load_args_from_checkpoint`` in Megatron-LM's ``megatron/training/checkpointing.py``, core_v0.16.
+    """
+    gpt = unwrapped(chunk)
+    return _args(
+        gpt.config,
+        model,
+        max_position_embeddings=gpt.max_sequence_length,
+        padded_vocab_size=gpt.vocab_size,
+        share_embeddings_and_output_weights=gpt.share_embeddings_and_output_weights,
+        position_embedding_type=gpt.position_embedding_type,
+        rotary_base=gpt.rotary_base,
+        rotary_percent=gpt.rotary_percent,
+        rope_scaling=gpt.rotary_scaling,
+        seq_len_interpolation_factor=getattr(
+            getattr(gpt, "rotary_pos_emb", None), "seq_len_interpolation_factor", None
+        ),
+    )
+
+
+def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace:
+    """Return the arguments of Megatron-LM that describe ``model``; ``dtype`` is the type of its weights."""
+    precision = "fp32" if dtype == torch.float32 else "bf16"
+    config = transformer_config(model, ParallelConfig(), OptimizerConfig(precision=precision), ScheduleConfig())
+    assert model.vocab_size is not None
+    args = _args(
+        config,
+        model,
+        max_position_embeddings=model.max_position_embeddings,
+        padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by, 1),
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type=model.position_embedding_type,
+        rotary_base=model.rotary_base,
+        rotary_percent=model.rotary_percent,
+        rope_scaling=model.rope_scaling,
+        seq_len_interpolation_factor=model.seq_len_interpolation_factor,
+    )
+    args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
+    return args
+
+
+def _args(
+    config: TransformerConfig,
+    model: ModelConfig,
+    *,
+    max_position_embeddings: int,
+    padded_vocab_size: int,
+    share_embeddings_and_output_weights: bool,
+    position_embedding_type: str,
+    rotary_base: float,
+    rotary_percent: float,
+    rope_scaling: bool,
+    seq_len_interpolation_factor: float | None,
+) -> argparse.Namespace:
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    values = {name: value for name, value in values.items() if _is_plain(value)}
+    values |= {
+        "seq_length": max_position_embeddings,
+        "max_position_embeddings": max_position_embeddings,
+        "vocab_size": model.vocab_size,
+        "padded_vocab_size": padded_vocab_size,
+        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
+        "untie_embeddings_and_output_weights": not share_embeddings_and_output_weights,
+        "position_embedding_type": position_embedding_type,
+        # Megatron-LM's default.  Core models do not read it, but pretrain_gpt.py compares it with its flags.
+        "add_position_embedding": True,
+        "use_rotary_position_embeddings": position_embedding_type == "rope",
+        "rotary_base": rotary_base,
+        "rotary_percent": rotary_percent,
+        "use_rope_scaling": rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        # Ours: Megatron-LM parses an argument of this meaning, but its models do not read it.
+        "seq_len_interpolation_factor": seq_len_interpolation_factor,
+        # Megatron Core reads YaRN's attributes from the configuration, whose class lacks them as fields.
+        **{name: getattr(config, name) for name in _YARN if hasattr(config, name)},
+        "group_query_attention": config.num_query_groups != config.num_attention_heads,
+        "swiglu": config.gated_linear_unit and config.activation_func is F.silu,
+        "quick_geglu": config.gated_linear_unit and config.activation_func is quick_gelu,
+        "squared_relu": False,
+        "activation": activation_name(config),  # ours: Megatron-LM has flags for some pairs of activation and gate
+        "norm_epsilon": config.layernorm_epsilon,
+        "latent_layernorm_epsilon": getattr(config, "latent_layernorm_epsilon", None),  # ours
+        "apply_layernorm_1p": config.layernorm_zero_centered_gamma,
+        "num_experts": config.num_moe_experts,
+        "qk_layernorm_all_heads": getattr(config, ALL_HEADS, False),  # ours
+        "num_passthrough_mtp_layers": model.num_passthrough_mtp_layers,  # ours
+        # The keys on disk are the keys of Transformer Engine's layer spec for every kind of layers.  Megatron-LM's
+        # local spec has another name for the norm before a mixture of experts.
+        "transformer_impl": "transformer_engine",
+        "ckpt_format": "torch_dist",
+        "use_dist_ckpt": True,
+        "data_parallel_random_init": False,
+        "no_save_optim": False,
+        "no_save_rng": False,
+    }
+    return argparse.Namespace(**values)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether ``torch.load`` reads ``value`` with ``weights_only``, as Megatron-LM does."""
+    if isinstance(value, list | tuple):
+        return all(_is_plain(item) for item in value)
+    return isinstance(value, _PLAIN) and not isinstance(value, enum.Enum)

@@ -1,0 +1,80 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The state of a run in its checkpoint, as plain data, and the checkpoints that this program has saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.formats.unpickler import load_pickled
+
+SECTION = "selfdistill"
+"""The key in common.pt under which this program keeps the state that Megatron-LM does not know."""
+
+_NEEDED = ("trainer_state", "layout", "optimizer_steps", "distributed_optimizer", "teacher")
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """The contents of a run's checkpoint besides its tensors."""
+
+    path: Path
+    common: dict[str, Any]
+    """The contents of common.pt."""
+    own: dict[str, Any]
+    """This program's section of common.pt (`SECTION`)."""
+    trainer_state: dict[str, Any]
+    """The state of the trainer, with the key ``step``: plain values that `encode` accepts."""
+
+
+def encode(trainer_state: dict[str, Any]) -> str:
+    """Return the state of a trainer as JSON, which no reader can execute.
+
+    `read_saved_run` restores numbers exactly, and tuples as lists.
+
+    Raises: TypeError for a value that is not plain.
+    """
+    return json.dumps(trainer_state)
+
+
+def read_saved_run(path: Path) -> SavedRun:
+    """Return the state of the run in the checkpoint directory ``path``, without executing anything.
+
+    Raises: CheckpointError where the checkpoint is corrupt, or is not the checkpoint of a run of this program.
+    """
+    common = load_pickled(path / "common.pt")
+    own = common.get(SECTION) if isinstance(common, dict) else None
+    if own is None:
+        raise CheckpointError(
+            f"{path} was not saved by a run of this program: to start from its weights, set checkpoint.load"
+        )
+    missing = [name for name in _NEEDED if name not in own] if isinstance(own, dict) else [SECTION]
+    if missing:
+        raise CheckpointError(f"{path} has no {missing[0]} in its common.pt: it is not the checkpoint of a run")
+    return SavedRun(path, common, own, _decode(own["trainer_state"], path))
+
+
+def is_selfdistill_checkpoint(path: Path) -> bool:
+    """Return whether this program saved the checkpoint in ``path``: of a run, a frozen teacher or a conversion.
+
+    The answer is False for a common.pt that cannot be read: another program saved it, or it is corrupt.
+    """
+    try:
+        common = load_pickled(path / "common.pt")
+    except CheckpointError:
+        return False
+    return isinstance(common, dict) and SECTION in common
+
+
+def _decode(stored: Any, path: Path) -> dict[str, Any]:
+    """Return the state of a trainer from the JSON of `encode`."""
+    try:
+        state = json.loads(stored)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: {error}") from None
+    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
+        raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: expected an object with a step")
+    return state

@@ -1,0 +1,299 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The dense families: Llama 2 and 3, Mistral, Qwen2 (and 2.5), Qwen3, Phi-3 and 4, Seed-OSS and SmolLM3.
+
+They are one decoder with several forms of config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.family import Family, HFConfig
+from megatron_selfdistill.interop.hf.rope import llama3_fields, read_rope, rotary_fields, write_llama3, write_rotary
+from megatron_selfdistill.interop.hf.rules import Rule, fused
+from megatron_selfdistill.interop.hf.sliding_windows import (
+    every_layer,
+    listed_layers,
+    mistral_layers,
+    no_layer,
+    qwen_layers,
+    require_layer_types,
+    window_keys,
+    write_layer_types,
+    write_qwen_windows,
+    write_window,
+)
+
+COMMON_DEFAULTS = {
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.02,
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "rope_parameters": None,
+    "partial_rotary_factor": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "layer_types": None,
+}
+
+
+def read_common(config: HFConfig, **fields: Any) -> ModelConfig:
+    """Return the model of the fields that all families share; ``fields`` add to them or replace them.
+
+    Raises: ConfigError for another activation than SiLU, and for ``layer_types`` of another model.
+    """
+    config.require("hidden_act", ("silu", "swish"), "only silu, which is also called swish, is known here")
+    heads = config["num_attention_heads"]
+    common: dict[str, Any] = {
+        "vocab_size": config["vocab_size"],
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": config["hidden_size"],
+        "ffn_hidden_size": config["intermediate_size"],
+        "num_attention_heads": heads,
+        "num_query_groups": config["num_key_value_heads"] or heads,
+        "kv_channels": config["head_dim"] or config["hidden_size"] // heads,
+        "max_position_embeddings": config["max_position_embeddings"],
+        "layernorm_epsilon": config["rms_norm_eps"],
+        "share_embeddings_and_output_weights": config["tie_word_embeddings"],
+        "init_method_std": config["initializer_range"],
+    }
+    model = ModelConfig(**(common | fields))
+    require_layer_types(config, model)
+    return model
+
+
+def write_common(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return the shared fields of config.json for ``arch``: the inverse of `read_common`."""
+    return {
+        "vocab_size": arch["vocab_size"],
+        "num_hidden_layers": arch["num_layers"],
+        "hidden_size": arch["hidden_size"],
+        "intermediate_size": arch["ffn_hidden_size"] or arch["moe_ffn_hidden_size"],
+        "num_attention_heads": arch["num_attention_heads"],
+        "num_key_value_heads": arch["num_query_groups"] or arch["num_attention_heads"],
+        "head_dim": arch["kv_channels"],
+        "hidden_act": "silu",
+        "max_position_embeddings": arch["max_position_embeddings"],
+        "rms_norm_eps": arch["layernorm_epsilon"],
+        "tie_word_embeddings": arch["share_embeddings_and_output_weights"],
+    }
+
+
+def _reader(
+    *, windows: Callable[[HFConfig], list[bool]], bias: bool, **fields: Any
+) -> Callable[[HFConfig], ModelConfig]:
+    """Return the reader of a dense family; ``windows`` returns whether each layer has the sliding window.
+
+    ``bias``: whether q, k and v always have biases, as in Qwen2, whose code reads neither ``attention_bias`` nor
+    ``mlp_bias``.
+    """
+
+    def read(config: HFConfig) -> ModelConfig:
+        for name in () if bias else ("attention_bias", "mlp_bias"):
+            config.require(name, (False, None), "biases besides those of Qwen2's q, k and v are not known here")
+        transformer = window_keys(config, windows(config))
+        fields_of_rope = rotary_fields(read_rope(config), config)
+        return read_common(config, add_qkv_bias=bias, transformer=transformer, **fields, **fields_of_rope)
+
+    return read
+
+
+def _write(arch: dict[str, Any]) -> dict[str, Any]:
+    return write_common(arch) | write_rotary(arch)
+
+
+def _write_without_head_dim(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json without ``head_dim`` where transformers' Qwen2 derives it; old versions do not read it."""
+    config = _write(arch) | write_qwen_windows(arch)
+    if config["head_dim"] is not None and config["head_dim"] * config["num_attention_heads"] == config["hidden_size"]:
+        del config["head_dim"]
+    return config
+
+
+def _write_with_window(arch: dict[str, Any]) -> dict[str, Any]:
+    """Return a config.json with ``sliding_window``, for which transformers' Mistral has a default of its own."""
+    return _write(arch) | {"sliding_window": write_window(arch)}
+
+
+LLAMA = Family(
+    "LlamaForCausalLM",
+    "llama",
+    _reader(windows=no_layer, bias=False),
+    lambda arch: _write(arch) | {"attention_bias": False, "mlp_bias": False},
+    COMMON_DEFAULTS,
+    models="Llama 2, 3, 3.1, 3.2 and 3.3",
+    limits="no biases",
+)
+MISTRAL = Family(
+    "MistralForCausalLM",
+    "mistral",
+    _reader(windows=mistral_layers, bias=False),
+    _write_with_window,
+    COMMON_DEFAULTS | {"num_key_value_heads": 8, "sliding_window": 4096},
+    models="Mistral 7B, Mistral Nemo, Mistral Small of 2024",
+    limits="a sliding window in every layer, in the layers of `layer_types`, or none",
+)
+QWEN2 = Family(
+    "Qwen2ForCausalLM",
+    "qwen2",
+    _reader(windows=qwen_layers, bias=True),
+    _write_without_head_dim,
+    COMMON_DEFAULTS | {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    models="Qwen2, Qwen2.5, QwQ",
+    limits="sliding windows as `use_sliding_window` and `layer_types` say; `attention_bias` is ignored, as "
+    "transformers ignores it",
+)
+QWEN3 = Family(
+    "Qwen3ForCausalLM",
+    "qwen3",
+    _reader(windows=qwen_layers, bias=False, qk_layernorm=True),
+    lambda arch: _write(arch) | write_qwen_windows(arch) | {"attention_bias": False},
+    COMMON_DEFAULTS | {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096, "max_window_layers": 28},
+    models="Qwen3",
+    limits="no biases; sliding windows as for Qwen2",
+)
+
+
+def _read_phi(config: HFConfig) -> ModelConfig:
+    rope = read_rope(config)
+    if rope.kind != "default":
+        raise ConfigError(
+            f"config.json of {config.architecture} has rope_type={rope.kind!r}: only default is known here, since the "
+            "factors of longrope depend on the length of the sequence"
+        )
+    return read_common(config, transformer=window_keys(config, every_layer(config)), **llama3_fields(rope, config))
+
+
+def _write_phi(arch: dict[str, Any]) -> dict[str, Any]:
+    if arch["rope_scaling"]:
+        raise ConfigError("Phi3ForCausalLM has no llama3 rope")
+    # transformers' default pad_token_id lies outside of a small vocabulary.
+    return write_common(arch) | write_llama3(arch) | {"sliding_window": write_window(arch), "pad_token_id": None}
+
+
+def _fuse_phi(rule: Rule) -> Rule:
+    first = rule.hf_names[0]
+    for projection, name in (("q_proj", "qkv_proj"), ("gate_proj", "gate_up_proj")):
+        if f".{projection}." in first:
+            return fused(rule, first.replace(projection, name))
+    return rule
+
+
+PHI3 = Family(
+    "Phi3ForCausalLM",
+    "phi3",
+    _read_phi,
+    _write_phi,
+    COMMON_DEFAULTS | {"rms_norm_eps": 1e-5},
+    adapt=_fuse_phi,
+    models="Phi-3-mini-4k, Phi-4, Phi-4-reasoning",
+    limits="default RoPE on all channels (no longrope, as in the mini models); a sliding window in every layer, or "
+    "none",
+)
+
+
+def _read_seed_oss(config: HFConfig) -> ModelConfig:
+    for name in ("attention_out_bias", "mlp_bias"):
+        config.require(name, (False,), "Megatron has biases of q, k and v alone, or of all linear layers")
+    config.require("attention_bias", (True, False), "expected true or false")
+    return read_common(config, add_qkv_bias=config["attention_bias"], **rotary_fields(read_rope(config), config))
+
+
+def _write_seed_oss(arch: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **write_common(arch),
+        **write_rotary(arch),
+        "attention_bias": arch["add_qkv_bias"],
+        "attention_out_bias": False,
+        "mlp_bias": False,
+    }
+
+
+SEED_OSS = Family(
+    "SeedOssForCausalLM",
+    "seed_oss",
+    _read_seed_oss,
+    _write_seed_oss,
+    COMMON_DEFAULTS | {"num_key_value_heads": 8, "head_dim": 128, "attention_bias": True, "attention_out_bias": False},
+    models="Seed-OSS-36B",
+    limits="`attention_bias` (of q, k and v) may be true or false; no other biases",
+)
+
+
+def _read_smollm(config: HFConfig) -> ModelConfig:
+    for name in ("attention_bias", "mlp_bias"):
+        config.require(name, (False, None), "biases are not known here")
+    has_rope = _layers_with_rope_smollm(config)
+    transformer = window_keys(config, _windows_smollm(config, has_rope))
+    if not all(has_rope):
+        transformer["no_rope_freq"] = [1 - rope for rope in has_rope]
+    return read_common(config, transformer=transformer, **rotary_fields(read_rope(config), config))
+
+
+def _layers_with_rope_smollm(config: HFConfig) -> list[int]:
+    """Return 1 for each layer with rotary positions and 0 for each other layer."""
+    num_layers, given = config["num_hidden_layers"], config["no_rope_layers"]
+    if given is None:
+        interval = config["no_rope_layer_interval"]
+        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    if len(given) != num_layers:
+        raise ConfigError(
+            f"config.json of {config.architecture} has {len(given)} entries in no_rope_layers, expected one for each "
+            f"of the {num_layers} layers"
+        )
+    return [int(bool(rope)) for rope in given]
+
+
+def _windows_smollm(config: HFConfig, has_rope: list[int]) -> list[bool]:
+    """Return the layers with a sliding window, as transformers chooses them."""
+    if config["layer_types"] is not None:
+        return listed_layers(config)
+    return [bool(config["use_sliding_window"] and not rope) for rope in has_rope]
+
+
+def _write_smollm(arch: dict[str, Any]) -> dict[str, Any]:
+    without = arch["no_rope_freq"] or [0] * arch["num_layers"]
+    return {
+        **write_common(arch),
+        **write_rotary(arch),
+        "attention_bias": False,
+        "mlp_bias": False,
+        "no_rope_layers": [1 - skips for skips in without],
+        **_write_windows(arch),
+        "pad_token_id": None,  # transformers' default lies outside of a small vocabulary
+    }
+
+
+def _write_windows(arch: dict[str, Any]) -> dict[str, Any]:
+    window = write_window(arch)
+    if window is None:
+        return {"use_sliding_window": False, "sliding_window": None}
+    layer_types = write_layer_types(arch["window_attn_skip_freq"])
+    return {"use_sliding_window": True, "sliding_window": window, "layer_types": layer_types}
+
+
+SMOLLM3 = Family(
+    "SmolLM3ForCausalLM",
+    "smollm3",
+    _read_smollm,
+    _write_smollm,
+    COMMON_DEFAULTS
+    | {
+        "num_key_value_heads": 4,
+        "rope_theta": 2000000.0,
+        "tie_word_embeddings": True,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+    },
+    models="SmolLM3-3B",
+    limits="no biases; sliding windows as `layer_types` says; `no_rope_layers` names one entry per layer",
+)

@@ -1,0 +1,286 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Convert the config.json of a Hugging Face family to a `ModelConfig` and back, and give the rules of its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.config_fields import checked, shown
+from megatron_selfdistill.interop.hf.decoder import TensorNames, decoder_rules
+from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.model.attention_variants import windowed_layers
+
+
+class HFConfig:
+    """The values of a config.json, completed by the defaults of transformers' configuration class."""
+
+    def __init__(self, architecture: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+        self.architecture, self.values, self.defaults = architecture, values, defaults
+        self.asked: set[str] = set()
+        """The keys that were asked for."""
+        self.owner = f"config.json of {architecture}"
+        """The beginning of a message about this file."""
+
+    def __getitem__(self, key: str) -> Any:
+        self.asked.add(key)
+        if key in self.values:
+            return checked(key, self.values[key], self.owner)
+        if key in self.defaults:
+            return self.defaults[key]
+        raise ConfigError(f"{self.owner} has no {key}")
+
+    def given(self, key: str) -> Any:
+        """Return the value of ``key`` in the config.json itself; None if it has none."""
+        return self[key] if key in self.values else None
+
+    def require(self, key: str, allowed: tuple[Any, ...], otherwise: str) -> None:
+        """Raise ConfigError for a value of ``key`` that is not in ``allowed``; ``otherwise`` ends the message."""
+        if self[key] not in allowed:
+            raise ConfigError(f"{self.owner} has {key}={shown(self[key])}: {otherwise}")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One architecture of transformers."""
+
+    architecture: str
+    """The name in ``architectures`` of config.json, such as ``LlamaForCausalLM``."""
+    model_type: str
+    """The ``model_type`` of config.json, such as ``llama``, by which transformers chooses the class."""
+    read: Callable[[HFConfig], ModelConfig]
+    """A function that reads every field that changes logits, and refuses values that Megatron cannot compute."""
+    write: Callable[[dict[str, Any]], dict[str, Any]]
+    """A function from the `architecture` of a model to the fields of config.json."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """The defaults of transformers' configuration class."""
+    tensor_names: TensorNames = field(default_factory=TensorNames)
+    """The parts of tensors' names that differ between families."""
+    models: str = ""
+    """The published models of the family, for users."""
+    limits: str = ""
+    """What a config.json must have to be converted, for users, as words of Markdown."""
+    adapt: Callable[[Rule], Rule] = lambda rule: rule
+    """A function from a rule of `decoder_rules` to the rule of this family, which may rename or fuse tensors."""
+    quantizations: tuple[str, ...] = ("fp8",)
+    """The ``quant_method`` of the published weights that the converter can dequantise."""
+    published_types: tuple[str, ...] = ()
+    """Further values of ``model_type``, unknown to transformers, with which models of this family are published."""
+    text_config: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    """A function from the config.json of a model with further parts to that of its text model; null without them."""
+    carried: tuple[str, ...] = ()
+    """The prefixes of the tensors of the further parts, which Megatron does not build: conversions carry them along."""
+
+    def model_config(self, hf_config: Mapping[str, Any]) -> ModelConfig:
+        """Return the model that a config.json describes.
+
+        Raises: ConfigError for a missing field, or a value with which Megatron Core would compute other numbers.
+        """
+        config = HFConfig(self.architecture, hf_config, {**_OF_EVERY_FAMILY, **self.defaults})
+        _require_known_quantization(config, self)
+        config.require("is_causal", (True, None), "Megatron's attention is causal")
+        config.require("per_layer_config", (None, {}), "Megatron has one configuration for all layers")
+        return self.read(config)
+
+    def hf_config(
+        self, model: ModelConfig, dtype: str = "bfloat16", extra: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Return a config.json for ``model`` that any version of transformers and vLLM reads.
+
+        ``extra``: the original config.json, or further keys such as token ids.  The result is the original with
+        ``torch_dtype`` set and without ``quantization_config``, because converted weights are not quantised.
+
+        Raises: ConfigError with the differences where the result would describe another model.
+        """
+        config = dict(extra or {})
+        if "num_hidden_layers" not in config and not (self.text_config is not None and config):
+            config = self.describe(model) | config
+        config.pop("quantization_config", None)
+        config["dtype" if "dtype" in config else "torch_dtype"] = dtype
+        differing = differences(self.model_config(config), model)
+        if differing:
+            raise ConfigError(
+                f"a config.json of {self.architecture} cannot be this model's: {describe_differences(differing)}"
+            )
+        return config
+
+    def describe(self, model: ModelConfig) -> dict[str, Any]:
+        """Return the config.json nearest to ``model``, without the properties that this family cannot express."""
+        return {"architectures": [self.architecture], "model_type": self.model_type} | self.write(architecture(model))
+
+    def rules(self, model: ModelConfig, stacked: bool | None = None) -> list[Rule]:
+        """Return one rule for each tensor of the model: embedding, layers, norm, output layer, then passthrough layers.
+
+        ``stacked``: whether a torch_dist checkpoint holds all layers under one key.  Null is Megatron's choice for this
+        model: stacked, unless the model has both dense and MoE layers.
+        """
+        return [self.adapt(rule) for rule in decoder_rules(architecture(model), self.tensor_names, stacked)]
+
+
+_OF_EVERY_FAMILY: dict[str, Any] = {"quantization_config": None, "is_causal": None, "per_layer_config": None}
+
+_NO_PART_OF_A_MODEL = {
+    *"provider make_vocab_size_divisible_by init_method_std transformer".split(),
+    *"moe_aux_loss_coeff moe_z_loss_coeff allow_untested_fp8".split(),
+}
+
+_MLA = {
+    "q_lora_rank": 512,
+    "kv_lora_rank": 512,
+    "qk_head_dim": 128,
+    "qk_pos_emb_head_dim": 64,
+    "v_head_dim": 128,
+    "rope_type": "yarn",
+}
+_YARN = {
+    "rotary_scaling_factor": 40,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "mscale": 1.0,
+    "mscale_all_dim": 0.0,
+}
+_MOE = {
+    "moe_layer_freq": 1,
+    "moe_router_pre_softmax": False,
+    "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_shared_expert_intermediate_size": None,
+    "moe_shared_expert_gate": False,
+    "moe_apply_probs_on_input": False,
+}
+_ANY = {
+    "multi_latent_attention": False,
+    "layernorm_zero_centered_gamma": False,
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "softmax_type": "vanilla",
+    "softmax_scale": None,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "qk_l2_norm": False,
+    "attention_output_gate": False,
+    "linear_attention_freq": None,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "experimental_attention_variant": None,
+    "apply_residual_connection_post_layernorm": False,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+}
+TRANSFORMER_DEFAULTS = {**_ANY, **_MOE, **_MLA, **_YARN}
+"""The keys of ``model.transformer`` that change logits, with Megatron's defaults.
+
+A conversion ignores other keys, which choose kernels, parallelism and training.
+"""
+
+
+def architecture(model: ModelConfig) -> dict[str, Any]:
+    """Return all values that decide a model's tensors and logits, by Megatron's names.
+
+    The values are fields of `ModelConfig` and the keys of `TRANSFORMER_DEFAULTS`.  Nulls are replaced by their meaning,
+    and fields without effect by null, so that two configurations of one model are equal.
+    """
+    values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in _NO_PART_OF_A_MODEL}
+    values |= {name: model.transformer.get(name, default) for name, default in TRANSFORMER_DEFAULTS.items()}
+    # The dictionary may override a field.
+    values |= {name: value for name, value in model.transformer.items() if name in values}
+    heads = values["num_attention_heads"]
+    values["ffn_hidden_size"] = values["ffn_hidden_size"] or 4 * values["hidden_size"]
+    values["num_query_groups"] = values["num_query_groups"] or heads
+    values["kv_channels"] = values["kv_channels"] or values["hidden_size"] // heads
+    values["no_rope_freq"] = layers_without_rope(values["no_rope_freq"], values["num_layers"])
+    without_effect: set[str] = set()
+    values["linear_attention_freq"] = linear_layers(values)
+    if values["linear_attention_freq"] is None:
+        without_effect |= {name for name in values if name.startswith("linear_")} | {"experimental_attention_variant"}
+    if values["num_moe_experts"] is None:
+        without_effect |= _MOE.keys() | {name for name in values if name.startswith("moe_")}
+    else:
+        values["moe_ffn_hidden_size"] = values["moe_ffn_hidden_size"] or values["ffn_hidden_size"]
+        values["moe_layer_freq"] = moe_layers(values["moe_layer_freq"], values["num_layers"])
+        if 0 not in values["moe_layer_freq"]:
+            without_effect.add("ffn_hidden_size")
+    if values["multi_latent_attention"]:
+        without_effect |= {"kv_channels", "num_query_groups", "rope_scaling", "rope_scaling_factor"}
+        without_effect.add("seq_len_interpolation_factor")
+        values["latent_layernorm_epsilon"] = values["latent_layernorm_epsilon"] or values["layernorm_epsilon"]
+    else:
+        without_effect |= _MLA.keys() | _YARN.keys() | {"latent_layernorm_epsilon"}
+    if values["rope_type"] != "yarn":
+        without_effect |= _YARN.keys()
+    if values["position_embedding_type"] != "yarn":
+        without_effect |= {name for name in values if name.startswith("yarn_")}
+    if not values["rope_scaling"]:
+        without_effect.add("rope_scaling_factor")
+    _set_windows(values)
+    return values | dict.fromkeys(without_effect & values.keys())
+
+
+def _set_windows(values: dict[str, Any]) -> None:
+    """Give equal windows equal values: a tuple, and a list with 1 for each layer that has the window."""
+    window, num_layers = values["window_size"], values["num_layers"]
+    windowed = windowed_layers(values["window_attn_skip_freq"], num_layers) if window else []
+    if not any(windowed):
+        values |= {"window_size": None, "window_attn_skip_freq": None}
+    else:
+        values |= {"window_size": tuple(window), "window_attn_skip_freq": [int(layer) for layer in windowed]}
+
+
+def linear_layers(values: Mapping[str, Any]) -> list[int] | None:
+    """Return 1 for each layer with a gated delta net and 0 for each other layer; None without such a layer."""
+    if values["experimental_attention_variant"] != "gated_delta_net":
+        return None
+    freq, num_layers = values["linear_attention_freq"], values["num_layers"]
+    linear = [int((i + 1) % freq != 0) for i in range(num_layers)] if isinstance(freq, int) else list(freq or [])
+    return linear if any(linear) else None
+
+
+def moe_layers(freq: int | list[int], num_layers: int) -> list[int]:
+    """Return 1 for each layer with experts and 0 for each dense layer, from Megatron's ``moe_layer_freq``."""
+    return [int(i % freq == 0) for i in range(num_layers)] if isinstance(freq, int) else [int(f) for f in freq]
+
+
+def layers_without_rope(freq: int | list[int] | None, num_layers: int) -> list[int] | None:
+    """Return 1 for each layer without rotary positions, from Megatron's ``no_rope_freq``; null without such a layer."""
+    if isinstance(freq, int):
+        return [int((i + 1) % freq == 0) for i in range(num_layers)] if freq else None
+    return [int(f) for f in freq] if freq and any(freq) else None
+
+
+def differences(a: ModelConfig, b: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Return the values of ``a`` and ``b`` that differ, by name; empty for two configurations of one model."""
+    left, right = architecture(a), architecture(b)
+    return {name: (left[name], right[name]) for name in left if left[name] != right[name]}
+
+
+def describe_differences(differing: Mapping[str, tuple[Any, Any]]) -> str:
+    """Return the `differences` of a config.json to a model, for a message."""
+    return "; ".join(f"{name} would be {a!r} but the model has {b!r}" for name, (a, b) in differing.items())
+
+
+def _require_known_quantization(config: HFConfig, family: Family) -> None:
+    quantization = config["quantization_config"]
+    if quantization is None:
+        return
+    method, block = (
+        checked(name, quantization.get(name), config.owner, "quantization_config")
+        for name in ("quant_method", "weight_block_size")
+    )
+    known = method in family.quantizations
+    if known and method == "mxfp4":
+        return
+    if not known or not block or len(block) != 2:
+        what = "mxfp4 experts" if "mxfp4" in family.quantizations else "block-scaled fp8 weights"
+        raise ConfigError(
+            f"config.json has quantization_config with quant_method={method!r} and weight_block_size={block}: only "
+            f"{what} can be dequantised; take the unquantised model"
+        )

@@ -1,0 +1,291 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Map Hugging Face models to Megatron models and back, with one table of full tensors per family.
+
+    family = family_of(config)                    # config.json as a dict
+    model = family.model_config(config)           # ModelConfig
+    rules = check_names(family.rules(model), names_in_the_directory)
+    rule.to_megatron(*hf_tensors), rule.to_hf(tensor)
+
+The functions read no files, know no ranks and compute nothing: Megatron shards tensors, and the converter streams them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError, first_few
+from megatron_selfdistill.interop.hf import dense, experts, gpt_oss, minimax, ministral, qwen_next, sigmoid_router
+from megatron_selfdistill.interop.hf.config_fields import checked, shown
+from megatron_selfdistill.interop.hf.family import Family, HFConfig, architecture, describe_differences, differences
+from megatron_selfdistill.interop.hf.rules import PASSTHROUGH, MegatronSlice, Rule, dequantise_blocks, passthrough_layer
+
+__all__ = [
+    "FAMILIES",
+    "PASSTHROUGH",
+    "TIED",
+    "Family",
+    "MegatronSlice",
+    "Rule",
+    "architecture",
+    "check_counts",
+    "check_names",
+    "check_shapes",
+    "dequantise_blocks",
+    "differences",
+    "family_of",
+    "family_of_model",
+    "text_config",
+    "tied_output_layer",
+    "without_absent_layers",
+]
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        dense.LLAMA,
+        dense.MISTRAL,
+        dense.QWEN2,
+        dense.QWEN3,
+        experts.MIXTRAL,
+        experts.QWEN3_MOE,
+        sigmoid_router.DEEPSEEK_V3,
+        dense.SEED_OSS,
+        dense.SMOLLM3,
+        dense.PHI3,
+        sigmoid_router.GLM4_MOE,
+        experts.QWEN2_MOE,
+        experts.OLMOE,
+        qwen_next.QWEN3_NEXT,
+        qwen_next.QWEN3_5,
+        qwen_next.QWEN3_5_MOE,
+        minimax.MINIMAX_M2,
+        gpt_oss.GPT_OSS,
+        ministral.MINISTRAL3,
+        ministral.MISTRAL3,
+    )
+}
+"""The families by the name in ``architectures`` of a config.json."""
+
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+"""The two names of tied weights.  A directory may lack the first weight, which must equal the second one."""
+
+_SCALES = "_scale_inv"
+_COUNTED = (
+    *"num_hidden_layers num_experts num_local_experts n_routed_experts".split(),
+    *"num_nextn_predict_layers num_mtp_layers".split(),
+)
+"""The fields of config.json that count layers and experts, each of which has tensors of its own."""
+_WITHOUT_LOGITS = {
+    *"architectures model_type auto_map name_or_path transformers_version dtype torch_dtype".split(),
+    *"quantization_config use_cache return_dict is_encoder_decoder chunk_size_feed_forward id2label label2id".split(),
+    *"bos_token_id eos_token_id pad_token_id sep_token_id decoder_start_token_id problem_type".split(),
+    *"initializer_range pretraining_tp output_hidden_states output_attentions output_router_logits".split(),
+    *"router_aux_loss_coef router_z_loss_coef router_jitter_noise aux_loss_alpha seq_aux ep_size".split(),
+    *"attention_dropout hidden_dropout embedding_dropout embd_pdrop attn_pdrop resid_pdrop resid_dropout".split(),
+}
+"""The fields of config.json that change no logit of an evaluation."""
+_ALWAYS_READ = {
+    *"vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads max_position_embeddings".split()
+}
+"""The fields that every family reads, also where it refuses a config.json before it has read them."""
+_REASONS = {
+    "Gemma2ForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration": (
+        "its layers have norms behind attention and MLP, and Gemma 3 has another RoPE base in layers with a window: "
+        "Megatron Core 0.16 has neither"
+    ),
+    "GraniteForCausalLM": (
+        "it multiplies embeddings, residual branches and logits by constants: Megatron Core 0.16 has no such factors, "
+        "and weights that contain the factors would not return bit by bit"
+    ),
+    "Ernie4_5_MoeForCausalLM": (
+        "it chooses experts by softmax probabilities with biases: Megatron Core 0.16 has biases of experts for sigmoid "
+        "routers only"
+    ),
+    "BailingMoeV2ForCausalLM": ("transformers has no class for it, with which a conversion could be compared"),
+    "DeepseekV32ForCausalLM GlmMoeDsaForCausalLM": (
+        "Megatron Core 0.16 computes its sparse attention with a CUDA extension alone, and has no layer spec for it"
+    ),
+    "Qwen3_5ForConditionalGeneration Qwen3_5MoeForConditionalGeneration": (
+        "only its text model is known: load it with transformers' AutoModelForCausalLM, and save it"
+    ),
+}
+"""Why architectures that are often asked for cannot be converted, by their names."""
+
+
+def family_of(hf_config: Mapping[str, Any]) -> Family:
+    """Return the family of a config.json by its ``architectures``, else by its ``model_type``.
+
+    Raises: ConfigError with the nearest known architecture and the differences, and for a ``model_type`` of another
+    model.
+    """
+    named = list(checked("architectures", hf_config.get("architectures")) or [])
+    model_type = checked("model_type", hf_config.get("model_type"))
+    for name in named:
+        if name in FAMILIES:
+            _require_type(hf_config, FAMILIES[name], model_type)
+            return FAMILIES[name]
+    if not named:
+        for family in FAMILIES.values():
+            if family.model_type == model_type:
+                return family
+    got = ", ".join(named) or f"model_type {model_type!r}"
+    raise ConfigError(
+        f"config.json has {got}, which is not known here{why_unknown(named)}: "
+        f"{describe_nearest(hf_config, FAMILIES.values())} (`selfdistill convert --list` shows what converts)"
+    )
+
+
+def _require_type(hf_config: Mapping[str, Any], family: Family, model_type: str | None) -> None:
+    """Raise ConfigError if transformers, which goes by ``model_type``, takes another class than that of ``family``.
+
+    A model with code of its own (``auto_map``) may have a type of its own.
+    """
+    if model_type in (None, family.model_type, *family.published_types):
+        return
+    others = [other.architecture for other in FAMILIES.values() if other.model_type == model_type]
+    if hf_config.get("auto_map") and not others:
+        return
+    instead = f", or {others[0]} in architectures" if others else ""
+    raise ConfigError(
+        f"config.json has {family.architecture} in architectures and model_type={model_type!r}, by which transformers "
+        f"chooses another model: expected model_type={family.model_type!r}{instead}"
+    )
+
+
+def text_config(hf_config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the config.json of the text model, which is ``hf_config`` itself for a model without further parts."""
+    family = family_of(hf_config)
+    return hf_config if family.text_config is None else family.text_config(hf_config)
+
+
+def family_of_model(model: ModelConfig) -> Family:
+    """Return the first family whose config.json can describe ``model`` completely.
+
+    Raises: ConfigError with the nearest family and the properties that it cannot describe.
+    """
+    unlike: list[tuple[int, str]] = []
+    for family in FAMILIES.values():
+        try:
+            differing = differences(family.model_config(family.describe(model)), model)
+        except ConfigError:
+            continue
+        if not differing:
+            return family
+        unlike.append((len(differing), f"{family.architecture}, {describe_differences(differing)}"))
+    nearest = f" (nearest: {min(unlike)[1]})" if unlike else ""
+    raise ConfigError(f"no known Hugging Face architecture is this model{nearest}")
+
+
+def check_names(rules: Iterable[Rule], hf_names: Iterable[str]) -> list[Rule]:
+    """Return the rules for a directory with the tensors ``hf_names``, without absent passthrough layers.
+
+    The directory may also have the scales of FP8 weights (``..._scale_inv``), inverse frequencies and `TIED`.
+
+    Raises: ConfigError with the first missing and the first unexpected tensors.
+    """
+    found = set(hf_names)
+    rules = without_absent_layers(rules, found)
+    mapped = {name for rule in rules for name in rule.hf_names}
+    expected = mapped | {name + _SCALES for name in mapped}
+    expected |= {tied_output_layer(name) for name in mapped if name.endswith(TIED[1])}
+    missing = sorted(mapped - found)
+    extra = sorted(name for name in found - expected if not name.endswith("rotary_emb.inv_freq"))
+    faults = [f"{name} is missing" for name in missing] + [f"{name} is unexpected" for name in extra]
+    _raise_first(faults)
+    return rules
+
+
+def tied_output_layer(embedding: str) -> str:
+    """Return the name of the output layer that shares its weights with the embedding of this name (`TIED`)."""
+    return embedding.removesuffix(TIED[1]) + TIED[0]
+
+
+def check_counts(family: Family, hf_config: Mapping[str, Any], names: Collection[str]) -> None:
+    """Raise ConfigError for a config.json with more layers or experts than tensors, before they are enumerated."""
+    if family.text_config is not None:
+        hf_config = family.text_config(hf_config)
+    counted = _COUNTED[:1] if family.tensor_names.fused else _COUNTED
+    for name in counted:
+        count = checked(name, hf_config[name]) if hf_config.get(name) is not None else 0
+        if count > len(names):
+            raise ConfigError(
+                f"config.json has {name}={count}, but only {len(names)} tensors: expected at least one for each"
+            )
+
+
+def check_shapes(rules: Iterable[Rule], hf_shapes: Mapping[str, Iterable[int]]) -> None:
+    """Raise ConfigError with the first differences unless every tensor has the shape of its rule."""
+    faults = []
+    for rule in rules:
+        for name, shape in zip(rule.hf_names, rule.hf_shapes, strict=True):
+            if tuple(hf_shapes[name]) != shape:
+                faults.append(f"{name} has shape {list(hf_shapes[name])}, expected {list(shape)}")
+    _raise_first(faults)
+
+
+def without_absent_layers(rules: Iterable[Rule], names: Iterable[str]) -> list[Rule]:
+    """Return ``rules`` without the passthrough layers that have no tensor in ``names``, and without their copies.
+
+    ``names``: Hugging Face names, or keys of a checkpoint.  transformers saves ``num_nextn_predict_layers`` in
+    config.json, but not those layers.  GLM-4.6 omits the tensors of such a layer that copy the model's own
+    (`Rule.may_be_absent`), each of which stays only where ``names`` has it.
+    """
+    rules, found = list(rules), set(names)
+    present = {
+        passthrough_layer(rule.hf_names[0])
+        for rule in rules
+        if rule.is_passthrough and (rule.megatron.key in found or found.intersection(rule.hf_names))
+    }
+
+    def stays(rule: Rule) -> bool:
+        if rule.may_be_absent:
+            return rule.megatron.key in found or bool(found.intersection(rule.hf_names))
+        return not rule.is_passthrough or passthrough_layer(rule.hf_names[0]) in present
+
+    return [rule for rule in rules if stays(rule)]
+
+
+def _raise_first(faults: list[str]) -> None:
+    if faults:
+        raise ConfigError(f"the tensors do not fit this model: {first_few(faults)}")
+
+
+def why_unknown(named: Iterable[str]) -> str:
+    """Return in brackets why one of the architectures ``named`` is unknown; empty where no reason is known."""
+    for one in named:
+        for names, reason in _REASONS.items():
+            if one in names.split():
+                return f" ({reason})"
+    return ""
+
+
+def describe_nearest(hf_config: Mapping[str, Any], families: Iterable[Family]) -> str:
+    """Return a sentence with the family that differs least from a config.json, and the differences.
+
+    A difference is a field that the family does not read, unless it is null, false or empty; the message with which the
+    family refuses the config.json; and experts, where only one of the two has them.
+    """
+    named = " ".join(hf_config.get("architectures") or [str(hf_config.get("model_type"))])
+    found = []
+    for family in families:
+        differences = _differences(hf_config, family)
+        unlike = 1 - difflib.SequenceMatcher(None, named, family.architecture).ratio()
+        found.append((len(differences), unlike, family.architecture, differences))
+    _, _, nearest, differences = min(found)
+    what = first_few(differences, ", ") if differences else "its tensors or its code, not its fields"
+    return f"the nearest is {nearest}, from which it differs in {what}"
+
+
+def _differences(hf_config: Mapping[str, Any], family: Family) -> list[str]:
+    config, refusal = HFConfig(family.architecture, hf_config, family.defaults), []
+    try:
+        family.read(config)
+    except ConfigError as error:
+        refusal = [f"what {family.architecture} refuses ({error})"]
+    known = config.asked | family.defaults.keys() | _WITHOUT_LOGITS | _ALWAYS_READ
+    fields = [f"{name}={shown(value)}" for name, value in sorted(hf_config.items()) if name not in known and value]
+    experts = [any("expert" in name for name in keys) for keys in (hf_config, family.defaults)]
+    return fields + (["experts"] if experts[0] != experts[1] else []) + refusal

@@ -1,0 +1,112 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The family MiniMax-M2: a sigmoid router with biases, norms over all heads, and rotary positions in some channels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.config_fields import checked
+from megatron_selfdistill.interop.hf.decoder import TensorNames
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.experts import require_experts
+from megatron_selfdistill.interop.hf.family import Family, HFConfig
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.interop.hf.rules import Rule, renamed
+from megatron_selfdistill.interop.hf.sigmoid_router import ROUTER_FIELDS, ROUTER_KEYS, require_normalised
+
+_ALWAYS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "attention_bias": ((False, None), "MiniMaxM2ForCausalLM has no biases in attention"),
+    "scoring_func": (("sigmoid", None), "MiniMaxM2ForCausalLM always takes the sigmoid of the scores"),
+    "use_routing_bias": ((True, None), "MiniMaxM2ForCausalLM always chooses experts with biases"),
+    "use_qk_norm": ((True, None), "MiniMaxM2ForCausalLM always normalises queries and keys"),
+    "qk_norm_type": (("per_layer", None), "MiniMaxM2ForCausalLM always normalises all heads together (per_layer)"),
+    "shared_intermediate_size": ((0, None), "MiniMaxM2ForCausalLM has no shared experts"),
+    "sliding_window": ((None,), "MiniMaxM2ForCausalLM has no sliding window"),
+}
+"""The fields that the code of transformers does not read, with the values that say what the code does."""
+
+
+def _read(config: HFConfig) -> ModelConfig:
+    for name, (allowed, otherwise) in _ALWAYS.items():
+        config.require(name, allowed, otherwise)
+    if any(kind != 1 for kind in config["attn_type_list"] or ()):
+        raise ConfigError("config.json has an attn_type_list with other layers than 1, which is softmax attention")
+    require_normalised(config)
+    return read_common(
+        config,
+        qk_layernorm_all_heads=True,
+        num_moe_experts=config["num_local_experts"],
+        moe_router_topk=config["num_experts_per_tok"],
+        moe_ffn_hidden_size=config["intermediate_size"],
+        transformer=dict(ROUTER_KEYS),
+        **ROUTER_FIELDS,
+        **rotary_fields(read_rope(_with_share(config), partial=True), config),
+    )
+
+
+def _with_share(config: HFConfig) -> HFConfig:
+    """Return ``config`` with ``rotary_dim`` as a share of the channels, where no ``partial_rotary_factor`` is given.
+
+    Raises: ConfigError where both are given and differ, because programs disagree on which of them counts.
+    """
+    width, channels = config["rotary_dim"], config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+    if width is None:
+        return config
+    within = (config["rope_parameters"] or {}).get("partial_rotary_factor")
+    given = checked("partial_rotary_factor", within, config.owner, "rope_parameters")
+    if given is None and "partial_rotary_factor" in config.values:
+        given = config["partial_rotary_factor"] or 1.0  # transformers takes null for all channels
+    if given is not None and int(channels * given) != width:
+        raise ConfigError(
+            f"config.json has rotary_dim={width} and partial_rotary_factor={given}, which is {int(channels * given)} "
+            f"of {channels} channels: keep one of them"
+        )
+    share = {**config.values, "partial_rotary_factor": width / channels if given is None else given}
+    return HFConfig(config.architecture, share, config.defaults)
+
+
+def _write(arch: dict[str, Any]) -> dict[str, Any]:
+    require_experts(arch)
+    return {
+        **write_common(arch),
+        **write_rotary(arch),
+        "rotary_dim": int(arch["kv_channels"] * arch["rotary_percent"]),
+        "num_local_experts": arch["num_moe_experts"],
+        "num_experts_per_tok": arch["moe_router_topk"],
+        "intermediate_size": arch["moe_ffn_hidden_size"],
+        "scoring_func": "sigmoid",
+        "use_routing_bias": True,
+        "use_qk_norm": True,
+        "qk_norm_type": "per_layer",
+        "attn_type_list": [1] * arch["num_layers"],
+    }
+
+
+def _rename(rule: Rule) -> Rule:
+    return renamed(rule, {".gate.e_score_correction_bias": ".e_score_correction_bias"})
+
+
+MINIMAX_M2 = Family(
+    "MiniMaxM2ForCausalLM",
+    "minimax_m2",
+    _read,
+    _write,
+    COMMON_DEFAULTS
+    | {
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 5000000.0,
+        "rotary_dim": None,
+        "num_local_experts": 256,
+        "num_experts_per_tok": 8,
+        "attn_type_list": None,
+        **dict.fromkeys(_ALWAYS.keys() - COMMON_DEFAULTS.keys()),
+    },
+    TensorNames(block="block_sparse_moe", gate="w1", up="w3", down="w2"),
+    models="MiniMax-M2 and M2.1",
+    limits="`scoring_func=sigmoid`, `use_routing_bias=true`, `qk_norm_type=per_layer`, no shared experts; one of "
+    "`rotary_dim` and `partial_rotary_factor`",
+    adapt=_rename,
+)

@@ -1,0 +1,194 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The families Qwen3-Next and Qwen3.5 (text): gated delta nets between layers of gated attention, and partial RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.decoder import TensorNames
+from megatron_selfdistill.interop.hf.dense import COMMON_DEFAULTS, read_common, write_common
+from megatron_selfdistill.interop.hf.experts import softmax_router, sparse_layers, write_expert_sizes, write_experts
+from megatron_selfdistill.interop.hf.family import Family, HFConfig
+from megatron_selfdistill.interop.hf.rope import read_rope, rotary_fields, write_rotary
+from megatron_selfdistill.interop.hf.sigmoid_router import require_normalised
+from megatron_selfdistill.interop.hf.sliding_windows import FULL, LINEAR
+
+_SIZES = (
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
+"""The sizes of gated delta nets, by the same names in config.json and in Megatron."""
+
+_ZERO_CENTRED = {"layernorm_zero_centered_gamma": True, "attention_output_gate": True}
+
+
+_Experts = Callable[[HFConfig], tuple[dict[str, Any], dict[str, Any]]]
+"""A function from a config.json to fields of `ModelConfig` and keys of ``model.transformer``."""
+
+
+def _reader(experts: _Experts | None = None) -> Callable[[HFConfig], ModelConfig]:
+    """Return the reader of a family; ``experts`` reads the mixture of experts, None is a family without experts."""
+
+    def read(config: HFConfig) -> ModelConfig:
+        config.require("attention_bias", (False, None), "biases are not known here")
+        config.require("attn_output_gate", (True, None), "transformers has an output gate in every layer of attention")
+        linear = _linear_layers(config)
+        transformer: dict[str, Any] = dict(_ZERO_CENTRED)
+        if any(linear):
+            transformer |= {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": linear}
+            transformer |= {name: config[name] for name in _SIZES}
+        # mrope_section changes nothing for text, whose three positions are equal.
+        fields: dict[str, Any] = {"qk_layernorm": True, **rotary_fields(read_rope(config, partial=True), config)}
+        fields["num_passthrough_mtp_layers"] = config["num_nextn_predict_layers"] or 0
+        if experts is not None:
+            of_experts, keys = experts(config)
+            fields |= of_experts
+            transformer |= keys
+        return read_common(config, transformer=transformer, **fields)
+
+    return read
+
+
+def _linear_layers(config: HFConfig) -> list[int]:
+    """Return 1 for each layer with a gated delta net and 0 for each layer with attention."""
+    num_layers, kinds = config["num_hidden_layers"], config["layer_types"]
+    if kinds is None:
+        interval = config["full_attention_interval"]
+        return [int((layer + 1) % interval != 0) for layer in range(num_layers)]
+    known = {LINEAR: 1, FULL: 0}
+    if len(kinds) != num_layers or not set(kinds) <= known.keys():
+        raise ConfigError(
+            f"config.json of {config.architecture} has layer_types={kinds}: expected linear_attention or "
+            f"full_attention for each of the {num_layers} layers"
+        )
+    return [known[kind] for kind in kinds]
+
+
+def _experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return fields and keys of a mixture of experts in every layer."""
+    fields = {
+        "num_moe_experts": config["num_experts"],
+        "moe_router_topk": config["num_experts_per_tok"],
+        "moe_ffn_hidden_size": config["moe_intermediate_size"],
+    }
+    width = config["shared_expert_intermediate_size"]
+    return fields, {"moe_shared_expert_intermediate_size": width, "moe_shared_expert_gate": True}
+
+
+def _normalised_experts(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `_experts` for Qwen3.5, where the chosen probabilities sum to 1."""
+    require_normalised(config)
+    return _experts(config)
+
+
+def _experts_of_some_layers(config: HFConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return `_experts` for Qwen3-Next, where layers may be dense and the chosen probabilities may sum to less."""
+    otherwise = " (mlp_only_layers, decoder_sparse_step): this family is known with experts only"
+    layers = sparse_layers(config, otherwise)
+    fields, keys = _experts(config)
+    return fields, keys | layers | softmax_router(config)
+
+
+def _writer(
+    experts: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Return the function from an architecture to config.json: the inverse of `_reader`."""
+
+    def write(arch: dict[str, Any]) -> dict[str, Any]:
+        if (experts is None) != (arch["num_moe_experts"] is None):
+            raise ConfigError(f"this model has {'' if experts is None else 'no '}experts")
+        linear = arch["linear_attention_freq"] or [0] * arch["num_layers"]
+        rotary = write_rotary(arch)
+        config = write_common(arch) | {
+            "attention_bias": False,
+            "num_nextn_predict_layers": arch["num_passthrough_mtp_layers"],
+            "layer_types": [LINEAR if is_linear else FULL for is_linear in linear],
+            "rope_parameters": {
+                **(rotary["rope_scaling"] or {"rope_type": "default"}),
+                "rope_theta": rotary["rope_theta"],
+                "partial_rotary_factor": arch["rotary_percent"],
+            },
+        }
+        if arch["linear_attention_freq"] is not None:
+            config |= {name: arch[name] for name in _SIZES}
+        return config | ({} if experts is None else experts(arch))
+
+    return write
+
+
+def _write_experts(arch: dict[str, Any]) -> dict[str, Any]:
+    return write_expert_sizes(arch) | _write_shared_expert(arch)
+
+
+def _write_experts_of_some_layers(arch: dict[str, Any]) -> dict[str, Any]:
+    return write_experts(arch) | _write_shared_expert(arch)
+
+
+def _write_shared_expert(arch: dict[str, Any]) -> dict[str, Any]:
+    return {"shared_expert_intermediate_size": arch["moe_shared_expert_intermediate_size"]}
+
+
+_DEFAULTS = COMMON_DEFAULTS | {
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "full_attention_interval": 4,
+    "attn_output_gate": None,
+    "num_nextn_predict_layers": 1,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+_EXPERT_DEFAULTS = {
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": None,
+}
+
+_LIMITS = (
+    "no biases; no YaRN; no context parallelism; "
+    "the module for multi-token prediction is kept for the way back and not trained"
+)
+
+QWEN3_NEXT = Family(
+    "Qwen3NextForCausalLM",
+    "qwen3_next",
+    _reader(_experts_of_some_layers),
+    _writer(_write_experts_of_some_layers),
+    _DEFAULTS | _EXPERT_DEFAULTS | {"intermediate_size": 5632},
+    TensorNames(shared="shared_expert", mtp="mtp"),
+    models="Qwen3-Next-80B-A3B",
+    limits=_LIMITS,
+)
+QWEN3_5 = Family(
+    "Qwen3_5ForCausalLM",
+    "qwen3_5_text",
+    _reader(),
+    _writer(),
+    _DEFAULTS | {"num_key_value_heads": 4},
+    TensorNames(fused_projections=False, mtp="mtp"),
+    models="text models of Qwen3.5",
+    limits="as Qwen3-Next; a directory with `Qwen3_5ForConditionalGeneration` is refused",
+)
+QWEN3_5_MOE = Family(
+    "Qwen3_5MoeForCausalLM",
+    "qwen3_5_moe_text",
+    _reader(_normalised_experts),
+    _writer(_write_experts),
+    _DEFAULTS | _EXPERT_DEFAULTS | {"num_experts": 256, "num_experts_per_tok": 8, "intermediate_size": 512},
+    TensorNames(shared="shared_expert", fused_projections=False, mtp="mtp"),
+    models="text models of Qwen3.5 with experts",
+    limits="as Qwen3-Next; a directory with `Qwen3_5MoeForConditionalGeneration` is refused",
+)

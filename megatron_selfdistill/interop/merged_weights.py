@@ -1,0 +1,233 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Merge adapters into their base: W + scale * B A, computed in float32 and rounded once.
+
+A merged weight of bf16 has eight significant bits: an update below half a unit in the last place is lost.  The number
+of elements that rounding left as they were is reported.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.describe import hf_assets_of
+from megatron_selfdistill.interop.formats.full_weights import (
+    Weights,
+    open_weights,
+    raise_misfit,
+    require_rank_of_factors,
+    verify_checksums,
+    weight_shapes,
+)
+from megatron_selfdistill.interop.formats.stored_adapters import (
+    StoredAdapters,
+    base_digest,
+    read_stored_adapters,
+    require_adapters,
+)
+from megatron_selfdistill.interop.formats.tensor_names import Place, places, shown
+from megatron_selfdistill.interop.formats.torch_dist import Piece, TorchDistReader
+from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules, factor_key, is_adapter_key
+from megatron_selfdistill.interop.hf.rules import Rule
+from megatron_selfdistill.interop.release import FiniteCheck, Progress, write_release
+
+
+class Merge:
+    """The sum of weights and adapters with one scale, and the count of the elements that rounding left unchanged."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+        self.num_elements = self.num_unchanged = 0
+
+    def merged(self, weight: Tensor, a: Tensor, b: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Return ``weight + scale * b @ a`` in ``dtype``; null keeps the type of the weight.
+
+        Shapes: weight [out, in], a [r, in], b [out, r].
+        """
+        exact = torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scale)
+        result = exact.to(dtype or weight.dtype)
+        self.num_elements += weight.numel()
+        self.num_unchanged += int((result == weight).sum())
+        return result
+
+    def __str__(self) -> str:
+        share = self.num_unchanged / max(self.num_elements, 1)
+        return f"adapters are merged: rounding left {share:.1%} of the elements of the adapted layers as they were"
+
+
+class MergedWeights:
+    """The `Weights` of a base with adapters merged into it."""
+
+    def __init__(
+        self, base: Weights, adapters: Weights, settings: StoredAdapters, dtype: torch.dtype | None = None
+    ) -> None:
+        """Merge while tensors are read; ``dtype``: the type of merged weights; null keeps that of the base's."""
+        self.path, self.format, self.iteration = adapters.path, base.format, adapters.iteration
+        self.args = base.args if base.args is not None else adapters.args
+        self.merge = Merge(settings.settings.scale)
+        self._base, self._adapters, self._settings, self._dtype = base, adapters, settings.settings, dtype
+        self._factors: dict[Place, tuple[Rule, Rule]] = {}
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of the stored embedding, including padding."""
+        return self._base.num_rows
+
+    @property
+    def num_passthrough_layers(self) -> int:
+        """The number of multi-token-prediction layers that the base keeps for conversions."""
+        return self._base.num_passthrough_layers
+
+    @property
+    def passthrough(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that the base keeps for conversions, by their Hugging Face names."""
+        return self._base.passthrough
+
+    def holds(self, rule: Rule) -> bool:
+        """Return whether the base holds the tensor of ``rule``."""
+        return self._base.holds(rule)
+
+    def check_shapes(self, rules: Sequence[Rule]) -> None:
+        """Raise CheckpointError with the first differences unless base and factors match ``rules``."""
+        self._base.check_shapes(rules)
+        factors = adapter_rules(rules, self._settings)
+        self._adapters.check_shapes(factors)
+        for a, b in zip(factors[::2], factors[1::2], strict=True):
+            self._factors[a.megatron.key, a.megatron.index] = (a, b)
+
+    def dtype(self, rule: Rule) -> torch.dtype:
+        """Return the type of the tensor of ``rule`` without a further conversion."""
+        return self._base.dtype(rule)
+
+    def read(self, rule: Rule) -> Tensor:
+        """Return the tensor of ``rule``, without padding, merged where it has an adapter; call `check_shapes` first."""
+        weight = self._base.read(rule)
+        factors = self._factors.get((factor_key(rule.megatron.key, "a"), rule.megatron.index))
+        if factors is None:
+            return weight
+        a, b = (self._adapters.read(factor) for factor in factors)
+        return self.merge.merged(weight, a, b, self._dtype)
+
+    def sizes(self) -> dict[torch.dtype, int]:
+        """Return the number of elements of the model's tensors by type, including padding."""
+        return self._base.sizes()
+
+
+def open_merged_weights(
+    path: Path,
+    iteration: int | None = None,
+    *,
+    base: Path | None = None,
+    dtype: torch.dtype | None = None,
+    report: Callable[[str], None] = lambda _: None,
+) -> Weights:
+    """Return the weights of the checkpoint at ``path``, with their adapters merged, after a check of all checksums.
+
+    ``path`` and ``iteration``: as for `open_weights`.  ``base``: the place of the base, where it has moved.  ``dtype``:
+    the type in which merged weights are wanted.
+    Raises: CheckpointError for a missing or corrupt checkpoint, and for another base than that of the adapters.
+    """
+    weights = open_weights(path, iteration)
+    adapters = read_stored_adapters(weights.path)
+    verify_checksums(weights, report)
+    if adapters is None:
+        if base is not None:
+            raise CheckpointError(f"{weights.path} holds full weights, which have no base: leave out --base")
+        return weights
+    return MergedWeights(_opened_base(adapters, base, report), weights, adapters, dtype)
+
+
+def merge_adapters(
+    megatron: Path,
+    out: Path,
+    *,
+    iteration: int | None = None,
+    base: Path | None = None,
+    allow_non_finite: bool = False,
+    progress: Progress | None = None,
+) -> Path:
+    """Write the checkpoint of adapters at ``megatron``, merged into its base, as a checkpoint; return ``out/release``.
+
+    The result has the tensors of the base under their keys and in their types, without optimizer state.  ``base``: the
+    place of the base, where it has moved.  Memory: one tensor of one layer in float32.
+
+    Raises: CheckpointError before anything is written; for weights that are not finite and OSError, while it writes.
+    """
+    progress = progress or Progress()
+    weights = open_weights(megatron, iteration)
+    adapters = require_adapters(weights.path)
+    verify_checksums(weights, progress.report)
+    opened = _opened_base(adapters, base, progress.report)
+    if opened.format != "torch_dist":
+        raise CheckpointError(
+            f"{opened.path} is in the legacy format: merge with megatron-to-hf, and convert the result with "
+            "hf-to-megatron"
+        )
+    source, factors = TorchDistReader(opened.path), TorchDistReader(weights.path)
+    require_rank_of_factors(weights.path, weight_shapes(factors), adapters.settings.rank)
+    merge = Merge(adapters.settings.scale)
+    finite = FiniteCheck(str(weights.path), allow_non_finite, progress)
+    pieces = _merged_pieces(source, factors, merge, finite)
+    objects = [key for key in source.objects if "_extra_state" in key]
+    assets = hf_assets_of(opened.path) or hf_assets_of(weights.path)
+    target = write_release(out, pieces, opened.args, empty_objects=objects, assets=assets, progress=progress)
+    progress.report(str(merge))
+    return target
+
+
+def _opened_base(adapters: StoredAdapters, base: Path | None, report: Callable[[str], None]) -> Weights:
+    """Return the weights of the base, after a comparison of its digest and a check of its checksums."""
+    place = adapters.base_place(None if base is None else str(base), "--base")
+    adapters.require_base(base_digest(place), place, "--base")
+    weights = open_weights(place)
+    verify_checksums(weights, report)
+    return weights
+
+
+def _merged_pieces(source: TorchDistReader, factors: TorchDistReader, merge: Merge, finite: FiniteCheck) -> list[Piece]:
+    """Return the pieces of the merged checkpoint, one per layer and expert, without reading tensors."""
+    unused = {key: math.prod(shape[:-2]) for key, shape in weight_shapes(factors).items() if is_adapter_key(key)}
+    pieces = []
+    for key, shape in weight_shapes(source).items():
+        leading = shape[:-2] if len(shape) > 2 else ()
+        for index in itertools.product(*map(range, leading)):
+            read: Callable[[], Tensor] = functools.partial(source.read, key, index)
+            a, b = (_factor_place(factors, key, index, name) for name in "ab")
+            if a is not None and b is not None:
+                unused[a[0]] -= 1
+                unused[b[0]] -= 1
+                read = functools.partial(_merged, read, factors, (a, b), merge, finite, shown(key, index))
+            offset, sizes = (*index, *(0 for _ in shape[len(leading) :])), (*(1 for _ in index), *shape[len(leading) :])
+            make = functools.partial(_reshaped, read, sizes)
+            pieces.append(Piece(key, shape, offset, sizes, source.dtype(key), make))
+    faults = [f"{key} is unexpected" for key, count in sorted(unused.items()) if count]
+    raise_misfit(factors.directory, faults)
+    return pieces
+
+
+def _factor_place(factors: TorchDistReader, key: str, index: tuple[int, ...], name: str) -> Place | None:
+    candidates = places(factor_key(key, name), index)
+    return next((place for place in candidates if place[0] in factors.shapes), None)
+
+
+def _merged(
+    read: Callable[[], Tensor],
+    factors: TorchDistReader,
+    pair: tuple[Place, Place],
+    merge: Merge,
+    finite: FiniteCheck,
+    name: str,
+) -> Tensor:
+    a, b = (factors.read(*place) for place in pair)
+    return finite.checked(name, merge.merged(read(), a, b))
+
+
+def _reshaped(read: Callable[[], Tensor], sizes: tuple[int, ...]) -> Tensor:
+    return read().reshape(sizes)

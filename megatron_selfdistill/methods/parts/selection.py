@@ -1,0 +1,112 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The selection among the responses of a step by a function of the user."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from megatron_selfdistill.config import function_named
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.records import NO_TEXT, is_text
+from megatron_selfdistill.data.tokenizer import Tokenizer
+from megatron_selfdistill.evaluation.verify import judged_in_order
+from megatron_selfdistill.rollout.base import Response, response_text
+from megatron_selfdistill.sources.method import MethodTools
+from megatron_selfdistill.sources.rollouts import Rollout
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.distributed.ranks import RankGrid
+
+
+GroupFunction = Callable[[Problem, Sequence[tuple[str, float]]], Sequence[str | None]]
+"""A function ``function(problem, responses)`` of a problem and of the text and the reward of each response to it.
+
+The result holds one text or None for each response, in their order.  Equal arguments must give equal results.
+"""
+
+HintFunction = GroupFunction
+"""A `GroupFunction` (``method.hints``) that returns what the teacher of each response sees; None is no hint."""
+
+SelectFunction = GroupFunction
+"""A `GroupFunction` (``method.select``) that returns the text to train on in place of each response; None drops it."""
+
+
+def of_groups(
+    function: GroupFunction,
+    name: str,
+    rollouts: Sequence[Rollout],
+    tokenizer: Tokenizer,
+    grid: RankGrid,
+    *,
+    keeps_texts: str | None = None,
+) -> list[str | None]:
+    """Return the text that ``function`` gives to each of this replica's rollouts, equal on all ranks of the replica.
+
+    The function sees every response without its stop token and without special tokens, also a truncated response.  The
+    ranks share the groups, so that no group is judged twice.  ``name``: what messages call the function.
+    ``keeps_texts``: the reason why a text must be that of its response; None allows other texts.
+    Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function failed,
+    or returned anything but one text or None for each response.
+    """
+    texts = [response_text(rollout.response, tokenizer) for rollout in rollouts]
+    groups: dict[int, list[int]] = {}
+    for i, rollout in enumerate(rollouts):
+        groups.setdefault(rollout.group, []).append(i)
+    questions = [
+        (rollouts[members[0]].problem, [(texts[i], rollouts[i].reward or 0.0) for i in members])
+        for members in groups.values()
+    ]
+
+    def checked(problem: Problem, responses: list[tuple[str, float]]) -> list[str | None]:
+        found = function(problem, list(responses))
+        _check(found, responses, keeps_texts)
+        return list(found)
+
+    judged = judged_in_order(questions, checked, grid, name)
+    results: list[str | None] = [None] * len(rollouts)
+    for members, found in zip(groups.values(), judged, strict=True):
+        for i, text in zip(members, found, strict=True):
+            results[i] = text
+    return results
+
+
+def _check(found: object, responses: Sequence[tuple[str, float]], keeps_texts: str | None) -> None:
+    expected = f"expected one text or None for each of {len(responses)} responses"
+    if not isinstance(found, (list, tuple)):
+        raise ValueError(f"{expected}, got a value of type {type(found).__name__}")
+    strange = [item for item in found if item is not None and not isinstance(item, str)]
+    if strange:
+        raise ValueError(f"{expected}, got a value of type {type(strange[0]).__name__}")
+    if not is_text(found):
+        raise ValueError(NO_TEXT)
+    if len(found) != len(responses):
+        raise ValueError(f"{expected}, got {len(found)}")
+    edited = any(item not in (None, text) for item, (text, _) in zip(found, responses, strict=True))
+    if keeps_texts is not None and edited:
+        raise ValueError(f"expected each text as it is or None, since {keeps_texts}, got an edited text")
+
+
+def selected_by_function(name: str, rollouts: Sequence[Rollout], tools: MethodTools) -> list[Rollout]:
+    """Return the rollouts that stay, in their order, with the texts that the function ``name`` returned.
+
+    An edited response consists of the tokens of its text and a stop token, keeps its reward, and has no log-probs of
+    the sampler; an edited response that is longer than rollout.max_new_tokens is dropped.  Where a key needs the
+    sampler's log-probs, no response may be edited.
+    Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function failed,
+    returned anything but one text or None for each response, or edited a text that must stay.
+    """
+    tokenizer, key = tools.run_data.tokenizer, tools.config.sampled_log_probs_key
+    reason = None if key is None else f"{key} compares p with the probability that the sampled text had"
+    function = function_named("method.select", name, {})
+    texts = of_groups(function, "selection function", rollouts, tokenizer, tools.grid, keeps_texts=reason)
+    kept = []
+    for rollout, text in zip(rollouts, texts, strict=True):
+        if text == response_text(rollout.response, tokenizer):
+            kept.append(rollout)
+        elif text is not None:
+            token_ids = [*tokenizer.encode(text), tools.run_data.stop_token_ids[0]]
+            if len(token_ids) <= tools.config.rollout.max_new_tokens:
+                kept.append(replace(rollout, response=Response.unsampled(token_ids)))
+    return kept

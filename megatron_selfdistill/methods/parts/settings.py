@@ -1,0 +1,153 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The settings that several methods share, and the checks that bind them to other keys.  Importing needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from megatron_selfdistill.config.functions import function_named
+from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.method_config import MEASURED, SAMPLED, MethodSettings
+from megatron_selfdistill.config.schema.ranges import DottedPath, NonNegativeFloat, OneOf, PositiveFloat, Share
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.config import Config
+
+SIGNALS = ("full", "sampled", "advantage")
+"""Values of method.signal."""
+ADVANTAGE_STDS = ("sample", "population", "none")
+"""Values of method.advantage_std."""
+CREDITS = ("episode", "turn")
+"""Values of method.credit."""
+
+
+@dataclass(frozen=True)
+class RewardSettings(MethodSettings):
+    """The reward of a response."""
+
+    reward: DottedPath | None = None
+    """Dotted path of a function ``reward(response_text, problem)`` that returns a finite number.  A response with a
+    reward of at least 0.5 counts as right, and a truncated response has 0.  Null is the reward of the environment,
+    where there is one, and otherwise 1 for a response that evaluation.verifier finds right, else 0."""
+
+    def require_start(self, config: Config) -> None:
+        """Raise `ConfigError` for a function that cannot be imported."""
+        super().require_start(config)
+        require_function("method.reward", self.reward)
+
+
+@dataclass(frozen=True)
+class SelectSettings(MethodSettings):
+    """The selection among the responses of a step by a function."""
+
+    select: DottedPath | None = None
+    """Dotted path of a function ``select(problem, responses)``, which gets the text and the reward of each response to
+    the problem and returns for each its text, another text, or None to drop it.  Null trains on all responses."""
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` where episodes of several turns would be compared."""
+        super().check(config)
+        if self.select is not None:
+            require_single_turn(config, "method.select")
+
+    def require_start(self, config: Config) -> None:
+        """Raise `ConfigError` for a function that cannot be imported."""
+        super().require_start(config)
+        require_function("method.select", self.select)
+
+
+@dataclass(frozen=True)
+class ClipSettings(MethodSettings):
+    """The bounds of the ratio p / mu that multiplies an advantage."""
+
+    clip_low: Share | None = 0.2
+    """Clip of PPO from below: a token with a negative advantage and p / mu < 1 - clip_low has no gradient; null clips
+    nothing."""
+    clip_high: NonNegativeFloat | None = 0.2
+    """Clip of PPO from above: a token with a positive advantage and p / mu > 1 + clip_high has no gradient; null clips
+    nothing."""
+    ratio_cap: NonNegativeFloat | None = None
+    """The largest p / mu that multiplies an advantage; null bounds nothing."""
+
+
+@dataclass(frozen=True)
+class AdvantageSettings(ClipSettings, RewardSettings):
+    """The policy gradient: each response's reward compared with the rewards of the other responses to its problem."""
+
+    weight: NonNegativeFloat = 1.0
+    """Weight of the advantages of rewards in the loss."""
+    advantage_std: Annotated[str, OneOf(ADVANTAGE_STDS)] = "sample"
+    """What divides the difference of a reward and the mean of its group: sample (the standard deviation with n - 1),
+    population (with n) or none (Dr. GRPO)."""
+    credit: Annotated[str, OneOf(CREDITS)] = "episode"
+    """What is compared in an environment of several turns: episode (the sum of the rewards of an episode, for each of
+    its responses) or turn (the return from a response on, with the responses of the same turn)."""
+    discount: Share = 1.0
+    """Factor by which a reward counts less for the turn before, under credit=turn."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.discount == 1 or self.credit == "turn",
+            f"method.discount={self.discount} discounts the rewards of later turns, but method.credit=episode adds all "
+            "rewards of an episode: set method.credit=turn",
+        )
+
+
+@dataclass(frozen=True)
+class DistillSettings(MethodSettings):
+    """The teacher's part in the loss of a response with a hint; a response without a hint has no such part."""
+
+    distill_weight: PositiveFloat = 1.0
+    """Weight of the teacher's part."""
+
+
+@dataclass(frozen=True)
+class SignalSettings(DistillSettings):
+    """The form of the teacher's part."""
+
+    signal: Annotated[str, OneOf(SIGNALS)] = "full"
+    """The form of the teacher's part: full (the divergence over the whole vocabulary), sampled (its form for the
+    sampled token: log q(y) - log p(y), times p / mu, as in the k3 estimator) or advantage (log q(y) - log mu(y) as an
+    advantage beside the reward's, which the clip holds).  The last two take another forward pass of teacher and student
+    per step."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the loss of a token is more than the divergence over the whole vocabulary with the weight 1."""
+        return self.needs.log_probs is not None or self.distill_weight != 1
+
+
+@dataclass(frozen=True)
+class DistillAndRewardSettings(SignalSettings, AdvantageSettings, SelectSettings):
+    """The teacher's part and the part of rewards in one loss."""
+
+    @property
+    def log_probs(self) -> str | None:
+        """The value of `Needs.log_probs` for these settings."""
+        if self.signal != "full":
+            return MEASURED
+        return SAMPLED if self.weight > 0 else None
+
+
+def require_function(key: str, name: str | None) -> None:
+    """Raise `ConfigError` where the function ``name`` of ``key`` cannot be imported."""
+    if name is not None:
+        function_named(key, name, {})
+
+
+def require_single_turn(config: Config, what: str) -> None:
+    """Raise `ConfigError` where ``what`` compares responses, but the environment has several turns."""
+    turns = config.environment.max_turns
+    require(
+        turns == 1,
+        f"{what} compares responses to one prompt, but with environment.max_turns={turns} the responses to a problem "
+        "follow different conversations: set environment.max_turns=1 or another method",
+    )
+
+
+def require_problems(config: Config, what: str) -> None:
+    """Raise `ConfigError` unless the records are problems."""
+    kind = config.data.kind
+    require(kind == "problems", f"{what} needs data.kind=problems, got {kind}")

@@ -1,0 +1,364 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Skill-SD: lessons of earlier responses to a problem, kept in a bank and shown to the teacher, beside rewards.
+
+Algorithm: The rewards are learned as in GRPO. Beside them there is a weak pull towards the current weights that see a
+skill: a lesson of an earlier response to the same problem. After each visit to a problem, the model itself (or
+method.summarizer) turns the best response into a skill, until the problem has method.keep skills. The student never
+sees a skill, and a response to a problem without a skill trains on its reward alone.
+
+Equation:
+
+    w = 0,   a = A rho with the clip of PPO (see grpo)  +  lambda rho (log q - log p);   lambda = .001
+    shown skill: the greatest  mean reward + c sqrt(ln N / n),   skills without a use first
+
+n counts the uses of a skill and N the uses of all skills of the problem; the mean reward is that of the responses to
+the problem when the skill was shown. lambda is method.distill_weight, and c is method.exploration. The second part of a
+is the gradient of the k3 estimator of KL(student || teacher). method.signal=full has the whole vocabulary in its place.
+
+Paper: Skill-SD (arXiv 2604.10674). The formula, lambda, the current weights as the teacher, the parts of a skill and
+the rule of choice come from descriptions of the paper that agree, and not from its code.
+
+Differences:
+- Ours are c = 1, 8 skills per problem, that no skill is written for a full bank, which response is summarized, the
+  wording, 8 responses, the advantages and the clip of GRPO, and that the model writes its own skills (published: an
+  external model).
+- The model writes a skill as a JSON object of success_analysis, mistake_analysis and golden_workflow
+  (method.summarizer_template); a reply without such an object is no skill. method.summarizer=your.module.summarize
+  names a function `summarize(problem, response_text, reward)` that returns a text or None.
+- The bank is in the checkpoint, and equal on all ranks in every layout.
+
+Command: The data need answers and no solutions.
+
+    selfdistill recipe=skill_sd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/skill_sd
+
+Expected: 100 steps of 4 x 8 responses on 100 problems raise the sampled accuracy from .32 to .80, where GRPO ends at
+.84 (docs/recipes/comparison.md).
+
+Cost: A step samples 8 responses per problem, one more response for each skill that is written, and measures student and
+teacher in one forward pass before it trains. No copy of the weights is needed.
+
+Known failure:
+- lambda = .01 over-regularises, and .0005 is too weak (published).
+- Responses of another policy, and a skill in the student's prompt, are worse (published).
+- A small model writes no JSON: look at `skills/count` and `hints/share`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from typing import TYPE_CHECKING, Annotated, Any
+
+from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config.schema.field_checks import require, require_slots
+from megatron_selfdistill.config.schema.method_config import LATER, Needs
+from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Text
+from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.data.prompts import filled, last_user_text
+from megatron_selfdistill.data.records import text_or_none
+from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
+from megatron_selfdistill.evaluation.verify import judged_in_order
+from megatron_selfdistill.methods.default import Metrics
+from megatron_selfdistill.methods.parts.asked_model import AskedModel, Inquiry, asked_model
+from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
+from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings, require_function
+from megatron_selfdistill.rollout.base import SamplingParams, response_text
+from megatron_selfdistill.sources.method import MethodTools
+from megatron_selfdistill.sources.rollouts import Rollout
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.config import Config
+
+TEACHER_TEMPLATE = (
+    "{problem}\n\nHere is what an earlier attempt at this problem has taught you:\n\n{solution}\n\n"
+    "Correctly solve the original question."
+)
+"""The teacher's wording where data.teacher_template is null."""
+
+SUMMARIZER_TEMPLATE = """\
+You have answered the problem below, and your answer has been rewarded with {reward} (1 is right, 0 is wrong).
+
+## Problem
+{problem}
+
+## Your answer
+{response}
+
+Write what a later attempt at this problem should know. Reply with one JSON object of three texts and nothing else:
+{"success_analysis": "what worked", "mistake_analysis": "what went wrong", "golden_workflow": "the steps to follow"}"""
+"""The request for a skill; ``method.summarizer_template`` replaces it."""
+
+PARTS = ("success_analysis", "mistake_analysis", "golden_workflow")
+"""The texts of a skill that the model writes."""
+
+
+@dataclass(frozen=True)
+class SkillSdSettings(DistillAndRewardSettings):
+    """The settings of Skill-SD."""
+
+    distill_weight: PositiveFloat = 0.001
+    """Weight of the teacher's part."""
+    signal: Annotated[str, OneOf(SIGNALS)] = "sampled"
+    """The form of the teacher's part: full (the divergence over the whole vocabulary), sampled (its form for the
+    sampled token) or advantage (log q - log mu as an advantage)."""
+    summarizer: Annotated[str, OneOf(("model",), or_dotted=True)] = "model"
+    """The writer of skills: model (the present weights, asked with summarizer_template) or the dotted path of a
+    function ``summarize(problem, response_text, reward) -> text or None``."""
+    summarizer_template: Text | None = None
+    """The request for a skill, with the slots {problem}, {response} and {reward}; it must ask for a JSON object with
+    the texts success_analysis, mistake_analysis and golden_workflow.  Null takes the wording in methods/skill_sd.py."""
+    keep: PositiveInt = 8
+    """Number of skills per problem in the bank; no further skill is written for a problem that has so many."""
+    exploration: NonNegativeFloat = 1.0
+    """Weight c of exploration in the choice of a skill: the skill with the greatest mean reward + c sqrt(ln N / n),
+    for n uses of the skill among N uses of all skills of the problem; skills without a use come first."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_slots("method.summarizer_template", self.summarizer_template, ("problem", "response", "reward"))
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs from the core."""
+        return Needs(
+            log_probs=self.log_probs,
+            rewards=True,
+            group_size=2 if self.weight > 0 else 1,
+            whole_step=True,
+            asks_model=self.summarizer == "model",
+            hint=LATER,
+        )
+
+    @property
+    def teacher_template(self) -> str | None:
+        """The teacher's wording where data.teacher_template is null."""
+        return TEACHER_TEMPLATE
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` where responses answer no problems."""
+        super().check(config)
+        kind = config.data.kind
+        require(kind == "problems", f"method.name=skill_sd keeps lessons about problems, not about {kind}")
+
+    def require_start(self, config: Config) -> None:
+        """Raise `ConfigError` for a function that cannot be imported."""
+        super().require_start(config)
+        require_function("method.summarizer", None if self.summarizer == "model" else self.summarizer)
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One lesson about a problem."""
+
+    text: str
+    step: int
+    """Optimizer steps done when the skill was written."""
+    uses: int = 0
+    """Number of visits to the problem in which the teacher saw the skill."""
+    total_reward: float = 0.0
+    """The sum over these visits of the mean reward of their responses."""
+
+
+@dataclass(frozen=True)
+class SkillBank:
+    """The skills of a run.  The bank is a value, the same on every rank of the world."""
+
+    keep: int
+    """The largest number of skills per problem."""
+    exploration: float
+    """The weight c of exploration in `chosen`."""
+    skills: Mapping[str, Sequence[Skill]] = field(default_factory=dict)
+    """Problem id -> its skills, oldest first."""
+
+    def chosen(self, problem_id: str) -> int | None:
+        """Return the index of the skill that the teacher sees next; None if the problem has no skill.
+
+        Skills without a use come first.  Otherwise it is the skill with the greatest mean reward + c sqrt(ln N / n),
+        for its n uses and the N uses of all skills of the problem.  Among equals the oldest one wins.
+        """
+        skills = self.skills.get(problem_id, ())
+        total = sum(skill.uses for skill in skills)
+
+        def worth(skill: Skill) -> float:
+            if not skill.uses:
+                return math.inf
+            bonus = self.exploration * math.sqrt(math.log(total) / skill.uses)
+            return skill.total_reward / skill.uses + bonus
+
+        return max(range(len(skills)), key=lambda i: worth(skills[i]), default=None)
+
+    def shown(self, problem_id: str) -> str | None:
+        """Return the text of the `chosen` skill; None if the problem has no skill."""
+        index = self.chosen(problem_id)
+        return None if index is None else self.skills[problem_id][index].text
+
+    def is_full(self, problem_id: str) -> bool:
+        """Return whether the problem has as many skills as the bank keeps."""
+        return len(self.skills.get(problem_id, ())) >= self.keep
+
+    def used(self, problem_id: str, index: int, reward: float) -> SkillBank:
+        """Return the bank after a visit in which the teacher saw skill ``index``, with the mean reward of the visit."""
+        skills = list(self.skills[problem_id])
+        skill = skills[index]
+        skills[index] = replace(skill, uses=skill.uses + 1, total_reward=skill.total_reward + reward)
+        return replace(self, skills={**self.skills, problem_id: skills})
+
+    def with_skill(self, problem_id: str, text: str, step: int) -> SkillBank:
+        """Return the bank with another skill; a full bank, and a bank with this text, stay as they are."""
+        skills = self.skills.get(problem_id, ())
+        if self.is_full(problem_id) or any(skill.text == text for skill in skills):
+            return self
+        return replace(self, skills={**self.skills, problem_id: [*skills, Skill(text, step)]})
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the skills as plain values."""
+        return {name: [asdict(skill) for skill in skills] for name, skills in self.skills.items()}
+
+    def restored(self, state: Mapping[str, Any]) -> SkillBank:
+        """Return this bank with the skills of ``state``, which `state_dict` returned."""
+        return replace(self, skills={name: [Skill(**skill) for skill in skills] for name, skills in state.items()})
+
+
+@dataclass(frozen=True)
+class SkillSd(HintedLater):
+    """Skill-SD: the teacher sees a skill from the bank; the student never sees a skill.
+
+    After the responses of a visit are rewarded, the skill that was shown is credited with their mean reward.  The best
+    response, the first among equals, is summarized as another skill until the bank of the problem is full.  In
+    episodes of several turns, the last response stands for its episode, with the sum of the episode's rewards.
+    """
+
+    Settings = SkillSdSettings
+    bank: SkillBank = field(default_factory=lambda: SkillBank(1, 0.0))
+    """The skills so far."""
+    step: int = 0
+    """The step that is under way."""
+
+    @classmethod
+    def made(cls, settings: Any, tools: MethodTools) -> Any:
+        """Return the method with an empty bank."""
+        return replace(super().made(settings, tools), bank=SkillBank(settings.keep, settings.exploration))
+
+    def prepare(self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler) -> tuple[SkillSd, Metrics]:
+        """Return the method of the step, and the numbers of skills and of problems with a skill."""
+        counts = [len(skills) for skills in self.bank.skills.values()]
+        metrics = {"skills/count": float(sum(counts)), "skills/problems": float(len(counts))}
+        return replace(self, step=step), metrics
+
+    def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return the rollouts with the skills of their problems, and hints/share, the share of all with one.
+
+        Collectives: one sum over the data-parallel ranks.
+        """
+        selected, _ = super().select(step, rollouts)
+        skills = [self.bank.shown(rollout.problem.id) for rollout in selected]
+        return chosen_with_hints(selected, skills, self.tools, self.settings.weight > 0)
+
+    def record(self, rollouts: Sequence[Rollout]) -> SkillSd:
+        """Return the method with the bank after this step, in the order of the visits of the global batch.
+
+        Collectives: a maximum and an all_gather_object over the data-parallel ranks, and those of the summarizer where
+        any replica has a problem without a full bank.
+        """
+        grid = self.tools.grid
+        visits = [list(members) for _, members in groupby(rollouts, key=lambda rollout: rollout.group)]
+        returns = [_episode_returns(visit) for visit in visits]
+        best = [max(episodes, key=lambda rollout: rollout.reward or 0.0) for episodes in returns]
+        wanted = [i for i, rollout in enumerate(best) if not self.bank.is_full(rollout.problem.id)]
+        written: list[str | None] = [None] * len(visits)
+        if max_over_ranks([len(wanted)], grid.dp_group)[0]:
+            texts = self._summaries([best[i] for i in wanted])
+            for i, text in zip(wanted, texts, strict=True):
+                written[i] = text
+        mine = []
+        for episodes, text in zip(returns, written, strict=True):
+            reward = sum(rollout.reward or 0.0 for rollout in episodes) / len(episodes)
+            place = episodes[0].group * grid.dp_size + grid.dp_rank
+            mine.append((place, episodes[0].problem.id, reward, text))
+        bank = self.bank
+        for _, problem_id, reward, text in sorted(gather_items(mine, grid.dp_group), key=lambda visit: visit[0]):
+            shown = self.bank.chosen(problem_id)
+            if shown is not None:
+                bank = bank.used(problem_id, shown, reward)
+            if text is not None:
+                bank = bank.with_skill(problem_id, text, self.step)
+        return replace(self, bank=bank)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the skills as plain values."""
+        return {"skills": self.bank.state_dict()}
+
+    def restored(self, state: Mapping[str, Any]) -> SkillSd:
+        """Return this method with the skills of ``state``."""
+        skills = state.get("skills")
+        return self if skills is None else replace(self, bank=self.bank.restored(skills))
+
+    def _summaries(self, rollouts: Sequence[Rollout]) -> list[str | None]:
+        """Return the skill of each rollout; None is none.  Collective over the world."""
+        own, tools = self.settings, self.tools
+        if own.summarizer == "model":
+            template = own.summarizer_template or SUMMARIZER_TEMPLATE
+            return model_summaries(self.step, rollouts, asked_model(tools), template)
+        return function_summaries(function_named("method.summarizer", own.summarizer, {}), rollouts, tools)
+
+
+def model_summaries(step: int, rollouts: Sequence[Rollout], model: AskedModel, template: str) -> list[str | None]:
+    """Return the skill that the model writes about each rollout; see `skill_text`.  Collective over the world."""
+    inquiries = []
+    for rollout in rollouts:
+        problem = rollout.problem
+        slots = {
+            "problem": last_user_text(problem),
+            "response": response_text(rollout.response, model.builder.tokenizer),
+            "reward": f"{rollout.reward or 0.0:g}",
+        }
+        inquiries.append(Inquiry(problem, "skill", filled(template, slots)))
+    return [None if text is None else skill_text(text) for text in model.texts(step, inquiries)]
+
+
+def function_summaries(function: Any, rollouts: Sequence[Rollout], tools: MethodTools) -> list[str | None]:
+    """Return the text of the user's ``function`` about each rollout; None, and white space, is no skill.
+
+    Collectives: one all_gather_object over the world.  Raises: `VerifierError` on every rank where the function
+    failed, or returned anything but a text or None.
+    """
+
+    def written(problem: Problem, content: tuple[str, float]) -> str | None:
+        text = text_or_none(function(problem, *content))
+        return text if text and text.strip() else None
+
+    tokenizer = tools.run_data.tokenizer
+    questions = [(one.problem, (response_text(one.response, tokenizer), one.reward or 0.0)) for one in rollouts]
+    return judged_in_order(questions, written, tools.grid, "summarizer")
+
+
+def _episode_returns(visit: Sequence[Rollout]) -> list[Rollout]:
+    """Return the last rollout of each episode of a visit, with the sum of the episode's rewards as its reward."""
+    episodes: dict[tuple[int, int], list[Rollout]] = {}
+    for i, rollout in enumerate(visit):
+        key = (0, i) if rollout.episode is None else (1, rollout.episode)
+        episodes.setdefault(key, []).append(rollout)
+    return [replace(turns[-1], reward=sum(turn.reward or 0.0 for turn in turns)) for turns in episodes.values()]
+
+
+def skill_text(reply: str) -> str | None:
+    """Return the skill in a reply of the model: a JSON object with the texts of `PARTS`, one line for each part.
+
+    The object is the text from the first opening brace after the thinking to the last closing brace.  Other keys are
+    left out.  None stands for a reply without such an object, and for an object without any text.
+    """
+    answer = reply.rpartition("</think>")[2]
+    start, end = answer.find("{"), answer.rfind("}")
+    if start < 0 or end < start:
+        return None
+    try:
+        parts = json.loads(answer[start : end + 1])
+    except ValueError:
+        return None
+    if not isinstance(parts, dict) or not all(isinstance(parts.get(name), str) for name in PARTS):
+        return None
+    texts = {name: parts[name].strip() for name in PARTS}
+    return "\n".join(f"{name}: {text}" for name, text in texts.items() if text) or None

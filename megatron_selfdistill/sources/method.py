@@ -1,0 +1,183 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The protocol of methods: what a published method adds to a step, and the parts of a run that it may use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+if TYPE_CHECKING:  # a method is imported with the configuration, before Megatron
+    from torch import Tensor
+
+    from megatron_selfdistill.config import Config, MethodSettings
+    from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+    from megatron_selfdistill.data.problems import Problem, ProblemSampler
+    from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.metrics import Phases
+    from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
+    from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
+    from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.sources.given_solutions import GivenSolutions
+    from megatron_selfdistill.sources.judge import Judge
+    from megatron_selfdistill.sources.rollouts import Rollout
+    from megatron_selfdistill.sources.signals import Clip, Signals, Terms
+
+Metrics = Mapping[str, float]
+
+
+class ReadingModels(Protocol):
+    """The models of a run as readers of given responses.  Every method is collective over the world."""
+
+    def learnabilities(
+        self, candidates: Sequence[tuple[Problem, Response]], alpha: float, ratio_weight: float
+    ) -> list[float]:
+        """Return how learnable each response is for the student (pipeline/score.py)."""
+        ...
+
+    def target_log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
+        """Return log p and log q of every response token, [R] float64 each, on the host."""
+        ...
+
+    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
+        """Return the log-probs of every response token under student and teacher, [R] float64 each, on the host."""
+        ...
+
+    def candidate_log_probs(self, prompts: Sequence[Sequence[int]], token_ids: Sequence[int]) -> Tensor:
+        """Return the teacher's log-probs of n candidates for the token after each prompt, [B, n] float64."""
+        ...
+
+
+@dataclass(frozen=True)
+class MethodTools:
+    """The parts of a run that a method may use, on one rank."""
+
+    config: Config
+    run_data: RunData
+    grid: RankGrid
+    phases: Phases
+    sampler: Sampler
+    """The sampler of the run, which begins with the weights of its last `Sampler.update_weights`."""
+    sampling: SamplingParams
+    """How responses are sampled."""
+    models: ReadingModels
+    """The models as readers; the sampler sleeps while they read."""
+    judge: Judge
+    """The verifier of the run, with the reward function of the method, if it has one."""
+    given: GivenSolutions
+    """The prompts that show a solution."""
+
+    def generate(self, step: int, requests: Sequence[Request]) -> list[Response]:
+        """Return one response per request of this replica, sampled with the student's weights of ``step``.
+
+        Collective over the world.  Raises: `EngineError` on all ranks.
+        """
+        self.sampler.update_weights(step)
+        return self.sampler.generate(requests, self.sampling)
+
+
+class Method(Protocol):
+    """A published method, as a value: what a step changes goes into a new object, and no object ever changes.
+
+    `methods.default.SelfDistillation` has the default recipe's version of every hook, so that a method derives from it
+    and replaces the hooks in which it differs.  All ranks of the world call the hooks in the same order, and all ranks
+    of a replica get the same results.  ``rollouts`` are those of this replica, group by group.
+    """
+
+    Settings: ClassVar[type[MethodSettings]]
+    """The settings of the method, the section ``method`` of the configuration."""
+
+    @property
+    def prepare(self) -> Callable[[int, SamplingParams, ProblemSampler], tuple[Method, Metrics]] | None:
+        """The hook ``prepare(step, sampling, problem_sampler)`` before a step, or None; see `prepared`."""
+        ...
+
+    @property
+    def record(self) -> Callable[[Sequence[Rollout]], Method] | None:
+        """The hook ``record(rollouts)``, or None.
+
+        It returns the method of later steps, once all rollouts of the step are known.  Collective.
+        """
+        ...
+
+    @property
+    def warnings(self) -> Callable[[Metrics], list[str]] | None:
+        """The hook ``warnings(metrics)``, which returns what the metrics of a step warn of; or None."""
+        ...
+
+    @classmethod
+    def made(cls, settings: Any, tools: MethodTools) -> Method:
+        """Return the method at the beginning of a run.  Raises: `ConfigError` for data that it cannot use."""
+        ...
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether the method gives response tokens `terms` other than a divergence of weight 1."""
+        ...
+
+    @property
+    def comparable(self) -> bool:
+        """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
+        ...
+
+    @property
+    def clip(self) -> Clip:
+        """The bounds of the ratio p / mu of advantages."""
+        ...
+
+    def prompts(self, problem: Problem) -> PromptPair:
+        """Return both prompts of a problem before it is answered."""
+        ...
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return whether the teacher's prompt of `prompts` shows a solution."""
+        ...
+
+    def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return the rollouts with their rewards, and metrics of the rewards.  Collective over the world."""
+        ...
+
+    def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return the rollouts that are trained on, with the prompts that show their hints, and metrics.
+
+        The rollouts are those of a part of the step, unless `Needs.whole_step` is set.  Collective over the world.
+        """
+        ...
+
+    def texts(self, rollouts: Sequence[Rollout], selected: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return what the step trains on: the ``selected`` rollouts in each view, and further texts; and metrics.
+
+        ``rollouts``: all rollouts of the step.  Collective over the data-parallel ranks.
+        """
+        ...
+
+    def coefficients(
+        self, step: int, rollouts: Sequence[Rollout], contexts: Sequence[ContextPair]
+    ) -> TokenCoefficients | None:
+        """Return the coefficients of the tokens of ``contexts``, the contexts of ``rollouts``.
+
+        None stands for the divergence alone, with a weight of 1 for each token.  Collective over the world.
+        """
+        ...
+
+    def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
+        """Return the terms of all tokens, from what is known of them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the changes that steps have made, as plain values."""
+        ...
+
+    def restored(self, state: Mapping[str, Any]) -> Method:
+        """Return this method with what `state_dict` returned."""
+        ...
+
+
+def prepared(
+    method: Method, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler
+) -> tuple[Method, Metrics]:
+    """Return the method for the step that ``step`` optimizer steps precede, and metrics of its preparation.
+
+    ``problem_sampler`` samples the problems that come next; the caller's step begins with its first batch.  Collective.
+    """
+    return (method, {}) if method.prepare is None else method.prepare(step, sampling, problem_sampler)

@@ -1,0 +1,101 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A method of the user trains and resumes, and so does a run that version 0.1 has begun."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, start, start_with, train
+
+from megatron_selfdistill import trainer
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.bound_keys import stored_values
+from megatron_selfdistill.train import main
+
+MODULE = '''
+from dataclasses import dataclass
+
+from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
+from megatron_selfdistill.methods.parts.terms import uniform
+
+
+@dataclass(frozen=True)
+class MySettings(DefaultSettings):
+    """The settings of my method."""
+
+    share: float = 1.0
+    """Weight of the divergence."""
+
+
+class MyMethod(SelfDistillation):
+    """The divergence with a weight of its own."""
+
+    Settings = MySettings
+    weighs_tokens = True
+
+    def terms(self, step, rollouts, signals):
+        return uniform(signals, weight=self.settings.share, signal="full")
+'''
+STORED = Path(__file__).parents[1] / "unit" / "config" / "stored_0_1.json"
+
+
+def start_with_path(arguments: list[str], directory: str) -> int:
+    """Call `tiny_run.start` with ``directory`` on the path of imports, as PYTHONPATH puts it there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(directory)
+        return start(arguments)
+
+
+def test_a_method_of_the_user_trains_and_resumes_with_a_setting_of_its_own(ranks, data, tmp_path):
+    (tmp_path / "my_module.py").write_text(MODULE)
+    options: dict[str, Any] = {"start": start_with_path, "directory": str(tmp_path)}
+
+    def arguments(run_dir: Path, share: float = 0.5) -> list[str]:
+        own = ["method.name=my_module.MyMethod", f"method.share={share}", "num_steps=2", "checkpoint.save_every=1"]
+        return overrides(data, run_dir, *own, "optimizer.clip_grad=0")
+
+    train(ranks, arguments(tmp_path / "one", 1.0), **options)
+    train(ranks, arguments(tmp_path / "half"), **options)
+    one, half = (reproducible_metrics(tmp_path / name)[0] for name in ("one", "half"))
+    assert half["gradient_norm"] == pytest.approx(one["gradient_norm"] / 2, rel=1e-4) != 0
+    assert_resumes_equal(ranks, tmp_path / "half", arguments, step=1, num_steps=2, **options)
+
+
+def form_of_0_1(config: Config) -> dict[str, Any]:
+    """Return the form in which version 0.1 has stored the configuration of a run of GRPO."""
+    values, old = stored_values(config), json.loads(STORED.read_text(encoding="utf-8"))["defaults"]
+    own = values.pop("method")
+    assert own["name"] == "grpo" and own["kl_weight"] == 0
+    for section in ("rollout", "conversations", "environment"):
+        values[section] = old[section] | values[section]
+    moved = {name: old[name] for name in ("solutions", "hints", "distill", "policy", "explanation", "verbal")}
+    moved["policy"] |= {name: own[name] for name in moved["policy"] if name in own}
+    return values | moved | {"objective": "policy_gradient"}
+
+
+def start_as_0_1(arguments: list[str]) -> int:
+    """Call `tiny_run.start` with checkpoints that have the configuration in the form of version 0.1."""
+    return start_with(arguments, trainer, "stored_values", form_of_0_1)
+
+
+def test_a_run_that_version_0_1_has_begun_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path, capfd):
+    def arguments(run_dir: Path, *more: str) -> list[str]:
+        own = ["method.name=grpo", "method.weight=0.5", "rollout.num_samples=2", "num_steps=2"]
+        own.append("evaluation.verifier=tiny_run.starts_with_an_even_token")
+        return overrides(data, run_dir, *own, "checkpoint.save_every=1", *more)
+
+    whole = tmp_path / "whole"
+    train(ranks, arguments(whole), start=start_as_0_1)
+    assert_resumes_equal(ranks, whole, arguments, step=1, num_steps=2)
+    capfd.readouterr()
+    for changed, message in {
+        "method.weight=0.25": "method.weight: 0.5 in the checkpoint, now 0.25",
+        "method.clip_high=0.3": "method.clip_high: 0.2 in the checkpoint, now 0.3",
+        "method.name=opsd_rl": "method.name: 'grpo' in the checkpoint, now 'opsd_rl'",
+    }.items():
+        assert main(arguments(whole, changed)) == 2
+        line = capfd.readouterr().err.strip()
+        assert message in line and line.endswith("checkpoint.resume=force") and "\n" not in line

@@ -1,0 +1,68 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Methods without a run: the method of a configuration, with tools that a test chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from characters import ONE_RANK, STOP
+
+from megatron_selfdistill.config import Config, load, method_class
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.evaluation.verify import exact_match
+from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.sources.given_solutions import GivenSolutions
+from megatron_selfdistill.sources.judge import Judge
+from megatron_selfdistill.sources.method import MethodTools
+
+function: Any = None
+"""The function of a test, under the dotted path that `named` returns."""
+
+
+def named(monkeypatch: pytest.MonkeyPatch, chosen: Callable[..., Any]) -> str:
+    """Return a dotted path under which a method finds the function ``chosen`` during a test."""
+    monkeypatch.setattr(f"{__name__}.function", chosen)
+    return f"{__name__}.function"
+
+
+def given_with(
+    tokenizer: Any,
+    teacher: str = "{problem}|{solution}",
+    max_length: int = 100,
+    max_new_tokens: int = 8,
+    **options: Any,
+) -> GivenSolutions:
+    """Return prompts with the wording ``teacher``; ``options``: further ones of `PromptTemplates`."""
+    builder = PromptBuilder(tokenizer, PromptTemplates(teacher, **options))
+    return GivenSolutions(builder, max_length, max_new_tokens, policy="error")
+
+
+def method_tools(
+    config: Config, given: GivenSolutions, problems: Sequence[Problem] = (), grid: Any = ONE_RANK, **parts: Any
+) -> MethodTools:
+    """Return tools for one rank; ``parts``: other values of the fields of `MethodTools`, such as the sampler."""
+    run_data: Any = SimpleNamespace(
+        tokenizer=given.builder.tokenizer,
+        builder=given.builder,
+        problems=SimpleNamespace(problems=list(problems)),
+        max_length=given.max_length,
+        stop_token_ids=(STOP,),
+    )
+    values: dict[str, Any] = {
+        "sampler": None,
+        "sampling": SamplingParams(given.max_new_tokens),
+        "models": None,
+        "judge": Judge(exact_match, given.builder.tokenizer, grid, None, config.evaluation.confidence_pattern),
+    }
+    return MethodTools(config=config, run_data=run_data, grid=grid, phases=Phases(), given=given, **(values | parts))
+
+
+def made(overrides: Sequence[str], given: GivenSolutions, **tools: Any) -> Any:
+    """Return the method of a configuration at the beginning of a run; ``tools``: as for `method_tools`."""
+    config = load(list(overrides))
+    return method_class(config.method.name).made(config.method, method_tools(config, given, **tools))

@@ -1,0 +1,32 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Problems that are sums, and responses to them in characters."""
+
+from __future__ import annotations
+
+import random
+
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.rollout.base import Request, Response
+
+
+def answered(request: Request) -> Response:
+    """Behind ``a+b:``, as the stream says: the sum after some steps, a wrong one, or one without an end."""
+    a, b = "".join(map(chr, request.prompt)).rstrip(":").split("+")
+    rng = random.Random(request.seed)
+    text = "so\n" * rng.randrange(4) + str(int(a) + int(b) + (rng.random() < 0.3))
+    cut = rng.random() < 0.2
+    return written(text + ("" if cut else "$"), [-rng.random() for _ in range(len(text) + (not cut))])
+
+
+def written(text: str, log_probs: list[float] | None = None) -> Response:
+    """Return the response with this text; a dollar sign is its stop token."""
+    log_probs = log_probs if log_probs is not None else [-1.0] * len(text)
+    return Response([ord(c) for c in text], log_probs, log_probs, "stop" if text.endswith("$") else "length")
+
+
+def sums(count: int = 9) -> list[Problem]:
+    """Return problems that ask for a + 8, with the sum as the answer."""
+    return [
+        Problem(f"p{a}", ({"role": "user", "content": f"{a}+8"},), "", str(a + 8), f"file.jsonl:{a}")
+        for a in range(count)
+    ]

@@ -1,0 +1,173 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The registry of methods: what is a method, what its settings are, and what its import may load."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_selfdistill import methods
+from megatron_selfdistill.config import from_mapping, load, method_class
+from megatron_selfdistill.config.key_list import method_keys
+from megatron_selfdistill.config.methods import method_names, settings_class, settings_of
+from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.methods.default import SelfDistillation
+from megatron_selfdistill.train import main
+
+FILES = sorted(file.stem for file in Path(methods.__file__).parent.glob("*.py") if file.stem != "__init__")
+MODULE = """
+import sys
+from dataclasses import dataclass
+from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
+
+@dataclass(frozen=True)
+class Settings(DefaultSettings):
+    \"\"\"The settings of a method of a user.\"\"\"
+
+    size: int = 3
+    \"\"\"The size.\"\"\"
+
+class Mine(SelfDistillation):
+    Settings = Settings
+
+class Bare:
+    pass
+
+class Odd:
+    Settings = dict
+
+def function():
+    return Mine
+
+function.Settings = Settings
+"""
+
+
+@pytest.fixture
+def of_a_user(tmp_path, monkeypatch):
+    """Put the module ``methods_of_a_user`` on the path of imports."""
+    (tmp_path / "methods_of_a_user.py").write_text(MODULE)
+    (tmp_path / "ending_method.py").write_text("import sys\nsys.exit(0)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield
+    method_class.cache_clear()
+    for name in ("methods_of_a_user", "ending_method"):
+        sys.modules.pop(name, None)
+
+
+def test_every_file_of_the_package_is_a_method():
+    assert method_names() == FILES and {"default", "grpo", "sod"} <= set(FILES)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_class_of_a_method_has_settings_with_its_name(name):
+    found = method_class(name)
+    assert found.__module__ == f"megatron_selfdistill.methods.{name}" and issubclass(found, SelfDistillation)
+    assert found.Settings is settings_class(name) and issubclass(found.Settings, MethodSettings)
+    settings = settings_of({"name": name})
+    assert settings.name == name and isinstance(settings.needs, Needs)
+    for key, (_, doc) in method_keys(name).items():
+        assert doc.endswith("."), f"{key} of {name} has no documentation"
+
+
+def test_a_method_can_ask_for_ten_things_of_the_core_at_most():
+    assert len(dataclasses.fields(Needs)) <= 10
+
+
+def test_a_dotted_path_is_a_class_of_the_user_with_settings_of_its_own(of_a_user):
+    config = load(["method.name=methods_of_a_user.Mine", "method.size=4"])
+    assert (config.method.name, config.method.size) == ("methods_of_a_user.Mine", 4)
+    assert method_class("methods_of_a_user.Mine").__name__ == "Mine"
+    assert config.needs == load([]).needs
+    with pytest.raises(ConfigError, match=r"method.name=methods_of_a_user.Mine has no setting sizes: did you mean met"):
+        load(["method.name=methods_of_a_user.Mine", "method.sizes=4"])
+    with pytest.raises(ConfigError, match=r"^method.size must be a whole number, got 'x'"):
+        load(["method.name=methods_of_a_user.Mine", "method.size=x"])
+
+
+@pytest.mark.parametrize("name", ["Bare", "Odd", "function"])
+def test_a_class_without_settings_is_one_message(name, of_a_user):
+    with pytest.raises(ConfigError, match=rf"^method.name=methods_of_a_user.{name} must be a class with an attribute "):
+        load([f"method.name=methods_of_a_user.{name}"])
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere_at_all.Mine", "nowhere_at_all cannot be imported"),
+        ("methods_of_a_user.Missing", "no attribute 'Missing'"),
+        ("ending_method.Mine", "the import of ending_method tried to end the program"),
+    ],
+)
+def test_a_class_that_cannot_be_imported_is_one_message(name, words, of_a_user):
+    with pytest.raises(ConfigError) as caught:
+        load([f"method.name={name}"])
+    assert str(caught.value).startswith("method.name") and name in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["gpro", "parts", "__init__", ""])
+def test_an_unknown_name_is_a_message_with_all_names(name):
+    with pytest.raises(ConfigError, match=r"method.name must be") as caught:
+        from_mapping({"method": {"name": name}})
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        ConfigError, match=r"^method.name must be one of caopd, chat_logs, .* or the dotted path of a cla"
+    ):
+        load(["method.name=gpro"])
+
+
+def test_an_unknown_setting_is_a_message_with_the_nearest_name():
+    message = (
+        r"^method.name=sod has no setting turn_gian: did you mean method.turn_gain\? `selfdistill --keys method=sod`"
+    )
+    with pytest.raises(ConfigError, match=message):
+        load(["recipe=sod", "method.turn_gian=0.3"])
+    with pytest.raises(ConfigError, match=r"^method.name=default has no setting turn_gain: "):
+        load(["method.turn_gain=0.3"])
+    with pytest.raises(ConfigError, match=r"^unknown keys of method.name=grpo: other, turn_gain$"):
+        settings_of({"name": "grpo", "turn_gain": 0.3, "other": 1})
+    with pytest.raises(ConfigError, match=r"^method must be a mapping"):
+        from_mapping({"method": "grpo"})
+
+
+def test_settings_of_a_recipe_stay_where_a_setting_is_added():
+    config = load(["recipe=sod", "environment.name=replying.Replying", "method.turn_gain=0.3"])
+    assert (config.method.name, config.method.turn_gain) == ("sod", 0.3)
+    assert config.method == dataclasses.replace(load(["recipe=sod"]).method, turn_gain=0.3)
+
+
+def test_the_list_of_keys_has_the_name_of_the_method_and_its_section_the_settings(capsys):
+    assert main(["--keys"]) == 0
+    listed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("method.")]
+    assert listed == ["method.name=default"]
+    assert main(["--keys", "method=sod"]) == 0
+    own = {line.partition("=")[0] for line in capsys.readouterr().out.splitlines() if line.startswith("method.")}
+    fields = {field.name for field in dataclasses.fields(settings_class("sod"))}
+    assert own == {f"method.{name}" for name in fields} and {"method.name", "method.turn_gain"} <= own
+    assert main(["--keys", "method=sdo"]) == 2
+    assert "method.name must be one of" in capsys.readouterr().err
+
+
+def loaded_by(module: str) -> set[str]:
+    """Return the libraries that the import of ``module`` loads in a new process."""
+    heavy = ["torch", "megatron", "transformers", "datasets"]
+    code = f"import json, sys, {module}; print(json.dumps(sorted(set({heavy}) & set(sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout))
+
+
+def test_the_default_method_and_its_configuration_load_no_torch():
+    importlib.import_module("megatron_selfdistill.methods.default")
+    assert loaded_by("megatron_selfdistill.methods.default, megatron_selfdistill.config") == set()
+
+
+def test_no_method_loads_megatron_or_the_libraries_of_hugging_face():
+    modules = ", ".join(f"megatron_selfdistill.methods.{name}" for name in FILES)
+    assert loaded_by(modules) <= {"torch"}

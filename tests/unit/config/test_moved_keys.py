@@ -1,0 +1,192 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The keys of version 0.1: a sentence for each of them, and the resumption of runs that 0.1 has begun."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.config.bound_keys import BOUND, FREE, differences, stored_values
+from megatron_selfdistill.config.moved_keys import moved_key, moved_solutions, translated
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.train import EXIT_BAD_INPUT, main
+
+STORED = json.loads((Path(__file__).parent / "stored_0_1.json").read_text(encoding="utf-8"))
+MOVED_SECTIONS = ("solutions", "hints", "distill", "policy", "explanation", "verbal")
+
+NEW_SPELLING = {
+    "sft": ["method.name=sft"],
+    "own": ["method.name=own_solutions", "method.pick=learnable"],
+    "function_hints": ["method.name=sdpo", "method.hints=my.module.hints", "rollout.num_samples=2"],
+    "feedback": ["method.name=sdpo", "method.hints=feedback", "environment.name=a.b.C"],
+    "select": ["method.select=my.module.select"],
+    "kl": ["method.name=grpo", "rollout.num_samples=4", "method.kl_weight=0.04"],
+    "verbal_reward": ["method.name=ovd", "method.use=reward", "rollout.num_samples=4"],
+    "reward": ["recipe=grpo", "method.reward=my.module.reward"],
+    "http": [
+        "recipe=grpo",
+        "environment.name=http",
+        "environment.options.url=http://h:1/v1",
+        "environment.max_turns=2",
+    ],
+    "unlikely": ["recipe=chat_logs", "method.min_log_prob=-3"],
+    "sampled": ["method.name=opsd_rl", "method.weight=0", "method.signal=sampled"],
+}
+"""Case -> its arguments in the present version, where they are not those of 0.1."""
+
+
+def stored(case: str) -> dict[str, Any]:
+    """Return the configuration that version 0.1 has stored for a case."""
+    values = copy.deepcopy(STORED["defaults"])
+    for section, changed in STORED["cases"][case]["changed"].items():
+        if isinstance(changed, dict):
+            values[section] |= changed
+        else:
+            values[section] = changed
+    return values
+
+
+def now(case: str, *more: str) -> dict[str, Any]:
+    arguments = NEW_SPELLING.get(case, STORED["cases"][case]["arguments"])
+    return stored_values(load([*arguments, "run_dir=x", *more]))
+
+
+@pytest.mark.parametrize("case", STORED["cases"])
+def test_a_stored_configuration_has_no_difference_from_the_new_spelling(case):
+    old, new = stored(case), now(case)
+    assert translated(old, new["method"]["name"])["method"].items() <= new["method"].items()
+    assert differences(old, new) == []
+    assert old == stored(case), "the stored values stay as they are"
+    assert translated(new) == new
+
+
+CHANGES = {
+    "method.weight": ("opsd_rl", "method.weight=0.5"),
+    "method.turn_gain": ("sod", "method.turn_gain=0.3"),
+    "method.tau": ("scope", "method.tau=2"),
+    "method.balance": ("uni_opd", "method.balance=false"),
+    "method.hints": ("function_hints", "method.hints=my.module.others"),
+    "method.kl_weight": ("kl", "method.kl_weight=0.05"),
+    "method.use": ("verbal_reward", "method.use=filter"),
+    "method.closing_tag": ("rlt", "method.closing_tag=END"),
+    "method.min_log_prob": ("unlikely", "method.min_log_prob=-2"),
+    "method.judge": ("openclaw", "method.judge=my.module.judge"),
+    "method.revision_weight": ("rltf_sd", "method.revision_weight=0.2"),
+    "method.reply_weight": ("rltf_fm", "method.reply_weight=0.2"),
+    "environment.options.model": ("http", "environment.options.model=other"),
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_changed_setting_is_a_bound_difference(key):
+    case, change = CHANGES[key]
+    assert [(one.key, one.rule) for one in differences(stored(case), now(case, change))] == [(key, BOUND)]
+
+
+def test_another_method_is_a_bound_difference_and_how_often_a_search_is_made_is_free():
+    found = {one.key: one.rule for one in differences(stored("grpo"), now("rft"))}
+    assert found["method.name"] == BOUND
+    [free] = differences(stored("own"), now("own", "method.refresh_every=7"))
+    assert (free.key, free.stored, free.now, free.rule) == ("method.refresh_every", 50, 7, FREE)
+    [address] = differences(stored("http"), now("http", "environment.options.url=http://other:1/v1"))
+    assert (address.key, address.rule) == ("environment.options.url", FREE)
+
+
+def old_keys() -> dict[str, Any]:
+    """Return every key of version 0.1 that the present version does not have -> its default."""
+    sections = {name: STORED["defaults"][name] for name in MOVED_SECTIONS}
+    found = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
+    found |= {f"rollout.{name}": STORED["defaults"]["rollout"][name] for name in ("view", "select")}
+    found |= {
+        f"conversations.{name}": STORED["defaults"]["conversations"][name] for name in ("min_log_prob", "unlikely")
+    }
+    http = ("url", "model", "api_key", "timeout_s", "retries", "concurrency")
+    found |= {f"environment.{name}": STORED["defaults"]["environment"][name] for name in http}
+    return found | {"objective": "self_distillation"}
+
+
+def test_the_present_version_has_every_other_key_of_0_1():
+    present, missing = stored_values(load([])), set()
+    for section, values in STORED["defaults"].items():
+        if section == "from_environment":
+            continue
+        names = [(section, name) for name in values] if isinstance(values, dict) else [(section,)]
+        missing |= {".".join(path) for path in names if not _has(present, path)}
+    assert missing == set(old_keys())
+
+
+def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
+    for part in path:
+        if part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+@pytest.mark.parametrize("key", old_keys())
+def test_an_old_key_is_one_sentence_that_names_the_new_one(key):
+    expected = moved_key(key)
+    assert expected is not None
+    assert expected.startswith((f"{key} is now method.", f"{key} is now environment.options."))
+    with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
+        load([f"{key}=1"])
+
+
+IN_FILES = {
+    "objective": "objective: sft",
+    "policy.weight": "policy: {weight: 1, clip_low: null}",
+    "distill.rule": "distill: {rule: sod}",
+    "hints.judge": "hints: {judge: model}",
+    "solutions.keep": "solutions: {keep: 3}",
+    "explanation.alpha": "explanation: {alpha: 0.5}",
+    "verbal.threshold": "verbal: {threshold: 4}",
+    "rollout.view": "rollout: {num_samples: 2, view: privileged}",
+    "conversations.unlikely": "conversations: {unlikely: drop}",
+    "environment.url": "environment: {url: null}",
+}
+
+
+@pytest.mark.parametrize("key", IN_FILES)
+def test_an_old_key_in_a_file_is_the_same_sentence_with_the_name_of_the_file(key, tmp_path, capsys):
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "old.yaml").write_text(f"# @package _global_\n{IN_FILES[key]}\n")
+    assert main(["run_dir=x", "--config-dir", str(tmp_path), "recipe=old"]) == EXIT_BAD_INPUT
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(str(moved_key(key))) and "recipe/old" in line
+
+
+@pytest.mark.parametrize(
+    ("value", "new"),
+    [
+        ("own", "method.name=own_solutions"),
+        ("peer", "method.name=sdpo with method.hints=peer"),
+        ("feedback", "method.name=sdpo with method.hints=feedback"),
+        ("peer_or_feedback", "method.name=sdpo with method.hints=peer_or_feedback"),
+        ("my.module.hints", "method.name=sdpo with method.hints=my.module.hints"),
+        ("skill", "method.name=skill_sd"),
+        ("next_state", "method.name=openclaw"),
+    ],
+)
+def test_an_old_value_of_the_solutions_is_one_sentence_that_names_the_method(value, new):
+    assert moved_solutions(value) == f"data.solutions={value} is now {new}"
+    with pytest.raises(ConfigError, match=rf"^data.solutions={value} is now {new}$"):
+        load([f"data.solutions={value}"])
+
+
+def test_other_keys_and_values_have_not_moved():
+    assert moved_key("method.weight") is moved_key("rollout.num_samples") is moved_key("environment.name") is None
+    assert moved_solutions("given") is moved_solutions("answer") is moved_solutions("other") is None
+    assert str(moved_key("policy")).startswith("the keys of policy are now settings of methods")
+
+
+def test_the_weight_of_a_penalty_beside_episodes_is_found_again():
+    old = stored("rltf_sd") | {"objective": "self_distillation"}
+    old["distill"] |= {"teacher_prompt": "same", "weight": 0.04}
+    assert differences(old, now("rltf_sd", "method.kl_weight=0.04")) == []
+    assert [one.key for one in differences(old, now("rltf_sd"))] == ["method.kl_weight"]

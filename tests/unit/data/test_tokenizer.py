@@ -1,0 +1,81 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A response cut into its tokens' texts is still the response."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from megatron_selfdistill.data import tokenizer
+from megatron_selfdistill.data.tokenizer import load_tokenizer, pieces, try_chat_template
+
+TEXT = "What is the  sum?\n\n héllo 你好 🙂🙂 the answer<|im_end|> is seven"
+
+
+@pytest.mark.parametrize("directory", ["chat_directory", "sentencepiece_file"])
+def test_the_pieces_joined_are_the_decoded_text(directory, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(directory))
+    ids = tokenizer.encode(TEXT)
+    found = pieces(ids, tokenizer)
+    assert len(found) == len(ids)
+    assert "".join(found) == tokenizer.decode(ids)
+    assert "🙂" in found, "the last byte of a character brings the whole character"
+    assert "" in found and not any("\ufffd" in piece for piece in found)
+    assert any(piece.startswith(" ") for piece in found), "leading spaces stay with their token"
+
+
+def test_bytes_that_are_no_text_are_decoded_a_few_at_a_time(chat_directory, monkeypatch):
+    """A model gone wrong writes such responses, and a sample must not hold up the run."""
+    tokenizer = load_tokenizer(chat_directory)
+    first_byte = tokenizer.encode("🙂")[0]
+    longest, decode = [], tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **_: longest.append(len(ids)) or decode(ids))
+    assert set("".join(pieces([first_byte] * 200, tokenizer))) == {"\ufffd"}
+    assert max(longest) <= 8
+
+
+@pytest.mark.parametrize("directory", ["chat_directory", "sentencepiece_file"])
+def test_a_response_cut_within_a_character_ends_in_a_replacement(directory, request):
+    tokenizer = load_tokenizer(request.getfixturevalue(directory))
+    ids = tokenizer.encode("so 🙂")[:-2]
+    found = pieces(ids, tokenizer)
+    assert "".join(found) == tokenizer.decode(ids) and "".join(found).startswith("so")
+    assert pieces([], tokenizer) == []
+
+
+PLAIN = "{% for m in messages %}{{ m.role + ': ' + m['content'] | trim }}{% endfor %}{{ eos_token }}"
+SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% endfor %}{% endfor %}"
+DOUBLED = "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}"
+
+
+@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", DOUBLED], ids=["a product", "doubled in a loop"])
+def test_a_template_that_takes_all_memory_is_refused(template):
+    with pytest.raises(
+        ValueError, match=r"^DIR: the chat template took more than 2 GiB of memory .* data.chat_template"
+    ):
+        try_chat_template("DIR", template, {})
+
+
+def test_a_template_that_does_not_end_is_refused(monkeypatch):
+    monkeypatch.setattr(tokenizer, "LIMIT_S", 3.0)
+    with pytest.raises(ValueError, match=r"^DIR: the chat template did not end within 3 s"):
+        try_chat_template("DIR", SLOW, {})
+
+
+def test_templates_that_models_publish_pass(monkeypatch):
+    published = (
+        "{%- macro shown(m) %}{{ m.content * 2 }}{% endmacro %}{% for m in messages %}{{ shown(m) }}{% endfor %}"
+    )
+    refusing = "{{ raise_exception('only tools') }}{{ 'a' * 2 }}"
+    for template in (published, refusing, "{{ no syntax", None, {"default": PLAIN}):
+        try_chat_template("DIR", template, {"eos_token": "</s>", "additional": ["x"]})
+
+
+def test_a_template_that_writes_each_message_once_needs_no_trial(monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
+    try_chat_template("DIR", PLAIN, {"eos_token": "</s>"})
+    nested = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
+    for template in (nested, "{{ 2 * 3 }}", "{% for i in range(9) %}x{% endfor %}", "{% set x = 1 %}", "{{ f(1) }}"):
+        with pytest.raises(pytest.fail.Exception, match="a child process"):
+            try_chat_template("DIR", template, {})

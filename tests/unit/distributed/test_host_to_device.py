@@ -1,0 +1,78 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Tensors that travel together arrive as they were."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
+
+
+@dataclass(frozen=True)
+class Node:
+    name: str
+    value: Tensor
+    more: list[Tensor | None]
+
+
+def tree() -> dict[str, object]:
+    shared = torch.arange(5, dtype=torch.int32)
+    return {
+        "a": Node("first", torch.randn(3, 7), [shared, None, torch.tensor([True, False, True])]),
+        "b": (shared, 7, torch.empty(0, 4, dtype=torch.int64), torch.randn(2, 3).t()),
+        "c": torch.tensor(3.5, dtype=torch.float64),
+    }
+
+
+def test_tensors_keep_their_values_shapes_and_dtypes_and_other_values_stay():
+    before, after = tree(), None
+    torch.manual_seed(0)
+    before = tree()
+    after = to_device_in_one_copy(before, torch.device("cpu"))
+    assert after["a"].name == "first" and after["a"].more[1] is None and after["b"][1] == 7
+    pairs = [
+        (before["a"].value, after["a"].value),
+        (before["a"].more[0], after["a"].more[0]),
+        (before["a"].more[2], after["a"].more[2]),
+        (before["b"][2], after["b"][2]),
+        (before["b"][3], after["b"][3]),
+        (before["c"], after["c"]),
+    ]
+    for old, new in pairs:
+        assert new is not old and new.dtype == old.dtype and torch.equal(new, old)
+    assert after["b"][0] is after["a"].more[0], "what was one tensor is one tensor"
+
+
+def test_everything_lies_aligned_in_one_block():
+    after = to_device_in_one_copy(tree(), torch.device("cpu"))
+    tensors = [after["a"].value, *after["a"].more[::2], after["b"][3], after["c"]]
+    assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in tensors)
+
+
+def test_a_cuda_device_gets_one_pinned_block_without_waiting(monkeypatch):
+    """Recorded, since there is no such device here: how the block is made, and how it is sent."""
+    made, sent = [], []
+    empty, to = torch.empty, torch.Tensor.to
+
+    def recorded_empty(*args, pin_memory=False, **kwargs):
+        made.append(pin_memory)
+        return empty(*args, **kwargs)
+
+    def recorded_to(self, device, non_blocking=False):
+        sent.append((str(device), non_blocking))
+        return to(self, "cpu")
+
+    monkeypatch.setattr(torch, "empty", recorded_empty)
+    monkeypatch.setattr(torch.Tensor, "to", recorded_to)
+    to_device_in_one_copy([torch.ones(3), torch.zeros(4)], torch.device("cuda", 1))
+    assert made == [True] and sent == [("cuda:1", True)]
+
+
+@pytest.mark.parametrize("nothing", [{}, [], ("a", 3)])
+def test_a_tree_without_tensors_is_left_as_it_is(nothing):
+    assert to_device_in_one_copy(nothing, torch.device("cpu")) == nothing

@@ -1,0 +1,42 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Diversity: different right answers, different 4-grams, and how much more several samples solve than one."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_selfdistill.evaluation.estimators import distinct_grams, distinct_right, pass_at_k, pass_over_avg
+
+
+def test_only_right_answers_count_and_white_space_does_not():
+    answers = ["10 + 4", "10  + 4\n", "9+5", "7+7", "7+6"]
+    assert distinct_right(answers, [True, True, True, True, False]) == 3
+    assert distinct_right(answers, [False] * 5) == distinct_right([], []) == 0
+
+
+def test_4grams_within_responses_are_compared_over_responses():
+    assert distinct_grams([[1, 2, 3, 4, 5], [1, 2, 3, 4], [9, 9, 9, 9, 9]]) == 3 / 5
+    assert distinct_grams([[1, 2, 3], [4, 5, 6]]) is None
+    assert distinct_grams([]) is None
+
+
+@given(st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=5))
+def test_distinct_4_equals_its_definition(responses):
+    found = [tuple(tokens[i : i + 4]) for tokens in responses for i in range(len(tokens) - 3)]
+    pairs = itertools.combinations(range(len(found)), 2)
+    num_repeated = len({j for i, j in pairs if found[i] == found[j]})
+    expected = (len(found) - num_repeated) / len(found) if found else None
+    assert distinct_grams(responses) == expected
+
+
+def test_the_ratio_lies_between_1_and_k():
+    for right in itertools.product(range(5), repeat=2):
+        average = sum(right) / 8
+        ratio = pass_over_avg(sum(pass_at_k(4, it, 3) for it in right) / 2, average)
+        assert ratio is None if not average else 1 <= ratio <= 3 + 1e-12
+    assert pass_over_avg((1 + 0) / 2, (1 + 0) / 2) == 1, "each problem is solved always or never"
+    assert pass_over_avg(pass_at_k(4, 1, 4), 1 / 4) == pytest.approx(4)

@@ -1,0 +1,182 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""``selfdistill explore``: pages of a tiny model, from both formats, on one rank and on two, and its refusals."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import pytest
+import tiny_run
+from explored_records import summary_of, target_of
+from summed_target import matching_beta
+
+from megatron_selfdistill import config as configuration
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.explorer import explore_command as tool
+from megatron_selfdistill.instruments.explorer.explore_command import given_text
+
+SETTINGS = ("optimizer=fp32", "rollout.max_new_tokens=9", "rollout.kv_cache_gb=0.1", "target.teacher_weight=2")
+TEXTS = ("--problem", "500-408:", "--solution", "092")
+
+
+def run_tool(arguments: list[str]) -> int:
+    return tool.main(arguments)
+
+
+def blocks_of(page: Path) -> dict[str, Any]:
+    """Return the data blocks of a page by name."""
+    found = re.findall(r'id="data-([a-z0-9-]+)">([^<]*)<', page.read_text(encoding="utf-8"))
+    return {name: json.loads(zlib.decompress(base64.b64decode(packed))) for name, packed in found}
+
+
+def record_of(page: Path) -> dict[str, Any]:
+    blocks = blocks_of(page)
+    numbered = [blocks[f"block-{number}"] for number in range(len(blocks) - 2)]
+    return {**blocks["overview"], "texts": blocks["texts"], "blocks": numbered}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """Return a directory with an untrained model as a Hugging Face directory and as a checkpoint, and a tokenizer."""
+    from megatron_selfdistill.interop.conversion import hf_to_megatron
+
+    directory = tmp_path_factory.mktemp("explore")
+    tiny_run.write_data(directory, 2)
+    for name, seed in {"hf": 0, "first": 1}.items():
+        hf_models.write("qwen3", directory / name, seed, vocab_size=23)
+        for path in (directory / "tokenizer").iterdir():
+            shutil.copy(path, directory / name / path.name)
+    hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory
+
+
+def explore(ranks, model: Path, out: Path, *more: str, world_size: int = 1) -> dict[str, Any]:
+    arguments = [str(model), *TEXTS, "-o", str(out), *SETTINGS, "data.teacher_template='{problem}H{solution}|'", *more]
+    assert ranks.run(run_tool, arguments, world_size=world_size, init_process_group=False) == [0] * world_size
+    return record_of(out)
+
+
+def test_the_page_has_a_generated_response_and_the_target_of_each_token(directory, ranks):
+    record = explore(ranks, directory / "megatron", directory / "generated.html", "target.anchor=student")
+    tokens, summary, target = record["tokens"], summary_of(record), target_of(record)
+    assert 1 <= len(tokens["id"]) <= 9 and target.teacher_weight == 2 and record["models"] == ["student", "teacher"]
+    assert record["prompt"] == "500-408:" and record["solution"] == "092"
+    for row, wanted in enumerate(tokens["student_entropy"]):
+        assert 1 / matching_beta(summary, row, wanted, target) == pytest.approx(tokens["k"][row], rel=1e-3)
+    assert sum(tokens["reverse_kl"]) > 0
+    assert not list(directory.glob(".selfdistill-*")), "temporary directories are left"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [
+        (2, ["parallel.tensor_model_parallel_size=2"]),
+        pytest.param(2, ["parallel.pipeline_model_parallel_size=2"], marks=pytest.mark.full),
+        pytest.param(2, [], marks=pytest.mark.full),
+    ],
+)
+def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(directory, ranks, world_size, layout):
+    (directory / "response.txt").write_text("092$", encoding="utf-8")
+    options = ["--response", str(directory / "response.txt"), "target.teacher_weight=2"]
+    one = explore(ranks, directory / "megatron", directory / "one.html", *options)
+    teacher = ["--teacher", str(directory / "megatron")]
+    many = explore(ranks, directory / "hf", directory / "many.html", *options, *teacher, *layout, world_size=world_size)
+    assert "".join(one["tokens"]["text"])[:3] == "092" and one["models"] == ["student", "teacher", "reference"]
+    assert many["tokens"]["id"] == one["tokens"]["id"]
+    for key in ("k", "reverse_kl", "student_entropy", "reference_entropy", "teacher_log_prob"):
+        assert many["tokens"][key] == pytest.approx(one["tokens"][key], rel=1e-3, abs=1e-5), key
+
+
+def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, capsys):
+    run_dir = directory / "run"
+    shutil.copytree(directory / "megatron", run_dir / "checkpoints")
+    settings = ["data.teacher_template='{problem}H{solution}|'", "target.teacher_weight=3", "loss.divergence=jsd"]
+    config = configuration.load([*settings, f"checkpoint.load={directory / 'hf'}", "rollout.max_new_tokens=4"])
+    (run_dir / "config.yaml").write_text(configuration.to_yaml(config))
+    out = directory / "run.html"
+    arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1", "target.k_max=null"]
+    assert ranks.run(run_tool, arguments, world_size=1, init_process_group=False) == [0]
+    record = record_of(out)
+    assert record["settings"]["teacher_weight"] == 3 and record["settings"]["k_max"] is None
+    assert record["settings"]["divergence"] == "jsd" and len(record["tokens"]["id"]) <= 4
+    assert record["teacher"] == str(directory / "hf") and sum(record["tokens"]["reverse_kl"]) > 0
+
+
+@pytest.mark.parametrize("anchor", ["reference", pytest.param(None, marks=pytest.mark.full)])
+def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the_student(directory, ranks, anchor):
+    """A run that is older than the key target.anchor was mixed with the student."""
+    run_dir = directory / f"moving {anchor}"
+    shutil.copytree(directory / "megatron", run_dir / "checkpoints")
+    settings = ["data.teacher_template='{problem}H{solution}|'", "teacher.weights=current"]
+    config = configuration.load([*settings, f"checkpoint.load={directory / 'first'}", "rollout.max_new_tokens=4"])
+    lines = configuration.to_yaml(config).splitlines(keepends=True)
+    kept = [line for line in lines if anchor is not None or not line.lstrip().startswith("anchor:")]
+    assert len(kept) == len(lines) - (anchor is None)
+    (run_dir / "config.yaml").write_text("".join(kept))
+    out = directory / f"moving {anchor}.html"
+    arguments = [str(run_dir), *TEXTS, "-o", str(out), "optimizer=fp32", "rollout.kv_cache_gb=0.1"]
+    assert ranks.run(run_tool, arguments, world_size=1, init_process_group=False) == [0]
+    record = record_of(out)
+    assert record["settings"]["anchor"] == (anchor or "student")
+    assert record["models"] == ["student", "teacher", "reference"][: 2 + (anchor is not None)]
+    if anchor is not None:
+        tokens = record["tokens"]
+        assert tokens["reference_entropy"] != pytest.approx(tokens["student_entropy"], rel=1e-3)
+
+
+def test_a_configuration_that_cannot_be_used_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text("data: {system_prompt: '${oc.env:PROMPT}'}", encoding="utf-8")
+    assert tool.main([str(tmp_path), *TEXTS]) == 2
+    assert "data.system_prompt was read from the environment: set it again" in capsys.readouterr().err
+    for text in ("data: {", "\xff", "[" * 3000, "7"):
+        (tmp_path / "config.yaml").write_text(text, encoding="latin-1")
+        assert tool.main([str(tmp_path), *TEXTS]) == 2
+        assert "expected the configuration of a run in" in capsys.readouterr().err
+    for section in ("data", "checkpoint", "teacher"):
+        (tmp_path / "config.yaml").write_text(f"{section}: [3]", encoding="utf-8")
+        assert tool.main([str(tmp_path), *TEXTS]) == 2
+        assert f"expected the keys of section {section} in" in capsys.readouterr().err
+
+
+REFUSALS = {
+    "no file": (["--problem", "nope.txt"], "--problem: expected a text or a file, got nope.txt, which does not exist"),
+    "an empty text": (["--solution", "  "], "--solution: expected a text, got only white space"),
+    "a key that an option sets": (["data.path=x.jsonl"], "data.path cannot be set here: use --problem and --solution"),
+    "no target": (["method.name=sft"], "expected a method with a target, such as method.name=default, got method.name=sft"),
+    "a directory": (["--out", "."], "--out: expected a file, got the directory ."),
+    "an iteration of a Hugging Face model": (["--iteration", "3"], "--iteration chooses among Megatron checkpoints"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_bad_input_gets_one_sentence(directory, capsys, name):
+    changes, message = REFUSALS[name]
+    assert tool.main([str(directory / "hf"), *TEXTS, *changes]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_is_refused(directory, capsys):
+    assert tool.main([str(directory / "nowhere"), *TEXTS]) == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_a_prompt_that_does_not_show_the_solution_is_refused(directory, capsys):
+    template = "data.chat_template=\"{% for message in messages %}{{ 'H' }}{% endfor %}\""
+    assert tool.main([str(directory / "megatron"), *TEXTS, *SETTINGS, template]) == 2
+    assert "expected the student's prompt to show the problem" in capsys.readouterr().err
+
+
+def test_a_text_is_a_file_only_where_the_file_exists(tmp_path):
+    (tmp_path / "a.txt").write_text("from a file", encoding="utf-8")
+    assert given_text("--problem", str(tmp_path / "a.txt")) == "from a file"
+    assert given_text("--problem", "x" * 5000) == "x" * 5000
+    (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="expected a text in UTF-8"):
+        given_text("--problem", str(tmp_path / "b.bin"))

@@ -1,0 +1,105 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Pages of explored responses are written beside their files, linked from the report, and never from private runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from explored_records import Words, logit_rows, record_of
+from reported_runs import blocks_of, write_run
+
+from megatron_selfdistill.instruments.explorer.target_page import (
+    explored_files,
+    read_explored,
+    step_and_sample,
+    target_page,
+    write_explored,
+    write_target_pages,
+)
+from megatron_selfdistill.instruments.report.run_report import write_report
+from megatron_selfdistill.loss import Target
+
+
+@pytest.fixture(scope="module")
+def record() -> dict:
+    return record_of(logit_rows(70, 300, 2), Target(), step=10)
+
+
+def test_a_page_holds_the_record_in_blocks_and_no_text_as_markup(record):
+    page = target_page(record)
+    blocks = blocks_of(page)
+    assert [name for name in blocks if name.startswith("block-")] == ["block-0", "block-1"]
+    assert [blocks["block-0"], blocks["block-1"]] == record["blocks"]
+    assert blocks["overview"]["tokens"] == record["tokens"] and "blocks" not in blocks["overview"]
+    assert Words.NASTY[0] in record["tokens"]["text"] and "document.title" not in page
+
+
+def test_a_record_of_another_version_is_refused(record):
+    with pytest.raises(ValueError, match="expected an explored response of version 1, got version 7"):
+        target_page({**record, "version": 7})
+
+
+def test_files_come_in_the_order_of_steps_and_other_files_do_not_count(record, tmp_path):
+    for step in (20, 3, 10_000_000):
+        write_explored(tmp_path, step, [record, record])
+    (tmp_path / "explored" / "step_x.json.gz").write_bytes(b"")
+    assert [step_and_sample(path) for path in explored_files(tmp_path)] == [
+        (step, sample) for step in (3, 20, 10_000_000) for sample in (1, 2)
+    ]
+    assert read_explored(explored_files(tmp_path)[0]) == record
+    with pytest.raises(ValueError, match=r"expected a file step_STEP_SAMPLE\.json\.gz"):
+        step_and_sample(tmp_path / "metrics.jsonl")
+
+
+def test_pages_are_written_once_and_again_where_the_file_is_newer(record, tmp_path, caplog):
+    write_explored(tmp_path, 5, [record])
+    write_explored(tmp_path, 7, [record])
+    explored_files(tmp_path)[0].write_bytes(b"not compressed")
+    (page,) = write_target_pages(tmp_path)
+    assert (page.step, page.sample, page.path.name) == (7, 1, "step_0000007_1.html")
+    assert "step_0000005_1.json.gz has no page" in caplog.text
+    written = page.path.stat().st_mtime_ns
+    write_target_pages(tmp_path)
+    assert page.path.stat().st_mtime_ns == written
+    os.utime(explored_files(tmp_path)[1], ns=(written + 10**9, written + 10**9))
+    write_target_pages(tmp_path)
+    assert page.path.stat().st_mtime_ns != written
+    assert sorted(path.suffix for path in (tmp_path / "explored").iterdir()) == [".gz", ".gz", ".html"]
+
+
+def test_the_report_links_the_pages_of_its_runs_and_does_not_hold_them(record, tmp_path):
+    run_dir = write_run(tmp_path / "runs with spaces" / "first")
+    without = write_report([run_dir]).stat().st_size
+    write_explored(run_dir, 10, [record, record])
+    report = write_report([run_dir])
+    assert report.stat().st_size < without + 2000
+    assert [page["href"] for page in blocks_of(report.read_text())["overview"]["explored"][0]] == [
+        "explored/step_0000010_1.html",
+        "explored/step_0000010_2.html",
+    ]
+    elsewhere = write_report([run_dir], tmp_path / "all.html")
+    href = blocks_of(elsewhere.read_text())["overview"]["explored"][0][0]["href"]
+    assert href == "runs%20with%20spaces/first/explored/step_0000010_1.html"
+
+
+def test_a_run_that_must_not_show_contents_has_no_pages(record, tmp_path):
+    run_dir = write_run(tmp_path / "private", 30, "data.kind=conversations", "conversations.show_contents=false")
+    write_explored(run_dir, 10, [record])
+    report = write_report([run_dir])
+    assert blocks_of(report.read_text())["overview"]["explored"] is None
+    assert not list((run_dir / "explored").glob("*.html"))
+
+
+def test_pages_need_no_torch():
+    code = "import sys, megatron_selfdistill.instruments.explorer.target_page; sys.exit('torch' in sys.modules)"
+    repository = Path(__file__).resolve().parents[4]
+    subprocess.run([sys.executable, "-c", code], cwd=repository, check=True)
+
+
+def test_the_record_is_json(record):
+    assert json.loads(json.dumps(record, allow_nan=False)) == record

@@ -1,0 +1,398 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The refusals of the dry run, whose messages name the key, and the launches that become a dry run."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import tiny_run
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.plan import plan_command as plan
+from megatron_selfdistill.instruments.plan.dry_run import Times, dry_run, microbatches, operations, order, simulate
+from megatron_selfdistill.instruments.plan.memory import GIB
+from megatron_selfdistill.instruments.plan.plan_checks import longest_sequence
+from megatron_selfdistill.instruments.plan.plan_tables import launch_commands
+from megatron_selfdistill.train import EXIT_BAD_INPUT, main
+
+# Stages, pairs, time of alternating and of teacher_first, from another simulator of Megatron's order.
+KNOWN = [(4, 8, 55, 41), (4, 128, 775, 521), (8, 8, 67, 53), (8, 64, 403, 277), (16, 16, 139, 109), (16, 128, 811, 557)]
+
+REPOSITORY = Path(__file__).resolve().parents[4]
+TINY = [
+    "cluster.num_gpus=16",
+    "model.vocab_size=1000",
+    "model.num_layers=4",
+    "model.hidden_size=64",
+    "model.num_attention_heads=4",
+    "rollout.max_new_tokens=64",
+    "data.max_length=128",
+    "schedule.max_tokens=512",
+]
+
+
+def test_a_dry_run_starts_no_process_group_and_writes_nothing(tmp_path, capsys):
+    assert main([*TINY, "dry_run=true", f"run_dir={tmp_path}/run"]) == 0
+    assert "16 GPUs (2 nodes)" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def printed() -> str:
+    """Return what a dry run prints that names no run directory."""
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert main([*TINY, "dry_run=true"]) == 0
+    return out.getvalue()
+
+
+def test_the_command_plan_prints_what_a_dry_run_prints(printed, capsys, monkeypatch):
+    assert plan.main(TINY) == 0
+    assert capsys.readouterr().out == printed
+    monkeypatch.setenv("RANK", "0")
+    assert plan.main(TINY) == EXIT_BAD_INPUT
+    assert "start it without torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["parallel.tensor_model_parallel_size=3"], "the world size 16 must be a multiple of TP x PP x CP = 3"),
+        (["parallel.pipeline_model_parallel_size=8"], "model.num_layers (4) must be a multiple of PP x VPP = 8"),
+        (["parallel.tensor_model_parallel_size=8"], "model.num_attention_heads (4)"),
+        (
+            ["model.hidden_size=66", "model.kv_channels=16", "parallel.tensor_model_parallel_size=4"],
+            "model.hidden_size",
+        ),
+        (["model.num_moe_experts=6", "parallel.expert_model_parallel_size=4"], "model.num_moe_experts (6)"),
+        (["data.global_batch_size=8"], "data.global_batch_size (8) must be at least the number of data-parallel ranks"),
+        (["rollout.max_new_tokens=128"], "rollout.max_new_tokens (128) leaves no room for a prompt"),
+        (["data.max_length=1024"], "data.max_length (1024) exceeds the longest packed sequence (512)"),
+        (
+            ["cluster.num_gpus=12"],
+            "cluster.num_gpus (12) must be at most cluster.gpus_per_node (8) or a multiple of it",
+        ),
+        (["model.vocab_size=null"], "set model.vocab_size"),
+        (["model.provider=a.b"], "model.provider=a.b builds a model that only a launch can see"),
+        (["rollout.engine=vllm", "rollout.engine_tp=3"], "rollout.engine_tp=3 ranks form one engine"),
+        (["rollout.engine=vllm", "rollout.engine_tp=8"], "must divide model.num_attention_heads (4)"),
+        (
+            "rollout.engine=vllm rollout.placement=server rollout.num_servers=1 rollout.engine_tp=12".split(),
+            "at most 8, or all GPUs of several; choose a multiple of 8",
+        ),
+        (["rollout.engine=vllm", "model.normalization=LayerNorm", "model.activation=gelu"], "no known Hugging Face"),
+        (["model.kv_channels=7"], "expected an even model.kv_channels (by default model.hidden_size / model.num"),
+        (["model.hidden_size=60"], "model.num_attention_heads), got 15"),
+        (["model.transformer.mtp_num_layers=1"], "multi-token-prediction layers are not trained"),
+    ],
+)
+def test_what_cannot_run_is_refused_with_a_message_of_one_line(overrides, words):
+    with pytest.raises(ConfigError, match=re.escape(words)) as refusal:
+        dry_run(load([*TINY, *overrides]))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_refusal_is_the_last_line_and_ends_the_command_with_status_2(capsys):
+    assert main([*TINY, "model.num_moe_experts=6", "parallel.expert_model_parallel_size=4", "dry_run=true"]) == (
+        EXIT_BAD_INPUT
+    )
+    error = capsys.readouterr().err
+    assert "model.num_moe_experts (6)" in error and error.count("\n") == 1
+
+
+SERVER = ["rollout.placement=server", "rollout.num_servers=1", "rollout.server_python=python"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["cluster.gpu_memory_gb=40"], "while sampling (KV cache 16.0 and engine weights 15.3)"),
+        (["schedule.max_tokens=65536"], "while training (activations"),
+        ([*SERVER, "cluster.gpu_memory_gb=19"], "a GPU of a rollout server would hold 15.3 GiB of weights"),
+        (
+            ["cluster.host_memory_gb=100"],
+            "the ranks of a node would hold optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB of host "
+            "memory, but cluster.host_memory_gb is 100: plan for more nodes (cluster.num_gpus)",
+        ),
+    ],
+)
+def test_the_first_part_that_does_not_fit_is_named(overrides, words):
+    message = dry_run(load(["recipe=qwen3_8b", *overrides])).misfit()
+    assert message is not None and words in message and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ["schedule.max_tokens=65536"],
+        pytest.param(["cluster.gpu_memory_gb=40"], marks=pytest.mark.full),
+        pytest.param(["cluster.host_memory_gb=100", "teacher.offload=cpu"], marks=pytest.mark.full),
+    ],
+    ids=["training", "sampling", "host"],
+)
+def test_a_references_own_copy_is_named_where_something_does_not_fit(part):
+    student = "target.anchor=student, which needs no reference"
+    for weights, advice in {
+        "ema": f"set teacher.weights=frozen, whose copy of the weights is also the reference, or {student}",
+        "current": f"set {student}",
+    }.items():
+        message = dry_run(load(["recipe=qwen3_8b", f"teacher.weights={weights}", *part])).misfit()
+        assert message is not None and message.endswith(f", or {advice}") and "\n" not in message
+    assert "reference" not in (dry_run(load(["recipe=qwen3_8b", *part])).misfit() or "")
+
+
+def test_the_advice_about_a_references_copy_saves_this_copy():
+    def peak(*overrides: str) -> float:
+        return dry_run(load(["recipe=qwen3_8b", *overrides])).memory[0].rollout_peak
+
+    copy = 2 * dry_run(load(["recipe=qwen3_8b"])).stages[0].parameters / GIB
+    for weights in ("ema", "current"):
+        mixed_with_student = peak(f"teacher.weights={weights}", "target.anchor=student")
+        assert peak(f"teacher.weights={weights}") - mixed_with_student == pytest.approx(copy)
+    assert peak() - peak("teacher.weights=current", "target.anchor=student") == pytest.approx(copy)
+    assert peak() == peak("target.anchor=student") == peak("teacher.weights=current")
+
+
+def test_a_run_that_fits_with_one_copy_does_not_fit_with_a_second_one():
+    small = ["recipe=qwen3_8b", "rollout.kv_cache_gb=1"]
+    one, two = (dry_run(load([*small, f"teacher.weights={weights}"])) for weights in ("frozen", "ema"))
+    between = (max(each.peak for each in one.memory) + max(each.peak for each in two.memory)) / 2
+    small.append(f"cluster.gpu_memory_gb={between}")
+    assert dry_run(load(small)).misfit() is None
+    message = dry_run(load([*small, "teacher.weights=ema"])).misfit()
+    assert message is not None and "needs" in message
+
+
+def test_what_does_not_fit_is_refused_after_its_table(capsys):
+    assert main(["recipe=qwen3_32b", "parallel.tensor_model_parallel_size=4", "dry_run=true"]) == EXIT_BAD_INPUT
+    captured = capsys.readouterr()
+    assert "= while training" in captured.out
+    assert "pipeline stage 0 needs" in captured.err and captured.err.count("\n") == 1
+
+
+def test_the_advice_to_recompute_works_when_it_is_pasted_and_is_not_repeated():
+    too_long = ["recipe=qwen3_8b", "schedule.max_tokens=65536"]
+    planned = dry_run(load(too_long))
+    advised = (planned.misfit() or "").split()
+    keys = [word for word in advised if word.startswith("schedule.recompute_")]
+    assert len(keys) == 3
+    recomputing = dry_run(load([*too_long, *keys]))
+    assert recomputing.memory[0].training["activations"] < planned.memory[0].training["activations"] / 4
+    misfit = dry_run(load(["recipe=qwen3_8b", "schedule.max_tokens=2097152", *keys])).misfit()
+    assert misfit is not None and "while training" in misfit and "recompute" not in misfit
+
+
+INPUTS = ["data.path=problems.jsonl", "data.tokenizer=tokenizer"]
+
+
+def test_a_launch_of_another_size_is_refused(tmp_path, capsys):
+    assert main([*TINY, *INPUTS, f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
+    assert "cluster.num_gpus is 16, but the launch has 1 rank:" in capsys.readouterr().err
+
+
+def test_a_dry_run_under_a_launch_builds_the_run_itself(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert main([*TINY, *INPUTS, "dry_run=true", f"run_dir={tmp_path}/run"]) == EXIT_BAD_INPUT
+    assert "cluster.num_gpus is 16, but the launch has 8 ranks" in capsys.readouterr().err
+
+
+def test_a_plan_needs_no_run_directory_and_names_one_to_choose(printed):
+    assert "RUN_DIR=runs/first sbatch" in printed and "run_dir=runs/first" in printed
+
+
+def test_data_that_is_named_is_read_and_counted(data, tmp_path, capsys):
+    overrides = tiny_run.overrides(data, tmp_path / "run", "cluster.num_gpus=2", "dry_run=true")
+    assert main(overrides) == 0
+    out = capsys.readouterr().out
+    assert "40 problems fit" in out and " visits to 40 problems: " in out
+    assert "the teacher's prompt adds 2 tokens of wording (data.teacher_template) and on average " in out
+    assert not any(f"{key}=/path" in out for key in ("data.path", "data.tokenizer"))
+    assert main([*overrides, "data.max_length=16"]) == EXIT_BAD_INPUT
+    assert "problems.jsonl:1: expected a student's prompt" in capsys.readouterr().err
+
+
+def test_a_plan_needs_the_number_of_gpus():
+    with pytest.raises(ConfigError, match=r"needs cluster\.num_gpus"):
+        dry_run(load())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["model.kv_channels=7", "model.rotary_percent=0.5"], ["model.kv_channels=7", "model.rotary_percent=0.9"]],
+)
+def test_a_head_that_turns_in_part_only_may_be_odd(overrides):
+    assert dry_run(load([*TINY, *overrides])).parameters > 0
+
+
+LOGS = ["recipe=chat_logs", *TINY]
+
+
+def test_a_plan_for_logs_has_no_sampler_no_responses_and_no_memory_for_either(capsys):
+    long_responses = ["rollout.max_new_tokens=4096", "rollout.num_samples=8"]
+    server = ["rollout.engine=vllm", "rollout.placement=server", "rollout.engine_tp=3", "rollout.num_servers=1"]
+    assert main([*LOGS, *long_responses, *server, "rollout.server_python=python", "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "a step: 32 logged turns; contexts of at most 128" in out
+    assert "responses: from the log; nothing is sampled" in out
+    assert not any(words in out for words in ("KV cache", "while sampling", "vLLM", "rollout_nodes", "4096 tokens"))
+    plan = dry_run(load([*LOGS, *long_responses]))
+    assert plan.num_microbatches == dry_run(load(LOGS)).num_microbatches
+    assert all(memory.rollout == {} and memory.peak == memory.training_peak > 0 for memory in plan.memory)
+
+
+def test_a_plan_for_logs_that_evaluates_has_its_sampler(tmp_path, capsys):
+    evaluated = [*LOGS, f"evaluation.path={tmp_path}/held_out.jsonl", "evaluation.every=5"]
+    assert main([*evaluated, "dry_run=true"]) == 0
+    out = capsys.readouterr().out
+    assert "responses: from the log; evaluations: sampled in process" in out and "KV cache" in out
+    assert main([*evaluated, "rollout.max_new_tokens=128", "dry_run=true"]) == EXIT_BAD_INPUT
+    assert "rollout.max_new_tokens (128) leaves no room" in capsys.readouterr().err
+
+
+def test_the_replies_of_a_log_may_fill_their_contexts():
+    def rows(*overrides: str) -> float:
+        plan = dry_run(load([*LOGS, "schedule.pair_order=teacher_first", *overrides]))
+        return plan.memory[-1].training["teacher states"]
+
+    assert rows("data.max_length=128") == 2 * rows("data.max_length=64") > 0
+
+
+def test_rows_divide_by_what_cuts_them():
+    cuts = "parallel.tensor_model_parallel_size=4 parallel.context_parallel_size=3 schedule.max_tokens=1000".split()
+    assert longest_sequence(load(cuts)) == 984
+
+
+def test_microbatches_are_those_of_the_longest_contexts_raised_to_what_interleaving_takes():
+    interleaved = "parallel.pipeline_model_parallel_size=4 parallel.virtual_pipeline_model_parallel_size=2".split()
+    assert microbatches(load(), 10, 4) == (3, 3)
+    assert microbatches(load(interleaved), 10, 4) == (3, 6), "the reference reads the student's 3 once more"
+    assert microbatches(load([*interleaved, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
+    assert microbatches(load(["method.name=sft"]), 10, 4) == (3, 0)
+    mixed_with_student = [*interleaved, "target.anchor=student"]
+    assert microbatches(load(mixed_with_student), 10, 4) == (5, 3)
+    assert microbatches(load([*mixed_with_student, "schedule.pair_order=alternating"]), 10, 4) == (4, 4)
+
+
+def test_one_node_is_launched_alone_and_several_meet_at_the_head():
+    _, one = launch_commands(load(["cluster.num_gpus=4"]), ["a=b"])
+    assert one.startswith("torchrun --standalone --nproc-per-node 4 -m ")
+    _, two = launch_commands(load(["cluster.num_gpus=16"]), ["x=[1, 2]", "dry_run=true"])
+    assert '--nnodes 2 --node-rank "$NODE_RANK" --master-addr "$HEAD" --nproc-per-node 8' in two
+    assert "'x=[1, 2]'" in two and "dry_run" not in two
+
+
+SERVERS = (
+    "rollout.engine=vllm rollout.placement=server rollout.server_python=/vllm/python rollout.num_servers=3".split()
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "command"),
+    [
+        (["cluster.num_gpus=8"], "sbatch examples/slurm/one_node.sbatch"),
+        (["cluster.num_gpus=4"], "GPUS_PER_NODE=4 sbatch --gpus-per-node=4 examples/slurm/one_node.sbatch"),
+        (["cluster.num_gpus=16"], "sbatch --nodes=2 examples/slurm/many_nodes.sbatch"),
+        (
+            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=4"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=2 sbatch --nodes=4 "
+            "examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["cluster.num_gpus=16", *SERVERS, "rollout.engine_tp=16"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=16 SERVER_NODES=2 ROLLOUT_NODES=6 "
+            "sbatch --nodes=8 examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["recipe=llama31_405b_lora"],
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=python SERVER_GPUS=16 SERVER_ARGS='--adapter-rank=32 "
+            "--adapter-modules=down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj' SERVER_NODES=2 ROLLOUT_NODES=2 "
+            "sbatch --nodes=4 examples/slurm/rollout_nodes.sbatch",
+        ),
+        (
+            ["cluster.num_gpus=4", *SERVERS, "rollout.engine_tp=4"],  # the script's nodes are all alike
+            "HF_CONFIG=/path/to/hf/config SERVER_PYTHON=/vllm/python SERVER_GPUS=4 ROLLOUT_NODES=3 GPUS_PER_NODE=4 "
+            "sbatch --gpus-per-node=4 --nodes=4 examples/slurm/rollout_nodes.sbatch",
+        ),
+    ],
+)
+def test_slurm_gets_the_script_for_the_nodes_and_servers_of_the_plan(overrides, command):
+    sbatch, _ = launch_commands(load([*overrides, "run_dir=my runs/first"]), ["run_dir=my runs/first", "a=b"])
+    assert sbatch.startswith(f"RUN_DIR='my runs/first' {command} a=b checkpoint.load=")
+    script = shlex.split(sbatch)[shlex.split(sbatch).index("a=b") - 1]
+    text = (REPOSITORY / script).read_text()
+    for variable in (word.partition("=")[0] for word in shlex.split(sbatch.split(" sbatch ")[0])):
+        assert f"\n{variable}=${{{variable}:" in text  # a parameter of the script
+    assert "run_dir=" not in sbatch
+
+
+def test_servers_that_slurm_starts_are_not_started_by_the_run_too():
+    sbatch, _ = launch_commands(load([*SERVERS, "cluster.num_gpus=8"]), SERVERS)
+    words = shlex.split(sbatch)
+    overrides = words[words.index("examples/slurm/rollout_nodes.sbatch") + 1 :]
+    rollout = load([*overrides, "rollout.servers=[http://node7:8000]"]).rollout
+    assert rollout.num_servers == 0 and rollout.servers == ["http://node7:8000"]
+
+
+@pytest.mark.parametrize(("pp_size", "pairs", "alternating", "teacher_first"), KNOWN)
+def test_both_orders_take_the_known_times(pp_size, pairs, alternating, teacher_first):
+    assert simulate(order(pairs, pairs, "alternating"), pp_size).time == alternating
+    assert simulate(order(pairs, pairs, "teacher_first"), pp_size).time == teacher_first
+
+
+@pytest.mark.parametrize("times", [Times(), Times(backward=3.0), Times(teacher=2.0), Times(forward=0.5, teacher=0.25)])
+@pytest.mark.parametrize(("pp_size", "students", "teachers"), [(1, 3, 3), (2, 5, 9), (4, 16, 7), (8, 8, 20)])
+def test_teacher_first_waits_for_one_fill_and_one_drain(pp_size, students, teachers, times):
+    ideal = students * (times.forward + times.backward) + teachers * times.teacher
+    waits = (pp_size - 1) * (max(times.forward, times.teacher) + times.backward)
+    simulated = simulate(order(students, teachers, "teacher_first"), pp_size, times=times)
+    assert simulated.time == pytest.approx(ideal + waits)
+    assert simulated.bubble == pytest.approx(waits / (ideal + waits))
+
+
+@pytest.mark.parametrize(("pp_size", "num_chunks"), [(2, 2), (4, 2), (4, 3), (8, 4)])
+def test_interleaving_divides_the_wait_by_the_number_of_chunks(pp_size, num_chunks):
+    simulated = simulate(order(2 * pp_size, 2 * pp_size, "teacher_first"), pp_size, num_chunks)
+    assert simulated.time == pytest.approx(2 * pp_size * 4 + (pp_size - 1) * 3 / num_chunks)
+
+
+def test_one_stage_never_waits():
+    assert simulate(order(5, 5, "alternating"), 1).bubble == 0
+
+
+def test_an_earlier_stage_holds_one_more_microbatch_than_the_next():
+    assert simulate(order(16, 16, "teacher_first"), 4).in_flight == (4, 3, 2, 1)
+    assert simulate(order(2, 2, "teacher_first"), 4).in_flight == (2, 2, 2, 1), "no more than there are"
+
+
+def test_half_of_what_alternating_holds_are_teachers_which_hold_nothing():
+    assert simulate(order(16, 16, "alternating"), 4).in_flight == (2, 2, 1, 1)
+
+
+def test_the_interleaved_schedule_holds_what_its_longer_warm_up_forwarded():
+    assert simulate(order(16, 16, "teacher_first"), 4, 2).in_flight == (11, 9, 7, 5)
+
+
+@pytest.mark.parametrize(("pp_size", "num_chunks", "count"), [(4, 1, 6), (4, 1, 2), (2, 2, 6), (4, 3, 8)])
+def test_each_stage_runs_every_microbatch_of_every_chunk_once_each_way(pp_size, num_chunks, count):
+    for stage in range(pp_size):
+        ops = operations(count, pp_size, stage, num_chunks)
+        expected = {(kind, m, c) for kind in "FB" for m in range(count) for c in range(num_chunks)}
+        assert len(ops) == len(expected) and set(ops) == expected
+        for m in range(count):
+            for c in range(num_chunks):
+                assert ops.index(("F", m, c)) < ops.index(("B", m, c))
+
+
+@pytest.mark.parametrize(("pp_size", "num_chunks"), [(4, 1), (4, 2), (2, 3)])
+def test_the_order_is_that_of_megatrons_own_tables(pp_size, num_chunks):
+    from megatron.core.pipeline_parallel.schedules import get_schedule_table
+
+    table = get_schedule_table(2 * pp_size, num_chunks, pp_size)
+    forwards = [(m, c) for kind, m, c in operations(2 * pp_size, pp_size, 0, num_chunks) if kind == "F"]
+    assert forwards == [tuple(item) for item in table]

@@ -1,0 +1,187 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The load of the engines of a plan: the arithmetic, the warning, and the effect of its advice."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.instruments.plan.dry_run import dry_run
+from megatron_selfdistill.instruments.plan.engines import Engines, backward_passes
+from megatron_selfdistill.instruments.plan.gpus import RATES
+from megatron_selfdistill.instruments.plan.plan_tables import summary
+from megatron_selfdistill.instruments.plan.step_time import StepTime
+from megatron_selfdistill.train import main
+
+
+@functools.cache
+def time_of(*overrides: str) -> StepTime:
+    found = dry_run(load(overrides)).time
+    assert found is not None
+    return found
+
+
+def engines_of(*overrides: str) -> Engines:
+    found = time_of(*overrides).engines
+    assert found is not None
+    return found
+
+
+def test_a_rollout_takes_the_reads_of_all_weights_for_each_token_whatever_the_batch():
+    keys = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    few, many = engines_of(*keys), engines_of("recipe=qwen3_8b")
+    assert (few.count, few.sequences, many.sequences) == (8, 8, 64)
+    # 8.19e9 parameters of 2 bytes at 2.9e12 bytes per second, and 36 layers, 4096 times.
+    (read, cache), (read_many, cache_many) = (
+        [part.seconds for part in time_of(*overrides).parts if part.phase == "rollout"]
+        for overrides in (keys, keys[:1])
+    )
+    assert read == pytest.approx((8.190735e9 * 2 / 2.9e12 + 36 * 25e-6) * 4096, rel=1e-3)
+    assert read_many == pytest.approx(read * 64 / many.capacity), "the cache holds 56 of the 64 at a time"
+    assert cache_many == pytest.approx(8 * cache), "every sequence reads its own keys and values"
+    assert few.balance == many.balance == pytest.approx(RATES["H100"].balance)
+
+
+def test_frozen_weights_take_no_pass_for_their_gradients():
+    adapters = ("recipe=qwen3_8b", "rollout.engine=megatron", "adapter.rank=8")
+    recompute = ("schedule.recompute_granularity=full", "schedule.recompute_method=uniform")
+    recompute += ("schedule.recompute_num_layers=1",)
+    found = [backward_passes(load(keys)) for keys in (("recipe=qwen3_8b",), adapters, adapters + recompute)]
+    assert found == [2, 1, 2]
+    stages = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=2")
+    bubbles = [dry_run(load([*adapters[: 2 + few], *stages])).schedule.bubble for few in (0, 1)]
+    # 256 microbatches of all models with a backward pass of 2 and of 1; three stages wait for one of the student's.
+    assert bubbles == pytest.approx([9 / (256 * 5 + 9), 6 / (256 * 4 + 6)])
+
+
+def test_the_plan_states_what_is_trained_and_what_an_update_sends():
+    lines = summary(dry_run(load(["recipe=qwen3_8b"])))
+    assert "an update of the engines' weights sends all weights, 16.38 GB" in lines
+    lines = summary(dry_run(load(["recipe=qwen3_8b", "rollout.engine=megatron", "adapter.rank=8"])))
+    parameters = 8 * 36 * sum((4096 + 6144, 4096 + 4096, 4096 + 2 * 12288, 12288 + 4096))
+    assert f"trained: {parameters / 1e6:.1f} M parameters of adapters of rank 8, 0.22% of the model" in lines
+    assert not any("an update" in line for line in lines)
+    lines = summary(dry_run(load(["recipe=qwen3_8b", "adapter.rank=8"])))
+    modules = parameters + 8 * 36 * 3 * 4096  # A of q, k and v, and of gate and up, in a copy of each module's own
+    assert f"an update of the engines' weights sends the adapters, {2 * modules / 1e9:.2f} GB" in lines
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("recipe=qwen3_8b", "data.global_batch_size=64"),
+        ("recipe=qwen3_8b", "data.global_batch_size=16"),
+        ("recipe=qwen3_32b", "data.global_batch_size=128"),
+        ("recipe=qwen3_8b", "data.global_batch_size=64", "rollout.kv_cache_gb=4"),
+    ],
+)
+def test_too_few_sequences_are_a_warning_and_its_advice_ends_it(overrides):
+    warning = time_of(*overrides).warning
+    assert warning is not None
+    batch = re.search(r"raise data\.global_batch_size to (\d+), or rollout\.num_samples", warning)
+    assert batch is not None
+    kept = [override for override in overrides if "global_batch_size" not in override]
+    assert time_of(*kept, f"data.global_batch_size={batch[1]}").warning is None
+
+
+def test_samples_and_halves_of_guided_pairs_fill_an_engine_too():
+    few = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    assert engines_of(*few, "rollout.num_samples=4").sequences == 32
+    assert engines_of(*few, "rollout.guidance=mixed", "target.anchor=student").sequences == 16
+
+
+def test_the_plan_prints_how_full_the_engines_are_and_the_warning(capsys):
+    few = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    assert main([*few, "dry_run=true"]) == 0
+    out, (rollout, rest) = capsys.readouterr().out, time_of(*few).turns
+    assert "\n8 sequences per engine and step; its KV cache holds about 56 at a time" in out
+    assert f"by arithmetic for H100 GPUs (below) {rollout:.0f} s of rollout and {rest:.0f} s of the rest" in out
+    assert "of a step\nwarning: 8 sequences per engine" in out
+
+
+@pytest.mark.parametrize("override", ["rollout.engine=megatron", "recipe=chat_logs"])
+def test_without_vllm_there_is_nothing_to_fill(override):
+    plan = dry_run(load(["cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8", override]))
+    assert plan.engines is None and not any("sequences per engine" in line for line in summary(plan))
+
+
+SERVERS = ("recipe=qwen3_8b", "rollout.placement=server", "rollout.num_servers=8", "data.global_batch_size=64")
+
+
+def overlap_line(*overrides: str) -> str | None:
+    """Return the line of a plan about the ways in which generation and training can share a step."""
+    lines = summary(dry_run(load([*SERVERS, *overrides])))
+    found = [line for line in lines if line.startswith("by the same arithmetic a step takes")]
+    return found[0] if found else None
+
+
+def test_a_plan_with_servers_names_the_way_to_choose_all_times_and_the_break_even():
+    """64 sequences on 8 servers; a last wave is one of 16 microbatches or more."""
+    plan = dry_run(load(SERVERS))
+    generation, training = plan.time.turns
+    last = training / plan.num_microbatches[0]
+    assert overlap_line() == (
+        f"by the same arithmetic a step takes {generation + training:.0f} s in turns, {generation + last:.0f} s with "
+        f"rollout.overlap=stream (the longer of both, and a last wave), {generation:.0f} s with rollout.ahead=1: "
+        "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both take "
+        f"longer than its last wave of {last:.0f} s"
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("rollout.overlap=stream", "rollout.wave_microbatches=10000"),
+        ("method.name=uni_opd", "rollout.num_samples=2"),
+    ],
+    ids=["a wave as long as the step", "a selection"],
+)
+def test_where_streams_gain_nothing_or_are_not_possible_the_plan_names_the_step_ahead(overrides):
+    line = overlap_line(*overrides)
+    assert line is not None and line.endswith("if responses of weights that are one step old will do")
+    assert ("rollout.overlap=stream" in line) == (overrides[0] == "rollout.overlap=stream")
+
+
+def test_a_plan_is_silent_where_generation_and_training_must_take_turns():
+    assert overlap_line("rollout.guidance=mixed", "target.anchor=student") is None
+
+
+PARTIAL = ("rollout.extra_problems=32", "rollout.max_staleness=1")
+
+
+def test_extra_problems_shorten_the_rollout_to_the_tokens_that_a_step_trains_on():
+    """96 problems are under way, and 64 are finished in a step, so each step adds 2/3 of a mean response to each."""
+
+    def rollout(*overrides: str) -> list[float]:
+        return [part.seconds for part in time_of(*overrides).parts if part.phase == "rollout"]
+
+    colocated = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    (read, cache), (shorter, same) = rollout(*colocated), rollout(*colocated, *PARTIAL)
+    assert (engines_of(*colocated).sequences, engines_of(*colocated, *PARTIAL).sequences) == (8, 12)
+    assert (shorter, same) == (pytest.approx(read / 3 * 64 / 96), pytest.approx(cache))
+    assert time_of(*colocated).with_extra_problems(32).turns == pytest.approx(time_of(*colocated, *PARTIAL).turns)
+    full = ("recipe=qwen3_8b", "data.global_batch_size=512")
+    more = (*full, "rollout.extra_problems=256", "rollout.max_staleness=1")
+    assert engines_of(*more).sequences > engines_of(*more).full and engines_of(*full).sequences > engines_of(*full).full
+    assert rollout(*more)[0] == pytest.approx(rollout(*full)[0] / 3)  # as many tokens in all
+
+
+def continued_lines(*overrides: str) -> list[str]:
+    return [line for line in summary(dry_run(load(overrides))) if "rollout.extra_problems" in line]
+
+
+def test_a_plan_with_colocated_engines_names_the_seconds_of_continued_responses():
+    colocated = ("recipe=qwen3_8b", "data.global_batch_size=64")
+    (generation, training), parts = time_of(*colocated).turns, time_of(*colocated, *PARTIAL).turns[0]
+    assert continued_lines(*colocated) == [
+        f"by the same arithmetic a step takes {generation + training:.0f} s, and {parts + training:.0f} s with "
+        "rollout.extra_problems=32 and rollout.max_staleness=1, if some tokens of weights that are one step old will do"
+    ]
+    lines = summary(dry_run(load(colocated)))
+    assert not any("rollout.overlap" in line or "rollout.ahead" in line for line in lines)
+    assert continued_lines(*colocated, *PARTIAL) == []
+    assert continued_lines(*SERVERS) == []
+    assert continued_lines("recipe=qwen3_8b", "rollout.guidance=mixed", "target.anchor=student") == []

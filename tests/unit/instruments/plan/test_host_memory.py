@@ -1,0 +1,115 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The host memory of a node against what the ranks of a run really hold in a save."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import checkpointed_run
+import pytest
+import torch
+from checkpointed_run import ADAM, Setup
+from models import model_config, planned
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.instruments.plan.dry_run import dry_run
+from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
+from megatron_selfdistill.instruments.plan.plan_tables import summary
+
+MIB, GIB = 2**20, 2**30
+BF16 = dataclasses.replace(ADAM, precision="bf16")
+
+
+def bytes_in_a_save(setup: Setup, run_dir) -> int:
+    """Bytes of optimizer state that a save puts into the host memory of this rank."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+    from megatron_selfdistill.checkpoint import state
+    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+
+    run = checkpointed_run.start(setup, run_dir, steps=1)
+    model = state.model_state(run.chunks, CONTENT)
+    saved = nested_values(state.optimizer_state(run.optimizer, model, CONTENT))
+    return sum(one.data.nbytes for one in saved if isinstance(one, ShardedBase) and torch.is_tensor(one.data))
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        pytest.param("gqa", {}, marks=pytest.mark.full),
+        pytest.param("gqa", {"tensor_model_parallel_size": 2}, marks=pytest.mark.full),
+        ("moe", {"expert_model_parallel_size": 2}),
+    ],
+)
+def test_all_ranks_together_hold_what_is_planned_for_their_node(ranks, tmp_path, kind, sizes):
+    from megatron_selfdistill.instruments.plan.host_memory import _saving
+
+    setup = Setup(kind=kind, optimizer=BF16, teacher="current").cut(**sizes)
+    (stage,) = planned(model_config(kind), setup.parallel, 4)
+    config = dataclasses.replace(load(), optimizer=BF16, parallel=setup.parallel)
+    expected = 4 * _saving(config, stage)["optimizer in a save"]
+    held = sum(ranks.run(bytes_in_a_save, setup, tmp_path, world_size=4))
+    assert held == pytest.approx(expected, rel=0.02)
+
+
+def host(*overrides: str) -> dict[str, float]:
+    found = dry_run(load(["recipe=qwen3_8b", *overrides])).host
+    return found.resting | found.saving
+
+
+def test_more_nodes_share_a_save():
+    one, two = host(), host("cluster.num_gpus=16")
+    assert two["optimizer in a save"] == pytest.approx(one["optimizer in a save"] / 2)
+
+
+def test_the_offloaded_teacher_and_rows_that_exceed_their_store_are_held_all_the_time():
+    offloaded = host("teacher.offload=cpu", "schedule.teacher_store_gb=0", "schedule.pair_order=teacher_first")
+    parameters = 8_190_735_360
+    plan = dry_run(load(["recipe=qwen3_8b"]))
+    copies = 8 * plan.stages[0].parameters / parameters
+    assert offloaded["teacher"] == pytest.approx(copies * 2 * parameters / GIB)
+    on_device = (
+        dry_run(load(["recipe=qwen3_8b", "schedule.pair_order=teacher_first"])).memory[0].training["teacher states"]
+    )
+    assert offloaded["teacher states"] == pytest.approx(8 * on_device)
+    average = host("teacher.offload=cpu", "teacher.weights=ema")
+    assert average["teacher"] == pytest.approx(3 * offloaded["teacher"])
+    assert average["teacher in a save"] > 0 == host()["teacher"]
+    current = host("teacher.offload=cpu", "teacher.weights=current")
+    assert current["reference"] == pytest.approx(offloaded["teacher"]) and current["teacher"] == 0
+    assert offloaded["reference"] == 0, "a frozen teacher is the reference"
+
+
+def test_buckets_that_servers_read_from_host_memory_count_where_they_are_asked_for():
+    servers = [
+        "rollout.placement=server",
+        "rollout.num_servers=1",
+        "rollout.server_python=python",
+        "rollout.bucket_mb=512",
+    ]
+    assert host(*servers, "rollout.transfer=nccl")["weight bucket"] == 0
+    assert host(*servers, "rollout.transfer=gloo")["weight bucket"] == 0.5
+    assert host(*servers, "rollout.transfer=shared_memory")["weight bucket"] == 1
+
+
+def test_frozen_weights_of_sleeping_engines_rest_in_host_memory():
+    weights = 8 * 8_190_735_360 * 2 / GIB  # an engine on each GPU of the node
+    assert host()["engine weights"] == 0
+    assert weights < host("adapter.rank=8")["engine weights"] < 1.01 * weights
+
+
+def test_a_checkpoint_holds_what_is_trained_with_its_optimizer_state():
+    parameters = 8_190_735_360
+    whole = load(["recipe=qwen3_8b"])
+    assert checkpoint_bytes(whole, parameters) == 14 * parameters
+    assert f"a checkpoint takes {14 * parameters / 1e9:.1f} GB" in summary(dry_run(whole))
+    assert checkpoint_bytes(load(["recipe=qwen3_8b", "teacher.weights=ema"]), parameters) == 18 * parameters
+    adapted = dry_run(load(["recipe=qwen3_8b", "adapter.rank=8"]))
+    assert f"a checkpoint takes {14 * adapted.adapter_parameters / 1e9:.1f} GB" in summary(adapted)
+    assert host("adapter.rank=8")["weights in a save"] < host()["weights in a save"] / 100
+
+
+def test_the_line_of_the_plan_names_the_parts_that_are_there(capsys):
+    plan = dry_run(load(["recipe=qwen3_8b"]))
+    assert str(plan.host) == "optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB"

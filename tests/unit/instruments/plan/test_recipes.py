@@ -1,0 +1,423 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every recipe for a real size passes the dry run, is the published model, and has its row on the page of sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+import yaml
+from recipe_needs import needed_by
+from scripts import load_script
+from tiers import combinations
+
+from megatron_selfdistill.config import AdapterConfig, Config, load
+from megatron_selfdistill.config.key_list import config_dir
+from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
+from megatron_selfdistill.instruments.plan.engines import Engines
+from megatron_selfdistill.instruments.plan.gpus import RATES
+from megatron_selfdistill.interop.hf.family import differences
+from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.train import main
+
+size_table = load_script(Path(__file__).resolve().parents[4] / "tools" / "size_table.py")
+
+# Of the checkpoints on the hub, to the parameter, without second-token layers and expert biases; of GLM-4.5-Air and
+# Kimi-K2 as transformers counts their config.json.
+PUBLISHED = {
+    "qwen3_8b": 8_190_735_360,
+    "qwen3_32b": 32_762_123_264,
+    "llama31_405b": 405_853_388_800,
+    "qwen3_235b_a22b": 235_093_634_560,
+    "gpt_oss_120b": 116_829_156_672,
+    "deepseek_v3": 671_026_404_352,
+    "glm45_air": 106_852_245_504,
+    "kimi_k2": 1_026_408_209_408,
+}
+_ADAPTED = ("qwen3_32b_lora", "llama31_405b_lora", "deepseek_v3_lora", "glm45_air_lora", "kimi_k2_lora")
+WHOLE = tuple(PUBLISHED)
+"""The recipes that train all weights; those with adapters name the same models."""
+PUBLISHED |= {recipe: PUBLISHED[recipe.removesuffix("_lora")] for recipe in _ADAPTED}
+GPUS = {
+    "qwen3_8b": 8,
+    "qwen3_32b": 32,
+    "qwen3_32b_lora": 8,
+    "llama31_405b": 256,
+    "qwen3_235b_a22b": 128,
+    "gpt_oss_120b": 64,
+    "deepseek_v3": 512,
+    "llama31_405b_lora": 16,
+    "deepseek_v3_lora": 32,
+    "glm45_air": 64,
+    "glm45_air_lora": 8,
+    "kimi_k2": 512,
+    "kimi_k2_lora": 64,
+}
+SERVER_NODES = {
+    "llama31_405b": 2,
+    "llama31_405b_lora": 2,
+    "qwen3_235b_a22b": 1,
+    "gpt_oss_120b": 1,
+    "deepseek_v3": 4,
+    "deepseek_v3_lora": 4,
+    "glm45_air": 1,
+    "kimi_k2": 4,
+    "kimi_k2_lora": 4,
+}
+"""Nodes that a recipe's rollout server fills, besides the trainer's."""
+
+# What decides the model in the public config.json files.
+_QWEN3 = {
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "use_sliding_window": False,
+    "sliding_window": None,
+}
+HF_CONFIGS = {
+    "qwen3_8b": {
+        **_QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 36,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "qwen3_32b": {
+        **_QWEN3,
+        "architectures": ["Qwen3ForCausalLM"],
+        "num_hidden_layers": 64,
+        "hidden_size": 5120,
+        "intermediate_size": 25600,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
+    "llama31_405b": {
+        "architectures": ["LlamaForCausalLM"],
+        "num_hidden_layers": 126,
+        "hidden_size": 16384,
+        "intermediate_size": 53248,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "max_position_embeddings": 131072,
+        "rope_theta": 500000.0,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+    },
+    "qwen3_235b_a22b": {
+        **_QWEN3,
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "num_hidden_layers": 94,
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 4,
+        "moe_intermediate_size": 1536,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "gpt_oss_120b": {
+        "architectures": ["GptOssForCausalLM"],
+        "num_hidden_layers": 36,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "head_dim": 64,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 201088,
+        "num_local_experts": 128,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 18,
+        "max_position_embeddings": 131072,
+        "rope_theta": 150000,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        "rms_norm_eps": 1e-5,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "num_hidden_layers": 61,
+        "hidden_size": 7168,
+        "intermediate_size": 18432,
+        "moe_intermediate_size": 2048,
+        "num_attention_heads": 128,
+        "num_key_value_heads": 128,
+        "vocab_size": 129280,
+        "max_position_embeddings": 163840,
+        "rope_theta": 10000,
+        "rope_scaling": {
+            "type": "yarn",
+            "factor": 40,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+        },
+        "rms_norm_eps": 1e-6,
+        "q_lora_rank": 1536,
+        "kv_lora_rank": 512,
+        "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64,
+        "v_head_dim": 128,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 8,
+        "topk_group": 4,
+        "first_k_dense_replace": 3,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "num_nextn_predict_layers": 1,
+        "tie_word_embeddings": False,
+        "attention_bias": False,
+    },
+    "glm45_air": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        "num_hidden_layers": 46,
+        "hidden_size": 4096,
+        "intermediate_size": 10944,
+        "moe_intermediate_size": 1408,
+        "num_attention_heads": 96,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "partial_rotary_factor": 0.5,
+        "attention_bias": True,
+        "use_qk_norm": False,
+        "vocab_size": 151552,
+        "max_position_embeddings": 131072,
+        "rope_theta": 1000000,
+        "rms_norm_eps": 1e-5,
+        "n_routed_experts": 128,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "num_nextn_predict_layers": 1,
+        "tie_word_embeddings": False,
+    },
+}
+HF_CONFIGS["kimi_k2"] = HF_CONFIGS["deepseek_v3"] | {
+    "model_type": "kimi_k2",
+    "num_attention_heads": 64,
+    "num_key_value_heads": 64,
+    "vocab_size": 163840,
+    "max_position_embeddings": 131072,
+    "rope_theta": 50000.0,
+    "rope_scaling": HF_CONFIGS["deepseek_v3"]["rope_scaling"] | {"factor": 32.0, "beta_fast": 1.0, "beta_slow": 1.0},
+    "n_routed_experts": 384,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "routed_scaling_factor": 2.827,
+    "num_nextn_predict_layers": 0,
+}
+HF_CONFIGS |= {recipe: HF_CONFIGS[recipe.removesuffix("_lora")] for recipe in _ADAPTED}
+REAL_SIZES = sorted(PUBLISHED)
+
+
+QUICK = ("qwen3_8b", "qwen3_32b", "qwen3_32b_lora", "gpt_oss_120b")
+"""A recipe of each kind: dense, with pipeline stages, with adapters, with experts.  Plans of larger models, and of
+latent attention, take seconds each."""
+
+
+def each(recipes: Iterable[str]) -> pytest.MarkDecorator:
+    """Parametrize over ``recipes``; in make test over those of `QUICK`."""
+    cases = [pytest.param(recipe, marks=() if recipe in QUICK else pytest.mark.full) for recipe in recipes]
+    return pytest.mark.parametrize("recipe", cases)
+
+
+@functools.cache
+def config_of(recipe: str) -> Config:
+    return load([f"recipe={recipe}", *needed_by(recipe)])
+
+
+@functools.cache
+def plan_of(recipe: str) -> Plan:
+    return dry_run(config_of(recipe))
+
+
+@functools.cache
+def engines_of(recipe: str) -> Engines:
+    found = plan_of(recipe).engines
+    assert found is not None
+    return found
+
+
+def test_every_shipped_recipe_that_names_its_gpus_is_tested_here():
+    shipped = {path.stem: yaml.safe_load(path.read_text()) for path in (config_dir() / "recipe").glob("*.yaml")}
+    assert sorted(name for name, values in shipped.items() if "num_gpus" in values.get("cluster", {})) == REAL_SIZES
+
+
+@each(REAL_SIZES)
+def test_a_recipe_fits_its_gpus_with_some_to_spare(recipe):
+    plan = plan_of(recipe)
+    assert plan.config.cluster.num_gpus == GPUS[recipe]
+    assert plan.misfit() is None
+    assert max(memory.peak for memory in plan.memory) < 0.95 * plan.config.cluster.memory_of_gpu
+
+
+@combinations(
+    recipe=sorted({p.stem for p in (config_dir() / "recipe").glob("*.yaml")} - set(REAL_SIZES)),
+    quick={"recipe": ["chat_logs", "grpo"]},
+    strength=1,
+)
+def test_a_recipe_without_a_size_passes_the_dry_run_at_one(recipe):
+    size = ["cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8"]
+    plan = dry_run(load([f"recipe={recipe}", *size, *needed_by(recipe)]))
+    assert plan.misfit() is None and plan.parameters == PUBLISHED["qwen3_8b"]
+
+
+@each(REAL_SIZES)
+def test_parameters_are_those_of_the_published_model(recipe):
+    assert plan_of(recipe).parameters == PUBLISHED[recipe]
+
+
+@pytest.mark.parametrize("recipe", WHOLE)
+def test_the_architecture_is_that_of_the_public_config(recipe):
+    published = HF_CONFIGS[recipe]
+    assert differences(family_of(published).model_config(published), config_of(recipe).model) == {}
+
+
+@each(WHOLE)
+def test_the_tensors_of_a_hugging_face_directory_add_up_to_the_same_model(recipe):
+    model = config_of(recipe).model
+    total = 0
+    for rule in family_of(HF_CONFIGS[recipe]).rules(model):
+        if not rule.is_passthrough and not rule.hf_names[0].endswith("e_score_correction_bias"):
+            total += sum(functools.reduce(lambda a, b: a * b, shape) for shape in rule.hf_shapes)
+    assert total == PUBLISHED[recipe]
+
+
+@each(REAL_SIZES)
+def test_the_page_of_sizes_has_the_row_that_its_script_writes(recipe):
+    assert size_table.row(recipe, plan_of(recipe)) in size_table.PAGE.read_text(encoding="utf-8").splitlines()
+
+
+def test_the_page_of_sizes_has_a_row_for_every_recipe_and_no_other():
+    table = size_table.PAGE.read_text(encoding="utf-8").partition(size_table.BEGIN)[2].partition(size_table.END)[0]
+    heading, _, *rows = table.strip().splitlines()
+    assert heading == f"| {' | '.join(size_table.HEADINGS)} |"
+    assert [row.split("`")[1] for row in rows] == REAL_SIZES == size_table.recipes()
+
+
+@each(REAL_SIZES)
+def test_no_recipe_leaves_its_engines_idle(recipe):
+    time = plan_of(recipe).time
+    assert time is not None and time.warning is None
+
+
+@pytest.mark.parametrize(
+    ("recipe", "cache_gb", "kib"),
+    [
+        ("qwen3_8b", 16, 144),
+        ("qwen3_32b", 10, 64),
+        pytest.param("qwen3_235b_a22b", 16, 47, marks=pytest.mark.full),
+        ("gpt_oss_120b", 16, 18),
+        pytest.param("deepseek_v3", 16, 68.625, marks=pytest.mark.full),
+    ],
+)
+def test_a_cache_holds_the_mean_sequence_half_written(recipe, cache_gb, kib):
+    """The prompt a third of 4096 tokens, the response a third of 4096 and half of it written."""
+    held = (4096 + 2048) / 3
+    config = config_of(recipe)
+    rollout = dataclasses.replace(config.rollout, kv_cache_gb=cache_gb)
+    engines = dry_run(dataclasses.replace(config, rollout=rollout)).engines
+    assert engines is not None and engines.capacity == int(cache_gb * 2**20 / kib / held)
+
+
+def test_a_mixture_of_experts_reads_more_than_it_computes():
+    assert engines_of("qwen3_8b").balance == pytest.approx(RATES["H100"].balance)
+    active = 5.13 + 0.58  # as published, and the embedding, which its authors leave out
+    assert engines_of("gpt_oss_120b").balance == pytest.approx(RATES["H100"].balance * 116.83 / active, rel=0.02)
+
+
+@pytest.mark.full
+def test_larger_mixtures_of_experts_read_more_than_they_compute():
+    assert engines_of("qwen3_235b_a22b").balance == pytest.approx(RATES["H100"].balance * 235.09 / 22.19, rel=0.01)
+    assert engines_of("deepseek_v3").balance == pytest.approx(RATES["H100"].balance * 671.03 / 37.5, rel=0.02)
+
+
+@combinations(recipe=list(REAL_SIZES), quick={"recipe": ["qwen3_8b", "qwen3_32b"]}, strength=1)
+def test_a_dry_run_on_the_command_line_ends_with_the_commands_to_launch(recipe, capsys):
+    assert main([f"recipe={recipe}", "dry_run=true", "run_dir=my runs/first"]) == 0
+    out = capsys.readouterr().out
+    assert f"{PUBLISHED[recipe] / 1e9:.2f} B parameters on {GPUS[recipe]} GPUs" in out
+    assert "= while training" in out and "bubble" in out
+    sbatch, torchrun = map(shlex.split, out.strip().splitlines()[-2:])
+    assert "sbatch" in sbatch and "RUN_DIR=my runs/first" in sbatch
+    num_nodes = GPUS[recipe] // 8 + SERVER_NODES.get(recipe, 0)
+    assert f"--nodes={num_nodes}" in sbatch or num_nodes == 1
+    words = torchrun
+    assert words[0] == "torchrun" and "megatron_selfdistill.train" in words
+    nodes = int(words[words.index("--nnodes") + 1]) if "--nnodes" in words else 1
+    assert nodes * int(words[words.index("--nproc-per-node") + 1]) == GPUS[recipe]
+    overrides = words[words.index("megatron_selfdistill.train") + 1 :]
+    assert overrides[:2] == ["run_dir=my runs/first", f"recipe={recipe}"]
+    missing = {"checkpoint.load", "data.tokenizer", "data.path"}
+    assert {word.split("=")[0] for word in overrides[2:]} == missing
+    assert load(overrides).dry_run is False
+
+
+@each(_ADAPTED)
+def test_adapters_need_fewer_gpus_than_all_weights_and_send_a_hundredth(recipe):
+    adapted, whole = plan_of(recipe), plan_of(recipe.removesuffix("_lora"))
+    assert 4 * GPUS[recipe] <= GPUS[recipe.removesuffix("_lora")]
+    assert adapted.config.optimizer.lr == pytest.approx(10 * whole.config.optimizer.lr)
+    sent = [engines_of(name).update_bytes for name in (recipe, recipe.removesuffix("_lora"))]
+    assert 100 * sent[0] < sent[1]
+    all_weights = dry_run(dataclasses.replace(adapted.config, adapter=AdapterConfig()))
+    assert all_weights.misfit() is not None, "the recipe's layout would hold all weights too"
+
+
+def test_a_recipe_is_the_default_one_at_another_size():
+    default, real = load(), config_of("qwen3_8b")
+    assert (real.target, real.loss, real.guards) == (default.target, default.loss, default.guards)
+    assert real.teacher.weights == default.teacher.weights
+
+
+@pytest.mark.parametrize("recipe", ["qwen3_8b"])
+def test_a_group_wins_over_a_recipes_own_values(recipe, tmp_path):
+    (tmp_path / "parallel").mkdir()
+    (tmp_path / "parallel" / "two.yaml").write_text("tensor_model_parallel_size: 2\n")
+    config = load([f"recipe={recipe}", "parallel=two"], search_path=[tmp_path])
+    assert config.parallel.tensor_model_parallel_size == 2
+
+
+def test_a_model_chosen_on_the_command_line_keeps_nothing_of_the_recipes():
+    config = load(["recipe=qwen3_8b", "model=llama_1b", "target=strict"])
+    assert config.model == load(["model=llama_1b"]).model
+    assert config.target.k_max is None

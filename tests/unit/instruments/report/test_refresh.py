@@ -1,0 +1,80 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The report that a run writes of itself: in another process, never in the way of the run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+from reported_runs import blocks_of, write_run
+
+from megatron_selfdistill.instruments.report import refresh
+from megatron_selfdistill.instruments.report.refresh import ReportRefresh
+
+
+def test_the_last_report_shows_the_last_step_and_no_process_stays(tmp_path):
+    run_dir = write_run(tmp_path / "run", 20)
+    writer = ReportRefresh(run_dir)
+    writer.finish()
+    assert blocks_of((run_dir / "report.html").read_text())["overview"]["runs"][0]["status"].startswith("20 of 20")
+    assert writer._process is None
+
+
+@pytest.mark.timing
+def test_a_report_that_is_slow_holds_up_neither_the_next_one_nor_the_end(tmp_path, monkeypatch, caplog):
+    real = refresh.subprocess.Popen
+    started = []
+
+    def slow(command, **options):
+        started.append(real([sys.executable, "-c", "import time; time.sleep(60)"], **options))
+        return started[-1]
+
+    monkeypatch.setattr(refresh.subprocess, "Popen", slow)
+    writer, began = ReportRefresh(tmp_path), time.monotonic()
+    writer.start()
+    writer.start()
+    with caplog.at_level(logging.WARNING):
+        writer.finish(seconds=0.1)
+    assert len(started) == 1 and time.monotonic() - began < 30
+    assert "it is not written after 0 s" in caplog.text
+    started[0].kill()
+    started[0].wait()
+
+
+def test_a_report_that_fails_is_one_warning_with_its_reason(tmp_path, caplog):
+    writer = ReportRefresh(tmp_path / "no run")
+    with caplog.at_level(logging.WARNING):
+        writer.finish()
+        writer.finish()
+    (record,) = caplog.records
+    assert "which has no metrics.jsonl" in record.message and "`selfdistill report` writes it" in record.message
+
+
+def test_a_machine_that_starts_no_process_is_a_warning(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "no python"))
+    with caplog.at_level(logging.WARNING):
+        ReportRefresh(tmp_path).finish()
+    assert "No such file or directory" in caplog.text
+
+
+def test_a_rank_that_is_not_the_reporter_starts_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(refresh.subprocess, "Popen", None)
+    writer = ReportRefresh(write_run(tmp_path / "run", 10), enabled=False)
+    writer.start()
+    writer.finish()
+    assert not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_process_imports_neither_torch_nor_numpy(tmp_path):
+    run_dir = write_run(tmp_path / "run", 10)
+    code = (
+        "import sys\nfrom megatron_selfdistill.instruments.report.refresh import main\nmain(sys.argv[1:])\n"
+        "sys.exit(repr({'torch', 'numpy', 'megatron', 'hydra', 'matplotlib'} & set(sys.modules) or ''))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code, str(run_dir)], capture_output=True, text=True, env=environment)
+    assert done.stderr.strip() == "''" and (run_dir / "report.html").is_file()

@@ -1,0 +1,349 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What a report holds: curves, guards, events and responses of run directories, also of damaged and private ones."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from reported_runs import NASTY, blocks_of, write_run
+
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.report.figures import GROUPS
+from megatron_selfdistill.instruments.report.run_facts import status
+from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
+from megatron_selfdistill.instruments.report.run_report import Curve, curve_of, report_page, write_report
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Return a run directory, which tests read and do not change."""
+    return write_run(tmp_path_factory.mktemp("runs") / "first")
+
+
+def page_of(*run_dirs):
+    return report_page(read_runs(run_dirs))
+
+
+def curve(blocks, key, run=0):
+    differences, values, _, _ = blocks["curves"][key][run]
+    steps = [sum(differences[: i + 1]) for i in range(len(differences))]
+    return dict(zip(steps, values, strict=True))
+
+
+def test_the_curves_are_those_of_the_log(run):
+    blocks = blocks_of(page_of(run))
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for key in ("loss/mean", "evaluation/greedy_accuracy"):
+        assert curve(blocks, key) == {
+            line["step"]: pytest.approx(line[key], rel=1e-4) for line in logged if key in line
+        }
+
+
+def test_what_ran_is_there_with_versions_hardware_layout_commit_and_command(run):
+    (shown,) = blocks_of(page_of(run))["overview"]["runs"]
+    facts = dict(shown["facts"])
+    assert facts["recipe"] == "anchored" and facts["command"].startswith("torchrun --nproc-per-node=8")
+    assert "torch 2.13.0" in facts["versions"] and "NVIDIA H200" in facts["hardware"]
+    assert facts["git commit"].startswith("0123") and facts["layout"].startswith("TP 2 x PP 1")
+    assert (facts["seed"], facts["launches"]) == ("0", "2")
+    assert facts["method"].startswith(
+        "method.name=default, target.rule=entropy_matched, target.anchor=reference, target.teacher_weight"
+    )
+    assert shown["status"] == "30 of 30 steps; the run is complete"
+    assert [row[1:3] for row in shown["events"]] == [
+        ["0", "started"],
+        ["15", "saved"],
+        ["15", "stopped"],
+        ["15", "resumed"],
+        ["30", "saved"],
+        ["30", "finished"],
+    ]
+    assert shown["resumed"] == [15] and shown["events"][2][3] == "SIGTERM"
+
+
+def test_the_keys_that_differ_come_first_and_the_equal_ones_not_at_all(run, tmp_path):
+    other = write_run(tmp_path / "second", 30, "optimizer.lr=1e-3", "seed=4", shift=1.0)
+    blocks = blocks_of(page_of(run, other))
+    first, _, last = blocks["overview"]["differences"]
+    assert first["columns"] == ["first", "second"]
+    assert first["rows"] == [["optimizer.lr", "1e-06", "0.001"], ["seed", "0", "4"]]
+    loss = next(row for row in last["rows"] if row[0].startswith("loss"))
+    assert float(loss[2]) - float(loss[1]) == pytest.approx(1.0, abs=1e-3)
+    assert curve(blocks, "loss/mean", 1)[7] - curve(blocks, "loss/mean", 0)[7] == pytest.approx(1.0, abs=1e-3)
+
+
+def test_a_difference_is_shown_once(run, tmp_path):
+    """Two runs that differ in one key of an empty section and in the recipe that stands for other keys."""
+    other = write_run(tmp_path / "second")
+    config = yaml.safe_load((other / "config.yaml").read_text())
+    config["data"]["fields"] = {"solution": "answer"}
+    (other / "config.yaml").write_text(yaml.safe_dump(config))
+    events = (other / "events.jsonl").read_text()
+    (other / "events.jsonl").write_text(events.replace('"recipe": "anchored"', '"recipe": "teacher_alone"'))
+    keys, facts_, _ = blocks_of(page_of(run, other))["overview"]["differences"]
+    assert keys["rows"] == [["data.fields.solution", "-", "answer"]] and facts_["rows"] == []
+
+
+def test_epochs_and_tokens_are_facts_of_a_run(tmp_path):
+    run_dir = write_run(tmp_path / "first")
+    assert "seen so far" not in dict(read_facts(run_dir))
+    with (run_dir / "metrics.jsonl").open("a") as file:
+        for step in (31, 32):
+            file.write(json.dumps({"step": step, "data/epoch": step / 8, "tokens/response": 704}) + "\n")
+    assert dict(read_facts(run_dir))["seen so far"] == "4 epochs, 1,408 response tokens"
+
+
+def read_facts(run_dir):
+    return blocks_of(page_of(run_dir))["overview"]["runs"][0]["facts"]
+
+
+ONE_SAMPLE = ("evaluation/pass_at_1", "evaluation/distinct_right", "evaluation/sampled_accuracy")
+
+
+def test_a_figure_that_repeats_others_number_for_number_is_left_out_and_named(tmp_path):
+    """With one sample, pass@1 and the different right answers are the accuracy; the reverse KL is the loss."""
+    values = {(step, key): 0.3 + step / 100 for step in range(0, 31, 10) for key in ONE_SAMPLE}
+    twice = [write_run(tmp_path / name, shift=0.0) for name in ("first", "second")]
+    for run_dir in twice:
+        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+        for line in lines:
+            if line.pop("evaluation/pass_at_4", None) is not None:
+                line |= {key: values[line["step"], key] for key in ONE_SAMPLE}
+        (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    overview = blocks_of(page_of(*twice))["overview"]
+    left_out = [re.match(r"The figure '(.*)' is left out: it repeats ('.*')\.", text) for text in overview["left_out"]]
+    assert [match.groups() for match in left_out] == [
+        ("Several samples per problem", "'sampled' of 'Accuracy'"),
+        ("Different right answers", "'sampled' of 'Accuracy'"),
+        ("Reverse KL of student and target", "'loss' of 'Loss'"),
+    ]
+    titles = titles_of(overview)
+    assert not {match[1] for match in left_out} & titles
+    assert "Entropy of the student and its limits" in titles, "the figure shows limits, which 'Entropy' does not"
+    other = write_run(tmp_path / "shifted", shift=0.1)
+    assert titles_of(blocks_of(page_of(*twice, other))["overview"]) >= {"Reverse KL of student and target"}
+
+
+def test_curves_that_are_constant_repeat_nothing(tmp_path):
+    zero = {(step, key): 0.0 for step in range(31) for key in ("response/truncated_share", "status/capped")}
+    shown = titles_of(blocks_of(page_of(write_run(tmp_path / "first", changes=zero)))["overview"])
+    assert {"Responses that are cut", "Tokens at the bound of k"} <= shown
+
+
+def titles_of(overview):
+    return {figure["title"] for group in overview["groups"] for figure in group["figures"]}
+
+
+def test_a_teacher_alone_is_described_without_a_mix(run, tmp_path):
+    alone = Path(shutil.copytree(run, tmp_path / "alone"))
+    config = yaml.safe_load((alone / "config.yaml").read_text())
+    config["target"] |= {"rule": "teacher_alone", "anchor": "student"}
+    (alone / "config.yaml").write_text(yaml.safe_dump(config))
+    (shown,) = blocks_of(page_of(alone))["overview"]["runs"]
+    assert dict(shown["facts"])["method"].startswith("method.name=default, target.rule=teacher_alone, loss.divergence=")
+
+
+def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
+    (record,) = read_runs([run])
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    mean = sum(line["entropy/student"] for line in logged if line["step"] in range(1, 6) and "loss/mean" in line) / 5
+    assert limits(record, "entropy/student") == {
+        "guards.min_entropy_ratio": pytest.approx(0.02 * mean),
+        "guards.max_entropy_ratio": pytest.approx(3 * mean),
+    }
+    assert list(limits(record, "response/length_mean")) == ["guards.min_length_ratio"]
+    assert limits(record, "loss/mean") == {}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "limit"),
+    [
+        ([], {"guards.max_log_prob_distance": 1.0}),
+        (["guards.max_log_prob_distance=0.3"], {"guards.max_log_prob_distance": 0.3}),
+        (["guards.max_log_prob_distance=null"], {}),
+        (["rollout.replay=recorded.jsonl"], {}),
+    ],
+)
+def test_the_limit_of_the_difference_of_log_probs_is_drawn_from_the_first_step(tmp_path, overrides, limit):
+    path = write_run(tmp_path / "run", 2, *overrides)
+    overview = blocks_of(page_of(path))["overview"]
+    assert overview["runs"][0]["limits"]["sampler/log_prob_mean_abs_diff"] == limit
+    assert [figure["title"] for group in overview["groups"] for figure in group["figures"] if figure["guarded"]] == [
+        "Entropy of the student and its limits",
+        "Mean length of the responses and its limit",
+        "Mean difference of the log-probs and its limit",
+    ]
+
+
+def test_a_tiny_reference_leaves_room_for_the_smallest_rise(tmp_path):
+    tiny = {(step, "entropy/student"): 0.001 for step in range(1, 6)}
+    (record,) = read_runs([write_run(tmp_path / "tiny", changes=tiny)])
+    assert limits(record, "entropy/student")["guards.max_entropy_ratio"] == pytest.approx(0.051)
+
+
+def test_the_bar_of_a_step_adds_up(run):
+    shares = step_shares(read_runs([run])[0])
+    assert shares == {phase: pytest.approx(s) for phase, s in _SECONDS.items()}
+
+
+_SECONDS = {"rollout": 1.2, "train": 0.5, "optimizer": 0.1, "other": 0.2}
+
+
+def test_numbers_that_are_not_finite_are_gaps(tmp_path):
+    run_dir = write_run(tmp_path / "nan", changes={(4, "loss/mean"): math.nan, (5, "loss/mean"): math.inf})
+    shown = curve(blocks_of(page_of(run_dir)), "loss/mean")
+    assert shown[4] is None and shown[5] is None and shown[6] is not None
+
+
+def test_a_run_that_was_killed_in_the_middle_of_every_line_has_a_report(run, tmp_path):
+    killed = tmp_path / "killed"
+    shutil.copytree(run, killed)
+    for file in killed.glob("*.jsonl"):
+        file.write_bytes(file.read_bytes()[:-9])
+    shown = blocks_of(write_report([killed]).read_text())
+    assert max(curve(shown, "loss/mean")) == 30 or max(curve(shown, "loss/mean")) == 29
+    assert shown["overview"]["runs"][0]["events"][-1][2] == "saved"
+    assert shown["overview"]["runs"][0]["status"].endswith("the run is training, or was killed")
+    assert list(killed.glob(".report*")) == []
+
+
+def test_a_directory_with_metrics_alone_has_a_report(run, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text())
+    shown = blocks_of(write_report([tmp_path]).read_text())
+    assert shown.keys() == {"overview", "curves"}
+    assert shown["overview"]["runs"][0]["facts"] == []
+
+
+def test_a_page_has_the_licence_of_the_library_in_it(run):
+    assert "The MIT License (MIT)" in page_of(run) and "Copyright (c) 2022 Leon Sorokin" in page_of(run)
+
+
+def test_responses_are_blocks_and_never_markup(run):
+    page = page_of(run)
+    assert NASTY not in page and "<img" not in page
+    blocks = blocks_of(page)
+    assert blocks["evaluations"][0][0]["response"] == f"{NASTY} 0"
+    assert blocks["samples"][0][0]["tokens"][0] == [NASTY, -2.5, 0.1, 1.5, "matched"]
+    assert blocks["samples"][0][0]["tokens"][3][1] is None  # the student's log-prob is no number
+
+
+CHATS = ("data.kind=conversations",)
+
+
+@pytest.mark.parametrize(("overrides", "shown"), [(CHATS, False), ((*CHATS, "conversations.show_contents=true"), True)])
+def test_texts_of_chat_logs_need_show_contents_whatever_the_files_hold(tmp_path, overrides, shown):
+    run_dir = write_run(tmp_path / "chats", 30, *overrides, text="a private word")
+    blocks = blocks_of(page_of(run_dir))
+    assert ("private" in json.dumps(blocks)) is shown
+    assert ("evaluations" in blocks, "samples" in blocks) == (shown, shown)
+
+
+def test_texts_need_a_configuration_that_allows_them(run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "config.yaml").write_text("data: [")
+    assert "evaluations" not in blocks_of(page_of(copy))
+
+
+@pytest.mark.full
+def test_three_runs_of_10000_steps_are_below_5_mb_without_responses():
+    keys = [key.replace("*", "8") for figures in GROUPS.values() for figure in figures for key in figure.metrics]
+    steps = list(range(1, 10_001))
+    runs = []
+    for number in range(3):
+        rng = random.Random(number)
+        noise = [rng.gauss(0, 1) for _ in steps]
+        metrics = {
+            key: (steps, [value * 10 ** (i % 7 - 4) * (1 + i / 100) for value in noise]) for i, key in enumerate(keys)
+        }
+        runs.append(RunRecord(f"run {number}", {}, metrics, [], [], []))
+    page = report_page(runs)
+    assert len(set(keys)) > 60 and len(page) < 5e6
+    assert 1000 < len(blocks_of(page)["curves"]["loss/mean"][2][0]) < 1210
+
+
+def test_runs_of_one_name_have_labels_that_differ(run, tmp_path):
+    shutil.copytree(run, tmp_path / "b" / "first")
+    labels = [record.label for record in read_runs([run, tmp_path / "b" / "first"])]
+    assert labels == [f"{run.parent.name}/first", "b/first"]
+
+
+def test_directories_that_are_no_runs_are_refused(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"expected a run directory, got .*, which has no metrics\.jsonl"):
+        read_runs([run, tmp_path])
+    with pytest.raises(ConfigError, match="one of them twice"):
+        read_runs([run, run])
+
+
+@pytest.mark.parametrize(
+    ("last", "overrides", "again"),
+    [
+        ("saved", (), True),
+        ("started", (), True),
+        ("saved", ("report.every=0",), False),
+        *((event, (), False) for event in ("finished", "stopped", "guard", "engine")),
+    ],
+)
+def test_only_the_own_report_of_a_run_that_goes_on_loads_itself_again(tmp_path, last, overrides, again):
+    first = write_run(tmp_path / "first", 10, *overrides)
+    with (first / "events.jsonl").open("a") as events:
+        events.write(json.dumps({"time": "2026-01-01T01:00:00+00:00", "step": 10, "event": last}) + "\n")
+    written = [
+        blocks_of(write_report(*arguments).read_text())["overview"]["written"]
+        for arguments in (([first],), ([first], tmp_path / "copy.html"), ([first, write_run(tmp_path / "second")],))
+    ]
+    assert [time is not None for time in written] == [again, False, False]
+    assert ("is training" in status(read_runs([first])[0])) == (again or bool(overrides))
+
+
+def test_a_short_curve_keeps_every_value():
+    assert curve_of([1, 2, 5], [0.1234567, -3.0, math.nan]) == Curve([1, 2, 5], [0.12346, -3.0, None], [], [])
+
+
+@pytest.mark.parametrize("length", [1201, 1999, 10_000])
+def test_a_long_curve_keeps_a_spike_of_one_step_in_both_directions_and_its_ends(length):
+    rng = random.Random(length)
+    values = [rng.uniform(0.4, 0.6) for _ in range(length)]
+    values[length // 3], values[length // 2] = 77.0, -77.0
+    steps = list(range(10, 10 + length))
+    curve = curve_of(steps, values)
+    assert len(curve.steps) <= 1204 and curve.steps == sorted(set(curve.steps))
+    at = dict(zip(curve.steps, curve.values, strict=True))
+    assert at[10 + length // 3] == 77.0 and at[10 + length // 2] == -77.0
+    assert (curve.steps[0], curve.steps[-1]) == (10, 9 + length)
+    assert all(value == pytest.approx(values[step - 10], rel=1e-4) for step, value in at.items())
+
+
+def test_every_bucket_keeps_its_extremes_and_its_mean():
+    rng = random.Random(0)
+    values = [rng.gauss(0, 1) for _ in range(4000)]
+    curve = curve_of(range(4000), values, max_points=20)
+    kept = dict(zip(curve.steps, curve.values, strict=True))
+    for bucket in range(10):
+        part = range(400 * bucket, 400 * bucket + 400)
+        inside = [value for step, value in kept.items() if step in part]
+        assert max(inside) == pytest.approx(max(values[i] for i in part), rel=1e-4)
+        assert min(inside) == pytest.approx(min(values[i] for i in part), rel=1e-4)
+        assert curve.mean_steps[bucket] == part[-1]
+        assert curve.means[bucket] == pytest.approx(sum(values[i] for i in part) / 400, rel=1e-4)
+
+
+def test_values_that_are_not_finite_stay_as_gaps_and_do_not_hide_the_others():
+    values = [1.0] * 4000
+    values[2000], values[2001], values[2002] = math.inf, math.nan, 9.0
+    values[400:800] = [math.nan] * 400
+    curve = curve_of(range(4000), values, max_points=20)
+    kept = dict(zip(curve.steps, curve.values, strict=True))
+    assert kept[2000] is None and kept[2002] == 9.0 and kept[400] is None
+    assert curve.means[1] is None and curve.means[5] == pytest.approx((397 + 9) / 398, rel=1e-4)
+
+
+def test_the_block_has_steps_as_differences():
+    assert Curve([3, 4, 10], [1.0, None, 2.0], [10], [1.5]).block() == [[3, 1, 6], [1.0, None, 2.0], [10], [1.5]]

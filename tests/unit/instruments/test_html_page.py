@@ -1,0 +1,50 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Self-contained pages: what a block holds, what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import zlib
+
+import pytest
+
+from megatron_selfdistill.instruments.html_page import html_page
+
+
+def blocks(page):
+    found = re.findall(r'<script type="application/json\+deflate" id="data-([a-z0-9-]+)">([^<]*)</script>', page)
+    return {name: json.loads(zlib.decompress(base64.b64decode(packed))) for name, packed in found}
+
+
+def test_a_page_holds_its_data_and_names_no_other_file():
+    data = {"runs": [1.5, None, "</script><b>"], "events-2": {"text": "é\n"}}
+    page = html_page("Run <1>", "<main></main>", ["p {}"], ["let x = 1;"], data)
+    assert blocks(page) == data
+    assert "<title>Run &lt;1&gt;</title>" in page
+    assert "<b>" not in page
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", page.split("<body>")[0])
+
+
+def test_the_policy_names_every_style_and_script_by_its_hash():
+    page = html_page("x", "", ["p {}"], ["let x = 1;"], {})
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page)[1]
+    assert policy.count("'sha256-") == 4  # page.css and page.js, and one more of both
+    assert "unsafe" not in policy and policy.startswith("default-src 'none';")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"data": {"Runs": 1}}, "got 'Runs'"),
+        ({"data": {"runs": float("nan")}}, "not JSON compliant"),
+        ({"scripts": ["x = '</SCRIPT>';"]}, "without </script"),
+        ({"scripts": ["x = '<!--';"]}, "without </script"),
+        ({"styles": ["</style>"]}, "without </style"),
+    ],
+)
+def test_what_a_page_cannot_hold_is_refused(change, words):
+    arguments = {"title": "x", "body": "", "styles": [], "scripts": [], "data": {}} | change
+    with pytest.raises(ValueError, match=words):
+        html_page(**arguments)

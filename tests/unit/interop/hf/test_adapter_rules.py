@@ -1,0 +1,139 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The factors of adapters as Hugging Face tensors, from a live model in several layouts."""
+
+from __future__ import annotations
+
+import adapted
+import hf_models
+import models
+import pytest
+import torch
+from tiers import combinations
+from torch import Tensor
+
+from megatron_selfdistill.config import AdapterConfig, ModelConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.export import Exporter, export
+from megatron_selfdistill.interop.hf.adapter_rules import PEFT_PREFIX, adapter_rules, is_adapter_key
+from megatron_selfdistill.interop.hf.mapping import Family, family_of
+from megatron_selfdistill.model.adapters import add_adapters
+from megatron_selfdistill.model.build import build_chunks
+from megatron_selfdistill.model.forward import unwrapped
+
+LATENT = "linear_q_down_proj linear_q_up_proj linear_kv_down_proj linear_kv_up_proj"
+ADAPTER = AdapterConfig(rank=3, alpha=6.0)
+DENSE = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+LAYOUTS = {
+    "Llama, TP1": ("llama2", {}, 1, DENSE),
+    "Qwen2, TP2": ("qwen2", {"tp": 2}, 2, DENSE),
+    "Llama, TP2+SP": ("llama3", {"tp": 2, "sp": True}, 2, DENSE),
+    "Qwen3, PP2": ("qwen3", {"pp": 2}, 2, DENSE),
+    "Qwen3, TP2xPP2xVPP2": ("qwen3", {"tp": 2, "pp": 2, "vpp": 2}, 4, DENSE),
+    "Qwen3-MoE, TP2xEP2+SP": ("qwen3_moe_mixed", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "Phi-3, TP2": ("phi3", {"tp": 2}, 2, ["down_proj", "gate_up_proj", "o_proj", "qkv_proj"]),
+    "GLM, TP2xEP2+SP": ("glm4_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "OLMoE, TP2+SP": ("olmoe", {"tp": 2, "sp": True}, 2, ["k_proj", "o_proj", "q_proj", "v_proj"]),
+    "Qwen2-MoE, TP2xEP2+SP": ("qwen2_moe", {"tp": 2, "ep": 2, "etp": 1, "sp": True}, 2, DENSE),
+    "Qwen3-Next, TP2+SP": ("qwen3_next", {"tp": 2, "sp": True}, 2, DENSE),
+    "GPT-OSS, TP2xEP2+SP": (
+        "gpt_oss",
+        {"tp": 2, "ep": 2, "etp": 1, "sp": True},
+        2,
+        ["k_proj", "o_proj", "q_proj", "v_proj"],
+    ),
+    "DeepSeek, PP2": (
+        "deepseek_v3",
+        {"pp": 2},
+        2,
+        ["down_proj", "gate_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj", "q_a_proj", "q_b_proj", "up_proj"],
+    ),
+}
+QUICK = ["Llama, TP2+SP", "GLM, TP2xEP2+SP", "DeepSeek, PP2"]
+
+
+def of_kind(kind: str) -> tuple[Family, ModelConfig]:
+    config = hf_models.hf_config(kind).to_dict() | {"architectures": [], "vocab_size": models.VOCAB_SIZE}
+    family = family_of(config)
+    return family, family.model_config(config | {"architectures": [family.architecture]})
+
+
+def layers_of(model: ModelConfig) -> AdapterConfig:
+    if not model.transformer.get("multi_latent_attention"):
+        return ADAPTER
+    return AdapterConfig(rank=3, alpha=6.0, layers=[*ADAPTER.layers, *LATENT.split()])
+
+
+def exported(kind: str, parallel: ParallelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+    """Return the Hugging Face tensors of the base, of the factors, and of the model with the factors merged."""
+    family, model = of_kind(kind)
+    chunks, grid = models.build(model, parallel)
+    adapter = layers_of(model)
+    add_adapters(chunks, adapter, grid)
+    models.fill_from_names(chunks)
+    plain = build_chunks(model, unwrapped(chunks[0]).config, grid, models.VOCAB_SIZE)
+    models.fill_from_names(plain)
+    adapted.merge(chunks, plain)
+    rules = family.rules(model)
+    factors = adapter_rules(rules, adapter)
+
+    def tensors(*arguments, **options) -> dict[str, Tensor]:
+        stream = export(*arguments, bucket_bytes=4_000, **options)
+        return {name: tensor.clone() for bucket in stream for name, tensor in bucket}
+
+    base = tensors(chunks, grid, rules, part=lambda key: not is_adapter_key(key))
+    return base, tensors(chunks, grid, factors, part=is_adapter_key), tensors(plain, grid, rules)
+
+
+@combinations(layout=list(LAYOUTS), quick={"layout": QUICK}, strength=1)
+def test_the_product_of_the_factors_is_what_each_module_gains(ranks, layout):
+    kind, sizes, world_size, modules = LAYOUTS[layout]
+    for base, factors, merged in ranks.run(exported, kind, models.parallel(**sizes), world_size=world_size):
+        assert base.keys() == merged.keys()
+        adapted_modules = set()
+        for name, weight in base.items():
+            module = PEFT_PREFIX + name.removesuffix(".weight")
+            a, b = (factors.pop(f"{module}.lora_{factor}.weight", None) for factor in "AB")
+            if a is None or b is None:
+                assert a is None and b is None and torch.equal(weight, merged[name]), name
+                continue
+            assert a.shape == (3, weight.shape[1]) and b.shape == (weight.shape[0], 3)
+            assert ".experts." not in name
+            gained = weight + (2.0 * b.double() @ a.double()).float()
+            torch.testing.assert_close(
+                merged[name], gained, rtol=1e-6, atol=1e-6, msg=lambda text, n=name: f"{n}: {text}"
+            )
+            assert not torch.allclose(merged[name], weight, atol=1e-2), name
+            adapted_modules.add(name.split(".")[-2])
+        assert not factors and sorted(adapted_modules) == modules
+
+
+def test_factors_return_to_megatron_and_modules_that_share_a_layer_must_share_a():
+    family, model = of_kind("qwen2")
+    rules = adapter_rules(family.rules(model), AdapterConfig(rank=2, layers=["linear_qkv"]))
+    assert len(rules) == 2 * model.num_layers and all(is_adapter_key(rule.megatron.key) for rule in rules)
+    for rule in rules[:2]:
+        factor = torch.randn(rule.shape)
+        assert torch.equal(rule.to_megatron(*rule.to_hf(factor)), factor)
+    names = [name.removeprefix(f"{PEFT_PREFIX}model.layers.0.self_attn.") for name in rules[0].hf_names]
+    assert names == ["q_proj.lora_A.weight", "k_proj.lora_A.weight", "v_proj.lora_A.weight"]
+    a = torch.randn(rules[0].shape)
+    with pytest.raises(ConfigError, match="modules that Megatron fuses into one linear layer have different factors A"):
+        rules[0].to_megatron(a, a, a + 1)
+    with pytest.raises(ConfigError, match=r"adapter\.layers=\['linear_q_proj'\]: this model has no such layer"):
+        adapter_rules(family.rules(model), AdapterConfig(rank=2, layers=["linear_q_proj"]))
+
+
+def incomplete() -> str:
+    """Return the error of an export whose rules lack adapters that the model has."""
+    family, model = of_kind("llama2")
+    chunks, grid = models.build(model, models.parallel())
+    add_adapters(chunks, ADAPTER, grid)
+    rules = adapter_rules(family.rules(model), AdapterConfig(rank=3, layers=["linear_qkv"]))
+    with pytest.raises(ConfigError) as error:
+        Exporter(chunks, grid, rules, part=is_adapter_key)
+    return str(error.value)
+
+
+def test_an_export_of_a_part_needs_a_rule_for_each_tensor_of_the_part(ranks):
+    (message,) = ranks.run(incomplete, world_size=1)
+    assert "the rules do not fit the live model: " in message and "linear_proj_adapter.a[0] has no rule" in message

@@ -1,0 +1,153 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A config.json from any source is read, or refused in one sentence that names the field, and never fails otherwise."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import hf_models
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.hf.config_fields import FIELDS, checked
+from megatron_selfdistill.interop.hf.family import HFConfig
+from megatron_selfdistill.interop.hf.mapping import FAMILIES, check_counts, family_of
+
+KINDS = {hf_models.CONFIGS[kind][0]: kind for kind in reversed(hf_models.CONFIGS)}.values()
+"""One kind of each family."""
+VALUES: list[Any] = [
+    *(None, True, False, 0, 1, -1, 10**9, 10**30, 0.0, 0.5, 1.5, -0.5, 1e300, math.nan, math.inf, -math.inf),
+    *("", "64", "silu", [], [64], ["64"], [-1], [None], [[1]], {}, {"64": 64}, {"rope_type": {}}),
+]
+"""One value of each type that JSON has, numbers at the ends of each range, and values that look like others."""
+WITHIN = ("rope_parameters", "rope_scaling", "quantization_config", "text_config")
+"""The objects of a config.json whose fields are read."""
+
+
+def config_json(kind: str) -> dict[str, Any]:
+    """Return the config.json of a kind, as transformers saves it."""
+    if kind == "mistral3":
+        return {"architectures": ["Mistral3ForConditionalGeneration"], "text_config": config_json("mistral_window")}
+    config = json.loads(json.dumps(hf_models.hf_config(kind).to_dict(), default=str))
+    family = next(family for family in FAMILIES.values() if family.model_type == config["model_type"])
+    return {**config, "architectures": [family.architecture]}
+
+
+def fields_read(config: dict[str, Any]) -> set[str]:
+    family = family_of(config)
+    if family.text_config is not None:
+        return {"text_config"}
+    read = HFConfig(family.architecture, config, family.defaults)
+    family.read(read)
+    return read.asked | {"architectures", "model_type"}
+
+
+def refusal(config: dict[str, Any]) -> str:
+    """Return the message with which ``config`` is refused; empty if it is read."""
+    try:
+        family_of(config).model_config(config)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def is_wrong(name: str, value: Any) -> bool:
+    return not FIELDS[name].holds(value) and not (value is None and FIELDS[name].or_null)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mistral3"])
+def test_every_value_of_every_field_is_read_or_refused_in_a_sentence_with_the_field(kind):
+    config = config_json(kind)
+    places = [((), name) for name in fields_read(config)]
+    places += [((outer,), name) for outer in WITHIN for name in config.get(outer) or () if name in FIELDS]
+    places = [place for place in places if place != (("text_config",), "architectures")]
+    for path, name in places:
+        for value in VALUES:
+            inner = {**(config[path[0]] if path else config), name: value}
+            message = refusal({**config, path[0]: inner} if path else inner)
+            assert "\n" not in message
+            if is_wrong(name, value):
+                assert f"{name}=" in message and f": expected {FIELDS[name].words}" in message, (path, name, value)
+
+
+def test_every_field_that_a_family_reads_has_a_type():
+    for family in FAMILIES.values():
+        assert family.defaults.keys() <= FIELDS.keys()
+        for name, value in family.defaults.items():
+            checked(name, value)
+
+
+@pytest.mark.parametrize(
+    "name", ["rope_theta", "rms_norm_eps", "num_attention_heads", "num_key_value_heads", "hidden_size"]
+)
+@pytest.mark.parametrize("value", [0, -1, math.nan, math.inf])
+def test_a_number_with_which_nothing_can_be_computed_is_refused(name, value):
+    config = config_json("llama2") | {name: value}
+    if name == "rope_theta":
+        del config["rope_parameters"]
+    assert refusal(config).startswith(f"config.json of LlamaForCausalLM has {name}={value}: expected a ")
+    within = {"rope_type": "default", "rope_theta": 0}
+    assert "has rope_parameters.rope_theta=0: expected" in refusal(config_json("llama2") | {"rope_parameters": within})
+
+
+def test_a_message_shows_little_of_a_long_value():
+    message = refusal(config_json("llama2") | {"hidden_size": "6" * 10**6})
+    assert len(message) < 200 and "hidden_size='666" in message
+
+
+# The two fields that name the model
+
+PAIRS = [(a, b) for a in FAMILIES.values() for b in FAMILIES.values() if a is not b]
+
+
+@pytest.mark.parametrize("auto_map", [None, {"AutoConfig": "configuration_own.Own"}])
+def test_an_architecture_with_the_model_type_of_another_family_is_refused(auto_map):
+    for family, other in PAIRS:
+        with pytest.raises(ConfigError, match="by which transformers chooses another model: expected") as caught:
+            family_of({"architectures": [family.architecture], "model_type": other.model_type, "auto_map": auto_map})
+        for part in (family.architecture, repr(other.model_type), repr(family.model_type), other.architecture):
+            assert part in str(caught.value)
+
+
+def test_an_architecture_with_any_other_model_type_of_transformers_is_refused():
+    for family in FAMILIES.values():
+        assert family.model_type in CONFIG_MAPPING_NAMES
+        for model_type in CONFIG_MAPPING_NAMES.keys() - {family.model_type}:
+            with pytest.raises(ConfigError, match="by which transformers chooses another model"):
+                family_of({"architectures": [family.architecture], "model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("architecture", "others"),
+    [
+        ("DeepseekV3ForCausalLM", {"model_type": "kimi_k2"}),
+        ("LlamaForCausalLM", {"model_type": "own_llama", "auto_map": {"AutoConfig": "configuration_own.Own"}}),
+        ("LlamaForCausalLM", {}),
+    ],
+)
+def test_a_type_that_transformers_does_not_know_is_no_contradiction(architecture, others):
+    assert others.get("model_type") not in CONFIG_MAPPING_NAMES
+    assert family_of({"architectures": [architecture], **others}).architecture == architecture
+
+
+def test_a_text_in_place_of_the_list_of_architectures_is_refused():
+    with pytest.raises(ConfigError, match="has architectures='LlamaForCausalLM': expected a list of texts"):
+        family_of({"architectures": "LlamaForCausalLM"})
+
+
+# Counts
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [("llama2", "num_hidden_layers"), ("mixtral", "num_local_experts"), ("deepseek_v3", "num_nextn_predict_layers")],
+)
+def test_more_layers_or_experts_than_tensors_are_refused_before_they_are_enumerated(kind, name):
+    config = config_json(kind)
+    config.pop("num_mtp_layers", None)
+    config |= {name: 9000}
+    with pytest.raises(ConfigError, match=f"has {name}=9000, but only 50 tensors: expected at least one for each"):
+        check_counts(family_of(config), config, [f"tensor {i}" for i in range(50)])

@@ -1,0 +1,317 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Hugging Face -> Megatron -> Hugging Face is the identity; the command converts and describes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hf_models
+import models
+import pytest
+import torch
+from hf_contents import assert_same_tensors, config_of, tensors_of
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_selfdistill import prechecks
+from megatron_selfdistill.checkpoint.external import load_weights
+from megatron_selfdistill.commands.given_model import find_model
+from megatron_selfdistill.config import ParallelConfig, load
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop import conversion
+from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.interop.convert_command import main
+from megatron_selfdistill.interop.describe import describe
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.interop.formats.full_weights import open_weights
+from megatron_selfdistill.interop.hf.mapping import family_of, text_config
+from megatron_selfdistill.interop.peft_adapters import weight_rules
+from megatron_selfdistill.interop.release import Progress
+
+REPOSITORY = Path(__file__).resolve().parents[3]
+KINDS = list(hf_models.CONFIGS)
+NAMED_OTHERWISE = {kind: hf_models.logits_bound(kind) for kind in ("phi3", "qwen3_5_moe")}
+"""Kinds that return without config.json as an earlier family, which computes the same with other tensors."""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_the_identity(hf_directory, tmp_path, kind):
+    hf = hf_directory(kind)
+    reports: list[str] = []
+    hf_to_megatron(hf, tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back", progress=Progress(report=reports.append))
+    assert_same_tensors(hf, tmp_path / "back")
+    assert config_of(hf) == config_of(tmp_path / "back")
+    assert (hf / "generation_config.json").read_text() == (tmp_path / "back" / "generation_config.json").read_text()
+    assert reports[0] == "vocabulary: 101 of 128 rows on disk"
+
+
+def test_commands_take_a_run_directory_as_a_checkpoint(hf_directory, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    hf_to_megatron(hf_directory("llama2"), run_dir / "checkpoints")
+    assert main(["inspect", str(run_dir)]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["checkpoint", f"{run_dir}/checkpoints/release"]
+    assert main(["megatron-to-hf", "--megatron", str(run_dir), "--out", str(tmp_path / "back")]) == 0
+    assert_same_tensors(hf_directory("llama2"), tmp_path / "back")
+    prechecks.require_start(load([f"checkpoint.load={run_dir}"]))
+    assert find_model(None, run_dir, None)["path"] == str(run_dir / "checkpoints" / "release")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_original_config_transformers_computes_the_same(hf_directory, tmp_path, kind):
+    import transformers
+
+    hf = hf_directory(kind)
+    release = hf_to_megatron(hf, tmp_path / "megatron")
+    shutil.rmtree(release / conversion.HF_ASSETS)
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    if kind not in NAMED_OTHERWISE:
+        assert_same_tensors(hf, tmp_path / "back")
+    tokens = torch.tensor([hf_models.SEQUENCES[0]])
+    before, after = (transformers.AutoModelForCausalLM.from_pretrained(f).eval() for f in (hf, tmp_path / "back"))
+    if kind not in NAMED_OTHERWISE:  # the same call on the same memory has equal bits; files are aligned differently
+        after.load_state_dict(before.state_dict(), assign=True)
+    with torch.no_grad():
+        difference = (before(tokens).logits - after(tokens).logits).abs().max()
+    assert difference <= NAMED_OTHERWISE.get(kind, 0.0)
+
+
+def test_shards_are_bounded_and_load(hf_directory, tmp_path):
+    hf = hf_directory("qwen3")
+    hf_to_megatron(hf, tmp_path / "megatron")
+    back = megatron_to_hf(tmp_path / "megatron", tmp_path / "back", max_shard_bytes=30_000)
+    shards = sorted(back.glob("*.safetensors"))
+    assert len(shards) > 3 and max(file.stat().st_size for file in shards) <= 30_000
+    assert shards[0].name == f"model-00001-of-{len(shards):05d}.safetensors"
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in shards} == {(tmp_path / "new").stat().st_mode}
+    assert_same_tensors(hf, back)
+    hf_to_megatron(back, tmp_path / "again")  # an index and many files are read, too
+    with pytest.raises(CheckpointError, match=r"model.embed_tokens.weight alone needs .* raise --max-shard-size"):
+        megatron_to_hf(tmp_path / "megatron", tmp_path / "none", max_shard_bytes=10_000)
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_type_is_taken_by_all_weights_but_the_expert_bias(hf_directory, tmp_path):
+    hf_to_megatron(hf_directory("deepseek_v3"), tmp_path / "megatron", dtype=torch.bfloat16)
+    tensors = tensors_of(megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    for name, original in tensors_of(hf_directory("deepseek_v3")).items():
+        bias = name.endswith("e_score_correction_bias")
+        assert tensors[name].dtype == (torch.float32 if bias else torch.bfloat16)
+        assert torch.equal(tensors[name], original if bias else original.bfloat16())
+    config = config_of(tmp_path / "back")
+    assert config.get("dtype", config.get("torch_dtype")) == "bfloat16"
+
+
+def with_fp8(hf: Path, out: Path) -> dict[str, torch.Tensor]:
+    """``hf`` with block-scaled FP8 weights in its MLPs; returns these dequantised."""
+    tensors, dequantised = {}, {}
+    for name, tensor in tensors_of(hf).items():
+        if ".experts." not in name or not name.endswith("proj.weight"):
+            tensors[name] = tensor.bfloat16() if not name.endswith("_bias") else tensor
+            continue
+        rows, columns = (-(-size // 16) for size in tensor.shape)
+        scales = 0.01 + torch.rand(rows, columns)
+        wide = scales.repeat_interleave(16, 0)[: tensor.shape[0]].repeat_interleave(16, 1)[:, : tensor.shape[1]]
+        tensors[name] = (tensor / wide).to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = scales
+        dequantised[name] = (tensors[name].double() * wide.double()).bfloat16()
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    quantization = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [16, 16]}
+    (out / "config.json").write_text(json.dumps(config_of(hf) | {"quantization_config": quantization}))
+    return dequantised
+
+
+def test_fp8_weights_come_back_dequantised(hf_directory, tmp_path):
+    expected = with_fp8(hf_directory("deepseek_v3"), tmp_path / "fp8")
+    hf_to_megatron(tmp_path / "fp8", tmp_path / "megatron")
+    tensors = tensors_of(megatron_to_hf(tmp_path / "megatron", tmp_path / "back"))
+    assert expected
+    for name, values in expected.items():
+        assert tensors[name].dtype == torch.bfloat16 and torch.equal(tensors[name], values), name
+    assert "quantization_config" not in config_of(tmp_path / "back")
+    assert not [name for name in tensors if name.endswith("_scale_inv")]
+
+
+# The command
+
+
+@pytest.fixture
+def handlers() -> Iterator[None]:
+    """Put back the handler of SIGTERM, which the command replaces."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, handlers):
+    megatron = tmp_path / "megatron"
+    assert (
+        main(["hf-to-megatron", "--hf", str(hf_directory("mixtral")), "--out", str(megatron), "--dtype", "bf16"]) == 0
+    )
+    output = capsys.readouterr().out
+    assert f"flags of Megatron-LM core_v0.16.1: --load {megatron} " in output
+    assert "--num-experts 4" in output and "--bf16" in output
+    assert main(["inspect", str(megatron)]) == 0
+    description = capsys.readouterr().out
+    assert output.partition("core_v0.16.1: ")[2].strip() in description
+    for part in (
+        "MixtralForCausalLM",
+        "101 true rows, 128 with padding",
+        "bfloat16",
+        "4 of width 44, 2 per token",
+        "TP 1",
+    ):
+        assert part in description
+
+
+def refusal_of_the_tool(*arguments: str | Path) -> str:
+    """Return the only line of `tools/convert.py` on standard error, and assert that its exit status is 2."""
+    command = [sys.executable, REPOSITORY / "tools" / "convert.py", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    *before, last = done.stderr.splitlines()  # torch may have warned of the nvcc on the path
+    assert "convert: " not in "".join(before) and "Traceback" not in done.stderr, done.stderr
+    return last
+
+
+def test_the_tool_refuses_a_checkpoint_that_does_not_exist(tmp_path):
+    refusal = refusal_of_the_tool("megatron-to-hf", "--megatron", tmp_path / "nothing", "--out", tmp_path / "back")
+    assert refusal.startswith("convert: ")
+
+
+@pytest.mark.full
+def test_the_tool_refuses_a_target_that_cannot_be_written(hf_directory):
+    refusal = refusal_of_the_tool("hf-to-megatron", "--hf", hf_directory("llama2"), "--out", "/proc/megatron")
+    assert refusal.startswith("convert: ")
+
+
+VISION = {
+    "model_type": "pixtral",
+    "hidden_size": 16,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "head_dim": 8,
+    "image_size": 28,
+    "patch_size": 14,
+}
+
+
+def write(directory: Path, text_kind: str = "ministral3", tied: bool = False) -> Any:
+    """Save a random Mistral 3 with the text model of a kind of `hf_models`; return it."""
+    import transformers
+
+    text = hf_models.hf_config(text_kind).to_dict() | {"pad_token_id": None}
+    config = transformers.Mistral3Config(text_config=text, vision_config=VISION, tie_word_embeddings=tied)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = transformers.Mistral3ForConditionalGeneration(config).eval()
+        hf_models.randomise(model)
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(("text_kind", "tied"), [("ministral3", False), ("ministral3", True), ("mistral", False)])
+def test_text_and_vision_return_bit_by_bit_and_config_json_returns_whole(tmp_path, text_kind, tied):
+    write(tmp_path / "hf", text_kind, tied)
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "back")
+    assert config_of(tmp_path / "hf") == config_of(tmp_path / "back")
+    assert any(name.startswith("vision_tower.") for name in tensors_of(tmp_path / "back"))
+    assert describe(tmp_path / "hf")["layers"] == describe(tmp_path / "megatron" / "release")["layers"]
+
+
+def loaded_logits(directory: Path) -> Tensor:
+    config = config_of(directory)
+    model = family_of(config).model_config(config)
+    chunks, grid = models.build(model, ParallelConfig())
+    load_weights(directory / "megatron", chunks, model.vocab_size)
+    return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
+
+
+def test_the_converted_text_model_has_transformers_logits(ranks, tmp_path):
+    original = write(tmp_path)
+    hf_to_megatron(tmp_path, tmp_path / "megatron")
+    (logits,) = ranks.run(loaded_logits, tmp_path, world_size=1)
+    assert (logits - hf_models.hf_logits(original, hf_models.SEQUENCES)).abs().max() <= 1e-4
+
+
+def text_checkpoint(hf: Path, out: Path) -> Path:
+    """Write a checkpoint of the text model alone, such as a run saves; return it."""
+    text = out / "text"
+    text.mkdir(parents=True)
+    prefix = "language_model."
+    tensors = {n.removeprefix(prefix): t for n, t in tensors_of(hf).items() if n.startswith(prefix)}
+    save_file(tensors, text / "model.safetensors", {"format": "pt"})
+    (text / "config.json").write_text(json.dumps(dict(text_config(config_of(hf)))))
+    release = hf_to_megatron(text, out / "megatron")
+    shutil.rmtree(release / HF_ASSETS)
+    return out / "megatron"
+
+
+def test_the_checkpoint_of_a_run_takes_the_vision_tower_from_the_original_directory(tmp_path):
+    write(tmp_path / "hf")
+    trained = text_checkpoint(tmp_path / "hf", tmp_path / "run")
+    megatron_to_hf(trained, tmp_path / "back", hf_config=tmp_path / "hf")
+    assert_same_tensors(tmp_path / "hf", tmp_path / "back")
+    (tmp_path / "assets").mkdir()
+    shutil.copy(tmp_path / "hf" / "config.json", tmp_path / "assets")
+    with pytest.raises(CheckpointError, match="has no weights: expected"):
+        megatron_to_hf(trained, tmp_path / "none", hf_config=tmp_path / "assets")
+    shutil.copytree(tmp_path / "assets", trained / "release" / HF_ASSETS)
+    with pytest.raises(
+        CheckpointError, match=r"has no vision_tower\.\* and multi_modal_projector.* set --hf-config to"
+    ):
+        megatron_to_hf(trained, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    assert open_weights(trained).passthrough == {}
+
+
+def test_adapters_alone_have_no_names_that_every_transformers_knows(tmp_path):
+    write(tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    with pytest.raises(ConfigError, match="PEFT's names of the modules of Mistral3ForConditionalGeneration depend on"):
+        weight_rules(open_weights(tmp_path / "megatron"))
+
+
+def test_a_text_model_of_another_type_is_refused(tmp_path):
+    write(tmp_path)
+    config = config_of(tmp_path)
+    config["text_config"]["model_type"] = "llama"
+    with pytest.raises(ConfigError, match="model_type='llama': only mistral and ministral3 are known here"):
+        family_of(config).model_config(config)
+
+
+def test_a_text_model_that_is_refused_alone_is_refused_with_a_vision_tower(tmp_path):
+    write(tmp_path)
+    config = config_of(tmp_path)
+    config["text_config"]["max_position_embeddings"] = 128
+    with pytest.raises(ConfigError, match="by which queries grow from position 64"):
+        family_of(config).model_config(config)
+
+
+def test_the_text_model_has_a_config_json_of_its_own_and_others_are_text_already(tmp_path):
+    write(tmp_path)
+    config = config_of(tmp_path)
+    text = text_config(config)
+    assert text["architectures"] == ["Ministral3ForCausalLM"] and text["hidden_size"] == 36
+    assert family_of(text).model_config(text) == family_of(config).model_config(config)
+    assert text_config(text) is text
+
+
+def test_a_tensor_of_neither_part_is_refused(tmp_path):
+    write(tmp_path / "hf")
+    tensors = tensors_of(tmp_path / "hf") | {"audio_tower.weight": torch.zeros(2)}
+    save_file(tensors, tmp_path / "hf" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"audio_tower\.weight is unexpected"):
+        hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")

@@ -1,0 +1,253 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The real Megatron-LM (core_v0.16.1) loads and continues what this project writes; needs MEGATRON_LM=DIR, its sources.
+
+Its ``megatron.training`` and ``pretrain_gpt.py`` run in processes of their own on the CPU (megatron_lm_worker.py), with
+the flags that `megatron_flags` prints.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import checkpointed_run
+import hf_models
+import models
+import pytest
+import torch
+from checkpointed_run import ADAM, Setup
+from ports import neighbouring_ports
+
+from megatron_selfdistill.config import ModelConfig
+from megatron_selfdistill.interop.conversion import DTYPES, hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.interop.formats.megatron_flags import converted_args, megatron_flags
+from megatron_selfdistill.interop.hf.mapping import family_of
+
+MEGATRON_LM = os.environ.get("MEGATRON_LM")
+pytestmark = pytest.mark.skipif(
+    MEGATRON_LM is None, reason="MEGATRON_LM names no directory with Megatron-LM core_v0.16.1"
+)
+
+WORKER = Path(__file__).with_name("megatron_lm_worker.py")
+ON_CPU = (
+    "--transformer-impl local --no-persist-layer-norm --no-gradient-accumulation-fusion --no-masked-softmax-fusion "
+    "--no-bias-swiglu-fusion --no-rope-fusion --distributed-backend gloo --use-cpu-initialization"
+).split()
+TRAINING = (
+    "--micro-batch-size 1 --global-batch-size 2 --lr 1e-3 --train-iters 5 --mock-data --tokenizer-type NullTokenizer "
+    "--ckpt-format torch_dist --log-interval 1 --eval-iters 0 --eval-interval 100"
+).split()
+
+
+def run_megatron_lm(what: str, out: Path, flags: Sequence[str], world_size: int = 1) -> str:
+    """Run the worker on ``world_size`` ranks; returns what the last one printed."""
+    environment = os.environ | {
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(neighbouring_ports()),
+        "PYTHONPATH": str(WORKER.parents[3]),
+        "CUDA_DEVICE_MAX_CONNECTIONS": "1",
+    }
+    command = [sys.executable, "-W", "ignore", WORKER, str(MEGATRON_LM), what, out, *flags, *TRAINING, *ON_CPU]
+    running = [
+        subprocess.Popen(
+            command,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, text in zip(running, printed, strict=True):
+        assert process.returncode == 0, text[-4000:]
+    return printed[-1]
+
+
+def flags_of(hf: Path) -> list[str]:
+    config = json.loads((hf / "config.json").read_text())
+    flags = megatron_flags(family_of(config).model_config(config))
+    assert not flags.not_expressible
+    return flags.arguments
+
+
+# Flags
+
+WITHOUT_FLAGS = ("llama_linear", "qwen3_yarn", "moonlight", "gpt_oss", "qwen3_next", "qwen3_5")
+WITH_FLAGS = [kind for kind in hf_models.CONFIGS if not kind.startswith(WITHOUT_FLAGS)]
+"""The kinds of models that flags express."""
+NAMES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads kv_channels max_position_embeddings normalization "
+    "layernorm_epsilon add_bias_linear add_qkv_bias qk_layernorm swiglu position_embedding_type rotary_base "
+    "rotary_percent rotary_interleaved use_rope_scaling rope_scaling_factor untie_embeddings_and_output_weights "
+    "padded_vocab_size make_vocab_size_divisible_by layernorm_zero_centered_gamma window_size attention_dropout "
+    "hidden_dropout attention_output_gate qk_l2_norm no_rope_freq glu_linear_offset transformer_impl "
+    "add_position_embedding"
+).split()
+EXPERTS = (
+    "num_experts moe_layer_freq moe_ffn_hidden_size moe_router_topk moe_router_score_function moe_router_pre_softmax "
+    "moe_router_topk_scaling_factor moe_router_num_groups moe_router_group_topk moe_router_enable_expert_bias "
+    "moe_router_bias_update_rate moe_router_dtype moe_shared_expert_intermediate_size moe_apply_probs_on_input "
+    "moe_aux_loss_coeff"
+).split()
+LATENT = (
+    "multi_latent_attention q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type"
+).split()
+YARN_NAMES = "rotary_scaling_factor mscale mscale_all_dim".split()
+
+
+def names_of(model: ModelConfig) -> list[str]:
+    """Return Megatron-LM's names of what describes such a model."""
+    names = list(NAMES)
+    if model.num_moe_experts is not None:
+        names += EXPERTS
+        names.remove("ffn_hidden_size" if not model.transformer.get("moe_layer_freq") else "kv_channels")
+    if model.transformer.get("multi_latent_attention"):
+        names = [name for name in names if name not in ("kv_channels", "num_query_groups")] + LATENT
+        names += YARN_NAMES if model.transformer["rope_type"] == "yarn" else []
+    else:
+        names += ["group_query_attention"]
+    return names
+
+
+RARE = {
+    "layernorm_zero_centered_gamma": True,
+    "rotary_interleaved": True,
+    "no_rope_freq": [0, 1],
+}
+
+
+def test_megatron_lms_own_parser_reads_each_printed_line_as_the_checkpoint_stores_the_model(hf_directory, tmp_path):
+    directories = [hf_directory(kind) for kind in WITH_FLAGS]
+    configs = [json.loads((directory / "config.json").read_text()) for directory in directories]
+    described = [family_of(config).model_config(config) for config in configs]
+    described.append(ModelConfig(num_layers=2, vocab_size=64, add_bias_linear=True, transformer=RARE))
+    torch.save([megatron_flags(model).arguments for model in described], tmp_path / "out.pt")
+    run_megatron_lm("parsed", tmp_path / "out.pt", [])
+    for model, found in zip(described, torch.load(tmp_path / "out.pt"), strict=True):
+        stored = vars(converted_args(model, torch.float32))
+        differing = {name: (found[name], stored[name]) for name in names_of(model) if found[name] != stored[name]}
+        assert not differing, model
+        if found["group_query_attention"]:
+            assert found["num_query_groups"] == stored["num_query_groups"]
+
+
+# Converted checkpoints
+
+# The constants of YaRN that Megatron-LM has no flags for, at the values that Megatron Core computes with.
+EXPRESSIBLE = {
+    "deepseek_v3": {
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "mscale": 0.8,
+            "mscale_all_dim": 0.6,
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "original_max_position_embeddings": 4096,
+        }
+    }
+}
+
+
+@pytest.mark.parametrize("kind", WITH_FLAGS)
+def test_megatron_lm_computes_the_logits_of_transformers_with_the_printed_flags(tmp_path, kind):
+    model = hf_models.write(kind, tmp_path / "hf", **EXPRESSIBLE.get(kind, {}))
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    tokens = hf_models.SEQUENCES[1]
+    torch.save(torch.tensor(tokens), tmp_path / "out.pt")
+    flags = [*flags_of(tmp_path / "hf"), "--load", str(tmp_path / "megatron"), "--seq-length", "40"]
+    run_megatron_lm("logits", tmp_path / "out.pt", [*flags, "--vocab-size", "100"])
+    found = torch.load(tmp_path / "out.pt")[:, : hf_models.VOCAB_SIZE]
+    torch.testing.assert_close(found, hf_models.hf_logits(model, [tokens]), atol=3e-5, rtol=0)
+
+
+# A run's checkpoints
+
+
+def save_run(setup: Setup, run_dir: Path) -> dict[str, Any]:
+    """Write the checkpoint of step 2; returns what the run holds then, with the next numbers of its random streams."""
+    run = checkpointed_run.start(setup, run_dir, steps=2)
+    run.save(2)
+    moments = {
+        name: value.clone()
+        for single in getattr(run.optimizer, "chained_optimizers", [run.optimizer])
+        for index, held in enumerate(single.optimizer.state.values())
+        for name, value in ((f"{index}.{key}", held[key]) for key in ("exp_avg", "exp_avg_sq"))
+    }
+    return {"drawn": checkpointed_run.random_numbers(), "weights": run.weights(), "moments": moments}
+
+
+RUNS = {
+    "dense, DP 2": (Setup(kind="tied", optimizer=ADAM), 2, []),
+    "dense in bf16, DP 2": (Setup(kind="gqa", optimizer=dataclasses.replace(ADAM, precision="bf16")), 2, []),
+    "dense, TP 2": (
+        Setup(kind="gqa", optimizer=ADAM).cut(tensor_model_parallel_size=2),
+        2,
+        ["--tensor-model-parallel-size", "2"],
+    ),
+    "experts, EP 2": (
+        Setup(kind="moe", optimizer=ADAM).cut(expert_model_parallel_size=2),
+        2,
+        ["--expert-model-parallel-size", "2", "--moe-token-dispatcher-type", "alltoall"],
+    ),
+}
+"""name -> the run, its number of ranks, the flags of its layout."""
+
+
+def flags_of_run(setup: Setup, run_dir: Path, layout: list[str]) -> list[str]:
+    return [
+        *megatron_flags(setup.model, dtype=DTYPES[setup.optimizer.precision]).arguments,
+        *("--load", str(run_dir / "checkpoints")),
+        *("--seq-length", "32", "--vocab-size", str(models.VOCAB_SIZE - 1)),
+        *("--use-distributed-optimizer", "--override-opt_param-scheduler"),
+        *layout,
+    ]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_megatron_lm_takes_over_a_runs_weights_optimizer_and_random_states(ranks, tmp_path, name):
+    setup, world_size, layout = RUNS[name]
+    saved = ranks.run(save_run, setup, tmp_path / "run", world_size=world_size)
+    run_megatron_lm("state", tmp_path / "out.pt", flags_of_run(setup, tmp_path / "run", layout), world_size)
+    found = torch.load(tmp_path / "out.pt")
+    assert found["iteration"] == 2
+    assert found["adam_steps"] and set(found["adam_steps"]) == {2}, "Adam's bias correction would be another one"
+    assert found["drawn"] == saved[0]["drawn"]
+    assert found["moments"].keys() == saved[0]["moments"].keys()
+    for key, value in saved[0]["moments"].items():
+        assert torch.equal(found["moments"][key], value), key
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_megatron_lms_training_script_continues_a_run_and_this_project_continues_it(ranks, tmp_path, name):
+    setup, world_size, layout = RUNS[name]
+    ranks.run(save_run, setup, tmp_path / "run", world_size=world_size)
+    flags = [*flags_of_run(setup, tmp_path / "run", layout), "--save", str(tmp_path / "theirs"), "--save-interval", "5"]
+    printed = run_megatron_lm("pretrain", tmp_path / "out.pt", flags, world_size)
+    losses = re.findall(r"iteration\s+(\d+)/\s+5 .*?lm loss: (\S+)", printed)
+    assert [int(step) for step, _ in losses] == [3, 4, 5], printed[-3000:]
+    assert all(0 < float(loss) < 20 for _, loss in losses)
+    assert (tmp_path / "theirs" / "latest_checkpointed_iteration.txt").read_text().strip() == "5"
+    loaded = ranks.run(load_theirs, setup, tmp_path / "theirs", world_size=world_size)
+    assert loaded == [5] * world_size
+    megatron_to_hf(tmp_path / "theirs", tmp_path / "hf", vocab_size=models.VOCAB_SIZE)
+
+
+def load_theirs(setup: Setup, path: Path) -> int:
+    from megatron_selfdistill.checkpoint.external import load_weights_and_optimizer
+
+    run = checkpointed_run.start(setup, path.parent / "ours", steps=1)
+    return load_weights_and_optimizer(path, run.chunks, run.optimizer, models.VOCAB_SIZE)

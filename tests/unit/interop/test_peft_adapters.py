@@ -1,0 +1,346 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Adapters go to the library PEFT and come back, and merge: the logits are those of our model with its adapters."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import hf_models
+import models
+import pytest
+import torch
+from hf_contents import tensors_of
+from safetensors.torch import load_file, save_file
+from saved_checkpoints import raises
+
+from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.interop.convert_command import main
+from megatron_selfdistill.interop.formats.stored_adapters import StoredAdapters, base_digest, read_stored_adapters
+from megatron_selfdistill.interop.merged_weights import Merge, merge_adapters
+from megatron_selfdistill.interop.peft_adapters import megatron_to_peft, peft_to_megatron
+from megatron_selfdistill.interop.release import Progress
+
+LATENT = "linear_proj linear_q_down_proj linear_q_up_proj linear_kv_down_proj linear_kv_up_proj linear_fc1 linear_fc2"
+PLAIN = AdapterConfig(rank=3, alpha=1.5)
+LATENT_ADAPTERS = AdapterConfig(rank=2, alpha=0.5, rank_stabilised=True, layers=LATENT.split())
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A base as a Hugging Face directory and as a checkpoint, and a checkpoint of adapters on it."""
+
+    hf: Path
+    base: Path
+    adapters: Path
+
+
+def live(hf: Path, settings: AdapterConfig) -> tuple[list[torch.nn.Module], object]:
+    """Return the model of a Hugging Face directory with large adapters, on one rank."""
+    from megatron_selfdistill.model.adapters import add_adapters
+
+    _, model, _, _ = hf_models.read(hf)
+    chunks, grid = models.build(model, ParallelConfig())
+    add_adapters(chunks, settings, grid)
+    models.fill_from_names(chunks, seed=5)
+    return chunks, grid
+
+
+def save_adapters(hf: Path, base: Path, settings: AdapterConfig, run_dir: Path, nan: str = "") -> torch.Tensor:
+    """Save adapters as a run does, and return the logits of the model with them; the factor named ``nan`` has a NaN."""
+    from megatron_selfdistill.checkpoint import sharded_io, state
+    from megatron_selfdistill.checkpoint.external import load_weights
+    from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
+    from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+
+    _, model, _, _ = hf_models.read(hf)
+    plain, _ = models.build(model, ParallelConfig())
+    load_weights(base, plain, hf_models.VOCAB_SIZE)
+    chunks, grid = live(hf, settings)
+    chunks[0].load_state_dict(plain[0].state_dict(), strict=False)
+    if nan:
+        chunks[0].get_parameter(nan).data[0, 0] = torch.nan
+    target = run_dir / "checkpoints" / "iter_0000005"
+    stored = StoredAdapters(target, settings, base_digest(base), base)
+    contents = {"args": megatron_args(chunks[0], model), "iteration": 5, "checkpoint_version": 3.0}
+    contents |= state.without_base(state.model_state(chunks, CONTENT))
+    written = sharded_io.begin_write(contents, target, texts={"adapters.json": stored.text()})
+    sharded_io.write_now(*written, target)
+    return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
+
+
+def read_adapters(hf: Path, adapters: Path) -> torch.Tensor:
+    """Return the logits of our model with a checkpoint of adapters, loaded as an evaluation loads it."""
+    from megatron_selfdistill.checkpoint.external import load_adapters, load_weights
+    from megatron_selfdistill.distributed.ranks import current_grid
+    from megatron_selfdistill.model.adapters import add_adapters
+
+    stored = read_stored_adapters(adapters)
+    assert stored is not None
+    _, model, _, _ = hf_models.read(hf)
+    chunks, _ = models.build(model, ParallelConfig())
+    load_weights(stored.base_place(), chunks, hf_models.VOCAB_SIZE)
+    grid = current_grid(ParallelConfig())
+    padding = chunks[0].embedding.word_embeddings.weight.data[hf_models.VOCAB_SIZE :]
+    padding.fill_(torch.nan)  # the adapters are not to blame for what other programs leave in the base
+    assert len(padding)
+    add_adapters(chunks, stored.settings, grid)
+    load_adapters(adapters, chunks)
+    return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
+
+
+def read_weights(hf: Path, weights: Path) -> torch.Tensor:
+    """Return the logits of our model with a checkpoint of full weights."""
+    from megatron_selfdistill.checkpoint.external import load_weights
+
+    _, model, _, _ = hf_models.read(hf)
+    chunks, grid = models.build(model, ParallelConfig())
+    load_weights(weights, chunks, hf_models.VOCAB_SIZE)
+    return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
+
+
+def peft_logits(hf: Path, adapters: Path) -> torch.Tensor:
+    """Return the logits of transformers' model with adapters that PEFT loads, and check that it uses all of them."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(hf).eval()
+    adapted = peft.PeftModel.from_pretrained(model, str(adapters)).eval()
+    used = {name.replace(".default", "") for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert used == load_file(adapters / "adapter_model.safetensors").keys()
+    return hf_models.hf_logits(adapted, hf_models.SEQUENCES)
+
+
+@pytest.fixture
+def adapted(ranks, hf_directory, tmp_path) -> Callable[[str, AdapterConfig], tuple[Adapted, torch.Tensor]]:
+    """Return a function that makes a base and adapters of a kind, with the logits of our model."""
+
+    def made(kind: str, settings: AdapterConfig) -> tuple[Adapted, torch.Tensor]:
+        hf, base, run_dir = hf_directory(kind), tmp_path / "base", tmp_path / "run"
+        hf_to_megatron(hf, base)
+        (logits,) = ranks.run(save_adapters, hf, base, settings, run_dir, world_size=1)
+        return Adapted(hf, base, run_dir / "checkpoints" / "iter_0000005"), logits
+
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen3", PLAIN),
+        ("deepseek_v3", LATENT_ADAPTERS),
+        pytest.param("llama2", PLAIN, marks=pytest.mark.full),
+        pytest.param("qwen3_moe_mixed", PLAIN, marks=pytest.mark.full),
+    ],
+)
+def test_peft_computes_what_our_model_does_and_everything_comes_back(ranks, adapted, tmp_path, kind, settings):
+    made, expected = adapted(kind, settings)
+    base_logits = hf_models.hf_logits(hf_of(made.hf), hf_models.SEQUENCES)
+    assert (expected - base_logits).abs().max() > 0.1, "the adapters must matter"
+
+    out = megatron_to_peft(made.adapters, tmp_path / "peft", base_model="org/model")
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/model" and config["r"] == settings.rank
+    torch.testing.assert_close(peft_logits(made.hf, out), expected, rtol=1e-4, atol=1e-4)
+
+    back = peft_to_megatron(out, made.base, tmp_path / "back")
+    stored = read_stored_adapters(back)
+    assert stored is not None and set(stored.settings.layers) <= set(settings.layers)
+    assert replace(stored.settings, layers=settings.layers) == settings
+    (logits,) = ranks.run(read_adapters, made.hf, back, world_size=1)
+    assert torch.equal(logits, expected)
+
+    # Large factors round in another way once they are parts of a weight.
+    merged = merge_adapters(made.adapters, tmp_path / "merged")
+    (logits,) = ranks.run(read_weights, made.hf, merged, world_size=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=5e-4)
+    megatron_to_hf(made.adapters, tmp_path / "hf")
+    megatron_to_hf(merged, tmp_path / "hf_of_merged")
+    assert all(
+        torch.equal(tensor, tensors_of(tmp_path / "hf_of_merged")[name])
+        for name, tensor in tensors_of(tmp_path / "hf").items()
+    )
+    torch.testing.assert_close(
+        hf_models.hf_logits(hf_of(tmp_path / "hf"), hf_models.SEQUENCES), expected, rtol=1e-4, atol=5e-4
+    )
+
+
+def refuse_adapters_with_nan(hf: Path, adapters: Path, message: str) -> None:
+    with raises(message):
+        read_adapters(hf, adapters)
+
+
+def test_a_nan_in_a_factor_is_found_when_adapters_are_loaded(ranks, hf_directory, tmp_path):
+    hf, base, run_dir = hf_directory("qwen3"), tmp_path / "base", tmp_path / "run"
+    hf_to_megatron(hf, base)
+    factor = "decoder.layers.1.mlp.linear_fc2_adapter.b"
+    ranks.run(save_adapters, hf, base, PLAIN, run_dir, factor, world_size=1)
+    found = run_dir / "checkpoints" / "iter_0000005"
+    message = r"has NaN or infinite elements in decoder.layers.mlp.linear_fc2_adapter.b\[1\]: "
+    ranks.run(refuse_adapters_with_nan, hf, found, message, world_size=1)
+
+
+def hf_of(directory: Path) -> torch.nn.Module:
+    import transformers
+
+    return transformers.AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+@pytest.mark.parametrize(
+    ("rank_stabilised", "scale"),
+    [(False, 3 / 2), (True, 3 / math.sqrt(2))],
+    ids=["alpha / r", "alpha / sqrt(r)"],
+)
+def test_adapters_of_peft_with_different_factors_are_stacked_exactly(
+    ranks, hf_directory, tmp_path, rank_stabilised, scale
+):
+    """PEFT's usual adapters: q and v alone have them, each with its own A.  The scale stays where the rank doubles."""
+    import peft
+
+    hf = hf_directory("qwen3")
+    hf_to_megatron(hf, tmp_path / "base")
+    targets = ["q_proj", "v_proj", "down_proj"]
+    config = peft.LoraConfig(
+        r=2,
+        lora_alpha=3,
+        use_rslora=rank_stabilised,
+        target_modules=targets,
+        lora_dropout=0.1,
+        init_lora_weights=False,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        peft.get_peft_model(hf_of(hf), config).save_pretrained(tmp_path / "peft")
+    expected = peft_logits(hf, tmp_path / "peft")
+    reports: list[str] = []
+    out = peft_to_megatron(
+        tmp_path / "peft", tmp_path / "base", tmp_path / "out", progress=Progress(report=reports.append)
+    )
+    assert any("lora_dropout=0.1 is left out" in line for line in reports)
+    assert any(line.startswith("rank 2 becomes 4: fused layers stack") for line in reports)
+    stored = read_stored_adapters(out)
+    assert stored is not None
+    assert stored.settings.rank == 4 and stored.settings.scale == pytest.approx(scale, rel=1e-12)
+    assert sorted(stored.settings.layers) == ["linear_fc2", "linear_qkv"]
+    (logits,) = ranks.run(read_adapters, hf, out, world_size=1)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def rewritten(peft: Path, out: Path, tensors: dict[str, torch.Tensor] | None = None, **changes: object) -> Path:
+    """Return a copy of a directory of PEFT with changed settings and other factors."""
+    out.mkdir()
+    config = json.loads((peft / "adapter_config.json").read_text()) | changes
+    (out / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors or load_file(peft / "adapter_model.safetensors"), out / "adapter_model.safetensors")
+    return out
+
+
+def test_what_does_not_fit_is_refused_in_one_sentence(adapted, tmp_path, capsys):
+    made, _ = adapted("llama2", PLAIN)
+    peft = megatron_to_peft(made.adapters, tmp_path / "peft")
+    factors = load_file(peft / "adapter_model.safetensors")
+    layer = "base_model.model.model.layers.2.self_attn."
+    lacking = {name: factor for name, factor in factors.items() if ".layers.1." not in name}
+    wrong_shape = factors | {f"{layer}q_proj.lora_B.weight": torch.zeros(3, 3)}
+    head = factors | {"base_model.model.lm_head.lora_A.weight": torch.zeros(3, 36)}
+    first = f"{layer}q_proj.lora_A.weight"
+    cases: list[tuple[dict[str, object], dict[str, torch.Tensor] | None, str]] = [
+        ({"use_dora": True}, None, "has use_dora=True in its adapter_config.json: DoRA scales weights"),
+        ({"bias": "all"}, None, "has bias='all' in its adapter_config.json: adapters here have no biases"),
+        ({"modules_to_save": ["lm_head"]}, None, "it trains whole modules, which adapters here do not"),
+        ({"rank_pattern": {"q_proj": 2}}, None, "one checkpoint has one rank and one scale"),
+        ({"init_lora_weights": "pissa"}, None, "has init_lora_weights='pissa' .*: it changes the base"),
+        ({"peft_type": "IA3"}, None, "only LoRA can be read"),
+        ({"r": None}, None, "has r=None in its adapter_config.json, expected a whole number above 0"),
+        ({"r": 3.0}, None, "has r=3.0 in its adapter_config.json, expected a whole number above 0"),
+        ({"lora_alpha": "3"}, None, "has lora_alpha='3' in its adapter_config.json, expected a number above 0"),
+        ({"use_rslora": "no"}, None, "has use_rslora='no' in its adapter_config.json, expected true or false"),
+        ({"r": 4}, None, r"has factors of the ranks \[3\], expected r=4 alone"),
+        ({}, lacking, "has no factors of .*layers.1.*, expected adapters on every layer: layers_to_transform"),
+        ({}, wrong_shape, r"q_proj.lora_B.weight has shape \[3, 3\], expected \[40, 3\]"),
+        (
+            {},
+            {name: factor * torch.nan for name, factor in factors.items()},
+            r"NaN or infinite elements \(as torch.float32\): take an",
+        ),
+        ({}, {name: factor.int() for name, factor in factors.items()}, "type int32, expected a matrix of floating-poi"),
+        (
+            {},
+            factors | {first: torch.tensor(1.0)},
+            rf"{first} of .* has shape \[\] and type float32, expected a matrix",
+        ),
+        ({}, head, "has factors of modules that have no adapters here .*: base_model.model.lm_head.lora_A.weight"),
+        ({}, {"a.lora_magnitude_vector": torch.zeros(1)}, "has tensors that are no factors of LoRA: a.lora_magn"),
+    ]
+    for number, (changes, tensors, message) in enumerate(cases):
+        with raises(message):
+            peft_to_megatron(rewritten(peft, tmp_path / f"{number}", tensors, **changes), made.base, tmp_path / "out")
+    with raises("has no adapter_config.json, expected a directory of PEFT"):
+        peft_to_megatron(made.hf, made.base, tmp_path / "out")
+    nested = rewritten(peft, tmp_path / "nested")
+    (nested / "adapter_config.json").write_text("[" * 100_000)
+    with raises("nested is corrupt: objects and lists nested more than 100 levels deep"):
+        peft_to_megatron(nested, made.base, tmp_path / "out")
+    (nested / "adapter_config.json").write_text("[]")
+    with raises(r"nested has r=\[\] in its adapter_config.json, expected"):
+        peft_to_megatron(nested, made.base, tmp_path / "out")
+    shutil.copy(peft / "adapter_config.json", nested)
+    (nested / "adapter_model.safetensors").unlink()
+    (nested / "adapter_model.safetensors").mkdir()
+    with raises("adapter_model.safetensors is a directory, expected a file"):
+        peft_to_megatron(nested, made.base, tmp_path / "out")
+    linked = rewritten(peft, tmp_path / "linked")
+    (linked / "adapter_model.safetensors").unlink()
+    (linked / "adapter_model.safetensors").symlink_to(peft / "adapter_model.safetensors")
+    with raises("is a symbolic link to .*, outside of its directory"):
+        peft_to_megatron(linked, made.base, tmp_path / "out")
+    with raises("holds adapters alone, expected the full weights below the adapters of"):
+        peft_to_megatron(peft, made.adapters, tmp_path / "out")
+    with raises("holds full weights, expected a checkpoint of adapters"):
+        megatron_to_peft(made.base, tmp_path / "out")
+    with raises("holds full weights, which have no base: leave out --base"):
+        megatron_to_hf(made.base, tmp_path / "out", base=made.base)
+    with raises("is not the base of the adapters in .*set --base to the present place of the checkpoint"):
+        merge_adapters(
+            made.adapters, tmp_path / "out", base=hf_to_megatron(made.hf, tmp_path / "b", dtype=torch.bfloat16)
+        )
+    assert not (tmp_path / "out").exists()
+    assert main(["merge-adapters", "--megatron", str(made.base), "--out", str(tmp_path / "out")]) == 2
+    assert "holds full weights, expected a checkpoint of adapters" in capsys.readouterr().err
+
+
+def test_the_commands_convert_and_say_what_rounding_lost(adapted, tmp_path, capsys):
+    made, _ = adapted("llama2", PLAIN)
+    assert main(["megatron-to-peft", "--megatron", str(made.adapters), "--out", str(tmp_path / "peft")]) == 0
+    arguments = ["--peft", str(tmp_path / "peft"), "--base", str(made.base), "--out", str(tmp_path / "back")]
+    assert main(["peft-to-megatron", *arguments]) == 0
+    said = capsys.readouterr().out
+    assert (
+        f"begin a run at it with checkpoint.load={made.base} adapter.load={tmp_path / 'back'} adapter.rank=3 " in said
+    )
+    layers = "linear_qkv,linear_proj,linear_fc1,linear_fc2"
+    assert f"adapter.alpha=1.5 adapter.rank_stabilised=false 'adapter.layers=[{layers}]'" in said
+    assert main(["merge-adapters", "--megatron", str(tmp_path / "back"), "--out", str(tmp_path / "merged")]) == 0
+    assert "rounding left" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_merge_is_the_exact_sum_rounded_once(dtype):
+    torch.manual_seed(0)
+    weight = (1 + torch.rand(24, 16)).to(dtype)
+    a, b = torch.randn(3, 16).to(dtype), torch.randn(24, 3).to(dtype)
+    merge = Merge(0.25)
+    merged = merge.merged(weight, a, b)
+    exact = weight.double() + 0.25 * b.double() @ a.double()
+    assert merged.dtype == dtype
+    assert ((merged.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all()
+    tiny = Merge(1e-6)
+    assert torch.equal(tiny.merged(weight, a, b), weight) == (dtype == torch.bfloat16)
+    assert tiny.num_elements == 24 * 16 and (tiny.num_unchanged == 24 * 16) == (dtype == torch.bfloat16)
+    assert str(tiny).startswith("adapters are merged: rounding left ")
+    assert not torch.equal(tiny.merged(weight, a, b, torch.float32), weight.float())

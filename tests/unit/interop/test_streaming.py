@@ -1,0 +1,162 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""torch_dist directories written a tensor at a time: nothing more is ever held, and any chunking reads back."""
+
+from __future__ import annotations
+
+import gc
+import io
+import sys
+import time
+import weakref
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.formats import manifest, torch_dist
+from megatron_selfdistill.interop.formats.torch_dist import Piece, TorchDistReader, read_ahead
+
+
+def cut(key: str, full: Tensor, sizes: tuple[int, ...]) -> list[Piece]:
+    """Pieces of at most ``sizes`` that make up ``full``."""
+    pieces = []
+    starts = [range(0, n, size) for n, size in zip(full.shape, sizes, strict=True)]
+    for offset in torch.cartesian_prod(*(torch.tensor(list(r)) for r in starts)).reshape(-1, full.dim()).tolist():
+        part = full[tuple(slice(o, o + s) for o, s in zip(offset, sizes, strict=True))]
+        pieces.append(Piece(key, tuple(full.shape), tuple(offset), tuple(part.shape), full.dtype, part.clone))
+    return pieces
+
+
+@settings(max_examples=25, deadline=None)
+@given(data=st.data())
+def test_every_slice_reads_back_whatever_the_chunks(tmp_path_factory, data):
+    shape = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=4).map(tuple))
+    sizes = tuple(data.draw(st.integers(1, n)) for n in shape)
+    full = torch.arange(torch.Size(shape).numel()).reshape(shape).to(torch.float32)
+    directory = tmp_path_factory.mktemp("chunks")
+    torch_dist.write(directory, cut("key", full, sizes), {})
+    source = TorchDistReader(directory)
+    depth = data.draw(st.integers(0, len(shape) - 1))
+    index = tuple(data.draw(st.integers(0, n - 1)) for n in shape[:depth])
+    assert torch.equal(source.read("key", index), full[index])
+    rows = data.draw(st.integers(1, shape[depth]))
+    assert torch.equal(source.read("key", index, rows), full[index][:rows])
+
+
+def test_a_tensor_is_dropped_before_the_next_one_is_made(tmp_path):
+    alive: list[weakref.ref] = []
+
+    def make() -> Tensor:
+        gc.collect()
+        assert not [ref for ref in alive if ref() is not None]
+        tensor = torch.ones(1, 8, 8)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    keys = [f"decoder.layers.{layer}.weight" for layer in range(5)]
+    torch_dist.write(tmp_path, [Piece(key, (1, 8, 8), (0, 0, 0), (1, 8, 8), torch.float32, make) for key in keys], {})
+    assert len(alive) == 5
+
+
+def test_files_are_cut_and_summed_up_while_they_are_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch_dist, "MAX_FILE_BYTES", 3000)
+    full = torch.randn(6, 16, 16)
+    torch_dist.write(tmp_path, cut("key", full, (1, 16, 16)), {"iteration": 0})
+    manifest.write(tmp_path)
+    entries = manifest.read(tmp_path)
+    assert entries is not None and len([name for name in entries if name.endswith(".distcp")]) == 3
+    assert manifest.wrong_size(tmp_path, entries) is None and manifest.wrong_contents(tmp_path, entries) is None
+    assert torch.equal(TorchDistReader(tmp_path).read("key"), full)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.float8_e4m3fn], ids=str)
+def test_a_stored_tensor_of_any_layout_is_mapped_from_its_place_in_the_file(tmp_path, dtype):
+    file = tmp_path / "chunk"
+    rows = torch.arange(60_000).reshape(300, 200).to(torch.float32).to(dtype)
+    for stored in (rows, rows.t(), rows[17:250, 3:], rows[:0], rows[:0].clone(), rows[5, 7]):
+        with file.open("wb") as stream:
+            stream.write(b"before this tensor " * 301)  # no multiple of a page, nor of an element
+            start = stream.tell()
+            saved = io.BytesIO()
+            torch.save(stored, saved)
+            stream.write(saved.getvalue() + b"behind it")
+        read = torch_dist._mapped(file, start, len(saved.getvalue()))
+        assert read.dtype == dtype and read.stride() == stored.stride()
+        assert torch.equal(read.to(torch.float32), stored.to(torch.float32))
+        if sys.platform == "linux":
+            assert (str(file) in Path("/proc/self/maps").read_text()) == bool(stored.untyped_storage().nbytes())
+            del read
+            assert str(file) not in Path("/proc/self/maps").read_text()
+
+
+def test_numbers_of_another_byte_order_are_refused(tmp_path):
+    saved, file = io.BytesIO(), tmp_path / "chunk"
+    torch.save(torch.ones(3), saved)
+    with zipfile.ZipFile(saved) as native, zipfile.ZipFile(file, "w") as swapped:
+        for name in native.namelist():
+            content = native.read(name)
+            other = b"big" if sys.byteorder == "little" else b"little"
+            swapped.writestr(name, other if name.endswith("/byteorder") else content)
+    with pytest.raises(ValueError, match=f"expected numbers of byte order {sys.byteorder}"):
+        torch_dist._mapped(file, 0, file.stat().st_size)
+
+
+def test_a_piece_that_is_not_what_was_announced_is_refused(tmp_path):
+    wrong = Piece("key", (2, 3), (0, 0), (2, 3), torch.float32, lambda: torch.zeros(3, 2))
+    with pytest.raises(
+        CheckpointError, match=r"key at \[0, 0\] has the shape \[3, 2\] and type torch.float32, expected \[2, 3\]"
+    ):
+        torch_dist.write(tmp_path, [wrong], {})
+
+
+def test_what_is_not_covered_is_reported(tmp_path):
+    full = torch.zeros(4, 3)
+    torch_dist.write(tmp_path, cut("key", full, (2, 3))[:1], {})
+    with pytest.raises(CheckpointError, match=r"holds only parts of key"):
+        TorchDistReader(tmp_path).read("key")
+
+
+def test_a_cut_off_file_is_named(tmp_path):
+    torch_dist.write(tmp_path, cut("key", torch.zeros(4, 300), (4, 300)), {})
+    file: Path = tmp_path / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(CheckpointError, match=r"has a corrupt __0_0.distcp: no tensor of key at byte 0"):
+        TorchDistReader(tmp_path).read("key")
+
+
+def test_small_tensors_are_made_while_the_one_before_is_used_and_large_ones_are_not():
+    used: list[int] = []
+    made_ahead: list[int] = []
+
+    def make(size: int) -> int:
+        if used and used[-1] < 0:  # the one before is still in use
+            made_ahead.append(size)
+        return size
+
+    sizes = [100, 10, 20, 100, 100]
+    for i, size in enumerate(read_ahead(sizes, make, lambda size: size)):
+        used.append(-size)
+        # The other thread gets its turn, and as much time as it needs where it should make a tensor.
+        deadline = time.monotonic() + (60.0 if sizes[i + 1 : i + 2] in ([10], [20]) else 0.2)
+        while len(made_ahead) <= i and time.monotonic() < deadline:
+            time.sleep(0.01)
+        used.append(size)
+    assert [size for size in used if size > 0] == sizes
+    assert made_ahead == [10, 20]
+
+
+def test_what_fails_while_it_is_made_ahead_is_raised_in_its_turn():
+    def make(size: int) -> int:
+        if size == 3:
+            raise CheckpointError("not finite")
+        return size
+
+    results = read_ahead([100, 2, 3, 4], make, lambda size: size)
+    assert [next(results), next(results)] == [100, 2]
+    with pytest.raises(CheckpointError, match="not finite"):
+        next(results)

@@ -1,0 +1,154 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The solver is accurate on every class of distributions; its ends, ties and floors are as documented."""
+
+from __future__ import annotations
+
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from plateaus import CLASSES as PLATEAUS
+from plateaus import tool
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
+from megatron_selfdistill.loss.sharded.shard_sums import BetaGrid, Shard, first_pass
+from megatron_selfdistill.loss.sharded.token_statistics import Cumulants, MergedSums
+from megatron_selfdistill.loss.target import MATCH_TOLERANCE
+
+ROUNDED_ENTROPY = 4 * 8 * 2.0**-24
+"""The error of an entropy of up to 8 nats in float32, after four roundings."""
+ROUNDED_LOGIT = 2 * 20 * 2.0**-24
+"""The error of a difference of logits of 20 in float32, and of its product with beta."""
+
+
+def solve(student: Tensor, teacher: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    vocab = VocabShard(0, student.shape[1], student.shape[1])
+    tokens = torch.zeros(student.shape[0], dtype=torch.int64)
+    stats = distillation_loss(student, teacher, tokens, target=target, divergence=Divergence(), vocab=vocab)
+    return stats.beta, stats.status
+
+
+@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
+@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
+def test_the_entropies_match_on_every_class_of_distributions(name: str, target: Target) -> None:
+    for seed, vocab_size in ((0, 300), (1, 2048)):
+        student, teacher = tool.draw(name, 16, vocab_size, seed)
+        accuracy = tool.measure(student, teacher, target)
+        assert accuracy.mismatch.max() <= MATCH_TOLERANCE + ROUNDED_ENTROPY
+        scale = (accuracy.beta * target.geometric_k / 2).clamp(min=1.0)  # a large beta multiplies rounded logits
+        assert (accuracy.normalisation / scale).max() <= ROUNDED_LOGIT
+        assert (accuracy.reverse_kl / scale).max() <= 5e-6
+
+
+@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
+def test_forward_kl_is_exact_also_where_the_last_step_of_the_solver_is_long(name: str) -> None:
+    student, teacher = tool.draw(name, 16, 4096, 0)
+    vocab, tokens = VocabShard(0, 4096, 4096), torch.zeros(16, dtype=torch.int64)
+    arguments = {"target": Target(k_max=None), "divergence": Divergence("forward_kl"), "vocab": vocab}
+    stats = distillation_loss(student, teacher, tokens, **arguments)
+    mix = student.double() + 0.75 * teacher.double()
+    log_p, log_q = student.double().log_softmax(-1), (stats.beta.double()[:, None] * mix).log_softmax(-1)
+    exact = torch.where(torch.isfinite(log_p), log_q.exp() * (log_q - log_p), 0.0).sum(-1)
+    tolerance = 4e-6 if name in PLATEAUS else 2e-6  # where the last steps are the longest
+    torch.testing.assert_close(stats.loss.double(), exact, rtol=1e-6, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["language model, bf16", "teacher sharper", "disagree"])
+def test_the_entropies_match_on_a_large_vocabulary(name: str) -> None:
+    student, teacher = tool.draw(name, 2, 152_064, 0)
+    accuracy = tool.measure(student.bfloat16(), teacher.bfloat16(), Target(k_max=None))
+    assert accuracy.mismatch.max() <= MATCH_TOLERANCE + ROUNDED_ENTROPY
+    assert accuracy.normalisation.max() <= ROUNDED_LOGIT
+
+
+@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
+@pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
+def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
+    student, teacher = tool.draw(name, 16, 2000, 7)
+    beta, status = solve(student, teacher, target)
+    reference = mixed_target(student.double(), teacher.double(), target)
+    log_p = student.double().log_softmax(-1)
+    entropy = tool._entropy(log_p)
+    agree = status == reference.status
+    # H within rounding of a threshold may fall on either side of it
+    on_threshold = (tool._entropy(reference.log_q) - entropy).abs() < 2e-5
+    assert (agree | on_threshold).all()
+    sharp = (reference.status == Status.MATCHED) & (entropy > 1e-2)
+    apart = (beta.double() / reference.beta).log().abs()
+    # On a plateau many betas have one entropy: what is left of 1e-5 nats, over dH / d log beta = -Var_q(log q).
+    variance = (reference.log_q.exp() * (reference.log_q + tool._entropy(reference.log_q)[:, None]) ** 2).nansum(-1)
+    assert (apart[sharp] <= 2e-5 + (torch.where(variance < 0.05, 1e-5, 0.0) / variance)[sharp]).all()
+    outside = (reference.status == Status.CAPPED) | (reference.status == Status.OUT_OF_RANGE)
+    torch.testing.assert_close(beta[outside & agree].double(), reference.beta[outside & agree], rtol=1e-6, atol=0)
+
+
+def test_equal_logits_give_one_to_within_1e_6_on_every_class() -> None:
+    for target in (Target(), Target(k_max=None)):
+        for name in tool.DISTRIBUTIONS:
+            student, _ = tool.draw(name, 16, 3000, 1)
+            beta, status = solve(student, student, target)
+            determined = status == Status.MATCHED
+            assert (determined | (status == Status.UNDETERMINED)).all(), name
+            assert ((beta * 1.75 - 1)[determined].abs() <= 1e-6).all(), name
+
+
+def test_float64_logits_are_solved_beyond_float32() -> None:
+    target = Target(k_max=None)
+    for name in ("language model", "zipf", "teacher swaps the top two", "one-hot, H ~ 1e-4"):
+        student, teacher = (x.double() for x in tool.draw(name, 16, 2000, 2))
+        assert tool.measure(student, teacher, target).mismatch.max() <= 1e-8
+
+
+def test_cumulants_of_sums_equal_moments_of_the_distribution() -> None:
+    x = torch.tensor([0.0, -0.5, -1.0, -4.0], dtype=torch.float64)
+    p = x.exp() / x.exp().sum()
+    s = [(x.exp() * x**k).sum() for k in range(4)]
+    cumulants = Cumulants.from_sums(torch.ones((), dtype=torch.float64), s[0] - 1, s[1], s[2], s[3])
+    mean = (p * x).sum()
+    central = [(p * (x - mean) ** k).sum() for k in range(4)]
+    expected = (torch.ones(()).double(), s[0].log(), mean, central[2], central[3])
+    torch.testing.assert_close(torch.stack(cumulants.tensors()), torch.stack(expected), rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(cumulants.entropy, -(p * p.log()).sum(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("cuts", [(0, 300), (0, 100, 200, 300), (0, 17, 300)])
+def test_sums_of_shards_merge_into_the_cumulants_of_the_whole_row(cuts: tuple[int, ...]) -> None:
+    torch.manual_seed(1)
+    student, teacher = torch.randn(2, 8, 300, dtype=torch.float64) * 3
+    target = Target(k_max=None)
+    grid = BetaGrid.of(target, torch.float64)
+    parts = []
+    for start, end in pairwise(cuts):
+        shard = Shard(student[:, start:end], teacher[:, start:end], target.mix_weights, torch.float64)
+        parts.append(first_pass(shard, grid, None, start)[0])
+    merged = MergedSums.merge(torch.cat(parts), grid)
+    mix = student + target.teacher_weight * teacher
+    x = mix - mix.amax(1, keepdim=True)
+    for j, beta in enumerate(grid.betas):
+        q = (beta * x).softmax(1)
+        mean = (q * x).sum(1)
+        variance, third = ((q * (x - mean[:, None]) ** power).sum(1) for power in (2, 3))
+        expected = ((beta * x).logsumexp(1), mean, variance, third)
+        cumulants = [values[:, j] for values in merged.mix.tensors()[1:]]
+        torch.testing.assert_close(torch.stack(cumulants), torch.stack(expected), rtol=1e-10, atol=1e-12)
+
+
+def test_an_almost_certain_row_keeps_the_digits_of_its_entropy() -> None:
+    student = torch.zeros(6, 1000)
+    student[:, 17] = torch.tensor([18.0, 20.0, 22.0, 24.0, 26.0, 28.0])
+    vocab, tokens = VocabShard(0, 1000, 1000), torch.zeros(6, dtype=torch.int64)
+    stats = distillation_loss(student, student, tokens, target=Target(), divergence=Divergence(), vocab=vocab)
+    log_p = student.double().log_softmax(-1)
+    exact = torch.log1p(999 * (-student[:, 17].double()).exp())
+    exact = exact * log_p.exp()[:, 17] - 999 * (log_p.exp() * log_p)[:, 0]
+    torch.testing.assert_close(stats.student_entropy.double(), exact, rtol=1e-6, atol=0)
+    assert exact.min() < 1e-7
+
+
+def test_the_tool_prints_one_row_per_class(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["solver_accuracy.py", "--vocab-size", "200", "--tokens", "4"])
+    tool.main()
+    rows = capsys.readouterr().out.strip().split("\n")
+    assert len(rows) == 2 + len(tool.DISTRIBUTIONS) and all(row.count("|") == 11 for row in rows)

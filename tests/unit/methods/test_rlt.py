@@ -1,0 +1,213 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""RLT: explanations are found in responses, read after the right prompts, and rewarded as published."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from characters import STOP, Characters
+from made_methods import given_with, made
+from term_arrays import tensor
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.methods.rlt import check_room_for_solutions, explanation_in, explanation_reward
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.rollouts import Rollout
+
+GIVEN = given_with(Characters())
+BUILDER = GIVEN.builder
+PROBLEM = Problem("a", ({"role": "user", "content": "2+2"},), "=4.", "4", "file:1")
+PAIR = PromptPair("a", BUILDER.student_prompt(PROBLEM), BUILDER.teacher_prompt(PROBLEM), "=4.")
+SOLUTION, POLICY = tensor(-0.2, -1.5, -0.1), tensor(-0.3, -0.1, -0.9, -0.2)
+STUDENT = tensor(-0.5, -2.1, -0.8, -0.2)
+
+
+def response(text: str, finish_reason: str = "stop") -> Response:
+    ids = list(map(ord, text))
+    return Response(ids, [-1.0] * len(ids), [-1.0] * len(ids), finish_reason)
+
+
+@pytest.mark.parametrize(
+    ("text", "finish_reason", "found"),
+    [
+        ("since</t>$", "stop", ("since", True)),
+        (" since </t> and more$", "stop", ("since", True)),
+        ("a</t>b</t>$", "stop", ("a", True)),
+        ("</t>$", "stop", ("", True)),
+        ("since$", "stop", ("since", False)),
+        ("since", "length", ("since", False)),
+        ("since</t>", "length", ("since", True)),
+        ("$", "stop", ("", False)),
+    ],
+)
+def test_the_explanation_ends_before_its_first_closing_tag(text, finish_reason, found):
+    explanation = explanation_in(response(text, finish_reason), Characters(), "\n</t>\n")
+    assert (explanation.text(Characters()), explanation.has_closing_tag) == found
+
+
+def test_a_closing_tag_may_be_the_stop_token():
+    assert explanation_in(response("since$"), Characters(), "$").has_closing_tag
+
+
+class Pairs(Characters):
+    """A tokenizer whose tokens are pairs of characters."""
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        return "".join(f"{chr(i // 256)}{chr(i % 256)}" for i in ids)
+
+
+def test_a_token_across_the_tag_does_not_belong_to_the_explanation():
+    ids = [256 * ord(a) + ord(b) for a, b in ("ab", "c<", "/t", ">$")]
+    explanation = explanation_in(Response(ids, [], [], "stop"), Pairs(), "</t>")
+    assert (explanation.text(Pairs()), explanation.has_closing_tag) == ("ab", True)
+
+
+class Reading:
+    """Log-probs that are looked up by the text of the response; the calls are kept."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[list[ContextPair], float]] = []
+        self.known: dict[str, tuple[torch.Tensor, torch.Tensor]] = {
+            "=4.": (tensor(-9.0, -9.0, -9.0), SOLUTION),
+            "why?": (POLICY, STUDENT),
+            "": (tensor(), tensor()),
+        }
+
+    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> Any:
+        self.calls.append((list(contexts), temperature))
+        found = [self.known["".join(map(chr, context.response))] for context in contexts]
+        return tuple(torch.cat([one[i] for one in found] or [tensor()]) for i in (0, 1))
+
+
+def rollouts(*texts: str) -> list[Rollout]:
+    return [Rollout(PROBLEM, PAIR, response(text)) for text in texts]
+
+
+def rewards(monkeypatch: pytest.MonkeyPatch, *texts: str, **settings: Any) -> tuple[list[float], Any, Reading]:
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+    reading = Reading()
+    overrides = [f"method.{name}={value}" for name, value in settings.items()]
+    method = made(["recipe=rlt", "method.closing_tag='</t>'", *overrides], GIVEN, models=reading)
+    rewarded, metrics = method.rewarded(rollouts(*texts))
+    return [one.reward for one in rewarded], metrics, reading
+
+
+def test_rewards_of_the_worked_example(monkeypatch):
+    found, metrics, _ = rewards(monkeypatch, "why?</t>$", "why?$", "</t>$")
+    silent = -0.6 + 0.01 * -1.5  # r_KL of no token is 0
+    assert found == pytest.approx([-2.25, -3.25, silent], abs=1e-12)
+    assert metrics == pytest.approx(
+        {
+            "explanations/solution_log_prob": -0.615,
+            "explanations/log_ratio": 2 * 0.545 / 3,
+            "explanations/closing_tags": 2 / 3,
+        }
+    )
+
+
+def test_every_setting_counts(monkeypatch):
+    found, _, reading = rewards(
+        monkeypatch, "why?$", alpha=0.5, ratio_weight=2.0, missing_tag_penalty=0.25, temperature=0.9
+    )
+    assert found == pytest.approx([-0.6 + 0.5 * -1.5 - 2 * (0.525 + 0.5 * 2.0) - 0.25], abs=1e-12)
+    assert reading.calls[0][1] == 0.9
+
+
+def test_the_policy_reads_after_the_solution_and_the_student_after_the_problem(monkeypatch):
+    _, _, reading = rewards(monkeypatch, "why?</t>$", "why?$")
+    (pairs, temperature) = reading.calls[0]
+    texts = [tuple("".join(map(chr, ids)) for ids in (p.student_prompt, p.teacher_prompt, p.response)) for p in pairs]
+    assert temperature == 0.7
+    assert texts[:2] == [("2+2|=4.:", "2+2:", "why?")] * 2
+    assert texts[2:] == [("2+2:why?</t>", "2+2:why?</t>", "=4.")] * 2
+
+
+def test_no_rollouts_have_no_rewards(monkeypatch):
+    assert rewards(monkeypatch)[0] == []
+
+
+def test_a_solution_that_does_not_fit_after_the_longest_explanation_is_refused():
+    options = {"closing_tag": "</t>", "max_new_tokens": 10}
+    check_room_for_solutions([PROBLEM], BUILDER, max_length=21, **options)  # 4 + 10 + 4 + 3
+    with pytest.raises(ConfigError, match=r"file:1: method.name=rlt reads .* at most 20 tokens .* got 3 and 21;"):
+        check_room_for_solutions([PROBLEM], BUILDER, max_length=20, **options)
+
+
+@pytest.mark.parametrize("privileged", [True, False])
+def test_both_models_may_read_after_the_prompt_of_the_sample(privileged):
+    viewed = rollouts("why?$")[0].in_sampled_view(privileged=privileged)
+    prompt = PAIR.teacher_prompt if privileged else PAIR.student_prompt
+    assert viewed.prompts.student_prompt == viewed.prompts.teacher_prompt == prompt
+    assert (viewed.privileged, viewed.hinted) == (privileged, True)
+    assert viewed.response.token_ids[-1] == STOP
+
+
+def test_the_recipe_has_the_published_constants():
+    config = load(["recipe=rlt"])
+    own = config.method
+    assert (own.closing_tag, own.temperature, own.alpha) == ("</think>", 0.7, 0.01)
+    assert (own.ratio_weight, own.missing_tag_penalty) == (3.0, 1.0)
+    assert (config.rollout.num_samples, config.rollout.num_samples * config.data.global_batch_size) == (64, 1024)
+    assert (config.optimizer.lr, config.optimizer.lr_decay_style, config.num_steps) == (1e-6, "constant", 125)
+    assert (own.kl_weight, own.weight, config.teacher.weights) == (0.04, 1.0, "frozen")
+    assert (config.needs.teacher_prompt, config.needs.samples) == ("same", "teacher")
+
+
+def test_the_reward_with_the_published_constants():
+    reward = explanation_reward(SOLUTION, POLICY, STUDENT, has_closing_tag=True)
+    assert (reward.solution, reward.divergence) == pytest.approx((-0.615, 0.545), abs=1e-12)
+    assert reward.total == pytest.approx(-2.25, abs=1e-12)
+    without = explanation_reward(SOLUTION, POLICY, STUDENT, has_closing_tag=False)
+    assert without.total == pytest.approx(-3.25, abs=1e-12)
+    assert dataclasses.replace(without, has_closing_tag=True) == reward
+
+
+def test_every_constant_counts():
+    options = {"alpha": 0.5, "ratio_weight": 2.0, "missing_tag_penalty": 0.25}
+    reward = explanation_reward(SOLUTION, POLICY, STUDENT, has_closing_tag=False, **options)
+    solution, divergence = -0.6 + 0.5 * -1.5, 0.525 + 0.5 * 2.0
+    assert (reward.solution, reward.divergence) == pytest.approx((solution, divergence), abs=1e-12)
+    assert reward.total == pytest.approx(solution - 2 * divergence - 0.25, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("changed", "sign"),
+    [
+        ({"solution": SOLUTION + 0.1}, 1),
+        ({"student": STUDENT + 0.1}, 1),
+        ({"policy": POLICY + 0.1}, -1),
+        # The least likely token and the largest ratio count beside the means, which stay as they are.
+        ({"solution": SOLUTION + tensor(0.1, -0.1, 0.0)}, -1),
+        ({"student": STUDENT + tensor(0.1, -0.1, 0.0, 0.0)}, -1),
+    ],
+)
+def test_the_reward_rises_with_what_the_student_foresees(changed, sign):
+    arrays = {"solution": SOLUTION, "policy": POLICY, "student": STUDENT}
+    before = explanation_reward(*arrays.values(), has_closing_tag=True).total
+    after = explanation_reward(*(arrays | changed).values(), has_closing_tag=True).total
+    assert sign * (after - before) > 1e-4
+
+
+def test_sums_are_float64_also_for_other_dtypes():
+    few = tensor(-0.1, -3e4, -0.3).float()
+    wanted = sum(few.tolist()) / 3 + 0.01 * few.min().item()
+    reward = explanation_reward(few, POLICY.float(), STUDENT.float(), has_closing_tag=True)
+    assert reward.solution == pytest.approx(wanted, rel=1e-12)
+    assert (few.mean() + 0.01 * few.min()).item() != pytest.approx(wanted, rel=1e-12)
+
+
+def test_arrays_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match=r"at least one token each, got 0 and 4 tokens; leave the sample out"):
+        explanation_reward(SOLUTION[:0], POLICY, STUDENT, has_closing_tag=True)
+    with pytest.raises(ValueError, match=r"at least one token each, got 3 and 0 tokens"):
+        explanation_reward(SOLUTION, POLICY[:0], STUDENT[:0], has_closing_tag=True)
+    with pytest.raises(ValueError, match=r"the same explanation .* got shapes \[4\] and \[3\]"):
+        explanation_reward(SOLUTION, POLICY, STUDENT[:3], has_closing_tag=True)

@@ -1,0 +1,236 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""RLTF as pure functions of arrays, the texts that it adds to a step, and the coefficients of their tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from characters import Characters
+from made_methods import given_with, made
+from term_arrays import signals, tensor
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.environments import Reply
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.methods.rltf import extra_likelihood, likelihood_floors, revision_advantages
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.given_solutions import GivenSolutions
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.sources.signals import Clip, Signals, Terms
+from megatron_selfdistill.sources.step_terms import RatioTerms
+
+ENVIRONMENT = "environment.name=replying.Replying"
+PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "eight", "8", "file:1")
+MU = -1.0
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """Make a sum over ranks return the number of this rank."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+
+
+def given(max_length: int = 60) -> GivenSolutions:
+    return given_with(Characters(), max_length=max_length, student="{problem}?")
+
+
+def turns(*episodes: Sequence[tuple[str, float]]) -> list[Rollout]:
+    """Return the turns of episodes of one group, each with texts and rewards of its responses."""
+    found = []
+    for i, responses in enumerate(episodes):
+        problem = PROBLEM
+        for turn, (text, reward) in enumerate(responses):
+            tokens = [ord(character) for character in text]
+            response = Response(tokens, [MU] * len(tokens), [MU] * len(tokens), "stop")
+            pair = given().pair(problem)
+            place = {"reward": reward, "episode": i, "turn": turn, "key": SampleKey(0, "p", i, turn)}
+            found.append(Rollout(problem, pair, response, **place, reply=Reply("X2", done=False)))
+            spoken = ({"role": "assistant", "content": text[:-1]}, {"role": "user", "content": "X2"})
+            problem = Problem("p", (*problem.messages, *spoken), "eight", "8", "file:1", reworded=0)
+    return found
+
+
+def method_with(*overrides: str, max_length: int = 60) -> Any:
+    models = SimpleNamespace(target_log_probs=lambda contexts: pytest.fail("nothing is measured"))
+    return made(["recipe=rltf_sd", ENVIRONMENT, *overrides], given(max_length), models=models)
+
+
+def added(played: Sequence[Rollout], *overrides: str, max_length: int = 60):
+    """Return the texts that the method adds to the responses, and its metrics."""
+    texts, metrics = method_with(*overrides, max_length=max_length).texts(played, played)
+    assert texts[: len(played)] == list(played)
+    return texts[len(played) :], metrics
+
+
+SHORT = "method.reply_template='{problem}/{response}/'"
+REPLIES = ["method.revision_weight=0", "method.reply_weight=0.2"]
+
+
+def text(ids: Sequence[int]) -> str:
+    return "".join(map(chr, ids))
+
+
+EPISODES = [[("9$", 0.0), ("8$", 1.0)], [("8$", 1.0)]]
+
+
+def test_the_last_response_of_an_episode_follows_the_problem_alone_without_a_hint():
+    (revision,), metrics = added(turns(*EPISODES))
+    assert text(revision.prompts.student_prompt) == text(revision.prompts.teacher_prompt) == "1+7?:"
+    assert text(revision.response.token_ids) == "8$" and revision.reward == 1.0
+    assert (revision.part, revision.episode, revision.turn, revision.hinted) == ("revision", 0, 1, False)
+    assert metrics == {}
+
+
+def test_a_shown_reply_follows_the_request_for_it_with_problem_and_response():
+    (reply,), metrics = added(turns([("9$", 0.0), ("7$", 0.0), ("8$", 1.0)][:2]), *REPLIES, SHORT)
+    assert text(reply.prompts.student_prompt) == "1+7/9/:" and text(reply.response.token_ids) == "X2$"
+    assert (reply.part, reply.turn, reply.hinted) == ("reply", 0, False)
+    assert metrics == {"episodes/replies_trained_share": 1.0}
+
+
+def test_a_later_reply_follows_the_conversation_so_far():
+    _, last = added(turns([("9$", 0.0), ("7$", 0.0), ("8$", 1.0)]), *REPLIES, SHORT)[0]
+    assert text(last.prompts.student_prompt) == "1+7/7/9X2:"
+
+
+def test_a_reply_that_is_too_long_is_skipped_and_counted():
+    found, metrics = added(turns(*EPISODES), *REPLIES, SHORT, max_length=9)
+    assert found == [] and metrics == {"episodes/replies_trained_share": 0.0}
+
+
+def test_the_default_request_shows_problem_and_response():
+    (reply,), _ = added(turns(*EPISODES), *REPLIES, max_length=200)
+    prompt = text(reply.prompts.student_prompt)
+    assert "1+7\n\nAttempt: 9\n\n" in prompt and "{" not in prompt and "eight" not in prompt
+
+
+def coefficients(*overrides: str, log_prob: float = -2.0, step: int = 0) -> list[list[float]]:
+    """Return the coefficients of -log p of each text: three responses, the revision and the reply."""
+    played = turns(*EPISODES)
+    rollouts = [*played, *added(played, "method.reply_weight=0.2", SHORT)[0]]
+    lengths = [len(rollout.response.token_ids) for rollout in rollouts]
+    found = method_with(*overrides).coefficients(step, rollouts, [])(
+        torch.full((sum(lengths),), log_prob).double(), torch.arange(sum(lengths))
+    )
+    assert not found.divergence.any()
+    return [part.tolist() for part in found.policy.split(lengths)]
+
+
+def test_responses_have_ratios_and_the_texts_beside_them_have_none():
+    first, second, other, revision, reply = coefficients("method.reply_weight=0.2")
+    rho = torch.tensor(-2.0 - MU).double().exp().item()
+    # The returns of the first turns are 0 + .1 and 1; the second turn is alone; the first rewards have the mean .5.
+    assert first == pytest.approx([rho * (0.1 - 0.55)] * 2) and other == pytest.approx([rho * (1 - 0.55)] * 2)
+    assert second == [0.0, 0.0]
+    assert revision == pytest.approx([0.1 * (1 - 0.5)] * 2) and reply == pytest.approx([0.2] * 3)
+
+
+def test_the_weight_of_a_revision_rises_linearly_with_the_steps_and_that_of_a_reply_does_not():
+    warm_up, half = ["method.reply_weight=0.2", "method.revision_warmup_steps=4"], 0.1 * 0.5 * 0.5
+    for step, wanted in ((0, 0.0), (1, half / 2), (2, half), (4, 2 * half), (9, 2 * half)):
+        *_, revision, reply = coefficients(*warm_up, step=step)
+        assert revision == pytest.approx([wanted] * 2) and reply == pytest.approx([0.2] * 3), step
+    with pytest.raises(ConfigError, match=r"needs method.revision_weight above 0, got 0"):
+        load(["method.name=rltf", "method.revision_warmup_steps=4"])
+
+
+def test_a_replica_without_revisions_has_floors_like_those_that_have_some():
+    """A response that moves to another replica finds the same columns there."""
+    for some in (turns(*EPISODES), []):
+        floors = method_with().coefficients(0, some, []).terms.likelihood_floor
+        assert floors.tolist() == [-math.inf] * sum(len(rollout.response.token_ids) for rollout in some)
+
+
+def test_the_mask_of_unlikely_tokens_holds_for_revisions_alone():
+    *_, revision, reply = coefficients("method.reply_weight=0.2", log_prob=-6.0)
+    assert revision == [0.0, 0.0] and reply == pytest.approx([0.2] * 3)
+    *_, revision, _ = coefficients("method.revision_min_log_prob=null", log_prob=-6.0)
+    assert revision == pytest.approx([0.05] * 2)
+
+
+def test_the_baseline_of_the_released_code_is_the_same_turn():
+    *_, revision, _ = coefficients("method.revision_baseline=same_turn")
+    assert revision == [0.0, 0.0], "the only second response is its own mean"
+
+
+# Four episodes of two turns: the rewards of the first and of the second responses.
+FIRST, SECOND = (0.0, 0.0, 1.0, 0.0), (1.0, 0.0, 1.0, 1.0)
+
+
+def four_episodes() -> Signals:
+    rewards = [reward for pair in zip(FIRST, SECOND, strict=True) for reward in pair]
+    return signals(rewards, episodes=[0, 0, 1, 1, 2, 2, 3, 3], turns=[0, 1] * 4)
+
+
+@pytest.mark.parametrize(
+    ("baseline", "expected"),
+    [("first_turn", (0.75, -0.25, 0.75, 0.75)), ("same_turn", (0.25, -0.75, 0.25, 0.25))],
+)
+def test_the_advantage_of_a_second_response_alone_is_that_of_the_paper_or_of_its_code(baseline, expected):
+    second = revision_advantages(four_episodes(), baseline)[1::2]
+    assert second.tolist() == list(expected)
+    weights = extra_likelihood(second, torch.ones(4, dtype=torch.bool), revision_weight=0.1, reply_weight=7.0)
+    assert weights.tolist() == pytest.approx([0.1 * value for value in expected], abs=1e-16)
+
+
+def test_an_episode_that_a_right_answer_has_ended_counts_among_the_first_turns_only():
+    early = signals([0, 1, 1, 0, 0], episodes=[0, 0, 1, 2, 2], turns=[0, 1, 0, 0, 1])
+    assert revision_advantages(early, "first_turn").tolist() == pytest.approx([-1 / 3, 2 / 3, 2 / 3, -1 / 3, -1 / 3])
+    assert revision_advantages(early, "same_turn")[[1, 4]].tolist() == [0.5, -0.5]
+
+
+def test_groups_have_baselines_of_their_own():
+    both = signals([1, 0, 0, 1], [0, 0, 1, 1], episodes=[0, 0, 1, 1], turns=[0, 1, 0, 1])
+    assert revision_advantages(both, "first_turn").tolist() == [0.0, -1.0, 0.0, 1.0]
+
+
+def test_a_reply_has_its_weight_whatever_the_rewards():
+    weights = extra_likelihood(tensor(0.75, 0.75), torch.tensor([True, False]), revision_weight=0.1, reply_weight=0.2)
+    assert weights.tolist() == pytest.approx([0.075, 0.2])
+
+
+def test_unlikely_tokens_of_a_revision_are_masked_and_those_of_a_reply_are_not():
+    floors = likelihood_floors(torch.tensor([True, True, True, False]), -5.0)
+    assert floors.tolist() == [-5.0, -5.0, -5.0, -math.inf]
+    assert likelihood_floors(torch.tensor([True]), None).tolist() == [-math.inf]
+    log_prob = tensor(-4.999, -5.0, -5.001, -9.0)
+    terms = Terms.of(tensor()).extended(torch.full((4,), 0.3, dtype=torch.float64))
+    terms = replace(terms, likelihood_floor=floors)
+    rule = RatioTerms(terms, tensor(-1, -1, -1, 0), None, Clip())
+    found = rule(log_prob, torch.arange(4))
+    assert found.policy.tolist() == [0.3, 0.3, 0.0, 0.3] and not found.divergence.any()
+
+
+def test_a_token_of_a_revision_has_no_ratio_to_the_prompt_with_the_reply():
+    terms = Terms.of(tensor()).extended(tensor(0.3))
+    for mu in (-0.1, -4.0):
+        found = RatioTerms(terms, tensor(mu), None, Clip())(tensor(-2.0), torch.arange(1))
+        assert found.policy.tolist() == [0.3]
+
+
+@pytest.mark.parametrize("recipe", ["rltf_sd", "rltf_fm"])
+def test_the_recipes_ask_for_an_environment(recipe):
+    with pytest.raises(ConfigError, match=r"environment.name is none: set environment.name, or unset"):
+        load([f"recipe={recipe}"])
+    with pytest.raises(ConfigError, match=r"environment.max_turns of at least 2, got .* and 1$"):
+        load([f"recipe={recipe}", ENVIRONMENT, "environment.max_turns=1"])
+
+
+@pytest.mark.parametrize("recipe", ["rltf_sd", "rltf_fm"])
+def test_the_recipes_have_the_published_constants(recipe):
+    config = load([f"recipe={recipe}", ENVIRONMENT])
+    own = config.method
+    assert not config.has_teacher and config.environment.max_turns == 2
+    assert (config.data.global_batch_size, config.rollout.num_samples) == (32, 8)
+    assert (own.weight, own.credit, own.discount, own.advantage_std) == (1.0, "turn", 0.1, "none")
+    assert own.clip_low is None and own.clip_high is None and own.ratio_cap is None
+    assert (own.revision_weight, own.reply_weight) == ((0.1, 0.0) if recipe == "rltf_sd" else (0.0, 0.1))
+    assert (own.revision_baseline, own.revision_min_log_prob) == ("first_turn", -5.0)

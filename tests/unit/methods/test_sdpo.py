@@ -1,0 +1,214 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""SDPO: hints that follow the responses, from peers, an environment's feedback, and the user's function of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from characters import Characters
+from made_methods import given_with, made, named
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.errors import ConfigError, VerifierError
+from megatron_selfdistill.methods.sdpo import TEMPLATES
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.given_solutions import GivenSolutions
+from megatron_selfdistill.sources.rollouts import Rollout
+
+PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
+OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "given", "9", "file.jsonl:2")
+GIVEN = given_with(Characters(), max_length=40)
+
+
+@pytest.fixture(autouse=True)
+def no_collectives(monkeypatch):
+    """Make a sum over ranks return the number of this rank, and a gathering its only part."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
+
+
+def rollout(method: Any, problem: Problem, text: str) -> Rollout:
+    tokens = [ord(character) for character in text]
+    log_probs = [-1.0] * len(tokens)
+    response = Response(tokens, log_probs, log_probs, "stop" if text.endswith("$") else "length")
+    return Rollout(problem, method.prompts(problem), response)
+
+
+def shown(one: Rollout) -> str:
+    return "".join(map(chr, one.prompts.teacher_prompt))
+
+
+def hinted(keeps_unhinted: bool, hints: str = "peer", given: GivenSolutions = GIVEN) -> Any:
+    """Return SDPO with these hints; with rewards in the loss it keeps the responses without a hint."""
+    options = [f"method.hints={hints}", f"method.weight={int(keeps_unhinted)}", "rollout.num_samples=2"]
+    return made(["method.name=sdpo", *options], given)
+
+
+def judged(method: Any, group: int, problem: Problem, text: str, correct: bool) -> Rollout:
+    return replace(rollout(method, problem, text), group=group, reward=float(correct))
+
+
+def test_the_hint_is_the_first_other_right_response_of_the_group_without_its_thinking():
+    method = hinted(keeps_unhinted=False)
+    rollouts = [
+        judged(method, 0, PROBLEM, "7$", False),
+        judged(method, 0, PROBLEM, "hm</think> so 8$", True),
+        judged(method, 0, PROBLEM, "8$", True),
+        judged(method, 1, OTHER, "9$", True),
+        judged(method, 1, OTHER, "1$", False),
+        judged(method, 2, PROBLEM, "8$", False),
+    ]
+    chosen, metrics = method.select(0, rollouts)
+    assert [(one.response, one.problem.solution) for one in chosen] == [
+        (rollouts[0].response, "so 8"),
+        (rollouts[1].response, "8"),
+        (rollouts[2].response, "so 8"),
+        (rollouts[4].response, "9"),
+    ]
+    assert all(f"|{one.problem.solution}" in shown(one) and one.hinted for one in chosen)
+    assert not any("given" in shown(one) or "hm" in shown(one) for one in (*chosen, *rollouts))
+    assert metrics == {"hints/share": pytest.approx(4 / 6)}
+
+
+def test_responses_without_a_peer_stay_for_their_rewards_where_these_count():
+    method = hinted(keeps_unhinted=True)
+    rollouts = [judged(method, 0, PROBLEM, "8$", True), judged(method, 0, PROBLEM, "7$", False)]
+    chosen, metrics = method.select(0, rollouts)
+    assert [one.hinted for one in chosen] == [False, True] and metrics == {"hints/share": 0.5}
+    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
+
+
+def test_a_peer_that_does_not_fit_into_the_prompt_is_no_hint():
+    method = hinted(keeps_unhinted=True)
+    rollouts = [judged(method, 0, PROBLEM, "8" * 60 + "$", True), judged(method, 0, PROBLEM, "7$", False)]
+    chosen, _ = method.select(0, rollouts)
+    assert [one.hinted for one in chosen] == [False, False]
+
+
+FEEDBACK = "2 is wrong"
+WIDE = given_with(Characters(), TEMPLATES["peer_or_feedback"], 200)
+
+
+def with_feedback(keeps_unhinted: bool) -> list[Rollout]:
+    """Return the chosen rollouts of a group with one right response, and of a group without any."""
+    method = hinted(keeps_unhinted, "peer_or_feedback", WIDE)
+    rollouts = [
+        judged(method, 0, PROBLEM, "8$", True),
+        replace(judged(method, 0, PROBLEM, "7$", False), feedback="seen by nobody"),
+        replace(judged(method, 1, OTHER, "2$", False), feedback=FEEDBACK),
+        judged(method, 1, OTHER, "3$", False),
+    ]
+    return method.select(0, rollouts)[0]
+
+
+def test_the_teacher_sees_feedback_only_where_there_is_no_peer_in_the_words_of_sdpo():
+    assert [shown(one) for one in with_feedback(keeps_unhinted=False)] == [
+        "1+7\nCorrect solution:\n\n8\n\nCorrectly solve the original question.:",
+        "2+7\nThe following is feedback from your unsuccessful earlier attempt:\n\n2 is wrong"
+        "\n\nCorrectly solve the original question.:",
+    ]
+
+
+def test_responses_with_neither_peer_nor_feedback_stay_for_their_rewards_where_these_count():
+    chosen = with_feedback(keeps_unhinted=True)
+    assert [one.hinted for one in chosen] == [False, True, True, False]
+    assert chosen[0].prompts.teacher_prompt == chosen[0].prompts.student_prompt
+
+
+def test_feedback_alone_needs_no_reward_and_white_space_is_none():
+    method = hinted(False, "feedback", replace(WIDE, builder=GIVEN.builder))
+    texts = [FEEDBACK, None, " \n"]
+    rollouts = [replace(rollout(method, PROBLEM, "7$"), feedback=text) for text in texts]
+    chosen, metrics = method.select(0, rollouts)
+    assert [shown(one) for one in chosen] == ["1+7|2 is wrong:"] and metrics == {"hints/share": pytest.approx(1 / 3)}
+
+
+def longest_other(problem: Problem, responses: Sequence[tuple[str, float]]) -> list[str | None]:
+    """Return for each wrong response the longest other response with the reward, and nothing for the right ones."""
+    hints: list[str | None] = []
+    for i, (_, reward) in enumerate(responses):
+        others = [f"{text}={value:g}" for j, (text, value) in enumerate(responses) if j != i]
+        hints.append(max(others, key=len) if reward < 0.5 and others else None)
+    return hints
+
+
+def test_a_function_of_the_group_gives_hints(monkeypatch):
+    method = hinted(True, named(monkeypatch, longest_other))
+    rollouts = [
+        judged(method, 0, PROBLEM, "so 8$", True),
+        judged(method, 4, OTHER, "1", False),
+        judged(method, 4, OTHER, "22$", False),
+        judged(method, 0, PROBLEM, "7$", False),
+        judged(method, 6, PROBLEM, "7$", False),
+    ]
+    chosen, metrics = method.select(0, rollouts)
+    assert [one.problem.solution if one.hinted else None for one in chosen] == [None, "22=0", "1=0", "so 8=1", None]
+    assert all(f"|{one.problem.solution}" in shown(one) for one in chosen if one.hinted)
+    assert metrics == {"hints/share": pytest.approx(3 / 5)}
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (["a"], "expected one text or None for each of 2 responses, got 1"),
+        ("ab", "expected one text or None for each of 2 responses, got a value of type str"),
+        (["a", 3], "got a value of type int"),
+        (["a", "cut \ud83d"], "expected text that can be written as UTF-8, got half of a surrogate pair"),
+        (None, "got a value of type NoneType"),
+    ],
+)
+def test_a_function_that_returns_anything_else_ends_the_run_with_its_place(result, words, monkeypatch):
+    method = hinted(True, named(monkeypatch, lambda problem, responses: result))
+    rollouts = [judged(method, 0, PROBLEM, "8$", True), judged(method, 0, PROBLEM, "7$", False)]
+    with pytest.raises(VerifierError) as caught:
+        method.select(0, rollouts)
+    assert "file.jsonl:1: the hint function failed with ValueError" in str(caught.value) and words in str(caught.value)
+
+
+@pytest.mark.parametrize("hints", ["feedback", "peer_or_feedback"])
+def test_feedback_without_an_environment_is_refused_before_the_start(hints):
+    config = load(["method.name=sdpo", f"method.hints={hints}", "rollout.num_samples=2"])
+    with pytest.raises(ConfigError, match=f"method.hints={hints} shows the teacher the feedback of an environment"):
+        config.method.require_start(config)
+    wanted = replace(config, environment=replace(config.environment, name="http", options={"url": "http://a:1"}))
+    config.method.require_start(wanted)
+
+
+FUNCTIONS = {
+    "method.hints": "sdpo",
+    "method.select": "grpo",
+    "method.reward": "rft",
+    "method.summarizer": "skill_sd",
+    "method.judge": "openclaw",
+}
+
+
+@pytest.mark.parametrize("key", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("path", "words"), [("nowhere.function", "nowhere cannot be imported"), ("json.nothing", "no attribute 'nothing'")]
+)
+def test_a_function_that_cannot_be_imported_is_refused_before_the_start(key, path, words):
+    wanted = (
+        ["recipe=openclaw"] if key == "method.judge" else [f"method.name={FUNCTIONS[key]}", "rollout.num_samples=2"]
+    )
+    config = load([*wanted, f"{key}={path}"])
+    with pytest.raises(ConfigError) as caught:
+        config.method.require_start(config)
+    assert str(caught.value).startswith(f"{key} must be") and words in str(caught.value)
+    found = load([*wanted, f"{key}=json.dumps"])
+    found.method.require_start(found)
+
+
+def test_the_recipe_with_feedback_has_the_constants_of_rich_feedback():
+    config = load(["recipe=sdpo_feedback"])
+    assert config.method.hints == "peer_or_feedback" and config.loss.divergence == "reverse_kl"
+    assert (config.data.global_batch_size, config.rollout.num_samples) == (32, 8)
+    assert (config.teacher.weights, config.teacher.ema_decay) == ("ema", 0.95)
+    assert (config.loss.rollout_correction, config.loss.rollout_correction_cap) == ("truncated", 2.0)
+    assert config.optimizer.lr == 1e-6 and config.needs.log_probs is None
+    assert config.method.teacher_template == "{problem}{solution}\n\nCorrectly solve the original question."

@@ -1,0 +1,219 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The phases of a step on the console: the phase under way, slow phases, and the remaining time."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log
+from megatron_selfdistill.metrics import phases as metrics_phases
+from megatron_selfdistill.metrics.phases import duration
+
+CONTROLS = re.compile(r"\x1b\[\??([0-9;]*)([A-Za-z])")
+
+
+def console(*, terminal: bool) -> Console:
+    return Console(file=io.StringIO(), force_terminal=terminal, width=100)
+
+
+def text_of(output: Console) -> str:
+    written = output.file.getvalue()  # type: ignore[attr-defined]
+    assert isinstance(written, str)
+    return written
+
+
+def screen(written: str) -> list[str]:
+    """Return the lines with text that a terminal shows after it has received ``written``."""
+    lines, row, rest = [""], 0, written
+    while rest:
+        control = CONTROLS.match(rest)
+        if control is not None:
+            rest = rest[control.end() :]
+            if control[2] == "A":
+                row -= int(control[1] or 1)
+            elif control[2] == "K":
+                lines[row] = ""
+            else:
+                assert control[2] in "mhl", f"the test does not know the control {control[0]!r}"
+        elif rest[0] == "\n":
+            row, rest = row + 1, rest[1:]
+            lines += [""] * (row + 1 - len(lines))
+        elif rest[0] == "\r":
+            rest = rest[1:]
+        else:
+            text = re.split("[\x1b\n\r]", rest, maxsplit=1)[0]
+            lines[row], rest = lines[row] + text, rest[len(text) :]
+    return [line.rstrip() for line in lines if line.rstrip()]
+
+
+@contextmanager
+def shown(tmp_path: Path, output: Console, done: int = 0) -> Iterator[tuple[MetricsLog, Phases]]:
+    """Yield a log of a run of 9 steps, which resumes after ``done`` steps, and the phases that it shows."""
+    phases = Phases(torch.device("cpu"))
+    with MetricsLog(tmp_path, num_steps=9, output=output) as log:
+        log.show_phases(phases)
+        log.resume(done)
+        yield log, phases
+
+
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Stop the clock of the progress; what is returned moves it on."""
+    now = [1000.0]
+    monkeypatch.setattr(metrics_phases.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 1e6)  # the tests tick
+    return lambda seconds: now.__setitem__(0, now[0] + seconds)
+
+
+def tick(log: MetricsLog) -> None:
+    assert log._console is not None
+    log._console.slow_phases.tick()
+
+
+def test_a_terminal_shows_the_phase_and_the_finished_responses_and_then_erases_the_bar(tmp_path, wait):
+    output = console(terminal=True)
+    with shown(tmp_path, output, done=3) as (log, phases):
+        with phases("rollout"):
+            phases.counted(12, 64, "of this replica")
+            wait(130)
+            log.message("a line")
+            *_, above, live = screen(text_of(output))
+            assert above == "a line"
+            assert re.fullmatch(r"step 3/9 ━.*━ +rollout, 12 of 64 responses of this replica, 2:10", live)
+        with phases("train"):
+            log.message("another line")
+            assert screen(text_of(output))[-1].endswith(" train, 0:00")
+        log.message("the last line")
+        assert screen(text_of(output))[-1].endswith("━")
+    assert screen(text_of(output)) == ["a line", "another line", "the last line"]
+
+
+def test_many_counts_redraw_nothing(tmp_path, wait):
+    output = console(terminal=True)
+    with shown(tmp_path, output) as (log, phases), phases("rollout"):
+        assert log._console is not None
+        log._console.bar.live._refresh_thread.stop()  # the thread that redraws four times per second
+        before = text_of(output)
+        for finished in range(10_000):
+            phases.counted(finished, 10_000, "")
+        assert text_of(output) == before
+
+
+def test_without_a_terminal_a_slow_phase_gets_one_plain_line_per_minute(tmp_path, wait):
+    output = console(terminal=False)
+    with shown(tmp_path, output, done=2) as (log, phases):
+        with phases("rollout"):
+            for second in range(1, 131):
+                wait(1)
+                phases.counted(second // 10, 64, "")
+                tick(log)
+        for _ in range(30):  # quick phases
+            with phases("train"):
+                wait(59)
+                tick(log)
+        wait(600)
+        tick(log)  # between two phases
+    assert text_of(output).splitlines() == [
+        "step 3: rollout, 6 of 64 responses, 1:00",
+        "step 3: rollout, 12 of 64 responses, 2:00",
+    ]
+
+
+def test_the_lines_of_two_slow_phases_are_a_minute_apart(tmp_path, wait):
+    output = console(terminal=False)
+    with shown(tmp_path, output) as (log, phases):
+        for name in ("rollout", "train"):
+            with phases(name):
+                for _ in range(61):
+                    wait(1)
+                    tick(log)
+    assert text_of(output).splitlines() == ["step 1: rollout, 1:00", "step 1: train, 1:00"]
+
+
+def test_evaluations_and_checkpoints_belong_to_the_steps_done(tmp_path, wait):
+    output = console(terminal=False)
+    with shown(tmp_path, output, done=7) as (log, phases):
+        for step in (8, 9):
+            for name in ("optimizer", "evaluation", "sync"):
+                if name == "evaluation":
+                    log.log(step, {})
+                with phases(name):
+                    wait(60)
+                    tick(log)
+    assert [line.split(",")[0] for line in text_of(output).splitlines() if line.endswith(", 1:00")] == [
+        "step 8: optimizer",
+        "after step 8: evaluation",
+        "step 9: sync",
+        "step 9: optimizer",
+        "after step 9: evaluation",
+        "after step 9: sync",
+    ]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_phase_that_raises_ends_on_the_console_too(tmp_path, wait, terminal):
+    output = console(terminal=terminal)
+    with pytest.raises(ValueError, match="in the loss"), shown(tmp_path, output) as (log, phases):
+        with pytest.raises(RuntimeError, match="in the engine"), phases("evaluation"), phases("rollout"):
+            raise RuntimeError("in the engine")
+        phases.counted(1, 2, "")  # too late: no phase is under way
+        wait(100)
+        tick(log)
+        log.message("goes on")
+        assert screen(text_of(output)) == ["goes on", "step 0/9 " + 16 * "━"][: 1 + terminal]
+        with phases("train"):
+            raise ValueError("in the loss")
+    assert screen(text_of(output)) == ["goes on"]
+    assert not any(thread.name == "slow phases" for thread in threading.enumerate())
+
+
+def test_a_phase_that_raises_has_no_time_with_or_without_a_listener(tmp_path):
+    measured = []
+    for shows in (False, True):
+        phases = Phases(torch.device("cpu"))
+        with MetricsLog(tmp_path, num_steps=9, output=console(terminal=False), console=shows) as log:
+            log.show_phases(phases)
+            with phases("train"):
+                pass
+            with pytest.raises(RuntimeError), phases("rollout"):
+                raise RuntimeError
+        measured.append(sorted(phases.metrics()))
+    assert measured[0] == measured[1] and "seconds/train" in measured[0] and "seconds/rollout" not in measured[0]
+
+
+def test_ranks_that_do_not_report_show_nothing(tmp_path, capsys):
+    phases, config = Phases(torch.device("cpu")), load([f"run_dir={tmp_path / 'run'}"])
+    with configured_log(config, phases, enabled=False) as log:
+        log.resume(0)
+        with phases("rollout"):
+            phases.counted(1, 2, "")
+        assert phases.listener is None
+    assert capsys.readouterr().out == "" and not (tmp_path / "run").exists()
+    with configured_log(config, phases, enabled=True):
+        assert isinstance(phases.listener, metrics_phases.PhaseProgress)
+
+
+def test_the_thread_ticks_until_the_log_is_closed(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 0.001)
+    monkeypatch.setattr(metrics_phases, "LINE_SECONDS", 0.0)
+    printed = threading.Event()
+    output = console(terminal=False)
+    monkeypatch.setattr(output, "print", lambda *_, **__: printed.set())
+    with shown(tmp_path, output) as (_, phases), phases("rollout"):
+        assert printed.wait(20)
+        assert any(thread.name == "slow phases" for thread in threading.enumerate())
+    assert not any(thread.name == "slow phases" for thread in threading.enumerate())
+
+
+def test_durations_have_hours_only_where_there_are_any():
+    assert [duration(seconds) for seconds in (0, 59.6, 3599, 3600)] == ["0:00", "1:00", "59:59", "1:00:00"]

@@ -1,0 +1,417 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Metrics cover the global batch in any layout, and are equal on all ranks; phases add up."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import pytest
+import torch
+from host_traffic import host_traffic
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.packing import PackingRules, pack
+from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.target import solve_batch_k
+from megatron_selfdistill.loss.weighting import Coefficients
+from megatron_selfdistill.metrics import (
+    Phases,
+    batch_entropies,
+    rollout_metrics,
+    step_metrics,
+)
+from megatron_selfdistill.metrics.step import K_RESOLUTION
+from megatron_selfdistill.rollout.base import Response
+
+VOCAB_SIZE, NUM_TOKENS = 50, 231
+ONE_RANK = SimpleNamespace(
+    world_size=1, device=torch.device("cpu"), is_last_stage=True, is_first_of_replica=True, tp_rank=0
+)
+LAYOUTS = [
+    pytest.param(2, {}, id="dp2"),
+    pytest.param(2, {"context_parallel_size": 2}, id="cp2"),
+    pytest.param(2, {"pipeline_model_parallel_size": 2}, id="pp2"),
+    pytest.param(2, {"tensor_model_parallel_size": 2}, id="tp2"),
+    pytest.param(4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="cp2pp2"),
+    pytest.param(4, {"tensor_model_parallel_size": 2}, id="dp2tp2"),
+]
+
+
+def all_logits(num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(student, teacher): rows of every sharpness, that agree more or less."""
+    generator = torch.Generator().manual_seed(5)
+
+    def logits() -> torch.Tensor:
+        scale = torch.rand(num_tokens, 1, generator=generator, dtype=torch.float64) * 9
+        return scale * torch.randn(num_tokens, VOCAB_SIZE, generator=generator, dtype=torch.float64)
+
+    student = logits()
+    return student, student + logits() / 3
+
+
+def all_rows(num_tokens: int = NUM_TOKENS, target: Target | None = None) -> TokenStats:
+    """Return the statistics of a whole batch, by the real loss."""
+    student, teacher = all_logits(num_tokens)
+    return distillation_loss(
+        student,
+        teacher,
+        torch.arange(num_tokens) % VOCAB_SIZE,
+        target=target or Target(),
+        divergence=Divergence(),
+        vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
+    )
+
+
+def some_rows(stats: TokenStats, rows: Any) -> TokenStats:
+    values = {f.name: getattr(stats, f.name) for f in dataclasses.fields(stats)}
+    return TokenStats(**{k: v if k == "grid_betas" else v[rows] for k, v in values.items()})
+
+
+def output_of(
+    stats: TokenStats | None, ids: torch.Tensor | None = None, coefficients: Coefficients | None = None
+) -> Any:
+    if ids is None:
+        ids = torch.arange(0 if stats is None else len(stats.loss))
+    return SimpleNamespace(
+        stats=stats,
+        response_ids=ids,
+        coefficients=coefficients,
+        measures_teacher=True,
+        measures=None,
+        anchor_entropy=None,
+    )
+
+
+def two_terms(rows: Any = slice(None)) -> Coefficients:
+    """Return the coefficients of some of the tokens: every third w and every second a is 0, every sixth by a clip."""
+    index = torch.arange(NUM_TOKENS)[rows]
+    w, a = (index % 3) / 4, (index % 2) * torch.sin(index.double())
+    return Coefficients(w.double(), a, index % 6 == 2)
+
+
+def sampler_log_probs(stats: TokenStats) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(6)
+    noise = 0.01 * torch.randn(len(stats.loss), generator=generator, dtype=torch.float64)
+    return stats.student_log_prob + noise
+
+
+def share_of_rank(sizes: dict[str, int]) -> tuple[Any, Any, torch.Tensor]:
+    """(grid, output, sampler's log-probs) of this rank; its replica holds every dp_size-th token."""
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
+
+    grid = ranks.initialize(ParallelConfig(**sizes), 0)
+    stats = all_rows()
+    replica = torch.arange(NUM_TOKENS)[grid.dp_rank :: grid.dp_size]
+    ids = torch.arange(len(replica)).flip(0)[grid.cp_rank :: grid.cp_size]  # packing changes the order
+    rows = replica[ids]
+    output = output_of(some_rows(stats, rows), ids, two_terms(rows)) if grid.is_last_stage else output_of(None)
+    return grid, output, sampler_log_probs(stats)[replica]
+
+
+def metrics_in_layout(sizes: dict[str, int]) -> dict[str, float]:
+    grid, output, log_probs = share_of_rank(sizes)
+    return step_metrics(output, log_probs, grid)
+
+
+def entropies_in_layout(sizes: dict[str, int]) -> tuple[float, list[float], list[float]]:
+    grid, output, _ = share_of_rank(sizes)
+    return batch_entropies(output, grid)
+
+
+def rollouts_in_layout(sizes: dict[str, int]) -> dict[str, float]:
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
+
+    grid = ranks.initialize(ParallelConfig(**sizes), 0)
+    return rollout_metrics(responses()[grid.dp_rank :: grid.dp_size], grid)
+
+
+def responses() -> list[Response]:
+    lengths = [3, 9, 26, 1, 26]
+    return [Response([7] * n, [-1.0] * n, [-1.0] * n, "length" if n == 26 else "stop") for n in lengths]
+
+
+def nearest_rank(values: torch.Tensor, share: float) -> float:
+    return float(values.sort().values[math.ceil(share * len(values)) - 1])
+
+
+def test_step_metrics_are_the_means_over_tokens():
+    stats = all_rows()
+    found = step_metrics(output_of(stats), sampler_log_probs(stats), ONE_RANK)
+    difference = (sampler_log_probs(stats) - stats.student_log_prob).abs()
+    expected = {
+        "tokens/response": NUM_TOKENS,
+        "loss/mean": stats.loss.mean(),
+        "loss/reverse_kl": stats.reverse_kl.mean(),
+        "entropy/student": stats.student_entropy.mean(),
+        "entropy/teacher": stats.teacher_entropy.mean(),
+        "entropy/target": stats.target_entropy.mean(),
+        "entropy/target_minus_student": (stats.target_entropy - stats.student_entropy).mean(),
+        "k/mean": (1 / stats.beta).mean(),
+        "k/p01": nearest_rank(1 / stats.beta, 0.01),
+        "k/p99": nearest_rank(1 / stats.beta, 0.99),
+        "top1_agreement": stats.top1_agreement.double().mean(),
+        "teacher_cross_entropy": -stats.teacher_log_prob.mean(),
+        "student_nll": -stats.student_log_prob.mean(),
+        "sampler/log_prob_mean_abs_diff": difference.mean(),
+        "sampler/log_prob_max_abs_diff": difference.max(),
+    }
+    expected |= {f"status/{s.name.lower()}": (stats.status == s).double().mean() for s in Status}
+    assert found.keys() == expected.keys()
+    for key, value in expected.items():
+        tolerance = K_RESOLUTION / 2 if key.startswith("k/p") else 1e-12
+        assert found[key] == pytest.approx(float(value), rel=tolerance), key
+
+
+def test_a_token_that_was_sampled_after_another_prompt_is_not_compared_with_the_sampler():
+    stats, sampled = all_rows(), sampler_log_probs(all_rows())
+    known = torch.arange(NUM_TOKENS) % 3 > 0
+    found = step_metrics(output_of(stats), torch.where(known, sampled, math.inf), ONE_RANK)
+    difference = (sampled - stats.student_log_prob).abs()[known]
+    assert found["sampler/log_prob_mean_abs_diff"] == pytest.approx(difference.mean().item(), rel=1e-12)
+    assert found["sampler/log_prob_max_abs_diff"] == difference.max().item()
+    unknown = torch.full_like(sampled, math.inf)
+    assert "sampler/log_prob_mean_abs_diff" not in step_metrics(output_of(stats), unknown, ONE_RANK)
+
+
+def test_a_step_with_a_policy_term_reports_both_coefficients_and_no_correction():
+    terms, stats = two_terms(), all_rows()
+    found = step_metrics(output_of(stats, None, terms), None, ONE_RANK)
+    plain = step_metrics(output_of(stats), None, ONE_RANK)
+    w, a = terms.divergence.numpy(), terms.policy.numpy()
+    expected = {
+        "terms/divergence_mean": w.mean(),
+        "terms/policy_mean": a.mean(),
+        "terms/policy_abs_mean": abs(a).mean(),
+        "terms/clipped_share": sum(i % 6 == 2 for i in range(NUM_TOKENS)) / NUM_TOKENS,
+        "terms/silent_share": sum(i % 6 == 0 for i in range(NUM_TOKENS)) / NUM_TOKENS,
+    }
+    assert {key: value for key, value in found.items() if key not in plain} == pytest.approx(expected, rel=1e-12)
+    unclipped = step_metrics(output_of(stats, None, dataclasses.replace(terms, clipped=None)), None, ONE_RANK)
+    assert found.keys() - unclipped.keys() == {"terms/clipped_share"}
+    corrected = step_metrics(output_of(stats, None, Coefficients(terms.divergence)), None, ONE_RANK, weight_cap=0.5)
+    assert corrected.keys() - plain.keys() == {"correction/weight_mean", "correction/capped"}
+    assert corrected["correction/capped"] == pytest.approx((w == 0.5).mean())
+
+
+def test_the_share_of_tokens_whose_entropies_do_not_match_is_logged():
+    stats = all_rows()
+    assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == 0
+    stats.status[:21] = Status.UNCONVERGED
+    assert step_metrics(output_of(stats), None, ONE_RANK)["status/unconverged"] == pytest.approx(21 / NUM_TOKENS)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
+def test_step_metrics_are_equal_on_all_ranks_and_do_not_depend_on_the_layout(ranks, world_size, sizes):
+    stats = all_rows()
+    alone = step_metrics(output_of(stats, None, two_terms()), sampler_log_probs(stats), ONE_RANK)
+    assert "terms/policy_mean" in alone
+    found = ranks.run(metrics_in_layout, sizes, world_size=world_size)
+    assert all(other == found[0] for other in found)
+    assert found[0] == pytest.approx(alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.5, 2.0])
+def test_k_percentiles_are_nearest_ranks_within_the_stated_resolution(spread):
+    stats = all_rows(num_tokens=997)
+    k = torch.exp(spread * torch.randn(997, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    found = step_metrics(output_of(dataclasses.replace(stats, beta=1 / k)), None, ONE_RANK)
+    assert found["k/p01"] == pytest.approx(nearest_rank(k, 0.01), rel=K_RESOLUTION / 2)
+    assert found["k/p99"] == pytest.approx(nearest_rank(k, 0.99), rel=K_RESOLUTION / 2)
+    assert K_RESOLUTION <= 0.01
+
+
+def test_the_metrics_of_a_step_wait_for_the_device_once():
+    output = output_of(all_rows(), torch.arange(NUM_TOKENS), Coefficients(torch.ones(NUM_TOKENS)))
+    sampled = -torch.rand(NUM_TOKENS, dtype=torch.float64)
+    with host_traffic() as found:
+        step_metrics(output, sampled, ONE_RANK, weight_cap=2.0)
+    assert [line.partition(" at ")[0] for line in found] == ["tolist"]
+    with host_traffic() as found:
+        batch_entropies(output, ONE_RANK)
+    assert [line.partition(" at ")[0] for line in found] == ["tolist"]
+
+
+def test_percentiles_of_one_k_are_that_k():
+    stats = all_rows()
+    found = step_metrics(output_of(dataclasses.replace(stats, beta=torch.full_like(stats.beta, 0.4))), None, ONE_RANK)
+    assert found["k/p01"] == found["k/p99"] == 2.5
+
+
+def test_a_nan_token_shows_in_the_means_and_not_in_the_percentiles():
+    stats = all_rows()
+    broken = {name: getattr(stats, name).detach().clone() for name in ("loss", "beta", "student_log_prob")}
+    for values in broken.values():
+        values[3] = math.nan
+    found = step_metrics(output_of(dataclasses.replace(stats, **broken)), sampler_log_probs(stats), ONE_RANK)
+    assert math.isnan(found["loss/mean"]) and math.isnan(found["k/mean"])
+    assert found["sampler/log_prob_max_abs_diff"] == math.inf
+    assert math.isfinite(found["entropy/student"]) and math.isfinite(found["k/p99"])
+
+
+def test_a_step_that_does_not_measure_the_teacher_has_no_metric_of_the_teacher():
+    output = output_of(all_rows())
+    measured = step_metrics(output, None, ONE_RANK)
+    output.measures_teacher = False
+    unmeasured = step_metrics(output, None, ONE_RANK)
+    assert measured.keys() - unmeasured.keys() == {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
+    assert all(measured[key] == value for key, value in unmeasured.items())
+
+
+def test_a_loss_without_target_reports_only_itself():
+    stats = all_rows()
+    unknown = {
+        f.name: torch.full_like(stats.loss.detach(), math.nan)
+        for f in dataclasses.fields(stats)
+        if f.name not in ("loss", "student_log_prob", "status")
+    }
+    unknown |= {"grid_betas": torch.empty(0), "grid_entropies": torch.empty(NUM_TOKENS, 0)}
+    found = step_metrics(output_of(dataclasses.replace(stats, **unknown)), None, ONE_RANK)
+    assert found.keys() == {"tokens/response", "loss/mean", "student_nll"}
+    assert all(map(math.isfinite, found.values()))
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [LAYOUTS[0], LAYOUTS[2]])
+def test_batch_entropies_are_the_means_over_the_global_batch(ranks, world_size, sizes):
+    stats = all_rows()
+    found = ranks.run(entropies_in_layout, sizes, world_size=world_size)
+    assert found[0] == found[1]
+    mean_entropy, betas, means = found[0]
+    assert mean_entropy == pytest.approx(float(stats.student_entropy.mean()), rel=1e-12)
+    assert betas == stats.grid_betas.tolist()
+    assert means == pytest.approx(stats.grid_entropies.mean(0).tolist(), rel=1e-12)
+
+
+def test_one_k_solved_from_batch_entropies_matches_the_mean_entropy():
+    student, teacher = all_logits(NUM_TOKENS)
+    target = Target("batch", k_max=None)
+    k = solve_batch_k(*batch_entropies(output_of(all_rows(target=target)), ONE_RANK), None)
+    q = ((target.teacher_weight * teacher + student) / k).softmax(-1)
+    p = student.softmax(-1)
+    assert float(-(q * q.log()).sum(-1).mean()) == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=0.01)
+
+
+def test_batch_entropies_leave_out_nan_and_need_a_target():
+    stats = all_rows()
+    broken = stats.wanted_entropy.clone()
+    broken[:7] = math.nan
+    mean, _, _ = batch_entropies(output_of(dataclasses.replace(stats, wanted_entropy=broken)), ONE_RANK)
+    assert mean == pytest.approx(float(stats.student_entropy[7:].mean()), rel=1e-12)
+    with pytest.raises(ValueError, match="needs a distillation loss"):
+        batch_entropies(output_of(None), ONE_RANK)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), [LAYOUTS[0], LAYOUTS[1], LAYOUTS[5]])
+def test_rollout_metrics_count_each_response_once(ranks, world_size, sizes):
+    expected = {
+        "tokens/rollout": 65,
+        "response/length_mean": 13,
+        "response/length_max": 26,
+        "response/truncated_share": 0.4,
+    }
+    assert ranks.run(rollouts_in_layout, sizes, world_size=world_size) == [expected] * world_size
+
+
+def test_padding_shares_are_those_of_the_packed_batch():
+    contexts = [ContextPair(str(n), [1] * n, [1] * 2 * n, [2] * 5, False) for n in (3, 8, 13)]
+    batch = pack(contexts, PackingRules(max_tokens=32, cp_size=1, tp_size=4, paired=False))
+    found = rollout_metrics(responses(), ONE_RANK, [batch])
+    assert found["padding/student"] == batch.student_padding_share > 0
+    assert found["padding/teacher"] == batch.teacher_padding_share > 0
+
+
+def test_without_responses_there_are_no_lengths():
+    assert rollout_metrics([], ONE_RANK) == {"tokens/rollout": 0}
+
+
+@pytest.mark.timing
+def test_phases_add_up_and_begin_anew():
+    phases = Phases()
+    for _ in range(2):
+        with phases("rollout"):
+            time.sleep(0.02)
+    with phases("train"):
+        time.sleep(0.01)
+    found = phases.metrics(rollout=1000)
+    assert 0.04 <= found["seconds/rollout"] < found["seconds/step"]
+    assert found["tokens_per_second/rollout"] == pytest.approx(1000 / found["seconds/rollout"])
+    assert found["seconds/train"] >= 0.01 and "tokens_per_second/train" not in found
+    assert next(value for key, value in found.items() if key.startswith("memory/")) > 0
+    assert phases.metrics(rollout=1000).keys() & {"seconds/rollout", "tokens_per_second/rollout"} == set()
+
+
+class Queue:
+    """A GPU that does what is queued a second later, and the events that are queued on it."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.time = 0.0
+        self.waits = 0
+        queue = self
+
+        class Event:
+            def __init__(self, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self, stream: object) -> None:
+                self.time = queue.time
+
+            def elapsed_time(self, end: Event) -> float:
+                assert queue.waits, "the events have not passed yet"
+                return 1000 * (end.time - self.time)
+
+        patch.setattr(torch.cuda, "Event", Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device: None)
+        patch.setattr(torch.cuda, "synchronize", self.wait)
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+
+    def wait(self, device: torch.device) -> None:
+        self.waits += 1
+
+
+def test_phases_of_a_gpu_wait_for_it_once_per_step(monkeypatch):
+    queue = Queue(monkeypatch)
+    phases = Phases(torch.device("cuda"))
+    for name, seconds in (("pack", 0), ("train", 3.0), ("optimizer", 0.5), ("train", 1.0)):
+        with phases(name):
+            queue.time += seconds
+        assert queue.waits == 0, f"the end of {name} waited"
+    found = phases.metrics(train=80)
+    assert queue.waits == 1
+    assert (found["seconds/train"], found["seconds/optimizer"], found["seconds/pack"]) == (4.0, 0.5, 0.0)
+    assert found["tokens_per_second/train"] == 20 and found["memory/peak_gib"] == 1
+    assert "seconds/train" not in phases.metrics()
+    assert queue.waits == 1, "nothing was timed"
+
+
+RESPONSES = [
+    replace(Response.unsampled([1, 2]), weight_version=5),
+    replace(Response.unsampled([1, 2, 3, 4]), weight_version=3, weight_spans=[(3, 3), (5, 1)]),
+    Response.unsampled([1, 2, 3]),
+    replace(Response.unsampled([1]), weight_version=4),
+]
+
+
+def measured(layout: dict[str, int], responses: list[Response]) -> dict[str, float]:
+    from megatron_selfdistill.metrics.step import staleness_metrics
+
+    _, grid = models.build(models.model_config("gqa", num_layers=2), models.parallel(**layout))
+    return staleness_metrics(responses[grid.dp_rank :: grid.dp_size], 5, grid)
+
+
+@pytest.mark.parametrize(("layout", "world_size"), [({}, 1), ({}, 2), ({"tp": 2}, 2)], ids=["one", "DP2", "TP2"])
+def test_ages_are_means_over_the_tokens_of_known_weights(ranks: Any, layout: dict[str, int], world_size: int) -> None:
+    found = ranks.run(measured, layout, RESPONSES, world_size=world_size)
+    expected = {
+        "rollout/staleness_mean": (3 * 2 + 1) / 7,
+        "rollout/staleness_max": 2.0,
+        "rollout/mixed_share": 1 / 4,
+    }
+    assert found == [expected] * world_size
+    assert ranks.run(measured, layout, RESPONSES[2:3] * 2, world_size=world_size) == [{}] * world_size

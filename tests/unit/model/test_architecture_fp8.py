@@ -1,0 +1,243 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Test the refusal of FP8, the token counts of its layers, and the teacher's quantised weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from models import parallel
+from torch import Tensor
+
+from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+import megatron.core.models.common.embeddings.rope_utils as rope_utils
+import megatron.core.transformer.transformer_config as megatron_config
+from megatron.core.tensor_parallel import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_selfdistill import learner
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model import architecture, build
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.pipeline import batch as batch_module
+from megatron_selfdistill.pipeline import score
+from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere, token_multiple
+from megatron_selfdistill.teacher import Teacher
+
+UNCUT = ParallelConfig()
+ALLOWED = ModelConfig(allow_untested_fp8=True)
+RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise")
+
+
+def configured(model: ModelConfig, cuts: ParallelConfig = UNCUT, te: bool = True, **transformer: Any):
+    """Return the configuration on a GPU, with or without Transformer Engine."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(architecture.cpu, "ON_CPU", False)
+        patch.setattr(architecture, "uses_transformer_engine", lambda: te)
+        patch.setattr(rope_utils, "fused_apply_rotary_pos_emb", object())
+        patch.setattr(megatron_config, "is_te_min_version", lambda *_, **__: True)
+        model = dataclasses.replace(model, transformer=model.transformer | transformer)
+        return transformer_config(model, cuts, OptimizerConfig(), ScheduleConfig())
+
+
+@pytest.mark.parametrize("transformer", [{"fp8": "hybrid"}, *({"fp8": "e4m3", "fp8_recipe": r} for r in RECIPES)])
+def test_fp8_is_refused_unless_asked_for_twice(transformer):
+    with pytest.raises(ConfigError, match=r"never been tried on hardware .*set model\.allow_untested_fp8=true"):
+        configured(ModelConfig(), **transformer)
+    assert configured(ALLOWED, **transformer).fp8
+
+
+@pytest.mark.parametrize(
+    ("te", "transformer", "words"),
+    [
+        (False, {"fp8": "hybrid"}, "needs a GPU and Transformer Engine's layers"),
+        (True, {"fp8": "hybrid", "fp8_param": True}, "fp8_param keeps the parameters in fp8"),
+        (True, {"fp4": "e2m1"}, "fp4 and kitchen's quantisation have never been tried"),
+    ],
+)
+def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transformer, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        configured(ALLOWED, te=te, **transformer)
+    assert "\n" not in str(caught.value)
+
+
+def provided(pre_process: bool, post_process: bool) -> Any:
+    """Return the model of a lab with FP8 in its own configuration."""
+    model = models.model_config()
+    (chunk,), _ = models.build(model, ParallelConfig())
+    chunk.config.fp8 = "hybrid"
+    return chunk
+
+
+def refusal_of_provider(allowed: bool) -> str:
+    _, grid = models.build(models.model_config(), ParallelConfig())
+    model = ModelConfig(provider=f"{__name__}.provided", allow_untested_fp8=allowed)
+    with pytest.raises(ConfigError) as caught:
+        build_chunks(model, None, grid, models.VOCAB_SIZE)
+    return str(caught.value)
+
+
+def test_a_providers_fp8_is_refused_too(ranks):
+    assert "set model.allow_untested_fp8=true" in ranks.run(refusal_of_provider, False, world_size=1)[0]
+    assert "needs a GPU and Transformer Engine" in ranks.run(refusal_of_provider, True, world_size=1)[0]
+
+
+# -- tokens per rank -----
+
+
+CUTS = [parallel(), parallel(tp=2), parallel(tp=4, sp=True), parallel(cp=2), parallel(tp=2, cp=4, sp=True)]
+
+
+def fp8(cuts: ParallelConfig, recipe: str) -> TransformerConfig:
+    return configured(ALLOWED, cuts, fp8="hybrid", fp8_recipe=recipe)
+
+
+@pytest.mark.parametrize(("cuts", "recipe"), itertools.product(CUTS, RECIPES))
+def test_every_ranks_tokens_divide_by_what_the_recipe_takes(cuts, recipe):
+    """Transformer Engine asserts multiples of 8, and blocks of 32 (mxfp8) or 128 (blockwise) to gather sequences."""
+    multiple = token_multiple(fp8(cuts, recipe))
+    tokens = multiple / cuts.context_parallel_size
+    if cuts.sequence_parallel:
+        tokens /= cuts.tensor_model_parallel_size
+    assert tokens % {"mxfp8": 32, "blockwise": 128}.get(recipe, 16) == 0
+
+
+def test_without_fp8_any_length_will_do():
+    assert token_multiple(configured(ModelConfig())) is None
+
+
+def lengths(multiple: int | None) -> set[int]:
+    _, grid = models.build(models.model_config(), ParallelConfig())
+    contexts = [ContextPair("0", [1] * n, [1] * (n + 3), [2] * 5, truncated=False) for n in (3, 20, 9)]
+    packed = pack_everywhere(contexts, Packing(256, "teacher_first", True, seq_multiple=multiple), grid)
+    assert sum(len(mb.response_positions) for mb in packed.student) == 15
+    return {packed.seq_length, *(len(mb.tokens) for mb in (*packed.student, *packed.teacher))}
+
+
+@pytest.mark.parametrize("multiple", [None, 16, 64])
+def test_packed_rows_have_lengths_of_that_multiple(ranks, multiple):
+    (length,) = ranks.run(lengths, multiple, world_size=1)[0]
+    assert length % (multiple or 1) == 0
+    assert length == math.ceil(56 / (multiple or 1)) * (multiple or 1)
+
+
+@pytest.mark.parametrize("module", ["learner", "score"])
+def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch):
+    """Each hands the multiple of its own chunks on."""
+    seen: list[Any] = []
+
+    def recorded(contexts: Any, packing: Packing, grid: Any) -> Any:
+        seen.append(packing.seq_multiple)
+        raise InterruptedError
+
+    target = {"learner": learner, "score": score}[module]
+    monkeypatch.setattr(target, "pack_everywhere", recorded)
+    monkeypatch.setattr(batch_module, "token_multiple", lambda config: ("multiple of", config.model))
+    monkeypatch.setattr(
+        target, "unwrapped", lambda chunk: SimpleNamespace(config=SimpleNamespace(model=chunk, hidden_size=8))
+    )
+    with pytest.raises(InterruptedError):
+        if module == "score":
+            monkeypatch.setattr(score, "max_over_ranks", lambda values, group: values)
+            pair = ContextPair("0", [1], [1], [2], truncated=False)
+            chunks: dict[str, Any] = {
+                "student": ["student"],
+                "teacher": ["teacher"],
+                "grid": SimpleNamespace(dp_group=None),
+                "vocab": None,
+            }
+            score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
+        else:
+            config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8), is_anchored=False)
+            me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
+            learner.Learner.pack(SimpleNamespace(packing=learner.Learner.packing.fget(me), grid=None), [])
+    assert seen == [("multiple of", "student")]
+    assert batch_module.pack_everywhere is pack_everywhere
+
+
+# -- the teacher's weights -----
+
+
+class Quantised(ColumnParallelLinear):
+    """A layer that keeps a copy of its weight from its first forward pass, as Transformer Engine's FP8 layers do."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.is_first_microbatch = True
+        self.copy: Tensor | None = None
+
+    def forward(self, x: Tensor, weight: Tensor | None = None, **_: Any) -> tuple[Tensor, None]:
+        if self.is_first_microbatch or self.copy is None:
+            self.copy = self.weight.detach().clone()
+        self.is_first_microbatch = False
+        return F.linear(x, self.copy), None
+
+
+def quantised_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
+    block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
+    for spec in block.layer_specs:
+        spec.submodules.mlp.submodules.linear_fc1 = Quantised
+    return block
+
+
+def stale_layers(weights: str, change: str) -> int:
+    """Return the number of the teacher's layers that compute with outdated weights after ``change``."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "layer_spec", quantised_spec)
+        optimizer_config = OptimizerConfig(precision="fp32", lr=1e-2, use_distributed_optimizer=False)
+        chunks, grid = models.build(models.model_config(), ParallelConfig(), optimizer=optimizer_config)
+        config = unwrapped(chunks[0]).config
+        config.fp8 = "hybrid"
+        student = wrap_for_training(chunks, optimizer_config)
+        optimizer, _ = build_optimizer(student, optimizer_config, 10)
+        teacher = Teacher(
+            weights, student, lambda: build_chunks(models.model_config(), config, grid, models.VOCAB_SIZE)
+        )
+    layers = [m for m in unwrapped(teacher.chunks[0]).modules() if isinstance(m, Quantised)]
+
+    def read() -> None:
+        for layer in layers:
+            layer(torch.zeros(2, 1, layer.weight.size(1)))
+
+    read()
+    if change == "update":
+        for param in unwrapped(student[0]).parameters():
+            param.main_grad.fill_(1.0)
+        optimizer.step()
+        teacher.update(optimizer)
+    elif change == "load_state_dict":
+        loaded = {
+            "teacher0": {
+                f"teacher.{name}": value + 1 if torch.is_tensor(value) else value
+                for name, value in unwrapped(teacher.chunks[0]).state_dict().items()
+            }
+        }
+        teacher.load_state_dict(loaded)
+    else:
+        models.fill_from_names(student, seed=3)
+        teacher.copy_student()
+    assert layers and not layers[0].copy.equal(layers[0].weight), "the teacher must have changed"
+    read()
+    return sum(not layer.copy.equal(layer.weight) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    ("weights", "change"),
+    [
+        ("ema", "update"),
+        *itertools.product(["ema", "frozen"], ["load_state_dict", "copy_student"]),
+    ],
+)
+def test_the_teachers_layers_quantise_anew_whatever_changes_its_weights(ranks, weights, change):
+    assert ranks.run(stale_layers, weights, change, world_size=1) == [0]

@@ -1,0 +1,128 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Measures are taken chunk by chunk, without the host, and only those that the target has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from host_traffic import host_traffic
+from torch import Tensor
+
+from megatron_selfdistill.loss import Divergence, Target, TokenStats, VocabShard, distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import vocab_entropy
+from megatron_selfdistill.loss.target import entropy
+from megatron_selfdistill.pipeline.token_losses import (
+    MeasuringObserver,
+    OwnLogits,
+    TokenMeasurement,
+    TokenMeasures,
+)
+
+NUM_TOKENS, VOCAB = 23, VocabShard(0, 96, 90)
+TARGETS = {
+    "student": Target(),
+    "reference": Target(anchor="reference"),
+    "reference, the student's entropy": Target(anchor="reference", match="student"),
+}
+
+DTYPES = {"teacher_entropy": torch.float32, "teacher_log_prob": torch.float32, "top1_agreement": torch.bool}
+
+
+def random_logits(num_tokens: int) -> Tensor:
+    """Return the logits of student, mix, reference and teacher."""
+    return 4 * torch.randn(4, num_tokens, 96, generator=torch.Generator().manual_seed(1))
+
+
+def loss_of(logits: Tensor, target: Target, wanted: Tensor | None = None) -> TokenStats:
+    """Return the loss of the logits, at the response tokens 0, 1, 2 ..."""
+    tokens = torch.arange(logits.shape[1])
+    return distillation_loss(
+        logits[0], logits[1], tokens, target=target, divergence=Divergence(), vocab=VOCAB, reference_entropy=wanted
+    )
+
+
+def measures(
+    target: Target, chunk_tokens: int, num_tokens: int = NUM_TOKENS, of_loss: Sequence[int] | None = None
+) -> tuple[TokenMeasures, list[int]]:
+    """Return the measures of random logits, and the numbers of tokens of the chunks.
+
+    ``of_loss``: the numbers of tokens of the chunks of the loss; None is one chunk.
+    """
+    logits, chunks = random_logits(num_tokens), []
+
+    def own_logits(tokens: slice) -> OwnLogits:
+        chunks.append(len(logits[0, tokens]))
+        return OwnLogits(logits[3, tokens], logits[2, tokens]) if target.is_anchored else OwnLogits()
+
+    wanted = vocab_entropy(logits[2], VOCAB) if target.needs_reference_entropy else None
+    observe = MeasuringObserver(TokenMeasurement(target, chunk_tokens), VOCAB, torch.arange(num_tokens), own_logits)
+    start = 0
+    for length in of_loss or [num_tokens]:
+        tokens = slice(start, start + length)
+        part = None if wanted is None else wanted[tokens]
+        observe(tokens, logits[0, tokens], logits[1, tokens], loss_of(logits[:, tokens], target, part))
+        start += length
+    return TokenMeasures.concatenate(observe.parts), chunks
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_the_measures_do_not_depend_on_the_chunks(name):
+    whole, in_one = measures(TARGETS[name], 512)
+    parts, chunks = measures(TARGETS[name], 7)
+    assert in_one == [23] and chunks == [7, 7, 7, 2]
+    for field, values in vars(whole).items():
+        assert (values is None) == (getattr(parts, field) is None), field
+        if values is not None:
+            torch.testing.assert_close(getattr(parts, field), values, rtol=1e-6, atol=1e-9)
+            assert values.shape == (NUM_TOKENS,)
+            assert values.dtype == DTYPES.get(field, torch.float64)
+    assert (whole.mass_on_rare_student > 0).all()
+    assert (whole.mass_on_rare_reference is None) == (name == "student")
+
+
+def test_the_measures_do_not_depend_on_the_chunks_of_the_loss():
+    target = TARGETS["reference, the student's entropy"]
+    whole, _ = measures(target, 7)
+    parts, chunks = measures(target, 7, of_loss=[9, 0, 14])
+    assert chunks == [7, 2, 0, 7, 7]
+    for field, values in vars(whole).items():
+        torch.testing.assert_close(getattr(parts, field), values, rtol=1e-6, atol=1e-9)
+
+
+def test_the_numbers_of_the_teacher_are_those_of_a_loss_that_sees_its_logits():
+    logits = random_logits(NUM_TOKENS)
+    alone = loss_of(logits[[0, 3]], Target())
+    of_mix = loss_of(logits, TARGETS["reference, the student's entropy"])
+    for name in ("reference", "reference, the student's entropy"):
+        stats = measures(TARGETS[name], 7)[0].with_teacher(of_mix)
+        for field in ("teacher_entropy", "teacher_log_prob", "top1_agreement"):
+            torch.testing.assert_close(getattr(stats, field), getattr(alone, field), rtol=1e-6, atol=1e-6)
+        assert torch.equal(stats.loss, of_mix.loss)
+    without, _ = measures(TARGETS["student"], 7)
+    assert not without.has_teacher and without.with_teacher(of_mix) is of_mix
+
+
+def test_the_references_entropy_is_measured_where_the_loss_does_not_take_it():
+    found = {name: measures(target, 512)[0].reference_entropy for name, target in TARGETS.items()}
+    assert found["student"] is None and found["reference"] is None
+    reference = random_logits(NUM_TOKENS)[2, :, :90]
+    expected = entropy(reference.double().log_softmax(-1))
+    torch.testing.assert_close(found["reference, the student's entropy"], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_microbatch_without_tokens_has_empty_measures(name):
+    none, chunks = measures(TARGETS[name], 512, num_tokens=0)
+    assert chunks == [0] and none.mass_on_rare_student.shape == (0,)
+    some, _ = measures(TARGETS[name], 512)
+    joined = TokenMeasures.concatenate([none, some])
+    assert all(value is None or torch.equal(value, getattr(joined, field)) for field, value in vars(some).items())
+
+
+def test_measuring_exchanges_nothing_with_the_host():
+    measures(TARGETS["reference, the student's entropy"], 7)  # the first call makes what all calls keep
+    with host_traffic() as found:
+        measures(TARGETS["reference, the student's entropy"], 7)
+    assert found == []

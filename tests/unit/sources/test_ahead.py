@@ -1,0 +1,72 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Finished responses of later steps survive every checkpoint until the step that trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.sources.ahead import AheadOnPolicy
+from megatron_selfdistill.sources.source import SourceState
+
+PROBLEMS = [Problem(name, ({"role": "user", "content": name},), "hint", name, f"file:{name}") for name in "ab"]
+STORED = {key: Response([7, 9], [-1.0, -2.0], [-1.0, -2.0], "stop", weight_version=3) for key in ("one", "two")}
+NEW = {"three": Response([8], [-0.5], [-0.5], "length", weight_version=4)}
+
+
+class Engines:
+    """A sampler whose tickets are dictionaries of finished responses: the known ones of a request, and `NEW`."""
+
+    def update_weights(self, version: int) -> None:
+        pass
+
+    def start(
+        self, requests: Sequence[Request], params: SamplingParams, used_at: int, known: Mapping[str, Response]
+    ) -> dict[str, Response]:
+        return {**known, **NEW}
+
+    def finished(self, ticket: dict[str, Response]) -> dict[str, Response]:
+        return ticket
+
+
+class Stateless:
+    """A method that keeps nothing from step to step."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def restored(self, state: Mapping[str, Any]) -> Stateless:
+        return self
+
+
+@pytest.fixture
+def source(monkeypatch) -> AheadOnPolicy:
+    """Return the source of a run that asks for nothing by itself."""
+    monkeypatch.setattr(AheadOnPolicy, "_asked", lambda self, *_: SimpleNamespace(samples=[]))
+    state = SourceState(ProblemSampler(ProblemSet(PROBLEMS), batch_size=1, seed=1), cast(Any, Stateless()))
+    return AheadOnPolicy(state, cast(Any, SimpleNamespace()), Engines(), ahead=1, num_steps=6)
+
+
+def stored(source: AheadOnPolicy) -> dict[str, Any]:
+    return dict(source.state_dict()["ahead"])
+
+
+def resumed(source: AheadOnPolicy) -> AheadOnPolicy:
+    source.load_state_dict({**source.state_dict(), "ahead": {key: asdict(one) for key, one in STORED.items()}})
+    return source
+
+
+def test_a_stop_before_the_first_step_after_a_resume_stores_the_responses_of_the_earlier_checkpoint(source):
+    assert stored(source) == {}
+    assert stored(resumed(source)) == {key: asdict(response) for key, response in STORED.items()}
+
+
+def test_a_stop_after_a_resumed_step_has_begun_stores_the_known_and_the_new_responses(source):
+    resumed(source)._ticket(4, SamplingParams(8))
+    assert stored(source) == {key: asdict(response) for key, response in {**STORED, **NEW}.items()}
