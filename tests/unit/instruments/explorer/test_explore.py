@@ -149,7 +149,10 @@ REFUSALS = {
     "no file": (["--problem", "nope.txt"], "--problem: expected a text or a file, got nope.txt, which does not exist"),
     "an empty text": (["--solution", "  "], "--solution: expected a text, got only white space"),
     "a key that an option sets": (["data.path=x.jsonl"], "data.path cannot be set here: use --problem and --solution"),
-    "no target": (["method.name=sft"], "expected a method with a target, such as method.name=default, got method.name=sft"),
+    "no target": (
+        ["method.name=sft"],
+        "expected a method with a target, such as method.name=default, got method.name=sft",
+    ),
     "a directory": (["--out", "."], "--out: expected a file, got the directory ."),
     "an iteration of a Hugging Face model": (["--iteration", "3"], "--iteration chooses among Megatron checkpoints"),
 }
