@@ -2,7 +2,7 @@
 """The checks of a commit: its subject and the size of its files.
 
     python tools/commit_checks.py subject .git/COMMIT_EDITMSG    the message of the commit that is being made
-    python tools/commit_checks.py history                        the commits since the last tag, or the last twenty
+    python tools/commit_checks.py history                        the commits since the last tag, or the last ten
     python tools/commit_checks.py files FILE ...                 files that are too large for the repository
 
 The hooks of .pre-commit-config.yaml call the first and the third check, and `make check` calls the second one.
@@ -20,7 +20,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent
 MOST_CHARACTERS = 72
 MOST_KIB = 500
-NUM_COMMITS = 20
+NUM_COMMITS = 10
 """The number of commits that `history` reads where no commit has a tag."""
 FORM = re.compile(r"\[[a-z0-9_, /.-]+\] [A-Z]")
 GIVEN_BY_GIT = ("Merge ", "Revert ", "fixup! ", "squash! ")

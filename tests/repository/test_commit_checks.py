@@ -34,7 +34,7 @@ def test_a_subject_is_refused_for_its_length_or_its_form(subject, words, tmp_pat
     assert (words or "") in capsys.readouterr().err
 
 
-def test_the_history_is_read_from_the_last_tag_on_or_for_twenty_commits(tmp_path):
+def test_the_history_is_read_from_the_last_tag_on_or_for_ten_commits(tmp_path):
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         subprocess.run(["git", *identity, "-C", str(tmp_path), *arguments], check=True, capture_output=True)
@@ -43,7 +43,7 @@ def test_the_history_is_read_from_the_last_tag_on_or_for_twenty_commits(tmp_path
     git("init")
     for number in range(22):
         git("commit", "--allow-empty", "-m", f"[a] Commit {number}")
-    assert commit_checks.recent_subjects(tmp_path) == [f"[a] Commit {number}" for number in range(21, 1, -1)]
+    assert commit_checks.recent_subjects(tmp_path) == [f"[a] Commit {number}" for number in range(21, 11, -1)]
     git("tag", "-a", "v1.0.0", "-m", "one")
     git("commit", "--allow-empty", "-m", "a bad subject")
     assert commit_checks.recent_subjects(tmp_path) == ["a bad subject"]
