@@ -37,7 +37,7 @@ import tiny_run  # noqa: E402
 from ranks import RankError, RankPool  # noqa: E402
 
 NUM_STEPS = 10
-SAME_INSTRUCTIONS = {"MKL_CBWR": "AVX2,STRICT", "ATEN_CPU_CAPABILITY": "avx2"}
+SAME_INSTRUCTIONS = {"MKL_CBWR": "AVX2,STRICT", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 """These make sums independent of the alignment of memory."""
 
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
