@@ -17,7 +17,7 @@ from _lib.pretraining import Base
 from _lib.variants import Variant
 from _lib.watched_runs import Point, watch
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, request_key
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedWave, WaveRule
+from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedBatch, PartialBatchRule
 from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.on_policy import OnPolicy
 from megatron_selfdistill.sources.source import StepBatch
@@ -55,9 +55,9 @@ class GeneratesAtOnce:
         assert not known, "the run does not resume"
         return Finished(requests, params, self._inner.generate(requests, params))
 
-    def stream(self, ticket: Finished, rule: WaveRule) -> Iterator[ArrivedWave]:
-        """Yield all responses in one wave."""
-        yield ArrivedWave(dict(enumerate(ticket.responses)), share=1.0, is_last=True)
+    def stream(self, ticket: Finished, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
+        """Yield all responses in one partial batch."""
+        yield ArrivedBatch(dict(enumerate(ticket.responses)), share=1.0, is_last=True)
 
     def collect(self, ticket: Finished) -> list[Response]:
         """Return the responses of ``ticket``."""

@@ -52,7 +52,7 @@ from megatron_selfdistill.pipeline.score import (
     log_probs,
     read,
 )
-from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement, Wave
+from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput, TokenMeasurement
 from megatron_selfdistill.rollout.base import Response, RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.teacher import Teacher
@@ -204,23 +204,23 @@ class Learner:
         token_coefficients: token_losses.TokenCoefficients | None = None,
         *,
         measure_teacher: bool = True,
-        wave: Wave | None = None,
+        partial_batch: PartialBatch | None = None,
     ) -> StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
-        ``wave``: the place of the batch in a step of several waves, whose gradients are added; None is the whole step.
-        ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference include the numbers of
-        the teacher and cost a projection of teacher and reference; without a reference the statistics always include
-        the teacher.
+        ``partial_batch``: the place of the batch in a step of several partial batches, whose gradients are added; None
+        is the whole step. ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference
+        include the numbers of the teacher and cost a projection of teacher and reference; without a reference the
+        statistics always include the teacher.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        is_first = wave is None or wave.earlier is None
+        is_first = partial_batch is None or partial_batch.earlier is None
         if is_first:
             for chunk in self.chunks:
                 chunk.restore_grad_buffers(synchronize=False)
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        options = {"token_coefficients": token_coefficients, "wave": wave}
+        options = {"token_coefficients": token_coefficients, "partial_batch": partial_batch}
         try:
             if not self.has_teacher:
                 return self._schedule(packed, None, token_losses.next_token, **options)

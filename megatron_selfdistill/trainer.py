@@ -37,7 +37,7 @@ from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
-from megatron_selfdistill.pipeline.token_losses import StepOutput, Wave
+from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
@@ -49,7 +49,7 @@ from megatron_selfdistill.sources.source import StepBatch
 
 
 class AccumulatedBatch(NamedTuple):
-    """A batch whose gradients are in ``main_grad``: the whole step, or one wave of it."""
+    """A batch whose gradients are in ``main_grad``: the whole step, or one partial batch of it."""
 
     batch: StepBatch
     packed: PackedBatch
@@ -133,7 +133,7 @@ class Trainer:
     def batches(self) -> Iterator[StepBatch]:
         """Yield the responses of the next step, sampled with the current weights where anything is sampled.
 
-        They come in one batch, or in waves as they arrive (rollout.overlap=stream).
+        They come in one batch, or in partial batches as they arrive (rollout.overlap=stream).
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
         return self.source.batches(self.step, self.sampling)
@@ -159,16 +159,27 @@ class Trainer:
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        output, wave, due = None, wave_of(batch, earlier), self.config.metrics.teacher_due(self.step + 1)
+        output, partial_batch, due = (
+            None,
+            partial_batch_of(batch, earlier),
+            self.config.metrics.teacher_due(self.step + 1),
+        )
         if not earlier:
             for hook in self.before_gradients:
                 hook(self, batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
             tolerance = self.config.guards.identity_tolerance
-            if not self.checked and wave.earlier is None and self.learner.has_teacher and tolerance is not None:
+            if (
+                not self.checked
+                and partial_batch.earlier is None
+                and self.learner.has_teacher
+                and tolerance is not None
+            ):
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
-            output = self.learner.forward_backward(packed, batch.token_coefficients, measure_teacher=due, wave=wave)
+            output = self.learner.forward_backward(
+                packed, batch.token_coefficients, measure_teacher=due, partial_batch=partial_batch
+            )
         return AccumulatedBatch(batch, packed, output)
 
     def update(self, step: Sequence[AccumulatedBatch]) -> dict[str, float]:
@@ -350,7 +361,8 @@ def tokens_read(
 ) -> float:
     """Return the tokens, without padding, that student and teacher read in a step, over the global batch.
 
-    ``packs``: the waves of one replica; ``metrics``: with padding/student and padding/teacher over all replicas.
+    ``packs``: the partial batches of one replica; ``metrics``: with padding/student and padding/teacher over all
+    replicas.
     """
     read = sum(len(packed.student) * packed.seq_length for packed in packs) * (1 - metrics["padding/student"])
     if has_teacher:
@@ -358,10 +370,10 @@ def tokens_read(
     return num_replicas * read
 
 
-def wave_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> Wave:
+def partial_batch_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> PartialBatch:
     """Return the place of ``batch`` in its step, after the ``earlier`` batches."""
     outputs = [one.output for one in earlier if one.output is not None]
-    return Wave(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step)
+    return PartialBatch(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step)
 
 
 def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | None]:

@@ -64,7 +64,7 @@ RULES: dict[str, str] = {
             *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.server_env"),
             "rollout.transfer",
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
-            *("rollout.overlap", "rollout.wave_microbatches", "rollout.ahead", "rollout.at_update"),
+            *("rollout.overlap", "rollout.partial_batch_microbatches", "rollout.ahead", "rollout.at_update"),
             *("rollout.extra_problems", "rollout.round_tokens"),
             *("rollout.kv_cache_gb", "rollout.record"),
             *(f"environment.options.{name}" for name in HTTP_OPTIONS if name != "model"),

@@ -62,6 +62,9 @@ _SOLUTIONS = {
 HTTP_OPTIONS = {"url": None, "model": None, "api_key": None, "timeout_s": 60.0, "retries": 3, "concurrency": 16}
 """The keys of the section environment of 0.1 that are now entries of environment.options -> their defaults."""
 
+_RENAMED = {"rollout.wave_microbatches": "rollout.partial_batch_microbatches"}
+"""Keys of 0.1 with another name -> the name."""
+
 _SECTIONS = ("solutions", "hints", "distill", "policy", "explanation", "verbal")
 
 
@@ -69,6 +72,8 @@ def moved_key(key: str) -> str | None:
     """Return a sentence that names what has replaced ``key`` of version 0.1; None for every other key."""
     if key in _SENTENCES:
         return f"{key} {_SENTENCES[key]}"
+    if key in _RENAMED:
+        return f"{key} is now {_RENAMED[key]}"
     section, _, name = key.partition(".")
     if section == "environment" and name in HTTP_OPTIONS:
         return f"{key} is now environment.options.{name}"
@@ -105,6 +110,10 @@ def translated(values: Mapping[str, Any], wanted: str = "default") -> dict[str, 
         new[section] = {key: value for key, value in new.get(section, {}).items() if key not in moved}
     if new.get("data", {}).get("solutions") not in (None, "given", "answer"):
         new["data"]["solutions"] = "given"
+    for renamed, present in _RENAMED.items():
+        section, _, key = renamed.partition(".")
+        if key in new.get(section, {}):
+            new[section][present.partition(".")[2]] = new[section].pop(key)
     environment = new.get("environment", {})
     if environment.get("name") == "http":
         environment["options"] = {

@@ -214,7 +214,7 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
-    ``responses`` and ``packs``, one per wave of the step, are this replica's, the same on each of its ranks.
+    ``responses`` and ``packs``, one per partial batch of the step, are this replica's, the same on each of its ranks.
     Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (the share of the
     responses that reached the limit), and with ``packs`` padding/student and padding/teacher (padding tokens / all
     tokens).

@@ -50,12 +50,12 @@ from megatron_selfdistill.pipeline.token_losses import (
     GuidedTokens,
     MeasuringObserver,
     OwnLogits,
+    PartialBatch,
     StepOutput,
     TokenCoefficients,
     TokenLoss,
     TokenMeasurement,
     TokenMeasures,
-    Wave,
     gradients_of,
 )
 
@@ -273,7 +273,7 @@ def run(
     pair_order: str = "teacher_first",
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
-    wave: Wave | None = None,
+    partial_batch: PartialBatch | None = None,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
@@ -285,19 +285,19 @@ def run(
     None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
     guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a replica
-    hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``wave``: the place
-    of ``batch`` in a step of several waves (pipeline/token_losses.py), of which only the last one reduces and finalises
-    the gradients, and N counts the tokens of all; None is a step of one wave.
+    hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
+    the place of ``batch`` in a step of several partial batches (pipeline/token_losses.py), of which only the last one
+    reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
-    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0, and in a wave without tokens
-    that the step does not end with.
+    ``student_log_prob`` has no gradient; `NoResponseTokens` on all ranks where N is 0, and in a partial batch without
+    tokens that the step does not end with.
     """
-    wave = wave or Wave()
+    partial_batch = partial_batch or PartialBatch()
     num_response_tokens, num_weighted = _global_counts(batch, grid)
-    accumulated = wave.accumulated(num_response_tokens, num_weighted)
-    if accumulated.num_response_tokens == 0 or (num_response_tokens == 0 and not wave.is_last):
+    accumulated = partial_batch.accumulated(num_response_tokens, num_weighted)
+    if accumulated.num_response_tokens == 0 or (num_response_tokens == 0 and not partial_batch.is_last):
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
     order = _order(batch, pair_order, with_teacher=teacher is not None, with_reference=reference is not None)
     on_device = DeviceBatch.of(
@@ -319,13 +319,13 @@ def run(
         loss_scale=len(order) * grid.dp_size / accumulated.divisor,
         bank=bank,
     )
-    # In a step of one wave this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
+    # In a step of one partial batch this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
     weighted = accumulated.first_microbatches * accumulated.divisor
     router_factor = len(order) * grid.dp_size * accumulated.first_tokens / weighted
     with contextlib.ExitStack() as stack:
         stack.enter_context(router_losses_per_weighted_microbatch(student, router_factor))
         if not forward_only:
-            stack.enter_context(gradients_of(wave, accumulated, student))
+            stack.enter_context(gradients_of(partial_batch, accumulated, student))
         step.run(order, batch.seq_length, forward_only)
     return step.collected(num_response_tokens, accumulated)
 

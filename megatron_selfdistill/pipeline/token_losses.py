@@ -7,12 +7,12 @@ Only some steps take a `TokenMeasurement`.  Its numbers come from the logits tha
 time, between its forward pass and its gradient.  With a reference these are the logits of the student and of the mix,
 so the states of teacher and reference are projected, too.  The loss and its gradient do not change.
 
-The waves of a step are several calls of the schedule, whose gradients add up to those of one call.  The weights change
-only after the last wave, so a response may be trained on while others are still being generated.  The loss of a step is
-a sum over response tokens, divided by their number N, which is known once the last wave begins.  Earlier waves divide
-by an estimate N' and leave their gradients on the rank that computed them; before the last wave begins, these gradients
-are multiplied by N' / N.  The last wave divides by N, and Megatron Core then reduces and finalises all gradients at
-once, as in a step of one wave.
+The partial batches of a step are several calls of the schedule, whose gradients add up to those of one call.  The
+weights change only after the last partial batch, so a response may be trained on while others are still being
+generated.  The loss of a step is a sum over response tokens, divided by their number N, which is known once the last
+partial batch begins.  Earlier partial batches divide by an estimate N' and leave their gradients on the rank that
+computed them; before the last partial batch begins, these gradients are multiplied by N' / N.  The last partial batch
+divides by N, and Megatron Core then reduces and finalises all gradients at once, as in a step of one partial batch.
 """
 
 from __future__ import annotations
@@ -280,35 +280,35 @@ def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor,
 
 @dataclass(frozen=True)
 class Accumulated:
-    """The gradients in ``main_grad`` that the waves of a step have left so far; equal on all ranks."""
+    """The gradients in ``main_grad`` that the partial batches of a step have left so far; equal on all ranks."""
 
     num_response_tokens: int
-    """Number of response tokens of these waves, over the global batch."""
+    """Number of response tokens of these partial batches, over the global batch."""
     divisor: int
     """Number N' by which the sum of their losses is divided."""
     first_tokens: int
-    """Number of response tokens of the first wave, over the global batch."""
+    """Number of response tokens of the first partial batch, over the global batch."""
     first_microbatches: int
-    """Number of student microbatches with a response token in the first wave, over the global batch."""
+    """Number of student microbatches with a response token in the first partial batch, over the global batch."""
 
 
 @dataclass(frozen=True)
-class Wave:
-    """The place of a wave in its step; the default is a step of one wave."""
+class PartialBatch:
+    """The place of a partial batch in its step; the default is a step of one partial batch."""
 
     earlier: Accumulated | None = None
-    """The gradients of the earlier waves; None in the first wave."""
+    """The gradients of the earlier partial batches; None in the first partial batch."""
     share: float = 1.0
-    """An estimate of the share of the step's response tokens that are in the waves up to this one.  The first wave of
-    several uses it; the gradient of the step does not depend on it."""
+    """An estimate of the share of the step's response tokens that are in the partial batches up to this one.  The first
+    partial batch of several uses it; the gradient of the step does not depend on it."""
     is_last: bool = True
-    """Whether the step ends with this wave."""
+    """Whether the step ends with this partial batch."""
 
     def accumulated(self, num_response_tokens: int, num_microbatches: int) -> Accumulated:
-        """Return the gradients of the step up to this wave, before which the numbers of this wave are counted.
+        """Return the gradients of the step up to this partial batch, whose numbers are counted before it runs.
 
-        ``num_response_tokens``, ``num_microbatches``: the response tokens of this wave, and its student microbatches
-        with a response token, over the global batch.
+        ``num_response_tokens``, ``num_microbatches``: the response tokens of this partial batch, and its student
+        microbatches with a response token, over the global batch.
         """
         earlier = self.earlier or Accumulated(0, 0, num_response_tokens, max(num_microbatches, 1))
         total = earlier.num_response_tokens + num_response_tokens
@@ -318,22 +318,22 @@ class Wave:
 
 
 @contextlib.contextmanager
-def gradients_of(wave: Wave, accumulated: Accumulated, chunks: Sequence[Any]) -> Iterator[None]:
-    """Let a call of the schedule add the gradients of ``wave``; leave the configuration of the schedule as it was.
+def gradients_of(partial_batch: PartialBatch, accumulated: Accumulated, chunks: Sequence[Any]) -> Iterator[None]:
+    """Let a call of the schedule add the gradients of ``partial_batch``; leave the schedule's configuration as it was.
 
     ``chunks``: this rank's chunks of the student, in Megatron's DDP.
-    The first microbatch of a later wave is not the first one after a change of the weights: with FP8, Transformer
-    Engine would overwrite the earlier gradients with those of that microbatch.
-    In the last wave, the earlier gradients are first divided by the same number as those of the wave.  In another wave,
-    nothing is reduced over data-parallel ranks and nothing is finalised.
+    The first microbatch of a later partial batch is not the first one after a change of the weights: with FP8,
+    Transformer Engine would overwrite the earlier gradients with those of that microbatch.
+    In the last partial batch, the earlier gradients are first divided by the same number as those of this one.
+    In another partial batch, nothing is reduced over data-parallel ranks and nothing is finalised.
     """
     with contextlib.ExitStack() as stack:
-        if wave.earlier is not None:
+        if partial_batch.earlier is not None:
             stack.enter_context(_weights_unchanged(chunks))
-        if wave.is_last:
-            if wave.earlier is not None and wave.earlier.divisor != accumulated.divisor:
+        if partial_batch.is_last:
+            if partial_batch.earlier is not None and partial_batch.earlier.divisor != accumulated.divisor:
                 for chunk in chunks:
-                    chunk.scale_gradients(wave.earlier.divisor / accumulated.divisor)
+                    chunk.scale_gradients(partial_batch.earlier.divisor / accumulated.divisor)
             yield
             return
         config = unwrapped(chunks[0]).config
@@ -380,7 +380,7 @@ class StepOutput:
     """
 
     num_response_tokens: int
-    """Number of response tokens of the global batch in this output's waves; equal on all ranks."""
+    """Number of response tokens of the global batch in this output's partial batches; equal on all ranks."""
     response_ids: Tensor
     """Index of each of the R tokens in ``PackedBatch.response_tokens``, [R] int64 on the device."""
     stats: TokenStats | None
@@ -397,25 +397,26 @@ class StepOutput:
     """The gradients of the step up to this output; None if the output is not that of a call of the schedule."""
 
     @classmethod
-    def joined(cls, waves: Sequence[StepOutput], lengths: Sequence[int]) -> StepOutput:
-        """Return the results of all ``waves`` of a step as those of one wave that has all their tokens, in order.
+    def joined(cls, parts: Sequence[StepOutput], lengths: Sequence[int]) -> StepOutput:
+        """Return the results of all ``parts``, the partial batches of a step, as those of one batch, in order.
 
-        ``lengths``: the number of response tokens of this replica in each wave, by which ``response_ids`` count on.
+        ``lengths``: the number of response tokens of this replica in each partial batch, by which ``response_ids``
+        count on.
         """
-        if len(waves) == 1:
-            return waves[0]
-        starts = [sum(lengths[:i]) for i in range(len(waves))]
-        stats = [wave.stats for wave in waves if wave.stats is not None]
-        coefficients = [wave.coefficients for wave in waves if wave.coefficients is not None]
-        measures = [wave.measures for wave in waves if wave.measures is not None]
-        entropies = [wave.anchor_entropy for wave in waves if wave.anchor_entropy is not None]
+        if len(parts) == 1:
+            return parts[0]
+        starts = [sum(lengths[:i]) for i in range(len(parts))]
+        stats = [part.stats for part in parts if part.stats is not None]
+        coefficients = [part.coefficients for part in parts if part.coefficients is not None]
+        measures = [part.measures for part in parts if part.measures is not None]
+        entropies = [part.anchor_entropy for part in parts if part.anchor_entropy is not None]
         return cls(
-            num_response_tokens=sum(wave.num_response_tokens for wave in waves),
-            response_ids=torch.cat([wave.response_ids + start for wave, start in zip(waves, starts, strict=True)]),
+            num_response_tokens=sum(part.num_response_tokens for part in parts),
+            response_ids=torch.cat([part.response_ids + start for part, start in zip(parts, starts, strict=True)]),
             stats=TokenStats.concatenate(stats) if stats else None,
             coefficients=Coefficients.concatenate(coefficients) if coefficients else None,
-            measures_teacher=all(wave.measures_teacher for wave in waves),
+            measures_teacher=all(part.measures_teacher for part in parts),
             measures=TokenMeasures.concatenate(measures) if measures else None,
             anchor_entropy=torch.cat(entropies) if entropies else None,
-            accumulated=waves[-1].accumulated,
+            accumulated=parts[-1].accumulated,
         )

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Responses that engines generate while the trainer trains: in waves, or ahead of the step that trains on them."""
+"""Responses that engines generate while the trainer trains: in partial batches, or ahead of the step."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ NO_RESPONSES: Mapping[str, Response] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
-class WaveRule:
-    """The rule by which finished responses become a wave."""
+class PartialBatchRule:
+    """The rule by which finished responses become a partial batch."""
 
     group_size: int
-    """Number of neighbouring requests of a replica that come in one wave: the samples of one problem."""
+    """Number of neighbouring requests of a replica that come in one partial batch: the samples of one problem."""
     min_tokens: int
-    """Number of tokens, of prompts and responses, that a wave has at least on each replica that still waits for
-    responses, so that no wave runs through a nearly empty pipeline."""
+    """Number of tokens, of prompts and responses, that a partial batch has at least on each replica that still waits
+    for responses, so that no partial batch runs through a nearly empty pipeline."""
 
 
 @dataclass(frozen=True)
-class ArrivedWave:
-    """The responses of a wave to the requests of this replica."""
+class ArrivedBatch:
+    """The responses of a partial batch to the requests of this replica."""
 
     responses: Mapping[int, Response]
     """Whole groups, by index into the requests of this replica; empty where other replicas alone have responses."""
     share: float
-    """Share of the responses of all replicas that have arrived, this wave included."""
+    """Share of the responses of all replicas that have arrived, this partial batch included."""
     is_last: bool
     """Whether all responses of all replicas have arrived."""
 
@@ -63,11 +63,11 @@ class StreamingSampler(Sampler, Protocol[TicketT]):
         """
         ...
 
-    def stream(self, ticket: TicketT, rule: WaveRule) -> Iterator[ArrivedWave]:
-        """Yield the responses to the requests of ``ticket`` in waves, at least one.
+    def stream(self, ticket: TicketT, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
+        """Yield the responses to the requests of ``ticket`` in partial batches, at least one.
 
-        Between two waves the caller may call other collectives, also of this sampler.
-        Raises, on all ranks alike, as `generate`, when a wave is taken.
+        Between two partial batches the caller may call other collectives, also of this sampler.
+        Raises, on all ranks alike, as `generate`, when a partial batch is taken.
         """
         ...
 
@@ -84,21 +84,21 @@ class StreamingSampler(Sampler, Protocol[TicketT]):
         ...
 
 
-def next_wave(
+def next_partial_batch(
     requests: Sequence[Request],
     replicas: Sequence[Sequence[int]],
     finished: Mapping[int, Response],
     returned: Collection[int],
-    rule: WaveRule,
+    rule: PartialBatchRule,
 ) -> list[int] | None:
-    """Return the indices of the responses of the next wave, or None while there are too few.
+    """Return the indices of the responses of the next partial batch, or None while there are too few.
 
-    A wave has every complete group that is not yet returned.  There is one where each replica has a wave of at least
-    ``rule.min_tokens`` or waits for no more responses.
+    A partial batch has every complete group that is not yet returned.  There is one where each replica has a partial
+    batch of at least ``rule.min_tokens`` or waits for no more responses.
     ``requests``: those of all ``replicas``, each of which has neighbouring indices.  ``finished``: the responses so
-    far, by index.  ``returned``: the indices of the earlier waves.
+    far, by index.  ``returned``: the indices of the earlier partial batches.
     """
-    wave: list[int] = []
+    partial_batch: list[int] = []
     for own in replicas:
         groups = [own[first : first + rule.group_size] for first in range(0, len(own), rule.group_size)]
         complete = [group for group in groups if all(i in finished for i in group)]
@@ -106,8 +106,8 @@ def next_wave(
         num_tokens = sum(len(requests[i].prompt) + len(finished[i].token_ids) for i in new)
         if len(complete) < len(groups) and num_tokens < max(rule.min_tokens, 1):
             return None
-        wave += new
-    return wave
+        partial_batch += new
+    return partial_batch
 
 
 class BusyTime:

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, StreamingSampler, WaveRule
+from megatron_selfdistill.rollout.streaming import NO_RESPONSES, PartialBatchRule, StreamingSampler
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method, prepared
 from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions
@@ -89,7 +89,7 @@ class AheadOnPolicy(OnPolicy):
 
 
 class StreamedOnPolicy(AheadOnPolicy):
-    """The responses of `AheadOnPolicy`, in waves of whole groups in the order in which they arrive.
+    """The responses of `AheadOnPolicy`, in partial batches of whole groups in the order in which they arrive.
 
     What a step does to a response depends on its group alone here: `Config` refuses methods that look at the whole
     step, and prompts that the responses of a step change.
@@ -104,12 +104,12 @@ class StreamedOnPolicy(AheadOnPolicy):
         num_steps: int,
         min_tokens: int,
     ) -> None:
-        """``min_tokens``: as in `WaveRule`; the other arguments are those of `AheadOnPolicy`."""
+        """``min_tokens``: as in `PartialBatchRule`; the other arguments are those of `AheadOnPolicy`."""
         super().__init__(state, options, sampler, ahead, num_steps)
-        self._rule = WaveRule(options.num_samples, min_tokens)
+        self._rule = PartialBatchRule(options.num_samples, min_tokens)
 
     def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
-        """Yield this replica's share of the next global batch of problems, wave by wave.
+        """Yield this replica's share of the next global batch of problems, partial batch by partial batch.
 
         Raises: `EngineError` on all ranks where responses could not be sampled.
         """
@@ -117,16 +117,16 @@ class StreamedOnPolicy(AheadOnPolicy):
         method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._asked(step, problem_sampler.next_batch(), method)
-        waves = self._sampler.stream(self._ticket(step, sampling), self._rule)
+        partial_batches = self._sampler.stream(self._ticket(step, sampling), self._rule)
         judged: list[Rollout] = []
         trained: list[Rollout] = []
         is_last = False
         while not is_last:
             with options.phases("rollout"):
-                wave = next(waves)
-            is_last = wave.is_last
-            of_wave = [self._rollout(asked, index, response) for index, response in wave.responses.items()]
-            rollouts, _ = self._rewarded(method, of_wave)
+                partial_batch = next(partial_batches)
+            is_last = partial_batch.is_last
+            of_batch = [self._rollout(asked, index, response) for index, response in partial_batch.responses.items()]
+            rollouts, _ = self._rewarded(method, of_batch)
             self._record(rollouts)
             selected, _ = method.select(step, rollouts)
             kept, _ = method.texts(rollouts, selected)
@@ -142,12 +142,12 @@ class StreamedOnPolicy(AheadOnPolicy):
                 responses=[rollout.response for rollout in rollouts],
                 metrics=metrics,
                 next_state=SourceState(problem_sampler, method) if is_last else None,
-                share=wave.share,
+                share=partial_batch.share,
                 ends_step=is_last,
             )
 
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the responses of all waves in one batch, without the coefficients of their tokens.
+        """Return the responses of all partial batches in one batch, without the coefficients of their tokens.
 
         Raises: `EngineError` on all ranks where responses could not be sampled.
         """

@@ -85,7 +85,7 @@ def configured_source(
         return Replay(state, options, Recording(config.rollout.replay))
     ahead = config.rollout.ahead
     if config.rollout.overlap == "stream":
-        num_microbatches = config.rollout.wave_microbatches or config.parallel.pipeline_model_parallel_size
+        num_microbatches = config.rollout.partial_batch_microbatches or config.parallel.pipeline_model_parallel_size
         min_tokens = num_microbatches * config.schedule.max_tokens
         return StreamedOnPolicy(state, options, sampler, ahead, config.num_steps, min_tokens)
     if ahead:

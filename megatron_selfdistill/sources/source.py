@@ -98,7 +98,7 @@ class StepBatch:
     ``problems`` and ``responses`` stay with the replica that asked for them.  ``contexts`` and all that describes them
     or their tokens may go to another replica before the step trains on them (sources/moved_contexts.py).
     A batch need not hold all responses of its step, and no stage assumes that it does: a step whose responses arrive in
-    waves is a sequence of batches, of which the last one carries ``next_state``.
+    partial batches is a sequence of batches, of which the last one carries ``next_state``.
     """
 
     problems: Sequence[Problem] = ()
@@ -174,7 +174,7 @@ class ResponseSource(Protocol):
         ...
 
     def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
-        """Yield the batches of the step: the batch of `next_step`, or its responses in waves, as they arrive.
+        """Yield the batches of the step: the batch of `next_step`, or its responses in partial batches, as they arrive.
 
         A batch is trained on before the next one is taken.  Only the last batch has ``ends_step``.
         Raises: `EngineError` on all ranks where responses could not be sampled.

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedWave, StreamingSampler, WaveRule
+from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedBatch, PartialBatchRule, StreamingSampler
 
 
 class OnDemandSampler:
@@ -80,8 +80,8 @@ class SyncedSampler:
         """Let an inner sampler that streams begin with ``requests``; see `StreamingSampler`.  Collective."""
         return self._streaming.start(requests, params, used_at, known)
 
-    def stream(self, ticket: Any, rule: WaveRule) -> Iterator[ArrivedWave]:
-        """Yield the responses of ``ticket`` in waves, from an inner sampler that streams.  Collective."""
+    def stream(self, ticket: Any, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
+        """Yield the responses of ``ticket`` in partial batches, from an inner sampler that streams.  Collective."""
         return self._streaming.stream(ticket, rule)
 
     def collect(self, ticket: Any) -> list[Response]:

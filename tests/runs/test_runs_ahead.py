@@ -67,9 +67,11 @@ def test_each_step_trains_once_on_the_responses_that_it_has_asked_for(ranks, fak
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize("streams", [pytest.param(False, marks=pytest.mark.full), True], ids=["whole steps", "waves"])
+@pytest.mark.parametrize(
+    "streams", [pytest.param(False, marks=pytest.mark.full), True], ids=["whole steps", "partial batches"]
+)
 def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, streams):
-    more = ["rollout.overlap=stream", "rollout.wave_microbatches=1"] if streams else []
+    more = ["rollout.overlap=stream", "rollout.partial_batch_microbatches=1"] if streams else []
     evaluation = ["evaluation.every=1", f"evaluation.path={data}/problems.jsonl", "evaluation.limit=4"]
     train(ranks, on(fakes, data, tmp_path / "turns"))
     wait_for_new_weights(fakes)
@@ -81,7 +83,7 @@ def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, 
     assert 0 < steps[2]["rollout/mixed_share"] < 1
     assert 0 < steps[2]["rollout/staleness_mean"] < 1 == steps[2]["rollout/staleness_max"]
     if streams:
-        assert max(step["rollout/waves"] for step in steps) > 1
+        assert max(step["rollout/partial_batches"] for step in steps) > 1
 
 
 @pytest.mark.timing
@@ -165,7 +167,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "own solutions": (["method.name=own_solutions"], "method.name=own_solutions changes the prompts of a step"),
     "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
-    "waves that cannot come": (["rollout.overlap=stream"], "rollout.at_update=wait has all responses of a step"),
+    "partial batches that cannot come": (
+        ["rollout.overlap=stream"],
+        "rollout.at_update=wait has all responses of a step",
+    ),
     "nothing to keep": (["rollout.ahead=0", "rollout.at_update=keep"], "needs rollout.ahead of at least 1"),
 }
 

@@ -27,7 +27,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 
 OVERLAPPED = ["optimizer.overlap_grad_reduce=true", "optimizer.use_distributed_optimizer=true"]
-STREAM = ["rollout.overlap=stream", "rollout.wave_microbatches=2"]
+STREAM = ["rollout.overlap=stream", "rollout.partial_batch_microbatches=2"]
 
 
 @pytest.mark.parametrize(
@@ -49,8 +49,8 @@ def test_a_streamed_run_takes_the_steps_of_one_that_waits_for_all_responses(
     train(ranks, on(fakes, data, tmp_path / "turns", *layout), world_size)
     train(ranks, on(fakes, data, tmp_path / "stream", *layout, *STREAM), world_size)
     assert_same_steps(tmp_path / "turns", tmp_path / "stream")
-    waves = [line["rollout/waves"] for line in metrics_of(tmp_path / "stream")]
-    assert max(waves) > 1, "fast responses are trained on before slow ones come"
+    partial_batches = [line["rollout/partial_batches"] for line in metrics_of(tmp_path / "stream")]
+    assert max(partial_batches) > 1, "fast responses are trained on before slow ones come"
     shares = [line["overlap/share"] for line in metrics_of(tmp_path / "stream")]
     assert 0 < max(shares) < 1
     assert all(line["overlap/share"] < 0.1 for line in metrics_of(tmp_path / "turns"))
@@ -69,7 +69,7 @@ def test_rewards_and_recorded_responses_are_those_of_whole_groups(ranks, fakes, 
             assert streamed[key] == pytest.approx(replayed[key], rel=1e-5, abs=1e-7), key
 
 
-def test_an_engine_that_fails_between_waves_loses_nothing(ranks, fakes, data, tmp_path):
+def test_an_engine_that_fails_between_partial_batches_loses_nothing(ranks, fakes, data, tmp_path):
     """Step 2 fails after its first responses; the run that goes on redoes it and counts no response twice."""
     alone = fakes[:1]
     train(ranks, on(alone, data, tmp_path / "whole", *STREAM))
@@ -83,7 +83,7 @@ def test_an_engine_that_fails_between_waves_loses_nothing(ranks, fakes, data, tm
     assert_same_steps(tmp_path / "whole", tmp_path / "broken")
 
 
-def asked_to_stop_in_the_first_wave(arguments: list[str]) -> int:
+def asked_to_stop_in_the_first_partial_batch(arguments: list[str]) -> int:
     """Send this process a signal in the second step, when its slow responses are still being generated."""
     from megatron_selfdistill.trainer import Trainer
 
@@ -97,9 +97,9 @@ def asked_to_stop_in_the_first_wave(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, Trainer, "pack", pack_and_signal)
 
 
-def test_a_signal_between_waves_lets_the_step_finish(ranks, fakes, data, tmp_path):
+def test_a_signal_between_partial_batches_lets_the_step_finish(ranks, fakes, data, tmp_path):
     arguments = on(fakes, data, tmp_path / "stopped", *STREAM, "checkpoint.save_every=0")
-    train(ranks, arguments, start=asked_to_stop_in_the_first_wave)
+    train(ranks, arguments, start=asked_to_stop_in_the_first_partial_batch)
     assert saved_step(tmp_path / "stopped") == 2 and (tmp_path / "stopped" / "stopped").exists()
     train(ranks, arguments)
     train(ranks, on(fakes, data, tmp_path / "whole", *STREAM))
@@ -114,7 +114,10 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a mean over responses": (["loss.normalize=sequences"], "divides by the number of responses or problems"),
     "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
-    "a size without waves": (["rollout.overlap=none"], "rollout.wave_microbatches is the size of a wave"),
+    "a size without partial batches": (
+        ["rollout.overlap=none"],
+        "rollout.partial_batch_microbatches is the size of a partial batch",
+    ),
 }
 
 

@@ -36,7 +36,7 @@ from megatron_selfdistill.model.layers import SegmentBatches, segments_by_length
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import microbatch_multiple
 from megatron_selfdistill.pipeline.schedule import Reference
-from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement, Wave
+from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput, TokenMeasurement
 from megatron_selfdistill.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -78,11 +78,11 @@ class Case:
     fusion: Fusion | None = None
     two_terms: bool = False
     """Whether the tokens have the coefficients of `GivenCoefficients`."""
-    waves: int = 1
+    partial_batches: int = 1
     """Number of calls of the schedule, each with a part of the contexts, whose gradients add up to those of the step.
     """
-    replays_waves: bool = False
-    """Whether the microbatches of all waves run in one call."""
+    replays_partial_batches: bool = False
+    """Whether the microbatches of all partial batches run in one call."""
     mutation: str | None = None
 
 
@@ -127,16 +127,18 @@ def contexts_of(case: Case) -> list[ContextPair]:
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
     """Return this replica's share of the contexts, with as many microbatches as on other replicas and an empty one."""
     mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
-    return packed_wave(case, grid, mine, mine)
+    return packed_partial_batch(case, grid, mine, mine)
 
 
-def contexts_of_waves(case: Case, grid: RankGrid) -> list[list[ContextPair]]:
-    """Return this replica's contexts wave by wave; where there are few, a replica has none in the last wave."""
+def contexts_of_partial_batches(case: Case, grid: RankGrid) -> list[list[ContextPair]]:
+    """Return this replica's contexts in each partial batch; where there are few, a replica has none in the last."""
     mine = contexts_of(case)[grid.dp_rank :: grid.dp_size]
-    return [mine[wave :: case.waves] for wave in range(case.waves)]
+    return [mine[partial_batch :: case.partial_batches] for partial_batch in range(case.partial_batches)]
 
 
-def packed_wave(case: Case, grid: RankGrid, everything: list[ContextPair], mine: list[ContextPair]) -> PackedBatch:
+def packed_partial_batch(
+    case: Case, grid: RankGrid, everything: list[ContextPair], mine: list[ContextPair]
+) -> PackedBatch:
     """Return the contexts ``mine``, in microbatches of the length that ``everything`` needs."""
     arguments: dict[str, Any] = {
         "max_tokens": case.max_tokens,
@@ -155,25 +157,27 @@ def packed_wave(case: Case, grid: RankGrid, everything: list[ContextPair], mine:
     return pad_to_count(batch, *counts)
 
 
-def run_waves(case: Case, grid: RankGrid, call: Callable[..., StepOutput]) -> StepOutput:
-    """Run the waves of a step, or replay their microbatches in one call, and return the results of the step.
+def run_partial_batches(case: Case, grid: RankGrid, call: Callable[..., StepOutput]) -> StepOutput:
+    """Run the partial batches of a step, or replay their microbatches in one call, and return the results of the step.
 
-    ``call``: runs a batch of contexts through the schedule, with its place among the waves.
+    ``call``: runs a batch of contexts through the schedule, with its place among the partial batches.
     """
-    waves = contexts_of_waves(case, grid)
-    everything = [context for wave in waves for context in wave]
-    packs = [packed_wave(case, grid, everything, wave) for wave in waves]
-    if case.replays_waves:
-        first = call(packs[0], waves[0], wave=Wave(is_last=False), forward_only=True).accumulated
+    partial_batches = contexts_of_partial_batches(case, grid)
+    everything = [context for partial_batch in partial_batches for context in partial_batch]
+    packs = [packed_partial_batch(case, grid, everything, partial_batch) for partial_batch in partial_batches]
+    if case.replays_partial_batches:
+        first = call(
+            packs[0], partial_batches[0], partial_batch=PartialBatch(is_last=False), forward_only=True
+        ).accumulated
         assert first is not None
         whole = one_batch(packs)
         num_tokens = call(whole, everything, forward_only=True).num_response_tokens
         nothing_yet = dataclasses.replace(first, num_response_tokens=0, divisor=num_tokens)
-        return call(whole, everything, wave=Wave(nothing_yet))
+        return call(whole, everything, partial_batch=PartialBatch(nothing_yet))
     outputs: list[StepOutput] = []
-    for i, (batch, own) in enumerate(zip(packs, waves, strict=True)):
+    for i, (batch, own) in enumerate(zip(packs, partial_batches, strict=True)):
         earlier = outputs[-1].accumulated if outputs else None
-        outputs.append(call(batch, own, wave=Wave(earlier, share=0.4, is_last=i == len(packs) - 1)))
+        outputs.append(call(batch, own, partial_batch=PartialBatch(earlier, share=0.4, is_last=i == len(packs) - 1)))
     return StepOutput.joined(outputs, [len(batch.response_tokens) for batch in packs])
 
 
@@ -248,7 +252,7 @@ def run(case: Case) -> Outcome:
                     **options,
                 )
 
-            output = call(batch, mine) if case.waves == 1 else run_waves(case, grid, call)
+            output = call(batch, mine) if case.partial_batches == 1 else run_partial_batches(case, grid, call)
             if outcome is None:
                 outcome = first_step(student, optimizer, output, batch, grid)
             if case.steps:
@@ -441,9 +445,9 @@ def mutated(name: str | None, grid: RankGrid) -> Iterator[None]:
                 self.loss_scale *= grid.cp_size if name == "gradient x CP" else count
 
             patch.setattr(schedule._Step, "__init__", scaled)
-        elif name == "earlier waves not scaled":
+        elif name == "earlier partial batches not scaled":
             patch.setattr(DistributedDataParallel, "scale_gradients", lambda self, factor: None)
-        elif name == "waves reduced twice":
+        elif name == "partial batches reduced twice":
             patch.setattr(token_losses, "_finalise_nothing", finalize_model_grads)
         elif name == "gradient of the output norm not summed":
             patch.setattr(gated_delta_net, "copy_to_tensor_model_parallel_region", lambda weight, group: weight)

@@ -130,13 +130,13 @@ def _print(found: dict[str, list[dict[str, float]]]) -> None:
     def median(way: str, key: str) -> float:
         return statistics.median(step.get(key, 0.0) for step in found[way])
 
-    print("| way | step | generation | training | trainer waited | servers waited | waves | overlap/share | age |")
+    print("| way | step | generation | training | trainer waited | servers waited | parts | overlap/share | age |")
     print("|---|---|---|---|---|---|---|---|---|")
     keys = "seconds/step rollout/generation_seconds seconds/train rollout/waited_seconds rollout/servers_waited_seconds"
     for way in found:
         times = " | ".join(f"{median(way, key):.2f} s" for key in keys.split())
-        waves, share, age = (median(way, key) for key in ("rollout/waves", "overlap/share", _AGE))
-        print(f"| {way} | {times} | {waves:.0f} | {share:.2f} | {age:.2f} |")
+        parts, share, age = (median(way, key) for key in ("rollout/partial_batches", "overlap/share", _AGE))
+        print(f"| {way} | {times} | {parts:.0f} | {share:.2f} | {age:.2f} |")
     turns = median("turns", "seconds/step")
     longer = max(median("turns", "rollout/generation_seconds"), median("turns", "seconds/train"))
     print("\n| way | step / turns | step / max(generation, training) |\n|---|---|---|")

@@ -28,8 +28,8 @@ def check_overlap(
     """
     streams = rollout.overlap == "stream"
     require(
-        streams or rollout.wave_microbatches is None,
-        "rollout.wave_microbatches is the size of a wave: it needs rollout.overlap=stream, or null",
+        streams or rollout.partial_batch_microbatches is None,
+        "rollout.partial_batch_microbatches is the size of a partial batch: it needs rollout.overlap=stream, or null",
     )
     require(
         rollout.ahead > 0 or rollout.at_update == "wait",

@@ -84,7 +84,7 @@ class RolloutConfig:
     """The way in which generation and training share the time of a step: none (the step trains once it has all
     responses) or stream (the step trains on finished responses while servers generate the others, with the same weights
     and the same gradient; needs placement=server)."""
-    wave_microbatches: PositiveInt | None = None
+    partial_batch_microbatches: PositiveInt | None = None
     """Number of full student microbatches per replica from which finished responses are trained on under
     overlap=stream, while others are missing; null is the number of pipeline stages."""
     ahead: NonNegativeInt = 0

@@ -149,7 +149,7 @@ def _overlap(plan: Plan, time: StepTime) -> list[str]:
     There is none for a run in which both must take turns.
     """
     streams = _is_possible(plan.config, overlap="stream", ahead=0, at_update="wait")
-    goes_ahead = _is_possible(plan.config, overlap="none", wave_microbatches=None, ahead=1, max_staleness=1)
+    goes_ahead = _is_possible(plan.config, overlap="none", partial_batch_microbatches=None, ahead=1, max_staleness=1)
     if not (streams or goes_ahead):
         return []
     generation, training = time.turns
@@ -157,13 +157,13 @@ def _overlap(plan: Plan, time: StepTime) -> list[str]:
     ways = [f"{turns:.0f} s in turns"]
     choice = "rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old will do"
     if streams:
-        in_wave = plan.config.rollout.wave_microbatches or plan.config.parallel.pipeline_model_parallel_size
-        last = training * min(1.0, in_wave / max(plan.num_microbatches[0], 1))
-        ways.append(f"{longer + last:.0f} s with rollout.overlap=stream (the longer of both, and a last wave)")
+        in_batch = plan.config.rollout.partial_batch_microbatches or plan.config.parallel.pipeline_model_parallel_size
+        last = training * min(1.0, in_batch / max(plan.num_microbatches[0], 1))
+        ways.append(f"{longer + last:.0f} s with rollout.overlap=stream (the longer of both, and a last partial batch)")
         if longer + last < turns:
             choice = (
                 "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both "
-                f"take longer than its last wave of {last:.0f} s"
+                f"take longer than its last partial batch of {last:.0f} s"
             )
     if goes_ahead:
         ways.append(f"{longer:.0f} s with rollout.ahead=1")

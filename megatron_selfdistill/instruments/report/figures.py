@@ -406,7 +406,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             },
             "seconds",
             "One of both waits is short: the slower side is never idle.",
-            "Both wait: set rollout.overlap=stream, or smaller rollout.wave_microbatches.",
+            "Both wait: set rollout.overlap=stream, or smaller rollout.partial_batch_microbatches.",
             all_of(
                 *(
                     above_other(key, "seconds/step", ratio=0.25)

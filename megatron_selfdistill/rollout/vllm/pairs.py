@@ -104,18 +104,18 @@ async def guided_responses(
     adapted = {"anchor": anchor not in bare_roles, "teacher": "teacher" not in bare_roles}
     pairs = [_Pair(request, adapted) for request in requests]
     counts.primed_tokens += await _prime(engine, pairs, limits)
-    todo, wave, attempts = pairs, len(pairs), 0
+    todo, size, attempts = pairs, len(pairs), 0
     while todo:
-        batch, later = todo[:wave], todo[wave:]
+        batch, later = todo[:size], todo[size:]
         num_new = await _run_round(engine, batch, params, counts)
         beat()
         unfinished = [pair for pair in batch if pair.finish_reason is None]
         todo = unfinished + later
         if num_new:
-            wave, attempts = 2 * wave, 0
+            size, attempts = 2 * size, 0
             continue
         # This round gave no token: fewer pairs leave each other more room.
-        attempts = attempts + 1 if wave == 1 else 0
+        attempts = attempts + 1 if size == 1 else 0
         if attempts == _LONE_ATTEMPTS:
             lengths = (len(unfinished[0].request.prompt), len(unfinished[0].request.teacher_prompt or ()))
             raise EngineError(
@@ -123,7 +123,7 @@ async def guided_responses(
                 "in which it was sent alone: the engine's KV cache must hold both halves; raise rollout.kv_cache_gb or "
                 "lower rollout.max_new_tokens"
             )
-        wave = max(1, min(wave, len(batch)) // 2)
+        size = max(1, min(size, len(batch)) // 2)
     if params.target.is_anchored:
         await _read_by_student(engine, pairs)
     return [pair.response() for pair in pairs]

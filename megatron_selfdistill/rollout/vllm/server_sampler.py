@@ -38,7 +38,13 @@ from megatron_selfdistill.rollout.base import (
     ignore_progress,
     request_key,
 )
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedWave, BusyTime, WaveRule, next_wave
+from megatron_selfdistill.rollout.streaming import (
+    NO_RESPONSES,
+    ArrivedBatch,
+    BusyTime,
+    PartialBatchRule,
+    next_partial_batch,
+)
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
@@ -196,21 +202,21 @@ class ServerSampler:
             self._under_way.append(batch)
         return Ticket(gathered, batch)
 
-    def stream(self, ticket: Ticket, rule: WaveRule) -> Iterator[ArrivedWave]:
-        """Yield the responses to the requests of ``ticket`` in waves, while the servers generate others.
+    def stream(self, ticket: Ticket, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
+        """Yield the responses to the requests of ``ticket`` in partial batches, while the servers generate others.
 
         See `StreamingSampler`.  Responses travel between the ranks on the caller's thread.  Collective over the world.
         Raises: as `generate`.
         """
-        for wave in self._waves(ticket, rule):
-            self._count("waves", 1)
-            yield wave
+        for partial_batch in self._partial_batches(ticket, rule):
+            self._count("partial_batches", 1)
+            yield partial_batch
 
     def collect(self, ticket: Ticket) -> list[Response]:
         """Return the responses to the requests of ``ticket``, in order; see `generate`.  Collective over the world."""
-        all_of_a_replica = WaveRule(group_size=sys.maxsize, min_tokens=1)
-        [wave] = self._waves(ticket, all_of_a_replica)
-        return [wave.responses[i] for i in range(ticket.gathered.num_own)]
+        all_of_a_replica = PartialBatchRule(group_size=sys.maxsize, min_tokens=1)
+        [partial_batch] = self._partial_batches(ticket, all_of_a_replica)
+        return [partial_batch.responses[i] for i in range(ticket.gathered.num_own)]
 
     def settle(self) -> None:
         """Return once all responses under way are finished.  Collective over the world; raises as `generate`."""
@@ -236,7 +242,7 @@ class ServerSampler:
         """Return rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, and others.
 
         The others are rollout/generation_seconds (in which servers worked on requests), rollout/waited_seconds (in
-        which the trainer waited for responses), rollout/waves where responses stream, rollout/servers_alive,
+        which the trainer waited for responses), rollout/partial_batches where responses stream, rollout/servers_alive,
         rollout/requests_retried, and rollout/guided_repairs where guided.
         """
         self._metrics["rollout/servers_alive"] = self._pool.num_alive
@@ -322,23 +328,23 @@ class ServerSampler:
             raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
         return self._version
 
-    def _waves(self, ticket: Ticket, rule: WaveRule) -> Iterator[ArrivedWave]:
+    def _partial_batches(self, ticket: Ticket, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
         gathered, batch = ticket.gathered, ticket.batch
         waiting = set(range(gathered.num_own))
         returned: set[int] = set()  # of all replicas, on rank 0
 
         def chosen(finished: Mapping[int, Response]) -> list[int] | None:
             self._progress(len(finished), len(gathered.requests), "")
-            return next_wave(gathered.requests, list(gathered.replicas.values()), finished, returned, rule)
+            return next_partial_batch(gathered.requests, list(gathered.replicas.values()), finished, returned, rule)
 
         def take() -> dict[int, Response]:
             assert batch is not None
             with self._waiting_time:
-                wave = batch.arrivals.wait_for(chosen)
-                returned.update(wave)
+                partial_batch = batch.arrivals.wait_for(chosen)
+                returned.update(partial_batch)
                 if len(returned) == len(gathered.requests):
                     self._finish_batch(batch)
-            return batch.arrivals.of(wave)
+            return batch.arrivals.of(partial_batch)
 
         is_last = False
         while not is_last:
@@ -348,7 +354,7 @@ class ServerSampler:
             )
             own = return_responses(gathered.by_replica(generated), [0], self._grid, waiting, is_last=is_last)
             waiting.difference_update(own)
-            yield ArrivedWave(own, share, is_last)
+            yield ArrivedBatch(own, share, is_last)
 
     def _finish_batch(self, batch: ServerBatch) -> None:
         """Wait for all responses of ``batch`` and, the first time, count what has happened on the way."""

@@ -102,7 +102,9 @@ def old_keys() -> dict[str, Any]:
     """Return every key of version 0.1 that the present version does not have -> its default."""
     sections = {name: STORED["defaults"][name] for name in MOVED_SECTIONS}
     found = {f"{section}.{name}": value for section, values in sections.items() for name, value in values.items()}
-    found |= {f"rollout.{name}": STORED["defaults"]["rollout"][name] for name in ("view", "select")}
+    found |= {
+        f"rollout.{name}": STORED["defaults"]["rollout"][name] for name in ("view", "select", "wave_microbatches")
+    }
     found |= {
         f"conversations.{name}": STORED["defaults"]["conversations"][name] for name in ("min_log_prob", "unlikely")
     }
@@ -133,7 +135,9 @@ def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
 def test_an_old_key_is_one_sentence_that_names_the_new_one(key):
     expected = moved_key(key)
     assert expected is not None
-    assert expected.startswith((f"{key} is now method.", f"{key} is now environment.options."))
+    assert expected.startswith(
+        tuple(f"{key} is now {place}." for place in ("method", "environment.options", "rollout"))
+    )
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         load([f"{key}=1"])
 

@@ -58,17 +58,17 @@ def rounded(response: Response) -> Response:
 
 
 def answer_by_rank_0(requests: list[Request], grid: Any, fault: str) -> tuple[list[Request], dict[int, Response]]:
-    """Return the requests that rank 0 gets, and the responses of this replica, in two waves."""
+    """Return the requests that rank 0 gets, and the responses of this replica, in two partial batches."""
     gathered = gather_requests(requests, grid)
     responses = {i: response_to(request) for i, request in enumerate(gathered.requests)}
-    waves = [{i: r for i, r in responses.items() if i % 2 == odd} for odd in (0, 1)]
+    partial_batches = [{i: r for i, r in responses.items() if i % 2 == odd} for odd in (0, 1)]
     if fault == "missing" and grid.rank == 0:
-        del waves[1][1]
+        del partial_batches[1][1]
     if fault == "twice" and grid.rank == 0:
-        waves[1] |= waves[0]
+        partial_batches[1] |= partial_batches[0]
     waiting, found = set(range(len(requests))), {}
-    for wave, is_last in zip(waves, (False, True), strict=True):
-        own = return_responses(gathered.by_replica(wave), [0], grid, waiting, is_last=is_last)
+    for partial_batch, is_last in zip(partial_batches, (False, True), strict=True):
+        own = return_responses(gathered.by_replica(partial_batch), [0], grid, waiting, is_last=is_last)
         assert not set(own) & set(found)
         waiting -= set(own)
         found |= own

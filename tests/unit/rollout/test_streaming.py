@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Finished responses become waves of whole groups, while servers generate the others."""
+"""Finished responses become partial batches of whole groups, while servers generate the others."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request, Response
-from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime, WaveRule, next_wave
+from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime, PartialBatchRule, next_partial_batch
 
 TIMEOUT = 120.0
 
@@ -31,25 +31,25 @@ def responses_to(indices: Any, length: int = 3) -> dict[int, Response]:
     return {i: Response.unsampled([i] * length) for i in indices}
 
 
-def test_a_wave_has_whole_groups_and_each_response_once():
-    rule, requests = WaveRule(group_size=2, min_tokens=1), requests_of(6)
-    assert next_wave(requests, [range(6)], responses_to([0, 2, 5]), set(), rule) is None
-    assert next_wave(requests, [range(6)], responses_to([0, 1, 2, 5]), set(), rule) == [0, 1]
-    assert next_wave(requests, [range(6)], responses_to([0, 1, 2, 5]), {0, 1}, rule) is None
-    assert next_wave(requests, [range(6)], responses_to(range(6)), {0, 1}, rule) == [2, 3, 4, 5]
+def test_a_partial_batch_has_whole_groups_and_each_response_once():
+    rule, requests = PartialBatchRule(group_size=2, min_tokens=1), requests_of(6)
+    assert next_partial_batch(requests, [range(6)], responses_to([0, 2, 5]), set(), rule) is None
+    assert next_partial_batch(requests, [range(6)], responses_to([0, 1, 2, 5]), set(), rule) == [0, 1]
+    assert next_partial_batch(requests, [range(6)], responses_to([0, 1, 2, 5]), {0, 1}, rule) is None
+    assert next_partial_batch(requests, [range(6)], responses_to(range(6)), {0, 1}, rule) == [2, 3, 4, 5]
 
 
-def test_a_wave_waits_until_each_replica_that_still_waits_has_enough_tokens():
+def test_a_partial_batch_waits_until_each_replica_that_still_waits_has_enough_tokens():
     requests, replicas = requests_of(8), [range(4), range(4, 8)]
-    rule = WaveRule(group_size=1, min_tokens=10)  # two responses of 2 + 3 tokens
-    assert next_wave(requests, replicas, responses_to([0, 1, 4]), set(), rule) is None
-    assert next_wave(requests, replicas, responses_to([0, 1, 4, 5]), set(), rule) == [0, 1, 4, 5]
+    rule = PartialBatchRule(group_size=1, min_tokens=10)  # two responses of 2 + 3 tokens
+    assert next_partial_batch(requests, replicas, responses_to([0, 1, 4]), set(), rule) is None
+    assert next_partial_batch(requests, replicas, responses_to([0, 1, 4, 5]), set(), rule) == [0, 1, 4, 5]
     # The first replica has all its responses, however few are new.
     finished = responses_to([0, 1, 2, 3, 4, 5])
-    assert next_wave(requests, replicas, finished, {0, 1, 2}, rule) == [3, 4, 5]
-    # The last wave has what is left.
-    assert next_wave(requests, replicas, responses_to(range(8)), set(range(7)), rule) == [7]
-    assert next_wave([], [], {}, set(), rule) == []
+    assert next_partial_batch(requests, replicas, finished, {0, 1, 2}, rule) == [3, 4, 5]
+    # The last partial batch has what is left.
+    assert next_partial_batch(requests, replicas, responses_to(range(8)), set(range(7)), rule) == [7]
+    assert next_partial_batch([], [], {}, set(), rule) == []
 
 
 @given(st.data())
@@ -59,12 +59,14 @@ def test_all_responses_come_once_whatever_order_they_arrive_in(data):
     ends = [group_size * sum(groups[: i + 1]) for i in range(len(groups))]
     replicas = [range(end - group_size * count, end) for end, count in zip(ends, groups, strict=True)]
     order = data.draw(st.permutations(range(ends[-1])))
-    rule = WaveRule(group_size, data.draw(st.integers(0, 40)))
+    rule = PartialBatchRule(group_size, data.draw(st.integers(0, 40)))
     returned: list[int] = []
     for count in range(len(order) + 1):
-        wave = next_wave(requests_of(ends[-1]), replicas, responses_to(order[:count]), set(returned), rule)
-        if wave is not None:
-            returned += wave
+        partial_batch = next_partial_batch(
+            requests_of(ends[-1]), replicas, responses_to(order[:count]), set(returned), rule
+        )
+        if partial_batch is not None:
+            returned += partial_batch
     assert sorted(returned) == list(range(ends[-1])) == sorted(set(returned))
 
 
@@ -96,7 +98,7 @@ def test_arrivals_wait_for_enough_and_count_the_time_on_both_sides():
     assert arrivals.of([1])[1].token_ids == [1, 1, 1]
 
 
-def test_an_error_of_the_work_is_raised_where_a_wave_is_wanted():
+def test_an_error_of_the_work_is_raised_where_a_partial_batch_is_wanted():
     def work(arrived: Any) -> None:
         arrived(responses_to([0]))
         raise EngineError("the last server is gone")
@@ -132,10 +134,10 @@ def held(addresses: list[str], groups: list[int], grid: Any) -> Iterator[Any]:
 
 
 def streamed(addresses: list[str], layout: dict[str, int], fault: dict[str, Any]) -> Any:
-    """Stream 6 groups, of which the servers hold back two until the first wave has come.
+    """Stream 6 groups, of which the servers hold back two until the first partial batch has come.
 
-    Return the tokens of this replica by request, the shares of the waves, the metrics, and whether a second step
-    without waves gives the same tokens; or the message of an error.
+    Return the tokens of this replica by request, the shares of the partial batches, the metrics, and whether a second
+    step without partial batches gives the same tokens; or the message of an error.
     """
     with sampler(addresses, layout) as (built, grid):
         requests = own_requests(grid, 6)
@@ -143,10 +145,12 @@ def streamed(addresses: list[str], layout: dict[str, int], fault: dict[str, Any]
         with held(addresses, [2, 5], grid) as release:
             found, shares = {}, []
             try:
-                for wave in built.stream(built.start(requests, GREEDY, 0), WaveRule(group_size=2, min_tokens=1)):
-                    assert not set(found) & set(wave.responses)
-                    found |= {i: response.token_ids for i, response in wave.responses.items()}
-                    shares.append((wave.share, wave.is_last))
+                for partial_batch in built.stream(
+                    built.start(requests, GREEDY, 0), PartialBatchRule(group_size=2, min_tokens=1)
+                ):
+                    assert not set(found) & set(partial_batch.responses)
+                    found |= {i: response.token_ids for i, response in partial_batch.responses.items()}
+                    shares.append((partial_batch.share, partial_batch.is_last))
                     if len(shares) == 1 and fault and grid.rank == 0:
                         tell(addresses[0], **fault)
                     release()
@@ -163,21 +167,23 @@ def streamed(addresses: list[str], layout: dict[str, int], fault: dict[str, Any]
     [pytest.param({}, 1, marks=pytest.mark.full), ({}, 2), pytest.param({"tp": 2, "pp": 2}, 4, marks=pytest.mark.full)],
     ids=["one rank", "DP2", "TP2xPP2"],
 )
-def test_waves_come_while_servers_generate_and_have_the_responses_of_a_whole_batch(ranks, fakes, layout, world_size):
+def test_partial_batches_come_while_servers_generate_and_have_the_responses_of_a_whole_batch(
+    ranks, fakes, layout, world_size
+):
     addresses = [fake.address for fake in fakes]
     per_rank = ranks.run(streamed, addresses, layout, {}, world_size=world_size, timeout=TIMEOUT)
-    assert len({str(shares) for _, shares, _, _ in per_rank}) == 1, "all ranks take the same waves"
+    assert len({str(shares) for _, shares, _, _ in per_rank}) == 1, "all ranks take the same partial batches"
     for rank, (tokens, shares, metrics, again) in enumerate(per_rank):
         groups = range(6)[rank % 2 :: 2] if layout == {} and world_size == 2 else range(6)
         assert tokens == again == [tokens_behind([group, i], 4) for group in groups for i in range(2)]
         assert len(shares) >= 2 and shares[-1] == (1.0, True) and all(not last for _, last in shares[:-1])
         assert [share for share, _ in shares] == sorted(share for share, _ in shares)
         assert shares[0][0] <= 8 / 12, "two groups are held back"
-        assert metrics["rollout/waves"] == len(shares)
+        assert metrics["rollout/partial_batches"] == len(shares)
         assert 0 <= metrics["rollout/waited_seconds"] <= metrics["rollout/generation_seconds"]
 
 
-def test_a_server_that_dies_between_waves_loses_and_repeats_no_response(ranks, fakes):
+def test_a_server_that_dies_between_partial_batches_loses_and_repeats_no_response(ranks, fakes):
     fakes[0].seconds = 0.05
     [(tokens, shares, metrics, _)] = ranks.run(
         streamed, [fake.address for fake in fakes], {}, {"dead": True}, world_size=1, timeout=TIMEOUT
@@ -186,24 +192,24 @@ def test_a_server_that_dies_between_waves_loses_and_repeats_no_response(ranks, f
     assert shares[-1] == (1.0, True) and metrics["rollout/servers_alive"] == 1
 
 
-def test_the_death_of_all_servers_between_waves_is_one_message_on_every_rank(ranks, fakes):
+def test_the_death_of_all_servers_between_partial_batches_is_one_message_on_every_rank(ranks, fakes):
     messages = ranks.run(streamed, [fakes[0].address], {}, {"dead": True}, world_size=2, timeout=TIMEOUT)
     assert len(set(messages)) == 1 and "no vLLM server is left" in messages[0]
 
 
 def abandoned(addresses: list[str]) -> float:
-    """Take the first wave and no other, then close the sampler; return the seconds that this takes."""
+    """Take the first partial batch and no other, then close the sampler; return the seconds that this takes."""
     with sampler(addresses, {}) as (built, grid):
         built.update_weights(0)
         with held(addresses, [2, 5], grid):
             ticket = built.start(own_requests(grid, 6), GREEDY, 0)
-            next(built.stream(ticket, WaveRule(group_size=2, min_tokens=1)))
+            next(built.stream(ticket, PartialBatchRule(group_size=2, min_tokens=1)))
             began = time.monotonic()
             built.close()
             return time.monotonic() - began
 
 
 @pytest.mark.timing
-def test_a_sampler_can_be_closed_between_waves(ranks, fakes):
+def test_a_sampler_can_be_closed_between_partial_batches(ranks, fakes):
     [seconds] = ranks.run(abandoned, [fake.address for fake in fakes], world_size=1, timeout=TIMEOUT)
     assert seconds < 30

@@ -119,25 +119,25 @@ def overlap_line(*overrides: str) -> str | None:
 
 
 def test_a_plan_with_servers_names_the_way_to_choose_all_times_and_the_break_even():
-    """64 sequences on 8 servers; a last wave is one of 16 microbatches or more."""
+    """64 sequences on 8 servers; a last partial batch is one of 16 microbatches or more."""
     plan = dry_run(load(SERVERS))
     generation, training = plan.time.turns
     last = training / plan.num_microbatches[0]
     assert overlap_line() == (
         f"by the same arithmetic a step takes {generation + training:.0f} s in turns, {generation + last:.0f} s with "
-        f"rollout.overlap=stream (the longer of both, and a last wave), {generation:.0f} s with rollout.ahead=1: "
-        "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both take "
-        f"longer than its last wave of {last:.0f} s"
+        f"rollout.overlap=stream (the longer of both, and a last partial batch), {generation:.0f} s with "
+        "rollout.ahead=1: choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and "
+        f"training both take longer than its last partial batch of {last:.0f} s"
     )
 
 
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("rollout.overlap=stream", "rollout.wave_microbatches=10000"),
+        ("rollout.overlap=stream", "rollout.partial_batch_microbatches=10000"),
         ("method.name=uni_opd", "rollout.num_samples=2"),
     ],
-    ids=["a wave as long as the step", "a selection"],
+    ids=["a partial batch as long as the step", "a selection"],
 )
 def test_where_streams_gain_nothing_or_are_not_possible_the_plan_names_the_step_ahead(overrides):
     line = overlap_line(*overrides)

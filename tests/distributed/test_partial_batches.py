@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A step in waves has the gradients of the same microbatches in one call of the schedule."""
+"""A step in partial batches has the gradients of the same microbatches in one call of the schedule."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
-from megatron_selfdistill.pipeline.token_losses import Accumulated, Wave
+from megatron_selfdistill.pipeline.token_losses import Accumulated, PartialBatch
 
-WAVES = 3
+NUM_PARTIAL_BATCHES = 3
 ADAM = OptimizerConfig(
     optimizer="adam", precision="fp32", lr=1e-3, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=False
 )
@@ -41,24 +41,24 @@ def outcomes(ranks):
     return Outcomes(ranks)
 
 
-def in_waves(case: Case) -> tuple[Case, Case]:
-    """Return the case in waves, and with the microbatches of all waves in one call."""
-    streamed = dataclasses.replace(case, waves=WAVES)
-    return streamed, dataclasses.replace(streamed, replays_waves=True)
+def in_partial_batches(case: Case) -> tuple[Case, Case]:
+    """Return the case in partial batches, and with the microbatches of all partial batches in one call."""
+    streamed = dataclasses.replace(case, partial_batches=NUM_PARTIAL_BATCHES)
+    return streamed, dataclasses.replace(streamed, replays_partial_batches=True)
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2 tied", "PP2xVPP2", "DP2", "EP2"]}, strength=1)
-def test_waves_have_the_gradients_of_one_call(outcomes, name, record_property):
+def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_property):
     """With a balancing loss of the router, whose weight no microbatch may change."""
     case, world_size = case_of(name, model_changes={"moe_aux_loss_coeff": 0.05} if "moe" in LAYOUTS[name] else {})
-    streamed, replayed = outcomes.of(in_waves(case), world_size)
+    streamed, replayed = outcomes.of(in_partial_batches(case), world_size)
     record_property("worst relative difference", compare(streamed, replayed))
 
 
 @combinations(name=["PP2xVPP2", "CP2xPP2", "DP2"], quick={"name": ["DP2"]}, strength=1)
-def test_waves_have_the_gradients_of_one_rank_that_has_all_responses(outcomes, name):
+def test_partial_batches_have_the_gradients_of_one_rank_that_has_all_responses(outcomes, name):
     case, world_size = case_of(name)
-    compare(outcomes(in_waves(case)[0], world_size), outcomes(reference_of(case)))
+    compare(outcomes(in_partial_batches(case)[0], world_size), outcomes(reference_of(case)))
 
 
 @combinations(
@@ -73,9 +73,9 @@ def test_waves_have_the_gradients_of_one_rank_that_has_all_responses(outcomes, n
     quick={"options": ["alternating", "anchored"]},
     strength=1,
 )
-def test_waves_have_the_gradients_of_one_call_in_every_kind_of_step(outcomes, options):
+def test_partial_batches_have_the_gradients_of_one_call_in_every_kind_of_step(outcomes, options):
     case, world_size = case_of("PP2", **options)
-    compare(*outcomes.of(in_waves(case), world_size))
+    compare(*outcomes.of(in_partial_batches(case), world_size))
 
 
 OVERLAPS: dict[str, dict[str, Any]] = {
@@ -86,48 +86,50 @@ OVERLAPS: dict[str, dict[str, Any]] = {
 
 
 @combinations(cuts={"DP2": parallel(), "DP2xPP2": parallel(pp=2)}, quick={"cuts": ["DP2"]}, strength=1)
-def test_data_parallel_optimizers_take_waves_as_one_call(outcomes, cuts):
-    """The reduction that overlaps with the backward pass begins in the last wave only."""
+def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cuts):
+    """The reduction that overlaps with the backward pass begins in the last partial batch only."""
     case = Case(kind="shallow", parallel=cuts, steps=3, optimizer=ADAM)
     cases = [dataclasses.replace(case, optimizer=dataclasses.replace(ADAM, **changes)) for changes in OVERLAPS.values()]
-    streamed = [in_waves(one)[0] for one in cases]
-    *got, expected = outcomes.of([*streamed, in_waves(case)[1]], 2 * cuts.pipeline_model_parallel_size)
+    streamed = [in_partial_batches(one)[0] for one in cases]
+    *got, expected = outcomes.of([*streamed, in_partial_batches(case)[1]], 2 * cuts.pipeline_model_parallel_size)
     for one in got:
         compare_parameters(one, expected)
 
 
-@pytest.mark.parametrize(("name", "mutation"), [("DP2", "earlier waves not scaled"), ("TP2+SP", "waves reduced twice")])
+@pytest.mark.parametrize(
+    ("name", "mutation"), [("DP2", "earlier partial batches not scaled"), ("TP2+SP", "partial batches reduced twice")]
+)
 def test_the_comparison_catches(outcomes, name, mutation):
     """Twice reduced over data-parallel ranks is the same as once, and over the ranks of SP it is not."""
     case, world_size = case_of(name)
-    streamed, replayed = in_waves(case)
+    streamed, replayed = in_partial_batches(case)
     [per_rank] = outcomes.per_rank([dataclasses.replace(streamed, mutation=mutation)], world_size)
     with pytest.raises(AssertionError, match=r"differs by|approx"):
         compare(joined(per_rank), outcomes(replayed, world_size))
 
 
 @given(st.integers(1, 4000), st.integers(1, 64), st.integers(1, 10**9), st.integers(1, 4000))
-def test_one_wave_weighs_router_losses_as_before(num_microbatches, dp_size, num_tokens, num_weighted):
+def test_one_partial_batch_weighs_router_losses_as_before(num_microbatches, dp_size, num_tokens, num_weighted):
     """Bit for bit: both are the rounded quotient of integers."""
-    whole = Wave().accumulated(num_tokens, num_weighted)
+    whole = PartialBatch().accumulated(num_tokens, num_weighted)
     assert whole == Accumulated(num_tokens, num_tokens, num_tokens, num_weighted)
     factor = num_microbatches * dp_size * whole.first_tokens / (whole.first_microbatches * whole.divisor)
     assert factor == num_microbatches * dp_size / num_weighted
 
 
-def test_the_divisor_is_an_estimate_until_the_last_wave():
-    first = Wave(share=0.25, is_last=False).accumulated(100, 4)
-    second = Wave(first, share=0.5, is_last=False).accumulated(60, 2)
-    last = Wave(second).accumulated(7, 1)
+def test_the_divisor_is_an_estimate_until_the_last_partial_batch():
+    first = PartialBatch(share=0.25, is_last=False).accumulated(100, 4)
+    second = PartialBatch(first, share=0.5, is_last=False).accumulated(60, 2)
+    last = PartialBatch(second).accumulated(7, 1)
     assert first == Accumulated(100, 400, 100, 4) and second == Accumulated(160, 400, 100, 4)
     assert last == Accumulated(167, 167, 100, 4)
 
 
 class Broken(RuntimeError):
-    """The error of a wave."""
+    """The error of a partial batch."""
 
 
-def after_an_error_in_a_wave() -> tuple[bool, bool]:
+def after_an_error_in_a_partial_batch() -> tuple[bool, bool]:
     """Return whether the configuration of the schedule is as before, and whether the next step has the same bits."""
     case, _ = case_of("DP2", optimizer=dataclasses.replace(ADAM, overlap_grad_reduce=True))
     model = models.model_config(case.kind)
@@ -136,8 +138,8 @@ def after_an_error_in_a_wave() -> tuple[bool, bool]:
     config, vocab = unwrapped(student[0]).config, layouts.vocab_shard(student, grid)
     batch = layouts.packed(case, grid)
 
-    def call(loss: Any, wave: Wave | None = None) -> None:
-        schedule.run(student, None, batch, loss, grid, vocab, wave=wave)
+    def call(loss: Any, partial_batch: PartialBatch | None = None) -> None:
+        schedule.run(student, None, batch, loss, grid, vocab, partial_batch=partial_batch)
 
     def gradients() -> list[Any]:
         for chunk in student:
@@ -151,42 +153,42 @@ def after_an_error_in_a_wave() -> tuple[bool, bool]:
     before = config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func
     expected = gradients()
     with pytest.raises(Broken):
-        call(broken, Wave(share=0.5, is_last=False))
+        call(broken, PartialBatch(share=0.5, is_last=False))
     restored = before == (config.no_sync_func, config.grad_sync_func, config.finalize_model_grads_func)
     restored &= all(group.is_last_microbatch for chunk in student for group in chunk.bucket_groups)
     return restored, all(one.equal(other) for one, other in zip(gradients(), expected, strict=True))
 
 
-def test_an_error_in_a_wave_leaves_the_schedule_as_it_was(ranks):
-    assert set(ranks.run(after_an_error_in_a_wave, world_size=2)) == {(True, True)}
+def test_an_error_in_a_partial_batch_leaves_the_schedule_as_it_was(ranks):
+    assert set(ranks.run(after_an_error_in_a_partial_batch, world_size=2)) == {(True, True)}
 
 
-def test_a_wave_without_tokens_ends_a_step_that_has_some_and_is_refused_before(ranks):
-    assert ranks.run(waves_without_tokens, world_size=1) == [(True, True)]
+def test_a_partial_batch_without_tokens_ends_a_step_that_has_some_and_is_refused_before(ranks):
+    assert ranks.run(partial_batches_without_tokens, world_size=1) == [(True, True)]
 
 
-def waves_without_tokens() -> tuple[bool, bool]:
-    """Return whether an empty last wave keeps the gradients of the step, and whether an empty first wave is refused."""
+def partial_batches_without_tokens() -> tuple[bool, bool]:
+    """Return whether an empty last partial batch keeps the step's gradients, and whether an empty first is refused."""
     case = Case(kind="shallow")
     chunks, grid = models.build(models.model_config(case.kind), ParallelConfig(), optimizer=case.optimizer)
     student = wrap_for_training(chunks, case.optimizer)
     vocab, batch = layouts.vocab_shard(student, grid), layouts.packed(case, grid)
-    empty = layouts.packed_wave(case, grid, layouts.contexts(), [])
+    empty = layouts.packed_partial_batch(case, grid, layouts.contexts(), [])
 
-    def call(some: Any, wave: Wave) -> Any:
-        return schedule.run(student, None, some, token_losses.next_token, grid, vocab, wave=wave)
+    def call(some: Any, partial_batch: PartialBatch) -> Any:
+        return schedule.run(student, None, some, token_losses.next_token, grid, vocab, partial_batch=partial_batch)
 
     def gradients() -> list[Any]:
         return [parameter.main_grad.clone() for parameter in student[0].parameters()]
 
-    call(batch, Wave())
+    call(batch, PartialBatch())
     expected = gradients()
     student[0].zero_grad_buffer()
-    first = call(batch, Wave(share=1.0, is_last=False))
-    call(empty, Wave(first.accumulated))
+    first = call(batch, PartialBatch(share=1.0, is_last=False))
+    call(empty, PartialBatch(first.accumulated))
     kept = all(one.equal(other) for one, other in zip(gradients(), expected, strict=True))
     try:
-        call(empty, Wave(share=0.5, is_last=False))
+        call(empty, PartialBatch(share=0.5, is_last=False))
     except schedule.NoResponseTokens:
         return kept, True
     return kept, False
@@ -234,8 +236,8 @@ def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
     return block
 
 
-def waves_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list[list[bool]], float]:
-    """Return the marks of a layer's microbatches by call, and the error of the gradients of three waves.
+def partial_batches_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list[list[bool]], float]:
+    """Return the marks of a layer's microbatches by call, and the error of the gradients of three partial batches.
 
     The last call is a step of its own.
     """
@@ -250,9 +252,9 @@ def waves_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list[list[bool
     layers = [layer for chunk in student for layer in chunk.modules() if isinstance(layer, MarkedLinear)]
     marks = []
 
-    def call(wave: Wave) -> Any:
+    def call(partial_batch: PartialBatch) -> Any:
         before = len(layers[0].microbatches)
-        output = schedule.run(student, None, batch, token_losses.next_token, grid, vocab, wave=wave)
+        output = schedule.run(student, None, batch, token_losses.next_token, grid, vocab, partial_batch=partial_batch)
         marks.append(layers[0].microbatches[before:])
         return output.accumulated
 
@@ -262,18 +264,18 @@ def waves_of_layers_that_overwrite(cuts: ParallelConfig) -> tuple[list[list[bool
             chunk.zero_grad_buffer()
         return found
 
-    first = call(Wave(share=0.5, is_last=False))
-    call(Wave(call(Wave(first, share=0.9, is_last=False))))
-    in_waves = gradients()
-    call(Wave())
-    return marks, max(float((a - b).norm() / b.norm()) for a, b in zip(in_waves, gradients(), strict=True))
+    first = call(PartialBatch(share=0.5, is_last=False))
+    call(PartialBatch(call(PartialBatch(first, share=0.9, is_last=False))))
+    in_partial_batches = gradients()
+    call(PartialBatch())
+    return marks, max(float((a - b).norm() / b.norm()) for a, b in zip(in_partial_batches, gradients(), strict=True))
 
 
 @pytest.mark.parametrize("cuts", [parallel(), parallel(pp=2, vpp=2)], ids=["one rank", "PP2xVPP2"])
-def test_only_the_first_microbatch_of_a_step_is_marked_so_that_no_wave_overwrites_another(ranks, cuts):
-    """The waves are three times the same responses, so their gradient is that of one call with them."""
+def test_only_the_first_microbatch_of_a_step_is_marked_so_that_no_partial_batch_overwrites_another(ranks, cuts):
+    """The partial batches are three times the same responses, so their gradient is that of one call with them."""
     world_size = cuts.pipeline_model_parallel_size
-    for marks, difference in ranks.run(waves_of_layers_that_overwrite, cuts, world_size=world_size):
+    for marks, difference in ranks.run(partial_batches_of_layers_that_overwrite, cuts, world_size=world_size):
         assert all(len(of_call) > 1 for of_call in marks)
         assert [of_call[0] for of_call in marks] == [True, False, False, True]
         assert not any(mark for of_call in marks for mark in of_call[1:])
