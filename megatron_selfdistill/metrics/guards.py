@@ -11,7 +11,9 @@ from typing import Any
 from megatron_selfdistill.config import Config, GuardsConfig, Needs
 
 DISTANCE = "sampler/log_prob_mean_abs_diff"
-"""The metric that compares the log-probs of the engine and the trainer."""
+"""The metric that compares the log-probs of the engine and the trainer over all sampled tokens."""
+WORST = "sampler/log_prob_worst_response"
+"""The same for the response that differs most, in which one wrong engine among many shows."""
 WARNED_DISTANCE = 0.1
 """The distance in nats per token above which a run warns; rounding in bf16 makes a tenth of it."""
 SILENT_KL = 1e-6
@@ -25,8 +27,8 @@ class RunUnhealthy(RuntimeError):
 class Guards:
     """The comparison of every step's metrics with their means over the first ``reference_steps`` steps.
 
-    The guards read loss/mean, gradient_norm, `DISTANCE`, entropy/student and response/length_mean; a guard is silent if
-    the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
+    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student and response/length_mean; a guard is
+    silent if the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
     """
 
     def __init__(self, config: GuardsConfig, engines: str | None = None) -> None:
@@ -101,19 +103,23 @@ class Guards:
 
     def _judge_distance(self, step: int, metrics: Mapping[str, float]) -> None:
         largest = self.config.max_log_prob_distance
-        if self.engines is None or largest is None or DISTANCE not in metrics:
+        if self.engines is None or largest is None:
             return
-        in_a_row = self._in_a_row("max_log_prob_distance", not metrics[DISTANCE] <= largest)  # NaN is too large
-        if in_a_row >= self.config.patience:
-            expected = f"have differed by more than {largest:g} nats on average for {in_a_row} steps"
-            raise RunUnhealthy(
-                f"step {step}: {self._disagreement(f'{expected}, now by {metrics[DISTANCE]:.3g}')} "
-                "(guards.max_log_prob_distance=null turns this guard off)"
-            )
+        for key, average, option in (
+            (DISTANCE, "on average", "max_log_prob_distance"),
+            (WORST, "on average over one response", "max_log_prob_distance of a response"),
+        ):
+            if key not in metrics:
+                continue
+            in_a_row = self._in_a_row(option, not metrics[key] <= largest)  # NaN is too large
+            if in_a_row >= self.config.patience:
+                above = f"more than {largest:g} nats {average} for {in_a_row} steps"
+                how = self._disagreement(f"have differed by {above}, now by {metrics[key]:.3g}", key)
+                raise RunUnhealthy(f"step {step}: {how} (guards.max_log_prob_distance=null turns this guard off)")
 
-    def _disagreement(self, how: str) -> str:
+    def _disagreement(self, how: str, key: str = DISTANCE) -> str:
         return (
-            f"the log-probs that {self.engines} and the trainer give the sampled tokens {how} ({DISTANCE}): the engine "
+            f"the log-probs that {self.engines} and the trainer give the sampled tokens {how} ({key}): the engine "
             "has old weights, or another model, tokenizer or precision than the trainer; compare its version and its "
             "config.json with those of the run, and start it anew; if responses are sampled ahead, lower "
             "rollout.max_staleness or optimizer.lr"

@@ -40,6 +40,8 @@ FORK_RESOLUTION = 0.02
 """The relative width of the bins of entropy, one of whose edges separates the forks from the other tokens."""
 FORK_RANGE = 2.0**-20, 2.0**4
 """The lower edge of the second bin, and the upper edge of the last bin but one, in nats; the first bin begins at 0."""
+SHORTEST_COMPARED = 8
+"""The fewest tokens that a response has whose own mean difference from the sampler counts: fewer say too little."""
 TENTHS = tuple(f"tenth_{number:02d}" for number in range(1, 11))
 """The names of the ten parts of a response."""
 
@@ -99,7 +101,8 @@ def step_metrics(
         k/{mean,p01,p99} of k = 1 / beta; percentiles are nearest ranks, to a relative K_RESOLUTION / 2
         status/{matched,capped,out_of_range,undetermined,given,unconverged}: shares of the tokens
         top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
-        sampler/log_prob_{mean,max}_abs_diff
+        sampler/log_prob_{mean,max}_abs_diff over the tokens; sampler/log_prob_worst_response = the largest mean over
+            one response of at least `SHORTEST_COMPARED` tokens, in which one wrong engine among many shows
         correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
         terms/divergence_mean = mean w, terms/policy_mean = mean a, terms/policy_abs_mean = mean abs(a),
             terms/clipped_share = share of the tokens whose a a clip has set to 0, terms/silent_share = share of the
@@ -114,12 +117,13 @@ def step_metrics(
     ``sampler_log_probs``.  The correction's keys need coefficients without a policy term, and the keys of the terms
     need a policy term.  A token with NaN makes each mean that includes
     the token NaN; percentiles skip the token.
-    Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 4 maxima; the host
-    waits once.
+    Collectives over the world: as in `find_forks`, and as in `over_all_ranks` for 1,500 sums and 5 maxima; the host
+    waits once; before them one sum over the context-parallel ranks, where responses are compared with the sampler.
     """
     stats = output.stats if _holds_tokens(grid) else None
     forks = find_forks(None if stats is None else output.anchor_entropy, grid)
     by_key: dict[str, Tensor] = {}
+    worst: Tensor | None = None
     if stats is not None:
         by_key = _token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
         if output.measures is not None:
@@ -131,12 +135,36 @@ def step_metrics(
             by_key |= tenth_values(stats, tenths[output.response_ids])
         if output.coefficients is not None:
             by_key |= _coefficient_values(output.coefficients, weight_cap)
-    return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, grid), grid))
+        if response_lengths is not None and "sampled" in by_key:
+            worst = _worst_response(by_key, output.response_ids, response_lengths, grid)
+    return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, worst, grid), grid))
 
 
-def _sums_and_maxima(by_key: Mapping[str, Tensor], forks: Forks | None, grid: RankGrid) -> tuple[Tensor, Tensor]:
-    """Return this rank's sums (`_SUMS`, then the histogram of k) and maxima (k, -k, sampler's difference, forks' edge).
+def _worst_response(
+    by_key: Mapping[str, Tensor], response_ids: Tensor, lengths: Sequence[int], grid: RankGrid
+) -> Tensor:
+    """Return the largest mean difference from the sampler over one of this replica's responses, a scalar in nats.
 
+    It is -inf where no response has `SHORTEST_COMPARED` tokens with a log-prob of the sampler, and inf for NaN.
+    """
+    owners = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
+    owner = to_device_in_one_copy(owners, grid.device)[response_ids]
+    sums = torch.zeros(2, len(lengths), dtype=torch.float64, device=grid.device)
+    sums[0].index_add_(0, owner, by_key["sampler/log_prob_mean_abs_diff"])
+    sums[1].index_add_(0, owner, by_key["sampled"])
+    if grid.cp_size > 1:  # each rank has a part of the tokens
+        dist.all_reduce(sums, group=grid.cp_group)
+    means = torch.where(sums[1] >= SHORTEST_COMPARED, sums[0] / sums[1], -math.inf)
+    means = means.nan_to_num(nan=math.inf, posinf=math.inf, neginf=-math.inf)
+    return means.max() if len(lengths) else torch.tensor(-math.inf, dtype=torch.float64, device=grid.device)
+
+
+def _sums_and_maxima(
+    by_key: Mapping[str, Tensor], forks: Forks | None, worst: Tensor | None, grid: RankGrid
+) -> tuple[Tensor, Tensor]:
+    """Return this rank's sums (`_SUMS`, then the histogram of k) and its maxima.
+
+    The maxima are those of k, -k, the sampler's difference, the edge of the forks, and ``worst``.
     ``by_key``: the summands, empty on a rank whose tokens do not count.
     """
     nothing = torch.zeros(0, dtype=torch.float64, device=grid.device)
@@ -144,7 +172,7 @@ def _sums_and_maxima(by_key: Mapping[str, Tensor], forks: Forks | None, grid: Ra
     known = torch.isfinite(k)
     sums = torch.stack([by_key.get(key, nothing).sum() for key in _SUMS])
     differences = by_key.get("sampler/log_prob_mean_abs_diff", nothing)
-    maxima = torch.full((4,), -math.inf, dtype=torch.float64, device=grid.device)
+    maxima = torch.full((5,), -math.inf, dtype=torch.float64, device=grid.device)
     for i, values in enumerate(
         (
             torch.where(known, k, -math.inf),
@@ -156,6 +184,8 @@ def _sums_and_maxima(by_key: Mapping[str, Tensor], forks: Forks | None, grid: Ra
             maxima[i] = values.max()
     if forks is not None:
         maxima[3] = forks.entropy_at_least
+    if worst is not None:
+        maxima[4] = worst
     return torch.cat([sums, _histogram(k, known)]), maxima
 
 
@@ -172,6 +202,8 @@ def _means(total: list[float], maximum: list[float]) -> dict[str, float]:
         metrics["sampler/log_prob_max_abs_diff"] = maximum[2]
     if named["forks"]:
         metrics["forks/entropy_at_least"] = maximum[3]
+    if maximum[4] > -math.inf:
+        metrics["sampler/log_prob_worst_response"] = maximum[4]
     return metrics
 
 

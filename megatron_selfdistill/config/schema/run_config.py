@@ -214,7 +214,8 @@ class GuardsConfig:
     """Largest cross-entropy of the teacher on the first responses, in nats per token, at the start."""
     max_log_prob_distance: NonNegativeFloat | None = 1.0
     """Largest mean distance, in nats per token, between the log-probs that the engine and the trainer give the sampled
-    tokens (sampler/log_prob_mean_abs_diff).  The run warns above 0.1 nats."""
+    tokens (sampler/log_prob_mean_abs_diff), and those of one response (sampler/log_prob_worst_response).  The run warns
+    where the former is above 0.1 nats."""
     non_finite: bool = True
     """Whether the run stops at a loss or gradient norm that is NaN or infinite; the step is not applied."""
     reference_steps: PositiveInt = 5

@@ -120,6 +120,17 @@ def test_other_distances_do_not_stop_the_run(guards, values):
     assert stopped_at(guards, distances(*values)) is None
 
 
+def test_one_wrong_engine_among_many_stops_the_run_by_the_response_that_differs_most():
+    """One of 64 engines with another model moves the mean by 0.03 nats only."""
+    metrics = [{"sampler/log_prob_mean_abs_diff": 0.05, "sampler/log_prob_worst_response": 2.5}] * 3
+    step, message = stopped_at(Guards(CONFIG, ENGINES), metrics)
+    assert step == 1
+    assert "by more than 1 nats on average over one response for 2 steps, now by 2.5" in message
+    assert "(sampler/log_prob_worst_response)" in message and "guards.max_log_prob_distance=null" in message
+    fine = [{"sampler/log_prob_mean_abs_diff": 0.05, "sampler/log_prob_worst_response": worst} for worst in (9.0, 1.0)]
+    assert stopped_at(Guards(CONFIG, ENGINES), fine * 3) is None
+
+
 def test_an_engine_that_disagrees_is_warned_of_once():
     guards = Guards(CONFIG, ENGINES)
     warnings = [guards.warnings(metrics) for metrics in distances(0.1, 0.11, 0.12, 0.01, 0.5)]

@@ -31,7 +31,7 @@ from megatron_selfdistill.rollout.base import Response
 
 VOCAB_SIZE, NUM_TOKENS = 50, 231
 ONE_RANK = SimpleNamespace(
-    world_size=1, device=torch.device("cpu"), is_last_stage=True, is_first_of_replica=True, tp_rank=0
+    world_size=1, device=torch.device("cpu"), is_last_stage=True, is_first_of_replica=True, tp_rank=0, cp_size=1
 )
 LAYOUTS = [
     pytest.param(2, {}, id="dp2"),
@@ -216,6 +216,45 @@ def test_step_metrics_are_equal_on_all_ranks_and_do_not_depend_on_the_layout(ran
     found = ranks.run(metrics_in_layout, sizes, world_size=world_size)
     assert all(other == found[0] for other in found)
     assert found[0] == pytest.approx(alone, rel=1e-12)
+
+
+def lengths_and_log_probs(log_probs: torch.Tensor) -> tuple[list[int], torch.Tensor]:
+    """Return the lengths of a replica's responses, of which the first is too short to count, and altered log-probs."""
+    lengths = [7, 20, 30, len(log_probs) - 57]
+    index = torch.arange(len(log_probs))
+    log_probs = log_probs + torch.where(index < 7, 9.0, 0.0) + torch.where((index >= 7) & (index < 27), 0.5, 0.0)
+    log_probs[27:57:4] = math.inf  # the sampler did not sample these tokens
+    return lengths, log_probs
+
+
+def worst_in_layout(sizes: dict[str, int]) -> dict[str, float]:
+    grid, output, log_probs = share_of_rank(sizes)
+    lengths, log_probs = lengths_and_log_probs(log_probs)
+    return step_metrics(output, log_probs, grid, response_lengths=lengths)
+
+
+@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
+def test_the_worst_response_is_the_one_with_the_largest_mean_difference_from_the_sampler(ranks, world_size, sizes):
+    stats, dp_size = all_rows(), 2 if world_size == 2 * math.prod(sizes.values()) else 1
+    means = []
+    for dp_rank in range(dp_size):
+        mine = stats.student_log_prob.double()[dp_rank::dp_size]
+        lengths, theirs = lengths_and_log_probs(sampler_log_probs(stats)[dp_rank::dp_size])
+        responses = list(zip(theirs.split(lengths), mine.split(lengths), strict=True))[1:]
+        means += [(a - b)[torch.isfinite(a)].abs().mean().item() for a, b in responses]
+    found = ranks.run(worst_in_layout, sizes, world_size=world_size)
+    assert all(other == found[0] for other in found)
+    assert found[0]["sampler/log_prob_worst_response"] == pytest.approx(max(means), rel=1e-12)
+    assert max(means) == pytest.approx(0.5, abs=0.02)
+
+
+def test_a_response_with_nan_is_the_worst_and_short_responses_have_none():
+    stats = all_rows()
+    nan = torch.where(torch.arange(NUM_TOKENS) == 100, math.nan, sampler_log_probs(stats))
+    found = step_metrics(output_of(stats), nan, ONE_RANK, response_lengths=[NUM_TOKENS])
+    assert found["sampler/log_prob_worst_response"] == math.inf
+    short = step_metrics(output_of(stats), nan, ONE_RANK, response_lengths=[7] * (NUM_TOKENS // 7))
+    assert "sampler/log_prob_worst_response" not in short
 
 
 @pytest.mark.parametrize("spread", [0.01, 0.5, 2.0])
