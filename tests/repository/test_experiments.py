@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,20 +23,34 @@ PAGES = {
 """Script -> the page whose tables it writes from a file of experiments/results/."""
 
 
-def run(script: str, option: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(EXPERIMENTS / script), option]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str, str], tuple[int, str]]:
+    """Return a function that runs a script with one option as the main module; it gives the status and the output.
+
+    The script runs in this process, because a process of its own would import torch and Megatron Core for seconds.
+    """
+
+    def run(script: str, option: str) -> tuple[int, str]:
+        path = EXPERIMENTS / script
+        monkeypatch.setattr(sys, "path", [str(EXPERIMENTS), *sys.path])
+        monkeypatch.setattr(sys, "argv", [str(path), option])
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        output, error = capsys.readouterr()
+        return int(end.value.code or 0), output + error
+
+    return run
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_an_experiment_starts(script):
-    done = run(script, "--help")
-    assert done.returncode == 0 and done.stdout.startswith(f"usage: {script} "), done.stderr
+def test_an_experiment_starts(script, run):
+    status, output = run(script, "--help")
+    assert status == 0 and output.startswith(f"usage: {script} "), output
 
 
 @pytest.mark.parametrize("script", PAGES)
-def test_the_tables_of_a_page_are_those_of_the_recorded_results(script):
+def test_the_tables_of_a_page_are_those_of_the_recorded_results(script, run):
     page = (REPOSITORY / "docs" / PAGES[script]).read_text(encoding="utf-8")
     assert re.findall(r"^<!-- table (\w+) -->$", page, re.MULTILINE)
-    done = run(script, "--check")
-    assert done.returncode == 0, done.stderr or f"the tables of docs/{PAGES[script]} differ from the recorded results"
+    status, output = run(script, "--check")
+    assert status == 0, output or f"the tables of docs/{PAGES[script]} differ from the recorded results"

@@ -6,12 +6,16 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import tiny_run
+
+from megatron_selfdistill.cli import main
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PAGE = REPOSITORY / "docs" / "own_method.md"
@@ -27,6 +31,14 @@ def written(tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def importable(written, monkeypatch) -> Iterator[None]:
+    """Let this process import the method of the page, and forget the method afterwards."""
+    monkeypatch.syspath_prepend(written)
+    yield
+    sys.modules.pop("my_method", None)
+
+
 def run(directory: Path, *arguments: str) -> str:
     """Run Python in ``directory``, which it can import from; return its output."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(directory), str(REPOSITORY)])}
@@ -36,14 +48,22 @@ def run(directory: Path, *arguments: str) -> str:
     return done.stdout
 
 
-def test_the_method_and_its_test_are_short_and_the_test_passes(written):
+def test_the_method_and_its_test_are_short_and_the_test_passes(written, importable):
     lines = {path.name: path.read_text().split("\n\n\n", 1)[1].split("\n") for path in written.iterdir()}
     assert max(map(len, lines.values())) <= 22
+    tests = [test for name, test in runpy.run_path(str(written / "test_my_method.py")).items() if name[:5] == "test_"]
+    assert len(tests) == 1
+    tests[0]()
+
+
+@pytest.mark.full
+def test_pytest_finds_the_test_which_passes(written):
     assert "1 passed" in run(written, "pytest", "-q", "-p", "no:cacheprovider", "test_my_method.py")
 
 
-def test_the_settings_of_the_method_are_listed(written):
-    listed = run(written, "megatron_selfdistill", "--keys", "method=my_method.WrongFirst")
+def test_the_settings_of_the_method_are_listed(importable, capsys):
+    assert main(["--keys", "method=my_method.WrongFirst"]) == 0
+    listed = capsys.readouterr().out
     assert "method.right_weight=0.25\n    Weight of the divergence for right responses" in listed
 
 

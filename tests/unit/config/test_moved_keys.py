@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiers import combinations
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.bound_keys import BOUND, FREE, differences, stored_values
+from megatron_selfdistill.config.key_list import unknown_key
 from megatron_selfdistill.config.moved_keys import moved_key, moved_solutions, translated
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
@@ -134,10 +136,18 @@ def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
 @pytest.mark.parametrize("key", old_keys())
 def test_an_old_key_is_one_sentence_that_names_the_new_one(key):
     expected = moved_key(key)
-    assert expected is not None
+    assert expected is not None and unknown_key(key) == expected
     assert expected.startswith(
         tuple(f"{key} is now {place}." for place in ("method", "environment.options", "rollout"))
     )
+
+
+@combinations(
+    key=tuple(old_keys()), quick={"key": {key.partition(".")[0]: key for key in old_keys()}.values()}, strength=1
+)
+def test_an_old_key_on_the_command_line_is_that_sentence(key):
+    """`make test` loads the last old key of each section: hydra takes a twentieth of a second for each."""
+    expected = str(moved_key(key))
     with pytest.raises(ConfigError, match=f"^{re.escape(expected)}$"):
         load([f"{key}=1"])
 
