@@ -77,3 +77,13 @@ def test_a_session_within_the_limits_or_of_all_tests_passes(tmp_path, arguments)
     done = session(tmp_path, *arguments)
     assert done.returncode == 0 and "expected at most" not in done.stdout, done.stdout + done.stderr
     assert re.search(r"^CPU seconds: .*test_computing.py (0\.[3-9]|[1-9])", done.stdout, re.MULTILINE), done.stdout
+
+
+def test_of_a_server_of_ranks_nothing_but_its_ranks_counts_also_when_it_has_ended():
+    server = f"{BURN}print(flush=True)\ninput()  # rank_worker.serve"
+    before = cpu_seconds.cpu_seconds()
+    process = subprocess.Popen([sys.executable, "-c", server], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"\n"
+    assert cpu_seconds.cpu_seconds() - before < 0.5
+    process.communicate(b"\n")
+    assert cpu_seconds.cpu_seconds() - before < 0.5

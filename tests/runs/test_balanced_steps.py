@@ -84,7 +84,7 @@ def batch_before_and_after(overrides: Sequence[str], way: str) -> tuple[Any, ...
     ("layout", "options", "way"),
     [
         pytest.param((), TERMS, "balanced", id="DP4, terms and weights of responses, balanced"),
-        pytest.param((TP2,), TURNS, "dealt", id="DP2xTP2, weights of logged turns, dealt"),
+        pytest.param((TP2,), TURNS, "dealt", id="DP2xTP2, weights of logged turns, dealt", marks=pytest.mark.full),
         pytest.param((TP2,), GUIDED, "balanced", id="DP2xTP2, guided, balanced", marks=pytest.mark.full),
         pytest.param((), TERMS, "dealt", id="DP4, terms and weights of responses, dealt", marks=pytest.mark.full),
     ],

@@ -23,7 +23,7 @@ LAYOUTS = {
     "experts in bf16": (2, [SHARDED, "optimizer.precision=bf16", "model.num_moe_experts=4"]),
     "adapters": (1, ["adapter.rank=2"]),
 }
-CASES = ["overlapped", *(pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS if name != "overlapped")]
+CASES = ["one rank", *(pytest.param(name, marks=pytest.mark.full) for name in LAYOUTS if name != "one rank")]
 
 
 def gradient_bytes(chunks: Sequence[Any]) -> int:

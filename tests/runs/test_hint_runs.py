@@ -94,7 +94,7 @@ def run_of(ranks, logs, start, tmp_path_factory):
     return run
 
 
-@combinations(name=list(RUNS), quick={"name": ["skill_sd", "openclaw"]}, strength=1)
+@combinations(name=list(RUNS), quick={"name": ["skill_sd"]}, strength=1)
 def test_a_run_trains_and_resumes_bit_for_bit(ranks, logs, start, run_of, name):
     whole = run_of(name)
     lines = reproducible_metrics(whole)

@@ -55,7 +55,8 @@ def run_of(ranks, data, start, tmp_path_factory):
     return run
 
 
-@combinations(recipe=RECIPES, quick={"recipe": ["scope"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
     whole = run_of(recipe)
     for step in reproducible_metrics(whole):

@@ -6,7 +6,8 @@ CI, the warning is an error and fails the session.  Without them, other work on 
 ``make test`` fail.
 
 Counted are the seconds of this process and of all its descendants, also of those that have ended; waiting does not
-count.  Of the server that forks the ranks (ranks.py) only the ranks count, since all files share its start.
+count.  Of the server that forks the ranks (ranks.py) only the ranks count, since all files share its start; the seconds
+of a server that has ended are those of this process's children, and are taken off again.
 
 A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work shows how
 much slower the machine is than the one on which the limits were chosen, and the file's seconds are divided by this
@@ -29,21 +30,27 @@ TOTAL_LIMIT_S = 900.0
 REFERENCE_S = 0.004
 """The CPU seconds of the work of `slowdown` on an idle core of the machine on which the limits were chosen."""
 _THIS_PROCESS = psutil.Process()
+_SERVERS: dict[int, float] = {}
+"""The CPU seconds of each server of ranks, without its ranks, by its process id."""
 _SECONDS: pytest.StashKey[defaultdict[str, float]] = pytest.StashKey()
 _BEFORE: pytest.StashKey[float] = pytest.StashKey()
 
 
 def cpu_seconds() -> float:
     """Return the CPU seconds of this process and its descendants until now; those of ended ones, once waited for."""
-    total = 0.0
+    total, ended = 0.0, dict(_SERVERS)
     for process in (_THIS_PROCESS, *_THIS_PROCESS.children(recursive=True)):
         try:
             times, serves_ranks = process.cpu_times(), _serves_ranks(process)
         except psutil.Error:  # it has just ended
             continue
         total += times.children_user + times.children_system
-        total += 0.0 if serves_ranks else times.user + times.system
-    return total
+        if serves_ranks:
+            _SERVERS[process.pid] = times.user + times.system
+            ended.pop(process.pid, None)
+        else:
+            total += times.user + times.system
+    return total - sum(ended.values())
 
 
 def _serves_ranks(process: psutil.Process) -> bool:

@@ -25,6 +25,13 @@ CORPUS = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def untried_templates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the chat templates of the tests without a trial in a child process, which test_tokenizer.py tests."""
+    if request.path.name != "test_tokenizer.py":
+        monkeypatch.setattr("megatron_selfdistill.data.tokenizer._exceeded_limit", lambda template, variables: None)
+
+
 @pytest.fixture(scope="session")
 def chat_template() -> str:
     """Roles between special tokens; the generation prompt ends in ``<think>`` unless that is switched off."""

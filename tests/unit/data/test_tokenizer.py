@@ -49,7 +49,13 @@ SLOW = "{% for a in range(99999) %}{% for b in range(99999) %}{% set c = a %}{% 
 DOUBLED = "{% set n = namespace(t='a') %}{% for i in range(60) %}{% set n.t = n.t ~ n.t %}{% endfor %}{{ n.t }}"
 
 
-@pytest.mark.parametrize("template", ["{{ 'a' * 10**10 }}", DOUBLED], ids=["a product", "doubled in a loop"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param("{{ 'a' * 10**10 }}", id="a product"),
+        pytest.param(DOUBLED, id="doubled in a loop", marks=pytest.mark.full),
+    ],
+)
 def test_a_template_that_takes_all_memory_is_refused(template):
     with pytest.raises(
         ValueError, match=r"^DIR: the chat template took more than 2 GiB of memory .* data.chat_template"
@@ -58,8 +64,8 @@ def test_a_template_that_takes_all_memory_is_refused(template):
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch):
-    monkeypatch.setattr(tokenizer, "LIMIT_S", 3.0)
-    with pytest.raises(ValueError, match=r"^DIR: the chat template did not end within 3 s"):
+    monkeypatch.setattr(tokenizer, "LIMIT_S", 1.5)
+    with pytest.raises(ValueError, match=r"^DIR: the chat template did not end within 1.5 s"):
         try_chat_template("DIR", SLOW, {})
 
 
@@ -76,6 +82,13 @@ def test_a_template_that_writes_each_message_once_needs_no_trial(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
     try_chat_template("DIR", PLAIN, {"eos_token": "</s>"})
     nested = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
-    for template in (nested, "{{ 2 * 3 }}", "{% for i in range(9) %}x{% endfor %}", "{% set x = 1 %}", "{{ f(1) }}"):
+    for template in (
+        nested,
+        DOUBLED,
+        "{{ 2 * 3 }}",
+        "{% for i in range(9) %}x{% endfor %}",
+        "{% set x = 1 %}",
+        "{{ f(1) }}",
+    ):
         with pytest.raises(pytest.fail.Exception, match="a child process"):
             try_chat_template("DIR", template, {})

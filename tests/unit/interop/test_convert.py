@@ -18,6 +18,7 @@ import pytest
 import torch
 from hf_contents import assert_same_tensors, config_of, tensors_of
 from safetensors.torch import save_file
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill import prechecks
@@ -37,6 +38,8 @@ from megatron_selfdistill.interop.release import Progress
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 KINDS = list(hf_models.CONFIGS)
+REBUILT = ("llama3", "qwen3_window", "gpt_oss", "deepseek_v3", "phi3", "qwen3_next")
+"""The kinds whose config.json `make test` rebuilds, one of each kind of rotary base, attention and expert."""
 NAMED_OTHERWISE = {kind: hf_models.logits_bound(kind) for kind in ("phi3", "qwen3_5_moe")}
 """Kinds that return without config.json as an earlier family, which computes the same with other tensors."""
 
@@ -64,7 +67,7 @@ def test_commands_take_a_run_directory_as_a_checkpoint(hf_directory, tmp_path, c
     assert find_model(None, run_dir, None)["path"] == str(run_dir / "checkpoints" / "release")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@combinations(kind=KINDS, quick={"kind": REBUILT}, strength=1)
 def test_without_the_original_config_transformers_computes_the_same(hf_directory, tmp_path, kind):
     import transformers
 
