@@ -6,6 +6,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,15 @@ from _lib.task import Task
 
 MODULES = [subtraction, ragged_subtraction, additions, leaking_subtraction]
 TASKS = [*(module.TASK for module in MODULES), unsolved_subtraction.TASK, calculator.TASK, checked_subtraction.TASK]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_problems() -> Iterator[None]:
+    """Make 400 training problems instead of 2000, by the same rules."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (subtraction, ragged_subtraction, additions):
+            patch.setattr(module, "NUM_TRAINING", 400)
+        yield
 
 
 @functools.cache

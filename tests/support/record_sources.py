@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,3 +29,10 @@ def load_conversations(path: Any, *, rule: Rule | None, **changes: Any) -> conve
     wanted = ConversationsConfig()
     options = {name: changes.pop(name, getattr(wanted, name)) for name in ("turns", "show_contents")}
     return conversations.load_conversations(record_source(path, **changes), rule=rule, **options)
+
+
+def write_parquet(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows as a data set would be written; datasets is imported here, since its import takes half a second."""
+    import datasets
+
+    datasets.Dataset.from_list([dict(row) for row in rows]).to_parquet(file)

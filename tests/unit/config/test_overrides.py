@@ -62,7 +62,7 @@ def lab(tmp_path) -> Path:
         ("scalar_section", "optimizer must be a mapping of the keys of this section, got 'fp32'"),
         ("list", "In 'recipe/list': ConfigTypeError raised while composing config: Cannot merge"),
         ("null_key", "Incompatible key type 'NoneType'"),
-        ("deep", "a value is nested more deeply than Python can read"),
+        pytest.param("deep", "a value is nested more deeply than Python can read", marks=pytest.mark.full),
         ("many_digits", "Exceeds the limit (4300 digits) for integer string conversion"),
         ("environment_name", "rollout.server_env must hold names of environment variables, got 'A=B'"),
         ("marked", "{lab}/recipe/marked.yaml must begin with the line `# @package _global_`"),

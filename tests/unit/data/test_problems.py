@@ -8,11 +8,10 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import datasets
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from record_sources import load_problems
+from record_sources import load_problems, write_parquet
 
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, about_visits, shard
 
@@ -159,7 +158,7 @@ def test_a_limit_takes_the_first_problems(tmp_path: Path) -> None:
 def test_parquet_holds_the_same_problems_as_jsonl(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]
     rows = [{"messages": messages, "solution": "w", "answer": 3, "id": f"r{i}"} for i in range(3)]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a[b].parquet")
+    write_parquet(tmp_path / "a[b].parquet", rows)
     from_parquet = load_problems(tmp_path / "a[b].parquet")
     from_jsonl = load_problems(write_jsonl(tmp_path / "a.jsonl", *rows))
     assert from_parquet.fingerprint == from_jsonl.fingerprint
@@ -168,7 +167,7 @@ def test_parquet_holds_the_same_problems_as_jsonl(tmp_path: Path) -> None:
 
 def test_a_bad_parquet_row_is_named(tmp_path: Path) -> None:
     rows = [{"problem": "p", "solution": "s"}, {"problem": "p", "solution": None}]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", rows)
     message = refusal(tmp_path / "a.parquet")
     assert message.startswith(f"{tmp_path}/a.parquet:2: field 'solution'") and "got null" in message
 
@@ -180,7 +179,7 @@ def test_a_hub_name_is_loaded_through_datasets(monkeypatch: pytest.MonkeyPatch) 
         calls.append((args, kwargs))
         return [record(1), record(2)]
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     found = load_problems("lab/sums", subset="main", split="test")
     assert calls == [(("lab/sums", "main"), {"split": "test"})]
     assert found.problems[1].location == "lab/sums[test]:2"
@@ -190,7 +189,7 @@ def test_a_hub_set_that_cannot_be_had_is_one_sentence(monkeypatch: pytest.Monkey
     def load_dataset(*args: object, **kwargs: object) -> None:
         raise ConnectionError("Couldn't reach the Hub\nwith details")
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
     message = refusal("lab/sums")
     assert "could not be loaded as a hub data set" in message and message.endswith("Couldn't reach the Hub")
 

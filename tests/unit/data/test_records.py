@@ -13,11 +13,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
-from record_sources import load_problems
+from record_sources import load_problems, write_parquet
 
 from megatron_selfdistill.data import records
 from megatron_selfdistill.data.records import finite_number, plain, text_or_none, whole_number
@@ -50,9 +49,7 @@ WRITERS: dict[str, Callable[[Path, list[dict[str, Any]]], object]] = {
     ".json.gz": lambda file, records: file.write_bytes(gzip.compress(json.dumps(records).encode())),
     ".csv": write_csv,
     ".csv.gz": write_csv_gz,
-    ".parquet": lambda file, records: datasets.Dataset.from_list(
-        [{"answer": None, **record} for record in records]
-    ).to_parquet(file),
+    ".parquet": lambda file, records: write_parquet(file, [{"answer": None, **record} for record in records]),
     ".JSONL.GZ": lambda file, records: file.write_bytes(gzip.compress(as_jsonl(records))),
 }
 
@@ -165,7 +162,7 @@ def test_a_record_of_a_json_array_that_json_cannot_mean_is_bad_and_counted(tmp_p
 
 def test_an_answer_of_nan_in_parquet_is_a_bad_record(tmp_path: Path) -> None:
     rows = [{"problem": "p", "solution": "s", "answer": value} for value in (1.0, float("nan"))]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", rows)
     assert "a.parquet:2: field 'answer': expected a non-empty string or a number, got NaN" in refusal(
         tmp_path / "a.parquet"
     )
@@ -189,7 +186,7 @@ def test_a_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, name: st
 
 def test_a_parquet_file_with_damaged_rows_is_named(tmp_path: Path) -> None:
     rows = [{"problem": f"{n} " * 50, "solution": "s"} for n in range(2000)]
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    write_parquet(tmp_path / "a.parquet", rows)
     content = bytearray((tmp_path / "a.parquet").read_bytes())
     for index in range(100, 400):
         content[index] ^= 0x5A
@@ -244,7 +241,7 @@ def test_a_subset_of_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_of_any_format_is_never_sought_on_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("asked the hub"))
     for ending in WRITERS:
         assert "which matches none" in refusal(f"data/problems{ending}")
 
