@@ -73,6 +73,8 @@ _OVER = {
     "terms/silent_share": "two_terms",
     "target/mass_on_rare_student": "with_measures",
     "target/mass_on_rare_reference": "with_reference",
+    "teacher/kl_to_anchor": "with_kl",
+    "target/let_through": "kl_to_anchor",
     "forks/entropy_student": "forks",
     "forks/entropy_target": "forks",
     "forks/capped": "forks",
@@ -108,6 +110,8 @@ def step_metrics(
             terms/clipped_share = share of the tokens whose a a clip has set to 0, terms/silent_share = share of the
             tokens with w = a = 0
         target/mass_on_rare_{student,reference} = mean of `TokenMeasures`, on steps that take them
+        teacher/kl_to_anchor = mean KL(t || a), target/let_through = sum of KL(q || a) / sum of KL(t || a), on steps
+            that measure the teacher t, with the anchor a: the reference, or without one the student
         forks/entropy_{student,target}, forks/capped = share with `Status.CAPPED`, over the forks: the tokens whose
             ``anchor_entropy`` is at least forks/entropy_at_least, see `find_forks`; on steps that know this entropy
         reverse_kl/tenth_{01..10} = mean reverse KL of the tokens in each tenth of their response, see `response_tenths`
@@ -127,7 +131,7 @@ def step_metrics(
     if stats is not None:
         by_key = _token_values(stats, output.response_ids, sampler_log_probs, output.measures_teacher)
         if output.measures is not None:
-            by_key |= rare_values(output.measures)
+            by_key |= measured_values(output.measures)
         if forks is not None:
             by_key |= fork_values(stats, forks)
         if response_lengths is not None and "targets" in by_key:
@@ -437,12 +441,16 @@ def fork_values(stats: TokenStats, forks: Forks) -> dict[str, Tensor]:
     return {key: torch.where(forks.mask, value.double(), 0.0) for key, value in values.items()}
 
 
-def rare_values(measures: TokenMeasures) -> dict[str, Tensor]:
-    """Return the summands [R] float64 of the masses on rare tokens, with the counts of the tokens that have them."""
+def measured_values(measures: TokenMeasures) -> dict[str, Tensor]:
+    """Return the summands [R] float64 of what a target asks for, with the counts of the tokens that have them."""
     student, reference = measures.mass_on_rare_student, measures.mass_on_rare_reference
     values = {"with_measures": torch.ones_like(student), "target/mass_on_rare_student": student}
     if reference is not None:
         values |= {"with_reference": torch.ones_like(reference), "target/mass_on_rare_reference": reference}
+    if measures.kl_to_anchor is not None:
+        of_target, of_teacher = measures.kl_to_anchor.unbind(1)
+        values |= {"with_kl": torch.ones_like(student), "teacher/kl_to_anchor": of_teacher}
+        values |= {"kl_to_anchor": of_teacher, "target/let_through": of_target}
     return values
 
 

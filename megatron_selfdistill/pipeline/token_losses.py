@@ -34,7 +34,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     TokenStats,
     VocabShard,
     distillation_loss,
-    mass_on_rare,
+    target_measures,
     vocab_entropy,
 )
 from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
@@ -59,9 +59,12 @@ class TokenMeasures:
     """The measures of R response tokens, [R] each if not stated, equal on all tensor-parallel ranks."""
 
     mass_on_rare_student: Tensor
-    """The target's mass on tokens that are rare for the student, see `mass_on_rare`; float64."""
+    """The target's mass on tokens that are rare for the student, see `TargetMeasures`; float64."""
     mass_on_rare_reference: Tensor | None = None
     """The same for the reference; None without a reference."""
+    kl_to_anchor: Tensor | None = None
+    """KL(q || a) and KL(t || a) of target q, teacher t and anchor a, [R, 2] float64, see `TargetMeasures`; None where
+    the teacher is not measured."""
     reference_entropy: Tensor | None = None
     """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
     teacher_entropy: Tensor | None = None
@@ -131,7 +134,7 @@ class MeasuringObserver:
     def __call__(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, stats: TokenStats) -> None:
         """Measure the tokens of a chunk.
 
-        Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `mass_on_rare`,
+        Collectives over TP, per `TokenMeasurement.chunk_tokens` tokens: those of ``own_logits``, `target_measures`,
         `vocab_entropy`, `distillation_loss` and `summarise_logits`.
         """
         length = max(1, min(self.measurement.chunk_tokens, CHUNK_TOKENS))
@@ -146,13 +149,14 @@ class MeasuringObserver:
     def _measures(self, tokens: slice, student_logits: Tensor, teacher_logits: Tensor, beta: Tensor) -> TokenMeasures:
         """Return the measures of a slice of the R tokens."""
         target, backend, own = self.measurement.target, self.measurement.backend, self.own_logits(tokens)
-        masses = mass_on_rare(
+        masses, kl_to_anchor = target_measures(
             student_logits,
             teacher_logits,
             beta,
             target=target,
             vocab=self.vocab,
             reference_logits=own.reference,
+            own_teacher_logits=teacher_logits if own.reference is None else own.teacher,
             teacher_weights=None if self.teacher_weights is None else self.teacher_weights[tokens],
         )
         of_reference = entropy = None
@@ -174,7 +178,7 @@ class MeasuringObserver:
             of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
         models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
         summary = summarise_logits(models, self.vocab) if self.measurement.summarises else None
-        return TokenMeasures(masses[:, 0], of_reference, entropy, **of_teacher, summary=summary)
+        return TokenMeasures(masses[:, 0], of_reference, kl_to_anchor, entropy, **of_teacher, summary=summary)
 
 
 TokenLoss = Callable[..., TokenStats]

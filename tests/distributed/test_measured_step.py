@@ -41,7 +41,7 @@ LAYOUTS: dict[str, tuple[Case, int]] = {
     "CP2": (Case(parallel=parallel(cp=2)), 2),
     "DP2": (Case(pair_order="alternating", paired=True), 2),
 }
-CLAIMS = ("target/", "forks/", "reverse_kl/")
+CLAIMS = ("target/", "teacher/", "forks/", "reverse_kl/")
 OF_TEACHER = ("entropy/teacher", "teacher_cross_entropy", "top1_agreement")
 # Random models of a tiny vocabulary have no rare tokens: logits are this much larger than theirs.
 SCALE = 4.0
@@ -148,6 +148,9 @@ def test_one_rank_has_the_numbers_of_the_definition(ranks, alone):
         if target.is_anchored:
             mass = torch.where(log_r < math.log(RARE), log_q.exp(), 0.0).sum(-1)
             expected["target/mass_on_rare_reference"] = mass.mean()
+        of_teacher = (log_t.exp() * (log_t - anchor)).sum(-1)
+        expected["teacher/kl_to_anchor"] = of_teacher.mean()
+        expected["target/let_through"] = (log_q.exp() * (log_q - anchor)).sum() / of_teacher.sum()
         reverse_kl = (log_p.exp() * (log_p - log_q)).sum(-1)
         for tenth in range(10):
             expected[f"reverse_kl/tenth_{tenth + 1:02d}"] = reverse_kl[tenths == tenth].mean()

@@ -14,7 +14,7 @@ from megatron_selfdistill.errors import ConfigError
 
 OPTIONS = ["target.anchor=reference", "metrics.teacher_every=3", "metrics.show_samples=0"]
 TEACHER = {"entropy/teacher", "top1_agreement", "teacher_cross_entropy"}
-RARE = {"target/mass_on_rare_student", "target/mass_on_rare_reference"}
+RARE = {"target/mass_on_rare_student", "target/mass_on_rare_reference", "target/let_through"}
 FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}
 
 

@@ -21,7 +21,8 @@ def test_a_run_without_a_reference_logs_the_claims_and_a_baseline_does_not(ranks
     )
     lines = reproducible_metrics(run)
     measured = [{key for key in line if key.startswith("target/")} for line in lines]
-    assert measured == [{"target/mass_on_rare_student"}] * 2 + [set()]
+    assert measured == [{"target/mass_on_rare_student", "target/let_through"}] * 2 + [set()]
+    assert all(0 < line["target/let_through"] < 1 for line in lines[:2])
     assert all(0 <= line["target/mass_on_rare_student"] < 1 for line in lines[:2])
     assert all(line.keys() >= FORKS and line["leak/words_per_1000"] > 0 for line in lines)
     claims = ("target/", "forks/", "reverse_kl/", "leak/")

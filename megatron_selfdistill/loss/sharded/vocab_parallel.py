@@ -17,7 +17,7 @@ Sums are taken in float32 (float64 for float64 logits); merging and solving run 
 `solve_target` returns the target alone, for those who sample from it.  `vocab_entropy`, the entropy of a model's own
 softmax, comes from the first pass alone.  The training passes do not compute the mass that the target puts on tokens to
 which the student or the reference gives almost no probability: two passes over the logits of their own take it in
-`mass_on_rare`, in PyTorch on every device, on the steps that measure it.
+`target_measures`, in PyTorch on every device, on the steps that measure it.
 
 A `Backend` is PyTorch, which defines the sharded loss, or the Triton kernels, which are faster.
 """
@@ -31,7 +31,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -490,8 +490,20 @@ def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = No
     return Softmax.merge(*parts.unbind(2)).entropy
 
 
+class TargetMeasures(NamedTuple):
+    """What a target q asks for, as seen from the models that it mixes, for T tokens; float64."""
+
+    mass_on_rare: Tensor
+    """The sum of q over the columns with p < `RARE`, and with a reference the same for its r in place of p; [T, 1] or
+    [T, 2]."""
+    kl_to_anchor: Tensor | None
+    """KL(q || a) and KL(t || a) in nats, [T, 2], where a is the reference, or without one the student, and t the
+    teacher alone; their ratio is the share of the teacher's news that the target lets through.  None if t is not
+    given."""
+
+
 @torch.no_grad()
-def mass_on_rare(
+def target_measures(
     student_logits: Tensor,
     teacher_logits: Tensor,
     beta: Tensor,
@@ -499,27 +511,30 @@ def mass_on_rare(
     target: Target,
     vocab: VocabShard,
     reference_logits: Tensor | None = None,
+    own_teacher_logits: Tensor | None = None,
     teacher_weights: Tensor | None = None,
-) -> Tensor:
-    """Return the sum of q over the columns with p < `RARE`, and the same for the reference's r in place of p.
+) -> TargetMeasures:
+    """Return the `TargetMeasures` of T tokens, equal on all ranks of ``vocab.group``.
 
-    The result is [T, 1] float64, or [T, 2] with ``reference_logits``, equal on all ranks of ``vocab.group``.
     Shapes: all logits [T, vocab.size], any float dtype; beta [T]: `TokenStats.beta` of the same tokens and target.
     Reference: with ``target.is_anchored`` the teacher's logits are those of the mix, and ``teacher_weights [T]`` the w
-    of each token, None the target's; as for `distillation_loss`.
-    -inf: a column with -inf in the student counts as rare.  NaN: a token with NaN in its logits or beta gives NaN.
+    of each token, None the target's; as for `distillation_loss`.  ``own_teacher_logits``: those of the teacher alone.
+    -inf: a column with -inf in the student counts as rare; one with -inf in a, where q or t has mass, gives inf.
+    NaN: a token with NaN in its logits or beta gives NaN.
     Collectives: two all-gathers over ``vocab.group``, none for T = 0.
     Raises: ValueError if shapes do not fit.
     """
     expected = (len(beta), vocab.size)
-    given = [logits for logits in (student_logits, teacher_logits, reference_logits) if logits is not None]
+    optional = [logits for logits in (reference_logits, own_teacher_logits) if logits is not None]
+    given = [student_logits, teacher_logits, *optional]
     if any(tuple(logits.shape) != expected for logits in given):
         raise ValueError(
-            f"mass_on_rare: all logits must be {list(expected)}, a row per beta and the columns of this VocabShard; "
+            f"target_measures: all logits must be {list(expected)}, a row per beta and the columns of this VocabShard; "
             f"got {[tuple(logits.shape) for logits in given]}."
         )
     shard = make_shard(student_logits, teacher_logits, target, vocab)
-    models = [logits[:, : vocab.num_valid] for logits in (student_logits, reference_logits) if logits is not None]
+    models = [logits[:, : vocab.num_valid] for logits in (student_logits, *optional)]
+    num_considered = 1 if reference_logits is None else 2
     mix_beta = beta.double() * (mix_unit(target) if teacher_weights is None else 1 + teacher_weights.double())
 
     def scaled(rows: Chunk) -> list[tuple[Tensor, Tensor]]:
@@ -536,16 +551,28 @@ def mass_on_rare(
     parts = shard.over_rows(log_sums, 1 + num_models, empty=-math.inf, dtype=torch.float64)
     log_normalisers = gather_parts(parts, vocab.group).logsumexp(0)
 
-    def masses(rows: Chunk) -> Tensor:
+    def measures(rows: Chunk) -> Tensor:
         (log_q, *log_probs) = (
             values + (top - log_normaliser)[:, None].to(values.dtype)
             for (values, top), log_normaliser in zip(scaled(rows), log_normalisers[rows].unbind(1), strict=True)
         )
-        q = log_q.exp()
-        return torch.stack([(q * (log_p < math.log(RARE))).sum(1).double() for log_p in log_probs], 1)
+        q, considered = log_q.exp(), log_probs[:num_considered]
+        sums = [(q * (log_p < math.log(RARE))).sum(1) for log_p in considered]
+        if own_teacher_logits is not None:
+            sums += [_kl_summands(log_t, considered[-1]).sum(1) for log_t in (log_q, log_probs[-1])]
+        return torch.stack([column.double() for column in sums], 1)
 
-    mass = gather_parts(shard.over_rows(masses, num_models, dtype=torch.float64), vocab.group).sum(0)
-    return mass.masked_fill(log_normalisers.isnan().any(1, keepdim=True), math.nan)
+    num_columns = num_considered + (0 if own_teacher_logits is None else 2)
+    found = gather_parts(shard.over_rows(measures, num_columns, dtype=torch.float64), vocab.group).sum(0)
+    found = found.masked_fill(log_normalisers.isnan().any(1, keepdim=True), math.nan)
+    masses, divergences = found[:, :num_considered], found[:, num_considered:]
+    return TargetMeasures(masses, None if own_teacher_logits is None else divergences)
+
+
+def _kl_summands(log_p: Tensor, log_a: Tensor) -> Tensor:
+    """Return p (log p - log a) per column, 0 where p is 0."""
+    p = log_p.exp()
+    return torch.where(p == 0, 0.0, p * (log_p - log_a))
 
 
 def _shifted(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

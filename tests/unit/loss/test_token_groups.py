@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, VocabShard, distillation_loss, mixed_target
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, mass_on_rare, vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, target_measures, vocab_entropy
 from megatron_selfdistill.loss.target import split_divergence, token_groups
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 150, 192  # over 4 ranks: 48, 48, 48 and 6 valid columns
@@ -254,7 +254,7 @@ def test_the_mass_on_rare_tokens_is_that_of_each_tokens_own_target() -> None:
     target, groups = CASES["batch"]
     student, teacher, reference, _ = rows()
     _, beta = by_definition(student.double(), teacher.double(), reference.double(), target, groups)
-    mass = mass_on_rare(
+    mass, _ = target_measures(
         student,
         mixed(teacher, reference),
         beta,

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The target's mass on rare tokens equals float64 on full rows, for every target, dtype and number of shards."""
+"""What a target asks for equals float64 on full rows, for every target, dtype and number of shards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ranks import RankPool
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss, mixed_target
-from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, mass_on_rare, vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, target_measures, vocab_entropy
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE, NUM_ROWS = 150, 192, 10  # over 4 ranks: 48, 48, 48 and 6 valid columns
 TARGETS = {
@@ -43,15 +43,22 @@ def rows(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def by_definition(target: Target, dtype: torch.dtype) -> Tensor:
-    """Return the masses [T, 1] or [T, 2] in float64, from the logits as they are in ``dtype``."""
+    """Return the masses and both divergences [T, 3] or [T, 4] in float64, from the logits as they are in ``dtype``."""
     student, teacher, reference = (logits.double() for logits in rows(dtype))
-    q = mixed_target(student, teacher, target, reference if target.is_anchored else None).log_q.exp()
+    log_q = mixed_target(student, teacher, target, reference if target.is_anchored else None).log_q
     models = [student, reference] if target.is_anchored else [student]
-    return torch.stack([torch.where(logits.softmax(-1) < RARE, q, 0.0).sum(-1) for logits in models], 1)
+    masses = [torch.where(logits.softmax(-1) < RARE, log_q.exp(), 0.0).sum(-1) for logits in models]
+    return torch.stack([*masses, kl(log_q, models[-1]), kl(teacher.log_softmax(-1), models[-1])], 1)
+
+
+def kl(log_p: Tensor, anchor: Tensor) -> Tensor:
+    """Return KL(p || softmax(anchor)) of rows in which both are 0 in the same columns."""
+    terms = log_p.exp() * (log_p - anchor.log_softmax(-1))
+    return torch.where(torch.isneginf(log_p), 0.0, terms).sum(-1)
 
 
 def measured(name: str, dtype: torch.dtype) -> Tensor:
-    """Return the masses from this rank's shards, with the beta that the loss finds, and garbage in the padding."""
+    """Return masses and divergences from this rank's shards, with the loss's beta and garbage in the padding."""
     target = TARGETS[name]
     group = dist.group.WORLD if dist.is_initialized() and dist.get_world_size() > 1 else None
     vocab = VocabShard.from_group(PADDED_VOCAB_SIZE, VOCAB_SIZE, group)
@@ -60,15 +67,18 @@ def measured(name: str, dtype: torch.dtype) -> Tensor:
     mix = (w * teacher + reference) / (1 + w) if target.is_anchored else teacher
     padding = torch.full((NUM_ROWS, PADDED_VOCAB_SIZE - VOCAB_SIZE), 77.0, dtype=dtype)
     columns = slice(vocab.start, vocab.start + vocab.size)
-    s, m, r = (torch.cat([logits, padding], 1)[:, columns].clone() for logits in (student, mix, reference))
+    s, m, r, t = (torch.cat([one, padding], 1)[:, columns].clone() for one in (student, mix, reference, teacher))
     wanted = vocab_entropy(r, vocab) if target.needs_reference_entropy else None
     tokens = torch.zeros(NUM_ROWS, dtype=torch.int64)
     stats = distillation_loss(
         s, m, tokens, target=target, divergence=Divergence(), vocab=vocab, reference_entropy=wanted
     )
-    return mass_on_rare(
-        s, m, stats.beta, target=target, vocab=vocab, reference_logits=r if target.is_anchored else None
+    reference_logits = r if target.is_anchored else None
+    masses, divergences = target_measures(
+        s, m, stats.beta, target=target, vocab=vocab, reference_logits=reference_logits, own_teacher_logits=t
     )
+    assert divergences is not None
+    return torch.cat([masses, divergences], 1)
 
 
 def check(found: Tensor, target: Target, dtype: torch.dtype) -> None:
@@ -77,7 +87,12 @@ def check(found: Tensor, target: Target, dtype: torch.dtype) -> None:
     if target.teacher_weight == 2 or target.rule == "teacher_alone":
         assert expected[1, 0] > 0.3
     tolerance = 1e-4 if dtype == torch.float32 else 1e-5  # beta is accurate to 1e-5 nats of entropy
-    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(found[:, :-2], expected[:, :-2], rtol=0, atol=tolerance)
+    # A divergence is a sum over columns of q (log q - log a); beta moves log q by a relative 1e-5.
+    torch.testing.assert_close(found[:, -2:], expected[:, -2:], rtol=10 * tolerance, atol=tolerance)
+    assert (expected[5:, -2:] > 0.02).all() and (expected[[0, 2], -1:].abs() < 1e-12).sum() >= 1
+    if target.rule == "teacher_alone":
+        assert torch.equal(found[:, -2], found[:, -1])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -103,19 +118,25 @@ def test_tokens_may_have_their_own_teacher_weights() -> None:
     weights, target = torch.linspace(0.1, 4.0, NUM_ROWS).double(), TARGETS["reference, geometric mean"]
     vocab = VocabShard(0, VOCAB_SIZE, VOCAB_SIZE)
     mix = (weights[:, None] * teacher + reference) / (1 + weights[:, None])
-    found = mass_on_rare(
+    found, divergences = target_measures(
         student,
         mix,
         1 / (1 + weights),
         target=target,
         vocab=vocab,
         reference_logits=reference,
+        own_teacher_logits=teacher,
         teacher_weights=weights,
     )
+    assert divergences is not None
     for row, weight in enumerate(weights.tolist()):
-        q = mixed_target(student[row], teacher[row], target.with_teacher_weight(weight), reference[row]).log_q.exp()
-        expected = [torch.where(logits[row].softmax(-1) < RARE, q, 0.0).sum() for logits in (student, reference)]
+        log_q = mixed_target(student[row], teacher[row], target.with_teacher_weight(weight), reference[row]).log_q
+        expected = [
+            torch.where(logits[row].softmax(-1) < RARE, log_q.exp(), 0.0).sum() for logits in (student, reference)
+        ]
         torch.testing.assert_close(found[row], torch.stack(expected), rtol=0, atol=1e-9)
+        both = [kl(log_p, reference[row]) for log_p in (log_q, teacher[row].log_softmax(-1))]
+        torch.testing.assert_close(divergences[row], torch.stack(both), rtol=1e-9, atol=1e-9)
 
 
 def test_a_token_with_nan_gives_nan_and_no_other_token_changes() -> None:
@@ -124,7 +145,9 @@ def test_a_token_with_nan_gives_nan_and_no_other_token_changes() -> None:
     beta = torch.full((NUM_ROWS,), 1 / target.geometric_k, dtype=torch.float64)
 
     def masses() -> Tensor:
-        return mass_on_rare(student, teacher, beta, target=target, vocab=vocab, reference_logits=reference)
+        found = target_measures(student, teacher, beta, target=target, vocab=vocab, reference_logits=reference)
+        assert found.kl_to_anchor is None, "nobody gave the teacher's own logits"
+        return found.mass_on_rare
 
     before = masses()
     student[2, 3] = math.nan
@@ -139,6 +162,7 @@ def test_a_token_with_nan_gives_nan_and_no_other_token_changes() -> None:
 
 def test_no_tokens_have_no_mass_and_what_does_not_fit_is_refused() -> None:
     vocab, none = VocabShard(0, 150, 150), torch.zeros(0, 150)
-    assert mass_on_rare(none, none, none[:, 0], target=Target(), vocab=vocab).shape == (0, 1)
+    found = target_measures(none, none, none[:, 0], target=Target(), vocab=vocab, own_teacher_logits=none)
+    assert found.mass_on_rare.shape == (0, 1) and found.kl_to_anchor is not None and found.kl_to_anchor.shape == (0, 2)
     with pytest.raises(ValueError, match=r"all logits must be \[2, 150\]"):
-        mass_on_rare(none, none, torch.ones(2), target=Target(), vocab=vocab)
+        target_measures(none, none, torch.ones(2), target=Target(), vocab=vocab)

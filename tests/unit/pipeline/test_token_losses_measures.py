@@ -76,7 +76,7 @@ def test_the_measures_do_not_depend_on_the_chunks(name):
         assert (values is None) == (getattr(parts, field) is None), field
         if values is not None:
             torch.testing.assert_close(getattr(parts, field), values, rtol=1e-6, atol=1e-9)
-            assert values.shape == (NUM_TOKENS,)
+            assert values.shape == ((NUM_TOKENS, 2) if field == "kl_to_anchor" else (NUM_TOKENS,))
             assert values.dtype == DTYPES.get(field, torch.float64)
     assert (whole.mass_on_rare_student > 0).all()
     assert (whole.mass_on_rare_reference is None) == (name == "student")
