@@ -121,7 +121,7 @@ def assert_new_weights_go_on(responses: list[Response], read: list[list[float]])
     """Assert that the last tokens of responses come from the new weights after a whole reading of their context."""
     pairs = zip(responses, read, strict=True)
     mixed = [(response, log_probs) for response, log_probs in pairs if response.weight_spans]
-    assert len(mixed) >= 16, "a server works on 32 requests at once, and one server has finished some"
+    assert mixed, "some responses are under way when the weights change, however busy the machine is"
     for response, log_probs in mixed:
         assert [version for version, _ in response.weight_spans] == [0, 1] and response.weight_version == 0
         (_, before), (_, after) = response.weight_spans
