@@ -117,6 +117,7 @@ sys.exit(command.main(["--device", "cpu", "--record", sys.argv[2] + "/results.js
 """
 
 
+@pytest.mark.full
 def test_a_command_that_is_told_to_end_keeps_the_stages_before_and_kills_the_one_that_runs(tmp_path):
     started = subprocess.Popen([sys.executable, "-c", ENDED_EARLY, str(REPOSITORY), str(tmp_path)])
     pid = tmp_path / "pid"

@@ -19,6 +19,7 @@ import pytest
 import torch
 from ranks import RankError, RankPool
 from scripts import load_script
+from tiers import combinations
 
 from megatron_selfdistill.loss import Target, VocabShard
 
@@ -111,10 +112,12 @@ def test_errors_are_told_also_where_the_vocabulary_is_over_two_ranks(ranks, tmp_
     assert all(found[name][0]["collectives"] == sums[name] for name in found.keys() & sums)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("kind", "passes"), [("reverse_kl", 7), ("forward_kl", 7), ("jsd", 9)])
-def test_passes_are_those_of_the_design_and_the_floor_follows_dtype_and_divergence(tools, dtype, kind, passes):
-    module, size = tools("loss_measurements"), dtype.itemsize // 2
+PASSES = {"reverse_kl": 7, "forward_kl": 7, "jsd": 9}
+
+
+@combinations(dtype={"bf16": torch.bfloat16, "fp32": torch.float32}, kind=PASSES.keys(), strength=1)
+def test_passes_are_those_of_the_design_and_the_floor_follows_dtype_and_divergence(tools, dtype, kind):
+    module, size, passes = tools("loss_measurements"), dtype.itemsize // 2, PASSES[kind]
     contenders = sys.modules["loss_contenders"]
     case = case_of(contenders, 256, 4096, dtype, kind)  # of 64 rows in a chunk
     entrants = contenders.contenders(argparse.Namespace(hidden=None, divergence=kind), case.device, 1)

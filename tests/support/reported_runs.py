@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
+import functools
 import json
 import math
 import re
@@ -32,8 +34,8 @@ def write_run(
     ``shift``: added to every loss.  ``changes``: (step, key) -> another value.  ``text``: stands in every response.
     """
     directory.mkdir(parents=True)
-    settings = [f"num_steps={num_steps}", f"run_dir={directory}", "data.path=problems.jsonl", *overrides]
-    (directory / "config.yaml").write_text(configuration.to_yaml(configuration.load(settings)))
+    config = dataclasses.replace(_composed(f"num_steps={num_steps}", *overrides), run_dir=str(directory))
+    (directory / "config.yaml").write_text(configuration.to_yaml(config))
     lines = []
     for step in range(num_steps + 1):
         if step:
@@ -55,6 +57,11 @@ def blocks_of(page: str) -> dict[str, Any]:
     """Return name -> value of the data blocks of a page."""
     found = re.findall(r'<script type="application/json\+deflate" id="data-([a-z0-9-]+)">([^<]*)</script>', page)
     return {name: json.loads(zlib.decompress(base64.b64decode(packed))) for name, packed in found}
+
+
+@functools.cache
+def _composed(*overrides: str) -> configuration.Config:
+    return configuration.load(["data.path=problems.jsonl", *overrides])
 
 
 def _metrics(step: int, num_steps: int, shift: float) -> dict[str, float]:

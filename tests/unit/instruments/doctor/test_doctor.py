@@ -55,6 +55,7 @@ def write(directory: Path, files: dict[str, str]) -> Path:
     return directory
 
 
+@pytest.mark.full
 def test_the_report_of_a_node_that_can_run_names_what_a_run_uses():
     report = examined()
     assert report.returncode == 0, report.stdout + report.stderr
