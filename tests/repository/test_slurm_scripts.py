@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The commands that the scripts of examples/slurm run on each node.
 
-The tests replace scontrol, srun and Python by programs that only record their arguments.
+The tests replace scontrol, srun and Python by programs that only record their arguments, and sleep by a short one.
 """
 
 from __future__ import annotations
@@ -115,6 +115,7 @@ def submitted(directory: Path, script: str = "rollout_nodes", **parameters: str)
         new.mkdir()
     shell = "#!/bin/bash\n"
     texts = {"scontrol": shell + SCONTROL, "srun": shell + SRUN, "python": f"#!{sys.executable} -IS\n{PYTHON}"}
+    texts["sleep"] = f"{shell}exec /bin/sleep 0.05\n"  # the scripts wait for seconds until they look again
     for name, text in texts.items():
         (fakes / name).write_text(text)
         (fakes / name).chmod(0o755)
