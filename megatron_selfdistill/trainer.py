@@ -92,9 +92,8 @@ class Trainer:
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
         base = adapter_base(config, found.saved if found is not None else None)
         self.learner = Learner(config, self.run_data, grid, resumes=found is not None, base=base)
-        self.sampler = configured_sampler(
-            config, self.run_data, self.learner.chunks, grid, self.phases, self.learner.role_weights
-        )
+        chunks, weights = self.learner.chunks, self.learner.role_weights
+        self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
         self.guards = Guards(config.guards, engines_of(config))
         self.step = 0
@@ -106,8 +105,7 @@ class Trainer:
         self.run_directory = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
         self.log = configured_log(config, self.phases, enabled=grid.is_reporter)
-        writes = grid.is_reporter and not config.dry_run
-        self.events = EventLog(self.run_dir, enabled=writes)
+        self.events = EventLog(self.run_dir, enabled=grid.is_reporter and not config.dry_run)
         if not config.dry_run:  # a dry run writes nothing: another run may be using the directory
             with raise_on_all_ranks():  # a logger that cannot start ends all ranks alike
                 self.log.resume(self.step)
@@ -159,27 +157,18 @@ class Trainer:
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        output, partial_batch, due = (
-            None,
-            partial_batch_of(batch, earlier),
-            self.config.metrics.teacher_due(self.step + 1),
-        )
+        output, place = None, partial_batch_of(batch, earlier)
+        due, tolerance = self.config.metrics.teacher_due(self.step + 1), self.config.guards.identity_tolerance
         if not earlier:
             for hook in self.before_gradients:
                 hook(self, batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
-            tolerance = self.config.guards.identity_tolerance
-            if (
-                not self.checked
-                and partial_batch.earlier is None
-                and self.learner.has_teacher
-                and tolerance is not None
-            ):
+            is_first = not self.checked and place.earlier is None
+            if is_first and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
-            output = self.learner.forward_backward(
-                packed, batch.token_coefficients, measure_teacher=due, partial_batch=partial_batch
-            )
+            coefficients = batch.token_coefficients
+            output = self.learner.forward_backward(packed, coefficients, measure_teacher=due, partial_batch=place)
         return AccumulatedBatch(batch, packed, output)
 
     def update(self, step: Sequence[AccumulatedBatch]) -> dict[str, float]:

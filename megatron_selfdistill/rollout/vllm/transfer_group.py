@@ -138,10 +138,13 @@ def _meet(control: dist.Store, rank: int, world_size: int, why_stop: Callable[[]
         control.set(_GO, "")
         return
     control.set(f"here-{rank}", "")
-    while not control.check([_GO]):
-        time.sleep(_LOOK_SECONDS)
-        if (why := why_stop()) is not None:
+    while True:
+        why = why_stop()  # before the look at _GO: rank 0 may let the members go and give up between two looks
+        if control.check([_GO]):
+            return
+        if why is not None:
             raise RuntimeError(f"the process group of {world_size} did not meet: {why}")
+        time.sleep(_LOOK_SECONDS)
 
 
 def _formed(make: Callable[[], dist.ProcessGroup], why_stop: Callable[[], str | None]) -> dist.ProcessGroup:
