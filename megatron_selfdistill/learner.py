@@ -13,6 +13,7 @@ The step of the optimizer has two halves, so that a run can check the norm of th
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -73,8 +74,8 @@ class Learner:
     """Student, teacher, reference and optimizer of one rank.
 
     Every rank of the world makes the same calls in the same order.  `forward_backward` changes gradients only;
-    `apply_gradients` changes the weights, the optimizer with its schedule, and the teacher; `solve_k` changes
-    ``batch_k``.
+    `apply_gradients` changes the weights, the optimizer with its schedule, and the teacher; `set_batch_k` changes
+    ``batch_k``, ``target`` and ``distillation_loss``.
     """
 
     def __init__(
@@ -128,8 +129,7 @@ class Learner:
                 if is_teacher
                 else Teacher("frozen", self.chunks, initial_chunks, offload=offload, adapted=config.adapter.rank > 0)
             )
-        self.batch_k: float | None = None
-        """For target.rule=batch: the k that was solved from the last step; None before the first step."""
+        self.set_batch_k(None)
         self.release_gradients()
 
     @property
@@ -142,7 +142,7 @@ class Learner:
         """The order of microbatches: as configured, else teacher_first with a pipeline and alternating without."""
         return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
 
-    @property
+    @functools.cached_property
     def packing(self) -> Packing:
         """How the contexts of a step become microbatches."""
         return Packing.of_model(
@@ -285,7 +285,13 @@ class Learner:
     def solve_k(self, output: StepOutput) -> None:
         """Set ``batch_k`` for the next step from the entropies of this step, for target.rule=batch.  Collective."""
         entropies, bound = batch_entropies(output, self.grid), self.target.k_bound
-        self.batch_k = solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size))
+        self.set_batch_k(solve_batch_k(*entropies, bound, max_entropy=math.log(self.run_data.vocab_size)))
+
+    def set_batch_k(self, k: float | None) -> None:
+        """Set what the next steps train towards; ``k``: that of target.rule=batch, None before the first step."""
+        self.batch_k = k
+        self.target = Target.configured(self.config.target, k)
+        self.distillation_loss = self._distillation_loss(self.target)
 
     def learnabilities(
         self, candidates: Sequence[tuple[Problem, Response]], alpha: float, ratio_weight: float
@@ -339,10 +345,9 @@ class Learner:
 
     def _read(self, contexts: Sequence[ContextPair], measurement: TokenMeasurement | None = None) -> Reading:
         """Return what the models of a step read in ``contexts``, by the loss of a step."""
-        target = self.target
         with self.target_models() as models:
-            readers = self._models_of_step(models.teacher, self._reference(target, models.reference))
-            return read(contexts, readers, Want(self._distillation_loss(target), measurement))
+            readers = self._models_of_step(models.teacher, self._reference(self.target, models.reference))
+            return read(contexts, readers, Want(self.distillation_loss, measurement))
 
     def _models_of_step(self, teacher: Sequence[torch.nn.Module], reference: Reference | None) -> ScoringModels:
         """Return the student with ``teacher`` and ``reference``, which read contexts in the layout of a step."""
@@ -361,12 +366,10 @@ class Learner:
     def _self_distillation(
         self, packed: PackedBatch, measurement: TokenMeasurement | None, **options: Any
     ) -> StepOutput:
-        target = self.target
-        loss = self._distillation_loss(target)
         with self.target_models() as models:
-            reference = self._reference(target, models.reference)
+            reference = self._reference(self.target, models.reference)
             options |= {"reference": reference, "measurement": measurement}
-            return self._schedule(packed, models.teacher, loss, **options)
+            return self._schedule(packed, models.teacher, self.distillation_loss, **options)
 
     def _measurement(self, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss
@@ -408,11 +411,6 @@ class Learner:
             return None
         assert chunks is not None
         return Reference(target, chunks, self.config.loss.fused_chunk_tokens, self.config.loss.backend)
-
-    @property
-    def target(self) -> Target:
-        """The target of the present step."""
-        return Target.configured(self.config.target, self.batch_k)
 
     def _distillation_loss(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
         loss = self.config.loss

@@ -61,8 +61,8 @@ class Trainer:
     """Learner, source of responses, data, checkpoints and logs of one rank.
 
     Every rank of the world makes the same calls in the same order.  A step is a chain of values: no stage keeps
-    anything for the next one.  Three stages change something: `forward_backward` the gradients, `update` the learner
-    and ``checked``, `finish_step` the ``step``, the state of the source, the guards, the log and the checkpoints.
+    anything for the next one.  Three stages change something: `forward_backward` the gradients, `update` the learner,
+    ``sampling`` and ``checked``, `finish_step` the ``step``, the state of the source, guards, log and checkpoints.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Trainer:
         """Whether this launch has checked the identity law and the teacher's canary."""
         if found is not None:
             self._resume(found)
+        self.sampling = sampling_params(config, self.run_data, self.learner.batch_k)
+        """The parameters with which the next step samples responses."""
         self.run_directory = RunDirectory(config, self.step, prove_ownership)
         self.saved_step = self.step  # a run that starts anew needs no checkpoint of step 0
         self.log = configured_log(config, self.phases, enabled=grid.is_reporter)
@@ -191,6 +193,7 @@ class Trainer:
             metrics["learning_rate"] = self.learner.apply_gradients(metrics["gradient_norm"])
         if self.config.target.rule == "batch" and self.learner.has_teacher:
             self.learner.solve_k(output)
+            self.sampling = sampling_params(self.config, self.run_data, self.learner.batch_k)
         return metrics
 
     def finish_step(self, step: Sequence[AccumulatedBatch], metrics: Mapping[str, float]) -> None:
@@ -226,11 +229,6 @@ class Trainer:
             hook(self)
 
     # -- beside the loop -----------------------------------------------------------------------------------------
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """The parameters with which the present step samples responses."""
-        return sampling_params(self.config, self.run_data, self.learner.batch_k)
 
     @property
     def checkpoint(self) -> Path:
@@ -296,7 +294,8 @@ class Trainer:
     def _resume(self, found: Resumption) -> None:
         self.checkpointer.load(found.saved, **self.learner.stored_parts)
         state = found.saved.trainer_state
-        self.step, self.learner.batch_k = state["step"], state["batch_k"]
+        self.step = state["step"]
+        self.learner.set_batch_k(state["batch_k"])
         if found.same_problems:
             self.source.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])

@@ -48,12 +48,15 @@ class ModelInputs:
 
         ``local_attention``: the result of `uses_local_attention`.
         """
-        held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
-        position_ids = microbatch.position_ids[held]
+        tensors = microbatch.tokens, microbatch.position_ids, microbatch.padding_mask
+        if grid.cp_size > 1:
+            held = context_parallel_positions(microbatch.cu_seqlens, grid.cp_size, grid.cp_rank)
+            tensors = tensors[0][held], tensors[1][held], tensors[2][held]
+        tokens, position_ids, padding_mask = tensors
         return cls(
-            tokens=microbatch.tokens[held].unsqueeze(0),
+            tokens=tokens.unsqueeze(0),
             position_ids=position_ids.unsqueeze(0),
-            padding_mask=microbatch.padding_mask[held].unsqueeze(0),
+            padding_mask=padding_mask.unsqueeze(0),
             packed_seq_params=PackedSequences.of(
                 microbatch, position_ids, with_segment_batches=local_attention and grid.cp_size == 1
             ),
@@ -93,7 +96,7 @@ def hidden_states(chunk: torch.nn.Module, inputs: ModelInputs, grid: RankGrid) -
             input_ids=inputs.tokens,
             position_ids=inputs.position_ids,
             attention_mask=None,
-            packed_seq_params=inputs.packed_seq_params,
+            packed_seq_params=inputs.packed_seq_params.with_positions(),
             **extra,
         )
     return hidden

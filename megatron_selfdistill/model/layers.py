@@ -525,9 +525,13 @@ class PackedSequences(PackedSeqParams):
     segment_batches: SegmentBatches | None = None
     """The batches of segments for layers that compute with PyTorch; None under context parallelism or other layers."""
 
-    def __post_init__(self) -> None:
-        # Megatron passes only this tensor to the rotary embedding.
+    def with_positions(self) -> PackedSequences:
+        """Return these parameters, after ``cu_seqlens_q_padded`` has got the positions as an attribute.
+
+        Megatron passes only this tensor to the rotary embedding.
+        """
         setattr(self.cu_seqlens_q_padded, _POSITIONS, self.rotary_positions)
+        return self
 
     @functools.cached_property
     def lengths_for_fla(self) -> dict[str, Tensor]:

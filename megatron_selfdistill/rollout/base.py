@@ -147,11 +147,6 @@ def prompt_of(request: Request, role: str) -> list[int]:
     return request.teacher_prompt
 
 
-def longest_prompt(request: Request) -> int:
-    """Return the number of tokens of the longer prompt of a request, which must leave room for the response."""
-    return max(len(request.prompt), len(request.teacher_prompt or ()))
-
-
 def _select(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -291,6 +286,11 @@ class Request:
     """
     begun: int = 0
     """Number of tokens at the end of the prompt that are the response so far, which this request continues."""
+
+    @property
+    def longest_prompt(self) -> int:
+        """Number of tokens of the longer prompt, which must leave room for the response."""
+        return max(len(self.prompt), len(self.teacher_prompt or ()))
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,10 @@ CHANGES = {
     "balance": set(),
     "pack": set(),
     "forward_backward": set(),
-    "update": {"trainer.checked", "learner.batch_k"},
+    "update": {
+        *("trainer.checked", "trainer.sampling"),
+        *("learner.batch_k", "learner.target", "learner.distillation_loss"),
+    },
     "finish_step": {
         *("trainer.step", "trainer.saved_step", "source._state", "guards.sums", "guards.counts", "guards.violations"),
     },

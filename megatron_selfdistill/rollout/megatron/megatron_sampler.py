@@ -34,7 +34,6 @@ from megatron_selfdistill.rollout.base import (
     SamplingParams,
     guided_roles,
     ignore_progress,
-    longest_prompt,
     prompt_of,
     refuse_unguidable,
     require_room,
@@ -344,11 +343,11 @@ class MegatronSampler:
             capacity = self._agree_on_capacity(requests, params)
             for model in (self._student, *role_models):
                 stack.enter_context(model.decoding())
-            for share, sample, room in (
-                (plain, self._sample_batch, capacity),
-                (guided, self._sample_guided, capacity // len(guided_roles(params.target))),
-            ):
-                lengths = [longest_prompt(requests[i]) for i in share]
+            batches = [(plain, self._sample_batch, capacity)]
+            if guided:
+                batches.append((guided, self._sample_guided, capacity // len(guided_roles(params.target))))
+            for share, sample, room in batches:
+                lengths = [requests[i].longest_prompt for i in share]
                 for batch in split_batches(lengths, params.max_new_tokens, room):
                     indices = [share[i] for i in batch]
                     report = partial(self._report, total=len(own), before=len(responses))
@@ -368,20 +367,20 @@ class MegatronSampler:
 
     def _needs_role_models(self, requests: Sequence[Request], params: SamplingParams) -> bool:
         """Return whether any rank has a guided request, with a target that other weights than the student's define."""
-        roles = guided_roles(params.target)
-        if not any(role in roles for weights in self._role_weights for role in weights.roles):
+        held = {role for weights in self._role_weights for role in weights.roles}
+        if not held or held.isdisjoint(guided_roles(params.target)):
             return False
         [any_guided] = max_over_ranks([any(request.teacher_prompt is not None for request in requests)])
         return bool(any_guided)
 
     def _agree_on_capacity(self, requests: Sequence[Request], params: SamplingParams) -> int:
         """Return the number of tokens that the KV cache may hold: the least over all ranks, which must split alike."""
-        gib, num_roles = self._kv_cache_gb, len(guided_roles(params.target))
+        gib = self._kv_cache_gb
         allowed = free_bytes() // 3 if gib is None else int(gib * _GIB)
         prompts = [p for r in requests for p in (r.prompt, r.teacher_prompt) if p is not None]
         lengths = [len(prompt) for prompt in prompts]
-        sequences = [1 if request.teacher_prompt is None else num_roles for request in requests]
-        taken = [(longest_prompt(r) + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
+        sequences = [1 if r.teacher_prompt is None else len(guided_roles(params.target)) for r in requests]
+        taken = [(r.longest_prompt + params.max_new_tokens) * n for r, n in zip(requests, sequences, strict=True)]
         per_token = self._bytes_per_column(params.max_new_tokens)
         room, num_guided = allowed // per_token, len(prompts) - len(requests)
         maskless = not all(model.takes_masks for model in (self._student, *self._role_models))
@@ -397,8 +396,9 @@ class MegatronSampler:
             )
         require_room(shortest, longest, params.max_new_tokens, self._max_length)
         if needed > capacity:
+            num_roles = _COUNTS[len(guided_roles(params.target))]
             raise ValueError(
-                f"one request holds {needed} tokens (a guided request in {_COUNTS[num_roles]} sequences), so it needs "
+                f"one request holds {needed} tokens (a guided request in {num_roles} sequences), so it needs "
                 f"{needed * per_token / _GIB:.3g} GiB of KV cache, but there is room for "
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )

@@ -24,7 +24,7 @@ import numpy as np
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, longest_prompt, refuse_unguidable
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, refuse_unguidable
 from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, AwaitedEngine, AwaitedHere, Engine
 from megatron_selfdistill.rollout.vllm.engine_output import LOG_PROB_ROUNDING, EngineOutput, EngineRequest
@@ -179,7 +179,7 @@ def _check_lengths(requests: Sequence[Request], params: SamplingParams, max_mode
     alone = sum(request.teacher_prompt is None for request in requests)
     if alone:
         raise ValueError(f"guided requests need a teacher_prompt; {alone} of {len(requests)} have none")
-    longest = max(longest_prompt(request) for request in requests)
+    longest = max(request.longest_prompt for request in requests)
     if longest + params.max_new_tokens > max_model_len:
         raise ValueError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {params.max_new_tokens}, together more "
