@@ -13,7 +13,6 @@ The step of the optimizer has two halves, so that a run can check the norm of th
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -129,6 +128,8 @@ class Learner:
                 if is_teacher
                 else Teacher("frozen", self.chunks, initial_chunks, offload=offload, adapted=config.adapter.rank > 0)
             )
+        self.packing = self._packing()
+        """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()
 
@@ -142,9 +143,7 @@ class Learner:
         """The order of microbatches: as configured, else teacher_first with a pipeline and alternating without."""
         return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
 
-    @functools.cached_property
-    def packing(self) -> Packing:
-        """How the contexts of a step become microbatches."""
+    def _packing(self) -> Packing:
         return Packing.of_model(
             unwrapped(self.chunks[0]).config,
             max_tokens=self.config.schedule.max_tokens,

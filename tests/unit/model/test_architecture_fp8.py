@@ -161,7 +161,7 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
         else:
             config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8), is_anchored=False)
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
-            learner.Learner.pack(SimpleNamespace(packing=learner.Learner.packing.func(me), grid=None), [])
+            learner.Learner.pack(SimpleNamespace(packing=learner.Learner._packing(me), grid=None), [])
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
 
