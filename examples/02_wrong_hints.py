@@ -25,7 +25,7 @@ from _lib.pretraining import prepared_base, write_records
 from _lib.task import Record
 from _lib.variants import Outcome
 
-WITHOUT_GUARD = "guards.max_entropy_ratio=null"
+WITHOUT_GUARDS = ("guards.max_entropy_ratio=null", "guards.max_loss_ratio=null")
 VARIANTS = (
     variants.SELF_DISTILLATION,
     variants.STUDENT_MIX,
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         directory = options.directory / "wrong_hints" / f"seed{options.seed}" / f"{100 * share:.0f}_percent"
         problems = write_records(directory / "train.jsonl", problems_with_wrong_hints(options.seed, share))
         steps = () if options.steps is None else (f"num_steps={options.steps}",)
-        runs = [variant.on(problems, WITHOUT_GUARD, *steps) for variant in VARIANTS]
+        runs = [variant.on(problems, *WITHOUT_GUARDS, *steps) for variant in VARIANTS]
         title = f"{100 * share:.0f} % of the hints have one wrong digit"
         _, results[share] = tables.compare(title, base, runs, directory, before=before)
     for share, outcomes in results.items():

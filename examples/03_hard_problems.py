@@ -45,7 +45,7 @@ SELDOM_SOLVED = (
     variants.FORWARD_KL,
     variants.REJECTION,
 )
-WITHOUT_GUARD = "guards.max_entropy_ratio=null"
+WITHOUT_GUARDS = ("guards.max_entropy_ratio=null", "guards.max_loss_ratio=null")
 NUM_STEPS = 100
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     base = hard(prepared_base(task, options.seed, options.directory))
     problems = write_records(directory / "train.jsonl", subtraction.hard_training_problems())
     steps = options.steps or NUM_STEPS
-    settings = (f"num_steps={steps}", "evaluation.num_samples=4", WITHOUT_GUARD)
+    settings = (f"num_steps={steps}", "evaluation.num_samples=4", *WITHOUT_GUARDS)
     runs = [variant.on(problems, *settings) for variant in chosen]
     before, outcomes = tables.compare("Two borrows from a zero", base, runs, directory)
     tables.show_transcripts(before, outcomes[0].measurement)

@@ -21,9 +21,9 @@ from pathlib import Path
 
 from _lib import additions, tables, variants
 from _lib.command_line import console, example_parser, prepare_process
+from _lib.curves import ENTROPY, SAMPLED
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Variant
-from megatron_selfdistill.instruments.report.curves import ENTROPY, SAMPLED
 
 IMITATION = Variant("Fine-tuning on solutions", ("method.name=sft",))
 VARIANTS = (variants.SELF_DISTILLATION, variants.STUDENT_MIX, variants.TEACHER_ALONE, IMITATION, variants.REJECTION)

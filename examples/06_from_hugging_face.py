@@ -21,10 +21,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from _lib import subtraction
-from _lib.command_line import CONFIG_NAME, command, console, example_parser, prepare_process
+from _lib.command_line import CONFIG_NAME, announce, command, console, example_parser, prepare_process
+from _lib.hugging_face import load
 from _lib.pretraining import write_records, write_tokenizer
 from megatron_selfdistill import config as configuration
 
@@ -176,15 +177,6 @@ def accuracy(hf: Path) -> float:
     return num_right / len(problems)
 
 
-def load(hf: Path) -> tuple[Any, Any]:
-    """Return the tokenizer and the model as transformers loads them, in float32 like the run on the CPU."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
-
-    logging.disable_progress_bar()
-    return AutoTokenizer.from_pretrained(hf), AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).eval()
-
-
 def subtraction_task(seed: int, root: Path) -> Task:
     """Train the small Qwen3 or find it; return it with problems whose hints are the answers."""
     hf = root / "bases" / f"qwen3-seed{seed}-{PRETRAINING_STEPS}"
@@ -256,12 +248,6 @@ def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Te
         first = len(prompt) - 1
         labels[i, first : first + len(wanted)] = torch.tensor([subtraction.TASK.alphabet.index(c) for c in wanted])
     return tokens, labels
-
-
-def announce(title: str, command: str) -> None:
-    """Print a heading and, dim, the command that does the same by hand."""
-    console.rule(f"[bold]{title}", align="left")
-    console.print(command, style="dim", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,11 @@ from rich.table import Table
 
 from _lib import subtraction, subtraction_chats, tables
 from _lib.command_line import CONFIG_NAME, console, example_parser, prepare_process
+from _lib.curves import GREEDY, SAMPLED, plot_curves
 from _lib.measurement import Measurement
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.instruments.report.curves import GREEDY, SAMPLED, plot_curves
 from megatron_selfdistill.metrics import read_metrics
 from megatron_selfdistill.run_log import METRICS_FILE
 

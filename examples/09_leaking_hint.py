@@ -24,10 +24,10 @@ from rich.table import Table
 
 from _lib import leaking_subtraction, tables
 from _lib.command_line import command, console, example_parser, prepare_process
+from _lib.curves import ENTROPY, GREEDY, SAMPLED, plot_curves
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import FORWARD_KL, STUDENT_MIX, STUDENT_MIX_STRICT, TEACHER_ALONE, Variant
 from _lib.watched_runs import WITHOUT_GUARDS, Point, watch
-from megatron_selfdistill.instruments.report.curves import ENTROPY, GREEDY, SAMPLED, plot_curves
 
 ANCHORED = Variant("Anchored")
 """The default recipe: the mix with the frozen base, whose entropy is matched, with k <= 1 + w."""

@@ -38,12 +38,12 @@ from _lib import (
     unsolved_subtraction,
 )
 from _lib.command_line import console, example_parser, prepare_process
+from _lib.curves import GREEDY, SAMPLED
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base, prepared_base, write_records
 from _lib.task import Task
 from _lib.variants import Outcome, Variant, run_variant
 from _lib.watched_runs import WITHOUT_GUARDS
-from megatron_selfdistill.instruments.report.curves import GREEDY, SAMPLED
 from megatron_selfdistill.metrics import read_metrics
 
 NUM_RESPONSES, NUM_STEPS = 32, 100

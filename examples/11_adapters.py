@@ -22,9 +22,9 @@ from rich.table import Table
 
 from _lib import subtraction, tables
 from _lib.command_line import console, example_parser, prepare_process
+from _lib.curves import GREEDY, SAMPLED
 from _lib.pretraining import prepared_base, write_records
 from _lib.variants import Variant, train_variant
-from megatron_selfdistill.instruments.report.curves import GREEDY, SAMPLED
 from megatron_selfdistill.metrics import read_metrics
 
 ALL_WEIGHTS = Variant("All weights")

@@ -29,29 +29,42 @@ def example_parser(doc: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def prepare_process() -> None:
-    """Use one thread and silence warnings about libraries that a run on a CPU does not need.
+def prepare_process(num_threads: int | None = 1) -> None:
+    """Set the number of threads and silence warnings about libraries that a run on a CPU does not need.
 
-    The matrices are so small that a second thread costs more time than it saves.
+    One thread is right for tiny models, whose matrices are so small that a second thread costs more time than it saves.
+    None leaves the choice to torch, which takes a thread per core or what OMP_NUM_THREADS says.
     """
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if num_threads is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(num_threads))
     silence_known_warnings()
     import torch
 
-    torch.set_num_threads(1)
+    if num_threads is not None:
+        torch.set_num_threads(num_threads)
 
 
-def command(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> str:
-    """Return the shell command that runs the trainer with some overrides from the current directory."""
+def command(overrides: Sequence[str], config_name: str = CONFIG_NAME, num_threads: int | None = 1) -> str:
+    """Return the shell command that runs the trainer with some overrides from the current directory.
+
+    ``num_threads`` is that of `prepare_process`.
+    """
     if shutil.which("selfdistill"):
         program = "selfdistill"
     elif (script := Path(sys.executable).parent / "selfdistill").exists():
         program = _relative(script)
     else:
         program = f"{_relative(Path(sys.executable))} -m megatron_selfdistill.train"
-    # examples/ holds the verifiers; one thread, as in this process, gives the same numbers to the last digit.
-    settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parents[1]))} OMP_NUM_THREADS=1"
+    # examples/ holds the verifiers; as many threads as in this process give the same numbers to the last digit.
+    settings = f"PYTHONPATH={shlex.quote(_relative(Path(__file__).parents[1]))}"
+    settings += f" OMP_NUM_THREADS={num_threads}" if num_threads is not None else ""
     return f"{settings} {program} --config-name {config_name} {shlex.join(overrides)}"
+
+
+def announce(title: str, command: str) -> None:
+    """Print a heading and, dim, the command that does the same by hand."""
+    console.rule(f"[bold]{title}", align="left")
+    console.print(command, style="dim", markup=False, soft_wrap=True)
 
 
 def _relative(path: Path) -> str:

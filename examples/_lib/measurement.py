@@ -66,7 +66,7 @@ def measure(base: Base, trained: Path | None = None, *, num_samples: int = 8) ->
         f"data.global_batch_size={len(base.held_out.read_text().splitlines())}",  # one batch is all of them
         f"evaluation.num_samples={num_samples}",
         "evaluation.pass_at_k=[1,8]",
-        "metrics.console=false",
+        "metrics.console_every=0",
         f"run_dir={(trained or base.directory) / 'measured'}",
     ]
     if trained is not None:

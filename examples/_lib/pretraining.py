@@ -31,7 +31,7 @@ OVERRIDES = (
     "optimizer.lr_warmup_steps=50",
     "optimizer.lr_decay_style=linear",
     "optimizer.weight_decay=0.01",
-    "optimizer.adam_beta2=0.98",
+    "optimizer.constants.adam_beta2=0.98",
     "evaluation.every=0",
     "metrics.console_every=300",
 )

@@ -10,10 +10,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from _lib.command_line import console
+from _lib.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base
 from _lib.variants import Outcome, Variant, run_variant
-from megatron_selfdistill.instruments.report.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 from megatron_selfdistill.metrics import read_metrics
 
 COLUMNS: dict[str, Callable[[Measurement], str]] = {

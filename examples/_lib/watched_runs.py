@@ -24,8 +24,11 @@ if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need 
 NUM_ENTROPIES = 10
 """The steps over whose responses the entropy of a point is averaged."""
 Further = Callable[[Sequence["Transcript"]], Mapping[str, float]]
-QUIET = ("metrics.console=false", "metrics.show_samples=0", "evaluation.every=0", "evaluation.at_start=false")
-WITHOUT_GUARDS = ("guards.max_entropy_ratio=null", "guards.min_entropy_ratio=null", "guards.min_length_ratio=null")
+QUIET = ("metrics.console_every=0", "metrics.show_samples=0", "evaluation.every=0", "evaluation.at_start=false")
+WITHOUT_GUARDS = (
+    *("guards.max_entropy_ratio=null", "guards.min_entropy_ratio=null"),
+    *("guards.min_length_ratio=null", "guards.max_loss_ratio=null"),
+)
 """Overrides with which also an unhealthy run trains to its end."""
 
 

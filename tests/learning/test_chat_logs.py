@@ -9,7 +9,7 @@ import random
 import pytest
 
 from _lib import subtraction_chats
-from megatron_selfdistill.data.chat.acceptance import closing_turn
+from megatron_selfdistill.data.acceptance import closing_turn
 from megatron_selfdistill.metrics import read_metrics
 
 

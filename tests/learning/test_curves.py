@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from megatron_selfdistill.instruments.report.curves import ENTROPY, GREEDY, Panel, curve, plot_curves
+from _lib.curves import ENTROPY, GREEDY, Panel, curve, plot_curves
 
 
 def write_run(directory, lines):
