@@ -47,6 +47,8 @@ EXTRAS = {
     # For gated delta nets on GPUs.  0.6 was read, and ran in Triton's interpreter.  Up to 0.4 the gradients are wrong
     # on Hopper with Triton 3.4 to 3.7.0, which later versions refuse; 0.5 cannot be imported with Triton 3.9.
     "gdn": ["flash-linear-attention>=0.6,<0.7"],
+    # For `selfdistill convert gguf-to-hf`: transformers reads GGUF files with both.
+    "gguf": ["gguf>=0.19,<0.20", "accelerate>=1.15,<2", "transformers>=5.23,<6"],
     # For `make test-browser` alone, and not in dev: it has 190 MB.
     "browser": ["playwright>=1.55,<2"],
     "dev": [
@@ -59,6 +61,7 @@ EXTRAS = {
         "wandb>=0.31,<1",
         "peft>=0.21,<0.22",  # the tests load converted adapters with it; it needs accelerate
         "accelerate>=1.15,<2",
+        "gguf>=0.19,<0.20",
         "ruff>=0.17,<0.18",  # its formatting changes between minor versions
         "mypy>=2.4,<3",
         "codespell>=2.4,<3",
@@ -132,7 +135,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={f"{PACKAGE}.data.chat": ["*.yaml"], f"{PACKAGE}.instruments.report": ["page/*"]},
+    package_data={f"{PACKAGE}.data": ["*.yaml"], f"{PACKAGE}.instruments.report": ["page/*"]},
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.cli:main"]},

@@ -4,10 +4,11 @@
     selfdistill convert hf-to-megatron --hf /models/Qwen3-8B --out qwen3
     selfdistill checkpoint.load=qwen3 data.tokenizer=/models/Qwen3-8B data.path=problems.jsonl run_dir=runs/first
     selfdistill convert megatron-to-hf --megatron runs/first --out Qwen3-8B-distilled
+    selfdistill convert gguf-to-hf --gguf SmolLM2-135M-Instruct.Q4_1.gguf --out SmolLM2-135M-Instruct
     selfdistill convert inspect runs/first
 
 The command runs in one process and needs no GPU.  It takes about twice the memory of the largest tensor, for a model of
-any size; megatron-to-hf also holds one file of weights (--max-shard-size).
+any size; megatron-to-hf also holds one file of weights (--max-shard-size), and gguf-to-hf the model in float32.
 """
 
 from __future__ import annotations
@@ -127,6 +128,32 @@ def megatron_to_hf(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def check_gguf_to_hf(arguments: argparse.Namespace) -> None:
+    """Raise `CheckpointError` or `ConfigError` for every mistake that can be found without importing torch."""
+    from megatron_selfdistill.interop import gguf
+    from megatron_selfdistill.interop.formats.directory import require_free
+
+    require_free(arguments.out)
+    gguf.require_gguf(arguments.gguf)
+
+
+def gguf_to_hf(arguments: argparse.Namespace) -> int:
+    """Convert a GGUF file to a Hugging Face directory, and return the exit status."""
+    from megatron_selfdistill.interop import gguf
+
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the readers' bars would mix with this command's own
+    with _progress() as progress:
+        target = gguf.gguf_to_hf(
+            arguments.gguf,
+            arguments.out,
+            dtype=dtype_of(arguments),
+            allow_non_finite=arguments.allow_non_finite,
+            progress=progress,
+        )
+    print(f"{target}: convert it with selfdistill convert hf-to-megatron --hf {target} --out NEW_DIRECTORY")
+    return 0
+
+
 def check_inspect(arguments: argparse.Namespace) -> None:
     """Raise `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
@@ -207,6 +234,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_hf_to_megatron(commands)
     _add_megatron_to_hf(commands)
+    _add_gguf_to_hf(commands)
     add_to(commands, _progress)
     _add_inspect(commands)
     return parser
@@ -260,6 +288,22 @@ def _add_megatron_to_hf(commands: Any) -> None:
         metavar="SIZE",
         help="largest size of a weights file (default: 5GB)",
     )
+    command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
+
+
+def _add_gguf_to_hf(commands: Any) -> None:
+    command = commands.add_parser(
+        "gguf-to-hf",
+        help="convert a GGUF file to a Hugging Face directory (needs the extra gguf)",
+        description="Multiply the weights of a GGUF file out, and write them with config.json and tokenizer.",
+        epilog="example:\n  selfdistill convert gguf-to-hf --gguf SmolLM2-135M-Instruct.Q4_1.gguf \\\n"
+        "      --out SmolLM2-135M-Instruct",
+        **RAW,
+    )
+    command.set_defaults(check=check_gguf_to_hf, run=gguf_to_hf)
+    command.add_argument("--gguf", type=Path, required=True, metavar="FILE", help="one file with weights and tokenizer")
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="new Hugging Face directory")
+    command.add_argument("--dtype", choices=DTYPES, help="type of the weights (default: fp32)")
     command.add_argument("--allow-non-finite", action="store_true", help=NON_FINITE)
 
 
