@@ -38,6 +38,7 @@ the layout.  On several ranks:
 NUM_SAMPLES = 16
 """The default of --num-samples: enough for pass@16 and for intervals that show small differences."""
 _ALL = "print every metric (default: the six that matter first; the files always have all)"
+_HINTED = "show the model the teacher's prompt, with the solution; also print what the first step of a run would see"
 
 RESERVED = {
     "evaluation.path": "--data",
@@ -128,8 +129,9 @@ def _evaluate_with(
 ) -> None:
     from megatron_selfdistill.evaluation import held_out
     from megatron_selfdistill.evaluation.evaluations import write_evaluation
+    from megatron_selfdistill.evaluation.first_step import measure_first_step
     from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.evaluation.tables import show_summary
+    from megatron_selfdistill.evaluation.tables import show_first_step, show_summary
     from megatron_selfdistill.evaluation.verify import load_verifier
 
     with open_inference(config, run_data, grid) as inference:
@@ -153,12 +155,16 @@ def _evaluate_with(
             grid,
         )
         seconds = time.perf_counter() - began
+        first = measure_first_step(inference, config, run_data, grid) if arguments.hinted else None
     if grid.is_reporter:
         about = {"model": model, "data": _data(run_data, arguments), "settings": _settings(config, run_data, arguments)}
+        about |= {} if first is None else {"first_step": first.record()}
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
         line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
         show_summary(summary, line, show_all=arguments.all)
+        if first is not None:
+            show_first_step(first.record(), first.advice(config))
         if result.overlooked is not None:
             print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
 
@@ -301,7 +307,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="K",
         help="chance that the most frequent answer of K samples is right (default: 4 16 ..)",
     )
-    parser.add_argument("--hinted", action="store_true", help="show the model the teacher's prompt, with the solution")
+    parser.add_argument("--hinted", action="store_true", help=_HINTED)
     parser.add_argument(
         "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -58,6 +58,30 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
         interval = " to ".join(map(_shown, intervals.get(name, ())))
         table.add_row(name, _shown(summary["metrics"][name]), interval)
     console().print(table)
+
+
+def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
+    """Print the entry first_step of a summary as a table, with the ``advice`` below it, a sentence per line."""
+    samples, tokens = _counted(first["num_samples"], "sample"), _counted(first["num_tokens"], "token")
+    table = Table(title=f"the first step of a run: {samples} without hints, {tokens}")
+    table.add_column("number", no_wrap=True)
+    table.add_column("all tokens", justify="right")
+    table.add_column("top tenth", justify="right")
+    table.add_row("mean log-prob, nats per token", _shown(first["log_prob_mean"]), "")
+    table.add_row("entropy, nats per token", _shown(first["entropy_mean"]), "")
+    table.add_row("share cut at rollout.max_new_tokens", _shown(first["truncated_share"]), "")
+    table.add_row("KL(teacher || reference), nats per token", _shown(first["teacher_kl"]), "", end_section=True)
+    for setting, share in first["let_through"].items():
+        shown = ("-" if value is None else _shown(value) for value in (share["all_tokens"], share["top_tenth"]))
+        table.add_row(f"let through, {setting}", *shown)
+    table.caption = (
+        "let through: KL(target || reference) / KL(teacher || reference)\n"
+        "top tenth: of the tokens by KL(teacher || reference)\n"
+        "target.anchor=student: the same until the first update"
+    )
+    console().print(table)
+    for sentence in advice:
+        console().print(sentence, style="yellow", markup=False)
 
 
 def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config import Config, GuardsConfig, Needs
+from megatron_selfdistill.config.schema.method_config import STUDENT
 
+LOSS = "loss/mean"
+"""The metric whose rise `GuardsConfig.max_loss_ratio` bounds."""
 DISTANCE = "sampler/log_prob_mean_abs_diff"
 """The metric that compares the log-probs of the engine and the trainer over all sampled tokens."""
 WORST = "sampler/log_prob_worst_response"
@@ -18,6 +21,16 @@ WARNED_DISTANCE = 0.1
 """The distance in nats per token above which a run warns; rounding in bf16 makes a tenth of it."""
 SILENT_KL = 1e-6
 """The KL in nats per token below which the teacher does not differ from the student."""
+WANDERING = 1.5
+"""The entropy and the mean negative log-prob, in nats per token, above both of which samples wander off."""
+MANY_CUT = 1 / 3
+"""The share of responses cut at the limit of tokens above which the ends of responses are hardly trained."""
+LITTLE_LET_THROUGH = 0.1
+"""The share of the hint that the target lets through below which a run learns little of the hint.
+
+At k = 1 + w and a small difference between teacher and anchor, the share is (w / (1 + w))^2, .18 for the default w."""
+LOSS_RISE = 0.1
+"""The smallest rise of the loss, in nats per token, for which guards.max_loss_ratio stops a run."""
 
 
 class RunUnhealthy(RuntimeError):
@@ -31,15 +44,17 @@ class Guards:
     silent if the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
     """
 
-    def __init__(self, config: GuardsConfig, engines: str | None = None) -> None:
+    def __init__(self, config: GuardsConfig, engines: str | None = None, *, loss_should_fall: bool = False) -> None:
         """Make the guards of a run; ``engines``: the engines that sample its responses, as a message names them.
 
         Without ``engines`` the responses come from elsewhere, and their distance from the trainer is not judged.
+        ``loss_should_fall``: whether the loss is a divergence that nothing but training changes, so that its rise is
+        judged.
         """
         self.config, self.engines = config, engines
         self.has_warned = False
         """Whether this launch has warned of the distance between the engines and the trainer."""
-        self.limits = _limits(config)
+        self.limits = _limits(config, loss_should_fall)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.violations: dict[str, int] = {}
@@ -49,7 +64,8 @@ class Guards:
 
         Raises: `RunUnhealthy` at once for a value that is not finite (`check_finite`), or at the ``patience``-th
         consecutive step that violates a limit.  The first ``reference_steps`` finite values of a metric are its
-        reference and are not judged; after these values, NaN violates every limit on the metric.  The distance
+        reference and are not judged; after these values, NaN violates every limit on the metric.  The loss has one
+        value as its reference, since only the first step has the weights at which the run starts.  The distance
         between the engines and the trainer needs no reference, so that its first value is judged.
         """
         self.check_finite(step, metrics)
@@ -57,7 +73,7 @@ class Guards:
         for key in dict.fromkeys(limit.key for limit in self.limits):
             if key not in metrics:
                 continue
-            if self.counts.get(key, 0) < self.config.reference_steps:
+            if self.counts.get(key, 0) < (1 if key == LOSS else self.config.reference_steps):
                 self._add_to_reference(key, metrics[key])
             else:
                 for limit in self.limits:
@@ -70,7 +86,7 @@ class Guards:
         The trainer calls this method before the optimizer step, with the metrics that are known by then, so that the
         weights stay intact.
         """
-        for key in ("loss/mean", "gradient_norm"):
+        for key in (LOSS, "gradient_norm"):
             if self.config.non_finite and not math.isfinite(metrics.get(key, 0.0)):
                 raise RunUnhealthy(
                     f"step {step}: expected a finite {key}, got {metrics[key]}; look at the steps before "
@@ -134,11 +150,11 @@ class Guards:
         reference = self.sums[limit.key] / self.counts[limit.key]
         in_a_row = self._in_a_row(limit.option, limit.violated(value, reference))
         if in_a_row >= self.config.patience:
-            side = "below" if limit.is_minimum else "above"
+            side, count = "below" if limit.is_minimum else "above", self.counts[limit.key]
+            first = "its first value" if count == 1 else f"its mean over the first {count} steps"
             raise RunUnhealthy(
                 f"step {step}: {limit.name}: {limit.key} has been {side} {limit.ratio:g} times its reference "
-                f"for {in_a_row} steps; it is {value:.4g}, and its mean over the first "
-                f"{self.counts[limit.key]} steps was {reference:.4g}; {limit.advice} "
+                f"for {in_a_row} steps; it is {value:.4g}, and {first} was {reference:.4g}; {limit.advice} "
                 f"(guards.{limit.option}=null turns this guard off)"
             )
 
@@ -188,6 +204,59 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
     )
 
 
+def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
+    """Return the `first_step_advice` of a run for the metrics of its first step, as warnings.
+
+    The responses are judged if the student has sampled them.  The target is judged if the teacher differs from its
+    anchor, by more than `SILENT_KL`.
+    """
+    judged = config.needs.samples == STUDENT and not config.logged and config.rollout.replay is None
+    differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.reads_one_prompt
+    advice = first_step_advice(
+        config,
+        nll=metrics.get("student_nll") if judged else None,
+        entropy=metrics.get("entropy/student") if judged else None,
+        truncated_share=metrics.get("response/truncated_share") if judged else None,
+        let_through=metrics.get("target/let_through") if differs else None,
+    )
+    return [f"warning: {sentence}" for sentence in advice]
+
+
+def first_step_advice(
+    config: Config,
+    *,
+    nll: float | None,
+    entropy: float | None,
+    truncated_share: float | None,
+    let_through: float | None,
+) -> list[str]:
+    """Return a sentence, with keys to try, for each number of a first step with which a run learns little.
+
+    ``nll``: the mean -log p of the sampled tokens, in nats.  ``entropy``: the mean H(p), in nats.  ``truncated_share``:
+    of the responses.  ``let_through``: the metric target/let_through.  None is an unknown number.
+    """
+    rollout, target, found = config.rollout, config.target, []
+    if nll is not None and entropy is not None and min(nll, entropy) > WANDERING:
+        found.append(
+            f"the samples of the first step wander: expected an entropy or a mean -log p of at most {WANDERING:g} nats "
+            f"per token, got {entropy:.3g} and {nll:.3g}; try rollout.temperature={0.7 * rollout.temperature:.2g}"
+        )
+    if truncated_share is not None and truncated_share > MANY_CUT:
+        found.append(
+            f"{truncated_share:.0%} of the responses of the first step are cut, expected at most a third, so that few "
+            f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}"
+        )
+    if let_through is not None and let_through < LITTLE_LET_THROUGH:
+        keys = [f"a target.teacher_weight above {target.teacher_weight:g}"]
+        keys += ["target.anchor=student (equal at the first step, then it follows the student)"] * config.is_anchored
+        keys += ["loss.divergence=forward_kl"] * (config.loss.divergence != "forward_kl")
+        found.append(
+            f"the target lets {let_through:.1%} of the hint through, expected at least {LITTLE_LET_THROUGH:.0%} if the "
+            f"hint tells what to do or what is true; then try {', '.join(keys)}"
+        )
+    return found
+
+
 @dataclass(frozen=True)
 class _Limit:
     """A limit: ``metrics[key]`` must stay on one side of ``ratio`` times its reference."""
@@ -208,9 +277,15 @@ class _Limit:
         return not value <= max(self.ratio * reference, reference + self.slack)
 
 
-def _limits(config: GuardsConfig) -> list[_Limit]:
+def _limits(config: GuardsConfig, loss_should_fall: bool) -> list[_Limit]:
     """Return the limits that the configuration sets."""
     limits = []
+    if loss_should_fall and config.max_loss_ratio is not None:
+        advice = "the steps are too large: lower optimizer.lr, or raise optimizer.lr_warmup_steps"
+        ratio = config.max_loss_ratio
+        limits.append(
+            _Limit("loss explosion", LOSS, "max_loss_ratio", ratio, advice, is_minimum=False, slack=LOSS_RISE)
+        )
     if config.min_entropy_ratio is not None:
         advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
         limits.append(

@@ -157,6 +157,12 @@ class Reading:
         return values.cpu()
 
 
+def sequence_for(num_tokens: int, grid: RankGrid) -> int:
+    """Return the smallest length of packed sequences that holds ``num_tokens`` and that the layout can cut."""
+    multiple = 16 * grid.tp_size * 2 * grid.cp_size
+    return -(-num_tokens // multiple) * multiple
+
+
 def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> Reading:
     """Pack the ``contexts`` of this replica, and return what ``models`` read in them without gradients.
 

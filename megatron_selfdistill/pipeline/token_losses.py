@@ -34,6 +34,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     TokenStats,
     VocabShard,
     distillation_loss,
+    solve_target,
     target_measures,
     vocab_entropy,
 )
@@ -65,6 +66,8 @@ class TokenMeasures:
     kl_to_anchor: Tensor | None = None
     """KL(q || a) and KL(t || a) of target q, teacher t and anchor a, [R, 2] float64, see `TargetMeasures`; None where
     the teacher is not measured."""
+    kl_of_others: Tensor | None = None
+    """KL(q || a) in nats of each of `TokenMeasurement.other_targets`, [R, targets] float64; None without any."""
     reference_entropy: Tensor | None = None
     """The entropy of the reference in nats, float64; None without a reference, and where the loss takes it anyway."""
     teacher_entropy: Tensor | None = None
@@ -111,6 +114,8 @@ class TokenMeasurement:
     """The backend that computes the entropy of the reference and the numbers of the teacher."""
     summarises: bool = False
     """Whether the measures include the summaries of the logits."""
+    other_targets: Sequence[Target] = ()
+    """Targets that are measured beside ``target``; all of them, ``target`` too, mix the teacher with the student."""
 
 
 @dataclass
@@ -178,7 +183,30 @@ class MeasuringObserver:
             of_teacher = {name: getattr(alone, name) for name in _OF_TEACHER}
         models = [student_logits, *((teacher_logits,) if own.reference is None else own)]
         summary = summarise_logits(models, self.vocab) if self.measurement.summarises else None
-        return TokenMeasures(masses[:, 0], of_reference, kl_to_anchor, entropy, **of_teacher, summary=summary)
+        others = [self._kl_to_student(it, student_logits, teacher_logits) for it in self.measurement.other_targets]
+        return TokenMeasures(
+            mass_on_rare_student=masses[:, 0],
+            mass_on_rare_reference=of_reference,
+            kl_to_anchor=kl_to_anchor,
+            kl_of_others=torch.stack(others, 1) if others else None,
+            reference_entropy=entropy,
+            **of_teacher,
+            summary=summary,
+        )
+
+    def _kl_to_student(self, target: Target, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        """Return KL(q || p) [n] float64 of a target q that mixes the teacher with the student p."""
+        beta = solve_target(student_logits, teacher_logits, target, self.vocab, backend=self.measurement.backend).beta
+        found = target_measures(
+            student_logits,
+            teacher_logits,
+            beta,
+            target=target,
+            vocab=self.vocab,
+            own_teacher_logits=teacher_logits,
+        )
+        assert found.kl_to_anchor is not None, "the teacher's logits are given"
+        return found.kl_to_anchor[:, 0]
 
 
 TokenLoss = Callable[..., TokenStats]

@@ -95,7 +95,7 @@ def test_the_files_say_what_was_measured(directory, alone):
     assert metrics["distinct_4grams"] == pytest.approx(sum(line["distinct_4grams"] for line in lines) / 12)
     assert metrics["distinct_right"] == sum(line["distinct_right"] for line in lines) / 12 > 0
     assert summary["model"] == {"format": "megatron", "path": str(directory / "megatron" / "release"), "iteration": 0}
-    assert summary["settings"]["top_k"] == 15 and summary["data"]["num_problems"] == 12
+    assert summary["settings"]["top_k"] == 15 and "first_step" not in summary and summary["data"]["num_problems"] == 12
     assert {path.name for path in alone.iterdir()} == {SUMMARY, PROBLEMS}
     assert [path.name for path in alone.parent.iterdir() if path.name.startswith(".")] == []
 
@@ -183,7 +183,8 @@ def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     assert evaluate(ranks, directory, tmp_path / "hinted", *options) == [0]
     response = json.loads((tmp_path / "hinted" / RESPONSES).read_text())
     assert "H" in response["prompt"] and response["prompt"].endswith("|")
-    metrics = summary_of(tmp_path / "hinted")["metrics"]
+    metrics, first = (summary_of(tmp_path / "hinted")[name] for name in ("metrics", "first_step"))
+    assert first["num_samples"] == 12 and first["let_through"]["target=teacher_alone"]["all_tokens"] == 1
     names = ("accuracy", "mean_length", "truncated_share", "hint_8grams", "leak_words_per_1000")
     names += ("ece", "brier", "ocg", "stated_confidence", *(["spr"] if 0 < metrics["greedy_accuracy"] < 1 else []))
     assert set(metrics) == {f"greedy_{name}" for name in names}

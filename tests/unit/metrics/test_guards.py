@@ -11,12 +11,13 @@ from unittest.mock import MagicMock
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import Config, GuardsConfig, RolloutConfig, from_mapping
+from megatron_selfdistill.config import Config, GuardsConfig, RolloutConfig, from_mapping, load
 from megatron_selfdistill.metrics.guards import (
     Guards,
     RunUnhealthy,
     check_identity,
     check_teacher_canary,
+    first_step_warnings,
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
@@ -87,6 +88,46 @@ def test_a_tiny_entropy_may_rise_by_many_times():
 def test_length_collapse_stops_after_patience():
     step, message = stopped_at(Guards(CONFIG), lengths(22, 22, 22, 5, 5))
     assert step == 4 and "length collapse" in message
+
+
+def losses(*values: float) -> list[dict[str, float]]:
+    return [{"loss/mean": value} for value in values]
+
+
+def test_a_loss_that_jumps_after_the_first_step_stops_the_run_and_names_the_keys():
+    """The values are those of a real model at a learning rate of 1e-4; a mean over the jump would hide it."""
+    step, message = stopped_at(Guards(GuardsConfig(), loss_should_fall=True), losses(0.026, 0.25, 0.24, 0.26, 0.25), 1)
+    assert step == 4 and "loss explosion: loss/mean has been above 5 times its reference for 3 steps" in message
+    assert "it is 0.26, and its first value was 0.026" in message
+    assert all(key in message for key in ("optimizer.lr,", "optimizer.lr_warmup_steps", "guards.max_loss_ratio=null"))
+
+
+@pytest.mark.parametrize(
+    ("guards", "values"),
+    [
+        (Guards(GuardsConfig(), loss_should_fall=True), [0.026, *[0.125] * 9]),
+        (Guards(GuardsConfig(), loss_should_fall=True), [0.1, *[0.49] * 9]),
+        (Guards(GuardsConfig(), loss_should_fall=True), [0.026, 0.3, 0.3, 0.1, 0.3, 0.3, 0.02]),
+        (Guards(GuardsConfig(max_loss_ratio=None), loss_should_fall=True), [0.026, *[9.0] * 9]),
+        (Guards(GuardsConfig()), [0.026, *[9.0] * 9]),
+    ],
+    ids=["a rise by less than 0.1", "less than 5 times", "not in a row", "off", "a loss that may rise"],
+)
+def test_other_losses_do_not_stop_the_run(guards, values):
+    assert stopped_at(guards, losses(*values)) is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "judges"),
+    [
+        ([], True),
+        (["target=teacher_alone", "loss.divergence=forward_kl"], True),
+        (["method.name=sft"], False),
+        (["method.name=grpo", "rollout.num_samples=2", "method.kl_weight=0.1"], False),
+    ],
+)
+def test_the_loss_should_fall_where_a_hinted_teacher_alone_decides(keys, judges):
+    assert load([*keys, "run_dir=x"]).loss_should_fall is judges
 
 
 ENGINES = "the vLLM servers http://node7:8000"
@@ -263,7 +304,7 @@ def test_a_teacher_that_says_what_the_student_says_is_warned_of(metrics, teacher
     assert not warns or ("data.teacher_template" in warning and "\n" not in warning)
 
 
-def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch):
+def test_the_run_warns_after_its_first_step_only(monkeypatch):
     from megatron_selfdistill import trainer as module
     from megatron_selfdistill.sources.source import StepBatch
     from megatron_selfdistill.trainer import AccumulatedBatch
@@ -276,9 +317,52 @@ def test_the_run_warns_of_a_silent_teacher_after_its_first_step_only(monkeypatch
     monkeypatch.setattr(module, "tokens_read", lambda *_: 0.0)
     for _ in range(3):
         module.Trainer.finish_step(
-            run, [AccumulatedBatch(StepBatch(), None, None)], {"loss/reverse_kl": 1e-9, "tokens/response": 8}
+            run,
+            [AccumulatedBatch(StepBatch(), None, None)],
+            {"loss/reverse_kl": 1e-9, "tokens/response": 8, "response/truncated_share": 0.5},
         )
-        assert [line.startswith("warning: the mean KL of the first step is 1.0e-09") for line in messages] == [True]
+        silent, cut = messages
+        assert silent.startswith("warning: the mean KL of the first step is 1.0e-09")
+        assert cut.startswith("warning: 50% of the responses of the first step are cut")
+
+
+FIRST = {"student_nll": 2.3, "entropy/student": 2.4, "response/truncated_share": 0.9}
+FIRST |= {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.031}
+
+
+def test_a_first_step_that_can_teach_little_warns_with_the_keys_to_try():
+    wander, cut, little = first_step_warnings(Config(), FIRST)
+    assert "got 2.4 and 2.3; try rollout.temperature=0.7" in wander
+    assert "90% of the responses" in cut and cut.endswith("try rollout.max_new_tokens=512")
+    assert "lets 3.1% of the hint through, expected at least 10%" in little
+    keys = ("target.teacher_weight above 0.75", "target.anchor=student", "loss.divergence=forward_kl")
+    assert all(key in little for key in keys)
+    assert all(line.startswith("warning: ") and "\n" not in line for line in (wander, cut, little))
+
+
+@pytest.mark.parametrize(
+    ("keys", "metrics", "number"),
+    [
+        ([], {"entropy/student": 1.4}, 2),
+        ([], {"student_nll": 1.4}, 2),
+        ([], {"response/truncated_share": 0.33}, 2),
+        ([], {"target/let_through": 0.11}, 2),
+        ([], {"teacher/kl_to_anchor": 1e-7}, 2),
+        (["rollout.replay=x.jsonl"], {}, 1),
+        (["method.name=sft"], {}, 1),
+    ],
+    ids=["certain", "likely", "few cut", "enough", "silent teacher", "not the student's samples", "solutions"],
+)
+def test_a_number_in_its_bounds_or_of_other_samples_is_no_warning(keys, metrics, number):
+    assert len(first_step_warnings(load([*keys, "run_dir=x"]), FIRST | metrics)) == number
+
+
+def test_an_anchor_or_a_divergence_that_is_set_is_not_proposed():
+    (text,) = first_step_warnings(
+        load(["run_dir=x", "target.anchor=student", "loss.divergence=forward_kl"]),
+        {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.09},
+    )
+    assert text.endswith("then try a target.teacher_weight above 0.75")
 
 
 TRAINED = {"tokens/response": 40.0, "loss/mean": 0.1}

@@ -1,0 +1,169 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the first step of a run would see: samples of the model without hints, and what a target takes from the hint.
+
+Before the first update student, teacher and reference have the same weights.  Therefore one model reads everything: the
+student and the reference read a sample r after the problem, with the logits s, and the teacher reads r after the prompt
+with the hint, with the logits t.  The share of the hint that a target q lets through is
+
+    sum over the tokens of KL(q || softmax(s)) / sum over the tokens of KL(softmax(t) || softmax(s))
+
+It is 1 for the teacher alone.  It is equal for target.anchor=reference and student, because both anchors have the
+logits s.  The two differ after the first update, since the mix with the student follows the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.contexts import PromptPair, build_contexts
+from megatron_selfdistill.distributed.collectives import gather_items
+from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.evaluation.inference import Inference
+from megatron_selfdistill.loss.target import Divergence, Target
+from megatron_selfdistill.metrics.guards import SILENT_KL, first_step_advice
+from megatron_selfdistill.model.forward import decided_output_layer
+from megatron_selfdistill.pipeline.score import Reading, ScoringModels, Want, read, sequence_for
+from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
+from megatron_selfdistill.rollout.base import Request, sample_seed
+from megatron_selfdistill.run_data import RunData
+
+MAX_PROBLEMS = 64
+"""The largest number of problems with a sample; the first ones are taken."""
+WEIGHTS = (0.75, 2.0, 4.0)
+"""The teacher's weights whose targets are compared with the configured target."""
+CONFIGURED, TEACHER_ALONE = "as configured", "target=teacher_alone"
+_TOP = 10  # one in this number of tokens is among those with the most difference
+
+
+@dataclass(frozen=True)
+class LetThrough:
+    """The share of the hint that a target lets through; None if teacher and reference predict the same."""
+
+    all_tokens: float | None
+    top_tenth: float | None
+    """The share over the tenth of the tokens with the largest KL(teacher || reference)."""
+
+
+@dataclass(frozen=True)
+class FirstStep:
+    """What the first step of a run would see; the same on every rank."""
+
+    num_samples: int
+    num_tokens: int
+    log_prob_mean: float
+    """The mean log-prob of a sample's tokens under the model at temperature 1, in nats."""
+    entropy_mean: float
+    """The mean entropy of the model at temperature 1, in nats per token."""
+    truncated_share: float
+    """The share of the samples that were cut at rollout.max_new_tokens."""
+    teacher_kl: float
+    """The mean KL(teacher || reference) in nats per token."""
+    let_through: dict[str, LetThrough]
+    """The setting -> the share of the hint that its target lets through; `CONFIGURED` is the first."""
+
+    def advice(self, config: Config) -> list[str]:
+        """Return a sentence, with keys to try, for each number with which a run learns little."""
+        return first_step_advice(
+            config,
+            nll=-self.log_prob_mean,
+            entropy=self.entropy_mean,
+            truncated_share=self.truncated_share,
+            let_through=self.let_through[CONFIGURED].all_tokens,
+        )
+
+    def record(self) -> dict[str, Any]:
+        """Return the numbers as JSON values."""
+        return asdict(self)
+
+
+def measure_first_step(inference: Inference, config: Config, run_data: RunData, grid: RankGrid) -> FirstStep:
+    """Sample a response to each of the first `MAX_PROBLEMS` of ``run_data.evaluation``, and read it with all models.
+
+    The problems have solutions.  The samples are those that an evaluation without hints draws first.  The sampler
+    sleeps afterwards.
+    Every rank of the world calls this function.  Raises: `ConfigError`, `EngineError`.
+    """
+    problems, builder = run_data.evaluation[:MAX_PROBLEMS], run_data.builder
+    prompts = [PromptPair(it.id, builder.student_prompt(it), builder.teacher_prompt(it)) for it in problems]
+    own = prompts[grid.dp_rank :: grid.dp_size]
+    seeds = [sample_seed(config.seed, 0, f"eval/{it.problem_id}", 0) for it in own]
+    requests = [Request(it.student_prompt, seed) for it, seed in zip(own, seeds, strict=True)]
+    responses = inference.sampler.generate(requests, inference.sampling)
+    inference.sampler.sleep()
+
+    longest = max(len(prompt) for it in prompts for prompt in (it.student_prompt, it.teacher_prompt))
+    models = ScoringModels(
+        student=inference.chunks,
+        teacher=inference.chunks,
+        grid=grid,
+        vocab=inference.vocab,
+        max_tokens=sequence_for(longest + config.rollout.max_new_tokens, grid),
+        fusion=decided_output_layer(config, inference.chunks).fusion,
+        backend=config.loss.backend,
+    )
+    targets = compared_targets(Target.configured(config.target))
+    configured, *others = targets.values()
+    loss = self_distillation(configured, Divergence(), models.backend, fusion=models.fusion)
+    measurement = TokenMeasurement(configured, config.loss.fused_chunk_tokens, models.backend, other_targets=others)
+    rows = _rows(read(build_contexts(own, responses), models, Want(loss, measurement)), len(others))
+    speaks = grid.replica_rank == 0
+    tokens = torch.tensor(gather_items(rows.T.tolist() if speaks else []), dtype=torch.float64)
+    are_cut = gather_items([response.truncated for response in responses] if speaks else [])
+    return first_step(tokens, are_cut, list(targets))
+
+
+def compared_targets(configured: Target) -> dict[str, Target]:
+    """Return the setting -> the target at the first step: the configured one, then those of the other `WEIGHTS`.
+
+    A number for k or k_max belongs to one weight, so targets with another weight have the default.
+    """
+    first = replace(configured, anchor="student", match=None)
+    rule = "entropy_matched" if first.rule == "teacher_alone" else first.rule
+    k_max = first.k_max if first.k_max is None else "1 + w"
+    others = {w: replace(first, rule=rule, teacher_weight=w, k=None, k_max=k_max) for w in WEIGHTS}
+    named = {f"target.teacher_weight={w:g}": target for w, target in others.items() if target != first}
+    return {CONFIGURED: first, **named}
+
+
+def first_step(tokens: Tensor, are_cut: Sequence[bool], settings: Sequence[str]) -> FirstStep:
+    """Return what the numbers of the tokens say.
+
+    ``tokens`` [R, 3 + settings] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of each setting's target.
+    ``are_cut``: per sample, whether it reached the limit of tokens.
+    """
+    log_prob, entropy, of_teacher, *of_targets = tokens.unbind(1)
+    top = of_teacher.topk(-(-len(of_teacher) // _TOP)).indices
+
+    def share(of_target: Tensor, teacher: Tensor) -> float | None:
+        return (of_target.sum() / teacher.sum()).item() if teacher.mean() >= SILENT_KL else None
+
+    let_through = {
+        name: LetThrough(share(values, of_teacher), share(values[top], of_teacher[top]))
+        for name, values in zip(settings, of_targets, strict=True)
+    }
+    return FirstStep(
+        num_samples=len(are_cut),
+        num_tokens=len(tokens),
+        log_prob_mean=log_prob.mean().item(),
+        entropy_mean=entropy.mean().item(),
+        truncated_share=sum(are_cut) / len(are_cut),
+        teacher_kl=of_teacher.mean().item(),
+        let_through={**let_through, TEACHER_ALONE: LetThrough(1.0, 1.0)},
+    )
+
+
+def _rows(reading: Reading, num_others: int) -> Tensor:
+    """Return the numbers of this replica's tokens, [4 + others, R] float64, as `first_step` takes them."""
+    stats, measures, own = reading.output.stats, reading.output.measures, None
+    if stats is not None and measures is not None:
+        assert measures.kl_to_anchor is not None and measures.kl_of_others is not None, "the measurement asks for both"
+        of_target, of_teacher = measures.kl_to_anchor.unbind(1)
+        columns = [stats.student_log_prob, stats.student_entropy, of_teacher, of_target]
+        own = torch.stack([*(column.double() for column in columns), *measures.kl_of_others.unbind(1)])
+    return reading.on_whole_replica(own, 4 + num_others)

@@ -1,0 +1,196 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""What the first step of a run would see: the numbers equal those of transformers and float64 code, in every layout."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import hf_models
+import pytest
+import tiny_run
+import torch
+from tiers import combinations
+from torch import Tensor
+
+from megatron_selfdistill.commands import evaluate as tool
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.distributed import ranks as grids
+from megatron_selfdistill.evaluation.first_step import (
+    CONFIGURED,
+    TEACHER_ALONE,
+    FirstStep,
+    LetThrough,
+    compared_targets,
+    first_step,
+    measure_first_step,
+)
+from megatron_selfdistill.evaluation.inference import open_inference
+from megatron_selfdistill.evaluation.tables import show_first_step
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.run_data import RunData
+
+TEMPLATE = "data.teacher_template='{problem}H{solution}|'"
+Samples = list[tuple[list[int], list[int], list[int], bool]]
+"""Per sample: both prompts, the tokens, and whether the sample was cut."""
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    from megatron_selfdistill.interop.conversion import hf_to_megatron
+
+    directory = tmp_path_factory.mktemp("first_step")
+    tiny_run.write_data(directory, 7)
+    hf_models.write("qwen3", directory / "hf", vocab_size=23)
+    shutil.copytree(directory / "tokenizer", directory / "hf", dirs_exist_ok=True)
+    hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory
+
+
+def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
+    """Return the first step, and the samples of this replica."""
+    given = ["--megatron", str(directory / "megatron"), "--data", str(directory / "problems.jsonl"), "--hinted"]
+    settings = ["optimizer=fp32", "rollout.max_new_tokens=9", "rollout.temperature=0.8", TEMPLATE, *options]
+    arguments = tool.evaluation_arguments([*given, "--out", str(directory / "out"), *settings])
+    model = tool._model(arguments)
+    config = tool._configured(arguments, model)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=model["path"]))
+    run_data, drawn = RunData.load_evaluation(config, True), []
+    grid = grids.initialize(config.parallel, config.seed)
+    with open_inference(config, run_data, grid) as inference:
+        generate = inference.sampler.generate
+
+        def recorded(requests, params):
+            responses = generate(requests, params)
+            drawn.extend(zip(requests, responses, strict=True))
+            return responses
+
+        inference.sampler.generate = recorded
+        found = measure_first_step(inference, config, run_data, grid)
+    problem_of = {tuple(run_data.builder.student_prompt(it)): it for it in run_data.evaluation}
+    samples = [
+        (
+            list(request.prompt),
+            run_data.builder.teacher_prompt(problem_of[tuple(request.prompt)]),
+            list(response.token_ids),
+            response.truncated,
+        )
+        for request, response in drawn
+    ]
+    return found, samples
+
+
+def logits_of(model: torch.nn.Module, prompt: list[int], response: list[int]) -> Tensor:
+    """Return the logits [len(response), V] that predict the response, in float64."""
+    with torch.no_grad():
+        return model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].double()
+
+
+def entropy(log_p: Tensor) -> Tensor:
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def target_of(student: Tensor, teacher: Tensor, w: float) -> Tensor:
+    """Return log q [T, V]: the mix with the student's entropy, k at most 1 + w, by bisection over k."""
+    mix, wanted = w * teacher + student, entropy(student.log_softmax(-1))
+    low, high = torch.full_like(wanted, (1 + w) / 16), torch.full_like(wanted, 1 + w)
+    for _ in range(80):
+        middle = (low + high) / 2
+        is_soft = entropy((mix / middle[:, None]).log_softmax(-1)) > wanted
+        low, high = torch.where(is_soft, low, middle), torch.where(is_soft, middle, high)
+    return (mix / high[:, None]).log_softmax(-1)
+
+
+def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def expected(directory: Path, samples: Samples) -> dict:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float64)
+    student = torch.cat([logits_of(model, plain, ids) for plain, _, ids, _ in samples])
+    teacher = torch.cat([logits_of(model, hinted, ids) for _, hinted, ids, _ in samples])
+    tokens = torch.tensor([token for *_, ids, _ in samples for token in ids])
+    log_p, log_t = student.log_softmax(-1), teacher.log_softmax(-1)
+    of_teacher = kl(log_t, log_p)
+    top = of_teacher.argsort(descending=True)[: -(-len(tokens) // 10)]
+    shares = {}
+    for name, w in {CONFIGURED: 0.75, "target.teacher_weight=2": 2.0, "target.teacher_weight=4": 4.0}.items():
+        of_target = kl(target_of(student, teacher, w), log_p)
+        parts = (
+            (it.sum() / its.sum()).item() for it, its in [(of_target, of_teacher), (of_target[top], of_teacher[top])]
+        )
+        shares[name] = dict(zip(("all_tokens", "top_tenth"), parts, strict=True))
+    return {
+        "num_samples": len(samples),
+        "num_tokens": len(tokens),
+        "log_prob_mean": log_p[range(len(tokens)), tokens].mean().item(),
+        "entropy_mean": entropy(log_p).mean().item(),
+        "truncated_share": sum(is_cut for *_, is_cut in samples) / len(samples),
+        "teacher_kl": of_teacher.mean().item(),
+        "let_through": {**shares, TEACHER_ALONE: {"all_tokens": 1.0, "top_tenth": 1.0}},
+    }
+
+
+LAYOUTS = {
+    "one rank": (1, []),
+    "fused, one token at a time": (1, ["loss.fused=low_memory", "loss.fused_chunk_tokens=5"]),
+    "DP2": (2, []),
+    "TP2": (2, ["parallel.tensor_model_parallel_size=2"]),
+    "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
+}
+
+
+@combinations(layout=list(LAYOUTS), quick={"layout": ["one rank", "DP2", "TP2"]}, strength=1)
+def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layout):
+    world_size, options = LAYOUTS[layout]
+    results = ranks.run(measured, directory, *options, world_size=world_size, init_process_group=False)
+    assert len({str(found) for found, _ in results}) == 1, "the same on every rank"
+    samples = [sample for _, of_rank in results for sample in of_rank] if layout == "DP2" else results[0][1]
+    found, wanted = results[0][0].record(), expected(directory, samples)
+    assert 0 < found["truncated_share"] < 1 and found["let_through"].keys() == wanted["let_through"].keys()
+    shares, wanted_shares = found.pop("let_through"), wanted.pop("let_through")
+    assert found == pytest.approx(wanted, rel=1e-4)
+    for setting, share in wanted_shares.items():
+        assert shares[setting] == pytest.approx(share, rel=1e-3)
+    assert shares[CONFIGURED]["all_tokens"] < shares["target.teacher_weight=4"]["all_tokens"] < 1
+
+
+def test_the_anchor_of_the_first_step_is_the_student_and_a_number_belongs_to_one_weight():
+    default = compared_targets(Target(anchor="reference"))
+    assert default == compared_targets(Target()), "equal weights"
+    assert list(default) == [CONFIGURED, "target.teacher_weight=2", "target.teacher_weight=4"]
+    bounded = compared_targets(Target(k_max=1.2, teacher_weight=2.0))
+    assert bounded[CONFIGURED].k_max == 1.2 and bounded["target.teacher_weight=4"].k_max == "1 + w"
+    assert len(bounded) == 4, "the default bound at the configured weight is another target"
+    alone = compared_targets(Target("teacher_alone"))
+    assert [it.rule for it in alone.values()] == ["teacher_alone", *["entropy_matched"] * 3]
+
+
+def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
+    of_teacher = torch.tensor([0.2, 4.0, *[0.1] * 9], dtype=torch.float64)
+    of_target = torch.tensor([0.02, 0.4, *[0.1] * 9], dtype=torch.float64)
+    tokens = torch.stack([-torch.ones(11).double(), 2 * torch.ones(11).double(), of_teacher, of_target], 1)
+    found = first_step(tokens, [True, False, False, False], [CONFIGURED])
+    share = found.let_through[CONFIGURED]
+    assert share.all_tokens == pytest.approx(1.32 / 5.1) and share.top_tenth == pytest.approx(0.1)
+    assert (found.log_prob_mean, found.entropy_mean, found.truncated_share) == (-1, 2, 0.25)
+
+
+def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
+    tokens = torch.tensor([[-1.0, 1.0, 1e-9, 1e-12]], dtype=torch.float64)
+    found = first_step(tokens, [False], [CONFIGURED])
+    assert found.let_through[CONFIGURED] == LetThrough(None, None) and found.advice(Config()) == []
+
+
+def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
+    shares = {CONFIGURED: LetThrough(0.0321, None), TEACHER_ALONE: LetThrough(1.0, 1.0)}
+    found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.31, shares)
+    show_first_step(found.record(), found.advice(Config()))
+    text = capsys.readouterr().out
+    assert all(number in text for number in ("24 samples", "1152 tokens", "-2.410", "2.520", "0.970", "0.310", "0.032"))
+    assert all(
+        key in text for key in ("rollout.temperature=0.7", "rollout.max_new_tokens=512", "target.anchor=student")
+    )
