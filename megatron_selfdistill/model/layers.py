@@ -8,9 +8,7 @@ OLMoE and MiniMax-M2 normalise queries and keys over the channels of all heads. 
 each head by itself.  Tensor parallelism cuts the heads, so a norm over all of them needs the sum of the squares of
 every rank.
 
-`PackedSequences` has everything that layers would otherwise read back from the device.  Megatron's unfused rotary
-embedding reads the lengths of the sequences back from the device in every layer, for queries and keys.  The import of
-this module replaces that function; the new one reads the positions of a `PackedSequences` on the device.
+`PackedSequences` has everything that layers would otherwise read back from the device.
 """
 
 from __future__ import annotations
@@ -29,7 +27,6 @@ from torch.nn.attention import SDPBackend
 from torch.utils.checkpoint import checkpoint
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -54,6 +51,7 @@ from megatron_selfdistill.model.attention_variants import (
     window_blocks,
     within_window,
 )
+from megatron_selfdistill.model.rotary import know_positions
 
 ALL_HEADS = "qk_layernorm_all_heads"
 """The attribute of a ``TransformerConfig`` that asks for these norms; the class lacks such a field."""
@@ -184,8 +182,6 @@ _FUSED_QUERIES = 1024
 """The number of queries in a block under context parallelism where a fused kernel takes the mask of the block."""
 _SCORES = 2**26
 """The number of scores in a block over all heads without such a kernel: 256 MiB in float32."""
-_POSITIONS = "rotary_positions"
-_megatrons_rotary_embedding = rope_utils._apply_rotary_pos_emb_thd
 
 
 class BiasedExpertOutput(RowParallelLinear):
@@ -526,11 +522,8 @@ class PackedSequences(PackedSeqParams):
     """The batches of segments for layers that compute with PyTorch; None under context parallelism or other layers."""
 
     def with_positions(self) -> PackedSequences:
-        """Return these parameters, after ``cu_seqlens_q_padded`` has got the positions as an attribute.
-
-        Megatron passes only this tensor to the rotary embedding.
-        """
-        setattr(self.cu_seqlens_q_padded, _POSITIONS, self.rotary_positions)
+        """Return these parameters, after the rotary embedding has learnt the positions (`know_positions`)."""
+        know_positions(self.cu_seqlens_q_padded, self.rotary_positions)
         return self
 
     @functools.cached_property
@@ -563,36 +556,3 @@ class PackedSequences(PackedSeqParams):
             rotary_positions=position_ids,
             segment_batches=segments_by_length(cu_seqlens.long()) if with_segment_batches else None,
         )
-
-
-def _rotary_embedding(
-    t: Tensor,
-    cu_seqlens: Tensor,
-    freqs: Tensor,
-    rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
-    mscale: float = 1.0,
-    cp_group: Any = None,
-) -> Tensor:
-    """Return ``t [s / cp, n, d]`` with the rotary embedding of ``freqs [max_seqlen, 1, 1, d]`` at each position.
-
-    Without known positions, call Megatron's own function, which waits for the device.  In a segment of padding all
-    positions are 0, while Megatron's function counts them.
-    """
-    positions = getattr(cu_seqlens, _POSITIONS, None)
-    if positions is None:
-        rotated: Tensor = _megatrons_rotary_embedding(
-            t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale, cp_group
-        )
-        return rotated
-    rotated = rope_utils._apply_rotary_pos_emb_bshd(
-        t.unsqueeze(1),
-        freqs.index_select(0, positions),
-        rotary_interleaved=rotary_interleaved,
-        multi_latent_attention=multi_latent_attention,
-        mscale=mscale,
-    ).squeeze(1)
-    return rotated
-
-
-rope_utils._apply_rotary_pos_emb_thd = _rotary_embedding

@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import psutil
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
@@ -42,6 +42,7 @@ from megatron_selfdistill.model.attention_variants import has_sinks
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.gated_delta_net import GatedDeltaNet
 from megatron_selfdistill.model.layers import CoreAttention
+from megatron_selfdistill.model.rotary import angles_at, rotated
 
 
 def cache_bytes_per_token(models: Sequence[torch.nn.Module], dtype: torch.dtype) -> int:
@@ -76,7 +77,7 @@ class RaggedCache(StaticInferenceContext):
     """A KV cache in which each row has a column of its own.
 
     Prompts of unequal length are read as Megatron reads prompts of equal length: from column 0 on, with padding at the
-    end.  After `start_decoding` each row continues where its prompt ended (`RaggedAttention`).  So the column of a
+    end.  After `start_decoding` each row continues where its prompt ended (`CachedAttention`).  So the column of a
     token is its position in any batch, and no embedding of positions sees the padding.
     """
 
@@ -141,28 +142,34 @@ class RaggedCache(StaticInferenceContext):
         return table[self.columns].transpose(0, 1)
 
 
-class RaggedAttention:
-    """The attention of a model that decodes with a `RaggedCache`.
+class CachedAttention:
+    """The attention of a model that decodes with a KV cache, whose keys are rotated before the cache takes them.
 
-    Megatron's own attention has one offset for all rows and takes no mask.
+    Megatron's own attention caches keys without their rotary embedding and rotates the whole cache again in every pass.
+    It also has one offset for all rows and takes no mask, which a `RaggedCache` needs.
 
     Two functions are replaced during a pass: the step of each attention layer that writes and reads the cache and, in
     multi-latent attention, the table of rotary embeddings, which is applied before that step.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
-        self._cache: RaggedCache | None = None  # of the present pass
+        self._cache: StaticInferenceContext | None = None  # of the present pass
+        self._positions: Tensor | None = None  # of the present pass
         self._replacements: dict[int, tuple[torch.nn.Module, str, Callable[..., Any]]] = {}
         for layer in _attention_layers(models):
-            self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", _ragged_step(layer)
+            self._replacements[id(layer)] = layer, "_adjust_key_value_for_inference", self._cached_step(layer)
             if isinstance(layer, MultiLatentAttention):
                 rotary = layer.rotary_pos_emb
                 self._replacements[id(rotary)] = rotary, "forward", self._ragged_table(rotary)
 
     @contextlib.contextmanager
-    def reading(self, cache: RaggedCache) -> Iterator[None]:
-        """Let a pass of the model decode with ``cache``."""
-        self._cache = cache
+    def reading(self, cache: StaticInferenceContext, positions: Tensor) -> Iterator[None]:
+        """Let a pass of the model read and write ``cache``.
+
+        ``positions``: those of the tokens of the pass, ``[b]`` for a `RaggedCache` that decodes and else ``[s]``,
+        int64.
+        """
+        self._cache, self._positions = cache, positions
         try:
             for owner, name, replacement in self._replacements.values():
                 owner.__dict__[name] = replacement
@@ -170,47 +177,61 @@ class RaggedAttention:
         finally:
             for owner, name, _ in self._replacements.values():
                 owner.__dict__.pop(name, None)
-            self._cache = None
+            self._cache = self._positions = None
 
     def _ragged_table(self, rotary: torch.nn.Module) -> Callable[..., Any]:
         """Return the forward of a rotary embedding at the rows' positions only; YaRN's also returns a factor."""
         whole_table = rotary.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            assert self._cache is not None, "the function takes the place of forward during a pass only"
             table = whole_table(*args, **kwargs)
+            if not _is_ragged(self._cache):
+                return table
             if isinstance(table, tuple):
                 return self._cache.rows_of(table[0]), *table[1:]
             return self._cache.rows_of(table)
 
         return forward
 
+    def _cached_step(self, layer: Attention) -> Callable[..., tuple[Any, ...]]:
+        """Return ``Attention._adjust_key_value_for_inference`` for rotated keys and rows at columns of their own."""
+        megatrons_step = layer._adjust_key_value_for_inference
 
-def _ragged_step(layer: Attention) -> Callable[..., tuple[Any, ...]]:
-    """Return ``Attention._adjust_key_value_for_inference`` with each row at its own column."""
+        def adjust(
+            cache: StaticInferenceContext, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_: Any
+        ) -> tuple[Any, ...]:
+            if rotary_pos_emb is not None:
+                assert self._positions is not None, "the function takes Megatron's place during a pass only"
+                angles = angles_at(rotary_pos_emb[0], self._positions)
+                query, key = (_rotated(layer, x, angles, ragged=_is_ragged(cache)) for x in (query, key))
+            if not _is_ragged(cache):
+                return tuple(megatrons_step(cache, query, key, value, None))
+            key, value = cache.write(layer.layer_number, key, value)
+            return query, key, value, None, AttnMaskType.arbitrary, None
 
-    def adjust(
-        cache: RaggedCache, query: Tensor, key: Tensor, value: Tensor, rotary_pos_emb: Any, *_unused: Any
-    ) -> tuple[Any, ...]:
-        key, value = cache.write(layer.layer_number, key, value)
-        if rotary_pos_emb is not None:
-            of_queries, of_keys = cache.rows_of(rotary_pos_emb[0]), rotary_pos_emb[1][: cache.num_columns]
-            rotary_pos_emb = of_queries, of_keys
-            if layer.config.apply_rope_fusion:  # the fused kernel has one position for all rows, and float32 inside
-                query, rotary_pos_emb = _rotated(layer, query, of_queries), (None, of_keys)
-        return query, key, value, rotary_pos_emb, AttnMaskType.arbitrary, None
-
-    return adjust
+        return adjust
 
 
-def _rotated(layer: Attention, query: Tensor, angles: Tensor) -> Tensor:
-    rotated: Tensor = _apply_rotary_pos_emb_bshd(
-        query.float(),
-        angles,
-        rotary_interleaved=layer.config.rotary_interleaved,
-        mscale=_yarn_get_concentration_factor_from_config(layer.config),
-    )
-    return rotated.to(query.dtype)
+def _is_ragged(cache: StaticInferenceContext | None) -> TypeGuard[RaggedCache]:
+    """Return whether each row of ``cache`` has a column of its own in this pass."""
+    return isinstance(cache, RaggedCache) and cache.decodes
+
+
+def _rotated(layer: Attention, states: Tensor, angles: Tensor, *, ragged: bool) -> Tensor:
+    """Return queries or keys ``states [s, b, n, channels]`` with the rotary embedding of ``angles [s, 1, 1, d]``.
+
+    ``ragged``: s is 1 and ``angles [b, 1, 1, d]`` has one position for each row.  The fused kernel has one position for
+    all rows, and it computes in float32.
+    """
+    config = layer.config
+    mscale = _yarn_get_concentration_factor_from_config(config)
+    if not ragged:
+        result: Tensor = apply_rotary_pos_emb(states, angles, config, mscale=mscale, cp_group=layer.pg_collection.cp)
+        return result
+    rows = states.transpose(0, 1)
+    rows = rows.float() if config.apply_rope_fusion else rows
+    turned = rotated(rows, angles, config.rotary_interleaved, mscale=mscale)
+    return turned.to(states.dtype).transpose(0, 1)
 
 
 @dataclass(frozen=True)
@@ -429,7 +450,7 @@ class DecodingModel:
         self._grid = grid
         self._vocab_size = vocab_size
         self._overrides = decoding_overrides(self.models, grid)
-        self._ragged_attention = RaggedAttention(self.models)
+        self._attention = CachedAttention(self.models)
         config = self.models[0].config
         self._hidden_size = config.hidden_size
         self._hidden_dtype = config.pipeline_dtype or config.params_dtype
@@ -456,6 +477,14 @@ class DecodingModel:
         """Whether attention can hide columns, as rows of unequal length need it."""
         return takes_masks(self.models)
 
+    @property
+    def hides_columns_cheaply(self) -> bool:
+        """Whether a pass takes as long with hidden columns as without: no Transformer Engine and no sliding window.
+
+        A window would otherwise read the columns within it alone.
+        """
+        return _has_our_attention(self.models) and not self.models[0].config.window_size
+
     def decoding(self) -> AbstractContextManager[None]:
         """Keep the model in the state in which it decodes (`decoding.decoding`)."""
         return decoding(self._chunks, self.models, self._overrides)
@@ -465,12 +494,13 @@ class DecodingModel:
 
         Stages before the last return None.
         """
-        if isinstance(context, RaggedCache) and context.decodes:
-            with self._ragged_attention.reading(context):
+        if _is_ragged(context):
+            with self._attention.reading(context, context.columns):
                 return self._forward(context, tokens, context.columns[:, None], context.hidden)
         start = context.sequence_len_offset
-        position_ids = torch.arange(start, start + tokens.size(1), device=tokens.device).expand_as(tokens)
-        return self._forward(context, tokens, position_ids, None)
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
+        with self._attention.reading(context, positions):
+            return self._forward(context, tokens, positions.expand_as(tokens), None)
 
     def forward_unused(self) -> None:
         """Run a forward pass of one token whose output nobody uses."""

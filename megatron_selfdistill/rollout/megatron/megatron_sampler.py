@@ -79,9 +79,11 @@ class GeneratedBatch:
         return _start(requests, [request.prompt for request in requests], 2, params, device)
 
     @staticmethod
-    def guided(requests: Sequence[Request], params: SamplingParams, device: torch.device) -> GeneratedBatch:
-        """Return an empty batch of responses without prompts: each response has several prompts, which caches hold."""
-        return _start(requests, [[] for _ in requests], 3, params, device)
+    def without_prompts(
+        requests: Sequence[Request], params: SamplingParams, device: torch.device, *, guided: bool
+    ) -> GeneratedBatch:
+        """Return an empty batch of responses whose prompts, one or several for each response, are in caches alone."""
+        return _start(requests, [[] for _ in requests], 3 if guided else 2, params, device)
 
     def append(self, live: Tensor, position: int, tokens: Tensor) -> None:
         """Put ``tokens`` into column ``position`` of those rows ``live`` whose prompt has ended."""
@@ -138,39 +140,8 @@ def _start(
     )
 
 
-@dataclass(frozen=True)
-class PromptRows:
-    """The prompts of n guided requests in some roles, as rows: first the n prompts of the first role, and so on."""
-
-    tokens: Tensor
-    """Token ids ``[roles * n, longest]`` int64, each prompt from column 0 on."""
-    lengths: Tensor
-    """Number of tokens of each prompt, ``[roles * n]`` int64."""
-    longest_by_role: tuple[int, ...]
-    """Number of tokens of the longest prompt of each role."""
-
-    @staticmethod
-    def of(prompts_by_role: Sequence[Sequence[list[int]]], device: torch.device) -> PromptRows:
-        """Return the prompts on ``device``; ``prompts_by_role`` has the n prompts of each role."""
-        prompts = [prompt for of_role in prompts_by_role for prompt in of_role]
-        lengths = [len(prompt) for prompt in prompts]
-        tokens = np.zeros((len(prompts), max(lengths)), dtype=np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-        return PromptRows(
-            tokens=torch.from_numpy(tokens).to(device),
-            lengths=torch.tensor(lengths, device=device),
-            longest_by_role=tuple(max(map(len, of_role)) for of_role in prompts_by_role),
-        )
-
-    @property
-    def last_tokens(self) -> Tensor:
-        """Last token of each prompt, ``[roles * n]`` int64."""
-        return self.tokens.gather(1, self.lengths[:, None] - 1).squeeze(1)
-
-
-class GuidedRows:
-    """The contexts of n guided requests in the roles that one model has: for each role n rows of one `RaggedCache`."""
+class ContextRows:
+    """The contexts of n requests in the roles that one model has: for each role n rows of one `RaggedCache`."""
 
     def __init__(
         self,
@@ -183,14 +154,23 @@ class GuidedRows:
     ) -> None:
         """Read the prompts of all ``roles``, each with forward passes of its own."""
         self._model, self._roles, self._passes = model, tuple(roles), passes
-        prompts = PromptRows.of([[prompt_of(r, role) for r in requests] for role in roles], device)
-        num_rows, longest = prompts.tokens.shape
-        self._cache = RaggedCache(num_rows, longest + max_new_tokens - 1, prompts.lengths)  # not the last token
-        for tokens, length in zip(prompts.tokens.split(len(requests)), prompts.longest_by_role, strict=True):
-            passes.prefill(model, self._cache, tokens[:, :length])
+        by_role = [[prompt_of(request, role) for request in requests] for role in roles]
+        prompts = [prompt for of_role in by_role for prompt in of_role]
+        longest = max(map(len, prompts))
+        padded = np.zeros((len(prompts), longest), dtype=np.int64)
+        for row, prompt in enumerate(prompts):
+            padded[row, : len(prompt)] = prompt
+        tokens = torch.from_numpy(padded).to(device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        self._cache = RaggedCache(len(prompts), longest + max_new_tokens - 1, lengths)  # not the last token
+        first = 0
+        for count, length in (group for of_role in by_role for group in like_lengths(list(map(len, of_role)))):
+            # The first pass that decodes reads the last token of each prompt, but the cache needs one token before.
+            passes.prefill(model, self._cache, tokens[first : first + count, : max(length - 1, 1)])
+            first += count
         self._cache.batch_size_offset = 0
-        self._cache.start_decoding(prompts.lengths, longest)
-        self._last_of_prompts = prompts.last_tokens
+        self._cache.start_decoding(lengths, longest)
+        self._last_of_prompts = tokens.gather(1, lengths[:, None] - 1).squeeze(1)
 
     def next_logits(self, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the logits ``[n, V]`` of the next token by role; empty on stages before the last.
@@ -205,6 +185,28 @@ class GuidedRows:
     def keep(self, kept: Tensor, num_requests: int) -> None:
         """Drop all requests but ``kept`` of the ``num_requests`` that the cache holds."""
         self._cache.keep(torch.cat([kept + role * num_requests for role in range(len(self._roles))]))
+
+
+_MOST_PADDING = 1 / 5
+
+
+def like_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Return groups of successive prompts that one pass reads: the number of prompts and the longest of each group.
+
+    Padding is at most `_MOST_PADDING` of the tokens of a group, if each prompt has the length of the longest.
+    """
+    groups: list[tuple[int, int]] = []
+    total = 0
+    for length in lengths:
+        count, longest = groups[-1] if groups else (0, 0)
+        widest = max(longest, length)
+        if count and (total + length) >= (1 - _MOST_PADDING) * widest * (count + 1):
+            groups[-1] = count + 1, widest
+            total += length
+        else:
+            groups.append((1, length))
+            total = length
+    return groups
 
 
 def lag_of(device: torch.device) -> int:
@@ -265,9 +267,10 @@ class MegatronSampler:
     full sequences for its share of the requests.  Where expert all-to-alls join ranks that hold different requests, all
     ranks run the same number of forward passes (`ForwardPasses`).
 
-    Prompts may have different lengths: a batch reads the length of its shortest prompt in one pass, then one token per
-    pass, where the tokens of a longer prompt take the place of sampled tokens.  So positions are exact and there is no
-    padding.
+    Prompts may have different lengths.  With this program's own attention, a batch reads them with padding behind each
+    prompt, and then every row decodes at a column of its own (`RaggedCache`).  Transformer Engine's fast attention
+    takes no mask.  A batch then reads the length of its shortest prompt in one pass, then one token per pass, where the
+    tokens of a longer prompt take the place of sampled tokens.  Positions are exact in both cases.
 
     A guided request has a context for each of `guided_roles`, all with the same response.  The weights of
     ``role_weights`` read theirs, and the student's weights read all others.  The student's own context gives the
@@ -343,7 +346,7 @@ class MegatronSampler:
             capacity = self._agree_on_capacity(requests, params)
             for model in (self._student, *role_models):
                 stack.enter_context(model.decoding())
-            batches = [(plain, self._sample_batch, capacity)]
+            batches = [(plain, self._sample_plain, capacity)]
             if guided:
                 batches.append((guided, self._sample_guided, capacity // len(guided_roles(params.target))))
             for share, sample, room in batches:
@@ -411,13 +414,28 @@ class MegatronSampler:
         """
         return self._bytes_per_token + math.ceil(self._student.state_bytes / max_new_tokens)
 
-    def _sample_batch(
+    def _sample_plain(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
     ) -> list[Response]:
         """Return the responses to plain requests that decode together; each pass gives one token of every row.
 
         ``report`` gets the number of these responses that are known to be finished, after each pass.
         """
+        if len({len(request.prompt) for request in requests}) == 1 or not self._student.hides_columns_cheaply:
+            return self._sample_in_columns(requests, params, report)
+        device = self._grid.device
+        batch = GeneratedBatch.without_prompts(requests, params, device, guided=False)
+        rows = ContextRows(self._student, ("student",), requests, params.max_new_tokens, self._passes, device)
+
+        def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
+            return self._sample(batch, live, step, logits.get("student"), params)
+
+        return self._sample_in_rows(batch, [rows], sample, report)
+
+    def _sample_in_columns(
+        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
+    ) -> list[Response]:
+        """Return what `_sample_plain` returns, with a cache in which all rows are at one column."""
         batch = GeneratedBatch.after_prompts(requests, params, self._grid.device)
         length, position = batch.tokens.size(1), min(len(request.prompt) for request in requests)
         live = torch.arange(len(requests), device=self._grid.device)  # rows of the batch that are in the cache
@@ -436,31 +454,48 @@ class MegatronSampler:
                 live = live[kept]
             logits = self._passes.run(self._student, context, batch.tokens[live, position - 1 : position])
             context.sequence_len_offset += 1
-        if self._grid.tp_size > 1 or self._grid.pp_size > 1:
-            self._broadcast(batch.log_probs)
-        return batch.responses()
+        return self._finished(batch)
 
     def _sample_guided(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
     ) -> list[Response]:
         """Return the responses to guided requests that decode together; pass i of each model gives token i.
 
-        ``report``: as for `_sample_batch`.
+        ``report``: as for `_sample_plain`.
         """
-        device, longest = self._grid.device, params.max_new_tokens
-        batch = GeneratedBatch.guided(requests, params, device)
-        live = torch.arange(len(requests), device=device)
+        device = self._grid.device
+        batch = GeneratedBatch.without_prompts(requests, params, device, guided=True)
         groups = [
-            GuidedRows(model, roles, requests, longest, self._passes, device)
+            ContextRows(model, roles, requests, params.max_new_tokens, self._passes, device)
             for model, roles in self._readers(params.target)
         ]
-        survivors = Survivors(len(requests), device)
+
+        def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
+            return self._sample_mixed(batch, live, step, logits, params)
+
+        return self._sample_in_rows(batch, groups, sample, report)
+
+    def _sample_in_rows(
+        self,
+        batch: GeneratedBatch,
+        groups: Sequence[ContextRows],
+        sample: Callable[[Tensor, int, Mapping[str, Tensor]], Tensor],
+        report: Callable[[int], None],
+    ) -> list[Response]:
+        """Return the responses of ``batch``, whose prompts all ``groups`` have read; each pass gives one token.
+
+        ``sample``: returns the tokens ``[n]`` of the rows ``live [n]`` at a step, from the logits of each role.
+        ``report``: as for `_sample_plain`.
+        """
+        num_requests, longest = batch.tokens.shape
+        live = torch.arange(num_requests, device=self._grid.device)
+        survivors = Survivors(num_requests, self._grid.device)
         tokens: Tensor | None = None
         for step in range(longest):
             logits = {role: rows for group in groups for role, rows in group.next_logits(tokens).items()}
-            batch.append(live, step, self._sample_mixed(batch, live, step, logits, params))
+            batch.append(live, step, sample(live, step, logits))
             num_unfinished, kept = survivors.after_pass(batch.ends[live] > step + 1)
-            report(len(requests) - num_unfinished)
+            report(num_requests - num_unfinished)
             if num_unfinished == 0:
                 break
             if kept is not None:
@@ -468,6 +503,10 @@ class MegatronSampler:
                     group.keep(kept, live.numel())
                 live = live[kept]
             tokens = batch.tokens[live, step]
+        return self._finished(batch)
+
+    def _finished(self, batch: GeneratedBatch) -> list[Response]:
+        """Return the responses of ``batch``, with their log-probs on every rank that shares the requests."""
         if self._grid.tp_size > 1 or self._grid.pp_size > 1:
             self._broadcast(batch.log_probs)
         return batch.responses()

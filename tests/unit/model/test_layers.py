@@ -28,7 +28,7 @@ from megatron_selfdistill.data.packing import PackingRules, context_parallel_pos
 from megatron_selfdistill.model import attention_variants, layers
 from megatron_selfdistill.model.attention_variants import sink_channels, windowed_layers
 from megatron_selfdistill.model.forward import hidden_states, inputs_of
-from megatron_selfdistill.model.layers import CoreAttention, PackedSequences, RMSNorm, rope_utils
+from megatron_selfdistill.model.layers import CoreAttention, PackedSequences, RMSNorm
 
 HEADS, GROUPS, CHANNELS = 4, 2, 8
 SINKS = (0.5, -2.0, 3.0, 1.0)
@@ -486,46 +486,11 @@ def test_attention_under_context_parallelism_never_holds_the_scores_of_a_whole_r
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)
 
 
-class Group(SimpleNamespace):
-    def size(self) -> int:
-        return self.cp_size
-
-    def rank(self) -> int:
-        return self.cp_rank
-
-
 def row(cp_size: int):
     """Return a microbatch of three sequences, whose last segment is padding."""
     texts = [ContextPair(str(n), [1] * n, [1] * n, [2] * 3, False) for n in (9, 4, 1)]
     batch = pack(texts, PackingRules(max_tokens=48, cp_size=cp_size, tp_size=1, paired=True), seq_length=48)
     return batch.student[0]
-
-
-@pytest.mark.parametrize("latent", [False, True], ids=["plain", "latent attention"])
-@pytest.mark.parametrize(("cp_size", "cp_rank"), [(1, 0), (2, 0), (2, 1)])
-def test_every_token_of_a_sequence_is_rotated_as_megatron_rotates_it(cp_size, cp_rank, latent):
-    microbatch, group = row(cp_size), Group(cp_size=cp_size, cp_rank=cp_rank)
-    held = context_parallel_positions(microbatch.cu_seqlens, cp_size, cp_rank)
-    positions = microbatch.position_ids[held]
-    generator = torch.Generator().manual_seed(0)
-    states = torch.randn(len(held), 2, 8, generator=generator)
-    angles = torch.randn(microbatch.max_seqlen, 1, 1, 8, generator=generator)
-    arguments = {"multi_latent_attention": latent, "mscale": 1.25, "cp_group": group}
-    expected = layers._megatrons_rotary_embedding(states, microbatch.cu_seqlens, angles, **arguments)
-
-    packed = PackedSequences.of(microbatch, positions, with_segment_batches=False)
-    got = rope_utils._apply_rotary_pos_emb_thd(states, packed.cu_seqlens_q_padded, angles, **arguments)
-    real = held < microbatch.cu_seqlens[-2]
-    assert real.any() and not real.all()
-    assert torch.equal(got[real], expected[real])
-
-
-def test_sequences_whose_positions_nobody_knows_are_left_to_megatron():
-    group, states = Group(cp_size=1, cp_rank=0), torch.randn(5, 2, 8)
-    cu_seqlens, angles = torch.tensor([0, 2, 5], dtype=torch.int32), torch.randn(3, 1, 1, 8)
-    got = rope_utils._apply_rotary_pos_emb_thd(states, cu_seqlens, angles, cp_group=group)
-    expected = layers._megatrons_rotary_embedding(states, cu_seqlens, angles, cp_group=group)
-    assert torch.equal(got, expected)
 
 
 def test_host_and_device_know_the_same_segments():

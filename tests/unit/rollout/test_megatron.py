@@ -31,7 +31,7 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
-from megatron_selfdistill.rollout.megatron.megatron_sampler import split_batches
+from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths, split_batches
 
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95)
 
@@ -85,22 +85,25 @@ def write_in_layout(kind: str, config: ParallelConfig, stops: tuple[int, ...]) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoding, "_PREFILL_TOKENS", 7)  # prompts are read a few rows at a time
         early = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
+    with pytest.MonkeyPatch.context() as patch:  # as with Transformer Engine's fast attention
+        patch.setattr(decoding.DecodingModel, "hides_columns_cheaply", False)
+        columns = sampler.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     per_token = sampler._bytes_per_column(NEW_TOKENS)
     small = sampler_of(chunks, grid, kv_cache_gb=2.5 * (max(PROMPT_LENGTHS) + NEW_TOKENS) * per_token / 2**30)
     batches = []
-    sample_batch = small._sample_batch
-    small._sample_batch = lambda *args: batches.append(1) or sample_batch(*args)  # type: ignore[method-assign]
+    sample_plain = small._sample_plain
+    small._sample_plain = lambda *args: batches.append(1) or sample_plain(*args)  # type: ignore[method-assign]
     split = small.generate(requests, dataclasses.replace(GREEDY, stop_token_ids=stops))
     drawn = sampler.generate(requests, SAMPLED)
     return {"replica": grid.dp_rank, "replicas": grid.dp_size, "num_batches": len(batches)} | {
-        "whole": whole, "early": early, "split": split, "drawn": drawn
+        "whole": whole, "early": early, "columns": columns, "split": split, "drawn": drawn
     }  # fmt: skip
 
 
 def check_layout(result: dict[str, Any], expected: Reference) -> None:
     """Assert that a rank has the reference's responses to the requests of its replica."""
     mine = slice(result["replica"], None, result["replicas"])
-    for name in ("whole", "early", "split"):
+    for name in ("whole", "early", "columns", "split"):
         for text, log_probs, response in zip(
             expected.greedy[mine], expected.log_probs[mine], result[name], strict=True
         ):
@@ -276,3 +279,17 @@ def test_batches_hold_what_the_cache_has_room_for_and_prompts_of_like_length():
             assert len(batch) * (held[-1] + 10) <= capacity
     assert split_batches(lengths, 10, 10_000) == [[0, 2, 3], [5, 1], [4]]
     assert split_batches([], 10, 100) == []
+
+
+def test_prompts_of_like_length_are_read_together_and_in_their_order():
+    assert like_lengths([]) == [] and like_lengths([7]) == [(1, 7)]
+    assert like_lengths([8, 9, 10]) == [(3, 10)]
+    assert like_lengths([2, 10, 10, 100]) == [(1, 2), (2, 10), (1, 100)]
+    assert like_lengths([10, 2]) == [(1, 10), (1, 2)]
+    lengths = list(range(1, 400))
+    groups, first = like_lengths(lengths), 0
+    for count, longest in groups:
+        some = lengths[first : first + count]
+        assert longest == max(some) and sum(some) >= 0.8 * longest * count
+        first += count
+    assert first == len(lengths) and len(groups) < 25

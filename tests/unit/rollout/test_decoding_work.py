@@ -1,0 +1,77 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A pass that decodes rotates its own tokens alone, with one table, and a batch needs no pass beside its tokens."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+from decoding import GREEDY, NEW_TOKENS, PROMPT_LENGTHS, make_requests, sampler_of
+from models import build, model_config, parallel
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from megatron_selfdistill.rollout.megatron.decoding import DecodingModel
+from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths
+
+LAYERS = 3
+
+
+class Work(TorchDispatchMode):
+    """The tables of the rotary embedding, and the tokens that its rotations turn, in each pass of this context."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: list[Counter[str]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("cos", "roll") and self.passes:
+            self.passes[-1][name] += 1
+            if name == "roll":
+                self.passes[-1]["turned"] += args[0].shape[0] * args[0].shape[1]
+        return func(*args, **(kwargs or {}))
+
+
+def passes_of(in_rows: bool) -> tuple[list[Counter[str]], list[int]]:
+    """Return the work of each pass of a batch, and the tokens that each pass reads."""
+    [model], grid = build(model_config("gqa", num_layers=LAYERS), parallel())
+    work, tokens_read = Work(), []
+    forward = DecodingModel.forward
+
+    def counted(self: DecodingModel, context: Any, tokens: Tensor) -> Tensor | None:
+        work.passes.append(Counter())
+        tokens_read.append(tokens.numel())
+        return forward(self, context, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DecodingModel, "forward", counted)
+        patch.setattr(DecodingModel, "hides_columns_cheaply", in_rows)
+        sampler = sampler_of([model], grid)
+        with work:
+            sampler.generate(make_requests(), GREEDY)
+    return work.passes, tokens_read
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["own columns", "one column"])
+def found(ranks, request) -> tuple[bool, list[Counter[str]], list[int]]:
+    [(passes, tokens_read)] = ranks.run(passes_of, request.param, world_size=1)
+    return request.param, passes, tokens_read
+
+
+def test_a_pass_turns_the_queries_and_keys_of_its_own_tokens_with_one_table(found):
+    """Megatron Core rotates all cached keys again in every pass."""
+    _, passes, tokens_read = found
+    assert [one["cos"] for one in passes] == [1] * len(passes)
+    assert [one["roll"] for one in passes] == [2 * LAYERS] * len(passes)
+    assert [one["turned"] for one in passes] == [2 * LAYERS * number for number in tokens_read]
+
+
+def test_each_pass_behind_the_prompts_gives_a_token_of_every_response(found):
+    in_rows, passes, _ = found
+    lengths = sorted(PROMPT_LENGTHS)
+    if in_rows:
+        assert len(passes) == len(like_lengths(lengths)) + NEW_TOKENS
+    else:  # the tokens of longer prompts take passes of their own
+        assert len(passes) == lengths[-1] - lengths[0] + NEW_TOKENS
