@@ -27,7 +27,7 @@ from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import kernels_in_use
-from megatron_selfdistill.sources.logged_turns import SKIPPED_FILE, list_skipped
+from megatron_selfdistill.sources.given_responses import SKIPPED_FILE, list_skipped
 from megatron_selfdistill.trainer import Trainer
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")

@@ -55,10 +55,10 @@ PAIR_ORDERS = ("teacher_first", "alternating")
 """Values of schedule.pair_order; null chooses one of them by the number of stages."""
 
 RECOMPUTE_GRANULARITIES = ("selective", "full")
-"""Values of schedule.recompute_granularity; null recomputes nothing."""
+"""Values of schedule.recompute.granularity; null recomputes nothing."""
 
 RECOMPUTE_METHODS = ("uniform", "block")
-"""Values of schedule.recompute_method, as Megatron spells them."""
+"""Values of schedule.recompute.method, as Megatron spells them."""
 
 DATA_KINDS = ("problems", "conversations")
 """Values of data.kind."""

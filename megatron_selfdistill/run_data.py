@@ -11,9 +11,7 @@ from pathlib import Path
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
 from megatron_selfdistill.config.world_checks import longest_context
-from megatron_selfdistill.data.chat.acceptance import load_rule
-from megatron_selfdistill.data.chat.conversations import load_conversations
-from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.data.acceptance import load_rule
 from megatron_selfdistill.data.contexts import (
     LOOKED_AT,
     ContextCounts,
@@ -26,6 +24,7 @@ from megatron_selfdistill.data.contexts import (
     mean_cost,
     plan_contexts,
 )
+from megatron_selfdistill.data.conversations import load_conversations
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
@@ -33,6 +32,7 @@ from megatron_selfdistill.data.prompts import (
     PromptTemplates,
 )
 from megatron_selfdistill.data.records import RecordSource
+from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 

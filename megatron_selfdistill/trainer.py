@@ -11,7 +11,13 @@ from typing import NamedTuple
 
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
-from megatron_selfdistill.checkpoint.resumption import CONFIGURATION, Resumption, RunDirectory, latest_resumption
+from megatron_selfdistill.checkpoint.resumption import (
+    CONFIGURATION,
+    Resumption,
+    RunDirectory,
+    latest_resumption,
+    with_warmup,
+)
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.packing import PackedBatch
@@ -29,6 +35,7 @@ from megatron_selfdistill.metrics.guards import (
     Guards,
     check_identity,
     check_teacher_canary,
+    first_step_warnings,
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
@@ -91,11 +98,11 @@ class Trainer:
         self.changes = found.changes if found is not None else ()  # of the configuration, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
         base = adapter_base(config, found.saved if found is not None else None)
-        self.learner = Learner(config, self.run_data, grid, resumes=found is not None, base=base)
+        self.learner = Learner(with_warmup(config, found), self.run_data, grid, resumes=found is not None, base=base)
         chunks, weights = self.learner.chunks, self.learner.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
-        self.guards = Guards(config.guards, engines_of(config))
+        self.guards = Guards(config.guards, engines_of(config), loss_should_fall=config.loss_should_fall)
         self.step = 0
         """Optimizer steps done."""
         self.checked = False
@@ -265,7 +272,7 @@ class Trainer:
                 self.run_directory.restore()
             model = replace(self.config.model, vocab_size=self.run_data.vocab_size)
             state = {**self.source.state_dict(), "guards": self.guards.state_dict(), "batch_k": self.learner.batch_k}
-            state[CONFIGURATION] = stored_values(self.config)
+            state[CONFIGURATION] = stored_values(self.learner.config)  # with a number for the warm-up
             args = megatron_args(self.learner.chunks[0], model)
             self.checkpointer.save(self.step, **self.learner.stored_parts, trainer_state=state, args=args)
         self.saved_step = self.step
@@ -327,7 +334,7 @@ def evaluation_options(
 
 
 def warnings_of(config: Config, step: int, metrics: Mapping[str, float], method: Method) -> list[str]:
-    """Return what the metrics of a step, counted from 1, warn of; the first step also shows a teacher that is silent.
+    """Return what the metrics of a step, counted from 1, warn of; the first step also shows whether a run can learn.
 
     ``method`` may have warnings of its own.  Where student and teacher read one prompt, equal weights say the same.
     """
@@ -335,7 +342,8 @@ def warnings_of(config: Config, step: int, metrics: Mapping[str, float], method:
     silent = warning_of_a_silent_teacher(metrics, config.target.teacher_weight) if speaks else None
     warnings = silent, warning_of_an_untrained_step(config, step, metrics)
     of_method = method.warnings(metrics) if method.warnings is not None else []
-    return [warning for warning in (*warnings, *of_method) if warning is not None]
+    first = first_step_warnings(config, metrics) if step == 1 else []
+    return [warning for warning in (*warnings, *first, *of_method) if warning is not None]
 
 
 def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:

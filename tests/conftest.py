@@ -45,6 +45,10 @@ NEEDS = {
         os.environ.get("SELFDISTILL_TEST_BROWSER") == "1",
         "SELFDISTILL_TEST_BROWSER=1, Chromium and playwright (make test-browser)",
     ),
+    "real_model": (
+        os.environ.get("SELFDISTILL_TEST_REAL") == "1",
+        "SELFDISTILL_TEST_REAL=1 and the wheel of a real model (make test-real)",
+    ),
     "vllm/colocated": (importlib.util.find_spec("vllm") is not None, "vLLM in this environment"),
     "vllm/server": ("SELFDISTILL_VLLM_PYTHON" in os.environ, "SELFDISTILL_VLLM_PYTHON"),
     "slurm": (

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, ModelConfig, to_yaml
+from megatron_selfdistill.config import Config, ModelConfig, YarnConfig, to_yaml
 from megatron_selfdistill.config.bound_keys import (
     BOUND,
     FIXED,
@@ -24,6 +24,7 @@ from megatron_selfdistill.config.bound_keys import (
     refusal,
     stored_values,
 )
+from megatron_selfdistill.config.moved_keys import translated
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.hidden_values import hidden
@@ -44,6 +45,8 @@ CONFIGURATION = "configuration"
 _PROBLEMS = "the problems that data.path gives (their digest)"
 _FORCE = "force"
 CONFIGURATION_FILE = "config.yaml"
+LONGEST_WARMUP = 10
+"""The largest number of warm-up steps of a run that sets none."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,20 @@ def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
     )
 
 
+def with_warmup(config: Config, found: Resumption | None) -> Config:
+    """Return ``config`` with a number for optimizer.lr_warmup_steps if it is null.
+
+    The number is that of the checkpoint ``found``, so that a run keeps its learning rates if this default or num_steps
+    changes.  For a new run (None), and for a number that the checkpoint has as the text of an interpolation, it is a
+    tenth of num_steps, at most `LONGEST_WARMUP`.
+    """
+    if config.optimizer.lr_warmup_steps is not None:
+        return config
+    stored = None if found is None else found.saved.trainer_state[CONFIGURATION]["optimizer"]["lr_warmup_steps"]
+    number = stored if isinstance(stored, int) else min(LONGEST_WARMUP, config.num_steps // 10)
+    return replace(config, optimizer=replace(config.optimizer, lr_warmup_steps=number))
+
+
 def finished_run(config: Config, as_given: Config) -> Path | None:
     """Return the last checkpoint of a complete run whose last launch had this configuration; None for other runs.
 
@@ -168,7 +185,7 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             f"{saved.path} holds no configuration of its run, expected one: start from its weights with "
             f"checkpoint.load={saved.path} in another run_dir"
         )
-    now = stored_values(config)
+    stored, now = translated(stored, config.method.name), stored_values(config)
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
         # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.
@@ -177,13 +194,15 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             for field in fields(ModelConfig)
             if (value := stored["model"].get(field.name, field.default)) is not MISSING
         }
-        if any(isinstance(value, str) and "${" in value for value in before.values()):
+        if "${" in str(before):
             # The checkpoint has the text of an interpolation, whose value nobody knows: only texts can be compared.
             return differences(stored, now)
         architecture = architecture_from_args(args)
         given_fields = (
             None if given is None else {key.removeprefix("model.") for key in given if key.startswith("model.")}
         )
+        if isinstance(before.get("yarn"), dict):
+            before["yarn"] = YarnConfig(**before["yarn"])
         try:
             stored = stored | {"model": _completed(ModelConfig(**before), architecture)}
             now = now | {"model": _completed(config.model, architecture, given_fields)}

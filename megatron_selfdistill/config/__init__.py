@@ -15,9 +15,7 @@ from megatron_selfdistill.config.methods import method_class, method_names
 from megatron_selfdistill.config.schema.adapter_config import AdapterConfig
 from megatron_selfdistill.config.schema.data_config import ConversationsConfig, DataConfig, EnvironmentConfig
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
-from megatron_selfdistill.config.schema.model_config import ModelConfig
-from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
-from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config.schema.model_config import ModelConfig, YarnConfig
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
@@ -26,6 +24,14 @@ from megatron_selfdistill.config.schema.run_config import (
     MetricsConfig,
     ReportConfig,
     StopConfig,
+)
+from megatron_selfdistill.config.schema.step_config import (
+    ClusterConfig,
+    OptimizerConfig,
+    OptimizerConstants,
+    ParallelConfig,
+    RecomputeConfig,
+    ScheduleConfig,
 )
 from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
 from megatron_selfdistill.config.schema.whole_config import Config
@@ -50,13 +56,16 @@ __all__ = [
     "ModelConfig",
     "Needs",
     "OptimizerConfig",
+    "OptimizerConstants",
     "ParallelConfig",
+    "RecomputeConfig",
     "ReportConfig",
     "RolloutConfig",
     "ScheduleConfig",
     "StopConfig",
     "TargetConfig",
     "TeacherConfig",
+    "YarnConfig",
     "check_files",
     "field_docs",
     "from_mapping",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -72,8 +73,12 @@ RULES: dict[str, str] = {
             "teacher.offload",
             *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
             *("optimizer.lr_decay_steps", "optimizer.lr_decay_style", "optimizer.weight_decay"),
-            *("optimizer.adam_beta1", "optimizer.adam_beta2", "optimizer.adam_eps", "optimizer.sgd_momentum"),
-            *("optimizer.clip_grad", "optimizer.overlap_grad_reduce", "optimizer.overlap_param_gather"),
+            *(
+                "optimizer.constants",
+                "optimizer.clip_grad",
+                "optimizer.overlap_grad_reduce",
+                "optimizer.overlap_param_gather",
+            ),
             *("checkpoint.verify", "checkpoint.save_every", "checkpoint.keep_last", "checkpoint.async_save"),
             *("checkpoint.resume", "adapter.base"),
             *(
@@ -112,6 +117,9 @@ RULES: dict[str, str] = {
 OLD_DEFAULTS: dict[str, Any] = {"target.anchor": "student"}
 """Key -> its value in a configuration that lacks the key, where this value is no longer the default."""
 
+KEPT = ("optimizer.lr_warmup_steps",)
+"""Keys of which null means, for a run that resumes, the value of its checkpoint."""
+
 
 @dataclass(frozen=True)
 class KeyDifference:
@@ -148,14 +156,15 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
     """Return the keys with different values in two configurations, which have the form of `stored_values`.
 
     A key that ``stored`` lacks had its default (`OLD_DEFAULTS`, or the present one): the program that stored it did not
-    know the key yet.  A key that this program no longer knows is not compared, and one that has moved is compared with
-    its new place (`moved_keys.translated`).
+    know the key yet.  A key of `KEPT` that is null now has its stored value.  A key that this program no longer knows
+    is not compared, and one that has moved is compared with its new place (`moved_keys.translated`).
     """
     stored = translated(stored, now["method"]["name"])
     before, after = (dict(_items(values)) for values in (stored, now))
     then, today = (_read_values(values) | _hide_secrets(items) for values, items in ((stored, before), (now, after)))
     free = _without_effect(before, after)
     found = []
+    before |= {key: None for key in KEPT if after.get(key) is None}
     for key in sorted(before.keys() | after.keys()):
         by_digest = is_secret(key) and key in then and key in today  # in whatever variable the secret is
         if before.get(key) != after.get(key) and not by_digest:
@@ -237,14 +246,14 @@ def refusal(found: Sequence[KeyDifference], where: str) -> str | None:
 
 
 def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield every key of the schema with its value, and the items of free-form keys one by one."""
+    """Yield every key of the schema with its value, and the items of mappings one by one."""
     name = str(values.get("method", {}).get("name", MethodSettings.name))
     for key, (default, _) in {**keys(), **method_keys(name)}.items():
         value: Any = values
         for part in key.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
         value = OLD_DEFAULTS.get(key, _plain(default)) if value is _MISSING else value
-        if isinstance(default, dict):
+        if isinstance(default, dict) or dataclasses.is_dataclass(default):
             yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
         else:
             yield key, value
@@ -259,6 +268,8 @@ _MISSING = object()
 
 
 def _plain(default: Any) -> Any:
+    if dataclasses.is_dataclass(default):
+        return dataclasses.asdict(default)  # type: ignore[arg-type]
     return list(default) if isinstance(default, tuple) else default
 
 

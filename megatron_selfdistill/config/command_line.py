@@ -1,20 +1,23 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The command line of ``selfdistill train``: its arguments, and the texts that it prints without a run."""
+"""The command line of ``selfdistill train``: its arguments, and the texts that it prints without a run.
+
+One text explains the columns of the console line (`LINE`), which metrics/log.py prints in each step of a run.
+"""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import inspect
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, get_origin
+from typing import Any, NamedTuple, get_origin
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.config import key_list
-from megatron_selfdistill.config.console_line import COLUMNS
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.overrides import yaml_text
@@ -42,6 +45,41 @@ exit status:
   5    the run made no progress; every rank's stack is in RUN_DIR/stacks
   130  Ctrl-C twice, or before the run began
 (torchrun itself ends with 1 where a rank ends with another status than 0)"""
+
+
+class Column(NamedTuple):
+    """One metric of a console line; the line omits it where the step has no such metric."""
+
+    key: str
+    label: str
+    form: str
+    meaning: str
+
+
+LINE = (
+    Column("loss/mean", "loss", ".4f", "mean loss per response token (nats)"),
+    Column("entropy/student", "entropy", ".4f", "the student's mean entropy (nats)"),
+    Column("k/mean", "k", ".2f", "mean k, the temperature of the mixed logits"),
+    Column(
+        "top1_agreement", "top-1", ".3f", "share of tokens whose most likely token is the same for student and teacher"
+    ),
+    Column("response/length_mean", "length", ".1f", "mean response length (tokens)"),
+    Column("response/truncated_share", "cut", ".2f", "share of responses cut at rollout.max_new_tokens"),
+    Column("gradient_norm", "grad", ".3g", "gradient norm before clipping"),
+    Column("learning_rate", "lr", ".2g", "learning rate"),
+    Column("seconds/step", "s", ".2f", "seconds of the step"),
+)
+"""The columns of a console line, from left to right."""
+
+COLUMNS = "\n".join(
+    [
+        "The console line of a step (every metrics.console_every steps; 0 is never); in brackets, its keys in",
+        "metrics.jsonl (docs/metrics.md explains all metrics):",
+        *(f"  {column.label:<8} {column.meaning} ({column.key})" for column in LINE),
+        "  left     time until the last step, from the third step of a launch on",
+    ]
+)
+"""The explanation of the columns, as ``--help`` prints it."""
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -98,7 +136,7 @@ def keys(section: str = "") -> str:
         if own:
             group = f"\n(sets several at once: {_choices(name, options[name])})" if name in options else ""
             lines.append(f"\n== {name or 'the run'}: {title} =={group}")
-            lines += [f"{key}={listed[key][0]}\n    {listed[key][1]}{_range(kinds[key])}" for key in own]
+            lines += [_described(key, *listed[key], kinds) for key in own]
     return "\n".join(lines).lstrip("\n")
 
 
@@ -107,6 +145,16 @@ def recipes(directories: Sequence[Path] = ()) -> str:
     files = [file for place in (config_dir(), *directories) for file in sorted((place / "recipe").glob("*.yaml"))]
     width = max(len(file.stem) for file in files)
     return "\n".join(f"recipe={file.stem:<{width}}  {_first_comment(file)}" for file in files)
+
+
+def _described(key: str, default: Any, doc: str, kinds: Mapping[str, Any]) -> str:
+    """Return the lines of a key; those of a section within a section have the meaning and range of each entry."""
+    if (entries := key_list.entries().get(key)) is None:
+        return f"{key}={default}\n    {doc}{_range(kinds[key])}"
+    shown = dataclasses.asdict(default)
+    ranges = {name: _range(kinds[f"{key}.{name}"]).replace("\n   ", "") for name in entries}
+    lines = [f"\n    {name}: {meaning}{ranges[name]}" for name, (_, meaning) in entries.items()]
+    return f"{key}={shown}\n    {doc}{''.join(lines)}"
 
 
 def _range(kind: Any) -> str:

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
-from megatron_selfdistill.config.key_list import config_dir, keys, kinds, method_kinds, unknown_key
+from megatron_selfdistill.config.key_list import config_dir, entries, keys, kinds, method_kinds, unknown_key
 from megatron_selfdistill.config.methods import settings_class
 from megatron_selfdistill.config.overrides import explained, for_hydra
 from megatron_selfdistill.config.schema.field_checks import require
@@ -44,17 +44,21 @@ def load(overrides: Sequence[str] = (), config_name: str = "train", search_path:
 def given_keys(
     overrides: Sequence[str] = (), config_name: str = "train", search_path: Sequence[str] = ()
 ) -> frozenset[str]:
-    """Return the keys that the YAML files or the overrides of the same call of `load` set, also to their defaults."""
+    """Return the keys that the YAML files or the overrides of the same call of `load` set, also to their defaults.
+
+    Of a section within a section, the result has the entries.
+    """
     unset = copy.deepcopy(_defaults())
     del unset["method"]["name"]
-    for name, (default, _) in keys().items():
-        if not isinstance(default, dict) and not name.startswith("method."):
+    defaults = {name: default for name, (default, _) in keys().items() if name not in entries()}
+    defaults |= {f"{key}.{entry}": one for key, part in entries().items() for entry, (one, _) in part.items()}
+    del defaults["method.name"]
+    for name, default in defaults.items():
+        if not isinstance(default, dict):
             OmegaConf.update(unset, name, _UNSET)
     composed: Any = OmegaConf.to_container(_compose(unset, overrides, config_name, search_path), resolve=False)
     given = {f"method.{name}" for name in composed["method"]}
-    for name, (default, _) in keys().items():
-        if name.startswith("method."):
-            continue
+    for name, default in defaults.items():
         value: Any = composed
         for part in name.split("."):
             value = value.get(part)
@@ -164,8 +168,12 @@ def _require_forms(values: Any, method: str) -> None:
         require(f"method.{setting}" in own, f"{message}: {_settings_like(setting, own, method)}")
     for key, kind in {**kinds(), **own}.items():
         section, _, name = key.rpartition(".")
-        part = given.get(section, {}) if section else given
-        require(isinstance(part, dict), f"{section} must be a mapping of the keys of this section, got {shown(part)}")
+        part = given
+        for one in section.split(".") if section else ():
+            part = part.get(one, {})
+            require(
+                isinstance(part, dict), f"{section} must be a mapping of the keys of this section, got {shown(part)}"
+            )
         if name in part:
             require(has_form(kind, part[name]), f"{key} must be {described(kind)}, got {shown(part[name])}")
 

@@ -41,14 +41,17 @@ def config_dir() -> Path:
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Return every key -> (default, documentation), depth first; ``prefix`` stands before each key."""
+    """Return every key -> (default, documentation), depth first; ``prefix`` stands before each key.
+
+    A section within a section is one key, whose default is its dataclass.
+    """
     out: dict[str, tuple[Any, str]] = {}
     docs = field_docs(cls)
     for f in dataclasses.fields(cls):
         if f.metadata.get("omegaconf_ignore"):
             continue
         section = kinds_of(cls)[f.name]
-        if dataclasses.is_dataclass(section):  # the settings of a method are not among the keys, its name is
+        if dataclasses.is_dataclass(section) and cls is Config:  # of a method, not its settings are keys, but its name
             out.update(keys(section, f"{prefix}{f.name}."))  # type: ignore[arg-type]
         else:
             default = f.default_factory() if f.default_factory is not dataclasses.MISSING else f.default
@@ -78,14 +81,21 @@ def field_docs(cls: type) -> dict[str, str]:
 
 
 @functools.cache
+def entries() -> dict[str, dict[str, tuple[Any, str]]]:
+    """Return each key that is a section within a section -> its entries -> (default, documentation)."""
+    sections = {key: default for key, (default, _) in keys().items() if dataclasses.is_dataclass(default)}
+    return {key: keys(type(default)) for key, default in sections.items()}
+
+
+@functools.cache
 def kinds() -> dict[str, Any]:
-    """Return the type of each key, with the range that it declares."""
+    """Return the type of each key, with the range that it declares; of a section within a section, that of entries."""
 
     def found(cls: type, prefix: str) -> Iterator[tuple[str, Any]]:
         for name, kind in kinds_of(cls).items():
             if dataclasses.is_dataclass(kind):
                 yield from found(kind, f"{prefix}{name}.")  # type: ignore[arg-type]
-            elif prefix + name in keys():
+            elif prefix + name in keys() or prefix[:-1] in keys():
                 yield prefix + name, kind
 
     return dict(found(Config, ""))
@@ -110,7 +120,10 @@ def unknown_key(key: str) -> str | None:
     key = key.split("[")[0]  # an element of a list
     if (moved := moved_key(key)) is not None and key not in keys():
         return moved
-    known = keys()
+    known, (mapping, _, entry) = keys(), key.rpartition(".")
+    if mapping in entries():
+        listed = f"{mapping} has no entry {entry!r}: its entries are {', '.join(entries()[mapping])}"
+        return None if entry in entries()[mapping] else listed
     if key.startswith("method.") and key not in known:
         known = {name: one for method in method_names() for name, one in method_keys(method).items()}
     free_form = [name for name, (default, _) in known.items() if isinstance(default, dict)]

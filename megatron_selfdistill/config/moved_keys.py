@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The keys of version 0.1 that have moved, for messages and for the resumption of runs that 0.1 has begun.
+"""The keys of earlier versions that have moved, for messages and for the resumption of runs that these have begun.
 
 Version 0.1 described the published methods by global keys, such as ``policy.weight`` and ``distill.rule``.  These keys
-are now settings of methods.
+are now settings of methods.  Up to version 0.2, fields that are only handed to Megatron each had a key, such as
+``model.yarn_mscale``; now a mapping has them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_selfdistill.config.schema.model_config import YarnConfig
 from megatron_selfdistill.config.schema.ranges import is_dotted
+from megatron_selfdistill.config.schema.step_config import OptimizerConstants, RecomputeConfig
 
 _EVERY = ""  # stands for each method that has the setting
 
@@ -44,6 +47,8 @@ MOVED: dict[tuple[str, str], str] = {
 """Method and setting -> the key of 0.1 with the same meaning."""
 
 _SENTENCES = {
+    "metrics.console": "is now metrics.console_every, whose value 0 shows nothing",
+    "model.rope_scaling": "is now model.rope_scaling_factor, whose value null scales nothing",
     "objective": "is now method.name: sft, rft, grpo for policy_gradient, and default for self_distillation",
     "distill.rule": "is now method.name: default, scope, uni_opd, pi_distill or sod",
     "distill.teacher_prompt": "is now method.kl_weight of method.name=grpo and rlt, which sets the value same",
@@ -62,14 +67,20 @@ _SOLUTIONS = {
 HTTP_OPTIONS = {"url": None, "model": None, "api_key": None, "timeout_s": 60.0, "retries": 3, "concurrency": 16}
 """The keys of the section environment of 0.1 that are now entries of environment.options -> their defaults."""
 
-_RENAMED = {"rollout.wave_microbatches": "rollout.partial_batch_microbatches"}
-"""Keys of 0.1 with another name -> the name."""
+_RENAMED = {
+    "rollout.wave_microbatches": "rollout.partial_batch_microbatches",
+    **{f"model.yarn_{name}": f"model.yarn.{name}" for name in YarnConfig.__dataclass_fields__},
+    **{f"model.{name}": f"model.transformer.{name}" for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")},
+    **{f"optimizer.{name}": f"optimizer.constants.{name}" for name in OptimizerConstants.__dataclass_fields__},
+    **{f"schedule.recompute_{name}": f"schedule.recompute.{name}" for name in RecomputeConfig.__dataclass_fields__},
+}
+"""Keys of 0.1 and 0.2 with another name -> the name."""
 
 _SECTIONS = ("solutions", "hints", "distill", "policy", "explanation", "verbal")
 
 
 def moved_key(key: str) -> str | None:
-    """Return a sentence that names what has replaced ``key`` of version 0.1; None for every other key."""
+    """Return a sentence that names what has replaced ``key`` of an earlier version; None for every other key."""
     if key in _SENTENCES:
         return f"{key} {_SENTENCES[key]}"
     if key in _RENAMED:
@@ -100,6 +111,7 @@ def translated(values: Mapping[str, Any], wanted: str = "default") -> dict[str, 
     no difference: opsd and sdft were the default method with other values of global keys.
     """
     new = copy.deepcopy(dict(values))
+    _regroup(new)
     if "method" in new:
         return new
     name = method_of(values, wanted)
@@ -110,10 +122,6 @@ def translated(values: Mapping[str, Any], wanted: str = "default") -> dict[str, 
         new[section] = {key: value for key, value in new.get(section, {}).items() if key not in moved}
     if new.get("data", {}).get("solutions") not in (None, "given", "answer"):
         new["data"]["solutions"] = "given"
-    for renamed, present in _RENAMED.items():
-        section, _, key = renamed.partition(".")
-        if key in new.get(section, {}):
-            new[section][present.partition(".")[2]] = new[section].pop(key)
     environment = new.get("environment", {})
     if environment.get("name") == "http":
         environment["options"] = {
@@ -121,6 +129,24 @@ def translated(values: Mapping[str, Any], wanted: str = "default") -> dict[str, 
         }
     new["environment"] = {key: value for key, value in environment.items() if key not in HTTP_OPTIONS}
     return new
+
+
+def _regroup(new: dict[str, Any]) -> None:
+    """Move in place what versions up to 0.2 have stored under keys with another name now."""
+    metrics, model = new.get("metrics", {}), new.get("model", {})
+    if not metrics.pop("console", True):
+        metrics["console_every"] = 0
+    if not model.pop("rope_scaling", True):
+        model["rope_scaling_factor"] = None
+    for renamed, present in _RENAMED.items():
+        section, _, key = renamed.partition(".")
+        if key not in new.get(section, {}):
+            continue
+        value = new[section].pop(key)
+        *mapping, name = present.split(".")[1:]
+        if "transformer" not in mapping or value:  # without an entry, Megatron has no such loss
+            part = new[section].setdefault(mapping[0], {}) if mapping else new[section]
+            part.setdefault(name, value)
 
 
 def method_of(values: Mapping[str, Any], wanted: str = "default") -> str:

@@ -68,8 +68,9 @@ def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[
         if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
             continue
         if key not in groups():
-            message = unknown_key(key)
-            if message:
+            given = _parsed(override).value()
+            names = [key, *(f"{key}.{name}" for name in (given if isinstance(given, dict) else ()))]
+            if message := next(filter(None, map(unknown_key, names)), None):
                 return message
         elif f"Could not override '{key}'" in str(error):
             return (

@@ -155,7 +155,7 @@ def _positions(model: ModelConfig) -> str:
     parts = [f"{model.position_embedding_type}, base {model.rotary_base}"]
     if model.position_embedding_type == "yarn":
         parts.append(
-            f"factor {model.yarn_rotary_scaling_factor} over {model.yarn_original_max_position_embeddings} tokens"
+            f"factor {model.yarn.rotary_scaling_factor} over {model.yarn.original_max_position_embeddings} tokens"
         )
     if model.seq_len_interpolation_factor is not None:
         parts.append(f"divided by {model.seq_len_interpolation_factor}")

@@ -57,13 +57,13 @@ from megatron_selfdistill.config import ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
-from megatron_selfdistill.data.chat.replies import Turn
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
+from megatron_selfdistill.data.replies import Turn
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
-from megatron_selfdistill.methods.parts.asked_model import Inquiry, asked_model
+from megatron_selfdistill.methods.parts.hints import Inquiry, asked_model
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings, require_function
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.run_data import turn_reader

@@ -62,8 +62,7 @@ from megatron_selfdistill.data.records import text_or_none
 from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.asked_model import AskedModel, Inquiry, asked_model
-from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
+from megatron_selfdistill.methods.parts.hints import AskedModel, HintedLater, Inquiry, asked_model, chosen_with_hints
 from megatron_selfdistill.methods.parts.settings import SIGNALS, DistillAndRewardSettings, require_function
 from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.method import MethodTools

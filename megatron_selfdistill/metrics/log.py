@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_selfdistill.config import Config, function_named, user_code, writable
-from megatron_selfdistill.config.console_line import COLUMNS as COLUMNS
-from megatron_selfdistill.config.console_line import LINE, Column
+from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
+from megatron_selfdistill.config.command_line import LINE, Column
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics.phases import Pace, PhaseProgress, Phases, SlowPhaseLines
@@ -253,8 +253,9 @@ class MetricsLog:
     ``loggers``: the names of the loggers (metrics.loggers), which `resume` starts; they get ``config``, the
     configuration as config.yaml has it, once, and everything that is logged.
 
-    ``console``: a progress bar with the remaining time and the phase under way (`show_phases`), and a line every
-    ``console_every`` steps; without a terminal, only the lines, and one per minute about a slow phase.  Console lines
+    The console has a progress bar with the remaining time and the phase under way (`show_phases`), and a line every
+    ``console_every`` steps; without a terminal, only the lines, and one per minute about a slow phase.  If
+    ``console_every`` is 0, the log prints nothing.  Console lines
     hide values that come from the environment (`config.hidden`).  ``output``: a rich Console that replaces standard
     output.  ``enabled`` (``grid.is_reporter``): False if this rank reads, writes and prints nothing.
     """
@@ -266,7 +267,6 @@ class MetricsLog:
         num_steps: int,
         loggers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
-        console: bool = True,
         console_every: int = 1,
         enabled: bool = True,
         output: Any = None,
@@ -277,7 +277,7 @@ class MetricsLog:
         self.enabled, self._logger_names, self._config = enabled, loggers, config or {}
         self._file: Any = None
         self._loggers = Loggers()
-        self._console = _Console(num_steps, output) if console and enabled else None
+        self._console = _Console(num_steps, output) if console_every and enabled else None
 
     def show_phases(self, phases: Phases) -> None:
         """Show from now on the phases of this rank on the console, where this rank has a console."""
@@ -431,7 +431,6 @@ def configured_log(config: Config, phases: Phases, *, enabled: bool) -> MetricsL
         num_steps=config.num_steps,
         loggers=config.metrics.loggers,
         config=writable(config),
-        console=config.metrics.console,
         console_every=config.metrics.console_every,
         enabled=enabled,
     )

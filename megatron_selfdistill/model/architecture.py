@@ -134,20 +134,16 @@ def _configured_values(
         "batch_p2p_comm": parallel.pipeline_model_parallel_size != 2,
         "deallocate_pipeline_outputs": not cpu.ON_CPU,  # gloo may still read the buffer
         "moe_token_dispatcher_type": "alltoall",
-        "recompute_granularity": schedule.recompute_granularity,
-        "recompute_method": schedule.recompute_method,
-        "recompute_num_layers": schedule.recompute_num_layers,
+        **{f"recompute_{name}": value for name, value in dataclasses.asdict(schedule.recompute).items()},
     }
-    if schedule.recompute_granularity == "selective":
-        values["recompute_modules"] = list(schedule.recompute_modules)
+    if schedule.recompute.granularity != "selective":
+        del values["recompute_modules"]
     if model.num_moe_experts is not None:
         values |= {
             "num_moe_experts": model.num_moe_experts,
             "moe_router_topk": model.moe_router_topk,
             "moe_ffn_hidden_size": model.moe_ffn_hidden_size or values["ffn_hidden_size"],
-            "moe_aux_loss_coeff": model.moe_aux_loss_coeff,
-            "moe_router_load_balancing_type": "aux_loss" if model.moe_aux_loss_coeff else "none",
-            "moe_z_loss_coeff": model.moe_z_loss_coeff,
+            "moe_router_load_balancing_type": "aux_loss" if model.transformer.get("moe_aux_loss_coeff") else "none",
             "moe_router_enable_expert_bias": model.moe_router_enable_expert_bias,
             "moe_router_score_function": model.moe_router_score_function,
         }
@@ -288,7 +284,7 @@ def _expert_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
         (
             bool(config.moe_z_loss_coeff) and (config.sequence_parallel or config.context_parallel_size > 1),
             "moe_z_loss_coeff averages over each rank's own real tokens, so with sequence or context "
-            "parallelism it would depend on the place of the padding: set model.moe_z_loss_coeff=null",
+            "parallelism it would depend on the place of the padding: set model.transformer.moe_z_loss_coeff=null",
         ),
     ]
 
@@ -404,15 +400,14 @@ def _set_yarn(config: TransformerConfig, model: ModelConfig) -> None:
             "model.position_embedding_type=yarn is for ordinary attention: latent attention has its own YaRN, "
             "model.transformer.rope_type=yarn"
         )
-    original, parts = model.yarn_original_max_position_embeddings, 2 * config.context_parallel_size
+    original, parts = model.yarn.original_max_position_embeddings, 2 * config.context_parallel_size
     if config.context_parallel_size > 1 and original % parts:
         raise ConfigError(
-            f"model.yarn_original_max_position_embeddings={original} must be a multiple of {parts}, twice "
+            f"model.yarn.original_max_position_embeddings={original} must be a multiple of {parts}, twice "
             "parallel.context_parallel_size: Megatron Core cuts a table of this length"
         )
-    for field in dataclasses.fields(model):
-        if field.name.startswith("yarn_"):
-            setattr(config, field.name, getattr(model, field.name))
+    for name, value in dataclasses.asdict(model.yarn).items():
+        setattr(config, f"yarn_{name}", value)
 
 
 def _set_latent_epsilon(config: TransformerConfig, epsilon: float) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -150,22 +151,20 @@ def build_optimizer(
         weight_decay=optimizer.weight_decay,
         bf16=bf16,
         params_dtype=torch.bfloat16 if bf16 else torch.float32,
-        adam_beta1=optimizer.adam_beta1,
-        adam_beta2=optimizer.adam_beta2,
-        adam_eps=optimizer.adam_eps,
-        sgd_momentum=optimizer.sgd_momentum,
+        **dataclasses.asdict(optimizer.constants),
         clip_grad=optimizer.clip_grad,
         use_distributed_optimizer=optimizer.use_distributed_optimizer,
         overlap_param_gather=optimizer.overlap_param_gather,
     )
     megatron_optimizer = get_megatron_optimizer(config, list(chunks), use_gloo_process_groups=not cpu.ON_CPU)
+    num_warmup_steps = optimizer.lr_warmup_steps or 0  # a run has replaced null (`resumption.with_warmup`)
     scheduler = OptimizerParamScheduler(
         megatron_optimizer,
         init_lr=0.0,
         max_lr=optimizer.lr,
         min_lr=optimizer.min_lr,
-        lr_warmup_steps=optimizer.lr_warmup_steps,
-        lr_decay_steps=max(optimizer.lr_decay_steps or num_steps, optimizer.lr_warmup_steps + 1),
+        lr_warmup_steps=num_warmup_steps,
+        lr_decay_steps=max(optimizer.lr_decay_steps or num_steps, num_warmup_steps + 1),
         lr_decay_style=optimizer.lr_decay_style,
         start_wd=optimizer.weight_decay,
         end_wd=optimizer.weight_decay,
@@ -214,8 +213,8 @@ def _gpt_model(
         position_embedding_type=model.position_embedding_type,
         rotary_percent=model.rotary_percent,
         rotary_base=model.rotary_base,
-        rope_scaling=model.rope_scaling,
-        rope_scaling_factor=model.rope_scaling_factor,
+        rope_scaling=model.rope_scaling_factor is not None,
+        rope_scaling_factor=model.rope_scaling_factor or 1.0,
         seq_len_interpolation_factor=model.seq_len_interpolation_factor,
         vp_stage=vp_stage,
     )

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_selfdistill.config import user_code
-from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
@@ -16,7 +16,6 @@ from megatron_selfdistill.environments import Environment, Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.rollout.base import Response, response_text
-from megatron_selfdistill.sources.given_solutions import GivenSolutions
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey

@@ -22,8 +22,7 @@ from megatron_selfdistill.rollout.base import Request, Response, Sampler, Sampli
 from megatron_selfdistill.sources.episodes import Episode, Episodes, episode_metrics
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method, prepared
-from megatron_selfdistill.sources.recording import record
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey, record
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 
 

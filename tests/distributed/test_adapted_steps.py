@@ -113,7 +113,7 @@ def test_recomputed_layers_keep_their_adapters(outcomes, granularity):
 
 def test_a_mixture_of_experts_has_adapters_in_its_attention(outcomes):
     layout = parallel(ep=2)
-    job = AdaptedCase(Case(kind="moe", target=TARGET, parallel=layout, model_changes={"moe_aux_loss_coeff": 0.0}))
+    job = AdaptedCase(Case(kind="moe", target=TARGET, parallel=layout, model_changes={"transformer": {}}))
     check(outcomes, job, 2)
 
 

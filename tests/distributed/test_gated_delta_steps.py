@@ -15,7 +15,7 @@ from models import VOCAB_SIZE, build, model_config, parallel
 from parity import compare, compare_parameters
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
 from megatron_selfdistill.model import gated_delta_net
@@ -98,7 +98,7 @@ def test_the_kernels_get_the_segments_of_every_microbatch(ranks, outcomes, name)
 
 
 def test_recomputed_layers_have_the_same_gradients(outcomes):
-    schedule = ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+    schedule = ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1))
     compare(outcomes(dataclasses.replace(ALONE, schedule=schedule)), outcomes(ALONE))
 
 

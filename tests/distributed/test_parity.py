@@ -76,7 +76,7 @@ def test_experts_with_biases_have_the_same_gradients_however_they_are_cut(outcom
 @combinations(name=["EP2xTP2+SP", "CP2 experts"], quick={"name": ["CP2 experts"]}, strength=1)
 def test_the_balancing_loss_of_real_tokens_has_the_same_gradient_however_a_row_is_cut(outcomes, name):
     """The loss balances a microbatch, so all contexts are in one row.  Another one has nothing but padding."""
-    case, world_size = case_of(name, model_changes={"moe_aux_loss_coeff": 0.05}, max_tokens=300)
+    case, world_size = case_of(name, model_changes={"transformer": {"moe_aux_loss_coeff": 0.05}}, max_tokens=300)
     unbalanced = dataclasses.replace(case, model_changes={})
     got, (_, without, _) = outcomes.of([case, unbalanced], world_size)
     compare(got, outcomes(dataclasses.replace(case, parallel=parallel())))

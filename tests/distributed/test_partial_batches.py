@@ -21,7 +21,13 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import (
+    OptimizerConfig,
+    OptimizerConstants,
+    ParallelConfig,
+    RecomputeConfig,
+    ScheduleConfig,
+)
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.model import architecture, build
 from megatron_selfdistill.model.build import wrap_for_training
@@ -31,7 +37,12 @@ from megatron_selfdistill.pipeline.token_losses import Accumulated, PartialBatch
 
 NUM_PARTIAL_BATCHES = 3
 ADAM = OptimizerConfig(
-    optimizer="adam", precision="fp32", lr=1e-3, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=False
+    optimizer="adam",
+    precision="fp32",
+    lr=1e-3,
+    constants=OptimizerConstants(adam_eps=1e-4),
+    clip_grad=1.0,
+    use_distributed_optimizer=False,
 )
 
 
@@ -50,7 +61,9 @@ def in_partial_batches(case: Case) -> tuple[Case, Case]:
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2 tied", "PP2xVPP2", "DP2", "EP2"]}, strength=1)
 def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_property):
     """With a balancing loss of the router, whose weight no microbatch may change."""
-    case, world_size = case_of(name, model_changes={"moe_aux_loss_coeff": 0.05} if "moe" in LAYOUTS[name] else {})
+    case, world_size = case_of(
+        name, model_changes={"transformer": {"moe_aux_loss_coeff": 0.05}} if "moe" in LAYOUTS[name] else {}
+    )
     streamed, replayed = outcomes.of(in_partial_batches(case), world_size)
     record_property("worst relative difference", compare(streamed, replayed))
 
@@ -67,7 +80,7 @@ def test_partial_batches_have_the_gradients_of_one_rank_that_has_all_responses(o
         "anchored": {"target": Target("fixed", anchor="reference")},
         "two terms": {"two_terms": True},
         "recomputed": {
-            "schedule": ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
+            "schedule": ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1))
         },
     },
     quick={"options": ["alternating", "anchored"]},

@@ -179,7 +179,7 @@ def test_one_prompt_of_both_roles_with_the_same_weights_has_no_loss_and_no_gradi
 
 
 AUXILIARY = {
-    "moe_aux_loss_coeff": 0.1,
+    "transformer": {"moe_aux_loss_coeff": 0.1},
     "moe_router_enable_expert_bias": True,
     "moe_router_score_function": "sigmoid",
 }
@@ -242,7 +242,7 @@ def router_gradients(per_rank: Iterable[dict]) -> Gradients:
     return {key: value for key, value in join([r["grads"] for r in per_rank]).items() if "router" in key}
 
 
-LOSSES = {"balance": AUXILIARY, "z": {"moe_z_loss_coeff": 0.1}}
+LOSSES = {"balance": AUXILIARY, "z": {"transformer": {"moe_z_loss_coeff": 0.1}}}
 PLAIN = "plain"
 ON_ONE_RANK = {
     PLAIN: {},

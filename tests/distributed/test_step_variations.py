@@ -11,7 +11,7 @@ from models import parallel
 from parity import case_of, compare, compare_parameters, reference_of
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, RecomputeConfig, ScheduleConfig
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,9 @@ ADAM = OptimizerConfig(
     optimizer="adam",
     precision="fp32",
     lr=1e-3,
-    adam_eps=1e-4,  # large enough that rounding noise in a vanishing gradient is not blown up to a whole step
+    constants=OptimizerConstants(
+        adam_eps=1e-4
+    ),  # large enough that rounding noise in a vanishing gradient is not blown up to a whole step
     clip_grad=1.0,
     use_distributed_optimizer=False,
 )
@@ -80,9 +82,11 @@ def test_gradients_do_not_depend_on_padding_to_a_quantum_of_lengths(outcomes, na
 
 
 RECOMPUTED = {
-    "full": ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
-    "core_attn": ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
-    "layernorm and mlp": ScheduleConfig(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]),
+    "full": ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1)),
+    "core_attn": ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["core_attn"])),
+    "layernorm and mlp": ScheduleConfig(
+        recompute=RecomputeConfig(granularity="selective", modules=["layernorm", "mlp"])
+    ),
 }
 
 

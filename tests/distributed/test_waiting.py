@@ -13,7 +13,7 @@ from host_traffic import host_traffic
 from layouts import Case
 from models import parallel
 
-from megatron_selfdistill.config import ScheduleConfig
+from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model import layers
 from megatron_selfdistill.model.forward import Fusion
@@ -65,7 +65,7 @@ CASES = {
         "fused": Case(kind="shallow", fusion=Fusion("keep_gradient", 16)),
         "full recompute": Case(
             kind="shallow",
-            schedule=ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+            schedule=ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1)),
         ),
         "tied": Case(kind="tied"),
         "gated delta": Case(kind="gated_delta"),

@@ -10,11 +10,22 @@ from typing import Any
 from layouts import Case
 from models import model_config, parallel
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import (
+    OptimizerConfig,
+    OptimizerConstants,
+    ParallelConfig,
+    RecomputeConfig,
+    ScheduleConfig,
+)
 from megatron_selfdistill.model.forward import Fusion
 
 ADAM = OptimizerConfig(
-    optimizer="adam", precision="fp32", lr=1e-3, adam_eps=1e-4, clip_grad=1.0, use_distributed_optimizer=False
+    optimizer="adam",
+    precision="fp32",
+    lr=1e-3,
+    constants=OptimizerConstants(adam_eps=1e-4),
+    clip_grad=1.0,
+    use_distributed_optimizer=False,
 )
 OVERLAPPED = dataclasses.replace(
     ADAM, use_distributed_optimizer=True, overlap_grad_reduce=True, overlap_param_gather=True
@@ -85,10 +96,10 @@ ONE_RANK = {
     "fused keep_gradient": Compared(Case(fusion=Fusion("keep_gradient", 16))),
     "fused low_memory": Compared(Case(fusion=Fusion("low_memory", 16))),
     "full recompute": Compared(
-        Case(schedule=ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1))
+        Case(schedule=ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1)))
     ),
     "selective recompute": Compared(
-        Case(schedule=ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]))
+        Case(schedule=ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["core_attn"])))
     ),
     "JSD": Compared(Case(divergence="jsd")),
     "Adam, three steps": Compared(Case(steps=3, optimizer=ADAM), parameters=True),

@@ -30,7 +30,7 @@ HANG_MINUTES = 0.25
 QWEN3_8B = (
     *("recipe=qwen3_8b", "data.teacher_template='{problem}H{solution}|'", "model.vocab_size=151936"),
     *("data.global_batch_size=16", "data.max_length=1024", "rollout.max_new_tokens=64", "rollout.kv_cache_gb=4"),
-    *("schedule.max_tokens=4096", f"num_steps={NUM_STEPS}", "checkpoint.save_every=1000", "metrics.console=false"),
+    *("schedule.max_tokens=4096", f"num_steps={NUM_STEPS}", "checkpoint.save_every=1000", "metrics.console_every=0"),
     *("metrics.loggers=[]", "model.init_method_std=0.02"),
 )
 

@@ -15,7 +15,7 @@ import yaml
 from scripts import load_script
 
 from megatron_selfdistill import cli
-from megatron_selfdistill.config import command_line, keys
+from megatron_selfdistill.config import command_line, key_list, keys
 from megatron_selfdistill.config.methods import method_names
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -81,12 +81,19 @@ def test_the_site_has_its_style(site):
 
 
 def test_every_key_has_an_anchor_its_default_and_whether_a_resumed_run_may_change_it(site, reference):
-    page, rules = reference["reference/configuration.md"], site.configuration
+    page, rules, mappings = reference["reference/configuration.md"], site.configuration, key_list.entries()
     entries = dict(re.findall(r"^\[`([\w.]+)`\]\(#\1\)\{ #\1 \}\n:   (.*)$", page, re.MULTILINE))
     assert list(entries) == [key for key in keys() if key in entries] and set(entries) == set(keys())
     for key, (default, _) in keys().items():
         assert rules.WHEN_RESUMED[rules.rule_of(key)] in entries[key]
-        assert f"default `{rules.shown(default)}`" in entries[key]
+        expected = "a mapping · " if key in mappings else f"default `{rules.shown(default)}`"
+        assert expected in entries[key]
+    of_mappings = [(name, one) for part in mappings.values() for name, one in part.items()]
+    assert len(of_mappings) > 10
+    for name, (default, doc) in of_mappings:
+        assert re.search(rf"^    `{name}` \(.*, default `{re.escape(rules.shown(default))}`\): ", page, re.MULTILINE), (
+            doc
+        )
 
 
 @pytest.mark.parametrize(

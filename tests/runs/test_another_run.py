@@ -20,7 +20,7 @@ MORE_STEPS = ["num_steps=7"]
 
 def started(ranks, data: Path, run: Path, *more: str) -> tuple[int, str]:
     """Start the run on one rank; return the exit status and the output."""
-    arguments = overrides(data, run, *MORE_STEPS, "metrics.console=true", *more)
+    arguments = overrides(data, run, *MORE_STEPS, "metrics.console_every=1", *more)
     (outcome,) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
     return outcome
 
@@ -45,10 +45,10 @@ CHANGED = {
         ],
     ),
     "the method and the model": (
-        ["method.name=sft", "model.moe_aux_loss_coeff=0.1", "+model.transformer.attention_dropout=0.1"],
+        ["method.name=sft", "model.transformer.moe_aux_loss_coeff=0.1", "+model.transformer.attention_dropout=0.1"],
         [
             "method.name: 'default' in the checkpoint, now 'sft'",
-            "model.moe_aux_loss_coeff: 0.0 in the checkpoint, now 0.1",
+            "model.transformer.moe_aux_loss_coeff: null in the checkpoint, now 0.1",
             "model.transformer.attention_dropout: null in the checkpoint, now 0.1",
         ],
     ),
@@ -96,7 +96,7 @@ def test_what_may_change_is_logged_line_by_line_once_and_the_run_goes_on(ranks, 
     assert [line for line in lines if not line.startswith(("run_dir", "data.path"))] == [
         "checkpoint.save_every: 3 in the checkpoint, now 5",
         "loss.fused: null in the checkpoint, now 'low_memory'",
-        "metrics.console: false in the checkpoint, now true",
+        "metrics.console_every: 0 in the checkpoint, now 1",
         "num_steps: 6 in the checkpoint, now 7",
         "optimizer.lr: 0.001 in the checkpoint, now 0.0005",
         "optimizer.precision: 'fp32' in the checkpoint, now 'bf16'",
@@ -195,7 +195,7 @@ def started_with(variable: str, value: str, arguments: list[str]) -> tuple[int, 
 def test_the_messages_on_resuming_show_no_value_of_the_environment(ranks, data, run):
     secret = "unannounced-model"
     run = run.rename(run.with_name(secret))
-    arguments = overrides(data, run, "num_steps=4", "metrics.console=true", "target.k_max=null", "seed=4")
+    arguments = overrides(data, run, "num_steps=4", "metrics.console_every=1", "target.k_max=null", "seed=4")
     arguments += [f"run_dir='{run.parent}/${{oc.env:LAB_MODEL}}'", "checkpoint.resume=force"]
     (run / "checkpoints" / "iter_0000006" / "manifest.json").unlink()
     ((status, output),) = ranks.run(

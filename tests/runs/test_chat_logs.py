@@ -133,7 +133,7 @@ def test_unlikely_turns_are_the_same_in_every_layout(ranks, logs, start, runs, t
 
 @pytest.mark.full
 def test_nothing_of_a_log_reaches_metrics_console_or_the_run_directory(ranks, logs, tmp_path):
-    arguments = chats(logs, tmp_path / "run", "metrics.console=true", "num_steps=1", "data.global_batch_size=81")
+    arguments = chats(logs, tmp_path / "run", "metrics.console_every=1", "num_steps=1", "data.global_batch_size=81")
     failing = [*arguments, "data.on_bad_record=error", f"run_dir={tmp_path}/other"]
     (status, output), (failed, refusal) = (
         ranks.run(tiny_run.start_and_listen, of_run, world_size=1, init_process_group=False)[0]

@@ -88,7 +88,7 @@ def test_a_fused_run_never_projects_a_whole_microbatch_not_even_to_score_solutio
 
 @pytest.mark.full
 def test_the_run_says_how_its_output_layer_works(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "planned", "dry_run=true", "metrics.console=true")
+    arguments = overrides(data, tmp_path / "planned", "dry_run=true", "metrics.console_every=1")
     arguments += ["loss.max_logits_gb=0", "loss.fused_chunk_tokens=20"]
     ((status, output),) = ranks.run(tiny_run.start_and_listen, arguments, world_size=1, init_process_group=False)
     assert status == 0, output

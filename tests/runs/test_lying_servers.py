@@ -29,7 +29,7 @@ def fakes() -> Iterator[list[FakeVllm]]:
 
 def output_of(ranks: Any, arguments: list[str], expected: int) -> str:
     """Start a run on one rank, which must end with the status ``expected``; return what it prints."""
-    shown = [*arguments, "metrics.console=true", "metrics.show_samples=0"]
+    shown = [*arguments, "metrics.console_every=1", "metrics.show_samples=0"]
     [(status, output)] = ranks.run(start_and_listen, shown, world_size=1, init_process_group=False)
     assert status == expected, output
     assert "Traceback" not in output

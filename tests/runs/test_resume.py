@@ -20,6 +20,8 @@ from tiny_run import (
     train,
 )
 
+from megatron_selfdistill.run_log import read_metrics
+
 LAYOUTS = {
     "one rank, bf16, EMA teacher": (1, ["optimizer.precision=bf16", "teacher.weights=ema", "teacher.ema_decay=0.9"]),
     "one rank, current weights, one k per batch": (
@@ -65,6 +67,20 @@ def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name
 
     train(ranks, arguments(tmp_path / "whole"), world_size)
     assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=3)
+
+
+def test_the_warm_up_follows_from_the_steps_of_a_new_run_and_a_run_of_another_default_keeps_its_own(
+    ranks, data, tmp_path
+):
+    new = ["optimizer.lr_warmup_steps=null", "num_steps=20", "checkpoint.save_every=20"]
+    train(ranks, overrides(data, tmp_path / "new", *new))
+    rates = [metrics["learning_rate"] for metrics in read_metrics(tmp_path / "new")]
+    assert rates == pytest.approx([5e-4, *[1e-3] * 19])
+    train(ranks, overrides(data, tmp_path / "old", "optimizer.lr_warmup_steps=0", "num_steps=1"))
+    train(ranks, overrides(data, tmp_path / "old", *new[:1], "num_steps=2", "checkpoint.save_every=1"))
+    train(ranks, overrides(data, tmp_path / "old", *new[:1], "num_steps=50"))
+    rates = [metrics["learning_rate"] for metrics in read_metrics(tmp_path / "old")]
+    assert rates == pytest.approx([1e-3] * 50), "also where a launch of this version has saved the checkpoint"
 
 
 @combinations(place=["step", "save"], quick={"place": ["save"]}, strength=1)

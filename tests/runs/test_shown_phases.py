@@ -22,7 +22,7 @@ def start_and_show_everything(arguments: Sequence[str]) -> tuple[int, str]:
 
 
 def test_a_run_shows_its_phases_and_finished_responses_from_the_step_where_it_resumes(ranks, data, tmp_path):
-    more = ("checkpoint.save_every=0", "rollout.num_samples=3", "metrics.console=true")
+    more = ("checkpoint.save_every=0", "rollout.num_samples=3", "metrics.console_every=1")
     for step, world_size, whose in ((1, 2, "12 responses of this replica"), (2, 1, "24 responses")):
         arguments = overrides(data, tmp_path / "run", f"num_steps={step}", *more)
         per_rank = ranks.run(

@@ -34,7 +34,7 @@ def test_bad_input_is_one_message_and_status_2_before_any_process_group(data, tm
 
 @pytest.mark.full
 def test_the_log_says_what_computes_the_loss(ranks, data, tmp_path):
-    arguments = overrides(data, tmp_path / "run", "num_steps=1", "metrics.console=true")
+    arguments = overrides(data, tmp_path / "run", "num_steps=1", "metrics.console_every=1")
     ((status, output),) = ranks.run(tiny_run.start_and_listen, arguments, world_size=1, init_process_group=False)
     assert status == 0, output
     assert "loss: PyTorch (the " in output

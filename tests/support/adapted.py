@@ -12,7 +12,7 @@ import layouts
 import models
 import torch
 
-from megatron_selfdistill.config import AdapterConfig, ScheduleConfig
+from megatron_selfdistill.config import AdapterConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Divergence
 from megatron_selfdistill.model.adapters import LowRankAdapter, WithoutAdapters, add_adapters
 from megatron_selfdistill.model.build import build_chunks, build_optimizer, wrap_for_training
@@ -121,5 +121,5 @@ def with_layout(job: AdaptedCase, **changes: Any) -> AdaptedCase:
 def recomputing(granularity: str) -> ScheduleConfig:
     """Return a schedule that recomputes complete layers, one at a time, or the attention."""
     if granularity == "full":
-        return ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1)
-    return ScheduleConfig(recompute_granularity="selective")
+        return ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1))
+    return ScheduleConfig(recompute=RecomputeConfig(granularity="selective"))

@@ -13,7 +13,7 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
+from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig, YarnConfig
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
@@ -24,7 +24,9 @@ MODELS = {
     "gqa": models.model_config("gqa", **SIZES, num_query_groups=2),
     "tied": models.model_config("tied", **SIZES, num_query_groups=2),
     "moe": models.model_config("moe", **SIZES, num_query_groups=2),
-    "yarn": models.model_config("yarn", **SIZES, num_query_groups=2, yarn_original_max_position_embeddings=128),
+    "yarn": models.model_config(
+        "yarn", **SIZES, num_query_groups=2, yarn=YarnConfig(original_max_position_embeddings=128)
+    ),
     "moonlight": models.model_config(
         "moe",
         **SIZES,

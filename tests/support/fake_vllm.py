@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
-from megatron_selfdistill.rollout.vllm.plugin.compact_responses import compact_body
+from megatron_selfdistill.rollout.vllm.plugin.middleware import compact_body
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
 from megatron_selfdistill.rollout.vllm.protocol import Layout, PairHalf, PairLog, boot_id, digest, unpack
 

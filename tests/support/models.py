@@ -22,7 +22,14 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from megatron_selfdistill.config import AdapterConfig, ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import (
+    AdapterConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
+    YarnConfig,
+)
 from megatron_selfdistill.distributed.ranks import RankGrid, current_grid, initialize
 from megatron_selfdistill.instruments.plan.stages import Stage, stages
 from megatron_selfdistill.model.architecture import transformer_config
@@ -64,9 +71,7 @@ _MODELS = {
 ROTATIONS: dict[str, dict[str, Any]] = {
     "YaRN": {
         "position_embedding_type": "yarn",
-        "yarn_rotary_scaling_factor": 4.0,
-        "yarn_original_max_position_embeddings": 16,
-        "yarn_beta_fast": 2.0,
+        "yarn": YarnConfig(rotary_scaling_factor=4.0, original_max_position_embeddings=16, beta_fast=2.0),
     },
     "divided positions": {"seq_len_interpolation_factor": 2.0},
     "partial rotation": {"rotary_percent": 0.5},
@@ -108,9 +113,9 @@ def build(
     *,
     optimizer: OptimizerConfig | None = None,
     schedule: ScheduleConfig | None = None,
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> tuple[list[torch.nn.Module], RankGrid]:
-    """Return this rank's chunks, filled from names with ``seed``, and the rank grid.
+    """Return this rank's chunks, filled from names with ``seed``, and the rank grid; None keeps Megatron's own values.
 
     Initialises the process groups of Megatron if they do not exist.
     """
@@ -119,7 +124,8 @@ def build(
     config = transformer_config(model, parallel, optimizer, schedule or ScheduleConfig())
     assert model.vocab_size is not None
     chunks = build_chunks(model, config, grid, model.vocab_size)
-    fill_from_names(chunks, seed)
+    if seed is not None:
+        fill_from_names(chunks, seed)
     return chunks, grid
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.config import ConversationsConfig, DataConfig
-from megatron_selfdistill.data import problems
-from megatron_selfdistill.data.chat import conversations
-from megatron_selfdistill.data.chat.acceptance import Rule
+from megatron_selfdistill.data import conversations, problems
+from megatron_selfdistill.data.acceptance import Rule
 from megatron_selfdistill.data.problems import ProblemSet
 from megatron_selfdistill.data.records import RecordSource
 

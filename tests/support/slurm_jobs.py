@@ -77,7 +77,7 @@ class Job:
             f"num_steps={STEPS}",
             "checkpoint.save_every=4",
             "rollout.kv_cache_gb=0.1",
-            "metrics.console=true",
+            "metrics.console_every=1",
             *more,
         )
         path = next(path for path in SCRIPTS if path.stem == script)

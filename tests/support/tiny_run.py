@@ -76,7 +76,7 @@ def overrides(data: Path, run_dir: Path, *more: str) -> list[str]:
         "optimizer.lr_warmup_steps=2",
         "num_steps=6",
         "checkpoint.save_every=3",
-        "metrics.console=false",
+        "metrics.console_every=0",
         "metrics.loggers=[]",
         "report.every=0",
         *more,

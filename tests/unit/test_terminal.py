@@ -11,7 +11,7 @@ import pytest
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.hidden_values import hide
-from megatron_selfdistill.sources.logged_turns import list_skipped
+from megatron_selfdistill.sources.given_responses import list_skipped
 from megatron_selfdistill.terminal import guard_standard_error
 
 

@@ -23,8 +23,7 @@ PAGES = {
     "rollouts": ("Samplers", "rollout.base rollout.factory"),
     "data": (
         "Data",
-        "data.problems data.records data.tokenizer data.prompts data.contexts data.chat.conversations "
-        "data.chat.acceptance",
+        "data.problems data.records data.tokenizer data.prompts data.contexts data.conversations data.acceptance",
     ),
     "config": ("Configuration", "config.compose config.key_list config.bound_keys"),
     "evaluation": (

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import BOUND, FIXED, FREE, JUDGE, RULES, rule_of
-from megatron_selfdistill.config.key_list import config_dir, kinds
+from megatron_selfdistill.config.key_list import config_dir, entries, kinds
 from megatron_selfdistill.config.schema.ranges import OneOf, described, taken_apart
 
 INTRODUCTION = """\
@@ -89,12 +89,13 @@ def shown(default: Any) -> str:
 
 def _entry(key: str, default: Any, meaning: str) -> list[str]:
     rule = rule_of(key)
-    parts = [
-        values(kinds()[key]),
-        f"default `{shown(default)}`",
-        WHEN_RESUMED[rule],
-    ]
+    of_mapping = entries().get(key)
+    kind = ["a mapping"] if of_mapping else [values(kinds()[key]), f"default `{shown(default)}`"]
+    parts = [*kind, WHEN_RESUMED[rule]]
     lines = [f"[`{key}`](#{key}){{ #{key} }}", f":   {' · '.join(parts)}", "", *_indented(escaped(meaning))]
+    for name, (one, doc) in (of_mapping or {}).items():
+        range_of_entry = f"{values(kinds()[f'{key}.{name}'])}, default `{shown(one)}`"
+        lines += ["", *_indented(f"`{name}` ({range_of_entry}): {escaped(doc)}")]
     for other in WHEN_RESUMED:
         items = sorted(name for name, found in RULES.items() if name.startswith(f"{key}.") and found == other != rule)
         if items:

@@ -25,6 +25,32 @@ Epsilon = Annotated[float, above(0), at_most(1)]
 
 
 @dataclass(frozen=True)
+class YarnConfig:
+    """The key ``model.yarn``: how YaRN scales the rotary frequencies of ordinary attention.
+
+    The entries have Megatron Core's names without ``yarn_``.
+    """
+
+    rotary_scaling_factor: PositiveFloat = 1.0
+    """Factor by which YaRN stretches the sequence."""
+    original_max_position_embeddings: PositiveInt = 4096
+    """Length of the sequences, in tokens, for which the model was trained before YaRN."""
+    beta_fast: PositiveFloat = 32.0
+    """Rotations within the original length above which YaRN leaves a frequency as it is."""
+    beta_slow: PositiveFloat = 1.0
+    """Rotations within the original length below which YaRN divides a frequency by the whole factor."""
+    mscale: NonNegativeFloat = 1.0
+    """x in the factor 0.1 x log(rotary_scaling_factor) + 1, by which YaRN multiplies queries and keys."""
+    mscale_all_dim: NonNegativeFloat = 0.0
+    """x in the same expression, by which YaRN divides queries and keys."""
+    correction_range_round_to_int: bool = True
+    """Whether the channels between which YaRN interpolates are rounded outwards to whole numbers."""
+
+    def __post_init__(self) -> None:
+        check_fields("model.yarn", self)
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The architecture of the model.
 
@@ -58,26 +84,12 @@ class ModelConfig:
     """Base of the rotary frequencies."""
     rotary_percent: Annotated[float, above(0), at_most(1)] = 1.0
     """Share of the channels that the rotary embedding rotates, from 0 to 1."""
-    rope_scaling: bool = False
-    """Whether the rotary frequencies are scaled as in Llama 3."""
-    rope_scaling_factor: PositiveFloat = 8.0
-    """Factor by which rope_scaling stretches the rotary frequencies."""
+    rope_scaling_factor: PositiveFloat | None = None
+    """Factor by which the rotary frequencies are stretched as in Llama 3; null is no scaling."""
     seq_len_interpolation_factor: PositiveFloat | None = None
     """Factor by which all rotary positions are divided (linear scaling); null is no scaling."""
-    yarn_rotary_scaling_factor: PositiveFloat = 1.0
-    """Factor by which YaRN stretches the sequence, with position_embedding_type=yarn."""
-    yarn_original_max_position_embeddings: PositiveInt = 4096
-    """Length of the sequences, in tokens, for which the model was trained before YaRN."""
-    yarn_beta_fast: PositiveFloat = 32.0
-    """Rotations within the original length above which YaRN leaves a frequency as it is."""
-    yarn_beta_slow: PositiveFloat = 1.0
-    """Rotations within the original length below which YaRN divides a frequency by the whole factor."""
-    yarn_mscale: NonNegativeFloat = 1.0
-    """x in the factor 0.1 x log(yarn_rotary_scaling_factor) + 1, by which YaRN multiplies queries and keys."""
-    yarn_mscale_all_dim: NonNegativeFloat = 0.0
-    """x in the same expression, by which YaRN divides queries and keys."""
-    yarn_correction_range_round_to_int: bool = True
-    """Whether the channels between which YaRN interpolates are rounded outwards to whole numbers."""
+    yarn: YarnConfig = field(default_factory=YarnConfig)
+    """How YaRN scales the rotary frequencies, with position_embedding_type=yarn."""
     normalization: Annotated[str, OneOf(NORMALIZATIONS)] = "RMSNorm"
     """Kind of all normalisations: RMSNorm or LayerNorm."""
     layernorm_epsilon: Epsilon = 1e-5
@@ -107,10 +119,6 @@ class ModelConfig:
     """Number of experts that compute each token."""
     moe_ffn_hidden_size: PositiveInt | None = None
     """Width of the MLP of one expert; null is ffn_hidden_size."""
-    moe_aux_loss_coeff: NonNegativeFloat = 0.0
-    """Weight of the load-balancing loss; 0 by default, since self-distillation alone should not move the router."""
-    moe_z_loss_coeff: NonNegativeFloat | None = None
-    """Weight of the router's z-loss; null is no z-loss."""
     moe_router_enable_expert_bias: bool = False
     """Whether biases of the experts balance the load, without an auxiliary loss."""
     moe_router_score_function: Annotated[str, OneOf(ROUTER_SCORES)] = "softmax"
@@ -121,8 +129,8 @@ class ModelConfig:
     """Number of multi-token-prediction layers of the checkpoint: they are converted both ways, never built or
     trained."""
     transformer: dict[str, Any] = field(default_factory=dict)
-    """Further fields of ``TransformerConfig`` by their own names; they override the values that this project
-    derives."""
+    """Further fields of ``TransformerConfig`` by their own names; they override the values that this project derives.
+    Experts have no balancing loss without moe_aux_loss_coeff: self-distillation alone should not move the router."""
 
     def __post_init__(self) -> None:
         check_fields("model", self)
@@ -148,12 +156,13 @@ class ModelConfig:
         """Raise `ConfigError` for scalings of the rotary positions that exclude each other."""
         interpolated = self.seq_len_interpolation_factor is not None
         require(
-            not (self.rope_scaling and interpolated),
-            "model.rope_scaling and model.seq_len_interpolation_factor scale the same positions: set one of them",
+            self.rope_scaling_factor is None or not interpolated,
+            "model.rope_scaling_factor and model.seq_len_interpolation_factor scale the same positions: set one of "
+            "them",
         )
         if self.position_embedding_type == "yarn":
             others = {
-                "rope_scaling": self.rope_scaling,
+                "rope_scaling_factor": self.rope_scaling_factor is not None,
                 "seq_len_interpolation_factor": interpolated,
                 "rotary_percent": self.rotary_percent != 1,
             }

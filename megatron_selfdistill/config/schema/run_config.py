@@ -80,10 +80,9 @@ class MetricsConfig:
     """Places that show the metrics and samples, besides the files of the run: tensorboard (event files in the run
     directory), wandb (Weights & Biases; its own environment variables choose the project and the mode), and dotted
     paths of classes or functions that take a LoggedRun and return a MetricsLogger."""
-    console: bool = True
-    """Whether the console shows a progress bar, and a line every console_every steps."""
-    console_every: PositiveInt = 1
-    """Number of steps between console lines."""
+    console_every: NonNegativeInt = 1
+    """Number of steps between the lines of steps on the console, below which a terminal shows a progress bar; with 0
+    the console shows nothing of the steps."""
     teacher_every: PositiveInt = 10
     """Number of steps between measurements of target/mass_on_rare_student and target/mass_on_rare_reference, and, with
     target.anchor=reference, whose loss does not see the teacher's own logits, of the teacher alone (entropy/teacher,
@@ -218,6 +217,9 @@ class GuardsConfig:
     where the former is above 0.1 nats."""
     non_finite: bool = True
     """Whether the run stops at a loss or gradient norm that is NaN or infinite; the step is not applied."""
+    max_loss_ratio: NonNegativeFloat | None = 5.0
+    """Largest loss, as a multiple of the first step's, of methods with a given hint and without rewards; a rise by less
+    than 0.1 nats per token stops no run."""
     reference_steps: PositiveInt = 5
     """Number of first steps whose means are the reference of the guards below."""
     patience: PositiveInt = 3

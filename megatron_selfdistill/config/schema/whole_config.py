@@ -23,11 +23,8 @@ from megatron_selfdistill.config.schema.method_config import (
     Needs,
 )
 from megatron_selfdistill.config.schema.model_config import ModelConfig
-from megatron_selfdistill.config.schema.optimizer_config import OptimizerConfig
-from megatron_selfdistill.config.schema.overlap_checks import check_overlap
-from megatron_selfdistill.config.schema.parallel_config import ClusterConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.config.schema.ranges import FilePath, PositiveInt, Seed
-from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
+from megatron_selfdistill.config.schema.rollout_config import RolloutConfig, check_overlap
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -35,6 +32,12 @@ from megatron_selfdistill.config.schema.run_config import (
     MetricsConfig,
     ReportConfig,
     StopConfig,
+)
+from megatron_selfdistill.config.schema.step_config import (
+    ClusterConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleConfig,
 )
 from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
 
@@ -237,6 +240,11 @@ class Config:
     def reads_one_prompt(self) -> bool:
         """Whether student and teacher read a response after the prompt that it was sampled after."""
         return self.needs.teacher_prompt == SAME
+
+    @property
+    def loss_should_fall(self) -> bool:
+        """Whether the loss is a divergence from a teacher with a given hint, and no reward works against it."""
+        return self.needs.teacher_prompt == HINTED and self.needs.hint == GIVEN and not self.needs.rewards
 
     @property
     def max_contexts_per_sample(self) -> int:

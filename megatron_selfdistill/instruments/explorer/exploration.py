@@ -32,7 +32,7 @@ from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
 from megatron_selfdistill.pipeline import token_losses
 from megatron_selfdistill.pipeline.schedule import Reference
-from megatron_selfdistill.pipeline.score import ScoringModels, Want, read
+from megatron_selfdistill.pipeline.score import ScoringModels, Want, read, sequence_for
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
@@ -209,7 +209,7 @@ def read_by_all_models(
         teacher=models.teacher,
         grid=grid,
         vocab=VocabShard.from_group(unwrapped(models.student[-1]).vocab_size, run_data.vocab_size, grid.tp_group),
-        max_tokens=_longest_sequence(run_data, grid),
+        max_tokens=sequence_for(run_data.max_length, grid),
         reference=reference,
     )
     measurement = TokenMeasurement(settings.target, chunk_tokens, backend, summarises=True)
@@ -217,9 +217,3 @@ def read_by_all_models(
     if not contexts:
         return []
     return explored_responses(output, contexts, solutions, [settings] * len(contexts), run_data.vocab_size, grid)
-
-
-def _longest_sequence(run_data: RunData, grid: RankGrid) -> int:
-    """Return a length of packed sequences that holds every context and that the layout can cut."""
-    multiple = 16 * grid.tp_size * 2 * grid.cp_size
-    return -(-run_data.max_length // multiple) * multiple

@@ -36,7 +36,7 @@ STUDENT, TEACHER = "student", "teacher"
 _SERVED_SHARE = 0.8
 """The share of a server's GPU that weights may take; vLLM uses 0.9 of the GPU for weights, cache and activations."""
 
-RECOMPUTE_ALL = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
+RECOMPUTE_ALL = "schedule.recompute.granularity=full schedule.recompute.method=uniform schedule.recompute.num_layers=1"
 """The keys with which a run keeps only the inputs of layers, in a form that can be pasted into a command."""
 _WITHOUT_REFERENCE = "target.anchor=student, which needs no reference"
 _WITHOUT_OWN_COPY = {
@@ -102,7 +102,7 @@ class Plan:
         trains = most.training_peak >= most.rollout_peak
         largest = sorted((most.training if trains else most.rollout).items(), key=lambda part: -part[1])[:2]
         parts = " and ".join(f"{name} {size:.1f}" for name, size in largest)
-        recompute = "" if self.config.schedule.recompute_granularity == "full" else f", set {RECOMPUTE_ALL}"
+        recompute = "" if self.config.schedule.recompute.granularity == "full" else f", set {RECOMPUTE_ALL}"
         advice = (
             f"raise parallel.* or cluster.num_gpus, lower schedule.max_tokens{recompute}"
             if trains

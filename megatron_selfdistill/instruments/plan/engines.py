@@ -116,7 +116,7 @@ def backward_passes(config: Config) -> float:
     recomputing all layers is one more.
     """
     of_weights = 0.0 if config.adapter.rank else 1.0
-    return 1.0 + of_weights + (config.schedule.recompute_granularity == "full")
+    return 1.0 + of_weights + (config.schedule.recompute.granularity == "full")
 
 
 def kv_cache_bytes(config: Config, transformer: Any) -> float:

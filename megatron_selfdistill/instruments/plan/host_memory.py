@@ -93,7 +93,7 @@ def _saved_bytes(config: Config) -> dict[str, float]:
     if optimizer.use_distributed_optimizer:
         state = 12  # the float32 parameter and both moments, in either precision
     else:
-        state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
+        state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
         state += 4 if optimizer.precision == "bf16" else 0
     is_average = config.keeps_teacher and config.teacher.weights == "ema"
     return {

@@ -131,7 +131,7 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
-    state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.sgd_momentum else 0
+    state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
     state += 4 if optimizer.precision == "bf16" else 0
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
     if config.adapter.rank:

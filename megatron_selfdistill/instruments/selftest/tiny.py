@@ -97,7 +97,7 @@ class LaunchUnderTest:
                 "rollout.kv_cache_gb=0.25",
                 f"schedule.max_tokens={MAX_TOKENS}",
                 f"optimizer.precision={self.precision}",
-                "metrics.console=false",
+                "metrics.console_every=0",
                 "metrics.loggers=[]",
                 "checkpoint.keep_last=null",
                 "stop.time_limit_minutes=1e6",  # overrides the time limit that Slurm states

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
-from megatron_selfdistill.interop.hf.family import TRANSFORMER_DEFAULTS, architecture
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig
+from megatron_selfdistill.interop.hf.family import ROPE_FACTOR, TRANSFORMER_DEFAULTS, architecture
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import activation_name, quick_gelu
@@ -126,7 +126,7 @@ def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if arch["position_embedding_type"] in ("rope", "yarn"):
         yield "--rotary-base", str(arch["rotary_base"])
         yield "--rotary-percent", str(arch["rotary_percent"])
-    if arch["rope_scaling"]:
+    if arch["rope_scaling_factor"] is not None:
         yield ("--use-rope-scaling",)
         yield "--rope-scaling-factor", str(arch["rope_scaling_factor"])
     if arch["multi_latent_attention"]:
@@ -165,9 +165,10 @@ def _moe(model: ModelConfig, arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
         yield "--moe-layer-freq", _list(arch["moe_layer_freq"])
     yield "--moe-router-topk", str(arch["moe_router_topk"])
     yield "--moe-router-score-function", arch["moe_router_score_function"]
-    yield "--moe-router-load-balancing-type", "aux_loss" if model.moe_aux_loss_coeff else "none"
-    if model.moe_aux_loss_coeff:
-        yield "--moe-aux-loss-coeff", str(model.moe_aux_loss_coeff)
+    balancing = model.transformer.get("moe_aux_loss_coeff")
+    yield "--moe-router-load-balancing-type", "aux_loss" if balancing else "none"
+    if balancing:
+        yield "--moe-aux-loss-coeff", str(balancing)
     for name in ("moe_router_topk_scaling_factor", "moe_router_num_groups", "moe_router_group_topk"):
         if arch[name] is not None:
             yield _flag(name), str(arch[name])
@@ -198,7 +199,7 @@ def _further(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
-    if arch["rope_scaling"] and arch["rope_scaling_factor"] != 8.0:
+    if arch["rope_scaling_factor"] not in (None, ROPE_FACTOR):
         yield (
             f"the llama3 rope factor {arch['rope_scaling_factor']}: pretrain_gpt.py parses --rope-scaling-factor but "
             "does not pass it to GPTModel, which computes with 8.0"
@@ -252,7 +253,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_YARN = [field.name for field in dataclasses.fields(ModelConfig) if field.name.startswith("yarn_")]
+_YARN = [f"yarn_{field.name}" for field in dataclasses.fields(YarnConfig)]
 
 
 def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namespace:
@@ -296,7 +297,7 @@ def converted_args(model: ModelConfig, dtype: torch.dtype) -> argparse.Namespace
         position_embedding_type=model.position_embedding_type,
         rotary_base=model.rotary_base,
         rotary_percent=model.rotary_percent,
-        rope_scaling=model.rope_scaling,
+        rope_scaling=model.rope_scaling_factor is not None,
         seq_len_interpolation_factor=model.seq_len_interpolation_factor,
     )
     args.params_dtype, args.bf16, args.fp16 = dtype, dtype == torch.bfloat16, dtype == torch.float16
@@ -332,7 +333,7 @@ def _args(
         "rotary_base": rotary_base,
         "rotary_percent": rotary_percent,
         "use_rope_scaling": rope_scaling,
-        "rope_scaling_factor": model.rope_scaling_factor,
+        "rope_scaling_factor": model.rope_scaling_factor or ROPE_FACTOR,
         # Ours: Megatron-LM parses an argument of this meaning, but its models do not read it.
         "seq_len_interpolation_factor": seq_len_interpolation_factor,
         # Megatron Core reads YaRN's attributes from the configuration, whose class lacks them as fields.

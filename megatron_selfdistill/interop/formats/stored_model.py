@@ -15,12 +15,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config import Config, ModelConfig
+from megatron_selfdistill.config import Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.formats import directory, legacy
 from megatron_selfdistill.interop.formats.directory import find
 from megatron_selfdistill.interop.formats.unpickler import load_pickled
-from megatron_selfdistill.interop.hf.family import TRANSFORMER_DEFAULTS, differences
+from megatron_selfdistill.interop.hf.family import ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
 
 
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
@@ -94,9 +94,13 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
         values["position_embedding_type"] = "rope"  # the older flag
     if values.get("num_moe_experts") is None:
         values = {name: value for name, value in values.items() if not name.startswith("moe_")}
+    if stored.get("use_rope_scaling"):
+        values["rope_scaling_factor"] = stored.get("rope_scaling_factor") or ROPE_FACTOR
+    yarn = {f.name: stored.get(f"yarn_{f.name}") for f in dataclasses.fields(YarnConfig)}
     values["vocab_size"] = stored_vocab_size(args)
     values["transformer"] = _transformer(stored)
     try:
+        values["yarn"] = YarnConfig(**{name: value for name, value in yarn.items() if value is not None})
         return ModelConfig(**values)
     except ConfigError as error:
         raise CheckpointError(f"the checkpoint's arguments describe no model: {error}") from error
@@ -144,18 +148,24 @@ def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None,
 def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConfig) -> ModelConfig:
     """Return the stored model with the configured fields that do not belong to an architecture (losses, padding).
 
-    ``given``: the fields of ``configured`` that the user has set.
+    ``given``: the fields of ``configured`` that the user has set, and the entries of its sections as ``yarn.mscale``.
 
     Raises: ConfigError with both values of every field that the user has set to another value than the stored one.
     """
-    overlaid = {name: getattr(configured, name) for name in given if name != "transformer"}
+    overlaid: dict[str, Any] = {}
+    for name, _, entry in (name.partition(".") for name in given if name != "transformer"):
+        value = getattr(configured, name)
+        if entry:
+            part = overlaid.get(name, getattr(stored, name))
+            value = dataclasses.replace(part, **{entry: getattr(value, entry)})
+        overlaid[name] = value
     if stored.vocab_size is None:
         stored = dataclasses.replace(stored, vocab_size=configured.vocab_size)
     transformer = {**stored.transformer, **configured.transformer}
     wanted = dataclasses.replace(stored, **overlaid, transformer=transformer)
     faults = [
-        f"model.{'transformer.' * (name in configured.transformer)}{name} is {ours!r}, but the checkpoint was saved "
-        f"with {theirs!r}"
+        f"model.{'transformer.' * (name in configured.transformer)}{name.replace('yarn_', 'yarn.')} is {ours!r}, but "
+        f"the checkpoint was saved with {theirs!r}"
         for name, (ours, theirs) in differences(wanted, stored).items()
         if not _may_differ(name, stored)
     ]
@@ -166,8 +176,13 @@ def reconcile(configured: ModelConfig, given: Collection[str], stored: ModelConf
 
 def fields_set(model: ModelConfig) -> set[str]:
     """Return the fields that differ from their defaults, for configurations without a record of the set keys."""
-    default = ModelConfig()
-    return {f.name for f in dataclasses.fields(model) if getattr(model, f.name) != getattr(default, f.name)}
+    parts: list[tuple[str, Any, Any]] = [("", model, ModelConfig()), ("yarn.", model.yarn, YarnConfig())]
+    return {
+        prefix + f.name
+        for prefix, part, default in parts
+        for f in dataclasses.fields(part)
+        if f.name != "yarn" and getattr(part, f.name) != getattr(default, f.name)
+    }
 
 
 # The field of `ModelConfig` -> Megatron-LM's argument.
@@ -182,10 +197,7 @@ _SAME = {
     "position_embedding_type": "position_embedding_type",
     "rotary_base": "rotary_base",
     "rotary_percent": "rotary_percent",
-    "rope_scaling": "use_rope_scaling",
-    "rope_scaling_factor": "rope_scaling_factor",
     "seq_len_interpolation_factor": "seq_len_interpolation_factor",
-    **{f.name: f.name for f in dataclasses.fields(ModelConfig) if f.name.startswith("yarn_")},
     "normalization": "normalization",
     "latent_layernorm_epsilon": "latent_layernorm_epsilon",
     "add_bias_linear": "add_bias_linear",

@@ -174,7 +174,7 @@ def _read_phi(config: HFConfig) -> ModelConfig:
 
 
 def _write_phi(arch: dict[str, Any]) -> dict[str, Any]:
-    if arch["rope_scaling"]:
+    if arch["rope_scaling_factor"] is not None:
         raise ConfigError("Phi3ForCausalLM has no llama3 rope")
     # transformers' default pad_token_id lies outside of a small vocabulary.
     return write_common(arch) | write_llama3(arch) | {"sliding_window": write_window(arch), "pad_token_id": None}

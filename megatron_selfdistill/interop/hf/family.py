@@ -125,7 +125,7 @@ _OF_EVERY_FAMILY: dict[str, Any] = {"quantization_config": None, "is_causal": No
 
 _NO_PART_OF_A_MODEL = {
     *"provider make_vocab_size_divisible_by init_method_std transformer".split(),
-    *"moe_aux_loss_coeff moe_z_loss_coeff allow_untested_fp8".split(),
+    "allow_untested_fp8",
 }
 
 _MLA = {
@@ -176,6 +176,8 @@ _ANY = {
     "activation_func_clamp_value": None,
     "glu_linear_offset": 0.0,
 }
+ROPE_FACTOR = 8.0
+"""The factor of Megatron's ``GPTModel`` with ``rope_scaling``, where none is given."""
 TRANSFORMER_DEFAULTS = {**_ANY, **_MOE, **_MLA, **_YARN}
 """The keys of ``model.transformer`` that change logits, with Megatron's defaults.
 
@@ -186,10 +188,12 @@ A conversion ignores other keys, which choose kernels, parallelism and training.
 def architecture(model: ModelConfig) -> dict[str, Any]:
     """Return all values that decide a model's tensors and logits, by Megatron's names.
 
-    The values are fields of `ModelConfig` and the keys of `TRANSFORMER_DEFAULTS`.  Nulls are replaced by their meaning,
-    and fields without effect by null, so that two configurations of one model are equal.
+    The values are fields of `ModelConfig`, the entries of `ModelConfig.yarn` as ``yarn_NAME``, and the keys of
+    `TRANSFORMER_DEFAULTS`.  Nulls are replaced by their meaning, and fields without effect by null, so that two
+    configurations of one model are equal.
     """
     values = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in _NO_PART_OF_A_MODEL}
+    values |= {f"yarn_{name}": value for name, value in dataclasses.asdict(values.pop("yarn")).items()}
     values |= {name: model.transformer.get(name, default) for name, default in TRANSFORMER_DEFAULTS.items()}
     # The dictionary may override a field.
     values |= {name: value for name, value in model.transformer.items() if name in values}
@@ -210,8 +214,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         if 0 not in values["moe_layer_freq"]:
             without_effect.add("ffn_hidden_size")
     if values["multi_latent_attention"]:
-        without_effect |= {"kv_channels", "num_query_groups", "rope_scaling", "rope_scaling_factor"}
-        without_effect.add("seq_len_interpolation_factor")
+        without_effect |= {"kv_channels", "num_query_groups", "rope_scaling_factor", "seq_len_interpolation_factor"}
         values["latent_layernorm_epsilon"] = values["latent_layernorm_epsilon"] or values["layernorm_epsilon"]
     else:
         without_effect |= _MLA.keys() | _YARN.keys() | {"latent_layernorm_epsilon"}
@@ -219,8 +222,6 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         without_effect |= _YARN.keys()
     if values["position_embedding_type"] != "yarn":
         without_effect |= {name for name in values if name.startswith("yarn_")}
-    if not values["rope_scaling"]:
-        without_effect.add("rope_scaling_factor")
     _set_windows(values)
     return values | dict.fromkeys(without_effect & values.keys())
 

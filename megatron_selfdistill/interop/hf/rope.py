@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_selfdistill.config import YarnConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.hf.config_fields import FIELDS, checked
 from megatron_selfdistill.interop.hf.family import HFConfig
@@ -101,7 +102,7 @@ def rotary_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
         fields: dict[str, Any] = {"rotary_base": rope.base}
         fields["seq_len_interpolation_factor"] = float(_required(rope, "factor", config))
     elif rope.kind == "yarn":
-        fields = {"rotary_base": rope.base, "position_embedding_type": "yarn"} | _yarn_of_heads(rope, config)
+        fields = {"rotary_base": rope.base, "position_embedding_type": "yarn", "yarn": _yarn_of_heads(rope, config)}
     elif rope.kind in ("default", "llama3"):
         fields = llama3_fields(rope, config)
     else:
@@ -152,19 +153,19 @@ def llama3_fields(rope: Rope, config: HFConfig) -> dict[str, Any]:
             got = config["max_position_embeddings"]
         if got != expected:
             raise ConfigError(f"config.json has llama3 rope with {name}={got}, but Megatron computes with {expected}")
-    return {**fields, "rope_scaling": True, "rope_scaling_factor": float(_required(rope, "factor", config))}
+    return {**fields, "rope_scaling_factor": float(_required(rope, "factor", config))}
 
 
 def write_llama3(arch: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of config.json for ``arch``: the inverse of `llama3_fields`."""
     scaling = None
-    if arch["rope_scaling"]:
+    if arch["rope_scaling_factor"] is not None:
         scaling = {"rope_type": "llama3", "factor": arch["rope_scaling_factor"], **_LLAMA3}
     return {"rope_theta": float(arch["rotary_base"]), "rope_scaling": scaling}
 
 
-def _yarn_of_heads(rope: Rope, config: HFConfig) -> dict[str, Any]:
-    """Return the fields of `ModelConfig` for YaRN in ordinary attention.
+def _yarn_of_heads(rope: Rope, config: HFConfig) -> YarnConfig:
+    """Return YaRN's entries for ordinary attention.
 
     transformers multiplies cos and sin by ``attention_factor``, else by m(mscale) / m(mscale_all_dim) where both are
     set, else by m(1), with m(x) = 0.1 x log(factor) + 1.  Megatron always takes the ratio; an ``attention_factor``
@@ -177,15 +178,15 @@ def _yarn_of_heads(rope: Rope, config: HFConfig) -> dict[str, Any]:
     mscale, all_dim = (float(mscale), float(all_dim)) if mscale and all_dim else (1.0, 0.0)
     if given.get("attention_factor") is not None:
         mscale, all_dim = _mscale_of(float(given["attention_factor"]), factor), 0.0
-    return {
-        "yarn_rotary_scaling_factor": factor,
-        "yarn_original_max_position_embeddings": original,
-        "yarn_beta_fast": float(given.get("beta_fast") or 32),
-        "yarn_beta_slow": float(given.get("beta_slow") or 1),
-        "yarn_mscale": mscale,
-        "yarn_mscale_all_dim": all_dim,
-        "yarn_correction_range_round_to_int": bool(given.get("truncate", True)),
-    }
+    return YarnConfig(
+        rotary_scaling_factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=float(given.get("beta_fast") or 32),
+        beta_slow=float(given.get("beta_slow") or 1),
+        mscale=mscale,
+        mscale_all_dim=all_dim,
+        correction_range_round_to_int=bool(given.get("truncate", True)),
+    )
 
 
 def _mscale_of(attention_factor: float, factor: float) -> float:

@@ -107,11 +107,11 @@ def _require_yarns_positions(model: ModelConfig) -> None:
     """Raise ConfigError for more positions than the table of vLLM's YaRN holds, behind whose end vLLM reads NaN."""
     if model.position_embedding_type != "yarn":
         return
-    held = int(model.yarn_rotary_scaling_factor * model.yarn_original_max_position_embeddings)
+    held = int(model.yarn.rotary_scaling_factor * model.yarn.original_max_position_embeddings)
     if model.max_position_embeddings > held:
         raise ConfigError(
             f"model.max_position_embeddings={model.max_position_embeddings} exceeds the {held} positions of YaRN in "
-            "vLLM (yarn_rotary_scaling_factor x yarn_original_max_position_embeddings): set "
+            "vLLM (rotary_scaling_factor x original_max_position_embeddings of model.yarn): set "
             f"model.max_position_embeddings to at most {held}"
         )
 

@@ -30,9 +30,8 @@ from megatron_selfdistill.interop.formats.hf_files import read_config
 from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT, why_not_guided
 from megatron_selfdistill.rollout.vllm.transfer_buckets import segments_expand, without_expandable_segments
-from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 
 def in_process_engine_args(

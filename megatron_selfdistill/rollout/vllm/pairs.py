@@ -14,6 +14,7 @@ computes each half with or without them, in one batch, so that teacher and refer
 from __future__ import annotations
 
 import contextlib
+import re
 import uuid
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -40,6 +41,8 @@ GUIDED_ENGINE_ARGS: dict[str, Any] = {
 """vLLM's engine arguments that guided requests need."""
 GUIDED_ENVIRONMENT = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 """Environment of the processes of an engine for guided requests: the second model runner takes no processor."""
+_GUIDED_VERSIONS = ((0, 32),)
+"""Versions of vLLM, as (major, minor), on which guided rollouts have run."""
 
 # Rounds in which a pair that is sent alone may get no token.  The first round may separate its halves while the prompts
 # are read in chunks; after that the prompts are cached, and only requests of other clients can still separate them.
@@ -127,6 +130,22 @@ async def guided_responses(
     if params.target.is_anchored:
         await _read_by_student(engine, pairs)
     return [pair.response() for pair in pairs]
+
+
+def why_not_guided(version: str) -> str | None:
+    """Return a message where guided rollouts have not run on this ``version`` of vLLM, None if they have.
+
+    ``version`` is ``vllm.__version__``.  Guided rollouts take part in vLLM's scheduler, its first model runner and its
+    sampling, none of which is a public interface: a change there could give wrong tokens without an error.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found and (int(found[1]), int(found[2])) in _GUIDED_VERSIONS:
+        return None
+    known = " and ".join(f"{major}.{minor}" for major, minor in _GUIDED_VERSIONS)
+    return (
+        f"rollout.guidance=mixed has run on vLLM {known} and not yet on {version}, which is installed here: install "
+        f"vllm=={known}.*, set rollout.engine=megatron, or set rollout.guidance=none"
+    )
 
 
 def why_not_in_pairs(target: Target) -> str | None:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Sampling on vLLM servers, in processes and environments of their own: the trainer needs no vLLM.
 
-Rank 0 alone communicates with the servers.  When a server fails, other servers do its requests (server_pool.py).  A
+Rank 0 alone communicates with the servers.  When a server fails, other servers do its requests (`ServerPool`).  A
 response counts when it is complete and reports the expected version of the weights.
 """
 
@@ -45,7 +45,7 @@ from megatron_selfdistill.rollout.streaming import (
     PartialBatchRule,
     next_partial_batch,
 )
-from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.client import ServerPool, VllmServer, failing, on_each
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import WeightAge, check_requests, gather_requests, return_responses
@@ -53,8 +53,7 @@ from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch, Ticket
-from megatron_selfdistill.rollout.vllm.server_pool import ServerPool, failing
-from megatron_selfdistill.rollout.vllm.transfer import Transfer, choose_transfer, make_transfer, on_each
+from megatron_selfdistill.rollout.vllm.transfer import Transfer, choose_transfer, make_transfer
 from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate, send_buckets
 
 

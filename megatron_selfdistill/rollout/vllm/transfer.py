@@ -6,8 +6,7 @@ from __future__ import annotations
 import logging
 import socket
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, wait
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.vllm.client import VllmServer
-from megatron_selfdistill.rollout.vllm.coroutines import Work, begin
+from megatron_selfdistill.rollout.vllm.client import Failures, VllmServer, on_each, on_each_while
 from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, layout_of, nccl_version, own_gpu, pack
 from megatron_selfdistill.rollout.vllm.server.server_names import own_address
 from megatron_selfdistill.rollout.vllm.transfer_buckets import (
@@ -146,11 +144,6 @@ def _first_blind(servers: Sequence[VllmServer], directory: str) -> str | None:
     except OSError as error:
         raise ConfigError(f"rollout.transfer_dir={directory} cannot be written to: {error}") from error
     return None
-
-
-_GRACE_SECONDS = 5.0
-
-Failures = dict[VllmServer, Exception]
 
 
 @dataclass(frozen=True)
@@ -437,46 +430,3 @@ class BroadcastTransfer:
         self._group = self._store = None
         self._broken = False
         self._joined = []
-
-
-def on_each(servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]) -> Failures:
-    """Run ``do`` for all servers at once; return the exception of each server on which it failed."""
-    return on_each_while(None, servers, do)
-
-
-def on_each_while(
-    own: Callable[[], None] | None, servers: Sequence[VllmServer], do: Callable[[VllmServer], Work[None]]
-) -> Failures:
-    """Run ``do`` for all servers at once and call ``own`` meanwhile in this thread; return the failures.
-
-    A failure of ``own`` alone counts as a failure of every server: it does not show which of them caused it.  A server
-    that has not answered some seconds after ``own`` failed is interrupted, and fails.  No server takes a thread.
-    """
-    answers: dict[VllmServer, Future[None]] = {}
-    own_error: Exception | None = None
-    try:
-        for server in servers:
-            answers[server] = begin(do(server))
-        own_error = _error_of(own) if own is not None and servers else None
-        if own_error is not None:
-            silent = wait(answers.values(), _GRACE_SECONDS).not_done
-            for server in [server for server, answer in answers.items() if answer in silent]:
-                server.interrupt()
-    finally:
-        wait(answers.values())  # servers may read the memory of a bucket until they have answered
-    raised = {server: answer.exception() for server, answer in answers.items()}
-    # Without their tracebacks, whose frames would keep the memory of a bucket for as long as the failure is known.
-    failures: Failures = {
-        server: error.with_traceback(None) for server, error in raised.items() if isinstance(error, Exception)
-    }
-    if own_error is not None and not failures:
-        return {server: EngineError(f"{server.address}: {own_error}") for server in servers}
-    return failures
-
-
-def _error_of(own: Callable[[], None]) -> Exception | None:
-    try:
-        own()
-    except Exception as error:
-        return error
-    return None

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from megatron_selfdistill.distributed.collectives import run_long_on_rank_0, run_on_rank_0
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.client import Failures, VllmServer, on_each
 from megatron_selfdistill.rollout.vllm.coroutines import Work
 from megatron_selfdistill.rollout.vllm.protocol import digest
-from megatron_selfdistill.rollout.vllm.transfer import Bucket, Failures, Transfer, on_each
+from megatron_selfdistill.rollout.vllm.transfer import Bucket, Transfer
 
 LOADING = "loading"
 """Version that a server reports while weights arrive; it is no number, so no response with it is ever used."""

@@ -16,6 +16,7 @@ from checkpointed_run import ADAM, Setup
 from saved_checkpoints import checkpoint_names, raises, tensor_keys
 from tiers import combinations
 
+from megatron_selfdistill.config import OptimizerConstants
 from megatron_selfdistill.interop.formats.unpickler import load_metadata
 
 PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
@@ -181,7 +182,7 @@ def test_a_save_before_the_first_step_changes_nothing_and_resumes(ranks, tmp_pat
             ADAM,
             precision=precision,
             optimizer=optimizer.split()[-1] if "adam" in optimizer else "sgd",
-            sgd_momentum=0.9 if "momentum" in optimizer else 0.0,
+            constants=OptimizerConstants(sgd_momentum=0.9 if "momentum" in optimizer else 0.0),
             use_distributed_optimizer=optimizer == "adam",
         ),
     )

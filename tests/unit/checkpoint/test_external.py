@@ -15,7 +15,7 @@ import torch
 from checkpointed_run import Setup
 from tiers import combinations
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import torch_dist
 from megatron_selfdistill.interop.formats.full_weights import NOT_WEIGHTS, open_weights
@@ -177,6 +177,11 @@ def test_a_checkpoint_without_fitting_optimizer_state_is_refused(ranks, saved, t
     del common["optimizer"]
     torch.save(common, weights_alone / "common.pt")
     ranks.run(refuse_optimizer, setup, weights_alone, tmp_path / "a", "holds no optimizer state", world_size=1)
-    sgd = OptimizerConfig(optimizer="sgd", precision="fp32", sgd_momentum=0.9, use_distributed_optimizer=False)
+    sgd = OptimizerConfig(
+        optimizer="sgd",
+        precision="fp32",
+        constants=OptimizerConstants(sgd_momentum=0.9),
+        use_distributed_optimizer=False,
+    )
     other = dataclasses.replace(setup, optimizer=sgd)
     ranks.run(refuse_optimizer, other, path, tmp_path / "b", "optimizer.* is missing", world_size=1)

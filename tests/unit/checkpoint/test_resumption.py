@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from megatron_selfdistill.checkpoint.resumption import CONFIGURATION, _changed
+from megatron_selfdistill.checkpoint.resumption import CONFIGURATION, Resumption, _changed, with_warmup
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.bound_keys import stored_values
 
@@ -24,3 +24,34 @@ def test_a_value_of_the_model_that_the_checkpoint_took_from_the_environment_is_c
     )
     (found,) = (difference for difference in _changed(saved, now) if difference.key == f"model.{key}")
     assert (found.stored, str(found.now)) == ("${oc.env:LAB_VALUE}", values[1])
+
+
+def saved_by(*arguments: str) -> SimpleNamespace:
+    return SimpleNamespace(path="here", trainer_state={CONFIGURATION: stored_values(load(arguments))}, common={})
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "given", "saved", "number"),
+    [
+        (9, [], None, 0),
+        (50, [], None, 5),
+        (1000, [], None, 10),
+        (1000, ["optimizer.lr_warmup_steps=0"], None, 0),
+        (1000, [], ["optimizer.lr_warmup_steps=0"], 0),
+        (1000, [], ["optimizer.lr_warmup_steps=7"], 7),
+        (1000, ["optimizer.lr_warmup_steps=3"], ["optimizer.lr_warmup_steps=7"], 3),
+        (1000, [], ["optimizer.lr_warmup_steps=${oc.env:LAB_WARMUP}"], 10),
+    ],
+)
+def test_a_run_keeps_the_warm_up_of_its_checkpoint_unless_it_is_set(monkeypatch, num_steps, given, saved, number):
+    monkeypatch.setenv("LAB_WARMUP", "7")
+    config = load([f"num_steps={num_steps}", *given])
+    found = with_warmup(config, None if saved is None else Resumption(saved_by(*saved), (), (), same_problems=True))
+    assert found.optimizer.lr_warmup_steps == number
+
+
+def test_a_warm_up_that_is_not_set_is_no_change():
+    changes = [str(it) for it in _changed(saved_by("optimizer.lr_warmup_steps=0"), load([]))]
+    assert changes == []
+    (change,) = _changed(saved_by("optimizer.lr_warmup_steps=0"), load(["optimizer.lr_warmup_steps=2"]))
+    assert str(change) == "optimizer.lr_warmup_steps: 0 in the checkpoint, now 2"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from megatron_selfdistill import __version__
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.config import command_line
-from megatron_selfdistill.config.console_line import LINE
+from megatron_selfdistill.config.command_line import LINE
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.train import EXIT_BAD_INPUT, main
 
@@ -53,7 +54,8 @@ def test_version_says_what_is_not_installed(monkeypatch):
 def test_keys_lists_every_key_once_below_the_title_of_its_section(capsys):
     lines = printed(capsys, "--keys").splitlines()
     for key, (default, doc) in configuration.keys().items():
-        assert lines.count(f"{key}={default}") == 1 and f"    {doc}" in lines
+        shown = dataclasses.asdict(default) if dataclasses.is_dataclass(default) else default
+        assert lines.count(f"{key}={shown}") == 1 and f"    {doc}" in lines
     title = "== rollout: The sampling of the student's responses =="
     assert lines.index(title) < lines.index("rollout.engine=megatron")
     assert lines.index("num_steps=100") < lines.index(next(line for line in lines if line.startswith("== model")))

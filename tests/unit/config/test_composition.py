@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -294,8 +295,7 @@ def test_no_text_is_null():
     assert {"data.path", "data.tokenizer", "checkpoint.load", "rollout.replay"} <= set(optional)
     config = load([f"{key}=" for key in optional])
     for key in optional:
-        section, _, name = key.partition(".")
-        assert getattr(getattr(config, section), name) is None, key
+        assert operator.attrgetter(key)(config) is None, key
 
 
 def test_a_labs_recipe_without_its_package_line_must_begin_with_it(tmp_path):

@@ -97,7 +97,7 @@ def message_of_load(*overrides: str) -> str:
         ("teacher.ema_decay=1", "teacher.ema_decay must be below 1, got 1"),
         ("schedule.pair_order=alternate", "did you mean 'alternating'?"),
         ("optimizer.precision=fp16", "optimizer.precision must be one of bf16, fp32"),
-        ("optimizer.adam_beta2=1", "optimizer.adam_beta2 must be below 1, got 1"),
+        ("optimizer.constants.adam_beta2=1", "optimizer.constants.adam_beta2 must be below 1, got 1"),
         ("optimizer.lr_warmup_steps=-1", "optimizer.lr_warmup_steps must be at least 0"),
         ("optimizer.overlap_param_gather=true", "needs use_distributed_optimizer and overlap_grad_reduce"),
         ("checkpoint.keep_last=0", "checkpoint.keep_last must be at least 1"),
@@ -109,7 +109,7 @@ def message_of_load(*overrides: str) -> str:
             "metrics.loggers=[wandb,wandb]",
             "metrics.loggers must be a list of different entries, got",
         ),
-        ("metrics.console_every=0", "metrics.console_every must be at least 1"),
+        ("metrics.console_every=-1", "metrics.console_every must be at least 0"),
         ("evaluation.pass_at_k=[4]", "pass@4 but evaluation.num_samples is 1"),
         ("evaluation.pass_at_k=[0]", "evaluation.pass_at_k[0] must be at least 1, got 0"),
         ("guards.patience=0", "guards.patience must be at least 1"),
@@ -122,10 +122,10 @@ def test_an_impossible_value_is_one_message(override, words):
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.rope_scaling=true", "model.seq_len_interpolation_factor=2"],
+        ["model.rope_scaling_factor=8", "model.seq_len_interpolation_factor=2"],
         *(
             ["model.position_embedding_type=yarn", f"model.{other}"]
-            for other in ("rope_scaling=true", "seq_len_interpolation_factor=2", "rotary_percent=0.5")
+            for other in ("rope_scaling_factor=8", "seq_len_interpolation_factor=2", "rotary_percent=0.5")
         ),
     ],
 )

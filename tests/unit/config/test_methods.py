@@ -14,7 +14,7 @@ import pytest
 
 from megatron_selfdistill import methods
 from megatron_selfdistill.config import from_mapping, load, method_class
-from megatron_selfdistill.config.key_list import method_keys
+from megatron_selfdistill.config.key_list import keys, method_keys
 from megatron_selfdistill.config.methods import method_names, settings_class, settings_of
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
 from megatron_selfdistill.errors import ConfigError
@@ -75,6 +75,11 @@ def test_the_class_of_a_method_has_settings_with_its_name(name):
     assert settings.name == name and isinstance(settings.needs, Needs)
     for key, (_, doc) in method_keys(name).items():
         assert doc.endswith("."), f"{key} of {name} has no documentation"
+
+
+def test_the_core_has_195_keys_at_most():
+    """What one method or one instrument reads, or Megatron alone, is a setting of a method or an entry of a mapping."""
+    assert len(keys()) <= 195
 
 
 def test_a_method_can_ask_for_ten_things_of_the_core_at_most():

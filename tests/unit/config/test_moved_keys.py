@@ -1,11 +1,14 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The keys of version 0.1: a sentence for each of them, and the resumption of runs that 0.1 has begun."""
+"""The keys of earlier versions: a sentence for each of them, and the resumption of runs that these have begun."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
+import operator
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +103,31 @@ def test_another_method_is_a_bound_difference_and_how_often_a_search_is_made_is_
     assert (address.key, address.rule) == ("environment.options.url", FREE)
 
 
+YARN = (
+    *("rotary_scaling_factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale"),
+    *("mscale_all_dim", "correction_range_round_to_int"),
+)
+OF_0_2 = {
+    **{("model", f"yarn_{name}"): f"model.yarn.{name}" for name in YARN},
+    **{("model", name): f"model.transformer.{name}" for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")},
+    ("model", "rope_scaling"): "model.rope_scaling_factor",
+    ("metrics", "console"): "metrics.console_every",
+    **{
+        ("optimizer", name): f"optimizer.constants.{name}"
+        for name in ("adam_beta1", "adam_beta2", "adam_eps", "sgd_momentum")
+    },
+    **{
+        ("schedule", f"recompute_{name}"): f"schedule.recompute.{name}"
+        for name in ("granularity", "method", "num_layers", "modules")
+    },
+}
+"""The keys of 0.1 that 0.2 had, too -> the present keys."""
+
+
+def _at(values: dict[str, Any], path: Sequence[str]) -> Any:
+    return functools.reduce(operator.getitem, path, values)
+
+
 def old_keys() -> dict[str, Any]:
     """Return every key of version 0.1 that the present version does not have -> its default."""
     sections = {name: STORED["defaults"][name] for name in MOVED_SECTIONS}
@@ -112,7 +140,9 @@ def old_keys() -> dict[str, Any]:
     }
     http = ("url", "model", "api_key", "timeout_s", "retries", "concurrency")
     found |= {f"environment.{name}": STORED["defaults"]["environment"][name] for name in http}
-    return found | {"objective": "self_distillation"}
+    return (
+        found | {"objective": "self_distillation"} | {".".join(path): _at(STORED["defaults"], path) for path in OF_0_2}
+    )
 
 
 def test_the_present_version_has_every_other_key_of_0_1():
@@ -137,9 +167,10 @@ def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
 def test_an_old_key_is_one_sentence_that_names_the_new_one(key):
     expected = moved_key(key)
     assert expected is not None and unknown_key(key) == expected
-    assert expected.startswith(
-        tuple(f"{key} is now {place}." for place in ("method", "environment.options", "rollout"))
-    )
+    places = ("method", "environment.options", "rollout", "model", "metrics", "optimizer", "schedule")
+    assert expected.startswith(tuple(f"{key} is now {place}." for place in places))
+    path = tuple(key.split("."))
+    assert path not in OF_0_2 or re.match(rf"{re.escape(f'{key} is now {OF_0_2[path]}')}(,|$)", expected)
 
 
 @combinations(
@@ -163,6 +194,8 @@ IN_FILES = {
     "rollout.view": "rollout: {num_samples: 2, view: privileged}",
     "conversations.unlikely": "conversations: {unlikely: drop}",
     "environment.url": "environment: {url: null}",
+    "model.yarn_mscale": "model: {yarn_mscale: 1.0}",
+    "schedule.recompute_method": "schedule: {max_tokens: 8, recompute_method: uniform}",
 }
 
 
@@ -191,6 +224,48 @@ def test_an_old_value_of_the_solutions_is_one_sentence_that_names_the_method(val
     assert moved_solutions(value) == f"data.solutions={value} is now {new}"
     with pytest.raises(ConfigError, match=rf"^data.solutions={value} is now {new}$"):
         load([f"data.solutions={value}"])
+
+
+OTHER_VALUES = {
+    "model.yarn_rotary_scaling_factor": (4.0, "model.yarn.rotary_scaling_factor=4"),
+    "model.yarn_original_max_position_embeddings": (64, "model.yarn.original_max_position_embeddings=64"),
+    "model.yarn_beta_fast": (2.0, "model.yarn.beta_fast=2"),
+    "model.yarn_beta_slow": (0.5, "model.yarn.beta_slow=0.5"),
+    "model.yarn_mscale": (0.7, "model.yarn.mscale=0.7"),
+    "model.yarn_mscale_all_dim": (0.7, "model.yarn.mscale_all_dim=0.7"),
+    "model.yarn_correction_range_round_to_int": (False, "model.yarn.correction_range_round_to_int=false"),
+    "model.moe_aux_loss_coeff": (0.1, "model.transformer.moe_aux_loss_coeff=0.1"),
+    "model.moe_z_loss_coeff": (0.1, "model.transformer.moe_z_loss_coeff=0.1"),
+    "model.rope_scaling": (True, "model.rope_scaling_factor=8"),
+    "metrics.console": (False, "metrics.console_every=0"),
+    "optimizer.adam_beta1": (0.8, "optimizer.constants.adam_beta1=0.8"),
+    "optimizer.adam_beta2": (0.99, "optimizer.constants.adam_beta2=0.99"),
+    "optimizer.adam_eps": (1e-4, "optimizer.constants.adam_eps=1e-4"),
+    "optimizer.sgd_momentum": (0.9, "optimizer.constants.sgd_momentum=0.9"),
+    "schedule.recompute_granularity": ("full", "schedule.recompute.granularity=full"),
+    "schedule.recompute_method": ("block", "schedule.recompute.method=block"),
+    "schedule.recompute_num_layers": (2, "schedule.recompute.num_layers=2"),
+    "schedule.recompute_modules": (["mlp"], "schedule.recompute.modules=[mlp]"),
+}
+"""Key of 0.1 and 0.2 -> another value than its default, and what sets the value now."""
+
+
+@pytest.mark.parametrize("has_method", [False, True], ids=["0.1", "0.2"])
+@pytest.mark.parametrize("key", OTHER_VALUES)
+def test_a_stored_value_of_a_key_of_0_2_is_the_value_of_the_new_key(key, has_method):
+    value, argument = OTHER_VALUES[key]
+    old, new = copy.deepcopy(STORED["defaults"]), stored_values(load(["run_dir=x", argument]))
+    section, _, name = key.partition(".")
+    old[section][name] = value
+    old |= {"run_dir": "x", **({"method": translated(old)["method"]} if has_method else {})}
+    assert differences(old, new) == []
+    (found,) = differences(old, stored_values(load(["run_dir=x"])))
+    expected = BOUND if section == "model" else FREE
+    assert (found.key, found.rule) == (argument.partition("=")[0], expected)
+
+
+def test_every_key_of_0_2_that_has_moved_has_another_value_above():
+    assert {".".join(path) for path in OF_0_2} == set(OTHER_VALUES)
 
 
 def test_other_keys_and_values_have_not_moved():

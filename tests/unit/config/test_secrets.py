@@ -22,7 +22,7 @@ from megatron_selfdistill.config.bound_keys import FREE, READ_VALUES, difference
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import SHORTEST_HIDDEN, hidden
 from megatron_selfdistill.instruments.plan.plan_tables import launch_commands
-from megatron_selfdistill.sources.logged_turns import list_skipped
+from megatron_selfdistill.sources.given_responses import list_skipped
 from megatron_selfdistill.train import main
 
 SECRET = "s3cr3t-0f-the-lab"
@@ -201,7 +201,7 @@ def test_a_run_writes_and_prints_no_value_from_the_environment(ranks, data, tmp_
         "evaluation.at_start=true",
         "evaluation.limit=2",
         "rollout.engine_args={hf_token: '${oc.env:LAB_SECRET}'}",
-        "metrics.console=true",
+        "metrics.console_every=1",
         "metrics.loggers=[tensorboard]",
         "report.every=1",
         "num_steps=1",
@@ -314,7 +314,7 @@ def test_a_run_writes_no_secret_of_its_command_line_and_warns(ranks, data, tmp_p
     options = [
         f"environment.options.password={TYPED}",
         "environment.name=replying.Keyed",
-        "metrics.console=true",
+        "metrics.console_every=1",
         "metrics.loggers=[tensorboard,recorded_logger.RecordedLogger]",
         "report.every=1",
         "num_steps=1",

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from characters import Characters
+from sums import sums
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.data.contexts import (
     ContextCounts,
     ContextPair,
+    GivenSolutions,
     HintCost,
     PromptPair,
     build_contexts,
@@ -277,3 +280,11 @@ def test_a_character_that_the_tokenizer_joins_with_the_wording_does_not_hide_a_s
     build = builder(saved(composing, tmp_path / "composing"), PLAIN, teacher="{problem} e{solution}")
     check(build, solution="\u0301 is the accent")
     assert "é is the accent" in build.tokenizer.decode(build.teacher_prompt(PROBLEM, "\u0301 is the accent"))
+
+
+@pytest.mark.parametrize(("policy", "fits"), [("error", False), ("drop", False), ("truncate_end", True)])
+def test_a_solution_that_does_not_fit_is_skipped_or_cut_as_the_policy_says(policy, fits):
+    builder = PromptBuilder(Characters(), PromptTemplates(teacher="{problem}|{solution}"))
+    given = GivenSolutions(builder, max_length=12, max_new_tokens=4, policy=policy)
+    assert len(given.pair_with(sums(1)[0], "8").teacher_prompt) == len("0+8|8:")
+    assert (given.pair_with(sums(1)[0], "so it is 8") is not None) is fits

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from record_sources import load_conversations
 
-from megatron_selfdistill.data.chat.acceptance import (
+from megatron_selfdistill.data.acceptance import (
     answer_text,
     closing_turn,
     is_correction,
@@ -20,7 +20,7 @@ from megatron_selfdistill.data.chat.acceptance import (
     load_rule,
     marked,
 )
-from megatron_selfdistill.data.chat.conversations import ConversationSet
+from megatron_selfdistill.data.conversations import ConversationSet
 
 SECRET = "zebra"
 

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from chat_templates import CHATML, FORGETFUL, OPENING, STRIPPING
 
-from megatron_selfdistill.data.chat.conversations import Conversation, conversation_turns
-from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.data.conversations import Conversation, conversation_turns
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 SUM = {"function": {"name": "add", "arguments": {"a": 3}}}

@@ -14,9 +14,10 @@ from made_methods import made, named
 from term_arrays import LOG_MU, LOG_Q, signals
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.data.chat.replies import Turn, TurnReader
+from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.replies import Turn, TurnReader
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods.openclaw import (
     JUDGE_TEMPLATE,
@@ -29,7 +30,6 @@ from megatron_selfdistill.methods.openclaw import (
     majority,
 )
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, response_text
-from megatron_selfdistill.sources.given_solutions import GivenSolutions
 from megatron_selfdistill.sources.rollouts import Rollout
 
 HINT = "[HINT_START] use the second column [HINT_END] \\boxed{1}"

@@ -13,11 +13,11 @@ from characters import Characters
 from made_methods import given_with, made, named
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.methods.sdpo import TEMPLATES
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.given_solutions import GivenSolutions
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")

@@ -18,7 +18,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.methods import skill_sd
-from megatron_selfdistill.methods.parts.asked_model import asked_model
+from megatron_selfdistill.methods.parts.hints import asked_model
 from megatron_selfdistill.methods.skill_sd import (
     Skill,
     SkillBank,

@@ -30,7 +30,7 @@ TENSORBOARD = ["tensorboard"]
 
 
 def log_steps(run_dir: Path, steps: range, done: int, **options: Any) -> None:
-    options = {"console": False, "num_steps": 9} | options
+    options = {"console_every": 0, "num_steps": 9} | options
     with MetricsLog(run_dir, **options) as log:
         log.resume(done)
         for step in steps:
@@ -38,7 +38,7 @@ def log_steps(run_dir: Path, steps: range, done: int, **options: Any) -> None:
 
 
 def test_numbers_that_json_lacks_come_back(tmp_path):
-    with MetricsLog(tmp_path, num_steps=3, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=3, console_every=0) as log:
         log.resume(0)
         log.log(1, {"loss/mean": math.nan, "gradient_norm": math.inf, "k/mean": -math.inf, "lr": 1e-4})
     line = (tmp_path / "metrics.jsonl").read_text()
@@ -57,7 +57,7 @@ def test_a_resumed_run_logs_no_step_twice(tmp_path):
 def test_a_resumed_run_has_the_responses_of_no_evaluation_twice(tmp_path):
     answer = Transcript("", None, "a prompt", "a response", correct=True, length=3, truncated=False)
     for done, steps in ((0, (2, 4)), (3, (4, 6))):  # killed after step 4; the checkpoint is of step 3
-        with MetricsLog(tmp_path, num_steps=8, loggers=[], console=False) as log:
+        with MetricsLog(tmp_path, num_steps=8, loggers=[], console_every=0) as log:
             log.resume(done)
             for step in steps:
                 log.log_evaluation_samples(step, [vars(replace(answer, problem_id=name)) for name in "ab"])
@@ -82,13 +82,13 @@ def test_a_line_cut_short_by_a_kill_is_dropped(tmp_path, missing):
 
 
 def test_only_the_reporter_writes(tmp_path):
-    log_steps(tmp_path / "run", range(3), done=0, enabled=False, loggers=TENSORBOARD, console=True)
+    log_steps(tmp_path / "run", range(3), done=0, enabled=False, loggers=TENSORBOARD, console_every=1)
     assert not (tmp_path / "run").exists()
 
 
 def test_logging_before_resume_is_an_error(tmp_path):
     with pytest.raises(RuntimeError, match="resume"):
-        MetricsLog(tmp_path, num_steps=3, console=False).log(1, {})
+        MetricsLog(tmp_path, num_steps=3, console_every=0).log(1, {})
 
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
@@ -108,7 +108,7 @@ def delete(run_dir: Path) -> None:
 
 @pytest.mark.parametrize("loggers", [[], ["tensorboard"]])
 def test_what_was_logged_is_written_again_where_the_directory_is_deleted(tmp_path, caplog, loggers):
-    with MetricsLog(tmp_path / "run", num_steps=9, loggers=loggers, console=False) as log:
+    with MetricsLog(tmp_path / "run", num_steps=9, loggers=loggers, console_every=0) as log:
         log.resume(0)
         for step in range(1, 6):
             if step == 4:
@@ -136,7 +136,7 @@ def lose_events(run_dir: Path, log: MetricsLog) -> None:
 def test_tensorboard_goes_on_where_its_thread_has_found_the_directory_gone(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with MetricsLog(tmp_path / "run", num_steps=9, loggers=TENSORBOARD, console=False) as log:
+    with MetricsLog(tmp_path / "run", num_steps=9, loggers=TENSORBOARD, console_every=0) as log:
         log.resume(0)
         log.log(1, {"loss/mean": 0.1})
         lose_events(tmp_path / "run", log)
@@ -146,7 +146,7 @@ def test_tensorboard_goes_on_where_its_thread_has_found_the_directory_gone(tmp_p
 
 
 def test_a_directory_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
-    with MetricsLog(tmp_path / "run", num_steps=9, loggers=TENSORBOARD, console=False) as log:
+    with MetricsLog(tmp_path / "run", num_steps=9, loggers=TENSORBOARD, console_every=0) as log:
         log.resume(0)
         log.log(1, {"loss/mean": 0.1})
         lose_events(tmp_path / "run", log)
@@ -155,7 +155,7 @@ def test_a_directory_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
 
 def test_a_file_that_takes_the_name_of_the_metrics_is_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with MetricsLog(tmp_path, num_steps=9, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=9, console_every=0) as log:
         log.resume(0)
         log.log(1, {"loss/mean": 0.1})
         path.unlink()
@@ -167,7 +167,7 @@ def test_a_file_that_takes_the_name_of_the_metrics_is_kept(tmp_path):
 
 def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=False, width=40)
-    log_steps(tmp_path, range(1, 10), done=0, console=True, console_every=4, output=output)
+    log_steps(tmp_path, range(1, 10), done=0, console_every=4, output=output)
     lines = output.file.getvalue().splitlines()
     assert [line.split(" of ")[0] for line in lines[1:]] == ["step 4", "step 8", "step 9"]
     assert "\x1b" not in output.file.getvalue()
@@ -176,7 +176,7 @@ def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):
 
 def test_on_a_terminal_there_is_a_progress_bar_and_it_is_taken_down(tmp_path):
     output = Console(file=io.StringIO(), force_terminal=True, width=100)
-    log_steps(tmp_path, range(4, 7), done=3, console=True, output=output)
+    log_steps(tmp_path, range(4, 7), done=3, console_every=1, output=output)
     text = output.file.getvalue()
     assert "3/9" in text and "6/9" in text and "step 5  loss 0.5000" in text
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
@@ -250,7 +250,7 @@ def test_the_console_shows_no_time_left_before_the_third_step(tmp_path):
     _, *lines = console_lines(tmp_path, {"loss/mean": 0.1})
     assert [" left" in line for line in lines] == [False, False, True]
     output = Console(file=io.StringIO(), force_terminal=True, width=100)
-    log_steps(tmp_path, range(1, 4), done=0, console=True, output=output)
+    log_steps(tmp_path, range(1, 4), done=0, console_every=1, output=output)
     assert "3/9" in output.file.getvalue().rpartition(" left")[0]
 
 

@@ -27,7 +27,7 @@ RECORDED, FAILING, LEAVING, NO_START = (
 
 
 def log_of(run_dir: Path, *names: str) -> MetricsLog:
-    return MetricsLog(run_dir, num_steps=9, loggers=names, config={"seed": 3}, console=False)
+    return MetricsLog(run_dir, num_steps=9, loggers=names, config={"seed": 3}, console_every=0)
 
 
 def test_every_choice_is_built_in():

@@ -181,7 +181,7 @@ def test_a_phase_that_raises_has_no_time_with_or_without_a_listener(tmp_path):
     measured = []
     for shows in (False, True):
         phases = Phases(torch.device("cpu"))
-        with MetricsLog(tmp_path, num_steps=9, output=console(terminal=False), console=shows) as log:
+        with MetricsLog(tmp_path, num_steps=9, output=console(terminal=False), console_every=int(shows)) as log:
             log.show_phases(phases)
             with phases("train"):
                 pass

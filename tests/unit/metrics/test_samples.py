@@ -172,7 +172,7 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
     text = console_text(long, "", coloured=False).plain
     assert "[-0000-]0001" in text and "0374 [... 500 tokens ...] 0875" in text and "0998[-0999-]" in text
     assert "[-0500-]" not in text and f"prompt: ... {'x' * 399}?\n" in text and f"{'y' * 400} ...\n" in text
-    with MetricsLog(tmp_path, num_steps=1, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=1, console_every=0) as log:
         log.resume(0)
         log.log_samples(1, lambda: [long])
     [record] = read_samples(tmp_path)
@@ -180,7 +180,7 @@ def test_of_a_long_response_start_and_end_are_shown_and_all_is_written(tmp_path)
 
 
 def log_samples(run_dir: Any, steps: range, done: int, **options: Any) -> None:
-    with MetricsLog(run_dir, **{"num_steps": 9, "console": False} | options) as log:
+    with MetricsLog(run_dir, **{"num_steps": 9, "console_every": 0} | options) as log:
         log.resume(done)
         for step in steps:
             log.log(step, {"loss/mean": 0.5})
@@ -196,7 +196,7 @@ def test_a_resumed_run_writes_no_sample_twice(tmp_path):
 
 
 def test_numbers_that_json_lacks_are_written_as_texts(tmp_path):
-    with MetricsLog(tmp_path, num_steps=1, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=1, console_every=0) as log:
         log.resume(0)
         log.log_samples(1, lambda: [sample(token("a", 0.0, loss=math.inf), token("b", math.nan))])
     line = (tmp_path / "samples.jsonl").read_text()
@@ -228,7 +228,7 @@ def test_a_sample_that_cannot_be_made_is_a_warning(tmp_path, caplog):
     text = output.file.getvalue()
     assert "warning: the samples of step 3 are not shown: OverflowError: token 7 is out of range\n" in text
     assert read_samples(tmp_path) == [] and "loss 0.5000" in text and not caplog.records
-    with MetricsLog(tmp_path, num_steps=9, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=9, console_every=0) as log:
         log.resume(3)
         log.log_samples(4, broken)
     assert "the samples of step 4 are not shown" in caplog.text

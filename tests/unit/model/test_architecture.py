@@ -18,7 +18,15 @@ import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.transformer.moe import fused_a2a
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
+from megatron_selfdistill.config import (
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RecomputeConfig,
+    ScheduleConfig,
+    YarnConfig,
+    load,
+)
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
@@ -52,8 +60,8 @@ EP2 = {"expert_model_parallel_size": 2}
 TWO_GROUPS = dataclasses.replace(DENSE, num_attention_heads=4, num_query_groups=2)
 GELU = dataclasses.replace(DENSE, activation="gelu", gated_linear_unit=False)
 GATED_DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_attention_freq": 2}
-Z_LOSS = dataclasses.replace(MOE, moe_z_loss_coeff=0.01)
-YARN = ModelConfig(num_layers=4, position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0)
+Z_LOSS = {"moe_z_loss_coeff": 0.01}
+YARN = ModelConfig(num_layers=4, position_embedding_type="yarn", yarn=YarnConfig(rotary_scaling_factor=4.0))
 ALL_HEADS = dataclasses.replace(DENSE, qk_layernorm_all_heads=True)
 # sentence -> ways of meeting it: (model, parallel, model.transformer)
 REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
@@ -128,10 +136,8 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         (TWO_GROUPS, {"tensor_model_parallel_size": 4}, {"attention_output_gate": True}),
     ],
     "moe_z_loss_coeff averages over each rank's own real tokens": [
-        (Z_LOSS, CP2, {}),
-        (Z_LOSS, TP2_SP, {}),
-        (MOE, CP2, {"moe_z_loss_coeff": 0.01}),
-        (MOE, TP2_SP, {"moe_z_loss_coeff": 0.01}),
+        (MOE, CP2, Z_LOSS),
+        (MOE, TP2_SP, Z_LOSS),
     ],
 }
 
@@ -240,14 +246,14 @@ def test_every_sentence_of_refuse_known_faults_is_met_above():
 def test_each_refusal_has_a_cause(sentence):
     """Without what is refused the same model and layout pass."""
     for model, parallel, _ in REFUSED[sentence]:
-        configured(dataclasses.replace(model, moe_z_loss_coeff=None, qk_layernorm_all_heads=False), parallel)
+        configured(dataclasses.replace(model, qk_layernorm_all_heads=False), parallel)
 
 
 def test_what_is_right_is_not_refused():
     configured(DENSE, PP2_VPP2, overlap_p2p_comm=True)
     configured(DENSE, {}, multi_latent_attention=True)
-    configured(Z_LOSS)
-    configured(Z_LOSS, {"pipeline_model_parallel_size": 2})
+    configured(MOE, **Z_LOSS)
+    configured(MOE, {"pipeline_model_parallel_size": 2}, **Z_LOSS)
 
 
 def test_a_transformer_field_that_megatron_does_not_have_is_named_with_the_nearest():
@@ -274,7 +280,7 @@ def test_a_transformer_field_that_would_contradict_another_section_is_refused(fi
 def test_yarn_that_megatron_cannot_build_is_refused():
     with pytest.raises(ConfigError, match="latent attention has its own YaRN"):
         configured(YARN, {}, multi_latent_attention=True)
-    odd = dataclasses.replace(YARN, yarn_original_max_position_embeddings=34)
+    odd = dataclasses.replace(YARN, yarn=YarnConfig(original_max_position_embeddings=34))
     configured(odd)
     with pytest.raises(ConfigError, match=r"must be a multiple of 4, twice parallel\.context_parallel_size"):
         configured(odd, CP2)
@@ -336,7 +342,7 @@ def test_an_architecture_is_what_its_fields_say():
         layernorm_epsilon=1e-3,
     )
     parallel = ParallelConfig(tensor_model_parallel_size=3, pipeline_model_parallel_size=2)
-    recompute = ScheduleConfig(recompute_granularity="selective", recompute_modules=["mlp", "core_attn"])
+    recompute = ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["mlp", "core_attn"]))
     got = transformer_config(model, parallel, OptimizerConfig(precision="bf16"), recompute)
     assert (got.num_layers, got.hidden_size, got.ffn_hidden_size) == (6, 96, 384)
     assert (got.num_attention_heads, got.num_query_groups, got.kv_channels) == (6, 3, 24)
@@ -350,7 +356,7 @@ def test_an_architecture_is_what_its_fields_say():
 
 def test_router_losses_are_off_unless_asked_for():
     assert configured(MOE).moe_router_load_balancing_type == "none"
-    balanced = configured(dataclasses.replace(MOE, moe_aux_loss_coeff=0.01))
+    balanced = configured(MOE, moe_aux_loss_coeff=0.01)
     assert (balanced.moe_router_load_balancing_type, balanced.moe_aux_loss_coeff) == ("aux_loss", 0.01)
 
 
@@ -417,7 +423,7 @@ def test_every_shipped_architecture_is_accepted_and_builds_when_narrowed(ranks, 
     channels = int((config.model.kv_channels or 32 // 4) * config.model.rotary_percent)
     inv_freq = config.model.rotary_base ** (-torch.arange(0, channels, 2, dtype=torch.float64) / channels)
     assert facts["inv_freq"][0] == pytest.approx(inv_freq[0].item())
-    slowest = inv_freq[-1].item() / (config.model.rope_scaling_factor if config.model.rope_scaling else 1)
+    slowest = inv_freq[-1].item() / (config.model.rope_scaling_factor or 1)
     assert facts["inv_freq"][-1] == pytest.approx(slowest, rel=1e-5)
 
 

@@ -19,7 +19,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 import megatron.core
 import megatron.core.optimizer.optimizer as megatrons
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.learner import apply_gradients, gradient_norm
 from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
@@ -183,12 +183,14 @@ def test_every_setting_reaches_megatrons_optimizer(monkeypatch):
     seen = {}
     monkeypatch.setattr(build, "get_megatron_optimizer", lambda config, *args, **kwargs: seen.update(vars(config)))
     monkeypatch.setattr(build, "OptimizerParamScheduler", lambda *args, **kwargs: None)
+    constants = {"adam_beta1": 0.4, "adam_beta2": 0.5, "adam_eps": 0.006, "sgd_momentum": 0.7}
     settings = {
-        **{"lr": 0.1, "min_lr": 0.02, "weight_decay": 0.3, "adam_beta1": 0.4, "adam_beta2": 0.5, "adam_eps": 0.006},
-        **{"sgd_momentum": 0.7, "clip_grad": 0.8, "optimizer": "adam", "use_distributed_optimizer": True},
+        **{"lr": 0.1, "min_lr": 0.02, "weight_decay": 0.3},
+        **{"clip_grad": 0.8, "optimizer": "adam", "use_distributed_optimizer": True},
     }
-    build.build_optimizer([], OptimizerConfig(**settings), num_steps=3)
-    assert {name: seen[name] for name in settings} == settings
+    optimizer = OptimizerConfig(constants=OptimizerConstants(**constants), **settings)
+    build.build_optimizer([], optimizer, num_steps=3)
+    assert {name: seen[name] for name in constants | settings} == constants | settings
 
 
 def test_the_megatron_in_use_is_named_with_version_and_place():

@@ -19,7 +19,7 @@ from tiers import combinations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, from_mapping
+from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.model import architecture, build, forward
 from megatron_selfdistill.model.forward import Fusion, MainGrad, decided_output_layer, unfusable, unwrapped
@@ -223,7 +223,7 @@ def test_without_the_kernel_a_gradient_in_chunks_is_no_less_exact_than_in_one_pr
 OVERLAPPED = OptimizerConfig(
     precision="fp32",
     lr=1e-3,
-    adam_eps=1e-4,
+    constants=OptimizerConstants(adam_eps=1e-4),
     use_distributed_optimizer=True,
     overlap_grad_reduce=True,
     overlap_param_gather=True,

@@ -21,7 +21,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, load
+from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig, load
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.errors import ConfigError
@@ -130,7 +130,7 @@ def test_what_is_fused_on_a_gpu_with_transformer_engine():
     assert configured(moe, NODES["GPU, TE"]).moe_grouped_gemm and not configured(moe, NODES["GPU"]).moe_grouped_gemm
     unrotated = dataclasses.replace(ModelConfig(), transformer={"rotary_interleaved": True})
     assert not configured(unrotated, NODES["GPU, TE"]).apply_rope_fusion
-    yarn = ModelConfig(position_embedding_type="yarn", yarn_rotary_scaling_factor=4.0)
+    yarn = ModelConfig(position_embedding_type="yarn", yarn=YarnConfig(rotary_scaling_factor=4.0))
     assert not configured(yarn, NODES["GPU, TE"]).apply_rope_fusion
     latent = {"multi_latent_attention": True, "rope_type": "yarn"}
     assert configured(dataclasses.replace(moe, transformer=latent), NODES["GPU, TE"]).apply_rope_fusion

@@ -15,7 +15,7 @@ from models import ROTATIONS, VOCAB_SIZE, build, model_config, parallel
 from responses import tokens
 from tiers import combinations
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, ScheduleConfig
+from megatron_selfdistill.config import OptimizerConfig, ParallelConfig, RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
@@ -161,7 +161,7 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
             },
         },
         "fp32",
-        ScheduleConfig(recompute_granularity="selective", recompute_modules=["core_attn"]),
+        ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["core_attn"])),
     ),
     "gated delta nets": (dataclasses.asdict(model_config("gated_delta", num_layers=2)), "fp32", None),
     "experts with biases": (
@@ -185,12 +185,12 @@ SPECIAL: dict[str, tuple[dict[str, Any], str, ScheduleConfig | None]] = {
     "selective recompute": (
         {},
         "fp32",
-        ScheduleConfig(recompute_granularity="selective", recompute_modules=["layernorm", "mlp"]),
+        ScheduleConfig(recompute=RecomputeConfig(granularity="selective", modules=["layernorm", "mlp"])),
     ),
     "full recompute": (
         {},
         "fp32",
-        ScheduleConfig(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=1),
+        ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1)),
     ),
 }
 

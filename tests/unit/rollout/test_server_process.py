@@ -323,7 +323,7 @@ def test_the_trainer_side_of_servers_imports_no_vllm(ranks):
         "vllm",
         "megatron_selfdistill.rollout.vllm.server_sampler",
         "megatron_selfdistill.rollout.vllm.server.serve",
-        "megatron_selfdistill.rollout.vllm.plugin.access",
+        "megatron_selfdistill.rollout.vllm.plugin.middleware",
         **ALONE,
     )
 
@@ -333,7 +333,7 @@ def test_the_servers_side_imports_no_megatron(ranks):
         import_without,
         "megatron",
         "megatron_selfdistill.rollout.vllm.server.serve",
-        "megatron_selfdistill.rollout.vllm.plugin.access",
+        "megatron_selfdistill.rollout.vllm.plugin.middleware",
         "megatron_selfdistill.rollout.vllm.protocol",
         **ALONE,
     )

@@ -14,8 +14,8 @@ import pytest
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.rollout.vllm import in_process
+from megatron_selfdistill.rollout.vllm.pairs import why_not_guided
 from megatron_selfdistill.rollout.vllm.server import serve
-from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 COMMON = {
     "vllm.entrypoints.common.cli_args": ["make_arg_parser", "validate_parsed_serve_args"],

@@ -16,14 +16,13 @@ import torch.distributed as dist
 from characters import ONE_RANK, Characters
 from made_methods import made
 
-from megatron_selfdistill.data.contexts import build_contexts
+from megatron_selfdistill.data.contexts import GivenSolutions, build_contexts
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Response, sample_seed
 from megatron_selfdistill.sources.episodes import Episodes, episode_metrics
-from megatron_selfdistill.sources.given_solutions import GivenSolutions
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]

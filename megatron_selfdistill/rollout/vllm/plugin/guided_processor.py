@@ -36,9 +36,8 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.rollout.base import sample_uniforms, select_mixed_tokens
-from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
+from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, why_not_guided
 from megatron_selfdistill.rollout.vllm.protocol import ROLES, PairHalf, PairLog
-from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 _BYTES_PER_TOKEN = 12  # of the log, on the device
 _MAX_BYTES = 2**31

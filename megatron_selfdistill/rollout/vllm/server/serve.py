@@ -47,7 +47,6 @@ from megatron_selfdistill.rollout.vllm.server.server_nodes import (
     why_not_gpus,
 )
 from megatron_selfdistill.rollout.vllm.server.server_nodes import why_not as why_no_node
-from megatron_selfdistill.rollout.vllm.vllm_versions import why_not_guided
 
 if TYPE_CHECKING:  # `--help` needs no numpy
     from megatron_selfdistill.rollout.vllm.engine_memory import DeviceMemory
@@ -81,7 +80,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    _refuse(why_not_guided(vllm.__version__) if options.guided else None)
+    if options.guided:
+        from megatron_selfdistill.rollout.vllm.pairs import why_not_guided
+
+        _refuse(why_not_guided(vllm.__version__))
     make_arg_parser, validate_parsed_serve_args, cli_env_setup = _command_line_of_vllm()
     cli_env_setup()
     shared = None
@@ -107,13 +109,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     parsed.middleware = [
         *parsed.middleware,
-        "megatron_selfdistill.rollout.vllm.plugin.compact_responses.CompactResponses",
+        "megatron_selfdistill.rollout.vllm.plugin.middleware.CompactResponses",
     ]
     if options.adapter_rank:
-        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.AdapterNamed"]
+        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.middleware.AdapterNamed"]
     if token:
         # The last middleware is the outermost.
-        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.access.TokenRequired"]
+        parsed.middleware = [*parsed.middleware, "megatron_selfdistill.rollout.vllm.plugin.middleware.TokenRequired"]
     uvloop.run(run_server(parsed, timeout_graceful_shutdown=_ANSWER_SECONDS))
 
 

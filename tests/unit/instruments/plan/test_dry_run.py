@@ -179,7 +179,7 @@ def test_the_advice_to_recompute_works_when_it_is_pasted_and_is_not_repeated():
     too_long = ["recipe=qwen3_8b", "schedule.max_tokens=65536"]
     planned = dry_run(load(too_long))
     advised = (planned.misfit() or "").split()
-    keys = [word for word in advised if word.startswith("schedule.recompute_")]
+    keys = [word for word in advised if word.startswith("schedule.recompute.")]
     assert len(keys) == 3
     recomputing = dry_run(load([*too_long, *keys]))
     assert recomputing.memory[0].training["activations"] < planned.memory[0].training["activations"] / 4

@@ -47,8 +47,8 @@ def test_a_rollout_takes_the_reads_of_all_weights_for_each_token_whatever_the_ba
 
 def test_frozen_weights_take_no_pass_for_their_gradients():
     adapters = ("recipe=qwen3_8b", "rollout.engine=megatron", "adapter.rank=8")
-    recompute = ("schedule.recompute_granularity=full", "schedule.recompute_method=uniform")
-    recompute += ("schedule.recompute_num_layers=1",)
+    recompute = ("schedule.recompute.granularity=full", "schedule.recompute.method=uniform")
+    recompute += ("schedule.recompute.num_layers=1",)
     found = [backward_passes(load(keys)) for keys in (("recipe=qwen3_8b",), adapters, adapters + recompute)]
     assert found == [2, 1, 2]
     stages = ("parallel.pipeline_model_parallel_size=4", "parallel.tensor_model_parallel_size=2")

@@ -15,6 +15,8 @@ from megatron_selfdistill.config import (
     AdapterConfig,
     Config,
     OptimizerConfig,
+    OptimizerConstants,
+    RecomputeConfig,
     ScheduleConfig,
     TargetConfig,
     TeacherConfig,
@@ -113,7 +115,13 @@ def real_bytes(kind, cuts, optimizer_config, adapter=NO_ADAPTERS):
         ("moe", {"ep": 2}, OptimizerConfig()),
         ("gqa", {"pp": 2}, OptimizerConfig(use_distributed_optimizer=False)),
         pytest.param("gqa", {"pp": 2}, OptimizerConfig(precision="fp32"), marks=pytest.mark.full),
-        ("gqa", {}, OptimizerConfig(optimizer="sgd", sgd_momentum=0.9, use_distributed_optimizer=False)),
+        (
+            "gqa",
+            {},
+            OptimizerConfig(
+                optimizer="sgd", constants=OptimizerConstants(sgd_momentum=0.9), use_distributed_optimizer=False
+            ),
+        ),
     ],
 )
 def test_weights_gradients_and_optimizer_take_what_is_planned(ranks, kind, cuts, optimizer):
@@ -228,9 +236,9 @@ LOAD = Load(
 )
 
 
-def transformer(cuts=None, **schedule):
-    model = model_config("moe", num_layers=4)
-    return transformer_config(model, parallel(**(cuts or {})), OptimizerConfig(), ScheduleConfig(**schedule))
+def transformer(cuts=None, **recompute):
+    model, schedule = model_config("moe", num_layers=4), ScheduleConfig(recompute=RecomputeConfig(**recompute))
+    return transformer_config(model, parallel(**(cuts or {})), OptimizerConfig(), schedule)
 
 
 def stage_of(num_layers: int, num_chunks: int = 1) -> Stage:
@@ -241,19 +249,19 @@ def stage_of(num_layers: int, num_chunks: int = 1) -> Stage:
 def test_full_recomputation_keeps_inputs_and_one_unit():
     inputs = 1024 * 32 * 2
     whole = sum(layer_bytes(transformer(), 1024, True))
-    uniform = transformer(recompute_granularity="full", recompute_method="uniform", recompute_num_layers=2)
+    uniform = transformer(granularity="full", method="uniform", num_layers=2)
     assert activation_bytes(uniform, stage_of(4), LOAD) == 3 * 2 * inputs + 2 * whole
-    block = transformer(recompute_granularity="full", recompute_method="block", recompute_num_layers=1)
+    block = transformer(granularity="full", method="block", num_layers=1)
     assert activation_bytes(block, stage_of(4), LOAD) == 3 * (inputs + 3 * whole) + whole
 
 
 def test_selective_recomputation_drops_its_modules_but_for_one_layer():
     whole = layer_bytes(transformer(), 1024, True)[0]
-    kept, dropped = layer_bytes(transformer(recompute_granularity="selective", recompute_modules=["moe"]), 1024, True)
+    kept, dropped = layer_bytes(transformer(granularity="selective", modules=["moe"]), 1024, True)
     assert kept + dropped == whole and dropped > kept / 4
-    nothing = layer_bytes(transformer(recompute_granularity="selective"), 1024, True)
+    nothing = layer_bytes(transformer(granularity="selective"), 1024, True)
     assert nothing == (whole, 0), "flash attention keeps no scores that core_attn could drop"
-    config = transformer(recompute_granularity="selective", recompute_modules=["moe"])
+    config = transformer(granularity="selective", modules=["moe"])
     assert activation_bytes(config, stage_of(4), LOAD) == 3 * 4 * kept + dropped
 
 

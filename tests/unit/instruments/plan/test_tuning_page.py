@@ -66,7 +66,7 @@ def test_the_hours_of_a_recipe_are_the_arithmetic_of_the_plan(recipe, num_gpus, 
     assert time is not None and f"{time.seconds * steps / 3600:.1f}" == hours
 
 
-RECOMPUTED = "schedule.recompute_granularity=full schedule.recompute_method=uniform schedule.recompute_num_layers=1"
+RECOMPUTED = "schedule.recompute.granularity=full schedule.recompute.method=uniform schedule.recompute.num_layers=1"
 WAYS = ("", "adapter.rank=32", f"adapter.rank=32 {RECOMPUTED}")
 """The keys of the columns of the table about one GPU."""
 TIED = "model.share_embeddings_and_output_weights=true"

@@ -135,7 +135,7 @@ def test_a_resumed_run_keeps_the_good_lines_byte_for_byte_and_no_line_that_is_no
     for name in names:
         (copy / name).write_bytes(data.draw(spoilt((run / name).read_bytes())))
     before = {name: (copy / name).read_bytes().split(b"\n")[:-1] for name in names}
-    with MetricsLog(copy, num_steps=10, console=False) as log:
+    with MetricsLog(copy, num_steps=10, console_every=0) as log:
         log.resume(done)
     for name in names:
         after = (copy / name).read_bytes().split(b"\n")[:-1]
@@ -151,7 +151,7 @@ def step_of(line: bytes) -> int | None:
 
 
 def test_a_byte_that_is_no_text_stops_no_run_that_loses_its_file(tmp_path):
-    with MetricsLog(tmp_path, num_steps=9, console=False) as log:
+    with MetricsLog(tmp_path, num_steps=9, console_every=0) as log:
         log.resume(0)
         log.log(1, {"loss/mean": 0.1})
         with (tmp_path / "metrics.jsonl").open("ab") as file:

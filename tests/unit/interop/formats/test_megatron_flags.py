@@ -227,7 +227,7 @@ def test_gated_delta_nets_are_said_to_be_stored_otherwise(hf_directory, kind):
 
 
 IMPOSSIBLE_MODELS = {
-    "llama3 factor": ({"rope_scaling": True, "rope_scaling_factor": 32.0}, "the llama3 rope factor 32.0: .* 8.0"),
+    "llama3 factor": ({"rope_scaling_factor": 32.0}, "the llama3 rope factor 32.0: .* 8.0"),
     "gated gelu": ({"activation": "gelu"}, "a gated MLP with gelu"),
     "tanh gelu without biases": (
         {"activation": "gelu_tanh", "gated_linear_unit": False},
@@ -244,7 +244,7 @@ def test_what_megatron_lm_cannot_be_given_is_one_message(case):
     changes, message = IMPOSSIBLE_MODELS[case]
     (reason,) = megatron_flags(ModelConfig(vocab_size=64, **changes)).not_expressible
     assert re.search(message, reason)
-    assert not megatron_flags(ModelConfig(vocab_size=64, rope_scaling=True, rope_scaling_factor=8.0)).not_expressible
+    assert not megatron_flags(ModelConfig(vocab_size=64, rope_scaling_factor=8.0)).not_expressible
 
 
 @pytest.mark.parametrize(("activation", "unfused"), [("gelu", True), ("gelu_tanh", False)])

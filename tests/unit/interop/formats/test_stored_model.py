@@ -15,7 +15,7 @@ import torch
 from checkpointed_run import Setup
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig
+from megatron_selfdistill.config import CheckpointConfig, Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.formats.megatron_flags import converted_args
 from megatron_selfdistill.interop.formats.stored_model import (
@@ -80,6 +80,9 @@ def test_activation_and_gate_survive_the_arguments(kind, changes):
         ({"layernorm_epsilon": 1e-6, "norm_epsilon": 1e-5}, "layernorm_epsilon", 1e-6),
         ({"qk_layernorm": True}, "qk_layernorm", True),
         ({"use_rope_scaling": True, "rope_scaling_factor": 32.0}, "rope_scaling_factor", 32.0),
+        ({"use_rope_scaling": True}, "rope_scaling_factor", 8.0),
+        ({"use_rope_scaling": False, "rope_scaling_factor": 8.0}, "rope_scaling_factor", None),
+        ({"yarn_mscale": 0.5, "yarn_beta_fast": 2.0}, "yarn", YarnConfig(mscale=0.5, beta_fast=2.0)),
         ({"group_query_attention": False, "num_query_groups": 1}, "num_query_groups", 32),
         ({"swiglu": False, "bias_gelu_fusion": False}, "activation", "gelu"),
         ({"swiglu": False, "bias_gelu_fusion": True, "add_bias_linear": True}, "activation", "gelu_tanh"),
@@ -185,11 +188,11 @@ def test_what_is_set_again_or_is_no_architecture_is_kept(checkpoint):
         checkpoint,
         "model.num_layers=2",
         "model.layernorm_epsilon=1e-6",
-        "model.moe_aux_loss_coeff=0.01",
+        "model.transformer.moe_aux_loss_coeff=0.01",
         "model.max_position_embeddings=64",
         "+model.transformer.moe_permute_fusion=false",
     ).model
-    assert (model.moe_aux_loss_coeff, model.max_position_embeddings) == (0.01, 64)
+    assert (model.transformer["moe_aux_loss_coeff"], model.max_position_embeddings) == (0.01, 64)
     assert model.transformer["moe_permute_fusion"] is False
 
 
@@ -244,6 +247,16 @@ def test_a_rank_of_its_own_resumes_what_it_wrote(checkpoint):
     """The run directory's newest checkpoint says what the model is, not the one that it started from."""
     config = configuration.load([f"run_dir={checkpoint.parent}", "checkpoint.load=/gone"])
     assert with_stored_architecture(config).model.num_moe_experts == 4
+
+
+def test_each_entry_of_yarn_that_was_given_is_compared_with_the_checkpoint():
+    stored = ModelConfig(position_embedding_type="yarn", yarn=YarnConfig(mscale=0.5, beta_fast=2.0))
+    given = ModelConfig(yarn=YarnConfig(mscale=0.5, beta_fast=3.0))
+    assert reconcile(given, {"yarn.mscale"}, stored) == stored
+    with pytest.raises(ConfigError, match=r"^model\.yarn\.beta_fast is 3\.0, but .* with 2\.0: do not set"):
+        reconcile(given, {"yarn.mscale", "yarn.beta_fast"}, stored)
+    with pytest.raises(ConfigError, match=r"^model\.yarn\.mscale is 1\.0, but .* with 0\.5: do not set"):
+        reconcile(ModelConfig(), {"yarn.mscale"}, stored)
 
 
 def test_reconciling_keeps_what_the_checkpoint_does_not_know():

@@ -285,7 +285,7 @@ def test_both_spellings_of_rope_are_read_alike(written):
     older = {name: value for name, value in config.items() if name != "rope_parameters"}
     older |= {"rope_theta": 500000, "rope_scaling": {**config["rope_parameters"], "type": "llama3"}}
     assert family.model_config(older) == family.model_config(config)
-    assert family.model_config(config).rope_scaling
+    assert family.model_config(config).rope_scaling_factor
 
 
 LIKE_OTHERS = {

@@ -85,11 +85,18 @@ def rope_base_changed(patch, model, tensors):
 
 
 def rope_scaling_lost(patch, model, tensors):
-    return dataclasses.replace(model, rope_scaling=False), tensors
+    return dataclasses.replace(model, rope_scaling_factor=None), tensors
 
 
 def model_changed(**changes):
     return lambda patch, model, tensors: (dataclasses.replace(model, **changes), tensors)
+
+
+def yarn_changed(**changes):
+    return lambda patch, model, tensors: (
+        dataclasses.replace(model, yarn=dataclasses.replace(model.yarn, **changes)),
+        tensors,
+    )
 
 
 def epsilon_changed(patch, model, tensors):
@@ -171,11 +178,11 @@ MUTATIONS = {
     "epsilon of latents lost": model_changed(latent_layernorm_epsilon=None),
     "positions not divided": model_changed(seq_len_interpolation_factor=None),
     "yarn of heads ignored": model_changed(position_embedding_type="rope"),
-    "yarn's attention factor ignored": model_changed(yarn_mscale=1.0),
-    "yarn's range rounded": model_changed(yarn_correction_range_round_to_int=True),
-    "yarn's beta_fast changed": model_changed(yarn_beta_fast=32.0),
-    "yarn's beta_slow changed": model_changed(yarn_beta_slow=0.5),
-    "yarn's original length changed": model_changed(yarn_original_max_position_embeddings=32),
+    "yarn's attention factor ignored": yarn_changed(mscale=1.0),
+    "yarn's range rounded": yarn_changed(correction_range_round_to_int=True),
+    "yarn's beta_fast changed": yarn_changed(beta_fast=32.0),
+    "yarn's beta_slow changed": yarn_changed(beta_slow=0.5),
+    "yarn's original length changed": yarn_changed(original_max_position_embeddings=32),
     "epsilon changed": epsilon_changed,
     "query bias lost": changed_tensors("q_proj.bias", torch.zeros_like),
     "key bias lost": changed_tensors("k_proj.bias", torch.zeros_like),

@@ -777,7 +777,7 @@ def test_gpt_oss_is_what_its_authors_describe():
         "activation_func_clamp_value": 7.0,
         "glu_linear_offset": 1.0,
     }
-    assert not model.yarn_correction_range_round_to_int and model.yarn_rotary_scaling_factor == 32
+    assert not model.yarn.correction_range_round_to_int and model.yarn.rotary_scaling_factor == 32
     written = family_of(config).hf_config(model, extra=config)
     assert "quantization_config" not in written
 

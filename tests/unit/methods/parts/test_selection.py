@@ -10,10 +10,10 @@ import pytest
 from characters import Characters
 from made_methods import given_with, made, named
 
+from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import VerifierError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.given_solutions import GivenSolutions
 from megatron_selfdistill.sources.rollouts import Rollout
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "so 8\nConfidence: 0.90", "8", "file.jsonl:1")

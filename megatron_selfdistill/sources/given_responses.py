@@ -1,5 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The assistant's turns of logged conversations as responses; a turn becomes tokens when a step needs it."""
+"""Sources whose responses are given and not sampled.
+
+`LoggedResponses` takes the assistant's turns of logged conversations; a turn becomes tokens when a step needs it.
+`SolutionsAsResponses` takes the solutions of the data, which supervised fine-tuning (``method.name=sft``) imitates.
+`Replay` takes the responses that another run has recorded: the same tokens in every layout.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,15 @@ from pathlib import Path
 import torch
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.data.chat.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.contexts import build_contexts
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
+from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
+from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.loss.weighting import LikelyTurns
@@ -28,9 +35,11 @@ from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import over_all_ranks
 from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
-from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
-from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.episodes import Episode
+from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
+from megatron_selfdistill.sources.rollouts import Recording, Rollout, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
 from megatron_selfdistill.terminal import visible
 
@@ -291,3 +300,56 @@ def _checked(reader: TurnReader, turn: Unusable) -> None:
         reader.check(turn)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+class SolutionsAsResponses(CommittedState):
+    """One response per problem: the text of its solution, and the token that ends a response."""
+
+    def __init__(
+        self, state: SourceState, tokenizer: Tokenizer, stop_token: int, grid: RankGrid, phases: Phases
+    ) -> None:
+        super().__init__(state)
+        self._tokenizer, self._stop_token, self._grid, self._phases = tokenizer, stop_token, grid, phases
+
+    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
+        """Return the batch of this replica's share of the next global batch of problems; nothing is sampled."""
+        method, problem_sampler = self.state.method, self.state.problem_sampler.fork()
+        problems = shard(problem_sampler.next_batch(), self._grid.dp_rank, self._grid.dp_size)
+        with self._phases("pack"):
+            responses = [self._response(problem, sampling.max_new_tokens) for problem in problems]
+            return StepBatch(
+                problems=problems,
+                responses=responses,
+                contexts=build_contexts([method.prompts(problem) for problem in problems], responses),
+                solutions=[problem.solution for problem in problems],
+                next_state=SourceState(problem_sampler, method),
+            )
+
+    def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
+        """Return the `step_metrics` of the batch.  Collective."""
+        return step_metrics(output, batch.sampler_log_probs, self._grid, response_lengths=batch.response_lengths)
+
+    def _response(self, problem: Problem, limit: int) -> Response:
+        """Return the solution's own text as a response of at most ``limit`` tokens, with unknown log-probs."""
+        tokens = [*self._tokenizer.encode(problem.solution), self._stop_token]
+        return Response.unsampled(tokens[:limit], "stop" if len(tokens) <= limit else "length")
+
+
+class Replay(OnPolicy):
+    """Responses of another run, for the problems, samples and steps that this run would have sampled."""
+
+    def __init__(self, state: SourceState, options: OnPolicyOptions, recording: Recording) -> None:
+        super().__init__(state, options)
+        self._recording = recording
+
+    def _responses(
+        self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams
+    ) -> list[Response]:
+        """Return the recorded responses of ``keys``.  Raises: ValueError for a key that was not recorded."""
+        with self._options.phases("rollout"):
+            return self._recording.responses(keys)
+
+    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
+        """Return the recorded replies.  Raises: ValueError for a reply that was not recorded."""
+        keys = [episode[-1].key for episode in episodes]
+        return self._recording.replies([key for key in keys if key is not None])

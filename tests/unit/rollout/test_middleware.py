@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A server with the plugin answers in the compact form where the client knows it, and as vLLM does otherwise."""
+"""The middleware of a server: no route but one works without the token, and responses are compact on request."""
 
 from __future__ import annotations
 
@@ -11,10 +11,70 @@ import pytest
 from fake_vllm import answer_to
 
 from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
-from megatron_selfdistill.rollout.vllm.plugin.compact_responses import CompactResponses
+from megatron_selfdistill.rollout.vllm.plugin.middleware import CompactResponses, TokenRequired
+from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
 ACCEPTED = f"{MEDIA_TYPE}, application/json;q=0.5".encode()
 ANSWER = answer_to({"token_ids": [4, 5], "sampling_params": {"max_tokens": 3}}, ("7", "8"))
+
+
+def served(monkeypatch, scope: dict[str, Any], token: str = "secret") -> tuple[bool, list[dict[str, Any]]]:
+    """Return whether the application was reached, and the answer if it was not reached."""
+    reached: list[bool] = []
+    sent: list[dict[str, Any]] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        reached.append(True)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> dict[str, Any]:
+        return {}
+
+    monkeypatch.setenv(TOKEN_VARIABLE, token)
+    asyncio.run(TokenRequired(app)(scope, receive, send))
+    return bool(reached), sent
+
+
+def http(path: str, *headers: tuple[bytes, bytes]) -> dict[str, Any]:
+    return {"type": "http", "path": path, "headers": list(headers)}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [],
+        [(b"authorization", b"")],
+        [(b"authorization", b"Bearer ")],
+        [(b"authorization", b"Bearer secre")],
+        [(b"authorization", b"Bearer secret2")],
+        [(b"authorization", b"secret")],
+        [(b"authorization", "Bearer sécret".encode())],
+        [(b"x-authorization", b"Bearer secret")],
+    ],
+)
+@pytest.mark.parametrize("path", ["/collective_rpc", "/v1/models", "/health/", "//health", ""])
+def test_without_the_token_the_application_is_not_reached(monkeypatch, headers, path):
+    reached, sent = served(monkeypatch, http(path, *headers))
+    assert not reached
+    assert sent[0]["status"] == 401 and b"secret" not in sent[1]["body"]
+
+
+def test_with_the_token_and_for_health_it_is(monkeypatch):
+    assert served(monkeypatch, http("/update_weights", (b"authorization", b"Bearer secret"))) == (True, [])
+    assert served(monkeypatch, http("/health")) == (True, [])
+    assert served(monkeypatch, {"type": "lifespan"}) == (True, [])
+
+
+def test_a_web_socket_needs_it_too(monkeypatch):
+    reached, sent = served(monkeypatch, {"type": "websocket", "path": "/health", "headers": []})
+    assert not reached and sent == [{"type": "websocket.close", "code": 1008}]
+
+
+def test_an_empty_token_is_none(monkeypatch):
+    with pytest.raises(ValueError, match=TOKEN_VARIABLE):
+        served(monkeypatch, http("/v1/models", (b"authorization", b"Bearer ")), token="")
 
 
 def answered(

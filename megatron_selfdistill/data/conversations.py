@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from megatron_selfdistill.choices import CONVERSATION_TURNS
-from megatron_selfdistill.data.chat.acceptance import Rule, answer_text
+from megatron_selfdistill.data.acceptance import Rule, answer_text
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
 from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records, whole_number
 from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError

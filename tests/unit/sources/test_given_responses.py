@@ -11,11 +11,11 @@ from typing import Any
 import models
 import pytest
 
-from megatron_selfdistill.data.chat.replies import Turn, Unusable
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet
+from megatron_selfdistill.data.replies import Turn, Unusable
 from megatron_selfdistill.distributed.ranks import initialize
-from megatron_selfdistill.sources import logged_turns
+from megatron_selfdistill.sources import given_responses
 
 NUM_TURNS, BATCH_SIZE, STEPS = 20, 6, 5
 LONG, BAD = {"3", "8", "11"}, {"5", "14"}
@@ -45,8 +45,8 @@ def turns_of_steps(run_dir: Path) -> list[dict[str, Any]]:
     run_data = SimpleNamespace(problems=ProblemSet(problems))
     sampler = ProblemSampler(run_data.problems, batch_size=BATCH_SIZE, seed=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(logged_turns, "turn_reader", lambda config, run_data: Reader())
-        turns = logged_turns.LoggedTurns(SimpleNamespace(run_dir=run_dir), run_data, grid)
+        patch.setattr(given_responses, "turn_reader", lambda config, run_data: Reader())
+        turns = given_responses.LoggedTurns(SimpleNamespace(run_dir=run_dir), run_data, grid)
     steps = [turns.next_turns(sampler) for _ in range(STEPS)]
     return [
         {
@@ -72,5 +72,12 @@ def test_the_next_usable_turns_are_divided_among_the_replicas(ranks, tmp_path):
     skipped = [sum(step["counts"][f"turns/skipped_{kind}"] for step in whole) for kind in ("long", "bad")]
     assert skipped[0] >= len(LONG) and skipped[1] >= len(BAD)
     for name in ("one", "two"):
-        lines = (tmp_path / name / logged_turns.SKIPPED_FILE).read_text().splitlines()
+        lines = (tmp_path / name / given_responses.SKIPPED_FILE).read_text().splitlines()
         assert sorted(lines) == sorted(f"turn {name}" for name in LONG | BAD), "each unusable turn is listed once"
+
+
+def test_a_byte_that_is_no_text_in_the_list_of_skipped_turns_stops_nothing(tmp_path):
+    path = tmp_path / "skipped.txt"
+    path.write_bytes(b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\n")
+    given_responses.list_skipped(path, ["log.jsonl:3: too\u2028long", "log.jsonl:4: too long"])
+    assert path.read_bytes() == b"\xff\nlog.jsonl:3: too\xe2\x80\xa8long\nlog.jsonl:4: too long\n"
