@@ -159,7 +159,7 @@ def _config(header: _Header, place: Path) -> Any:
     from megatron_selfdistill.interop.hf.mapping import family_of
 
     try:
-        config = AutoConfig.from_pretrained(place, gguf_file=_NAME)
+        config = AutoConfig.from_pretrained(place, gguf_file=_NAME, trust_remote_code=False)
     except _ERRORS as error:
         raise CheckpointError(
             f"transformers cannot read the architecture {header.architecture!r} of {header.file} ({error}): {_INSTEAD}"

@@ -15,7 +15,7 @@ from models import parallel
 
 from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.model import layers
+from megatron_selfdistill.model import layers, rotary
 from megatron_selfdistill.model.forward import Fusion
 from megatron_selfdistill.pipeline import batch, schedule
 from megatron_selfdistill.pipeline.token_losses import GuidedTokens
@@ -90,8 +90,7 @@ def traffic_with(fault: str) -> list[str]:
     """Return the traffic that is recorded with a fault that the code had before."""
     with pytest.MonkeyPatch.context() as patch:
         if fault == "Megatron's rotary embedding":
-            megatrons = layers._megatrons_rotary_embedding
-            patch.setattr(layers.rope_utils, "_apply_rotary_pos_emb_thd", megatrons)
+            patch.setattr(rotary.rope_utils, "_apply_rotary_pos_emb_thd", rotary._megatrons_packed_rotation)
         elif fault == "attention asks for lengths":
             of = layers.PackedSequences.of.__func__
 

@@ -153,7 +153,7 @@ def auxiliary_loss(num_real: int, padding: float) -> tuple[float, torch.Tensor, 
 
     ``num_real``: the number of real tokens among the 6.
     """
-    router = router_with(moe_aux_loss_coeff=0.5)
+    router = router_with(transformer={"moe_aux_loss_coeff": 0.5})
     torch.manual_seed(0)
     clear_aux_losses_tracker()
     hidden = torch.randn(6, 1, 32)
