@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import tempfile
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 import models
 import torch
 
-from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig, YarnConfig
+from megatron_selfdistill.config import AdapterConfig, ModelConfig, RolloutConfig
 from megatron_selfdistill.interop.hf.family import Family
 from megatron_selfdistill.rollout.base import Request, SamplingParams, sample_seed
 
@@ -25,7 +26,10 @@ MODELS = {
     "tied": models.model_config("tied", **SIZES, num_query_groups=2),
     "moe": models.model_config("moe", **SIZES, num_query_groups=2),
     "yarn": models.model_config(
-        "yarn", **SIZES, num_query_groups=2, yarn=YarnConfig(original_max_position_embeddings=128)
+        "yarn",
+        **SIZES,
+        num_query_groups=2,
+        yarn=dataclasses.replace(models.model_config("yarn").yarn, original_max_position_embeddings=128),
     ),
     "moonlight": models.model_config(
         "moe",
