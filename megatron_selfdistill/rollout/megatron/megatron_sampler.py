@@ -399,9 +399,9 @@ class MegatronSampler:
             )
         require_room(shortest, longest, params.max_new_tokens, self._max_length)
         if needed > capacity:
-            num_roles = _COUNTS[len(guided_roles(params.target))]
+            count = _COUNTS[len(guided_roles(params.target))]
             raise ValueError(
-                f"one request holds {needed} tokens (a guided request in {num_roles} sequences), so it needs "
+                f"one request holds {needed} tokens (a guided request in {count} sequences), so it needs "
                 f"{needed * per_token / _GIB:.3g} GiB of KV cache, but there is room for "
                 f"{capacity} tokens; raise rollout.kv_cache_gb or lower rollout.max_new_tokens"
             )
