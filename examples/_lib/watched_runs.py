@@ -83,20 +83,20 @@ def watch(
             if step < steps[-1]:
                 if before_step is not None:
                     before_step(trainer, step)
-                entropies.append(train_one_step(trainer))
+                entropies.append(train_one_step(trainer).get("entropy/student"))
         if at_end is not None:
             at_end(trainer)
     return points
 
 
 @contextmanager
-def opened(overrides: Sequence[str]) -> Iterator[Trainer]:
-    """Yield the trainer of the quickstart's configuration with ``overrides``; close the trainer at the end."""
+def opened(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> Iterator[Trainer]:
+    """Yield the trainer of a configuration, the quickstart's by default, with ``overrides``; close it at the end."""
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.run_data import RunData
     from megatron_selfdistill.trainer import Trainer
 
-    config = configuration.load(overrides, CONFIG_NAME)
+    config = configuration.load(overrides, config_name)
     grid = ranks.initialize(config.parallel, config.seed)
     try:
         trainer = Trainer(config, RunData.load(config), grid)
@@ -109,14 +109,14 @@ def opened(overrides: Sequence[str]) -> Iterator[Trainer]:
         ranks.shutdown()
 
 
-def train_one_step(trainer: Trainer) -> float | None:
-    """Take one step of the loop of train.py; return the student's entropy on its responses, in nats, if measured."""
+def train_one_step(trainer: Trainer) -> dict[str, float]:
+    """Take one step of the loop of train.py; return its metrics."""
     batch = trainer.next_batch()
     packed = trainer.pack(batch)
     step = [trainer.forward_backward(batch, packed)]
     metrics = trainer.update(step)
     trainer.finish_step(step, metrics)
-    return metrics.get("entropy/student")
+    return metrics
 
 
 def recent(entropies: Sequence[float | None], trainer: Trainer) -> float | None:
