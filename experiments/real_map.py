@@ -66,7 +66,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "student_mix": WITH_STUDENT,
     "student_mix_forward": (*WITH_STUDENT, FORWARD),
     "student_mix_jsd": (*WITH_STUDENT, "loss.divergence=jsd"),
-    "student_mix_lora": (*WITH_STUDENT, "adapters.rank=16", "optimizer.lr=2e-4"),
+    "student_mix_lora": (*WITH_STUDENT, "adapter.rank=16", "optimizer.lr=2e-4"),
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
     "student_mix_other_hint": WITH_STUDENT,
@@ -179,7 +179,7 @@ def run_cell(cell: Cell, lines: Path, root: Path) -> None:
 
 
 def model_directories(root: Path) -> tuple[Path, Path]:
-    """Return the Hugging Face directory and the Megatron checkpoint of the model, made under ``root`` the first time."""
+    """Return the Hugging Face directory and the Megatron checkpoint of the model, made under ``root`` once."""
     from megatron_selfdistill.interop import conversion
 
     hf, megatron = root / "hf", root / "megatron"
@@ -196,7 +196,7 @@ def with_other_hints(records: Sequence[Record], seed: int) -> list[Record]:
         return [record | {"solution": OTHER_INSTRUCTION} for record in records]
     order = list(range(len(hints)))
     random.Random(seed).shuffle(order)
-    following = {a: b for a, b in zip(order, [*order[1:], order[0]], strict=True)}
+    following = dict(zip(order, [*order[1:], order[0]], strict=True))
     return [record | {"solution": hints[following[at]]} for at, record in enumerate(records)]
 
 

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,17 +130,18 @@ def _evaluate_with(
 ) -> None:
     from megatron_selfdistill.evaluation import held_out
     from megatron_selfdistill.evaluation.evaluations import write_evaluation
-    from megatron_selfdistill.evaluation.first_step import measure_first_step
+    from megatron_selfdistill.evaluation.first_step import measure_first_step, recommended
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.tables import show_first_step, show_summary
     from megatron_selfdistill.evaluation.verify import load_verifier
 
+    verifier = load_verifier(config.evaluation.verifier)
     with open_inference(config, run_data, grid) as inference:
         began = time.perf_counter()
         result = held_out.evaluate(
             inference.sampler,
             run_data,
-            load_verifier(config.evaluation.verifier),
+            verifier,
             held_out.EvaluationOptions(
                 params=inference.sampling,
                 num_samples=arguments.num_samples,
@@ -155,16 +157,19 @@ def _evaluate_with(
             grid,
         )
         seconds = time.perf_counter() - began
-        first = measure_first_step(inference, config, run_data, grid) if arguments.hinted else None
+        first = measure_first_step(inference, config, run_data, verifier, grid) if arguments.hinted else None
     if grid.is_reporter:
         about = {"model": model, "data": _data(run_data, arguments), "settings": _settings(config, run_data, arguments)}
-        about |= {} if first is None else {"first_step": first.record()}
+        if first is not None:
+            with_hint = result.greedy_accuracy if result.sampled_accuracy is None else result.sampled_accuracy
+            choice = recommended(first, len(run_data.evaluation), with_hint)
+            about["first_step"] = {**first.record(), "recommended": asdict(choice)}
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
         line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
         show_summary(summary, line, show_all=arguments.all)
         if first is not None:
-            show_first_step(first.record(), first.advice(config))
+            show_first_step(first.record(), first.advice(config), str(choice))
         if result.overlooked is not None:
             print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
 

@@ -9,6 +9,9 @@ with the hint, with the logits t.  The share of the hint that a target q lets th
 
 It is 1 for the teacher alone.  It is equal for target.anchor=reference and student, because both anchors have the
 logits s.  The two differ after the first update, since the mix with the student follows the student.
+
+`recommended` chooses a target from three numbers: how many different hints there are, and the accuracy without and with
+the hint.  docs/real_model.md has the rule, and how it does beside every fixed target.
 """
 
 from __future__ import annotations
@@ -22,15 +25,17 @@ from torch import Tensor
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair, build_contexts
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.inference import Inference
+from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, judged_text
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics.guards import SILENT_KL, first_step_advice
 from megatron_selfdistill.model.forward import decided_output_layer
 from megatron_selfdistill.pipeline.score import Reading, ScoringModels, Want, read, sequence_for
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
-from megatron_selfdistill.rollout.base import Request, sample_seed
+from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 64
@@ -38,6 +43,8 @@ MAX_PROBLEMS = 64
 WEIGHTS = (0.75, 2.0, 4.0)
 """The teacher's weights whose targets are compared with the configured target."""
 CONFIGURED, TEACHER_ALONE = "as configured", "target=teacher_alone"
+NEVER_SOLVED, SOLVED_BY_HINT = 0.01, 0.2
+"""The largest accuracy of a base that never solves its problems, and the smallest of one whose hints solve them."""
 _TOP = 10  # one in this number of tokens is among those with the most difference
 
 
@@ -64,6 +71,10 @@ class FirstStep:
     """The share of the samples that were cut at rollout.max_new_tokens."""
     teacher_kl: float
     """The mean KL(teacher || reference) in nats per token."""
+    accuracy: float
+    """The share of the samples, which saw no hint, that are right."""
+    num_hints: int
+    """The number of different solutions among all problems of the evaluation."""
     let_through: dict[str, LetThrough]
     """The setting -> the share of the hint that its target lets through; `CONFIGURED` is the first."""
 
@@ -82,12 +93,45 @@ class FirstStep:
         return asdict(self)
 
 
-def measure_first_step(inference: Inference, config: Config, run_data: RunData, grid: RankGrid) -> FirstStep:
+@dataclass(frozen=True)
+class Recommended:
+    """The target that `recommended` chooses."""
+
+    overrides: tuple[str, ...]
+    """The settings beside those of the default recipe; empty for the default target."""
+    reason: str
+    """The rest of a sentence after "since"."""
+
+    def __str__(self) -> str:
+        """Return the recommendation as a sentence."""
+        return f"recommended: {' '.join(self.overrides) or 'the default target'}, since {self.reason}"
+
+
+def recommended(first: FirstStep, num_problems: int, hinted_accuracy: float) -> Recommended:
+    """Return the target for a model and its hints.
+
+    ``num_problems``: all problems of the evaluation.  ``hinted_accuracy``: of the responses that saw the hint.
+    """
+    if first.num_hints == 1 < num_problems:
+        return Recommended(
+            ("target.anchor=student",),
+            f"all {num_problems} hints are one text, which tells nothing about a single problem that could leak",
+        )
+    accuracies = f"{first.accuracy:.2f} of the samples without the hint are right, and {hinted_accuracy:.2f} with it"
+    if first.accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
+        overrides = ("loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed")
+        return Recommended(overrides, f"{accuracies}: the default anchor would hold the answers back")
+    return Recommended((), f"there are {first.num_hints} different hints, and {accuracies}")
+
+
+def measure_first_step(
+    inference: Inference, config: Config, run_data: RunData, verifier: Verifier, grid: RankGrid
+) -> FirstStep:
     """Sample a response to each of the first `MAX_PROBLEMS` of ``run_data.evaluation``, and read it with all models.
 
-    The problems have solutions.  The samples are those that an evaluation without hints draws first.  The sampler
-    sleeps afterwards.
-    Every rank of the world calls this function.  Raises: `ConfigError`, `EngineError`.
+    The problems have solutions, and what ``verifier`` compares responses with.  The samples are those that an
+    evaluation without hints draws first.  The sampler sleeps afterwards.
+    Every rank of the world calls this function.  Raises: `ConfigError`, `EngineError`, `VerifierError`.
     """
     problems, builder = run_data.evaluation[:MAX_PROBLEMS], run_data.builder
     prompts = [PromptPair(it.id, builder.student_prompt(it), builder.teacher_prompt(it)) for it in problems]
@@ -112,10 +156,18 @@ def measure_first_step(inference: Inference, config: Config, run_data: RunData, 
     loss = self_distillation(configured, Divergence(), models.backend, fusion=models.fusion)
     measurement = TokenMeasurement(configured, config.loss.fused_chunk_tokens, models.backend, other_targets=others)
     rows = _rows(read(build_contexts(own, responses), models, Want(loss, measurement)), len(others))
+
+    def is_right(problem: Problem, response: Response) -> bool:
+        *_, text = judged_text(response, run_data.tokenizer, config.evaluation.confidence_pattern)
+        return not response.truncated and bool(verifier(text, problem))
+
+    asked = zip(problems[grid.dp_rank :: grid.dp_size], responses, strict=True)
+    rights = judged_by_all({problem.id: (problem, response) for problem, response in asked}, is_right, grid)
     speaks = grid.replica_rank == 0
     tokens = torch.tensor(gather_items(rows.T.tolist() if speaks else []), dtype=torch.float64)
     are_cut = gather_items([response.truncated for response in responses] if speaks else [])
-    return first_step(tokens, are_cut, list(targets))
+    num_hints = len({problem.solution for problem in run_data.evaluation})
+    return first_step(tokens, are_cut, list(rights.values()), num_hints, list(targets))
 
 
 def compared_targets(configured: Target) -> dict[str, Target]:
@@ -131,11 +183,13 @@ def compared_targets(configured: Target) -> dict[str, Target]:
     return {CONFIGURED: first, **named}
 
 
-def first_step(tokens: Tensor, are_cut: Sequence[bool], settings: Sequence[str]) -> FirstStep:
+def first_step(
+    tokens: Tensor, are_cut: Sequence[bool], are_right: Sequence[bool], num_hints: int, settings: Sequence[str]
+) -> FirstStep:
     """Return what the numbers of the tokens say.
 
     ``tokens`` [R, 3 + settings] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of each setting's target.
-    ``are_cut``: per sample, whether it reached the limit of tokens.
+    ``are_cut``, ``are_right``: per sample, whether it reached the limit of tokens, and whether it is right.
     """
     log_prob, entropy, of_teacher, *of_targets = tokens.unbind(1)
     top = of_teacher.topk(-(-len(of_teacher) // _TOP)).indices
@@ -154,6 +208,8 @@ def first_step(tokens: Tensor, are_cut: Sequence[bool], settings: Sequence[str])
         entropy_mean=entropy.mean().item(),
         truncated_share=sum(are_cut) / len(are_cut),
         teacher_kl=of_teacher.mean().item(),
+        accuracy=sum(are_right) / len(are_right),
+        num_hints=num_hints,
         let_through={**let_through, TEACHER_ALONE: LetThrough(1.0, 1.0)},
     )
 

@@ -60,8 +60,11 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
     console().print(table)
 
 
-def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
-    """Print the entry first_step of a summary as a table, with the ``advice`` below it, a sentence per line."""
+def show_first_step(first: Mapping[str, Any], advice: Sequence[str], recommendation: str) -> None:
+    """Print the entry first_step of a summary as a table, with ``advice`` and ``recommendation`` below it.
+
+    ``advice`` has a sentence per line.
+    """
     samples, tokens = _counted(first["num_samples"], "sample"), _counted(first["num_tokens"], "token")
     table = Table(title=f"the first step of a run: {samples} without hints, {tokens}")
     table.add_column("number", no_wrap=True)
@@ -70,6 +73,7 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
     table.add_row("mean log-prob, nats per token", _shown(first["log_prob_mean"]), "")
     table.add_row("entropy, nats per token", _shown(first["entropy_mean"]), "")
     table.add_row("share cut at rollout.max_new_tokens", _shown(first["truncated_share"]), "")
+    table.add_row("accuracy without hints", _shown(first["accuracy"]), "")
     table.add_row("KL(teacher || reference), nats per token", _shown(first["teacher_kl"]), "", end_section=True)
     for setting, share in first["let_through"].items():
         shown = ("-" if value is None else _shown(value) for value in (share["all_tokens"], share["top_tenth"]))
@@ -82,6 +86,7 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
     console().print(table)
     for sentence in advice:
         console().print(sentence, style="yellow", markup=False)
+    console().print(recommendation, markup=False)
 
 
 def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 from tiers import combinations
 from torch import Tensor
 
+from megatron_selfdistill import config as configuration
 from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed import ranks as grids
 from megatron_selfdistill.evaluation.first_step import (
     CONFIGURED,
@@ -25,6 +28,7 @@ from megatron_selfdistill.evaluation.first_step import (
     compared_targets,
     first_step,
     measure_first_step,
+    recommended,
 )
 from megatron_selfdistill.evaluation.inference import open_inference
 from megatron_selfdistill.evaluation.tables import show_first_step
@@ -48,6 +52,11 @@ def directory(tmp_path_factory) -> Path:
     return directory
 
 
+def is_even(response: str, problem: Problem | None = None) -> bool:
+    """Return whether a response is right: whether its length is even."""
+    return len(response) % 2 == 0
+
+
 def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
     """Return the first step, and the samples of this replica."""
     given = ["--megatron", str(directory / "megatron"), "--data", str(directory / "problems.jsonl"), "--hinted"]
@@ -67,7 +76,7 @@ def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
             return responses
 
         inference.sampler.generate = recorded
-        found = measure_first_step(inference, config, run_data, grid)
+        found = measure_first_step(inference, config, run_data, is_even, grid)
     problem_of = {tuple(run_data.builder.student_prompt(it)): it for it in run_data.evaluation}
     samples = [
         (
@@ -107,9 +116,12 @@ def kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def expected(directory: Path, samples: Samples) -> dict:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(directory / "hf", dtype=torch.float64)
+    decode = AutoTokenizer.from_pretrained(directory / "tokenizer").decode
+    texts = [decode(ids[:-1], skip_special_tokens=True) for *_, ids, is_cut in samples if not is_cut]
+    solutions = {json.loads(line)["solution"] for line in (directory / "problems.jsonl").read_text().splitlines()}
     student = torch.cat([logits_of(model, plain, ids) for plain, _, ids, _ in samples])
     teacher = torch.cat([logits_of(model, hinted, ids) for _, hinted, ids, _ in samples])
     tokens = torch.tensor([token for *_, ids, _ in samples for token in ids])
@@ -130,6 +142,8 @@ def expected(directory: Path, samples: Samples) -> dict:
         "entropy_mean": entropy(log_p).mean().item(),
         "truncated_share": sum(is_cut for *_, is_cut in samples) / len(samples),
         "teacher_kl": of_teacher.mean().item(),
+        "accuracy": sum(map(is_even, texts)) / len(samples),
+        "num_hints": len(solutions),
         "let_through": {**shares, TEACHER_ALONE: {"all_tokens": 1.0, "top_tenth": 1.0}},
     }
 
@@ -151,6 +165,7 @@ def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layo
     samples = [sample for _, of_rank in results for sample in of_rank] if layout == "DP2" else results[0][1]
     found, wanted = results[0][0].record(), expected(directory, samples)
     assert 0 < found["truncated_share"] < 1 and found["let_through"].keys() == wanted["let_through"].keys()
+    assert 0 < found["accuracy"] < 1
     shares, wanted_shares = found.pop("let_through"), wanted.pop("let_through")
     assert found == pytest.approx(wanted, rel=1e-4)
     for setting, share in wanted_shares.items():
@@ -173,24 +188,50 @@ def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
     of_teacher = torch.tensor([0.2, 4.0, *[0.1] * 9], dtype=torch.float64)
     of_target = torch.tensor([0.02, 0.4, *[0.1] * 9], dtype=torch.float64)
     tokens = torch.stack([-torch.ones(11).double(), 2 * torch.ones(11).double(), of_teacher, of_target], 1)
-    found = first_step(tokens, [True, False, False, False], [CONFIGURED])
+    found = first_step(tokens, [True, False, False, False], [False, True, True, False], 3, [CONFIGURED])
     share = found.let_through[CONFIGURED]
     assert share.all_tokens == pytest.approx(1.32 / 5.1) and share.top_tenth == pytest.approx(0.1)
     assert (found.log_prob_mean, found.entropy_mean, found.truncated_share) == (-1, 2, 0.25)
+    assert (found.accuracy, found.num_hints) == (0.5, 3)
 
 
 def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
     tokens = torch.tensor([[-1.0, 1.0, 1e-9, 1e-12]], dtype=torch.float64)
-    found = first_step(tokens, [False], [CONFIGURED])
+    found = first_step(tokens, [False], [True], 1, [CONFIGURED])
     assert found.let_through[CONFIGURED] == LetThrough(None, None) and found.advice(Config()) == []
 
 
 def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
     shares = {CONFIGURED: LetThrough(0.0321, None), TEACHER_ALONE: LetThrough(1.0, 1.0)}
-    found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.31, shares)
-    show_first_step(found.record(), found.advice(Config()))
+    found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.31, 0.125, 24, shares)
+    show_first_step(found.record(), found.advice(Config()), str(recommended(found, 24, 0.5)))
     text = capsys.readouterr().out
+    assert "accuracy without hints" in text and "0.125" in text and "recommended: the default target" in text
     assert all(number in text for number in ("24 samples", "1152 tokens", "-2.410", "2.520", "0.970", "0.310", "0.032"))
     assert all(
         key in text for key in ("rollout.temperature=0.7", "rollout.max_new_tokens=512", "target.anchor=student")
     )
+
+
+@pytest.mark.parametrize(
+    ("num_hints", "accuracy", "hinted", "wanted"),
+    [
+        (1, 0.0, 0.9, {"target.anchor=student"}),  # one text for all problems: nothing about a single one can leak
+        (1, 0.5, 0.5, {"target.anchor=student"}),
+        (2, 0.5, 0.9, set()),
+        (12, 0.01, 0.2, {"loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed"}),
+        (12, 0.02, 0.9, set()),  # the base solves some: the default finds them
+        (12, 0.0, 0.19, set()),  # and a hint that does not help gives no reason to let it through
+    ],
+)
+def test_the_recommended_target_follows_from_the_hints_and_both_accuracies(num_hints, accuracy, hinted, wanted):
+    first = FirstStep(12, 100, -1.0, 1.0, 0.0, 0.3, accuracy, num_hints, {CONFIGURED: LetThrough(0.2, 0.2)})
+    found = recommended(first, 12, hinted)
+    assert set(found.overrides) == wanted
+    configuration.load(["data.path=problems.jsonl", *found.overrides])  # the settings fit together
+    assert str(found).startswith(f"recommended: {' '.join(found.overrides) or 'the default target'}, since ")
+
+
+def test_one_problem_has_one_hint_which_says_nothing_about_the_hints():
+    first = FirstStep(1, 10, -1.0, 1.0, 0.0, 0.3, 0.5, 1, {CONFIGURED: LetThrough(0.2, 0.2)})
+    assert recommended(first, 1, 0.5).overrides == ()
