@@ -9,8 +9,11 @@ problems of that split, and measure nothing else.
     python experiments/real_map.py --tasks one_sentence                      the missing cells of a task, every arm
     python experiments/real_map.py --tasks facts --arms default --seeds 11   a part of them
     python experiments/real_map.py --validate --rates 1e-5 2e-5 4e-5         the cells that choose a learning rate
+    python experiments/real_map.py --tables                                  the tables of the page from the lines
+    python experiments/real_map.py --check                                   the status is 1 if the page has others
 
-A step takes 5 to 30 seconds of two cores.
+A step takes 5 to 30 seconds of two cores.  The tables stand between <!-- table NAME --> and <!-- end NAME --> in the
+page: TASK has the figures of a task, rates compares learning rates, and losses compares targets over all tasks.
 """
 
 from __future__ import annotations
@@ -28,7 +31,8 @@ from pathlib import Path
 from statistics import mean, median
 from typing import TYPE_CHECKING, Any
 
-from cell_lines import REPOSITORY, RESULTS, append_line, read_lines
+from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
+from page_tables import short, spread, write_or_compare
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
@@ -44,7 +48,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need 
 
 example = importlib.import_module("12_real_model")
 
-LINES = RESULTS / "real_map.jsonl"
+LINES, PAGE = RESULTS / "real_map.jsonl", DOCS / "real_model.md"
 SEEDS, CHOICE_SEED = (11, 12, 13), 1
 """The seeds that are reported, and the seed of the cells that choose a learning rate."""
 NUM_HELD_OUT, NUM_SAMPLES = 32, 2
@@ -159,10 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validate", action="store_true", help="evaluate on the validation split, and nothing else")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/real_map.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/real_map"), help="the model and the runs")
+    parser.add_argument("--tables", action="store_true", help="write the tables of the page and run nothing")
+    parser.add_argument("--check", action="store_true", help="compare the tables of the page and run nothing")
     options = parser.parse_args(argv)
+    prepare_process(num_threads=None)
+    if options.tables or options.check:
+        lines = read_lines(options.lines)
+        return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
     split = "validation" if options.validate else "held_out"
     seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)
-    prepare_process(num_threads=None)
     for seed, task, arm, rate in product(seeds, options.tasks, options.arms, options.rates):
         cell = Cell(TASKS[task], arm, rate, seed, split)
         if not any(cell.name.items() <= line.items() for line in read_lines(options.lines)):
@@ -221,6 +230,157 @@ def measured(trainer: Trainer, hinted: bool = False) -> dict[str, Any]:
         "tokens": mean(it.length for it in samples),
     }
     return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+# -- the tables of the page -----------------------------------------------------------------------------------------
+
+LABELS = {
+    BEFORE: "before",
+    "default": "anchored, w = .75, reverse KL (the default)",
+    "anchored_w2": "anchored, w = 2, reverse KL",
+    "anchored_w4": "anchored, w = 4, reverse KL",
+    "anchored_forward_w2": "anchored, w = 2, forward KL",
+    "anchored_forward_w2_guided": "anchored, w = 2, forward KL, guided rollouts",
+    "student_mix": "mix with the student, w = .75, reverse KL",
+    "student_mix_forward": "mix with the student, w = .75, forward KL",
+    "student_mix_jsd": "mix with the student, w = .75, JSD",
+    "student_mix_lora": "mix with the student, adapters of rank 16",
+    "teacher_alone": "teacher alone, reverse KL",
+    "teacher_alone_forward": "teacher alone, forward KL",
+    "student_mix_other_hint": "control: mix with the student, another hint",
+    "default_other_hint": "control: default, another hint",
+    "student_mix_no_hint": "control: mix with the student, the wording without a hint",
+    "default_no_hint": "control: default, the wording without a hint",
+    "grpo": "GRPO with the verifier",
+    "rft": "RFT with the verifier",
+    "sft": "SFT on the hint",
+}
+FIGURES = {
+    "greedy": "greedy",
+    "sampled": "sampled",
+    "refers": "speak of the hint",
+    "tokens": "tokens",
+    "kept_perplexity": "perplexity",
+    "kept_length": "general answers: tokens",
+    "kept_repeated": "repeated",
+    "kept_log_prob": "log-prob under the base",
+}
+"""Figure of a line -> heading of its column."""
+
+
+def table_of(name: str, lines: Sequence[Line]) -> list[str]:
+    """Return the rows of the table ``name`` of the page."""
+    if name == "rates":
+        return table_of_rates([line for line in lines if line["split"] == "validation"])
+    reported = [line for line in lines if line["split"] == "held_out"]
+    return table_of_losses(reported) if name == "losses" else table_of_task(name, reported)
+
+
+def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
+    """Return the table of a task, a row for each arm that has a line, with the number of its seeds."""
+    rows = [["", "seeds", *FIGURES.values()], ["---"] * (len(FIGURES) + 2)]
+    for arm, label in LABELS.items():
+        of_arm = [line for line in lines if (line["task"], line["arm"]) == (task, arm)]
+        if of_arm:
+            rows.append([label, str(len(of_arm)), *(spread([line[figure] for line in of_arm]) for figure in FIGURES)])
+        if of_arm and arm == BEFORE:
+            cells = [spread([line.get(f"hinted_{figure}") for line in of_arm]) for figure in FIGURES]
+            rows.append(["before, with the hint in the prompt", str(len(of_arm)), *cells])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def table_of_rates(lines: Sequence[Line]) -> list[str]:
+    """Return the table of greedy / sampled accuracies on the validation split, a column for each learning rate."""
+    rates = sorted({line["lr"] for line in lines})
+    rows = [["task", "arm", *(f"{rate:g}" for rate in rates)], ["---"] * (len(rates) + 2)]
+    for task, arm in product(TASKS, LABELS):
+        of_arm = {line["lr"]: line for line in lines if (line["task"], line["arm"]) == (task, arm)}
+        if of_arm:
+            cells = [accuracies(of_arm[rate]) if rate in of_arm else "" for rate in rates]
+            rows.append([task, LABELS[arm], *cells])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+SMALL_TASKS = (
+    *("leak", "quickstart", "wrong_hints", "hard", "many_answers", "chat_logs"),
+    *("unsolved", "unsolved_leaking", "unsolved_wrong", "choosing", "choosing_surer"),
+)
+"""The tasks of anchored_map.py that compare the three fixed targets under reverse KL."""
+FIXED = {
+    "default": "anchored_matched",
+    "student_mix": "student_matched",
+    "teacher_alone": "teacher_alone",
+    "anchored_forward_w2_guided": "anchored_matched_forward_w2_guided",
+}
+"""Arm of a real task -> the same arm of a small task; the last one is no fixed target, but a choice of the rule."""
+BY_OVERRIDES = {(): "default", ("target.anchor=student",): "student_mix"}
+"""What `recommended` returns -> the arm; its third choice has guided rollouts."""
+
+
+def table_of_losses(lines: Sequence[Line]) -> list[str]:
+    """Return the sampled accuracy of the best fixed target and what every target and the rule lose, per task."""
+    small = read_lines(RESULTS / "anchored_map.jsonl")
+    fixed = list(FIXED)[:3]
+    rows = [["task", "best", *(LABELS[arm] for arm in fixed), "by the rule", "it takes"], ["---"] * 7]
+    losses: list[list[float]] = []
+    for task in (*SMALL_TASKS, *TASKS):
+        scores = scores_on_small(task, small) if task in SMALL_TASKS else scores_on_real(task, lines)
+        chosen = chosen_on_small(task, small) if task in SMALL_TASKS else chosen_on_real(task, lines)
+        if not {*fixed, chosen} <= scores.keys():
+            continue
+        best = max(scores[arm] for arm in fixed)
+        losses.append([best - scores[arm] for arm in (*fixed, chosen)])
+        rows.append([task, short(best), *map(signed, losses[-1]), chosen])
+    rows.append(["mean", "", *(signed(mean(column)) for column in zip(*losses, strict=True)), ""])
+    return [f"| {' | '.join(row)} |" for row in rows]
+
+
+def scores_on_small(task: str, lines: Sequence[Line]) -> dict[str, float]:
+    """Return the sampled accuracy after the last step of each arm of `FIXED`, the mean over the seeds."""
+    scores = {}
+    for arm, name in FIXED.items():
+        place = f"{task}_guided" if name.endswith("guided") else task
+        of_arm = [line["sampled"][-1] for line in lines if (line["experiment"], line["arm"]) == (place, name)]
+        scores |= {arm: mean(of_arm)} if of_arm else {}
+    return scores
+
+
+def scores_on_real(task: str, lines: Sequence[Line]) -> dict[str, float]:
+    """Return the sampled accuracy of each arm of `FIXED`, the mean over the seeds."""
+    of_arm = {arm: [line["sampled"] for line in lines if (line["task"], line["arm"]) == (task, arm)] for arm in FIXED}
+    return {arm: mean(scores) for arm, scores in of_arm.items() if scores}
+
+
+def chosen_on_small(task: str, lines: Sequence[Line]) -> str:
+    """Return the arm that the rule chooses; every problem of a small task has a hint of its own."""
+    bases = [line for line in lines if (line["experiment"], line["arm"]) == (task, "base")]
+    hinted = [line["hinted"]["within_3"] if isinstance(line["hinted"], dict) else line["hinted"] for line in bases]
+    return chosen_arm(mean(line["sampled"][0] for line in bases), mean(hinted), num_hints=2)
+
+
+def chosen_on_real(task: str, lines: Sequence[Line]) -> str:
+    """Return the arm that the rule chooses; empty before the base is measured."""
+    before = [line for line in lines if (line["task"], line["arm"]) == (task, BEFORE)]
+    num_hints = len({record["solution"] for record in TASKS[task].problems("held_out")[:NUM_HELD_OUT]})
+    return chosen_arm(before[0]["sampled"], before[0]["hinted_sampled"], num_hints) if before else ""
+
+
+def chosen_arm(accuracy: float, hinted_accuracy: float, num_hints: int) -> str:
+    """Return the arm with the settings that `selfdistill evaluate --hinted` recommends."""
+    from megatron_selfdistill.evaluation.first_step import recommended
+
+    overrides = recommended(num_hints, NUM_HELD_OUT, accuracy, hinted_accuracy).overrides
+    return BY_OVERRIDES.get(overrides, "anchored_forward_w2_guided")
+
+
+def signed(value: float) -> str:
+    """Return a loss with its sign, if it is a gain, without the zero before the point."""
+    return f"-{short(-value)}" if round(value, 2) < 0 else short(max(value, 0.0))
+
+
+def accuracies(line: Line) -> str:
+    """Return greedy / sampled accuracy."""
+    return f"{short(line['greedy'])} / {short(line['sampled'])}"
 
 
 if __name__ == "__main__":

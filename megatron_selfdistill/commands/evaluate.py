@@ -162,7 +162,7 @@ def _evaluate_with(
         about = {"model": model, "data": _data(run_data, arguments), "settings": _settings(config, run_data, arguments)}
         if first is not None:
             with_hint = result.greedy_accuracy if result.sampled_accuracy is None else result.sampled_accuracy
-            choice = recommended(first, len(run_data.evaluation), with_hint)
+            choice = recommended(first.num_hints, len(run_data.evaluation), first.accuracy, with_hint)
             about["first_step"] = {**first.record(), "recommended": asdict(choice)}
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))

@@ -107,21 +107,21 @@ class Recommended:
         return f"recommended: {' '.join(self.overrides) or 'the default target'}, since {self.reason}"
 
 
-def recommended(first: FirstStep, num_problems: int, hinted_accuracy: float) -> Recommended:
-    """Return the target for a model and its hints.
+def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accuracy: float) -> Recommended:
+    """Return the target for a model whose ``num_problems`` problems have ``num_hints`` different hints.
 
-    ``num_problems``: all problems of the evaluation.  ``hinted_accuracy``: of the responses that saw the hint.
+    ``accuracy`` and ``hinted_accuracy``: the shares of right responses that did not see, and that saw, the hint.
     """
-    if first.num_hints == 1 < num_problems:
+    if num_hints == 1 < num_problems:
         return Recommended(
             ("target.anchor=student",),
             f"all {num_problems} hints are one text, which tells nothing about a single problem that could leak",
         )
-    accuracies = f"{first.accuracy:.2f} of the samples without the hint are right, and {hinted_accuracy:.2f} with it"
-    if first.accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
+    accuracies = f"{accuracy:.2f} of the samples without the hint are right, and {hinted_accuracy:.2f} with it"
+    if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
         overrides = ("loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed")
         return Recommended(overrides, f"{accuracies}: the default anchor would hold the answers back")
-    return Recommended((), f"there are {first.num_hints} different hints, and {accuracies}")
+    return Recommended((), f"there are {num_hints} different hints, and {accuracies}")
 
 
 def measure_first_step(

@@ -204,7 +204,7 @@ def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
 def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
     shares = {CONFIGURED: LetThrough(0.0321, None), TEACHER_ALONE: LetThrough(1.0, 1.0)}
     found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.31, 0.125, 24, shares)
-    show_first_step(found.record(), found.advice(Config()), str(recommended(found, 24, 0.5)))
+    show_first_step(found.record(), found.advice(Config()), str(recommended(24, 24, 0.125, 0.5)))
     text = capsys.readouterr().out
     assert "accuracy without hints" in text and "0.125" in text and "recommended: the default target" in text
     assert all(number in text for number in ("24 samples", "1152 tokens", "-2.410", "2.520", "0.970", "0.310", "0.032"))
@@ -225,13 +225,11 @@ def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
     ],
 )
 def test_the_recommended_target_follows_from_the_hints_and_both_accuracies(num_hints, accuracy, hinted, wanted):
-    first = FirstStep(12, 100, -1.0, 1.0, 0.0, 0.3, accuracy, num_hints, {CONFIGURED: LetThrough(0.2, 0.2)})
-    found = recommended(first, 12, hinted)
+    found = recommended(num_hints, 12, accuracy, hinted)
     assert set(found.overrides) == wanted
     configuration.load(["data.path=problems.jsonl", *found.overrides])  # the settings fit together
     assert str(found).startswith(f"recommended: {' '.join(found.overrides) or 'the default target'}, since ")
 
 
 def test_one_problem_has_one_hint_which_says_nothing_about_the_hints():
-    first = FirstStep(1, 10, -1.0, 1.0, 0.0, 0.3, 0.5, 1, {CONFIGURED: LetThrough(0.2, 0.2)})
-    assert recommended(first, 1, 0.5).overrides == ()
+    assert recommended(1, 1, 0.5, 0.5).overrides == ()
