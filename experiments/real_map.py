@@ -214,7 +214,7 @@ def trained(trainer: Trainer) -> dict[str, Any]:
     losses, seconds = [], []
     for _ in range(trainer.config.num_steps):
         began = time.perf_counter()
-        losses.append(train_one_step(trainer)["loss"])
+        losses.append(train_one_step(trainer)["loss/mean"])
         seconds.append(time.perf_counter() - began)
     return {"losses": [round(loss, 5) for loss in losses], "step_seconds": round(median(seconds[1:]), 2)}
 
