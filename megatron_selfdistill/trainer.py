@@ -20,6 +20,7 @@ from megatron_selfdistill.checkpoint.resumption import (
 )
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
+from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -39,7 +40,7 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
-from megatron_selfdistill.metrics.leakage import leak_counts
+from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import step_samples
 from megatron_selfdistill.pipeline import schedule
@@ -213,8 +214,7 @@ class Trainer:
         batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
         has_teacher = self.learner.has_teacher
         self.source.commit(batch)
-        words, tokenizer = self.config.metrics.leak_words, self.run_data.tokenizer
-        leaks = leak_counts(batch.contexts, words, tokenizer, self.grid) if has_teacher else None
+        leaks = self._leaks(batch.contexts) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         metrics["data/epoch"] = self.source.state.problem_sampler.epochs
@@ -306,6 +306,12 @@ class Trainer:
         if found.same_problems:
             self.source.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
+
+    def _leaks(self, contexts: Sequence[ContextPair]) -> LeakCounts:
+        """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has."""
+        own, tokenizer = contexts[self.grid.replica_rank :: self.grid.replica_size], self.run_data.tokenizer
+        texts = [tokenizer.decode(context.response, skip_special_tokens=True) for context in own]
+        return leak_counts(own, texts, self.config.metrics.leak_words)
 
     def _show_samples(self, batch: StepBatch, output: StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)

@@ -6,13 +6,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.contexts import ContextPair
-
-if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
-    from megatron_selfdistill.data.tokenizer import Tokenizer
-    from megatron_selfdistill.distributed.ranks import RankGrid
 
 NUM_TOKENS = 8
 """The length in tokens of the sequences that are searched for: the n of n-grams."""
@@ -87,20 +82,15 @@ def word_counts(text: str, num_tokens: int, pattern: re.Pattern[str] | None) -> 
     return LeakCounts() if pattern is None else LeakCounts(words=len(pattern.findall(text)), tokens=num_tokens)
 
 
-def leak_counts(
-    contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid
-) -> LeakCounts:
-    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has.
+def leak_counts(contexts: Sequence[ContextPair], texts: Sequence[str], words: Sequence[str]) -> LeakCounts:
+    """Return the counts of the responses of ``contexts``, whose ``texts`` show no special tokens.
 
-    ``words``: words and phrases that speak of the hint.  The sum over the ranks of the world counts every response
-    once.  Collectives: none.
+    ``words``: words and phrases that speak of the hint.
     """
     pattern, counts = word_pattern(words), LeakCounts()
-    for context in contexts[grid.replica_rank :: grid.replica_size]:
+    for context, text in zip(contexts, texts, strict=True):
         counts += hint_counts(context.response, grams_of_hint(context.student_prompt, context.teacher_prompt))
-        if pattern is not None:
-            text = tokenizer.decode(context.response, skip_special_tokens=True)
-            counts += word_counts(text, len(context.response), pattern)
+        counts += word_counts(text, len(context.response), pattern)
     return counts
 
 
