@@ -240,13 +240,12 @@ def compare(arguments: argparse.Namespace) -> int:
 
     for directory in (arguments.a, arguments.b):
         require_evaluation(directory)
-    from megatron_selfdistill.evaluation import comparison
-    from megatron_selfdistill.evaluation.evaluations import read_evaluation
+    from megatron_selfdistill.evaluation import evaluations
     from megatron_selfdistill.evaluation.tables import show_comparison
 
-    compared = comparison.compare(
-        read_evaluation(arguments.a),
-        read_evaluation(arguments.b),
+    compared = evaluations.compare(
+        evaluations.read_evaluation(arguments.a),
+        evaluations.read_evaluation(arguments.b),
         num_resamples=arguments.resamples,
         seed=arguments.seed,
     )

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from megatron_selfdistill.evaluation.comparison import Comparison
+from megatron_selfdistill.evaluation.evaluations import Comparison
 
 
 def first_metrics(names: Iterable[str]) -> list[str]:

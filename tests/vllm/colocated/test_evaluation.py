@@ -13,8 +13,7 @@ import tiny_run
 from rounded_json import assert_equal_but_for_rounding, read_lines
 
 from megatron_selfdistill.commands import evaluate as evaluate_command
-from megatron_selfdistill.evaluation.comparison import compare
-from megatron_selfdistill.evaluation.evaluations import read_evaluation
+from megatron_selfdistill.evaluation.evaluations import compare, read_evaluation
 
 TIMEOUT = 600.0
 SETTINGS = (
