@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.hidden_values import hidden
+from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 

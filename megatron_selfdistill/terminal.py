@@ -1,5 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Texts for a terminal: names in foreign files, which messages quote, cannot steer the terminal of the reader.
+"""Texts that are shown: they keep secrets hidden, and names in foreign files cannot steer the reader's terminal.
+
+A secret is the value of an environment variable that a configuration has read: no message, log or file may show it.
 
 Warnings of Megatron Core and torch that do not help users are silenced; each rank would print a screen of them.
 """
@@ -7,14 +9,13 @@ Warnings of Megatron Core and torch that do not help users are silenced; each ra
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import traceback
 import unicodedata
 import warnings
 from typing import Any
-
-from megatron_selfdistill.hidden_values import hidden
 
 _MESSAGES = (
     # The first lines of a run say which layers are in use.
@@ -32,6 +33,30 @@ _MESSAGES = (
     # The converter writes checkpoints from a single process on purpose.
     "torch.distributed is disabled, unavailable or uninitialized",
 )
+
+SHORTEST_HIDDEN = 6
+"""Characters of the shortest value that is hidden: shorter values are numbers and names that occur everywhere."""
+
+_hidden_values: dict[str, str] = {}  # the name of every hidden variable -> its value, in this process
+
+
+def hide(name: str, value: str) -> None:
+    """Let `hidden` replace the ``value`` of the environment variable ``name`` from now on, in this process."""
+    _hidden_values[name] = value
+
+
+def hidden(text: str) -> str:
+    """Return ``text`` with each value that `hide` was given replaced by ``${oc.env:NAME}``.
+
+    Values of less than `SHORTEST_HIDDEN` characters stay, and so do the paths of files that exist: a command that a
+    message shows can then be pasted.
+    """
+    for name, value in sorted(_hidden_values.items(), key=lambda item: (-len(item[1]), item[0])):
+        is_a_place = os.path.isabs(value) and os.path.exists(value)
+        if len(value) >= SHORTEST_HIDDEN and not is_a_place:
+            for spelling in dict.fromkeys((value, repr(value)[1:-1])):
+                text = text.replace(spelling, f"${{oc.env:{name}}}")
+    return text
 
 
 def visible(text: str) -> str:

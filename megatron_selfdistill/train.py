@@ -23,10 +23,9 @@ from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.instruments.plan import plan_checks
 from megatron_selfdistill.prechecks import require_packages
-from megatron_selfdistill.terminal import guard_standard_error, silence_known_warnings, visible
+from megatron_selfdistill.terminal import guard_standard_error, hidden, silence_known_warnings, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.run_data import RunData
@@ -162,7 +161,7 @@ def _train(
     from megatron_selfdistill.announcement import announce, conclude
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.instruments.explorer.explored import explore_run
-    from megatron_selfdistill.instruments.report.refresh import report_run
+    from megatron_selfdistill.instruments.report.report_command import report_run
     from megatron_selfdistill.metrics.guards import RunUnhealthy
     from megatron_selfdistill.trainer import Trainer
 

@@ -33,12 +33,12 @@ from megatron_selfdistill.distributed.collectives import error_message, run_on_e
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.interop.formats.directory import Temporary
 from megatron_selfdistill.interop.formats.saved_run import SECTION, SavedRun, encode, read_saved_run
 from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE, KEPT_DIGEST, NAME
 from megatron_selfdistill.interop.formats.torch_dist import CONTENT
+from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 

@@ -20,7 +20,6 @@ from megatron_selfdistill.checkpoint import sharded_io, state
 from megatron_selfdistill.config import AdapterConfig, Config
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.interop.formats import directory, manifest
 from megatron_selfdistill.interop.formats.saved_run import SECTION, SavedRun
 from megatron_selfdistill.interop.formats.stored_adapters import (
@@ -35,6 +34,7 @@ from megatron_selfdistill.interop.formats.stored_adapters import (
 )
 from megatron_selfdistill.interop.formats.torch_dist import CONTENT
 from megatron_selfdistill.interop.formats.unpickler import load_pickled
+from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 

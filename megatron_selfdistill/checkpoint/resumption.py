@@ -27,11 +27,11 @@ from megatron_selfdistill.config.bound_keys import (
 from megatron_selfdistill.config.moved_keys import translated
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, ConfigError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.interop.formats.saved_run import SavedRun, read_saved_run
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, fields_set, reconcile
+from megatron_selfdistill.terminal import hidden
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.checkpointer import Checkpointer

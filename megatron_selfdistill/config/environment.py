@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
-from megatron_selfdistill.hidden_values import hidden, hide
+from megatron_selfdistill.terminal import hidden, hide
 
 _SECRET = re.compile(
     r"(?:^|[._])(?:api_?key|access_key|secret_key|secret|password|passwd|(?:hf|api|auth|access|bearer)_token)$",
@@ -72,7 +72,7 @@ def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> di
 
     ``config`` is not resolved yet.  A value may read a variable through other keys.  A default, as in
     ``${oc.env:NAME,default}``, makes no difference.  Every variable that is read, and every secret, is hidden from then
-    on (`hidden_values.hidden`).
+    on (`terminal.hidden`).
 
     Raises: the error of omegaconf for a value that cannot be resolved.
     """

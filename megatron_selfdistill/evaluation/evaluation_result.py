@@ -10,8 +10,7 @@ from typing import Any
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.calibration import Calibration
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k, pass_over_avg
-from megatron_selfdistill.hidden_values import hidden
-from megatron_selfdistill.terminal import visible
+from megatron_selfdistill.terminal import hidden, visible
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,6 @@ from megatron_selfdistill.config import Config, function_named, user_code, writa
 from megatron_selfdistill.config.command_line import COLUMNS as COLUMNS
 from megatron_selfdistill.config.command_line import LINE, Column
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.metrics.phases import Pace, PhaseProgress, Phases, SlowPhaseLines
 from megatron_selfdistill.metrics.samples import Sample, console_text, sample_html
 from megatron_selfdistill.run_log import (
@@ -29,7 +28,7 @@ from megatron_selfdistill.run_log import (
     records,
     replace_file,
 )
-from megatron_selfdistill.terminal import visible
+from megatron_selfdistill.terminal import hidden, visible
 
 WANDB_RUN_ID = "wandb_run_id.txt"
 """The file in the run directory with the id of the run on wandb, which all launches of the run share."""

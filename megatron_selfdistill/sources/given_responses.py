@@ -29,7 +29,6 @@ from megatron_selfdistill.distributed.host_to_device import to_device_in_one_cop
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.loss.weighting import LikelyTurns
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import over_all_ranks
@@ -41,7 +40,7 @@ from megatron_selfdistill.sources.episodes import Episode
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Recording, Rollout, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
-from megatron_selfdistill.terminal import visible
+from megatron_selfdistill.terminal import hidden, visible
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import re
 
-from megatron_selfdistill import hidden_values
+from megatron_selfdistill import terminal
 from megatron_selfdistill.run_log import EventLog, read_events
 
 
@@ -24,7 +24,7 @@ def test_an_event_has_time_step_and_details_and_a_resumed_run_appends(tmp_path):
 
 
 def test_values_from_the_environment_are_hidden_at_every_depth(tmp_path, monkeypatch):
-    monkeypatch.setattr(hidden_values, "_values", {"TOKEN": "s3cret-value"})
+    monkeypatch.setattr(terminal, "_hidden_values", {"TOKEN": "s3cret-value"})
     EventLog(tmp_path).record(0, "started", command="a s3cret-value", facts={"list": ["x s3cret-value"]})
     assert "s3cret" not in (tmp_path / "events.jsonl").read_text()
     (event,) = read_events(tmp_path)

@@ -10,9 +10,8 @@ import pytest
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
-from megatron_selfdistill.hidden_values import hide
 from megatron_selfdistill.sources.given_responses import list_skipped
-from megatron_selfdistill.terminal import guard_standard_error
+from megatron_selfdistill.terminal import guard_standard_error, hide
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,6 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.instruments.explorer.target_page import forget_explored_after, write_explored
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
@@ -26,6 +25,7 @@ from megatron_selfdistill.metrics.samples import chosen, gathered_rows
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.terminal import hidden
 from megatron_selfdistill.trainer import Trainer
 
 if TYPE_CHECKING:

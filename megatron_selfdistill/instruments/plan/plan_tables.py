@@ -15,7 +15,6 @@ from rich.table import Table
 
 from megatron_selfdistill.config import Config, shown_argument
 from megatron_selfdistill.data.problems import about_visits
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
 from megatron_selfdistill.instruments.plan.gpus import MFU, NETWORK, RATES
@@ -25,7 +24,7 @@ from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
 from megatron_selfdistill.prechecks import about_packages
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.terminal import visible
+from megatron_selfdistill.terminal import hidden, visible
 
 NEEDED = {
     "checkpoint.load": "/path/to/megatron/checkpoint",

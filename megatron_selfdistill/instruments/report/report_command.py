@@ -15,10 +15,23 @@ exit status: 0; 2 with one message for a directory that is no run directory
 from __future__ import annotations
 
 import argparse
+import logging
+import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.terminal import print_error
+from megatron_selfdistill.run_log import REPORT_FILE
+from megatron_selfdistill.terminal import hidden, print_error
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.trainer import Trainer
+
+logger = logging.getLogger(__name__)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -42,3 +55,101 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="directories of runs; the first is the baseline")
     parser.add_argument("-o", "--out", help="the file (default: report.html in the first run directory)")
     return parser
+
+
+END_SECONDS = 20.0
+"""The longest time that the end of a run waits for its last report."""
+
+
+class ReportRefresh:
+    """The writer of a run's own report, which calls the command in a process of its own.
+
+    Training never waits for a report and never fails by it: a report that fails becomes one warning per reason.
+    ``enabled``: False if this rank writes no report.
+    """
+
+    def __init__(self, run_dir: str | Path, *, enabled: bool = True) -> None:
+        self.run_dir, self.enabled = Path(run_dir), enabled
+        self.path = self.run_dir / REPORT_FILE if enabled else None
+        """The file of the report; None if this rank writes no report."""
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors: IO[bytes] | None = None
+        self._warned: set[str] = set()
+
+    def start(self) -> None:
+        """Start writing the report of the present files; does nothing while an earlier report is being written."""
+        if not self.enabled or self._is_writing():
+            return
+        here = str(Path(__file__).resolve().parents[3])
+        places = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+        try:
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115  (closed when the process has ended)
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(self.run_dir)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(places)},
+                start_new_session=True,  # a Ctrl-C is for the run
+            )
+        except OSError as error:
+            self._warn(str(error))
+
+    def finish(self, seconds: float = END_SECONDS) -> None:
+        """Write the last report, and wait for it at most ``seconds``; a process that needs longer goes on alone."""
+        if not self.enabled:
+            return
+        self._wait(seconds)
+        self.start()
+        self._wait(seconds)
+
+    def _wait(self, seconds: float) -> None:
+        if self._process is not None:
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                self._warn(f"it is not written after {seconds:.0f} s")
+            self._is_writing()
+
+    def _is_writing(self) -> bool:
+        """Return whether a report is being written; warn if the last one failed."""
+        if self._process is None:
+            return False
+        status = self._process.poll()
+        if status is None:
+            return True
+        self._process = None
+        if self._errors is not None:
+            self._errors.seek(0)
+            last = self._errors.read().decode(errors="replace").strip().splitlines()[-1:]
+            self._errors.close()
+            self._errors = None
+            if status != 0:
+                self._warn(last[0].removeprefix("report: ") if last else f"exit status {status}")
+        return False
+
+    def _warn(self, reason: str) -> None:
+        if reason not in self._warned:
+            self._warned.add(reason)
+            text = f"the report of {self.run_dir} is not written: {reason}; `selfdistill report` writes it"
+            logger.warning("%s", hidden(text))
+
+
+def report_run(trainer: Trainer) -> ReportRefresh:
+    """Return the writer of the run's report, which starts after the steps that the configuration names from now on."""
+    config = trainer.config
+    report = ReportRefresh(trainer.run_dir, enabled=trainer.events.enabled and config.report.every != 0)
+
+    def refresh(trainer: Trainer) -> None:
+        evaluated = config.evaluation.due(trainer.step, config.num_steps)
+        if config.report.due(trainer.step, evaluated) and trainer.step < config.num_steps:
+            report.start()
+
+    if report.enabled:
+        trainer.after_step.append(refresh)
+    return report
+
+
+if __name__ == "__main__":  # as `ReportRefresh` starts it, behind all other work of the machine
+    os.nice(10)
+    sys.exit(main())

@@ -13,7 +13,6 @@ from typing import Any
 import yaml
 
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.hidden_values import hidden
 from megatron_selfdistill.run_log import (
     METRICS_FILE,
     each_metrics,
@@ -23,6 +22,7 @@ from megatron_selfdistill.run_log import (
     read_samples,
     shortened,
 )
+from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from megatron_selfdistill import train
 from megatron_selfdistill.config import from_mapping, load, shown_argument, to_yaml, writable
 from megatron_selfdistill.config.bound_keys import FREE, READ_VALUES, differences, refusal, stored_values
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.hidden_values import SHORTEST_HIDDEN, hidden
 from megatron_selfdistill.instruments.plan.plan_tables import launch_commands
 from megatron_selfdistill.sources.given_responses import list_skipped
+from megatron_selfdistill.terminal import SHORTEST_HIDDEN, hidden
 from megatron_selfdistill.train import main
 
 SECRET = "s3cr3t-0f-the-lab"

@@ -11,9 +11,10 @@ import time
 
 import pytest
 from reported_runs import blocks_of, write_run
+from tiny_run import REPOSITORY
 
-from megatron_selfdistill.instruments.report import refresh
-from megatron_selfdistill.instruments.report.refresh import ReportRefresh
+from megatron_selfdistill.instruments.report import report_command
+from megatron_selfdistill.instruments.report.report_command import ReportRefresh
 
 
 def test_the_last_report_shows_the_last_step_and_no_process_stays(tmp_path):
@@ -26,14 +27,14 @@ def test_the_last_report_shows_the_last_step_and_no_process_stays(tmp_path):
 
 @pytest.mark.timing
 def test_a_report_that_is_slow_holds_up_neither_the_next_one_nor_the_end(tmp_path, monkeypatch, caplog):
-    real = refresh.subprocess.Popen
+    real = report_command.subprocess.Popen
     started = []
 
     def slow(command, **options):
         started.append(real([sys.executable, "-c", "import time; time.sleep(60)"], **options))
         return started[-1]
 
-    monkeypatch.setattr(refresh.subprocess, "Popen", slow)
+    monkeypatch.setattr(report_command.subprocess, "Popen", slow)
     writer, began = ReportRefresh(tmp_path), time.monotonic()
     writer.start()
     writer.start()
@@ -61,8 +62,20 @@ def test_a_machine_that_starts_no_process_is_a_warning(tmp_path, monkeypatch, ca
     assert "No such file or directory" in caplog.text
 
 
+def test_the_process_imports_the_package_of_the_run(tmp_path, monkeypatch):
+    started = []
+
+    def refuse(command, **options):
+        started.append(options["env"]["PYTHONPATH"].split(os.pathsep)[0])
+        raise OSError
+
+    monkeypatch.setattr(report_command.subprocess, "Popen", refuse)
+    ReportRefresh(tmp_path).start()
+    assert started == [str(REPOSITORY)]
+
+
 def test_a_rank_that_is_not_the_reporter_starts_nothing(tmp_path, monkeypatch):
-    monkeypatch.setattr(refresh.subprocess, "Popen", None)
+    monkeypatch.setattr(report_command.subprocess, "Popen", None)
     writer = ReportRefresh(write_run(tmp_path / "run", 10), enabled=False)
     writer.start()
     writer.finish()
@@ -72,7 +85,7 @@ def test_a_rank_that_is_not_the_reporter_starts_nothing(tmp_path, monkeypatch):
 def test_the_process_imports_neither_torch_nor_numpy(tmp_path):
     run_dir = write_run(tmp_path / "run", 10)
     code = (
-        "import sys\nfrom megatron_selfdistill.instruments.report.refresh import main\nmain(sys.argv[1:])\n"
+        "import sys\nfrom megatron_selfdistill.instruments.report.report_command import main\nmain(sys.argv[1:])\n"
         "sys.exit(repr({'torch', 'numpy', 'megatron', 'hydra', 'matplotlib'} & set(sys.modules) or ''))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
