@@ -57,6 +57,21 @@ def test_a_file_above_the_limit_is_named(tmp_path):
     assert sentence.startswith(f"{large} has 500 KiB")
 
 
+def test_every_hook_runs_the_check_that_it_names():
+    (local,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
+    entries = {hook["id"]: hook["entry"] for hook in local["hooks"]}
+    assert "ruff check" in entries["ruff"] and "ruff format --check" in entries["ruff-format"]
+    assert entries["codespell"].endswith("bin/codespell")
+    assert entries["large-files"].endswith("tools/commit_checks.py files")
+    assert entries["subject"].endswith("tools/commit_checks.py subject")
+
+
+def test_ci_checks_the_subjects_of_the_history():
+    makefile = (REPOSITORY / "Makefile").read_text(encoding="utf-8")
+    assert "tools/commit_checks.py history" in makefile.partition("\ncheck: ")[2].partition("\n\n")[0]
+    assert '\nstage "make check" make check\n' in (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+
+
 def test_the_hooks_get_the_changed_files_and_leave_what_needs_the_whole_project_to_ci():
     (local,) = yaml.safe_load((REPOSITORY / ".pre-commit-config.yaml").read_text())["repos"]
     hooks = {hook["id"]: hook for hook in local["hooks"]}

@@ -39,4 +39,5 @@ def test_the_newest_release_is_the_version_of_the_package_and_of_the_citation():
 
 
 def test_the_page_for_releases_has_at_most_ten_lines():
-    assert len((REPOSITORY / "RELEASING.md").read_text(encoding="utf-8").splitlines()) <= 10
+    lines = (REPOSITORY / "RELEASING.md").read_text(encoding="utf-8").splitlines()
+    assert lines[0] == "# Releasing" and any("tag" in line for line in lines) and len(lines) <= 10
