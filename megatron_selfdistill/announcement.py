@@ -19,7 +19,7 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill.checkpoint.run_lock import LOCK
 from megatron_selfdistill.config import AdapterConfig, GivenKeys, shown_argument
 from megatron_selfdistill.data.packing import length_quantum
-from megatron_selfdistill.data.problems import about_visits
+from megatron_selfdistill.data.problems import Problem, about_visits
 from megatron_selfdistill.distributed.ranks import about_allocator
 from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 from megatron_selfdistill.metrics.phases import duration as clock
@@ -92,10 +92,23 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     if data.about_prompts:
         yield data.about_prompts
     yield from data.about_conversations
+    if learner.has_teacher and config.is_anchored and (warning := warning_of_one_hint(data.problems.problems)):
+        yield warning
     yield f"{start(trainer)}; everything goes to {trainer.run_directory.path}"
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan
+
+
+def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:
+    """Return a warning for a target with an anchor if all problems have the same solution, such as an instruction."""
+    hint = problems[0].solution
+    if not hint or len(problems) == 1 or any(problem.solution != hint for problem in problems):
+        return None
+    return (
+        f"warning: all {len(problems)} solutions are one text, which tells nothing about a single problem that could "
+        "leak, and the anchor holds back what it asks for; try target.anchor=student"
+    )
 
 
 def about_adapters(adapter: AdapterConfig, num_moe_experts: int | None) -> str:

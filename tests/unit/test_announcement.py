@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 
 import pytest
+import tiny_run
 
 from megatron_selfdistill import announcement
 from megatron_selfdistill.announcement import about_adapters
 from megatron_selfdistill.config import AdapterConfig, GivenKeys
 from megatron_selfdistill.config.command_line import parse
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.trainer import Trainer
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,17 @@ def test_a_run_says_what_its_adapters_are_on_and_that_routed_experts_have_none(n
     adapter = AdapterConfig(rank=4, alpha=8, layers=["linear_qkv", "linear_fc1"])
     line = about_adapters(adapter, num_moe_experts)
     assert line.startswith("adapters of rank 4, scale 2, on linear_qkv, linear_fc1: ") and line.endswith(end)
+
+
+@pytest.mark.parametrize(
+    ("solutions", "warns"),
+    [(["Be brief."] * 3, True), (["Be brief.", "Be brief.", "4"], False), ([""] * 3, False), (["Be brief."], False)],
+)
+def test_a_run_with_an_anchor_warns_if_all_hints_are_one_text(solutions, warns):
+    problems = [Problem(str(number), (), solution, None, "p.jsonl:1") for number, solution in enumerate(solutions)]
+    warning = announcement.warning_of_one_hint(problems)
+    assert (warning is not None) == warns
+    assert not warns or warning.startswith("warning: all 3 solutions are one text")
 
 
 @pytest.mark.parametrize(
@@ -58,3 +73,17 @@ def test_the_commit_is_that_of_the_checkout_and_says_if_files_differ(tmp_path):
     assert len(found) == 40 and set(found) <= set("0123456789abcdef")
     (tmp_path / "__init__.py").write_text("changed = 1")
     assert announcement.commit(tmp_path) == f"{found} + changes"
+
+
+def lines_before_the_first_step(trainer: Trainer) -> list[str]:
+    return list(announcement._lines(trainer))
+
+
+@pytest.mark.parametrize("anchor", ["reference", "student"])
+def test_the_lines_before_the_first_step_have_the_warning_if_the_target_has_an_anchor(ranks, data, tmp_path, anchor):
+    records = [json.loads(line) | {"solution": "7"} for line in (data / "problems.jsonl").open()]
+    (tmp_path / "one_hint.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    given = [f"data.path={tmp_path}/one_hint.jsonl", f"target.anchor={anchor}"]
+    arguments = tiny_run.overrides(data, tmp_path / "run", *given)
+    (lines,) = ranks.run(tiny_run.with_trainer, arguments, lines_before_the_first_step, world_size=1)
+    assert any("solutions are one text" in line for line in lines) == (anchor == "reference")
