@@ -22,6 +22,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
+from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.stop import Stop
@@ -214,7 +215,8 @@ class Trainer:
         batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
         has_teacher = self.learner.has_teacher
         self.source.commit(batch)
-        leaks = self._leaks(batch.contexts) if has_teacher else None
+        words, tokenizer = self.config.metrics.leak_words, self.run_data.tokenizer
+        leaks = leaks_of(batch.contexts, words, tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         metrics["data/epoch"] = self.source.state.problem_sampler.epochs
@@ -307,12 +309,6 @@ class Trainer:
             self.source.load_state_dict(state)
         self.guards.load_state_dict(state["guards"])
 
-    def _leaks(self, contexts: Sequence[ContextPair]) -> LeakCounts:
-        """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has."""
-        own, tokenizer = contexts[self.grid.replica_rank :: self.grid.replica_size], self.run_data.tokenizer
-        texts = [tokenizer.decode(context.response, skip_special_tokens=True) for context in own]
-        return leak_counts(own, texts, self.config.metrics.leak_words)
-
     def _show_samples(self, batch: StepBatch, output: StepOutput) -> None:
         solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)
         count, tokenizer = self.config.metrics.show_samples, self.run_data.tokenizer
@@ -356,6 +352,13 @@ def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | No
     """Return the last line of a run that ends early, after ``step`` steps; ``checkpoint``: None if no step is done."""
     where = f"checkpoint: {checkpoint}" if checkpoint is not None else "no step was done, so there is no checkpoint"
     return f"stopped after step {step} of {num_steps}: {reason}; started again, the same command continues; {where}"
+
+
+def leaks_of(contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid) -> LeakCounts:
+    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has."""
+    own = contexts[grid.replica_rank :: grid.replica_size]
+    texts = [tokenizer.decode(context.response, skip_special_tokens=True) for context in own]
+    return leak_counts(own, texts, words)
 
 
 def tokens_read(
