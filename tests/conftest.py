@@ -114,6 +114,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Collect garbage from now on, but look at no object of the modules that are loaded by now."""
     gc.freeze()
+    gc.set_threshold(20_000)  # as in the ranks (rank_worker.py)
     gc.enable()
     atexit.register(gc.unfreeze)  # else nanobind reports Triton's objects as leaked at the end of the process
 

@@ -367,6 +367,7 @@ def _import_once(modules: Sequence[str]) -> str | None:
     except Exception:
         return traceback.format_exc()
     finally:
+        gc.set_threshold(20_000)  # a rank lives for seconds: collecting as often as by default takes a tenth of them
         gc.enable()
         warnings.resetwarnings()
 
