@@ -24,11 +24,6 @@ from megatron_selfdistill.metrics.leakage import (
 
 ONE_RANK = SimpleNamespace(is_first_of_replica=True, world_size=1, device=torch.device("cpu"))
 WORDS = ["hint", "reference solution"]
-LAYOUTS = [
-    pytest.param(2, {}, id="dp2"),
-    pytest.param(2, {"tensor_model_parallel_size": 2}, id="tp2"),
-    pytest.param(4, {"pipeline_model_parallel_size": 2, "context_parallel_size": 2}, id="cp2pp2"),
-]
 
 
 def ids(text: str) -> list[int]:
@@ -78,10 +73,9 @@ def test_metrics_are_the_shares_of_the_definition():
     assert 0.02 < found["leak/hint_8grams"] < 0.9 and found["leak/words_per_1000"] > 0
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
-def test_every_layout_gives_every_rank_the_same_numbers(ranks, world_size, sizes):
+def test_several_replicas_of_several_ranks_have_the_numbers_of_one_rank(ranks):
     alone = leakage_metrics(contexts(), WORDS, ONE_RANK)
-    assert ranks.run(metrics_in_layout, sizes, world_size=world_size) == [alone] * world_size
+    assert ranks.run(metrics_in_layout, {"tensor_model_parallel_size": 2}, world_size=4) == [alone] * 4
 
 
 def test_eight_tokens_of_the_hint_count_unless_the_prompt_has_them():

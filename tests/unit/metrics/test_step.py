@@ -34,10 +34,6 @@ ONE_RANK = SimpleNamespace(
     world_size=1, device=torch.device("cpu"), is_last_stage=True, is_first_of_replica=True, tp_rank=0, cp_size=1
 )
 LAYOUTS = [
-    pytest.param(2, {}, id="dp2"),
-    pytest.param(2, {"context_parallel_size": 2}, id="cp2"),
-    pytest.param(2, {"pipeline_model_parallel_size": 2}, id="pp2"),
-    pytest.param(2, {"tensor_model_parallel_size": 2}, id="tp2"),
     pytest.param(4, {"context_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="cp2pp2"),
     pytest.param(4, {"tensor_model_parallel_size": 2}, id="dp2tp2"),
 ]
@@ -317,11 +313,11 @@ def test_a_loss_without_target_reports_only_itself():
     assert all(map(math.isfinite, found.values()))
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [LAYOUTS[0], LAYOUTS[2]])
+@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
 def test_batch_entropies_are_the_means_over_the_global_batch(ranks, world_size, sizes):
     stats = all_rows()
     found = ranks.run(entropies_in_layout, sizes, world_size=world_size)
-    assert found[0] == found[1]
+    assert all(other == found[0] for other in found)
     mean_entropy, betas, means = found[0]
     assert mean_entropy == pytest.approx(float(stats.student_entropy.mean()), rel=1e-12)
     assert betas == stats.grid_betas.tolist()
@@ -347,7 +343,7 @@ def test_batch_entropies_leave_out_nan_and_need_a_target():
         batch_entropies(output_of(None), ONE_RANK)
 
 
-@pytest.mark.parametrize(("world_size", "sizes"), [LAYOUTS[0], LAYOUTS[1], LAYOUTS[5]])
+@pytest.mark.parametrize(("world_size", "sizes"), LAYOUTS)
 def test_rollout_metrics_count_each_response_once(ranks, world_size, sizes):
     expected = {
         "tokens/rollout": 65,

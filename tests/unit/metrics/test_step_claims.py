@@ -21,11 +21,8 @@ VOCAB_SIZE, LENGTHS = 40, [1, 37, 9, 100, 0, 10, 63, 23]
 NUM_TOKENS = sum(LENGTHS)
 ONE_RANK = SimpleNamespace(world_size=1, device=torch.device("cpu"), is_last_stage=True, tp_rank=0)
 LAYOUTS = [
-    pytest.param(2, {}, id="dp2"),
-    pytest.param(2, {"context_parallel_size": 2}, id="cp2"),
-    pytest.param(2, {"pipeline_model_parallel_size": 2}, id="pp2"),
-    pytest.param(2, {"tensor_model_parallel_size": 2}, id="tp2"),
     pytest.param(4, {"context_parallel_size": 2}, id="dp2cp2"),
+    pytest.param(4, {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}, id="tp2pp2"),
 ]
 FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}
 
