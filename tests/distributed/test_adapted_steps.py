@@ -11,6 +11,7 @@ import torch
 from adapted import ADAPTER, AdaptedCase
 from layouts import Case, Outcomes, worst_difference
 from models import parallel
+from tiers import combinations
 
 from megatron_selfdistill.config import AdapterConfig, OptimizerConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Target
@@ -20,10 +21,8 @@ TARGET = Target(anchor="reference")
 SHALLOW = Case(kind="shallow", target=TARGET)
 LAYOUTS = {
     "tp2 sp": ("shallow", 2, parallel(tp=2, sp=True)),
-    "pp2": ("shallow", 2, parallel(pp=2)),
-}
-FULL_LAYOUTS = {
     "tp2": ("shallow", 2, parallel(tp=2)),
+    "pp2": ("shallow", 2, parallel(pp=2)),
     "pp2 vpp2": ("gqa", 2, parallel(pp=2, vpp=2)),
     "cp2": ("shallow", 2, parallel(cp=2)),
     "dp2": ("shallow", 2, parallel()),
@@ -86,16 +85,9 @@ def test_the_gradients_are_those_of_the_merged_model(outcomes, pair_order):
     check(outcomes, AdaptedCase(dataclasses.replace(SHALLOW, pair_order=pair_order, paired=paired)), 1)
 
 
-@pytest.mark.parametrize("name", LAYOUTS)
+@combinations(name=list(LAYOUTS), quick={"name": ["tp2 sp"]}, strength=1)
 def test_every_layout_has_the_same_gradients(outcomes, name):
     kind, world_size, layout = LAYOUTS[name]
-    check(outcomes, AdaptedCase(Case(kind=kind, target=TARGET, parallel=layout)), world_size)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("name", FULL_LAYOUTS)
-def test_further_layouts_have_the_same_gradients(outcomes, name):
-    kind, world_size, layout = FULL_LAYOUTS[name]
     check(outcomes, AdaptedCase(Case(kind=kind, target=TARGET, parallel=layout)), world_size)
 
 

@@ -13,7 +13,7 @@ from tiers import combinations
 
 from megatron_selfdistill.loss.target import Target
 
-QUICK = ["TP2+SP", "PP2xVPP2", "CP2"]
+QUICK = ["TP2+SP", "PP2xVPP2"]  # test_two_projections.py has CP2
 
 
 @pytest.fixture(scope="module")

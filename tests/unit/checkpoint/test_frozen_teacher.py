@@ -95,7 +95,7 @@ def keep_a_reference(setup: Setup, run_dir: Path) -> None:
         resumed.load(run_dir / "checkpoints" / "iter_0000001")
 
 
-@pytest.mark.parametrize("teacher", ["ema", "current"])
+@pytest.mark.parametrize("teacher", ["ema", pytest.param("current", marks=pytest.mark.full)])
 def test_a_reference_beside_another_teacher_is_kept_like_a_frozen_teacher(ranks, tmp_path, teacher):
     setup = dataclasses.replace(FROZEN, teacher=teacher, reference=True)
     ranks.run(keep_a_reference, setup, tmp_path, world_size=1)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import tiny_run
 from ranks import RankError
-from tiers import combinations
 
 from megatron_selfdistill.commands import explanations, solution_journal
 
@@ -108,6 +107,7 @@ def test_the_summary_counts_what_the_attempts_say(directory, summary):
     assert f"{kept} explanations in {directory}/explained.jsonl" in summary
 
 
+@pytest.mark.full
 def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, directory, summary):
     arguments = arguments_of(directory, "killed.jsonl")
     with pytest.raises(RankError):
@@ -117,7 +117,8 @@ def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, di
     assert (directory / "killed.jsonl").read_text() == (directory / "explained.jsonl").read_text()
 
 
-@combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_writes_the_same_explanations(ranks, directory, summary, layout):
     made(ranks, arguments_of(directory, f"{layout}.jsonl", *LAYOUTS[layout]), world_size=2)
     for expected, got in zip(
