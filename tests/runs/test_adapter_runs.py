@@ -71,12 +71,13 @@ def test_a_run_trains_its_adapters_alone_and_resumes_bit_for_bit(ranks, data, ba
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, base), step=3, num_steps=4)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     "layout",
     [
         ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
-        pytest.param(["parallel.pipeline_model_parallel_size=2"], marks=pytest.mark.full),
-        pytest.param([], marks=pytest.mark.full),
+        ["parallel.pipeline_model_parallel_size=2"],
+        [],
     ],
 )
 def test_every_layout_learns_alike(ranks, data, base, whole, tmp_path, layout):

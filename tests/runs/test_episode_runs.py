@@ -97,7 +97,8 @@ def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
         assert step["sampler/log_prob_max_abs_diff"] < 1e-4, "only responses are compared with the sampler"
 
 
-@combinations(recipe=list(RECIPES), quick={"recipe": ["rltf_sd"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
     whole = run_of(recipe)
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)

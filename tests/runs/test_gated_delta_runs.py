@@ -28,9 +28,13 @@ def whole(ranks, data, tmp_path_factory) -> Path:
     return run
 
 
-def test_a_run_trains_and_resumes_bit_for_bit(ranks, data, whole):
+def test_a_run_trains(whole):
     metrics = reproducible_metrics(whole)
     assert len(metrics) == 2 and all(step["loss/mean"] > 0 for step in metrics)
+
+
+@pytest.mark.full
+def test_a_run_resumes_bit_for_bit(ranks, data, whole):
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run), step=1, num_steps=2)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,19 +18,26 @@ OPTIONS = ["target.anchor=reference", "rollout.guidance=mixed", "metrics.show_sa
 GUIDED_BELOW = ["rollout.guide_below=0.5", "evaluation.verifier=tiny_run.starts_with_an_even_token"]
 
 
-def test_guided_and_plain_problems_share_a_batch_and_a_resumed_run_equals_the_whole_run(ranks, data, tmp_path):
-    """With rule=fixed, k is 1 + w of each token, so that its mean counts the guided tokens."""
-    problems = tmp_path / "problems.jsonl"
+@pytest.fixture(scope="module")
+def arguments(data, tmp_path_factory) -> Callable[[Path], list[str]]:
+    """Return the arguments of a run on 8 problems, which are guided where the student fails, by its directory."""
+    problems = tmp_path_factory.mktemp("guided") / "problems.jsonl"
     problems.write_text("".join((data / "problems.jsonl").read_text().splitlines(keepends=True)[:8]))
-    recorded, whole = tmp_path / "recorded.jsonl", tmp_path / "whole"
     options = [*OPTIONS, *GUIDED_BELOW, f"data.path={problems}", "num_steps=2", "checkpoint.save_every=1"]
+    return lambda run_dir: overrides(data, run_dir, *options, "target.rule=fixed", "model.num_layers=4")
 
-    def arguments(run_dir: Path) -> list[str]:
-        return overrides(data, run_dir, *options, "target.rule=fixed", "model.num_layers=4")
 
-    train(ranks, [*arguments(whole), f"rollout.record={recorded}"])
+@pytest.fixture(scope="module")
+def whole(ranks, arguments, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("whole") / "run"
+    train(ranks, [*arguments(run), f"rollout.record={run}/recorded.jsonl"])
+    return run
+
+
+def test_guided_and_plain_problems_share_a_batch(whole):
+    """With rule=fixed, k is 1 + w of each token, so that its mean counts the guided tokens."""
     tokens = {step: {True: 0, False: 0} for step in range(2)}
-    for record in map(json.loads, recorded.read_text().splitlines()):
+    for record in map(json.loads, (whole / "recorded.jsonl").read_text().splitlines()):
         tokens[record["step"]][record["teacher_log_probs"] is not None] += len(record["token_ids"])
     lines = reproducible_metrics(whole)
     for line, counts in zip(lines, tokens.values(), strict=True):
@@ -38,6 +46,9 @@ def test_guided_and_plain_problems_share_a_batch_and_a_resumed_run_equals_the_wh
     assert tokens[0][True] == 0 and 0 < tokens[1][True] < sum(tokens[1].values())
     assert lines[0]["loss/mean"] == pytest.approx(lines[0]["loss/reverse_kl"], rel=1e-6)
     assert lines[1]["loss/mean"] != pytest.approx(lines[1]["loss/reverse_kl"], rel=1e-4)
+
+
+def test_a_resumed_run_guides_the_same_problems(ranks, arguments, whole):
     assert_resumes_equal(ranks, whole, arguments, step=1, num_steps=2)
 
 

@@ -25,28 +25,44 @@ def final_weights(path: Path) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_random_weights_below_adapters_are_kept_beside_the_checkpoints(ranks, data, tmp_path):
-    def of(run: Path) -> list[str]:
-        return overrides(data, run, *ADAPTED, "checkpoint.save_every=1", "num_steps=2")
+def arguments(data: Path, run: Path) -> list[str]:
+    return overrides(data, run, *ADAPTED, "checkpoint.save_every=1", "num_steps=2")
 
-    whole = tmp_path / "run"
-    train(ranks, of(whole))
+
+@pytest.fixture(scope="module")
+def whole(ranks, data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("kept") / "run"
+    train(ranks, arguments(data, run))
+    return run
+
+
+def test_random_weights_below_adapters_are_kept_beside_the_checkpoints(ranks, data, whole):
     (kept,) = ranks.run(final_weights, whole / "base", world_size=1)
     assert kept.keys() >= {"embedding.word_embeddings.weight"} and not any("_adapter." in name for name in kept)
     assert initial_weights(whole) == whole / "base"
-    halves = assert_resumes_equal(ranks, whole, of, step=1, num_steps=2)
+    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run), step=1, num_steps=2)
 
-    shutil.rmtree(halves / "checkpoints")  # as if it had been killed during its first save
-    written = (halves / "base").stat().st_ino
-    train(ranks, of(halves))
-    assert (halves / "base").stat().st_ino == written
-    assert_equal_runs(ranks, whole, halves, 2)
 
-    shutil.rmtree(halves / "base")
-    go_back_to_step(1, halves)
-    assert "base is missing, expected the base of the adapters in" in refusal(ranks, of(halves))
-    train(ranks, [*of(halves), f"checkpoint.load={whole}/base"])
-    assert_equal_runs(ranks, whole, halves, 2)
+def test_a_kept_base_that_is_missing_is_named(ranks, data, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "base")
+    go_back_to_step(1, run)
+    assert "base is missing, expected the base of the adapters in" in refusal(ranks, arguments(data, run))
+
+
+@pytest.mark.full
+def test_a_kept_base_is_used_again_after_a_kill_and_may_be_given_from_elsewhere(ranks, data, whole, tmp_path):
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")  # as if it had been killed during its first save
+    written = (run / "base").stat().st_ino
+    train(ranks, arguments(data, run))
+    assert (run / "base").stat().st_ino == written
+    assert_equal_runs(ranks, whole, run, 2)
+
+    shutil.rmtree(run / "base")
+    go_back_to_step(1, run)
+    train(ranks, [*arguments(data, run), f"checkpoint.load={whole}/base"])
+    assert_equal_runs(ranks, whole, run, 2)
 
 
 @pytest.mark.full
