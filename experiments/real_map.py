@@ -9,7 +9,7 @@ problems of that split, and measure nothing else.
     python experiments/real_map.py --tasks one_sentence                      the missing cells of a task, every arm
     python experiments/real_map.py --tasks facts --arms default --seeds 11   a part of them
     python experiments/real_map.py --validate --rates 1e-5 2e-5 4e-5         the cells that choose a learning rate
-    python experiments/real_map.py --tables                                  the tables of the page from the lines
+    python experiments/real_map.py --tables                                  the tables and the picture from the lines
     python experiments/real_map.py --check                                   the status is 1 if the page has others
 
 A step takes 5 to 30 seconds of two cores.  The tables stand between <!-- table NAME --> and <!-- end NAME --> in the
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
 from page_tables import short, spread, write_or_compare
+from real_pictures import draw_targets
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
@@ -163,12 +164,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validate", action="store_true", help="evaluate on the validation split, and nothing else")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/real_map.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/real_map"), help="the model and the runs")
-    parser.add_argument("--tables", action="store_true", help="write the tables of the page and run nothing")
+    parser.add_argument("--tables", action="store_true", help="write the tables and the picture of the page, and run nothing")
     parser.add_argument("--check", action="store_true", help="compare the tables of the page and run nothing")
     options = parser.parse_args(argv)
     prepare_process(num_threads=None)
     if options.tables or options.check:
         lines = read_lines(options.lines)
+        if options.tables:
+            reported = [line for line in lines if (line["task"], line["split"]) == ("one_sentence", "held_out")]
+            draw_targets(reported, DRAWN, DOCS / "real_model.png")
         return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
     split = "validation" if options.validate else "held_out"
     seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)
@@ -255,6 +259,14 @@ LABELS = {
     "rft": "RFT with the verifier",
     "sft": "SFT on the hint",
 }
+DRAWN = {
+    BEFORE: "before",
+    "default": "the default: the anchor is\nthe frozen reference",
+    "student_mix_other_hint": "control: another instruction",
+    "teacher_alone": "teacher alone",
+    "student_mix": "the anchor is the student",
+}
+"""Arm -> its label in the picture."""
 FIGURES = {
     "greedy": "greedy",
     "sampled": "sampled",
