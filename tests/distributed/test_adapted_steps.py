@@ -103,6 +103,7 @@ def test_recomputed_layers_keep_their_adapters(outcomes, granularity):
     check(outcomes, AdaptedCase(dataclasses.replace(SHALLOW, schedule=adapted.recomputing(granularity))), 1)
 
 
+@pytest.mark.full
 def test_a_mixture_of_experts_has_adapters_in_its_attention(outcomes):
     layout = parallel(ep=2)
     job = AdaptedCase(Case(kind="moe", target=TARGET, parallel=layout, model_changes={"transformer": {}}))

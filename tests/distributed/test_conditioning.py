@@ -8,6 +8,8 @@ from conditioning import AMPLIFICATION, OTHERWISE, amplification
 from layouts import Case
 from models import KINDS
 
+pytestmark = pytest.mark.full
+
 
 @pytest.mark.parametrize(
     "kind", [pytest.param(kind, marks=() if kind == "gqa" else pytest.mark.full) for kind in KINDS]

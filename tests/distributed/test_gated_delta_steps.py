@@ -58,6 +58,7 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, pair_order, record_pr
     record_property("worst relative difference", compare(got, alone, BOUND))
 
 
+@pytest.mark.full
 def test_two_steps_change_every_parameter_as_much_as_on_one_rank(outcomes):
     cuts, world_size = LAYOUTS["TP2"]
     compare_parameters(
@@ -97,6 +98,7 @@ def test_the_kernels_get_the_segments_of_every_microbatch(ranks, outcomes, name)
     compare(joined(ranks.run(stepped_by_the_kernels, case, world_size=world_size)), outcomes(ALONE), BOUND)
 
 
+@pytest.mark.full
 def test_recomputed_layers_have_the_same_gradients(outcomes):
     schedule = ScheduleConfig(recompute=RecomputeConfig(granularity="full", method="uniform", num_layers=1))
     compare(outcomes(dataclasses.replace(ALONE, schedule=schedule)), outcomes(ALONE))

@@ -45,6 +45,7 @@ def test_gradients_and_parameters_after_sgd_equal_those_of_one_rank(outcomes, na
 WINDOWS_AND_SINKS = {"window_size": [4, 0], "window_attn_skip_freq": 2, "softmax_type": "learnable"}
 
 
+@pytest.mark.full
 @combinations(name=["TP2", "TP2+SP", "PP2xVPP2", "CP2"], quick={"name": ["TP2", "CP2"]}, strength=1)
 def test_windows_and_sinks_have_the_same_gradients_however_they_are_cut(outcomes, name):
     case, world_size = case_of(name, model_changes={"transformer": WINDOWS_AND_SINKS})
@@ -60,6 +61,7 @@ BIASED_EXPERTS = {
 }
 
 
+@pytest.mark.full
 @combinations(
     name=["TP2+SP experts", "EP2", "EP2xPP2", "EP2xTP2+SP", "CP2 experts"],
     quick={"name": ["EP2xTP2+SP", "TP2+SP experts"]},

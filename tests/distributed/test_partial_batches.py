@@ -74,6 +74,7 @@ def test_partial_batches_have_the_gradients_of_one_rank_that_has_all_responses(o
     compare(outcomes(in_partial_batches(case)[0], world_size), outcomes(reference_of(case)))
 
 
+@pytest.mark.full
 @combinations(
     options={
         "alternating": {"pair_order": "alternating", "paired": True},

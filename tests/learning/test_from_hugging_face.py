@@ -13,6 +13,8 @@ from types import ModuleType
 import pytest
 import torch
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def example(load_example) -> ModuleType:

@@ -16,6 +16,8 @@ from _lib.measurement import Measurement
 from _lib.variants import Outcome, Variant
 from megatron_selfdistill import config as configuration
 
+pytestmark = pytest.mark.full
+
 
 @pytest.fixture(scope="module")
 def example(load_example) -> ModuleType:

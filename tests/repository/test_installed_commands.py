@@ -19,6 +19,8 @@ from forked_programs import Done, ForkedPrograms
 
 from megatron_selfdistill.cli import COMMANDS
 
+pytestmark = pytest.mark.full
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 SMALL = ["rollout.max_new_tokens=4", "rollout.kv_cache_gb=0.05", "optimizer=fp32", "evaluation.verifier=exact_match"]

@@ -122,6 +122,7 @@ def test_a_run_goes_on_in_another_layout(ranks, data, base, whole, tmp_path, lay
         torch.testing.assert_close(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.full
 def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     texts = ["--problem", "500-408:", "--solution", "092", "-o", str(tmp_path / "explored.html"), "optimizer=fp32"]
     assert ranks.run(explore.main, [str(whole), *texts], world_size=1, init_process_group=False) == [0]
@@ -185,6 +186,7 @@ def test_every_command_of_the_page_takes_run_directories(base, whole, tmp_path, 
         assert convert.main(command) == 0, capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_the_base_may_move_but_not_change(ranks, data, base, whole, tmp_path, capsys):
     run, moved = shutil.copytree(whole, tmp_path / "run"), shutil.copytree(base, tmp_path / "moved")
     go_back_to_step(3, run)
@@ -208,6 +210,7 @@ def test_the_base_may_move_but_not_change(ranks, data, base, whole, tmp_path, ca
     assert f"with the digest {expected}, is not at {moved}/checkpoints any more" in capsys.readouterr().err
 
 
+@pytest.mark.full
 def test_a_run_begins_at_given_adapters(ranks, data, base, whole, tmp_path):
     begins = [f"adapter.load={whole}/checkpoints", "num_steps=1", "optimizer.lr=0", "metrics.teacher_every=1"]
     train(ranks, arguments(data, tmp_path / "run", base, *begins))

@@ -129,6 +129,7 @@ def test_other_problems_are_refused_wherever_they_lie(ranks, data, run, tmp_path
     assert bytes_of(run) == before
 
 
+@pytest.mark.full
 def test_force_continues_with_the_stored_state_and_starts_other_problems_from_their_beginning(
     ranks, data, run, tmp_path
 ):

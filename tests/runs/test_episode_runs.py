@@ -104,7 +104,8 @@ def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, rec
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["DP2"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, start, run_of, tmp_path, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     one = run_of("default")

@@ -95,13 +95,14 @@ def test_without_learning_the_responses_are_those_of_whole_generations(ranks, da
         assert found[key]["log_probs"] == pytest.approx(expected[key]["log_probs"], abs=1e-5)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("layout", "world_size"),
     [
         ([], 2),
-        pytest.param(["parallel.tensor_model_parallel_size=2"], 2, marks=pytest.mark.full),
-        pytest.param(["parallel.pipeline_model_parallel_size=2"], 2, marks=pytest.mark.full),
-        pytest.param(["parallel.context_parallel_size=2"], 2, marks=pytest.mark.full),
+        (["parallel.tensor_model_parallel_size=2"], 2),
+        (["parallel.pipeline_model_parallel_size=2"], 2),
+        (["parallel.context_parallel_size=2"], 2),
     ],
     ids=["DP2", "TP2", "PP2", "CP2"],
 )

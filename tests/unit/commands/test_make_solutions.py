@@ -18,7 +18,6 @@ import pytest
 import tiny_run
 from ranks import RankError
 from record_sources import load_problems
-from tiers import combinations
 
 from megatron_selfdistill.commands import solution_journal, solutions
 from megatron_selfdistill.config import from_mapping
@@ -177,7 +176,8 @@ def test_the_summary_counts_what_the_attempts_say(directory, summary):
     assert f"{without} problems without a solution" in summary
 
 
-@pytest.mark.parametrize("dies_in_group", [2, pytest.param(3, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("dies_in_group", [2, 3])
 def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, directory, summary, dies_in_group):
     name = f"killed_{dies_in_group}.jsonl"
     arguments = arguments_of(directory, name, "--pick", "learnable")
@@ -222,7 +222,8 @@ def test_what_is_done_is_not_done_again(ranks, directory, summary):
     assert (directory / "own.jsonl").read_bytes() == before
 
 
-@combinations(layout=LAYOUTS.keys(), quick={"layout": ["DP2"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_writes_the_same_solutions(ranks, directory, summary, layout):
     name = f"{layout}.jsonl"
     arguments = arguments_of(directory, name, "--pick", "learnable", *LAYOUTS[layout])

@@ -115,6 +115,7 @@ def test_an_engine_that_ends_with_the_job_makes_no_failed_run(ranks, data, whole
     assert_equal_runs(ranks, whole, tmp_path / "run", num_steps=3)
 
 
+@pytest.mark.full
 def test_a_time_limit_that_no_step_fits_leads_on_by_one_step_per_launch(ranks, data, tmp_path):
     arguments = overrides(data, tmp_path / "run", "num_steps=2", "stop.time_limit_minutes=0")
     for step in (1, 2):

@@ -21,6 +21,8 @@ from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_
 from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.model.forward import unwrapped
 
+pytestmark = pytest.mark.full
+
 LAYOUTS = {
     "tp2": ParallelConfig(tensor_model_parallel_size=2),
     "pp2": ParallelConfig(pipeline_model_parallel_size=2),

@@ -230,6 +230,7 @@ OVERLAPPED = OptimizerConfig(
 )
 
 
+@pytest.mark.full
 @combinations(
     mode=MODES,
     kind=["shallow", "tied"],

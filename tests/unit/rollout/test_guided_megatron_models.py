@@ -32,6 +32,8 @@ from megatron_selfdistill.loss import Target, mixed_target
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Response, SamplingParams, sample_seed, sample_uniforms
 
+pytestmark = pytest.mark.full
+
 
 def draw_with_targets() -> list[tuple[Target, float, float]]:
     """Return the largest error of each recorded log-prob of sampled pairs, for several targets."""

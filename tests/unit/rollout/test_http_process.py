@@ -243,7 +243,8 @@ PER_SERVER = 32
 """Requests that each of 16 servers works on at once."""
 
 
-@pytest.mark.parametrize("work", ["guided", pytest.param("plain", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("work", ["guided", "plain"])
 def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks, work):
     with fake_servers(16) as fakes:
         for fake in fakes:

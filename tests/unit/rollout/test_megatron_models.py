@@ -21,6 +21,8 @@ from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 
+pytestmark = pytest.mark.full
+
 SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95)
 
 

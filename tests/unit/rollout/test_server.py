@@ -219,6 +219,7 @@ def test_a_server_that_fails_while_the_group_forms_costs_the_others_moments(rank
     assert fakes[1].version == "0"
 
 
+@pytest.mark.full
 def test_a_server_that_falls_silent_in_an_update_costs_the_others_its_timeout_and_no_weights(ranks, fakes):
     """The silence takes all of rank 0's patience between two agreements."""
     load, loaded = fakes[0].update, []

@@ -81,6 +81,7 @@ def test_the_file_has_every_node_and_its_candidates(alone):
     assert alone["settings"]["num_completions"] == 3 and alone["data"]["num_problems"] == 3
 
 
+@pytest.mark.full
 def test_each_context_of_the_teacher_has_its_own_groups_on_the_same_responses(directory, ranks, alone):
     own = directory / "own.jsonl"
     records = [json.loads(line) for line in (directory / "problems.jsonl").read_text().splitlines()]
@@ -129,6 +130,7 @@ def greedy(directory, ranks) -> dict[str, Any]:
     return align(ranks, directory, "megatron", "greedy", *GREEDY)
 
 
+@pytest.mark.full
 def test_a_greedy_completion_after_the_response_s_own_token_is_the_response(greedy):
     outcomes, num_decided = set(), 0
     for node in greedy["nodes"]:

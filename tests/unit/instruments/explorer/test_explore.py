@@ -74,12 +74,13 @@ def test_the_page_has_a_generated_response_and_the_target_of_each_token(director
     assert not list(directory.glob(".selfdistill-*")), "temporary directories are left"
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("world_size", "layout"),
     [
         (2, ["parallel.tensor_model_parallel_size=2"]),
-        pytest.param(2, ["parallel.pipeline_model_parallel_size=2"], marks=pytest.mark.full),
-        pytest.param(2, [], marks=pytest.mark.full),
+        (2, ["parallel.pipeline_model_parallel_size=2"]),
+        (2, []),
     ],
 )
 def test_a_given_response_has_the_same_page_in_both_formats_and_in_every_layout(directory, ranks, world_size, layout):
@@ -109,7 +110,8 @@ def test_a_run_directory_gives_its_settings_and_its_teacher(directory, ranks, ca
     assert record["teacher"] == str(directory / "hf") and sum(record["tokens"]["reverse_kl"]) > 0
 
 
-@pytest.mark.parametrize("anchor", ["reference", pytest.param(None, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("anchor", ["reference", None])
 def test_a_run_with_a_moving_teacher_is_mixed_with_its_first_weights_or_with_the_student(directory, ranks, anchor):
     """A run that is older than the key target.anchor was mixed with the student."""
     run_dir = directory / f"moving {anchor}"

@@ -108,13 +108,14 @@ def real_bytes(kind, cuts, optimizer_config, adapter=NO_ADAPTERS):
     }
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("kind", "cuts", "optimizer"),
     [
-        pytest.param("gqa", {"tp": 2}, OptimizerConfig(), marks=pytest.mark.full),
+        ("gqa", {"tp": 2}, OptimizerConfig()),
         ("moe", {"ep": 2}, OptimizerConfig()),
         ("gqa", {"pp": 2}, OptimizerConfig(use_distributed_optimizer=False)),
-        pytest.param("gqa", {"pp": 2}, OptimizerConfig(precision="fp32"), marks=pytest.mark.full),
+        ("gqa", {"pp": 2}, OptimizerConfig(precision="fp32")),
         (
             "gqa",
             {},
@@ -201,6 +202,7 @@ def measured_layer(kind, extra, tokens, adapter):
     return two - one
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("kind", "qk_layernorm"), [("gqa", False), ("gqa", True), ("moe", True)])
 def test_a_layer_keeps_what_is_planned_and_what_unfused_kernels_add(ranks, kind, qk_layernorm):
     tokens, hidden, heads, groups, channels, width = 512, 256, 8, 4, 32, 256
