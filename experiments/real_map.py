@@ -164,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--validate", action="store_true", help="evaluate on the validation split, and nothing else")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/real_map.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/real_map"), help="the model and the runs")
-    parser.add_argument("--tables", action="store_true", help="write the tables and the picture of the page, and run nothing")
+    parser.add_argument(
+        "--tables", action="store_true", help="write the tables and the picture of the page, and run nothing"
+    )
     parser.add_argument("--check", action="store_true", help="compare the tables of the page and run nothing")
     options = parser.parse_args(argv)
     prepare_process(num_threads=None)
@@ -349,7 +351,7 @@ def table_of_losses(lines: Sequence[Line]) -> list[str]:
 
 def scores_on_small(task: str, lines: Sequence[Line]) -> dict[str, float]:
     """Return the sampled accuracy after the last step of each arm of `FIXED`, the mean over the seeds."""
-    scores = {}
+    scores: dict[str, float] = {}
     for arm, name in FIXED.items():
         place = f"{task}_guided" if name.endswith("guided") else task
         of_arm = [line["sampled"][-1] for line in lines if (line["experiment"], line["arm"]) == (place, name)]
