@@ -84,7 +84,7 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, own, order, output_la
     assert got.loss == pytest.approx(alone.loss, rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CASES)
+@combinations(name=list(CASES), quick={"name": ["weight and divergence"]}, strength=1)
 def test_guided_tokens_change_the_gradient(outcomes, name):
     case = CASES[name]
     _, gradients, _ = outcomes(case)

@@ -68,7 +68,8 @@ def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_p
     record_property("worst relative difference", compare(streamed, replayed))
 
 
-@combinations(name=["PP2xVPP2", "CP2xPP2", "DP2"], quick={"name": ["DP2"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["PP2xVPP2", "CP2xPP2", "DP2"])
 def test_partial_batches_have_the_gradients_of_one_rank_that_has_all_responses(outcomes, name):
     case, world_size = case_of(name)
     compare(outcomes(in_partial_batches(case)[0], world_size), outcomes(reference_of(case)))

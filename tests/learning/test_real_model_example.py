@@ -22,6 +22,7 @@ from _lib.hugging_face import load
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.interop import gguf
 
+pytestmark = pytest.mark.full
 NUM_HELD_OUT = 4
 SETTINGS = ["rollout.max_new_tokens=6", "data.global_batch_size=2", "evaluation.num_samples=1"]
 

@@ -262,7 +262,7 @@ def test_help_imports_nothing_heavy(run, command):
     assert (done.status, heavy_modules(done)) == (0, set())
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@combinations(name=list(COMMANDS), quick={"name": ["train", "evaluate"]}, strength=1)
 def test_the_help_of_a_command_shows_an_example_and_imports_nothing_heavy(run, name):
     done = run(PROGRAM, name, "--help")
     assert (done.status, heavy_modules(done)) == (0, set())

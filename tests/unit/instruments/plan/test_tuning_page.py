@@ -25,6 +25,7 @@ def figures(*overrides: str) -> tuple[dict[str, str], tuple[str, str]]:
     return parts, (f"{memory.training_peak:.1f}", f"{memory.rollout_peak:.1f}")
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(("keys", "training", "sampling"), ROWS, ids=[keys or "none" for keys, _, _ in ROWS])
 def test_a_row_of_the_memory_table_is_what_the_plan_says(keys, training, sampling):
     assert figures(*keys.split())[1] == (training, sampling)
