@@ -10,6 +10,7 @@ the passes where all ranks must run the same model at a time.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -29,9 +30,11 @@ from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import (
     _yarn_get_concentration_factor_from_config,
 )
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import Attention
 from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from megatron.core.transformer.multi_latent_attention import MultiLatentAttention
+from megatron.core.utils import get_pg_size
 
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -148,8 +151,9 @@ class CachedAttention:
     Megatron's own attention caches keys without their rotary embedding and rotates the whole cache again in every pass.
     It also has one offset for all rows and takes no mask, which a `RaggedCache` needs.
 
-    Two functions are replaced during a pass: the step of each attention layer that writes and reads the cache and, in
-    multi-latent attention, the table of rotary embeddings, which is applied before that step.
+    Three functions are replaced during a pass: the step of each attention layer that writes and reads the cache, in
+    multi-latent attention the table of rotary embeddings, which is applied before that step, and Megatron's own linear
+    layers, whose autograd functions take longer on one token per row than the operations around the product.
     """
 
     def __init__(self, models: Sequence[torch.nn.Module]) -> None:
@@ -161,6 +165,9 @@ class CachedAttention:
             if isinstance(layer, MultiLatentAttention):
                 rotary = layer.rotary_pos_emb
                 self._replacements[id(rotary)] = rotary, "forward", self._ragged_table(rotary)
+        for linear in (module for model in models for module in model.modules()):
+            if type(linear) in (ColumnParallelLinear, RowParallelLinear) and get_pg_size(linear.tp_group) == 1:
+                self._replacements[id(linear)] = linear, "forward", functools.partial(_product, linear)
 
     @contextlib.contextmanager
     def reading(self, cache: StaticInferenceContext, positions: Tensor) -> Iterator[None]:
@@ -210,6 +217,28 @@ class CachedAttention:
             return query, key, value, None, AttnMaskType.arbitrary, None
 
         return adjust
+
+
+_WEIGHT_ROWS = 1024
+"""The rows of a block of a weight: on a CPU, products of few tokens with 49,152 rows take 0.8 of the time in blocks."""
+
+
+def _product(
+    linear: Any, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return what ``linear(input_)``, which is not cut, returns without a gradient: the product and a skipped bias."""
+    weight = linear.weight if weight is None else weight
+    rows = input_.flatten(0, -2)
+    if weight.device.type == "cpu" and len(weight) > 4 * _WEIGHT_ROWS:
+        products = rows.new_empty(len(rows), len(weight))
+        for columns, block in zip(products.split(_WEIGHT_ROWS, 1), weight.split(_WEIGHT_ROWS), strict=True):
+            torch.mm(rows, block.t(), out=columns)
+    else:
+        products = rows @ weight.t()
+    output = products.view(*input_.shape[:-1], len(weight))
+    if linear.bias is None or linear.skip_bias_add:
+        return output, linear.bias
+    return output + linear.bias, None
 
 
 def _is_ragged(cache: StaticInferenceContext | None) -> TypeGuard[RaggedCache]:

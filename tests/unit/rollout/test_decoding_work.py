@@ -1,5 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A pass that decodes rotates its own tokens alone, with one table, and a batch needs no pass beside its tokens."""
+"""A pass that decodes rotates its own tokens alone, with one table, and multiplies as Megatron's layers do.
+
+A batch needs no pass beside its tokens.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from decoding import GREEDY, NEW_TOKENS, PROMPT_LENGTHS, make_requests, sampler_of
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from models import build, model_config, parallel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_selfdistill.rollout.megatron.decoding import DecodingModel
+from megatron_selfdistill.rollout.megatron.decoding import _WEIGHT_ROWS, DecodingModel, _product
 from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths
 
 LAYERS = 3
@@ -58,6 +63,30 @@ def passes_of(in_rows: bool) -> tuple[list[Counter[str]], list[int]]:
 def found(ranks, request) -> tuple[bool, list[Counter[str]], list[int]]:
     [(passes, tokens_read)] = ranks.run(passes_of, request.param, world_size=1)
     return request.param, passes, tokens_read
+
+
+def products_of(bias: dict[str, bool]) -> list[tuple[Tensor, Tensor]]:
+    """Return the outputs of the linear layers of a model, as Megatron and as a pass that decodes compute them."""
+    [model], _ = build(
+        model_config("gqa", vocab_size=5001, share_embeddings_and_output_weights=False, **bias), parallel()
+    )
+    found = []
+    for linear in model.modules():
+        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
+            linear.requires_grad_(len(found) % 4 < 2)
+            x = torch.randn(3, 2, linear.weight.size(1))
+            with torch.no_grad():
+                pairs = zip(linear(x), _product(linear, x), strict=True)
+                found += [(theirs, ours) for theirs, ours in pairs if theirs is not None]
+    return found
+
+
+@pytest.mark.parametrize("bias", [{}, {"add_bias_linear": True}, {"add_qkv_bias": True}])
+def test_a_pass_multiplies_as_the_linear_layers_do_with_and_without_biases_and_blocks(ranks, bias):
+    [pairs] = ranks.run(products_of, bias, world_size=1)
+    assert {theirs.size(-1) > 4 * _WEIGHT_ROWS for theirs, _ in pairs} == {False, True}
+    for theirs, ours in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_a_pass_turns_the_queries_and_keys_of_its_own_tokens_with_one_table(found):
