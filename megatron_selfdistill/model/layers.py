@@ -149,8 +149,8 @@ class RMSNorm(torch.nn.Module):
         normed = x.float()
         normed = normed * torch.rsqrt(normed.pow(2).mean(-1, keepdim=True) + self.eps)
         if self.zero_centered_gamma:  # 1 + weight would lose bits of the weight in bf16
-            return (normed * (1 + self.weight.float())).to(x.dtype)
-        return normed.to(x.dtype) * self.weight
+            return (normed * (1 + self.weight.float())).type_as(x)
+        return normed.type_as(x) * self.weight
 
 
 class LatentRMSNorm(RMSNorm):

@@ -191,8 +191,9 @@ def _solution(
     return solve_target(student_logits.to(dtype), folded, target, vocab, reference_entropy=wanted, backend=backend)
 
 
-# Elements of one float64 temporary of `select_tokens` (128 MiB): rows are processed in groups of this size.
-_MAX_ELEMENTS = 2**24
+# Elements of one float64 temporary of `select_tokens`, 4 MiB and 128 MiB: rows are processed in groups of this size.
+# Several temporaries of a group fit into the caches of a CPU.
+_MAX_ELEMENTS = {"cpu": 2**19, "cuda": 2**24}
 
 Progress: TypeAlias = Callable[[int, int, str], None]
 """A function that `Sampler.generate` calls whenever more responses are finished, on the ranks that know it.
@@ -422,7 +423,7 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
     A row with NaN gives a valid token with log-probability NaN.
     """
-    rows = max(1, _MAX_ELEMENTS // logits.size(-1))
+    rows = max(1, _MAX_ELEMENTS[logits.device.type] // logits.size(-1))
     if logits.size(0) > rows:
         groups = zip(logits.split(rows), uniforms.split(rows), strict=True)
         sampled = [select_tokens(some_logits, some_uniforms, params) for some_logits, some_uniforms in groups]
@@ -430,7 +431,7 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
         return tokens, log_probs, sampled_log_probs
     scores = logits.double()
     if params.temperature == 0:
-        tokens = scores.argmax(-1)  # torch: "the indices of the first maximal value"
+        tokens = logits.argmax(-1)  # torch: "the indices of the first maximal value"
         return tokens, token_log_probs(scores, tokens), scores.new_zeros(scores.size(0))
     probs = _kept(torch.softmax(scores / params.temperature, dim=-1), params)
     tokens, sampled_log_probs = invert_cdf(probs, uniforms)

@@ -228,14 +228,14 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """Return what ``linear(input_)``, which is not cut, returns without a gradient: the product and a skipped bias."""
     weight = linear.weight if weight is None else weight
-    rows = input_.flatten(0, -2)
-    if weight.device.type == "cpu" and len(weight) > 4 * _WEIGHT_ROWS:
-        products = rows.new_empty(len(rows), len(weight))
+    rows, width = input_.flatten(0, -2), weight.size(0)
+    if width > 4 * _WEIGHT_ROWS and weight.device.type == "cpu":
+        products = rows.new_empty(rows.size(0), width)
         for columns, block in zip(products.split(_WEIGHT_ROWS, 1), weight.split(_WEIGHT_ROWS), strict=True):
             torch.mm(rows, block.t(), out=columns)
     else:
-        products = rows @ weight.t()
-    output = products.view(*input_.shape[:-1], len(weight))
+        products = torch.mm(rows, weight.t())
+    output = products.view(*input_.shape[:-1], width)
     if linear.bias is None or linear.skip_bias_add:
         return output, linear.bias
     return output + linear.bias, None
@@ -260,7 +260,7 @@ def _rotated(layer: Attention, states: Tensor, angles: Tensor, *, ragged: bool) 
     rows = states.transpose(0, 1)
     rows = rows.float() if config.apply_rope_fusion else rows
     turned = rotated(rows, angles, config.rotary_interleaved, mscale=mscale)
-    return turned.to(states.dtype).transpose(0, 1)
+    return turned.type_as(states).transpose(0, 1)
 
 
 @dataclass(frozen=True)
