@@ -164,7 +164,8 @@ class ContextRows:
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._cache = RaggedCache(len(prompts), longest + max_new_tokens - 1, lengths)  # not the last token
         first = 0
-        for count, length in (group for of_role in by_role for group in like_lengths(list(map(len, of_role)))):
+        most = _MOST_PADDING[device.type]
+        for count, length in (group for of_role in by_role for group in like_lengths(list(map(len, of_role)), most)):
             # The first pass that decodes reads the last token of each prompt, but the cache needs one token before.
             passes.prefill(model, self._cache, tokens[first : first + count, : max(length - 1, 1)])
             first += count
@@ -187,20 +188,21 @@ class ContextRows:
         self._cache.keep(torch.cat([kept + role * num_requests for role in range(len(self._roles))]))
 
 
-_MOST_PADDING = 1 / 5
+_MOST_PADDING = {"cpu": 1 / 10, "cuda": 1 / 5}
+"""The padding of a group of prompts: on a CPU, a token costs more than its share of another pass."""
 
 
-def like_lengths(lengths: Sequence[int]) -> list[tuple[int, int]]:
+def like_lengths(lengths: Sequence[int], most_padding: float = 1 / 5) -> list[tuple[int, int]]:
     """Return groups of successive prompts that one pass reads: the number of prompts and the longest of each group.
 
-    Padding is at most `_MOST_PADDING` of the tokens of a group, if each prompt has the length of the longest.
+    Padding is at most ``most_padding`` of the tokens of a group, if each prompt has the length of the longest.
     """
     groups: list[tuple[int, int]] = []
     total = 0
     for length in lengths:
         count, longest = groups[-1] if groups else (0, 0)
         widest = max(longest, length)
-        if count and (total + length) >= (1 - _MOST_PADDING) * widest * (count + 1):
+        if count and (total + length) >= (1 - most_padding) * widest * (count + 1):
             groups[-1] = count + 1, widest
             total += length
         else:
