@@ -107,10 +107,12 @@ class Bench:
         hf_to_megatron(hf, megatron)
         keys = ["optimizer=fp32", "optimizer.lr=1e-5", "optimizer.lr_warmup_steps=0", f"checkpoint.load={megatron}"]
         config = with_stored_architecture(load([*keys, "num_steps=100", "schedule.max_tokens=2048"]))
-        vocab_size = AutoConfig.from_pretrained(hf).vocab_size
+        vocab_size = AutoConfig.from_pretrained(hf, trust_remote_code=False).vocab_size
         grid = ranks.initialize(config.parallel, seed=0)
         learner = Learner(config, SimpleNamespace(vocab_size=vocab_size), grid, resumes=False)  # type: ignore[arg-type]
-        student, frozen = (AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32) for _ in range(2))
+        student, frozen = (
+            AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False) for _ in range(2)
+        )
         sampler = MegatronSampler(learner.chunks, grid, vocab_size, 1024)
         sampler.update_weights(0)
         tokens = token_stream(hf, vocab_size, arguments)
@@ -185,7 +187,7 @@ def token_stream(hf: Path, vocab_size: int, arguments: argparse.Namespace) -> It
             yield rng.randrange(vocab_size)
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(hf)
+    tokenizer = AutoTokenizer.from_pretrained(hf, trust_remote_code=False)
     for page in sorted((REPOSITORY / "docs").glob("*.md")):
         yield from tokenizer.encode(page.read_text(encoding="utf-8"), add_special_tokens=False)
 

@@ -114,5 +114,5 @@ def test_whatever_is_loaded_with_transformers_says_whether_it_trusts_the_directo
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("from_pretrained", "from_config")
     ]
-    assert bool(calls) == (directory_name == "megatron_selfdistill"), "the tools load nothing themselves"
+    assert calls
     assert [call for call in calls if "trust_remote_code" not in call[2]] == []
