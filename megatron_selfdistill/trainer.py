@@ -355,9 +355,12 @@ def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | No
 
 
 def leaks_of(contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid) -> LeakCounts:
-    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has."""
+    """Return this rank's share of the counts of a replica's responses, whose ``contexts`` each of its ranks has.
+
+    Without ``words`` nobody reads the texts, and none is decoded.
+    """
     own = contexts[grid.replica_rank :: grid.replica_size]
-    texts = [tokenizer.decode(context.response, skip_special_tokens=True) for context in own]
+    texts = [tokenizer.decode(context.response, skip_special_tokens=True) if words else "" for context in own]
     return leak_counts(own, texts, words)
 
 

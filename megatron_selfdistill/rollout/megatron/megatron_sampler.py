@@ -192,7 +192,7 @@ _MOST_PADDING = {"cpu": 1 / 10, "cuda": 1 / 5}
 """The padding of a group of prompts: on a CPU, a token costs more than its share of another pass."""
 
 
-def like_lengths(lengths: Sequence[int], most_padding: float = 1 / 5) -> list[tuple[int, int]]:
+def like_lengths(lengths: Sequence[int], most_padding: float = _MOST_PADDING["cuda"]) -> list[tuple[int, int]]:
     """Return groups of successive prompts that one pass reads: the number of prompts and the longest of each group.
 
     Padding is at most ``most_padding`` of the tokens of a group, if each prompt has the length of the longest.
