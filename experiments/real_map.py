@@ -19,6 +19,7 @@ page: TASK has the figures of a task, rates compares learning rates, and losses 
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib
 import random
 import re
@@ -149,9 +150,7 @@ class Cell:
         if self.split != "held_out":
             return figures
         model = hf if self.arm == BEFORE else example.export(directory / "run", hf, directory / "hf")
-        return figures | {
-            f"kept_{key}": round(value, 4) for key, value in asdict(retention(model, hf, QUESTIONS)).items()
-        }
+        return figures | kept(model, hf)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -236,6 +235,12 @@ def measured(trainer: Trainer, hinted: bool = False) -> dict[str, Any]:
         "tokens": mean(it.length for it in samples),
     }
     return {name: round(float(value), 4) for name, value in figures.items()}
+
+
+@functools.cache
+def kept(model: Path, hf: Path) -> dict[str, float]:
+    """Return the figures of retention of ``model``; the base, which every task begins with, is measured once."""
+    return {f"kept_{key}": round(value, 4) for key, value in asdict(retention(model, hf, QUESTIONS)).items()}
 
 
 # -- the tables of the page -----------------------------------------------------------------------------------------
