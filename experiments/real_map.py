@@ -60,7 +60,8 @@ BEFORE = "before"
 ANCHORED = ("target=capped", "target.anchor=reference")
 WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
-FORWARD, GUIDED = "loss.divergence=forward_kl", "rollout.guidance=mixed"
+FORWARD = "loss.divergence=forward_kl"
+GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
 ARMS: dict[str, tuple[str, ...]] = {
     BEFORE: (),
@@ -68,7 +69,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "anchored_w2": (*ANCHORED, "target.teacher_weight=2"),
     "anchored_w4": (*ANCHORED, "target.teacher_weight=4"),
     "anchored_forward_w2": (*ANCHORED, FORWARD, "target.teacher_weight=2"),
-    "anchored_forward_w2_guided": (*ANCHORED, FORWARD, "target.teacher_weight=2", GUIDED),
+    "anchored_forward_w2_guided": (*ANCHORED, FORWARD, "target.teacher_weight=2", *GUIDED),
     "student_mix": WITH_STUDENT,
     "student_mix_forward": (*WITH_STUDENT, FORWARD),
     "student_mix_jsd": (*WITH_STUDENT, "loss.divergence=jsd"),

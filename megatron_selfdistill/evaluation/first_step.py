@@ -45,6 +45,11 @@ WEIGHTS = (0.75, 2.0, 4.0)
 CONFIGURED, TEACHER_ALONE = "as configured", "target=teacher_alone"
 NEVER_SOLVED, SOLVED_BY_HINT = 0.01, 0.2
 """The largest accuracy of a base that never solves its problems, and the smallest of one whose hints solve them."""
+GUIDED = (
+    *("loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed"),
+    *("rollout.temperature=1", "rollout.top_k=0", "rollout.top_p=1"),
+)
+"""The settings of guided rollouts, which sample from the target itself."""
 _TOP = 10  # one in this number of tokens is among those with the most difference
 
 
@@ -119,8 +124,7 @@ def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accur
         )
     accuracies = f"{accuracy:.2f} of the samples without the hint are right, and {hinted_accuracy:.2f} with it"
     if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
-        overrides = ("loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed")
-        return Recommended(overrides, f"{accuracies}: the default anchor would hold the answers back")
+        return Recommended(GUIDED, f"{accuracies}: the default anchor would hold the answers back")
     return Recommended((), f"there are {num_hints} different hints, and {accuracies}")
 
 

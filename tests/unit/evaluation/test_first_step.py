@@ -22,6 +22,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed import ranks as grids
 from megatron_selfdistill.evaluation.first_step import (
     CONFIGURED,
+    GUIDED,
     TEACHER_ALONE,
     FirstStep,
     LetThrough,
@@ -219,7 +220,7 @@ def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
         (1, 0.0, 0.9, {"target.anchor=student"}),  # one text for all problems: nothing about a single one can leak
         (1, 0.5, 0.5, {"target.anchor=student"}),
         (2, 0.5, 0.9, set()),
-        (12, 0.01, 0.2, {"loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed"}),
+        (12, 0.01, 0.2, set(GUIDED)),
         (12, 0.02, 0.9, set()),  # the base solves some: the default finds them
         (12, 0.0, 0.19, set()),  # and a hint that does not help gives no reason to let it through
     ],
@@ -227,7 +228,8 @@ def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
 def test_the_recommended_target_follows_from_the_hints_and_both_accuracies(num_hints, accuracy, hinted, wanted):
     found = recommended(num_hints, 12, accuracy, hinted)
     assert set(found.overrides) == wanted
-    configuration.load(["data.path=problems.jsonl", *found.overrides])  # the settings fit together
+    sampled = ["rollout.temperature=0.7", "rollout.top_k=40", "rollout.top_p=0.9"]
+    configuration.load(["data.path=problems.jsonl", *sampled, *found.overrides])  # the settings fit together
     assert str(found).startswith(f"recommended: {' '.join(found.overrides) or 'the default target'}, since ")
 
 
