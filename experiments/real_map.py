@@ -13,7 +13,8 @@ problems of that split, and measure nothing else.
     python experiments/real_map.py --check                                   the status is 1 if the page has others
 
 A step takes 5 to 30 seconds of two cores.  The tables stand between <!-- table NAME --> and <!-- end NAME --> in the
-page: TASK has the figures of a task, rates compares learning rates, and losses compares targets over all tasks.
+page: TASK has the figures of a task, rates compares learning rates, hints has the base with and without hints, and
+losses compares targets over all tasks.
 """
 
 from __future__ import annotations
@@ -293,7 +294,18 @@ def table_of(name: str, lines: Sequence[Line]) -> list[str]:
     if name == "rates":
         return table_of_rates([line for line in lines if line["split"] == "validation"])
     reported = [line for line in lines if line["split"] == "held_out"]
-    return table_of_losses(reported) if name == "losses" else table_of_task(name, reported)
+    over_tasks = {"losses": table_of_losses, "hints": table_of_hints}
+    return over_tasks[name](reported) if name in over_tasks else table_of_task(name, reported)
+
+
+def table_of_hints(lines: Sequence[Line]) -> list[str]:
+    """Return greedy / sampled accuracy of the base without and with the hint, and what the rule takes, per task."""
+    rows = [["task", "without the hint", "with the hint", "speak of the hint", "the rule takes"], ["---"] * 5]
+    for line in (line for task in TASKS for line in lines if (line["task"], line["arm"]) == (task, BEFORE)):
+        hinted = accuracies({"greedy": line["hinted_greedy"], "sampled": line["hinted_sampled"]})
+        chosen = LABELS[chosen_on_real(line["task"], lines)]
+        rows.append([f"`{line['task']}`", accuracies(line), hinted, short(line["hinted_refers"]), chosen])
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def table_of_task(task: str, lines: Sequence[Line]) -> list[str]:
