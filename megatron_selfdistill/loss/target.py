@@ -4,11 +4,11 @@
     p = softmax(s)               the student; s: the student's logits of the token
     m = w t + a                  the mix; t: the teacher's logits of the token, w: teacher_weight
     q = softmax(m / k)           the target, a constant: no gradient flows through it
-    k : H(q) = H(p), k <= k_max  one k per token; H: the entropy in nats
+    k : H(q) = H(softmax(a))     one k per token, k <= k_max; H: the entropy in nats
 
-The anchor a is s, or with anchor=reference the logits r of frozen weights that read the student's own context.  While
-the student learns, a mix with s follows the student, and a mix with r stands still.  With match=reference k gives q the
-entropy of softmax(r) instead of H(p).
+The anchor a is the logits r of frozen weights that read the student's own context, or with anchor=student s.  While
+the student learns, a mix with s follows the student, and a mix with r stands still.  With match=student k gives q the
+entropy H(p) instead of that of softmax(r).
 
 k is the temperature of the mix, and beta = 1 / k is its inverse, for which the code solves.  H(softmax(beta m)) falls
 monotonically in beta, from log(number of valid columns) to log(number of ties at the maximum), so there is one root.
@@ -104,7 +104,7 @@ class Target:
     """The choice of a target distribution: the section ``target`` of the configuration."""
 
     rule: str = "entropy_matched"
-    """The way to k: entropy_matched (per token, H(q) = H(p)), fixed (``k``), batch (``k``, which the run takes from the
+    """The way to k: entropy_matched (per token, see ``match``), fixed (``k``), batch (``k``, which the run takes from the
     mean entropies of the step before, see `solve_batch_k`) or teacher_alone (q = softmax(t), without a mix)."""
     teacher_weight: float = 0.75
     """w in m = w t + a."""
@@ -112,8 +112,8 @@ class Target:
     """The largest k of entropy_matched and batch; "1 + w" is the k of the geometric mean, None is no bound."""
     k: float | None = None
     """k of fixed and batch; None is 1 + w."""
-    anchor: str = "student"
-    """The logits a in m = w t + a: student (s) or reference (r)."""
+    anchor: str = "reference"
+    """The logits a in m = w t + a: reference (r) or student (s)."""
     match: str | None = None
     """The model whose entropy the target has: student or, with anchor=reference, reference; None is the anchor."""
 

@@ -326,7 +326,7 @@ def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float
 
     Its target needs no beta, and q is the teacher.
     """
-    target, divergence = Target("teacher_alone"), Divergence()
+    target, divergence = Target("teacher_alone", anchor="student"), Divergence()
     if fusion is not None:
         return _FusedAtTemperature(target, divergence, fusion, backend, temperature)
     loss = token_losses.self_distillation(target, divergence, backend)

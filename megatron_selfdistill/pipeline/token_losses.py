@@ -175,7 +175,7 @@ class MeasuringObserver:
                 student_logits,
                 own.teacher,
                 self.response_tokens[tokens],
-                target=Target("teacher_alone"),
+                target=Target("teacher_alone", anchor="student"),
                 divergence=Divergence(),
                 vocab=self.vocab,
                 backend=backend,

@@ -258,7 +258,7 @@ class SamplingParams:
     """Probability that the smallest set of most likely tokens must hold to be sampled from."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids of the tokens that end a response; the stop token stays as the last token of the response."""
-    target: Target = field(default_factory=Target)
+    target: Target = field(default_factory=lambda: Target(anchor="student"))
     """Target from which guided responses are sampled: a mix of the logits under both prompts (rollout/base.py)."""
     loss_backend: str | None = None
     """Implementation that solves for the target in this process (``loss.backend``); vLLM's processes choose their own.

@@ -34,8 +34,8 @@ SETTINGS: dict[str, tuple[dict[str, Any], Target]] = {
     ),
     "the student's entropy": ({"match": "student"}, dataclasses.replace(SAVED, match="student")),
     "fixed": ({"rule": "fixed", "k": None}, dataclasses.replace(SAVED, rule="fixed")),
-    "a mix with the student": (STUDENT, Target(teacher_weight=1.0)),
-    "teacher alone": (STUDENT | {"rule": "teacher_alone"}, Target("teacher_alone")),
+    "a mix with the student": (STUDENT, Target(teacher_weight=1.0, anchor="student")),
+    "teacher alone": (STUDENT | {"rule": "teacher_alone"}, Target("teacher_alone", anchor="student")),
     "forward KL": ({"divergence": "forward_kl"}, SAVED),
     "JSD": ({"divergence": "jsd", "jsd_lambda": 0.3}, SAVED),
 }
@@ -260,7 +260,7 @@ def test_a_link_of_the_report_opens_the_page(browser, rows, tmp_path):
 
 def test_a_long_response_opens_at_once_and_needs_no_block_before(browser, tmp_path):
     """Opening takes a quarter of a second on a quiet machine; the bound is for a busy one."""
-    record = record_of(logit_rows(500, 500, 2), Target())
+    record = record_of(logit_rows(500, 500, 2), Target(anchor="student"))
     for part in ("id", "text", "status", *(key for key, value in record["tokens"].items() if len(value) == 500)):
         record["tokens"][part] = (record["tokens"][part] * 8)[:4000]
     record["blocks"] = (record["blocks"][:7] * 9)[:63]

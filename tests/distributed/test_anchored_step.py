@@ -38,7 +38,7 @@ def test_gradients_equal_those_of_one_rank(outcomes, name, order, output_layer):
 
 def test_the_reference_changes_the_gradient(outcomes):
     _, with_reference, _ = outcomes(ANCHORED)
-    _, without, _ = outcomes(dataclasses.replace(ANCHORED, target=Target(teacher_weight=0.5)))
+    _, without, _ = outcomes(dataclasses.replace(ANCHORED, target=Target(teacher_weight=0.5, anchor="student")))
     assert worst_difference(without, with_reference)[0] > 0.1
 
 

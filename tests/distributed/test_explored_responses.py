@@ -20,7 +20,7 @@ from megatron_selfdistill.model.forward import Fusion, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 
-TARGETS = {"student": Target(), "reference": Target(anchor="reference", teacher_weight=2.0)}
+TARGETS = {"student": Target(anchor="student"), "reference": Target(anchor="reference", teacher_weight=2.0)}
 LAYOUTS: dict[str, tuple[Case, int]] = {
     "one rank, fused": (Case(fusion=Fusion("keep_gradient", 4)), 1),
     "TP2+SP": (Case(parallel=parallel(tp=2, sp=True)), 2),

@@ -32,7 +32,9 @@ CASES = {
     "weight": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W)),
     "weight, reference of its own": dataclasses.replace(BOTH, guided=GuidedTokens(GUIDED_W), reference_copy=True),
     "divergence": Case(
-        kind="shallow", target=Target(teacher_weight=W), guided=GuidedTokens(None, Divergence("jsd", 0.3))
+        kind="shallow",
+        target=Target(teacher_weight=W, anchor="student"),
+        guided=GuidedTokens(None, Divergence("jsd", 0.3)),
     ),
 }
 LAYOUTS: dict[str, tuple[str, ParallelConfig, int]] = {

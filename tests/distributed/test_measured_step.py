@@ -28,7 +28,7 @@ from megatron_selfdistill.pipeline.token_losses import TokenMeasurement
 from megatron_selfdistill.teacher import Teacher
 
 TARGETS = {
-    "student": Target(teacher_weight=2.0),
+    "student": Target(teacher_weight=2.0, anchor="student"),
     "reference": Target(anchor="reference", teacher_weight=2.0),
     "reference, the student's entropy": Target(anchor="reference", match="student"),
 }

@@ -103,7 +103,7 @@ def gradients_of_plain_autograd() -> tuple[dict, dict]:
     vocab, ours = layouts.vocab_shard(student, grid), {}
     for cap, fusion in itertools.product(CAPS, FUSIONS):
         clear(student)
-        loss_of = token_losses.self_distillation(Target(), Divergence(), fusion=fusion)
+        loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence(), fusion=fusion)
         weight = TruncatedImportance(sampled, cap) if cap is not None else None
         output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_coefficients=weight)
         if cap is not None:
@@ -166,7 +166,7 @@ def identities() -> list[tuple[float, float]]:
     vocab, found = layouts.vocab_shard(student, grid), []
     for rule in RULES:
         clear(student)
-        loss_of = token_losses.self_distillation(Target(rule), Divergence())
+        loss_of = token_losses.self_distillation(Target(rule, anchor="student"), Divergence())
         output = schedule.run(student, student, batch, loss_of, grid, vocab, pair_order="alternating")
         largest = max(float(gradient.abs().max()) for gradient in main_grads(student).values())
         found.append((float(output.stats.loss.abs().max()), largest))
@@ -221,7 +221,7 @@ def auxiliary_gradient(
     per_token = {"response_tokens": tokens, "guided": guided}
     joined = dataclasses.replace(batches[0], **streams, **per_token, num_contexts=len(batches))
     joined = pad_to_count(joined, len(batches) + weightless, len(batches) + weightless + more_teachers)
-    loss_of = token_losses.self_distillation(Target(), Divergence())
+    loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence())
     if not finalize:  # finalizing turns the counts into expert biases
         student[0].config.finalize_model_grads_func = lambda *args, **kwargs: None
     schedule.run(student, student, joined, loss_of, grid, layouts.vocab_shard(student, grid))
@@ -307,7 +307,7 @@ def nothing_to_learn() -> None:
     chunks, grid = models.build(models.model_config("shallow"), ParallelConfig())
     student = wrapped(chunks)
     batch = pad_to_count(pack([], PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)), 1, 1)
-    loss_of = token_losses.self_distillation(Target(), Divergence())
+    loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence())
     with pytest.raises(RuntimeError, match="no response tokens"):
         schedule.run(student, student, batch, loss_of, grid, layouts.vocab_shard(student, grid))
 

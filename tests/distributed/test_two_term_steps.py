@@ -74,7 +74,7 @@ def plain_gradient(
         given = coefficients(log_prob.detach(), torch.arange(start, start + len(tokens)))
         assert given.policy is not None
         if distils:
-            arguments = tokens, Target(), Divergence(), given.divergence, given.policy
+            arguments = tokens, Target(anchor="student"), Divergence(), given.divergence, given.policy
             total = total + token_losses(rows[0], rows[1].detach(), rows[1].detach(), *arguments).sum()
         else:
             total = total - ((given.divergence + given.policy) * log_prob).sum()
@@ -99,7 +99,8 @@ def gradients_of_steps() -> list[tuple[str, dict, dict]]:
     plain = {distils: plain_gradient(chunks[0], teacher[0], coefficients, distils=distils) for distils in (True, False)}
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     token_loss_of: dict[str, Any] = {
-        name: losses.self_distillation(Target(), Divergence(), fusion=fusion) for name, fusion in FUSIONS.items()
+        name: losses.self_distillation(Target(anchor="student"), Divergence(), fusion=fusion)
+        for name, fusion in FUSIONS.items()
     }
     found = []
     for name, token_loss in {**token_loss_of, "next token": losses.next_token}.items():
@@ -134,8 +135,8 @@ def refusals() -> list[str]:
     chunks, teacher, grid = student_and_teacher()
     student = wrap_for_training(chunks, OptimizerConfig(precision="fp32", use_distributed_optimizer=False))
     coefficients = GivenCoefficients.of(contexts())
-    keeping = losses.self_distillation(Target(), Divergence(), fusion=Fusion("keep_gradient", 5))
-    plain: Callable[..., TokenStats] = losses.self_distillation(Target(), Divergence())
+    keeping = losses.self_distillation(Target(anchor="student"), Divergence(), fusion=Fusion("keep_gradient", 5))
+    plain: Callable[..., TokenStats] = losses.self_distillation(Target(anchor="student"), Divergence())
 
     def detached(*arguments: Any, **options: Any) -> TokenStats:
         stats = plain(*arguments, **options)

@@ -52,9 +52,9 @@ def compared(mode: str) -> Outcome:
 def bf16_ratios(mode: str) -> dict[str, float]:
     """Return the errors of the gradients in bf16, divided by those of the loss of logits in full."""
     example = Example(False, torch.bfloat16, num_tokens=NUM_TOKENS_BF16).to(DEVICE)
-    _, *expected = fused_layer.reference(example, Target(), Divergence())
-    _, *whole = fused_layer.materialised(example, Target(), Divergence())
-    _, *fused = fused_layer.fused(example, Target(), Divergence(), mode, CHUNK_BF16)
+    _, *expected = fused_layer.reference(example, Target(anchor="student"), Divergence())
+    _, *whole = fused_layer.materialised(example, Target(anchor="student"), Divergence())
+    _, *fused = fused_layer.fused(example, Target(anchor="student"), Divergence(), mode, CHUNK_BF16)
     errors = [list(map(relative, with_valid_rows(*got), expected)) for got in (fused, whole)]
     return {name: ours / theirs for name, ours, theirs in zip(("dgrad", "wgrad"), *errors, strict=True)}
 

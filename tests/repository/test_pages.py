@@ -267,10 +267,10 @@ def test_the_targets_that_the_page_about_the_method_shows_are_those_of_the_loss(
         p, t, q = (
             torch.tensor([float(one) for one in row.split()], dtype=torch.float64) for row in (student, teacher, shown)
         )
-        found = mixed_target(p.log()[None], t.log()[None], Target())
+        found = mixed_target(p.log()[None], t.log()[None], Target(anchor="student"))
         assert f"{1 / found.beta.item():.2f}" == k
         assert torch.equal(found.log_q[0].exp().round(decimals=3), q)
-    fixed = mixed_target(p.log()[None], t.log()[None], Target(rule="fixed")).log_q[0].exp()
+    fixed = mixed_target(p.log()[None], t.log()[None], Target(rule="fixed", anchor="student")).log_q[0].exp()
     assert [share for share in (q[-1], fixed[-1]) if f"{100 * share:.1f} %" not in text] == []
 
 

@@ -20,7 +20,11 @@ WIDTH, VOCAB_SIZE, PADDED_VOCAB_SIZE = 12, 370, 512  # over 4 ranks: 128, 128, 1
 NUM_TOKENS, CHUNK = 13, 5
 
 
-TARGETS = {"capped": Target(), "fixed": Target("fixed", k=1.3), "teacher alone": Target("teacher_alone")}
+TARGETS = {
+    "capped": Target(anchor="student"),
+    "fixed": Target("fixed", k=1.3, anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
+}
 
 
 DIVERGENCES = {
@@ -161,7 +165,7 @@ def call(example: Example, hidden: Tensor, weight: Tensor, *, mode: str, **optio
         example.teacher_weight,
         example.tokens,
         **{
-            "target": Target(),
+            "target": Target(anchor="student"),
             "divergence": Divergence(),
             "vocab": shard_of(None)[0],
             "chunk_tokens": CHUNK,

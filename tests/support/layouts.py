@@ -61,7 +61,7 @@ class Case:
     divergence: str = "reverse_kl"
     guided: token_losses.GuidedTokens | None = None
     """What the tokens of every third response have of their own; None: no response is guided."""
-    target: Target = field(default_factory=Target)
+    target: Target = field(default_factory=lambda: Target(anchor="student"))
     pair_order: str = "teacher_first"
     paired: bool = False
     max_tokens: int = MAX_TOKENS

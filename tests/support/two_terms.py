@@ -18,9 +18,9 @@ from megatron_selfdistill.loss.weighting import Coefficients
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
 TARGETS = {
-    "matched": Target(k_max=None),
-    "capped": Target(),
-    "teacher alone": Target("teacher_alone"),
+    "matched": Target(k_max=None, anchor="student"),
+    "capped": Target(anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
     "with a reference": Target(anchor="reference"),
 }
 DIVERGENCES = {

@@ -48,7 +48,7 @@ from megatron_selfdistill.terminal import silence_known_warnings
 
 BASELINE = "anchor=student"
 TARGETS = {
-    BASELINE: Target(),
+    BASELINE: Target(anchor="student"),
     "anchor=reference, k = 1 + w": Target("fixed", anchor="reference"),
     "anchor=reference, match=student": Target(anchor="reference", match="student"),
     "anchor=reference, match=reference": Target(anchor="reference"),

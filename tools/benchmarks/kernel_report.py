@@ -90,7 +90,7 @@ def cases() -> Iterator[Case]:
     from megatron_selfdistill.loss.triton import pass_kernels, pass_launches
 
     reading = {**pass_launches.COMPILED, "num_warps": 1}
-    targets = Target(), Target(k_max=None), Target("teacher_alone")
+    targets = Target(anchor="student"), Target(k_max=None, anchor="student"), Target("teacher_alone", anchor="student")
     for dtype, vec in (("bf16", 8), ("fp32", 4)):
         logits = dict.fromkeys(("student", "teacher", "out"), f"*{dtype}")
         summing = {"MIX": pass_kernels.BOTH, "LANES": pass_launches.LANES, "VEC": vec, "PACKED": True}

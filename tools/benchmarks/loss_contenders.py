@@ -24,7 +24,7 @@ from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillati
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 
 W = 0.75
-TARGET = Target(teacher_weight=W)
+TARGET = Target(teacher_weight=W, anchor="student")
 Run = Callable[[], tuple[Tensor | None, Tensor | None]]
 """Forward and backward: returns (loss per row, gradient); each is None for another loss than this project's."""
 

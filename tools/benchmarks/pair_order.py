@@ -75,7 +75,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
     if arguments.stage_ms:
         _wait_in_every_stage(chunks, teacher, *(ms / 1000 for ms in arguments.stage_ms))
 
-    token_loss = token_losses.self_distillation(Target(), Divergence())
+    token_loss = token_losses.self_distillation(Target(anchor="student"), Divergence())
     found: dict[str, dict[str, list[float]]] = {order: {"seconds": [], "peak_mib": []} for order in ORDERS}
     for repeat in range(arguments.repeats + 1):
         for order in ORDERS:

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strict", action="store_true", help="no bound on k")
     arguments = parser.parse_args()
-    target = Target(k_max=None) if arguments.strict else Target()
+    target = Target(k_max=None, anchor="student") if arguments.strict else Target(anchor="student")
     columns = "class, beta (1+w), matched, capped, beyond, undetermined, unconverged, H(q)-H(p), sum q-1, reverse KL"
     print(f"| {columns.replace(', ', ' | ')} |")
     print("|---" * 10 + "|")

@@ -146,7 +146,7 @@ class _Bench:
             optimizer=build_optimizer(chunks, llama.optimizer, num_steps=1000)[0],
             sampler=_sampler(arguments, llama, chunks, length),
             vocab=VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, arguments.vocab, grid.tp_group),
-            token_loss=token_losses.self_distillation(Target(), Divergence(), fusion=fusion),
+            token_loss=token_losses.self_distillation(Target(anchor="student"), Divergence(), fusion=fusion),
             arguments=arguments,
         )
         for _ in range(arguments.problems):

@@ -19,9 +19,9 @@ from megatron_selfdistill.loss.target import Divergence, Target
 
 VOCAB_SIZE, NUM_ROWS = 1009, 48  # a prime: the last shards are partly padding
 TARGETS = {
-    "k <= 1 + w": Target(),
-    "k unbounded": Target(k_max=None),
-    "teacher alone": Target("teacher_alone"),
+    "k <= 1 + w": Target(anchor="student"),
+    "k unbounded": Target(k_max=None, anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
 }
 DIVERGENCES = {
     "reverse KL": Divergence("reverse_kl"),

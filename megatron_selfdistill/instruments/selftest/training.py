@@ -127,11 +127,11 @@ def identity_law(launch: LaunchUnderTest) -> Outcome:
     losses, ratios, real_losses = {}, {}, {}
     for kind in DIVERGENCES:
         divergence = Divergence(kind)
-        real = pair.step(other, Target(), divergence, "teacher_first")
+        real = pair.step(other, Target(anchor="student"), divergence, "teacher_first")
         real_losses[kind] = real.loss
         for case, batch, target in (
-            (f"{kind}, one prompt", same, Target()),
-            (f"{kind}, w = 0", other, Target(teacher_weight=0.0)),
+            (f"{kind}, one prompt", same, Target(anchor="student")),
+            (f"{kind}, w = 0", other, Target(teacher_weight=0.0, anchor="student")),
         ):
             step = pair.step(batch, target, divergence, "teacher_first")
             losses[case], ratios[case] = abs(step.loss), step.norm() / real.norm()
@@ -151,7 +151,7 @@ def pair_orders(launch: LaunchUnderTest) -> Outcome:
     pp = 2 if launch.world_size % 2 == 0 else 1
     pair, _ = new_pair(launch, launch.cut(tp=2 if launch.world_size % 4 == 0 else 1, pp=pp))
     batch = pair.packed(same_prompt=False)
-    one, other = (pair.step(batch, Target(), Divergence(), order) for order in PAIR_ORDERS)
+    one, other = (pair.step(batch, Target(anchor="student"), Divergence(), order) for order in PAIR_ORDERS)
     differences = {}
     for name, gradient in one.gradients.items():
         norm, off = gradient.norm(), (gradient - other.gradients[name]).norm()
@@ -497,7 +497,7 @@ def warm_up(launch: LaunchUnderTest, phase: Callable[[str], None]) -> None:
         torch.cuda.synchronize()
     phase(FUNCTIONS)
     batch = pair.packed(same_prompt=False)
-    pair.step(batch, Target(), sharded_loss.DIVERGENCES["reverse KL"], "teacher_first")
+    pair.step(batch, Target(anchor="student"), sharded_loss.DIVERGENCES["reverse KL"], "teacher_first")
     phase(KERNELS)
     vocab = VocabShard.from_group(
         launch.padded_vocab_size(sharded_loss.VOCAB_SIZE, pair.grid), sharded_loss.VOCAB_SIZE, pair.grid.tp_group

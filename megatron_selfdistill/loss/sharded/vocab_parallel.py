@@ -483,9 +483,9 @@ def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = No
         raise ValueError(f"vocab_entropy: logits must be [T, {vocab.size}]; got {tuple(logits.shape)}.")
     dtype = torch.promote_types(logits.dtype, torch.float32)
     backend_in_use, valid = chosen(backend, logits, logits), logits[:, : vocab.num_valid]
-    num_parts = backend_in_use.num_parts(len(logits), vocab.size)
-    shard = Shard(valid, valid, (1.0, 0.0), dtype, num_parts)
-    sums, _ = backend_in_use.first_pass(shard, BetaGrid.of(Target("teacher_alone"), dtype), None, vocab.start)
+    shard = Shard(valid, valid, (1.0, 0.0), dtype, backend_in_use.num_parts(len(logits), vocab.size))
+    grid = BetaGrid.of(Target("teacher_alone", anchor="student"), dtype)
+    sums, _ = backend_in_use.first_pass(shard, grid, None, vocab.start)
     parts = gather_parts(sums[..., _COLUMNS], vocab.group).double()
     return Softmax.merge(*parts.unbind(2)).entropy
 

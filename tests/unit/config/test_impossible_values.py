@@ -404,7 +404,10 @@ def test_a_target_that_the_schema_accepts_is_one_that_the_loss_accepts():
     assert RANGE_OF_K == RANGE
     for weight, k_max in ((0.75, 0.11), (1000.0, None), (0.0, 0.07)):
         config = configured(f"target.teacher_weight={weight}", f"target.k_max={'null' if k_max is None else k_max}")
-        assert Target(teacher_weight=config.target.teacher_weight, k_max=config.target.k_max).k_bound == k_max
+        assert (
+            Target(teacher_weight=config.target.teacher_weight, k_max=config.target.k_max, anchor="student").k_bound
+            == k_max
+        )
 
 
 def test_more_first_tokens_may_be_skipped_than_are_sampled_only_in_recorded_responses():

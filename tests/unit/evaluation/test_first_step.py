@@ -176,12 +176,12 @@ def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layo
 
 def test_the_anchor_of_the_first_step_is_the_student_and_a_number_belongs_to_one_weight():
     default = compared_targets(Target(anchor="reference"))
-    assert default == compared_targets(Target()), "equal weights"
+    assert default == compared_targets(Target(anchor="student")), "equal weights"
     assert list(default) == [CONFIGURED, "target.teacher_weight=2", "target.teacher_weight=4"]
-    bounded = compared_targets(Target(k_max=1.2, teacher_weight=2.0))
+    bounded = compared_targets(Target(k_max=1.2, teacher_weight=2.0, anchor="student"))
     assert bounded[CONFIGURED].k_max == 1.2 and bounded["target.teacher_weight=4"].k_max == "1 + w"
     assert len(bounded) == 4, "the default bound at the configured weight is another target"
-    alone = compared_targets(Target("teacher_alone"))
+    alone = compared_targets(Target("teacher_alone", anchor="student"))
     assert [it.rule for it in alone.values()] == ["teacher_alone", *["entropy_matched"] * 3]
 
 

@@ -98,7 +98,9 @@ def test_the_first_pass_of_any_shape_equals_float64(
 ) -> None:
     student, teacher, tokens = logits(8, size)
     student, teacher = student.to(student_dtype)[:, :num_valid], teacher.to(teacher_dtype)[:, :num_valid]
-    assert_first_pass(Shard(student, teacher, Target().mix_weights, torch.float32), tokens, Target())
+    assert_first_pass(
+        Shard(student, teacher, Target(anchor="student").mix_weights, torch.float32), tokens, Target(anchor="student")
+    )
 
 
 @cases(
@@ -123,10 +125,10 @@ def test_words_read_16_bytes_at_a_time_give_the_bits_of_columns_read_one_by_one(
     aligned = [torch.empty(7, 1328, device=DEVICE, dtype=dtype)[:, :1300].copy_(x) for x in (student, teacher)]
     found = []
     for packed, rows in ((True, aligned), (False, shifted)):
-        shard = Shard(*rows, Target().mix_weights, torch.float32, 2)
+        shard = Shard(*rows, Target(anchor="student").mix_weights, torch.float32, 2)
         assert pass_launches.is_packed(shard) == packed
-        sums, argmax = pass_launches.first_pass(shard, BetaGrid.of(Target(), torch.float32), tokens, 0)
-        solver_state = solver_launches.solve_tokens(sums, BetaGrid.of(Target(), torch.float32))
+        sums, argmax = pass_launches.first_pass(shard, BetaGrid.of(Target(anchor="student"), torch.float32), tokens, 0)
+        solver_state = solver_launches.solve_tokens(sums, BetaGrid.of(Target(anchor="student"), torch.float32))
         second = pass_launches.second_pass(shard, solver_state.constants, argmax, forward_kl=True)
         found.append((sums, argmax, second, pass_launches.jsd_pass(shard, solver_state.constants, 0.3)))
     for ours, theirs in zip(*found, strict=True):
@@ -172,7 +174,9 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy_wherever_its_top_
         student = student.sort(1, descending=order == "falling").values
     student[:, top] = torch.tensor([14.0, 18.0, 20.0, 22.0, 25.0, 28.0])
     student = student.to(DEVICE)
-    stats, _ = run(student, student, torch.zeros(6, dtype=torch.int64, device=DEVICE), Target(), Divergence())
+    stats, _ = run(
+        student, student, torch.zeros(6, dtype=torch.int64, device=DEVICE), Target(anchor="student"), Divergence()
+    )
     x = student.double() - student[:, top, None].double()
     others = x.masked_fill(x == 0, -torch.inf).exp()
     tail = others.sum(1)
@@ -265,7 +269,7 @@ def test_every_row_is_matched_where_the_entropy_has_a_plateau(name: str, rule: s
 @full
 def test_the_third_pass_leaves_every_other_row_as_it_was() -> None:
     student, teacher, tokens = (values.to(DEVICE) for values in plateaus.needing_the_third_pass())
-    grid = BetaGrid.of(Target(), torch.float32)
+    grid = BetaGrid.of(Target(anchor="student"), torch.float32)
     shard = Shard(student, teacher, grid.mix_weights, torch.float32)
     sums, argmax = pass_launches.first_pass(shard, grid, tokens, 0)
     solver_state, status, found = solver_launches.solve_tokens(sums, grid), None, []
@@ -286,7 +290,9 @@ def test_equal_maxima_count_by_their_lowest_column_within_and_across_blocks() ->
     student, teacher = torch.zeros(4, 400, device=DEVICE), torch.zeros(4, 400, device=DEVICE)
     student[:, [3, 311]] = 5.0
     teacher[0, [3, 15]] = teacher[1, [311, 320]] = teacher[2, [3, 399]] = teacher[3, [2, 3]] = 5.0
-    stats, _ = run(student, teacher, torch.zeros(4, dtype=torch.int64, device=DEVICE), Target(), Divergence())
+    stats, _ = run(
+        student, teacher, torch.zeros(4, dtype=torch.int64, device=DEVICE), Target(anchor="student"), Divergence()
+    )
     assert stats.top1_agreement.tolist() == [True, False, True, False]
 
 
@@ -296,8 +302,8 @@ def test_a_tiny_divergence_keeps_its_digits(kind: str) -> None:
     student = 2 * torch.randn(5, 300, generator=generator)
     teacher = (student + 1e-3 * torch.randn(5, 300, generator=generator)).to(DEVICE)
     student, tokens = student.to(DEVICE), torch.zeros(5, dtype=torch.int64, device=DEVICE)
-    stats, gradient = run(student, teacher, tokens, Target("fixed"), DIVERGENCES[kind])
-    loss, expected = reference(student, teacher, Target("fixed"), DIVERGENCES[kind])
+    stats, gradient = run(student, teacher, tokens, Target("fixed", anchor="student"), DIVERGENCES[kind])
+    loss, expected = reference(student, teacher, Target("fixed", anchor="student"), DIVERGENCES[kind])
     assert loss.min() > 1e-9 and loss.max() < 2e-7
     torch.testing.assert_close(stats.loss.double(), loss, rtol=0, atol=3e-10)
     torch.testing.assert_close(gradient.double(), expected, rtol=0, atol=2e-7)
@@ -314,8 +320,8 @@ def test_a_tiny_divergence_keeps_its_digits(kind: str) -> None:
 def test_narrow_logits_give_the_statistics_of_the_same_values_in_float32(dtype: torch.dtype, kind: str) -> None:
     student, teacher, tokens = logits(8, 600)
     student, teacher = student.to(dtype), teacher.to(dtype)
-    narrow, gradient = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
-    wide, expected = run(student.float(), teacher.float(), tokens, Target(), DIVERGENCES[kind])
+    narrow, gradient = run(student, teacher, tokens, Target(anchor="student"), DIVERGENCES[kind])
+    wide, expected = run(student.float(), teacher.float(), tokens, Target(anchor="student"), DIVERGENCES[kind])
     assert_same(narrow, wide)
     assert gradient.dtype == dtype
     # the interpreter cuts digits off where a GPU rounds
@@ -394,7 +400,7 @@ def test_of_equal_maxima_also_in_several_parts_the_lowest_column_counts(parts: i
     student, teacher, tokens = (values[:2].clone() for values in logits(7, 600))
     student[:, [7, 590]] = 100.0
     teacher[0, 7] = teacher[1, 590] = 100.0
-    stats, _ = run(student, teacher, tokens, Target(), Divergence())
+    stats, _ = run(student, teacher, tokens, Target(anchor="student"), Divergence())
     assert stats.top1_agreement.tolist() == [True, False]
 
 

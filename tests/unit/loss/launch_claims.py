@@ -58,10 +58,10 @@ def parts(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> in
 @cases("kind, parts", [("forward", 5), ("jsd", 2)], DIVERGENCES, [2, 5], quick=1)
 def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     student, teacher, tokens = logits(7, 600, seed=4)
-    cut = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
+    cut = run(student, teacher, tokens, Target(anchor="student"), DIVERGENCES[kind])
     assert pass_launches.num_parts(7, 600) == parts
     monkeypatch.setattr(pass_launches, "MOST_PARTS", 1)
-    whole = run(student, teacher, tokens, Target(), DIVERGENCES[kind])
+    whole = run(student, teacher, tokens, Target(anchor="student"), DIVERGENCES[kind])
     assert_same(cut[0], whole[0])
     torch.testing.assert_close(cut[1], whole[1], rtol=1e-5, atol=1e-6)
 
@@ -70,7 +70,7 @@ def test_rows_cut_into_parts_equal_whole_rows(kind: str, parts: int, monkeypatch
 @cases("kind", ["jsd"], DIVERGENCES, quick=1)
 def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> None:
     student, teacher, tokens = logits(8, 333)
-    target, divergence = Target(), DIVERGENCES[kind]
+    target, divergence = Target(anchor="student"), DIVERGENCES[kind]
     stats, gradient = run(student, teacher, tokens, target, divergence)
     wide = torch.full((8, 400), torch.nan, device=DEVICE)
     wide[:, :333] = student
@@ -94,9 +94,9 @@ def test_strided_rows_and_backward_in_place_give_the_same_bits(kind: str) -> Non
 def test_what_the_kernels_cannot_read_is_refused_with_a_message() -> None:
     student, teacher, tokens = logits(8, 64)
     with pytest.raises(ValueError, match=r"whose columns lie side by side; got strides \(1, 8\)"):
-        run(student.t().contiguous().t(), teacher, tokens, Target(), Divergence())
+        run(student.t().contiguous().t(), teacher, tokens, Target(anchor="student"), Divergence())
     with pytest.raises(ValueError, match="take bfloat16, float16 and float32, and the logits are float64"):
-        run(student.double(), teacher, tokens, Target(), Divergence())
+        run(student.double(), teacher, tokens, Target(anchor="student"), Divergence())
 
 
 def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
@@ -104,7 +104,7 @@ def test_no_rows_and_rows_of_one_column_have_no_loss() -> None:
         student, teacher = (torch.randn(num_rows, num_columns, device=DEVICE) for _ in range(2))
         tokens = torch.zeros(num_rows, dtype=torch.int64, device=DEVICE)
         for kind in DIVERGENCES.values():
-            stats, gradient = run(student, teacher, tokens, Target(), kind)
+            stats, gradient = run(student, teacher, tokens, Target(anchor="student"), kind)
             assert (stats.loss == 0).all() and (gradient == 0).all() and gradient.shape == student.shape
 
 
@@ -126,7 +126,7 @@ def rank_of_two(rank: int, store: str, directory: str) -> None:
     outcomes = []
     for kind in DIVERGENCES.values():
         leaf = student[:, columns].to(device).requires_grad_()
-        arguments = {"target": Target(), "divergence": kind, "vocab": vocab, "backend": "triton"}
+        arguments = {"target": Target(anchor="student"), "divergence": kind, "vocab": vocab, "backend": "triton"}
         stats = distillation_loss(leaf, teacher[:, columns].to(device), tokens.to(device), **arguments)
         stats.loss.sum().backward()
         assert leaf.grad is not None
@@ -154,7 +154,7 @@ def test_two_tensor_parallel_ranks_equal_one_and_have_the_same_bits(tmp_path) ->
         assert str(first) == str(second)  # as text: NaN equals NaN
         leaf = student.clone().requires_grad_()
         vocab = VocabShard(0, 512, 370)
-        arguments = {"target": Target(), "divergence": kind, "vocab": vocab, "backend": "triton"}
+        arguments = {"target": Target(anchor="student"), "divergence": kind, "vocab": vocab, "backend": "triton"}
         stats = distillation_loss(leaf, teacher, tokens, **arguments)
         stats.loss.sum().backward()
         for field, values in zip(fields(TokenStats), first, strict=True):
@@ -179,7 +179,7 @@ def test_the_fused_output_layer_runs_on_the_kernels(mode: str) -> None:
             leaves[1],
             None,
             tokens,
-            target=Target(),
+            target=Target(anchor="student"),
             divergence=Divergence(),
             vocab=VocabShard(0, 300, 290),
             chunk_tokens=3,
@@ -262,7 +262,7 @@ def test_rows_beyond_2_to_the_31_logits_are_those_that_are_read_and_written() ->
     far = [places.as_strided((3, num_columns), (stride, 1), 320 * i) for i in range(3)]
     near = [values[:3, :num_columns].bfloat16() for values in logits(8, 304)[:2]]
     near.append(torch.zeros_like(near[0]))
-    grid, results = BetaGrid.of(Target(), torch.float32), []
+    grid, results = BetaGrid.of(Target(anchor="student"), torch.float32), []
     tokens = torch.tensor([0, 150, 299], device=DEVICE)
     for ours, theirs in zip(far, near, strict=True):
         ours.copy_(theirs)
@@ -303,12 +303,14 @@ def test_kernels_are_launched_on_the_gpu_where_the_logits_lie(monkeypatch: pytes
 @pytest.mark.skipif(INTERPRETED or torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_logits_on_another_gpu_than_the_current_one_have_a_loss() -> None:
     arguments = logits(8, 333)
-    here, _ = run(*arguments, Target(), Divergence())
+    here, _ = run(*arguments, Target(anchor="student"), Divergence())
     assert torch.cuda.current_device() == 0
     elsewhere = [values.to("cuda:1") for values in arguments]
     leaf = elsewhere[0].requires_grad_()
     vocab = VocabShard(0, 333, 333)
-    stats = distillation_loss(leaf, *elsewhere[1:], target=Target(), divergence=Divergence(), vocab=vocab)
+    stats = distillation_loss(
+        leaf, *elsewhere[1:], target=Target(anchor="student"), divergence=Divergence(), vocab=vocab
+    )
     stats.loss.sum().backward()
     assert leaf.grad is not None and torch.equal(stats.loss.cpu(), here.loss.cpu())
 
@@ -357,7 +359,7 @@ def run_in_place(
     product = leaf.view_as(leaf)
     product.register_hook(seen.append)
     vocab = VocabShard(0, student.shape[1], student.shape[1])
-    arguments = {"target": target or Target(), "divergence": kind, "vocab": vocab, "backend": "triton"}
+    arguments = {"target": target or Target(anchor="student"), "divergence": kind, "vocab": vocab, "backend": "triton"}
     stats = distillation_loss(product, teacher, tokens, **arguments, inplace_backward=True)
     (stats.loss * torch.linspace(-1, 2, len(tokens), device=DEVICE)).sum().backward()
     assert seen[0].data_ptr() == leaf.data_ptr()

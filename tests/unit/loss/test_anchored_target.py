@@ -129,6 +129,18 @@ def test_with_the_geometric_k_reverse_kl_is_distillation_with_a_penalty_to_the_r
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("weight", [0.25, 0.75, 1.0, 2.0, 8.0])
+def test_with_the_geometric_k_the_target_is_that_of_beta_opsd(weight: float) -> None:
+    """beta-OPSD (arXiv 2607.28582): q ~ teacher^(1 / beta) reference^(1 - 1 / beta); beta = (1 + w) / w."""
+    (s, t), (r, _) = pair(1), pair(2)
+    beta = (1 + weight) / weight
+    interpolated = t.softmax(-1) ** (1 / beta) * r.softmax(-1) ** (1 - 1 / beta)
+    expected = (interpolated / interpolated.sum(-1, keepdim=True)).log()
+    for k in (None, 1 + weight):
+        found = mixed_target(s, t, Target("fixed", teacher_weight=weight, k=k, anchor="reference"), r)
+        torch.testing.assert_close(found.log_q, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_the_target_stands_still_while_the_student_moves_and_does_not_where_it_matches_the_student() -> None:
     (s, t), (r, _) = pair(3), pair(4)
     for target, stands in ((Target(anchor="reference"), True), (Target(anchor="reference", match="student"), False)):
@@ -336,7 +348,7 @@ def test_a_reference_of_another_shape_or_without_its_target_is_refused() -> None
     options = {"divergence": Divergence(), "vocab": vocab}
     anchored = Target("fixed", anchor="reference")
     for target, reference, words in (
-        (Target(), (student, weight), "reference must be None without anchor=reference"),
+        (Target(anchor="student"), (student, weight), "reference must be None without anchor=reference"),
         (anchored, (student[:2], weight), r"the reference's \[3, 16\]"),
         (anchored, (student, weight[:5]), r"weights must be \[192, 16\]"),
         (anchored, (student.double(), weight), "must have one dtype"),
@@ -358,14 +370,14 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="reference_logits must be given with anchor=reference only"):
         mixed_target(s, t, Target(anchor="reference"))
     with pytest.raises(ValueError, match="reference_logits must be given with anchor=reference only"):
-        mixed_target(s, t, Target(), s)
-    for wrong in ({"match": "reference"}, {"anchor": "teacher"}, {"anchor": "reference", "match": "teacher"}):
+        mixed_target(s, t, Target(anchor="student"), s)
+    for anchor, match in (("student", "reference"), ("teacher", None), ("reference", "teacher")):
         with pytest.raises(ValueError, match=r"Target\.anchor must be one of student, reference"):
-            Target(**wrong)
+            Target(anchor=anchor, match=match)
     with pytest.raises(ValueError, match="whose target is no mix"):
         Target("teacher_alone", anchor="reference")
     vocab = VocabShard(0, 200, 200)
     arguments = s, t, torch.zeros(16, dtype=torch.int64)
-    for target, given in ((Target(anchor="reference"), None), (Target(), entropy(s))):
+    for target, given in ((Target(anchor="reference"), None), (Target(anchor="student"), entropy(s))):
         with pytest.raises(ValueError, match="reference_entropy must be"):
             distillation_loss(*arguments, target=target, divergence=Divergence(), vocab=vocab, reference_entropy=given)

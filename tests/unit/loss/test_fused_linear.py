@@ -66,8 +66,8 @@ def test_loss_dgrad_and_wgrad_equal_float64(rule: str, kind: str, mode: str, tie
 def test_every_chunking_equals_the_materialised_path(chunk_tokens: int, mode: str, tied: bool) -> None:
     """A chunk of 7 gives two chunks: there is room for the teacher behind the first, and none behind the second."""
     example = Example(tied)
-    expected = materialised(example, Target(), Divergence())
-    got = fused(example, Target(), Divergence(), mode, chunk_tokens)
+    expected = materialised(example, Target(anchor="student"), Divergence())
+    got = fused(example, Target(anchor="student"), Divergence(), mode, chunk_tokens)
     for field in fields(TokenStats):
         value = getattr(expected[0], field.name)
         torch.testing.assert_close(getattr(got[0], field.name), value, rtol=1e-5, atol=1e-5)
@@ -82,14 +82,14 @@ def test_an_observer_sees_the_logits_and_statistics_of_every_chunk_and_changes_n
     chunk_tokens: int, mode: str, tied: bool
 ) -> None:
     example = Example(tied)
-    expected = fused(example, Target(), Divergence(), mode, chunk_tokens)
+    expected = fused(example, Target(anchor="student"), Divergence(), mode, chunk_tokens)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def observe(tokens: slice, student_logits: Tensor, teacher_logits: Tensor, stats: TokenStats) -> None:
         assert tokens.start == sum(len(beta) for *_, beta in seen) and tokens.stop - tokens.start == len(stats.beta)
         seen.append((student_logits.clone(), teacher_logits.clone(), stats.beta))
 
-    got = fused(example, Target(), Divergence(), mode, chunk_tokens, observe=observe)
+    got = fused(example, Target(anchor="student"), Divergence(), mode, chunk_tokens, observe=observe)
     student_logits, teacher_logits, beta = map(torch.cat, zip(*seen, strict=True))
     of_teacher = example.weight if example.teacher_weight is None else example.teacher_weight
     torch.testing.assert_close(student_logits, example.student @ example.weight.T, rtol=1e-5, atol=1e-5)
@@ -104,8 +104,8 @@ def test_an_observer_sees_the_logits_and_statistics_of_every_chunk_and_changes_n
 @every_tying
 def test_low_memory_in_one_chunk_gives_the_materialised_paths_bits(tied: bool) -> None:
     example = Example(tied, torch.bfloat16)
-    expected = materialised(example, Target(), Divergence("jsd"))
-    got = fused(example, Target(), Divergence("jsd"), "low_memory", NUM_TOKENS)
+    expected = materialised(example, Target(anchor="student"), Divergence("jsd"))
+    got = fused(example, Target(anchor="student"), Divergence("jsd"), "low_memory", NUM_TOKENS)
     assert torch.equal(got[0].loss, expected[0].loss)
     assert torch.equal(got[1], expected[1]) and torch.equal(got[2], expected[2])
 
@@ -113,11 +113,11 @@ def test_low_memory_in_one_chunk_gives_the_materialised_paths_bits(tied: bool) -
 @every_mode
 def test_bf16_gradients_are_as_near_to_float64_as_the_materialised_paths(mode: str) -> None:
     example = Example(False, torch.bfloat16, num_tokens=200)
-    _, dgrad, wgrad = reference(example, Target(), Divergence())
+    _, dgrad, wgrad = reference(example, Target(anchor="student"), Divergence())
     of_path = []
     for got in (
-        materialised(example, Target(), Divergence()),
-        fused(example, Target(), Divergence(), mode, 64),
+        materialised(example, Target(anchor="student"), Divergence()),
+        fused(example, Target(anchor="student"), Divergence(), mode, 64),
     ):
         assert got[1].dtype == got[2].dtype == torch.bfloat16
         of_path.append((relative(got[1], dgrad), relative(got[2][:VOCAB_SIZE], wgrad)))
@@ -128,7 +128,7 @@ def test_bf16_gradients_are_as_near_to_float64_as_the_materialised_paths(mode: s
 @every_mode
 def test_no_tokens_give_no_gradient_but_one(mode: str) -> None:
     """DDP counts on every weight having a gradient in every microbatch."""
-    stats, dgrad, wgrad = fused(Example(True, num_tokens=0), Target(), Divergence(), mode)
+    stats, dgrad, wgrad = fused(Example(True, num_tokens=0), Target(anchor="student"), Divergence(), mode)
     assert len(stats.loss) == 0 and dgrad is not None and dgrad.shape == (0, WIDTH)
     assert wgrad is not None and (wgrad == 0).all() and wgrad.shape == (PADDED_VOCAB_SIZE, WIDTH)
 
@@ -153,7 +153,7 @@ def test_a_given_weight_gradient_takes_all_of_it_in_backward_and_hands_autograd_
     mode: str, calls: int
 ) -> None:
     example = Example(False)
-    _, dgrad, wgrad = fused(example, Target(), Divergence(), mode)
+    _, dgrad, wgrad = fused(example, Target(anchor="student"), Divergence(), mode)
     recorder = Recorder()
     hidden, weight = example.student.clone().requires_grad_(), example.weight.clone().requires_grad_()
     for done in range(3):  # microbatches
@@ -197,7 +197,7 @@ def split_over_ranks(num_tokens: int, dtype: torch.dtype) -> list[tuple[TokenSta
             calls = dict.fromkeys((GATHER, "all_reduce", REDUCE_SCATTER), 0)
             for name in calls:
                 patch.setattr(dist, name, counting(calls, name))
-            stats, dgrad, wgrad = fused(example, Target(), Divergence(), mode, group=group, **options)
+            stats, dgrad, wgrad = fused(example, Target(anchor="student"), Divergence(), mode, group=group, **options)
         assert dgrad is not None and wgrad is not None
         if sequence_parallel:  # back into the order of tokens
             assert (dgrad[counts[rank] :] == 0).all(), "rows that no token needs"
@@ -216,7 +216,7 @@ def test_every_split_equals_one_rank(ranks: RankPool, world_size: int) -> None:
     num_chunks = -(-NUM_TOKENS // CHUNK)
     for (tied, mode, sequence_parallel), *shards in zip(cases, *per_rank, strict=True):
         case = (tied, mode, sequence_parallel)
-        stats, dgrad, wgrad = fused(Example(tied), Target(), Divergence(), mode)
+        stats, dgrad, wgrad = fused(Example(tied), Target(anchor="student"), Divergence(), mode)
         for shard in shards:
             for field in fields(TokenStats):
                 first, value = getattr(shards[0][0], field.name), getattr(shard[0], field.name)
@@ -245,7 +245,7 @@ def test_the_weights_gradient_of_many_chunks_in_bf16_is_as_exact_as_that_of_one(
             leaf,
             None,
             tokens,
-            target=Target(),
+            target=Target(anchor="student"),
             divergence=Divergence("forward_kl"),
             vocab=VocabShard(0, 64, 64),
             chunk_tokens=chunk_tokens,
@@ -261,7 +261,7 @@ def test_ranks_without_rows_of_their_own(ranks: RankPool, num_tokens: int) -> No
     per_rank = ranks.run(split_over_ranks, num_tokens, torch.float32, world_size=2)
     cases = itertools.product([True, False], FUSED_MODES, [False, True])
     for (tied, mode, _), *shards in zip(cases, *per_rank, strict=True):
-        _, dgrad, wgrad = fused(Example(tied, num_tokens=num_tokens), Target(), Divergence(), mode)
+        _, dgrad, wgrad = fused(Example(tied, num_tokens=num_tokens), Target(anchor="student"), Divergence(), mode)
         for shard in shards:
             torch.testing.assert_close(shard[1], dgrad, rtol=2e-6, atol=1e-6)
         torch.testing.assert_close(torch.cat([shard[2] for shard in shards]), wgrad, rtol=2e-6, atol=1e-6)

@@ -29,7 +29,7 @@ from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_lo
 @pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
 def test_what_needs_no_gradient_gets_none(mode: str, frozen: str) -> None:
     example = Example(True)
-    _, *expected = fused(example, Target(), Divergence(), mode)
+    _, *expected = fused(example, Target(anchor="student"), Divergence(), mode)
     inputs = [example.student.clone(), example.weight.clone()]
     for name, value in zip(("hidden", "weight"), inputs, strict=True):
         value.requires_grad_(frozen not in (name, "both"))
@@ -76,7 +76,7 @@ def test_hidden_states_are_projected_where_they_lie(mode: str, monkeypatch: pyte
     monkeypatch.setattr(
         torch, "cat", lambda parts, *a, **k: (joined.append(parts[0].shape), original(parts, *a, **k))[1]
     )
-    fused(Example(True), Target(), Divergence(), mode)
+    fused(Example(True), Target(anchor="student"), Divergence(), mode)
     assert joined and all(len(shape) < 2 or shape[1] != WIDTH for shape in joined)
 
 
@@ -85,7 +85,11 @@ def memory_of(mode: str | None, num_tokens: int, chunk: int, columns: int) -> tu
     hidden = torch.randn(num_tokens, 8, requires_grad=True)
     weight = torch.randn(columns, 8, requires_grad=True)
     teacher, tokens = torch.randn(num_tokens, 8), torch.zeros(num_tokens, dtype=torch.int64)
-    options: dict[str, Any] = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, columns, columns)}
+    options: dict[str, Any] = {
+        "target": Target(anchor="student"),
+        "divergence": Divergence(),
+        "vocab": VocabShard(0, columns, columns),
+    }
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as of_forward:
         if mode is None:
@@ -112,7 +116,7 @@ def test_without_a_gradient_there_are_two_chunks_of_logits(mode: str, monkeypatc
             torch.randn(8192, 8, requires_grad=True),
             None,
             torch.zeros(192, dtype=torch.int64),
-            target=Target(),
+            target=Target(anchor="student"),
             divergence=Divergence(),
             vocab=VocabShard(0, 8192, 8192),
             chunk_tokens=48,

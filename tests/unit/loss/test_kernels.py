@@ -263,7 +263,7 @@ def test_a_triton_that_is_too_old_is_not_chosen_and_refused_if_asked_for(monkeyp
 def test_a_backend_that_cannot_run_is_refused_with_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     logits, tokens = torch.randn(2, 8), torch.zeros(2, dtype=torch.int64)
-    arguments = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, 8, 8)}
+    arguments = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": VocabShard(0, 8, 8)}
     with pytest.raises(ValueError, match=r"loss\.backend=triton cannot be used: .*Set loss\.backend to torch or null"):
         distillation_loss(logits, logits, tokens, **arguments, backend="triton")
     with pytest.raises(ValueError, match=r"loss\.backend must be null, torch or triton; got 'cuda'"):

@@ -13,7 +13,13 @@ from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
 
-TARGETS = [Target(), Target(k_max=None), Target("fixed", k=1.5), Target("batch"), Target("teacher_alone")]
+TARGETS = [
+    Target(anchor="student"),
+    Target(k_max=None, anchor="student"),
+    Target("fixed", k=1.5, anchor="student"),
+    Target("batch", anchor="student"),
+    Target("teacher_alone", anchor="student"),
+]
 DIVERGENCES = [Divergence("reverse_kl"), Divergence("forward_kl"), Divergence("jsd", 0.5)]
 every_target = pytest.mark.parametrize("target", TARGETS, ids=lambda t: f"{t.rule}-{t.k_max}")
 every_divergence = pytest.mark.parametrize("kind", DIVERGENCES, ids=lambda d: d.kind)
@@ -36,7 +42,15 @@ def run(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> t
 
 
 @every_divergence
-@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=3.0), Target("fixed")])
+@pytest.mark.parametrize(
+    "target",
+    [
+        Target(anchor="student"),
+        Target(k_max=None, anchor="student"),
+        Target(k_max=3.0, anchor="student"),
+        Target("fixed", anchor="student"),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_logits_are_the_identity(kind: Divergence, target: Target, dtype: torch.dtype) -> None:
     for scale in (0.0, 1e-3, 0.5, 3.0, 30.0):
@@ -140,9 +154,9 @@ def test_a_column_that_only_the_teacher_forbids_makes_reverse_kl_infinite_and_no
 def test_a_column_that_only_the_student_forbids_is_gone_from_the_mix(kind: Divergence) -> None:
     student, teacher = pair(6)
     student[:, 9] = -torch.inf
-    stats, gradient = run(student, teacher, Target(), kind)
+    stats, gradient = run(student, teacher, Target(anchor="student"), kind)
     assert torch.isfinite(stats.loss).all() and (gradient[:, 9] == 0).all()
-    alone, _ = run(student, teacher, Target("teacher_alone"), kind)
+    alone, _ = run(student, teacher, Target("teacher_alone", anchor="student"), kind)
     assert torch.isfinite(alone.loss).all() == (kind.kind != "forward_kl")
 
 
@@ -151,7 +165,7 @@ def test_extreme_disagreement_stays_exact(kind: Divergence) -> None:
     student, teacher = torch.zeros(2, 50), torch.zeros(2, 50)
     student[:, 0], teacher[:, 1] = 300.0, 400.0
     teacher[1, 1] = 401.0
-    stats, gradient = run(student, teacher, Target("fixed", k=1.0), kind)
+    stats, gradient = run(student, teacher, Target("fixed", k=1.0, anchor="student"), kind)
     # q is certain of column 1 or nearly undecided between 0 and 1; p is certain of column 0
     q = torch.tensor([[300.0, 300.0], [300.0, 300.75]]).double().softmax(1)
     kl = -q[:, 0].log()
@@ -185,5 +199,5 @@ def test_equal_maxima_agree_by_their_lowest_column() -> None:
     student[:, [3, 11]] = 5.0
     teacher[0, [3, 15]] = 5.0
     teacher[1, 11] = 5.0
-    stats, _ = run(student, teacher, Target(), Divergence())
+    stats, _ = run(student, teacher, Target(anchor="student"), Divergence())
     assert stats.top1_agreement.tolist() == [True, False]

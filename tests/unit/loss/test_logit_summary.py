@@ -19,7 +19,9 @@ from megatron_selfdistill.loss.target import entropy
 
 tool = load_script(Path(__file__).resolve().parents[3] / "tools" / "benchmarks" / "solver_accuracy.py")
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 2300, 3200  # over 4 ranks: 800, 800, 700 and no valid columns
-TARGETS = [Target(teacher_weight=w, k_max=k_max) for w in (0.25, 0.75, 3.0) for k_max in ("1 + w", None)]
+TARGETS = [
+    Target(teacher_weight=w, k_max=k_max, anchor="student") for w in (0.25, 0.75, 3.0) for k_max in ("1 + w", None)
+]
 ANCHORED = [
     Target(teacher_weight=w, k_max=k_max, anchor="reference", match=match)
     for w in (0.25, 0.75, 3.0)
@@ -95,7 +97,7 @@ def test_k_is_that_of_whole_rows_of_a_large_vocabulary():
 
 def test_without_the_bins_k_is_wrong():
     student, teacher = tool.draw("language model", 2, 4096, 3)
-    target = Target(k_max=None)
+    target = Target(k_max=None, anchor="student")
     rows = [student.double(), teacher.double()]
     summary = of_rows(rows, 4096)
     summary.counts.zero_()
@@ -171,7 +173,7 @@ def test_a_summary_of_shards_is_that_of_whole_rows(ranks, num_models):
     assert len(distinct) > len(whole.ids) / 2
     for name, values in vars(whole).items():
         torch.testing.assert_close(getattr(shards[0], name)[distinct], values[distinct], rtol=1e-6, atol=1e-6)
-    weights = weights_of(Target(), num_models)
+    weights = weights_of(Target(anchor="student"), num_models)
     for row in range(len(whole.ids)):
         expected = log_sum(whole, row, 0.5, weights)
         assert log_sum(shards[0], row, 0.5, weights) == pytest.approx(expected, rel=1e-4, abs=1e-4)

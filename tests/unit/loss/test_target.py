@@ -3,23 +3,33 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logit_pairs import entropy, pair
 
+from megatron_selfdistill.config import TargetConfig
 from megatron_selfdistill.loss import Status, Target, beta_grid, mixed_target
 from megatron_selfdistill.loss.target import unit_mix
 
-STRICT = Target(k_max=None)
+STRICT = Target(k_max=None, anchor="student")
+
+
+def test_a_target_in_python_has_the_defaults_of_the_configuration() -> None:
+    configured = TargetConfig()
+    expected = {field.name: getattr(configured, field.name) for field in dataclasses.fields(Target)}
+    assert dataclasses.asdict(Target()) == expected
+    assert Target() == Target.configured(configured)
 
 
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 10**6), weight=st.floats(0.05, 4.0))
 def test_the_strict_target_has_the_students_entropy(seed: int, weight: float) -> None:
     s, t = pair(seed)
-    rows = mixed_target(s, t, Target(teacher_weight=weight, k_max=None))
+    rows = mixed_target(s, t, Target(teacher_weight=weight, k_max=None, anchor="student"))
     matched = rows.status == Status.MATCHED
     assert matched.any()
     gap = entropy(rows.log_q) - entropy(s.log_softmax(-1))
@@ -33,7 +43,7 @@ def test_the_strict_target_has_the_students_entropy(seed: int, weight: float) ->
 def test_the_bound_holds_and_a_capped_target_is_sharper_than_the_student(seed: int, k_max: float | str) -> None:
     s, t = pair(seed)
     s, t = torch.cat([s, s]), torch.cat([t, 2 * s])
-    target = Target(k_max=k_max)
+    target = Target(k_max=k_max, anchor="student")
     rows, free = mixed_target(s, t, target), mixed_target(s, t, STRICT)
     assert target.k_bound is not None
     torch.testing.assert_close(rows.beta, free.beta.clamp(min=1 / target.k_bound), rtol=1e-12, atol=0)
@@ -44,7 +54,7 @@ def test_the_bound_holds_and_a_capped_target_is_sharper_than_the_student(seed: i
 
 def test_equal_logits_give_the_geometric_mean_and_the_student_itself() -> None:
     s, _ = pair(0)
-    for target in (STRICT, Target(), Target(k_max=1.0, teacher_weight=0.0)):
+    for target in (STRICT, Target(anchor="student"), Target(k_max=1.0, teacher_weight=0.0, anchor="student")):
         rows = mixed_target(s, s, target)
         torch.testing.assert_close(rows.beta * target.geometric_k, torch.ones(16).double(), rtol=1e-12, atol=0)
         torch.testing.assert_close(rows.log_q, s.log_softmax(-1), rtol=0, atol=1e-12)
@@ -55,7 +65,7 @@ def test_every_status_says_what_happened() -> None:
     flat, sharp, sure = torch.zeros(8).double(), torch.arange(8).double(), torch.tensor([40.0] + [0.0] * 7)
     student = torch.stack([sharp, sharp, sure.double(), flat + 0.01 * sharp])
     teacher = torch.stack([3 * sharp, -sharp, sharp, 40 * sharp])
-    assert mixed_target(student, teacher, Target()).status.tolist() == [
+    assert mixed_target(student, teacher, Target(anchor="student")).status.tolist() == [
         Status.CAPPED,
         Status.MATCHED,
         Status.UNDETERMINED,
@@ -65,18 +75,20 @@ def test_every_status_says_what_happened() -> None:
     tied = torch.tensor([[3.0, 0.0, -5.0]]).double(), torch.tensor([[0.0, 4.0, 0.0]]).double()
     rows = mixed_target(*tied, STRICT)
     assert rows.status == Status.OUT_OF_RANGE and rows.beta.item() == pytest.approx(16 / 1.75)
-    assert mixed_target(student, teacher, Target("fixed", k=2.0)).status.tolist() == [Status.GIVEN] * 4
+    assert (
+        mixed_target(student, teacher, Target("fixed", k=2.0, anchor="student")).status.tolist() == [Status.GIVEN] * 4
+    )
 
 
 def test_given_rules_use_their_k_and_teacher_alone_is_the_teacher() -> None:
     s, t = pair(1)
     mix = 0.75 * t + s
     for target, expected in (
-        (Target("fixed", k=2.5), mix / 2.5),
-        (Target("fixed"), mix / 1.75),
-        (Target("batch"), mix / 1.75),
-        (Target("batch", k=1.1), mix / 1.1),
-        (Target("teacher_alone"), t),
+        (Target("fixed", k=2.5, anchor="student"), mix / 2.5),
+        (Target("fixed", anchor="student"), mix / 1.75),
+        (Target("batch", anchor="student"), mix / 1.75),
+        (Target("batch", k=1.1, anchor="student"), mix / 1.1),
+        (Target("teacher_alone", anchor="student"), t),
     ):
         torch.testing.assert_close(mixed_target(s, t, target).log_q, expected.log_softmax(-1))
 
@@ -88,7 +100,7 @@ def test_columns_of_minus_infinity_do_not_exist() -> None:
     removed = mixed_target(s[:, kept], t[:, kept], STRICT)
     torch.testing.assert_close(masked.beta, removed.beta)
     torch.testing.assert_close(masked.log_q[:, kept], removed.log_q)
-    no_weight = mixed_target(s, t.masked_fill(~kept, -torch.inf), Target(teacher_weight=0.0))
+    no_weight = mixed_target(s, t.masked_fill(~kept, -torch.inf), Target(teacher_weight=0.0, anchor="student"))
     torch.testing.assert_close(no_weight.log_q, s.log_softmax(-1))
 
 
@@ -96,7 +108,7 @@ def test_nan_stays_in_its_row() -> None:
     s, t = pair(3)
     broken = t.clone()
     broken[2, 5], broken[7, 0] = torch.nan, torch.inf
-    rows, clean = mixed_target(s, broken, Target()), mixed_target(s, t, Target())
+    rows, clean = mixed_target(s, broken, Target(anchor="student")), mixed_target(s, t, Target(anchor="student"))
     good = torch.ones(16, dtype=torch.bool)
     good[[2, 7]] = False
     assert torch.isnan(rows.beta[~good]).all() and torch.isnan(rows.log_q[~good]).all()
@@ -105,19 +117,19 @@ def test_nan_stays_in_its_row() -> None:
 
 def test_narrow_dtypes_are_computed_in_float32() -> None:
     s, t = pair(4)
-    assert mixed_target(s.bfloat16(), t.bfloat16(), Target()).log_q.dtype == torch.float32
+    assert mixed_target(s.bfloat16(), t.bfloat16(), Target(anchor="student")).log_q.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("target", "count", "lowest"),
     [
         (STRICT, 9, 1 / 16 / 1.75),
-        (Target(), 5, 1 / 1.75),
-        (Target(k_max=2.0), 6, 0.5),
-        (Target(k_max=0.5), 4, 2.0),
-        (Target(k_max=1000.0), 9, 1 / 16 / 1.75),
-        (Target("fixed", k=4.0), 1, 0.25),
-        (Target("teacher_alone"), 1, 1.0),
+        (Target(anchor="student"), 5, 1 / 1.75),
+        (Target(k_max=2.0, anchor="student"), 6, 0.5),
+        (Target(k_max=0.5, anchor="student"), 4, 2.0),
+        (Target(k_max=1000.0, anchor="student"), 9, 1 / 16 / 1.75),
+        (Target("fixed", k=4.0, anchor="student"), 1, 0.25),
+        (Target("teacher_alone", anchor="student"), 1, 1.0),
     ],
 )
 def test_the_grid_starts_at_the_bound_and_goes_on_by_octaves_of_the_geometric_mean(

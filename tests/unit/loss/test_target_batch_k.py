@@ -12,14 +12,14 @@ from plateaus import tool
 
 from megatron_selfdistill.loss import Target, beta_grid, solve_batch_k
 
-STRICT = Target(k_max=None)
+STRICT = Target(k_max=None, anchor="student")
 
 
 @pytest.mark.parametrize("k_max", [None, "1 + w"])
 def test_the_batch_k_matches_the_mean_entropies(k_max: float | str | None) -> None:
     s, t = pair(5, 64)
-    target = Target("batch", k_max=k_max)
-    grid = beta_grid(Target(k_max=k_max))
+    target = Target("batch", k_max=k_max, anchor="student")
+    grid = beta_grid(Target(k_max=k_max, anchor="student"))
     mix = 0.75 * t + s
     means = [entropy((beta * mix).log_softmax(-1)).mean() for beta in grid]
     wanted = entropy(s.log_softmax(-1)).mean()

@@ -30,7 +30,11 @@ def solve(student: Tensor, teacher: Tensor, target: Target) -> tuple[Tensor, Ten
     return stats.beta, stats.status
 
 
-@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
+@pytest.mark.parametrize(
+    "target",
+    [Target(anchor="student"), Target(k_max=None, anchor="student"), Target(k_max=2.0, anchor="student")],
+    ids=lambda t: f"{t.k_max}",
+)
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
 def test_the_entropies_match_on_every_class_of_distributions(name: str, target: Target) -> None:
     for seed, vocab_size in ((0, 300), (1, 2048)):
@@ -46,7 +50,7 @@ def test_the_entropies_match_on_every_class_of_distributions(name: str, target: 
 def test_forward_kl_is_exact_also_where_the_last_step_of_the_solver_is_long(name: str) -> None:
     student, teacher = tool.draw(name, 16, 4096, 0)
     vocab, tokens = VocabShard(0, 4096, 4096), torch.zeros(16, dtype=torch.int64)
-    arguments = {"target": Target(k_max=None), "divergence": Divergence("forward_kl"), "vocab": vocab}
+    arguments = {"target": Target(k_max=None, anchor="student"), "divergence": Divergence("forward_kl"), "vocab": vocab}
     stats = distillation_loss(student, teacher, tokens, **arguments)
     mix = student.double() + 0.75 * teacher.double()
     log_p, log_q = student.double().log_softmax(-1), (stats.beta.double()[:, None] * mix).log_softmax(-1)
@@ -58,12 +62,16 @@ def test_forward_kl_is_exact_also_where_the_last_step_of_the_solver_is_long(name
 @pytest.mark.parametrize("name", ["language model, bf16", "teacher sharper", "disagree"])
 def test_the_entropies_match_on_a_large_vocabulary(name: str) -> None:
     student, teacher = tool.draw(name, 2, 152_064, 0)
-    accuracy = tool.measure(student.bfloat16(), teacher.bfloat16(), Target(k_max=None))
+    accuracy = tool.measure(student.bfloat16(), teacher.bfloat16(), Target(k_max=None, anchor="student"))
     assert accuracy.mismatch.max() <= MATCH_TOLERANCE + ROUNDED_ENTROPY
     assert accuracy.normalisation.max() <= ROUNDED_LOGIT
 
 
-@pytest.mark.parametrize("target", [Target(), Target(k_max=None), Target(k_max=2.0)], ids=lambda t: f"{t.k_max}")
+@pytest.mark.parametrize(
+    "target",
+    [Target(anchor="student"), Target(k_max=None, anchor="student"), Target(k_max=2.0, anchor="student")],
+    ids=lambda t: f"{t.k_max}",
+)
 @pytest.mark.parametrize("name", tool.DISTRIBUTIONS)
 def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
     student, teacher = tool.draw(name, 16, 2000, 7)
@@ -85,7 +93,7 @@ def test_beta_and_status_equal_bisection(name: str, target: Target) -> None:
 
 
 def test_equal_logits_give_one_to_within_1e_6_on_every_class() -> None:
-    for target in (Target(), Target(k_max=None)):
+    for target in (Target(anchor="student"), Target(k_max=None, anchor="student")):
         for name in tool.DISTRIBUTIONS:
             student, _ = tool.draw(name, 16, 3000, 1)
             beta, status = solve(student, student, target)
@@ -95,7 +103,7 @@ def test_equal_logits_give_one_to_within_1e_6_on_every_class() -> None:
 
 
 def test_float64_logits_are_solved_beyond_float32() -> None:
-    target = Target(k_max=None)
+    target = Target(k_max=None, anchor="student")
     for name in ("language model", "zipf", "teacher swaps the top two", "one-hot, H ~ 1e-4"):
         student, teacher = (x.double() for x in tool.draw(name, 16, 2000, 2))
         assert tool.measure(student, teacher, target).mismatch.max() <= 1e-8
@@ -117,7 +125,7 @@ def test_cumulants_of_sums_equal_moments_of_the_distribution() -> None:
 def test_sums_of_shards_merge_into_the_cumulants_of_the_whole_row(cuts: tuple[int, ...]) -> None:
     torch.manual_seed(1)
     student, teacher = torch.randn(2, 8, 300, dtype=torch.float64) * 3
-    target = Target(k_max=None)
+    target = Target(k_max=None, anchor="student")
     grid = BetaGrid.of(target, torch.float64)
     parts = []
     for start, end in pairwise(cuts):
@@ -139,7 +147,9 @@ def test_an_almost_certain_row_keeps_the_digits_of_its_entropy() -> None:
     student = torch.zeros(6, 1000)
     student[:, 17] = torch.tensor([18.0, 20.0, 22.0, 24.0, 26.0, 28.0])
     vocab, tokens = VocabShard(0, 1000, 1000), torch.zeros(6, dtype=torch.int64)
-    stats = distillation_loss(student, student, tokens, target=Target(), divergence=Divergence(), vocab=vocab)
+    stats = distillation_loss(
+        student, student, tokens, target=Target(anchor="student"), divergence=Divergence(), vocab=vocab
+    )
     log_p = student.double().log_softmax(-1)
     exact = torch.log1p(999 * (-student[:, 17].double()).exp())
     exact = exact * log_p.exp()[:, 17] - 999 * (log_p.exp() * log_p)[:, 0]

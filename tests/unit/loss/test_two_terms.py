@@ -127,7 +127,7 @@ def test_the_worked_example_of_four_columns() -> None:
     k = bisected_k(s, t)
     assert k == pytest.approx(1.2956268844, abs=1e-10)
     token = torch.tensor([1])
-    for target, tolerance in ((Target("fixed", k=k), 1e-11), (Target(), 1e-7)):
+    for target, tolerance in ((Target("fixed", k=k, anchor="student"), 1e-11), (Target(anchor="student"), 1e-7)):
         leaf = s.clone().requires_grad_()
         stats = distillation_loss(leaf, t, token, target=target, divergence=Divergence(), vocab=VocabShard(0, 4, 4))
         loss = Coefficients(w, a).token_losses(stats.loss, stats.student_log_prob)
@@ -172,21 +172,25 @@ def test_every_split_of_the_vocabulary_gives_the_gradient_of_float64(ranks: Rank
 def test_backward_in_place_and_in_chunks_of_rows_writes_the_same_bits(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = computed(Target(), DIVERGENCES[kind], torch.float32)
-    assert all(map(torch.equal, computed(Target(), DIVERGENCES[kind], torch.float32, inplace=True), expected))
+    expected = computed(Target(anchor="student"), DIVERGENCES[kind], torch.float32)
+    assert all(
+        map(torch.equal, computed(Target(anchor="student"), DIVERGENCES[kind], torch.float32, inplace=True), expected)
+    )
     limit = 3 * VOCAB_SIZE * 4
     monkeypatch.setattr(shard_sums, "CHUNK_BYTES", {"cpu": limit, "other": limit})
-    assert all(map(torch.equal, computed(Target(), DIVERGENCES[kind], torch.float32, inplace=True), expected))
+    assert all(
+        map(torch.equal, computed(Target(anchor="student"), DIVERGENCES[kind], torch.float32, inplace=True), expected)
+    )
 
 
 def test_groups_of_tokens_with_different_divergences_have_the_gradients_of_each() -> None:
     counts = {"reverse": 3, "jsd": 5, "forward": 4}
     groups = [(count, DIVERGENCES[kind]) for kind, count in counts.items()]
-    losses, gradient = computed(Target(), groups)
+    losses, gradient = computed(Target(anchor="student"), groups)
     start = 0
     for kind, count in counts.items():
         tokens = slice(start, start + count)
-        expected = computed(Target(), DIVERGENCES[kind])
+        expected = computed(Target(anchor="student"), DIVERGENCES[kind])
         torch.testing.assert_close(losses[tokens], expected[0][tokens], rtol=0, atol=1e-12)
         torch.testing.assert_close(gradient[tokens], expected[1][tokens], rtol=0, atol=1e-12)
         start += count
@@ -195,7 +199,7 @@ def test_groups_of_tokens_with_different_divergences_have_the_gradients_of_each(
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_the_log_prob_alone_has_its_own_gradient(kind: str) -> None:
     """onehot(token) - p, where nothing uses the loss."""
-    _, got = computed(Target(), DIVERGENCES[kind], losses_of=lambda stats: stats.student_log_prob)
+    _, got = computed(Target(anchor="student"), DIVERGENCES[kind], losses_of=lambda stats: stats.student_log_prob)
     expected = -rows(torch.float64)[0].softmax(-1)
     expected[torch.arange(len(TOKENS)), TOKENS] += 1
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-13)
@@ -214,10 +218,10 @@ def test_without_a_use_of_the_log_probs_the_backend_writes_the_gradient_of_the_l
     monkeypatch.setattr(vocab_parallel, "_TORCH", replace(vocab_parallel._TORCH, write_gradient=write))
     w, a = coefficients(len(TOKENS), torch.float64)
     _, alone = computed(
-        Target(), DIVERGENCES[kind], losses_of=lambda stats: Coefficients(w).token_losses(stats.loss, a)
+        Target(anchor="student"), DIVERGENCES[kind], losses_of=lambda stats: Coefficients(w).token_losses(stats.loss, a)
     )
     assert terms == [None]
-    _, with_zeros = computed(Target(), DIVERGENCES[kind], given=(w, torch.zeros_like(a)))
+    _, with_zeros = computed(Target(anchor="student"), DIVERGENCES[kind], given=(w, torch.zeros_like(a)))
     assert terms[1] is not None and torch.equal(with_zeros, alone)
 
 
@@ -226,8 +230,8 @@ def test_a_token_that_is_no_valid_column_needs_a_coefficient_of_zero() -> None:
     tokens[:7] = torch.tensor([370, 511, -100, 512, 10**6, -1, 5])
     w, a = (torch.ones(len(tokens), dtype=torch.float64) for _ in range(2))
     a[:3] = 0
-    losses, gradient = computed(Target(), Divergence(), given=(w, a), tokens=tokens)
-    plain, expected = computed(Target(), Divergence(), given=(w, torch.zeros_like(a)))
+    losses, gradient = computed(Target(anchor="student"), Divergence(), given=(w, a), tokens=tokens)
+    plain, expected = computed(Target(anchor="student"), Divergence(), given=(w, torch.zeros_like(a)))
     assert torch.equal(losses[:3], plain[:3]) and torch.equal(gradient[:3], expected[:3])
     assert losses[3:6].isnan().all() and gradient[3:6].isnan().all()
     assert losses[6:].isfinite().all() and gradient[6:].isfinite().all()
@@ -304,7 +308,7 @@ def test_the_fused_layer_in_low_memory_has_these_gradients_in_every_split(ranks:
 
 def test_the_fused_layer_that_keeps_a_gradient_refuses_the_gradient_of_the_log_probs() -> None:
     with pytest.raises(ValueError, match=r"keep_gradient holds the gradient of the divergence alone.* low_memory"):
-        fused_gradients("keep_gradient", True, Target(), Divergence())
+        fused_gradients("keep_gradient", True, Target(anchor="student"), Divergence())
 
 
 @pytest.mark.parametrize("mode", FUSED_MODES)
@@ -319,7 +323,7 @@ def test_the_fused_layer_has_a_gradient_where_nothing_uses_the_loss_or_nothing_u
             example.weight,
             None,
             example.tokens,
-            target=Target("teacher_alone"),
+            target=Target("teacher_alone", anchor="student"),
             divergence=Divergence(),
             vocab=VocabShard(0, PADDED_VOCAB_SIZE, VOCAB_SIZE),
             mode=mode,
@@ -332,6 +336,6 @@ def test_the_fused_layer_has_a_gradient_where_nothing_uses_the_loss_or_nothing_u
         leaf = example.student.clone().requires_grad_()
         coefficients_of = (ones, zeros) if name == "loss" else (zeros, -ones)
         logits = leaf @ example.weight[:VOCAB_SIZE].T
-        arguments = logits, teacher, teacher, example.tokens, Target("teacher_alone"), Divergence()
+        arguments = logits, teacher, teacher, example.tokens, Target("teacher_alone", anchor="student"), Divergence()
         token_losses(*arguments, *coefficients_of).sum().backward()
         assert leaf.grad is not None and relative(hidden.grad, leaf.grad) < 1e-12

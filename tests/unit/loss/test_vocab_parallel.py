@@ -17,14 +17,14 @@ from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, Vo
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE = 370, 512  # over 4 ranks: 128, 128, 114 and 0 valid columns
 TARGETS = {
-    "capped": Target(),
-    "strict": Target(k_max=None),
-    "k_max 2.2": Target(k_max=2.2),
-    "fixed": Target("fixed", k=1.3),
-    "batch": Target("batch", k=1.9, k_max=None),
-    "teacher alone": Target("teacher_alone"),
-    "other weight": Target(teacher_weight=2.5, k_max=None),
-    "no teacher": Target(teacher_weight=0.0, k_max=None),
+    "capped": Target(anchor="student"),
+    "strict": Target(k_max=None, anchor="student"),
+    "k_max 2.2": Target(k_max=2.2, anchor="student"),
+    "fixed": Target("fixed", k=1.3, anchor="student"),
+    "batch": Target("batch", k=1.9, k_max=None, anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
+    "other weight": Target(teacher_weight=2.5, k_max=None, anchor="student"),
+    "no teacher": Target(teacher_weight=0.0, k_max=None, anchor="student"),
 }
 DIVERGENCES = {
     "reverse": Divergence("reverse_kl"),
@@ -221,7 +221,7 @@ def agreement_across_shards() -> list[bool]:
         [([40], [168]), ([40], [296]), ([40, 300], [40, 200]), ([40, 300], [300]), ([300], [300])]
     ):
         student[row, best_of_student], teacher[row, best_of_teacher] = 30.0, 30.0
-    stats, _ = run_loss(student, teacher, tokens, Target(), Divergence(), dist.group.WORLD)
+    stats, _ = run_loss(student, teacher, tokens, Target(anchor="student"), Divergence(), dist.group.WORLD)
     return stats.top1_agreement.tolist()
 
 
@@ -286,7 +286,7 @@ def test_three_collectives_forward_four_for_jsd_one_less_for_a_given_beta_and_no
 def warnings_of_one_call() -> list[str]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run_loss(*logits(), Target(), Divergence(), dist.group.WORLD)
+        run_loss(*logits(), Target(anchor="student"), Divergence(), dist.group.WORLD)
     return [str(one.message) for one in caught if "deprecated" in str(one.message)]
 
 
@@ -302,8 +302,8 @@ def test_no_rows_need_no_collective_and_still_take_a_backward(collectives: list[
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_bf16_logits_give_the_statistics_of_the_same_values_in_float32(kind: str) -> None:
     student, teacher, tokens = logits(torch.bfloat16)
-    narrow, gradient = run_loss(student, teacher, tokens, Target(), DIVERGENCES[kind])
-    wide, expected = run_loss(student.float(), teacher.float(), tokens, Target(), DIVERGENCES[kind])
+    narrow, gradient = run_loss(student, teacher, tokens, Target(anchor="student"), DIVERGENCES[kind])
+    wide, expected = run_loss(student.float(), teacher.float(), tokens, Target(anchor="student"), DIVERGENCES[kind])
     assert same_bits(narrow, wide)
     assert gradient.dtype == torch.bfloat16 and torch.equal(gradient, expected.bfloat16())
 
@@ -313,7 +313,7 @@ def test_bf16_logits_give_the_statistics_of_the_same_values_in_float32(kind: str
 def test_backward_in_place_writes_the_same_gradient_over_the_logits(dtype: torch.dtype, kind: str) -> None:
     student, teacher, tokens = logits(dtype)
     vocab = VocabShard(0, VOCAB_SIZE, VOCAB_SIZE - 7)
-    arguments = {"target": Target(), "divergence": DIVERGENCES[kind], "vocab": vocab}
+    arguments = {"target": Target(anchor="student"), "divergence": DIVERGENCES[kind], "vocab": vocab}
     weights = torch.linspace(-1, 2, 14)
     results = []
     for inplace in (False, True):
@@ -330,15 +330,15 @@ def test_backward_in_place_writes_the_same_gradient_over_the_logits(dtype: torch
 
 def test_the_gradient_is_scaled_by_each_tokens_weight() -> None:
     weights = torch.linspace(-1, 2, 14)
-    _, plain = run_loss(*logits(), Target(), Divergence())
-    _, weighted = run_loss(*logits(), Target(), Divergence(), weights=weights)
+    _, plain = run_loss(*logits(), Target(anchor="student"), Divergence())
+    _, weighted = run_loss(*logits(), Target(anchor="student"), Divergence(), weights=weights)
     torch.testing.assert_close(weighted, plain * weights[:, None])
 
 
 def test_the_response_token_may_lie_in_any_shard_and_an_unknown_one_has_no_log_prob() -> None:
     student, teacher, _ = logits()
     tokens = torch.tensor([0, 127, 128, 369, 370, 511, -100, 5, 5, 5, 5, 5, 5, 5])
-    stats, _ = run_loss(student, teacher, tokens, Target(), Divergence())
+    stats, _ = run_loss(student, teacher, tokens, Target(anchor="student"), Divergence())
     expected = student.double().log_softmax(-1).gather(1, tokens.clamp(0, 369)[:, None])[:, 0]
     unknown = torch.tensor([4, 5, 6])
     for name in ("student_log_prob", "teacher_log_prob", "target_log_prob"):
@@ -350,7 +350,7 @@ def test_the_response_token_may_lie_in_any_shard_and_an_unknown_one_has_no_log_p
 
 def test_shapes_that_do_not_fit_are_refused_with_a_message() -> None:
     student, teacher, tokens = logits()
-    arguments = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, 370, 370)}
+    arguments = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": VocabShard(0, 370, 370)}
     with pytest.raises(ValueError, match=r"both logits must be \[T, 370\].*got student \(14, 369\)"):
         distillation_loss(student[:, 1:], teacher, tokens, **arguments)
     with pytest.raises(ValueError, match=r"response_tokens must be int64 of shape \(14,\)"):
@@ -362,12 +362,12 @@ def test_shapes_that_do_not_fit_are_refused_with_a_message() -> None:
 
 
 def test_rows_in_chunks_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = [run_loss(*logits(), Target(), kind) for kind in DIVERGENCES.values()]
+    whole = [run_loss(*logits(), Target(anchor="student"), kind) for kind in DIVERGENCES.values()]
     monkeypatch.setattr(
         "megatron_selfdistill.loss.sharded.shard_sums.CHUNK_BYTES", {"cpu": 3 * 370 * 4, "other": 3 * 370 * 4}
     )
     for (stats, gradient), kind in zip(whole, DIVERGENCES.values(), strict=True):
-        chunked, chunked_gradient = run_loss(*logits(), Target(), kind)
+        chunked, chunked_gradient = run_loss(*logits(), Target(anchor="student"), kind)
         assert torch.equal(chunked_gradient, gradient)
         for field in fields(TokenStats):
             assert torch.equal(getattr(chunked, field.name), getattr(stats, field.name))
@@ -375,8 +375,8 @@ def test_rows_in_chunks_equal_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_batch_target_takes_its_k_from_the_record() -> None:
     student, teacher, tokens = logits()
-    first, _ = run_loss(student, teacher, tokens, Target("batch"), Divergence())
-    later, _ = run_loss(student, teacher, tokens, replace(Target("batch"), k=1.25), Divergence())
+    first, _ = run_loss(student, teacher, tokens, Target("batch", anchor="student"), Divergence())
+    later, _ = run_loss(student, teacher, tokens, replace(Target("batch", anchor="student"), k=1.25), Divergence())
     assert first.beta.unique().item() == pytest.approx(1 / 1.75)
     assert later.beta.unique().item() == pytest.approx(1 / 1.25)
     assert torch.equal(first.grid_entropies, later.grid_entropies) and len(first.grid_betas) == 5
@@ -384,7 +384,7 @@ def test_a_batch_target_takes_its_k_from_the_record() -> None:
 
 def test_a_first_call_under_inference_mode_keeps_nothing_that_autograd_would_refuse_later() -> None:
     student, teacher, tokens = torch.randn(2, 8), torch.randn(2, 8), torch.zeros(2, dtype=torch.int64)
-    target = Target(teacher_weight=0.8125)  # of no other test: its grid is made here
+    target = Target(teacher_weight=0.8125, anchor="student")  # of no other test: its grid is made here
     arguments = {"target": target, "divergence": Divergence(), "vocab": VocabShard(0, 8, 8)}
     with torch.inference_mode():
         assert not distillation_loss(student, teacher, tokens, **arguments).grid_betas.is_inference()

@@ -16,10 +16,10 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import RARE, target_measur
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE, NUM_ROWS = 150, 192, 10  # over 4 ranks: 48, 48, 48 and 6 valid columns
 TARGETS = {
-    "mix with the student": Target(),
-    "strict": Target(k_max=None, teacher_weight=2.0),
-    "given k": Target("fixed", k=1.3),
-    "teacher alone": Target("teacher_alone"),
+    "mix with the student": Target(anchor="student"),
+    "strict": Target(k_max=None, teacher_weight=2.0, anchor="student"),
+    "given k": Target("fixed", k=1.3, anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
     "reference": Target(anchor="reference", teacher_weight=2.0),
     "reference, the student's entropy": Target(anchor="reference", match="student"),
     "reference, geometric mean": Target("fixed", anchor="reference"),
@@ -162,7 +162,9 @@ def test_a_token_with_nan_gives_nan_and_no_other_token_changes() -> None:
 
 def test_no_tokens_have_no_mass_and_what_does_not_fit_is_refused() -> None:
     vocab, none = VocabShard(0, 150, 150), torch.zeros(0, 150)
-    found = target_measures(none, none, none[:, 0], target=Target(), vocab=vocab, own_teacher_logits=none)
+    found = target_measures(
+        none, none, none[:, 0], target=Target(anchor="student"), vocab=vocab, own_teacher_logits=none
+    )
     assert found.mass_on_rare.shape == (0, 1) and found.kl_to_anchor is not None and found.kl_to_anchor.shape == (0, 2)
     with pytest.raises(ValueError, match=r"all logits must be \[2, 150\]"):
-        target_measures(none, none, torch.ones(2), target=Target(), vocab=vocab)
+        target_measures(none, none, torch.ones(2), target=Target(anchor="student"), vocab=vocab)

@@ -92,7 +92,7 @@ def test_the_kernel_equals_its_twin_wherever_the_response_token_lies(kind: str, 
     student, teacher = student.to(dtype), teacher.to(dtype)
     columns = torch.tensor([-1, -300, 0, 299, 300, 2047, 2048, 170], device=DEVICE)
     incoming = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0, 2.0, 0.0, torch.nan], device=DEVICE)
-    shard = Shard(student, teacher, Target("teacher_alone").mix_weights, torch.float32)
+    shard = Shard(student, teacher, Target("teacher_alone", anchor="student").mix_weights, torch.float32)
     grad_loss = torch.linspace(-1, 2, 8, device=DEVICE)
     constants, kl_value = constants_of(student.float(), teacher.float()), torch.full((8,), 0.3, device=DEVICE)
     found = []
@@ -125,7 +125,7 @@ def test_without_a_use_of_the_log_probs_the_kernel_is_launched_without_the_secon
     uses: list[Callable[[TokenStats], Tensor]] = [lambda stats: stats.loss, lambda stats: stats.student_log_prob]
     for use in uses:
         leaf = student.clone().requires_grad_()
-        arguments = {"target": Target(), "divergence": Divergence(), "vocab": VocabShard(0, 40, 40)}
+        arguments = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": VocabShard(0, 40, 40)}
         use(distillation_loss(leaf, teacher, tokens, **arguments, backend="triton")).sum().backward()
     assert switches == [False, True]
     expected = -student.double().softmax(-1)
@@ -148,7 +148,7 @@ def test_the_fused_layer_in_low_memory_has_both_terms_on_the_kernels(kind: str) 
         leaves[1],
         None,
         tokens,
-        target=Target(),
+        target=Target(anchor="student"),
         divergence=DIVERGENCES[kind],
         vocab=VocabShard(0, 300, 290),
         chunk_tokens=3,
@@ -159,7 +159,7 @@ def test_the_fused_layer_in_low_memory_has_both_terms_on_the_kernels(kind: str) 
     gradients = torch.autograd.grad(losses.sum(), leaves)
     exact = hidden.double().requires_grad_(), weight[:290].double().requires_grad_()
     teacher = of_teacher.double() @ exact[1].detach().T
-    arguments = teacher, teacher, tokens, Target(), DIVERGENCES[kind], w, a
+    arguments = teacher, teacher, tokens, Target(anchor="student"), DIVERGENCES[kind], w, a
     expected = torch.autograd.grad(token_losses(exact[0] @ exact[1].T, *arguments).sum(), exact)
     for mine, theirs in zip((gradients[0], gradients[1][:290]), expected, strict=True):
         assert (mine - theirs).abs().max() <= 2e-5 * theirs.abs().max()

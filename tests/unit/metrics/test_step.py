@@ -58,7 +58,7 @@ def all_rows(num_tokens: int = NUM_TOKENS, target: Target | None = None) -> Toke
         student,
         teacher,
         torch.arange(num_tokens) % VOCAB_SIZE,
-        target=target or Target(),
+        target=target or Target(anchor="student"),
         divergence=Divergence(),
         vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
     )
@@ -326,7 +326,7 @@ def test_batch_entropies_are_the_means_over_the_global_batch(ranks, world_size, 
 
 def test_one_k_solved_from_batch_entropies_matches_the_mean_entropy():
     student, teacher = all_logits(NUM_TOKENS)
-    target = Target("batch", k_max=None)
+    target = Target("batch", k_max=None, anchor="student")
     k = solve_batch_k(*batch_entropies(output_of(all_rows(target=target)), ONE_RANK), None)
     q = ((target.teacher_weight * teacher + student) / k).softmax(-1)
     p = student.softmax(-1)

@@ -36,7 +36,7 @@ def statistics() -> TokenStats:
         scale * student,
         scale * (student + noise),
         torch.arange(NUM_TOKENS) % VOCAB_SIZE,
-        target=Target(),
+        target=Target(anchor="student"),
         divergence=Divergence(),
         vocab=VocabShard(0, VOCAB_SIZE, VOCAB_SIZE),
     )

@@ -22,7 +22,7 @@ from megatron_selfdistill.pipeline.token_losses import (
 
 NUM_TOKENS, VOCAB = 23, VocabShard(0, 96, 90)
 TARGETS = {
-    "student": Target(),
+    "student": Target(anchor="student"),
     "reference": Target(anchor="reference"),
     "reference, the student's entropy": Target(anchor="reference", match="student"),
 }
@@ -93,7 +93,7 @@ def test_the_measures_do_not_depend_on_the_chunks_of_the_loss():
 
 def test_the_numbers_of_the_teacher_are_those_of_a_loss_that_sees_its_logits():
     logits = random_logits(NUM_TOKENS)
-    alone = loss_of(logits[[0, 3]], Target())
+    alone = loss_of(logits[[0, 3]], Target(anchor="student"))
     of_mix = loss_of(logits, TARGETS["reference, the student's entropy"])
     for name in ("reference", "reference, the student's entropy"):
         stats = measures(TARGETS[name], 7)[0].with_teacher(of_mix)

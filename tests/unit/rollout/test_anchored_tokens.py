@@ -101,7 +101,7 @@ def test_samples_tell_the_reference_from_the_student_and_both_entropies_apart() 
         return chi_square_p_value(tokens, probs)
 
     assert p_value(target, reference.double()) > 1e-3
-    assert p_value(Target(), None) < 1e-6
+    assert p_value(Target(anchor="student"), None) < 1e-6
     assert p_value(dataclasses.replace(target, match="student"), reference.double()) < 1e-6
     assert p_value(dataclasses.replace(target, teacher_weight=0.6), reference.double()) < 1e-6
 
@@ -149,7 +149,9 @@ def test_logits_that_do_not_fit_the_target_are_refused_with_a_message() -> None:
     with pytest.raises(ValueError, match="got anchor=reference and no reference_logits"):
         select_mixed_tokens(student, teacher, uniforms, anchored, greedy=False)
     with pytest.raises(ValueError, match="got anchor=student and reference_logits"):
-        select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False, reference_logits=reference)
+        select_mixed_tokens(
+            student, teacher, uniforms, Target(anchor="student"), greedy=False, reference_logits=reference
+        )
     with pytest.raises(ValueError, match=r"teacher \(4, 8\) and reference \(4, 7\)"):
         select_mixed_tokens(student, teacher, uniforms, anchored, greedy=False, reference_logits=reference[:, :7])
     with pytest.raises(ValueError, match=r"solve_target: reference_entropy must be \[4\]"):

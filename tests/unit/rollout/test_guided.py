@@ -22,13 +22,13 @@ from megatron_selfdistill.rollout.base import (
 )
 
 TARGETS = {
-    "entropy matched": Target(),
-    "no bound": Target(k_max=None),
-    "w = 2": Target(teacher_weight=2.0),
-    "w = 0": Target(teacher_weight=0.0),
-    "fixed": Target(rule="fixed", k=1.3),
-    "batch": Target(rule="batch", k=1.6),
-    "teacher alone": Target(rule="teacher_alone"),
+    "entropy matched": Target(anchor="student"),
+    "no bound": Target(k_max=None, anchor="student"),
+    "w = 2": Target(teacher_weight=2.0, anchor="student"),
+    "w = 0": Target(teacher_weight=0.0, anchor="student"),
+    "fixed": Target(rule="fixed", k=1.3, anchor="student"),
+    "batch": Target(rule="batch", k=1.6, anchor="student"),
+    "teacher alone": Target(rule="teacher_alone", anchor="student"),
 }
 
 
@@ -92,18 +92,20 @@ def distance(found: Tensor, target: Target) -> float:
 
 @pytest.mark.parametrize("rule", ["entropy_matched", "fixed", "teacher_alone"])
 def test_draws_tell_the_weight_of_the_teacher_from_one_that_is_a_twentieth_less(rule: str) -> None:
-    target = Target(rule=rule)
+    target = Target(rule=rule, anchor="student")
     found = frequencies(target)
     assert distance(found, target) < 1.5 / NUM_DRAWS
     if rule == "entropy_matched":
         assert distance(found, dataclasses.replace(target, teacher_weight=0.70)) > 15 / NUM_DRAWS
         # What a solver that stops at its first guess would draw from.
-        assert distance(found, Target(rule="fixed")) > 15 / NUM_DRAWS
-    assert distance(found, Target(rule="fixed", teacher_weight=0.70)) > 15 / NUM_DRAWS
+        assert distance(found, Target(rule="fixed", anchor="student")) > 15 / NUM_DRAWS
+    assert distance(found, Target(rule="fixed", teacher_weight=0.70, anchor="student")) > 15 / NUM_DRAWS
 
 
 def test_draws_at_a_smaller_weight_are_not_taken_for_the_right_one() -> None:
-    assert distance(frequencies(Target(teacher_weight=0.70)), Target()) > 15 / NUM_DRAWS
+    assert (
+        distance(frequencies(Target(teacher_weight=0.70, anchor="student")), Target(anchor="student")) > 15 / NUM_DRAWS
+    )
 
 
 def test_equal_logits_behind_both_prompts_draw_what_plain_sampling_draws() -> None:
@@ -118,13 +120,15 @@ def test_equal_logits_behind_both_prompts_draw_what_plain_sampling_draws() -> No
 
 def test_greedy_is_the_argmax_of_the_mixed_logits_and_the_lowest_id_among_equals() -> None:
     student, teacher, uniforms = random_logits(300, 50)
-    drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=True)
+    drawn = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=True)
     assert torch.equal(drawn.token_ids, (0.75 * teacher.double() + student.double()).argmax(-1))
     assert not drawn.mixed_log_probs.any()
-    alone = select_mixed_tokens(student, teacher, uniforms, Target(rule="teacher_alone"), greedy=True)
+    alone = select_mixed_tokens(student, teacher, uniforms, Target(rule="teacher_alone", anchor="student"), greedy=True)
     assert torch.equal(alone.token_ids, teacher.argmax(-1))
     tied = torch.tensor([[0.0, 4.0, 1.0, 4.0]])
-    assert select_mixed_tokens(tied, tied, uniforms[:1], Target(), greedy=True).token_ids.tolist() == [1]
+    assert select_mixed_tokens(tied, tied, uniforms[:1], Target(anchor="student"), greedy=True).token_ids.tolist() == [
+        1
+    ]
 
 
 def test_a_column_that_does_not_exist_is_never_drawn() -> None:
@@ -132,16 +136,16 @@ def test_a_column_that_does_not_exist_is_never_drawn() -> None:
     student[:, [0, 4, 8]] = teacher[:, [0, 4, 8]] = -torch.inf
     for uniform in (0.0, 0.5, 1 - 2**-53):
         uniforms = torch.full((400,), uniform, dtype=torch.float64)
-        drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
+        drawn = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=False)
         assert not torch.isin(drawn.token_ids, torch.tensor([0, 4, 8])).any()
         assert torch.isfinite(drawn.mixed_log_probs).all()
 
 
 def test_a_row_with_nan_corrupts_itself_only() -> None:
     student, teacher, uniforms = random_logits(6, 20)
-    whole = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
+    whole = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=False)
     student[2, 3], teacher[4, 0] = torch.nan, torch.nan
-    drawn = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=False)
+    drawn = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=False)
     others = torch.tensor([0, 1, 3, 5])
     for field in dataclasses.fields(MixedTokens):
         assert torch.equal(getattr(drawn, field.name)[others], getattr(whole, field.name)[others])
@@ -152,12 +156,12 @@ def test_a_row_with_nan_corrupts_itself_only() -> None:
 @pytest.mark.parametrize("greedy", [True, False])
 def test_rows_are_drawn_alike_in_any_grouping(monkeypatch: pytest.MonkeyPatch, greedy: bool) -> None:
     student, teacher, uniforms = random_logits(23, 40)
-    whole = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=greedy)
+    whole = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=greedy)
     monkeypatch.setattr(base, "_MAX_MIXED_LOGITS", {"cpu": 7 * 40, "other": 7 * 40})
-    split = select_mixed_tokens(student, teacher, uniforms, Target(), greedy=greedy)
+    split = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=greedy)
     for field in dataclasses.fields(MixedTokens):
         assert torch.equal(getattr(whole, field.name), getattr(split, field.name))
-    none = select_mixed_tokens(student[:0], teacher[:0], uniforms[:0], Target(), greedy=greedy)
+    none = select_mixed_tokens(student[:0], teacher[:0], uniforms[:0], Target(anchor="student"), greedy=greedy)
     assert none.token_ids.numel() == 0
 
 
@@ -180,13 +184,13 @@ def solve_in_shards(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
     group = torch.distributed.group.WORLD
     vocab = VocabShard.from_group(64, 61, group)
     part = slice(vocab.start, vocab.start + vocab.size)
-    solution = solve_target(student[:, part], teacher[:, part], Target(), vocab)
+    solution = solve_target(student[:, part], teacher[:, part], Target(anchor="student"), vocab)
     return solution.beta, solution.log_normaliser
 
 
 def test_a_vocabulary_in_shards_gives_the_same_solution(ranks) -> None:
     student, teacher, _ = random_logits(50, 64)
-    whole = solve_target(student, teacher, Target(), VocabShard(0, 64, 61))
+    whole = solve_target(student, teacher, Target(anchor="student"), VocabShard(0, 64, 61))
     # An entropy of at most ln 61 keeps 4 * 2^-24, and beta moves by several times as much; the normaliser moves by the
     # mean of the mixed logits, at most 10, times beta.
     for beta, log_normaliser in ranks.run(solve_in_shards, student, teacher, world_size=2):
@@ -197,11 +201,11 @@ def test_a_vocabulary_in_shards_gives_the_same_solution(ranks) -> None:
 def test_what_does_not_fit_is_refused_with_a_message() -> None:
     student, teacher, uniforms = random_logits(4, 8)
     with pytest.raises(ValueError, match=r"one shape; got student \(4, 8\) and teacher \(4, 7\)"):
-        select_mixed_tokens(student, teacher[:, :7], uniforms, Target(), greedy=False)
+        select_mixed_tokens(student, teacher[:, :7], uniforms, Target(anchor="student"), greedy=False)
     with pytest.raises(ValueError, match=r"one number per row, \(4,\); got \(3,\)"):
-        select_mixed_tokens(student, teacher, uniforms[:3], Target(), greedy=False)
+        select_mixed_tokens(student, teacher, uniforms[:3], Target(anchor="student"), greedy=False)
     with pytest.raises(ValueError, match="solve_target: both logits"):
-        solve_target(student, teacher, Target(), VocabShard(0, 9, 9))
+        solve_target(student, teacher, Target(anchor="student"), VocabShard(0, 9, 9))
     for changes in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
         with pytest.raises(ValueError, match=r"temperature 1 \(or 0, greedy\), top_k 0 and top_p 1"):
             refuse_unguidable(SamplingParams(8, **changes))

@@ -42,10 +42,10 @@ def draw_with_targets() -> list[tuple[Target, float, float]]:
     found = []
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN: nobody may read a cache that nobody wrote
     for target in (
-        Target(),
-        Target(teacher_weight=2.0, k_max=None),
-        Target(rule="fixed"),
-        Target(rule="teacher_alone"),
+        Target(anchor="student"),
+        Target(teacher_weight=2.0, k_max=None, anchor="student"),
+        Target(rule="fixed", anchor="student"),
+        Target(rule="teacher_alone", anchor="student"),
     ):
         responses = sampler.generate(make_pairs(), dataclasses.replace(SAMPLED_PAIRS, target=target))
         model.eval()
@@ -94,9 +94,9 @@ def test_thirty_thousand_samples_of_a_model_tell_the_weight_of_the_teacher(ranks
     def p_value(target: Target) -> float:
         return chi_square_p_value(tokens, mixed_target(student, teacher, target).log_q.exp())
 
-    assert p_value(Target()) > 1e-3
-    assert p_value(Target(teacher_weight=0.70)) < 1e-6
-    assert p_value(Target(rule="fixed")) < 1e-6
+    assert p_value(Target(anchor="student")) > 1e-3
+    assert p_value(Target(teacher_weight=0.70, anchor="student")) < 1e-6
+    assert p_value(Target(rule="fixed", anchor="student")) < 1e-6
 
 
 def guide_with_the_students_own_prompt() -> tuple[list[Response], list[Response]]:

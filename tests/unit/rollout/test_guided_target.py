@@ -35,7 +35,11 @@ def test_the_k_of_a_step_is_in_proportion_to_1_plus_w() -> None:
 
 
 def test_a_number_that_belongs_to_one_weight_is_refused() -> None:
-    for target in (Target(k_max=1.5), Target("fixed", k=1.5), Target("batch", k_max=2, k=1.1)):
+    for target in (
+        Target(k_max=1.5, anchor="student"),
+        Target("fixed", k=1.5, anchor="student"),
+        Target("batch", k_max=2, k=1.1, anchor="student"),
+    ):
         with pytest.raises(ValueError, match="must not be a number where tokens have different teacher weights"):
             target.with_teacher_weight(2.0)
-    assert Target("fixed", k_max=1.5).with_teacher_weight(2.0).geometric_k == 3.0
+    assert Target("fixed", k_max=1.5, anchor="student").with_teacher_weight(2.0).geometric_k == 3.0

@@ -85,7 +85,7 @@ def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens_and_log
 
 
 TARGETS = {
-    "teacher without adapters, anchor with them": (Target(), ("teacher",)),
+    "teacher without adapters, anchor with them": (Target(anchor="student"), ("teacher",)),
     "both without adapters": (Target(anchor="reference"), ("teacher", "reference")),
     "teacher with adapters, anchor without them": (Target(anchor="reference"), ("reference",)),
 }

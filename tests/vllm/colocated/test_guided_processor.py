@@ -26,7 +26,7 @@ VOCAB_SIZE = 64
 
 
 def lone_half(name: str, role: str) -> dict[str, Any]:
-    half = PairHalf(name, role, 7, 0, 40, 1, Target(), greedy=False)
+    half = PairHalf(name, role, 7, 0, 40, 1, Target(anchor="student"), greedy=False)
     sampling = {"temperature": 0.0, "max_tokens": 40, "stop_token_ids": [1], "logprobs": 0, "ignore_eos": True}
     return {**sampling, "extra_args": half.extra_args()}
 
@@ -76,7 +76,7 @@ def test_an_engine_that_cannot_keep_halves_in_step_is_refused(change: dict[str, 
 
 
 def test_a_half_that_could_end_by_itself_is_refused() -> None:
-    half = PairHalf("a", "anchor", 7, 0, 40, 1, Target(), greedy=False)
+    half = PairHalf("a", "anchor", 7, 0, 40, 1, Target(anchor="student"), greedy=False)
     fitting = {"temperature": 0.0, "max_tokens": 40, "stop_token_ids": [1], "extra_args": half.extra_args()}
     guided_processor.GuidedProcessor.validate_params(EngineParams(**fitting))
     guided_processor.GuidedProcessor.validate_params(EngineParams(temperature=0.7))
@@ -112,7 +112,7 @@ def test_a_pair_that_is_given_up_while_it_writes_leaves_the_next_ones_log_alone(
 
 
 def make_half(name: str, max_tokens: int = 100) -> PairHalf:
-    return PairHalf(name, "anchor", 5, 2, max_tokens, 1, Target(), greedy=False)
+    return PairHalf(name, "anchor", 5, 2, max_tokens, 1, Target(anchor="student"), greedy=False)
 
 
 def test_the_store_forgets_what_nobody_pops_but_nothing_that_is_live() -> None:

@@ -226,7 +226,11 @@ def test_without_stop_tokens_a_response_runs_to_its_full_length(
 def test_one_batch_holds_pairs_of_several_targets_and_plain_requests(engine: Callable[[str], LLMEngine]) -> None:
     used = engine("plain")
     requests = make_requests(6)
-    targets = [Target(), Target("fixed", k=1.2), Target("teacher_alone")]
+    targets = [
+        Target(anchor="student"),
+        Target("fixed", k=1.2, anchor="student"),
+        Target("teacher_alone", anchor="student"),
+    ]
     apart = [generate_guided(used, requests, replace(SAMPLED, target=target)) for target in targets]
     plain = EngineRequest(
         requests[0].prompt,
@@ -250,7 +254,7 @@ def test_one_batch_holds_pairs_of_several_targets_and_plain_requests(engine: Cal
 
 
 def lone_half(name: str, role: str) -> dict[str, Any]:
-    half = PairHalf(name, role, 7, 0, 40, 1, Target(), greedy=False)
+    half = PairHalf(name, role, 7, 0, 40, 1, Target(anchor="student"), greedy=False)
     sampling = {"temperature": 0.0, "max_tokens": 40, "stop_token_ids": [1], "logprobs": 0, "ignore_eos": True}
     return {**sampling, "extra_args": half.extra_args()}
 

@@ -23,7 +23,7 @@ from megatron_selfdistill.instruments.alignment.alignment import (
 from megatron_selfdistill.instruments.alignment.alignment_job import nodes_of
 from megatron_selfdistill.loss.target import Target, mixed_target
 
-STUDENT_MIX = Target(teacher_weight=2, k_max=None)
+STUDENT_MIX = Target(teacher_weight=2, k_max=None, anchor="student")
 ANCHORED = Target(anchor="reference")
 
 
@@ -41,8 +41,8 @@ def full_rows(rows: list[Tensor], target: Target) -> Tensor:
         (ANCHORED, 40, 1e-5),
         (STUDENT_MIX, 3000, 2e-3),  # most tokens are in bins
         (ANCHORED, 3000, 2e-3),
-        (Target("teacher_alone"), 3000, 2e-3),
-        (Target("fixed", k=1.5), 3000, 2e-3),
+        (Target("teacher_alone", anchor="student"), 3000, 2e-3),
+        (Target("fixed", k=1.5, anchor="student"), 3000, 2e-3),
     ],
     ids=str,
 )

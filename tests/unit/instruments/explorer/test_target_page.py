@@ -27,7 +27,7 @@ from megatron_selfdistill.loss import Target
 
 @pytest.fixture(scope="module")
 def record() -> dict:
-    return record_of(logit_rows(70, 300, 2), Target(), step=10)
+    return record_of(logit_rows(70, 300, 2), Target(anchor="student"), step=10)
 
 
 def test_a_page_holds_the_record_in_blocks_and_no_text_as_markup(record):

@@ -188,7 +188,7 @@ def test_a_configuration_that_cannot_be_read_is_a_warning_and_a_report_without_t
 
 @pytest.mark.parametrize("value", [None, 2.5, {"id": [1], "text": []}, [None]], ids=repr)
 def test_an_explored_file_of_another_form_is_a_warning_and_no_page(tmp_path, caplog, value):
-    record = record_of(logit_rows(3, 300, 2), Target(), step=5)
+    record = record_of(logit_rows(3, 300, 2), Target(anchor="student"), step=5)
     columns = record["tokens"]
     odd = [record | {"tokens": columns | {"text": columns["text"][:-1]}}]
     for key in record.keys() - {"step"}:
@@ -205,7 +205,7 @@ def test_an_explored_file_of_another_form_is_a_warning_and_no_page(tmp_path, cap
 def test_an_explored_file_that_is_no_record_is_a_warning_and_no_page(run, tmp_path, caplog):
     copy = copy_of(run, tmp_path / "run")
     contents = [b"[" * 100_000, b"\xff", b"7", b"{}", b"{"]
-    write_explored(copy, 5, [record_of(logit_rows(3, 300, 2), Target(), step=5)] * 7)
+    write_explored(copy, 5, [record_of(logit_rows(3, 300, 2), Target(anchor="student"), step=5)] * 7)
     for path, content in zip(explored_files(copy), contents, strict=False):
         path.write_bytes(gzip.compress(content))
     explored_files(copy)[5].write_bytes(b"not compressed")
@@ -217,7 +217,7 @@ def test_an_explored_file_that_is_no_record_is_a_warning_and_no_page(run, tmp_pa
 
 @pytest.mark.parametrize("fault", ["is a directory", "is cut", "is of another version"])
 def test_the_warning_about_an_explored_file_names_the_file_once(tmp_path, caplog, fault):
-    record = record_of(logit_rows(3, 300, 2), Target(), step=5)
+    record = record_of(logit_rows(3, 300, 2), Target(anchor="student"), step=5)
     (path,) = write_explored(tmp_path, 5, [record | {"version": 0} if fault == "is of another version" else record])
     if fault == "is a directory":
         path.unlink()
