@@ -41,6 +41,8 @@ trains. A run with method.judge and method.reward of your own builds no sampler.
 
 Known failure:
 - A hint that tells the answer leaks it: look at `leak/hint_8grams`, and at samples (conversations.show_contents=true).
+- The change of a token's likelihood under hindsight is near chance as its credit (AUC .505), and the outcome alone did
+  better (64.2 % against 24 to 34 % on AIME25, 20B; arXiv 2608.09263).
 - A judge that takes the output of a tool for something that the assistant should have known.
 - The more the student learns, the less likely the replies of its logs become: `turns/log_prob_mean`.
 """

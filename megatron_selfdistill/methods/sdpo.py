@@ -38,6 +38,7 @@ teacher once over those with a hint. The average is one more copy of the weights
 Known failure:
 - A group without any right response teaches nothing: `hints/share` is the share of responses with a hint.
 - Feedback that names the answer leaks it.
+- The change of a token's likelihood under hindsight is near chance as its credit (AUC .505, arXiv 2608.09263).
 - A teacher that follows fast drifts with the student.
 """
 
