@@ -104,8 +104,8 @@ class Target:
     """The choice of a target distribution: the section ``target`` of the configuration."""
 
     rule: str = "entropy_matched"
-    """The way to k: entropy_matched (per token, see ``match``), fixed (``k``), batch (``k``, which the run takes from the
-    mean entropies of the step before, see `solve_batch_k`) or teacher_alone (q = softmax(t), without a mix)."""
+    """The way to k: entropy_matched (per token, see ``match``), fixed (``k``), batch (``k``, which the run takes from
+    the mean entropies of the step before, see `solve_batch_k`) or teacher_alone (q = softmax(t), without a mix)."""
     teacher_weight: float = 0.75
     """w in m = w t + a."""
     k_max: float | str | None = "1 + w"
