@@ -34,8 +34,8 @@ from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.configured_source import given_solutions
 
 WORDING = (
-    "tokenizer chat_template chat_template_kwargs system_prompt student_template teacher_template on_long_context "
-    "solutions"
+    "tokenizer chat_template chat_template_kwargs system_prompt views student_template teacher_template "
+    "on_long_context solutions"
 ).split()
 
 STEP = 0  # the model is not trained here, so every sample belongs to step 0
@@ -169,7 +169,7 @@ class SolutionWork:
     def provenance(self) -> dict[str, Any]:
         """Return everything that the solutions depend on, except the layout."""
         solutions = self.settings
-        wording = "tokenizer chat_template chat_template_kwargs system_prompt student_template".split()
+        wording = "tokenizer chat_template chat_template_kwargs system_prompt views student_template".split()
         if solutions.pick == "learnable":
             wording += ["teacher_template", "on_long_context"]
         return {

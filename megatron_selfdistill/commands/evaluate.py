@@ -224,6 +224,7 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
         "stop_token_ids": list(run_data.stop_token_ids),
         "leak_words": list(config.metrics.leak_words),
         "system_prompt": data["system_prompt"],
+        "views": (data["views"] if arguments.hinted else data["views"].get("student")) or None,
         "student_template": data["student_template"],
         "teacher_template": data["teacher_template"] if arguments.hinted else None,
         "chat_template": data["chat_template"],

@@ -25,7 +25,7 @@ from megatron_selfdistill.interop.formats.stored_adapters import KEPT_BASE
 CONFIGURATION_FILE = "config.yaml"
 SETTINGS = {
     "data": (
-        "tokenizer chat_template chat_template_kwargs system_prompt student_template teacher_template "
+        "tokenizer chat_template chat_template_kwargs system_prompt views student_template teacher_template "
         "trust_remote_code on_long_context max_length"
     ).split(),
     "target": "rule teacher_weight guided_teacher_weight k_max k anchor match".split(),

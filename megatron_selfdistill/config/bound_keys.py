@@ -27,7 +27,7 @@ RULES: dict[str, str] = {
             *("seed", "method"),
             *("checkpoint.load", "checkpoint.load_optimizer"),
             *("data.kind", "data.tokenizer", "data.chat_template", "data.chat_template_kwargs", "data.system_prompt"),
-            *("data.student_template", "data.teacher_template", "data.on_long_context", "data.solutions"),
+            *("data.views", "data.student_template", "data.teacher_template", "data.on_long_context", "data.solutions"),
             *("conversations.accepted_rule", "conversations.turns", "conversations.responses"),
             *(
                 "rollout.guidance",

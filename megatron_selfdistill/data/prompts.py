@@ -6,7 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -25,10 +25,25 @@ if you had not seen the solution. Never mention that a solution was given."""
 FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 """SDPO's heading of an environment's feedback, after the problem."""
 
+END_OF_THOUGHTS = "</think>"
+"""What chat templates write into the generation prompt to leave the model no thoughts."""
+
+
+@dataclass(frozen=True)
+class PromptView:
+    """The form of a prompt around its wording."""
+
+    system_prompt: str | None = None
+    """System message, for conversations without one."""
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Further variables of the chat template, such as ``enable_thinking``."""
+    generation_prompt: str | None = None
+    """The text after the last message, after which the response begins; None is what the chat template writes there."""
+
 
 @dataclass(frozen=True)
 class PromptTemplates:
-    """The wording of both prompts.
+    """The wording and the form of both prompts.
 
     ``{problem}`` and ``{solution}`` are slots; a text that fills a slot may contain braces.  All other braces are plain
     text, except where they look like a slot: write ``{{name}}`` for a literal ``{name}``.
@@ -40,10 +55,19 @@ class PromptTemplates:
     """Wording of the last user message for the teacher, with both slots."""
     student: str = "{problem}"
     """Wording of the last user message for the student, with the slot ``{problem}`` only."""
-    system_prompt: str | None = None
-    """System message of both prompts, for conversations without one."""
-    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    """Further variables of the chat template, such as ``enable_thinking``."""
+    student_view: PromptView = field(default_factory=PromptView)
+    """Form of the student's prompt, and of every prompt that is neither the student's nor the teacher's."""
+    teacher_view: PromptView = field(default_factory=PromptView)
+    """Form of the teacher's prompt."""
+
+    @property
+    def same_generation_prompt(self) -> bool:
+        """Whether both prompts must end in the same generation prompt, since nothing says how the ends differ."""
+        student, teacher = self.student_view, self.teacher_view
+        return (student.chat_template_kwargs, student.generation_prompt) == (
+            teacher.chat_template_kwargs,
+            teacher.generation_prompt,
+        )
 
     def __post_init__(self) -> None:
         for name, needed in (("teacher", {"problem", "solution"}), ("student", {"problem"})):
@@ -68,8 +92,15 @@ def filled(template: str, texts: Mapping[str, str]) -> str:
     return _SLOT.sub(lambda match: texts[match[2]] if match[2] else f"{{{match[1]}}}", template)
 
 
+class GenerationPrompts(NamedTuple):
+    """The texts between the last message and the response, of the student and of the teacher."""
+
+    student: str
+    teacher: str
+
+
 class PromptBuilder:
-    """The builder of both prompts of a problem, which end in the same generation prompt."""
+    """The builder of both prompts of a problem, each in its own view."""
 
     def __init__(self, tokenizer: Tokenizer, templates: PromptTemplates, show_contents: bool = True) -> None:
         """Let errors quote the problems and the chat template's own errors if ``show_contents`` is set."""
@@ -81,11 +112,11 @@ class PromptBuilder:
         With ``reply``, the text is the conversation with the reply at its end and without a generation prompt.
         """
         messages = self._student_messages(problem)
-        return self._render([*messages, *([dict(reply)] if reply else [])], problem, reply is None)
+        return self._render([*messages, *([dict(reply)] if reply else [])], problem, self._student, reply is None)
 
     def student_prompt(self, problem: Problem) -> list[int]:
         """Return the token ids of the student's conversation, up to and including the generation prompt."""
-        return self.tokenizer.encode(self._render(self._student_messages(problem), problem, True))
+        return self.tokenizer.encode(self._render(self._student_messages(problem), problem, self._student, True))
 
     def teacher_prompt(self, problem: Problem, solution: str | None = None) -> list[int]:
         """Return the token ids of the teacher's conversation, up to and including the generation prompt.
@@ -93,27 +124,30 @@ class PromptBuilder:
         The last user message has the teacher's wording.  ``solution`` replaces the problem's solution: a shortened
         solution, or one that the model has found itself.
         """
-        return self.tokenizer.encode(self._render(self._teacher_messages(problem, solution), problem, True))
+        messages = self._teacher_messages(problem, solution)
+        return self.tokenizer.encode(self._render(messages, problem, self._teacher, True))
 
     def filled_text(self, problem: Problem, template: str, slots: Mapping[str, str]) -> str:
-        """Return the text of the conversation whose reworded message is ``template``, filled.
+        """Return the text of the conversation whose reworded message is ``template``, filled, in the student's view.
 
         ``slots``: the texts of the slots of ``template`` besides ``{problem}``.
         """
-        return self._render(self._reworded(problem, template, slots), problem, True)
+        return self._render(self._reworded(problem, template, slots, self._student), problem, self._student, True)
 
     def filled_prompt(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[int]:
         """Return the token ids of `filled_text`."""
         return self.tokenizer.encode(self.filled_text(problem, template, slots))
 
     def prompt_pair(self, problem: Problem, solution: str | None = None) -> tuple[list[int], list[int]]:
-        """Return the student's and the teacher's prompt as token ids, which end in the same generation prompt.
+        """Return the student's and the teacher's prompt as token ids, up to and including their generation prompts.
 
-        The generation prompt is the text that ``add_generation_prompt`` adds.  Its first token may also have the end of
-        the message before it (a question mark and two line feeds can be one token); that token belongs to the message,
-        and may differ.
+        The generation prompt is the text that ``add_generation_prompt`` adds, or `PromptView.generation_prompt`.  Both
+        prompts end in the same one, unless their views have other variables of the chat template or generation prompts
+        of their own.  Its first token may also have the end of the message before it (a question mark and two line
+        feeds can be one token); that token belongs to the message, and may differ.
 
-        Raises: ValueError if student and teacher would not begin their response after the same token ids.
+        Raises: ValueError if the views ask for the same generation prompt, and student and teacher would not begin
+        their response after the same token ids.
         """
         texts = self.pair_texts(problem, solution)
         return self.pair_of(problem, texts, self.tokenizer.encode_batch(texts))
@@ -122,12 +156,21 @@ class PromptBuilder:
         """Return the texts for `pair_of`: of the student without and with generation prompt, then of the teacher."""
         student, teacher = self._student_messages(problem), self._teacher_messages(problem, solution)
         before, prompt, teacher_before, teacher_prompt = (
-            self._render(messages, problem, flag) for messages in (student, teacher) for flag in (False, True)
+            self._render(messages, problem, view, flag)
+            for messages, view in ((student, self._student), (teacher, self._teacher))
+            for flag in (False, True)
         )
         return before, prompt, teacher_before, teacher_prompt
 
+    def generation_prompts(self, problem: Problem) -> GenerationPrompts:
+        """Return the texts after which student and teacher read the response to a problem."""
+        before, prompt, teacher_before, teacher_prompt = self.pair_texts(problem)
+        return GenerationPrompts(_generation_text(before, prompt), _generation_text(teacher_before, teacher_prompt))
+
     def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return `prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
+        if not self.templates.same_generation_prompt:
+            return ids[1], ids[3]
         student, teacher = _split_prompt(texts[:2], ids[:2]), _split_prompt(texts[2:], ids[2:])
         skip = 1 if student.joins_message or teacher.joins_message else 0
         if student.generation_text != teacher.generation_text or student.tail[skip:] != teacher.tail[skip:]:
@@ -139,32 +182,46 @@ class PromptBuilder:
             raise ValueError(
                 f"{problem.location}: expected both contexts to end in the same generation prompt, got "
                 f"{got if self.show_contents else 'different ones'}; the chat template depends on the text of the "
-                "message: change data.teacher_template, or fix the generation prompt with data.chat_template_kwargs."
+                "message: change data.teacher_template, fix the generation prompt with data.chat_template_kwargs, or "
+                "give student and teacher their own with data.views."
             )
         return student.ids, teacher.ids
 
+    @property
+    def _student(self) -> PromptView:
+        return self.templates.student_view
+
+    @property
+    def _teacher(self) -> PromptView:
+        return self.templates.teacher_view
+
     def _student_messages(self, problem: Problem) -> list[dict[str, Any]]:
-        return self._reworded(problem, self.templates.student, {})
+        return self._reworded(problem, self.templates.student, {}, self._student)
 
     def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
         solution = problem.solution if solution is None else solution
-        return self._reworded(problem, self.templates.teacher, {"solution": solution})
+        return self._reworded(problem, self.templates.teacher, {"solution": solution}, self._teacher)
 
-    def _reworded(self, problem: Problem, template: str, slots: Mapping[str, str]) -> list[dict[str, Any]]:
+    def _reworded(
+        self, problem: Problem, template: str, slots: Mapping[str, str], view: PromptView
+    ) -> list[dict[str, Any]]:
         messages = [dict(message) for message in problem.messages]
         index = reworded_message(problem)
         texts = {"problem": messages[index]["content"], **slots}
         messages[index]["content"] = filled(template, texts)
-        if self.templates.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
-            messages.insert(0, {"role": "system", "content": self.templates.system_prompt})
+        if view.system_prompt is not None and messages[0]["role"] not in ("system", "developer"):
+            messages.insert(0, {"role": "system", "content": view.system_prompt})
         return messages
 
-    def _render(self, messages: list[dict[str, Any]], problem: Problem, add_generation_prompt: bool) -> str:
-        kwargs = dict(self.templates.chat_template_kwargs)
+    def _render(
+        self, messages: list[dict[str, Any]], problem: Problem, view: PromptView, add_generation_prompt: bool
+    ) -> str:
+        kwargs, own = dict(view.chat_template_kwargs), view.generation_prompt if add_generation_prompt else None
         if problem.tools:
             kwargs["tools"] = list(problem.tools)
+        adds = add_generation_prompt and own is None
         try:
-            return self.tokenizer.render_chat(messages, add_generation_prompt=add_generation_prompt, **kwargs)
+            return self.tokenizer.render_chat(messages, add_generation_prompt=adds, **kwargs) + (own or "")
         except MissingChatTemplateError:
             raise
         except Exception as error:  # a template is a program and can raise any exception
@@ -202,8 +259,12 @@ def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitP
     (before, whole), (before_ids, ids), equal = texts, encoded, 0
     while equal < min(len(before_ids), len(ids)) and before_ids[equal] == ids[equal]:
         equal += 1
-    generation_text = whole[len(before) :] if whole.startswith(before) else whole
-    return _SplitPrompt(ids, ids[equal:], generation_text, joins_message=equal < len(before_ids))
+    return _SplitPrompt(ids, ids[equal:], _generation_text(before, whole), joins_message=equal < len(before_ids))
+
+
+def _generation_text(before: str, whole: str) -> str:
+    """Return what ``whole`` has after ``before``, the prompt without generation prompt; all if it begins otherwise."""
+    return whole[len(before) :] if whole.startswith(before) else whole
 
 
 # `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.

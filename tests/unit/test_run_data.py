@@ -299,6 +299,39 @@ def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(
         RunData.load_evaluation(config_of(directory, path, f"data.chat_template='{EMPTY}'"))
 
 
+SWITCHED = PLAIN + ("{% if add_generation_prompt %}:{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "words"),
+    [
+        (
+            True,
+            False,
+            ("after ':', and the teacher reads it after ':<think></think>'; warning: the student thinks and",),
+        ),
+        (
+            False,
+            True,
+            ("; the student's response begins after ':<think></think>', and the teacher reads it after ':'",),
+        ),
+        (True, True, ()),
+        (False, False, ()),
+    ],
+)
+def test_a_thinking_student_of_a_teacher_without_thoughts_is_warned_of(directory, student, teacher, words):
+    views = {"student": student, "teacher": teacher}
+    switches = [f"data.views.{name}.chat_template_kwargs.enable_thinking={on}" for name, on in views.items()]
+    zeros = "0" * 60
+    long = [f"data.student_template={zeros}{{problem}}", f"data.teacher_template={zeros}{{problem}}{{solution}}|"]
+    (directory / "switched.jinja").write_text(SWITCHED)
+    options = [*switches, *long, f"data.chat_template={directory}/switched.jinja", "data.max_length=300"]
+    about = str(RunData.load(config_of(directory, *options)).about_prompts)
+    assert all(it in about for it in words)
+    assert ("response begins after" in about) == (student != teacher)
+    assert ("known to collapse" in about) == (student and not teacher)
+
+
 def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(directory):
     run_data = RunData.load(config_of(directory, "data.teacher_template='{problem}==={solution}|'"))
     assert run_data.about_prompts == (

@@ -67,6 +67,14 @@ class EnvironmentConfig:
             )
 
 
+_VIEW_ENTRIES = {
+    "chat_template_kwargs": dict[str, Any],
+    "system_prompt": Text | None,
+    "generation_prompt": Text | None,
+}
+"""Entry of `DataConfig.views` -> its type."""
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The problems, the tokenizer and the prompts."""
@@ -101,6 +109,11 @@ class DataConfig:
     """Further variables of the chat template, such as enable_thinking."""
     system_prompt: Text | None = None
     """System prompt of both contexts; null is none."""
+    views: dict[str, Any] = field(default_factory=dict)
+    """What the prompts of student and teacher do not share: the entries student and teacher, each with
+    chat_template_kwargs (added to those of both), system_prompt (in place of that of both; null is none) and
+    generation_prompt (the text after the last message, in place of what the chat template writes).  With
+    {student: {chat_template_kwargs: {enable_thinking: false}}} the student answers at once and the teacher thinks."""
     student_template: Text = "{problem}"
     """The student's user message, with the slot {problem}."""
     teacher_template: Text | None = None
@@ -127,6 +140,17 @@ class DataConfig:
             known |= {"accepted", "tools"}
         for name in self.fields:
             require_range("a key of data.fields", Annotated[str, OneOf(tuple(sorted(known)))], name)
+        for name, view in self.views.items():
+            self._check_view(name, view)
+
+    def _check_view(self, name: str, view: Any) -> None:
+        """Raise `ConfigError` unless ``view`` is a mapping of what a prompt may have for itself."""
+        require_range("a key of data.views", Annotated[str, OneOf(("student", "teacher"))], name)
+        key = f"data.views.{name}"
+        require(isinstance(view, dict), f"{key} must be a mapping, such as {{system_prompt: Think.}}, got {view!r}")
+        for entry, value in view.items():
+            require_range(f"a key of {key}", Annotated[str, OneOf(tuple(_VIEW_ENTRIES))], entry)
+            require_range(f"{key}.{entry}", _VIEW_ENTRIES[entry], value)
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def _settings(config: Config) -> dict[str, Any]:
     from megatron_selfdistill.config import writable
 
     values, rollout = writable(config), config.rollout
-    names = "system_prompt student_template teacher_template chat_template chat_template_kwargs fields".split()
+    names = "system_prompt views student_template teacher_template chat_template chat_template_kwargs fields".split()
     return {
         "seed": config.seed,
         "verifier": config.evaluation.verifier,

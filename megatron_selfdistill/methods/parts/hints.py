@@ -118,7 +118,8 @@ class AskedModel:
 
 def asking_builder(builder: PromptBuilder) -> PromptBuilder:
     """Return a builder whose student's prompt shows a message as it is, without a system message."""
-    plain = replace(builder.templates, student="{problem}", system_prompt=None)
+    view = replace(builder.templates.student_view, system_prompt=None)
+    plain = replace(builder.templates, student="{problem}", student_view=view)
     return PromptBuilder(builder.tokenizer, plain, builder.show_contents)
 
 

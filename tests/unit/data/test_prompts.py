@@ -13,7 +13,13 @@ import sentencepiece
 from transformers import AutoTokenizer
 
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE, PromptBuilder, PromptTemplates, last_user_text
+from megatron_selfdistill.data.prompts import (
+    DEFAULT_TEACHER_TEMPLATE,
+    PromptBuilder,
+    PromptTemplates,
+    PromptView,
+    last_user_text,
+)
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 PROBLEM = Problem("p", ({"role": "user", "content": "What is 3 + 4?"},), "It is 7.", "7", "sums.jsonl:1")
@@ -25,7 +31,10 @@ def chat(*turns: tuple[str, str], solution: str = "It is 7.") -> Problem:
 
 
 def builder(directory: Path, chat_template: str | None = None, **templates: Any) -> PromptBuilder:
-    return PromptBuilder(load_tokenizer(directory, chat_template=chat_template), PromptTemplates(**templates))
+    both = {key: templates.pop(key) for key in ("system_prompt", "chat_template_kwargs") if key in templates}
+    views = {f"{name}_view": PromptView(**both, **templates.pop(name + "_only", {})) for name in ("student", "teacher")}
+    tokenizer = load_tokenizer(directory, chat_template=chat_template)
+    return PromptBuilder(tokenizer, PromptTemplates(**views, **templates))
 
 
 @pytest.mark.parametrize(
@@ -120,6 +129,41 @@ def test_chat_template_kwargs_reach_the_template(chat_directory: Path) -> None:
     build = builder(chat_directory, chat_template_kwargs={"enable_thinking": False})
     for prompt in build.prompt_pair(PROBLEM):
         assert build.tokenizer.decode(prompt).endswith("<|im_start|>assistant\n")
+
+
+THINKING = {"chat_template_kwargs": {"enable_thinking": True}}
+AT_ONCE = {"chat_template_kwargs": {"enable_thinking": False}}
+
+
+def test_each_view_has_its_own_variables_system_prompt_and_generation_prompt(chat_directory: Path) -> None:
+    """The lengths and the contents of the generation prompts differ, and neither view reads the other's."""
+    build = builder(chat_directory, student_only=AT_ONCE, teacher_only=THINKING | {"system_prompt": "Teach."})
+    student, teacher = map(build.tokenizer.decode, build.prompt_pair(PROBLEM))
+    assert student == "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+    assert teacher.startswith("<|im_start|>system\nTeach.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4?\n\nHere is")
+    assert teacher.endswith("<|im_start|>assistant\n<think>\n")
+    assert build.prompt_pair(PROBLEM) == (build.student_prompt(PROBLEM), build.teacher_prompt(PROBLEM))
+    assert build.generation_prompts(PROBLEM) == ("<|im_start|>assistant\n", "<|im_start|>assistant\n<think>\n")
+    written = builder(chat_directory, student_only={"generation_prompt": "<|im_start|>assistant\n<think>\n\n"})
+    student, teacher = map(written.tokenizer.decode, written.prompt_pair(PROBLEM))
+    assert student.endswith("<|im_end|>\n<|im_start|>assistant\n<think>\n\n") and student.count("assistant") == 1
+    assert teacher.endswith("<|im_start|>assistant\n<think>\n")
+
+
+def test_a_view_with_another_system_prompt_alone_keeps_the_generation_prompt(chat_directory: Path) -> None:
+    counting = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    counting += "{% if add_generation_prompt %}{{ messages|length }}:{% endif %}"
+    assert builder(chat_directory, counting).prompt_pair(PROBLEM)
+    with pytest.raises(ValueError, match=r"same generation prompt, .* or give student and teacher their own with data"):
+        builder(chat_directory, counting, teacher_only={"system_prompt": "S"}).prompt_pair(PROBLEM)
+
+
+def test_a_reworded_prompt_has_the_view_of_the_student(chat_directory: Path) -> None:
+    build = builder(chat_directory, student_only=AT_ONCE | {"system_prompt": "Short."}, teacher_only=THINKING)
+    text = build.filled_text(PROBLEM, "{problem} {more}", {"more": "Why?"})
+    assert text == (
+        "<|im_start|>system\nShort.<|im_end|>\n<|im_start|>user\nWhat is 3 + 4? Why?<|im_end|>\n<|im_start|>assistant\n"
+    )
 
 
 def test_generation_prompts_that_differ_are_an_error(chat_directory: Path, chat_template: str) -> None:
