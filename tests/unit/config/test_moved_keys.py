@@ -41,6 +41,8 @@ NEW_SPELLING = {
         "environment.max_turns=2",
     ],
     "unlikely": ["recipe=chat_logs", "method.min_log_prob=-3"],
+    # The recipe of 0.1 had one view, and samples of the whole distribution.
+    "opsd": ["recipe=opsd", "~data.views", "rollout.temperature=1", "rollout.top_k=0", "rollout.top_p=1"],
     "sampled": ["method.name=opsd_rl", "method.weight=0", "method.signal=sampled"],
 }
 """Case -> its arguments in the present version, where they are not those of 0.1."""
