@@ -63,7 +63,7 @@ RECOMPUTE_METHODS = ("uniform", "block")
 DATA_KINDS = ("problems", "conversations")
 """Values of data.kind."""
 
-SOLUTION_SOURCES = ("given", "answer")
+SOLUTION_SOURCES = ("given", "answer", "other", "none")
 """Values of data.solutions."""
 
 BAD_RECORD_POLICIES = ("error", "skip")

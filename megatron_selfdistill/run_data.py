@@ -25,7 +25,7 @@ from megatron_selfdistill.data.contexts import (
     plan_contexts,
 )
 from megatron_selfdistill.data.conversations import load_conversations
-from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems
+from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
     END_OF_THOUGHTS,
@@ -141,12 +141,13 @@ class RunData:
         fields: dict[str, str | None] = {**data.fields}
         hint, only_replies = config.needs.hint, config.environment.exists and not config.has_teacher
         # A function of the user may read the solutions; an environment needs none where no teacher sees any.
-        if data.solutions != "given" or hint not in (GIVEN, FUNCTION) or only_replies:
+        shows_solutions = data.solutions in ("given", "other")
+        if not shows_solutions or hint not in (GIVEN, FUNCTION) or only_replies:
             fields["solution"] = None
-        needs_solutions = data.solutions == "given" and hint == GIVEN and not only_replies
+        needs_solutions = shows_solutions and hint == GIVEN and not only_replies
         problems = load_problems(_record_source(data, fields), require_solution=needs_solutions)
-        if data.solutions == "answer":
-            problems = replace(problems, problems=[p.with_answer_as_solution() for p in problems.problems])
+        shown = with_solutions_from(data.solutions, problems.problems, config.seed)
+        problems = replace(problems, problems=shown)
         max_length = longest_context(config)
         problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
         return cls(
@@ -248,13 +249,20 @@ def _evaluation_problems(
     require_solution: bool = True,
     hinted: bool = False,
 ) -> list[Problem]:
-    """Read ``evaluation.path`` and check the first student's prompts; with ``hinted`` also the teacher's."""
+    """Read ``evaluation.path`` and check the first student's prompts.
+
+    With ``hinted``, the teacher's prompts are checked, too, and show what data.solutions names.
+    """
     evaluation = config.evaluation
     if evaluation.path is None:
         return []
     path, split, subset, limit = evaluation.path, evaluation.split, evaluation.subset, evaluation.limit
     source = RecordSource(path, split, subset, fields, on_bad_record="error", limit=limit, section="evaluation")
-    problems = load_problems(source, require_solution=require_solution).problems
+    solutions = config.data.solutions
+    shows_solutions = require_solution and solutions in ("given", "other")
+    problems = load_problems(source, require_solution=shows_solutions).problems
+    if hinted:
+        problems = with_solutions_from(solutions, problems, config.seed)
     prompts = [builder.student_prompt(problem) for problem in problems[:LOOKED_AT]]
     for problem, student in zip(problems, prompts, strict=False):
         check_student_prompt(builder, problem, student)
@@ -316,7 +324,8 @@ def _fitting_problems(
     looked_at: list[tuple[Problem, PromptPair]] = []
     for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
-        shown = problem if problem.solution or not problem.answer else replace(problem, solution=problem.answer)
+        has_text = problem.solution or not problem.answer or config.data.solutions == "none"
+        shown = problem if has_text else replace(problem, solution=problem.answer or "")
         pairs, count = plan_contexts(
             builder,
             [shown],
@@ -335,10 +344,18 @@ def _fitting_problems(
             check_student_prompt(builder, problem, pair.student_prompt)
         about = about_unknown_tokens(builder.tokenizer, [pair.student_prompt for _, pair in looked_at])
         return replace(problems, problems=kept), counts, about
-    given = "solution" if config.data.solutions == "given" else "answer"
-    shown_parts = {GIVEN: given, FOUND: "answer, until there are own solutions"}
+    shown_parts = {GIVEN: _SHOWN[config.data.solutions], FOUND: "answer, until there are own solutions"}
     shown_part = shown_parts.get(config.needs.hint, "text in place of a hint")
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
+
+
+_SHOWN = {
+    "given": "solution",
+    "answer": "answer",
+    "other": "solution of another problem (data.solutions=other)",
+    "none": "solution, which data.solutions=none leaves out",
+}
+"""Value of data.solutions -> the name of the text that the teacher's prompt shows."""
 
 
 def _none_fits(first: Problem, number: int, builder: PromptBuilder, max_length: int, config: Config) -> str:

@@ -56,15 +56,6 @@ class Problem:
     """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn of
     an episode sets the index, since the last user message can be a reply of the environment."""
 
-    def with_answer_as_solution(self) -> Problem:
-        """Return this problem with its answer as the solution.  Raises: `ConfigError` where it has no answer."""
-        if not self.answer:
-            raise ConfigError(
-                f"{self.location}: expected an answer, which data.solutions=answer shows to the teacher, got none: set "
-                "data.fields.answer"
-            )
-        return replace(self, solution=self.answer)
-
 
 @dataclass(frozen=True)
 class ProblemSet:
@@ -123,6 +114,52 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
         raise ValueError(f"{source.path}: expected at least one problem, got none ({len(skipped)} bad records).{first}")
     _check_columns_exist(source.path, columns, seen_columns)
     return ProblemSet(problems, len(skipped), skipped)
+
+
+def with_solutions_from(source: str, problems: Sequence[Problem], seed: int) -> list[Problem]:
+    """Return the problems with the texts that ``data.solutions`` shows to the teacher.
+
+    given: the solutions.  answer: the answers.  none: empty texts.  other: each problem has the solution of another
+    one with another text: the next such one in an order that is shuffled by ``seed`` and begins anew after its end.
+
+    Raises: `ConfigError` for a problem without an answer, and if all solutions are one text.
+    """
+    if source == "answer":
+        return [replace(problem, solution=_answer_of(problem)) for problem in problems]
+    if source == "none":
+        return [replace(problem, solution="") for problem in problems]
+    if source == "other":
+        return _with_other_solutions(problems, seed)
+    return list(problems)
+
+
+def _answer_of(problem: Problem) -> str:
+    if not problem.answer:
+        raise ConfigError(
+            f"{problem.location}: expected an answer, which data.solutions=answer shows to the teacher, got none: set "
+            "data.fields.answer"
+        )
+    return problem.answer
+
+
+def _with_other_solutions(problems: Sequence[Problem], seed: int) -> list[Problem]:
+    texts = {problem.solution for problem in problems}
+    if len(texts) == 1:
+        raise ConfigError(
+            f"data.solutions=other shows the solution of another problem, but all {len(problems)} solutions are one "
+            "text: give data with another hint, or use data.solutions=none"
+        )
+    order = list(range(len(problems)))
+    random.Random(f"other solutions {seed}").shuffle(order)
+    others: dict[int, str] = {}
+    # Backwards and twice around, so that the next other text of the last place is known at the first.
+    next_text = next_other = ""
+    for at in [*order, *order][::-1]:
+        text = problems[at].solution
+        if text != next_text:
+            next_text, next_other = text, next_text
+        others[at] = next_other
+    return [replace(problem, solution=others[at]) for at, problem in enumerate(problems)]
 
 
 def about_visits(num_steps: int, batch_size: int, num_problems: int, what: str = "problems") -> list[str]:

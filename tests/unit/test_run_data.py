@@ -299,6 +299,35 @@ def test_an_evaluation_alone_checks_its_prompts_and_with_hints_the_teachers_too(
         RunData.load_evaluation(config_of(directory, path, f"data.chat_template='{EMPTY}'"))
 
 
+def test_the_controls_show_the_solution_of_another_problem_or_none(directory):
+    write(
+        directory / "answered.jsonl", [{"problem": f"{i}-0=", "solution": f"{i}", "answer": f"{i}"} for i in range(6)]
+    )
+    of_file = [f"data.path={directory}/answered.jsonl", f"evaluation.path={directory}/answered.jsonl"]
+
+    def loaded(solutions: str, seed: int = 0) -> RunData:
+        return RunData.load(config_of(directory, *of_file, f"data.solutions={solutions}", f"seed={seed}"))
+
+    other, none = loaded("other"), loaded("none")
+    pairs = [(it.solution, it.answer) for it in other.problems.problems]
+    assert all(solution != answer and answer for solution, answer in pairs)
+    assert pairs != [(it.solution, it.answer) for it in loaded("other", seed=1).problems.problems]
+    assert "of the solution of another problem (data.solutions=other)" in other.about_prompts
+    assert [it.solution for it in none.problems.problems] == [""] * 6
+    assert "on average 0 of the solution, which data.solutions=none leaves out" in none.about_prompts
+    assert none.builder.teacher_prompt(none.problems.problems[0]) == none.tokenizer.encode("0-0=|")
+    assert other.problems.fingerprint != none.problems.fingerprint
+
+
+@pytest.mark.parametrize("solutions", ["other", "none", "answer"])
+def test_a_hinted_evaluation_shows_what_the_key_says(directory, solutions):
+    write(directory / "held.jsonl", [{"problem": f"{i}-0=", "solution": f"0{i}", "answer": f"{i}"} for i in range(4)])
+    config = config_of(directory, f"evaluation.path={directory}/held.jsonl", f"data.solutions={solutions}")
+    found = RunData.load_evaluation(config, with_solutions=True).evaluation
+    expected = {"none": lambda it: it.solution == "", "answer": lambda it: it.solution == it.answer}
+    assert all(expected.get(solutions, lambda it: it.solution != f"0{it.answer}")(it) for it in found)
+
+
 SWITCHED = PLAIN + ("{% if add_generation_prompt %}:{% if not enable_thinking %}<think></think>{% endif %}{% endif %}")
 
 

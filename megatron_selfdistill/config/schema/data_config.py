@@ -128,8 +128,10 @@ class DataConfig:
     """The reaction to a teacher's context that is too long: error, drop (the problem is skipped), or truncate_start or
     truncate_end (this end of the solution is cut off)."""
     solutions: Annotated[str, OneOf(SOLUTION_SOURCES)] = "given"
-    """The text of the data that serves as the solution: given (the solution) or answer (the answer alone).  A method
-    whose hints are other texts, such as method.name=own_solutions, sdpo or skill_sd, does not read it."""
+    """The text of the data that serves as the solution: given (the solution) or answer (the answer alone); as controls
+    that show what the hint does, other (the solution of another problem, drawn by seed) or none (an empty text in the
+    teacher's wording).  A method whose hints are other texts, such as method.name=own_solutions, sdpo or skill_sd, does
+    not read it."""
 
     def __post_init__(self) -> None:
         moved = moved_solutions(self.solutions)

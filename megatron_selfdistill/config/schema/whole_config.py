@@ -313,7 +313,13 @@ class Config:
 
     def _check_prompts(self) -> None:
         """Raise `ConfigError` where a prompt that the method needs does not exist."""
-        needs, guides = self.needs, self.rollout.guidance != "none"
+        needs, guides, solutions = self.needs, self.rollout.guidance != "none", self.data.solutions
+        from_data = self.data.kind == "problems" and self.has_teacher and needs.hint == GIVEN
+        require(
+            solutions not in ("other", "none") or (from_data and needs.teacher_prompt == HINTED),
+            f"data.solutions={solutions} is a control for hints from the solutions of the data, but {self._method} "
+            f"with data.kind={self.data.kind} has no such hints: set data.solutions=given",
+        )
         require(
             needs.samples != TEACHER or not (needs.hint_follows or self.logged or guides),
             f"{self._method} samples after the hint alone, which hints after the sampling, logged conversations and "

@@ -50,8 +50,8 @@ parallel.tensor_model_parallel_size=2.  On several ranks:
 """
 """The text of --help."""
 
-CONTEXTS = ("solution", "answer")
-"""The contexts besides files."""
+CONTEXTS = {"solution": "given", "answer": "answer", "other": "other", "none": "none"}
+"""The contexts besides files -> the value of data.solutions that stands for them."""
 
 RESERVED = {
     "data.path": "--data",
@@ -104,7 +104,7 @@ def align(arguments: argparse.Namespace) -> int:
     run_data = RunData.load_evaluation(config, with_solutions=True)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
     numbers = {"num_nodes": arguments.nodes, "num_top": arguments.top, "num_completions": arguments.completions}
-    hints = hinted_problems(arguments.teacher_context, run_data.evaluation)
+    hints = hinted_problems(arguments.teacher_context, run_data.evaluation, config.seed)
     job = AlignmentJob.of_problems(config, run_data, hints, **numbers)
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
@@ -226,18 +226,18 @@ def check_contexts(names: Sequence[str]) -> None:
             )
 
 
-def hinted_problems(names: Sequence[str], problems: Sequence[Problem]) -> dict[str, list[Problem]]:
-    """Return the context -> ``problems`` with the hint of the context as the solution.
+def hinted_problems(names: Sequence[str], problems: Sequence[Problem], seed: int) -> dict[str, list[Problem]]:
+    """Return the context -> ``problems`` with the hint of the context as the solution; ``seed`` draws the others.
 
     A file has one JSON object per line, with ``problem_id`` and ``solution``; the first line of a problem counts.
     Raises: `ConfigError` for a problem without a hint, and for a file of another form.
     """
+    from megatron_selfdistill.data.problems import with_solutions_from
+
     found = {}
     for name in names:
-        if name == "solution":
-            found[name] = list(problems)
-        elif name == "answer":
-            found[name] = [problem.with_answer_as_solution() for problem in problems]
+        if name in CONTEXTS:
+            found[name] = with_solutions_from(CONTEXTS[name], problems, seed)
         else:
             solutions = _solutions_in(Path(name))
             missing = [problem for problem in problems if problem.id not in solutions]

@@ -13,7 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_sources import load_problems, write_parquet
 
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, ProblemSet, about_visits, shard
+from megatron_selfdistill.data.problems import (
+    Problem,
+    ProblemSampler,
+    ProblemSet,
+    about_visits,
+    shard,
+    with_solutions_from,
+)
+from megatron_selfdistill.errors import ConfigError
 
 
 def write_jsonl(path: Path, *records: object) -> Path:
@@ -147,6 +155,38 @@ def test_globs_lists_and_json_arrays_are_read_in_order(tmp_path: Path) -> None:
     assert found[-1].location.endswith("array.json:2")
     (tmp_path / "[1].jsonl").write_text(json.dumps(record(5)))
     assert load_problems(f"{tmp_path}/[1].jsonl").problems[0].solution == "It is 10."
+
+
+def with_texts(texts: list[str], answer: str | None = "7") -> list[Problem]:
+    return [
+        Problem(f"{i}", ({"role": "user", "content": "x"},), text, answer, f"f:{i}") for i, text in enumerate(texts)
+    ]
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=2, max_size=12), st.integers(0, 5))
+def test_another_solution_is_another_text_of_the_set_drawn_by_seed(texts: list[str], seed: int) -> None:
+    problems = with_texts(texts)
+    if len(set(texts)) == 1:
+        with pytest.raises(ConfigError, match=rf"but all {len(texts)} solutions are one text"):
+            with_solutions_from("other", problems, seed)
+        return
+    found = with_solutions_from("other", problems, seed)
+    assert [it.id for it in found] == [it.id for it in problems] and [it.answer for it in found] == ["7"] * len(texts)
+    assert all(it.solution in set(texts) - {text} for it, text in zip(found, texts, strict=True))
+    assert found == with_solutions_from("other", problems, seed)
+    if len(set(texts)) == len(texts):  # a permutation: every text serves once
+        assert sorted(it.solution for it in found) == sorted(texts)
+
+
+def test_other_seeds_draw_other_solutions_and_the_controls_keep_everything_else() -> None:
+    problems = with_texts([f"s{i}" for i in range(20)])
+    draws = {tuple(it.solution for it in with_solutions_from("other", problems, seed)) for seed in range(5)}
+    assert len(draws) == 5
+    assert [it.solution for it in with_solutions_from("none", problems, 0)] == [""] * 20
+    assert [it.solution for it in with_solutions_from("answer", problems, 0)] == ["7"] * 20
+    assert with_solutions_from("given", problems, 0) == problems
+    with pytest.raises(ConfigError, match=r"^f:0: expected an answer, which data.solutions=answer shows"):
+        with_solutions_from("answer", with_texts(["a"], answer=None), 0)
 
 
 def test_a_limit_takes_the_first_problems(tmp_path: Path) -> None:

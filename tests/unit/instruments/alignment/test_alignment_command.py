@@ -12,6 +12,7 @@ import hf_models
 import pytest
 import tiny_run
 
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.alignment import alignment_command as tool
 from megatron_selfdistill.instruments.alignment.alignment_command import hinted_problems
@@ -99,11 +100,20 @@ def test_each_context_of_the_teacher_has_its_own_groups_on_the_same_responses(di
     assert [g for g in many["groups"] if g["teacher_context"] == "solution"] == alone["groups"]
 
 
+def test_the_controls_are_contexts_too():
+    problems = [Problem(f"{i}", ({"role": "user", "content": "x"},), f"s{i}", f"{i}", "f:1") for i in range(4)]
+    found = hinted_problems(["solution", "other", "none", "answer"], problems, 3)
+    assert found["solution"] == problems and {it.solution for it in found["none"]} == {""}
+    assert all(it.solution != f"s{it.id}" for it in found["other"]) and [it.solution for it in found["answer"]] == [
+        *"0123"
+    ]
+
+
 @pytest.mark.parametrize("line", [b'{"problem_id": "\xff"}', b'{"problem_id": ' + b"[" * 100_000, b"7"])
 def test_a_line_of_a_context_that_cannot_be_read_is_named(tmp_path, line):
     (tmp_path / "own.jsonl").write_bytes(b'{"problem_id": "p", "solution": "x"}\n' + line)
     with pytest.raises(ConfigError, match=r"own\.jsonl:2: expected a JSON object with problem_id and solution"):
-        hinted_problems([str(tmp_path / "own.jsonl")], [])
+        hinted_problems([str(tmp_path / "own.jsonl")], [], 0)
 
 
 def test_a_context_that_cannot_be_is_refused(directory, capsys):
@@ -112,7 +122,7 @@ def test_a_context_that_cannot_be_is_refused(directory, capsys):
     broken = directory / "broken.jsonl"
     broken.write_text("{}\n")
     refused = {
-        "nope.jsonl": "expected solution, answer or a file that `selfdistill solutions` has written",
+        "nope.jsonl": "expected solution, answer, other, none or a file that `selfdistill solutions` has written",
         str(short): "expected a solution for each of the 3 problems, got none for",
         str(broken): "broken.jsonl:1: expected a JSON object with problem_id and solution",
     }
