@@ -38,6 +38,7 @@ from megatron_selfdistill.metrics.guards import (
     check_identity,
     check_teacher_canary,
     first_step_warnings,
+    student_samples,
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
@@ -104,7 +105,8 @@ class Trainer:
         chunks, weights = self.learner.chunks, self.learner.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
-        self.guards = Guards(config.guards, engines_of(config), loss_should_fall=config.loss_should_fall)
+        falls, samples = config.loss_should_fall, student_samples(config)
+        self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
         self.step = 0
         """Optimizer steps done."""
         self.checked = False

@@ -47,6 +47,8 @@ class Verdict:
     """The confidence in the response (`Confidence`), in [0, 1]; None if it is unknown."""
     states_confidence: bool = False
     """Whether the text of the response states ``confidence``."""
+    loops: bool = False
+    """Whether the response ends in a loop (`ends_in_loop`)."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +134,11 @@ class EvaluationResult:
     greedy_accuracy: float
     greedy_mean_length: float
     greedy_truncated_share: float
+    greedy_loop_share: float
     sampled_accuracy: float | None
     sampled_mean_length: float | None
     sampled_truncated_share: float | None
+    sampled_loop_share: float | None
     pass_at_k: dict[int, float]
     """k -> the mean over problems of the unbiased estimate of pass@k."""
     majority_at_k: dict[int, float]

@@ -32,6 +32,7 @@ from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, judged_text
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics.guards import SILENT_KL, first_step_advice
+from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.model.forward import decided_output_layer
 from megatron_selfdistill.pipeline.score import Reading, ScoringModels, Want, read, sequence_for
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
@@ -74,6 +75,8 @@ class FirstStep:
     """The mean entropy of the model at temperature 1, in nats per token."""
     truncated_share: float
     """The share of the samples that were cut at rollout.max_new_tokens."""
+    loop_share: float
+    """The share of the samples that end in a loop (`ends_in_loop`)."""
     teacher_kl: float
     """The mean KL(teacher || reference) in nats per token."""
     accuracy: float
@@ -90,6 +93,7 @@ class FirstStep:
             nll=-self.log_prob_mean,
             entropy=self.entropy_mean,
             truncated_share=self.truncated_share,
+            loop_share=self.loop_share,
             let_through=self.let_through[CONFIGURED].all_tokens,
         )
 
@@ -170,8 +174,9 @@ def measure_first_step(
     speaks = grid.replica_rank == 0
     tokens = torch.tensor(gather_items(rows.T.tolist() if speaks else []), dtype=torch.float64)
     are_cut = gather_items([response.truncated for response in responses] if speaks else [])
+    are_looping = gather_items([ends_in_loop(response.token_ids) for response in responses] if speaks else [])
     num_hints = len({problem.solution for problem in run_data.evaluation})
-    return first_step(tokens, are_cut, list(rights.values()), num_hints, list(targets))
+    return first_step(tokens, are_cut, are_looping, list(rights.values()), num_hints, list(targets))
 
 
 def compared_targets(configured: Target) -> dict[str, Target]:
@@ -188,12 +193,18 @@ def compared_targets(configured: Target) -> dict[str, Target]:
 
 
 def first_step(
-    tokens: Tensor, are_cut: Sequence[bool], are_right: Sequence[bool], num_hints: int, settings: Sequence[str]
+    tokens: Tensor,
+    are_cut: Sequence[bool],
+    are_looping: Sequence[bool],
+    are_right: Sequence[bool],
+    num_hints: int,
+    settings: Sequence[str],
 ) -> FirstStep:
     """Return what the numbers of the tokens say.
 
     ``tokens`` [R, 3 + settings] float64: log p of the token, H(p), KL(t || p), and KL(q || p) of each setting's target.
-    ``are_cut``, ``are_right``: per sample, whether it reached the limit of tokens, and whether it is right.
+    ``are_cut``, ``are_looping``, ``are_right``: per sample, whether it reached the limit of tokens, whether it ends in
+    a loop, and whether it is right.
     """
     log_prob, entropy, of_teacher, *of_targets = tokens.unbind(1)
     top = of_teacher.topk(-(-len(of_teacher) // _TOP)).indices
@@ -211,6 +222,7 @@ def first_step(
         log_prob_mean=log_prob.mean().item(),
         entropy_mean=entropy.mean().item(),
         truncated_share=sum(are_cut) / len(are_cut),
+        loop_share=sum(are_looping) / len(are_looping),
         teacher_kl=of_teacher.mean().item(),
         accuracy=sum(are_right) / len(are_right),
         num_hints=num_hints,

@@ -34,6 +34,7 @@ from megatron_selfdistill.evaluation.verify import (
 from megatron_selfdistill.metrics.leakage import (
     Gram,
     LeakCounts,
+    ends_in_loop,
     grams_of_hint,
     hint_counts,
     word_counts,
@@ -205,7 +206,8 @@ class _Judge:
         end = text[-_END:] if mentions and self._num_ends <= _NUM_EXAMPLES else None
         confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
         known = None if math.isnan(confidence.value) else confidence.value
-        verdict = Verdict(correct, len(response.token_ids), truncated, answer, known, confidence.is_stated)
+        of_tokens = len(response.token_ids), truncated, answer, known, confidence.is_stated
+        verdict = Verdict(correct, *of_tokens, ends_in_loop(response.token_ids))
         leakage = self._hints.leakage(problem, response, text)
         right = final_answer(answering) if correct else ""
         grams = distinct_grams(it.token_ids for it in asked.samples)
@@ -301,9 +303,11 @@ def _result(
         greedy_accuracy=share(greedy, "correct"),
         greedy_mean_length=share(greedy, "length"),
         greedy_truncated_share=share(greedy, "truncated"),
+        greedy_loop_share=share(greedy, "loops"),
         sampled_accuracy=share(sampled, "correct") if num_samples else None,
         sampled_mean_length=share(sampled, "length") if num_samples else None,
         sampled_truncated_share=share(sampled, "truncated") if num_samples else None,
+        sampled_loop_share=share(sampled, "loops") if num_samples else None,
         pass_at_k={k: mean([result.pass_at_k(k) for result in results]) for k in ks},
         majority_at_k={k: mean([result.majority_at_k(k) for result in results]) for k in majority_ks},
         problems=results,

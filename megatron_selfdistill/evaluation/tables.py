@@ -73,6 +73,7 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str], recommendat
     table.add_row("mean log-prob, nats per token", _shown(first["log_prob_mean"]), "")
     table.add_row("entropy, nats per token", _shown(first["entropy_mean"]), "")
     table.add_row("share cut at rollout.max_new_tokens", _shown(first["truncated_share"]), "")
+    table.add_row("share that ends in a loop", _shown(first["loop_share"]), "")
     table.add_row("accuracy without hints", _shown(first["accuracy"]), "")
     table.add_row("KL(teacher || reference), nats per token", _shown(first["teacher_kl"]), "", end_section=True)
     for setting, share in first["let_through"].items():

@@ -25,6 +25,11 @@ WANDERING = 1.5
 """The entropy and the mean negative log-prob, in nats per token, above both of which samples wander off."""
 MANY_CUT = 1 / 3
 """The share of responses cut at the limit of tokens above which the ends of responses are hardly trained."""
+LOOPS = "response/loop_share"
+"""The metric of the share of responses that end in a loop."""
+MANY_LOOPS = 0.1
+"""The share of responses that end in a loop above which a first step warns, and the rise of the share that warns later.
+"""
 LITTLE_LET_THROUGH = 0.1
 """The share of the hint that the target lets through below which a run learns little of the hint.
 
@@ -42,18 +47,27 @@ class Guards:
 
     The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student and response/length_mean; a guard is
     silent if the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
+    `warnings` reads `DISTANCE` and `LOOPS`, and stops no run.
     """
 
-    def __init__(self, config: GuardsConfig, engines: str | None = None, *, loss_should_fall: bool = False) -> None:
+    def __init__(
+        self,
+        config: GuardsConfig,
+        engines: str | None = None,
+        *,
+        loss_should_fall: bool = False,
+        student_samples: bool = False,
+    ) -> None:
         """Make the guards of a run; ``engines``: the engines that sample its responses, as a message names them.
 
         Without ``engines`` the responses come from elsewhere, and their distance from the trainer is not judged.
         ``loss_should_fall``: whether the loss is a divergence that nothing but training changes, so that its rise is
+        judged.  ``student_samples``: whether the student samples the responses, so that a rise of their loops is
         judged.
         """
-        self.config, self.engines = config, engines
-        self.has_warned = False
-        """Whether this launch has warned of the distance between the engines and the trainer."""
+        self.config, self.engines, self.student_samples = config, engines, student_samples
+        self.has_warned: set[str] = set()
+        """The metrics of which this launch has warned."""
         self.limits = _limits(config, loss_should_fall)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
@@ -95,13 +109,16 @@ class Guards:
                 )
 
     def warnings(self, metrics: Mapping[str, float]) -> list[str]:
-        """Return, once a launch, a warning that the engines and the trainer compute different log-probs."""
-        distance = metrics.get(DISTANCE, 0.0)
-        if self.engines is None or self.config.max_log_prob_distance is None or distance <= WARNED_DISTANCE:
-            return []
-        is_first, self.has_warned = not self.has_warned, True
-        expected = f"differ by {distance:.3g} nats on average, expected at most {WARNED_DISTANCE:g}"
-        return [f"warning: {self._disagreement(expected)}"] if is_first else []
+        """Return what the metrics of a finished step warn of, each warning once a launch.
+
+        The engines and the trainer compute log-probs that differ by more than `WARNED_DISTANCE`; or, for ``patience``
+        steps in a row, more responses end in a loop than over the first ``reference_steps`` steps, by `MANY_LOOPS`.
+        Call this method once for every step: the loops of the first steps become their reference, as in `check`.
+        """
+        found = {DISTANCE: self._warning_of_the_distance(metrics), LOOPS: self._warning_of_loops(metrics)}
+        new = {key: text for key, text in found.items() if text is not None and key not in self.has_warned}
+        self.has_warned |= new.keys()
+        return [f"warning: {text}" for text in new.values()]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the references and counters, with which a resumed run guards as if it had never stopped."""
@@ -111,6 +128,31 @@ class Guards:
         """Restore the references and counters of `state_dict`; limits and patience come from the configuration."""
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
         self.violations = dict(state["violations"])
+
+    def _warning_of_the_distance(self, metrics: Mapping[str, float]) -> str | None:
+        distance = metrics.get(DISTANCE, 0.0)
+        if self.engines is None or self.config.max_log_prob_distance is None or distance <= WARNED_DISTANCE:
+            return None
+        expected = f"differ by {distance:.3g} nats on average, expected at most {WARNED_DISTANCE:g}"
+        return self._disagreement(expected)
+
+    def _warning_of_loops(self, metrics: Mapping[str, float]) -> str | None:
+        if not self.student_samples or LOOPS not in metrics:
+            return None
+        share, count = metrics[LOOPS], self.counts.get(LOOPS, 0)
+        if count < self.config.reference_steps:
+            self._add_to_reference(LOOPS, share)
+            return None
+        first = self.sums[LOOPS] / count
+        in_a_row = self._in_a_row(LOOPS, share > first + MANY_LOOPS)
+        if in_a_row < self.config.patience:
+            return None
+        return (
+            f"more responses end in a loop than at the start: expected a {LOOPS} of at most {first + MANY_LOOPS:.2f} "
+            f"({MANY_LOOPS:g} above the mean of the first {count} steps), got {share:.2f} after {in_a_row} such steps; "
+            "read the samples, and resume from a checkpoint before the rise with a lower optimizer.lr; a larger "
+            "rollout.max_new_tokens only makes the loops longer"
+        )
 
     def _add_to_reference(self, key: str, value: float) -> None:
         if math.isfinite(value):
@@ -204,19 +246,25 @@ def warning_of_a_silent_teacher(metrics: Mapping[str, float], teacher_weight: fl
     )
 
 
+def student_samples(config: Config) -> bool:
+    """Return whether the student samples the responses of a run, which otherwise say nothing about the student."""
+    return config.needs.samples == STUDENT and not config.logged and config.rollout.replay is None
+
+
 def first_step_warnings(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return the `first_step_advice` of a run for the metrics of its first step, as warnings.
 
-    The responses are judged if the student has sampled them.  The target is judged if the teacher differs from its
+    The responses are judged if `student_samples`.  The target is judged if the teacher differs from its
     anchor, by more than `SILENT_KL`.
     """
-    judged = config.needs.samples == STUDENT and not config.logged and config.rollout.replay is None
+    judged = student_samples(config)
     differs = metrics.get("teacher/kl_to_anchor", 0.0) >= SILENT_KL and not config.reads_one_prompt
     advice = first_step_advice(
         config,
         nll=metrics.get("student_nll") if judged else None,
         entropy=metrics.get("entropy/student") if judged else None,
         truncated_share=metrics.get("response/truncated_share") if judged else None,
+        loop_share=metrics.get(LOOPS) if judged else None,
         let_through=metrics.get("target/let_through") if differs else None,
     )
     return [f"warning: {sentence}" for sentence in advice]
@@ -228,12 +276,14 @@ def first_step_advice(
     nll: float | None,
     entropy: float | None,
     truncated_share: float | None,
+    loop_share: float | None,
     let_through: float | None,
 ) -> list[str]:
     """Return a sentence, with keys to try, for each number of a first step with which a run learns little.
 
-    ``nll``: the mean -log p of the sampled tokens, in nats.  ``entropy``: the mean H(p), in nats.  ``truncated_share``:
-    of the responses.  ``let_through``: the metric target/let_through.  None is an unknown number.
+    ``nll``: the mean -log p of the sampled tokens, in nats.  ``entropy``: the mean H(p), in nats.  ``truncated_share``,
+    ``loop_share``: of the responses, those that are cut and those that end in a loop.  ``let_through``: the metric
+    target/let_through.  None is an unknown number.
     """
     rollout, target, found = config.rollout, config.target, []
     if nll is not None and entropy is not None and min(nll, entropy) > WANDERING:
@@ -245,6 +295,12 @@ def first_step_advice(
         found.append(
             f"{truncated_share:.0%} of the responses of the first step are cut, expected at most a third, so that few "
             f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}"
+        )
+    if loop_share is not None and loop_share > MANY_LOOPS:
+        found.append(
+            f"{loop_share:.0%} of the responses of the first step end in a loop, expected at most {MANY_LOOPS:.0%}; "
+            f"try a rollout.temperature above {rollout.temperature:g}, and compare the prompts in the samples with the "
+            "format that the model knows (data.chat_template)"
         )
     if let_through is not None and let_through < LITTLE_LET_THROUGH:
         keys = [f"a target.teacher_weight above {target.teacher_weight:g}"]

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Leakage: how much of a response can only come from the hint, and how often a response speaks of the hint."""
+"""What the tokens of a response show: what can only come from the hint, words about the hint, and a loop at the end."""
 
 from __future__ import annotations
 
@@ -11,6 +11,12 @@ from megatron_selfdistill.data.contexts import ContextPair
 
 NUM_TOKENS = 8
 """The length in tokens of the sequences that are searched for: the n of n-grams."""
+MAX_PERIOD = 64
+"""The largest number of tokens that a loop repeats."""
+MIN_REPEATS = 3
+"""The fewest times that a loop has the tokens that it repeats."""
+MIN_LOOP = 24
+"""The fewest tokens of a loop; fewer tokens repeat in sound responses, too."""
 
 Gram = tuple[int, ...]
 
@@ -92,6 +98,28 @@ def leak_counts(contexts: Sequence[ContextPair], texts: Sequence[str], words: Se
         counts += hint_counts(context.response, grams_of_hint(context.student_prompt, context.teacher_prompt))
         counts += word_counts(text, len(context.response), pattern)
     return counts
+
+
+def ends_in_loop(token_ids: Sequence[int]) -> bool:
+    """Return whether a response ends in a loop, which repeats the same few tokens until the end.
+
+    A response does if a period p from 1 to `MAX_PERIOD` exists for which the last max(`MIN_REPEATS` p, `MIN_LOOP`)
+    tokens have the period p: each of these tokens equals the token p places before it, if that is one of them, too.
+    One further token may follow these tokens, so that a stop token hides no loop.
+    The cost does not depend on the length of the response: at most 2 `MAX_PERIOD` comparisons of short lists.
+    """
+    return _repeats_until(token_ids, len(token_ids)) or _repeats_until(token_ids, len(token_ids) - 1)
+
+
+def _repeats_until(tokens: Sequence[int], end: int) -> bool:
+    for period in range(1, MAX_PERIOD + 1):
+        start = end - max(MIN_REPEATS * period, MIN_LOOP)
+        if start < 0:
+            return False
+        # The comparison of the last token decides almost always, and copies nothing.
+        if tokens[end - 1] == tokens[end - 1 - period] and tokens[start + period : end] == tokens[start : end - period]:
+            return True
+    return False
 
 
 def _grams(tokens: Sequence[int]) -> list[Gram]:

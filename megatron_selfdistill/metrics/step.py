@@ -21,7 +21,7 @@ from megatron_selfdistill.distributed.host_to_device import to_device_in_one_cop
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
 from megatron_selfdistill.loss.target import Status
 from megatron_selfdistill.loss.weighting import Coefficients
-from megatron_selfdistill.metrics.leakage import LeakCounts
+from megatron_selfdistill.metrics.leakage import LeakCounts, ends_in_loop
 from megatron_selfdistill.rollout.base import Response
 
 if TYPE_CHECKING:  # the metrics of a run are also read without Megatron
@@ -252,35 +252,37 @@ def rollout_metrics(
 
     ``responses`` and ``packs``, one per partial batch of the step, are this replica's, the same on each of its ranks.
     Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (the share of the
-    responses that reached the limit), and with ``packs`` padding/student and padding/teacher (padding tokens / all
-    tokens).
+    responses that reached the limit), response/loop_share (the share of the responses that end in a loop, see
+    `ends_in_loop`), and with ``packs`` padding/student and padding/teacher (padding tokens / all tokens).
     If any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
     tokens, which estimates KL(q || p) in nats: how far off-policy the guided responses are for the student.
     With ``leaks``, this rank's `leak_counts`: leak/hint_8grams and leak/words_per_1000, where there is anything to
     count.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
-    sums = torch.zeros(14, dtype=torch.float64, device=grid.device)
+    sums = torch.zeros(15, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]
         num_cut = sum(response.finish_reason == "length" for response in responses)
+        num_looping = sum(ends_in_loop(response.token_ids) for response in responses)
         student = [microbatch for pack in packs for microbatch in pack.student]
         teacher = [microbatch for pack in packs for microbatch in pack.teacher]
-        numbers: list[float] = [len(lengths), sum(lengths), num_cut, *_padding(student), *_padding(teacher)]
+        numbers: list[float] = [len(lengths), sum(lengths), num_cut, num_looping]
+        numbers += [*_padding(student), *_padding(teacher)]
         guided = [response for response in responses if response.guided]
         ratios = [q - p for r in guided for q, p in zip(r.sampled_log_probs, r.log_probs, strict=True)]
         numbers += [len(guided), len(ratios), sum(ratios)]
-        sums[:10] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
+        sums[:11] += torch.tensor(numbers, dtype=torch.float64, device=grid.device)
         longest += max(lengths, default=0)
     if leaks is not None:
-        sums[10:] += torch.tensor(leaks.numbers(), dtype=torch.float64, device=grid.device)
+        sums[11:] += torch.tensor(leaks.numbers(), dtype=torch.float64, device=grid.device)
     totals, (length_max,) = over_all_ranks(sums, longest, grid)
-    count, tokens, truncated, *padding, num_guided, guided_tokens, log_ratio = totals[:10]
-    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[10:])).metrics()}
+    count, tokens, truncated, looping, *padding, num_guided, guided_tokens, log_ratio = totals[:11]
+    metrics = {"tokens/rollout": tokens, **LeakCounts(*map(int, totals[11:])).metrics()}
     if count:
         metrics |= {"response/length_mean": tokens / count, "response/length_max": length_max}
-        metrics["response/truncated_share"] = truncated / count
+        metrics |= {"response/truncated_share": truncated / count, "response/loop_share": looping / count}
     if num_guided:
         metrics |= {"guided/share": num_guided / count, "guided/log_ratio": log_ratio / guided_tokens}
     if packs:

@@ -9,7 +9,8 @@ import math
 import pytest
 import tiny_run
 import torch
-from tiny_run import overrides, reproducible_metrics, saved_step, train, train_each
+from loops import loops
+from tiny_run import overrides, recorded, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.metrics import read_samples
 from megatron_selfdistill.train import main
@@ -72,6 +73,17 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, 
     ).split():
         assert key in lines[-1], key
     assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.pipeline_model_parallel_size=2"]], ids=["DP2", "PP2"])
+def test_the_share_of_loops_is_that_of_the_recorded_responses(ranks, data, tmp_path, layout):
+    """Random weights at a low temperature repeat themselves, some of them for long enough."""
+    responses = tmp_path / "responses.jsonl"
+    settings = ["num_steps=3", "rollout.max_new_tokens=40", "rollout.temperature=0.05", f"rollout.record={responses}"]
+    train(ranks, overrides(data, tmp_path / "run", *settings, *layout), world_size=2)
+    shares = [line["response/loop_share"] for line in reproducible_metrics(tmp_path / "run")]
+    assert shares == [sum(map(loops, recorded(responses, step).values())) / 8 for step in range(3)]
+    assert 0 < sum(shares) < 3, shares
 
 
 def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):

@@ -84,6 +84,7 @@ def _metrics(step: int, num_steps: int, shift: float) -> dict[str, float]:
         "response/length_mean": 100 + 100 * wave,
         "response/length_max": 180.0,
         "response/truncated_share": 0.02,
+        "response/loop_share": 0.01,
         "sampler/log_prob_mean_abs_diff": 1e-7,
         "seconds/step": 2.0,
         "seconds/rollout": 1.2,

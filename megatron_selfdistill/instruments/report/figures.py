@@ -231,6 +231,14 @@ GROUPS: dict[str, list[ReportFigure]] = {
             any_of(rises("response/truncated_share", by=0.1), rises("evaluation/greedy_truncated_share", by=0.1)),
         ),
         ReportFigure(
+            "Responses that end in a loop",
+            {"response/loop_share": "training", "evaluation/greedy_loop_share": "evaluation, greedy"},
+            SHARE,
+            "The share stays near 0, or near its first value.",
+            "The share rises: read the samples, and resume from an earlier checkpoint with a lower optimizer.lr.",
+            any_of(rises("response/loop_share", by=0.1), rises("evaluation/greedy_loop_share", by=0.1)),
+        ),
+        ReportFigure(
             "Length of the responses in evaluations",
             {"evaluation/greedy_mean_length": "greedy", "evaluation/sampled_mean_length": "sampled"},
             "tokens",

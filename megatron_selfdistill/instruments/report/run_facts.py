@@ -17,6 +17,7 @@ RESULTS = {
     "k/mean": "k, mean",
     "response/length_mean": "length of a response, tokens",
     "response/truncated_share": "responses that are cut",
+    "response/loop_share": "responses that end in a loop",
     "gradient_norm": "norm of the gradient",
     "seconds/step": "seconds per step",
 }

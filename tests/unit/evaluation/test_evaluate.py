@@ -179,6 +179,25 @@ def test_a_truncated_response_is_wrong_though_it_ends_in_the_answer():
     assert result.greedy_accuracy == 0 and result.greedy_truncated_share == 1
 
 
+class Looping(FakeSampler):
+    """Repeats an even sum until the limit of tokens, and an odd sum until a stop token."""
+
+    def answer(self, request: Request, params: SamplingParams) -> Response:
+        first = super().answer(request, params).token_ids[0]
+        ids = [first] * 30 if first % 2 == 0 else [first] * 25 + [STOP]
+        ids = [first] * 9 if request.prompt[0] == ord("3") else ids
+        return Response(ids, [-0.5] * len(ids), [0.0] * len(ids), "stop" if ids[-1] == STOP else "length")
+
+
+def test_loops_are_counted_over_the_responses_of_each_kind():
+    result = run(sums(), sampler=Looping())
+    assert [problem.greedy.loops for problem in result.problems] == [number != 3 for number in range(7)]
+    assert all(verdict.loops == (problem.id != "p3") for problem in result.problems for verdict in problem.samples)
+    metrics = result.metrics("test")
+    assert metrics["test/greedy_loop_share"] == metrics["test/sampled_loop_share"] == 6 / 7
+    assert run(sums()).metrics("test")["test/sampled_loop_share"] == 0
+
+
 def test_greedy_is_greedy_and_samples_are_drawn_as_asked():
     sampler = FakeSampler()
     run(
@@ -198,7 +217,7 @@ def test_without_samples_only_greedy_is_reported():
     assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
     assert result.metrics().keys() == {
         f"evaluation/greedy_{name}"
-        for name in "accuracy mean_length truncated_share ece brier spr ocg stated_confidence".split()
+        for name in "accuracy mean_length truncated_share loop_share ece brier spr ocg stated_confidence".split()
     }
 
 

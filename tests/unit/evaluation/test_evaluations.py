@@ -88,7 +88,7 @@ def write(directory: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[
     """Return an evaluation with these verdicts: per problem the greedy verdict, then the samples' verdicts."""
     names = ids or [f"p{i}" for i in range(len(outcomes))]
     verdicts = [
-        [Verdict(bool(right), 3 + i, False, str(right), 0.75, i % 2 == 0) for i, right in enumerate(row)]
+        [Verdict(bool(right), 3 + i, False, str(right), 0.75, i % 2 == 0, not right) for i, right in enumerate(row)]
         for row in outcomes
     ]
     problems = [
@@ -103,9 +103,11 @@ def write(directory: Path, outcomes: Sequence[Sequence[bool]], *, ids: Sequence[
         greedy_accuracy=float(np.mean([it.greedy.correct for it in problems])),
         greedy_mean_length=3.0,
         greedy_truncated_share=0.0,
+        greedy_loop_share=float(np.mean([it.greedy.loops for it in problems])),
         sampled_accuracy=float(np.mean(samples)),
         sampled_mean_length=4.0,
         sampled_truncated_share=0.0,
+        sampled_loop_share=1 - float(np.mean(samples)),
         pass_at_k={k: float(np.mean([it.pass_at_k(k) for it in problems])) for k in ks},
         majority_at_k={k: float(np.mean([it.majority_at_k(k) for it in problems])) for k in ks},
         problems=problems,
@@ -249,6 +251,19 @@ def test_a_model_is_not_above_itself(tmp_path):
     for name, it in differences(a, a).items():
         probability = None if name.endswith("truncated_share") else 1  # nothing was truncated
         assert (it.difference, it.low, it.high, it.probability_not_above) == (0, 0, 0, probability)
+
+
+def test_an_evaluation_of_an_older_version_is_compared_without_its_loops(tmp_path):
+    old, new = (write(tmp_path / name, outcomes_of(seed)) for seed, name in enumerate(("old", "new")))
+    loops = {"greedy_loop_share", "sampled_loop_share"}
+    assert loops <= differences(old, new).keys()
+    lines = [json.loads(line) for line in (old / PROBLEMS).read_text().splitlines()]
+    for line in lines:
+        for verdict in (line["greedy"], *line["samples"]):
+            del verdict["loops"]
+    everything = differences(old, new).keys()
+    (old / PROBLEMS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert differences(old, new).keys() == differences(new, old).keys() == everything - loops
 
 
 def test_two_models_that_answer_nothing_are_not_called_equal(tmp_path, capsys):

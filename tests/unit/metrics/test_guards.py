@@ -18,6 +18,7 @@ from megatron_selfdistill.metrics.guards import (
     check_identity,
     check_teacher_canary,
     first_step_warnings,
+    student_samples,
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
@@ -183,6 +184,58 @@ def test_an_engine_that_disagrees_is_warned_of_once():
     assert Guards(dataclasses.replace(CONFIG, max_log_prob_distance=None), ENGINES).warnings(*distances(9.0)) == []
 
 
+def warned_at(guards: Guards, shares: list[float], start: int = 0) -> list[int]:
+    """Return the places in ``shares`` of response/loop_share at which ``guards`` warn, from ``start`` on."""
+    return [
+        place
+        for place, share in enumerate(shares)
+        if place >= start and guards.warnings({"response/loop_share": share})
+    ]
+
+
+@pytest.mark.parametrize(
+    ("shares", "places"),
+    [
+        ([0.1, 0.2, 0.3, 0.31, 0.31, 0.9], [4]),
+        ([0.1, 0.2, 0.3, 0.31, 0.31, 0.0, 0.9, 0.9], [4]),
+        ([0.1, 0.2, 0.3, 0.31, 0.29, 0.31, 0.29], []),
+        ([0.0, 0.0, 0.0, 0.1, 0.1, 0.1], []),
+        ([0.9, 0.9], []),
+    ],
+    ids=["a rise", "once a launch", "not in a row", "a small rise", "no reference yet"],
+)
+def test_a_rise_of_the_loops_is_warned_of_once_after_patience(shares, places):
+    """The mean of the first three shares is the reference, and two steps in a row are the patience."""
+    assert warned_at(Guards(CONFIG, student_samples=True), shares) == places
+    assert warned_at(Guards(CONFIG), shares) == [], "the responses are not those of the student"
+
+
+@pytest.mark.parametrize("killed_at", range(5))
+def test_a_resumed_run_warns_of_loops_as_if_it_had_never_stopped(killed_at):
+    shares = [0.1, 0.2, 0.3, 0.31, 0.31]
+    before, after = (Guards(CONFIG, student_samples=True) for _ in range(2))
+    assert warned_at(before, shares[:killed_at]) == []
+    after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+    assert warned_at(after, shares, killed_at) == [4]
+
+
+def test_the_warning_of_loops_says_what_was_expected_and_what_to_do():
+    guards = Guards(CONFIG, student_samples=True)
+    *_, (text,) = [guards.warnings({"response/loop_share": share}) for share in (0.1, 0.2, 0.3, 0.31, 0.31)]
+    assert text.startswith("warning: more responses end in a loop than at the start: expected a response/loop_share")
+    assert "at most 0.30 (0.1 above the mean of the first 3 steps), got 0.31 after 2 such steps" in text
+    assert "optimizer.lr" in text and "\n" not in text
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [([], True), (["rollout.replay=x.jsonl"], False), (["method.name=sft"], False)],
+    ids=["on policy", "recorded", "solutions"],
+)
+def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wanted):
+    assert student_samples(load([*keys, "run_dir=x"])) == wanted
+
+
 def test_the_distance_is_judged_by_the_violations_of_a_checkpoint():
     before, after = Guards(CONFIG, ENGINES), Guards(CONFIG, ENGINES)
     assert stopped_at(before, distances(9.0)) is None
@@ -326,32 +379,44 @@ def test_the_run_warns_after_its_first_step_only(monkeypatch):
         assert cut.startswith("warning: 50% of the responses of the first step are cut")
 
 
-FIRST = {"student_nll": 2.3, "entropy/student": 2.4, "response/truncated_share": 0.9}
+FIRST = {"student_nll": 2.3, "entropy/student": 2.4, "response/truncated_share": 0.9, "response/loop_share": 0.4}
 FIRST |= {"teacher/kl_to_anchor": 0.2, "target/let_through": 0.031}
 
 
 def test_a_first_step_that_can_teach_little_warns_with_the_keys_to_try():
-    wander, cut, little = first_step_warnings(Config(), FIRST)
+    wander, cut, looping, little = first_step_warnings(Config(), FIRST)
     assert "got 2.4 and 2.3; try rollout.temperature=0.7" in wander
     assert "90% of the responses" in cut and cut.endswith("try rollout.max_new_tokens=512")
+    assert "40% of the responses of the first step end in a loop, expected at most 10%" in looping
+    assert "a rollout.temperature above 1" in looping and "data.chat_template" in looping
     assert "lets 3.1% of the hint through, expected at least 10%" in little
     keys = ("target.teacher_weight above 0.75", "target.anchor=student", "loss.divergence=forward_kl")
     assert all(key in little for key in keys)
-    assert all(line.startswith("warning: ") and "\n" not in line for line in (wander, cut, little))
+    assert all(line.startswith("warning: ") and "\n" not in line for line in (wander, cut, looping, little))
 
 
 @pytest.mark.parametrize(
     ("keys", "metrics", "number"),
     [
-        ([], {"entropy/student": 1.4}, 2),
-        ([], {"student_nll": 1.4}, 2),
-        ([], {"response/truncated_share": 0.33}, 2),
-        ([], {"target/let_through": 0.11}, 2),
-        ([], {"teacher/kl_to_anchor": 1e-7}, 2),
+        ([], {"entropy/student": 1.4}, 3),
+        ([], {"student_nll": 1.4}, 3),
+        ([], {"response/truncated_share": 0.33}, 3),
+        ([], {"response/loop_share": 0.1}, 3),
+        ([], {"target/let_through": 0.11}, 3),
+        ([], {"teacher/kl_to_anchor": 1e-7}, 3),
         (["rollout.replay=x.jsonl"], {}, 1),
         (["method.name=sft"], {}, 1),
     ],
-    ids=["certain", "likely", "few cut", "enough", "silent teacher", "not the student's samples", "solutions"],
+    ids=[
+        "certain",
+        "likely",
+        "few cut",
+        "few loops",
+        "enough",
+        "silent teacher",
+        "not the student's samples",
+        "solutions",
+    ],
 )
 def test_a_number_in_its_bounds_or_of_other_samples_is_no_warning(keys, metrics, number):
     assert len(first_step_warnings(load([*keys, "run_dir=x"]), FIRST | metrics)) == number

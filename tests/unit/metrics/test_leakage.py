@@ -1,20 +1,24 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Leakage is counted as it is defined, in every layout."""
+"""Leakage and loops are counted as they are defined, in every layout."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from types import SimpleNamespace
 
 import pytest
 import torch
+from loops import loops
 
 from megatron_selfdistill.config import MetricsConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import rollout_metrics
 from megatron_selfdistill.metrics.leakage import (
+    MAX_PERIOD,
     LeakCounts,
+    ends_in_loop,
     grams_of_hint,
     hint_counts,
     leak_counts,
@@ -122,3 +126,50 @@ def test_a_list_with_anything_but_words_is_refused(words):
         match=r"metrics\.leak_words(\[0\] must be a text that is not empty| must hold words or phrases), got",
     ):
         MetricsConfig(leak_words=words)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 23, 24, 25, 26])
+def test_every_short_end_of_two_tokens_loops_as_defined(length):
+    """All ends of up to 6 tokens, behind each part of up to 3 tokens that repeats."""
+    found = []
+    for period, end in itertools.product((1, 2, 3), range(min(length, 6) + 1)):
+        for part, rest in itertools.product(
+            itertools.product((0, 1), repeat=period), itertools.product((0, 1), repeat=end)
+        ):
+            tokens = [*(part * length)[: length - end], *rest]
+            assert len(tokens) == length
+            found.append(ends_in_loop(tokens))
+            assert found[-1] == loops(tokens), tokens
+    assert any(found) == (length >= 24) and not all(found)
+
+
+def test_random_responses_loop_as_defined():
+    """Random tokens before, within and after a part that repeats, with each period to beyond the bound."""
+    rng, found = random.Random(7), []
+    for period in range(1, 70):
+        for _ in range(40):
+            part = rng.choices(range(rng.choice([1, 2, 50])), k=period)
+            repeated = (part * 30)[: max(3 * period, 24) + rng.randrange(-2, 3)]
+            tokens = rng.choices(range(50), k=rng.randrange(5)) + repeated + rng.choices(range(50), k=rng.randrange(3))
+            if rng.random() < 0.2:
+                tokens[rng.randrange(len(tokens))] = 51
+            found.append(ends_in_loop(tokens))
+            assert found[-1] == loops(tokens), tokens
+    assert 0.2 < sum(found) / len(found) < 0.8
+
+
+def test_the_shortest_loop_and_what_is_too_short_or_too_long():
+    stop = 999
+    assert ends_in_loop([7] * 24) and ends_in_loop([1, 2] * 12) and ends_in_loop([*range(9)] * 3)
+    assert not ends_in_loop([7] * 23) and not ends_in_loop([*range(9)] * 2 + [*range(8)])
+    longest = [*range(MAX_PERIOD)] * 3
+    assert MAX_PERIOD == 64 and ends_in_loop(longest) and ends_in_loop([5, 5, 6, *longest, stop])
+    assert not ends_in_loop(longest[1:]) and not ends_in_loop([*range(MAX_PERIOD + 1)] * 9)
+    assert not ends_in_loop([]) and not ends_in_loop([stop])
+
+
+def test_one_stop_token_hides_no_loop_and_two_tokens_do():
+    loop = [3, 4, 5] * 8
+    assert ends_in_loop([*loop, 999]) and not ends_in_loop([*loop, 998, 999])
+    assert not ends_in_loop([*loop[1:], 999]), "the stop token is no part of the loop"
+    assert not ends_in_loop([*loop, *range(100, 200)]), "a loop in the middle has an end"

@@ -130,8 +130,10 @@ def rollouts_in_layout(sizes: dict[str, int]) -> dict[str, float]:
 
 
 def responses() -> list[Response]:
-    lengths = [3, 9, 26, 1, 26]
-    return [Response([7] * n, [-1.0] * n, [-1.0] * n, "length" if n == 26 else "stop") for n in lengths]
+    token_ids = [[7] * 3, [7] * 9, [7] * 26, [7], list(range(26))]
+    return [
+        Response(ids, [-1.0] * len(ids), [-1.0] * len(ids), "length" if len(ids) == 26 else "stop") for ids in token_ids
+    ]
 
 
 def nearest_rank(values: torch.Tensor, share: float) -> float:
@@ -350,6 +352,7 @@ def test_rollout_metrics_count_each_response_once(ranks, world_size, sizes):
         "response/length_mean": 13,
         "response/length_max": 26,
         "response/truncated_share": 0.4,
+        "response/loop_share": 0.2,
     }
     assert ranks.run(rollouts_in_layout, sizes, world_size=world_size) == [expected] * world_size
 

@@ -124,6 +124,12 @@ CASES = {
         25,
         {},
     ),
+    "Responses that end in a loop": (
+        {"response/loop_share": lambda step: 0.3 + 0.09 * (step > 25)},
+        {"response/loop_share": after(25, 0.3, 0.45)},
+        25,
+        {},
+    ),
     "Length of the responses in evaluations": (
         LEARNS | {"evaluation/greedy_mean_length": 100},
         FALLS | {"evaluation/greedy_mean_length": after(10, 100, 20)},
