@@ -154,10 +154,15 @@ class EvaluationResult:
     over the problems that have a solution; None if there are no 8-grams."""
     greedy_leak_words_per_1000: float | None = None
     """The number of words that speak of the hint per 1000 tokens of the greedy responses; None if none is listed."""
+    greedy_quoted_hint_share: float | None = None
+    """The share of the greedy responses with one of these 8-grams, over the problems that have a solution; None if no
+    problem has one."""
     sampled_hint_8grams: float | None = None
     """As ``greedy_hint_8grams``, of the sampled responses."""
     sampled_leak_words_per_1000: float | None = None
     """As ``greedy_leak_words_per_1000``, of the sampled responses."""
+    sampled_quoted_hint_share: float | None = None
+    """As ``greedy_quoted_hint_share``, of the sampled responses."""
     distinct_right: float | None = None
     """The mean over problems of the number of different answers among the right samples."""
     distinct_4grams: float | None = None

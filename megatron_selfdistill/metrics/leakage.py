@@ -33,14 +33,18 @@ class LeakCounts:
     """The number of occurrences of the words that speak of the hint."""
     tokens: int = 0
     """The number of tokens in which these words were counted."""
+    quoting: int = 0
+    """The number of responses that quote the hint: that have one of its 8-grams, or more."""
+    hinted: int = 0
+    """The number of responses whose hint is known and has an 8-gram."""
 
     def __add__(self, other: LeakCounts) -> LeakCounts:
         """Return the counts of both."""
         return LeakCounts(*(mine + theirs for mine, theirs in zip(self.numbers(), other.numbers(), strict=True)))
 
-    def numbers(self) -> tuple[int, int, int, int]:
-        """Return the four counts in their order."""
-        return self.hint_grams, self.grams, self.words, self.tokens
+    def numbers(self) -> tuple[int, ...]:
+        """Return the six counts in their order."""
+        return self.hint_grams, self.grams, self.words, self.tokens, self.quoting, self.hinted
 
     @property
     def hint_share(self) -> float | None:
@@ -52,9 +56,15 @@ class LeakCounts:
         """The number of words per 1000 tokens; None if no words were counted."""
         return 1000 * self.words / self.tokens if self.tokens else None
 
+    @property
+    def quoted_hint_share(self) -> float | None:
+        """The share of the hinted responses that quote the hint; None if no response is hinted."""
+        return self.quoting / self.hinted if self.hinted else None
+
     def metrics(self) -> dict[str, float]:
-        """Return the share of 8-grams and the words per 1000 tokens under flat keys, without what is None."""
+        """Return the two shares and the words per 1000 tokens under flat keys, without what is None."""
         named = {"leak/hint_8grams": self.hint_share, "leak/words_per_1000": self.words_per_1000}
+        named["response/quoted_hint_share"] = self.quoted_hint_share
         return {key: value for key, value in named.items() if value is not None}
 
 
@@ -66,10 +76,11 @@ def grams_of_hint(student_prompt: Sequence[int], teacher_prompt: Sequence[int]) 
 def hint_counts(response: Sequence[int], hint: frozenset[Gram]) -> LeakCounts:
     """Return the 8-grams of a response, and how many of them are in ``hint``, the result of `grams_of_hint`.
 
-    An 8-gram that occurs twice in the response counts twice.
+    An 8-gram that occurs twice in the response counts twice.  A response is hinted if ``hint`` is not empty.
     """
     found = _grams(response)
-    return LeakCounts(hint_grams=sum(gram in hint for gram in found), grams=len(found))
+    num_quoted = sum(gram in hint for gram in found)
+    return LeakCounts(num_quoted, len(found), quoting=int(num_quoted > 0), hinted=int(bool(hint)))
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str] | None:

@@ -256,11 +256,11 @@ def rollout_metrics(
     `ends_in_loop`), and with ``packs`` padding/student and padding/teacher (padding tokens / all tokens).
     If any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
     tokens, which estimates KL(q || p) in nats: how far off-policy the guided responses are for the student.
-    With ``leaks``, this rank's `leak_counts`: leak/hint_8grams and leak/words_per_1000, where there is anything to
-    count.
+    With ``leaks``, this rank's `leak_counts`: leak/hint_8grams, leak/words_per_1000 and response/quoted_hint_share,
+    where there is anything to count.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
-    sums = torch.zeros(15, dtype=torch.float64, device=grid.device)
+    sums = torch.zeros(17, dtype=torch.float64, device=grid.device)
     longest = torch.zeros(1, dtype=torch.float64, device=grid.device)
     if grid.is_first_of_replica:
         lengths = [len(response.token_ids) for response in responses]

@@ -12,7 +12,9 @@ import torch
 from loops import loops
 from tiny_run import overrides, recorded, reproducible_metrics, saved_step, train, train_each
 
+from megatron_selfdistill.config import load
 from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {
@@ -84,6 +86,28 @@ def test_the_share_of_loops_is_that_of_the_recorded_responses(ranks, data, tmp_p
     shares = [line["response/loop_share"] for line in reproducible_metrics(tmp_path / "run")]
     assert shares == [sum(map(loops, recorded(responses, step).values())) / 8 for step in range(3)]
     assert 0 < sum(shares) < 3, shares
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.pipeline_model_parallel_size=2"]], ids=["DP2", "PP2"])
+def test_the_share_of_quotes_is_that_of_the_responses_that_were_made_to_quote(ranks, data, tmp_path, layout):
+    """A response is 8 tokens of the teacher's prompt that the student's prompt has not, or 7 of them."""
+    recording, replayed = tmp_path / "recording.jsonl", tmp_path / "replayed.jsonl"
+    train(ranks, overrides(data, tmp_path / "first", "num_steps=2", f"rollout.record={recording}"))
+    run_data = RunData.load(load(overrides(data, tmp_path / "run")))
+    prompts = {it.id: run_data.builder.prompt_pair(it) for it in run_data.problems.problems}
+    lines, num_quoting = [], [0, 0]
+    for number, response in enumerate(map(json.loads, recording.read_text().splitlines())):
+        student, teacher = prompts[response["problem_id"]]
+        quote = teacher[-8:] if number % 3 == 0 else teacher[-7:]
+        assert str(teacher[-8:])[1:-1] not in str(student)
+        num_quoting[response["step"]] += number % 3 == 0
+        unknown = [0.0] * len(quote)
+        lines.append(response | {"token_ids": quote, "log_probs": unknown, "sampled_log_probs": unknown})
+    replayed.write_text("".join(json.dumps(line | {"finish_reason": "stop"}) + "\n" for line in lines))
+    options = ["num_steps=2", f"rollout.replay={replayed}", "guards.max_log_prob_distance=null", *layout]
+    train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
+    shares = [line["response/quoted_hint_share"] for line in reproducible_metrics(tmp_path / "run")]
+    assert shares == [count / 8 for count in num_quoting] and num_quoting == [3, 3]
 
 
 def test_a_dry_run_checks_and_builds_and_does_nothing(ranks, data, tmp_path):

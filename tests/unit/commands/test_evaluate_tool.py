@@ -185,7 +185,15 @@ def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     assert "H" in response["prompt"] and response["prompt"].endswith("|")
     metrics, first = (summary_of(tmp_path / "hinted")[name] for name in ("metrics", "first_step"))
     assert first["num_samples"] == 12 and first["let_through"]["target=teacher_alone"]["all_tokens"] == 1
-    names = ("accuracy", "mean_length", "truncated_share", "loop_share", "hint_8grams", "leak_words_per_1000")
+    names = (
+        "accuracy",
+        "mean_length",
+        "truncated_share",
+        "loop_share",
+        "hint_8grams",
+        "leak_words_per_1000",
+        "quoted_hint_share",
+    )
     names += ("ece", "brier", "ocg", "stated_confidence", *(["spr"] if 0 < metrics["greedy_accuracy"] < 1 else []))
     assert set(metrics) == {f"greedy_{name}" for name in names}
 

@@ -215,10 +215,8 @@ def test_without_samples_only_greedy_is_reported():
     sampler = FakeSampler()
     result = run(sums(), sampler=sampler, num_samples=0, pass_at_k=[1])
     assert len(sampler.calls) == 1 and result.sampled_accuracy is None and result.pass_at_k == {}
-    assert result.metrics().keys() == {
-        f"evaluation/greedy_{name}"
-        for name in "accuracy mean_length truncated_share loop_share ece brier spr ocg stated_confidence".split()
-    }
+    names = "accuracy mean_length truncated_share loop_share quoted_hint_share ece brier spr ocg stated_confidence"
+    assert result.metrics().keys() == {f"evaluation/greedy_{name}" for name in names.split()}
 
 
 def test_metrics_are_flat_numbers():
@@ -253,16 +251,20 @@ def test_leakage_is_counted_over_the_responses_of_each_kind():
     texts = [t for t in result.transcripts if t.sample is not None]
     reciting = [t for t in texts if t.response.startswith("the hint")]
     assert 0 < len(reciting) < len(texts)
-    num_grams = num_leaked = 0
+    num_grams = num_leaked = num_quoting = num_hinted = 0
     for t in texts:
         solution = next(p.solution for p in problems if p.id == t.problem_id)
         if solution:
             whole, hinted = f"{t.response}$", f"{t.prompt[:-1]}|{solution}:"
             grams = [whole[i : i + 8] for i in range(len(whole) - 7)]
             num_grams += len(grams)
-            num_leaked += sum(gram in hinted and gram not in t.prompt for gram in grams)
+            leaked = [gram for gram in grams if gram in hinted and gram not in t.prompt]
+            num_leaked, num_quoting, num_hinted = num_leaked + len(leaked), num_quoting + bool(leaked), num_hinted + 1
     metrics = result.metrics("test")
     assert metrics["test/sampled_hint_8grams"] == num_leaked / num_grams > 0
+    assert num_hinted == len(texts) * 6 / 7 and 0 < num_quoting < num_hinted
+    assert metrics["test/sampled_quoted_hint_share"] == num_quoting / num_hinted
+    assert metrics["test/greedy_quoted_hint_share"] == 0
     assert metrics["test/greedy_hint_8grams"] == metrics["test/greedy_leak_words_per_1000"] == 0
     words = 1000 * len(reciting) / sum(t.length for t in texts)
     assert metrics["test/sampled_leak_words_per_1000"] == pytest.approx(words)

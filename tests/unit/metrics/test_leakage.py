@@ -62,18 +62,25 @@ def metrics_in_layout(sizes: dict[str, int]) -> dict[str, float]:
 
 
 def test_metrics_are_the_shares_of_the_definition():
-    num_leaked = num_grams = num_words = num_tokens = 0
+    num_leaked = num_grams = num_words = num_tokens = num_quoting = 0
     for pair in contexts():
         text, student, teacher = (
             bytes(part).decode() for part in (pair.response, pair.student_prompt, pair.teacher_prompt)
         )
         grams = [text[i : i + 8] for i in range(len(text) - 7)]
-        num_leaked += sum(gram in teacher and gram not in student for gram in grams)
+        leaked = [gram for gram in grams if gram in teacher and gram not in student]
+        num_leaked += len(leaked)
+        num_quoting += bool(leaked)
         num_grams += len(grams)
         num_words += text.count("Hint")
         num_tokens += len(text)
     found = leakage_metrics(contexts(), WORDS, ONE_RANK)
-    assert found == {"leak/hint_8grams": num_leaked / num_grams, "leak/words_per_1000": 1000 * num_words / num_tokens}
+    assert found == {
+        "leak/hint_8grams": num_leaked / num_grams,
+        "leak/words_per_1000": 1000 * num_words / num_tokens,
+        "response/quoted_hint_share": num_quoting / len(contexts()),
+    }
+    assert 0 < num_quoting < len(contexts())
     assert 0.02 < found["leak/hint_8grams"] < 0.9 and found["leak/words_per_1000"] > 0
 
 
@@ -87,6 +94,22 @@ def test_eight_tokens_of_the_hint_count_unless_the_prompt_has_them():
     for response, num_leaked in (("12345678", 1), ("x12345678!", 2), ("abcdefgh", 0), ("1234567", 0), ("1234567x", 0)):
         counts = hint_counts(ids(response), hint)
         assert (counts.hint_grams, counts.grams) == (num_leaked, max(0, len(response) - 7)), response
+        assert (counts.quoting, counts.hinted) == (min(num_leaked, 1), 1), response
+
+
+def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
+    """Two responses have no hint, one quotes its hint twice, and one quotes nothing."""
+    prompt, hinted = ids("abcdefgh, what?"), ids("abcdefgh, what? 12345678!")
+    pairs = [(prompt, "12345678"), (prompt[:3], "12345678"), (hinted, "12345678 12345678"), (hinted, "1234567")]
+    students = [prompt, ids("abcd"), prompt, prompt]
+    contexts = [
+        ContextPair(str(i), student, teacher, ids(text), False)
+        for i, (student, (teacher, text)) in enumerate(zip(students, pairs, strict=True))
+    ]
+    counts = leak_counts(contexts, [""] * 4, [])
+    assert (counts.quoting, counts.hinted) == (1, 2)
+    assert leakage_metrics(contexts, [], ONE_RANK)["response/quoted_hint_share"] == 0.5
+    assert "response/quoted_hint_share" not in leakage_metrics(contexts[:2], [], ONE_RANK)
 
 
 @pytest.mark.parametrize(
