@@ -11,6 +11,9 @@ import pytest
 from fake_vllm import FakeVllm
 from tiny_run import overrides, reproducible_metrics
 
+RESPONSES = ("length_mean", "truncated_share", "loop_share", "quoted_hint_share")
+"""The metrics of the responses that two runs of the same steps have alike."""
+
 
 def is_slow(prompt: list[int]) -> bool:
     """Return whether the servers are slow with the response to a prompt."""
@@ -59,5 +62,5 @@ def assert_same_steps(one: Path, other: Path) -> None:
     for first, second in pairs:
         for key in ("loss/mean", "gradient_norm", "entropy/student", "entropy/target"):
             assert first[key] == pytest.approx(second[key], rel=1e-4), key
-        for key in ("tokens/response", "tokens/rollout", "response/length_mean"):
+        for key in ("tokens/response", "tokens/rollout", *(f"response/{name}" for name in RESPONSES)):
             assert first[key] == second[key], key

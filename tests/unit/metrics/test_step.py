@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import time
 from dataclasses import replace
@@ -28,6 +29,7 @@ from megatron_selfdistill.metrics import (
 )
 from megatron_selfdistill.metrics.step import K_RESOLUTION
 from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.source import StepBatch
 
 VOCAB_SIZE, NUM_TOKENS = 50, 231
 ONE_RANK = SimpleNamespace(
@@ -355,6 +357,13 @@ def test_rollout_metrics_count_each_response_once(ranks, world_size, sizes):
         "response/loop_share": 0.2,
     }
     assert ranks.run(rollouts_in_layout, sizes, world_size=world_size) == [expected] * world_size
+
+
+@pytest.mark.parametrize("sizes", [(5,), (2, 3), (1, 0, 3, 1)])
+def test_partial_batches_of_a_step_have_the_shares_of_the_whole_step(sizes):
+    left = iter(responses())
+    batches = [StepBatch(responses=list(itertools.islice(left, size))) for size in sizes]
+    assert rollout_metrics(StepBatch.joined(batches).responses, ONE_RANK) == rollout_metrics(responses(), ONE_RANK)
 
 
 def test_padding_shares_are_those_of_the_packed_batch():
