@@ -65,6 +65,8 @@ DATA_KINDS = ("problems", "conversations")
 
 SOLUTION_SOURCES = ("given", "answer", "other", "none")
 """Values of data.solutions."""
+HINT_LEVELS = {"solution": "given", "answer": "answer", "other": "other", "none": "none"}
+"""Name of a hint in commands that compare hints -> the value of data.solutions that shows it."""
 
 BAD_RECORD_POLICIES = ("error", "skip")
 """Values of data.on_bad_record."""

@@ -27,6 +27,7 @@ DESCRIPTION = """Evaluate a model on problems with answers, and compare two eval
     selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/before
     selfdistill evaluate --megatron runs/first --iteration 100 --data test.jsonl --out results/after
     selfdistill evaluate compare results/before results/after
+    selfdistill evaluate --hf /models/Qwen3-8B --data test.jsonl --out results/hints --hinted --levels none,other,answer
 
 key=value changes any key of the trainer: rollout.temperature=0.7, rollout.engine=vllm, evaluation.verifier=math_verify,
 optimizer.precision=fp32 (of the weights), seed=1, parallel.tensor_model_parallel_size=2.  The results do not depend on
@@ -39,6 +40,10 @@ the layout.  On several ranks:
 NUM_SAMPLES = 16
 """The default of --num-samples: enough for pass@16 and for intervals that show small differences."""
 _ALL = "print every metric (default: the six that matter first; the files always have all)"
+_LEVELS = (
+    "also compare hints before any training, with --hinted, and predict which of them teach the model: a list of none, "
+    "other (another problem's solution), answer, solution and columns of the records"
+)
 _HINTED = "show the model the teacher's prompt, with the solution; also print what the first step of a run would see"
 
 RESERVED = {
@@ -99,6 +104,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.commands.given_model import computed_in, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
+    from megatron_selfdistill.evaluation.hint_levels import at_level
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
     from megatron_selfdistill.run_data import RunData
@@ -108,6 +114,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
+    levels = {name: RunData.load_evaluation(at_level(config, name), True) for name in arguments.levels}
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     if grid.is_reporter:
@@ -119,20 +126,26 @@ def evaluate(arguments: argparse.Namespace) -> int:
                 load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
             checkpoint = dataclasses.replace(config.checkpoint, load=load)
             config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
-            _evaluate_with(config, run_data, grid, arguments, model)
+            _evaluate_with(config, run_data, levels, grid, arguments, model)
     finally:
         ranks.shutdown()
     return 0
 
 
 def _evaluate_with(
-    config: Config, run_data: RunData, grid: RankGrid, arguments: argparse.Namespace, model: dict[str, Any]
+    config: Config,
+    run_data: RunData,
+    levels: dict[str, RunData],
+    grid: RankGrid,
+    arguments: argparse.Namespace,
+    model: dict[str, Any],
 ) -> None:
     from megatron_selfdistill.evaluation import held_out
     from megatron_selfdistill.evaluation.evaluations import write_evaluation
     from megatron_selfdistill.evaluation.first_step import measure_first_step, recommended
+    from megatron_selfdistill.evaluation.hint_levels import measure_hint_levels, predicted_order
     from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.evaluation.tables import show_first_step, show_summary
+    from megatron_selfdistill.evaluation.tables import show_first_step, show_hint_levels, show_summary
     from megatron_selfdistill.evaluation.verify import load_verifier
 
     verifier = load_verifier(config.evaluation.verifier)
@@ -157,19 +170,28 @@ def _evaluate_with(
             grid,
         )
         seconds = time.perf_counter() - began
+        compared = measure_hint_levels(inference, config, levels, verifier, grid) if levels else []
         first = measure_first_step(inference, config, run_data, verifier, grid) if arguments.hinted else None
     if grid.is_reporter:
-        about = {"model": model, "data": _data(run_data, arguments), "settings": _settings(config, run_data, arguments)}
+        about: dict[str, Any] = {
+            "model": model,
+            "data": _data(run_data, arguments),
+            "settings": _settings(config, run_data, arguments),
+        }
         if first is not None:
             with_hint = result.greedy_accuracy if result.sampled_accuracy is None else result.sampled_accuracy
             choice = recommended(first.num_hints, len(run_data.evaluation), first.accuracy, with_hint)
             about["first_step"] = {**first.record(), "recommended": asdict(choice)}
+        if compared:
+            about["hint_levels"] = [it.record() for it in compared]
         summary = write_evaluation(arguments.out, result, about)
         num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
         line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
         show_summary(summary, line, show_all=arguments.all)
         if first is not None:
             show_first_step(first.record(), first.advice(config), str(choice))
+        if compared:
+            show_hint_levels(about["hint_levels"], predicted_order(compared))
         if result.overlooked is not None:
             print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
 
@@ -313,6 +335,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         help="chance that the most frequent answer of K samples is right (default: 4 16 ..)",
     )
     parser.add_argument("--hinted", action="store_true", help=_HINTED)
+    parser.add_argument("--levels", type=_level_names, default=(), metavar="A,B,..", help=_LEVELS)
     parser.add_argument(
         "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )
@@ -333,10 +356,20 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
     arguments.overrides = [*arguments.overrides, *arguments.more_overrides]
     if arguments.num_samples < 0:
         parser.error(f"argument --num-samples: expected at least 0, got {arguments.num_samples}")
+    if arguments.levels and not arguments.hinted:
+        parser.error("argument --levels: the levels are hints, so that it needs --hinted")
     powers = [4**i for i in range(12) if 4**i <= arguments.num_samples]
     arguments.pass_at_k = powers if arguments.pass_at_k is None else arguments.pass_at_k
     arguments.majority_at_k = powers[1:] if arguments.majority_at_k is None else arguments.majority_at_k
     return arguments
+
+
+def _level_names(text: str) -> tuple[str, ...]:
+    """Return the names of an option that lists hint levels."""
+    names = tuple(name.strip() for name in text.split(","))
+    if "" in names or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"expected different names with a comma between them, got {text!r}")
+    return names
 
 
 def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -25,18 +25,17 @@ from torch import Tensor
 
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair, build_contexts
-from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.inference import Inference
-from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, judged_text
+from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics.guards import SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.model.forward import decided_output_layer
 from megatron_selfdistill.pipeline.score import Reading, ScoringModels, Want, read, sequence_for
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.rollout.base import Request, sample_seed
 from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 64
@@ -165,10 +164,7 @@ def measure_first_step(
     measurement = TokenMeasurement(configured, config.loss.fused_chunk_tokens, models.backend, other_targets=others)
     rows = _rows(read(build_contexts(own, responses), models, Want(loss, measurement)), len(others))
 
-    def is_right(problem: Problem, response: Response) -> bool:
-        *_, text = judged_text(response, run_data.tokenizer, config.evaluation.confidence_pattern)
-        return not response.truncated and bool(verifier(text, problem))
-
+    is_right = right_response(verifier, run_data.tokenizer, config.evaluation.confidence_pattern)
     asked = zip(problems[grid.dp_rank :: grid.dp_size], responses, strict=True)
     rights = judged_by_all({problem.id: (problem, response) for problem, response in asked}, is_right, grid)
     speaks = grid.replica_rank == 0

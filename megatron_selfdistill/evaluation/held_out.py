@@ -100,7 +100,7 @@ def evaluate(
     check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]
-    _check_lengths(problems, prompts, options.params.max_new_tokens, run_data.max_length)
+    check_lengths(problems, prompts, options.params.max_new_tokens, run_data)
     responses = _sample(sampler, problems, prompts, options, grid)
     num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
     kept_ids = {problem.id for problem in problems[:num_kept]}
@@ -214,9 +214,11 @@ class _Judge:
         return _Judged(verdict, kept, mentions, end, leakage, confidence, right, grams)
 
 
-def _check_lengths(
-    problems: Sequence[Problem], prompts: Sequence[list[int]], max_new_tokens: int, max_length: int
+def check_lengths(
+    problems: Sequence[Problem], prompts: Sequence[list[int]], max_new_tokens: int, run_data: RunData
 ) -> None:
+    """Raise `ConfigError` for the first of the ``prompts`` that leaves no room for a response."""
+    max_length = run_data.max_length
     for problem, prompt in zip(problems, prompts, strict=True):
         if len(prompt) + max_new_tokens > max_length:
             raise ConfigError(

@@ -90,6 +90,35 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str], recommendat
     console().print(recommendation, markup=False)
 
 
+def show_hint_levels(levels: Sequence[Mapping[str, Any]], predicted: Sequence[str]) -> None:
+    """Print the entry hint_levels of a summary as a table, with the predicted order of the levels below it."""
+    samples = _counted(levels[0]["num_samples"], "sample")
+    table = Table(title=f"hint levels before any training: {samples} without hints are read with each hint")
+    table.add_column("hint", no_wrap=True)
+    for column in ("accuracy with it", "utility", "divergence", "contrast", "gain"):
+        table.add_column(column, justify="right")
+    for it in levels:
+        signed = (f"{value:+.4f}" if value is not None else "-" for value in (it["contrast"], it["gain"]))
+        table.add_row(
+            it["name"], _shown(it["hinted_accuracy"]), f"{it['utility']:+.3f}", _shown(it["divergence"]), *signed
+        )
+    table.caption = (
+        f"accuracy without a hint: {_shown(levels[0]['accuracy'])}\n"
+        "gain: the slope of the accuracy when the model moves towards itself with the hint\n"
+        "contrast: how much more the hint lowers the tokens of wrong samples, nats per token"
+    )
+    console().print(table)
+    if any(it["gain"] for it in levels):
+        console().print(f"predicted order, the best teacher first: {', '.join(predicted)}", markup=False)
+    else:
+        console().print(
+            f"no prediction: {'every' if levels[0]['accuracy'] else 'no'} sample without a hint is right, so that the "
+            "samples cannot show what a hint would change",
+            style="yellow",
+            markup=False,
+        )
+
+
 def show_comparison(compared: Comparison, *, show_all: bool = False) -> None:
     """Print the comparison as a table, with a line for each setting that differs between the evaluations.
 

@@ -212,6 +212,18 @@ def judged_text(
     return (text, *split_confidence(text, confidence))
 
 
+def right_response(
+    verifier: Verifier, tokenizer: Tokenizer, confidence: re.Pattern[str] | None
+) -> Callable[[Problem, Response], bool]:
+    """Return the function that says whether a response to a problem is right; ``confidence``: see `judged_text`."""
+
+    def judgement(problem: Problem, response: Response) -> bool:
+        *_, judged = judged_text(response, tokenizer, confidence)
+        return not response.truncated and bool(verifier(judged, problem))
+
+    return judgement
+
+
 def check_answers(problems: Sequence[Problem], verifier: Verifier) -> None:
     """Raise `ConfigError` if a built-in verifier would find no answer to compare with."""
     unanswered = [problem for problem in problems if problem.answer is None]

@@ -208,7 +208,7 @@ def score_texts(pairs: Sequence[ContextPair], models: ScoringModels) -> list[Sco
     empty = [pair.problem_id for pair in pairs if not pair.response]
     if empty:
         raise ValueError(f"Problem {empty[0]}: expected a text of at least one token to score, got an empty text.")
-    values = _measured(pairs, models, temperature=1.0)
+    values = read_tokens(pairs, models)
     lengths = [len(pair.response) for pair in pairs]
     return [_scores(own[0], own[2]) for own in values.split(lengths, dim=1)] if pairs else []
 
@@ -242,12 +242,12 @@ def log_probs(
     """
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"log_probs: expected a temperature above 0, got {temperature}.")
-    student, teacher, _ = _measured(pairs, models, temperature)
+    student, teacher, _ = read_tokens(pairs, models, temperature)
     return student, teacher
 
 
-def _measured(pairs: Sequence[ContextPair], models: ScoringModels, temperature: float) -> Tensor:
-    """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R]; see `log_probs`."""
+def read_tokens(pairs: Sequence[ContextPair], models: ScoringModels, temperature: float = 1.0) -> Tensor:
+    """Return log p, log p_teacher and KL(p || p_teacher) of every response token, [3, R] float64; see `log_probs`."""
     if not max_over_ranks([sum(len(pair.response) for pair in pairs)], models.grid.dp_group)[0]:
         return torch.empty(3, 0, dtype=torch.float64)
     reading = read(pairs, models, Want(_reading_loss(models.fusion, models.backend, temperature)))

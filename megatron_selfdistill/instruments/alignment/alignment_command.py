@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.choices import HINT_LEVELS
 from megatron_selfdistill.commands.model_command import add_models, at_least_1, ended, parsed
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.data.records import from_json
@@ -49,9 +50,6 @@ parallel.tensor_model_parallel_size=2.  On several ranks:
     torchrun --nproc-per-node 2 -m megatron_selfdistill alignment /models/Qwen3-8B --data problems.jsonl
 """
 """The text of --help."""
-
-CONTEXTS = {"solution": "given", "answer": "answer", "other": "other", "none": "none"}
-"""The contexts besides files -> the value of data.solutions that stands for them."""
 
 RESERVED = {
     "data.path": "--data",
@@ -215,14 +213,14 @@ def alignment_arguments(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def check_contexts(names: Sequence[str]) -> None:
-    """Raise `ConfigError` for a context that is named twice, or that is neither of `CONTEXTS` nor a file."""
+    """Raise `ConfigError` for a context that is named twice, or that is neither of `HINT_LEVELS` nor a file."""
     for number, name in enumerate(names):
         if name in names[:number]:
             raise ConfigError(f"--teacher-context {name}: expected different contexts, got this one twice")
-        if name not in CONTEXTS and not Path(name).is_file():
+        if name not in HINT_LEVELS and not Path(name).is_file():
             raise ConfigError(
-                f"--teacher-context {name}: expected {', '.join(CONTEXTS)} or a file that `selfdistill solutions` has "
-                "written, got no such file"
+                f"--teacher-context {name}: expected {', '.join(HINT_LEVELS)} or a file that `selfdistill solutions` "
+                "has written, got no such file"
             )
 
 
@@ -236,8 +234,8 @@ def hinted_problems(names: Sequence[str], problems: Sequence[Problem], seed: int
 
     found = {}
     for name in names:
-        if name in CONTEXTS:
-            found[name] = with_solutions_from(CONTEXTS[name], problems, seed)
+        if name in HINT_LEVELS:
+            found[name] = with_solutions_from(HINT_LEVELS[name], problems, seed)
         else:
             solutions = _solutions_in(Path(name))
             missing = [problem for problem in problems if problem.id not in solutions]

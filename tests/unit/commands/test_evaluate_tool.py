@@ -229,7 +229,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(direc
     given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
     config = tool._configured(given, tool._model(given))
     inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
-    tool._evaluate_with(config, inputs, SimpleNamespace(is_reporter=True), given, {})
+    tool._evaluate_with(config, inputs, {}, SimpleNamespace(is_reporter=True), given, {})
     table, line, example = capsys.readouterr().out.splitlines()
     assert (
         table == "the table" and "43 of them mention the answer" in line and "evaluation.verifier=math_verify" in line
