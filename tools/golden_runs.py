@@ -81,6 +81,7 @@ CASES = {
     "grpo": Case(recipe("grpo", *REWARDED)),
     "literal": Case(recipe("literal", VERIFIED)),
     "openclaw": Case(recipe("openclaw", *JUDGED, "method.reward=hint_functions.reward_of_reply")),
+    "opsa": Case(recipe("opsa", *SAMPLED, "data.on_long_context=drop")),
     "opsd": Case(recipe("opsd", *REWARDED)),
     "opsd_rl": Case(recipe("opsd_rl", *REWARDED)),
     "ovd": Case(recipe("ovd", *REWARDED, "method.template='{problem}{response}|'", "method.step_separator=','")),

@@ -18,9 +18,9 @@ LAYOUTS = {
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
-WITH_POLICY_TERM = {"grpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
+WITH_POLICY_TERM = {"grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
-RECIPES = sorted({"sdft", "opsd", "rft"} | REWARDED)
+RECIPES = sorted({"opsa", "sdft", "opsd", "rft"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
@@ -67,6 +67,15 @@ def test_a_recipe_trains_and_resumes_bit_for_bit(ranks, data, start, run_of, rec
     if recipe == "ovd":
         assert max(step["verbal/replaced"] for step in reproducible_metrics(whole)) > 0
     assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)
+
+
+def test_unlikely_tokens_are_pushed_down_without_a_teacher_and_without_rewards(run_of):
+    steps = reproducible_metrics(run_of("opsa"))
+    assert len(steps) == NUM_STEPS
+    for step in steps:
+        assert step["gradient_norm"] > 0 and step["terms/divergence_mean"] == 0
+        assert -1 < step["terms/policy_mean"] < 0, "some tokens have the advantage -1 and others 0"
+        assert step["terms/policy_mean"] == pytest.approx(step["terms/silent_share"] - 1, rel=1e-4), "p / mu is 1"
 
 
 @combinations(

@@ -1,0 +1,87 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""OPSA: the fixed negative advantage of unlikely tokens, and its gradient, against float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from characters import Characters
+from made_methods import composed, given_with, made
+from term_arrays import SAMPLER, STUDENT, TOKEN, coefficients, log_probs, signals, tensor
+
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.methods.opsa import opsa
+from megatron_selfdistill.sources.signals import Clip
+
+TIE = math.log(0.25)
+"""The log of the threshold of these tests: a token with this log-prob is at the threshold."""
+MU = [TIE, math.nextafter(TIE, -math.inf), math.nextafter(TIE, 0.0), 0.0, -1e-300, -745.0, -2.0]
+
+
+def expected(mu: float, threshold: float, penalty: float) -> float:
+    return -penalty if mu < math.log(threshold) else 0.0
+
+
+@pytest.mark.parametrize("lengths", [[1] * 7, [7], [1, 5, 1]])
+@pytest.mark.parametrize("penalty", [1.0, 0.125])
+def test_only_tokens_below_the_threshold_get_the_advantage(lengths, penalty):
+    given = signals([0.0] * len(lengths), groups=[3 * i for i in range(len(lengths))], lengths=lengths, mu=MU)
+    terms = opsa(given, threshold=0.25, penalty=penalty)
+    assert terms.advantage.dtype == torch.float64
+    assert terms.advantage.tolist() == [0.0, -penalty, 0.0, 0.0, 0.0, -penalty, -penalty]
+    assert terms.advantage.tolist() == [expected(mu, 0.25, penalty) for mu in MU]
+    assert not (terms.divergence.any() or terms.sampled_kl.any() or terms.likelihood.any())
+
+
+def test_rewards_and_hints_do_not_matter():
+    mu = [-3.0, -0.1, -3.0]
+    one = signals([1.0, 0.0, 0.5], hinted=[True, False, True], mu=mu)
+    other = signals([0.0, 1.0, 0.0], hinted=[False, False, False], mu=mu)
+    found = [opsa(each, threshold=0.1, penalty=1.0).advantage.tolist() for each in (one, other)]
+    assert found == [[-1.0, 0.0, -1.0]] * 2
+
+
+def test_at_a_threshold_of_one_every_token_that_was_not_certain_is_unlikely():
+    terms = opsa(signals([0.0] * 3, mu=[0.0, -1e-12, -9.0]), threshold=1.0, penalty=2.0)
+    assert terms.advantage.tolist() == [0.0, -2.0, -2.0]
+
+
+def test_a_replica_without_responses_has_no_terms():
+    assert opsa(signals([], mu=[]), threshold=0.1, penalty=1.0).advantage.tolist() == []
+
+
+@pytest.mark.parametrize(("low", "shift"), [(0.2, 0.0), (0.2, -0.5), (None, -0.5), (0.5, -0.5)])
+def test_the_gradient_is_that_of_the_clipped_objective(low, shift):
+    """The loss is -min(rho A, max(rho, 1 - low) A) with A = -c, in float64; ``shift`` moves log p away from log mu."""
+    mu = log_probs(SAMPLER)[TOKEN].item()
+    s = torch.tensor(STUDENT, dtype=torch.float64)
+    s[TOKEN] += shift
+    s.requires_grad_()
+    log_p = s.log_softmax(0)[TOKEN]
+    ratio, advantage = (log_p - mu).exp(), tensor(-1.5).squeeze()
+    bounded = ratio if low is None else ratio.clamp(min=1 - low)
+    (wanted,) = torch.autograd.grad(-torch.minimum(ratio * advantage, bounded * advantage), s, retain_graph=True)
+    terms = opsa(signals([0.0], mu=[mu]), threshold=0.5, penalty=1.5)
+    found = coefficients(terms, mu=mu, q=None, clip=Clip(low, 0.2), p=log_p.item())
+    assert found.policy is not None and not found.divergence.any()
+    (gradient,) = torch.autograd.grad(-found.policy.squeeze() * log_p, s)
+    torch.testing.assert_close(gradient, wanted, atol=1e-14, rtol=0)
+    is_clipped = low is not None and ratio.item() < 1 - low
+    assert is_clipped == ((low, shift) == (0.2, -0.5)) == (gradient[TOKEN] == 0)
+    assert is_clipped or gradient[TOKEN] > 0, "a step against the gradient makes the token less likely"
+
+
+def test_the_settings_reach_the_terms_and_the_recipe_asks_for_no_teacher_and_no_rewards():
+    method = made(["recipe=opsa", "method.threshold=0.5", "method.penalty=3"], given_with(Characters()))
+    assert method.terms(0, [], signals([0.0, 0.0], mu=[-0.7, -0.6])).advantage.tolist() == [-3.0, 0.0]
+    config = composed("recipe=opsa")
+    assert config.needs.teacher_prompt is None and not config.needs.rewards and not config.measures_log_probs
+    assert method.weighs_tokens and method.clip == Clip(0.2, 0.2)
+
+
+@pytest.mark.parametrize("value", ["0", "1.5", "-0.1"])
+def test_a_threshold_that_is_no_probability_is_refused(value):
+    with pytest.raises(ConfigError, match=r"method\.threshold must be"):
+        load(["recipe=opsa", f"method.threshold={value}"])
