@@ -86,6 +86,7 @@ CASES = {
     "opsd_rl": Case(recipe("opsd_rl", *REWARDED)),
     "ovd": Case(recipe("ovd", *REWARDED, "method.template='{problem}{response}|'", "method.step_separator=','")),
     "pi_distill": Case(recipe("pi_distill", *REWARDED)),
+    "pw_opsd": Case(recipe("pw_opsd", *REWARDED)),
     "rft": Case(recipe("rft", *REWARDED)),
     "rlt": Case(recipe("rlt", *REWARDED, "method.closing_tag=-")),
     "rltf_fm": Case(recipe("rltf_fm", *EPISODES, "method.reply_template='{problem}{response}'")),

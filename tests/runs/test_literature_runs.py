@@ -20,7 +20,7 @@ VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = {"grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
-RECIPES = sorted({"opsa", "sdft", "opsd", "rft"} | REWARDED)
+RECIPES = sorted({"opsa", "pw_opsd", "sdft", "opsd", "rft"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
@@ -76,6 +76,15 @@ def test_unlikely_tokens_are_pushed_down_without_a_teacher_and_without_rewards(r
         assert step["gradient_norm"] > 0 and step["terms/divergence_mean"] == 0
         assert -1 < step["terms/policy_mean"] < 0, "some tokens have the advantage -1 and others 0"
         assert step["terms/policy_mean"] == pytest.approx(step["terms/silent_share"] - 1, rel=1e-4), "p / mu is 1"
+
+
+def test_the_weights_of_positions_shorten_the_gradient_of_the_same_responses(ranks, data, start, run_of, tmp_path):
+    replay = f"rollout.replay={run_of('pw_opsd')}/responses.jsonl"
+    train(ranks, arguments(data, tmp_path / "run", "pw_opsd", start, replay, "method.least_weight=1"))
+    weighted, unweighted = (reproducible_metrics(run) for run in (run_of("pw_opsd"), tmp_path / "run"))
+    assert len(weighted) == NUM_STEPS and all(step["gradient_norm"] > 0 for step in weighted)
+    assert weighted[0]["loss/mean"] == unweighted[0]["loss/mean"] > 0, "the mean divergence has no weights"
+    assert 0.25 < weighted[0]["gradient_norm"] / unweighted[0]["gradient_norm"] < 0.95
 
 
 @combinations(
