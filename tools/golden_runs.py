@@ -75,6 +75,7 @@ def recipe(name: str, *options: str) -> list[str]:
 
 CASES = {
     # The recipes that differ in method, each on one rank.
+    "beta_opsd": Case(recipe("beta_opsd", *REWARDED, "method.signal=advantage", "method.discount=0.9")),
     "caopd": Case(recipe("caopd", *REWARDED, *STATING)),
     "chat_logs": Case(recipe("chat_logs", *CHATS, "method.min_log_prob=-3.75")),
     "default": Case(recipe("default", VERIFIED)),

@@ -18,13 +18,14 @@ LAYOUTS = {
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
-WITH_POLICY_TERM = {"grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
+WITH_POLICY_TERM = {"beta_opsd", "grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
-RECIPES = sorted({"opsa", "pw_opsd", "sdft", "opsd", "rft"} | REWARDED)
+RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
 OWN = {
+    "beta_opsd": ["method.signal=advantage", "method.discount=0.9"],
     "rlt": ["method.closing_tag=-"],  # a character that an untrained model writes now and then
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
     "ovd": ["method.template='{problem}{response}|'", "method.step_separator=','"],
@@ -85,6 +86,16 @@ def test_the_weights_of_positions_shorten_the_gradient_of_the_same_responses(ran
     assert len(weighted) == NUM_STEPS and all(step["gradient_norm"] > 0 for step in weighted)
     assert weighted[0]["loss/mean"] == unweighted[0]["loss/mean"] > 0, "the mean divergence has no weights"
     assert 0.25 < weighted[0]["gradient_norm"] / unweighted[0]["gradient_norm"] < 0.95
+
+
+def test_the_interpolation_trains_with_and_without_the_credit_of_later_tokens(ranks, data, start, run_of, tmp_path):
+    credited = reproducible_metrics(run_of("beta_opsd"))
+    train(ranks, arguments(data, tmp_path / "run", "beta_opsd", start, "method.signal=full", "method.discount=0"))
+    full = reproducible_metrics(tmp_path / "run")
+    assert len(credited) == len(full) == NUM_STEPS
+    assert all(step["gradient_norm"] > 0 for step in credited + full)
+    assert all(step["terms/divergence_mean"] == 0 < step["terms/policy_abs_mean"] for step in credited)
+    assert all(step["k/mean"] == pytest.approx(2, rel=1e-6) and "terms/policy_mean" not in step for step in full)
 
 
 @combinations(

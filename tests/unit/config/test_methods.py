@@ -123,7 +123,7 @@ def test_an_unknown_name_is_a_message_with_all_names(name):
         from_mapping({"method": {"name": name}})
     assert "\n" not in str(caught.value)
     with pytest.raises(
-        ConfigError, match=r"^method.name must be one of caopd, chat_logs, .* or the dotted path of a cla"
+        ConfigError, match=r"^method.name must be one of beta_opsd, caopd, .* or the dotted path of a cla"
     ):
         load(["method.name=gpro"])
 

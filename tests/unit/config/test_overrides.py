@@ -100,7 +100,7 @@ def test_a_file_in_another_encoding_is_named_wherever_it_is_read(lab, capsys):
         (["+hydra.job.name=x"], "+hydra.job.name=x has no effect"),
         (["hydra/launcher=basic"], "hydra/launcher=basic has no effect"),
         (["hydra.searchpath=[file:///nowhere/at/all]"], "there is no directory /nowhere/at/all"),
-        (["recipe=null"], "recipe=null: expected the name of a file, one of caopd, chat_logs"),
+        (["recipe=null"], "recipe=null: expected the name of a file, one of beta_opsd, caopd"),
         (["recipe="], "recipe=: expected the name of a file"),
         (["rollout=3"], "rollout=3: expected the name of a file, one of sampled"),
         (["recipe=[grpo,sdft]"], "recipe=[grpo,sdft]: expected the name of a file"),
