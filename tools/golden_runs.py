@@ -102,6 +102,7 @@ CASES = {
     "sod": Case(recipe("sod", *EPISODES, VERIFIED, "environment.max_turns=3")),
     "teacher_alone": Case(recipe("teacher_alone", VERIFIED)),
     "uni_opd": Case(recipe("uni_opd", *REWARDED)),
+    "veto": Case(recipe("veto", *REWARDED)),
 }
 RECIPES = tuple(CASES)
 """The names of the recipes that differ in method."""

@@ -20,7 +20,7 @@ VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = {"beta_opsd", "grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
-RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft"} | REWARDED)
+RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "veto"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
@@ -96,6 +96,14 @@ def test_the_interpolation_trains_with_and_without_the_credit_of_later_tokens(ra
     assert all(step["gradient_norm"] > 0 for step in credited + full)
     assert all(step["terms/divergence_mean"] == 0 < step["terms/policy_abs_mean"] for step in credited)
     assert all(step["k/mean"] == pytest.approx(2, rel=1e-6) and "terms/policy_mean" not in step for step in full)
+
+
+def test_the_mix_with_the_student_trains_at_a_fixed_temperature(run_of):
+    steps = reproducible_metrics(run_of("veto"))
+    assert len(steps) == NUM_STEPS
+    for step in steps:
+        assert step["gradient_norm"] > 0 and step["loss/mean"] > 0 and "terms/policy_mean" not in step
+        assert step["k/mean"] == pytest.approx(2, rel=1e-6)
 
 
 @combinations(
