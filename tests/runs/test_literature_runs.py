@@ -20,13 +20,14 @@ VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = {"beta_opsd", "grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
 REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
-RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "veto"} | REWARDED)
+RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "u_opsd", "veto"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
 OWN = {
     "beta_opsd": ["method.signal=advantage", "method.discount=0.9"],
     "rlt": ["method.closing_tag=-"],  # a character that an untrained model writes now and then
+    "u_opsd": ["method.threshold=0.2"],  # one response that ends is a majority of the others, which do not
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
     "ovd": ["method.template='{problem}{response}|'", "method.step_separator=','"],
 }
@@ -104,6 +105,13 @@ def test_the_mix_with_the_student_trains_at_a_fixed_temperature(run_of):
     for step in steps:
         assert step["gradient_norm"] > 0 and step["loss/mean"] > 0 and "terms/policy_mean" not in step
         assert step["k/mean"] == pytest.approx(2, rel=1e-6)
+
+
+def test_a_majority_of_the_models_own_responses_trains_those_that_disagree(run_of):
+    steps = reproducible_metrics(run_of("u_opsd"))
+    assert len(steps) == NUM_STEPS
+    for step in steps:
+        assert step["gradient_norm"] > 0 and 0 < step["hints/share"] < 1 and "rewards/mean" not in step
 
 
 @combinations(

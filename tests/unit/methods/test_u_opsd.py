@@ -1,0 +1,127 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""U-OPSD: the vote of a group, and who sees the pseudo-solution."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from characters import Characters
+from made_methods import composed, given_with, made
+from term_arrays import signals
+
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.evaluation.verify import math_verify
+from megatron_selfdistill.methods.u_opsd import pseudo_solutions
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.rollouts import Rollout
+
+PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "", None, "file.jsonl:1")
+OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "", None, "file.jsonl:2")
+GIVEN = given_with(Characters(), max_length=40)
+
+
+@pytest.fixture(autouse=True)
+def no_collectives(monkeypatch):
+    """Make a sum over ranks return the number of this rank, and a gathering its only part."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
+
+
+def expected(answers: list[str | None], threshold: float) -> list[bool]:
+    """Return for each response whether it has a hint, by counting every answer."""
+    counts = {answer: answers.count(answer) for answer in answers if answer is not None}
+    best = [answer for answer, count in counts.items() if count == max(counts.values())]
+    if len(best) != 1 or counts[best[0]] / len(answers) < threshold:
+        return [False] * len(answers)
+    return [answer != best[0] for answer in answers]
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5, 0.75, 1.0])
+@pytest.mark.parametrize(
+    "votes",
+    ["aab", "aabb", "aaab", "abc", "aaaa", "a", "-", "----", "a---", "aa--", "aabbc", "baacaada", "-aab", "abab-"],
+)
+def test_only_responses_that_disagree_with_a_majority_get_its_first_text(votes, threshold):
+    answers = [None if vote == "-" else vote for vote in votes]
+    texts = [None if vote == "-" else f"text {i} of {vote}" for i, vote in enumerate(votes)]
+    found = pseudo_solutions(texts, answers, threshold)
+    assert [hint is not None for hint in found] == expected(answers, threshold)
+    if any(found):
+        majority = max(set(votes) - {"-"}, key=votes.count)
+        assert {hint for hint in found if hint is not None} == {f"text {votes.index(majority)} of {majority}"}
+
+
+def test_a_share_at_the_threshold_is_a_majority_and_one_response_less_is_not():
+    texts = ["x"] * 8
+    assert any(pseudo_solutions(texts, ["a"] * 4 + list("bcde"), 0.5))
+    assert not any(pseudo_solutions(texts, ["a"] * 3 + list("bcdef"), 0.5))
+
+
+def test_the_pseudo_solution_has_no_thinking():
+    assert pseudo_solutions(["hm</think> so 8", "8", "9"], ["8", "8", "9"], 0.5) == [None, None, "so 8"]
+
+
+def rollout(method: Any, problem: Problem, group: int, text: str) -> Rollout:
+    tokens = [ord(character) for character in text]
+    response = Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
+    return replace(Rollout(problem, method.prompts(problem), response), group=group)
+
+
+def shown(one: Rollout) -> str:
+    return "".join(map(chr, one.prompts.teacher_prompt))
+
+
+def test_groups_vote_apart_and_a_truncated_response_disagrees():
+    method = made(["recipe=u_opsd"], GIVEN)
+    texts = ["8$", "7$", "8$", "8"], ["1$", "2$"], ["5$", "5$"], ["", "9$", "9$"]
+    rollouts = [
+        rollout(method, PROBLEM if group % 2 == 0 else OTHER, 3 * group, text)
+        for group, members in enumerate(texts)
+        for text in members
+    ]
+    assert not any("8" in shown(one) for one in rollouts), "no hint is known before the vote"
+    chosen, metrics = method.select(0, rollouts)
+    assert [one.response for one in chosen] == [rollouts[i].response for i in (1, 3, 8)]
+    assert [one.problem.solution for one in chosen] == ["8", "8", "9"]
+    assert all(one.hinted and f"|{one.problem.solution}" in shown(one) for one in chosen)
+    assert metrics == {"hints/share": pytest.approx(3 / 11)}
+
+
+def test_the_verifier_decides_which_answers_are_equal():
+    method = made(["recipe=u_opsd"], GIVEN)
+    equal = replace(method.tools.judge, verifier=math_verify)
+    texts = [r"\boxed{1/2}$", r"\boxed{0.5}$", r"\boxed{3}$"]
+    rollouts = [rollout(method, PROBLEM, 0, text) for text in texts]
+    assert method.select(0, rollouts)[0] == [], "three texts are three answers"
+    chosen, _ = replace(method, tools=replace(method.tools, judge=equal)).select(0, rollouts)
+    assert [one.response for one in chosen] == [rollouts[2].response]
+    assert chosen[0].problem.solution == r"\boxed{1/2}"
+
+
+def test_a_step_without_responses_selects_none():
+    assert made(["recipe=u_opsd"], GIVEN).select(0, [])[0] == []
+
+
+def test_the_recipe_needs_no_rewards_and_weighs_tokens_as_the_settings_say():
+    config = composed("recipe=u_opsd")
+    assert not config.needs.rewards and config.needs.whole_step and not config.measures_log_probs
+    given = signals([0.0] * 2, lengths=[2, 1], hinted=[True, False], mu=[-1.0] * 3, q=[-0.5, -3.0, 0.0])
+    assert not made(["recipe=u_opsd"], GIVEN).weighs_tokens
+    method = made(["recipe=u_opsd", "method.distill_weight=2", "method.signal=advantage"], GIVEN)
+    assert method.weighs_tokens and method.terms(0, [], given).advantage.tolist() == [1.0, -4.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["method.threshold=1.5"], r"method\.threshold must be"),
+        (["rollout.num_samples=1"], "compares the responses to one problem"),
+    ],
+)
+def test_settings_without_a_vote_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        load(["recipe=u_opsd", *options])
