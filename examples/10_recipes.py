@@ -90,6 +90,14 @@ IMITATION = ("method.name=sft",)
 HINDSIGHT = ("method.judge=_lib.checked_subtraction.hint", "method.min_length=1")
 ROWS = {
     "default": Row("default", "the solution", 1, ("recipe=default",)),
+    "other_hint": Row(
+        "control: default, another hint",
+        "the solution of another problem",
+        1,
+        ("recipe=default", "data.solutions=other"),
+    ),
+    "no_hint": Row("control: default, no hint", "the wording alone", 1, ("recipe=default", "data.solutions=none")),
+    "opsa": Row("control: OPSA", "no teacher: a penalty on unlikely tokens", 1, ("recipe=opsa",)),
     "guided": Row("default, guided", "the solution, and it guides", 1, ("recipe=default", *GUIDED)),
     "teacher_alone": Row("teacher alone", "the solution", 1, ("recipe=teacher_alone",)),
     "own": Row("own solutions", "an own right response, of 8 more", 1, ("recipe=default", "method.name=own_solutions")),
@@ -102,6 +110,10 @@ ROWS = {
     "sdft": Row("SDFT", "the solution", 1, ("recipe=sdft",)),
     "sdft_frozen": Row("SDFT, frozen teacher", "the solution", 1, ("recipe=sdft", "teacher.weights=frozen")),
     "opsd": Row("OPSD", "the solution", 1, ("recipe=opsd",)),
+    "pw_opsd": Row("PW-OPSD", "the solution", 1, ("recipe=pw_opsd",)),
+    "beta_opsd": Row("beta-OPSD", "the solution", 1, ("recipe=beta_opsd",)),
+    "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
+    "u_opsd": Row("U-OPSD", "the answer of most responses", 8, ("recipe=u_opsd",)),
     "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
     "sdpo_frozen": Row("SDPO, frozen teacher", "another right response", 8, ("recipe=sdpo", "teacher.weights=frozen")),
     "sdpo_mix": Row("SDPO, mix", "another right response", 8, ("recipe=sdpo", *MIX)),
@@ -318,7 +330,8 @@ def overrides_of(name: str, block: Block) -> tuple[str, ...]:
 def budget_of(num_problems: int, num_samples: int) -> tuple[str, ...]:
     """Return the overrides of a step with a number of problems, in which all rows are equal otherwise."""
     budget = (f"data.global_batch_size={num_problems}", f"rollout.num_samples={num_samples}")
-    return (*budget, "rollout.temperature=1", "optimizer.lr_decay_style=constant")
+    whole = ("rollout.temperature=1", "rollout.top_k=0", "rollout.top_p=1")
+    return (*budget, *whole, "optimizer.lr_decay_style=constant")
 
 
 def measured(measurement: Measurement) -> dict[str, Any]:

@@ -29,7 +29,7 @@ Command:
         data.path=problems.jsonl run_dir=runs/credited
 
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .98 on subtraction and from .57 to .92 on
-additions. method.signal=advantage reaches .93 and .92, and method.discount=0.9 beside it .95 and .92 (seed 21, the
+additions. method.signal=advantage reaches .93 and .92, and method.discount=0.9 beside it .95 and .93 (seed 21, the
 tasks of docs/recipes/comparison.md).
 
 Cost: As the default without its search for k: one response per problem, one pass of the teacher, and one pass of the
