@@ -68,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def work() -> int:
         if comparing:
             return compare(arguments)
-        check(arguments)
-        return evaluate(arguments)
+        return evaluate(arguments, *checked(arguments))
 
     return ended("evaluate", work)
 
@@ -77,8 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 # -- one model ------------------------------------------------------------------------------------------------------
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
+def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
+    """Return the configuration before the model is known, and the keys that the user has set.
+
+    Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
+    """
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.errors import ConfigError
@@ -88,7 +90,7 @@ def check(arguments: argparse.Namespace) -> None:
     prechecks.require_answers_per_problem(arguments.num_samples, arguments.pass_at_k, arguments.majority_at_k)
     if arguments.hf is not None and arguments.iteration is not None:
         raise ConfigError("--iteration chooses among Megatron checkpoints: it needs --megatron, not --hf")
-    config, _ = _loaded(arguments)
+    config, keys = loaded(arguments)
     require_free(arguments.out, arguments.overwrite)
     if arguments.hf is not None:
         prechecks.require_hugging_face(arguments.hf)
@@ -97,11 +99,15 @@ def check(arguments: argparse.Namespace) -> None:
     prechecks.require_data(config)
     require_packages(config)
     check_ranks(config, world_size())
+    return config, keys
 
 
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Evaluate one model, on every rank, and return the exit status; rank 0 writes and prints."""
-    from megatron_selfdistill.commands.given_model import computed_in, temporary_directory
+def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:
+    """Evaluate one model, on every rank, and return the exit status; rank 0 writes and prints.
+
+    ``given``, ``keys``: the result of `checked`.
+    """
+    from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.hint_levels import at_level
@@ -110,7 +116,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.run_data import RunData
 
     model = _model(arguments)
-    config = _configured(arguments, model)
+    config = configured(given, keys, model)
     check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
     check_answers(run_data.evaluation, load_verifier(config.evaluation.verifier))
@@ -203,14 +209,7 @@ def _model(arguments: argparse.Namespace) -> dict[str, Any]:
     return find_model(arguments.hf, arguments.megatron, arguments.iteration)
 
 
-def _configured(arguments: argparse.Namespace, model: dict[str, Any]) -> Config:
-    """Return the trainer's configuration with the command's options and the architecture of the model."""
-    from megatron_selfdistill.commands.given_model import configured
-
-    return configured(*_loaded(arguments), model)
-
-
-def _loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
+def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     """Return the configuration of the command line before the model is known, and the keys that the user has set."""
     from megatron_selfdistill.commands.given_models import given_config
 

@@ -69,23 +69,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = alignment_arguments(list(sys.argv[1:] if argv is None else argv))
 
     def work() -> int:
-        check(arguments)
-        return align(arguments)
+        return align(arguments, *checked(arguments))
 
     return ended("alignment", work)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
+def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
+    """Return the configuration before the model is known, and the keys that the user has set.
+
+    Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
+    """
     from megatron_selfdistill.commands.given_models import check_reading
 
-    config, _ = _loaded(arguments)
+    given, keys = _loaded(arguments)
     check_contexts(arguments.teacher_context)
-    check_reading(arguments, config)
+    check_reading(arguments, given)
+    return given, keys
 
 
-def align(arguments: argparse.Namespace) -> int:
-    """Measure the alignment, on every rank, and return the exit status; rank 0 writes and prints."""
+def align(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:
+    """Measure the alignment, on every rank, and return the exit status; rank 0 writes and prints.
+
+    ``given``, ``keys``: the result of `checked`.
+    """
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed import ranks
@@ -94,7 +100,6 @@ def align(arguments: argparse.Namespace) -> int:
     from megatron_selfdistill.instruments.alignment.alignment_job import AlignmentJob
     from megatron_selfdistill.run_data import RunData
 
-    given, keys = _loaded(arguments)
     models = GivenModels.of(arguments, given)
     model = models.found_student()
     config = configured(given, keys, model)

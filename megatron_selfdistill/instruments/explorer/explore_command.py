@@ -59,32 +59,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = exploration_arguments(list(sys.argv[1:] if argv is None else argv))
 
     def work() -> int:
-        check(arguments)
-        return explore(arguments)
+        return explore(arguments, *checked(arguments))
 
     return ended("explore", work)
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
+def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
+    """Return the configuration before the model is known, and the keys that the user has set.
+
+    Raises: `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch.
+    """
     from megatron_selfdistill.commands.given_models import check_reading
 
     for option in ("problem", "solution", "response"):
         if getattr(arguments, option) is not None:
             given_text(f"--{option}", getattr(arguments, option))
-    config, _ = _loaded(arguments)
-    check_reading(arguments, config)
+    given, keys = _loaded(arguments)
+    check_reading(arguments, given)
+    return given, keys
 
 
-def explore(arguments: argparse.Namespace) -> int:
-    """Write the page, on every rank, and return the exit status; rank 0 writes and prints."""
+def explore(arguments: argparse.Namespace, given: Config, keys: frozenset[str]) -> int:
+    """Write the page, on every rank, and return the exit status; rank 0 writes and prints.
+
+    ``given``, ``keys``: the result of `checked`.
+    """
     from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
     from megatron_selfdistill.commands.given_models import GivenModels
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.instruments.explorer.exploration import Exploration
 
-    given, keys = _loaded(arguments)
     models = GivenModels.of(arguments, given)
     model = models.found_student()
     config = configured(given, keys, model)

@@ -19,7 +19,7 @@ from tiers import combinations
 
 from megatron_selfdistill.commands import evaluate as tool
 from megatron_selfdistill.commands.evaluate import evaluation_arguments
-from megatron_selfdistill.commands.given_model import computed_in, find_model
+from megatron_selfdistill.commands.given_model import computed_in, configured, find_model
 from megatron_selfdistill.config import load
 from megatron_selfdistill.evaluation.evaluation_directory import PROBLEMS, RESPONSES, SUMMARY
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
@@ -227,7 +227,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(direc
     monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
     monkeypatch.setattr(tables, "show_summary", lambda *_, **__: print("the table"))
     given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
-    config = tool._configured(given, tool._model(given))
+    config = configured(*tool.loaded(given), tool._model(given))
     inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
     tool._evaluate_with(config, inputs, {}, SimpleNamespace(is_reporter=True), given, {})
     table, line, example = capsys.readouterr().out.splitlines()

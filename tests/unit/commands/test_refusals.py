@@ -279,7 +279,7 @@ def test_an_interruption_is_a_line_and_no_traceback(monkeypatch, capsys, command
     def interrupted(_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "check", interrupted)
+    monkeypatch.setattr(command, "checked", interrupted)
     assert command.main(arguments) == 130
     assert capsys.readouterr().err.endswith(": interrupted; no results were written\n")
 

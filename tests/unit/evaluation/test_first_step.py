@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.commands import evaluate as tool
+from megatron_selfdistill.commands.given_model import configured
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed import ranks as grids
@@ -64,7 +65,7 @@ def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
     settings = ["optimizer=fp32", "rollout.max_new_tokens=9", "rollout.temperature=0.8", TEMPLATE, *options]
     arguments = tool.evaluation_arguments([*given, "--out", str(directory / "out"), *settings])
     model = tool._model(arguments)
-    config = tool._configured(arguments, model)
+    config = configured(*tool.loaded(arguments), model)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=model["path"]))
     run_data, drawn = RunData.load_evaluation(config, True), []
     grid = grids.initialize(config.parallel, config.seed)
