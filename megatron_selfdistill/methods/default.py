@@ -50,16 +50,21 @@ Known failure:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from megatron_selfdistill.config.functions import function_named
-from megatron_selfdistill.config.schema.method_config import SAME, STUDENT, TEACHER, MethodSettings, Needs
-from megatron_selfdistill.config.schema.ranges import OneOf
-from megatron_selfdistill.methods.parts.settings import RewardSettings, SelectSettings
+from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.method_config import MEASURED, SAME, STUDENT, TEACHER, MethodSettings, Needs
+from megatron_selfdistill.config.schema.ranges import DottedPath, OneOf
+from megatron_selfdistill.methods.parts.settings import RewardSettings, SelectSettings, require_function
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from megatron_selfdistill.config import Config
     from megatron_selfdistill.data.contexts import ContextPair, PromptPair
     from megatron_selfdistill.data.problems import Problem
     from megatron_selfdistill.pipeline.token_losses import TokenCoefficients
@@ -77,12 +82,41 @@ class DefaultSettings(RewardSettings, SelectSettings):
     view: Annotated[str, OneOf(("plain", "privileged"))] = "plain"
     """The prompt that responses are sampled after: plain (the student's) or privileged (the teacher's, which shows the
     hint: the responses are then the teacher's own, off-policy for the student)."""
+    token_weights: DottedPath | None = None
+    """Dotted path of a function ``weights(signals)``, which returns a factor for the loss of each response token, [R]
+    float64 at least 0, from the `Signals` of a step.  Null weighs all tokens alike."""
+    measured_signals: bool = False
+    """Whether the signals for token_weights have the log-probs of student and target, which take another forward pass
+    of both."""
 
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
         selects = self.select is not None
-        return Needs(samples=TEACHER if self.view == "privileged" else STUDENT, rewards=selects, whole_step=selects)
+        samples, log_probs = (
+            TEACHER if self.view == "privileged" else STUDENT,
+            MEASURED if self.measured_signals else None,
+        )
+        return Needs(samples=samples, log_probs=log_probs, rewards=selects, whole_step=selects)
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` where no response is sampled, or log-probs would be measured for nothing."""
+        super().check(config)
+        require(
+            self.token_weights is None or not config.logged,
+            "method.token_weights weighs the tokens of sampled responses, but conversations.responses=logged samples "
+            "nothing: unset it, or set conversations.responses=sampled",
+        )
+        require(
+            self.token_weights is not None or not self.measured_signals,
+            "method.measured_signals=true measures log-probs for method.token_weights, which is not set: set it, or "
+            "leave method.measured_signals=false",
+        )
+
+    def require_start(self, config: Config) -> None:
+        """Raise `ConfigError` for a function that cannot be imported."""
+        super().require_start(config)
+        require_function("method.token_weights", self.token_weights)
 
 
 @dataclass(frozen=True)
@@ -120,8 +154,18 @@ class SelfDistillation:
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether the method gives response tokens terms other than a divergence of weight 1: if it defines `terms`."""
-        return type(self).terms is not SelfDistillation.terms
+        """Whether response tokens have terms other than a divergence of weight 1: by `terms`, or by a function."""
+        return self.token_weights is not None or type(self).terms is not SelfDistillation.terms
+
+    @property
+    def token_weights(self) -> Callable[[Signals], Tensor] | None:
+        """The user's function method.token_weights, whose result multiplies the terms of each token; or None."""
+        name = getattr(self.settings, "token_weights", None)
+        if name is None:
+            return None
+        from megatron_selfdistill.methods.parts.terms import weights_of_function
+
+        return partial(weights_of_function, name)
 
     @property
     def comparable(self) -> bool:

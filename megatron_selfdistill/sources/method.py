@@ -115,6 +115,11 @@ class Method(Protocol):
         ...
 
     @property
+    def token_weights(self) -> Callable[[Signals], Tensor] | None:
+        """The function whose result [R] float64 multiplies the terms of each token, or None."""
+        ...
+
+    @property
     def comparable(self) -> bool:
         """Whether the sampler's log-probs are those of the student for the tokens that are trained on."""
         ...

@@ -50,6 +50,8 @@ def step_coefficients(
     if config.logged and student is not None:  # nobody sampled the replies from the student: p / mu = 1
         signals = replace(signals, sampled_log_prob=student)
     factors = token_factors(signals, loss.normalize, _totals(config, signals, grid), loss.skip_first_tokens)
+    if method.token_weights is not None:
+        factors = factors * method.token_weights(signals)
     on_host = RatioTerms(
         terms=method.terms(step, rollouts, signals).scaled(factors),
         sampled_log_prob=signals.sampled_log_prob,

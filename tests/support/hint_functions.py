@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Functions of users that give hints and select responses; runs name them by dotted paths."""
+"""Functions of users that give hints, select responses and weigh tokens; runs name them by dotted paths."""
 
 from __future__ import annotations
 
@@ -48,3 +48,16 @@ def reward_that_leaves_late(response_text: str, problem: Problem) -> float:
     if _CALLS > 20:
         sys.exit(0)
     return 1.0
+
+
+def published_weights(signals: Any) -> Any:
+    """Return the weights of PW-OPSD at its published constants, written anew."""
+    import torch
+
+    places = [(i + 0.5) / n for n in signals.lengths.tolist() for i in range(n)]
+    return 0.25 + 0.75 * torch.sigmoid((torch.tensor(places, dtype=torch.float64) - 0.3) / 0.1)
+
+
+def surprise(signals: Any) -> Any:
+    """Return how much less likely the student finds each token than the target does, at least 0."""
+    return (signals.target_log_prob - signals.student_log_prob).clamp(min=0)

@@ -3,14 +3,19 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import pytest
 from characters import Characters
 from made_methods import given_with, made
 from sums import written
 from term_arrays import signals
 
+from megatron_selfdistill.config import load
+from megatron_selfdistill.config.schema.method_config import MEASURED
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.sources.method import prepared
 from megatron_selfdistill.sources.rollouts import Rollout
 
@@ -40,3 +45,44 @@ def test_a_verifier_needs_an_answer_to_every_problem_before_the_start():
     made([], GIVEN, problems=[unanswered])
     with pytest.raises((ConfigError, ValueError), match=r"^file.jsonl:2: expected an answer"):
         made(["method.name=rft"], GIVEN, problems=[PROBLEM, unanswered])
+
+
+WEIGHTS = "method.token_weights=hint_functions.published_weights"
+
+
+def test_a_function_of_the_user_weighs_the_tokens_of_any_method_of_this_kind(monkeypatch):
+    given = signals([0, 0], lengths=[3, 1], hinted=[True, True])
+    for name in ("default", "opsd", "pw_opsd"):
+        method = made([f"method.name={name}", WEIGHTS], GIVEN)
+        assert method.weighs_tokens and len(method.token_weights(given)) == 4
+    found = made([WEIGHTS], GIVEN).token_weights(given)
+    assert found[0] < found[1] < found[2] and found[3] == pytest.approx(0.25 + 0.75 / (1 + math.exp(-2)))
+    assert made([], GIVEN).token_weights is None
+
+
+@pytest.mark.parametrize(
+    ("value", "got"),
+    [
+        ("torch.ones(3)", r"got shape \(3,\)"),
+        ("[1.0] * 4", "got list"),
+        ("torch.tensor([1, -1, 0, 0.5])", "got -1 to 1"),
+        ("torch.tensor([1, float('nan'), 0, 0.5])", "got nan"),
+        ("1 / 0", "failed with ZeroDivisionError"),
+    ],
+)
+def test_weights_that_cannot_be_are_one_sentence(tmp_path, monkeypatch, value, got):
+    (tmp_path / "weighing.py").write_text(f"import torch\n\ndef weights(signals):\n    return {value}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "weighing", raising=False)
+    method = made(["method.token_weights=weighing.weights"], GIVEN)
+    with pytest.raises(VerifierError, match=got):
+        method.token_weights(signals([0, 0], lengths=[3, 1]))
+
+
+def test_measured_signals_are_for_weights_and_weights_for_samples():
+    assert load([WEIGHTS, "method.measured_signals=true"]).needs.log_probs == MEASURED
+    assert load([WEIGHTS]).needs.log_probs is None
+    with pytest.raises(ConfigError, match=r"measures log-probs for method.token_weights, which is not set"):
+        load(["method.measured_signals=true"])
+    with pytest.raises(ConfigError, match=r"^method.token_weights weighs the tokens of sampled responses, but conv"):
+        load(["recipe=chat_logs", WEIGHTS])
