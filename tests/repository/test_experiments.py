@@ -17,6 +17,7 @@ SCRIPTS = [path.name for path in sorted(EXPERIMENTS.glob("*.py")) if "__main__" 
 PAGES = {
     "adapter_map.py": "adapters.md",
     "anchored_tables.py": "anchored.md",
+    "hint_levels.py": "evaluation.md",
     "real_map.py": "real_model.md",
     "recipe_table.py": "recipes/comparison.md",
     "staleness.py": "benchmarks.md",
