@@ -432,7 +432,9 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
     scores = logits.double()
     if params.temperature == 0:
         tokens = logits.argmax(-1)  # torch: "the indices of the first maximal value"
-        return tokens, token_log_probs(scores, tokens), scores.new_zeros(scores.size(0))
+        peaks = scores.gather(-1, tokens[:, None])  # known, so that `logsumexp` need not look for them
+        log_probs = peaks - ((scores - peaks).exp_().sum(-1, keepdim=True).log_() + peaks)
+        return tokens, log_probs.squeeze(-1), scores.new_zeros(scores.size(0))
     probs = _kept(torch.softmax(scores / params.temperature, dim=-1), params)
     tokens, sampled_log_probs = invert_cdf(probs, uniforms)
     return tokens, token_log_probs(scores, tokens), sampled_log_probs

@@ -75,6 +75,17 @@ def test_greedy_takes_the_lowest_id_among_equals_and_is_certain():
     assert sampled.tolist() == [0, 0]
 
 
+def test_greedy_log_probs_are_the_bits_of_torchs_logsumexp():
+    logits = 5 * torch.randn(40, 1000, generator=torch.Generator().manual_seed(0))
+    logits[7, 3], logits[8] = torch.nan, -torch.inf
+    before = logits.clone()
+    tokens, log_probs, _ = select_tokens(logits.double(), torch.zeros(40), params(temperature=0))
+    of_torch = logits.double().gather(1, tokens[:, None]).squeeze(1) - logits.double().logsumexp(-1)
+    torch.testing.assert_close(log_probs, of_torch, rtol=0, atol=0, equal_nan=True)
+    assert log_probs.isnan().nonzero().flatten().tolist() == [7, 8]
+    torch.testing.assert_close(logits, before, rtol=0, atol=0, equal_nan=True)
+
+
 def test_equal_logits_are_kept_from_the_lowest_id_up_by_top_k():
     uniforms = torch.linspace(0, 1, 100, dtype=torch.float64)[:-1]
     tokens, _, _ = select_tokens(torch.zeros(99, 8), uniforms, params(top_k=3))
