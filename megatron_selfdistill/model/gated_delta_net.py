@@ -319,7 +319,7 @@ class GatedDeltaNet(MegatronModule):
 
         ``inference_context``: a ``StaticInferenceContext``, which holds the state of each row.  A pass that decodes
         continues at this state; other passes begin a sequence.  Afterwards the state is that behind the last token or,
-        where the context has ``state_lengths`` [rows] and does not decode yet, behind so many tokens of each row.
+        where the context has ``prompt_lengths`` [rows] and does not decode yet, behind so many tokens of each row.
         ``packed_seq_params``: the `PackedSequences` of a packed sequence, which leaves no state behind.
 
         Raises: ValueError for a packed sequence with an ``inference_context``.
@@ -466,7 +466,7 @@ class _States:
                 numbers.add(layer.layer_number)
         rows = slice(context.batch_size_offset, context.batch_size_offset + num_rows)
         inputs, matrices = (memory[:, rows] for memory in memories[layer.layer_number])
-        decodes, lengths = context.is_decode_only(), getattr(context, "state_lengths", None)
+        decodes, lengths = context.is_decode_only(), getattr(context, "prompt_lengths", None)
         return cls(inputs, matrices, not decodes, None if decodes or lengths is None else lengths[rows])
 
 

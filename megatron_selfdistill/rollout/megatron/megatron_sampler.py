@@ -163,24 +163,26 @@ class ContextRows:
         tokens = torch.from_numpy(padded).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._cache = RaggedCache(len(prompts), longest + max_new_tokens - 1, lengths)  # not the last token
+        after: list[Tensor | None] = []
         first = 0
         most = _MOST_PADDING[device.type]
         for count, length in (group for of_role in by_role for group in like_lengths(list(map(len, of_role)), most)):
-            # The first pass that decodes reads the last token of each prompt, but the cache needs one token before.
-            passes.prefill(model, self._cache, tokens[first : first + count, : max(length - 1, 1)])
+            after.append(passes.prefill(model, self._cache, tokens[first : first + count, :length]))
             first += count
         self._cache.batch_size_offset = 0
-        self._cache.start_decoding(lengths, longest)
-        self._last_of_prompts = tokens.gather(1, lengths[:, None] - 1).squeeze(1)
+        self._cache.start_decoding(longest)
+        self._after_prompts = None if after[0] is None else torch.cat(after)  # type: ignore[arg-type]
 
     def next_logits(self, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the logits ``[n, V]`` of the next token by role; empty on stages before the last.
 
-        ``tokens [n]``: the token that all contexts of a request read; None if these are the last of the prompts.
+        ``tokens [n]``: the token that all contexts of a request read; None for the first logits, behind the prompts.
         """
-        rows = self._last_of_prompts if tokens is None else tokens.repeat(len(self._roles))
-        logits = self._passes.run(self._model, self._cache, rows[:, None])
-        self._cache.advance()
+        if tokens is None:
+            logits, self._after_prompts = self._after_prompts, None
+        else:
+            logits = self._passes.run(self._model, self._cache, tokens.repeat(len(self._roles))[:, None])
+            self._cache.advance()
         return {} if logits is None else dict(zip(self._roles, logits.chunk(len(self._roles)), strict=True))
 
     def keep(self, kept: Tensor, num_requests: int) -> None:

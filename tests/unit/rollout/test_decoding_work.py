@@ -17,7 +17,12 @@ from models import build, model_config, parallel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_selfdistill.rollout.megatron.decoding import _WEIGHT_ROWS, DecodingModel, _product
+from megatron_selfdistill.rollout.megatron.decoding import (
+    _FEW_TOKENS,
+    _WEIGHT_ROWS,
+    DecodingModel,
+    _product,
+)
 from megatron_selfdistill.rollout.megatron.megatron_sampler import _MOST_PADDING, like_lengths
 
 LAYERS = 3
@@ -65,7 +70,7 @@ def found(ranks, request) -> tuple[bool, list[Counter[str]], list[int]]:
     return request.param, passes, tokens_read
 
 
-def products_of(bias: dict[str, bool]) -> list[tuple[Tensor, Tensor, float]]:
+def products_of(bias: dict[str, bool], num_rows: int) -> list[tuple[Tensor, Tensor, float]]:
     """Return the outputs of the linear layers of a model, as Megatron and as a pass that decodes compute them.
 
     The third value bounds their difference: two sums of K products in any order, and a bias, differ by at most
@@ -78,7 +83,7 @@ def products_of(bias: dict[str, bool]) -> list[tuple[Tensor, Tensor, float]]:
     for linear in model.modules():
         if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
             linear.requires_grad_(len(found) % 4 < 2)
-            x = torch.randn(3, 2, linear.weight.size(1))
+            x = torch.randn(3, num_rows, linear.weight.size(1))
             with torch.no_grad():
                 pairs = zip(linear(x), _product(linear, x), strict=True)
                 terms = (x.abs() @ linear.weight.abs().t()).max().item() + 1  # a bias is below 1
@@ -87,9 +92,11 @@ def products_of(bias: dict[str, bool]) -> list[tuple[Tensor, Tensor, float]]:
     return found
 
 
+@pytest.mark.parametrize("num_rows", [2, 5])
 @pytest.mark.parametrize("bias", [{}, {"add_bias_linear": True}, {"add_qkv_bias": True}])
-def test_a_pass_multiplies_as_the_linear_layers_do_with_and_without_biases_and_blocks(ranks, bias):
-    [pairs] = ranks.run(products_of, bias, world_size=1)
+def test_a_pass_multiplies_as_the_linear_layers_do_with_and_without_biases_and_blocks(ranks, bias, num_rows):
+    [pairs] = ranks.run(products_of, bias, num_rows, world_size=1)
+    assert (3 * num_rows in _FEW_TOKENS) == (num_rows == 5)
     assert {theirs.size(-1) > 4 * _WEIGHT_ROWS for theirs, _, _ in pairs} == {False, True}
     for theirs, ours, bound in pairs:
         assert bound < 1e-3
@@ -108,6 +115,6 @@ def test_each_pass_behind_the_prompts_gives_a_token_of_every_response(found):
     in_rows, passes, _ = found
     lengths = sorted(PROMPT_LENGTHS)
     if in_rows:
-        assert len(passes) == len(like_lengths(lengths, _MOST_PADDING["cpu"])) + NEW_TOKENS
+        assert len(passes) == len(like_lengths(lengths, _MOST_PADDING["cpu"])) + NEW_TOKENS - 1
     else:  # the tokens of longer prompts take passes of their own
         assert len(passes) == lengths[-1] - lengths[0] + NEW_TOKENS
