@@ -3,13 +3,14 @@
 
 `target` is the definition of target and divergences on full rows of logits, to be read.
 `sharded.vocab_parallel` computes the same on vocabulary shards, and `sharded.fused_linear` the same from hidden states:
-both are to be used.
+both are to be used.  `functional` has both in one call with the conventions of trainers.
 README.md in this directory has the formula, the passes and the table of PyTorch files and their Triton twins.
 The loss imports torch, triton and the package's lists of choices only.
 """
 
 from __future__ import annotations
 
+from megatron_selfdistill.loss.functional import linear_self_distillation_loss, self_distillation_loss
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.shard_sums import beta_grid
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
@@ -43,7 +44,9 @@ __all__ = [
     "divergence",
     "divergence_gradient",
     "fused_distillation_loss",
+    "linear_self_distillation_loss",
     "mixed_target",
+    "self_distillation_loss",
     "solve_batch_k",
     "solve_target",
 ]

@@ -1,0 +1,214 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The loss in one call, for a trainer of your own: logits or hidden states of whole batches, a mask, and a reduction.
+
+`self_distillation_loss` takes logits of any leading shape, and `linear_self_distillation_loss` the hidden states and
+the weight of the output layer, whose logits it makes for a few tokens at a time.  Both are `distillation_loss` and
+`fused_distillation_loss` with the conventions of trainers; the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
+from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
+from megatron_selfdistill.loss.target import Divergence, Target, mixed_logits
+
+IGNORED = -100
+"""The label of a position without a loss, as in ``torch.nn.functional.cross_entropy``."""
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def self_distillation_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    reference_logits: Tensor | None = None,
+    labels_or_mask: Tensor | None = None,
+    *,
+    target: Target | None = None,
+    divergence: str | Divergence = "reverse_kl",
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> Tensor:
+    """Return the divergence between the student and the mix of teacher and anchor, reduced over the positions.
+
+    q = softmax((w t + r) / k), with k per position so that H(q) = H(softmax(r)), at most 1 + w; loss D(p, q) in nats.
+    Shapes: all logits [..., V], such as [b, s, V] or packed rows [n, V], of one shape; V is this rank's part of the
+    vocabulary where ``process_group`` cuts it.  Row i of all three must predict the same token of the response: the
+    prompts of student and teacher have different lengths, so that the caller picks the response's positions, and
+    nothing is shifted here.
+    reference_logits: those of the frozen start on the student's context, given if and only if the target is anchored to
+    a reference, as `Target()` is; ``Target(anchor="student")`` mixes with the student itself.
+    labels_or_mask: [...] int64 labels, of which `IGNORED` has no loss, or [...] bool; None: every position has one.
+    Labels may come as they are, since the loss reads only where they are ignored.
+    reduction: "mean" over the positions with a loss, "sum", or "none": [...] float32 with 0 elsewhere.
+    num_items_in_batch: divides the sum in place of the number of positions here, as the Trainer of transformers counts
+    them over accumulated batches; with reduction="mean" only.
+    vocab_size: columns from here on are padding; None: there is none.
+    Gradient: to student_logits only; teacher, reference and target are constants.
+    Ranks: with a process_group the result and the labels are equal on its ranks, each of which holds V consecutive
+    columns in rank order.  Collectives: those of `distillation_loss`, none in backward.
+    NaN: a position with NaN or +inf in its logits has a loss of NaN.
+    Costs: three reads of the rows of a position and one write in backward; a copy of the rows with a loss where a mask
+    leaves some out.  Not supported: ``torch.compile`` of the loss itself (call it outside of the compiled model) and
+    ``torch.func``; autocast changes nothing inside, where float32 is used.
+    Raises: ValueError for shapes that disagree, a mask without any position, a reduction that does not exist, and a
+    reference that is missing or not asked for.
+    """
+    target = Target() if target is None else target
+    named = {"teacher_logits": teacher_logits, "reference_logits": reference_logits}
+    _check("self_distillation_loss", "student_logits", student_logits, named, target, reduction, num_items_in_batch)
+    chosen = _chosen("self_distillation_loss", student_logits.shape[:-1], labels_or_mask, student_logits.device)
+    student, teacher = (_rows(logits, chosen) for logits in (student_logits, teacher_logits))
+    vocab = _vocab(student.size(-1), vocab_size, process_group)
+    entropy = None
+    if reference_logits is not None:
+        reference, weight = _rows(reference_logits, chosen), target.teacher_weight
+        with torch.no_grad():
+            entropy = vocab_entropy(reference, vocab) if target.needs_reference_entropy else None
+            wide = torch.promote_types(torch.promote_types(reference.dtype, teacher.dtype), torch.float32)
+            teacher = mixed_logits(reference.to(wide), teacher.to(wide), weight, 1.0) / (1 + weight)
+    stats = distillation_loss(
+        student,
+        teacher.detach(),
+        torch.zeros(len(student), dtype=torch.int64, device=student.device),
+        target=target,
+        divergence=_divergence(divergence),
+        vocab=vocab,
+        reference_entropy=entropy,
+    )
+    return _reduced(stats.loss, chosen, student_logits.shape[:-1], reduction, num_items_in_batch)
+
+
+def linear_self_distillation_loss(
+    student_hidden: Tensor,
+    student_weight: Tensor,
+    teacher_hidden: Tensor,
+    teacher_weight: Tensor | None = None,
+    reference_hidden: Tensor | None = None,
+    reference_weight: Tensor | None = None,
+    labels_or_mask: Tensor | None = None,
+    *,
+    target: Target | None = None,
+    divergence: str | Divergence = "reverse_kl",
+    reduction: str = "mean",
+    num_items_in_batch: int | Tensor | None = None,
+    vocab_size: int | None = None,
+    chunk_tokens: int = 1024,
+) -> Tensor:
+    """Return `self_distillation_loss` of the logits hidden @ weight^T, of which ``chunk_tokens`` rows exist at once.
+
+    Shapes: hidden states [..., h], of one shape, and weights [V, h], all of one dtype; None for a weight is that of the
+    student.  An output layer with a bias or a bound of the logits is not linear: use `self_distillation_loss`.
+    Gradient: to student_hidden and student_weight.  The gradient of a chunk is made with its logits in the forward
+    pass, so that no logits are computed twice: it takes [positions, h] and [V, h] in float32 until backward.
+    Everything else: as `self_distillation_loss`, on one rank.
+    """
+    target = Target() if target is None else target
+    named = {"teacher_hidden": teacher_hidden, "reference_hidden": reference_hidden}
+    what = "linear_self_distillation_loss"
+    _check(what, "student_hidden", student_hidden, named, target, reduction, num_items_in_batch)
+    chosen = _chosen(what, student_hidden.shape[:-1], labels_or_mask, student_hidden.device)
+    student, teacher = _rows(student_hidden, chosen), _rows(teacher_hidden, chosen).detach()
+    vocab = _vocab(len(student_weight), vocab_size, None)
+    theirs = student_weight.detach() if teacher_weight is None else teacher_weight.detach()
+    entropy, reference = None, None
+    if reference_hidden is not None:
+        own = student_weight.detach() if reference_weight is None else reference_weight.detach()
+        reference = _rows(reference_hidden, chosen).detach(), own
+        if target.needs_reference_entropy:
+            with torch.no_grad():
+                parts = [vocab_entropy(part @ own.t(), vocab) for part in reference[0].split(chunk_tokens)]
+                entropy = torch.cat(parts)
+    stats = fused_distillation_loss(
+        student,
+        teacher,
+        student_weight,
+        theirs,
+        torch.zeros(len(student), dtype=torch.int64, device=student.device),
+        target=target,
+        divergence=_divergence(divergence),
+        vocab=vocab,
+        reference_entropy=entropy,
+        reference=reference,
+        chunk_tokens=chunk_tokens,
+    )
+    return _reduced(stats.loss, chosen, student_hidden.shape[:-1], reduction, num_items_in_batch)
+
+
+def _check(
+    what: str,
+    own_name: str,
+    own: Tensor,
+    others: dict[str, Tensor | None],
+    target: Target,
+    reduction: str,
+    num_items_in_batch: int | Tensor | None,
+) -> None:
+    """Raise ValueError for tensors that do not belong together, and for a reduction that does not exist."""
+    reference_name, reference = list(others.items())[-1]
+    if target.is_anchored != (reference is not None):
+        raise ValueError(
+            f"{what}: {reference_name} must be given if and only if the target is anchored to a reference, as Target() "
+            f'is; got {"none" if reference is None else "one"} with {target}; Target(anchor="student") needs none.'
+        )
+    if target.rule == "batch" and target.k is None:
+        raise ValueError(f"{what}: the rule batch solves one k for a whole step: give k (`solve_batch_k`); got None.")
+    for name, other in others.items():
+        if other is not None and other.shape != own.shape:
+            raise ValueError(
+                f"{what}: {name} must have the shape of {own_name}, row by row for the same tokens of the response; "
+                f"got {tuple(other.shape)} and {tuple(own.shape)}."
+            )
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"{what}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"{what}: num_items_in_batch divides a mean; got it with reduction={reduction!r}.")
+
+
+def _chosen(what: str, shape: torch.Size, labels_or_mask: Tensor | None, device: torch.device) -> Tensor | None:
+    """Return which positions have a loss, [n] bool; None for all of them."""
+    if labels_or_mask is None:
+        return None
+    if labels_or_mask.shape != shape:
+        raise ValueError(
+            f"{what}: labels_or_mask must have one entry per position, {tuple(shape)}; "
+            f"got {tuple(labels_or_mask.shape)}."
+        )
+    mask = labels_or_mask if labels_or_mask.dtype == torch.bool else labels_or_mask != IGNORED
+    if not bool(mask.any()):
+        raise ValueError(
+            f"{what}: at least one position must have a loss; labels_or_mask leaves out all {mask.numel()}."
+        )
+    return mask.reshape(-1).to(device)
+
+
+def _rows(values: Tensor, chosen: Tensor | None) -> Tensor:
+    """Return the rows [n, ..] of the positions with a loss."""
+    rows = values.reshape(-1, values.size(-1))
+    return rows if chosen is None else rows[chosen]
+
+
+def _vocab(size: int, vocab_size: int | None, group: dist.ProcessGroup | None) -> VocabShard:
+    padded = size * (1 if group is None else dist.get_world_size(group))
+    return VocabShard.from_group(padded, padded if vocab_size is None else vocab_size, group)
+
+
+def _divergence(divergence: str | Divergence) -> Divergence:
+    return divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+
+
+def _reduced(
+    loss: Tensor, chosen: Tensor | None, shape: torch.Size, reduction: str, num_items_in_batch: int | Tensor | None
+) -> Tensor:
+    if reduction == "sum":
+        return loss.sum()
+    if reduction == "mean":
+        return loss.sum() / (len(loss) if num_items_in_batch is None else num_items_in_batch)
+    if chosen is None:
+        return loss.reshape(shape)
+    return loss.new_zeros(chosen.numel()).masked_scatter(chosen, loss).reshape(shape)

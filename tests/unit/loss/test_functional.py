@@ -1,0 +1,236 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The loss in one call: values and gradients equal a float64 reference of the definition, for whole batches."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_selfdistill.loss import (
+    Divergence,
+    Target,
+    linear_self_distillation_loss,
+    self_distillation_loss,
+)
+
+B, S, V = 3, 5, 13
+DIVERGENCES = ["reverse_kl", "forward_kl", Divergence("jsd", 0.3)]
+TARGETS = {
+    "default": Target(),
+    "student": Target(anchor="student"),
+    "teacher alone": Target("teacher_alone", anchor="student"),
+    "geometric": Target("fixed", k=None, anchor="reference", teacher_weight=2.0),
+    "unbounded": Target(k_max=None, teacher_weight=0.4),
+}
+
+
+def entropy(log_q: Tensor) -> Tensor:
+    return -(log_q.exp() * log_q.clamp(min=-1e300)).sum(-1)
+
+
+def target_of(student: Tensor, teacher: Tensor, reference: Tensor | None, target: Target) -> Tensor:
+    """Return log q of one row of logits in float64, by bisection over log beta."""
+    if target.rule == "teacher_alone":
+        return teacher.log_softmax(-1)
+    anchor, w = (student if reference is None else reference), target.teacher_weight
+    mix = w * teacher + anchor
+    if target.rule == "fixed":
+        return (mix / (1 + w)).log_softmax(-1)
+    wanted = entropy(anchor.log_softmax(-1))
+    lowest = 1 / (1 + w) if target.k_max is not None else 1 / (16 * (1 + w))
+    low, high = math.log(lowest), math.log(16 / (1 + w) * 16)
+    if entropy((lowest * mix).log_softmax(-1)) <= wanted:
+        return (lowest * mix).log_softmax(-1)
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if entropy((math.exp(middle) * mix).log_softmax(-1)) > wanted else (low, middle)
+    return (math.exp(low) * mix).log_softmax(-1)
+
+
+def divergence_of(log_p: Tensor, log_q: Tensor, divergence: Any) -> Tensor:
+    def kl(a: Tensor, b: Tensor) -> Tensor:
+        return (a.exp() * (a - b)).sum(-1)
+
+    if divergence == "reverse_kl":
+        return kl(log_p, log_q)
+    if divergence == "forward_kl":
+        return kl(log_q, log_p)
+    lam = divergence.jsd_lambda
+    middle = (lam * log_q.exp() + (1 - lam) * log_p.exp()).log()
+    return lam * kl(log_q, middle) + (1 - lam) * kl(log_p, middle)
+
+
+def by_definition(logits: list[Tensor], chosen: Tensor, target: Target, divergence: Any) -> Tensor:
+    """Return the losses [b, s], 0 where ``chosen`` is not set, with a gradient to the student's logits."""
+    student, teacher, reference = logits
+    rows = []
+    for place in torch.cartesian_prod(torch.arange(B), torch.arange(S)).tolist():
+        own, other = student[tuple(place)], teacher[tuple(place)]
+        third = reference[tuple(place)] if target.is_anchored else None
+        if not chosen[tuple(place)]:
+            rows.append(own.new_zeros(()))
+            continue
+        log_q = target_of(own.detach(), other, third, target)
+        rows.append(divergence_of(own.log_softmax(-1), log_q, divergence))
+    return torch.stack(rows).view(B, S)
+
+
+def nasty_logits(dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Return logits of student, teacher and reference: ties, a fork, equal rows, a sure row and huge numbers."""
+    generator = torch.Generator().manual_seed(3)
+    logits = [2 * torch.randn(B, S, V, generator=generator, dtype=torch.float64) for _ in range(3)]
+    for one in logits:
+        one[0, 0] = 0.0
+        one[0, 1, :2] = 6.0
+        one[1, 2] += 300.0
+    logits[1][1, 0] = logits[0][1, 0]
+    logits[1][2, 3, 4] = 30.0
+    return [one.to(dtype) for one in logits]
+
+
+def labels() -> Tensor:
+    """Return labels of which two positions are ignored, one of them with NaN in its logits."""
+    found = torch.arange(B * S).view(B, S) % V
+    found[0, 3] = found[2, 4] = -100
+    return found
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES, ids=str)
+@pytest.mark.parametrize("name", TARGETS)
+def test_values_and_gradients_are_those_of_the_definition(name, divergence):
+    target, chosen = TARGETS[name], labels() != -100
+    student, teacher, reference = nasty_logits()
+    wanted_of = student.clone().requires_grad_()
+    wanted = by_definition([wanted_of, teacher, reference], chosen, target, divergence)
+    teacher[0, 3] = math.nan  # ignored
+    weights = torch.linspace(0.5, 2, B * S, dtype=torch.float64).view(B, S)
+    (wanted * weights).sum().backward()
+    given = student.clone().requires_grad_()
+    others = (teacher, reference if target.is_anchored else None)
+    found = self_distillation_loss(given, *others, labels(), target=target, divergence=divergence, reduction="none")
+    (found * weights).sum().backward()
+    assert torch.allclose(found.double(), wanted.detach(), rtol=1e-6, atol=2e-5)
+    assert torch.allclose(given.grad, wanted_of.grad, rtol=1e-4, atol=5e-5)
+    assert not given.grad[0, 3].any() and not given.grad[2, 4].any()
+
+
+def test_the_reductions_are_those_of_the_losses():
+    student, teacher, reference = nasty_logits(torch.float32)
+    each = self_distillation_loss(student, teacher, reference, labels(), reduction="none")
+    total = self_distillation_loss(student, teacher, reference, labels(), reduction="sum")
+    assert total == pytest.approx(each.sum().item(), rel=1e-6) and each.shape == (B, S)
+    mean = self_distillation_loss(student, teacher, reference, labels())
+    assert mean == pytest.approx(total.item() / (B * S - 2), rel=1e-6)
+    counted = self_distillation_loss(student, teacher, reference, labels(), num_items_in_batch=torch.tensor(40))
+    assert counted == pytest.approx(total.item() / 40, rel=1e-6)
+    mask = labels() != -100
+    assert self_distillation_loss(student, teacher, reference, mask) == mean
+    packed = [one[mask] for one in (student, teacher, reference)]
+    assert self_distillation_loss(*packed) == pytest.approx(mean.item(), rel=1e-6)
+
+
+def test_the_default_target_is_that_of_the_configuration():
+    student, teacher, reference = nasty_logits(torch.float32)
+    named = self_distillation_loss(student, teacher, reference, target=Target("entropy_matched", 0.75, "1 + w"))
+    assert self_distillation_loss(student, teacher, reference) == named
+
+
+def test_padding_of_the_vocabulary_counts_for_nothing():
+    student, teacher, reference = nasty_logits(torch.float32)
+    wide = [
+        torch.nn.functional.pad(one, (0, 3), value=7.0).requires_grad_(i == 0)
+        for i, one in enumerate((student, teacher, reference))
+    ]
+    loss = self_distillation_loss(*wide, vocab_size=V)
+    loss.backward()
+    assert loss.item() == pytest.approx(self_distillation_loss(student, teacher, reference).item(), rel=1e-6)
+    assert not wide[0].grad[..., V:].any() and wide[0].grad.any()
+
+
+@pytest.mark.parametrize("name", ["default", "student", "teacher alone"])
+def test_the_linear_form_equals_that_of_its_logits_whatever_the_chunks(name):
+    target, generator = TARGETS[name], torch.Generator().manual_seed(4)
+    hidden = [torch.randn(B, S, 6, generator=generator) for _ in range(3)]
+    weights = [torch.randn(V, 6, generator=generator) for _ in range(3)]
+    own, weight = hidden[0].clone().requires_grad_(), weights[0].clone().requires_grad_()
+    logits = [h @ w.t() for h, w in zip((own, *hidden[1:]), (weight, *weights[1:]), strict=True)]
+    third = logits[2] if target.is_anchored else None
+    wanted = self_distillation_loss(logits[0], logits[1], third, labels(), target=target)
+    wanted_gradients = torch.autograd.grad(wanted, [own, weight])
+    pairs = (hidden[1], weights[1], *((hidden[2], weights[2]) if target.is_anchored else (None, None)))
+    found = linear_self_distillation_loss(own, weight, *pairs, labels(), target=target, chunk_tokens=4)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(found, [own, weight]), wanted_gradients, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def of_shards() -> tuple[float, Tensor]:
+    """Return the loss and the gradient of this rank's columns of a vocabulary that the ranks divide."""
+    logits = [torch.nn.functional.pad(one, (0, 1)) for one in nasty_logits()]
+    columns = slice(dist.get_rank() * 7, dist.get_rank() * 7 + 7)
+    student, teacher, reference = (one[..., columns].contiguous() for one in logits)
+    student.requires_grad_()
+    loss = self_distillation_loss(student, teacher, reference, labels(), vocab_size=V, process_group=dist.group.WORLD)
+    loss.backward()
+    return loss.item(), student.grad
+
+
+def test_a_process_group_divides_the_vocabulary(ranks):
+    student, teacher, reference = nasty_logits()
+    student.requires_grad_()
+    loss = self_distillation_loss(student, teacher, reference, labels())
+    loss.backward()
+    results = ranks.run(of_shards, world_size=2)
+    assert [value for value, _ in results] == pytest.approx([loss.item()] * 2, rel=1e-6)
+    joined = torch.cat([gradient for _, gradient in results], -1)
+    assert torch.allclose(joined[..., :V], student.grad, rtol=1e-5, atol=1e-8)
+
+
+LOGITS = nasty_logits(torch.float32)
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "no reference": ({"reference_logits": None}, "reference_logits must be given if and only if .*; got none"),
+    "a reference for nobody": ({"target": Target(anchor="student")}, "got one with Target"),
+    "shapes": ({"teacher_logits": LOGITS[1][:, 1:]}, r"must have the shape of student_logits.*\(3, 4, 13\)"),
+    "labels": ({"labels_or_mask": labels()[:, 1:]}, r"one entry per position, \(3, 5\); got \(3, 4\)"),
+    "no position": ({"labels_or_mask": torch.zeros(B, S, dtype=torch.bool)}, "leaves out all 15"),
+    "reduction": ({"reduction": "average"}, "must be one of mean, sum, none; got 'average'"),
+    "count": ({"reduction": "sum", "num_items_in_batch": 3}, "divides a mean; got it with reduction='sum'"),
+    "batch": ({"target": Target("batch")}, "solves one k for a whole step"),
+    "vocabulary": ({"vocab_size": V + 1}, "at least vocab_size 14"),
+    "divergence": ({"divergence": "kl"}, "must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_input_that_does_not_fit_is_one_sentence(name):
+    changes, words = BAD[name]
+    given = dict(zip(("student_logits", "teacher_logits", "reference_logits"), LOGITS, strict=True))
+    with pytest.raises(ValueError, match=words) as caught:
+        self_distillation_loss(**given | changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_it_works_under_autocast_checkpointing_and_accumulation(dtype):
+    torch.manual_seed(5)
+    layer = torch.nn.Linear(6, V)
+    inputs, teacher, reference = torch.randn(B, S, 6), torch.randn(B, S, V), torch.randn(B, S, V)
+
+    def loss_of(rows: slice, count: int) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            logits = torch.utils.checkpoint.checkpoint(layer, inputs[rows], use_reentrant=False)
+        return self_distillation_loss(
+            logits.to(dtype), teacher[rows].to(dtype), reference[rows].to(dtype), num_items_in_batch=count
+        )
+
+    loss_of(slice(None), B * S).backward()
+    whole = layer.weight.grad.clone()
+    layer.zero_grad()
+    for row in range(B):
+        loss_of(slice(row, row + 1), B * S).backward()
+    assert whole.abs().max() > 0 and torch.allclose(layer.weight.grad, whole, rtol=2e-2, atol=1e-3)
