@@ -114,6 +114,7 @@ ROWS = {
     "beta_opsd": Row("beta-OPSD", "the solution", 1, ("recipe=beta_opsd",)),
     "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
     "u_opsd": Row("U-OPSD", "the answer of most responses", 8, ("recipe=u_opsd",)),
+    "rlcsd": Row("RLCSD", "right and wrong responses, beside rewards", 8, ("recipe=rlcsd",)),
     "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
     "sdpo_frozen": Row("SDPO, frozen teacher", "another right response", 8, ("recipe=sdpo", "teacher.weights=frozen")),
     "sdpo_mix": Row("SDPO, mix", "another right response", 8, ("recipe=sdpo", *MIX)),

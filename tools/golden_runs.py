@@ -89,6 +89,7 @@ CASES = {
     "pi_distill": Case(recipe("pi_distill", *REWARDED)),
     "pw_opsd": Case(recipe("pw_opsd", *REWARDED)),
     "rft": Case(recipe("rft", *REWARDED)),
+    "rlcsd": Case(recipe("rlcsd", *REWARDED, "rollout.max_new_tokens=24")),
     "rlt": Case(recipe("rlt", *REWARDED, "method.closing_tag=-")),
     "rltf_fm": Case(recipe("rltf_fm", *EPISODES, "method.reply_template='{problem}{response}'")),
     "rltf_sd": Case(recipe("rltf_sd", *EPISODES, "method.revision_min_log_prob=null")),

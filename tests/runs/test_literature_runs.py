@@ -17,15 +17,16 @@ LAYOUTS = {
     "DP2": [],
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
-REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
-WITH_POLICY_TERM = {"beta_opsd", "grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
-REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
+REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd"}
+WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa"}
+REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd"}
 RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "u_opsd", "veto"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
 OWN = {
     "beta_opsd": ["method.signal=advantage", "method.discount=0.9"],
+    "rlcsd": ["rollout.max_new_tokens=24"],  # enough that most responses end, and can be hints
     "rlt": ["method.closing_tag=-"],  # a character that an untrained model writes now and then
     "u_opsd": ["method.threshold=0.2"],  # one response that ends is a majority of the others, which do not
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
@@ -112,6 +113,16 @@ def test_a_majority_of_the_models_own_responses_trains_those_that_disagree(run_o
     assert len(steps) == NUM_STEPS
     for step in steps:
         assert step["gradient_norm"] > 0 and 0 < step["hints/share"] < 1 and "rewards/mean" not in step
+
+
+def test_the_contrast_of_hints_changes_the_advantages_of_the_same_responses(ranks, data, start, run_of, tmp_path):
+    replay = f"rollout.replay={run_of('rlcsd')}/responses.jsonl"
+    train(ranks, arguments(data, tmp_path / "run", "rlcsd", start, replay, "method.threshold=0.5"))
+    contrasted, plain = (reproducible_metrics(run) for run in (run_of("rlcsd"), tmp_path / "run"))
+    assert len(contrasted) == NUM_STEPS and "k/mean" not in contrasted[0]
+    assert contrasted[0]["rewards/mean"] == plain[0]["rewards/mean"] and 0 < contrasted[0]["hints/share"] <= 1
+    assert all(step["gradient_norm"] > 0 for step in contrasted + plain)
+    assert contrasted[0]["gradient_norm"] != pytest.approx(plain[0]["gradient_norm"], rel=0.01)
 
 
 @combinations(

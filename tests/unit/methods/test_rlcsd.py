@@ -1,0 +1,196 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""RLCSD: which responses are hints of which, the contrast, and the changed advantages, against plain Python."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from characters import Characters
+from made_methods import composed, given_with, made
+from term_arrays import tensor
+
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.methods.rlcsd import changed, changes, contrast_of, hints_of, mean_factors
+from megatron_selfdistill.rollout.base import Response
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.signals import signals_of
+
+PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "", None, "file.jsonl:1")
+GIVEN = given_with(Characters(), max_length=40)
+CONTRASTS = [0.0, 1e-9, 0.0007, -0.0007, 0.0009, -0.02, 0.02, 0.3, -5.0, 800.0, -1e300]
+ADVANTAGES = [0.0, 1.2, -1.2, 0.3, -0.3, 1e-12, -1e-12, 40.0]
+
+
+@pytest.fixture(autouse=True)
+def no_collectives(monkeypatch):
+    """Make a sum over ranks return the number of this rank."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+
+
+def expected(advantage: float, contrast: float, weight: float, scale: float, threshold: float) -> float:
+    """Return the changed advantage of one token as published: the sign is the verifier's."""
+    change = weight * math.tanh(contrast / scale)
+    if abs(change) <= threshold or advantage == 0:
+        return advantage
+    return max(advantage + change, 0.0) if advantage > 0 else min(advantage + change, 0.0)
+
+
+@pytest.mark.parametrize(("weight", "scale", "threshold"), [(0.5, 0.02, 0.02), (2.0, 1.0, 0.0), (0.1, 1e-3, 0.09)])
+def test_the_contrast_changes_the_size_of_an_advantage_and_never_its_sign(weight, scale, threshold):
+    pairs = [(advantage, contrast) for advantage in ADVANTAGES for contrast in CONTRASTS]
+    change = changes(tensor(*(e for _, e in pairs)), weight=weight, scale=scale, threshold=threshold)
+    found = changed(tensor(*(a for a, _ in pairs)), change)
+    wanted = [expected(a, e, weight, scale, threshold) for a, e in pairs]
+    torch.testing.assert_close(found, tensor(*wanted), rtol=1e-12, atol=1e-300)
+    assert any(a > 0 and w == 0 for (a, _), w in zip(pairs, wanted, strict=True)), "some advantages are cut off"
+
+
+def test_a_change_at_the_threshold_is_none():
+    assert changes(tensor(math.inf, 0.0), weight=0.5, scale=1.0, threshold=0.5).tolist() == [0, 0]
+    assert changes(tensor(math.inf, -math.inf), weight=0.5, scale=1.0, threshold=0.499).tolist() == [0.5, -0.5]
+
+
+def test_wrong_hints_are_mixed_as_probabilities():
+    rows = [tensor(-0.1, -800.0, -3.0), tensor(-2.0, -900.0, 0.0), tensor(-0.5, -901.0, -700.0)]
+    found = contrast_of(rows)
+    wanted = [-0.1 - math.log((math.exp(-2.0) + math.exp(-0.5)) / 2), 0.0, -3.0 - math.log(0.5)]
+    wanted[1] = -800.0 - (-900.0 + math.log((1 + math.exp(-1.0)) / 2))
+    torch.testing.assert_close(found, tensor(*wanted), rtol=1e-12, atol=0)
+    assert torch.equal(contrast_of([rows[0], rows[0]]), torch.zeros(3, dtype=torch.float64)), "equal hints cancel"
+
+
+def test_a_sum_over_all_tokens_is_the_sum_of_both_means():
+    values, change = tensor(1.0, 2.0, 4.0, 8.0, 16.0), tensor(0.0, 0.5, -0.5, 0.0, 0.1)
+    factors = mean_factors(change, (5, 3), 0.5)
+    assert (values * factors).sum().item() / 5 == pytest.approx((1 + 8) / 2 + 0.5 * (2 + 4 + 16) / 3, rel=1e-14)
+    assert mean_factors(change * 0, (5, 0), 0.5).tolist() == [1.0] * 5
+    assert mean_factors(change[1:3], (2, 2), 1.0).tolist() == [1.0] * 2
+    assert mean_factors(change[:0], (0, 0), 1.0).tolist() == []
+
+
+def rollout(text: str, reward: float, group: int = 0) -> Rollout:
+    """Return a rollout of the letters of ``text``; one that ends in $ has ended."""
+    tokens = [ord(character) for character in text]
+    response = Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
+    return Rollout(PROBLEM, GIVEN.pair(PROBLEM), response, group=group, reward=reward)
+
+
+def group(kinds: str, number: int = 0) -> tuple[list[Rollout], list[str]]:
+    """Return rollouts, where r is right, w wrong, t truncated and wrong, and e empty and wrong; and their texts."""
+    members = [rollout("x" if kind == "t" else "x$", float(kind == "r"), number) for kind in kinds]
+    return members, ["" if kind == "e" else f"{number}{kind}{i}" for i, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize(
+    ("kinds", "num_wrong", "wanted"),
+    [
+        ("rwrw", 4, [("2", "13"), ("2", "3"), ("0", "31"), ("0", "1")]),
+        ("rwww", 2, [("", "12"), ("0", "23"), ("0", "31"), ("0", "12")]),
+        ("rrte", 4, [("1", ""), ("0", ""), ("0", ""), ("0", "")]),
+        ("wwww", 1, [("", "1"), ("", "2"), ("", "3"), ("", "0")]),
+        ("r", 4, [("", "")]),
+    ],
+)
+def test_no_response_is_its_own_hint_and_the_next_ones_come_first(kinds, num_wrong, wanted):
+    first, first_texts = group(kinds, 7)
+    other, other_texts = group("rw", 2)
+    mixed = [*other[:1], *first, *other[1:]]
+    found = hints_of(mixed, [*other_texts[:1], *first_texts, *other_texts[1:]], num_wrong)
+    assert found[0] == ([], ["2w1"]) and found[-1] == (["2r0"], []), "the groups do not mix"
+    named = [("".join(t[-1] for t in right), "".join(t[-1] for t in wrong)) for right, wrong in found[1:-1]]
+    assert named == wanted
+    assert all(text[1] == "r" for right, _ in found[1:-1] for text in right)
+
+
+def log_q(context: ContextPair) -> float:
+    """Return the log-prob of the first token of the response: minus a number that the prompt decides."""
+    return -(sum(context.teacher_prompt) % 7) / 8
+
+
+class Models:
+    """A teacher whose log-probs depend on its prompt and on the place of the token, and a student of another one."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[ContextPair]] = []
+
+    def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> Any:
+        self.calls.append(list(contexts))
+        assert temperature == 1
+        rows = [
+            value - i / 8 for context in contexts for value in [log_q(context)] for i in range(len(context.response))
+        ]
+        return torch.full((len(rows),), 99.0, dtype=torch.float64), tensor(*rows)
+
+
+def shown(context: ContextPair) -> str:
+    return "".join(map(chr, context.teacher_prompt)).split("|")[1]
+
+
+def test_the_terms_read_every_response_after_its_hints_and_scale_both_means():
+    models = Models()
+    method = made(["recipe=rlcsd", "method.scale=1", "method.advantage_std=none"], GIVEN, models=models)
+    rollouts = [rollout("8$", 1.0), rollout("hm</think>9$", 0.0), rollout("6$", 0.0), rollout("12$", 1.0, 1)]
+    selected, metrics = method.select(0, rollouts)
+    assert selected == rollouts and metrics == {"hints/share": pytest.approx(2 / 4)}
+    terms = method.terms(0, rollouts, signals_of(rollouts))
+    (contexts,) = models.calls
+    assert [(shown(one)[0], len(one.response)) for one in contexts] == [("8", 12), ("6", 12), ("8", 2), ("9", 2)]
+    assert all(one.student_prompt == rollouts[0].prompts.student_prompt for one in contexts)
+
+    values = {shown(one)[0]: log_q(one) for one in contexts}
+    contrast = [0.0] * 2 + [values["8"] - values["6"]] * 12 + [values["8"] - values["9"]] * 2 + [0.0] * 3
+    advantage = [2 / 3] * 2 + [-1 / 3] * 14 + [0.0] * 3
+    pairs = list(zip(advantage, contrast, strict=True))
+    selected_tokens = [abs(0.5 * math.tanh(e)) > 0.02 for _, e in pairs]
+    number = sum(selected_tokens)
+    wanted = [
+        expected(a, e, 0.5, 1.0, 0.02) * len(pairs) / (number if is_changed else len(pairs) - number)
+        for (a, e), is_changed in zip(pairs, selected_tokens, strict=True)
+    ]
+    torch.testing.assert_close(terms.advantage, tensor(*wanted), rtol=1e-12, atol=1e-15)
+    assert 0 < number < len(pairs) and not terms.divergence.any()
+
+
+def test_a_hint_that_does_not_fit_is_left_out():
+    models = Models()
+    method = made(["recipe=rlcsd"], given_with(Characters(), max_length=20), models=models)
+    rollouts = [rollout("8$", 1.0), rollout("9" * 30 + "$", 0.0), rollout("6$", 0.0), rollout("7$", 1.0)]
+    method.terms(0, rollouts, signals_of(rollouts))
+    hints = [(shown(one)[0], len(one.response)) for one in models.calls[0]]
+    assert hints == [("7", 2), ("6", 2), ("7", 31), ("6", 31), ("8", 2), ("6", 2)]
+
+
+def test_a_replica_without_responses_takes_part_in_the_reading():
+    models = Models()
+    method = made(["recipe=rlcsd"], GIVEN, models=models)
+    assert method.select(0, [])[1] == {"hints/share": 0}
+    assert method.terms(0, [], signals_of([])).advantage.tolist() == [] and models.calls == [[]]
+
+
+def test_the_recipe_keeps_a_teacher_that_the_loss_does_not_read():
+    config = composed("recipe=rlcsd")
+    assert config.keeps_teacher and not config.has_teacher and config.needs.rewards and config.needs.whole_step
+    assert made(["recipe=rlcsd"], GIVEN).weighs_tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["method.weight=0"], r"method\.weight must be above 0"),
+        (["method.scale=0"], r"method\.scale must be"),
+        (["method.num_wrong=0"], r"method\.num_wrong must be"),
+        (["rollout.num_samples=1"], "compares the responses to one problem"),
+        (["loss.normalize=sequences"], "two means over tokens: loss.normalize is sequences"),
+        (["environment.name=a.B", "environment.max_turns=2"], "compares responses to one prompt"),
+    ],
+)
+def test_settings_that_allow_no_contrast_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        load(["recipe=rlcsd", *options])
