@@ -381,10 +381,18 @@ class Divergence:
     kind: "reverse_kl" is KL(p || q) = KL(student || target); "forward_kl" is KL(q || p) = KL(target || student); "jsd"
     is lam KL(q || M) + (1 - lam) KL(p || M) with M = lam q + (1 - lam) p.
     jsd_lambda: lam, strictly between 0 and 1.
+    forward_above: nats, with reverse_kl only: where H(q) of a token is above this number, the divergence is KL(p || q)
+    + KL(q || p).  None: KL(p || q) for every token.
     """
 
     kind: str = "reverse_kl"
     jsd_lambda: float = 0.5
+    forward_above: float | None = None
+
+    @classmethod
+    def configured(cls, loss: Any, method: Any) -> Divergence:
+        """Return the divergence of the sections ``loss`` and ``method`` of a configuration."""
+        return cls(loss.divergence, loss.jsd_lambda, **method.divergence_numbers)
 
     def __post_init__(self) -> None:
         if self.kind not in DIVERGENCES:
@@ -394,6 +402,16 @@ class Divergence:
                 f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "
                 "Use reverse_kl or forward_kl instead of 0 or 1, at which the JSD is 0 for every p."
             )
+        if self.forward_above is not None and (self.kind != "reverse_kl" or math.isnan(self.forward_above)):
+            raise ValueError(
+                "Divergence.forward_above must be None or a number with the kind reverse_kl, to which it adds forward "
+                f"KL; got {self.forward_above} with {self.kind}."
+            )
+
+    @property
+    def needs_forward_kl(self) -> bool:
+        """Whether KL(q || p) is a part of the divergence, for some tokens at least."""
+        return self.kind == "forward_kl" or self.forward_above is not None
 
 
 TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
@@ -426,14 +444,32 @@ def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """Return D(p, q) in nats of every row: [..., V], [..., V] -> [...].
 
     The result equals ``(p * (log_p - log_q)).sum(-1)`` for reverse KL, ``(q * (log_q - log_p)).sum(-1)`` for forward
-    KL, and ``lam * KL(q, M) + (1 - lam) * KL(p, M)`` for the JSD.
+    KL, and ``lam * KL(q, M) + (1 - lam) * KL(p, M)`` for the JSD.  With `Divergence.forward_above` it is reverse KL, to
+    which forward KL is added for rows whose H(q) is above that number.
     log_p, log_q: normalised, any float dtype, -inf where a column does not exist.
     Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
     """
+    if divergence.forward_above is not None:
+        reverse, forward = (_kl_of_kind(log_p, log_q, kind) for kind in ("reverse_kl", "forward_kl"))
+        return torch.where(forward_share(entropy(log_q), divergence.forward_above) > 0, reverse + forward, reverse)
+    if divergence.kind != "jsd":
+        return _kl_of_kind(log_p, log_q, divergence.kind)
     p, q, d = probabilities_and_ratio(log_p, log_q)
-    if divergence.kind == "jsd":
-        return jsd_terms(p, q, d, divergence.jsd_lambda).sum(-1)
-    if divergence.kind == "reverse_kl":
+    return jsd_terms(p, q, d, divergence.jsd_lambda).sum(-1)
+
+
+def forward_share(target_entropy: Tensor, forward_above: float) -> Tensor:
+    """Return the weight of KL(q || p) beside KL(p || q): 1 where H(q) is above ``forward_above``, else 0.
+
+    target_entropy: H(q) in nats, any shape, which the result has, too.  NaN gives 0.
+    """
+    return (target_entropy > forward_above).to(target_entropy.dtype)
+
+
+def _kl_of_kind(log_p: Tensor, log_q: Tensor, kind: str) -> Tensor:
+    """Return KL(p || q) for "reverse_kl", KL(q || p) for "forward_kl"."""
+    p, q, d = probabilities_and_ratio(log_p, log_q)
+    if kind == "reverse_kl":
         value, infinite = reverse_kl_terms(p, q, d), torch.isneginf(log_q) & ~torch.isneginf(log_p)
     else:
         value, infinite = forward_kl_terms(p, q, d), torch.isneginf(log_p) & ~torch.isneginf(log_q)
@@ -447,6 +483,7 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
         forward KL   p - q
         JSD          (1 - lam) p (log(p / M) - KL(p || M))
 
+    With `Divergence.forward_above`, the gradient of forward KL is added to that of reverse KL where H(q) is above it.
     The gradient of a row sums to 0 over the vocabulary.  A row whose reverse KL is infinite has a gradient of inf and
     NaN.
     """
@@ -456,7 +493,10 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
     if divergence.kind == "jsd":
         return jsd_gradient(p, d, divergence.jsd_lambda, -(p * log_mixture_over_p(d, divergence.jsd_lambda)).sum(-1))
     infinite = (torch.isneginf(log_q) & ~torch.isneginf(log_p)).any(-1)
-    return reverse_kl_gradient(p, d, -(p * d).sum(-1).masked_fill(infinite, -torch.inf))
+    gradient = reverse_kl_gradient(p, d, -(p * d).sum(-1).masked_fill(infinite, -torch.inf))
+    if divergence.forward_above is None:
+        return gradient
+    return gradient - forward_share(entropy(log_q), divergence.forward_above)[..., None] * q_minus_p(p, q, d)
 
 
 def probabilities_and_ratio(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,11 +110,16 @@ def cases() -> Iterator[Case]:
             yield Case(name, pass_kernels.second_pass_kernel, types, constants, reading)
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
         gradient, options = pass_kernels.gradient_kernel, reading | {"num_warps": pass_launches.GRADIENT_WARPS}
-        for (i, kind), log_prob in itertools.product(enumerate(DIVERGENCES), (False, True)):
-            constants = {"MIX": pass_kernels.BOTH, "KIND": i, "BLOCK": pass_launches.GRADIENT_BLOCK}
-            constants["WITH_LOG_PROB"] = log_prob
+        kinds = [(kind, kind, False) for kind in DIVERGENCES] + [("both KL", "reverse_kl", True)]
+        for (title, kind, forward), log_prob in itertools.product(kinds, (False, True)):
+            constants = {
+                "MIX": pass_kernels.BOTH,
+                "KIND": DIVERGENCES.index(kind),
+                "BLOCK": pass_launches.GRADIENT_BLOCK,
+            }
+            constants |= {"WITH_LOG_PROB": log_prob, "WITH_FORWARD": forward}
             types = logits | {"token_columns": "*i64" if log_prob else "*fp32"}
-            name = f"gradient, {kind}{', two terms' if log_prob else ''}, {dtype}"
+            name = f"gradient, {title}{', two terms' if log_prob else ''}, {dtype}"
             yield Case(name, gradient, types, constants, options)
     yield from solving_cases()
 

@@ -44,6 +44,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     make_shard,
     reduce_scatter,
     run_forward,
+    shares_of,
 )
 from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, token_groups
 
@@ -125,9 +126,9 @@ def fused_distillation_loss(
     stats = forward.stats
     if not trained:
         return stats
-    kept: tuple[Any, ...] = (logits.kept, None, None, None)
+    kept: tuple[Any, ...] = (logits.kept, None, None, None, None)
     if not keep:
-        kept = (None, forward.constants, forward.kl_value, response_tokens, *others)
+        kept = (None, forward.constants, forward.kl_value, forward.forward_shares, response_tokens, *others)
     values = stats.loss, stats.student_log_prob
     loss, log_prob = _Backward.apply(student_hidden, student_weight, *values, layer, *kept)  # type: ignore[no-untyped-call]
     return replace(stats, loss=loss, student_log_prob=log_prob)
@@ -174,13 +175,15 @@ class _Layer:
         grad_loss: Tensor,
         out: Tensor,
         log_prob: LogProbGradient | None = None,
+        forward_shares: Tensor | None = None,
     ) -> None:
         """Write the gradient of the student's logits into ``out`` [n, V / tp], see `Backend`; 0 at padding.
 
         ``out`` may be the student's logits.
         """
         valid = out[:, : self.vocab.num_valid]
-        self.backend.write_gradient(shard, constants, kl_value, divergence, grad_loss, valid, log_prob)
+        options = grad_loss, valid, log_prob, forward_shares
+        self.backend.write_gradient(shard, constants, kl_value, divergence, *options)
         out[:, self.vocab.num_valid :] = 0
 
 
@@ -280,8 +283,8 @@ def _forward_chunks(
         if observe is not None:
             observe(tokens, student_logits, teacher_logits, forward.stats)
         if logits.kept is not None:
-            unit = torch.ones_like(forward.kl_value)
-            layer.write_gradient(shard, forward.constants, forward.kl_value, divergence, unit, logits.kept[tokens])
+            options = torch.ones_like(forward.kl_value), logits.kept[tokens], None, forward.forward_shares
+            layer.write_gradient(shard, forward.constants, forward.kl_value, divergence, *options)
         parts.append(forward)
     return ForwardResult.concatenate(parts)
 
@@ -300,11 +303,13 @@ class _Backward(torch.autograd.Function):
         gradient: Tensor | None,
         constants: TokenConstants | None,
         kl_value: Tensor | None,
+        shares: Tensor | None,
         response_tokens: Tensor | None,
         *others: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         per_token = constants.tensors() if constants is not None else ()
-        ctx.save_for_backward(student_hidden, student_weight, gradient, kl_value, response_tokens, *others, *per_token)
+        given = gradient, kl_value, shares, response_tokens, *others, *per_token
+        ctx.save_for_backward(student_hidden, student_weight, *given)
         ctx.set_materialize_grads(False)  # an output that nobody uses has no gradient, not a gradient of zeros
         ctx.layer, ctx.num_others = layer, len(others)
         return loss.clone(), log_prob.clone()
@@ -312,8 +317,8 @@ class _Backward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor | None, grad_log_prob: Tensor | None) -> tuple[Tensor | None, ...]:
-        layer, no_gradient = ctx.layer, (None,) * (7 + ctx.num_others)
-        hidden, weight, kept, kl_value, response_tokens, *rest = ctx.saved_tensors
+        layer, no_gradient = ctx.layer, (None,) * (8 + ctx.num_others)
+        hidden, weight, kept, kl_value, shares, response_tokens, *rest = ctx.saved_tensors
         if grad_loss is None:
             grad_loss = hidden.new_zeros(layer.num_tokens, dtype=torch.promote_types(hidden.dtype, torch.float32))
         others, constants = rest[: ctx.num_others], rest[ctx.num_others :]
@@ -334,7 +339,8 @@ class _Backward(torch.autograd.Function):
             shard = layer.shard(student_logits, teacher_logits)
             chunk, scale = TokenConstants(*(values[tokens] for values in constants)), grad_loss[tokens].to(shard.dtype)
             of_log_prob = None if log_prob is None else log_prob.of_tokens(tokens)
-            layer.write_gradient(shard, chunk, kl_value[tokens], divergence, scale, student_logits, of_log_prob)
+            options = scale, student_logits, of_log_prob, shares_of(shares, tokens, divergence)
+            layer.write_gradient(shard, chunk, kl_value[tokens], divergence, *options)
             grads.add(tokens, student_logits, scale=None, last=tokens.stop == layer.num_tokens)
         return grads.of_hidden(), grads.of_weight(), *no_gradient
 

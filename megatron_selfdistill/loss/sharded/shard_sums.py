@@ -409,12 +409,14 @@ def write_gradient(
     grad_loss: Tensor,
     out: Tensor,
     log_prob: LogProbGradient | None = None,
+    forward_shares: Tensor | None = None,
 ) -> None:
     """Write the gradient of the student's logits s into ``out`` [T, num_valid].
 
     The gradient is ``grad_loss dD / ds + incoming (onehot(response token) - p)``, without the second term where
     ``log_prob`` is None.
     kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, unused for forward KL.  grad_loss: [T].
+    forward_shares: [T] `target.forward_share` of the tokens, given if and only if the divergence has ``forward_above``.
     out: may be the student's logits themselves.
     """
     if shard.student.shape[1] == 0:
@@ -423,6 +425,8 @@ def write_gradient(
         p, q, d = _probabilities(shard, constants.rows(rows), rows)
         if divergence.kind == "reverse_kl":
             gradient = reverse_kl_gradient(p, d, kl_value[rows])
+            if forward_shares is not None:
+                gradient.addcmul_(q_minus_p(p, q, d), forward_shares[rows, None], value=-1)
         elif divergence.kind == "forward_kl":
             gradient = q_minus_p(p, q, d).neg_()
         else:

@@ -49,7 +49,14 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
     mix_unit,
 )
 from megatron_selfdistill.loss.sharded.token_statistics import Softmax, TokenResults
-from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, mixed_logits, token_groups
+from megatron_selfdistill.loss.target import (
+    Divergence,
+    Target,
+    TokenDivergences,
+    forward_share,
+    mixed_logits,
+    token_groups,
+)
 
 
 @dataclass(frozen=True)
@@ -192,8 +199,8 @@ def distillation_loss(
     Accuracy: |H(q) - H(p)| <= 1e-5 nats for every token that is MATCHED, whatever the shape of its logits; a token
     whose root is not reached to this accuracy is UNCONVERGED.
     Collectives: three all-gathers (JSD four; one less where the rule gives beta), none in backward, none for T = 0.
-    Kept for backward: both logits, seven numbers per token and response_tokens.  README.md in `loss` has reads, writes
-    and temporaries.
+    Kept for backward: both logits, seven numbers per token (eight with `Divergence.forward_above`) and response_tokens.
+    README.md in `loss` has reads, writes and temporaries.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
     check_logits("distillation_loss", student_logits, teacher_logits, vocab.size)
@@ -264,11 +271,14 @@ class ForwardResult:
 
     stats: all of TokenStats; constants and kl_value, [T] each: the numbers per token that backward needs, see
     `write_gradient`.
+    forward_shares: [T] `target.forward_share` of the tokens, 0 for the tokens of a divergence without
+    ``forward_above``; None if no token has such a divergence.
     """
 
     stats: TokenStats
     constants: TokenConstants
     kl_value: Tensor
+    forward_shares: Tensor | None = None
 
     @classmethod
     def concatenate(cls, parts: Sequence[ForwardResult]) -> ForwardResult:
@@ -280,6 +290,15 @@ class ForwardResult:
             TokenStats.concatenate([part.stats for part in parts]),
             TokenConstants(*map(torch.cat, constants)),
             torch.cat([part.kl_value for part in parts]),
+            cls._joined_shares(parts),
+        )
+
+    @staticmethod
+    def _joined_shares(parts: Sequence[ForwardResult]) -> Tensor | None:
+        if all(part.forward_shares is None for part in parts):
+            return None
+        return torch.cat(
+            [torch.zeros_like(p.kl_value) if p.forward_shares is None else p.forward_shares for p in parts]
         )
 
 
@@ -304,12 +323,16 @@ def run_forward(
     reference_entropy, teacher_weights = (
         None if values is None else values[tokens] for values in (reference_entropy, teacher_weights)
     )
-    grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.kind == "forward_kl"
+    grid, forward_kl = BetaGrid.of(target, shard.dtype), divergence.needs_forward_kl
     shard, results = solve_shard(
         shard, response_tokens, grid, vocab, backend, forward_kl=forward_kl, reference_entropy=reference_entropy
     )
-    loss = kl_value = results.reverse_kl
-    if forward_kl:
+    loss, forward_shares = results.reverse_kl, None
+    kl_value = loss
+    if divergence.forward_above is not None:
+        forward_shares = forward_share(results.target_entropy, divergence.forward_above)
+        loss = torch.where(forward_shares > 0, results.reverse_kl + results.forward_kl, results.reverse_kl)
+    elif forward_kl:
         loss = results.forward_kl
     elif divergence.kind == "jsd":
         parts = gather_parts(backend.jsd_pass(shard, results.constants, divergence.jsd_lambda), vocab.group)
@@ -340,7 +363,7 @@ def run_forward(
             teacher_log_prob=unknown,
             top1_agreement=torch.zeros_like(results.top1_agreement),
         )
-    return ForwardResult(stats, results.constants, kl_value)
+    return ForwardResult(stats, results.constants, kl_value, forward_shares)
 
 
 def gather_parts(parts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
@@ -394,7 +417,7 @@ class _HandWrittenBackward(torch.autograd.Function):
         inplace: bool,
         backend: Backend,
     ) -> tuple[Tensor, Tensor]:
-        per_token = response_tokens, result.kl_value, *result.constants.tensors()
+        per_token = response_tokens, result.kl_value, result.forward_shares, *result.constants.tensors()
         ctx.save_for_backward(student_logits, teacher_logits, *per_token)
         ctx.set_materialize_grads(False)  # an output that nobody uses has no gradient, not a gradient of zeros
         ctx.groups, ctx.inplace, ctx.backend, ctx.vocab = groups, inplace, backend, vocab
@@ -403,7 +426,7 @@ class _HandWrittenBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, grad_log_prob: Tensor | None) -> tuple[Tensor | None, ...]:
-        student_logits, teacher_logits, response_tokens, kl_value, *constants = ctx.saved_tensors
+        student_logits, teacher_logits, response_tokens, kl_value, shares, *constants = ctx.saved_tensors
         grad_loss = torch.zeros_like(kl_value) if grad_loss is None else grad_loss.to(ctx.dtype)
         log_prob = LogProbGradient.of(grad_log_prob, response_tokens, ctx.vocab.start, ctx.vocab.vocab_size)
         # detach shares the version counter: autograd refuses a second backward through overwritten logits
@@ -419,9 +442,15 @@ class _HandWrittenBackward(torch.autograd.Function):
                 grad_loss[tokens],
                 gradient[tokens, valid],
                 None if log_prob is None else log_prob.of_tokens(tokens),
+                shares_of(shares, tokens, divergence),
             )
         gradient[:, ctx.vocab.num_valid :] = 0
         return gradient, *(None,) * 8
+
+
+def shares_of(forward_shares: Tensor | None, tokens: slice, divergence: Divergence) -> Tensor | None:
+    """Return the weights of forward KL of a group of tokens for `write_gradient`, from those of all tokens."""
+    return None if forward_shares is None or divergence.forward_above is None else forward_shares[tokens]
 
 
 RARE = 1e-3

@@ -569,6 +569,7 @@ def gradient_kernel(
     grad_losses,
     grad_log_probs,
     token_columns,
+    forward_shares,
     out,
     student_stride,
     teacher_stride,
@@ -581,11 +582,13 @@ def gradient_kernel(
     MIX: tl.constexpr,
     KIND: tl.constexpr,
     WITH_LOG_PROB: tl.constexpr,
+    WITH_FORWARD: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write one block of ``shard_sums.write_gradient``.
 
     WITH_LOG_PROB: whether the log-prob of the response token has a gradient; else its two operands are not read.
+    WITH_FORWARD: whether forward KL is added to reverse KL with the weights ``forward_shares``; else they are not read.
     A program reads a block and then writes it, because ``out`` may be the student's logits.
     """
     row, start = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK
@@ -598,6 +601,8 @@ def gradient_kernel(
     p, q, d = _ratio(y, x, constants)
     if KIND == _REVERSE:
         gradient = -p * (d + kl_value)
+        if WITH_FORWARD:
+            gradient -= tl.load(forward_shares + row) * _q_minus_p(p, q, d)
     elif KIND == _FORWARD:
         gradient = -_q_minus_p(p, q, d)
     else:

@@ -157,6 +157,7 @@ def write_gradient(
     grad_loss: Tensor,
     out: Tensor,
     log_prob: LogProbGradient | None = None,
+    forward_shares: Tensor | None = None,
 ) -> None:
     """Launch the kernel of `shard_sums.write_gradient`."""
     num_rows, num_columns = shard.student.shape
@@ -170,6 +171,7 @@ def write_gradient(
                 kl_value,
                 grad_loss,
                 *(unread if log_prob is None else (operand.contiguous() for operand in log_prob)),
+                kl_value if forward_shares is None else forward_shares.contiguous(),
                 out,
                 _row_stride(shard.student),
                 _row_stride(shard.teacher),
@@ -182,6 +184,7 @@ def write_gradient(
                 MIX=mix_of(shard.mix_weights),
                 KIND=DIVERGENCES.index(divergence.kind),
                 WITH_LOG_PROB=log_prob is not None,
+                WITH_FORWARD=forward_shares is not None,
                 BLOCK=GRADIENT_BLOCK,
                 num_warps=GRADIENT_WARPS,
                 **COMPILED,

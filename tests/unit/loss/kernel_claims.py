@@ -74,6 +74,25 @@ def test_loss_and_gradient_equal_float64_and_every_statistic_pytorchs(rule: str,
     assert_same(stats, theirs)
 
 
+@cases("rule", ["teacher alone", "strict"], ["teacher alone", "strict", "fixed"], quick=1)
+def test_forward_kl_is_added_where_the_target_is_uncertain_as_in_float64(rule: str) -> None:
+    student, teacher, tokens = logits(8, 333, seed=4)
+    vocab, target = VocabShard(0, 333, 300), TARGETS[rule]
+    entropies = run(student, teacher, tokens, target, DIVERGENCES["reverse"], vocab=vocab)[0].target_entropy
+    kind = Divergence(forward_above=entropies.sort().values[3:5].mean().item())
+    arguments = student, teacher, tokens, target, kind
+    (stats, ours), (theirs, _) = (run(*arguments, vocab=vocab, backend=name) for name in ("triton", "torch"))
+    gated = stats.target_entropy > kind.forward_above
+    assert gated.sum() == 4
+    valid = student[:, :300], teacher[:, :300], target
+    (reverse, of_reverse), (forward, of_forward) = (reference(*valid, DIVERGENCES[k]) for k in ("reverse", "forward"))
+    torch.testing.assert_close(stats.loss.double(), reverse + gated * forward, rtol=1e-5, atol=1e-5)
+    wanted = of_reverse + gated[:, None] * of_forward
+    torch.testing.assert_close(ours[:, :300].double(), wanted, rtol=1e-4, atol=6e-6)
+    assert (ours[:, 300:] == 0).all()
+    assert_same(stats, theirs)
+
+
 SHAPES = [  # columns, columns that are no padding, dtypes
     (128, 128, torch.float32, torch.float32),
     (300, 255, torch.float32, torch.float32),
