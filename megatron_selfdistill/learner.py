@@ -413,7 +413,7 @@ class Learner:
 
     def _distillation_loss(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
         loss = self.config.loss
-        divergence = Divergence(loss.divergence, loss.jsd_lambda)
+        divergence = Divergence.configured(loss, self.config.method)
         return token_losses.self_distillation(target, divergence, loss.backend, fusion=self.output_layer.fusion)
 
 

@@ -79,6 +79,7 @@ CASES = {
     "caopd": Case(recipe("caopd", *REWARDED, *STATING)),
     "chat_logs": Case(recipe("chat_logs", *CHATS, "method.min_log_prob=-3.75")),
     "default": Case(recipe("default", VERIFIED)),
+    "eopd": Case(recipe("eopd", *REWARDED, "method.threshold=2.47")),
     "grpo": Case(recipe("grpo", *REWARDED)),
     "literal": Case(recipe("literal", VERIFIED)),
     "openclaw": Case(recipe("openclaw", *JUDGED, "method.reward=hint_functions.reward_of_reply")),

@@ -6,6 +6,7 @@ The file of a method (methods/) defines its settings, as a subclass of `MethodSe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,11 @@ class MethodSettings:
     def needs(self) -> Needs:
         """What the method needs from the core."""
         return Needs()
+
+    @property
+    def divergence_numbers(self) -> Mapping[str, float]:
+        """The numbers of the loss's divergence that only this method sets, by the names of `loss.target.Divergence`."""
+        return {}
 
     @property
     def teacher_template(self) -> str | None:

@@ -197,7 +197,7 @@ def read_by_all_models(
     ``solutions``: the solution that the teacher's prompt of each context shows.
     Every rank of the world calls this function; at least one replica has a context with a response token.
     """
-    settings = TokenTarget(Target.configured(config.target), Divergence(config.loss.divergence, config.loss.jsd_lambda))
+    settings = TokenTarget(Target.configured(config.target), Divergence.configured(config.loss, config.method))
     backend, chunk_tokens = config.loss.backend, config.loss.fused_chunk_tokens
     fusion = decided_output_layer(config, models.student).fusion
     loss = token_losses.self_distillation(settings.target, settings.divergence, backend, fusion=fusion)

@@ -244,8 +244,7 @@ def explored_of(
 
 def _token_target(learner: Learner, guided: bool) -> TokenTarget:
     """Return the target and the divergence of the tokens of a plain or a guided problem."""
-    loss, target = learner.config.loss, learner.target
-    divergence = Divergence(loss.divergence, loss.jsd_lambda)
+    target, divergence = learner.target, Divergence.configured(learner.config.loss, learner.config.method)
     if not guided:
         return TokenTarget(target, divergence)
     own = learner.guided_tokens
