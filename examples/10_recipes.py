@@ -111,6 +111,7 @@ ROWS = {
     "sdft_frozen": Row("SDFT, frozen teacher", "the solution", 1, ("recipe=sdft", "teacher.weights=frozen")),
     "opsd": Row("OPSD", "the solution", 1, ("recipe=opsd",)),
     "pw_opsd": Row("PW-OPSD", "the solution", 1, ("recipe=pw_opsd",)),
+    "eopd": Row("EOPD", "the solution", 1, ("recipe=eopd",)),
     "beta_opsd": Row("beta-OPSD", "the solution", 1, ("recipe=beta_opsd",)),
     "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
     "u_opsd": Row("U-OPSD", "the answer of most responses", 8, ("recipe=u_opsd",)),

@@ -20,11 +20,7 @@ VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa"}
 REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd"}
-RECIPES = sorted({"beta_opsd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "u_opsd", "veto"} | REWARDED)
-REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
-WITH_POLICY_TERM = {"beta_opsd", "grpo", "opsa", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlt", "sod", "ovd"}
-REPLICATED = {"grpo", "scope", "uni_opd", "sod", "ovd"}
-RECIPES = sorted({"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "veto"} | REWARDED)
+RECIPES = sorted({"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "u_opsd", "veto"} | REWARDED)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
@@ -128,6 +124,8 @@ def test_the_contrast_of_hints_changes_the_advantages_of_the_same_responses(rank
     assert contrasted[0]["rewards/mean"] == plain[0]["rewards/mean"] and 0 < contrasted[0]["hints/share"] <= 1
     assert all(step["gradient_norm"] > 0 for step in contrasted + plain)
     assert contrasted[0]["gradient_norm"] != pytest.approx(plain[0]["gradient_norm"], rel=0.01)
+
+
 def test_forward_kl_is_added_for_some_tokens_of_the_same_responses(ranks, data, start, run_of, tmp_path):
     """A threshold of 100 leaves reverse KL alone, and 0 adds forward KL everywhere."""
     replay, first = f"rollout.replay={run_of('eopd')}/responses.jsonl", [reproducible_metrics(run_of("eopd"))[0]]
