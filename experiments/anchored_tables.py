@@ -1,10 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Write the tables and pictures of docs/anchored.md from the lines of experiments/results/anchored_map.jsonl.
+"""Write the tables and pictures of docs/anchored.md from the lines of anchored_map.py and clipped_opsd.py.
 
     python experiments/anchored_tables.py              the tables and both pictures
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
 
-A table stands between <!-- table NAME --> and <!-- end NAME --> in the page; NAME is one of `TABLES`, sweep or flips.
+A table stands between <!-- table NAME --> and <!-- end NAME --> in the page; NAME is one of `TABLES`, sweep, flips or
+clipped.
 A table shows the seeds that have a line for every arm in it.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean
 
+import clipped_opsd
 from anchored_map import LINES, arms_of
 from cell_lines import DOCS, Line, read_lines
 from leak_sweep import logit
@@ -115,7 +117,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
-    """Return the table ``name`` of the page: one of `TABLES`, the sweep, or the weights at which a fork flips."""
+    """Return the table ``name`` of the page: of `TABLES`, the sweep, OPSD's clip, or the weights of a flip."""
+    if name == "clipped":
+        return clipped_opsd.table_of(read_lines(clipped_opsd.LINES))
     if name == "flips":
         return flips()
     if name == "sweep":

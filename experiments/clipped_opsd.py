@@ -8,11 +8,10 @@ script puts it in the place of the loss, on one rank.  Student and teacher think
 answer whether a target keeps a thinking base whose teacher thinks, too.
 
 Responses may have twelve attempts, where the base makes three at most.  A cell is one arm and one seed; its result is
-one line of results/clipped_opsd.jsonl, and a cell whose line is there is not run again.
+one line of results/clipped_opsd.jsonl, and a cell whose line is there is not run again.  anchored_tables.py writes the
+table of docs/anchored.md from the lines.
 
     python experiments/clipped_opsd.py             every missing cell
-    python experiments/clipped_opsd.py --tables    the table of docs/anchored.md from the lines
-    python experiments/clipped_opsd.py --check     the status is 1 if the page has another table
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
-from page_tables import complete, seeds_of, spread, write_or_compare
+from cell_lines import REPOSITORY, RESULTS, Line, append_line, read_lines
+from page_tables import complete, seeds_of, spread
 
 sys.path[:0] = [str(REPOSITORY / "examples")]
 
@@ -43,7 +42,7 @@ if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need 
 
     from megatron_selfdistill.evaluation.evaluation_result import Transcript
 
-LINES, PAGE = RESULTS / "clipped_opsd.jsonl", DOCS / "anchored.md"
+LINES = RESULTS / "clipped_opsd.jsonl"
 SEEDS = (11, 12, 13, 14, 15)
 STEPS = (0, 100, 200)
 ATTEMPTS = 12
@@ -73,12 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help=f"(default: {' '.join(map(str, SEEDS))})")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/clipped_opsd.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/clipped_opsd"), help="bases and runs")
-    parser.add_argument("--tables", action="store_true", help="write the table of the page, and run nothing")
-    parser.add_argument("--check", action="store_true", help="compare the table of the page and run nothing")
     options = parser.parse_args(argv)
-    if options.tables or options.check:
-        lines = read_lines(options.lines)
-        return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
     prepare_process()
     for seed, arm in product(options.seeds, options.arms):
         if not any((line["arm"], line["seed"]) == (arm, seed) for line in read_lines(options.lines)):
@@ -148,9 +142,8 @@ def figures_of(samples: Sequence[Transcript]) -> Mapping[str, float]:
     }
 
 
-def table_of(name: str, lines: Sequence[Line]) -> list[str]:
-    """Return the rows of the table ``name`` of the page: those of the seeds that have a line for every arm."""
-    del name
+def table_of(lines: Sequence[Line]) -> list[str]:
+    """Return the rows of the table: a row for each arm, of the seeds that have a line for every arm."""
     found = complete(lines, ARMS)
     headings = ("three attempts", "overlooked", "attempts", "end in a loop", "cut at twelve attempts")
     rows = [[seeds_of(found) if found else "", *headings], ["---"] * 6]
