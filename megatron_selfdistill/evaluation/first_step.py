@@ -32,10 +32,8 @@ from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, righ
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.metrics.guards import SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
-from megatron_selfdistill.model.forward import decided_output_layer
-from megatron_selfdistill.pipeline.score import Reading, ScoringModels, Want, read, sequence_for
+from megatron_selfdistill.pipeline.score import Reading, Want, read
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
-from megatron_selfdistill.rollout.base import Request, sample_seed
 from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 64
@@ -143,21 +141,11 @@ def measure_first_step(
     problems, builder = run_data.evaluation[:MAX_PROBLEMS], run_data.builder
     prompts = [PromptPair(it.id, builder.student_prompt(it), builder.teacher_prompt(it)) for it in problems]
     own = prompts[grid.dp_rank :: grid.dp_size]
-    seeds = [sample_seed(config.seed, 0, f"eval/{it.problem_id}", 0) for it in own]
-    requests = [Request(it.student_prompt, seed) for it, seed in zip(own, seeds, strict=True)]
-    responses = inference.sampler.generate(requests, inference.sampling)
+    responses = inference.first_samples(problems, [it.student_prompt for it in prompts], config.seed, grid)
     inference.sampler.sleep()
 
-    longest = max(len(prompt) for it in prompts for prompt in (it.student_prompt, it.teacher_prompt))
-    models = ScoringModels(
-        student=inference.chunks,
-        teacher=inference.chunks,
-        grid=grid,
-        vocab=inference.vocab,
-        max_tokens=sequence_for(longest + config.rollout.max_new_tokens, grid),
-        fusion=decided_output_layer(config, inference.chunks).fusion,
-        backend=config.loss.backend,
-    )
+    both = (prompt for it in prompts for prompt in (it.student_prompt, it.teacher_prompt))
+    models = inference.as_both_models(config, both, grid)
     targets = compared_targets(Target.configured(config.target))
     configured, *others = targets.values()
     loss = self_distillation(configured, Divergence(), models.backend, fusion=models.fusion)

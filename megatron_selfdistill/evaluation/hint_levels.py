@@ -38,9 +38,8 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.held_out import check_lengths
 from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
-from megatron_selfdistill.model.forward import decided_output_layer
-from megatron_selfdistill.pipeline.score import ScoringModels, read_tokens, sequence_for
-from megatron_selfdistill.rollout.base import Request, Response, sample_seed
+from megatron_selfdistill.pipeline.score import read_tokens
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
 
 MAX_PROBLEMS = 256
@@ -101,9 +100,7 @@ def measure_hint_levels(
         check_lengths(problems, prompts, config.rollout.max_new_tokens, first)
 
     def sampled(prompts: Sequence[list[int]]) -> list[Response]:
-        seeds = [sample_seed(config.seed, 0, f"eval/{it.id}", 0) for it in problems[mine]]
-        requests = [Request(prompt, seed) for prompt, seed in zip(prompts[mine], seeds, strict=True)]
-        return inference.sampler.generate(requests, inference.sampling)
+        return inference.first_samples(problems, prompts, config.seed, grid)
 
     def judged(responses: Sequence[Response]) -> list[bool]:
         is_right = right_response(verifier, first.tokenizer, config.evaluation.confidence_pattern)
@@ -114,7 +111,7 @@ def measure_hint_levels(
     samples = sampled(plain)
     rights, hinted_rights = judged(samples), {name: judged(sampled(prompts)) for name, prompts in hinted.items()}
     inference.sampler.sleep()
-    models = _models(inference, config, [*plain, *chain.from_iterable(hinted.values())], grid)
+    models = inference.as_both_models(config, chain(plain, *hinted.values()), grid)
     found = []
     for name, prompts in hinted.items():
         pairs = [PromptPair(it.id, own, other) for it, own, other in zip(problems, plain, prompts, strict=True)]
@@ -158,16 +155,3 @@ def _sums(tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     parts = zip((log_p - log_q).split(list(lengths)), kl.split(list(lengths)), lengths, strict=True)
     rows = [[gap.sum().item(), own.sum().item(), length] for gap, own, length in parts]
     return torch.tensor(rows, dtype=torch.float64).view(-1, 3)
-
-
-def _models(inference: Inference, config: Config, prompts: Sequence[Sequence[int]], grid: RankGrid) -> ScoringModels:
-    """Return the one model as student and teacher, with packed sequences that hold every context."""
-    return ScoringModels(
-        student=inference.chunks,
-        teacher=inference.chunks,
-        grid=grid,
-        vocab=inference.vocab,
-        max_tokens=sequence_for(max(map(len, prompts)) + config.rollout.max_new_tokens, grid),
-        fusion=decided_output_layer(config, inference.chunks).fusion,
-        backend=config.loss.backend,
-    )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +14,14 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import loaded_chunks, with_stored_adapters
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
-from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.rollout.base import Sampler, SamplingParams
+from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
+from megatron_selfdistill.pipeline.score import ScoringModels, sequence_for
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
 
@@ -32,6 +34,30 @@ class Inference:
     vocab: VocabShard
     sampler: Sampler
     sampling: SamplingParams
+
+    def first_samples(
+        self, problems: Sequence[Problem], prompts: Sequence[list[int]], seed: int, grid: RankGrid
+    ) -> list[Response]:
+        """Return a response to each of this replica's problems: the sample that an evaluation draws first.
+
+        ``prompts``: one per problem.  A replica has every dp_size-th problem.  ``seed``: that of the configuration.
+        Every rank of the world calls this method.  Raises: `EngineError`.
+        """
+        own = list(zip(problems, prompts, strict=True))[grid.dp_rank :: grid.dp_size]
+        requests = [Request(prompt, sample_seed(seed, 0, f"eval/{it.id}", 0)) for it, prompt in own]
+        return self.sampler.generate(requests, self.sampling)
+
+    def as_both_models(self, config: Config, prompts: Iterable[Sequence[int]], grid: RankGrid) -> ScoringModels:
+        """Return the model as student and teacher, with packed sequences that hold a response after every prompt."""
+        return ScoringModels(
+            student=self.chunks,
+            teacher=self.chunks,
+            grid=grid,
+            vocab=self.vocab,
+            max_tokens=sequence_for(max(map(len, prompts)) + config.rollout.max_new_tokens, grid),
+            fusion=decided_output_layer(config, self.chunks).fusion,
+            backend=config.loss.backend,
+        )
 
 
 @contextmanager
