@@ -72,8 +72,7 @@ class PwOpsd(SelfDistillation):
         """Return the divergence with the weight of each position, for the tokens of each response with a hint."""
         own = self.settings
         weights = position_weights(signals, least=own.least_weight, midpoint=own.midpoint, width=own.width)
-        hinted = signals.per_token(signals.hinted)
-        return Terms.of(signals.sampled_log_prob, divergence=torch.where(hinted, weights, 0.0))
+        return super().terms(step, rollouts, signals).scaled(weights)
 
 
 def position_weights(signals: Signals, *, least: float, midpoint: float, width: float) -> Tensor:
