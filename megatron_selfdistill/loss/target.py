@@ -374,6 +374,10 @@ FLOOR = -1e12
 float32."""
 
 
+MAX_ORDER = 4.0
+"""The largest order of a Renyi divergence."""
+
+
 @dataclass(frozen=True)
 class Divergence:
     """The divergence that pulls the student p towards the constant target q.
@@ -383,11 +387,14 @@ class Divergence:
     jsd_lambda: lam, strictly between 0 and 1.
     forward_above: nats, with reverse_kl only: where H(q) of a token is above this number, the divergence is KL(p || q)
     + KL(q || p).  None: KL(p || q) for every token.
+    order: the order alpha of the Renyi divergence that stands in the place of KL, with reverse_kl and forward_kl only;
+    D(p || q) = log(sum p^alpha q^(1 - alpha)) / (alpha - 1), or with forward_kl the same of q and p.  1 is KL.
     """
 
     kind: str = "reverse_kl"
     jsd_lambda: float = 0.5
     forward_above: float | None = None
+    order: float = 1.0
 
     @classmethod
     def configured(cls, loss: Any, method: Any) -> Divergence:
@@ -407,11 +414,28 @@ class Divergence:
                 "Divergence.forward_above must be None or a number with the kind reverse_kl, to which it adds forward "
                 f"KL; got {self.forward_above} with {self.kind}."
             )
+        if not 0 < self.order <= MAX_ORDER or (
+            self.is_renyi and (self.kind == "jsd" or self.forward_above is not None)
+        ):
+            raise ValueError(
+                f"Divergence.order must be above 0 and at most {MAX_ORDER:g}, and 1 with jsd and with forward_above; "
+                f"got {self.order} with {self.kind} and forward_above={self.forward_above}."
+            )
+
+    @property
+    def is_renyi(self) -> bool:
+        """Whether the divergence is a Renyi divergence other than KL."""
+        return self.order != 1
+
+    @property
+    def student_power(self) -> float:
+        """The number b in the sum of p^b q^(1 - b) of the Renyi divergence."""
+        return self.order if self.kind == "reverse_kl" else 1 - self.order
 
     @property
     def needs_forward_kl(self) -> bool:
         """Whether KL(q || p) is a part of the divergence, for some tokens at least."""
-        return self.kind == "forward_kl" or self.forward_above is not None
+        return (self.kind == "forward_kl" and not self.is_renyi) or self.forward_above is not None
 
 
 TokenDivergences = Divergence | Sequence[tuple[int, Divergence]]
@@ -445,13 +469,15 @@ def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
 
     The result equals ``(p * (log_p - log_q)).sum(-1)`` for reverse KL, ``(q * (log_q - log_p)).sum(-1)`` for forward
     KL, and ``lam * KL(q, M) + (1 - lam) * KL(p, M)`` for the JSD.  With `Divergence.forward_above` it is reverse KL, to
-    which forward KL is added for rows whose H(q) is above that number.
+    which forward KL is added for rows whose H(q) is above that number.  `Divergence.order` makes it Renyi's divergence.
     log_p, log_q: normalised, any float dtype, -inf where a column does not exist.
     Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
     """
     if divergence.forward_above is not None:
         reverse, forward = (_kl_of_kind(log_p, log_q, kind) for kind in ("reverse_kl", "forward_kl"))
         return torch.where(forward_share(entropy(log_q), divergence.forward_above) > 0, reverse + forward, reverse)
+    if divergence.is_renyi:
+        return _renyi(log_p, log_q, divergence)
     if divergence.kind != "jsd":
         return _kl_of_kind(log_p, log_q, divergence.kind)
     p, q, d = probabilities_and_ratio(log_p, log_q)
@@ -482,11 +508,14 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
         reverse KL   p ((log p - log q) - KL(p || q))
         forward KL   p - q
         JSD          (1 - lam) p (log(p / M) - KL(p || M))
+        Renyi        b / (alpha - 1) (w - p),  w = p^b q^(1 - b) / sum,  b = alpha, with forward KL 1 - alpha
 
     With `Divergence.forward_above`, the gradient of forward KL is added to that of reverse KL where H(q) is above it.
     The gradient of a row sums to 0 over the vocabulary.  A row whose reverse KL is infinite has a gradient of inf and
     NaN.
     """
+    if divergence.is_renyi:
+        return renyi_gradient(log_p, log_q, _renyi(log_p, log_q, divergence), divergence)
     p, q, d = probabilities_and_ratio(log_p, log_q)
     if divergence.kind == "forward_kl":
         return -q_minus_p(p, q, d)
@@ -552,3 +581,54 @@ def reverse_kl_gradient(p: Tensor, d: Tensor, reverse_kl: Tensor) -> Tensor:
 def jsd_gradient(p: Tensor, d: Tensor, jsd_lambda: float, kl_p_mixture: Tensor) -> Tensor:
     """Return the gradient (1 - lam) p (log(p / M) - KL(p || M)), given KL(p || M) of each row."""
     return (log_mixture_over_p(d, jsd_lambda) + kl_p_mixture[..., None]).mul_(p).mul_(jsd_lambda - 1)
+
+
+NEAR = 0.5
+"""The largest |log Z| of a Renyi divergence, Z = sum p^b q^(1 - b), that is computed from Z - 1."""
+FAR = 1e29
+"""A log Z above this number stands for infinity."""
+
+
+def renyi_sums(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """Return Z - 1 and log Z of the columns [..., V] of each row, Z = sum p^b q^(1 - b): [..., 2].
+
+    log_p, log_q: normalised over all columns, -inf where a column does not exist.  Z - 1 is a sum of terms of one sign,
+    which loses no digits where p and q are close; it may overflow where they are not, and log Z does not.
+    Parts of a row: Z - 1 are added, and log Z by `logsumexp`.
+    """
+    first, other = (log_p, log_q) if divergence.kind == "reverse_kl" else (log_q, log_p)
+    order, power = divergence.order, 1 - divergence.order
+    no_first, no_other = torch.isneginf(first), torch.isneginf(other)
+    alone = no_first | no_other
+    delta = torch.where(alone, 0.0, other - first)
+    height = torch.where(no_other, math.copysign(10 * FAR, order - 1), first + power * delta)
+    height = torch.where(no_first, -10 * FAR, height)
+    f, g, both = first.exp(), other.exp(), height.exp()
+    terms = q_minus_p(f, both, power * delta) - power * q_minus_p(f, g, delta)
+    terms = torch.where(alone, (both - f) - power * (g - f), terms)
+    return torch.stack([terms.sum(-1), height.logsumexp(-1)], -1)
+
+
+def renyi_value(small: Tensor, log_sum: Tensor, divergence: Divergence) -> Tensor:
+    """Return the Renyi divergence from Z - 1 and log Z, any shape; +inf where log Z is infinite in its direction."""
+    value = torch.where(log_sum.abs() < NEAR, small.log1p(), log_sum) / (divergence.order - 1)
+    return value.masked_fill(log_sum.abs() > FAR, torch.inf).clamp(min=0)
+
+
+def renyi_gradient(log_p: Tensor, log_q: Tensor, value: Tensor, divergence: Divergence) -> Tensor:
+    """Return the gradient b / (alpha - 1) (w - p) [..., V], given the divergence of each row; NaN where it is infinite.
+
+    With d = log q - log p, log(w / p) = (1 - b) d + (1 - alpha) D, so that w - p keeps its digits near order 1.
+    """
+    power, rest = divergence.student_power, 1 - divergence.order
+    missing = torch.isneginf(log_p) & torch.isneginf(log_q)
+    log_p, log_q = log_p.clamp(min=FLOOR), log_q.clamp(min=FLOOR)
+    log_ratio = (1 - power) * (log_q - log_p) + (rest * value + (value - value))[..., None]
+    p, w = log_p.exp(), (log_p + log_ratio).exp()
+    return (q_minus_p(p, w, log_ratio) * (-power / rest)).masked_fill(missing, 0.0)
+
+
+def _renyi(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
+    """Return the Renyi divergence of every row."""
+    small, log_sum = renyi_sums(log_p, log_q, divergence).unbind(-1)
+    return renyi_value(small, log_sum, divergence)

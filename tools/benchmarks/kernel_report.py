@@ -109,12 +109,14 @@ def cases() -> Iterator[Case]:
             types = logits | {"argmaxes": "*i32", "statuses": "*i64" if some_rows else "*i32"}
             yield Case(name, pass_kernels.second_pass_kernel, types, constants, reading)
         yield Case(f"JSD pass, {dtype}", pass_kernels.jsd_pass_kernel, logits, summing, reading)
+        renyi = {**summing, "FORWARD": False}
+        yield Case(f"Renyi pass, {dtype}", pass_kernels.renyi_pass_kernel, logits, renyi, reading)
         gradient, options = pass_kernels.gradient_kernel, reading | {"num_warps": pass_launches.GRADIENT_WARPS}
-        kinds = [(kind, kind, False) for kind in DIVERGENCES] + [("both KL", "reverse_kl", True)]
+        kinds = [(kind, i, False) for i, kind in enumerate((*DIVERGENCES, "Renyi"))] + [("both KL", 0, True)]
         for (title, kind, forward), log_prob in itertools.product(kinds, (False, True)):
             constants = {
                 "MIX": pass_kernels.BOTH,
-                "KIND": DIVERGENCES.index(kind),
+                "KIND": kind,
                 "BLOCK": pass_launches.GRADIENT_BLOCK,
             }
             constants |= {"WITH_LOG_PROB": log_prob, "WITH_FORWARD": forward}
@@ -186,7 +188,7 @@ def measure(case: Case, arch: int) -> Report:
 def _type(name: str, types: dict[str, str]) -> str:
     if name in types:
         return types[name]
-    if name in ("mix_weight", "jsd_lambda"):
+    if name in ("mix_weight", "jsd_lambda", "teacher_power", "rest_of_order", "renyi_factor"):
         return "fp32"
     return "i32" if name.endswith("_stride") or name.startswith(("num_", "blocks_", "vocab_")) else "*fp32"
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.loss.target import (
+    FAR,
     FLOOR,
     RANGE,
     Divergence,
@@ -33,6 +34,8 @@ from megatron_selfdistill.loss.target import (
     log_mixture_over_p,
     mixed_logits,
     q_minus_p,
+    renyi_gradient,
+    renyi_sums,
     reverse_kl_gradient,
     reverse_kl_terms,
 )
@@ -401,6 +404,21 @@ def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tens
     return shard.over_rows(work, 2)
 
 
+def renyi_pass(shard: Shard, constants: TokenConstants, divergence: Divergence) -> Tensor:
+    """Return [num_parts, T, 2]: this shard's Z - 1 and log Z of the Renyi divergence, see `target.renyi_sums`.
+
+    A shard of padding only has 0 and a log Z that stands for -inf.
+    """
+
+    def work(rows: Chunk) -> Tensor:
+        return renyi_sums(*_log_probs(shard, constants.rows(rows), rows), divergence)
+
+    sums = shard.over_rows(work, 2)
+    if shard.student.shape[1] == 0:
+        sums[..., 1] = -10 * FAR
+    return sums
+
+
 def write_gradient(
     shard: Shard,
     constants: TokenConstants,
@@ -415,26 +433,43 @@ def write_gradient(
 
     The gradient is ``grad_loss dD / ds + incoming (onehot(response token) - p)``, without the second term where
     ``log_prob`` is None.
-    kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, unused for forward KL.  grad_loss: [T].
+    kl_value: [T] KL(p || q) for reverse KL, KL(p || M) for the JSD, the divergence itself for Renyi's, unused for
+    forward KL.  grad_loss: [T].
     forward_shares: [T] `target.forward_share` of the tokens, given if and only if the divergence has ``forward_above``.
     out: may be the student's logits themselves.
     """
     if shard.student.shape[1] == 0:
         return
     for rows in shard.chunks():
-        p, q, d = _probabilities(shard, constants.rows(rows), rows)
-        if divergence.kind == "reverse_kl":
-            gradient = reverse_kl_gradient(p, d, kl_value[rows])
-            if forward_shares is not None:
-                gradient.addcmul_(q_minus_p(p, q, d), forward_shares[rows, None], value=-1)
-        elif divergence.kind == "forward_kl":
-            gradient = q_minus_p(p, q, d).neg_()
+        if divergence.is_renyi:
+            log_p, log_q = _log_probs(shard, constants.rows(rows), rows)
+            p, gradient = log_p.exp(), renyi_gradient(log_p, log_q, kl_value[rows], divergence)
         else:
-            gradient = jsd_gradient(p, d, divergence.jsd_lambda, kl_value[rows])
+            p, gradient = _kl_or_jsd_gradient(shard, constants.rows(rows), rows, kl_value, divergence, forward_shares)
         gradient.mul_(grad_loss[rows, None])
         if log_prob is not None:
             _add_log_prob_gradient(gradient, p, log_prob.incoming[rows], log_prob.columns[rows])
         out[rows] = gradient
+
+
+def _kl_or_jsd_gradient(
+    shard: Shard,
+    chunk: TokenConstants,
+    rows: Chunk,
+    kl_value: Tensor,
+    divergence: Divergence,
+    forward_shares: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Return p and the gradient of the divergence of a chunk."""
+    p, q, d = _probabilities(shard, chunk, rows)
+    if divergence.kind == "forward_kl":
+        return p, q_minus_p(p, q, d).neg_()
+    if divergence.kind == "jsd":
+        return p, jsd_gradient(p, d, divergence.jsd_lambda, kl_value[rows])
+    gradient = reverse_kl_gradient(p, d, kl_value[rows])
+    if forward_shares is not None:
+        gradient.addcmul_(q_minus_p(p, q, d), forward_shares[rows, None], value=-1)
+    return p, gradient
 
 
 def _add_log_prob_gradient(gradient: Tensor, p: Tensor, incoming: Tensor, columns: Tensor) -> None:
@@ -458,3 +493,10 @@ def _probabilities(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Te
     y, x = _shifted(shard, chunk, rows)
     log_p, log_q = y.sub_(chunk.student_log_sum), x.mul_(chunk.beta).sub_(chunk.log_sum)
     return log_p.exp(), log_q.exp(), log_q.sub_(log_p)
+
+
+def _log_probs(shard: Shard, chunk: TokenConstants, rows: Chunk) -> tuple[Tensor, Tensor]:
+    """Return log p and log q of a chunk, -inf where a column does not exist."""
+    y, x = _shifted(shard, chunk, rows)
+    log_p, log_q = y - chunk.student_log_sum, x * chunk.beta - chunk.log_sum
+    return log_p.masked_fill_(y <= FLOOR, -torch.inf), log_q.masked_fill_(x <= FLOOR, -torch.inf)

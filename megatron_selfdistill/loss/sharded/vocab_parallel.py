@@ -55,6 +55,7 @@ from megatron_selfdistill.loss.target import (
     TokenDivergences,
     forward_share,
     mixed_logits,
+    renyi_value,
     token_groups,
 )
 
@@ -332,6 +333,10 @@ def run_forward(
     if divergence.forward_above is not None:
         forward_shares = forward_share(results.target_entropy, divergence.forward_above)
         loss = torch.where(forward_shares > 0, results.reverse_kl + results.forward_kl, results.reverse_kl)
+    elif divergence.is_renyi:
+        parts = gather_parts(backend.renyi_pass(shard, results.constants, divergence), vocab.group).double()
+        loss = renyi_value(parts[..., 0].sum(0), parts[..., 1].logsumexp(0), divergence).to(shard.dtype)
+        kl_value = loss
     elif forward_kl:
         loss = results.forward_kl
     elif divergence.kind == "jsd":
@@ -691,6 +696,7 @@ class Backend:
     second_pass: Callable[..., Tensor]
     finish_tokens: Callable[..., tuple[TokenResults, Any]]
     jsd_pass: Callable[[shard_sums.Shard, TokenConstants, float], Tensor]
+    renyi_pass: Callable[[shard_sums.Shard, TokenConstants, Divergence], Tensor]
     write_gradient: Callable[..., None]
 
 
@@ -762,6 +768,7 @@ def _triton() -> Backend:
         second_pass=pass_launches.second_pass,
         finish_tokens=solver_launches.finish_tokens,
         jsd_pass=pass_launches.jsd_pass,
+        renyi_pass=pass_launches.renyi_pass,
         write_gradient=pass_launches.write_gradient,
     )
 
@@ -778,5 +785,6 @@ _TORCH = Backend(
     second_pass=shard_sums.second_pass,
     finish_tokens=token_statistics.finish_tokens,
     jsd_pass=shard_sums.jsd_pass,
+    renyi_pass=shard_sums.renyi_pass,
     write_gradient=shard_sums.write_gradient,
 )

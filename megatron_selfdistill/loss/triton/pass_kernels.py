@@ -58,6 +58,9 @@ _UNUSUAL = tl.constexpr(-1e11)  # an x below this calls for the branch, which cl
 _NO_COLUMN = tl.constexpr(2**31 - 1)
 _FLOOR = tl.constexpr(FLOOR)
 _UNCONVERGED = tl.constexpr(int(Status.UNCONVERGED))
+RENYI = len(DIVERGENCES)
+"""The kind of `gradient_kernel` for Renyi divergences of either direction."""
+_RENYI = tl.constexpr(RENYI)
 _REVERSE, _FORWARD = tl.constexpr(DIVERGENCES.index("reverse_kl")), tl.constexpr(DIVERGENCES.index("forward_kl"))
 
 
@@ -555,6 +558,60 @@ def jsd_pass_kernel(
     tl.store(out + 1, tl.sum(kl_p_mixture, 0))
 
 
+@triton.jit(do_not_specialize=["num_rows", "num_columns", "blocks_per_part"])
+def renyi_pass_kernel(
+    student,
+    teacher,
+    student_max,
+    teacher_max,
+    mix_max,
+    student_log_sum,
+    beta,
+    log_sum,
+    sums,
+    student_stride,
+    teacher_stride,
+    num_rows,
+    num_columns,
+    blocks_per_part,
+    mix_weight,
+    rest_of_order,
+    MIX: tl.constexpr,
+    FORWARD: tl.constexpr,
+    LANES: tl.constexpr,
+    VEC: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Write one row of ``shard_sums.renyi_pass``.
+
+    rest_of_order: 1 - alpha.  FORWARD: whether the divergence is D(q || p).
+    """
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    constants = _constants(row, student_max, teacher_max, mix_max, student_log_sum, beta, log_sum)
+    student += row * student_stride
+    teacher += row * teacher_stride
+    BLOCK: tl.constexpr = LANES * VEC
+    begin = part * blocks_per_part * BLOCK
+    end = tl.minimum(begin + blocks_per_part * BLOCK, num_columns)
+    lane = tl.arange(0, LANES)
+    small, total, top = tl.zeros([LANES], tl.float32), tl.zeros([LANES], tl.float32), tl.full([], _NOTHING, tl.float32)
+    next_s, next_t = fetched(student, lane, begin, end, VEC, PACKED), fetched(teacher, lane, begin, end, VEC, PACKED)
+    for start in range(begin, end, BLOCK):
+        s, t = numbers_of(next_s, student, lane, VEC, PACKED), numbers_of(next_t, teacher, lane, VEC, PACKED)
+        next_s = fetched(student, lane, start + BLOCK, end, VEC, PACKED)
+        next_t = fetched(teacher, lane, start + BLOCK, end, VEC, PACKED)
+        s, t = with_end(s, student, lane, start, end, VEC), with_end(t, teacher, lane, start, end, VEC)
+        y, x = _shifted(s, t, constants, mix_weight, MIX)
+        terms, height = _renyi_terms(y, x, constants, rest_of_order, FORWARD)
+        small += sum_of(columns_of(terms))
+        higher = tl.maximum(top, _highest(height))
+        total = total * exponential(top - higher) + sum_of(columns_of(exponential(height - higher)))
+        top = higher
+    out = sums + (part.to(tl.int64) * num_rows + row) * 2
+    tl.store(out, tl.sum(small, 0))
+    tl.store(out + 1, tl.log(tl.sum(total, 0)) + top)
+
+
 @triton.jit(do_not_specialize=["num_columns"])
 def gradient_kernel(
     student,
@@ -579,6 +636,9 @@ def gradient_kernel(
     num_columns,
     mix_weight,
     jsd_lambda,
+    teacher_power,
+    rest_of_order,
+    renyi_factor,
     MIX: tl.constexpr,
     KIND: tl.constexpr,
     WITH_LOG_PROB: tl.constexpr,
@@ -603,6 +663,12 @@ def gradient_kernel(
         gradient = -p * (d + kl_value)
         if WITH_FORWARD:
             gradient -= tl.load(forward_shares + row) * _q_minus_p(p, q, d)
+    elif KIND == _RENYI:
+        log_p = y - constants[3]
+        # kl_value - kl_value is NaN where the divergence is infinite, else 0
+        log_ratio = teacher_power * d + (rest_of_order * kl_value + (kl_value - kl_value))
+        gradient = renyi_factor * _q_minus_p(p, exponential(log_p + log_ratio), log_ratio)
+        gradient = tl.where((y <= _FLOOR) & (x <= _FLOOR), 0.0, gradient)
     elif KIND == _FORWARD:
         gradient = -_q_minus_p(p, q, d)
     else:
@@ -659,6 +725,25 @@ def _q_minus_p(p, q, d):
     """Return q - p, exact to the last digits also where q and p are close."""
     smaller = exp_minus_one(-tl.abs(d)) * tl.maximum(p, q)
     return tl.where(d > 0, -smaller, smaller)
+
+
+@triton.jit
+def _renyi_terms(y, x, constants, rest_of_order, FORWARD: tl.constexpr):
+    """Return the terms of Z - 1 and the log of those of Z, see `target.renyi_sums`."""
+    p, q, d = _ratio(y, x, constants)
+    log_p, log_q = y - constants[3], x * constants[4] - constants[5]
+    no_p, no_q = y <= _FLOOR, x <= _FLOOR
+    if FORWARD:
+        first, f, g, d, no_first, no_other = log_q, q, p, -d, no_q, no_p
+    else:
+        first, f, g, no_first, no_other = log_p, p, q, no_p, no_q
+    alone = no_first | no_other
+    d = tl.where(alone, 0.0, d)
+    height = tl.where(no_other, tl.where(rest_of_order < 0, -_FAR, _FAR), first + rest_of_order * d)
+    height = tl.where(no_first, _FAR, height)
+    both = exponential(height)
+    terms = _q_minus_p(f, both, rest_of_order * d) - rest_of_order * _q_minus_p(f, g, d)
+    return tl.where(alone, (both - f) - rest_of_order * (g - f), terms), height
 
 
 @triton.jit

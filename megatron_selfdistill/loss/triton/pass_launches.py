@@ -29,11 +29,13 @@ from megatron_selfdistill.loss.sharded.shard_sums import (
 from megatron_selfdistill.loss.target import Divergence
 from megatron_selfdistill.loss.triton.pass_kernels import (
     BOTH,
+    RENYI,
     STUDENT_ONLY,
     TEACHER_ONLY,
     first_pass_kernel,
     gradient_kernel,
     jsd_pass_kernel,
+    renyi_pass_kernel,
     second_pass_kernel,
 )
 
@@ -149,6 +151,26 @@ def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tens
     return sums
 
 
+def renyi_pass(shard: Shard, constants: TokenConstants, divergence: Divergence) -> Tensor:
+    """Launch the kernel of `shard_sums.renyi_pass`."""
+    sums = _new(shard, 2)
+    if sums.shape[1]:
+        with launching_on(shard.student):
+            renyi_pass_kernel[(sums.shape[1], shard.num_parts)](
+                shard.student,
+                shard.teacher,
+                *constants.tensors(),
+                sums,
+                *_extent(shard, _columns_per_load(shard)),
+                as_sum(shard.mix_weights[0]),
+                as_sum(1 - divergence.order),
+                MIX=mix_of(shard.mix_weights),
+                FORWARD=divergence.kind == "forward_kl",
+                **_summing(shard),
+            )
+    return sums
+
+
 def write_gradient(
     shard: Shard,
     constants: TokenConstants,
@@ -181,8 +203,11 @@ def write_gradient(
                 num_columns,
                 as_sum(shard.mix_weights[0]),
                 as_sum(divergence.jsd_lambda),
+                as_sum(1 - divergence.student_power),
+                as_sum(1 - divergence.order),
+                as_sum(divergence.student_power / (divergence.order - 1) if divergence.is_renyi else 0.0),
                 MIX=mix_of(shard.mix_weights),
-                KIND=DIVERGENCES.index(divergence.kind),
+                KIND=RENYI if divergence.is_renyi else DIVERGENCES.index(divergence.kind),
                 WITH_LOG_PROB=log_prob is not None,
                 WITH_FORWARD=forward_shares is not None,
                 BLOCK=GRADIENT_BLOCK,
