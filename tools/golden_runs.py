@@ -102,6 +102,7 @@ CASES = {
         recipe("skill_sd", *HINTED, "method.keep=2", "method.summarizer=hint_functions.skill_of", "data.limit=8")
     ),
     "sod": Case(recipe("sod", *EPISODES, VERIFIED, "environment.max_turns=3")),
+    "sr_opsd": Case(recipe("sr_opsd", *REWARDED)),
     "teacher_alone": Case(recipe("teacher_alone", VERIFIED)),
     "u_opsd": Case(recipe("u_opsd", *HINTED, "method.threshold=0.2")),
     "uni_opd": Case(recipe("uni_opd", *REWARDED)),

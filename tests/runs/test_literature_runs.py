@@ -20,7 +20,9 @@ VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa"}
 REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd"}
-RECIPES = sorted({"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "u_opsd", "veto"} | REWARDED)
+RECIPES = sorted(
+    {"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "u_opsd", "veto"} | REWARDED
+)
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
 NUM_STEPS = 2
@@ -124,6 +126,14 @@ def test_the_contrast_of_hints_changes_the_advantages_of_the_same_responses(rank
     assert contrasted[0]["rewards/mean"] == plain[0]["rewards/mean"] and 0 < contrasted[0]["hints/share"] <= 1
     assert all(step["gradient_norm"] > 0 for step in contrasted + plain)
     assert contrasted[0]["gradient_norm"] != pytest.approx(plain[0]["gradient_norm"], rel=0.01)
+
+
+def test_the_order_changes_the_divergence_of_the_same_responses(ranks, data, start, run_of, tmp_path):
+    replay = f"rollout.replay={run_of('sr_opsd')}/responses.jsonl"
+    train(ranks, arguments(data, tmp_path / "run", "sr_opsd", start, replay, "method.order=1"))
+    half, whole = (reproducible_metrics(run)[0] for run in (run_of("sr_opsd"), tmp_path / "run"))
+    assert half["gradient_norm"] > 0 and half["loss/reverse_kl"] == whole["loss/reverse_kl"] == whole["loss/mean"]
+    assert 0.3 < half["loss/mean"] / whole["loss/mean"] < 0.7, "near each other the divergence is alpha times KL"
 
 
 def test_forward_kl_is_added_for_some_tokens_of_the_same_responses(ranks, data, start, run_of, tmp_path):
