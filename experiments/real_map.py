@@ -41,7 +41,7 @@ sys.path[:0] = [str(REPOSITORY / "examples")]
 
 from _lib.command_line import prepare_process  # noqa: E402
 from _lib.pretraining import write_records  # noqa: E402
-from _lib.real_tasks import TASKS, WITH_SOLUTION, RealTask  # noqa: E402
+from _lib.real_tasks import TASKS, RealTask  # noqa: E402
 from _lib.retention import QUESTIONS, retention  # noqa: E402
 from _lib.task import Record  # noqa: E402
 from _lib.watched_runs import QUIET, WITHOUT_GUARDS, opened, train_one_step  # noqa: E402
@@ -63,7 +63,8 @@ WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
 FORWARD = "loss.divergence=forward_kl"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
-REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
+REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1", "data.solutions=given")
+NO_HINT = "data.solutions=none"
 ARMS: dict[str, tuple[str, ...]] = {
     BEFORE: (),
     "default": ANCHORED,
@@ -77,16 +78,16 @@ ARMS: dict[str, tuple[str, ...]] = {
     "student_mix_lora": (*WITH_STUDENT, "adapter.rank=16", "optimizer.lr=2e-4"),
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
+    "teacher_alone_forward_guided": (*ALONE, FORWARD, *GUIDED),
     "student_mix_other_hint": WITH_STUDENT,
     "default_other_hint": ANCHORED,
-    "student_mix_no_hint": WITH_STUDENT,
-    "default_no_hint": ANCHORED,
+    "student_mix_no_hint": (*WITH_STUDENT, NO_HINT),
+    "default_no_hint": (*ANCHORED, NO_HINT),
     "grpo": ("recipe=grpo", *REWARDED),
     "rft": ("recipe=rft", *REWARDED),
     "sft": ("method.name=sft",),
 }
-"""Name of an arm -> its overrides; one that ends with ``other_hint`` or ``no_hint`` trains on other hints."""
-NO_HINT = "none"
+"""Name of an arm -> its overrides; one that ends with ``other_hint`` trains on other hints."""
 OTHER_INSTRUCTION = "Answer in plain English."
 REFERS = re.compile(r"\b(?:reference|(?:the|this|given|provided) (?:solution|hint|answer is given))\b", re.IGNORECASE)
 """A response that speaks of the hint as something that it has read."""
@@ -113,18 +114,11 @@ class Cell:
         records = self.task.problems("train", self.seed)
         return with_other_hints(records, self.seed) if self.arm.endswith("other_hint") else records
 
-    @property
-    def wording(self) -> tuple[str, ...]:
-        """The override of an arm whose teacher reads the wording of a hint without the hint."""
-        if not self.arm.endswith("no_hint"):
-            return ()
-        return (f"data.teacher_template='{WITH_SOLUTION.replace('{solution}', NO_HINT)}'",)
-
     def run(self, root: Path, directory: Path) -> dict[str, Any]:
         """Train and measure in ``directory``, with the model under ``root``; return the figures of the line."""
         hf, megatron = model_directories(root)
         held_out = self.task.problems(self.split)[:NUM_HELD_OUT]
-        chosen = (f"optimizer.lr={self.rate:g}", *ARMS[self.arm], *self.wording)
+        chosen = (f"optimizer.lr={self.rate:g}", *ARMS[self.arm])
         overrides = (
             *example.SETTINGS,
             *self.task.overrides,
@@ -260,6 +254,7 @@ LABELS = {
     "student_mix_lora": "mix with the student, adapters of rank 16",
     "teacher_alone": "teacher alone, reverse KL",
     "teacher_alone_forward": "teacher alone, forward KL",
+    "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
     "student_mix_other_hint": "control: mix with the student, another hint",
     "default_other_hint": "control: default, another hint",
     "student_mix_no_hint": "control: mix with the student, the wording without a hint",
