@@ -22,6 +22,9 @@ from megatron_selfdistill.loss.target import entropy
 
 NUM_TOKENS, VOCAB_SIZE = 150, 3000
 SAVED = Target(anchor="reference", teacher_weight=1.0)
+EOPD = Divergence(forward_above=0.8)
+RENYI_TOLERANCES = {0.05: (2e-3, 1e-3), 0.5: (2e-3, 1e-3), 0.999: (2e-3, 1e-3), 2: (2e-2, 2e-3), 4: (8e-2, 4e-3)}
+"""Greatest relative and absolute errors by order: a higher power spreads the columns of a bin further."""
 STUDENT = {"anchor": "student", "match": "student"}
 TOLERANCE_OF_K = {"reference": 1e-3, "student": 2e-2}
 """Greatest relative errors of k: the bins of the page lie along the mix with the reference, which the run has used."""
@@ -38,6 +41,20 @@ SETTINGS: dict[str, tuple[dict[str, Any], Target]] = {
     "teacher alone": (STUDENT | {"rule": "teacher_alone"}, Target("teacher_alone", anchor="student")),
     "forward KL": ({"divergence": "forward_kl"}, SAVED),
     "JSD": ({"divergence": "jsd", "jsd_lambda": 0.3}, SAVED),
+    "eopd": ({"forward_above": EOPD.forward_above}, SAVED),
+    "eopd of the teacher alone": (
+        STUDENT | {"rule": "teacher_alone", "forward_above": EOPD.forward_above},
+        Target("teacher_alone", anchor="student"),
+    ),
+    **{
+        f"sr_opsd of order {order}, {kind}": ({"divergence": kind, "order": order}, SAVED)
+        for kind in ("reverse_kl", "forward_kl")
+        for order in (0.05, 0.5, 0.999, 2, 4)
+    },
+    "sr_opsd of the teacher alone": (
+        STUDENT | {"rule": "teacher_alone", "order": 0.5},
+        Target("teacher_alone", anchor="student"),
+    ),
 }
 CANDIDATES = "explorer.summary(20).then((summary) => summary.ids.filter((id) => id >= 0).length)"
 NUMBERS = """(async () => {
@@ -83,7 +100,8 @@ def test_the_page_computes_the_target_of_whole_rows(tab, rows, name):
     numbers = torch.tensor([row[:6] for row in found], dtype=torch.float64)
     exact = mixed_target(s, t, target, r if target.is_anchored else None)
     torch.testing.assert_close(1 / numbers[:, 0], exact.beta, rtol=TOLERANCE_OF_K[target.anchor], atol=0)
-    kind = Divergence(changes.get("divergence", "reverse_kl"), changes.get("jsd_lambda", 0.5))
+    numbers_of_loss = {name: changes[name] for name in ("jsd_lambda", "order", "forward_above") if name in changes}
+    kind = Divergence(changes.get("divergence", "reverse_kl"), **numbers_of_loss)
     log_p, q = s.log_softmax(-1), exact.log_q.exp()
     expected = {
         1: entropy(exact.log_q),
@@ -95,6 +113,8 @@ def test_the_page_computes_the_target_of_whole_rows(tab, rows, name):
     for column, values in expected.items():
         # The threshold of rare tokens may cut a bin, whose columns count as normally distributed.
         rtol, atol = (1e-2, 4e-3) if column == 4 else (2e-3, 3e-4)
+        if column == 3 and kind.is_renyi:
+            rtol, atol = RENYI_TOLERANCES[kind.order]
         torch.testing.assert_close(numbers[:, column], values, rtol=rtol, atol=atol)
     names = ["matched", "capped", "out_of_range", "undetermined", "given", "unconverged"]
     same = [row[6] == names[status] for row, status in zip(found, exact.status.tolist(), strict=True)]
@@ -141,6 +161,51 @@ def test_switches_change_the_rule_the_anchor_and_the_divergence(browser, page):
     assert settings["rule"] == "teacher_alone" and tab.value("document.getElementById('weight').disabled")
     assert tab.text("[data-number=status]").startswith("given")
     assert tab.problems == []
+
+
+@pytest.mark.parametrize(
+    ("divergence", "words"),
+    [
+        (EOPD, "reverse KL(p ‖ q), and also forward KL(q ‖ p) if H(q) is above 0.8 nats"),
+        (Divergence(order=0.5), "Renyi D(p ‖ q) of order 0.5"),
+        (Divergence("forward_kl", order=0.95), "Renyi D(q ‖ p) of order 0.95"),
+    ],
+)
+def test_the_page_opens_with_the_divergence_of_the_run_and_comes_back_to_it(browser, rows, tmp_path, divergence, words):
+    record = record_of([each[:40] for each in rows], SAVED, divergence)
+    write_target_page(record, tmp_path / "own.html")
+    tab = shown(browser, tmp_path / "own.html")
+    assert f"Mean {words}: " in tab.text("#progress")
+    found = tab.value("[...explorer.values]")
+    assert found == pytest.approx(record["tokens"]["loss"], rel=2e-3, abs=1e-3)
+    tab.value("explorer.choose(18)")
+    assert f"(stored: {record['tokens']['loss'][18]:.3g}"[:12] in tab.text("[data-number=loss]")
+
+    def choose(value: str) -> None:
+        tab.value(f"void (byId('divergence').value = '{value}', byId('divergence').dispatchEvent(new Event('change')))")
+
+    choose("reverse_kl")
+    tab.wait_for("byId('progress').textContent.includes('Mean reverse KL(p ‖ q): ')")
+    assert tab.value("[...explorer.values]") == pytest.approx(record["tokens"]["reverse_kl"], rel=2e-3, abs=3e-4)
+    choose("saved")
+    tab.wait_for(f"byId('progress').textContent.includes({json.dumps(f'Mean {words}: ')})")
+    assert tab.value("[...explorer.values]") == found and tab.problems == []
+
+
+def test_a_divergence_that_hangs_on_unstored_logits_is_said_to_be_unknown(browser, tmp_path):
+    """At token 0, 2000 columns are far below both maxima, and much less likely under the target."""
+    rows = logit_rows(2, VOCAB_SIZE, 2)
+    for each, depth in zip(rows, (60.0, 90.0), strict=True):
+        each[:, 1000:] -= 4
+        each[0, 1000:] = each[0].max() - depth - torch.rand(2000, generator=torch.Generator().manual_seed(1))
+    alone = Target("teacher_alone", anchor="student")
+    write_target_page(record_of(rows, alone, Divergence(order=4)), tmp_path / "far.html")
+    tab = shown(browser, tmp_path / "far.html")
+    unknown = "The stored logits do not determine the divergence at 1 of 2 tokens, which the mean leaves out."
+    assert unknown in tab.text("#progress")
+    tab.value("explorer.choose(0)")
+    assert tab.text("[data-number=loss]").startswith("not determined by the stored logits")
+    assert tab.value("Number.isFinite(explorer.values[1])") and tab.problems == []
 
 
 def test_pointer_and_keys_choose_tokens_and_tell_a_screen_reader(browser, page):

@@ -143,7 +143,7 @@ def _summary(explored: ExploredResponse, out: Path) -> str:
     text = ", ".join(f"{name.replace('_', ' ')} {status.count(name)}" for name in dict.fromkeys(status))
     mean = sum(losses) / len(losses)
     return (
-        f"{len(losses)} tokens, mean {explored.settings.divergence.kind} {mean:.4g} nats per token; k: {text}\n"
+        f"{len(losses)} tokens, mean {explored.settings.divergence_text}: {mean:.4g} nats per token; k: {text}\n"
         f"written to {out}: open it in a browser"
     )
 

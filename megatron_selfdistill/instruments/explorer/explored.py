@@ -52,6 +52,14 @@ class TokenTarget:
     target: Target
     divergence: Divergence
 
+    @property
+    def divergence_text(self) -> str:
+        """The name of the divergence with the numbers that change it."""
+        own = self.divergence
+        if own.forward_above is not None:
+            return f"{own.kind}, and also forward_kl above {own.forward_above:g} nats of target entropy"
+        return f"Renyi {own.kind} of order {own.order:g}" if own.is_renyi else own.kind
+
     def record(self) -> dict[str, Any]:
         """Return the settings as plain values.
 
@@ -67,6 +75,8 @@ class TokenTarget:
             "match": "reference" if target.matches_reference else "student",
             "divergence": self.divergence.kind,
             "jsd_lambda": self.divergence.jsd_lambda,
+            "order": self.divergence.order,
+            "forward_above": self.divergence.forward_above,
         }
 
 

@@ -32,6 +32,9 @@ _FIELDS: dict[str, type] = {
 
 _FILE = re.compile(r"step_(\d{7,})_(\d+)\.json\.gz")
 
+_KL = {"order": 1, "forward_above": None}
+"""The settings that older records lack, whose divergence is KL or the JSD."""
+
 VERSION = 1
 """The version of the form of a record that the page reads."""
 
@@ -99,6 +102,7 @@ def target_page(record: Mapping[str, Any]) -> str:
             "use the version of this package that has written it"
         )
     overview = {name: value for name, value in record.items() if name not in ("blocks", "texts")}
+    overview["settings"] = _KL | record["settings"]
     blocks = {f"block-{number}": block for number, block in enumerate(record["blocks"])}
     scripts = [asset(name) for name in ("target.js", "explorer.js", "explorer_page.js")]
     data = {"overview": overview, "texts": record["texts"], **blocks}

@@ -21,7 +21,11 @@ const RULES = /** @type {Record<string, {text: string, values: Partial<Settings>
   fixed: { text: "fixed k = 1 + w", values: { rule: "fixed", k_max: "1 + w", k: null } },
   teacher: { text: "teacher alone", values: { rule: "teacher_alone", k_max: "1 + w", k: null } },
 });
-const DIVERGENCES = { reverse_kl: "reverse KL(p ‖ q)", forward_kl: "forward KL(q ‖ p)", jsd: "Jensen-Shannon" };
+const DIVERGENCES = /** @type {Record<string, {text: string, values: Partial<Settings>}>} */ ({
+  reverse_kl: { text: "reverse KL(p ‖ q)", values: { divergence: "reverse_kl", order: 1, forward_above: null } },
+  forward_kl: { text: "forward KL(q ‖ p)", values: { divergence: "forward_kl", order: 1, forward_above: null } },
+  jsd: { text: "Jensen-Shannon", values: { divergence: "jsd", order: 1, forward_above: null } },
+});
 
 /** The whole page in one object: data, settings, and the choice of a token. */
 class Explorer {
@@ -136,12 +140,14 @@ class Explorer {
   showTotals() {
     const values = Array.from(this.values).filter(Number.isFinite);
     const mean = values.reduce((sum, value) => sum + value, 0) / Math.max(1, values.length);
+    const unknown = this.values.filter(Number.isNaN).length;
     const differing = this.differs.reduce((sum, value) => sum + value, 0);
     const capped = this.statuses.filter((status) => status === "capped").length;
     const ofAll = (/** @type {number} */ count) => `at ${count} of ${this.numTokens} tokens`;
     byId("progress").textContent =
-      `${settingsText(this.settings)}. Mean ${divergenceName(this.settings)} ${numberText(mean)} nats per token; ` +
-      `k is at its bound ${ofAll(capped)}; the target's first choice differs from the student's ${ofAll(differing)}.`;
+      `${settingsText(this.settings)}. Mean ${divergenceText(this.settings)}: ${numberText(mean)} nats per token; ` +
+      `k is at its bound ${ofAll(capped)}; the target's first choice differs from the student's ${ofAll(differing)}.` +
+      (unknown ? ` The stored logits do not determine the divergence ${ofAll(unknown)}, which the mean leaves out.` : "");
     const errors = Array.from(this.errors).filter(Number.isFinite).sort((a, b) => a - b);
     if (errors.length) {
       byId("accuracy").textContent =
@@ -217,9 +223,33 @@ function ruleText(settings) {
   return `${settings.rule === "batch" ? "one k per step" : "fixed k"} = ${k}`;
 }
 
-/** @param {Settings} settings */
+/**
+ * Return the name in DIVERGENCES of the divergence of these settings; "saved" for another one.
+ * @param {Settings} settings
+ */
 function divergenceName(settings) {
-  return DIVERGENCES[/** @type {keyof typeof DIVERGENCES} */ (settings.divergence)];
+  return settings.order === 1 && settings.forward_above === null ? settings.divergence : "saved";
+}
+
+/**
+ * Return the divergence of these settings in words.
+ * @param {Settings} settings
+ */
+function divergenceText(settings) {
+  const { forward_above: threshold, order } = settings;
+  if (threshold !== null) {
+    return `reverse KL(p ‖ q), and also forward KL(q ‖ p) if H(q) is above ${numberText(threshold)} nats`;
+  }
+  if (order === 1) return DIVERGENCES[settings.divergence].text;
+  return `Renyi D(${settings.divergence === "reverse_kl" ? "p ‖ q" : "q ‖ p"}) of order ${numberText(order)}`;
+}
+
+/**
+ * Return a divergence as text.
+ * @param {number} value NaN if the summary does not determine it
+ */
+function lossText(value) {
+  return Number.isNaN(value) ? "not determined by the stored logits" : `${numberText(value)} nats`;
 }
 
 /**
@@ -253,7 +283,7 @@ function showToken(explorer, token, summary, target) {
   byId("chosen-title").textContent = `Token ${token + 1} of ${explorer.numTokens}: `;
   byId("chosen-text").textContent = text;
   byId("announcement").textContent =
-    `Token ${token + 1}, ${text}: ${divergenceName(settings)} ${numberText(target.loss)} nats, ` +
+    `Token ${token + 1}, ${text}: ${divergenceText(settings)}: ${lossText(target.loss)}, ` +
     `k ${numberText(target.k)}, ${target.status.replaceAll("_", " ")}` +
     (target.best === target.studentBest ? "" : ", the target's first choice differs from the student's");
   byId("numbers").replaceChildren(...numberRows(explorer, token, target));
@@ -271,10 +301,12 @@ function numberRows(explorer, token, target) {
   const stored = tokens.k[token];
   const error = explorer.isAsSaved && stored !== null ? ` (stored: ${numberText(stored)}, ` +
     `differs by ${errorText(Math.abs(target.k / stored - 1))})` : "";
+  const loss = explorer.isAsSaved ? tokens.loss[token] : null;
+  const storedLoss = loss === null ? "" : ` (stored: ${numberText(loss)})`;
   const storedMass = explorer.isAsSaved ? tokens.mass_on_rare_student?.[token] : null;
   /** @type {[string, string, string][]} */
   const rows = [
-    [divergenceName(explorer.settings), `${numberText(target.loss)} nats`, "loss"],
+    [divergenceText(explorer.settings), `${lossText(target.loss)}${storedLoss}`, "loss"],
     ["k", `${numberText(target.k)}${error}`, "k"],
     ["status", STATUS_TEXTS[target.status], "status"],
     ["mass on tokens that the student did not consider (below 1e-3)", numberText(storedMass ?? target.rareMass), "rare"],

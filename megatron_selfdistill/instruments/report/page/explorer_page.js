@@ -69,7 +69,9 @@ function showControls(explorer) {
   if (explorer.overview.models.length === 3) anchors.push(option("reference", "the reference"));
   const anchor = select("anchor", anchors);
   const match = select("match", anchors.map((one) => /** @type {HTMLElement} */ (one.cloneNode(true))));
-  const divergence = select("divergence", Object.entries(DIVERGENCES).map(([name, text]) => option(name, text)));
+  const divergences = Object.entries(DIVERGENCES).map(([name, { text }]) => option(name, text));
+  if (divergenceName(saved) === "saved") divergences.unshift(option("saved", divergenceText(saved)));
+  const divergence = select("divergence", divergences);
   const reset = element("button", { type: "button", id: "reset" }, "As saved");
 
   const show = () => {
@@ -79,7 +81,7 @@ function showControls(explorer) {
     input(rule).value = ruleName(now);
     input(anchor).value = now.anchor;
     input(match).value = now.match;
-    input(divergence).value = now.divergence;
+    input(divergence).value = divergenceName(now);
     const mixes = now.rule !== "teacher_alone";
     input(weight).disabled = !mixes;
     input(anchor).disabled = !mixes || anchors.length === 1;
@@ -98,7 +100,10 @@ function showControls(explorer) {
   });
   anchor.addEventListener("change", () => change({ anchor: input(anchor).value, match: input(anchor).value }));
   match.addEventListener("change", () => change({ match: input(match).value }));
-  divergence.addEventListener("change", () => change({ divergence: input(divergence).value }));
+  divergence.addEventListener("change", () => {
+    const { divergence: kind, order, forward_above } = saved;
+    change(DIVERGENCES[input(divergence).value]?.values ?? { divergence: kind, order, forward_above });
+  });
   reset.addEventListener("click", () => change({ ...saved }));
   show();
   byId("controls").append(

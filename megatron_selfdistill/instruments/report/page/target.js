@@ -6,6 +6,7 @@ const MIN_ENTROPY = 1e-6;
 const MATCH_TOLERANCE = 1e-5;
 const BETA_RANGE = 16;
 const RARE = 1e-3;
+const FAR_SHARE = 1e-4; // the largest share of the bin of far columns in a sum that counts as known
 
 /**
  * The summary of a token's logits (loss/sharded/logit_summary.py), the models in the order student, teacher, reference.
@@ -30,6 +31,8 @@ const RARE = 1e-3;
  * @property {string} match the model whose entropy the target has: student or reference
  * @property {string} divergence reverse_kl, forward_kl or jsd
  * @property {number} jsd_lambda
+ * @property {number} order the order of the Renyi divergence in the place of KL; 1 is KL
+ * @property {number | null} forward_above with reverse_kl: H(q) in nats above which KL(q || p) is added
  */
 
 /**
@@ -45,7 +48,7 @@ const RARE = 1e-3;
  * @property {string} status a name of loss.status.Status in lower case
  * @property {number} entropy H(q) in nats
  * @property {number} reverseKl KL(p || q)
- * @property {number} loss the chosen divergence
+ * @property {number} loss the chosen divergence; NaN if the summary does not determine it
  * @property {number} rareMass the mass of q on tokens to which the student gives less than 1e-3
  * @property {Float64Array} q of each candidate
  * @property {number} best the slot of the candidate with the largest q
@@ -238,7 +241,7 @@ function targetOf(summary, settings, entropies) {
     status,
     entropy,
     reverseKl,
-    loss: divergenceOf(summary, settings, { q, rest, entropy, reverseKl }),
+    loss: divergenceOf(summary, settings, { weights, beta, logZ, q, rest, entropy, reverseKl }),
     rareMass: rareMass(summary, q, rest),
     q,
     best: largest(q),
@@ -286,22 +289,70 @@ function binsUnder(summary, mix, weights, beta, logZ) {
 }
 
 /**
- * Return the divergence of the settings between student and target.
+ * The target of one token as its divergence needs it: q = softmax(beta m) with m = weights * logits, and log Z.
+ * @typedef {{weights: number[], beta: number, logZ: number, q: Float64Array, rest: ReturnType<typeof binsUnder>,
+ *   entropy: number, reverseKl: number}} FoundTarget
+ */
+
+/**
+ * Return the divergence of the settings between student and target; NaN if the summary does not determine it.
  * @param {Summary} summary
  * @param {Settings} settings
- * @param {{q: Float64Array, rest: ReturnType<typeof binsUnder>, entropy: number, reverseKl: number}} target
+ * @param {FoundTarget} target
  */
 function divergenceOf(summary, settings, target) {
-  if (settings.divergence === "reverse_kl") return target.reverseKl;
-  const { q, rest } = target;
+  if (settings.order !== 1) return renyi(summary, settings, target);
+  if (settings.divergence === "jsd") return jsd(summary, settings.jsd_lambda, target);
+  if (settings.divergence === "forward_kl") return forwardKl(summary, target);
+  const isUncertain = settings.forward_above !== null && target.entropy > settings.forward_above;
+  return target.reverseKl + (isUncertain ? forwardKl(summary, target) : 0);
+}
+
+/**
+ * Return KL(q || p).
+ * @param {Summary} summary
+ * @param {FoundTarget} target
+ */
+function forwardKl(summary, { q, rest, entropy }) {
+  let student = 0;
+  for (let slot = 0; slot < q.length; slot++) if (q[slot] > 0) student += q[slot] * summary.logits[0][slot];
+  for (const bin of rest) student += bin.mass * bin.student;
+  return Math.max(0, -entropy - student + summary.logNormalisers[0]);
+}
+
+/**
+ * Return the Renyi divergence log(sum p^b q^(1 - b)) / (order - 1), with b = order, or 1 - order for forward_kl.
+ *
+ * p^b q^(1 - b) is e to a mix of the models' logits, so that its sum is a normaliser, as those of p and q are.  All three
+ * come from the same candidates and bins, so that p = q gives 0 and an order near 1 gives KL.
+ * @param {Summary} summary
+ * @param {Settings} settings
+ * @param {FoundTarget} target
+ */
+function renyi(summary, settings, target) {
+  const { weights, beta, logZ } = target;
+  const isReverse = settings.divergence === "reverse_kl";
+  const kl = isReverse ? target.reverseKl : forwardKl(summary, target);
+  if (settings.order > 1 && kl === Infinity) return Infinity;
+  const power = isReverse ? settings.order : 1 - settings.order;
+  const student = weights.map((_, model) => (model === 0 ? 1 : 0));
+  const both = weights.map((weight, model) => power * student[model] + (1 - power) * beta * weight);
+  const sum = mixOf(summary, both);
+  const { logZ: logSum } = sumsAt(sum, 1);
+  const far = sum.bins.indexOf(summary.counts.length - 1); // the bin of the columns far below a maximum: a mean alone
+  if (far >= 0 && sum.logCounts[far] + sum.means[far] - logSum > Math.log(FAR_SHARE)) return NaN;
+  const expected = power * sumsAt(mixOf(summary, student), 1).logZ + (1 - power) * logZ;
+  return Math.max(0, (logSum - expected) / (settings.order - 1));
+}
+
+/**
+ * Return the Jensen-Shannon divergence.
+ * @param {Summary} summary
+ * @param {number} lambda
+ * @param {FoundTarget} target
+ */
+function jsd(summary, lambda, { q, rest }) {
   const normaliser = summary.logNormalisers[0];
-  if (settings.divergence === "forward_kl") {
-    let student = 0;
-    for (let slot = 0; slot < q.length; slot++) if (q[slot] > 0) student += q[slot] * summary.logits[0][slot];
-    for (const bin of rest) student += bin.mass * bin.student;
-    return Math.max(0, -target.entropy - student + normaliser);
-  }
-  const lambda = settings.jsd_lambda;
   let total = 0;
   for (let slot = 0; slot < q.length; slot++) {
     if (summary.ids[slot] < 0) continue;

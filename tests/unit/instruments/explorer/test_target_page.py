@@ -39,6 +39,12 @@ def test_a_page_holds_the_record_in_blocks_and_no_text_as_markup(record):
     assert Words.NASTY[0] in record["tokens"]["text"] and "document.title" not in page
 
 
+def test_a_record_without_an_order_and_a_threshold_is_one_of_kl(record):
+    older = {name: value for name, value in record["settings"].items() if name not in ("order", "forward_above")}
+    pages = [blocks_of(target_page({**record, "settings": settings})) for settings in (older, record["settings"])]
+    assert pages[0]["overview"]["settings"] == pages[1]["overview"]["settings"] == record["settings"]
+
+
 def test_a_record_of_another_version_is_refused(record):
     with pytest.raises(ValueError, match="expected an explored response of version 1, got version 7"):
         target_page({**record, "version": 7})
