@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The guards of a run: infinite numbers and NaN, engines that disagree with the trainer, a student that collapses."""
+"""The guards of a run: infinite numbers and NaN, engines that disagree, a student that collapses or repeats itself."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class RunUnhealthy(RuntimeError):
 class Guards:
     """The comparison of every step's metrics with their means over the first ``reference_steps`` steps.
 
-    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student and response/length_mean; a guard is
-    silent if the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same step.
+    The guards read loss/mean, gradient_norm, `DISTANCE`, `WORST`, entropy/student, response/length_mean and `LOOPS`; a
+    guard is silent if the run does not have its metric.  All ranks get the same metrics, so all ranks raise at the same
+    step.
     `warnings` reads `DISTANCE` and `LOOPS`, and stops no run.
     """
 
@@ -68,7 +69,7 @@ class Guards:
         self.config, self.engines, self.student_samples = config, engines, student_samples
         self.has_warned: set[str] = set()
         """The metrics of which this launch has warned."""
-        self.limits = _limits(config, loss_should_fall)
+        self.limits = _limits(config, loss_should_fall, student_samples)
         self.sums: dict[str, float] = {}
         self.counts: dict[str, int] = {}
         self.violations: dict[str, int] = {}
@@ -84,7 +85,8 @@ class Guards:
         """
         self.check_finite(step, metrics)
         self._judge_distance(step, metrics)
-        for key in dict.fromkeys(limit.key for limit in self.limits):
+        judged = [limit.key for limit in self.limits] + [LOOPS] * self.student_samples  # `warnings` reads its reference
+        for key in dict.fromkeys(judged):
             if key not in metrics:
                 continue
             if self.counts.get(key, 0) < (1 if key == LOSS else self.config.reference_steps):
@@ -113,7 +115,7 @@ class Guards:
 
         The engines and the trainer compute log-probs that differ by more than `WARNED_DISTANCE`; or, for ``patience``
         steps in a row, more responses end in a loop than over the first ``reference_steps`` steps, by `MANY_LOOPS`.
-        Call this method once for every step: the loops of the first steps become their reference, as in `check`.
+        Call this method once for every step, before `check`, which takes the reference.
         """
         found = {DISTANCE: self._warning_of_the_distance(metrics), LOOPS: self._warning_of_loops(metrics)}
         new = {key: text for key, text in found.items() if text is not None and key not in self.has_warned}
@@ -141,7 +143,6 @@ class Guards:
             return None
         share, count = metrics[LOOPS], self.counts.get(LOOPS, 0)
         if count < self.config.reference_steps:
-            self._add_to_reference(LOOPS, share)
             return None
         first = self.sums[LOOPS] / count
         in_a_row = self._in_a_row(LOOPS, share > first + MANY_LOOPS)
@@ -195,7 +196,7 @@ class Guards:
             side, count = "below" if limit.is_minimum else "above", self.counts[limit.key]
             first = "its first value" if count == 1 else f"its mean over the first {count} steps"
             raise RunUnhealthy(
-                f"step {step}: {limit.name}: {limit.key} has been {side} {limit.ratio:g} times its reference "
+                f"step {step}: {limit.name}: {limit.key} has been {side} {limit.bound} "
                 f"for {in_a_row} steps; it is {value:.4g}, and {first} was {reference:.4g}; {limit.advice} "
                 f"(guards.{limit.option}=null turns this guard off)"
             )
@@ -326,6 +327,11 @@ class _Limit:
     slack: float = 0.0
     """The distance from the reference, in the metric's unit, that never violates a maximum."""
 
+    @property
+    def bound(self) -> str:
+        """The bound in words."""
+        return f"its reference plus {self.slack:g}" if self.ratio == 1 else f"{self.ratio:g} times its reference"
+
     def violated(self, value: float, reference: float) -> bool:
         """Return whether ``value`` is beyond the limit for this ``reference``."""
         if self.is_minimum:
@@ -333,7 +339,7 @@ class _Limit:
         return not value <= max(self.ratio * reference, reference + self.slack)
 
 
-def _limits(config: GuardsConfig, loss_should_fall: bool) -> list[_Limit]:
+def _limits(config: GuardsConfig, loss_should_fall: bool, student_samples: bool) -> list[_Limit]:
     """Return the limits that the configuration sets."""
     limits = []
     if loss_should_fall and config.max_loss_ratio is not None:
@@ -367,6 +373,10 @@ def _limits(config: GuardsConfig, loss_should_fall: bool) -> list[_Limit]:
         limits.append(
             _Limit("length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice)
         )
+    if student_samples and config.max_loop_rise is not None:
+        advice = "read the samples, and resume from an earlier checkpoint with a lower optimizer.lr"
+        rise = config.max_loop_rise
+        limits.append(_Limit("loops", LOOPS, "max_loop_rise", 1.0, advice, is_minimum=False, slack=rise))
     return limits
 
 

@@ -15,6 +15,7 @@ from tiny_run import overrides, recorded, reproducible_metrics, saved_step, trai
 from megatron_selfdistill.config import load
 from megatron_selfdistill.metrics import read_samples
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.run_log import read_events
 from megatron_selfdistill.train import main
 
 BAD_INPUT = {
@@ -145,6 +146,38 @@ def test_the_entropy_guard_stops_a_run_and_the_teacher_canary_does_so_before_the
     train_each(ranks, runs, expected=3)
     assert len(reproducible_metrics(tmp_path / "entropy")) == 2
     assert not reproducible_metrics(tmp_path / "canary")
+
+
+def with_a_looping_student(arguments: list[str]) -> int:
+    """Let the student of the third step repeat one token: layers add nothing, and one row of the output is large."""
+    from megatron_selfdistill.trainer import Trainer
+
+    update = Trainer.update
+
+    def spoilt(self, step):  # type: ignore[no-untyped-def]
+        metrics = update(self, step)
+        if self.step == 1:
+            for name, weight in self.learner.chunks[0].named_parameters():
+                if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+                    weight.data.zero_()
+                if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+                    weight.data.zero_()
+                    weight.data[slice(5, 6) if "output" in name else slice(None), 0] = 100.0
+        return metrics
+
+    return tiny_run.start_with(arguments, Trainer, "update", spoilt)
+
+
+def test_the_guard_of_loops_stops_a_run_whose_student_repeats_itself(ranks, data, tmp_path):
+    keys = ["rollout.max_new_tokens=30", "guards.reference_steps=2", "guards.patience=1", "num_steps=3"]
+    keys += ["guards.max_entropy_ratio=null", "guards.min_entropy_ratio=null", "guards.min_length_ratio=null"]
+    arguments = overrides(data, tmp_path / "run", *keys, "guards.max_loss_ratio=null")
+    train(ranks, arguments, start=with_a_looping_student, expected=3)
+    lines = reproducible_metrics(tmp_path / "run")
+    assert lines[-1]["response/loop_share"] == 1.0 > 0.5 + max(line["response/loop_share"] for line in lines[:2])
+    reason = read_events(tmp_path / "run")[-1]["reason"]
+    assert reason.startswith("step 3: loops: response/loop_share has been above its reference plus 0.5 for 1 steps")
+    train(ranks, [*arguments, f"run_dir={tmp_path / 'off'}", "guards.max_loop_rise=null"], start=with_a_looping_student)
 
 
 def with_a_broken_teacher_pass(arguments: list[str]) -> int:

@@ -18,6 +18,7 @@ from megatron_selfdistill.config.schema.ranges import (
     NonNegativeInt,
     OneOf,
     PositiveInt,
+    Share,
     Text,
     at_least,
     at_most,
@@ -233,6 +234,9 @@ class GuardsConfig:
     alone does not."""
     min_length_ratio: NonNegativeFloat | None = 0.25
     """Smallest mean length of the responses, as a share of its reference."""
+    max_loop_rise: Share | None = 0.5
+    """Largest rise of the share of the sampled responses that end in a loop above its reference.  The run warns of a
+    rise above 0.1."""
 
     def __post_init__(self) -> None:
         check_fields("guards", self)

@@ -25,6 +25,8 @@ from megatron_selfdistill.metrics.guards import (
 from megatron_selfdistill.rollout.factory import engines_of
 
 CONFIG = GuardsConfig(reference_steps=3, patience=2)
+WARNS = dataclasses.replace(CONFIG, max_loop_rise=None)
+"""Guards that warn of loops and do not stop a run for them."""
 HEALTHY = {"loss/mean": 0.1, "gradient_norm": 1.0, "entropy/student": 0.06, "response/length_mean": 22.0}
 
 
@@ -186,11 +188,13 @@ def test_an_engine_that_disagrees_is_warned_of_once():
 
 def warned_at(guards: Guards, shares: list[float], start: int = 0) -> list[int]:
     """Return the places in ``shares`` of response/loop_share at which ``guards`` warn, from ``start`` on."""
-    return [
-        place
-        for place, share in enumerate(shares)
-        if place >= start and guards.warnings({"response/loop_share": share})
-    ]
+    places = []
+    for place, share in enumerate(shares[start:], start):
+        metrics = HEALTHY | {"response/loop_share": share}
+        if guards.warnings(metrics):
+            places.append(place)
+        guards.check(place, metrics)
+    return places
 
 
 @pytest.mark.parametrize(
@@ -206,25 +210,47 @@ def warned_at(guards: Guards, shares: list[float], start: int = 0) -> list[int]:
 )
 def test_a_rise_of_the_loops_is_warned_of_once_after_patience(shares, places):
     """The mean of the first three shares is the reference, and two steps in a row are the patience."""
-    assert warned_at(Guards(CONFIG, student_samples=True), shares) == places
-    assert warned_at(Guards(CONFIG), shares) == [], "the responses are not those of the student"
+    assert warned_at(Guards(WARNS, student_samples=True), shares) == places
+    assert warned_at(Guards(WARNS), shares) == [], "the responses are not those of the student"
 
 
 @pytest.mark.parametrize("killed_at", range(5))
 def test_a_resumed_run_warns_of_loops_as_if_it_had_never_stopped(killed_at):
     shares = [0.1, 0.2, 0.3, 0.31, 0.31]
-    before, after = (Guards(CONFIG, student_samples=True) for _ in range(2))
+    before, after = (Guards(WARNS, student_samples=True) for _ in range(2))
     assert warned_at(before, shares[:killed_at]) == []
     after.load_state_dict(json.loads(json.dumps(before.state_dict())))
     assert warned_at(after, shares, killed_at) == [4]
 
 
 def test_the_warning_of_loops_says_what_was_expected_and_what_to_do():
-    guards = Guards(CONFIG, student_samples=True)
-    *_, (text,) = [guards.warnings({"response/loop_share": share}) for share in (0.1, 0.2, 0.3, 0.31, 0.31)]
+    guards = Guards(WARNS, student_samples=True)
+    assert warned_at(guards, [0.1, 0.2, 0.3, 0.31]) == []
+    [text] = guards.warnings({"response/loop_share": 0.31})
     assert text.startswith("warning: more responses end in a loop than at the start: expected a response/loop_share")
     assert "at most 0.30 (0.1 above the mean of the first 3 steps), got 0.31 after 2 such steps" in text
     assert "optimizer.lr" in text and "\n" not in text
+
+
+def loops(*shares: float) -> list[dict[str, float]]:
+    return [{"response/loop_share": share} for share in shares]
+
+
+@pytest.mark.parametrize("max_loop_rise", [0.5, 0.25])
+def test_loops_stop_a_run_after_patience_once_their_share_has_risen_too_far(max_loop_rise):
+    """The mean of the first three shares is .25."""
+    config = dataclasses.replace(CONFIG, max_loop_rise=max_loop_rise)
+    trace = loops(0.0, 0.25, 0.5, *[0.25 + max_loop_rise] * 4, 1.0, 0.0, 0.8, 0.8125)
+    step, message = stopped_at(Guards(config, student_samples=True), trace)
+    assert step == 10 and message.startswith("step 10: loops: response/loop_share has been above its reference plus")
+    assert f"plus {max_loop_rise:g} for 2 steps; it is 0.8125, and its mean over the first 3 steps was 0.25" in message
+    assert "optimizer.lr" in message and "(guards.max_loop_rise=null turns this guard off)" in message
+    assert stopped_at(Guards(config), trace) is None, "the responses are not those of the student"
+    assert stopped_at(Guards(WARNS, student_samples=True), trace) is None
+
+
+def test_a_base_that_loops_from_the_start_goes_on():
+    assert stopped_at(Guards(CONFIG, student_samples=True), loops(*[0.6] * 3, *[1.0] * 5)) is None
 
 
 @pytest.mark.parametrize(
