@@ -17,28 +17,36 @@ PACKAGE = "megatron_selfdistill"
 # A package has an upper bound where results depend on it: the next version that may break what the tests have seen, so
 # that a plain `pip install` takes what is tested.  psutil, rich, tensorboard and matplotlib measure and show; a bound
 # would only keep their repairs away.  transformers chooses the tokenizers that fit it.
+
+# What `pip install` alone brings: the loss, for trainers that do not use Megatron.
 REQUIREMENTS = [
     "torch>=2.6,<2.14",  # the extra vllm wants 2.13.0 exactly
-    "megatron-core>=0.16.1,<0.17",
-    "psutil",  # megatron-core needs it to write checkpoints but does not declare it: without it a save hangs
-    "numpy<3",
-    "transformers>=5,<6",
-    "jinja2>=3.1,<4",  # transformers needs it for chat templates and does not declare it
-    "tokenizers",
-    "sentencepiece>=0.2,<0.3",
-    "datasets>=4,<6",
-    "hydra-core>=1.3,<1.4",
-    "omegaconf>=2.3,<2.4",
-    "httpx>=0.27,<1",
-    "rich>=13",
-    "tensorboard>=2.15",
-    "matplotlib>=3.8",
-    "math-verify>=0.8,<1",
-    "safetensors>=0.5,<1",
-    "huggingface_hub>=1,<3",
 ]
 
+# Every extra except `report` includes `train`, so that one name installs all that its users need (`extras_require`).
 EXTRAS = {
+    # What `selfdistill report` needs, on a machine that trains nothing.
+    "report": ["pyyaml>=6,<7"],
+    "train": [
+        "megatron-core>=0.16.1,<0.17",
+        "psutil",  # megatron-core needs it to write checkpoints but does not declare it: without it a save hangs
+        "numpy<3",
+        "transformers>=5,<6",
+        "jinja2>=3.1,<4",  # transformers needs it for chat templates and does not declare it
+        "tokenizers",
+        "sentencepiece>=0.2,<0.3",
+        "datasets>=4,<6",
+        "hydra-core>=1.3,<1.4",
+        "omegaconf>=2.3,<2.4",
+        "pyyaml>=6,<7",
+        "httpx>=0.27,<1",
+        "rich>=13",
+        "tensorboard>=2.15",
+        "matplotlib>=3.8",
+        "math-verify>=0.8,<1",
+        "safetensors>=0.5,<1",
+        "huggingface_hub>=1,<3",
+    ],
     # 0.33 was read name by name and not run (it wants torch 2.14, and has no build for a CPU): servers, whose
     # environment has its own torch, may have it.
     "vllm": ["vllm>=0.32,<0.34"],
@@ -71,6 +79,12 @@ EXTRAS = {
         "wheel",
     ],
 }
+
+
+def extras_require() -> dict[str, list[str]]:
+    """Return the packages of every extra: its own, and those of ``train`` in every extra for runs."""
+    alone = ("report", "train")
+    return {name: own if name in alone else [*EXTRAS["train"], *own] for name, own in EXTRAS.items()}
 
 
 class BuildWithConfigs(build_py):
@@ -137,7 +151,7 @@ setup(
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
     package_data={f"{PACKAGE}.data": ["*.yaml"], f"{PACKAGE}.instruments.report": ["page/*"]},
     install_requires=REQUIREMENTS,
-    extras_require=EXTRAS,
+    extras_require=extras_require(),
     entry_points={"console_scripts": [f"selfdistill = {PACKAGE}.cli:main"]},
     cmdclass={"build_py": BuildWithConfigs},
     zip_safe=False,

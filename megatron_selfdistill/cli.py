@@ -13,17 +13,22 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from megatron_selfdistill.installation import MissingExtraError, install_command, require_extra
 from megatron_selfdistill.terminal import guard_standard_error
 
 EXIT_USAGE = 2
 
 
 class Command(NamedTuple):
-    """One command: the module whose ``main`` runs the command, its purpose, and an example of its arguments."""
+    """One command: the module whose ``main`` runs the command, its purpose, and an example of its arguments.
+
+    extra: the extra of setup.py that the command needs; None for a command that works without.
+    """
 
     module: str
     purpose: str
     example: str
+    extra: str | None = "train"
 
 
 COMMANDS = {
@@ -71,16 +76,19 @@ COMMANDS = {
         "instruments.report.report_command",
         "Show runs in one HTML file: curves, differences, responses and events.",
         "runs/first runs/second -o comparison.html",
+        extra="report",
     ),
     "doctor": Command(
         "instruments.doctor.doctor_command",
         "Report what this node has and lacks, and let its GPUs verify what they compute.",
         "--ranks 8",
+        extra=None,
     ),
     "serve": Command(
         "rollout.vllm.server.serve",
         "Start a vLLM server for rollouts, in an environment that has vLLM.",
         "--hf-config /models/Qwen3-8B --max-model-len 4096",
+        extra=None,  # beside vLLM the project is installed without its requirements
     ),
 }
 """The name of a command -> its `Command`."""
@@ -106,12 +114,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"selfdistill: {_unknown(name)}", file=sys.stderr)
         return EXIT_USAGE
     guard_standard_error()
+    command = COMMANDS[name]
     try:
-        module = importlib.import_module(f"megatron_selfdistill.{COMMANDS[name].module}")
+        if command.extra:
+            require_extra(f"selfdistill {name}", command.extra)
+        module = importlib.import_module(f"megatron_selfdistill.{command.module}")
+    except MissingExtraError as error:
+        print(error, file=sys.stderr)
+        return EXIT_USAGE
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("megatron_selfdistill"):
             raise
-        print(f"selfdistill: {error}; `selfdistill doctor` says what to install", file=sys.stderr)
+        remedy = f"run {install_command(command.extra)}; " if command.extra else ""
+        print(f"selfdistill {name}: {error}; {remedy}`selfdistill doctor` says what is missing.", file=sys.stderr)
         return EXIT_USAGE
     return module.main(argv[1:] if argv[0] == name else argv) or 0
 

@@ -6,12 +6,10 @@ The code that reads the inputs later has the same messages.
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 import logging
 import os
 import socket
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
 from megatron_selfdistill.environments import HttpEnvironment
 from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.installation import RUN, about_missing, install_command, is_installed
 from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.interop.formats.hf_files import read_config, weight_files
 from megatron_selfdistill.interop.formats.stored_adapters import read_stored_adapters, refuse_adapters, require_adapters
@@ -258,15 +257,7 @@ class NeededPackage:
     @property
     def remedy(self) -> str:
         """The command that installs the package, and the settings that do without."""
-        return f"run pip install -e '.[{self.extra}]' in a clone of this project, or {self.instead}"
-
-
-def is_installed(module: str) -> bool:
-    """Return whether this process has ``module``, as far as can be said without the import."""
-    if module in sys.modules:
-        return True
-    found = importlib.util.find_spec(module)
-    return found is not None and found.origin is not None  # a directory of data with this name has no origin
+        return f"run {install_command(self.extra)}, or {self.instead}"
 
 
 def needed_packages(config: Config) -> list[NeededPackage]:
@@ -275,7 +266,10 @@ def needed_packages(config: Config) -> list[NeededPackage]:
 
 
 def require_packages(config: Config) -> None:
-    """Raise `ConfigError` if this environment lacks a package that ``config`` needs here."""
+    """Raise `ConfigError` if this environment lacks a package of every run, or one that ``config`` needs here."""
+    missing = about_missing("a run", RUN)
+    if missing is not None:
+        raise ConfigError(missing)
     for package in needed_packages(config):
         if package.is_here and not package.is_installed:
             raise ConfigError(f"{package.reason} needs {package.name} in {package.place}: {package.remedy}")

@@ -15,6 +15,10 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_selfdistill.installation import require_extra
+
+require_extra(__name__, "train")  # before the imports that need these packages
+
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.checkpoint.run_lock import RunLock

@@ -9,6 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_selfdistill.installation import require_extra
+
+require_extra(__name__, "train")  # before the imports that need these packages
+
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
 from megatron_selfdistill.checkpoint.resumption import (

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
+from megatron_selfdistill.installation import is_installed
 from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.prechecks import is_installed
 
 if TYPE_CHECKING:  # the command line is checked before torch and numpy are imported
     import torch

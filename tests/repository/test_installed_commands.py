@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -16,6 +17,7 @@ import hf_models
 import pytest
 import tiny_run
 from forked_programs import Done, ForkedPrograms
+from packaging.requirements import Requirement
 
 from megatron_selfdistill.cli import COMMANDS
 
@@ -31,7 +33,13 @@ OUTSIDE = {
     name: value
     for name, value in os.environ.items()
     if name not in ("PYTHONPATH", "PYTHONHOME", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-} | {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "OMP_NUM_THREADS": "1"}
+} | {
+    "PIP_CONFIG_FILE": os.devnull,
+    "PIP_FIND_LINKS": "",
+    "PIP_NO_INDEX": "1",
+    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    "OMP_NUM_THREADS": "1",
+}
 
 # What most commands import, which takes seconds; a fork of the process that has imported it starts at once.
 HEAVY = ["megatron_selfdistill.compat.repairs", "megatron_selfdistill.trainer", "transformers", "tokenizers"]
@@ -68,6 +76,37 @@ def environment(directory: Path, wheel: Path) -> Path:
 @pytest.fixture(scope="module")
 def bare(wheel, tmp_path_factory) -> Path:
     return environment(tmp_path_factory.mktemp("bare"), wheel)
+
+
+def distributions_of(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
+    """Add to ``found`` the installed distribution ``name`` and all that it requires here, by name."""
+    if name in found:
+        return
+    found[name] = importlib.metadata.distribution(name)
+    for requirement in map(Requirement, found[name].requires or []):
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            distributions_of(requirement.name, found)
+
+
+@pytest.fixture(scope="module")
+def with_torch(wheel, tmp_path_factory) -> Path:
+    """Make an environment with torch alone, let pip install the wheel there, and return its directory of programs.
+
+    Links stand for the files of torch and its requirements.  There is no index, so that pip fails if the wheel requires
+    any other package.
+    """
+    directory = tmp_path_factory.mktemp("with_torch")
+    venv.create(directory, with_pip=False)
+    site_packages, linked = next(directory.rglob("site-packages")), {}
+    distributions_of("torch", linked)
+    for one in linked.values():
+        for name in {file.parts[0] for file in one.files or []} - {"..", "__pycache__"}:
+            if not (site_packages / name).exists():
+                (site_packages / name).symlink_to(one.locate_file(name))
+    python = directory / "bin" / "python"
+    done = run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", wheel, cwd=directory)
+    assert done.returncode == 0, done.stderr
+    return directory / "bin"
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +270,83 @@ def test_without_any_other_package_the_doctor_reports_and_other_commands_name_it
     assert report.returncode == 1 and "Traceback" not in report.stderr, report.stderr
     assert 'pip install "megatron-core>=0.16.1,<0.17"' in report.stdout
     assert run(bare / "selfdistill", "--help", cwd=tmp_path).returncode == 0
-    refused = run(bare / "selfdistill", "train", "--help", cwd=tmp_path)
-    assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
-    assert "`selfdistill doctor` says what to install" in refused.stderr
+    assert "pip install -e '.[train]' in a clone of this project installs what a run needs" in report.stdout
+
+
+LOSS = """
+import json, sys, time, warnings
+began = time.perf_counter()
+import torch  # which warns that there is no NumPy
+torch_seconds = time.perf_counter() - began
+warnings.simplefilter("error")
+before, began = set(sys.modules), time.perf_counter()
+from megatron_selfdistill.loss import Target, linear_self_distillation_loss, mixed_target, self_distillation_loss
+seconds = time.perf_counter() - began
+logits = [torch.linspace(0, n, 60).view(2, 3, 10) for n in (1, 2, 3)]
+logits[0].requires_grad_()
+loss = self_distillation_loss(*logits)
+loss.backward()
+weight = torch.ones(10, 10).tril().requires_grad_()
+linear = linear_self_distillation_loss(logits[0], weight, logits[1], None, logits[2])
+linear.backward()
+target = mixed_target(logits[0], logits[1], Target(), reference_logits=logits[2])
+new = {name.split(".")[0] for name in set(sys.modules) - before} - sys.stdlib_module_names
+print(json.dumps({
+    "losses": [loss.item(), linear.item(), target.log_q.exp().sum().item()],
+    "gradients": bool(logits[0].grad.any() and weight.grad.any()),
+    "new": sorted(new),
+    "heavy": sorted({"megatron", "transformers", "hydra", "omegaconf", "numpy", "psutil"} & set(sys.modules)),
+    "share": seconds / torch_seconds,
+}))
+"""
+
+
+def test_with_torch_alone_the_loss_is_installed_and_runs(with_torch, tmp_path):
+    done = run(with_torch / "python", "-c", LOSS, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["gradients"] and all(value > 0 for value in result["losses"])
+    # Triton is no package of torch for a CPU; torch for CUDA requires it.
+    assert set(result["new"]) - {"triton"} == {"megatron_selfdistill"} and result["heavy"] == []
+
+
+@pytest.mark.timing
+def test_the_import_of_the_loss_takes_a_fraction_of_that_of_torch(with_torch, tmp_path):
+    done = run(with_torch / "python", "-c", LOSS, cwd=tmp_path)
+    assert json.loads(done.stdout)["share"] < 0.5
+
+
+def refusal(name: str | Path, extra: str = "train", packages: str = "hydra-core and omegaconf") -> str:
+    return (
+        f"{name} needs {packages}, which this Python lacks: run pip install -e '.[{extra}]' in a clone of this project "
+        "(megatron_selfdistill.loss needs no more than torch).\n"
+    )
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"doctor", "report", "serve"}))
+def test_without_the_packages_of_a_run_a_command_names_the_extra(with_torch, name, tmp_path):
+    refused = run(with_torch / "selfdistill", name, "--help", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr) == (2, refusal(f"selfdistill {name}"))
+
+
+def test_the_report_needs_one_package(with_torch, directory, tmp_path):
+    refused = run(with_torch / "selfdistill", "report", directory / "logged", cwd=tmp_path)
+    assert (refused.returncode, refused.stderr) == (2, refusal("selfdistill report", "report", "pyyaml"))
+    reader = tmp_path / "reader"
+    reader.mkdir()
+    (reader / "yaml").symlink_to(importlib.metadata.distribution("pyyaml").locate_file("yaml"))
+    code = "import sys; sys.path.append(sys.argv.pop(1)); from megatron_selfdistill.cli import main; sys.exit(main())"
+    arguments = ("report", directory / "logged", "-o", tmp_path / "light.html")
+    done = run(with_torch / "python", "-c", code, reader, *arguments, cwd=tmp_path)
+    assert done.returncode == 0 and "uPlot" in (tmp_path / "light.html").read_text(), done.stderr
+
+
+def test_without_the_packages_of_a_run_the_trainer_names_the_extra(with_torch, tmp_path):
+    python = with_torch / "python"
+    as_program = run(python, "-m", "megatron_selfdistill.train", "num_steps=1", cwd=tmp_path)
+    place = next(with_torch.parent.rglob("megatron_selfdistill/train.py"))
+    assert (as_program.returncode, as_program.stderr) == (2, refusal(place))
+    for module in ("megatron_selfdistill.train", "megatron_selfdistill.trainer"):
+        imported = run(python, "-c", f"import {module}", cwd=tmp_path)
+        error = f"megatron_selfdistill.installation.MissingExtraError: {refusal(module)}"
+        assert imported.returncode == 1 and imported.stderr.endswith(f"\n{error}")

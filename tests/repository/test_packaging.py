@@ -169,8 +169,8 @@ def constants_of_setup() -> dict:
 def allowed() -> dict[str, SpecifierSet]:
     """Distribution -> versions that an install takes."""
     found = constants_of_setup()
-    everything = map(Requirement, [*found["REQUIREMENTS"], *found["EXTRAS"]["vllm"]])
-    return {requirement.name: requirement.specifier for requirement in everything}
+    everything = [*found["REQUIREMENTS"], *(line for name in ("train", "vllm") for line in found["EXTRAS"][name])]
+    return {requirement.name: requirement.specifier for requirement in map(Requirement, everything)}
 
 
 def test_a_plain_install_takes_a_torch_that_is_tested():
@@ -222,8 +222,29 @@ def test_the_environment_finds_the_one_requirement_of_a_package(name):
     command = ["bash", "-c", f"{function}\nrequirement_of {name}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     setup = constants_of_setup()
-    requirements = [*setup["REQUIREMENTS"], *setup["EXTRAS"]["browser"]]
+    requirements = [*setup["EXTRAS"]["train"], *setup["EXTRAS"]["browser"]]
     assert [done.stdout.strip()] == [line for line in requirements if line.startswith(name)]
+
+
+def metadata(wheel: Path) -> list[Requirement]:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        lines = archive.read(name).decode().partition("\n\n")[0].splitlines()
+    return [Requirement(line.partition(":")[2]) for line in lines if line.startswith("Requires-Dist:")]
+
+
+def test_a_plain_install_brings_torch_alone_and_every_extra_for_runs_brings_train(wheel):
+    declared = metadata(wheel)
+
+    def brought_by(extra: str) -> set[str]:
+        return {one.name for one in declared if one.marker is None or one.marker.evaluate({"extra": extra})}
+
+    assert brought_by("") == {"torch"} and brought_by("report") == {"torch", "pyyaml"}
+    of_a_run = brought_by("train")
+    assert {"megatron-core", "transformers", "hydra-core", "psutil"} <= of_a_run
+    extras = constants_of_setup()["EXTRAS"].keys() - {"report"}
+    assert [extra for extra in extras if not of_a_run <= brought_by(extra)] == []
+    assert "vllm" in brought_by("vllm") and "vllm" not in of_a_run
 
 
 def test_the_environment_of_a_newcomer_holds_no_browser():

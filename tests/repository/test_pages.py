@@ -133,7 +133,7 @@ def test_the_first_screen_of_readme_has_what_a_reader_decides_by():
     _, begin, rest = readme.partition("<!-- first screen -->\n")
     screen, end, _ = rest.partition("<!-- end of the first screen -->\n")
     assert begin and end and screen.startswith("# ") and len(screen.splitlines()) <= 40
-    assert f"version {__version__}." in screen and "pip install -e ." in screen
+    assert f"version {__version__}." in screen and "pip install -e '.[train]'" in screen
     assert {"](docs/README.md)", "](CHANGELOG.md)", "](LICENSE)"} <= set(re.findall(r"\]\([^)#]+\)", screen))
     has_run = (DOCS / "support.jsonl").exists()
     assert ("Nothing has run on a GPU yet" in screen) != has_run

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from megatron_selfdistill import train
+from megatron_selfdistill import prechecks, train
 from megatron_selfdistill.checkpoint import resumption
 from megatron_selfdistill.compat import cpu
 from megatron_selfdistill.config import load
@@ -67,6 +67,12 @@ def test_a_missing_package_is_one_message_before_anything_is_built(absent, capsy
     (line,) = capsys.readouterr().err.splitlines()
     assert "rollout.engine=vllm with rollout.placement=colocated needs vLLM in the trainer's own environment" in line
     assert "pip install -e '.[vllm]' in a clone of this project, or set rollout.engine=megatron" in line
+
+
+def test_a_package_of_every_run_that_is_missing_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(prechecks, "RUN", {"megatron-core": "megatron.absent"})
+    with pytest.raises(ConfigError, match=r"a run needs megatron-core, .*: run pip install -e '\.\[train\]'"):
+        require_packages(load([]))
 
 
 def test_a_package_that_is_there_or_that_only_a_server_needs_is_not_missed(absent, monkeypatch):

@@ -23,8 +23,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+from megatron_selfdistill.installation import install_command
 from megatron_selfdistill.instruments.doctor.findings import (
     FAILURE,
+    NOT_INSTALLED,
     OK,
     OPTIONAL,
     WARNING,
@@ -87,6 +89,8 @@ def report(findings: Sequence[Finding]) -> int:
     print()
     if failures:
         print(f"a run cannot start here: {', '.join(failures)}")
+        if any(finding.found == NOT_INSTALLED for finding in findings if finding.status == FAILURE):
+            print(f"{install_command('train')} installs what a run needs; megatron_selfdistill.loss needs torch alone")
         return 1
     for line in what_a_run_uses(findings):
         print(line)

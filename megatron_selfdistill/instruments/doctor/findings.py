@@ -53,6 +53,7 @@ OWN_BUILDS = ("torch",)
 MODULES = {
     "megatron-core": "megatron.core",
     "hydra-core": "hydra",
+    "pyyaml": "yaml",
     "math-verify": "math_verify",
     "transformer-engine": "transformer_engine",
     "flash-linear-attention": "fla",
@@ -69,6 +70,7 @@ BUILD_ANEW = {
 }
 
 OK, ABSENT, WARNING, FAILURE = "ok", "absent", "warning", "FAILURE"
+NOT_INSTALLED = "not installed"
 
 
 @dataclass(frozen=True)
@@ -222,11 +224,12 @@ def _torch() -> Any:
 
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the versions, such as ``>=0.16.1,<0.17``, by distribution: first the required ones, then the extras.
+    """Return the versions, such as ``>=0.16.1,<0.17``, by distribution: of a run, and the optional ones.
 
     Both come from setup.py, except that the installed megatron-core declares its versions of Transformer Engine.
     """
-    required, extras = _constant("REQUIREMENTS"), _constant("EXTRAS")
+    extras = _constant("EXTRAS")
+    required = [*_constant("REQUIREMENTS"), *extras["train"]]
     optional = dict(map(_split, [*extras["te"], *extras["gdn"], *extras["vllm"]]))
     declared = declared_by("megatron-core", "transformer-engine")
     return dict(map(_split, required)), optional | ({"transformer-engine": declared} if declared else {})
@@ -288,8 +291,8 @@ def distribution(name: str, wanted: str, *, required: bool) -> Finding:
     version = _recorded(name)
     if not version:
         if required:
-            return Finding(name, "not installed", FAILURE, fix)
-        return Finding(name, "not installed", ABSENT, OPTIONAL[name], short=ABSENT)
+            return Finding(name, NOT_INSTALLED, FAILURE, fix)
+        return Finding(name, NOT_INSTALLED, ABSENT, OPTIONAL[name], short=ABSENT)
     module = MODULES.get(name, name.replace("-", "_"))
     if not _there(module):
         return Finding(name, f"{version}, but no module {module}", FAILURE, fix)
@@ -354,7 +357,7 @@ def apex(outcome: ImportResult | None) -> Finding:
     spec = importlib.util.find_spec("apex")
     if spec is None:
         fix = "fused Adam and weight gradients come from elsewhere, or torch"
-        return Finding("apex", "not installed", ABSENT, fix, short=ABSENT)
+        return Finding("apex", NOT_INSTALLED, ABSENT, fix, short=ABSENT)
     places = [Path(place) for place in spec.submodule_search_locations or []]
     if not any((place / "multi_tensor_apply").is_dir() for place in places):
         where = ", ".join(map(str, places)) or str(spec.origin)

@@ -1,0 +1,57 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A missing package is one sentence that names the extra which installs it."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_selfdistill import installation
+from megatron_selfdistill.cli import COMMANDS
+from megatron_selfdistill.installation import MissingExtraError, about_missing, is_installed, require_extra
+
+SETUP = (Path(__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
+
+
+def test_what_is_installed_is_not_missing():
+    assert about_missing("a run", installation.RUN) is None
+    require_extra("a report", "report")
+
+
+def test_the_sentence_names_what_is_missing_alone():
+    modules = {"torch": "torch", "no-core": "nowhere.core", "no-torch": "torch.nowhere"}
+    sentence = about_missing("selfdistill train", modules)
+    assert sentence is not None and sentence.startswith(
+        "selfdistill train needs no-core and no-torch, which this Python"
+    )
+    assert "run pip install -e '.[train]' in a clone of this project" in sentence and "\n" not in sentence
+
+
+def test_a_directory_of_data_is_no_package(tmp_path, monkeypatch):
+    (tmp_path / "datapackage").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("datapackage")
+    (tmp_path / "datapackage" / "__init__.py").touch()
+    assert is_installed("datapackage")
+
+
+def test_an_importer_gets_an_exception_and_a_program_the_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(installation.NEEDED, "train", {"absent": "absent"})
+    with pytest.raises(MissingExtraError, match=r"megatron_selfdistill\.trainer needs absent"):
+        require_extra("megatron_selfdistill.trainer", "train")
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as ended:
+        require_extra("__main__", "train")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("train.py needs absent, which this Python lacks")
+
+
+def test_every_extra_and_package_that_is_looked_for_is_one_of_setup():
+    assert {command.extra for command in COMMANDS.values()} - {None} == installation.NEEDED.keys()
+    for extra, modules in installation.NEEDED.items():
+        (own,) = re.findall(rf'^    "{extra}": \[(.*?)\]', SETUP, re.MULTILINE | re.DOTALL)
+        assert all(re.search(rf'"{name}[<>=]', own) for name in modules)
+    assert all(re.search(rf'"{name}[<>=]', SETUP) for name in installation.RUN)
