@@ -226,17 +226,27 @@ class TargetDistribution:
 
 @torch.no_grad()
 def mixed_target(
-    student_logits: Tensor, teacher_logits: Tensor, target: Target, reference_logits: Tensor | None = None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    target: Target | None = None,
+    reference_logits: Tensor | None = None,
 ) -> TargetDistribution:
     """Return the target of every token, with beta by bisection to machine precision; no gradient flows through it.
 
     Shapes: all logits [..., V], full rows, -inf at columns that do not exist.  float64 gives float64; what is narrower
     than float32 is computed in float32.  A token whose logits hold NaN or +inf has beta NaN and log_q NaN.
-    ``reference_logits``: given if and only if the target is anchored to a reference.
+    target: None is `Target()`, as for `self_distillation_loss`.
+    ``reference_logits``: given if and only if the target is anchored to a reference, as `Target()` is.
     Raises: ValueError if the logits have different shapes, or if the reference's are missing or not asked for.
     """
+    if isinstance(target, Tensor):
+        raise ValueError("mixed_target: target must be a Target; got logits: pass those as reference_logits=...")
+    target = Target() if target is None else target
     if target.is_anchored != (reference_logits is not None):
-        raise ValueError(f"mixed_target: reference_logits must be given with anchor=reference only; got {target}.")
+        raise ValueError(
+            f"mixed_target: reference_logits must be given with anchor=reference only; "
+            f"got {'none' if reference_logits is None else 'some'} with {target}."
+        )
     anchor_logits = student_logits if reference_logits is None else reference_logits
     if not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
         raise ValueError(

@@ -371,6 +371,8 @@ def test_what_does_not_fit_is_refused() -> None:
         mixed_target(s, t, Target(anchor="reference"))
     with pytest.raises(ValueError, match="reference_logits must be given with anchor=reference only"):
         mixed_target(s, t, Target(anchor="student"), s)
+    with pytest.raises(ValueError, match=r"target must be a Target; got logits: pass those as reference_logits="):
+        mixed_target(s, t, s)
     for anchor, match in (("student", "reference"), ("teacher", None), ("reference", "teacher")):
         with pytest.raises(ValueError, match=r"Target\.anchor must be one of student, reference"):
             Target(anchor=anchor, match=match)

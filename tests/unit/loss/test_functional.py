@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.loss import (
     Divergence,
     Target,
     linear_self_distillation_loss,
+    mixed_target,
     self_distillation_loss,
 )
 
@@ -134,10 +139,28 @@ def test_the_reductions_are_those_of_the_losses():
     assert self_distillation_loss(*packed) == pytest.approx(mean.item(), rel=1e-6)
 
 
-def test_the_default_target_is_that_of_the_configuration():
+def test_the_defaults_are_those_of_the_configuration():
+    configured = Config()
+    loss = Divergence.configured(configured.loss, configured.method)
+    assert Divergence() == loss and Target() == Target.configured(configured.target)
     student, teacher, reference = nasty_logits(torch.float32)
-    named = self_distillation_loss(student, teacher, reference, target=Target("entropy_matched", 0.75, "1 + w"))
-    assert self_distillation_loss(student, teacher, reference) == named
+    named = {"target": Target.configured(configured.target), "divergence": loss}
+    default = self_distillation_loss(student, teacher, reference).item()
+    assert self_distillation_loss(student, teacher, reference, **named).item() == pytest.approx(default, rel=1e-6)
+    for options in ({}, named):
+        linear = linear_self_distillation_loss(student, torch.eye(V), teacher, None, reference, **options)
+        assert linear.item() == pytest.approx(default, rel=1e-5)
+    found = mixed_target(student, teacher, reference_logits=reference).log_q
+    torch.testing.assert_close(found, mixed_target(student, teacher, named["target"], reference).log_q)
+
+
+def test_functions_of_one_module_share_names_and_defaults():
+    of_logits, of_states = (
+        inspect.signature(function).parameters for function in (self_distillation_loss, linear_self_distillation_loss)
+    )
+    shared = of_logits.keys() & of_states.keys()
+    assert shared >= {"target", "divergence", "reduction", "num_items_in_batch", "vocab_size", "check_nan"}
+    assert all(of_logits[name] == of_states[name] for name in shared)
 
 
 def test_padding_of_the_vocabulary_counts_for_nothing():
@@ -191,6 +214,13 @@ def test_a_process_group_divides_the_vocabulary(ranks):
     assert torch.allclose(joined[..., :V], student.grad, rtol=1e-5, atol=1e-8)
 
 
+def spoilt(logits: Tensor, value: float) -> Tensor:
+    """Return the logits with ``value`` at one token of two positions."""
+    logits = logits.clone()
+    logits[1, 2, 4] = logits[2, 0, 7] = value
+    return logits
+
+
 LOGITS = nasty_logits(torch.float32)
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reference": ({"reference_logits": None}, "reference_logits must be given if and only if .*; got none"),
@@ -202,6 +232,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "count": ({"reduction": "sum", "num_items_in_batch": 3}, "divides a mean; got it with reduction='sum'"),
     "batch": ({"target": Target("batch")}, "solves one k for a whole step"),
     "vocabulary": ({"vocab_size": V + 1}, "at least vocab_size 14"),
+    "vocabularies": ({"reference_logits": LOGITS[2][..., :-1]}, "vocabulary of student_logits.* 12 and 13 columns"),
+    "a mask of integers": ({"labels_or_mask": (labels() != -100).long()}, r"all 0 or 1: pass the mask as \.bool\(\)"),
+    "a mask of numbers": ({"labels_or_mask": torch.ones(B, S)}, "integer labels or bool; got torch.float32"),
+    "NaN": ({"teacher_logits": spoilt(LOGITS[1], math.nan)}, r"2 of 15 have a loss of NaN, the first at \(1, 2\)"),
+    "+inf": (
+        {"reference_logits": spoilt(LOGITS[2], math.inf), "labels_or_mask": labels()},
+        r"2 of 13 have a loss of NaN, the first at \(1, 2\): leave them out",
+    ),
     "divergence": ({"divergence": "kl"}, "must be one of"),
 }  # fmt: skip
 
@@ -213,6 +251,99 @@ def test_input_that_does_not_fit_is_one_sentence(name):
     with pytest.raises(ValueError, match=words) as caught:
         self_distillation_loss(**given | changes)
     assert "\n" not in str(caught.value)
+
+
+def test_nan_may_be_the_loss_of_its_position_alone():
+    student, teacher, reference = LOGITS
+    given = student.clone().requires_grad_()
+    others = spoilt(teacher, math.nan), reference
+    each = self_distillation_loss(given, *others, reduction="none", check_nan=False)
+    bad = torch.zeros(B, S, dtype=torch.bool)
+    bad[1, 2] = bad[2, 0] = True
+    assert torch.equal(each.isnan(), bad)
+    each[~bad].sum().backward()
+    assert given.grad[~bad].isfinite().all() and given.grad[~bad].any()
+    assert not self_distillation_loss(given, *others, ~bad).isnan()
+
+
+BAD_STATES: dict[str, tuple[dict[str, Any], str]] = {
+    "weights": ({"teacher_weight": torch.ones(V + 1, 6)}, r"teacher_weight must have the shape of student_weight.*14"),
+    "states": ({"reference_hidden": torch.ones(B, S, 5)}, "reference_hidden must have the shape of student_hidden"),
+    "NaN": ({"teacher_hidden": torch.full((B, S, 6), math.nan)}, r"15 of 15 have a loss of NaN, the first at \(0, 0\)"),
+    "mode": ({"mode": "fast"}, "mode must be one of"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_STATES)
+def test_states_that_do_not_fit_are_one_sentence(name):
+    changes, words = BAD_STATES[name]
+    given = {name: torch.ones(B, S, 6) for name in ("student_hidden", "teacher_hidden", "reference_hidden")}
+    with pytest.raises(ValueError, match=words) as caught:
+        linear_self_distillation_loss(**given | {"student_weight": torch.ones(V, 6)} | changes)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("mode", "keeps_rows"), [("low_memory", False), ("keep_gradient", True)])
+def test_the_linear_form_keeps_no_row_of_the_vocabulary_for_backward(mode, keeps_rows):
+    sizes: list[int] = []
+    hidden = [torch.randn(40, 2) for _ in range(3)]
+    weight = torch.randn(100, 2, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda kept: sizes.append(kept.numel()) or kept, lambda kept: kept):
+        loss = linear_self_distillation_loss(
+            hidden[0].requires_grad_(), weight, hidden[1], None, hidden[2], chunk_tokens=4, mode=mode
+        )
+    loss.backward()
+    assert (max(sizes) >= 40 * 100) == keeps_rows and weight.grad.any()
+
+
+def test_a_transform_is_refused_and_the_gradient_is_a_constant():
+    student, teacher, reference = LOGITS
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda own: self_distillation_loss(own, teacher, reference))(student)
+    given = student.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(self_distillation_loss(given, teacher, reference), given, create_graph=True)
+    assert gradient.any() and not gradient.requires_grad
+
+
+@pytest.mark.full  # the import of the compiler takes seconds
+@pytest.mark.parametrize("rows", ["all", "labels"])
+def test_inside_of_a_compiled_function_the_loss_runs_uncompiled_with_the_same_gradient(rows):
+    student, teacher, reference = LOGITS
+    chosen = labels() if rows == "labels" else None
+
+    def step(own: Tensor) -> Tensor:
+        return 2 * self_distillation_loss(torch.tanh(own), teacher, reference, chosen)
+
+    results = []
+    for function in (step, torch.compile(step, backend="eager")):
+        given = student.clone().requires_grad_()
+        function(given).backward()
+        results.append(given.grad)
+    assert results[0].any() and torch.allclose(*results, rtol=1e-5, atol=1e-7)
+
+
+def of_a_dtensor() -> tuple[float, Tensor]:
+    """Return the loss and the gradient of logits that a DTensor divides among the ranks by columns."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),), mesh_dim_names=("tp",))
+    logits = [torch.nn.functional.pad(one, (0, 1)) for one in nasty_logits()]
+    student, teacher, reference = (distribute_tensor(one, mesh, [Shard(-1)]) for one in logits)
+    student.requires_grad_()
+    with pytest.raises(ValueError, match=r"student_logits must be this rank's part; got a DTensor: pass its to_local"):
+        self_distillation_loss(student, teacher, reference)
+    local = [one.to_local() for one in (student, teacher, reference)]
+    loss = self_distillation_loss(*local, labels(), vocab_size=V, process_group=mesh.get_group("tp"))
+    loss.backward()
+    return loss.item(), student.grad.full_tensor()
+
+
+def test_the_local_parts_of_a_dtensor_have_the_loss_and_gradient_of_the_whole(ranks):
+    student, teacher, reference = nasty_logits()
+    student.requires_grad_()
+    loss = self_distillation_loss(student, teacher, reference, labels())
+    loss.backward()
+    for value, gradient in ranks.run(of_a_dtensor, world_size=2):
+        assert value == pytest.approx(loss.item(), rel=1e-6)
+        assert torch.allclose(gradient[..., :V], student.grad, rtol=1e-5, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
