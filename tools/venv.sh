@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl]]
 #
 # All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
 # newest versions that the package index serves and setup.py allows; only torch stays at its tested version.
@@ -10,7 +10,8 @@
 #
 # With "docs" the one that builds the documentation's site (tools/docs_site/requirements.txt): no torch.
 #
-# With "browser" the project's environment must be there, and gets what the tests of pages need beside it: playwright.
+# With "browser" or "trl" the project's environment must be there, and gets what the tests of pages, or those of TRL's
+# trainer, need beside it.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
 # Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one), NEWEST.
@@ -28,10 +29,16 @@ export PIP_DISABLE_PIP_VERSION_CHECK=1
 main() {
     local wanted build
     TORCH_VERSION=${TORCH_VERSION:-$(tested project | sed -n 's/^torch==//p')}
-    if [ "$KIND" = browser ]; then
-        install_playwright
-        return
-    fi
+    case "$KIND" in
+        browser)
+            install_beside playwright "playwright, which drives Chromium (190 MB)"
+            return
+            ;;
+        trl)
+            install_beside trl "TRL (2 MB)"
+            return
+            ;;
+    esac
     build=$(torch_build)
     wanted=$({
         requirements
@@ -174,11 +181,11 @@ reachable() {
 }
 
 # Where a suitable version is installed, pip ends at once and asks no index.
-install_playwright() {
-    local requirement
-    requirement=$(requirement_of playwright)
+install_beside() {
+    local package=$1 what=$2 requirement
+    requirement=$(requirement_of "$package")
     if ! "$VENV/bin/python" -m pip install -qq --no-index "$requirement" 2>/dev/null; then
-        pip_install "playwright, which drives Chromium (190 MB)" --constraint "$VENV/constraints.txt" "$requirement"
+        pip_install "$what" --constraint "$VENV/constraints.txt" "$requirement"
     fi
 }
 

@@ -216,13 +216,13 @@ def test_the_doctor_of_a_wheel_reads_the_versions_of_the_checkout(wheel):
         assert archive.read("megatron_selfdistill/tested_versions.txt").decode() == LOCK.read_text()
 
 
-@pytest.mark.parametrize("name", ["megatron-core", "playwright"])
+@pytest.mark.parametrize("name", ["megatron-core", "playwright", "trl"])
 def test_the_environment_finds_the_one_requirement_of_a_package(name):
     [function] = re.findall(r"^requirement_of\(\) {.*?^}", (REPOSITORY / "tools" / "venv.sh").read_text(), re.M | re.S)
     command = ["bash", "-c", f"{function}\nrequirement_of {name}"]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     setup = constants_of_setup()
-    requirements = [*setup["EXTRAS"]["train"], *setup["EXTRAS"]["browser"]]
+    requirements = [line for extra in ("train", "browser", "trl") for line in setup["EXTRAS"][extra]]
     assert [done.stdout.strip()] == [line for line in requirements if line.startswith(name)]
 
 

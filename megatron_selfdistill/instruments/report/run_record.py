@@ -1,8 +1,12 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""What a run directory says about its run, as plain values: facts, configuration, metrics, events and responses."""
+"""What a run directory says about its run, as plain values: facts, configuration, metrics, events and responses.
+
+The directory of a Trainer of transformers or TRL has metrics alone.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -70,12 +74,15 @@ class RunRecord:
 def read_runs(run_dirs: Sequence[str | Path]) -> list[RunRecord]:
     """Return the records of runs, with unique labels: the shortest ends of their paths that differ.
 
-    Raises: `ConfigError` for a directory without metrics.jsonl, and for a directory that is named twice.
+    Raises: `ConfigError` for a directory without metrics, and for a directory that is named twice.
     """
     paths = [Path(run_dir) for run_dir in run_dirs]
     for path in paths:
-        if not (path / METRICS_FILE).is_file():
-            raise ConfigError(f"expected a run directory, got {path}, which has no {METRICS_FILE}; name a run_dir")
+        if not any((path / name).is_file() for name in (METRICS_FILE, TRAINER_STATE_FILE)):
+            raise ConfigError(
+                f"expected a run directory, got {path}, which has neither {METRICS_FILE} nor {TRAINER_STATE_FILE}; "
+                "name a run_dir, or the output_dir of a Trainer of transformers after its save_state()"
+            )
     resolved = [path.resolve() for path in paths]
     if len(set(resolved)) < len(resolved):
         raise ConfigError("expected different run directories, got one of them twice; name each run once")
@@ -95,7 +102,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
     return RunRecord(
         label=label,
         config=config,
-        metrics=_columns(each_metrics(run_dir)),
+        metrics=_columns(each_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else _trainer_metrics(run_dir)),
         events=read_events(run_dir),
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
@@ -172,6 +179,35 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
             shortened(f"{type(error).__name__}: {error}", 200),
         )
         return {}
+
+
+def _trainer_metrics(run_dir: Path) -> Iterator[dict[str, float]]:
+    """Yield the numbers that a Trainer of transformers or TRL has logged, with this project's names where it has one.
+
+    A warning replaces the numbers of a file that is not such a log.
+    """
+    path = run_dir / TRAINER_STATE_FILE
+    try:
+        lines = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        for line in lines:
+            numbers = {_OF_TRAINERS.get(key, key): finite(value) for key, value in line.items()}
+            yield {"step": int(line["step"])} | {key: value for key, value in numbers.items() if value is not None}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = shortened(f"{type(error).__name__}: {error}", 200)
+        logger.warning("%s is not the log of a Trainer, so its numbers are missing: %s", hidden(str(path)), reason)
+
+
+TRAINER_STATE_FILE = "trainer_state.json"
+_OF_TRAINERS = {
+    "loss": "loss/mean",
+    "grad_norm": "gradient_norm",
+    "learning_rate": "learning_rate",
+    "entropy": "entropy/student",
+    "completions/mean_length": "response/length_mean",
+    "completions/max_length": "response/length_max",
+    "completions/clipped_ratio": "response/truncated_share",
+}
+"""The key of a metric in the log of transformers or TRL -> its key here."""
 
 
 def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

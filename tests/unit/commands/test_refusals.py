@@ -143,7 +143,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "convert": ([PROGRAM, "convert", "hf-to-megatron", "--hf", "nope", *OUT], "it does not exist"),
     "evaluate": ([PROGRAM, "evaluate", *EVALUATED, THREE], NOT_CUT),
     "solutions": ([PROGRAM, "solutions", *SOLVED, THREE], NOT_CUT),
-    "report": ([PROGRAM, "report", "nope"], "expected a run directory, got nope, which has no metrics.jsonl"),
+    "report": ([PROGRAM, "report", "nope"], "expected a run directory, got nope, which has neither metrics.jsonl"),
     "doctor": ([PROGRAM, "doctor", "--minutes", "3"], "--minutes needs --selftest"),
     "serve": ([PROGRAM, "serve"], "the following arguments are required: --hf-config"),
     "doctor, an option": ([DOCTOR, "--minutes", "3"], "--minutes needs --selftest"),

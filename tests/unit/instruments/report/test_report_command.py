@@ -52,7 +52,7 @@ def test_a_report_that_fails_is_one_warning_with_its_reason(tmp_path, caplog):
         writer.finish()
         writer.finish()
     (record,) = caplog.records
-    assert "which has no metrics.jsonl" in record.message and "`selfdistill report` writes it" in record.message
+    assert "which has neither metrics.jsonl" in record.message and "`selfdistill report` writes it" in record.message
 
 
 def test_a_machine_that_starts_no_process_is_a_warning(tmp_path, monkeypatch, caplog):

@@ -221,6 +221,25 @@ def test_a_directory_with_metrics_alone_has_a_report(run, tmp_path):
     assert shown["overview"]["runs"][0]["facts"] == []
 
 
+def test_the_log_of_another_trainer_has_a_report_with_the_names_of_this_project(tmp_path):
+    steps = [{"loss": 1 / step, "grad_norm": 2.0, "completions/mean_length": 30, "step": step} for step in range(1, 9)]
+    end = {"train_runtime": 8.2, "step": 8}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [*steps, end], "max_steps": 8}))
+    blocks = blocks_of(write_report([tmp_path]).read_text())
+    assert curve(blocks, "loss/mean") == {step: pytest.approx(1 / step, rel=1e-4) for step in range(1, 9)}
+    assert set(curve(blocks, "gradient_norm").values()) == {2.0}
+    assert set(curve(blocks, "response/length_mean").values()) == {30.0}
+    (shown,) = blocks["overview"]["runs"]
+    assert shown["status"] == "8 steps"
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"log_history": [{"loss": 1}]}', '{"log_history": 3}'])
+def test_a_file_that_is_no_log_of_a_trainer_is_a_warning(tmp_path, text, caplog):
+    (tmp_path / "trainer_state.json").write_text(text)
+    assert write_report([tmp_path]).exists()
+    assert "is not the log of a Trainer" in caplog.text
+
+
 def test_a_page_has_the_licence_of_the_library_in_it(run):
     assert "The MIT License (MIT)" in page_of(run) and "Copyright (c) 2022 Leon Sorokin" in page_of(run)
 
@@ -276,7 +295,9 @@ def test_runs_of_one_name_have_labels_that_differ(run, tmp_path):
 
 
 def test_directories_that_are_no_runs_are_refused(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"expected a run directory, got .*, which has no metrics\.jsonl"):
+    with pytest.raises(
+        ConfigError, match=r"expected a run directory, got .*, which has neither metrics\.jsonl nor trainer_state\.json"
+    ):
         read_runs([run, tmp_path])
     with pytest.raises(ConfigError, match="one of them twice"):
         read_runs([run, run])

@@ -1,0 +1,29 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The tiny model whose gradients the trainers of examples/trainers/ and the pipeline of this project compare."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import trainer_gradients
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))  # as `python examples/...` does
+
+collect_ignore = [] if importlib.util.find_spec("trl") else ["test_trl_trainer.py"]  # make test-trainers brings TRL
+
+
+@pytest.fixture(scope="session")
+def tiny_qwen3(tmp_path_factory) -> Path:
+    """Return the Hugging Face directory of a random Qwen3."""
+    return trainer_gradients.write_model(tmp_path_factory.mktemp("qwen3"))
+
+
+@pytest.fixture(scope="session")
+def expected(ranks, tiny_qwen3) -> dict[str, Tensor]:
+    """Return the gradient of every tensor of the directory, by the pipeline of this project on one rank."""
+    (gradients,) = ranks.run(trainer_gradients.by_the_pipeline, tiny_qwen3, world_size=1)
+    return gradients

@@ -1,0 +1,76 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The Trainer of transformers makes the gradient of this project's pipeline, with all weights and with adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from trainer_gradients import END, HINTED, PROMPTS, RESPONSES
+from trainers.hf_trainer import SelfDistillationTrainer
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+ROWS = [{"prompt": prompt, "hinted": hinted} for prompt, hinted in zip(PROMPTS, HINTED, strict=True)]
+
+
+def trainer_of(model: torch.nn.Module, directory: Path, **options) -> SelfDistillationTrainer:
+    arguments = TrainingArguments(
+        str(directory), remove_unused_columns=False, use_cpu=True, report_to="none", max_steps=1, logging_steps=1
+    )
+    return SelfDistillationTrainer(model, arguments, train_dataset=ROWS, max_new_tokens=6, **options)
+
+
+@pytest.fixture
+def model(tiny_qwen3):
+    return AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32)
+
+
+def test_all_weights_have_the_gradient_of_the_pipeline(model, expected, tmp_path, monkeypatch):
+    trainer = trainer_of(model, tmp_path)
+    monkeypatch.setattr(trainer, "responses", lambda *_: RESPONSES)
+    trainer.compute_loss(model, ROWS).backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+def test_adapters_have_the_gradient_that_follows_from_it_and_no_second_copy_is_made(
+    model, expected, tmp_path, monkeypatch
+):
+    adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
+    trainer = trainer_of(adapted, tmp_path)
+    assert trainer.frozen is None
+    monkeypatch.setattr(trainer, "responses", lambda *_: RESPONSES)
+    trainer.compute_loss(adapted, ROWS).backward()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    found = 0
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_B"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            wanted = 2.0 * expected[f"{name}.weight"] @ a.detach().t()  # W + 2 B A, and B starts at zero
+            torch.testing.assert_close(
+                b.grad, wanted, rtol=1e-5, atol=1e-5 * largest * float(a.detach().abs().sum(1).max())
+            )
+            found += 1
+    assert found == 8
+
+
+def test_a_response_ends_with_its_first_end(model, tmp_path, monkeypatch):
+    trainer = trainer_of(model, tmp_path)
+    drawn = torch.tensor([[8, END, 9, END], [END, 0, 0, 0], [4, 5, 6, 7]])
+    monkeypatch.setattr(model, "generate", lambda ids, **options: torch.cat([ids, drawn], dim=1))
+    assert trainer.responses(model, PROMPTS) == [[8, END], [END], [4, 5, 6, 7]]
+
+
+def test_a_step_samples_changes_the_weights_and_leaves_the_copy_and_a_log(model, tmp_path):
+    trainer = trainer_of(model, tmp_path)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    trainer.train()
+    trainer.save_state()
+    assert all(not torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
+    assert all(torch.equal(parameter, start[name]) for name, parameter in trainer.frozen.named_parameters())
+    assert (tmp_path / "trainer_state.json").exists() and trainer.state.log_history[0]["loss"] > 0

@@ -1,0 +1,94 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The subclass of TRL's SDFTTrainer makes the gradient of this project's pipeline on the responses that TRL samples."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from trainer_gradients import END, HINTED, PROMPTS, RESPONSES
+from trainers.trl_trainer import SelfDistillationTrainer
+from transformers import PreTrainedTokenizerFast
+from trl.experimental.sdft import SDFTConfig
+
+from megatron_selfdistill.loss import Target
+
+
+@pytest.fixture
+def tokenizer():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(101)}, unk_token="<0>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"<{END}>", pad_token="<0>", unk_token="<0>")
+
+
+def text(ids):
+    return " ".join(f"<{i}>" for i in ids)
+
+
+@pytest.fixture
+def trainer_of(tiny_qwen3, tokenizer, tmp_path, monkeypatch):
+    def make(**options):
+        kind = options.pop("teacher_model_kind", "base")
+        hints = [text(hinted[len(prompt) :]) for prompt, hinted in zip(PROMPTS, HINTED, strict=True)]
+        rows = [
+            {"prompt": text(prompt), "privileged_context": hint} for prompt, hint in zip(PROMPTS, hints, strict=True)
+        ]
+        config = SDFTConfig(
+            str(tmp_path),
+            use_cpu=True,
+            report_to="none",
+            bf16=False,
+            teacher_model_kind=kind,
+            teacher_prompt_template="{prompt} {privileged_context}",
+            num_generations=1,
+            per_device_train_batch_size=3,
+            max_completion_length=6,
+            gradient_checkpointing=False,
+            model_init_kwargs={"dtype": "float32"},
+        )
+        data = datasets.Dataset.from_list(rows)
+        trainer = SelfDistillationTrainer(
+            str(tiny_qwen3), config, train_dataset=data, processing_class=tokenizer, **options
+        )
+        monkeypatch.setattr(trainer, "_generate", lambda ids: (ids, RESPONSES))
+        trainer.current_gradient_accumulation_steps = 1  # as in a training loop
+        return trainer, rows
+
+    return make
+
+
+def test_the_gradient_is_that_of_the_pipeline(trainer_of, expected):
+    trainer, rows = trainer_of()
+    trainer.model.train()
+    batch = trainer._prepare_training_batch(rows)
+    trainer.compute_loss(trainer.model, batch).backward()
+    gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-5, atol=1e-5 * largest, msg=name)
+
+
+def test_the_target_of_the_subclass_is_used_and_logged(trainer_of):
+    losses = []
+    for target in (Target(), Target("teacher_alone", anchor="student")):
+        trainer, rows = trainer_of(target=target)
+        trainer.model.train()
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_training_batch(rows)).item()
+        assert trainer._metrics["train"]["self_distillation/distillation_loss"] == [pytest.approx(loss)]
+        losses.append(loss)
+    assert losses[1] > 1.2 * losses[0]
+
+
+def test_a_teacher_that_moves_is_refused(trainer_of):
+    with pytest.raises(ValueError, match="expected teacher_model_kind='base', got 'live'"):
+        trainer_of(teacher_model_kind="live")
+
+
+def test_a_response_without_a_token_to_train_on_costs_nothing(trainer_of):
+    trainer, rows = trainer_of()
+    batch = trainer._prepare_training_batch(rows)
+    batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
+    assert trainer.compute_loss(trainer.model, batch).item() == 0
