@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from importlib.machinery import PathFinder
 
 NEEDED = {"train": {"hydra-core": "hydra", "omegaconf": "omegaconf"}, "report": {"pyyaml": "yaml"}}
 """An extra of setup.py -> the distributions without which its commands do not even show their help -> their modules."""
@@ -25,7 +26,7 @@ def install_command(extra: str) -> str:
 def about_missing(user: str, modules: Mapping[str, str], extra: str = "train") -> str | None:
     """Return the sentence that says what the ``user`` lacks and which extra installs it; None if nothing is missing.
 
-    modules: distribution -> module.  Only the packages around a module are imported.
+    modules: distribution -> module, none of which is imported.
     """
     missing = [name for name, module in modules.items() if not is_installed(module)]
     if not missing:
@@ -55,8 +56,10 @@ def is_installed(module: str) -> bool:
     """Return whether this process has ``module``, as far as can be said without the import."""
     if module in sys.modules:
         return True
-    try:
+    package = module.rpartition(".")[0]
+    if package:  # the search for a submodule would import its package
+        around = importlib.util.find_spec(package)
+        found = PathFinder.find_spec(module, around.submodule_search_locations) if around is not None else None
+    else:
         found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:  # the package around the module is missing
-        return False
     return found is not None and found.origin is not None  # a directory of data with this name has no origin
