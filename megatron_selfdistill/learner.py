@@ -55,6 +55,7 @@ from megatron_selfdistill.pipeline.score import (
 from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput, TokenMeasurement
 from megatron_selfdistill.rollout.base import Response, RoleWeights
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
 from megatron_selfdistill.teacher import Teacher
 
 IDENTITY_CONTEXTS = 8
@@ -299,19 +300,19 @@ class Learner:
         with self._scoring_models() as models:
             return learnabilities(candidates, models, self.config, self.run_data, alpha, ratio_weight)
 
-    def target_log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
-        """Return log p and log q of every response token, student and target, [R] float64 each, in nats, on the host.
+    def token_signals(self, contexts: Sequence[ContextPair]) -> dict[str, Tensor]:
+        """Return the `MEASURED_SIGNALS` of every response token by name, [R] float64 each, in nats, on the host.
 
-        The tokens have the order of ``contexts``.  The weights are the present ones, and nothing is trained.  Both are
+        The tokens have the order of ``contexts``.  The weights are the present ones, and nothing is trained.  All are
         empty where no replica has a response token.
         Collectives over the world: those of a step's forward pass, and those of `Reading.numbers`.
         """
         try:
             reading = self._read(contexts)
         except schedule.NoResponseTokens:
-            return torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.float64)
-        student, target = reading.numbers("student_log_prob", "target_log_prob")
-        return student, target
+            return {name: torch.empty(0, dtype=torch.float64) for name in MEASURED_SIGNALS}
+        statistics = ("loss" if name == "divergence" else name for name in MEASURED_SIGNALS)
+        return dict(zip(MEASURED_SIGNALS, reading.numbers(*statistics), strict=True))
 
     def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:
         """Return the log-probs of every response token under student and teacher (pipeline/score.py).  Collective."""

@@ -86,8 +86,8 @@ class DefaultSettings(RewardSettings, SelectSettings):
     """Dotted path of a function ``weights(signals)``, which returns a factor for the loss of each response token, [R]
     float64 at least 0, from the `Signals` of a step.  Null weighs all tokens alike."""
     measured_signals: bool = False
-    """Whether the signals for token_weights have the log-probs of student and target, which take another forward pass
-    of both."""
+    """Whether the signals for token_weights have log-probs and entropies of student and target and their divergence,
+    which take another forward pass of both."""
 
     @property
     def needs(self) -> Needs:

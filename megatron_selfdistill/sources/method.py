@@ -34,8 +34,8 @@ class ReadingModels(Protocol):
         """Return how learnable each response is for the student (pipeline/score.py)."""
         ...
 
-    def target_log_probs(self, contexts: Sequence[ContextPair]) -> tuple[Tensor, Tensor]:
-        """Return log p and log q of every response token, [R] float64 each, on the host."""
+    def token_signals(self, contexts: Sequence[ContextPair]) -> dict[str, Tensor]:
+        """Return the `MEASURED_SIGNALS` of every response token, [R] float64 each, on the host."""
         ...
 
     def log_probs(self, contexts: Sequence[ContextPair], temperature: float) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -40,6 +40,13 @@ class Signals:
     """log p of each token, [R] float64; None if no pass has measured it."""
     target_log_prob: Tensor | None = None
     """log q of each token, [R] float64; None if no pass has measured it."""
+    student_entropy: Tensor | None = None
+    """H(p) at each token, [R] float64 nats; None if no pass has measured it."""
+    target_entropy: Tensor | None = None
+    """H(q) at each token, [R] float64 nats; None if no pass has measured it.  With target=teacher_alone q is the
+    teacher."""
+    divergence: Tensor | None = None
+    """D(p, q) at each token, the divergence of the loss, [R] float64 nats; None if no pass has measured it."""
     episodes: Tensor | None = None
     """The episode of each response, [B] int64 from 0: the responses of one conversation with an environment, all of one
     group; None if every response is an episode."""
@@ -142,8 +149,12 @@ class Clip:
     """The largest ratio that multiplies an advantage; None bounds nothing."""
 
 
-def signals_of(rollouts: Sequence[Rollout], student: Tensor | None = None, target: Tensor | None = None) -> Signals:
-    """Return the signals of one replica's rollouts, on the host; ``student`` and ``target``: measured log-probs [R]."""
+MEASURED_SIGNALS = ("student_log_prob", "target_log_prob", "student_entropy", "target_entropy", "divergence")
+"""The signals that only a measuring pass knows."""
+
+
+def signals_of(rollouts: Sequence[Rollout], measured: Mapping[str, Tensor] | None = None) -> Signals:
+    """Return the signals of one replica's rollouts, on the host; ``measured``: the `MEASURED_SIGNALS`, [R] each."""
     # Each view of a group is a group of its own.
     groups = _numbered([(rollout.group, rollout.privileged) for rollout in rollouts])
     episodes = _numbered([(a.episode, a.privileged) if a.episode is not None else i for i, a in enumerate(rollouts)])
@@ -155,8 +166,7 @@ def signals_of(rollouts: Sequence[Rollout], student: Tensor | None = None, targe
         hinted=torch.tensor([rollout.hinted for rollout in rollouts], dtype=torch.bool),
         privileged=torch.tensor([rollout.privileged for rollout in rollouts], dtype=torch.bool),
         sampled_log_prob=torch.tensor(sampled, dtype=torch.float64),
-        student_log_prob=student,
-        target_log_prob=target,
+        **(measured or {}),
         episodes=torch.tensor(episodes, dtype=torch.int64),
         turns=torch.tensor([rollout.turn for rollout in rollouts], dtype=torch.int64),
     )

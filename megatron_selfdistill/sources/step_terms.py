@@ -42,20 +42,20 @@ def step_coefficients(
             return None
         sampled = torch.tensor([x for one in rollouts for x in one.response.sampled_log_probs], dtype=torch.float64)
         return TruncatedImportance(to_device_in_one_copy(sampled, grid.device), loss.rollout_correction_cap)
-    student, target = None, None
+    measured = None
     if config.measures_log_probs:
         with tools.phases("measure"):
-            student, target = tools.models.target_log_probs(contexts)
-    signals = signals_of(rollouts, student, target)
-    if config.logged and student is not None:  # nobody sampled the replies from the student: p / mu = 1
-        signals = replace(signals, sampled_log_prob=student)
+            measured = tools.models.token_signals(contexts)
+    signals = signals_of(rollouts, measured)
+    if config.logged and measured is not None:  # nobody sampled the replies from the student: p / mu = 1
+        signals = replace(signals, sampled_log_prob=measured["student_log_prob"])
     factors = token_factors(signals, loss.normalize, _totals(config, signals, grid), loss.skip_first_tokens)
     if method.token_weights is not None:
         factors = factors * method.token_weights(signals)
     on_host = RatioTerms(
         terms=method.terms(step, rollouts, signals).scaled(factors),
         sampled_log_prob=signals.sampled_log_prob,
-        target_log_prob=target,
+        target_log_prob=signals.target_log_prob,
         clip=method.clip,
         correction=_correction(config, signals, grid),
         has_policy_term=config.needs.log_probs is not None,

@@ -13,6 +13,8 @@ import pytest
 import torch
 from tiny_run import overrides, with_trainer, write_chats
 
+from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
+
 CONTAINERS = (list, tuple, set, dict)
 SCALARS = (str, int, float, bool, type(None))
 OWN = ["method.name=own_solutions", "method.num_samples=6", "data.on_long_context=drop"]
@@ -274,25 +276,25 @@ def test_a_step_moves_the_student_and_an_average_and_each_scores_with_its_own_we
     }
 
 
-def log_probs_after_a_step(overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the measured log-probs of a batch after a step, those of two independent ways, and what they change."""
+def signals_after_a_step(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the measured signals of a batch after a step, those of two independent ways, and what they change."""
 
     def use(trainer: Any) -> dict[str, Any]:
         trainer.run_directory.write()
         one_step(trainer)
         batch = trainer.next_batch()
         contexts, before = batch.contexts, gradients(trainer, batch)
-        student, target = trainer.learner.target_log_probs(contexts)
+        measured = {name: values.tolist() for name, values in trainer.learner.token_signals(contexts).items()}
         found = {"contexts": [context.response for context in contexts], "sampler": batch.sampler_log_probs}
-        found |= {"student": student.tolist(), "target": target.tolist()}
+        found |= {"signals": measured, "loss": {}}
         output = trainer.learner.measure(contexts)
         if output.stats is not None:
-            for name in ("student", "target"):
-                values = torch.zeros(len(student))
-                values[output.response_ids] = getattr(output.stats, f"{name}_log_prob")
-                found[f"loss of the {name}"] = values.tolist()
+            for name, own in measured.items():
+                values = torch.zeros(len(own))
+                values[output.response_ids] = getattr(output.stats, "loss" if name == "divergence" else name)
+                found["loss"][name] = values.tolist()
         same = dataclasses.replace(contexts[0], teacher_prompt=contexts[0].student_prompt)
-        found["with one prompt"] = [values.tolist() for values in trainer.learner.target_log_probs([same])]
+        found["with one prompt"] = {name: x.tolist() for name, x in trainer.learner.token_signals([same]).items()}
         found["gradients"] = gradients(trainer, batch).equal(before)
         return found
 
@@ -311,24 +313,26 @@ TP2, PP2 = "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_par
         pytest.param("frozen, also the reference", [PP2, "loss.fused=low_memory"], marks=pytest.mark.full),
     ],
 )
-def test_the_measured_log_probs_are_those_of_sampler_and_loss_and_train_nothing(ranks, data, tmp_path, teacher, layout):
+def test_the_measured_signals_are_those_of_sampler_and_loss_and_train_nothing(ranks, data, tmp_path, teacher, layout):
     found = ranks.run(
-        log_probs_after_a_step,
+        signals_after_a_step,
         arguments(data, tmp_path / "run", *TEACHERS[teacher], *layout, "optimizer.lr_warmup_steps=0"),
         world_size=2 if layout else 1,
         init_process_group=False,
     )
     for of_rank in found:
         assert of_rank["gradients"], "the step has the same gradients before and after"
-        assert of_rank["student"] == found[0]["student"] and of_rank["target"] == found[0]["target"]
-        assert of_rank["student"] == pytest.approx(of_rank["sampler"].tolist(), abs=1e-4)
-        assert of_rank["target"] != pytest.approx(of_rank["student"], abs=0.1)
-        one_student, one_target = of_rank["with one prompt"]
-        assert one_student == pytest.approx(of_rank["student"][: len(one_student)], abs=1e-5)
-        assert one_target != one_student, "the student has moved, and the target has weights of its own"
-    last = found[-1]
-    for name in ("student", "target"):
-        assert last[name] == pytest.approx(last[f"loss of the {name}"], abs=1e-5)
+        signals, one = of_rank["signals"], of_rank["with one prompt"]
+        assert signals == found[0]["signals"] and signals.keys() == set(MEASURED_SIGNALS)
+        student, target = signals["student_log_prob"], signals["target_log_prob"]
+        assert student == pytest.approx(of_rank["sampler"].tolist(), abs=1e-4)
+        assert target != pytest.approx(student, abs=0.1)
+        own = one["student_log_prob"]
+        assert own == pytest.approx(student[: len(own)], abs=1e-5)
+        assert one["target_log_prob"] != own, "the student has moved, and the target has weights of its own"
+    assert found[-1]["loss"].keys() == set(MEASURED_SIGNALS)
+    for name, values in found[-1]["loss"].items():
+        assert found[-1]["signals"][name] == pytest.approx(values, abs=1e-5) and len(set(values)) > 1, name
 
 
 def test_the_trainer_fits_on_a_few_screens_and_the_loop_on_one():

@@ -58,6 +58,11 @@ def published_weights(signals: Any) -> Any:
     return 0.25 + 0.75 * torch.sigmoid((torch.tensor(places, dtype=torch.float64) - 0.3) / 0.1)
 
 
+def doubts(signals: Any) -> Any:
+    """Return the sum of what a pass has measured of each token's distributions: two entropies and the divergence."""
+    return signals.student_entropy + signals.target_entropy + signals.divergence
+
+
 def surprise(signals: Any) -> Any:
     """Return how much less likely the student finds each token than the target does, at least 0."""
     return (signals.target_log_prob - signals.student_log_prob).clamp(min=0)

@@ -59,7 +59,7 @@ def turns(*episodes: Sequence[tuple[str, float]]) -> list[Rollout]:
 
 
 def method_with(*overrides: str, max_length: int = 60) -> Any:
-    models = SimpleNamespace(target_log_probs=lambda contexts: pytest.fail("nothing is measured"))
+    models = SimpleNamespace(token_signals=lambda contexts: pytest.fail("nothing is measured"))
     return made(["recipe=rltf_sd", ENVIRONMENT, *overrides], given(max_length), models=models)
 
 

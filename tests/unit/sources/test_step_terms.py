@@ -20,13 +20,16 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.rollouts import Rollout
-from megatron_selfdistill.sources.signals import Clip, Terms
+from megatron_selfdistill.sources.signals import MEASURED_SIGNALS, Clip, Terms
 from megatron_selfdistill.sources.step_terms import RatioTerms, clipped_policy, token_factors
 
 PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "file.jsonl:1")
 SAMPLES = "rollout.num_samples=2"
 MEASURED, TARGET = [-1.0, -2.0, -0.5, -1.5, -1.0], [-0.5, -3.0, -0.25, -0.5, -1.25]
 MU = [-1.0, -2.0, -0.5, -1.5, -2.0]
+SIGNALS = dict(
+    zip(MEASURED_SIGNALS, (MEASURED, TARGET, [0.5, 1.0, 0.0, 2.0, 1.5], [0.25] * 5, [0.125] * 5), strict=True)
+)
 
 
 def rollout(group: int, sampled: list[float], correct: bool, hinted: bool = True) -> Rollout:
@@ -52,9 +55,9 @@ def coefficients(
 
     def measure(contexts):
         assert measured, "nothing needs the log-probs of this step"
-        return torch.tensor(MEASURED, dtype=torch.float64), torch.tensor(TARGET, dtype=torch.float64)
+        return {name: torch.tensor(values, dtype=torch.float64) for name, values in SIGNALS.items()}
 
-    models = SimpleNamespace(target_log_probs=measure)
+    models = SimpleNamespace(token_signals=measure)
     method = made([SAMPLES, *overrides], given_with(Characters()), models=models, problems=[PROBLEM])
     terms = method.coefficients(0, given, [])
     return terms(torch.tensor(MEASURED, dtype=torch.float64), torch.arange(5))
@@ -90,6 +93,11 @@ def test_signals_of_the_sampled_token_are_the_measured_log_ratios(signal):
     )
     assert found.divergence.tolist() == [0.0] * 5
     assert found.policy.tolist() == pytest.approx([0.25, -0.5, 0.125, 0.5, 0.0])
+
+
+def test_a_function_of_the_user_reads_entropies_and_divergence():
+    found = coefficients("method.token_weights=hint_functions.doubts", "method.measured_signals=true")
+    assert found.divergence.tolist() == [0.875, 1.375, 0.375, 2.375, 0.0], "a response without a hint has no teacher"
 
 
 def test_scope_takes_both_log_probs_and_keeps_responses_without_a_hint():
