@@ -104,6 +104,7 @@ CASES = {
     "sod": Case(recipe("sod", *EPISODES, VERIFIED, "environment.max_turns=3")),
     "sr_opsd": Case(recipe("sr_opsd", *REWARDED)),
     "teacher_alone": Case(recipe("teacher_alone", VERIFIED)),
+    "tip": Case(recipe("tip", *REWARDED)),
     "u_opsd": Case(recipe("u_opsd", *HINTED, "method.threshold=0.2")),
     "uni_opd": Case(recipe("uni_opd", *REWARDED)),
     "veto": Case(recipe("veto", *REWARDED)),

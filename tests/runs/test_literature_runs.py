@@ -18,10 +18,10 @@ LAYOUTS = {
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd"}
-WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa"}
-REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd"}
+WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa", "tip"}
+REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip"}
 RECIPES = sorted(
-    {"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "u_opsd", "veto"} | REWARDED
+    {"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip", "u_opsd", "veto"} | REWARDED
 )
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
@@ -134,6 +134,17 @@ def test_the_order_changes_the_divergence_of_the_same_responses(ranks, data, sta
     half, whole = (reproducible_metrics(run)[0] for run in (run_of("sr_opsd"), tmp_path / "run"))
     assert half["gradient_norm"] > 0 and half["loss/reverse_kl"] == whole["loss/reverse_kl"] == whole["loss/mean"]
     assert 0.3 < half["loss/mean"] / whole["loss/mean"] < 0.7, "near each other the divergence is alpha times KL"
+
+
+def test_the_share_of_the_tokens_changes_the_gradient_of_the_same_responses(ranks, data, start, run_of, tmp_path):
+    replay = f"rollout.replay={run_of('tip')}/responses.jsonl"
+    train(ranks, arguments(data, tmp_path / "run", "tip", start, replay, "method.share=1"))
+    half, whole = (reproducible_metrics(run)[0] for run in (run_of("tip"), tmp_path / "run"))
+    assert 0.4 < half["terms/silent_share"] < 0.6 and whole["terms/silent_share"] == 0
+    assert half["loss/reverse_kl"] == whole["loss/reverse_kl"] == half["loss/mean"], (
+        "the metrics are those of all tokens"
+    )
+    assert half["gradient_norm"] != pytest.approx(whole["gradient_norm"], rel=0.01)
 
 
 def test_forward_kl_is_added_for_some_tokens_of_the_same_responses(ranks, data, start, run_of, tmp_path):
