@@ -63,8 +63,8 @@ class Row:
     turns: int = 1
     """The greatest number of responses per episode, where the recipe itself asks for a second one."""
     records: str = "problems"
-    """What the row trains on: problems, logs (conversations of the base with a user who checks it), or explanations
-    (of a teacher that sees the solutions)."""
+    """What the row trains on: problems, worked (problems whose solution is the whole work), logs (conversations of the
+    base with a user who checks it), or explanations (of a teacher that sees the solutions)."""
     teacher: tuple[str, ...] = ()
     """The overrides of the run that trains the writer of explanations; empty where the base writes them."""
 
@@ -111,8 +111,10 @@ ROWS = {
     "sdft_frozen": Row("SDFT, frozen teacher", "the solution", 1, ("recipe=sdft", "teacher.weights=frozen")),
     "opsd": Row("OPSD", "the solution", 1, ("recipe=opsd",)),
     "pw_opsd": Row("PW-OPSD", "the solution", 1, ("recipe=pw_opsd",)),
+    "tip": Row("TIP", "the solution", 1, ("recipe=tip",)),
     "eopd": Row("EOPD", "the solution", 1, ("recipe=eopd",)),
     "beta_opsd": Row("beta-OPSD", "the solution", 1, ("recipe=beta_opsd",)),
+    "sr_opsd": Row("SR-OPSD", "the solution", 1, ("recipe=sr_opsd",)),
     "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
     "u_opsd": Row("U-OPSD", "the answer of most responses", 8, ("recipe=u_opsd",)),
     "rlcsd": Row("RLCSD", "right and wrong responses, beside rewards", 8, ("recipe=rlcsd",)),
@@ -128,6 +130,9 @@ ROWS = {
     "grpo": Row("GRPO", "no teacher: rewards", 8, ("recipe=grpo",)),
     "rft": Row("RFT", "no teacher: own right responses", 8, ("recipe=rft",)),
     "sft": Row("SFT", "no teacher: the solution as a response", 1, IMITATION),
+    "sft_worked": Row(
+        "SFT on worked solutions", "no teacher: the worked solution as a response", 1, IMITATION, records="worked"
+    ),
     "caopd": Row("CaOPD", "the solution, and the confidence to state", 8, ("recipe=caopd",)),
     "caopd_frozen": Row(
         "CaOPD, frozen teacher",
@@ -195,8 +200,10 @@ ROWS = {
 }
 ASKING = ("sdpo_feedback", "rltf_sd", "rltf_fm", "skill_sd", "openclaw", "openclaw_full", "ovd", "rlt", "explained")
 """The rows whose base must read critiques, skills or scores, or explain the solution."""
-COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", *ASKING))
+COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", "sft_worked", *ASKING))
 """The rows of the blocks with one turn whose responses state no confidence."""
+WITH_WORK = (*COMMON, "sft_worked")
+"""The rows of such a block whose right responses show work that the solution leaves out."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +225,15 @@ class Block:
 REACHED = ("greedy", "sampled", "pass_at_8")
 COURSE = ("entropy", "sampled_at_quarter", "sampled_at_half")
 BLOCKS = {
-    "subtraction": Block("One right text", subtraction.TASK, 8, (*REACHED, "shows_work", *COURSE)),
+    "subtraction": Block("One right text", subtraction.TASK, 8, (*REACHED, "shows_work", *COURSE), rows=WITH_WORK),
     "additions": Block("Many right answers", additions.TASK, 32, (*REACHED, "different", *COURSE), imitated=()),
-    "unsolved": Block("Never solved by the base", unsolved_subtraction.TASK, 8, (*REACHED, "shows_work", *COURSE)),
+    "unsolved": Block(
+        "Never solved by the base",
+        unsolved_subtraction.TASK,
+        8,
+        (*REACHED, "shows_work", *COURSE),
+        rows=WITH_WORK,
+    ),
     "calculator": Block(
         "Turn by turn with a tool",
         calculator.TASK,
@@ -302,6 +315,8 @@ def run(
     if row.records == "logs":
         problems, template = row_records.logged_conversations(base, directory)
         overrides = (*overrides, f"data.chat_template={template}")
+    elif row.records == "worked":
+        problems = row_records.worked_problems(problems, directory)
     elif row.records == "explanations":
         problems = explained(name, base, problems, directory, steps)
     every = 0 if block.task.environment else max(steps // 4, 1)  # an evaluation plays no episodes

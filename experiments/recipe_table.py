@@ -4,7 +4,12 @@
 A cell is one block, one row and one seed; its result is one line of results/recipe_table.jsonl.  A cell whose line is
 there is not run again, so that the script may stop at any time and go on later.  The row ``before`` is the base itself.
 
-    python experiments/recipe_table.py                         every missing cell
+Cells of the validation split choose the learning rate of a row: they train on four fifths of the training problems from
+the base of another seed, and measure on the other fifth.  A row with a validation line for each rate is reported at the
+rate with the best sampled accuracy there, and every other row at the rate of its recipe, which is that of the examples.
+
+    python experiments/recipe_table.py                         every missing cell, at the chosen rates
+    python experiments/recipe_table.py --validate --rows opsd  the cells that choose the learning rate of a row
     python experiments/recipe_table.py --blocks additions --rows default grpo --seeds 21
     python experiments/recipe_table.py --learning-rates        the cells with other learning rates
     python experiments/recipe_table.py --tables                the tables of the page from the lines
@@ -17,9 +22,11 @@ which compares learning rates.  A table shows the seeds that have a line for eac
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from statistics import mean
@@ -33,6 +40,7 @@ sys.path[:0] = [str(REPOSITORY / "examples")]
 from _lib.command_line import prepare_process  # noqa: E402
 from _lib.measurement import measure  # noqa: E402
 from _lib.pretraining import make_base, write_records  # noqa: E402
+from _lib.task import Record  # noqa: E402
 
 example = importlib.import_module("10_recipes")
 
@@ -60,8 +68,13 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
 }
 """Name of a table of the page -> block -> the figures of its columns."""
 RATE = 3e-4
-"""The learning rate of all rows of a block."""
+"""The learning rate of the recipes in the examples, which every row has that is not tuned."""
 RATES = (1e-4, RATE, 1e-3)
+"""The rates that validation chooses from: a third of that rate, the rate itself, and ten thirds of it."""
+TEST, VALIDATION = "test", "validation"
+"""The splits of a line: the held-out problems of the task, and training problems that the run does not train on."""
+CHOICE_SEED, NUM_VALIDATION = 20, 300
+"""The seed of the cells of validation, and the largest number of their problems."""
 RATED = ("default", "sdft", "sdpo", "pi_distill", "grpo", "rft")
 """The rows that are compared at several learning rates."""
 
@@ -71,8 +84,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", nargs="+", choices=example.BLOCKS, default=list(example.BLOCKS))
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help=f"(default: {' '.join(map(str, SEEDS))})")
+    parser.add_argument("--seeds", type=int, nargs="+", help="(default: 21 22 23; with --validate 20)")
     parser.add_argument("--learning-rates", action="store_true", help="run the cells of the tables of learning rates")
+    parser.add_argument("--validate", action="store_true", help="run the cells that choose learning rates")
     parser.add_argument("--lines", type=Path, default=LINES, help="(default: experiments/results/recipe_table.jsonl)")
     parser.add_argument("--directory", type=Path, default=Path("runs/recipe_table"), help="bases and runs")
     parser.add_argument("--tables", action="store_true", help="write the tables of the page and run nothing")
@@ -81,14 +95,80 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = read_lines(options.lines)
     if options.tables or options.check:
         return write_or_compare(PAGE, lambda name: table_of(name, lines), compare=options.check)
-    done = {(line["block"], line["row"], line["seed"], rate_of(line)) for line in lines}
-    rates = [rate for rate in RATES if rate != RATE] if options.learning_rates else [RATE]
     prepare_process()
-    for seed, block, row, rate in product(options.seeds, options.blocks, options.rows, rates):
-        asked = RATED if options.learning_rates else rows_of_block(block)
-        if row in asked and (block, row, seed, rate) not in done:
-            run_cell(block, row, seed, rate, options.lines, options.directory)
+    split = VALIDATION if options.validate else TEST
+    seeds = options.seeds or ([CHOICE_SEED] if options.validate else SEEDS)
+    for seed, block, row, rate in product(seeds, options.blocks, options.rows, RATES):
+        cell = Cell(block, row, seed, rate, split)
+        if rate in asked_rates(cell, lines, options.learning_rates) and not any(map(cell.is_of, lines)):
+            run_cell(cell, options.lines, options.directory)
     return 0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run: a row of a block from the base of a seed, at a learning rate, measured on a split."""
+
+    block: str
+    row: str
+    seed: int
+    rate: float
+    split: str = TEST
+
+    @property
+    def name(self) -> dict[str, Any]:
+        """The entries of the line by which the cell is found."""
+        about: dict[str, Any] = {"block": self.block, "row": self.row, "seed": self.seed}
+        about |= {} if self.rate == RATE else {"lr": self.rate}
+        return about | ({} if self.split == TEST else {"split": self.split})
+
+    def is_of(self, line: Line) -> bool:
+        """Return whether the line is the result of this cell."""
+        names = (line["block"], line["row"], line["seed"], rate_of(line), split_of(line))
+        return names == (self.block, self.row, self.seed, self.rate, self.split)
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """The overrides of the run beside those of its row."""
+        return () if self.rate == RATE else (f"optimizer.lr={self.rate:g}",)
+
+    def run(self, root: Path) -> dict[str, Any]:
+        """Return the figures of the cell, and its overrides without the directories of this machine."""
+        block, directory = example.BLOCKS[self.block], root / f"{self.block}-seed{self.seed}"
+        base, records = make_base(block.task, self.seed, root / "bases"), block.task.training_problems(self.seed)
+        if self.split == VALIDATION:
+            records, held_out = divided(records)
+            base = replace(base, held_out=write_records(directory / "validation.jsonl", held_out))
+        if self.row == BEFORE:
+            return dict(example.measured(measure(base, num_samples=block.num_measured)))
+        problems = write_records(directory / "train.jsonl", records)
+        outcome = example.run(self.row, block, base, problems, directory, example.NUM_STEPS, self.settings)
+        overrides = [*example.overrides_of(self.row, block), *self.settings]
+        return {"overrides": overrides, **example.figures(self.row, outcome)}
+
+
+def asked_rates(cell: Cell, lines: Sequence[Line], learning_rates: bool) -> Sequence[float]:
+    """Return the learning rates at which the row of ``cell`` runs; ``learning_rates``: as for the tables of rates."""
+    if learning_rates:
+        return RATES if cell.row in RATED else ()
+    if cell.row not in rows_of_block(cell.block):
+        return ()
+    if cell.split == VALIDATION:
+        return () if cell.row == BEFORE else RATES
+    return (chosen_rate(cell.block, cell.row, lines) or RATE,)
+
+
+def divided(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
+    """Return the records to train on, and those to validate on: a fifth of all texts of problems, each of them once.
+
+    The hash of a problem's text decides, so that no problem is in both.
+    """
+
+    def is_held_out(record: Record) -> bool:
+        return int(hashlib.md5(record["problem"].encode()).hexdigest()[:6], 16) % 5 == 0
+
+    held_out = {record["problem"]: record for record in records if is_held_out(record)}
+    return [record for record in records if not is_held_out(record)], list(held_out.values())[:NUM_VALIDATION]
 
 
 def rows_of_block(block: str) -> tuple[str, ...]:
@@ -101,30 +181,24 @@ def rate_of(line: Line) -> float:
     return float(line.get("lr", RATE))
 
 
-def settings_of(rate: float) -> tuple[str, ...]:
-    """Return the overrides of a run with a learning rate beside those of its row."""
-    return () if rate == RATE else (f"optimizer.lr={rate:g}",)
+def split_of(line: Line) -> str:
+    """Return the split of a line's problems."""
+    return str(line.get("split", TEST))
 
 
-def run_cell(name: str, row: str, seed: int, rate: float, lines: Path, root: Path) -> None:
-    """Run a cell, append its line, and remove its run; the base stays for the other cells."""
-    about = {"block": name, "row": row, "seed": seed} | ({} if rate == RATE else {"lr": rate})
-    line = about | rounded(cell(name, row, seed, settings_of(rate), root))
-    append_line(lines, line, root / f"{name}-seed{seed}")
+def chosen_rate(block: str, row: str, lines: Sequence[Line]) -> float | None:
+    """Return the rate with the best sampled accuracy on validation; None unless every rate of `RATES` has a line.
 
-
-def cell(name: str, row: str, seed: int, settings: Sequence[str], root: Path) -> dict[str, Any]:
-    """Return the figures of a cell, and its overrides without the directories of this machine.
-
-    ``settings``: the overrides of the cell beside those of its row.
+    Of equally good rates the result is the smallest one.
     """
-    block, directory = example.BLOCKS[name], root / f"{name}-seed{seed}"
-    base = make_base(block.task, seed, root / "bases")
-    if row == BEFORE:
-        return dict(example.measured(measure(base, num_samples=block.num_measured)))
-    problems = write_records(directory / "train.jsonl", block.task.training_problems(seed))
-    outcome = example.run(row, block, base, problems, directory, example.NUM_STEPS, settings)
-    return {"overrides": [*example.overrides_of(row, block), *settings], **example.figures(row, outcome)}
+    of_row = [line for line in lines if (line["block"], line["row"], split_of(line)) == (block, row, VALIDATION)]
+    reached = {rate_of(line): line["sampled"] for line in of_row}
+    return max(RATES, key=lambda rate: reached[rate]) if reached.keys() >= set(RATES) else None
+
+
+def run_cell(cell: Cell, lines: Path, root: Path) -> None:
+    """Run a cell, append its line, and remove its run; the base stays for the other cells."""
+    append_line(lines, cell.name | rounded(cell.run(root)), root / f"{cell.block}-seed{cell.seed}")
 
 
 def rounded(figures: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,12 +222,12 @@ def table_of(name: str, lines: Sequence[Line]) -> list[str]:
 def results_table(figures: Mapping[str, Sequence[str]], lines: Sequence[Line]) -> list[str]:
     """Return the table of what the rows of the blocks in ``figures`` have reached, a row for each recipe.
 
-    Each cell is the mean over the seeds, with the lowest and the highest seed in brackets.  ``figures``: block -> its
-    figures.  All blocks have the same rows.
+    Each cell is the mean over the seeds, with the lowest and the highest seed in brackets.  It is empty for a row that
+    a block does not have, or that lacks a seed.  ``figures``: block -> its figures; the first block has all rows.
     """
-    found = {block: lines_of(block, lines) for block in figures}
+    found = {block: reported_lines(block, lines) for block in figures}
     if not all(found.values()):
-        return ["No seed has a line for every row yet."]
+        return ["No row has a line for every seed yet."]
     several = len(figures) > 1
     headings = [
         f"{BLOCK_NAMES.get(block, block)}: {heading(figure)}" if several else heading(figure)
@@ -161,11 +235,11 @@ def results_table(figures: Mapping[str, Sequence[str]], lines: Sequence[Line]) -
         for figure in of_block
     ]
     corner = seeds_of([line for of_block in found.values() for line in of_block])
-    headings = [corner, "teacher sees", "responses", *headings]
+    headings = [corner, "teacher sees", "responses", "learning rate", *headings]
     table = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name in rows_of_block(next(iter(figures))):
         row = example.ROWS.get(name)
-        about = ["", ""] if row is None else [row.sees, row.budget]
+        about = ["", "", ""] if row is None else [row.sees, row.budget, tuned_on(name, figures, lines)]
         cells = [
             shown(figure, [line.get(figure) for line in found[block] if line["row"] == name])
             for block, of_block in figures.items()
@@ -183,7 +257,8 @@ def heading(figure: str) -> str:
 def rates_table(name: str, lines: Sequence[Line]) -> list[str]:
     """Return the table of the sampled accuracy of the rows of `RATED`, with a column for each learning rate."""
     cells = [f"{row} {rate:g}" for row in RATED for rate in RATES]
-    of_block = [{**line, "arm": f"{line['row']} {rate_of(line):g}"} for line in lines if line["block"] == name]
+    tested = [line for line in lines if line["block"] == name and split_of(line) == TEST]
+    of_block = [{**line, "arm": f"{line['row']} {rate_of(line):g}"} for line in tested]
     found = complete([line for line in of_block if line["arm"] in cells], cells)
     if not found:
         return ["No seed has a line for every cell yet."]
@@ -197,10 +272,36 @@ def rates_table(name: str, lines: Sequence[Line]) -> list[str]:
     return table
 
 
-def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
-    """Return the lines of a block at the common learning rate, of the seeds that have a line for each row."""
-    of_block = [line for line in lines if line["block"] == name and rate_of(line) == RATE]
-    return complete([{**line, "arm": line["row"]} for line in of_block], rows_of_block(name))
+def reported_lines(block: str, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines of a block that the tables show: of `SEEDS`, each row at the rate of `reported_rate`."""
+    of_rows = [lines_at(block, row, reported_rate(block, row, lines), lines) for row in rows_of_block(block)]
+    return [line for of_row in of_rows for line in of_row]
+
+
+def reported_rate(block: str, row: str, lines: Sequence[Line]) -> float:
+    """Return the rate that validation has chosen if every seed has run at it, else the rate of the recipe."""
+    chosen = chosen_rate(block, row, lines)
+    return chosen if chosen is not None and lines_at(block, row, chosen, lines) else RATE
+
+
+def lines_at(block: str, row: str, rate: float, lines: Sequence[Line]) -> list[Line]:
+    """Return the lines of a row of a block at a rate on the held-out problems; none unless each of `SEEDS` has one."""
+    cells = [Cell(block, row, seed, rate) for seed in SEEDS]
+    found = [line for cell in cells for line in lines if cell.is_of(line)]
+    return found if len(found) == len(SEEDS) else []
+
+
+def tuned_on(row: str, blocks: Iterable[str], lines: Sequence[Line]) -> str:
+    """Return the learning rate of a row as text: that of each block in their order, "own" if nothing has chosen it."""
+
+    def of_block(block: str) -> str:
+        if row not in rows_of_block(block):
+            return "none"
+        rate = reported_rate(block, row, lines)
+        return f"{rate:.0e}" if rate == chosen_rate(block, row, lines) else "own"
+
+    rates = [of_block(block) for block in blocks]
+    return "recipe's own rate" if {*rates} <= {"own", "none"} else " / ".join(rates)
 
 
 def shown(figure: str, values: Sequence[float | None]) -> str:

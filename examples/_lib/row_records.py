@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The records that some recipes of 10_recipes.py train on in place of the task's problems: logs, and explanations."""
+"""The records that some rows of 10_recipes.py train on in place of the problems: work, logs and explanations."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def logged_conversations(base: Base, directory: Path) -> tuple[Path, Path]:
     template = directory / "chat_template.jinja"
     template.write_text(subtraction_chats.CHAT_TEMPLATE, encoding="utf-8")
     return write_records(directory / "conversations.jsonl", records), template
+
+
+def worked_problems(problems: Path, directory: Path) -> Path:
+    """Write the subtractions of ``problems`` with the whole right response as their solution; return the file."""
+    records = [json.loads(line) for line in problems.read_text(encoding="utf-8").splitlines()]
+    pairs = [tuple(int(number) for number in record["problem"].rstrip(":").split("-")) for record in records]
+    worked = [record | {"solution": subtraction.work(a, b)[:-1]} for record, (a, b) in zip(records, pairs, strict=True)]
+    return write_records(directory / "worked.jsonl", worked)
 
 
 def explained_problems(
