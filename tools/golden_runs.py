@@ -78,6 +78,7 @@ CASES = {
     "beta_opsd": Case(recipe("beta_opsd", *REWARDED, "method.signal=advantage", "method.discount=0.9")),
     "caopd": Case(recipe("caopd", *REWARDED, *STATING)),
     "chat_logs": Case(recipe("chat_logs", *CHATS, "method.min_log_prob=-3.75")),
+    "dapd": Case(recipe("dapd", *REWARDED)),
     "default": Case(recipe("default", VERIFIED)),
     "eopd": Case(recipe("eopd", *REWARDED, "method.threshold=2.47")),
     "grpo": Case(recipe("grpo", *REWARDED)),

@@ -65,8 +65,8 @@ class Rollout:
     feedback: str | None = None
     """The text of the environment about this response, which only a teacher may see; None if there is none."""
     part: str = "response"
-    """The text that is trained on: response, revision (the last response of an episode after the problem alone) or
-    reply (the environment's reply, as a response to a request for it)."""
+    """The text that is trained on: response, revision (the last response of an episode after the problem alone), reply
+    (the environment's reply, as a response to a request for it) or view (a text after other prompts)."""
 
     key: SampleKey | None = None
     """The name of the sample; None for a text that nobody has sampled."""

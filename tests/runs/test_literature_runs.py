@@ -19,9 +19,10 @@ LAYOUTS = {
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd"}
 WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa", "tip"}
-REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip"}
+REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip", "dapd"}
 RECIPES = sorted(
-    {"beta_opsd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip", "u_opsd", "veto"} | REWARDED
+    {"beta_opsd", "dapd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip", "u_opsd", "veto"}
+    | REWARDED
 )
 LAYOUT_OF = dict(zip(RECIPES, itertools.cycle(["CP2", "PP2", "TP2"]), strict=False))
 """A layout for every recipe.  The recipes of `REPLICATED` run with replicas, too."""
