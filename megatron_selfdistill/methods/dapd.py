@@ -36,7 +36,7 @@ Command:
 
 Expected: 100 steps of 32 responses raise the sampled accuracy from .57 to .67 on additions, and lower it from .37 to
 .0008 on subtraction with worked solutions (seed 21, the tasks of docs/recipes/comparison.md, with their learning rate;
-one run each). The tasks' bases believe every hint, and most of the responses that they are shown are wrong.
+one run each). Without both terms whose teacher sees the response, subtraction ends at .09.
 
 Cost: A step samples one response per problem and trains on six texts in place of one, so that its training costs six
 times that of `opsd`. Three of them have two texts in their context.
@@ -44,7 +44,8 @@ times that of `opsd`. Three of them have two texts in their context.
 Known failure:
 - Four terms train the student after prompts that it never gets later. Nothing says how much they change after x alone.
 - The solution must have the form of a response: else the terms on z teach another style.
-- A teacher that believes the responses it is shown teaches their errors, as on the subtraction above.
+- A teacher that believes the responses it is shown teaches their errors. This is a part of what happens on the
+  subtraction above, where most responses of the base are wrong; the rest is not explained.
 """
 
 from __future__ import annotations

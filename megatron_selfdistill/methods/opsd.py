@@ -24,10 +24,10 @@ Command:
     selfdistill recipe=opsd checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/opsd
     selfdistill recipe=opsd_reference checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/study
 
-Expected: 100 steps of 32 responses raise the sampled accuracy on additions from .51 to .92, and leave subtraction at
-.35, from .36 before, at temperature 1 and with one view (docs/recipes/comparison.md). No GPU has run
-recipe=opsd_reference for this project. These are the published accuracies that it should reproduce, in percent, the
-mean of 12 samples with thinking on:
+Expected: 100 steps of 32 responses raise the sampled accuracy on additions from .51 to .92 and on subtraction from .36
+to .74, at temperature 1, with one view and the learning rate 1e-3, which validation has chosen. At 3e-4 they leave
+subtraction at .35 (docs/recipes/comparison.md). No GPU has run recipe=opsd_reference for this project. These are the
+published accuracies that it should reproduce, in percent, the mean of 12 samples with thinking on:
 
 | Qwen3-1.7B | AIME24 | AIME25 | HMMT25 |
 |---|---|---|---|
