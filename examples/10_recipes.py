@@ -117,7 +117,7 @@ ROWS = {
     "sr_opsd": Row("SR-OPSD", "the solution", 1, ("recipe=sr_opsd",)),
     "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
     "u_opsd": Row("U-OPSD", "the answer of most responses", 8, ("recipe=u_opsd",)),
-    "rlcsd": Row("RLCSD", "right and wrong responses, beside rewards", 8, ("recipe=rlcsd",)),
+    "rlcsd": Row("RLCSD", "no teacher: rewards, and right and wrong responses as hints", 8, ("recipe=rlcsd",)),
     "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
     "sdpo_frozen": Row("SDPO, frozen teacher", "another right response", 8, ("recipe=sdpo", "teacher.weights=frozen")),
     "sdpo_mix": Row("SDPO, mix", "another right response", 8, ("recipe=sdpo", *MIX)),
