@@ -355,6 +355,34 @@ def test_partial_responses_are_measured_beside_whole_ones():
 
 
 @pytest.mark.full
+def test_losses_of_one_table_agree_and_a_peer_that_cannot_run_says_so():
+    shown = run("loss_peers.py", "--positions=24", "--vocab=600", "--hidden=16", "--repeats=1")
+    tables = shown.split("\n\n")[2::2]
+    rows = [cells_of(table) for table in tables]
+    for table in rows:
+        names = list(table)
+        assert names[1] == "naive PyTorch" and table["naive PyTorch"][1] == "1.00"
+        for name in names[1:]:
+            cells = table[name]
+            if cells[0].startswith("not run: "):
+                assert name.startswith(("TRL", "liger-kernel")) and not any(cells[1:])
+            else:
+                assert all(float(value) < 1e-4 for value in cells[-1].split("; ")), name
+    assert len(rows) == 3 and sum("liger-kernel" in name for table in rows for name in table) == 3
+
+
+def test_a_peer_of_the_loss_needs_its_package_and_for_triton_a_gpu():
+    sys.path.insert(0, str(TOOLS))  # for what lies beside the script
+    peers = load_script(TOOLS / "loss_peers.py")
+    here = peers.Contender("torch", None, ("torch",))
+    assert here.why_not(torch.device("cpu")) is None
+    assert peers.Contender("absent", None, ("absent",)).why_not(torch.device("cpu")) == "needs absent, not installed"
+    kernel = peers.Contender("kernel", None, ("torch",), on_gpu_only=True)
+    assert kernel.why_not(torch.device("cpu")) == "its Triton kernels need a GPU"
+    assert kernel.why_not(torch.device("cuda")) is None
+
+
+@pytest.mark.full
 def test_responses_of_servers_are_counted_in_both_forms(tmp_path):
     options = ["--responses=24", "--tokens=50", "--servers=3", "--in-flight=8", "--repeats=1"]
     shown = run("server_responses.py", *options, f"--json={tmp_path}/found.json")

@@ -17,6 +17,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
 import torch
 import torch.distributed as dist
 from loss_contenders import TARGET, Case, Contender, Run, passes_of_loss
+from peak_memory import peak_bytes, wait
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -123,7 +124,7 @@ def _attempted(work: Callable[[], _Result], case: Case) -> tuple[_Result | None,
 
 def _found(one: Contender, case: Case, seconds: list[tuple[float, float]], reference: _Reference) -> Found:
     wall, processor = (statistics.median(column) for column in zip(*seconds, strict=True))
-    peak = _peak_bytes(one.prepare(case), case)
+    peak = peak_bytes(one.prepare(case), case.device)
     traffic, num_collectives = _operators(one.prepare(case), case)
     loss_error, gradient_error = _errors(one.prepare(case)(), reference, case) if one.same_loss else (None, None)
     moved = traffic.num_bytes / case.u if one.seen else None
@@ -156,37 +157,10 @@ def _timed(run: Run) -> tuple[float, float]:
     return time.perf_counter() - wall, time.process_time() - processor
 
 
-def wait() -> None:
-    """Wait for the device."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def _copy_seconds(case: Case, repeats: int) -> float:
     source = torch.ones(case.u // 2, dtype=torch.bfloat16, device=case.device)
     target = torch.empty_like(source)
     return statistics.median(_timed(lambda: (target.copy_(source), None))[0] for _ in range(max(5, repeats)))
-
-
-def _peak_bytes(run: Run, case: Case) -> int:
-    """Return the most memory at one time, beyond the memory that was allocated before."""
-    wait()
-    if case.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        wait()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        result = run()
-        del result
-    now = peak = 0
-    for event in sorted(profiler.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            peak = max(peak, now)
-    return peak
 
 
 # -- what operators move ---------------------------------------------------------------------------------------------
