@@ -209,7 +209,7 @@ def megatron_cross_entropy(fused: bool) -> Callable[[Case], Run]:
 
 def liger_jsd(case: Case) -> Run:
     """Return liger-kernel's JSD of two given rows of log-probabilities, without a mixed target and without shards."""
-    from liger_kernel.transformers import LigerJSD  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerJSD
 
     student, jsd = case.student.clone().requires_grad_(), LigerJSD()
 
@@ -319,7 +319,7 @@ def liger_distillation(case: Case) -> Run:
 
     It is written for torch.compile.
     """
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     return _liger(case, LigerFusedLinearJSDLoss(0.0, 1.0, compiled=case.device.type == "cuda"))
 

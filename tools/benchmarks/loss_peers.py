@@ -125,7 +125,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 def trl_jsd(case: Case, student: Tensor) -> Tensor:
     """Return the loss of TRL's GKD trainer."""
-    from trl.experimental.gkd import GKDTrainer  # type: ignore[import-not-found]
+    from trl.experimental.gkd import GKDTrainer
 
     total: Tensor = GKDTrainer.generalized_jsd_loss(student, case.logits[1], beta=0.5, reduction="sum")
     return total / len(student)
@@ -133,7 +133,7 @@ def trl_jsd(case: Case, student: Tensor) -> Tensor:
 
 def liger_jsd(case: Case, student: Tensor) -> Tensor:
     """Return liger-kernel's JSD of log-probabilities, a Triton kernel."""
-    from liger_kernel.transformers import LigerJSD  # type: ignore[import-not-found]
+    from liger_kernel.transformers import LigerJSD
 
     loss: Tensor = LigerJSD()(student.log_softmax(-1), case.logits[1].log_softmax(-1))
     return loss
@@ -141,7 +141,7 @@ def liger_jsd(case: Case, student: Tensor) -> Tensor:
 
 def liger_chunked(case: Case, states: Tensor, weight: Tensor) -> Tensor:
     """Return liger-kernel's JSD of hidden states in chunks, in PyTorch; compiled on a GPU, as it is meant."""
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss  # type: ignore[import-not-found]
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     labels = torch.zeros(len(states), dtype=torch.int64, device=states.device)
     loss = LigerFusedLinearJSDLoss(0.0, 1.0, compiled=states.device.type == "cuda", chunk_size=case.chunk)
