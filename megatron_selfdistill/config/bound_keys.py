@@ -40,7 +40,7 @@ RULES: dict[str, str] = {
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
             *("teacher.ema_decay", "model", "adapter.alpha", "adapter.rank_stabilised", "adapter.load"),
-            "target",
+            *("target", "teachers"),
         ),
         BOUND,
     ),

@@ -90,8 +90,8 @@ class DataConfig:
     subset: Text | None = None
     """Subset (configuration) of a hub data set; null is the default subset."""
     fields: dict[str, Text] = field(default_factory=dict)
-    """Name of a field -> name of the column that holds it.  Problems have the fields problem, solution, answer, id and
-    messages; conversations have messages, accepted, tools and id."""
+    """Name of a field -> name of the column that holds it.  Problems have the fields problem, solution, answer, id,
+    messages and, with the key teachers, teacher; conversations have messages, accepted, tools and id."""
     on_bad_record: Annotated[str, OneOf(BAD_RECORD_POLICIES)] = "error"
     """The reaction to a bad record: error (the run ends) or skip (the record is counted and skipped)."""
     limit: PositiveInt | None = None
@@ -137,7 +137,7 @@ class DataConfig:
         moved = moved_solutions(self.solutions)
         require(moved is None, f"{moved}")
         check_fields("data", self)
-        known = {"problem", "solution", "answer", "id", "messages"}
+        known = {"problem", "solution", "answer", "id", "messages", "teacher"}
         if self.kind == "conversations":
             known |= {"accepted", "tools"}
         for name in self.fields:

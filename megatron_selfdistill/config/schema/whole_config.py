@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from megatron_selfdistill.config.environment import FromEnvironment, Place
 from megatron_selfdistill.config.methods import default_settings
@@ -18,6 +19,7 @@ from megatron_selfdistill.config.schema.method_config import (
     HINTED,
     MEASURED,
     SAME,
+    STUDENT,
     TEACHER,
     MethodSettings,
     Needs,
@@ -40,6 +42,7 @@ from megatron_selfdistill.config.schema.step_config import (
     ScheduleConfig,
 )
 from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, check_teachers, named_teachers
 
 
 def check_conversations(
@@ -133,6 +136,13 @@ class Config:
     """The divergence from the target."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The weights of the teacher."""
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Teachers with other weights than the student's start, by name: the field teacher of a record names the teacher of
+    its responses.  A record that names none has the only teacher, or of several the one with the name default.  Each
+    has the entries load (a checkpoint of Megatron or a Hugging Face directory of the student's architecture and
+    tokenizer; null is the weights at the start of the run), hint (given or none), template (in place of
+    data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load: DIR}, default: {}} the
+    records of math learn from DIR, and all others from the start of the run, which sees their solutions."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order and the memory of a step in the pipeline."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -178,6 +188,13 @@ class Config:
         if self.target.anchor == "reference":
             check_reference(self.has_teacher, self.rollout, self.target, adapted=self.adapter.rank > 0)
         check_guided_tokens(self.has_teacher, self.rollout, self.target, self.loss)
+        if self.named_teachers:
+            self._check_teachers()
+        require(
+            bool(self.teachers) or "teacher" not in self.data.fields,
+            "data.fields.teacher names the column with the teacher of a record, but there are no teachers: set the key "
+            "teachers, or unset data.fields.teacher",
+        )
         require(
             self.has_teacher or self.loss.fused in (None, "none"),
             f"loss.fused={self.loss.fused} fuses the output layer with the distillation loss, but {self._method} "
@@ -203,6 +220,32 @@ class Config:
         """What the method needs from the core."""
         return self.method.needs
 
+    @cached_property
+    def named_teachers(self) -> dict[str, NamedTeacher]:
+        """The teachers of the key ``teachers`` by name, in the order of the names; empty without the key."""
+        return named_teachers(self.teachers)
+
+    @property
+    def num_loaded_teachers(self) -> int:
+        """The number of teachers with the weights of a directory of their own."""
+        return sum(teacher.load is not None for teacher in self.named_teachers.values())
+
+    @property
+    def loads_teachers(self) -> bool:
+        """Whether a teacher has the weights of a directory of its own."""
+        return self.num_loaded_teachers > 0
+
+    @property
+    def rests_teachers(self) -> bool:
+        """Whether the weights of these teachers rest in host memory, because one copy serves several, or by choice."""
+        return self.num_loaded_teachers > 1 or (self.loads_teachers and self.teacher.offload == "cpu")
+
+    @property
+    def keeps_start(self) -> bool:
+        """Whether the loss reads the weights at the start of the run, as a teacher or as the reference."""
+        named = self.named_teachers.values()
+        return self.is_anchored or not named or any(teacher.load is None for teacher in named)
+
     @property
     def has_teacher(self) -> bool:
         """Whether the loss has a teacher; other methods train on next tokens or on rewards alone."""
@@ -225,6 +268,11 @@ class Config:
         A frozen teacher's weights are the reference's, and with adapters it is the model without them.
         """
         return self.is_anchored and self.teacher.weights != "frozen" and not self.adapter.rank
+
+    @property
+    def projects_reference(self) -> bool:
+        """Whether the reference has an output layer of its own, so that no mix of states serves both models."""
+        return self.copies_reference or (self.is_anchored and self.loads_teachers)
 
     @property
     def has_policy_term(self) -> bool:
@@ -382,6 +430,22 @@ class Config:
         )
         if needs.log_probs is not None:
             self._check_correction(self._method)
+
+    def _check_teachers(self) -> None:
+        """Raise `ConfigError` where the method or the data have no place for several teachers."""
+        needs = self.needs
+        hinted = needs.teacher_prompt == HINTED and needs.hint == GIVEN and needs.samples == STUDENT
+        require(
+            hinted and needs.log_probs is None and not needs.scores and needs.contexts_per_sample == 1,
+            "teachers need a method whose teacher reads sampled responses for the loss alone, with the solutions of "
+            f"the data, such as method.name=default, got {self._method}",
+        )
+        require(
+            self.data.kind == "problems" and not self.environment.exists,
+            "teachers need the records of data.kind=problems, which name them, without an environment, got "
+            f"data.kind={self.data.kind} and environment.name={self.environment.name}",
+        )
+        check_teachers(self.named_teachers, self.teacher, self.target, self.rollout)
 
     def _check_environment(self) -> None:
         name = f"environment.name={self.environment.name}"

@@ -1,0 +1,107 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The key ``teachers`` of the schema: teachers with other weights than those that the student starts from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+from megatron_selfdistill.choices import TEACHER_HINTS
+from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_slots
+from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, Text
+from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
+from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig, TeacherWeight
+
+DEFAULT_TEACHER = "default"
+"""The name of the teacher of the records that name none, where there are several teachers."""
+
+
+@dataclass(frozen=True)
+class NamedTeacher:
+    """One teacher of the key ``teachers``."""
+
+    load: FilePath | None = None
+    """Checkpoint of Megatron or Hugging Face directory with the weights; null: the weights at the start of the run."""
+    hint: Annotated[str, OneOf(TEACHER_HINTS)] = "given"
+    """What this teacher's prompt shows beside the problem: given (the solution) or none."""
+    template: Text | None = None
+    """This teacher's user message, with the slot {problem} and, with a hint, {solution}; null is data.teacher_template,
+    or without a hint data.student_template."""
+    weight: TeacherWeight | None = None
+    """Weight w of this teacher's logits; null is target.teacher_weight."""
+
+    @property
+    def is_hinted(self) -> bool:
+        """Whether this teacher's prompt shows a solution."""
+        return self.hint != "none"
+
+
+def named_teachers(teachers: Mapping[str, Any]) -> dict[str, NamedTeacher]:
+    """Return the teachers of the key ``teachers`` by name, in the order of the names.
+
+    Raises: `ConfigError` for a name that is none, an unknown entry, and a value outside of its range.
+    """
+    return {name: _named_teacher(name, teachers[name]) for name in sorted(teachers, key=str)}
+
+
+def _named_teacher(name: str, entries: Any) -> NamedTeacher:
+    key = f"teachers.{name}"
+    require(
+        isinstance(name, str) and re.fullmatch(r"[A-Za-z_][\w-]*", name) is not None,
+        f"a key of teachers must be a name of letters, digits, _ and -, such as math, got {name!r}",
+    )
+    require(isinstance(entries, dict), f"{key} must be a mapping, such as {{load: DIR}}, got {entries!r}")
+    known = [one.name for one in fields(NamedTeacher)]
+    for entry in entries:
+        require(entry in known, f"{key} has no entry {entry!r}: its entries are {', '.join(known)}")
+    teacher = NamedTeacher(**entries)
+    check_fields(key, teacher)
+    require_slots(f"{key}.template", teacher.template, ["problem", *["solution"] * teacher.is_hinted])
+    return teacher
+
+
+def teacher_of_record(named: str | None, teachers: Mapping[str, NamedTeacher]) -> str | None:
+    """Return the teacher of a record that names ``named``; None if it is unknown or not decided.
+
+    A record that names none has the only teacher, or of several teachers the one with the name `DEFAULT_TEACHER`.
+    """
+    if named is None:
+        named = next(iter(teachers)) if len(teachers) == 1 else DEFAULT_TEACHER
+    return named if named in teachers else None
+
+
+def check_teachers(
+    teachers: Mapping[str, NamedTeacher], teacher: TeacherConfig, target: TargetConfig, rollout: RolloutConfig
+) -> None:
+    """Raise `ConfigError` where other keys contradict ``teachers``."""
+    require(
+        teacher.weights == "frozen",
+        f"teachers have weights that stand still: they need teacher.weights=frozen, got {teacher.weights}",
+    )
+    require(
+        rollout.guidance == "none",
+        f"teachers cannot guide responses yet: set rollout.guidance=none, got {rollout.guidance}",
+    )
+    for name, one in teachers.items():
+        require(
+            one.load is not None or one.is_hinted,
+            f"teachers.{name} has the weights at the start of the run and no hint, which leaves nothing to learn: set "
+            f"teachers.{name}.load, or teachers.{name}.hint=given",
+        )
+        if one.weight is not None:
+            _check_weight(f"teachers.{name}.weight", target)
+
+
+def _check_weight(key: str, target: TargetConfig) -> None:
+    bound, value = ("k", target.k) if target.rule == "fixed" else ("k_max", target.k_max)
+    require(
+        target.rule in ("entropy_matched", "fixed"),
+        f"{key} needs target.rule=entropy_matched or fixed, got {target.rule}",
+    )
+    require(
+        value is None or isinstance(value, str),
+        f"target.{bound}={value} belongs to one teacher weight, and {key} sets another: set target.{bound}=null"
+        + (" or '1 + w'" if bound == "k_max" else ""),
+    )

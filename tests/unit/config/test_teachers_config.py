@@ -1,0 +1,83 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The key teachers: names, entries, the teacher of a record, and what contradicts several teachers."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, named_teachers, teacher_of_record
+from megatron_selfdistill.errors import ConfigError
+
+MATH = "teachers.math.load=/m"
+
+
+def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
+    config = load(["teachers={math: {load: /m, weight: 0.5}, default: {template: '{problem} {solution}'}}"])
+    assert list(config.named_teachers) == ["default", "math"]
+    assert config.named_teachers["math"] == NamedTeacher("/m", "given", None, 0.5)
+    assert config.num_loaded_teachers == 1 and not config.rests_teachers and config.projects_reference
+    assert load([MATH, "teachers.code.load=/c"]).rests_teachers
+
+
+def test_without_the_key_nothing_changes():
+    config = load([])
+    assert config.named_teachers == {} and config.keeps_start and not config.loads_teachers
+    assert not config.projects_reference
+
+
+def test_the_start_is_kept_for_the_reference_and_for_a_teacher_without_a_directory():
+    beside_student = [MATH, "target.anchor=student"]
+    assert load([MATH]).keeps_start and not load(beside_student).keeps_start
+    assert load([*beside_student, "teachers.default.hint=given"]).keeps_start
+
+
+@pytest.mark.parametrize(
+    ("names", "named", "found"),
+    [
+        (["math"], None, "math"),
+        (["code", "default", "math"], None, "default"),
+        (["code", "math"], None, None),
+        (["code", "math"], "math", "math"),
+        (["math"], "code", None),
+    ],
+)
+def test_a_record_that_names_no_teacher_has_the_only_one_or_the_default(names, named, found):
+    assert teacher_of_record(named, {name: NamedTeacher() for name in names}) == found
+
+
+@pytest.mark.parametrize("name", ["2nd", "a b", "", 3])
+def test_a_name_is_one_word(name):
+    with pytest.raises(ConfigError, match="a key of teachers must be a name of letters, digits, _ and -, such as math"):
+        named_teachers({name: {"load": "/m"}})
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["teachers.math=/m"], r"teachers.math must be a mapping, such as \{load: DIR\}, got '/m'"),
+        (["teachers.math.path=/m"], "teachers.math has no entry 'path': its entries are load, hint, template, weight"),
+        ([MATH, "teachers.math.hint=some"], "teachers.math.hint must be one of given, none, got 'some'"),
+        ([MATH, "teachers.math.weight=-1"], "teachers.math.weight must be at least 0, or null, got -1"),
+        ([MATH, "teachers.math.template='{problem}'"], r"teachers.math.template must have the slots .*\{solution\}"),
+        (
+            [MATH, "teachers.math.hint=none", "teachers.math.template='{problem}{solution}'"],
+            r"teachers.math.template must have the slots \{problem\} and no others",
+        ),
+        (["teachers.math.hint=none"], "teachers.math has the weights at the start of the run and no hint"),
+        ([MATH, "teacher.weights=ema"], "they need teacher.weights=frozen, got ema"),
+        ([MATH, "rollout.guidance=mixed"], "teachers cannot guide responses yet: set rollout.guidance=none"),
+        (
+            [MATH, "method.name=grpo", "rollout.num_samples=2"],
+            "teachers need a method whose teacher reads sampled responses",
+        ),
+        ([MATH, "method.name=own_solutions"], "teachers need a method whose teacher reads sampled responses"),
+        ([MATH, "environment.name=my.Environment"], "teachers need the records of data.kind=problems"),
+        ([MATH, "teachers.math.weight=1", "target.rule=batch"], "teachers.math.weight needs target.rule=entropy_match"),
+        ([MATH, "teachers.math.weight=1", "target.k_max=2"], "target.k_max=2 belongs to one teacher weight"),
+        (["data.fields.teacher=expert"], "data.fields.teacher names the column .* but there are no teachers"),
+    ],
+)
+def test_impossible_teachers_are_refused_with_their_key(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(overrides)
