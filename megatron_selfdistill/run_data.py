@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -145,7 +146,7 @@ class RunData:
         if not shows_solutions or hint not in (GIVEN, FUNCTION) or only_replies:
             fields["solution"] = None
         needs_solutions = shows_solutions and hint == GIVEN and not only_replies
-        problems = load_problems(_record_source(data, fields), require_solution=needs_solutions)
+        problems = load_problems(_record_source(config, fields), require_solution=needs_solutions)
         shown = with_solutions_from(data.solutions, problems.problems, config.seed)
         problems = replace(problems, problems=shown)
         max_length = longest_context(config)
@@ -168,7 +169,7 @@ class RunData:
         builder = PromptBuilder(tokenizer, _templates(config), wanted.show_contents)
         stop_token_ids = _stop_tokens(config, tokenizer)
         log = load_conversations(
-            _record_source(data, data.fields),
+            _record_source(config, data.fields),
             rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
             turns=wanted.turns,
             show_contents=wanted.show_contents,
@@ -199,10 +200,14 @@ class RunData:
         )
 
 
-def _record_source(data: DataConfig, fields: Mapping[str, str | None]) -> RecordSource:
+def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSource:
     """Return the records of ``data.path``, which is set, with their columns."""
+    data = config.data
     assert data.path is not None
-    return RecordSource(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit, section="data")
+    teachers = config.named_teachers
+    return RecordSource(
+        *(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit), section="data", teachers=teachers
+    )
 
 
 def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
@@ -322,6 +327,7 @@ def _fitting_problems(
     """
     kept, counts = [], ContextCounts()
     looked_at: list[tuple[Problem, PromptPair]] = []
+    of_teacher: Counter[str] = Counter()  # each teacher has its own wording
     for problem in problems.problems:  # one by one: the prompts of all problems need not be in memory
         # Own solutions are found later; until then the answer takes their place.
         has_text = problem.solution or not problem.answer or config.data.solutions == "none"
@@ -336,7 +342,8 @@ def _fitting_problems(
         counts += count
         if pairs:
             kept.append(problem)
-            looked_at += [(shown, pair) for pair in pairs if len(looked_at) < LOOKED_AT]
+            of_teacher[problem.teacher] += 1
+            looked_at += [(shown, pair) for pair in pairs if of_teacher[problem.teacher] <= LOOKED_AT]
     if not kept:
         raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
     if not config.has_teacher:
@@ -392,6 +399,11 @@ def _templates(config: Config) -> PromptTemplates:
         student=data.student_template,
         student_view=_view(data, "student"),
         teacher_view=_view(data, "teacher"),
+        of_teachers={
+            name: teacher.template or data.student_template
+            for name, teacher in config.named_teachers.items()
+            if teacher.template is not None or not teacher.is_hinted
+        },
     )
 
 

@@ -39,6 +39,8 @@ class PromptPair:
     """Part of the solution that the teacher's prompt shows."""
     solution_truncated: bool = False
     """Whether the teacher sees only a part of the solution, since the whole solution does not fit."""
+    teacher: str = ""
+    """Name of the teacher; see `Problem.teacher`."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class ContextPair:
     """Whether the response reached ``max_new_tokens`` without a stop token."""
     guided: bool = False
     """Whether the problem is guided: its tokens have the teacher weight and the divergence of guided problems."""
+    teacher: str = ""
+    """Name of the teacher that reads ``teacher_prompt``; see `Problem.teacher`."""
 
     @property
     def student_length(self) -> int:
@@ -159,7 +163,7 @@ def shortened_to_fit(
 
     ``policy`` is not "error".
     """
-    pair = PromptPair(problem.id, student, teacher, problem.solution)
+    pair = PromptPair(problem.id, student, teacher, problem.solution, teacher=problem.teacher)
     if len(student) > room:
         return None
     if len(teacher) <= room:
@@ -193,6 +197,7 @@ def build_contexts(
             list(response.token_ids),
             response.truncated,
             pair.problem_id in guided,
+            pair.teacher,
         )
         for pair, response in zip(prompt_pairs, responses, strict=True)
     ]
@@ -301,8 +306,11 @@ def check_teacher_prompt(
     """Raise ValueError, which quotes no text, unless problem and solution can be read in the teacher's prompt.
 
     ``solution`` is the part of the solution that the prompt should show; ``student`` and ``teacher`` are token ids.
+    The prompt of a teacher whose wording has no solution shows the problem alone.
     """
     problem_text, got = last_user_text(problem), f"got {len(teacher)} tokens without its text"
+    if not builder.shows_solution(problem) and _shows(builder.tokenizer, teacher, problem_text):
+        return
     if list(teacher) == list(student):
         got = f"got the {len(teacher)} tokens of the student's prompt"
     elif not _shows(builder.tokenizer, teacher, problem_text):

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, teacher_of_record
 from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
 from megatron_selfdistill.errors import BadRecordError, ConfigError
 
-FIELDS = ("problem", "messages", "solution", "answer", "id")
+FIELDS = ("problem", "messages", "solution", "answer", "id", "teacher")
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ class Problem:
     reworded: int | None = None
     """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn of
     an episode sets the index, since the last user message can be a reply of the environment."""
+    teacher: str = ""
+    """Name of the teacher of the responses, one of the key ``teachers``; "" in a run without this key."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,8 @@ class ProblemSet:
                 content[1] = [hashed(message) for message in problem.messages]
                 content += [hashed(problem.reply.message), problem.reply.accepted, problem.tools]
                 content += [hashed(message) for message in problem.reply.next_state]
+            if problem.teacher:
+                content.append(problem.teacher)
             digest.update(_json(content))
         return digest.hexdigest()[:16]
 
@@ -94,8 +99,9 @@ class ProblemSet:
 def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet:
     """Read and validate all problems of ``source``.
 
-    A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text), and a ``solution``; ``answer`` and
-    ``id`` are optional.  A missing id is derived from the record's content, with ``-1``, ``-2`` .. for repetitions.
+    A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text), and a ``solution``; ``answer``,
+    ``id`` and, where ``source.teachers`` are given, ``teacher`` are optional.  A missing id is derived from the
+    record's content, with ``-1``, ``-2`` .. for repetitions.
     JSON and CSV are read line by line here, since ``datasets`` does not name a malformed line; Parquet files and data
     sets of the hub are read with ``datasets``.  ``require_solution``: whether a record without a solution is bad;
     otherwise its solution is "".  Where the field ``solution`` is not read, every solution is "".
@@ -103,7 +109,7 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
     Raises: ValueError, which names file, line, field, expected and found value, for a bad record, two equal ids and an
     empty set; FileNotFoundError for a missing file.
     """
-    columns, section = _columns(source.fields), source.section
+    columns, section = _columns(source), source.section
     if source.on_bad_record not in ("error", "skip"):
         raise ValueError(f"{section}.on_bad_record: expected 'error' or 'skip', got {source.on_bad_record!r}.")
     if source.limit is not None and source.limit < 1:
@@ -270,11 +276,12 @@ def shard(batch: Sequence[T], dp_rank: int, dp_size: int) -> list[T]:
     return list(batch[dp_rank::dp_size])
 
 
-def _columns(fields: Mapping[str, str | None]) -> dict[str, str | None]:
-    unknown = sorted(set(fields) - set(FIELDS))
+def _columns(source: RecordSource) -> dict[str, str | None]:
+    unknown = sorted(set(source.fields) - set(FIELDS))
     if unknown:
         raise ValueError(f"data.fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
-    return {name: fields.get(name, name) for name in FIELDS}
+    columns = {name: source.fields.get(name, name) for name in FIELDS}
+    return columns if source.teachers else {**columns, "teacher": None}
 
 
 def _good_problems(
@@ -290,7 +297,7 @@ def _good_problems(
         if isinstance(record, dict):
             seen_columns.update(record)
         try:
-            problem = _validated(record, location, columns, places, require_solution)
+            problem = _validated(record, location, columns, places, require_solution, source.teachers)
         except BadRecordError as error:
             if source.on_bad_record == "error":
                 raise ValueError(f"{location}: {error} Correct the record, {advice}") from None
@@ -319,6 +326,7 @@ def _validated(
     columns: Mapping[str, str | None],
     places: Mapping[str, str],
     require_solution: bool,
+    teachers: Mapping[str, NamedTeacher],
 ) -> Problem:
     if isinstance(record, BadRecordError):
         raise record
@@ -328,14 +336,16 @@ def _validated(
     for name, value in values.items():
         if not is_text(value):
             raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}.")
-    problem, messages, solution, answer, given_id = (values[name] for name in FIELDS)
+    problem, messages, solution, answer, given_id, named = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
         conversation = _conversation(messages, columns["messages"])
     else:
         text = _text(problem, "problem", columns, record)
         conversation = ({"role": "user", "content": text},)
-    wanted = columns["solution"] is not None and (require_solution or solution is not None)
+    teacher = _teacher(named, columns, teachers) if teachers else ""
+    required = require_solution and (not teachers or teachers[teacher].is_hinted)
+    wanted = columns["solution"] is not None and (required or solution is not None)
     solution = _text(solution, "solution", columns, record) if wanted else ""
     if answer is not None:
         answer = _short_text(answer, "answer", columns)
@@ -345,7 +355,18 @@ def _validated(
         problem_id = _short_text(given_id, "id", columns)
         if problem_id in places:
             raise BadRecordError(f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}.")
-    return Problem(problem_id, conversation, solution, answer, location)
+    return Problem(problem_id, conversation, solution, answer, location, teacher=teacher)
+
+
+def _teacher(named: object, columns: Mapping[str, str | None], teachers: Mapping[str, NamedTeacher]) -> str:
+    """Return the name of a record's teacher, one of ``teachers``."""
+    found = teacher_of_record(named, teachers) if named is None or isinstance(named, str) else None
+    if found is None:
+        got = "no teacher, and none of them has the name default" if named is None else _shown(named)
+        raise BadRecordError(
+            f"field {columns['teacher']!r}: expected the name of one of the teachers {', '.join(teachers)}, got {got}."
+        )
+    return found
 
 
 def _conversation(messages: object, column: str | None) -> tuple[dict[str, Any], ...]:

@@ -59,6 +59,8 @@ class PromptTemplates:
     """Form of the student's prompt, and of every prompt that is neither the student's nor the teacher's."""
     teacher_view: PromptView = field(default_factory=PromptView)
     """Form of the teacher's prompt."""
+    of_teachers: Mapping[str, str] = field(default_factory=dict)
+    """Name of a teacher -> its wording in place of ``teacher``, in which the slot ``{solution}`` may be missing."""
 
     @property
     def same_generation_prompt(self) -> bool:
@@ -126,6 +128,10 @@ class PromptBuilder:
         """
         messages = self._teacher_messages(problem, solution)
         return self.tokenizer.encode(self._render(messages, problem, self._teacher, True))
+
+    def shows_solution(self, problem: Problem) -> bool:
+        """Return whether the wording of the problem's teacher has a slot for the solution."""
+        return any(match[2] == "solution" for match in _SLOT.finditer(self._template_of(problem)))
 
     def filled_text(self, problem: Problem, template: str, slots: Mapping[str, str]) -> str:
         """Return the text of the conversation whose reworded message is ``template``, filled, in the student's view.
@@ -200,7 +206,10 @@ class PromptBuilder:
 
     def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
         solution = problem.solution if solution is None else solution
-        return self._reworded(problem, self.templates.teacher, {"solution": solution}, self._teacher)
+        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self._teacher)
+
+    def _template_of(self, problem: Problem) -> str:
+        return self.templates.of_teachers.get(problem.teacher, self.templates.teacher)
 
     def _reworded(
         self, problem: Problem, template: str, slots: Mapping[str, str], view: PromptView

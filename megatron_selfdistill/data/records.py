@@ -19,10 +19,11 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, SupportsFloat, cast
 
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.errors import BadRecordError
 
 # Descriptions that the library datasets writes next to the files of a data set.
@@ -160,6 +161,8 @@ class RecordSource:
     """Number of good records after which reading ends; None reads all records."""
     section: str
     """The section of the configuration whose keys the messages name."""
+    teachers: Mapping[str, NamedTeacher] = field(default_factory=dict)
+    """The teachers that the field ``teacher`` of a record may name; without any the field is not read."""
 
 
 def records(source: RecordSource) -> Iterator[tuple[str, object]]:

@@ -27,7 +27,7 @@ from megatron_selfdistill.rollout.arrays import cut
 from megatron_selfdistill.sources.source import StepBatch
 
 Parcel = list[NDArray[Any]]
-"""Some contexts: sizes and flags (8 numbers per context), token ids, bytes of texts, and the values of their tokens."""
+"""Some contexts: sizes and flags (9 numbers per context), token ids, bytes of texts, and the values of their tokens."""
 
 
 def moved(batch: StepBatch, placement: Sequence[Sequence[int]] | None, grid: RankGrid) -> StepBatch:
@@ -57,6 +57,14 @@ def moved(batch: StepBatch, placement: Sequence[Sequence[int]] | None, grid: Ran
     return _opened(batch, [np.concatenate(arrays[kind::4]) for kind in range(4)], grid.device)
 
 
+def chosen(batch: StepBatch, indices: Sequence[int], device: torch.device) -> StepBatch:
+    """Return ``batch`` with the contexts of ``indices`` alone, in this order; the bits of what belongs to them stay.
+
+    The host waits for the device.  Collectives: none.
+    """
+    return _opened(batch, _parcel(batch, _values_of_tokens(batch), indices), device)
+
+
 def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int]) -> Parcel:
     """Return the contexts of ``indices``; ``values``: the result of `_values_of_tokens`."""
     spans = list(pairwise(accumulate(batch.response_lengths, initial=0)))
@@ -69,7 +77,8 @@ def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int
     for i in indices:
         context = batch.contexts[i]
         ids = context.student_prompt, context.teacher_prompt, context.response
-        names = [text.encode("utf-8", "surrogatepass") for text in (context.problem_id, solutions[i])]
+        named = context.problem_id, solutions[i], context.teacher
+        names = [text.encode("utf-8", "surrogatepass") for text in named]
         sizes += [*map(len, ids), *map(len, names), context.truncated, context.guided, accepted[i]]
         tokens += [token for part in ids for token in part]
         texts += names
@@ -83,13 +92,13 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
 
     Collectives: none.
     """
-    sizes = parcel[0].reshape(-1, 8)
-    tokens, texts = cut(parcel[1], sizes[:, :3].ravel()), cut(parcel[2], sizes[:, 3:5].ravel())
+    sizes = parcel[0].reshape(-1, 9)
+    tokens, texts = cut(parcel[1], sizes[:, :3].ravel()), cut(parcel[2], sizes[:, 3:6].ravel())
     contexts, solutions = [], []
-    for truncated, guided in sizes[:, 5:7].tolist():
+    for truncated, guided in sizes[:, 6:8].tolist():
         student, teacher, response = islice(tokens, 3)
-        name, text = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 2))
-        contexts.append(ContextPair(name, student, teacher, response, bool(truncated), bool(guided)))
+        name, text, reads = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 3))
+        contexts.append(ContextPair(name, student, teacher, response, bool(truncated), bool(guided), reads))
         solutions.append(text)
     lengths = [len(context.response) for context in contexts]
     values = torch.from_numpy(parcel[3].reshape(sum(lengths), len(_tensors(batch))))
@@ -107,7 +116,7 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
         batch,
         contexts=contexts,
         solutions=solutions,
-        accepted=sizes[:, 7].astype(bool).tolist(),
+        accepted=sizes[:, 8].astype(bool).tolist(),
         sampler_log_probs=sampler_log_probs,
         token_coefficients=token_coefficients,
     )

@@ -125,6 +125,8 @@ class StepBatch:
     """The share of the step's responses that the batches of the step up to this one have, over all replicas."""
     ends_step: bool = True
     """Whether the step has no further batch."""
+    teacher: str = ""
+    """The name of the teacher of all contexts, once `by_teacher` has divided the step; "" without the key teachers."""
 
     @classmethod
     def joined(cls, batches: Sequence[StepBatch]) -> StepBatch:

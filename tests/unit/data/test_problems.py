@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from record_sources import load_problems, write_parquet
 
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.problems import (
     Problem,
     ProblemSampler,
@@ -298,3 +299,37 @@ def test_the_shards_of_a_batch_are_the_batch(size: int, dp_size: int) -> None:
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
     with pytest.raises(ValueError, match="dp_rank"):
         shard(batch, dp_size, dp_size)
+
+
+TEACHERS = {"math": NamedTeacher("/m"), "code": NamedTeacher("/c", hint="none")}
+
+
+def test_a_record_names_its_teacher_and_one_without_a_hint_needs_no_solution(tmp_path: Path) -> None:
+    unsolved = {"problem": "Sort a list.", "teacher": "code"}
+    file = write_jsonl(tmp_path / "a.jsonl", record(1, teacher="math"), unsolved)
+    found = load_problems(file, teachers=TEACHERS)
+    assert [(it.teacher, it.solution) for it in found.problems] == [("math", "It is 2."), ("code", "")]
+    assert "field 'solution': expected a non-empty string" in refusal(
+        write_jsonl(tmp_path / "b.jsonl", {"problem": "2 + 2?", "teacher": "math"}), teachers=TEACHERS
+    )
+    others = load_problems(write_jsonl(tmp_path / "c.jsonl", record(1, teacher="code"), unsolved), teachers=TEACHERS)
+    assert found.fingerprint != others.fingerprint, "the teachers decide what is learned"
+
+
+def test_without_teachers_a_column_of_this_name_is_not_read(tmp_path: Path) -> None:
+    with_column = load_problems(write_jsonl(tmp_path / "a.jsonl", record(1, id=1, teacher=["x"])))
+    without = load_problems(write_jsonl(tmp_path / "b.jsonl", record(1, id=1)))
+    assert with_column.problems[0].teacher == "" and with_column.fingerprint == without.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("named", "got"), [("maths", '"maths"'), (3, "3"), (None, "no teacher, and none of them has the name default")]
+)
+def test_a_record_with_an_unknown_teacher_is_bad_and_can_be_skipped(tmp_path: Path, named: object, got: str) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", record(1, teacher="math"), record(2, expert=named))
+    good = write_jsonl(tmp_path / "b.jsonl", record(1, expert="math"), record(2, expert=named))
+    message = f"{good}:2: field 'expert': expected the name of one of the teachers math, code, got {got}."
+    assert message in refusal(good, teachers=TEACHERS, fields={"teacher": "expert"})
+    found = load_problems(good, teachers=TEACHERS, fields={"teacher": "expert"}, on_bad_record="skip")
+    assert found.num_skipped == 1 and [it.teacher for it in found.problems] == ["math"]
+    assert [it.teacher for it in load_problems(file, teachers={"math": TEACHERS["math"]}).problems] == ["math"] * 2

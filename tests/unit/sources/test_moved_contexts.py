@@ -11,7 +11,7 @@ import torch
 
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
-from megatron_selfdistill.sources.moved_contexts import _opened, _parcel, _values_of_tokens
+from megatron_selfdistill.sources.moved_contexts import _opened, _parcel, _values_of_tokens, chosen
 from megatron_selfdistill.sources.signals import Clip, Terms
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.sources.step_terms import RatioTerms
@@ -19,7 +19,7 @@ from megatron_selfdistill.sources.step_terms import RatioTerms
 CONTEXTS = [
     ContextPair("a/0", [1], [5, 2**31 - 1, 0], [7, 8, 9], truncated=True),
     ContextPair("nothing", [3, 4], [4], [], truncated=False),
-    ContextPair("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1], truncated=False, guided=True),
+    ContextPair("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1], truncated=False, guided=True, teacher="math"),
 ]
 SOLUTIONS = ["x = 1\r\n", "", "答え"]
 LOG_PROBS = torch.tensor([-0.1, -math.inf, math.inf, -1e-300, -3.0], dtype=torch.float64)
@@ -64,6 +64,13 @@ def test_a_parcel_of_some_contexts_has_all_of_them_in_its_order():
     for field in ("divergence", "policy", "clipped"):
         before = getattr(own(log_prob[tokens], tokens), field)
         assert getattr(other(log_prob[tokens], torch.arange(5)), field).equal(before)
+
+
+def test_chosen_contexts_are_those_of_a_parcel():
+    batch = batch_of(terms())
+    found = chosen(batch, [2, 0], CPU)
+    assert found.contexts == [CONTEXTS[2], CONTEXTS[0]] and found.solutions == [SOLUTIONS[2], SOLUTIONS[0]]
+    assert found.sampler_log_probs.equal(LOG_PROBS[[3, 4, 0, 1, 2]])
 
 
 def test_a_batch_without_log_probs_and_coefficients_has_none_in_its_parcel():

@@ -1,0 +1,100 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A step is divided by teacher alike on all replicas, and nothing of it is lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.distributed import ranks as rank_groups
+from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.sources.teacher_groups import by_teacher
+
+TEACHERS = {"math": None, "code": None, "never": None, "default": None}
+
+
+def batch_of(*named: tuple[str, int], **more: Any) -> StepBatch:
+    """Return a batch with a context of the teacher and the number of response tokens of each of ``named``."""
+    contexts = [
+        ContextPair(f"p{i}", [1], [2], [3] * length, False, teacher=name) for i, (name, length) in enumerate(named)
+    ]
+    return StepBatch(contexts=contexts, solutions=[it.problem_id for it in contexts], responses=(None,), **more)  # type: ignore[arg-type]
+
+
+def groups_of(batches: list[list[StepBatch]], teachers: Any = TEACHERS) -> list[tuple[Any, ...]]:
+    """Return teacher, ids, solutions, share, whether it ends the step, and number of responses of each batch.
+
+    ``batches``: those of each replica.
+    """
+    grid = rank_groups.initialize(ParallelConfig(), seed=0)
+    try:
+        return [
+            (
+                one.teacher,
+                [it.problem_id for it in one.contexts],
+                one.solutions,
+                one.share,
+                one.ends_step,
+                len(one.responses),
+            )
+            for one in by_teacher(iter(batches[grid.dp_rank]), teachers, grid)
+        ]
+    finally:
+        rank_groups.shutdown()
+
+
+def divided(ranks: Any, *batches: list[StepBatch], **options: Any) -> list[list[tuple[Any, ...]]]:
+    found: list[list[tuple[Any, ...]]] = ranks.run(
+        groups_of, list(batches), world_size=len(batches), init_process_group=False, **options
+    )
+    return found
+
+
+def test_all_replicas_have_the_same_teachers_in_the_order_of_the_names_and_some_have_no_contexts(ranks):
+    first = [batch_of(("math", 3), ("default", 1), ("math", 2))]
+    second = [batch_of(("default", 2), ("code", 4))]
+    one, other = divided(ranks, first, second)
+    assert one == [
+        ("code", [], [], 4 / 12, False, 1),
+        ("default", ["p1"], ["p1"], 7 / 12, False, 0),
+        ("math", ["p0", "p2"], ["p0", "p2"], 1.0, True, 0),
+    ]
+    assert other == [
+        ("code", ["p1"], ["p1"], 4 / 12, False, 1),
+        ("default", ["p0"], ["p0"], 7 / 12, False, 0),
+        ("math", [], [], 1.0, True, 0),
+    ]
+
+
+def test_only_the_last_teacher_of_the_last_partial_batch_ends_the_step_and_the_shares_go_on(ranks):
+    parts = [
+        batch_of(("math", 1), ("code", 3), share=0.5, ends_step=False),
+        batch_of(("math", 2), share=0.75, ends_step=False),
+        batch_of(("code", 1), ("math", 1)),
+    ]
+    (found,) = divided(ranks, parts)
+    assert [(teacher, share, ends) for teacher, _, _, share, ends, _ in found] == [
+        ("code", 0.375, False),
+        ("math", 0.5, False),
+        ("math", 0.75, False),
+        ("code", 0.875, False),
+        ("math", 1.0, True),
+    ]
+
+
+def test_a_step_without_contexts_is_one_batch_of_the_first_teacher(ranks):
+    assert divided(ranks, [batch_of()]) == [[("code", [], [], 1.0, True, 1)]]
+
+
+def test_without_teachers_the_batches_stay_the_objects_that_they_are(ranks):
+    batch = replace(batch_of(("", 2)), token_coefficients=None)
+    assert list(by_teacher(iter([batch]), {}, None)) == [batch]  # type: ignore[arg-type]
+
+
+def test_a_context_without_a_known_teacher_is_an_error(ranks):
+    with pytest.raises(Exception, match=r"problem 'p0' names the teacher '', expected one of code, default, math, nev"):
+        divided(ranks, [batch_of(("", 2))])
