@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,9 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
+from megatron_selfdistill.checkpoint.teacher_directories import load_teacher, teacher_directories
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
@@ -40,6 +42,7 @@ from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, unwrapped
+from megatron_selfdistill.named_teachers import NamedTeachers
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.schedule import Reference
@@ -110,7 +113,7 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
-        weights = config.teacher.weights if config.keeps_teacher else "current"
+        weights = config.teacher.weights if config.keeps_teacher and config.keeps_start else "current"
         offload = config.teacher.offload == "cpu"
         self.teacher = Teacher(
             weights,
@@ -129,10 +132,21 @@ class Learner:
                 if is_teacher
                 else Teacher("frozen", self.chunks, initial_chunks, offload=offload, adapted=config.adapter.rank > 0)
             )
+        self.named_teachers = self._named_teachers(initial_chunks) if config.loads_teachers else None
+        """The teachers with weights of their own; None where ``teacher`` alone teaches."""
         self.packing = self._packing()
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()
+
+    def _named_teachers(self, build_chunks: Callable[[], list[torch.nn.Module]]) -> NamedTeachers:
+        checkpoint, vocab_size, run_dir = self.config.checkpoint, self.run_data.vocab_size, Path(self.config.run_dir)
+
+        def load(path: Path, chunks: list[torch.nn.Module]) -> None:
+            load_teacher(path, chunks, vocab_size, run_dir, checkpoint.verify)
+
+        offload = self.config.teacher.offload == "cpu"
+        return NamedTeachers(teacher_directories(self.config), build_chunks, load, offload=offload)
 
     @property
     def has_teacher(self) -> bool:
@@ -182,14 +196,35 @@ class Learner:
         }
 
     @contextlib.contextmanager
-    def target_models(self) -> Iterator[TargetModels]:
-        """Yield the chunks of teacher and reference on the device, which offloaded chunks leave at the end."""
+    def target_models(self, named: str = "") -> Iterator[TargetModels]:
+        """Yield the chunks of teacher and reference on the device, which offloaded chunks leave at the end.
+
+        ``named``: the teacher's name where the run has the key teachers, else "".
+        """
         with contextlib.ExitStack() as stack:
-            teacher = stack.enter_context(self.teacher.on_device())
+            start = stack.enter_context(self.teacher.on_device())
+            teacher = start
+            if self._settings_of(named).load is not None:
+                assert self.named_teachers is not None
+                teacher = stack.enter_context(self.named_teachers.on_device(named))
             if self.reference is None or self.reference is self.teacher:
-                yield TargetModels(teacher, teacher if self.reference is self.teacher else None)
+                yield TargetModels(teacher, start if self.reference is self.teacher else None)
             else:
                 yield TargetModels(teacher, stack.enter_context(self.reference.on_device()))
+
+    def _settings_of(self, named: str) -> NamedTeacher:
+        """Return the settings of a teacher.  Raises: ValueError where no single one of the run reads the contexts."""
+        teachers = self.config.named_teachers
+        if not teachers and not named:
+            return NamedTeacher()
+        if named not in teachers:
+            raise ValueError(f"expected contexts of one of the teachers {', '.join(teachers)}, got {named!r}")
+        return teachers[named]
+
+    def target_of(self, named: str = "") -> Target:
+        """Return the target of the tokens that a teacher reads; ``named``: as for `target_models`."""
+        weight = self._settings_of(named).weight
+        return self.target if weight is None else self.target.with_teacher_weight(weight)
 
     def pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
         """Return the contexts of this replica as microbatches, alike in number and length on all replicas.
@@ -205,13 +240,15 @@ class Learner:
         *,
         measure_teacher: bool = True,
         partial_batch: PartialBatch | None = None,
+        teacher: str = "",
     ) -> StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
         ``partial_batch``: the place of the batch in a step of several partial batches, whose gradients are added; None
         is the whole step. ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference
         include the numbers of the teacher and cost a projection of teacher and reference; without a reference the
-        statistics always include the teacher.
+        statistics always include the teacher.  ``teacher``: the name of the teacher of all contexts, see
+        `target_models`.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         is_first = partial_batch is None or partial_batch.earlier is None
@@ -224,20 +261,21 @@ class Learner:
         try:
             if not self.has_teacher:
                 return self._schedule(packed, None, token_losses.next_token, **options)
-            measurement = self._measurement() if measure_teacher else None
-            return self._self_distillation(packed, measurement, **options)
+            measurement = self._measurement(teacher) if measure_teacher else None
+            return self._self_distillation(packed, teacher, measurement, **options)
         except schedule.NoResponseTokens:
             if is_first:
                 self.release_gradients()
             raise
 
-    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False) -> StepOutput:
+    def measure(self, contexts: Sequence[ContextPair], *, summarises: bool = False, teacher: str = "") -> StepOutput:
         """Return the distillation loss's statistics of ``contexts`` under the present weights; nothing is trained.
 
-        ``summarises``: whether the measures include the summaries of the logits of all models.
+        ``summarises``: whether the measures include the summaries of the logits of all models.  ``teacher``: the name
+        of the teacher of all contexts, see `target_models`.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
-        return self._read(contexts, self._measurement(summarises)).output
+        return self._read(contexts, self._measurement(teacher, summarises), teacher).output
 
     def identity_loss(self, contexts: Sequence[ContextPair]) -> float:
         """Return the mean loss of the first ``contexts`` where the student is its own teacher and reads one prompt.
@@ -343,11 +381,14 @@ class Learner:
                 backend=self.config.loss.backend,
             )
 
-    def _read(self, contexts: Sequence[ContextPair], measurement: TokenMeasurement | None = None) -> Reading:
+    def _read(
+        self, contexts: Sequence[ContextPair], measurement: TokenMeasurement | None = None, teacher: str = ""
+    ) -> Reading:
         """Return what the models of a step read in ``contexts``, by the loss of a step."""
-        with self.target_models() as models:
-            readers = self._models_of_step(models.teacher, self._reference(self.target, models.reference))
-            return read(contexts, readers, Want(self.distillation_loss, measurement))
+        target = self.target_of(teacher)
+        with self.target_models(teacher) as models:
+            readers = self._models_of_step(models.teacher, self._reference(target, models.reference))
+            return read(contexts, readers, Want(self._distillation_loss(target), measurement))
 
     def _models_of_step(self, teacher: Sequence[torch.nn.Module], reference: Reference | None) -> ScoringModels:
         """Return the student with ``teacher`` and ``reference``, which read contexts in the layout of a step."""
@@ -364,16 +405,17 @@ class Learner:
         )
 
     def _self_distillation(
-        self, packed: PackedBatch, measurement: TokenMeasurement | None, **options: Any
+        self, packed: PackedBatch, teacher: str, measurement: TokenMeasurement | None, **options: Any
     ) -> StepOutput:
-        with self.target_models() as models:
-            reference = self._reference(self.target, models.reference)
+        target = self.target_of(teacher)
+        with self.target_models(teacher) as models:
+            reference = self._reference(target, models.reference)
             options |= {"reference": reference, "measurement": measurement}
-            return self._schedule(packed, models.teacher, self.distillation_loss, **options)
+            return self._schedule(packed, models.teacher, self._distillation_loss(target), **options)
 
-    def _measurement(self, summarises: bool = False) -> TokenMeasurement:
+    def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss
-        return TokenMeasurement(self.target, loss.fused_chunk_tokens, loss.backend, summarises)
+        return TokenMeasurement(self.target_of(teacher), loss.fused_chunk_tokens, loss.backend, summarises)
 
     def _schedule(
         self,

@@ -22,6 +22,7 @@ from megatron_selfdistill.checkpoint.resumption import (
     latest_resumption,
     with_warmup,
 )
+from megatron_selfdistill.checkpoint.teacher_directories import DIGESTS, directory_digests, require_unchanged
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
@@ -60,6 +61,7 @@ from megatron_selfdistill.sources.configured_source import checked_run_data, con
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
+from megatron_selfdistill.sources.teacher_groups import by_teacher
 
 
 class AccumulatedBatch(NamedTuple):
@@ -104,6 +106,9 @@ class Trainer:
         self.resumed_from = found.saved.path if found is not None else None
         self.changes = found.changes if found is not None else ()  # of the configuration, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
+        self.teacher_digests = directory_digests(config)
+        if found is not None:
+            require_unchanged(found.saved, self.teacher_digests, forced=config.checkpoint.resume == "force")
         base = adapter_base(config, found.saved if found is not None else None)
         self.learner = Learner(with_warmup(config, found), self.run_data, grid, resumes=found is not None, base=base)
         chunks, weights = self.learner.chunks, self.learner.role_weights
@@ -148,10 +153,12 @@ class Trainer:
     def batches(self) -> Iterator[StepBatch]:
         """Yield the responses of the next step, sampled with the current weights where anything is sampled.
 
-        They come in one batch, or in partial batches as they arrive (rollout.overlap=stream).
+        They come in one batch, or in partial batches as they arrive (rollout.overlap=stream), and of each teacher apart
+        (teachers).
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
-        return self.source.batches(self.step, self.sampling)
+        batches = self.source.batches(self.step, self.sampling)
+        return by_teacher(batches, self.config.named_teachers, self.grid)
 
     def balance(self, batch: StepBatch) -> StepBatch:
         """Return the batch with its contexts moved among the replicas if that makes the step shorter.  Collective."""
@@ -185,7 +192,9 @@ class Trainer:
             if is_first and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
             coefficients = batch.token_coefficients
-            output = self.learner.forward_backward(packed, coefficients, measure_teacher=due, partial_batch=place)
+            output = self.learner.forward_backward(
+                packed, coefficients, measure_teacher=due, partial_batch=place, teacher=batch.teacher
+            )
         return AccumulatedBatch(batch, packed, output)
 
     def update(self, step: Sequence[AccumulatedBatch]) -> dict[str, float]:
@@ -270,7 +279,7 @@ class Trainer:
 
     def measure(self, batch: StepBatch) -> dict[str, float]:
         """Return the metrics of a batch under the present weights, at temperature 1, and train nothing.  Collective."""
-        return self.source.metrics(batch, self.learner.measure(batch.contexts))
+        return self.source.metrics(batch, self.learner.measure(batch.contexts, teacher=batch.teacher))
 
     def save(self) -> None:
         """Save a checkpoint of the present step; a resumed run redoes a step that was not finished."""
@@ -281,6 +290,7 @@ class Trainer:
             model = replace(self.config.model, vocab_size=self.run_data.vocab_size)
             state = {**self.source.state_dict(), "guards": self.guards.state_dict(), "batch_k": self.learner.batch_k}
             state[CONFIGURATION] = stored_values(self.learner.config)  # with a number for the warm-up
+            state |= {DIGESTS: self.teacher_digests} if self.teacher_digests else {}
             args = megatron_args(self.learner.chunks[0], model)
             self.checkpointer.save(self.step, **self.learner.stored_parts, trainer_state=state, args=args)
         self.saved_step = self.step

@@ -21,6 +21,7 @@ from megatron_selfdistill.config import AdapterConfig, Config
 from megatron_selfdistill.distributed.collectives import gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import directory, manifest
+from megatron_selfdistill.interop.formats.manifest import Entry
 from megatron_selfdistill.interop.formats.saved_run import SECTION, SavedRun
 from megatron_selfdistill.interop.formats.stored_adapters import (
     KEPT_BASE,
@@ -216,9 +217,18 @@ def shared_base_digest(path: Path) -> str:
     if known is not None:
         return known
 
-    def own_share() -> dict[str, Any]:
-        files = sorted(weight_files(found), key=lambda file: (-file.stat().st_size, str(file)))
-        return checksums(found, files[dist.get_rank() :: dist.get_world_size()])
+    return digest_of(shared_checksums(found, run_on_rank_0(lambda: weight_files(found))))
+
+
+def shared_checksums(path: Path, files: Sequence[Path]) -> dict[str, Entry]:
+    """Return `checksums` of ``files`` on all ranks, each of which reads its share, the largest files first.
+
+    Collective.  Raises: CheckpointError on all ranks for a file that cannot be read.
+    """
+
+    def own_share() -> dict[str, Entry]:
+        largest_first = sorted(files, key=lambda file: (-file.stat().st_size, str(file)))
+        return checksums(path, largest_first[dist.get_rank() :: dist.get_world_size()])
 
     shares = gather_objects(run_on_each_rank(own_share))
-    return digest_of({name: entry for share in shares for name, entry in share.items()})
+    return {name: entry for share in shares for name, entry in share.items()}

@@ -188,6 +188,11 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
     hold.
     """
     stored = _configuration(run_dir)
+    if stored.get("teachers"):
+        raise ConfigError(
+            f"{run_dir / CONFIGURATION_FILE} has the key teachers, and this command reads one teacher: name a "
+            "checkpoint of the run in place of its directory, and the teacher with --teacher"
+        )
     for section, names in SETTINGS.items():
         if section in overridden:
             continue

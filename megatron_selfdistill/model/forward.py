@@ -428,7 +428,7 @@ def choose_output_layer(config: Config, padded_vocab_size: int, cannot: str | No
         token_bytes=padded_vocab_size // parallel.tensor_model_parallel_size * element_size,
         max_tokens=config.schedule.max_tokens // parallel.context_parallel_size,
         copies=1.0 if has_teacher else next_token_copies(element_size),
-        mix_copies=2 * 4 / element_size if config.is_anchored and (config.copies_reference or cannot) else 0.0,
+        mix_copies=2 * 4 / element_size if config.is_anchored and (config.projects_reference or cannot) else 0.0,
     )
     share = config.cluster.memory_of_gpu * DEFAULT_LOGITS_SHARE
     limit = (share if loss.max_logits_gb is None else loss.max_logits_gb) * 2**30

@@ -53,7 +53,9 @@ def chunks_of(case: Case) -> list[torch.nn.Module]:
     return soft_capped([student, teacher, reference], case.soft_cap)
 
 
-def rows_of(context: ContextPair, student: Any, teacher: Any, reference: Any) -> list[torch.Tensor]:
+def rows_of(
+    context: ContextPair, student: Any, teacher: Any, reference: Any, vocab_size: int = models.VOCAB_SIZE
+) -> list[torch.Tensor]:
     """Return whole rows of logits [R, V] in float64 of the three models for one response."""
     rows = []
     for chunk, prompt in (
@@ -62,7 +64,7 @@ def rows_of(context: ContextPair, student: Any, teacher: Any, reference: Any) ->
         (reference, context.student_prompt),
     ):
         tokens = torch.tensor([prompt + context.response])
-        logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, : models.VOCAB_SIZE]
+        logits = chunk(tokens, torch.arange(tokens.size(1))[None], None)[0, :, :vocab_size]
         rows.append(logits[len(prompt) - 1 : -1].double())
     return rows
 

@@ -221,7 +221,7 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
         return
     trainer.sampler.sleep()
     with trainer.phases("evaluation"), contextlib.suppress(schedule.NoResponseTokens):
-        found = explored_of(trainer.learner, batch.contexts, batch.solutions, config.metrics.num_explored)
+        found = explored_of(trainer.learner, batch, config.metrics.num_explored)
         if not found or not trainer.grid.is_reporter:
             return
         try:
@@ -231,30 +231,29 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
             trainer.log.warn(f"the responses of step {step} are not saved for the explorer: {reason}")
 
 
-def explored_of(
-    learner: Learner, contexts: Sequence[ContextPair], solutions: Sequence[str], count: int
-) -> list[ExploredResponse]:
+def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[ExploredResponse]:
     """Return responses to the first ``count`` problems of the first replica, under the learner's present weights.
 
-    ``solutions``: the solution in the teacher's prompt of each context.  Every rank of the first replica gets the
-    result; the other replicas get none.  Nothing is trained.
+    ``batch``: the batch of a step, whose contexts one teacher reads.  Every rank of the first replica gets the result;
+    the other replicas get none.  Nothing is trained.
     Collectives: those of `Learner.measure`, and those of `explored_responses` in the first replica.
     Raises: `NoResponseTokens` on all ranks where the first replica has no response token.
     """
+    contexts = batch.contexts
     first = chosen(contexts, count) if learner.grid.dp_rank == 0 else []
     shown = [cut(context) for context, _ in first]
-    output = learner.measure(shown, summarises=True)
+    output = learner.measure(shown, summarises=True, teacher=batch.teacher)
     if not shown:
         return []
-    solution_of = {id(context): text for context, text in zip(contexts, solutions, strict=True)}
+    solution_of = {id(context): text for context, text in zip(contexts, batch.solutions, strict=True)}
     texts = [solution_of[id(context)] for context, _ in first]
-    settings = [_token_target(learner, context.guided) for context in shown]
+    settings = [_token_target(learner, batch.teacher, context.guided) for context in shown]
     return explored_responses(output, shown, texts, settings, learner.run_data.vocab_size, learner.grid)
 
 
-def _token_target(learner: Learner, guided: bool) -> TokenTarget:
-    """Return the target and the divergence of the tokens of a plain or a guided problem."""
-    target, divergence = learner.target, Divergence.configured(learner.config.loss, learner.config.method)
+def _token_target(learner: Learner, teacher: str, guided: bool) -> TokenTarget:
+    """Return the target and the divergence of the tokens of a plain or a guided problem that ``teacher`` reads."""
+    target, divergence = learner.target_of(teacher), Divergence.configured(learner.config.loss, learner.config.method)
     if not guided:
         return TokenTarget(target, divergence)
     own = learner.guided_tokens

@@ -11,25 +11,14 @@ import hf_models
 import pytest
 import remote_code
 import sentencepiece
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from letters import LETTERS, save_tokenizer
+from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
-
-LETTERS = "_$abcdefgh"
-
-
-def save_tokenizer(directory: Path, letters: str = LETTERS, added: tuple[str, ...] = ("<think>",)) -> Path:
-    """Save a tokenizer with one token per letter, and added tokens."""
-    tokenizer = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="_"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="$", unk_token="_")
-    fast.add_tokens(list(added))
-    fast.save_pretrained(directory)
-    return directory
 
 
 @pytest.fixture(scope="module")

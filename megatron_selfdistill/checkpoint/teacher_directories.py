@@ -1,0 +1,169 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The directories of the key ``teachers``: what they must hold, their loading, and the proof that none has changed."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_selfdistill.checkpoint.external import load_weights
+from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
+from megatron_selfdistill.checkpoint.vocabulary import first_difference, tokenizer_directory
+from megatron_selfdistill.config import Config, ModelConfig
+from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.distributed.collectives import run_on_rank_0
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.conversion import hf_to_megatron
+from megatron_selfdistill.interop.formats.hf_files import CONFIG, read_config, weight_files
+from megatron_selfdistill.interop.formats.saved_run import SavedRun
+from megatron_selfdistill.interop.formats.stored_adapters import read_stored_adapters
+from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, stored_args
+from megatron_selfdistill.interop.hf.family import differences
+from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.prechecks import is_hugging_face, require_checkpoint, require_hugging_face
+
+DIGESTS = "teachers"
+"""The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""
+_MAY_DIFFER = ("vocab_size", "max_position_embeddings")
+
+
+def teacher_directories(config: Config) -> dict[str, Path]:
+    """Return the directory of each teacher that has one, in the order of the names."""
+    named = config.named_teachers.items()
+    return {name: Path(teacher.load) for name, teacher in named if teacher.load is not None}
+
+
+def require_teachers(config: Config) -> None:
+    """Raise an error unless each teacher's directory holds the student's architecture and its tokenizer.
+
+    ``config``: with the architecture of the student.  Each rank reads for itself; a process group is not needed.
+    A directory without a tokenizer, and a checkpoint without arguments, are compared by their shapes when they load.
+
+    Raises: `ConfigError` with both values, or with the first token that differs; `CheckpointError` for a directory that
+    is missing, corrupt, or holds adapters alone.
+    """
+    for name, path in teacher_directories(config).items():
+        key = f"teachers.{name}.load={path}"
+        if not path.is_dir():
+            raise CheckpointError(
+                f"{key} does not exist, expected a checkpoint of Megatron or a Hugging Face directory"
+            )
+        if read_stored_adapters(path) is not None:
+            raise CheckpointError(
+                f"{key} holds adapters alone, expected full weights: merge them with `selfdistill convert "
+                "merge-adapters`"
+            )
+        stored = _stored_architecture(path)
+        if stored is not None and config.model.provider is None:
+            _require_same_architecture(key, config.model, stored)
+        _require_same_tokenizer(key, config, path)
+
+
+def _stored_architecture(path: Path) -> ModelConfig | None:
+    """Return the architecture that a teacher's directory states; None if it states none."""
+    if is_hugging_face(path):
+        require_hugging_face(path)
+        description = read_config(path)
+        return family_of(description).model_config(description)
+    require_checkpoint(path)
+    args = stored_args(path)
+    return None if args is None else architecture_from_args(args)
+
+
+def _require_same_architecture(key: str, ours: ModelConfig, theirs: ModelConfig) -> None:
+    found = {name: values for name, values in differences(ours, theirs).items() if name not in _MAY_DIFFER}
+    if found:
+        listed = "; ".join(f"model.{name} is {theirs!r}, expected {ours!r}" for name, (ours, theirs) in found.items())
+        raise ConfigError(f"{key} is no teacher of the student's architecture: {listed}: choose another checkpoint")
+
+
+def _require_same_tokenizer(key: str, config: Config, path: Path) -> None:
+    stored, data = tokenizer_directory(path), config.data
+    if stored is None or data.tokenizer is None or Path(data.tokenizer).resolve() == stored.resolve():
+        return
+    try:
+        ours, theirs = (
+            load_tokenizer(place, trust_remote_code=data.trust_remote_code) for place in (data.tokenizer, stored)
+        )
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
+    difference = first_difference(ours, theirs)
+    if difference is not None:
+        raise ConfigError(
+            f"{key} has another tokenizer than data.tokenizer={data.tokenizer}, and a teacher reads the student's "
+            f"tokens: {difference}: choose a teacher with the student's tokenizer"
+        )
+
+
+def directory_digests(config: Config) -> dict[str, str]:
+    """Return the digest of each teacher's directory, which identifies its weights at any place.  Collective.
+
+    Raises: CheckpointError on all ranks where a directory is missing or corrupt.
+    """
+    return {name: _digest(path) for name, path in teacher_directories(config).items()}
+
+
+def _digest(path: Path) -> str:
+    if not is_hugging_face(path):
+        return shared_base_digest(path)
+    files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path).tensors])
+    entries = sorted(shared_checksums(path, files).items())
+    lines = [f"{name} {entry.size} {entry.checksum}\n" for name, entry in entries]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+
+
+def require_unchanged(saved: SavedRun, digests: Mapping[str, str], forced: bool) -> None:
+    """Raise CheckpointError where a teacher's weights are not those with which ``saved`` was trained.
+
+    ``digests``: the present ones.  ``forced``: whether checkpoint.resume=force accepts other teachers.
+    """
+    stored: Mapping[str, str] = saved.trainer_state.get(DIGESTS, {})
+    for name, digest in digests.items():
+        if stored.get(name) != digest and not forced:
+            raise CheckpointError(
+                f"the directory of teachers.{name}.load has changed since {saved.path}: it has the digest {digest}, "
+                f"expected {stored.get(name)}: restore it, start in a new run directory, or continue with the present "
+                "weights: checkpoint.resume=force"
+            )
+
+
+def load_teacher(path: Path, chunks: Sequence[torch.nn.Module], vocab_size: int, run_dir: Path, verify: str) -> None:
+    """Load a teacher's weights into ``chunks``; a Hugging Face directory is converted below ``run_dir`` meanwhile.
+
+    ``run_dir`` lies on storage that every rank sees.  ``verify``: as for `load_weights`.
+    Every rank of the world calls it.  Raises: `CheckpointError`.
+    """
+    if not is_hugging_face(path):
+        load_weights(path, chunks, vocab_size, verify)
+        return
+    with _converted(path, run_dir) as megatron:
+        load_weights(megatron, chunks, vocab_size, "sizes")
+
+
+@contextmanager
+def _converted(hf: Path, parent: Path) -> Iterator[Path]:
+    """Convert the Hugging Face directory ``hf`` to a Megatron checkpoint in ``parent``, and remove it at the end."""
+
+    def convert() -> str:
+        parent.mkdir(parents=True, exist_ok=True)
+        directory = tempfile.mkdtemp(dir=parent, prefix=".teacher-")
+        try:
+            hf_to_megatron(hf, Path(directory) / "megatron")
+        except BaseException:
+            shutil.rmtree(directory, ignore_errors=True)
+            raise
+        return directory
+
+    directory = Path(run_on_rank_0(convert))
+    try:
+        yield directory / "megatron"
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(directory, ignore_errors=True)

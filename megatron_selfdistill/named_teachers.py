@@ -1,0 +1,86 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The teachers of the key ``teachers``: one frozen copy of the model, into which each teacher's weights are swapped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.teacher import Chunks
+
+
+class NamedTeachers:
+    """The weights of the teachers that have a directory, on this rank, cut like the student's chunks.
+
+    One copy of the model holds the weights of one teacher at a time.  With several teachers, or with ``offload``, the
+    weights of all rest in pinned host memory.  With ``offload`` the copy is on the device only within `on_device`.
+    """
+
+    def __init__(
+        self,
+        directories: Mapping[str, Path],
+        build_chunks: Callable[[], Chunks],
+        load: Callable[[Path, Chunks], None],
+        *,
+        offload: bool = False,
+    ) -> None:
+        """Load all teachers in the order of their names; ``load``: fills chunks with the weights of a directory.
+
+        Collectives: those of ``load``, once per teacher.
+        """
+        self.chunks, self.offload = build_chunks(), offload
+        for chunk in self.chunks:
+            chunk.requires_grad_(False)
+            chunk.eval()
+        self._resting: dict[str, list[Tensor]] = {}
+        for name in sorted(directories):
+            load(directories[name], self.chunks)
+            self.present = name
+            """The teacher whose weights the copy has."""
+            if offload or len(directories) > 1:
+                self._resting[name] = [_in_host_memory(tensor) for tensor in self._tensors()]
+        if offload:
+            self._rest()
+
+    @contextlib.contextmanager
+    def on_device(self, name: str) -> Iterator[Chunks]:
+        """Yield the chunks on the device with the weights of the teacher ``name``."""
+        if name != self.present or self.offload:
+            with torch.no_grad():
+                self._swap_in(name)
+        try:
+            yield self.chunks
+        finally:
+            if self.offload:
+                self._rest()
+
+    def _swap_in(self, name: str) -> None:
+        """Copy the resting weights of a teacher to the device, asynchronously from pinned memory."""
+        for tensor, host in zip(self._tensors(), self._resting[name], strict=True):
+            if self.offload:
+                tensor.data = host.to(torch.cuda.current_device(), non_blocking=True, copy=True)
+            else:
+                tensor.copy_(host, non_blocking=True)
+        self.present = name
+        for chunk in self.chunks:
+            unwrapped(chunk).set_is_first_microbatch()  # FP8 layers quantise their weights again
+
+    def _rest(self) -> None:
+        """Free the memory of the copy on the device: its tensors become the resting ones."""
+        for tensor, host in zip(self._tensors(), self._resting[self.present], strict=True):
+            tensor.data = host
+
+    def _tensors(self) -> Iterator[Tensor]:
+        for chunk in self.chunks:
+            yield from unwrapped(chunk).parameters()
+            yield from unwrapped(chunk).buffers()
+
+
+def _in_host_memory(tensor: Tensor) -> Tensor:
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor.detach())

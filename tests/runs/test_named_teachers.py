@@ -1,0 +1,150 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Whole runs with several teachers, whose weights are not those that the student starts from."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from taught import gradients_by_definition, trained_gradients, write_records_of_teachers
+from tiers import combinations
+from tiny_run import (
+    assert_equal_runs,
+    assert_resumes_equal,
+    assert_steps_equal,
+    bytes_of,
+    overrides,
+    refusal,
+    train,
+    train_each,
+    with_trainer,
+)
+
+LAYOUTS = {
+    "TP2": ["parallel.tensor_model_parallel_size=2"],
+    "PP2": ["parallel.pipeline_model_parallel_size=2"],
+    "DP2": ["schedule.max_tokens=64"],
+    "CP2": ["parallel.context_parallel_size=2"],
+    "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
+}
+FOUR_LAYERS = "model.num_layers=4"
+EQUAL = ("loss/", "entropy/", "k/", "tokens/response", "teacher_cross_entropy", "student_nll")
+
+
+@pytest.fixture(scope="module")
+def places(ranks, own_data, tmp_path_factory) -> dict[str, Path]:
+    """Return the directory of the data, and of runs of one step from other random weights: the student and teachers."""
+    write_records_of_teachers(own_data, ["math", "code", None])
+    runs = tmp_path_factory.mktemp("runs")
+    seeds = {"student": 0, "math": 1, "code": 2}
+    train_each(
+        ranks,
+        [
+            overrides(own_data, runs / name, FOUR_LAYERS, f"seed={seed}", "num_steps=1", "optimizer.lr=1e-2")
+            for name, seed in seeds.items()
+        ],
+    )
+    return {"data": own_data, **{name: runs / name / "checkpoints" for name in seeds}}
+
+
+def arguments(places: dict[str, Path], run_dir: Path, *options: str, teachers: Sequence[str] = ()) -> list[str]:
+    """Return the arguments of a run from the student's weights with three teachers; ``teachers`` replaces theirs."""
+    named = teachers or (
+        f"teachers.math={{load: {places['math']}, weight: 0.5}}",
+        f"teachers.code={{load: {places['code']}, hint: none}}",
+        "teachers.default={template: 'H{solution}|{problem}'}",
+    )
+    start = [f"checkpoint.load={places['student']}", f"data.path={places['data']}/taught.jsonl"]
+    return overrides(places["data"], run_dir, FOUR_LAYERS, *start, "metrics.teacher_every=1", *named, *options)
+
+
+def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[set[str], float]:
+    """Return the names of the teachers in a step, and the largest error of its gradients, relative to their norm."""
+
+    def use(trainer: Any) -> tuple[set[str], float]:
+        from megatron_selfdistill.checkpoint.external import load_weights
+        from megatron_selfdistill.model.build import new_chunks
+
+        contexts, found = trained_gradients(trainer)
+        vocab_size = trainer.run_data.vocab_size
+
+        def loaded(name: str) -> Any:
+            chunks = new_chunks(trainer.config, trainer.grid, vocab_size)
+            load_weights(places[name], chunks, vocab_size)
+            return chunks[0]
+
+        student, reference, target = loaded("student"), loaded("student"), trainer.learner.target
+        teachers = {
+            "math": (loaded("math"), dataclasses.replace(target, teacher_weight=0.5)),
+            "code": (loaded("code"), target),
+            "default": (reference, target),
+        }
+        expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size)
+        assert expected.keys() == found.keys()
+        norm = torch.stack([one.norm() for one in expected.values()]).norm()
+        errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
+        for context in contexts:
+            assert (context.teacher_prompt == context.student_prompt) == (context.teacher == "code")
+        return {context.teacher for context in contexts}, max(errors)
+
+    return with_trainer(arguments, use)
+
+
+def test_a_step_has_the_gradient_of_the_definition_for_each_records_teacher(ranks, places, tmp_path):
+    """Each teacher with its weights, its prompt and its w, over the tokens of all."""
+    [(names, error)] = ranks.run(
+        step_and_definition, arguments(places, tmp_path / "run"), places, world_size=1, init_process_group=False
+    )
+    assert names == {"math", "code", "default"}
+    assert error < 1e-5
+
+
+@pytest.fixture(scope="module")
+def one(ranks, places, tmp_path_factory) -> Path:
+    """Return the directory of a run of one rank and three steps, with its responses in responses.jsonl."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    options = ["num_steps=3", "checkpoint.save_every=2", f"rollout.record={run}/responses.jsonl"]
+    train(ranks, arguments(places, run, *options))
+    return run
+
+
+@combinations(name=list(LAYOUTS), quick={"name": ["DP2", "TP2"]}, strength=1)
+def test_every_layout_has_the_steps_of_one_rank(ranks, places, one, tmp_path, name):
+    replay = f"rollout.replay={one}/responses.jsonl"
+    options = ["num_steps=3", "checkpoint.save_every=0", replay, *LAYOUTS[name]]
+    train(ranks, arguments(places, tmp_path / "run", *options), 2)
+    assert_steps_equal(one, tmp_path / "run", EQUAL)
+
+
+def test_the_order_of_the_teachers_and_the_place_of_their_weights_change_no_bit(ranks, places, one, tmp_path):
+    """The other order, and weights that leave the device between the steps."""
+    named = arguments(places, tmp_path / "run", "num_steps=3", "checkpoint.save_every=2")
+    others = [option for option in named if not option.startswith("teachers.")]
+    others += [option for option in reversed(named) if option.startswith("teachers.")]
+    train(ranks, [*others, "teacher.offload=cpu"])
+    assert_equal_runs(ranks, one, tmp_path / "run", 3)
+
+
+def test_a_resumed_run_equals_one_that_never_stopped(ranks, places, one):
+    def of(run_dir: Path) -> list[str]:
+        return arguments(places, run_dir, "num_steps=3", "checkpoint.save_every=2")
+
+    halves = assert_resumes_equal(ranks, one, of, step=2, num_steps=3)
+    assert bytes_of(halves / "teacher") == bytes_of(one / "teacher") != {}, "the start, which is the reference"
+
+
+def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ranks, places, one, tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "math"
+    shutil.copytree(places["math"], moved)
+    own = {**places, "math": moved}
+    train(ranks, arguments(own, run, "num_steps=1"))
+    shutil.rmtree(moved)
+    shutil.copytree(places["code"], moved)
+    message = refusal(ranks, arguments(own, run, "num_steps=2"))
+    assert "the directory of teachers.math.load has changed since" in message
+    train(ranks, arguments(own, run, "num_steps=2", "checkpoint.resume=force"))

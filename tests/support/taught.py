@@ -1,0 +1,60 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Runs with several teachers: their data, their directories, and the gradient of a step by its definition."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from anchored import rows_of
+from torch import Tensor
+
+from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.loss.target import Target, mixed_target
+
+
+def write_records_of_teachers(data: Path, names: Sequence[str | None], file: str = "taught.jsonl") -> Path:
+    """Write the problems of ``data`` again, each with the next of the ``names`` of teachers; None names none."""
+    records = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
+    for index, record in enumerate(records):
+        if (name := names[index % len(names)]) is not None:
+            record["teacher"] = name
+    (data / file).write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    return data / file
+
+
+def trained_gradients(trainer: Any) -> tuple[list[ContextPair], dict[str, Tensor]]:
+    """Return the contexts of a step and the gradients that its batches leave, by parameter; one rank."""
+    step: list[Any] = []
+    for batch in trainer.batches():
+        balanced = trainer.balance(batch)
+        step.append(trainer.forward_backward(balanced, trainer.pack(balanced), step))
+    (chunk,) = trainer.learner.chunks
+    found = {name: p.main_grad.clone() for name, p in chunk.module.named_parameters()}
+    return [context for one in step for context in one.batch.contexts], found
+
+
+def gradients_by_definition(
+    contexts: Sequence[ContextPair],
+    student: Any,
+    reference: Any,
+    teachers: dict[str, tuple[Any, Target]],
+    vocab_size: int,
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean reverse KL over all response tokens, from whole rows of float64 logits.
+
+    ``teachers``: the model and the target of each teacher.
+    """
+    total = sum(len(context.response) for context in contexts)
+    loss = torch.zeros((), dtype=torch.float64)
+    for context in contexts:
+        teacher, target = teachers[context.teacher]
+        s, t, r = rows_of(context, student, teacher, reference, vocab_size)
+        log_q = mixed_target(s.detach(), t.detach(), target, r.detach()).log_q
+        log_p = s.log_softmax(-1)
+        loss = loss + (log_p.exp() * (log_p - log_q)).sum() / total
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

@@ -1,0 +1,129 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A teacher's directory has the student's architecture and tokens, in either format, and a digest of its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import hf_models
+import pytest
+import torch
+from letters import LETTERS, save_tokenizer
+
+from megatron_selfdistill.checkpoint.teacher_directories import (
+    directory_digests,
+    load_teacher,
+    require_teachers,
+    require_unchanged,
+)
+from megatron_selfdistill.config import Config, ParallelConfig, from_mapping
+from megatron_selfdistill.distributed import ranks as rank_groups
+from megatron_selfdistill.errors import CheckpointError, ConfigError
+from megatron_selfdistill.interop.conversion import hf_to_megatron
+from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
+from megatron_selfdistill.model.build import new_chunks
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    """Return a directory with a model of Hugging Face, hf, and the same as a checkpoint, megatron."""
+    directory = tmp_path_factory.mktemp("student")
+    hf_models.write("llama2", directory / "hf")
+    save_tokenizer(directory / "hf")
+    hf_to_megatron(directory / "hf", directory / "megatron")
+    return directory
+
+
+def config_of(student: Path, teacher: Path, **more: Any) -> Config:
+    """Return the configuration of a run from ``student`` with one teacher."""
+    values = {
+        "checkpoint": {"load": str(student / "megatron")},
+        "data": {"tokenizer": str(student / "hf")},
+        "teachers": {"math": {"load": str(teacher)}},
+        "optimizer": {"precision": "fp32"},
+        "run_dir": str(student / "run"),
+    }
+    return with_stored_architecture(from_mapping(values | more))
+
+
+def test_a_teacher_of_the_students_architecture_and_tokens_is_taken_in_both_formats(student):
+    require_teachers(config_of(student, student / "hf"))
+    require_teachers(config_of(student, student / "megatron"))
+
+
+def test_a_directory_that_is_not_there_or_holds_no_model_is_refused(student, tmp_path):
+    with pytest.raises(
+        CheckpointError, match=r"teachers.math.load=.*/nowhere does not exist, expected a checkpoint of"
+    ):
+        require_teachers(config_of(student, tmp_path / "nowhere"))
+    with pytest.raises(CheckpointError, match=str(tmp_path)):
+        require_teachers(config_of(student, tmp_path))
+
+
+def test_another_architecture_is_refused_with_both_values(student, tmp_path):
+    hf_models.write("llama2", tmp_path / "hf")
+    description = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(description | {"rms_norm_eps": 0.25}))
+    with pytest.raises(ConfigError, match=r"of the student's architecture: model.layernorm_epsilon is 0.25, expected"):
+        require_teachers(config_of(student, tmp_path / "hf"))
+
+
+def test_another_tokenizer_is_refused_with_the_first_difference(student, tmp_path):
+    shutil.copytree(student / "hf", tmp_path / "hf")
+    save_tokenizer(tmp_path / "hf", LETTERS[:-2] + "hg")
+    with pytest.raises(ConfigError, match=r"has another tokenizer than .*token 8 is 'g' here and 'h' there"):
+        require_teachers(config_of(student, tmp_path / "hf"))
+
+
+def loaded(student: Path, teachers: list[Path]) -> list[bool]:
+    """Return whether each teacher's weights, loaded in turn into one model, are those of the first; and its digest."""
+    config, grid = config_of(student, teachers[0]), rank_groups.initialize(ParallelConfig(), seed=0)
+    try:
+        chunks = new_chunks(config, grid, 20)
+        found = []
+        for teacher in teachers:
+            torch.nn.init.zeros_(next(chunks[0].parameters()))
+            load_teacher(teacher, chunks, 20, student / "run", "checksums")
+            found.append([p.detach().clone() for p in chunks[0].parameters()])
+        return [all(a.equal(b) for a, b in zip(one, found[0], strict=True)) for one in found]
+    finally:
+        rank_groups.shutdown()
+
+
+def test_a_directory_of_hugging_face_loads_the_bits_of_its_conversion_and_leaves_no_files(ranks, student):
+    hf_models.write("llama2", student / "other", seed=5)
+    places = [student / "megatron", student / "hf", student / "other"]
+    assert ranks.run(loaded, student, places, world_size=1, init_process_group=False) == [[True, True, False]]
+    assert not list((student / "run").iterdir())
+
+
+def test_the_digest_of_a_directory_is_that_of_its_contents(ranks, student, tmp_path):
+    for name in ("hf", "megatron"):
+        shutil.copytree(student / name, tmp_path / name)
+    places = [student / "hf", tmp_path / "hf", student / "megatron", tmp_path / "megatron"]
+    configs = [config_of(student, place) for place in places]
+    found = ranks.run(digests, configs, world_size=2)
+    assert found[0] == found[1], "the ranks share the reading"
+    assert found[0][0] == found[0][1] != found[0][2] == found[0][3]
+    weights = tmp_path / "hf" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert ranks.run(digests, configs[1:2], world_size=1) != [found[0][1:2]]
+
+
+def digests(configs: list[Config]) -> list[dict[str, str]]:
+    return [directory_digests(config) for config in configs]
+
+
+def test_other_weights_than_those_of_the_checkpoint_are_refused_with_both_digests_unless_forced():
+    saved: Any = SimpleNamespace(path=Path("/run/iter_3"), trainer_state={"teachers": {"math": "aa"}})
+    require_unchanged(saved, {"math": "aa"}, forced=False)
+    require_unchanged(saved, {"math": "bb"}, forced=True)
+    with pytest.raises(CheckpointError, match=r"teachers.math.load has changed since /run/iter_3: .*bb, expected aa"):
+        require_unchanged(saved, {"math": "bb"}, forced=False)
+    require_unchanged(SimpleNamespace(path=Path("/run"), trainer_state={}), {}, forced=False)  # type: ignore[arg-type]
