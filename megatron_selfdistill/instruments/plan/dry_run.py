@@ -8,6 +8,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
+from megatron_selfdistill.checkpoint.teacher_directories import require_teachers
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
@@ -15,7 +16,7 @@ from megatron_selfdistill.data.contexts import LOOKED_AT
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.plan.engines import Engines, backward_passes, engine_factors, engines
 from megatron_selfdistill.instruments.plan.host_memory import HostMemory, host_memory
-from megatron_selfdistill.instruments.plan.memory import Load, Memory, engine_weight_gib, memory
+from megatron_selfdistill.instruments.plan.memory import NAMED, Load, Memory, engine_weight_gib, memory
 from megatron_selfdistill.instruments.plan.plan_checks import (
     UNKNOWN_VOCABULARY,
     check_engine,
@@ -124,6 +125,8 @@ class Plan:
             advice.append("set teacher.offload=none")
         if self.host.resting["reference"]:
             advice.append(_WITHOUT_OWN_COPY[self.config.teacher.weights])
+        if self.host.resting.get(NAMED):
+            advice.append("name fewer teachers")
         if self.host.resting["teacher states"]:
             advice.append("raise schedule.teacher_store_gb")
         return (
@@ -142,6 +145,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     num_gpus = planned_gpus(config)
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
+    require_teachers(config)
     check_world(config, num_gpus)
     max_length, seq_length = longest_context(config), longest_sequence(config)
     check_lengths(config, max_length)

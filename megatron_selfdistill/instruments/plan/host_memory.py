@@ -14,7 +14,15 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.instruments.plan.memory import GIB, Load, element_size, engine_weight_gib, teacher_state_bytes
+from megatron_selfdistill.instruments.plan.memory import (
+    GIB,
+    NAMED,
+    Load,
+    element_size,
+    engine_weight_gib,
+    named_teacher_bytes,
+    teacher_state_bytes,
+)
 from megatron_selfdistill.instruments.plan.stages import Stage
 
 _COPIES_OF_A_BUCKET = {"shared_memory": 2, "gloo": 1}
@@ -26,8 +34,8 @@ class HostMemory:
     """The host memory in GiB of the node whose ranks hold most; parts of 0 GiB are listed, too."""
 
     resting: dict[str, float]
-    """The parts that always exist: the offloaded teacher and reference, hidden states (pinned), buckets of weights, and
-    the frozen weights of sleeping engines, which only adapters change."""
+    """The parts that always exist: the offloaded teacher and reference, the weights of named teachers, hidden states
+    (pinned), buckets of weights, and the frozen weights of sleeping engines, which only adapters change."""
     saving: dict[str, float]
     """The parts that a save adds: copies of the optimizer state and the weights.  A save in the background keeps the
     copies while the run trains."""
@@ -70,12 +78,16 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
             reference = stage.parameters * element_size(config)
         if stage.projects:
             states = max(teacher_state_bytes(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
+    named = {}
+    if config.rests_teachers:
+        named = {NAMED: config.num_loaded_teachers * named_teacher_bytes(config, stage)}
     rollout, engine = config.rollout, 0.0
     if config.adapter.rank and config.samples and rollout.engine == "vllm" and rollout.placement == "colocated":
         engine = engine_weight_gib(config, load.model_parameters) * GIB + load.engine_factors * element_size(config)
     return {
         "teacher": weights,
         "reference": reference,
+        **named,
         "teacher states": states,
         "engine weights": engine,
         "weight bucket": 0.0,

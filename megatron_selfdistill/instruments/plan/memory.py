@@ -26,6 +26,8 @@ COMMUNICATOR_GIB = 0.3
 _LAYERS_PER_GIB = 36
 
 GIB = 2**30
+NAMED = "named teachers"
+"""The part of the teachers of the key ``teachers`` that have weights of their own."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ class Memory:
 def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: Load) -> Memory:
     """Return the memory of the stage's first rank; a KV cache without a configured size takes a third of the rest."""
     resident = parameter_bytes(config, stage)
-    frozen = {name: resident.pop(name) for name in ("teacher", "reference")}
+    frozen = {name: resident.pop(name) for name in ("teacher", "reference", NAMED) if name in resident}
     reserved = reserved_gib(config, stage, transformer.num_layers) * GIB
     working = {
         **frozen,
@@ -127,10 +129,12 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     float32 copy of the weights.  An average teacher also has a float32 master, unless it rests in host memory.  A
     frozen teacher is also the reference; beside another teacher the reference is one more copy.  The distributed
     optimizer divides its part over the ranks that hold the same parameters.  With adapters, these alone have gradients
-    and optimizer state, and neither teacher nor reference is a copy.
+    and optimizer state, and neither teacher nor reference is a copy.  The teachers of the key ``teachers`` share one
+    more copy, `NAMED`.
     """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
+    named = {NAMED: named_teacher_bytes(config, stage)} if config.loads_teachers else {}
     state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
     state += 4 if optimizer.precision == "bf16" else 0
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
@@ -141,9 +145,10 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
             "optimizer": state * stage.adapter_parameters / sharers[0],
             "teacher": 0,
             "reference": 0,
+            **named,
         }
     taught = 0
-    if config.keeps_teacher and teacher.weights != "current":
+    if config.keeps_teacher and config.keeps_start and teacher.weights != "current":
         taught = size + (4 if teacher.weights == "ema" and teacher.offload == "none" else 0)
     return {
         "weights": stage.parameters * size,
@@ -151,7 +156,13 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
         "optimizer": state * (stage.dense_parameters / sharers[0] + stage.expert_parameters / sharers[1]),
         "teacher": stage.parameters * taught,
         "reference": stage.parameters * size if config.copies_reference else 0,
+        **named,
     }
+
+
+def named_teacher_bytes(config: Config, stage: Stage) -> float:
+    """Return the bytes of the weights of one teacher of the key ``teachers`` on a rank of ``stage``."""
+    return float(stage.parameters * element_size(config))
 
 
 def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> float:

@@ -17,9 +17,9 @@ from megatron_selfdistill.config import Config, shown_argument
 from megatron_selfdistill.data.problems import about_visits
 from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
-from megatron_selfdistill.instruments.plan.gpus import MFU, NETWORK, RATES
+from megatron_selfdistill.instruments.plan.gpus import HOST_LINK, MFU, NETWORK, RATES
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
-from megatron_selfdistill.instruments.plan.memory import Memory, engine_weight_gib
+from megatron_selfdistill.instruments.plan.memory import GIB, Memory, engine_weight_gib, named_teacher_bytes
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
 from megatron_selfdistill.prechecks import about_packages
@@ -82,6 +82,7 @@ def summary(plan: Plan) -> list[str]:
         *([plan.about_prompts] if plan.about_prompts else []),
         str(plan.output_layer),
         _engines(plan),
+        *_teachers(plan),
         *_trained(plan),
         f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
         *_how_full(plan),
@@ -111,6 +112,19 @@ def _engines(plan: Plan) -> str:
         f"{responses}: vLLM servers ({where}) of {rollout.engine_tp} GPUs of their own, each with "
         f"{engine_weight_gib(plan.config, plan.parameters):.1f} GiB of weights"
     )
+
+
+def _teachers(plan: Plan) -> list[str]:
+    """Return a line per teacher with weights of its own: their size on a rank, and the time of a swap."""
+    config = plan.config
+    largest = max(named_teacher_bytes(config, stage) for stage in plan.stages)
+    place = "in host memory" if config.rests_teachers else "on the device"
+    swap = f", swapped in within {largest / HOST_LINK:.2g} s per step" if config.rests_teachers else ""
+    return [
+        f"teachers.{name}: {largest / GIB:.1f} GiB per rank {place}{swap}"
+        for name, teacher in config.named_teachers.items()
+        if teacher.load is not None
+    ]
 
 
 def _trained(plan: Plan) -> list[str]:

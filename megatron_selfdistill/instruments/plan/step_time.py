@@ -35,13 +35,21 @@ from megatron_selfdistill.instruments.plan.engines import (
 )
 from megatron_selfdistill.instruments.plan.gpus import (
     ALL_REDUCE_SECONDS,
+    HOST_LINK,
     LAYER_SECONDS,
     MFU,
     NETWORK,
     RATES,
     WAKE_SECONDS,
 )
-from megatron_selfdistill.instruments.plan.memory import GIB, Load, element_size, engine_weight_gib, parameter_bytes
+from megatron_selfdistill.instruments.plan.memory import (
+    GIB,
+    Load,
+    element_size,
+    engine_weight_gib,
+    named_teacher_bytes,
+    parameter_bytes,
+)
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.loss.target import Target
 
@@ -230,6 +238,10 @@ class StepTime:
         if config.is_anchored:
             parts.append(flops("reference", 1, tokens.student_prompt))
         parts.append(self._output_layer(rate))
+        if config.rests_teachers:
+            swapped = config.num_loaded_teachers * named_teacher_bytes(config, self._fullest)
+            note = f"{config.num_loaded_teachers} teachers from host memory"
+            parts.append(Part("train", "teachers' weights", swapped, "B", HOST_LINK, note=note))
         yield from parts
         if self.bubble:
             waited = sum(part.seconds for part in parts) * self.bubble / (1 - self.bubble)
@@ -264,7 +276,7 @@ class StepTime:
         if config.has_teacher:
             passes += 1
         if config.is_anchored:
-            passes += config.copies_reference + Target.configured(config.target, None).needs_reference_entropy
+            passes += config.projects_reference + Target.configured(config.target, None).needs_reference_entropy
         positions = self._responses * self.lengths.response
         note = f"{passes:g} x {positions:.0f} positions"
         return Part("train", "output layer", passes * positions * 2 * self._projection, "FLOP", rate, note=note)
