@@ -112,6 +112,13 @@ class Config:
     """Whether the run only checks and ends.  Under a launch it ends after everything has been built, before the first
     step.  Without a launch, and with cluster.num_gpus, it computes the memory of every rank and the bubble from shapes
     alone, on any machine and without GPUs."""
+    teachers: dict[str, Any] = field(default_factory=dict)
+    """Teachers with other weights than the student's start, by name: the field teacher of a record names the teacher of
+    its responses.  A record that names none has the only teacher, or of several the one with the name default.  Each
+    has the entries load (a checkpoint of Megatron or a Hugging Face directory of the student's architecture and
+    tokenizer; null is the weights at the start of the run), hint (given or none), template (in place of
+    data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load: DIR}, default: {}} the
+    records of math learn from DIR, and all others from the start of the run, which sees their solutions."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,13 +143,6 @@ class Config:
     """The divergence from the target."""
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     """The weights of the teacher."""
-    teachers: dict[str, Any] = field(default_factory=dict)
-    """Teachers with other weights than the student's start, by name: the field teacher of a record names the teacher of
-    its responses.  A record that names none has the only teacher, or of several the one with the name default.  Each
-    has the entries load (a checkpoint of Megatron or a Hugging Face directory of the student's architecture and
-    tokenizer; null is the weights at the start of the run), hint (given or none), template (in place of
-    data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load: DIR}, default: {}} the
-    records of math learn from DIR, and all others from the start of the run, which sees their solutions."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The order and the memory of a step in the pipeline."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
