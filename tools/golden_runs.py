@@ -83,6 +83,7 @@ CASES = {
     "eopd": Case(recipe("eopd", *REWARDED, "method.threshold=2.47")),
     "grpo": Case(recipe("grpo", *REWARDED)),
     "literal": Case(recipe("literal", VERIFIED)),
+    "multi_teacher": Case(recipe("multi_teacher", VERIFIED)),
     "openclaw": Case(recipe("openclaw", *JUDGED, "method.reward=hint_functions.reward_of_reply")),
     "opsa": Case(recipe("opsa", *SAMPLED, "data.on_long_context=drop")),
     "opsd": Case(recipe("opsd", *REWARDED)),

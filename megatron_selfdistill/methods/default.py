@@ -13,6 +13,7 @@ Equation:
     recipe=default:        D = KL(student || target),   anchor = reference, frozen teacher
     recipe=teacher_alone:  D = KL(student || teacher),  no mix,             frozen teacher
     recipe=literal:        D = KL(target || student),   anchor = student,   current teacher, k unbounded
+    recipe=multi_teacher:  as the default, with the teacher that the record names (docs/teachers.md)
 
 Paper: The target is one of this project. The teacher alone is plain on-policy self-distillation.
 
