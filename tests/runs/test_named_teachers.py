@@ -113,7 +113,7 @@ def one(ranks, places, tmp_path_factory) -> Path:
     return run
 
 
-@combinations(name=list(LAYOUTS), quick={"name": ["DP2", "TP2"]}, strength=1)
+@combinations(name=list(LAYOUTS), quick={"name": ["DP2"]}, strength=1)
 def test_every_layout_has_the_steps_of_one_rank(ranks, places, one, tmp_path, name):
     replay = f"rollout.replay={one}/responses.jsonl"
     options = ["num_steps=3", "checkpoint.save_every=0", replay, *LAYOUTS[name]]
@@ -148,3 +148,44 @@ def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ran
     message = refusal(ranks, arguments(own, run, "num_steps=2"))
     assert "the directory of teachers.math.load has changed since" in message
     train(ranks, arguments(own, run, "num_steps=2", "checkpoint.resume=force"))
+
+
+@pytest.mark.full
+def test_adapters_learn_from_full_teachers_and_keep_their_frozen_weights(ranks, places, tmp_path):
+    """The reference is the student without its adapters; the copy of the teachers has none."""
+    adapted = ["adapter.rank=4", "adapter.alpha=8", "num_steps=2", "checkpoint.save_every=1"]
+
+    def of(run_dir: Path) -> list[str]:
+        return arguments(places, run_dir, *adapted)
+
+    train(ranks, of(tmp_path / "whole"))
+    assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["teachers.math.load=/nowhere"], "teachers.math.load=/nowhere does not exist"),
+        (["teachers.math={hint: given}", "teachers.unused={load: /nowhere}"], "teachers.unused.load=/nowhere does not"),
+        (["data.path={data}/unknown.jsonl"], "unknown.jsonl:2: field 'teacher': expected the name of one of the teach"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_built(ranks, places, tmp_path, options, message):
+    write_records_of_teachers(places["data"], ["math", "physics"], "unknown.jsonl")
+    own = [option.replace("{data}", str(places["data"])) for option in options]
+    assert message in refusal(ranks, arguments(places, tmp_path / "run", *own))
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("anchor", ["student", "reference"])
+def test_in_bf16_and_beside_the_student_the_teachers_resume_bit_for_bit(ranks, places, tmp_path, anchor):
+    options = ["optimizer.precision=bf16", f"target.anchor={anchor}", "num_steps=2", "checkpoint.save_every=1"]
+    start = [option for option in arguments(places, tmp_path, *options) if not option.startswith("teachers.default")]
+
+    def of(run_dir: Path) -> list[str]:
+        return [*start, f"run_dir={run_dir}", f"teachers.default.load={places['code']}"]
+
+    train(ranks, of(tmp_path / "whole"))
+    halves = assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
+    assert (halves / "teacher").exists() == (anchor == "reference"), "without a reference the start is not kept"

@@ -12,6 +12,7 @@ import pytest
 import tiny_run
 from fake_vllm import FakeVllm, fake_servers
 from served_runs import assert_same_steps, be_slow, metrics_of, on
+from taught import write_records_of_teachers
 from tiny_run import overrides, refusal, reproducible_metrics, saved_step, train
 
 from megatron_selfdistill.train import EXIT_NO_ROLLOUT
@@ -54,6 +55,18 @@ def test_a_streamed_run_takes_the_steps_of_one_that_waits_for_all_responses(
     shares = [line["overlap/share"] for line in metrics_of(tmp_path / "stream")]
     assert 0 < max(shares) < 1
     assert all(line["overlap/share"] < 0.1 for line in metrics_of(tmp_path / "turns"))
+
+
+def test_a_streamed_run_divides_each_partial_batch_by_teacher(ranks, fakes, own_data, finished, tmp_path):
+    """A replica may have no context of a teacher in a partial batch."""
+    file = write_records_of_teachers(own_data, ["trained", None])
+    taught = [f"data.path={file}", f"teachers.trained.load={finished}/checkpoints", "teachers.default.hint=given"]
+    train(ranks, on(fakes, own_data, tmp_path / "turns", *taught), 2)
+    train(ranks, on(fakes, own_data, tmp_path / "stream", *taught, *STREAM), 2)
+    assert_same_steps(tmp_path / "turns", tmp_path / "stream")
+    train(ranks, on(fakes, own_data, tmp_path / "default", f"data.path={file}"), 2)
+    losses = [[line["loss/mean"] for line in metrics_of(tmp_path / name)] for name in ("turns", "default")]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3), "the other teacher counts"
 
 
 def test_rewards_and_recorded_responses_are_those_of_whole_groups(ranks, fakes, data, tmp_path):
