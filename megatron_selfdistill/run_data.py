@@ -149,6 +149,7 @@ class RunData:
         problems = load_problems(_record_source(config, fields), require_solution=needs_solutions)
         shown = with_solutions_from(data.solutions, problems.problems, config.seed)
         problems = replace(problems, problems=shown)
+        _refuse_shares_in_streams(config, shown)
         max_length = longest_context(config)
         problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
         return cls(
@@ -197,6 +198,16 @@ class RunData:
             about_prompts=about_prompts,
             about_conversations=(log.about, *about),
             skipped=tuple(skipped),
+        )
+
+
+def _refuse_shares_in_streams(config: Config, problems: Sequence[Problem]) -> None:
+    """Raise ValueError for a record with several teachers in a step whose number of tokens is not known at once."""
+    several = next((problem for problem in problems if problem.shares), None)
+    if several is not None and config.rollout.overlap == "stream":
+        raise ValueError(
+            f"{several.location}: a record with several teachers needs all responses of a step at once: set "
+            "rollout.overlap=none, or name one teacher per record"
         )
 
 
@@ -342,8 +353,10 @@ def _fitting_problems(
         counts += count
         if pairs:
             kept.append(problem)
-            of_teacher[problem.teacher] += 1
-            looked_at += [(shown, pair) for pair in pairs if of_teacher[problem.teacher] <= LOOKED_AT]
+            for teacher, _ in problem.shares or [(problem.teacher, 1.0)]:
+                of_teacher[teacher] += 1
+                if of_teacher[teacher] <= LOOKED_AT:
+                    looked_at.append(_of_teacher(shown, pairs[0], teacher))
     if not kept:
         raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
     if not config.has_teacher:
@@ -354,6 +367,14 @@ def _fitting_problems(
     shown_parts = {GIVEN: _SHOWN[config.data.solutions], FOUND: "answer, until there are own solutions"}
     shown_part = shown_parts.get(config.needs.hint, "text in place of a hint")
     return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
+
+
+def _of_teacher(problem: Problem, pair: PromptPair, teacher: str) -> tuple[Problem, PromptPair]:
+    """Return a problem and its prompts for one of its teachers alone."""
+    if not problem.shares:
+        return problem, pair
+    prompt = next(one.prompt for one in pair.of_teachers if one.teacher == teacher)
+    return replace(problem, teacher=teacher, shares=()), replace(pair, teacher_prompt=prompt, teacher=teacher)
 
 
 _SHOWN = {

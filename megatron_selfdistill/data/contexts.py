@@ -7,9 +7,9 @@ prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from megatron_selfdistill.choices import LONG_CONTEXT_POLICIES
 from megatron_selfdistill.data.problems import Problem
@@ -28,6 +28,15 @@ _SHORT = 9  # characters; shorter texts would be found by chance
 _ADVICE = "give a data.chat_template that writes the whole content of user messages"
 
 
+class TeacherPrompt(NamedTuple):
+    """The prompt of one of several teachers of a problem, as token ids."""
+
+    teacher: str
+    share: float
+    """The share of this teacher's divergence in the loss of the response; the sum over the teachers is 1."""
+    prompt: list[int]
+
+
 @dataclass(frozen=True)
 class PromptPair:
     """Both prompts of one problem, as token ids; each leaves room for ``max_new_tokens``."""
@@ -41,6 +50,8 @@ class PromptPair:
     """Whether the teacher sees only a part of the solution, since the whole solution does not fit."""
     teacher: str = ""
     """Name of the teacher; see `Problem.teacher`."""
+    of_teachers: tuple[TeacherPrompt, ...] = ()
+    """The prompts of all teachers where there are several, of which the first is ``teacher_prompt``; else ()."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +86,8 @@ class ContextPair:
     """Whether the problem is guided: its tokens have the teacher weight and the divergence of guided problems."""
     teacher: str = ""
     """Name of the teacher that reads ``teacher_prompt``; see `Problem.teacher`."""
+    of_teachers: tuple[TeacherPrompt, ...] = ()
+    """As in `PromptPair`, until the step is divided by teacher (sources/teacher_groups.py)."""
 
     @property
     def student_length(self) -> int:
@@ -136,6 +149,9 @@ def fit_teacher_prompt(
             f"Expected rollout.max_new_tokens to leave room for a prompt, got {max_new_tokens} of data.max_length "
             f"{max_length}; raise data.max_length or lower rollout.max_new_tokens."
         )
+    if problem.shares:
+        limits = {"max_length": max_length, "max_new_tokens": max_new_tokens}
+        return _fit_all_teachers(builder, problem, policy, limits)
     student, teacher = builder.prompt_pair(problem)
     if policy == "error":
         whose, prompt, parts, remedy = "student", student, "", "set data.on_long_context=drop"
@@ -154,6 +170,22 @@ def fit_teacher_prompt(
                 f"data.max_length, lower rollout.max_new_tokens, or {remedy}."
             )
     return shortened_to_fit(builder, problem, student, teacher, room, policy)
+
+
+def _fit_all_teachers(
+    builder: PromptBuilder, problem: Problem, policy: str, limits: Mapping[str, int]
+) -> PromptPair | None:
+    """Return the prompt pair of the first teacher with the prompts of all; None if one of them does not fit."""
+    prompts: list[TeacherPrompt] = []
+    pairs: list[PromptPair] = []
+    for name, share in problem.shares:
+        pair = fit_teacher_prompt(builder, replace(problem, teacher=name, shares=()), policy=policy, **limits)
+        if pair is None:
+            return None
+        pairs.append(pair)
+        prompts.append(TeacherPrompt(name, share, pair.teacher_prompt))
+    truncated = any(pair.solution_truncated for pair in pairs)
+    return replace(pairs[0], of_teachers=tuple(prompts), solution_truncated=truncated)
 
 
 def shortened_to_fit(
@@ -198,6 +230,7 @@ def build_contexts(
             response.truncated,
             pair.problem_id in guided,
             pair.teacher,
+            pair.of_teachers,
         )
         for pair, response in zip(prompt_pairs, responses, strict=True)
     ]

@@ -57,7 +57,11 @@ class Problem:
     """Index of the message that the templates of both prompts reword; None is the last user message.  A later turn of
     an episode sets the index, since the last user message can be a reply of the environment."""
     teacher: str = ""
-    """Name of the teacher of the responses, one of the key ``teachers``; "" in a run without this key."""
+    """Name of the teacher of the responses, one of the key ``teachers``, and of several teachers the first by name; ""
+    in a run without this key."""
+    shares: tuple[tuple[str, float], ...] = ()
+    """Name and share of each teacher where the record has several, in the order of the names; the sum of the shares is
+    1.  () for one teacher."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,7 @@ class ProblemSet:
                 content += [hashed(problem.reply.message), problem.reply.accepted, problem.tools]
                 content += [hashed(message) for message in problem.reply.next_state]
             if problem.teacher:
-                content.append(problem.teacher)
+                content.append(problem.shares or problem.teacher)
             digest.update(_json(content))
         return digest.hexdigest()[:16]
 
@@ -343,8 +347,8 @@ def _validated(
     else:
         text = _text(problem, "problem", columns, record)
         conversation = ({"role": "user", "content": text},)
-    teacher = _teacher(named, columns, teachers) if teachers else ""
-    required = require_solution and (not teachers or teachers[teacher].is_hinted)
+    shares = _shares(named, columns, teachers) if teachers else {"": 1.0}
+    required = require_solution and (not teachers or any(teachers[name].is_hinted for name in shares))
     wanted = columns["solution"] is not None and (required or solution is not None)
     solution = _text(solution, "solution", columns, record) if wanted else ""
     if answer is not None:
@@ -355,18 +359,30 @@ def _validated(
         problem_id = _short_text(given_id, "id", columns)
         if problem_id in places:
             raise BadRecordError(f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}.")
-    return Problem(problem_id, conversation, solution, answer, location, teacher=teacher)
+    of_several = tuple(shares.items()) if len(shares) > 1 else ()
+    return Problem(problem_id, conversation, solution, answer, location, teacher=next(iter(shares)), shares=of_several)
 
 
-def _teacher(named: object, columns: Mapping[str, str | None], teachers: Mapping[str, NamedTeacher]) -> str:
-    """Return the name of a record's teacher, one of ``teachers``."""
-    found = teacher_of_record(named, teachers) if named is None or isinstance(named, str) else None
-    if found is None:
+def _shares(named: object, columns: Mapping[str, str | None], teachers: Mapping[str, NamedTeacher]) -> dict[str, float]:
+    """Return the share of each teacher of a record by name, in the order of the names; the sum is 1.
+
+    ``named``: the name of a teacher, a mapping of names to weights, or None, as the record has it.
+    """
+    weights: Any = named if isinstance(named, dict) else {teacher_of_record(named, teachers): 1}
+    weights = {name: weight for name, weight in weights.items() if weight is not None}  # columns of Parquet
+    good = weights and all(name in teachers and _is_weight(weight) for name, weight in weights.items())
+    if not good:
         got = "no teacher, and none of them has the name default" if named is None else _shown(named)
         raise BadRecordError(
-            f"field {columns['teacher']!r}: expected the name of one of the teachers {', '.join(teachers)}, got {got}."
+            f"field {columns['teacher']!r}: expected the name of one of the teachers {', '.join(teachers)}, or a "
+            f"mapping of such names to weights above 0, got {got}."
         )
-    return found
+    total = math.fsum(weights.values())
+    return {name: float(weights[name] / total) for name in sorted(weights)}
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _conversation(messages: object, column: str | None) -> tuple[dict[str, Any], ...]:

@@ -178,3 +178,26 @@ def dropped(excess: Tensor) -> Tensor:
 def down_weighted(excess: Tensor) -> Tensor:
     """Return exp(excess): the geometric mean of the tokens' probabilities, divided by the threshold's."""
     return excess.exp()
+
+
+@dataclass(frozen=True)
+class SharedTokens:
+    """Other coefficients, or none, times a factor per token: the share of one of several teachers."""
+
+    factors: Tensor
+    """[R_total] float64, at least 0, in the order of ``PackedBatch.response_tokens``, on the device."""
+    inner: Callable[[Tensor, Tensor], Coefficients] | None = None
+    """The coefficients without the factors, without a policy term; None is 1 for every token."""
+
+    def __call__(self, student_log_prob: Tensor, response_ids: Tensor) -> Coefficients:
+        """Return the weight [R] of every response token as the coefficient of its divergence.
+
+        Arguments: as for `TruncatedImportance`.  Collectives: those of ``inner``.
+        """
+        with torch.no_grad():
+            factors = self.factors[response_ids].to(student_log_prob)
+            if self.inner is None:
+                return Coefficients(factors)
+            inner = self.inner(student_log_prob, response_ids)
+            assert inner.policy is None, "several teachers are for methods without a policy term"
+            return Coefficients(inner.divergence * factors, clipped=inner.clipped)

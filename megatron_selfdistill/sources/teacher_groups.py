@@ -3,6 +3,12 @@
 
 The frozen copy on the device has the weights of one teacher at a time, so the schedule runs once per teacher, and the
 gradients add up as those of responses that stream (pipeline/token_losses.py).  The order is that of the names.
+
+A response with several teachers is in the batch of each of them.  The loss of its tokens is the sum of the divergences
+from their targets, weighted by the shares s, which add up to 1::
+
+    loss = sum over the responses and their teachers of s D / N     N: the response tokens of the step, each once
+         = sum of (s N' / N) D / N'                                 N': those of all batches, which the schedule counts
 """
 
 from __future__ import annotations
@@ -10,11 +16,18 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 
-from megatron_selfdistill.data.contexts import ContextPair
+import torch
+
+from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed.collectives import gather_integers
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.loss.weighting import SharedTokens
 from megatron_selfdistill.sources.moved_contexts import chosen
 from megatron_selfdistill.sources.source import StepBatch
+
+Reading = tuple[int, TeacherPrompt]
+"""The index of a context in its batch, and one of its teachers."""
 
 
 def by_teacher(batches: Iterator[StepBatch], teachers: Collection[str], grid: RankGrid) -> Iterator[StepBatch]:
@@ -34,18 +47,18 @@ def by_teacher(batches: Iterator[StepBatch], teachers: Collection[str], grid: Ra
 
 def _groups(batch: StepBatch, teachers: Sequence[str], before: float, grid: RankGrid) -> Iterator[StepBatch]:
     """Yield the batches of `by_teacher` for one batch; ``before``: the share of the step before this batch."""
-    places = [[i for i, it in enumerate(batch.contexts) if it.teacher == name] for name in teachers]
-    _require_all_named(batch.contexts, places, teachers)
-    tokens = [sum(len(batch.contexts[i].response) for i in group) for group in places]
-    own = [*map(len, places), *tokens]
-    totals = [sum(column) for column in zip(*gather_integers(own, grid.dp_group), strict=True)]
+    read = _readings(batch.contexts, teachers)
+    tokens = [sum(len(batch.contexts[i].response) for i, _ in readings) for readings in read]
+    own = [sum(batch.response_lengths), *map(len, read), *tokens]
+    num_once, *totals = [sum(column) for column in zip(*gather_integers(own, grid.dp_group), strict=True)]
     num_contexts, num_tokens = totals[: len(teachers)], totals[len(teachers) :]
+    several = sum(num_tokens) / num_once if num_once and num_once != sum(num_tokens) else None
     named = [index for index, number in enumerate(num_contexts) if number] or [0]
     done = 0
     for index in named:
         done += num_tokens[index]
         part = done / (sum(num_tokens) or 1)
-        group = chosen(batch, places[index], grid.device)
+        group = _group(batch, read[index], several, grid)
         if index != named[0]:
             group = replace(group, problems=(), responses=())
         is_last = index == named[-1]
@@ -53,13 +66,29 @@ def _groups(batch: StepBatch, teachers: Sequence[str], before: float, grid: Rank
         yield replace(group, teacher=teachers[index], share=share, ends_step=batch.ends_step and is_last)
 
 
-def _require_all_named(
-    contexts: Sequence[ContextPair], places: Sequence[Sequence[int]], teachers: Sequence[str]
-) -> None:
-    """Raise ValueError unless every context is in one of the ``places``."""
-    if sum(map(len, places)) < len(contexts):
-        unknown = next(it for it in contexts if it.teacher not in teachers)
-        raise ValueError(
-            f"the context of problem {unknown.problem_id!r} names the teacher {unknown.teacher!r}, expected one of "
-            f"{', '.join(teachers)}"
-        )
+def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str]) -> list[list[Reading]]:
+    """Return the contexts that each of the ``teachers`` reads.  Raises: ValueError for an unknown teacher."""
+    read: dict[str, list[Reading]] = {name: [] for name in teachers}
+    for index, context in enumerate(contexts):
+        for one in context.of_teachers or (TeacherPrompt(context.teacher, 1.0, context.teacher_prompt),):
+            if one.teacher not in read:
+                raise ValueError(
+                    f"the context of problem {context.problem_id!r} names the teacher {one.teacher!r}, expected one of "
+                    f"{', '.join(teachers)}"
+                )
+            read[one.teacher].append((index, one))
+    return list(read.values())
+
+
+def _group(batch: StepBatch, readings: Sequence[Reading], several: float | None, grid: RankGrid) -> StepBatch:
+    """Return the batch of one teacher; ``several``: N' / N, or None if no response of the step has several teachers."""
+    group = chosen(batch, [index for index, _ in readings], grid.device)
+    pairs = zip(group.contexts, readings, strict=True)
+    contexts = [replace(it, teacher=one.teacher, teacher_prompt=one.prompt) for it, (_, one) in pairs]
+    group = replace(group, contexts=contexts)
+    if several is None:
+        return group
+    factors = torch.tensor([one.share * several for _, one in readings], dtype=torch.float64)
+    of_tokens = factors.repeat_interleave(torch.tensor(group.response_lengths, dtype=torch.int64))
+    shared = SharedTokens(to_device_in_one_copy(of_tokens, grid.device), group.token_coefficients)
+    return replace(group, token_coefficients=shared)

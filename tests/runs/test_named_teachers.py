@@ -84,7 +84,9 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
             "code": (loaded("code"), target),
             "default": (reference, target),
         }
-        expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size)
+        problems = trainer.run_data.problems.problems
+        shares = {problem.id: dict(problem.shares) for problem in problems if problem.shares}
+        expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size, shares)
         assert expected.keys() == found.keys()
         norm = torch.stack([one.norm() for one in expected.values()]).norm()
         errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
@@ -102,6 +104,37 @@ def test_a_step_has_the_gradient_of_the_definition_for_each_records_teacher(rank
     )
     assert names == {"math", "code", "default"}
     assert error < 1e-5
+
+
+SHARED = [{"math": 3, "code": 1}, "default", {"default": 1, "math": 1, "code": 2}]
+
+
+@pytest.mark.parametrize("options", [[], ["loss.normalize=sequences", "loss.rollout_correction=truncated"]], ids=str)
+def test_a_record_with_several_teachers_has_the_weighted_sum_of_their_divergences(ranks, places, tmp_path, options):
+    """Each response counts once, however many teachers it has; an importance weight of 1 changes nothing."""
+    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    if options:  # one response per step has the mean over its tokens in either normalisation
+        options = [*options, "data.global_batch_size=1"]
+    [(names, error)] = ranks.run(
+        step_and_definition,
+        arguments(places, tmp_path / "run", f"data.path={file}", *options),
+        places,
+        world_size=1,
+        init_process_group=False,
+    )
+    assert names == {"math", "code", "default"} or options
+    assert error < 1e-5
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["DP2", "PP2"])
+def test_records_with_several_teachers_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
+    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    options = [f"data.path={file}", "num_steps=2", "checkpoint.save_every=0"]
+    record = f"{tmp_path}/responses.jsonl"
+    train(ranks, arguments(places, tmp_path / "one", *options, f"rollout.record={record}"))
+    train(ranks, arguments(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
+    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,9 @@ from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.loss.target import Target, mixed_target
 
 
-def write_records_of_teachers(data: Path, names: Sequence[str | None], file: str = "taught.jsonl") -> Path:
+def write_records_of_teachers(
+    data: Path, names: Sequence[str | dict[str, float] | None], file: str = "taught.jsonl"
+) -> Path:
     """Write the problems of ``data`` again, each with the next of the ``names`` of teachers; None names none."""
     records = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
     for index, record in enumerate(records):
@@ -43,18 +45,25 @@ def gradients_by_definition(
     reference: Any,
     teachers: dict[str, tuple[Any, Target]],
     vocab_size: int,
+    shares: dict[str, dict[str, float]],
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean reverse KL over all response tokens, from whole rows of float64 logits.
 
-    ``teachers``: the model and the target of each teacher.
+    ``contexts``: one per response and teacher.  ``teachers``: the model and the target of each teacher.  ``shares``:
+    the shares of the teachers of each problem that has several, by its id.
     """
-    total = sum(len(context.response) for context in contexts)
+    total = sum(len(context.response) for context in {it.problem_id: it for it in contexts}.values())
     loss = torch.zeros((), dtype=torch.float64)
     for context in contexts:
         teacher, target = teachers[context.teacher]
         s, t, r = rows_of(context, student, teacher, reference, vocab_size)
         log_q = mixed_target(s.detach(), t.detach(), target, r.detach()).log_q
         log_p = s.log_softmax(-1)
-        loss = loss + (log_p.exp() * (log_p - log_q)).sum() / total
+        loss = (
+            loss
+            + shares.get(context.problem_id, {}).get(context.teacher, 1.0)
+            * (log_p.exp() * (log_p - log_q)).sum()
+            / total
+        )
     names, parameters = zip(*student.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

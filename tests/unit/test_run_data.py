@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.config.world_checks import longest_context
+from megatron_selfdistill.data.contexts import plan_contexts
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_data import RunData
@@ -441,3 +443,49 @@ def test_a_special_token_that_no_text_becomes_is_not_the_unknown_token(tmp_path)
 
 def test_an_unknown_token_may_also_pad(tmp_path):
     assert load_tokenizer(character_tokenizer(tmp_path, pad_token="_")).unknown_id == CHARACTERS.index("_")
+
+
+TEACHERS = {
+    "math": {"load": "/math"},
+    "code": {"load": "/code", "hint": "none", "template": "{problem}||"},
+    "default": {"template": "{solution}:{problem}"},
+}
+
+
+def taught(directory: Path, teachers: list[object], **more: object) -> RunData:
+    """Return the data of a run whose record i names ``teachers[i]``."""
+    file = directory / "taught.jsonl"
+    write(file, [{"problem": f"50{i}-4=", "solution": f"4{i}", "teacher": one} for i, one in enumerate(teachers)])
+    config = config_of(directory)
+    return RunData.load(replace(config, teachers=TEACHERS, data=replace(config.data, path=str(file)), **more))
+
+
+def test_each_teacher_has_its_own_wording_and_shows_the_solution_or_not(directory):
+    run_data = taught(directory, ["math", "code", None])
+    prompts = [run_data.builder.teacher_prompt(problem) for problem in run_data.problems.problems]
+    assert [run_data.tokenizer.decode(one).replace(" ", "") for one in prompts] == [
+        "500-4=40|",
+        "501-4=||",
+        "42:502-4=",
+    ]
+    assert "of the solution (in 3 prompts)" in run_data.about_prompts
+
+
+def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
+    run_data = taught(directory, [{"math": 1, "code": 3}])
+    (problem,) = run_data.problems.problems
+    (pair,), counts = plan_contexts(run_data.builder, [problem], max_length=40, max_new_tokens=10, policy="drop")
+    decode = run_data.tokenizer.decode
+    found = [(one.teacher, one.share, decode(one.prompt).replace(" ", "")) for one in pair.of_teachers]
+    assert found == [("code", 0.75, "500-4=||"), ("math", 0.25, "500-4=40|")]
+    assert pair.teacher == "code" and counts.kept == 1
+    nothing, _ = plan_contexts(run_data.builder, [problem], max_length=18, max_new_tokens=10, policy="drop")
+    assert nothing == [], "the prompt of math has 9 tokens"
+
+
+def test_records_with_several_teachers_are_refused_in_a_step_that_streams(directory):
+    config = config_of(directory)
+    stream = {"rollout": replace(config.rollout, overlap="stream", engine="vllm", placement="server", num_servers=1)}
+    with pytest.raises(ConfigError, match=r"taught.jsonl:2: a record with several teachers needs all responses"):
+        taught(directory, ["math", {"math": 1, "code": 1}], **stream)
+    assert len(taught(directory, ["math", "code"], **stream).problems) == 2

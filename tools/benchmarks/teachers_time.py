@@ -46,7 +46,9 @@ def main() -> None:
         ways = _ways(root)
         turns = [_turn(arguments, root / str(turn), root, ways) for turn in range(arguments.rounds)]
     baseline = next(iter(ways))
-    print(f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, {arguments.problems} problems")
+    print(
+        f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, {arguments.problems} problems"
+    )
     print("\n| way | train, s | ratio |\n|---|---|---|")
     for way in ways:
         ratio = statistics.median(turn[way] / turn[baseline] for turn in turns)

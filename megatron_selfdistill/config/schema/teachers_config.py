@@ -62,14 +62,14 @@ def _named_teacher(name: str, entries: Any) -> NamedTeacher:
     return teacher
 
 
-def teacher_of_record(named: str | None, teachers: Mapping[str, NamedTeacher]) -> str | None:
+def teacher_of_record(named: object, teachers: Mapping[str, NamedTeacher]) -> str | None:
     """Return the teacher of a record that names ``named``; None if it is unknown or not decided.
 
     A record that names none has the only teacher, or of several teachers the one with the name `DEFAULT_TEACHER`.
     """
     if named is None:
         named = next(iter(teachers)) if len(teachers) == 1 else DEFAULT_TEACHER
-    return named if named in teachers else None
+    return named if isinstance(named, str) and named in teachers else None
 
 
 def check_teachers(

@@ -323,13 +323,34 @@ def test_without_teachers_a_column_of_this_name_is_not_read(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("named", "got"), [("maths", '"maths"'), (3, "3"), (None, "no teacher, and none of them has the name default")]
+    ("named", "got"),
+    [
+        *(("maths", '"maths"'), (3, "3"), (None, "no teacher, and none of them has the name default"), ({}, "{}")),
+        *(
+            ({"math": 1, "art": 1}, '{"math": 1, "art": 1}'),
+            ({"math": 0}, '{"math": 0}'),
+            ({"math": True}, '{"math": tr'),
+        ),
+    ],
 )
 def test_a_record_with_an_unknown_teacher_is_bad_and_can_be_skipped(tmp_path: Path, named: object, got: str) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", record(1, teacher="math"), record(2, expert=named))
     good = write_jsonl(tmp_path / "b.jsonl", record(1, expert="math"), record(2, expert=named))
-    message = f"{good}:2: field 'expert': expected the name of one of the teachers math, code, got {got}."
+    wanted = "expected the name of one of the teachers math, code, or a mapping of such names to weights above 0"
+    message = f"{good}:2: field 'expert': {wanted}, got {got}"
     assert message in refusal(good, teachers=TEACHERS, fields={"teacher": "expert"})
     found = load_problems(good, teachers=TEACHERS, fields={"teacher": "expert"}, on_bad_record="skip")
     assert found.num_skipped == 1 and [it.teacher for it in found.problems] == ["math"]
     assert [it.teacher for it in load_problems(file, teachers={"math": TEACHERS["math"]}).problems] == ["math"] * 2
+
+
+def test_a_record_may_name_several_teachers_whose_shares_do_not_depend_on_their_order(tmp_path: Path) -> None:
+    names = [{"math": 3, "code": 1}, {"code": 0.1, "math": 0.3}, {"math": 2, "code": None}]
+    file = write_jsonl(tmp_path / "a.jsonl", *(record(i, teacher=one) for i, one in enumerate(names)))
+    first, second, third = load_problems(file, teachers=TEACHERS).problems
+    assert (first.teacher, first.shares) == ("code", (("code", 0.25), ("math", 0.75)))
+    assert dict(second.shares) == pytest.approx(dict(first.shares))
+    assert (third.teacher, third.shares) == ("math", ())
+    alone = load_problems(write_jsonl(tmp_path / "b.jsonl", record(0, id=1, teacher="code")), teachers=TEACHERS)
+    both = load_problems(write_jsonl(tmp_path / "c.jsonl", record(0, id=1, teacher=names[0])), teachers=TEACHERS)
+    assert alone.fingerprint != both.fingerprint

@@ -11,6 +11,7 @@ import torch
 from megatron_selfdistill.loss.weighting import (
     Coefficients,
     LikelyTurns,
+    SharedTokens,
     TokenOwners,
     TruncatedImportance,
     down_weighted,
@@ -96,3 +97,14 @@ def test_a_turn_that_is_spread_over_ranks_is_judged_as_a_whole():
     everyone = torch.tensor([[-4.0], [2.0]], dtype=torch.float64)
     weights = LikelyTurns(TokenOwners.of(LENGTHS[:1], lambda sums: everyone), -1.5, dropped)
     assert weights(LOG_PROBS[:1], torch.tensor([0])).divergence.tolist() == [0], "-1 alone would be likely"
+
+
+def test_the_factor_of_a_token_multiplies_its_weight_in_the_rows_order():
+    factors = torch.tensor([0.25, 0.75, 1.5], dtype=torch.float64)
+    order, log_prob = torch.tensor([2, 0]), torch.tensor([-1.0, -2.0], requires_grad=True)
+    alone = SharedTokens(factors)(log_prob, order)
+    assert alone.divergence.tolist() == [1.5, 0.25] and alone.policy is None
+    inner = TruncatedImportance(torch.tensor([-2.0, -9.0, -2.0]), cap=4.0)
+    both = SharedTokens(factors, inner)(log_prob, order)
+    assert both.divergence.tolist() == pytest.approx([1.5 * math.e, 0.25])
+    assert not both.divergence.requires_grad

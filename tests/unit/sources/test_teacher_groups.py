@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_selfdistill.config import ParallelConfig
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.sources.teacher_groups import by_teacher
@@ -88,6 +89,32 @@ def test_only_the_last_teacher_of_the_last_partial_batch_ends_the_step_and_the_s
 
 def test_a_step_without_contexts_is_one_batch_of_the_first_teacher(ranks):
     assert divided(ranks, [batch_of()]) == [[("code", [], [], 1.0, True, 1)]]
+
+
+def coefficients_of(batches: list[StepBatch]) -> list[tuple[str, list[list[int]], list[float]]]:
+    """Return teacher, prompts, and the weight of each token of each batch; on every rank the batch of its replica."""
+    grid = rank_groups.initialize(ParallelConfig(), seed=0)
+    try:
+        found = []
+        for one in by_teacher(iter([batches[grid.dp_rank]]), TEACHERS, grid):
+            assert one.token_coefficients is not None
+            log_probs = torch.zeros(sum(one.response_lengths))
+            weights = one.token_coefficients(log_probs, torch.arange(len(log_probs))).divergence
+            found.append((one.teacher, [it.teacher_prompt for it in one.contexts], weights.tolist()))
+        return found
+    finally:
+        rank_groups.shutdown()
+
+
+def test_a_response_with_several_teachers_is_in_the_batch_of_each_and_counts_once(ranks):
+    """Of 3 + 1 tokens, 3 are read twice: the schedule counts 7, so that a weight of 7 / 4 is the share 1."""
+    shared = batch_of(("code", 3))
+    of_teachers = (TeacherPrompt("code", 0.25, [7]), TeacherPrompt("math", 0.75, [8, 9]))
+    shared = replace(shared, contexts=[replace(shared.contexts[0], of_teachers=of_teachers)])
+    alone = batch_of(("math", 1))
+    one, other = ranks.run(coefficients_of, [shared, alone], world_size=2, init_process_group=False)
+    assert one == [("code", [[7]], [0.25 * 7 / 4] * 3), ("math", [[8, 9]], [0.75 * 7 / 4] * 3)]
+    assert other == [("code", [], []), ("math", [[2]], [7 / 4])]
 
 
 def test_without_teachers_the_batches_stay_the_objects_that_they_are(ranks):
