@@ -50,6 +50,7 @@ What to try next
                   11_adapters.py           small factors learn beside frozen weights
                   12_real_model.py         a real model moves an instruction from its prompt into its weights
                   13_your_trainer.py       the loss in the trainers of other libraries
+                  14_several_teachers.py   one student learns from a specialist of each task
   a real model    make quickstart-real, which downloads 93 MB once and runs 12_real_model.py
   any setting     append overrides to the commands above, such as target.teacher_weight=1.5 (see selfdistill --keys)
   your own data   selfdistill data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/mine

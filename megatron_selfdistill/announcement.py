@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 
 from megatron_selfdistill import __version__
 from megatron_selfdistill.checkpoint.run_lock import LOCK
-from megatron_selfdistill.config import AdapterConfig, GivenKeys, shown_argument
+from megatron_selfdistill.config import AdapterConfig, Config, GivenKeys, shown_argument
 from megatron_selfdistill.data.packing import length_quantum
 from megatron_selfdistill.data.problems import Problem, about_visits
 from megatron_selfdistill.distributed.ranks import about_allocator
@@ -88,6 +89,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
     what = "turns" if data.about_conversations else "problems"
     yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), what)
+    yield from about_teachers(config, data.problems.problems)
     yield str(learner.output_layer)
     if data.about_prompts:
         yield data.about_prompts
@@ -98,6 +100,18 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan
+
+
+def about_teachers(config: Config, problems: Sequence[Problem]) -> Iterator[str]:
+    """Yield a line per teacher of the key ``teachers``: its weights, its view, and how many problems name it."""
+    taught = Counter(name for problem in problems for name, _ in problem.shares or [(problem.teacher, 1.0)])
+    for name, teacher in config.named_teachers.items():
+        place, view = (
+            teacher.load or "the weights at the start",
+            "the solutions" if teacher.is_hinted else "no solutions",
+        )
+        unused = "" if taught[name] or teacher.load is None else "; warning: it is loaded, and no record names it"
+        yield f"teachers.{name}: {place}, sees {view}, problems: {taught[name]:,}{unused}"
 
 
 def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -13,7 +14,16 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from _lib import additions, pretraining, ragged_subtraction, subtraction, tables, unsolved_subtraction, variants
+from _lib import (
+    additions,
+    pretraining,
+    ragged_subtraction,
+    subtraction,
+    tables,
+    two_tasks,
+    unsolved_subtraction,
+    variants,
+)
 from _lib.command_line import command
 from _lib.measurement import Measurement, measure
 from megatron_selfdistill import config as configuration
@@ -151,6 +161,15 @@ def test_the_other_examples_run_to_their_end(brief_root, load_example, name, opt
     assert load_example(name).main(["--directory", str(brief_root), "--steps", "2", *options]) == 0
     shown = capsys.readouterr().out
     assert "curves.png" in shown and "Mix with the student" in shown
+
+
+@pytest.mark.full
+def test_the_example_of_several_teachers_measures_both_tasks_of_every_model(root, load_example, shorten, capsys):
+    shorten(two_tasks, 20)
+    assert load_example("14_several_teachers").main(["--directory", str(root), "--steps", "2"]) == 0
+    shown = capsys.readouterr().out
+    for row in ("base", "specialist of additions", "specialist of subtraction", "student of both specialists"):
+        assert re.search(rf"{row} +│? *[01]\.\d{{3}}", shown), row
 
 
 @pytest.mark.full

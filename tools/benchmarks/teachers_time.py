@@ -4,7 +4,9 @@
     python tools/benchmarks/teachers_time.py
 
 All ways take turns on the same responses of a small random model, whose weights stay as they are.  A ratio is the
-median, over the turns, of the ratio within one turn to the first way.  All teachers have the student's size.
+median, over the turns, of the ratio within one turn to the first way.  All teachers have the student's size.  The time
+is that of the forward and backward passes of a step, with the swaps; on a CPU it is the processor's time, which depends
+less on other work.
 
     the frozen start    no key teachers: one copy of the weights teaches and is the reference
     1 teacher           its weights stay on the device; teacher and reference are projected apart
@@ -19,7 +21,12 @@ import json
 import statistics
 import sys
 import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
@@ -28,11 +35,11 @@ for _directory in (REPOSITORY, REPOSITORY / "tests" / "support"):
 import torch  # noqa: E402
 from measured_steps import measured_steps  # noqa: E402
 from measuring_parser import measuring_parser  # noqa: E402
+from step_parts import now, wait  # noqa: E402
 from taught import write_records_of_teachers  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
 SKIPPED_STEPS = 2
-SECONDS = "seconds/train"
 
 
 def main() -> None:
@@ -49,7 +56,7 @@ def main() -> None:
     print(
         f"{arguments.layers} layers of {arguments.hidden}, vocabulary {arguments.vocab}, {arguments.problems} problems"
     )
-    print("\n| way | train, s | ratio |\n|---|---|---|")
+    print("\n| way | forward and backward, s | ratio |\n|---|---|---|")
     for way in ways:
         ratio = statistics.median(turn[way] / turn[baseline] for turn in turns)
         print(f"| {way} | {statistics.median(turn[way] for turn in turns):.3f} | {ratio:.2f} |")
@@ -73,9 +80,30 @@ def _turn(arguments: argparse.Namespace, run_dir: Path, root: Path, ways: dict[s
     found = {}
     for number, (way, options) in enumerate(ways.items()):
         start = [*_overrides(arguments, root), f"checkpoint.load={root}/start/checkpoints", *options]
-        steps = measured_steps(run_dir / str(number), start, SKIPPED_STEPS)
-        found[way] = statistics.median(step[SECONDS] for step in steps)
+        with seconds_of_steps() as seconds:
+            measured_steps(run_dir / str(number), start, SKIPPED_STEPS)
+        found[way] = statistics.median(list(seconds.values())[SKIPPED_STEPS:])
     return found
+
+
+@contextmanager
+def seconds_of_steps() -> Iterator[dict[int, float]]:
+    """Let the trainers of this context measure their forward and backward passes; yield the seconds by step."""
+    from megatron_selfdistill.trainer import Trainer
+
+    seconds: dict[int, float] = defaultdict(float)
+    forward_backward = Trainer.forward_backward
+
+    def timed(trainer: Trainer, *args: Any, **kwargs: Any) -> Any:
+        wait()
+        began = now()
+        output = forward_backward(trainer, *args, **kwargs)
+        wait()
+        seconds[trainer.step] += now() - began
+        return output
+
+    with mock.patch.object(Trainer, "forward_backward", timed):
+        yield seconds
 
 
 def _overrides(arguments: argparse.Namespace, root: Path) -> list[str]:

@@ -12,6 +12,7 @@ from checkpointed_run import ADAM, Setup
 from models import model_config, planned
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.instruments.plan import dry_run as dry_run_module
 from megatron_selfdistill.instruments.plan.dry_run import dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.plan_tables import summary
@@ -113,3 +114,35 @@ def test_a_checkpoint_holds_what_is_trained_with_its_optimizer_state():
 def test_the_line_of_the_plan_names_the_parts_that_are_there(capsys):
     plan = dry_run(load(["recipe=qwen3_8b"]))
     assert str(plan.host) == "optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB"
+
+
+def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_memory(monkeypatch):
+    """The directories are not there on a machine that plans."""
+    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+    math, code = "teachers.math.load=/math", "teachers.code.load=/code"
+    plans = [dry_run(load(["recipe=qwen3_8b", *names])) for names in ((), (math,), (math, code))]
+    none, one, two = (plan.memory[0].training for plan in plans)
+    assert "named teachers" not in none
+    assert one["named teachers"] == two["named teachers"] == none["teacher"] > 0, "as large as the start, the reference"
+    rest = [plan.host.resting.get("named teachers", 0.0) for plan in plans]
+    assert rest[:2] == [0, 0] and rest[2] == pytest.approx(2 * 8 * two["named teachers"])
+    assert host(math, "teacher.offload=cpu")["named teachers"] == pytest.approx(rest[2] / 2)
+    lines = summary(plans[2])
+    assert [line.partition(":")[0] for line in lines if line.startswith("teachers.")] == [
+        "teachers.code",
+        "teachers.math",
+    ]
+    beside_student = dry_run(load(["recipe=qwen3_8b", math, "target.anchor=student"])).memory[0].training
+    assert beside_student["teacher"] == 0 < beside_student["named teachers"], "nothing reads the start"
+
+
+def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(monkeypatch):
+    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+
+    def parts(*names: str) -> dict[str, float]:
+        plan = dry_run(load(["recipe=qwen3_8b", *(f"teachers.{name}.load=/{name}" for name in names)]))
+        return {part.name: part.seconds for part in plan.time.parts if part.phase == "train"}
+
+    none, one, two, four = parts(), parts("a"), parts("a", "b"), parts("a", "b", "c", "d")
+    assert "teachers' weights" not in none | one and two["output layer"] == one["output layer"] > none["output layer"]
+    assert four["teachers' weights"] == pytest.approx(2 * two["teachers' weights"]) and two["teachers' weights"] > 0
