@@ -19,7 +19,7 @@ from megatron_selfdistill import config as configuration
 
 if TYPE_CHECKING:  # torch and Megatron are imported by the functions that need them, so that --help answers at once
     from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Transcript
-    from megatron_selfdistill.trainer import Trainer
+    from megatron_selfdistill.trainer import AccumulatedBatch, Trainer
 
 NUM_ENTROPIES = 10
 """The steps over whose responses the entropy of a point is averaged."""
@@ -113,9 +113,9 @@ def opened(overrides: Sequence[str], config_name: str = CONFIG_NAME) -> Iterator
 
 def train_one_step(trainer: Trainer) -> dict[str, float]:
     """Take one step of the loop of train.py; return its metrics."""
-    batch = trainer.next_batch()
-    packed = trainer.pack(batch)
-    step = [trainer.forward_backward(batch, packed)]
+    step: list[AccumulatedBatch] = []
+    for batch in trainer.batches():
+        step.append(trainer.forward_backward(batch, trainer.pack(batch), step))
     metrics = trainer.update(step)
     trainer.finish_step(step, metrics)
     return metrics
