@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -35,9 +36,12 @@ class Reply:
     """The reward of the last response, a finite number, also as a NumPy scalar or a tensor of one number."""
     done: bool = True
     """Whether the episode ends with the last response, although ``text`` may be there."""
+    failure: str | None = None
+    """The reason for which the environment could not go on; None if nothing has failed.  A reply with a reason ends the
+    episode."""
 
     def __post_init__(self) -> None:
-        for name in ("text", "feedback"):
+        for name in ("text", "feedback", "failure"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), f"expected a text or None as {name}", value)
             if not is_text(value):
@@ -50,7 +54,7 @@ class Reply:
     @property
     def goes_on(self) -> bool:
         """Whether another turn can follow."""
-        return not self.done and self.text is not None
+        return not self.done and self.text is not None and self.failure is None
 
 
 class Environment(Protocol):
@@ -64,6 +68,42 @@ class Environment(Protocol):
         Any rank may call it, also in threads, and a call may be repeated: equal arguments must give equal replies.
         """
         ...
+
+
+class SessionEnvironment(Protocol):
+    """The protocol of environments with a state: each episode has a session, an object and a process of its own.
+
+    The object is made once per rank, and each session works on a copy of it.  Any method may be a coroutine.  A method
+    that raises, or that takes longer than ``environment.limits.seconds``, ends its episode.
+    """
+
+    def reset(self, problem: Problem, seed: int) -> str | Awaitable[str | None] | None:
+        """Begin the episode and return the text that follows the problem's last message, without a separator, or None.
+
+        ``seed``: the number from which every random choice of the session must come; it is a function of the run's
+        seed, the step, the problem and the sample.
+        """
+        ...
+
+    def step(self, response: str) -> Reply | Awaitable[Reply]:
+        """Return the reply to the next response of the episode, which comes without its stop token."""
+        ...
+
+    def close(self) -> Awaitable[None] | None:
+        """End the episode.  The process of the session ends afterwards, with all processes that it has started."""
+        ...
+
+
+@dataclass(frozen=True)
+class SessionLimits:
+    """The limits of a session."""
+
+    seconds: float = 60.0
+    """Seconds of one ``reset`` or ``step``."""
+    memory_gb: float | None = 8.0
+    """Gigabytes of private memory of a session's process, and of each process that it starts; None is no limit."""
+    concurrency: int = 16
+    """Number of sessions of a rank that work at the same time."""
 
 
 def _require(condition: bool, expected: str, value: object) -> None:
@@ -170,13 +210,69 @@ class HttpEnvironment:
         )
 
     def _post(self, payload: str) -> tuple[int, str]:
-        from megatron_selfdistill.timed_http import post
+        return _posted(f"{self.url.rstrip('/')}/chat/completions", payload, self.api_key, self.timeout_s)
 
-        headers = {"Content-Type": "application/json"}
-        if self.api_key is not None:
-            headers["Authorization"] = f"Bearer {self.api_key}"
-        answer = post(f"{self.url.rstrip('/')}/chat/completions", payload, headers, self.timeout_s, MAX_BYTES)
-        return answer.status, answer.text
+
+class HttpSessions:
+    """The environment with a state behind ``POST url/reset``, ``url/step`` and ``url/close``.
+
+    ``reset`` sends ``problem_id``, ``messages``, ``answer`` and ``seed`` and gets ``session``, a name, and ``text``.
+    ``step`` sends ``session`` and ``response`` and gets the fields of `Reply`; ``close`` sends ``session``.  No request
+    is repeated, since the server may have taken a step whose answer got lost.
+    """
+
+    def __init__(self, url: str, api_key: str | None = None) -> None:
+        """``url``: the address before /reset.  ``api_key``: the bearer token.  Raises: `ConfigError`."""
+        require_address("environment.options.url", url, "http://host:8000")
+        self.url, self.api_key = url.rstrip("/"), api_key
+        self._session: Any = None
+
+    def reset(self, problem: Problem, seed: int) -> str | None:
+        """Begin a session of the server and return the text that it shows.  Raises: as `step`."""
+        named = {"problem_id": problem.id, "messages": list(problem.messages), "answer": problem.answer, "seed": seed}
+        answer = self._answer("reset", named)
+        self._session = answer["session"]
+        return answer.get("text")
+
+    def step(self, response: str) -> Reply:
+        """Return the server's reply.  Raises: RuntimeError for another status than 200; ValueError for another form."""
+        return Reply(**self._answer("step", {"session": self._session, "response": response}))
+
+    def close(self) -> None:
+        """End the session of the server."""
+        self._answer("close", {"session": self._session})
+
+    def _answer(self, call: str, request: dict[str, Any]) -> dict[str, Any]:
+        status, text = _posted(f"{self.url}/{call}", json.dumps(request), self.api_key, timeout_s=None)
+        if status != 200:
+            raise RuntimeError(f"{self.url}/{call}: expected the status 200, got {status}: {text[:_SHOWN]!r}")
+        answer = _parsed(text)
+        if not isinstance(answer, dict):
+            raise ValueError(f"{self.url}/{call}: expected an object in JSON, got {text[:_SHOWN]!r}")
+        return answer
+
+
+BUILT_IN: dict[str, Callable[..., Environment | SessionEnvironment]] = {
+    "http": HttpEnvironment,
+    "http_sessions": HttpSessions,
+}
+"""Name of an environment that needs no dotted path -> its class."""
+
+
+def has_sessions(make: Callable[..., Any]) -> bool:
+    """Return whether ``make`` is a class with ``reset``, ``step`` and ``close``, and without ``reply``."""
+    named, methods = inspect.unwrap(make), ("reply", "reset", "step", "close")
+    return [name for name in methods if callable(getattr(named, name, None))] == ["reset", "step", "close"]
+
+
+def _posted(url: str, payload: str, api_key: str | None, timeout_s: float | None) -> tuple[int, str]:
+    from megatron_selfdistill.timed_http import post
+
+    headers = {"Content-Type": "application/json"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    answer = post(url, payload, headers, timeout_s, MAX_BYTES)
+    return answer.status, answer.text
 
 
 def _parsed(text: str) -> Any:

@@ -21,7 +21,7 @@ from megatron_selfdistill.config import Config, function_named
 from megatron_selfdistill.config.world_checks import check_ranks, check_world, longest_context
 from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
-from megatron_selfdistill.environments import HttpEnvironment
+from megatron_selfdistill.environments import BUILT_IN
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.installation import RUN, about_missing, install_command, is_installed
 from megatron_selfdistill.interop.formats import directory
@@ -122,10 +122,10 @@ def require_environment(config: Config) -> None:
     name, options = config.environment.name, config.environment.options
     if name == "none":
         return
-    make = function_named("environment.name", name, {"http": HttpEnvironment})
+    make = function_named("environment.name", name, BUILT_IN)
     try:
         inspect.signature(make).bind(**options)
-        if name == "http":
+        if name in BUILT_IN:
             make(**options)
     except TypeError as error:
         raise ConfigError(

@@ -82,10 +82,13 @@ async def exchange(
         raise HttpError(_cause(error)) from None
 
 
-def post(url: str, payload: str, headers: Mapping[str, str | bytes], timeout_s: float, max_bytes: int) -> HttpAnswer:
+def post(
+    url: str, payload: str, headers: Mapping[str, str | bytes], timeout_s: float | None, max_bytes: int
+) -> HttpAnswer:
     """Send ``payload`` to ``url`` and return the answer; no event loop may run in this thread.
 
-    Raises: TimeoutError where the answer is not complete ``timeout_s`` seconds after the call; otherwise as `exchange`.
+    Raises: TimeoutError where the answer is not complete ``timeout_s`` seconds after the call, unless it is None;
+    otherwise as `exchange`.
     """
 
     async def exchanged() -> HttpAnswer:

@@ -14,7 +14,7 @@ from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import ProblemSampler
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.environments import HttpEnvironment
+from megatron_selfdistill.environments import BUILT_IN, HttpEnvironment, SessionLimits, has_sessions
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
@@ -22,8 +22,9 @@ from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, Sa
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedBatch, PartialBatchRule, StreamingSampler
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.ahead import AheadOnPolicy, StreamedOnPolicy
-from megatron_selfdistill.sources.episodes import Episodes
+from megatron_selfdistill.sources.episodes import Episodes, SessionEpisodes, StatelessEpisodes
 from megatron_selfdistill.sources.given_responses import (
     LoggedResponses,
     LoggedTurns,
@@ -283,10 +284,26 @@ def _partial_options(config: Config) -> PartialOptions:
 
 
 def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes:
+    """Return the rules of the episodes, with the environment, or with the process that makes the sessions of this rank.
+
+    Raises: `ConfigError` on all ranks.
+    """
     wanted = config.environment
+    limits = dict(wanted.limits)
+    rules: dict[str, Any] = {
+        "given": given,
+        "grid": grid,
+        "max_turns": wanted.max_turns,
+        "max_tokens": limits.pop("tokens", None),
+        "has_teacher": config.has_teacher,
+    }
     with raise_on_all_ranks(ConfigError):
+        make = function_named("environment.name", wanted.name, BUILT_IN)
         try:
-            make = function_named("environment.name", wanted.name, {"http": HttpEnvironment})
+            if has_sessions(make):
+                checked = SessionLimits(**limits)
+                sessions = SessionProcesses(wanted.name, wanted.options, checked)
+                return SessionEpisodes(**rules, sessions=sessions, seed=config.seed, concurrency=checked.concurrency)
             environment = make(**wanted.options)
         except ConfigError:
             raise
@@ -294,17 +311,16 @@ def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes
             raise ConfigError(f"environment.name={wanted.name} failed with {type(error).__name__}: {error}") from error
         if not callable(getattr(environment, "reply", None)):
             raise ConfigError(
-                f"environment.name={wanted.name} must make an object with a method reply(problem, said), got a "
-                f"{type(environment).__name__}"
+                f"environment.name={wanted.name} must make an object with a method reply(problem, said), or be a class "
+                f"with the methods reset, step and close, got a {type(environment).__name__}"
             )
-    return Episodes(
-        environment=environment,
-        given=given,
-        grid=grid,
-        max_turns=wanted.max_turns,
-        threads=environment.concurrency if isinstance(environment, HttpEnvironment) else 1,
-        has_teacher=config.has_teacher,
-    )
+        if limits:
+            raise ConfigError(
+                f"environment.limits: {', '.join(sorted(limits))} limit a session, and {wanted.name} has none: it "
+                "replies without a state"
+            )
+    threads = environment.concurrency if isinstance(environment, HttpEnvironment) else 1
+    return StatelessEpisodes(**rules, environment=environment, threads=threads)
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:

@@ -3,25 +3,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 from megatron_selfdistill.config import user_code
 from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
-from megatron_selfdistill.distributed.collectives import max_over_ranks, raise_on_all_ranks
+from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.environments import Environment, Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.rollout.base import Response, response_text
+from megatron_selfdistill.run_log import shortened
+from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.terminal import hidden
+
+logger = logging.getLogger(__name__)
 
 Episode = list[Rollout]
 """The responses of one conversation, turn by turn."""
+
+Sample = tuple[SampleKey, Problem, PromptPair]
+"""The name of a sample, its problem and the problem's prompts."""
 
 Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
 """A function that samples one response per key after its prompts.  Collective over the world."""
@@ -29,20 +42,41 @@ GetReplies = Callable[[Sequence[Episode]], list[Reply]]
 """A function that returns the reply to the last response of each episode, whose reply is None.  Collective."""
 
 
-@dataclass(frozen=True)
-class Episodes:
+@dataclass(frozen=True, kw_only=True)
+class Episodes(ABC):
     """The rules by which a sampled response becomes an episode with an environment."""
 
-    environment: Environment
     given: GivenSolutions
     """The prompts that show a chosen solution."""
     grid: RankGrid
     max_turns: int
     """The greatest number of responses in an episode."""
-    threads: int
-    """The number of replies that a rank asks for at the same time."""
     has_teacher: bool
     """Whether the teacher reads the turns, so that its prompts must fit, too."""
+    max_tokens: int | None = None
+    """The number of response tokens from which on an episode gets no further turn; None is no limit."""
+
+    def openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
+        """Return the environment's reply before the response of each sample; None without a session.
+
+        Collective over the world.  Raises: `EngineError` on all ranks.
+        """
+        return [None] * len(samples)
+
+    def opened(self, sample: Sample, opening: Reply | None, method: Method) -> tuple[Sample, Reply | None]:
+        """Return a sample whose prompts show the text of ``opening``, and ``opening``.
+
+        If the prompts do not fit, the sample stays as it is, and ``opening`` becomes a failure.
+        """
+        if opening is None or opening.text is None or opening.failure is not None:
+            return sample, opening
+        key, problem, pair = sample
+        last = problem.messages[-1]
+        shown = replace(problem, messages=(*problem.messages[:-1], {**last, "content": last["content"] + opening.text}))
+        longer = self._pair(problem, pair.solution, shown, method)
+        if longer is None:
+            return sample, replace(opening, failure="the text of reset is too long for data.max_length")
+        return (key, shown, longer), opening
 
     def played(
         self, first: Sequence[Rollout], method: Method, generate: Generate, replies: GetReplies
@@ -63,7 +97,7 @@ class Episodes:
             answered = [episode for episode in asked if not episode[-1].response.truncated]
             for episode, reply in zip(answered, replies(answered), strict=True):
                 episode[-1] = replace(episode[-1], reward=reply.reward, feedback=reply.feedback, reply=reply)
-            going_on = [episode for episode in answered if _reply(episode[-1]).goes_on]
+            going_on = [episode for episode in answered if _reply(episode[-1]).goes_on and self._may_go_on(episode)]
             if number == self.max_turns:
                 break
             with raise_on_all_ranks():
@@ -80,6 +114,67 @@ class Episodes:
                     Rollout(problem, pair, response, before.group, episode=before.episode, turn=number, key=key)
                 )
         return [rollout for episode in episodes for rollout in episode], num_cut
+
+    @abstractmethod
+    def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
+        """Return the environment's reply to the last response of each of this replica's episodes.
+
+        The ranks of a replica share the calls.  Collective over the world.  Raises: `EngineError` on all ranks.
+        """
+
+    def _text(self, turn: Rollout) -> str:
+        return response_text(turn.response, self.given.builder.tokenizer)
+
+    def _nexts(self, episodes: Sequence[Episode], method: Method) -> list[tuple[SampleKey, Problem, PromptPair] | None]:
+        """Return key, problem and prompts of the next turn of each episode; None if the prompts do not fit."""
+        nexts: list[tuple[SampleKey, Problem, PromptPair] | None] = []
+        for episode in episodes:
+            problem = self._next_problem(episode)
+            try:
+                pair = self._pair(episode[0].problem, episode[0].prompts.solution, problem, method)
+            except ValueError as error:
+                raise ConfigError(f"turn {len(episode)} of an episode: {error}") from error
+            before = episode[-1].key
+            assert before is not None, "a sampled response has a name"
+            key = before._replace(turn=len(episode))
+            nexts.append((key, problem, pair) if pair is not None else None)
+        return nexts
+
+    def _next_problem(self, episode: Episode) -> Problem:
+        """Return the problem of the next turn: the conversation so far, whose first problem keeps the wording."""
+        last = episode[-1]
+        reply, problem = _reply(last), last.problem
+        assert reply.text is not None, "a reply without a text ends the episode"
+        messages = (
+            *problem.messages,
+            {"role": "assistant", "content": self._text(last)},
+            {"role": reply.role, "content": reply.text},
+        )
+        return replace(problem, messages=messages, reworded=reworded_message(episode[0].problem))
+
+    def _may_go_on(self, episode: Episode) -> bool:
+        return self.max_tokens is None or sum(len(turn.response.token_ids) for turn in episode) < self.max_tokens
+
+    def _pair(self, first: Problem, solution: str, problem: Problem, method: Method) -> PromptPair | None:
+        """Return both prompts of ``problem``, a later state of ``first``, in which the teacher sees ``solution``.
+
+        The result is None if they do not fit.
+        """
+        given = self.given
+        if self.has_teacher and method.has_solution(first):
+            return given.pair_with(problem, solution)
+        student = given.builder.student_prompt(problem)
+        fits = len(student) <= given.max_length - given.max_new_tokens
+        return PromptPair(problem.id, student, student) if fits else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatelessEpisodes(Episodes):
+    """Episodes with an environment whose replies are a function of the problem and of what was said."""
+
+    environment: Environment
+    threads: int
+    """The number of replies that a rank asks for at the same time."""
 
     def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the environment's reply to the last response of each of this replica's episodes.
@@ -109,44 +204,91 @@ class Episodes:
                 said.append(turn.reply.text or "")
         return said
 
-    def _text(self, turn: Rollout) -> str:
-        return response_text(turn.response, self.given.builder.tokenizer)
 
-    def _nexts(self, episodes: Sequence[Episode], method: Method) -> list[tuple[SampleKey, Problem, PromptPair] | None]:
-        """Return key, problem and prompts of the next turn of each episode; None if the prompts do not fit."""
-        nexts: list[tuple[SampleKey, Problem, PromptPair] | None] = []
-        for episode in episodes:
-            problem = self._next_problem(episode)
-            try:
-                pair = self._next_pair(episode[0], problem, method)
-            except ValueError as error:
-                raise ConfigError(f"turn {len(episode)} of an episode: {error}") from error
-            before = episode[-1].key
-            assert before is not None, "a sampled response has a name"
-            key = before._replace(turn=len(episode))
-            nexts.append((key, problem, pair) if pair is not None else None)
-        return nexts
+@dataclass(frozen=True, kw_only=True)
+class SessionEpisodes(Episodes):
+    """Episodes with an environment that has a state: each has a session, on one rank of its replica."""
 
-    def _next_problem(self, episode: Episode) -> Problem:
-        """Return the problem of the next turn: the conversation so far, whose first problem keeps the wording."""
-        last = episode[-1]
-        reply, problem = _reply(last), last.problem
-        assert reply.text is not None, "a reply without a text ends the episode"
-        messages = (
-            *problem.messages,
-            {"role": "assistant", "content": self._text(last)},
-            {"role": reply.role, "content": reply.text},
+    sessions: SessionProcesses
+    """The sessions of this rank."""
+    seed: int
+    """The seed of the run."""
+    concurrency: int
+    """The number of sessions of a rank that work at the same time."""
+
+    def openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
+        """Return the reply of each sample's session before its response.  Collectives: those of `_gathered`.
+
+        Raises: `EngineError` on all ranks if an environment's process has ended, or every session has failed.
+        """
+        mine = samples[self.grid.replica_rank :: self.grid.replica_size]
+        found = self._gathered(
+            {key: partial(self.sessions.reset, key, one, key.seed(self.seed)) for key, one, _ in mine}
         )
-        return replace(problem, messages=messages, reworded=reworded_message(episode[0].problem))
+        failures = [reply.failure for reply in found.values()]
+        if failures and None not in failures:
+            raise EngineError(f"environment: all {len(failures)} sessions of the step failed, the first: {failures[0]}")
+        return [found[key] for key, _, _ in samples]
 
-    def _next_pair(self, first: Rollout, problem: Problem, method: Method) -> PromptPair | None:
-        """Return both prompts of a later turn, in which the teacher sees the same solution as in the first turn."""
-        given = self.given
-        if self.has_teacher and method.has_solution(first.problem):
-            return given.pair_with(problem, first.prompts.solution)
-        student = given.builder.student_prompt(problem)
-        fits = len(student) <= given.max_length - given.max_new_tokens
-        return PromptPair(problem.id, student, student) if fits else None
+    def played(
+        self, first: Sequence[Rollout], method: Method, generate: Generate, replies: GetReplies
+    ) -> tuple[list[Rollout], int]:
+        """Play the episodes as `Episodes.played` does, and end the sessions that are left."""
+        try:
+            return super().played(first, method, generate, replies)
+        finally:
+            self.sessions.end_all()
+
+    def replies(self, episodes: Sequence[Episode]) -> list[Reply]:
+        """Return the reply of each episode's session to its last response, or the failure of its beginning.
+
+        Collectives: those of `_gathered`.
+        Raises: `EngineError` on all ranks if an environment's process has ended.
+        """
+        failed = {_key(one): one[0].opening.failure for one in episodes if one[0].opening and one[0].opening.failure}
+        texts = {_key(one): self._text(one[-1]) for one in episodes if _key(one) not in failed}
+        mine = {key: partial(self.sessions.step, key, text) for key, text in texts.items() if key in self.sessions}
+        found = self._gathered(mine)
+        return [found[key] if (key := _key(one)) in texts else Reply(failure=failed[key]) for one in episodes]
+
+    def _gathered(self, asked: Mapping[SampleKey, Callable[[], Reply]]) -> dict[SampleKey, Reply]:
+        """Return the replies of all ranks, after this rank has made the calls in ``asked``.
+
+        Collectives: one all_gather_object over the world.
+        """
+        found: dict[SampleKey, Reply] = {}
+        errors: list[str] = []
+
+        def attempt(key: SampleKey) -> None:
+            try:
+                found[key] = asked[key]()
+                beat()
+            except Exception as raised:  # raised below on every rank, so that no rank waits
+                errors.append(f"environment: {raised}")
+
+        with ThreadPoolExecutor(self.concurrency) as pool:
+            list(pool.map(attempt, asked))
+        gathered = gather_objects((found, errors))
+        for _, theirs in gathered:
+            if theirs:
+                raise EngineError(theirs[0])
+        replies = {key: reply for part, _ in gathered for key, reply in part.items()}
+        if self.grid.is_reporter:
+            _warn_of_failures(replies)
+        return replies
+
+
+def _key(episode: Episode) -> SampleKey:
+    key = episode[0].key
+    assert key is not None, "a sampled response has a name"
+    return key
+
+
+def _warn_of_failures(replies: Mapping[SampleKey, Reply]) -> None:
+    failures = [f"{key}: {reply.failure}" for key, reply in sorted(replies.items()) if reply.failure is not None]
+    if failures:
+        first = hidden(shortened(failures[0], 300))
+        logger.warning("%d of %d sessions failed, which ends their episodes: %s", len(failures), len(replies), first)
 
 
 def _reply(turn: Rollout) -> Reply:
@@ -163,14 +305,16 @@ def episode_metrics(rollouts: Sequence[Rollout], num_cut: int, grid: RankGrid) -
     episodes/last_reward_mean: means over the episodes of the sum of the rewards, of the first and of the last reward.
     episodes/unfinished_share: the share of the episodes that end although the environment would go on.
     episodes/too_long_share: the share that ends since the next prompt does not fit, ``num_cut`` on this replica.
+    episodes/failed_share: the share that ends since the environment could not go on.
     Collectives: one sum over the data-parallel ranks.
     """
     rewards = [rollout.reward or 0.0 for rollout in rollouts]
     firsts = [i for i, rollout in enumerate(rollouts) if rollout.turn == 0]
     lasts = [i - 1 for i in [*firsts[1:], len(rollouts)] if firsts]
     unfinished = sum(reply.goes_on for i in lasts if (reply := rollouts[i].reply) is not None)
+    failed = sum(reply.failure is not None for one in rollouts if (reply := one.reply) is not None)
     first_rewards, last_rewards = (sum(rewards[i] for i in places) for places in (firsts, lasts))
-    values = [len(firsts), len(rollouts), sum(rewards), first_rewards, last_rewards, unfinished, num_cut]
+    values = [len(firsts), len(rollouts), sum(rewards), first_rewards, last_rewards, unfinished, num_cut, failed]
     number, *totals = over_replicas(values, grid)
     means = [total / max(number, 1) for total in totals]
     return {
@@ -180,4 +324,5 @@ def episode_metrics(rollouts: Sequence[Rollout], num_cut: int, grid: RankGrid) -
         "episodes/last_reward_mean": means[3],
         "episodes/unfinished_share": means[4],
         "episodes/too_long_share": means[5],
+        "episodes/failed_share": means[6],
     }

@@ -36,7 +36,7 @@ from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
-from megatron_selfdistill.sources.episodes import Episode
+from megatron_selfdistill.sources.episodes import Episode, Sample
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Recording, Rollout, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
@@ -347,6 +347,10 @@ class Replay(OnPolicy):
         """Return the recorded responses of ``keys``.  Raises: ValueError for a key that was not recorded."""
         with self._options.phases("rollout"):
             return self._recording.responses(keys)
+
+    def _openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
+        """Return the recorded replies before the first responses."""
+        return self._recording.openings([key for key, _, _ in samples])
 
     def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the recorded replies.  Raises: ValueError for a reply that was not recorded."""

@@ -19,7 +19,7 @@ from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import staleness_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
-from megatron_selfdistill.sources.episodes import Episode, Episodes, episode_metrics
+from megatron_selfdistill.sources.episodes import Episode, Episodes, Sample, episode_metrics
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method, prepared
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey, record
@@ -58,8 +58,10 @@ class AskedProblems:
     problems: list[Problem]
     guided: Collection[str]
     """The ids of the problems whose responses are sampled with guidance."""
-    samples: list[tuple[SampleKey, Problem, PromptPair]]
+    samples: list[Sample]
     """Each sample with its problem and the problem's prompts."""
+    openings: Sequence[Reply | None] = ()
+    """The environment's reply before each sample's response; empty without an environment."""
 
 
 class OnPolicy(CommittedState):
@@ -76,7 +78,7 @@ class OnPolicy(CommittedState):
         """
         method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
-        asked = self._asked(step, problem_sampler.next_batch(), method)
+        asked = self._opened(self._asked(step, problem_sampler.next_batch(), method), method)
         rollouts, num_cut = self._rollouts(step, asked, method, sampling)
         return self._step_batch(step, asked, rollouts, num_cut, method, found, problem_sampler)
 
@@ -165,6 +167,17 @@ class OnPolicy(CommittedState):
             samples += [(SampleKey(step, problem.id, start + i), problem, pair) for i in range(num_samples)]
         return AskedProblems(problems, guided, samples)
 
+    def _opened(self, asked: AskedProblems, method: Method) -> AskedProblems:
+        """Return ``asked`` with the texts that the environment shows before the first responses.  Collective."""
+        if self._options.episodes is None:
+            return asked
+        openings = self._openings(asked.samples)
+        shown = [
+            self._options.episodes.opened(sample, opening, method)
+            for sample, opening in zip(asked.samples, openings, strict=True)
+        ]
+        return replace(asked, samples=[sample for sample, _ in shown], openings=[opening for _, opening in shown])
+
     def _rollouts(
         self, step: int, asked: AskedProblems, method: Method, sampling: SamplingParams
     ) -> tuple[list[Rollout], int]:
@@ -187,7 +200,8 @@ class OnPolicy(CommittedState):
     def _rollout(self, asked: AskedProblems, index: int, response: Response) -> Rollout:
         """Return the rollout of the response to ``asked.samples[index]``."""
         key, problem, pair = asked.samples[index]
-        return Rollout(problem, pair, response, group=index // self._options.num_samples, key=key)
+        opening = asked.openings[index] if asked.openings else None
+        return Rollout(problem, pair, response, group=index // self._options.num_samples, key=key, opening=opening)
 
     def _request(self, key: SampleKey, pair: PromptPair, is_guided: bool) -> Request:
         prompt = pair.teacher_prompt if self._options.samples_teacher else pair.student_prompt
@@ -200,6 +214,12 @@ class OnPolicy(CommittedState):
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
             return self._options.sampler.generate(requests, sampling)
+
+    def _openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
+        """Return the environment's reply before the response of each sample; None where it has no session."""
+        assert self._options.episodes is not None
+        with self._options.phases("environment"):
+            return self._options.episodes.openings(samples)
 
     def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
         """Return the environment's reply to the last response of each episode."""

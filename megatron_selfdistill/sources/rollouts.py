@@ -73,6 +73,9 @@ class Rollout:
     reply: Reply | None = None
     """The environment's reply to the response; None without an environment, and for a truncated response, which ends
     its episode with the reward 0."""
+    opening: Reply | None = None
+    """The environment's reply before the first response, whose text ``problem`` shows; None for a later turn, and if
+    the episode has no session."""
 
     @property
     def correct(self) -> bool:
@@ -107,7 +110,8 @@ def without_hint(pair: PromptPair) -> PromptPair:
 class Recording:
     """A JSONL file with one object per response: step, problem_id, sample_index and the fields of `Response`.
 
-    A run with an environment adds the fields turn, where it is not 0, and reply with the fields of `Reply`.
+    A run with an environment adds the fields turn, where it is not 0, and reply with the fields of `Reply`; a first
+    response of a session has the field opening, too.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -115,15 +119,18 @@ class Recording:
         self.path = Path(path)
         self._responses: dict[SampleKey, Response] = {}
         self._replies: dict[SampleKey, Reply] = {}
+        self._openings: dict[SampleKey, Reply] = {}
         with self.path.open("rb") as lines:
             for number, line in enumerate(lines, 1):
                 try:
                     record = json_object(line)
-                    turn, reply = record.pop("turn", 0), record.pop("reply", None)
+                    turn, reply, opening = (record.pop(*field) for field in _OF_EPISODES)
                     key = SampleKey(record.pop("step"), record.pop("problem_id"), record.pop("sample_index"), turn)
                     self._responses[key] = Response(**record)
                     if reply is not None:
                         self._replies[key] = Reply(**reply)
+                    if opening is not None:
+                        self._openings[key] = Reply(**opening)
                 except (ValueError, KeyError, TypeError, AttributeError) as error:
                     raise ValueError(
                         f"{self.path}:{number}: expected a response as rollout.record writes it, got "
@@ -152,6 +159,14 @@ class Recording:
                 )
         return [self._replies[key] for key in keys]
 
+    def openings(self, keys: Sequence[SampleKey]) -> list[Reply | None]:
+        """Return the replies before the responses of these keys, in order; None for an episode without a session."""
+        return [self._openings.get(key) for key in keys]
+
+
+_OF_EPISODES = (("turn", 0), ("reply", None), ("opening", None))
+"""The fields of a recorded response that not every response has, with the values of the others."""
+
 
 def record(
     path: str | Path,
@@ -171,9 +186,16 @@ def record(
         if key.turn:
             entry["turn"] = key.turn
         if reply is not None:
-            entry["reply"] = asdict(reply)
+            entry["reply"] = _recorded(reply)
+        if one.opening is not None:
+            entry["opening"] = _recorded(one.opening)
         mine.append(entry | asdict(one.response))
     entries = gather_items(mine, dp_group)
     if writes:
         with Path(path).open("a") as lines:
             lines.writelines(json.dumps(entry) + "\n" for entry in entries)
+
+
+def _recorded(reply: Reply) -> dict[str, Any]:
+    """Return the fields of a reply, without a failure where there is none."""
+    return {name: value for name, value in asdict(reply).items() if name != "failure" or value is not None}

@@ -21,6 +21,9 @@ from tiny_run import (
     train,
 )
 
+from megatron_selfdistill.environments import SessionLimits
+from megatron_selfdistill.session_processes import SessionProcesses
+
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],
     "CP2": ["parallel.context_parallel_size=2"],
@@ -32,7 +35,10 @@ RECIPES = {
     "default": ["method.name=opsd_rl", *ENVIRONMENT],
     "rltf_sd": [ENVIRONMENT[0], "method.revision_min_log_prob=null"],
     "rltf_fm": [ENVIRONMENT[0], "method.reply_template='{problem}{response}'"],
+    "sessions": ["method.name=opsd_rl", "environment.name=sessions.Opened", "environment.max_turns=3"],
 }
+BASES = {"sessions": "default"}
+"""Name of a run -> the recipe, where it has another name."""
 LAYOUTS_OF_RECORDED = {"rltf_sd": ["TP2", "DP2"], "rltf_fm": ["PP2", "CP2"]}
 COMPARED = ("terms/", "rewards/", "episodes/", "loss/")
 NUM_STEPS = 2
@@ -42,7 +48,7 @@ def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
     """Return the arguments of a short run of ``recipe``, whose episodes have different numbers of turns."""
     tiny = overrides(data, run_dir, "data.global_batch_size=4", "rollout.num_samples=2", "rollout.max_new_tokens=10")
     tiny += ["data.on_long_context=drop", "optimizer.lr_warmup_steps=0", f"num_steps={NUM_STEPS}"]
-    return [f"recipe={recipe}", *tiny, "checkpoint.save_every=1", *RECIPES[recipe], *more]
+    return [f"recipe={BASES.get(recipe, recipe)}", *tiny, "checkpoint.save_every=1", *RECIPES[recipe], *more]
 
 
 def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
@@ -105,11 +111,13 @@ def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, rec
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, start, run_of, tmp_path, layout):
+@pytest.mark.parametrize(
+    ("recipe", "layout"), [("default", one) for one in LAYOUTS] + [("sessions", one) for one in LAYOUTS]
+)
+def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, start, run_of, tmp_path, recipe, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
-    one = run_of("default")
-    train(ranks, arguments(data, run, "default", start, f"rollout.record={record}", *LAYOUTS[layout]), 2)
+    one = run_of(recipe)
+    train(ranks, arguments(data, run, recipe, start, f"rollout.record={record}", *LAYOUTS[layout]), 2)
     assert turns_of(record, step=0) == turns_of(one / "responses.jsonl", step=0)
     assert_steps_equal(one, run, COMPARED, num_steps=1)
 
@@ -127,19 +135,24 @@ def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, s
 
 
 @pytest.mark.full
-def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks, data, start, run_of, tmp_path):
+@pytest.mark.parametrize("name", ["http", "http_sessions"])
+def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks, data, start, run_of, tmp_path, name):
     from _lib.environment_server import server_of
 
-    server = server_of(Replying(), port=0)
+    environment = Replying() if name == "http" else SessionProcesses("sessions.Session", {}, SessionLimits())
+    server = server_of(environment, port=0)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     try:
-        endpoint = ["environment.name=http", f"environment.options.url=http://127.0.0.1:{server.server_port}/v1"]
+        endpoint = [f"environment.name={name}", f"environment.options.url=http://127.0.0.1:{server.server_port}/v1"]
         train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint))
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+    if isinstance(environment, SessionProcesses):
+        assert not environment.keys, "the run has closed its sessions"
+        environment.close()
     assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
 
 
@@ -169,3 +182,41 @@ def test_a_recording_without_replies_is_refused_in_one_sentence(ranks, data, sta
     with pytest.raises(AssertionError, match="no reply of an environment to the response of step 0"):
         replayed = arguments(data, tmp_path / "replayed", "default", start, f"rollout.replay={record}")
         train(ranks, replayed, start=start_and_listen, expected=(0, ""))
+
+
+def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, data, start, run_of, tmp_path):
+    train(ranks, arguments(data, tmp_path / "run", "default", start, "environment.name=sessions.Session"))
+    assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
+
+
+def test_the_first_prompt_of_a_session_shows_its_text_and_a_replay_asks_no_session(
+    ranks, data, start, run_of, tmp_path
+):
+    one = run_of("sessions")
+    records = [json.loads(line) for line in (one / "responses.jsonl").read_text().splitlines()]
+    shown = {record["opening"]["text"] for record in records if record.get("turn", 0) == 0}
+    assert len(shown) > 3 and not any("opening" in record for record in records if record.get("turn", 0))
+    replay = [f"rollout.replay={one}/responses.jsonl", "environment.name=sessions.Unasked"]
+    train(ranks, arguments(data, tmp_path / "run", "sessions", start, *replay))
+    assert_steps_equal(one, tmp_path / "run", COMPARED)
+
+
+def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, start, tmp_path):
+    run, record = tmp_path / "run", tmp_path / "responses.jsonl"
+    failing = ["environment.name=sessions.Failing", f"rollout.record={record}", "environment.limits.seconds=2"]
+    train(ranks, arguments(data, run, "sessions", start, *failing))
+    replies = [json.loads(line).get("reply", {}) for line in record.read_text().splitlines()]
+    reasons = {reply["failure"] for reply in replies if "failure" in reply}
+    assert reasons == {"step raised ValueError: odd", "the process of the session ended in step: status 3"}
+    assert any(reply.get("reward") == 1 for reply in replies)
+    for step in reproducible_metrics(run):
+        assert 0 < step["episodes/failed_share"] < 1 and step["gradient_norm"] > 0
+
+
+@pytest.mark.full
+def test_a_run_ends_if_no_session_can_begin(ranks, data, start, tmp_path):
+    train(
+        ranks, arguments(data, tmp_path / "run", "sessions", start, "environment.name=sessions.NeverBegun"), expected=4
+    )
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "all 8 sessions of the step failed, the first: reset raised OSError: no display" in events

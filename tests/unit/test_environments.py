@@ -22,7 +22,7 @@ from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.environments import HttpEnvironment, Reply
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Response
-from megatron_selfdistill.sources.episodes import Episodes
+from megatron_selfdistill.sources.episodes import StatelessEpisodes
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEM = Problem("p7", ({"role": "user", "content": "3 - 4"},), "", "-1", "file:7")
@@ -247,8 +247,8 @@ def test_threads_ask_the_endpoint_at_the_same_time_and_a_failure_names_the_probl
     pair = PromptPair("p", [1], [1])
     asked = [[Rollout(PROBLEM, pair, response, key=SampleKey(0, "p", i))] for i in range(8)]
 
-    def episodes(url: str) -> Episodes:
-        return Episodes(
+    def episodes(url: str) -> StatelessEpisodes:
+        return StatelessEpisodes(
             environment=HttpEnvironment(url, retries=0),
             given=given,
             grid=SimpleNamespace(**vars(ONE_RANK)),

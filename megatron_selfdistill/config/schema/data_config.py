@@ -21,6 +21,7 @@ from megatron_selfdistill.config.schema.ranges import (
     FilePath,
     Name,
     OneOf,
+    PositiveFloat,
     PositiveInt,
     Text,
 )
@@ -30,10 +31,11 @@ from megatron_selfdistill.config.schema.ranges import (
 class EnvironmentConfig:
     """The environment that replies to the sampled responses, with texts and rewards."""
 
-    name: Annotated[str, OneOf(("none", "http"), or_dotted=True)] = "none"
-    """The environment: none, http (an endpoint for chat completions that plays the environment) or the dotted path of a
-    class, or of a function that makes an environment, such as package.module.Class.  With an environment, the reward of
-    a response is the reward of the reply to it, unless method.reward names a function."""
+    name: Annotated[str, OneOf(("none", "http", "http_sessions"), or_dotted=True)] = "none"
+    """The environment: none, http (an endpoint for chat completions that plays the environment), http_sessions (an
+    endpoint with a state for each episode) or the dotted path of a class, or of a function that makes an environment,
+    such as package.module.Class.  With an environment, the reward of a response is the reward of the reply to it,
+    unless method.reward names a function."""
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     """Keyword arguments of the class or the function that name names.  Those of http are url (such as
     http://host:8000/v1; requests go to url/chat/completions), model, api_key, timeout_s, retries and concurrency (the
@@ -42,14 +44,22 @@ class EnvironmentConfig:
     max_turns: PositiveInt = 1
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""
+    limits: dict[str, Any] = field(default_factory=dict)
+    """Limits of an episode: tokens (of its responses; an episode that has so many gets no further turn), and of a
+    session, which a class with reset and step has: seconds (60; of one reset or step), memory_gb (8; of each of its
+    processes; null is none) and concurrency (16; the sessions of a rank that work at the same time)."""
 
     def __post_init__(self) -> None:
         check_fields("environment", self)
         if self.name == "none":
             self._check_unset()
-        if self.name == "http":
+        for entry, value in self.limits.items():
+            require_range("a key of environment.limits", Annotated[str, OneOf(tuple(_LIMIT_ENTRIES))], entry)
+            require_range(f"environment.limits.{entry}", _LIMIT_ENTRIES[entry], value)
+        if self.name in ("http", "http_sessions"):
             url = self.options.get("url")
-            require(url is not None, "environment.name=http needs environment.options.url, such as http://host:8000/v1")
+            needed = f"environment.name={self.name} needs environment.options.url, such as http://host:8000/v1"
+            require(url is not None, needed)
             require_address("environment.options.url", str(url), "http://host:8000/v1")
 
     @property
@@ -66,6 +76,14 @@ class EnvironmentConfig:
                 f"environment.name, or unset environment.{one.name}",
             )
 
+
+_LIMIT_ENTRIES = {
+    "tokens": PositiveInt | None,
+    "seconds": PositiveFloat,
+    "memory_gb": PositiveFloat | None,
+    "concurrency": PositiveInt,
+}
+"""Entry of `EnvironmentConfig.limits` -> its type."""
 
 _VIEW_ENTRIES = {
     "chat_template_kwargs": dict[str, Any],

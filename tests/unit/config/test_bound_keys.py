@@ -36,12 +36,16 @@ WHOLE_SECTIONS = {
 }
 
 
+ITEMS = ("model.transformer.", "environment.options.", "environment.limits.")
+"""The beginnings of the names of items of a mapping that have rules of their own."""
+
+
 def test_every_key_is_classified():
     assert {rule_of(key) for key in keys()} == {BOUND, FIXED, FREE, JUDGE}
 
 
 def test_every_rule_is_about_a_key_or_a_whole_section_and_no_other_section_is_covered_as_a_whole():
-    items = {name for name in RULES if name.startswith(("model.transformer.", "environment.options."))}
+    items = {name for name in RULES if name.startswith(ITEMS)}
     settings = {name for method in method_names() for name in method_keys(method)}
     assert set(RULES) - items <= set(keys()) | settings | WHOLE_SECTIONS
     assert {rule_of(name) for name in settings - {"method.refresh_every"}} == {BOUND}

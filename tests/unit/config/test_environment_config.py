@@ -32,13 +32,20 @@ def configured(*overrides: str) -> Config:
         (["environment.options={a: 1}"], "environment.options is a setting of an environment"),
         (
             ["environment.name=Checker"],
-            "environment.name must be one of none, http, a dotted path (package.module.function), got",
+            "environment.name must be one of none, http, http_sessions, a dotted path (package.module.function), got",
         ),
         (["environment.name=http"], "environment.name=http needs environment.options.url, such as http://host:8000/v1"),
         (
             [*SERVERS, "rollout.servers=[https://node7, http://me@node8]"],
             "rollout.servers must be an address without a user and a password",
         ),
+        (
+            [OWN, "environment.limits={second: 1}"],
+            "a key of environment.limits must be one of tokens, seconds, memory_gb",
+        ),
+        ([OWN, "environment.limits.seconds=0"], "environment.limits.seconds must be above 0, got 0"),
+        (["environment.limits={tokens: 9}"], "environment.limits is a setting of an environment"),
+        (["environment.name=http_sessions"], "environment.name=http_sessions needs environment.options.url, such as"),
         ([OWN, "environment.max_turns=0"], "environment.max_turns must be at least 1, got 0"),
         (["method.name=grpo", SAMPLES, "method.credit=response"], "method.credit must be one of episode, turn"),
         (

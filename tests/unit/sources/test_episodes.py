@@ -22,7 +22,7 @@ from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.rollout.base import Response, sample_seed
-from megatron_selfdistill.sources.episodes import Episodes, episode_metrics
+from megatron_selfdistill.sources.episodes import SessionEpisodes, StatelessEpisodes, episode_metrics
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
@@ -63,7 +63,7 @@ def played(environment: Any, texts: Sequence[Sequence[str]], max_turns: int = 3,
     """Return turns and number of cut episodes of one episode per item of ``texts``, and the requests of each turn."""
     method = made(options.pop("overrides", []), options.get("given", given()))
     settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True} | options
-    episodes = Episodes(environment=environment, max_turns=max_turns, **settings)
+    episodes = StatelessEpisodes(environment=environment, max_turns=max_turns, **settings)
     asked: list[list[SampleKey]] = []
 
     def generate(keys, pairs):
@@ -172,13 +172,13 @@ def calls_on_this_rank() -> tuple[int, int, int]:
     grid = SimpleNamespace(**(vars(ONE_RANK) | {"dp_rank": rank, "dp_size": 2}))
     calls = {"replies": 0}
 
-    class Counted(Episodes):
+    class Counted(StatelessEpisodes):
         def replies(self, episodes):
             calls["replies"] += 1
             return super().replies(episodes)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(globals(), "Episodes", Counted)
+        patch.setitem(globals(), "StatelessEpisodes", Counted)
         turns, _, asked = played(Script(), [["w$", "w$", "r$"] if rank else ["r$"]], max_turns=5, grid=grid)
     return len(turns), len(asked), calls["replies"]
 
@@ -197,6 +197,7 @@ def test_metrics_are_means_over_episodes():
         "episodes/last_reward_mean": 0.25,
         "episodes/unfinished_share": 0.0,
         "episodes/too_long_share": 0.0,
+        "episodes/failed_share": 0.0,
     }
     assert episode_metrics([], 0, ONE_RANK)["episodes/turns_mean"] == 0.0
 
@@ -281,3 +282,97 @@ def test_a_conversation_that_the_chat_template_refuses_names_the_turn(monkeypatc
     monkeypatch.setattr(Characters, "render_chat", refuse)
     with pytest.raises(ConfigError, match="turn 1 of an episode: file:a: the chat template refused the conversation"):
         played(Script(), [["w$", "r$"]])
+
+
+class Sessions:
+    """Sessions without processes, which note their calls."""
+
+    def __init__(self, openings: dict[str, Reply]) -> None:
+        self.openings, self.calls, self.open = openings, [], set[SampleKey]()
+
+    def reset(self, key: SampleKey, problem: Problem, seed: int) -> Reply:
+        self.open.add(key)
+        self.calls.append(("reset", problem.id, seed))
+        return self.openings[problem.id]
+
+    def step(self, key: SampleKey, text: str) -> Reply:
+        self.calls.append(("step", key.problem_id, text))
+        return Reply(f"#{text}", reward=0.5, done=text == "r")
+
+    def __contains__(self, key: SampleKey) -> bool:
+        return key in self.open
+
+    def end_all(self) -> None:
+        self.open.clear()
+
+
+def with_sessions(openings: dict[str, Reply], texts: Sequence[Sequence[str]], max_length: int = 60):
+    """Return the turns of a step whose episodes have sessions, and the sessions."""
+    method, sessions = made([], given(max_length)), Sessions(openings)
+    episodes = SessionEpisodes(
+        given=given(max_length),
+        grid=SimpleNamespace(**vars(ONE_RANK), is_reporter=True),
+        max_turns=3,
+        has_teacher=True,
+        sessions=sessions,
+        seed=7,
+        concurrency=2,
+    )
+    samples = [(SampleKey(5, problem.id, 0), problem, method.prompts(problem)) for problem in PROBLEMS[: len(texts)]]
+    found = episodes.openings(samples)
+    opened = [episodes.opened(sample, opening, method) for sample, opening in zip(samples, found, strict=True)]
+    first = [
+        Rollout(problem, pair, response(texts[i][0]), i, key=key, opening=opening)
+        for i, ((key, problem, pair), opening) in enumerate(opened)
+    ]
+
+    def generate(keys, pairs):
+        return [response(texts["ab".index(key.problem_id)][key.turn]) for key in keys]
+
+    return episodes.played(first, method, generate, episodes.replies)[0], sessions
+
+
+def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
+    turns, sessions = with_sessions({"a": Reply(" go", done=False), "b": Reply(done=False)}, [["w$", "r$"], ["r$"]])
+    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a go?:", "a go?w#w:", "b?:"]
+    assert text(turns[1].prompts.teacher_prompt) == "a go|hint aw#w:"
+    assert sorted(sessions.calls) == [
+        *[("reset", name, SampleKey(5, name, 0).seed(7)) for name in "ab"],
+        *[("step", "a", "r"), ("step", "a", "w"), ("step", "b", "r")],
+    ]
+    assert not sessions.open and episode_metrics(turns, 0, ONE_RANK)["episodes/failed_share"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("opening", "reason"),
+    [
+        (Reply(failure="reset raised OSError: no display"), "reset raised OSError: no display"),
+        (Reply("." * 60, done=False), "the text of reset is too long for data.max_length"),
+    ],
+)
+def test_an_episode_that_cannot_begin_is_one_response_to_the_problem_alone(caplog, opening, reason):
+    turns, sessions = with_sessions({"a": opening, "b": Reply(done=False)}, [["w$"], ["w$", "r$"]])
+    assert [(turn.problem.id, text(turn.prompts.student_prompt), turn.reward) for turn in turns] == [
+        ("a", "a?:", 0.0),
+        ("b", "b?:", 0.5),
+        ("b", "b?w#w:", 0.5),
+    ]
+    assert turns[0].reply == Reply(failure=reason) and not sessions.open
+    assert ("step", "a", "w") not in sessions.calls
+    assert episode_metrics(turns, 0, ONE_RANK)["episodes/failed_share"] == 0.5
+    if opening.failure:
+        assert (
+            "1 of 2 sessions failed" in caplog.text and "step 5 to problem 'a', sample 0: reset raised" in caplog.text
+        )
+
+
+def test_a_step_without_any_session_ends_the_run():
+    failed = Reply(failure="reset raised OSError: no display")
+    with pytest.raises(EngineError, match="all 2 sessions of the step failed, the first: reset raised OSError"):
+        with_sessions({"a": failed, "b": failed}, [["w$"], ["w$"]])
+
+
+def test_an_episode_with_its_limit_of_tokens_gets_no_further_turn():
+    turns, _, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], max_tokens=4)
+    assert [turn.turn for turn in turns] == [0, 1, 0]
+    assert episode_metrics(turns, 0, ONE_RANK)["episodes/unfinished_share"] == 0.5

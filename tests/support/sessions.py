@@ -1,0 +1,139 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Environments with a state, for tests: one that plays `Replying`, and one whose sessions fail as they are told."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from replying import Replying
+
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.environments import Reply
+
+
+class Session:
+    """A `Replying` environment that keeps what was said, under the methods of an environment with a state."""
+
+    def reset(self, problem: Problem, seed: int) -> str | None:
+        """Begin the episode and show nothing."""
+        self.problem, self.said = problem, list[str]()
+        return None
+
+    def step(self, response: str) -> Reply:
+        """Return the reply to everything that was said."""
+        self.said.append(response)
+        reply = Replying().reply(self.problem, self.said)
+        self.said.append(reply.text or "")
+        return reply
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+class Opened(Session):
+    """A `Session` that shows a digit before the first response, which the seed decides."""
+
+    def reset(self, problem: Problem, seed: int) -> str | None:
+        """Begin the episode and show the digit."""
+        super().reset(problem, seed)
+        return str(random.Random(seed).randrange(10))
+
+
+class Unasked(Session):
+    """A `Session` that nobody may ask."""
+
+    def reset(self, problem: Problem, seed: int) -> str | None:
+        """Fail."""
+        raise AssertionError("a replay asks no session")
+
+
+class NeverBegun(Session):
+    """A `Session` that cannot begin."""
+
+    def reset(self, problem: Problem, seed: int) -> str | None:
+        """Fail."""
+        raise OSError("no display")
+
+
+class Failing(Session):
+    """A `Session` that raises or dies after some responses."""
+
+    def step(self, response: str) -> Reply:
+        """Raise or die, where the sum of the character codes leaves the rest 3 or 4 modulo 5."""
+        rest = sum(map(ord, response)) % 5
+        if rest == 3:
+            raise ValueError("odd")
+        if rest == 4:
+            os._exit(3)
+        return super().step(response)
+
+
+class Told:
+    """An environment whose sessions do what the responses and the problem's answer say."""
+
+    def __init__(self, directory: str = "") -> None:
+        self.directory = directory
+        self.steps = 0
+
+    def reset(self, problem: Problem, seed: int) -> str | None:
+        """Show the answer and the seed, or do what the answer says."""
+        self.did(problem.answer or "")
+        return f"{problem.answer} {seed}"
+
+    async def step(self, response: str) -> Reply:
+        """Do what the response says, and reply with the number of the session's steps."""
+        await asyncio.sleep(0)
+        self.steps += 1
+        self.did(response)
+        return "no reply" if response == "text" else Reply(f"#{self.steps}", done=response == "done")  # type: ignore[return-value]
+
+    def close(self) -> None:
+        """Leave a file with the number of steps."""
+        if self.directory:
+            with open(os.path.join(self.directory, f"closed{os.getpid()}"), "w") as file:
+                file.write(str(self.steps))
+
+    def did(self, word: str) -> None:
+        """Do what ``word`` says."""
+        if word == "raise":
+            raise KeyError("no such tool")
+        if word == "exit":
+            sys.exit(0)
+        if word == "die":
+            os._exit(3)
+        if word == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if word == "hang":
+            subprocess.Popen(["sleep", "1000"])
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            time.sleep(1000)
+        if word == "memory":
+            bytearray(10**9)
+        if word == "nan":
+            Reply(reward=float("nan"))
+        if word == "print":
+            print("said by a session")
+
+
+def refusing() -> None:
+    """End the program in place of an environment."""
+    sys.exit("no licence")
+
+
+def pid_of(group: int) -> list[int]:
+    """Return the processes of a process group."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            fields = (process / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[2]) == group and fields[0] != "Z":
+                found.append(int(process.name))
+    return found
