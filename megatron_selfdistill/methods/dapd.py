@@ -1,9 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """DAPD: responses and solutions are texts, and student and teacher read each of them after hints that match.
 
-Algorithm: The student samples one response y per problem x; the solution z of the data is the other text. Six terms
-pull the student towards the frozen weights on one of both texts. In two of them the student reads the problem alone,
-as it will later. In four of them the student reads a text as well, so that it knows at least what the teacher knows.
+Algorithm: The student samples one response y per problem x; the solution z of the data is the other text. Each of
+six terms pulls the student towards the frozen weights on one of the two texts. In two of them the student reads the
+problem alone, as it will later. In four of them the student reads a text as well, so that it knows at least what the
+teacher knows.
 
 Equation:
 
@@ -25,10 +26,10 @@ Paper: DAPD, Wu et al. (arXiv 2608.01735), of which the abstract was read; terms
 authors' code (uanu2002/DAPD). Published are forward KL over the whole vocabulary, the base as the teacher, 1024 new
 tokens, a learning rate of 5e-6 that falls linearly (with LoRA of rank 64), and a limit of .1 for the gradient's norm.
 
-Differences: In the published code the teacher of both entangled terms is a copy of the student, made anew every 100
+Differences: In the published code the teacher of both entangled terms is a copy of the student, renewed every 100
 steps; ours is the start throughout, as in their first 100 steps. The temperature of 1.1, the sampling with top_p and
 top_k, and both limits (.1 for the gradient, and .05 for each token of the vocabulary) are not taken over. The means are
-over the whole step. A problem of which one of the six contexts is too long is left out.
+over the whole step. A problem is left out if one of its six contexts is too long.
 
 Command:
 
@@ -101,7 +102,7 @@ class DapdSettings(MethodSettings):
         return Needs(whole_step=True, contexts_per_sample=len(TERMS))
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` where there is no solution to train on, or another mean over the tokens is asked for."""
+        """Raise `ConfigError` for records without given solutions, several turns, another mean, or a correction."""
         super().check(config)
         require_problems(config, "method.name=dapd trains on the texts of given solutions: it")
         turns = config.environment.max_turns
@@ -111,6 +112,12 @@ class DapdSettings(MethodSettings):
         )
         kind = config.loss.normalize
         require(kind == "tokens", f"method.name=dapd has means of its own: leave loss.normalize=tokens, got {kind}")
+        solutions, correction = config.data.solutions, config.loss.rollout_correction
+        require(
+            solutions == "given" and correction == "none",
+            "method.name=dapd trains on given solutions and on other texts that nobody sampled after their prompts: "
+            f"it needs data.solutions=given and loss.rollout_correction=none, got {solutions} and {correction}",
+        )
 
 
 class Dapd(SelfDistillation):

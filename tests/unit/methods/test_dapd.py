@@ -106,6 +106,8 @@ def test_the_recipe_has_the_published_weights_and_one_frozen_teacher():
     [
         ("method.inference_rollout=-1", "method.inference_rollout must be"),
         ("loss.normalize=sequences", "method.name=dapd has means of its own: leave loss.normalize=tokens, got seq"),
+        ("loss.rollout_correction=truncated", "needs data.solutions=given and loss.rollout_correction=none, got given"),
+        ("data.solutions=none", "needs data.solutions=given and loss.rollout_correction=none, got none and none"),
         ("environment={name: replying.Replying, max_turns: 2}", "set environment.max_turns=1, got 2"),
     ],
 )
