@@ -67,7 +67,7 @@ def self_distillation_loss(
     a reference, as `Target()` is; ``Target(anchor="student")`` mixes with the student itself.
     labels_or_mask: [...] integer labels, of which `IGNORED` has no loss, or [...] bool; None: every position has one.
     Labels may come as they are, since the loss reads only where they are ignored.  On a GPU the host waits to count
-    the positions; packed rows without labels make nobody wait.
+    the positions; without labels_or_mask it does not wait.
     reduction: "mean" over the positions with a loss, "sum", or "none": [...] float32 with 0 elsewhere.
     num_items_in_batch: divides the sum in place of the number of positions here, as the Trainer of transformers counts
     them over accumulated batches; with reduction="mean" only.
@@ -77,7 +77,7 @@ def self_distillation_loss(
     columns in rank order.  Collectives: those of `distillation_loss`, none in backward.  Of a DTensor with the
     placement ``Shard(-1)`` pass ``to_local()``, and as process_group the group of this dimension of its mesh.
     NaN: a position with NaN or +inf in its logits has a loss of NaN.  check_nan: whether that is an error, for which
-    the host must read the losses; None: on a CPU only, where nobody waits.
+    the host must read the losses; None: only on a CPU, where this costs no wait.
     Memory: [n, V] for the gradient; with a reference [n, V] for the mix, at least float32, until backward; copies of
     the rows with a loss where a mask leaves some out.
     torch.compile: the loss runs uncompiled and breaks the graph, which ``fullgraph=True`` refuses.  torch.func: its
@@ -151,6 +151,8 @@ def linear_self_distillation_loss(
     theirs = student_weight.detach() if teacher_weight is None else teacher_weight.detach()
     _check_weights(student_weight, {"teacher_weight": teacher_weight, "reference_weight": reference_weight})
     entropy, reference = None, None
+    if reference_hidden is None and reference_weight is not None:
+        raise ValueError(f"{what}: reference_weight needs reference_hidden; got the weight alone.")
     if reference_hidden is not None:
         own = student_weight.detach() if reference_weight is None else reference_weight.detach()
         reference = _rows(reference_hidden, chosen).detach(), own

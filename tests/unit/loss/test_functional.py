@@ -270,6 +270,10 @@ BAD_STATES: dict[str, tuple[dict[str, Any], str]] = {
     "weights": ({"teacher_weight": torch.ones(V + 1, 6)}, r"teacher_weight must have the shape of student_weight.*14"),
     "states": ({"reference_hidden": torch.ones(B, S, 5)}, "reference_hidden must have the shape of student_hidden"),
     "NaN": ({"teacher_hidden": torch.full((B, S, 6), math.nan)}, r"15 of 15 have a loss of NaN, the first at \(0, 0\)"),
+    "weight alone": (
+        {"reference_hidden": None, "reference_weight": torch.ones(V, 6), "target": Target(anchor="student")},
+        "reference_weight needs reference_hidden",
+    ),
     "mode": ({"mode": "fast"}, "mode must be one of"),
 }  # fmt: skip
 
