@@ -23,6 +23,7 @@ from _lib.command_line import announce, console, example_parser, prepare_process
 from _lib.hf_subtraction import accuracy_of, prepared_qwen3
 from _lib.hugging_face import load
 from _lib.pretraining import write_records
+from megatron_selfdistill.installation import is_installed
 
 PRETRAINING_STEPS = 600
 NUM_STEPS = 100
@@ -32,7 +33,7 @@ MAX_NEW_TOKENS = 26
 NUM_HELD_OUT = 300
 EVALUATED_EVERY = 25
 HINTED = "{prompt}H{privileged_context}|"
-"""The prompt of the teacher, in the names of TRL."""
+"""The template of the teacher's prompt, with the names that TRL gives its parts."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = example_parser(__doc__)
     parser.add_argument("--trainer", choices=list(TRAINERS), default="transformers", help="the library that trains")
     options = parser.parse_args(argv)
+    if options.trainer in ("peft", "trl") and not is_installed(options.trainer):
+        parser.error(f"--trainer {options.trainer} needs a package that is missing: run pip install {options.trainer}")
     prepare_process()
     announce("base model", f"{PRETRAINING_STEPS} steps of next-token training in transformers")
     hf = prepared_qwen3(options.directory, options.seed, PRETRAINING_STEPS)
@@ -55,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def arguments(run_dir: Path, num_steps: int, seed: int) -> dict[str, Any]:
-    """Return the arguments of transformers' and TRL's trainers, as near to the quickstart's as they go."""
+    """Return the arguments of transformers' and TRL's trainers, as close to the quickstart's as they can be."""
     return {
         "output_dir": str(run_dir),
         "max_steps": num_steps,

@@ -85,7 +85,9 @@ def train(
                 log.write(json.dumps(line) + "\n")
         rules = family_of(read_config(hf)).rules(config.model)
         tensors = {name: tensor for bucket in export(student, grid, rules) for name, tensor in bucket}
-        model.load_state_dict(tensors, strict=False)  # a tied output layer is not exported
+        missing, unexpected = model.load_state_dict(tensors, strict=False)
+        if unexpected or set(missing) - {"lm_head.weight"}:  # a tied output layer is not exported
+            raise ValueError(f"expected the tensors of {hf}, got {unexpected} beside them and none for {missing}")
         return model
     finally:
         ranks.shutdown()
