@@ -22,7 +22,7 @@ EXIT_USAGE = 2
 class Command(NamedTuple):
     """One command: the module whose ``main`` runs the command, its purpose, and an example of its arguments.
 
-    extra: the extra of setup.py that the command needs; None for a command that works without.
+    extra: the extra of setup.py that the command needs; None for a command that needs none.
     """
 
     module: str

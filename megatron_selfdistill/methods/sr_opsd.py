@@ -17,7 +17,7 @@ alpha, and with forward_kl 1 - alpha. alpha = 1 is KL: then the method is beta_o
 the more a token counts to which the first distribution gives more than the second. Both directions are one family below
 1: D_a(p, q) is a / (1 - a) times D_(1 - a)(q, p).
 
-Paper: SR-OPSD (arXiv 2608.09745), of which neither text nor code was at hand. Published are the geometric mean of the
+Paper: SR-OPSD (arXiv 2608.09745), whose text and code were not available. Published are the geometric mean of the
 self-teacher and a reference, and a Renyi divergence. A public repository whose runs have the name of the paper takes
 forward_kl with alpha = .95, w = 9, a teacher that is a moving average (.05 per step) and a frozen reference.
 
@@ -39,7 +39,7 @@ logits once more than for KL, as the JSD does, and exchanges 8 bytes more per to
 
 Known failure:
 - For an order above 1, the gradient follows the few tokens that the student finds much more likely than the target.
-- For a small order, D is about alpha times the divergence in the other direction, so that the gradient is short.
+- For a small order, D is about alpha times the divergence in the other direction, so that the gradient is small.
 - What the hint makes nearly certain passes the geometric mean, as for beta_opsd.
 """
 

@@ -31,8 +31,8 @@ Command:
 Expected: 100 steps of 32 responses raise the sampled accuracy from .37 to .99 on subtraction and from .57 to .95 on
 additions, as `eopd` does, which trains on all tokens (seed 21, the tasks of docs/recipes/comparison.md).
 
-Cost: A step has one more forward pass of student and teacher than a step of target=teacher_alone, which measures all
-tokens before the step trains, and one exchange of two numbers per token between the replicas.
+Cost: A step measures all tokens before it trains. This takes one more forward pass of student and teacher than a step
+of target=teacher_alone, and one exchange of two numbers per token between the replicas.
 
 Known failure:
 - One token with an extreme divergence moves all others towards d = 0, so that the entropy alone orders them.
