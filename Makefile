@@ -2,6 +2,7 @@
 #   VENV=DIR      where it lies (default .venv; with PYTHON=3.12 .venv-3.12, with NEWEST=1 .venv-newest)
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
+#   ENVIRONMENTS_VENV=DIR where that with TextWorld lies (default .venv-environments)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
 #   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones
 #   VARIANT=NAME  what make test and make test-all compute with: one of VARIANTS below (default native)
@@ -16,6 +17,7 @@ OWN_VENV := .venv$(patsubst %,-%,$(filter 3.%,$(PYTHON)))
 VENV ?= $(OWN_VENV)$(if $(NEWEST),-newest)
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
+ENVIRONMENTS_VENV ?= .venv-environments
 ARGS ?=
 TESTS ?= tests
 WORKERS ?= 3
@@ -29,7 +31,7 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-browser test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +100,12 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 SELFDISTILL_TEST_SLURM=1 \
 		$(if $(wildcard $(VLLM_VENV)/.stamp),SELFDISTILL_VLLM_PYTHON="$(abspath $(VLLM_VENV)/bin/python)") \
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
+
+# An environment of its own beside the project's, whose packages it sees.
+test-environments: venv ## run the tests with environments of other projects (TextWorld; Linux, x86_64; 200 MB)
+	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(ENVIRONMENTS_VENV)" environments
+	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		$(ENVIRONMENTS_VENV)/bin/python -m pytest -q tests/environments $(ARGS)
 
 # playwright drives Chromium; the environment gets playwright here, and no other target needs it.
 test-browser: venv ## run the tests of pages in a real Chromium (needs chromium: .ci/run installs it)

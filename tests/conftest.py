@@ -45,6 +45,10 @@ NEEDS = {
         os.environ.get("SELFDISTILL_TEST_BROWSER") == "1",
         "SELFDISTILL_TEST_BROWSER=1, Chromium and playwright (make test-browser)",
     ),
+    "environments": (
+        importlib.util.find_spec("textworld") is not None,
+        "textworld in this environment (make test-environments)",
+    ),
     "real_model": (
         os.environ.get("SELFDISTILL_TEST_REAL") == "1",
         "SELFDISTILL_TEST_REAL=1 and the wheel of a real model (make test-real)",

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|environments]]
 #
 # All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
 # newest versions that the package index serves and setup.py allows; only torch stays at its tested version.
@@ -12,6 +12,9 @@
 #
 # With "browser" or "trl" the project's environment must be there, and gets what the tests of pages, or those of TRL's
 # trainer, need beside it.
+#
+# With "environments" one with the environments of other projects, which sees the packages of the project's environment
+# BASE (default .venv); that one must be there.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
 # Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one), NEWEST.
@@ -61,6 +64,12 @@ main() {
         pip_install "MkDocs and what it reads" --constraint "$VENV/constraints.txt" -r tools/docs_site/requirements.txt
         echo "$wanted" >"$VENV/.stamp"
         say "ready in $SECONDS s: $VENV, for the documentation"
+        return
+    fi
+    if [ "$KIND" = environments ]; then
+        install_environments
+        echo "$wanted" >"$VENV/.stamp"
+        say "ready in $SECONDS s: $VENV, with the environments of other projects"
         return
     fi
     install_torch "$build"
@@ -187,6 +196,14 @@ install_beside() {
     if ! "$VENV/bin/python" -m pip install -qq --no-index "$requirement" 2>/dev/null; then
         pip_install "$what" --constraint "$VENV/constraints.txt" "$requirement"
     fi
+}
+
+# Everything is named with its version: the environment adds these packages and changes none of the project's.
+install_environments() {
+    local packages='import sysconfig; print(sysconfig.get_path("purelib"))'
+    "${BASE:-.venv}/bin/python" -c "$packages" >"$("$VENV/bin/python" -c "$packages")/project.pth"
+    tested environments >"$VENV/constraints.txt"
+    pip_install "environments of other projects" --no-deps -r "$VENV/constraints.txt"
 }
 
 # Prints the requirement of a package in setup.py.

@@ -261,7 +261,7 @@ def test_whatever_decides_results_has_an_upper_bound():
 def test_the_environment_installs_what_the_lock_names():
     """The script cuts the section out of the lock, comments and continued lines included."""
     [function] = re.findall(r"^tested\(\) {.*}$", (REPOSITORY / "tools" / "venv.sh").read_text(), re.MULTILINE)
-    for environment in ("project", "vllm", "vllm wheel", "docs"):
+    for environment in ("project", "vllm", "vllm wheel", "docs", "environments"):
         command = ["bash", "-c", f'LOCK={LOCK}\n{function}\ntested "{environment}"']
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found = dict(line.lower().split()[0].split("==") for line in printed.splitlines() if "==" in line)
