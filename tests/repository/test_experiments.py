@@ -24,6 +24,7 @@ PAGES = {
     "real_map.py": "real_model.md",
     "recipe_table.py": "recipes/comparison.md",
     "staleness.py": "benchmarks.md",
+    "two_teachers.py": "teachers.md",
 }
 """Script -> the page whose tables it writes from a file of experiments/results/."""
 
