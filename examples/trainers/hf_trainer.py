@@ -39,9 +39,9 @@ class SelfDistillationTrainer(Trainer):
     def responses(self, model, prompts):
         """Return the token ids of one sampled response per prompt, with the token that ends it."""
         ids, mask = padded(prompts, model.device, "left")
-        ends = torch.tensor(model.generation_config.eos_token_id, device=model.device).flatten()
+        ends, training = torch.tensor(model.generation_config.eos_token_id, device=ids.device).flatten(), model.training
         texts = model.eval().generate(ids, attention_mask=mask, do_sample=True, max_new_tokens=self.max_new_tokens)
-        model.train()
+        model.train(training)
         lengths = (~torch.isin(texts[:, ids.size(1) :], ends)).cumprod(1).sum(1) + 1
         return [row[ids.size(1) :][:length].tolist() for row, length in zip(texts, lengths, strict=True)]
 

@@ -237,7 +237,7 @@ def _chosen(what: str, shape: torch.Size, labels_or_mask: Tensor | None, device:
     if labels_or_mask.is_floating_point():
         raise ValueError(f"{what}: labels_or_mask must be integer labels or bool; got {labels_or_mask.dtype}.")
     mask = labels_or_mask if labels_or_mask.dtype == torch.bool else labels_or_mask != IGNORED
-    if mask is not labels_or_mask and labels_or_mask.unique().tolist() == [0, 1]:
+    if mask is not labels_or_mask and [int(bound) for bound in labels_or_mask.aminmax()] == [0, 1]:
         raise ValueError(
             f"{what}: labels_or_mask must be labels, {IGNORED} where there is no loss, or bool; got integers that are "
             "all 0 or 1: pass the mask as .bool()."

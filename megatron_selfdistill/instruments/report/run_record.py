@@ -194,7 +194,7 @@ def _trainer_metrics(run_dir: Path) -> Iterator[dict[str, float]]:
             yield {"step": int(line["step"])} | {key: value for key, value in numbers.items() if value is not None}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = shortened(f"{type(error).__name__}: {error}", 200)
-        logger.warning("%s is not the log of a Trainer, so its numbers are missing: %s", hidden(str(path)), reason)
+        logger.warning("%s is not the log of a Trainer, so numbers are missing: %s", hidden(str(path)), reason)
 
 
 TRAINER_STATE_FILE = "trainer_state.json"
