@@ -22,7 +22,7 @@ from megatron_selfdistill.checkpoint.resumption import (
     latest_resumption,
     with_warmup,
 )
-from megatron_selfdistill.checkpoint.teacher_directories import DIGESTS, directory_digests, require_unchanged
+from megatron_selfdistill.checkpoint.teacher_directories import DIGESTS, checked_digests
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
@@ -94,21 +94,12 @@ class Trainer:
         self.config, self.grid, self.run_dir = config, grid, Path(config.run_dir)
         self.loss_backend = loss_backend(config, grid)
         self.phases = Phases(grid.device)
-        self.checkpointer = Checkpointer(
-            self.run_dir,
-            grid,
-            keep_last=config.checkpoint.keep_last,
-            async_save=config.checkpoint.async_save,
-            verify=config.checkpoint.verify,
-            prove_ownership=prove_ownership,
-        )
+        self.checkpointer = Checkpointer.configured(config, grid, prove_ownership)
         found = latest_resumption(config, run_data.problems.fingerprint, self.checkpointer, grid)
         self.resumed_from = found.saved.path if found is not None else None
         self.changes = found.changes if found is not None else ()  # of the configuration, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
-        self.teacher_digests = directory_digests(config)
-        if found is not None:
-            require_unchanged(found.saved, self.teacher_digests, forced=config.checkpoint.resume == "force")
+        self.teacher_digests = checked_digests(config, found.saved if found is not None else None)
         base = adapter_base(config, found.saved if found is not None else None)
         self.learner = Learner(with_warmup(config, found), self.run_data, grid, resumes=found is not None, base=base)
         chunks, weights = self.learner.chunks, self.learner.role_weights

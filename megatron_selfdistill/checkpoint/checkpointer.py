@@ -29,6 +29,7 @@ from megatron_selfdistill.checkpoint.frozen_weights import (
     load_frozen_teacher,
     save_frozen_weights,
 )
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.distributed.collectives import error_message, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
@@ -83,6 +84,21 @@ class Checkpointer:
         self._pending: Temporary | None = None
         self._lost: str | None = None  # why the last background save left no checkpoint
         self._validated = False
+
+    @classmethod
+    def configured(
+        cls, config: Config, grid: RankGrid, prove_ownership: Callable[[], None] | None = None
+    ) -> Checkpointer:
+        """Open the checkpoints of the run directory of ``config``; see the class for ``prove_ownership``."""
+        own, run_dir = config.checkpoint, Path(config.run_dir)
+        return cls(
+            run_dir,
+            grid,
+            keep_last=own.keep_last,
+            async_save=own.async_save,
+            verify=own.verify,
+            prove_ownership=prove_ownership,
+        )
 
     def latest(self) -> Path | None:
         """Return the first of `directory.candidates` without a fault, on all ranks; None if there is no checkpoint.

@@ -110,6 +110,14 @@ def directory_digests(config: Config) -> dict[str, str]:
     return {name: _digest(path) for name, path in teacher_directories(config).items()}
 
 
+def checked_digests(config: Config, saved: SavedRun | None) -> dict[str, str]:
+    """Return `directory_digests`, once `require_unchanged` has compared them with those of ``saved``.  Collective."""
+    digests = directory_digests(config)
+    if saved is not None:
+        require_unchanged(saved, digests, forced=config.checkpoint.resume == "force")
+    return digests
+
+
 def _digest(path: Path) -> str:
     if not is_hugging_face(path):
         return shared_base_digest(path)
