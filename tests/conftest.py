@@ -46,8 +46,8 @@ NEEDS = {
         "SELFDISTILL_TEST_BROWSER=1, Chromium and playwright (make test-browser)",
     ),
     "environments": (
-        importlib.util.find_spec("textworld") is not None,
-        "textworld in this environment (make test-environments)",
+        all(importlib.util.find_spec(name) is not None for name in ("textworld", "reasoning_gym")),
+        "textworld and reasoning-gym in this environment (make test-environments)",
     ),
     "real_model": (
         os.environ.get("SELFDISTILL_TEST_REAL") == "1",
