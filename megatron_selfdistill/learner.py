@@ -388,7 +388,7 @@ class Learner:
         target = self.target_of(teacher)
         with self.target_models(teacher) as models:
             readers = self._models_of_step(models.teacher, self._reference(target, models.reference))
-            return read(contexts, readers, Want(self._distillation_loss(target), measurement))
+            return read(contexts, readers, Want(self._loss_of(target), measurement))
 
     def _models_of_step(self, teacher: Sequence[torch.nn.Module], reference: Reference | None) -> ScoringModels:
         """Return the student with ``teacher`` and ``reference``, which read contexts in the layout of a step."""
@@ -411,7 +411,7 @@ class Learner:
         with self.target_models(teacher) as models:
             reference = self._reference(target, models.reference)
             options |= {"reference": reference, "measurement": measurement}
-            return self._schedule(packed, models.teacher, self._distillation_loss(target), **options)
+            return self._schedule(packed, models.teacher, self._loss_of(target), **options)
 
     def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss
@@ -453,6 +453,10 @@ class Learner:
             return None
         assert chunks is not None
         return Reference(target, chunks, self.config.loss.fused_chunk_tokens, self.config.loss.backend)
+
+    def _loss_of(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
+        """Return ``distillation_loss``, or another one where a teacher has a weight of its own."""
+        return self.distillation_loss if target is self.target else self._distillation_loss(target)
 
     def _distillation_loss(self, target: Target) -> token_losses.TokenLoss | FusedLoss:
         loss = self.config.loss

@@ -19,10 +19,10 @@ Paper: TIP, Xu et al. (arXiv 2604.14084), equations 2 to 5, of which the abstrac
 the authors' public code, which draws tokens at random with weights H^x D^y in place of the score s. Published are the
 score s of the paper's method, shares of .5 and .2, reverse KL to a larger model, 8192 new tokens and a rate of 1e-6.
 
-Differences: Ours is the teacher: the frozen weights behind the solution. Nothing is drawn at random. Tokens with equal
-scores at the limit are all chosen, so that K may be larger than the share. The published code needs less memory, as it
-keeps the logits of chosen tokens alone. Ours projects all tokens. Any target and divergence go with the score:
-recipe=default method.name=tip has the default's.
+Differences: Ours are the teacher, which is the frozen weights behind the solution, and the default's length of
+responses. Nothing is drawn at random. Tokens with equal scores at the limit are all chosen, so that K may be larger
+than the share. The published code needs less memory, as it keeps the logits of chosen tokens alone. Ours projects all
+tokens. Any target and divergence go with the score: recipe=default method.name=tip has the default's.
 
 Command:
 
