@@ -85,6 +85,7 @@ def test_unlikely_tokens_are_pushed_down_without_a_teacher_and_without_rewards(r
         assert step["terms/policy_mean"] == pytest.approx(step["terms/silent_share"] - 1, rel=1e-4), "p / mu is 1"
 
 
+@pytest.mark.full
 def test_the_weights_of_positions_shorten_the_gradient_of_the_same_responses(ranks, data, start, run_of, tmp_path):
     replay = f"rollout.replay={run_of('pw_opsd')}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", "pw_opsd", start, replay, "method.least_weight=1"))
@@ -94,6 +95,7 @@ def test_the_weights_of_positions_shorten_the_gradient_of_the_same_responses(ran
     assert 0.25 < weighted[0]["gradient_norm"] / unweighted[0]["gradient_norm"] < 0.95
 
 
+@pytest.mark.full
 def test_the_interpolation_trains_with_and_without_the_credit_of_later_tokens(ranks, data, start, run_of, tmp_path):
     credited = reproducible_metrics(run_of("beta_opsd"))
     train(ranks, arguments(data, tmp_path / "run", "beta_opsd", start, "method.signal=full", "method.discount=0"))
@@ -129,6 +131,7 @@ def test_the_contrast_of_hints_changes_the_advantages_of_the_same_responses(rank
     assert contrasted[0]["gradient_norm"] != pytest.approx(plain[0]["gradient_norm"], rel=0.01)
 
 
+@pytest.mark.full
 def test_the_order_changes_the_divergence_of_the_same_responses(ranks, data, start, run_of, tmp_path):
     replay = f"rollout.replay={run_of('sr_opsd')}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", "sr_opsd", start, replay, "method.order=1"))
@@ -137,6 +140,7 @@ def test_the_order_changes_the_divergence_of_the_same_responses(ranks, data, sta
     assert 0.3 < half["loss/mean"] / whole["loss/mean"] < 0.7, "near each other the divergence is alpha times KL"
 
 
+@pytest.mark.full
 def test_the_share_of_the_tokens_changes_the_gradient_of_the_same_responses(ranks, data, start, run_of, tmp_path):
     replay = f"rollout.replay={run_of('tip')}/responses.jsonl"
     train(ranks, arguments(data, tmp_path / "run", "tip", start, replay, "method.share=1"))
@@ -148,6 +152,7 @@ def test_the_share_of_the_tokens_changes_the_gradient_of_the_same_responses(rank
     assert half["gradient_norm"] != pytest.approx(whole["gradient_norm"], rel=0.01)
 
 
+@pytest.mark.full
 def test_forward_kl_is_added_for_some_tokens_of_the_same_responses(ranks, data, start, run_of, tmp_path):
     """A threshold of 100 leaves reverse KL alone, and 0 adds forward KL everywhere."""
     replay, first = f"rollout.replay={run_of('eopd')}/responses.jsonl", [reproducible_metrics(run_of("eopd"))[0]]

@@ -171,6 +171,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(ranks, places, one):
     assert bytes_of(halves / "teacher") == bytes_of(one / "teacher") != {}, "the start, which is the reference"
 
 
+@pytest.mark.full
 def test_a_directory_with_other_weights_than_before_is_refused_unless_forced(ranks, places, one, tmp_path):
     run, moved = tmp_path / "run", tmp_path / "math"
     shutil.copytree(places["math"], moved)

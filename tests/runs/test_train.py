@@ -168,6 +168,7 @@ def with_a_looping_student(arguments: list[str]) -> int:
     return tiny_run.start_with(arguments, Trainer, "update", spoilt)
 
 
+@pytest.mark.full
 def test_the_guard_of_loops_stops_a_run_whose_student_repeats_itself(ranks, data, tmp_path):
     keys = ["rollout.max_new_tokens=30", "guards.reference_steps=2", "guards.patience=1", "num_steps=3"]
     keys += ["guards.max_entropy_ratio=null", "guards.min_entropy_ratio=null", "guards.min_length_ratio=null"]
