@@ -87,10 +87,7 @@ def with_transformers(hf: Path, run_dir: Path, num_steps: int, seed: int, adapte
 
         model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
         options["learning_rate"] = 10 * LEARNING_RATE
-    rows = [
-        {"prompt": tokenizer(plain)["input_ids"], "hinted": tokenizer(hinted)["input_ids"]}
-        for plain, hinted in prompts(seed)
-    ]
+    rows = [{"prompt": plain, "hinted": hinted} for plain, hinted in prompts(tokenizer, seed)]
     trainer = hf_trainer.SelfDistillationTrainer(
         model, TrainingArguments(**options), train_dataset=rows, max_new_tokens=MAX_NEW_TOKENS
     )
@@ -151,7 +148,7 @@ def with_megatron(hf: Path, run_dir: Path, num_steps: int, seed: int) -> Any:
     from _lib import megatron_loop
 
     tokenizer, _ = load(hf)
-    problems = [(tokenizer(plain)["input_ids"], tokenizer(hinted)["input_ids"]) for plain, hinted in prompts(seed)]
+    problems = prompts(tokenizer, seed)
     overrides = ["~model", "model.make_vocab_size_divisible_by=8", f"num_steps={num_steps}", f"seed={seed}"]
     sizes = {"num_new_tokens": MAX_NEW_TOKENS, "batch_size": BATCH}
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -159,11 +156,13 @@ def with_megatron(hf: Path, run_dir: Path, num_steps: int, seed: int) -> Any:
     return megatron_loop.train(hf, run_dir, problems, forward_step, overrides + data, **sizes)
 
 
-def prompts(seed: int) -> list[tuple[str, str]]:
-    """Return the prompt of every training problem without and with its hint."""
+def prompts(tokenizer: Any, seed: int) -> list[tuple[list[int], list[int]]]:
+    """Return the tokens of every training problem's prompt, without and with its hint."""
+    rows = subtraction.training_problems(seed)
+    hinted = [HINTED.format(prompt=row["problem"], privileged_context=row["solution"]) for row in rows]
     return [
-        (row["problem"], HINTED.format(prompt=row["problem"], privileged_context=row["solution"]))
-        for row in subtraction.training_problems(seed)
+        (tokenizer(row["problem"])["input_ids"], tokenizer(text)["input_ids"])
+        for row, text in zip(rows, hinted, strict=True)
     ]
 
 

@@ -104,7 +104,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
 
 def about_teachers(config: Config, problems: Sequence[Problem]) -> Iterator[str]:
     """Yield a line per teacher of the key ``teachers``: its weights, its view, and how many problems name it."""
-    taught = Counter(name for problem in problems for name, _ in problem.shares or [(problem.teacher, 1.0)])
+    taught = Counter(name for problem in problems for name, _ in problem.teacher_shares)
     for name, teacher in config.named_teachers.items():
         place, view = (
             teacher.load or "the weights at the start",

@@ -20,6 +20,8 @@ ANCHORS = ("student", "reference")
 
 DIVERGENCES = ("reverse_kl", "forward_kl", "jsd")
 """Values of loss.divergence."""
+MAX_RENYI_ORDER = 4.0
+"""The largest order of a Renyi divergence."""
 
 LOSS_BACKENDS = ("torch", "triton")
 """Values of loss.backend; null chooses one of them."""

@@ -353,7 +353,7 @@ def _fitting_problems(
         counts += count
         if pairs:
             kept.append(problem)
-            for teacher, _ in problem.shares or [(problem.teacher, 1.0)]:
+            for teacher, _ in problem.teacher_shares:
                 of_teacher[teacher] += 1
                 if of_teacher[teacher] <= LOOKED_AT:
                     looked_at.append(_of_teacher(shown, pairs[0], teacher))

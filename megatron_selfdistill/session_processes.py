@@ -289,11 +289,8 @@ def _answer(call: str, result: Any) -> dict[str, Any]:
 def main() -> None:
     """Make the environment that standard input describes, and serve its rank, whose socket is the argument."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    for number in (
-        signal.SIGTERM,
-        signal.SIGINT,
-    ):  # the rank decides what ends; a program that a session starts differs
-        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)  # the rank decides what ends; a program that a session starts differs
     wanted = json.load(sys.stdin)
     try:
         environment = function_named("environment.name", wanted["name"], BUILT_IN)(**wanted["options"])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,7 +22,7 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.formats.hf_files import CONFIG, read_config, weight_files
 from megatron_selfdistill.interop.formats.saved_run import SavedRun
-from megatron_selfdistill.interop.formats.stored_adapters import read_stored_adapters
+from megatron_selfdistill.interop.formats.stored_adapters import digest_of_files, read_stored_adapters
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
@@ -122,9 +121,7 @@ def _digest(path: Path) -> str:
     if not is_hugging_face(path):
         return shared_base_digest(path)
     files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path).tensors])
-    entries = sorted(shared_checksums(path, files).items())
-    lines = [f"{name} {entry.size} {entry.checksum}\n" for name, entry in entries]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+    return digest_of_files(shared_checksums(path, files))
 
 
 def require_unchanged(saved: SavedRun, digests: Mapping[str, str], forced: bool) -> None:

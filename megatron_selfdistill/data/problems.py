@@ -63,6 +63,11 @@ class Problem:
     """Name and share of each teacher where the record has several, in the order of the names; the sum of the shares is
     1.  () for one teacher."""
 
+    @property
+    def teacher_shares(self) -> tuple[tuple[str, float], ...]:
+        """Name and share of each teacher, also of a single one."""
+        return self.shares or ((self.teacher, 1.0),)
+
 
 @dataclass(frozen=True)
 class ProblemSet:

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, TARGET_RULES
+from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, MAX_RENYI_ORDER, TARGET_RULES
 
 MIN_ENTROPY = 1e-6
 """The smallest entropy, in nats, that determines a beta.  A smaller H(p) is rounding noise: this value is matched."""
@@ -384,10 +384,6 @@ FLOOR = -1e12
 float32."""
 
 
-MAX_ORDER = 4.0
-"""The largest order of a Renyi divergence."""
-
-
 @dataclass(frozen=True)
 class Divergence:
     """The divergence that pulls the student p towards the constant target q.
@@ -424,12 +420,12 @@ class Divergence:
                 "Divergence.forward_above must be None or a number with the kind reverse_kl, to which it adds forward "
                 f"KL; got {self.forward_above} with {self.kind}."
             )
-        if not 0 < self.order <= MAX_ORDER or (
+        if not 0 < self.order <= MAX_RENYI_ORDER or (
             self.is_renyi and (self.kind == "jsd" or self.forward_above is not None)
         ):
             raise ValueError(
-                f"Divergence.order must be above 0 and at most {MAX_ORDER:g}, and 1 with jsd and with forward_above; "
-                f"got {self.order} with {self.kind} and forward_above={self.forward_above}."
+                f"Divergence.order must be above 0 and at most {MAX_RENYI_ORDER:g}, and 1 with jsd and with "
+                f"forward_above; got {self.order} with {self.kind} and forward_above={self.forward_above}."
             )
 
     @property

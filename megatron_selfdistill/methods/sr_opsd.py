@@ -49,6 +49,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
+from megatron_selfdistill.choices import MAX_RENYI_ORDER
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import above, at_most
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
@@ -61,7 +62,7 @@ if TYPE_CHECKING:
 class SrOpsdSettings(DefaultSettings):
     """The settings of SR-OPSD."""
 
-    order: Annotated[float, above(0), at_most(4)] = 0.5
+    order: Annotated[float, above(0), at_most(MAX_RENYI_ORDER)] = 0.5
     """Order alpha of the Renyi divergence; 1 is KL in the direction of loss.divergence."""
 
     @property

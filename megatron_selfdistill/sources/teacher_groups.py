@@ -82,6 +82,9 @@ def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str]) -> list[
 
 def _group(batch: StepBatch, readings: Sequence[Reading], several: float | None, grid: RankGrid) -> StepBatch:
     """Return the batch of one teacher; ``several``: N' / N, or None if no response of the step has several teachers."""
+    has_one_teacher = several is None and not any(context.of_teachers for context in batch.contexts)
+    if has_one_teacher and len(readings) == len(batch.contexts):
+        return batch
     group = chosen(batch, [index for index, _ in readings], grid.device)
     pairs = zip(group.contexts, readings, strict=True)
     contexts = [replace(it, teacher=one.teacher, teacher_prompt=one.prompt) for it, (_, one) in pairs]

@@ -182,11 +182,12 @@ def checksums(path: Path, files: Sequence[Path]) -> dict[str, Entry]:
 
 def digest_of(entries: Mapping[str, Entry]) -> str:
     """Return the digest of the files of weights among ``entries``."""
-    lines = [
-        f"{name} {entry.size} {entry.checksum}\n"
-        for name, entry in sorted(entries.items())
-        if _is_weight_file(Path(name).name)
-    ]
+    return digest_of_files({name: entry for name, entry in entries.items() if _is_weight_file(Path(name).name)})
+
+
+def digest_of_files(entries: Mapping[str, Entry]) -> str:
+    """Return the digest of files by their names, sizes and checksums."""
+    lines = [f"{name} {entry.size} {entry.checksum}\n" for name, entry in sorted(entries.items())]
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
 
 

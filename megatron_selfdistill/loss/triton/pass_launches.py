@@ -11,6 +11,7 @@ the same bits.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -134,38 +135,30 @@ def second_pass(
 
 def jsd_pass(shard: Shard, constants: TokenConstants, jsd_lambda: float) -> Tensor:
     """Launch the kernel of `shard_sums.jsd_pass`."""
-    sums = _new(shard, 2)
-    if sums.shape[1]:
-        with launching_on(shard.student):
-            jsd_pass_kernel[(sums.shape[1], shard.num_parts)](
-                shard.student,
-                shard.teacher,
-                *constants.tensors(),
-                sums,
-                *_extent(shard, _columns_per_load(shard)),
-                as_sum(shard.mix_weights[0]),
-                as_sum(jsd_lambda),
-                MIX=mix_of(shard.mix_weights),
-                **_summing(shard),
-            )
-    return sums
+    return _two_sums(jsd_pass_kernel, shard, constants, jsd_lambda)
 
 
 def renyi_pass(shard: Shard, constants: TokenConstants, divergence: Divergence) -> Tensor:
     """Launch the kernel of `shard_sums.renyi_pass`."""
+    is_forward = divergence.kind == "forward_kl"
+    return _two_sums(renyi_pass_kernel, shard, constants, 1 - divergence.order, FORWARD=is_forward)
+
+
+def _two_sums(kernel: Any, shard: Shard, constants: TokenConstants, number: float, **options: bool) -> Tensor:
+    """Launch the kernel of a pass that one kind of divergence makes alone; return its sums [num_parts, T, 2]."""
     sums = _new(shard, 2)
     if sums.shape[1]:
         with launching_on(shard.student):
-            renyi_pass_kernel[(sums.shape[1], shard.num_parts)](
+            kernel[(sums.shape[1], shard.num_parts)](
                 shard.student,
                 shard.teacher,
                 *constants.tensors(),
                 sums,
                 *_extent(shard, _columns_per_load(shard)),
                 as_sum(shard.mix_weights[0]),
-                as_sum(1 - divergence.order),
+                as_sum(number),
                 MIX=mix_of(shard.mix_weights),
-                FORWARD=divergence.kind == "forward_kl",
+                **options,
                 **_summing(shard),
             )
     return sums
