@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -234,6 +235,7 @@ def test_a_directory_without_room_is_refused_before_it_is_written_to(tmp_path, m
 KILLED = """
 import os, sys, torch
 from pathlib import Path
+from typing import Any
 from megatron_selfdistill.rollout.vllm.transfer_buckets import bucket_file
 with bucket_file(Path(sys.argv[1]), torch.ones(5, dtype=torch.uint8)):
     os.kill(os.getpid(), 9)
@@ -299,8 +301,13 @@ def test_names_are_looked_up_in_the_thread_that_joins_and_an_unknown_one_is_its_
 
 
 def test_the_bytes_in_a_file_are_only_the_owners(fakes, tmp_path):
-    modes: list[int] = []
-    fakes[0].update = lambda info: modes.extend(p.stat().st_mode & 0o777 for p in Path(tmp_path).iterdir())  # type: ignore[method-assign]
+    modes: set[int] = set()
+
+    def look(info: dict[str, Any]) -> None:
+        if info.get("where"):  # the file that this call reads: the other file may be replaced meanwhile
+            modes.add(Path(info["where"]["path"]).stat().st_mode & 0o777)
+
+    fakes[0].update = look  # type: ignore[method-assign]
     server = VllmServer(fakes[0].address, timeout_s=60)  # a busy machine may take longer than the others' 10 s
     assert not sent(SharedMemoryTransfer(tmp_path), [server], 1).failures
-    assert set(modes) == {0o600}
+    assert modes == {0o600}
