@@ -6,13 +6,16 @@ from __future__ import annotations
 import inspect
 import json
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from megatron_selfdistill.config.functions import function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_address
+from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.records import NO_TEXT, finite_number, is_text, plain
+from megatron_selfdistill.tool_calls import PARSERS, Parser, ToolCall, ToolCallError, tool_class, tools_of, typed
 
 REPLY_ROLES = ("user", "tool")
 """The roles of a message that shows a reply."""
@@ -252,9 +255,63 @@ class HttpSessions:
         return answer
 
 
+class ToolEnvironment:
+    """The environment with a state whose replies are the answers of tools, the methods of a class.
+
+    A response that calls tools gets their answers, one line each, and the episode goes on.  A call that cannot be read
+    or made, and a tool that raises, answer with "Error: " and the reason.  A response without a call ends the episode:
+    ``reward(response)`` of the class is its reward.  What a response writes within its thoughts is no call.
+    """
+
+    def __init__(self, tools: str, parser: str = "hermes", options: Mapping[str, Any] | None = None) -> None:
+        """``tools``: the dotted path of the class, which each episode makes with the keyword arguments ``options``.
+
+        ``parser``: hermes, llama, glm, or the dotted path of a `tool_calls.Parser`.  Raises: `ConfigError`.
+        """
+        self._kind, self._options = tool_class(tools), dict(options or {})
+        self._parse: Parser = function_named("environment.options.parser", parser, PARSERS)
+        self._names = ", ".join(tools_of(self._kind))
+
+    def reset(self, problem: Problem, seed: int) -> Any:
+        """Make the object with the tools; return the result of its method ``reset``, if it has one."""
+        self._tools: Any = self._kind(**self._options)
+        return self._tools.reset(problem, seed) if hasattr(self._tools, "reset") else None
+
+    async def step(self, response: str) -> Reply:
+        """Return the answers of the tools that the response calls, or the reward of its answer."""
+        try:
+            calls = self._parse(answer_text({"content": response}))
+        except ToolCallError as error:
+            return Reply(f"Error: {error}", role="tool", done=False)
+        if not calls:
+            return Reply(reward=await _awaited(self._tools.reward(response)))
+        return Reply("\n".join([await self._answer(call) for call in calls]), role="tool", done=False)
+
+    def close(self) -> Any:
+        """Call ``close`` of the object with the tools, if it has one."""
+        return self._tools.close() if hasattr(self._tools, "close") else None
+
+    async def _answer(self, call: ToolCall) -> str:
+        try:
+            if call.name not in tools_of(self._kind):
+                raise ToolCallError(f"there is no tool {call.name!r}: the tools are {self._names}")
+            tool = getattr(self._tools, call.name)
+            result = await _awaited(tool(**typed(call, tool)))
+        except ToolCallError as error:
+            return f"Error: {error}"
+        except Exception as error:  # a tool can raise any exception, which the model may learn from
+            return f"Error: {type(error).__name__}: {error}"
+        return result if isinstance(result, str) else json.dumps(result)
+
+
+async def _awaited(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result
+
+
 BUILT_IN: dict[str, Callable[..., Environment | SessionEnvironment]] = {
     "http": HttpEnvironment,
     "http_sessions": HttpSessions,
+    "tools": ToolEnvironment,
 }
 """Name of an environment that needs no dotted path -> its class."""
 

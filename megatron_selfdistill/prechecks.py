@@ -127,6 +127,8 @@ def require_environment(config: Config) -> None:
         inspect.signature(make).bind(**options)
         if name in BUILT_IN:
             make(**options)
+    except ConfigError:
+        raise
     except TypeError as error:
         raise ConfigError(
             f"environment.options must be the keyword arguments of {name}, got {sorted(options)}: {error}"

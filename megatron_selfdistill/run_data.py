@@ -38,6 +38,7 @@ from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.tool_calls import schemas_of, tool_class
 
 
 @dataclass(frozen=True)
@@ -418,8 +419,8 @@ def _templates(config: Config) -> PromptTemplates:
     return PromptTemplates(
         teacher=data.teacher_template or config.method.teacher_template or DEFAULT_TEACHER_TEMPLATE,
         student=data.student_template,
-        student_view=_view(data, "student"),
-        teacher_view=_view(data, "teacher"),
+        student_view=_view(config, "student"),
+        teacher_view=_view(config, "teacher"),
         of_teachers={
             name: teacher.template or data.student_template
             for name, teacher in config.named_teachers.items()
@@ -428,12 +429,14 @@ def _templates(config: Config) -> PromptTemplates:
     )
 
 
-def _view(data: DataConfig, name: str) -> PromptView:
+def _view(config: Config, name: str) -> PromptView:
     """Return the view ``name``: what both prompts share, with what data.views says of this one."""
-    own = data.views.get(name, {})
+    data, own = config.data, config.data.views.get(name, {})
+    tools = config.environment.options.get("tools") if config.environment.name == "tools" else None
+    shown = {"tools": schemas_of(tool_class(tools))} if tools is not None else {}
     return PromptView(
         system_prompt=own.get("system_prompt", data.system_prompt),
-        chat_template_kwargs=data.chat_template_kwargs | own.get("chat_template_kwargs", {}),
+        chat_template_kwargs=shown | data.chat_template_kwargs | own.get("chat_template_kwargs", {}),
         generation_prompt=own.get("generation_prompt"),
     )
 

@@ -323,14 +323,30 @@ def mean_cost(costs: Sequence[HintCost]) -> HintCost:
 def check_student_prompt(builder: PromptBuilder, problem: Problem, student: Sequence[int]) -> None:
     """Raise ValueError, without quoting the problem, unless its text can be read in the student's prompt.
 
-    ``student`` are the token ids of the prompt.  White space does not count, nor any character that
-    the tokenizer drops from all texts.
+    Tools that the chat template gets must change the prompt.  ``student`` are the token ids of the prompt.  White space
+    does not count, nor any character that the tokenizer drops from all texts.
     """
     if not _shows(builder.tokenizer, student, last_user_text(problem)):
         raise ValueError(
             f"{problem.location}: expected the student's prompt to show the problem, got {len(student)} tokens without "
             f"its text; {_ADVICE}"
         )
+    if builder.templates.student_view.chat_template_kwargs.get("tools") and _without_tools(builder, problem) == student:
+        raise ValueError(
+            f"{problem.location}: expected the student's prompt to show the tools, got the same {len(student)} tokens "
+            "with and without them: give a data.chat_template that shows tools"
+        )
+
+
+def _without_tools(builder: PromptBuilder, problem: Problem) -> list[int]:
+    """Return the student's prompt of the same template without tools; empty if the template needs tools."""
+    view = builder.templates.student_view
+    kwargs = {name: value for name, value in view.chat_template_kwargs.items() if name != "tools"}
+    templates = replace(builder.templates, student_view=replace(view, chat_template_kwargs=kwargs))
+    try:
+        return PromptBuilder(builder.tokenizer, templates).student_prompt(problem)
+    except ValueError:
+        return []
 
 
 def check_teacher_prompt(

@@ -31,16 +31,17 @@ from megatron_selfdistill.config.schema.ranges import (
 class EnvironmentConfig:
     """The environment that replies to the sampled responses, with texts and rewards."""
 
-    name: Annotated[str, OneOf(("none", "http", "http_sessions"), or_dotted=True)] = "none"
+    name: Annotated[str, OneOf(("none", "http", "http_sessions", "tools"), or_dotted=True)] = "none"
     """The environment: none, http (an endpoint for chat completions that plays the environment), http_sessions (an
-    endpoint with a state for each episode) or the dotted path of a class, or of a function that makes an environment,
-    such as package.module.Class.  With an environment, the reward of a response is the reward of the reply to it,
-    unless method.reward names a function."""
+    endpoint with a state for each episode), tools (the methods of a class, which responses call and prompts show) or
+    the dotted path of a class, or of a function that makes an environment, such as package.module.Class.  With an
+    environment, the reward of a response is the reward of the reply to it, unless method.reward names a function."""
     options: dict[str, Any] = field(default_factory=dict, repr=False)
     """Keyword arguments of the class or the function that name names.  Those of http are url (such as
     http://host:8000/v1; requests go to url/chat/completions), model, api_key, timeout_s, retries and concurrency (the
-    requests of a rank at the same time).  Write a key as ${oc.env:ENVIRONMENT_OPTIONS_API_KEY}: the files of the run
-    show this text even for a key that is written out."""
+    requests of a rank at the same time).  Those of tools are tools (the dotted path of the class), parser (hermes,
+    llama, glm or a dotted path) and options (the keyword arguments of the class).  Write a key as
+    ${oc.env:ENVIRONMENT_OPTIONS_API_KEY}: the files of the run show this text even for a key that is written out."""
     max_turns: PositiveInt = 1
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""

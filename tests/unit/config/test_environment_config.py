@@ -32,7 +32,7 @@ def configured(*overrides: str) -> Config:
         (["environment.options={a: 1}"], "environment.options is a setting of an environment"),
         (
             ["environment.name=Checker"],
-            "environment.name must be one of none, http, http_sessions, a dotted path (package.module.function), got",
+            "environment.name must be one of none, http, http_sessions, tools, a dotted path (package.module.function)",
         ),
         (["environment.name=http"], "environment.name=http needs environment.options.url, such as http://host:8000/v1"),
         (

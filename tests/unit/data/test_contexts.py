@@ -30,7 +30,7 @@ from megatron_selfdistill.data.contexts import (
     plan_contexts,
 )
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 
 
@@ -226,6 +226,15 @@ def test_prompts_that_show_both_texts_pass_with_any_tokenizer(directory: Path, t
 
 def test_a_template_without_contents_is_found_in_the_students_prompt(directory: Path) -> None:
     assert "the student's prompt to show the problem" in refusal(builder(directory, EMPTY))
+
+
+def test_a_template_that_shows_no_tools_is_refused_where_there_are_some(directory: Path) -> None:
+    view = PromptView(chat_template_kwargs={"tools": [{"type": "function", "function": {"name": "compute"}}]})
+    templates = PromptTemplates(student_view=view, teacher_view=view)
+    blind = PromptBuilder(load_tokenizer(directory, chat_template=PLAIN), templates)
+    assert "with and without them" in refusal(blind)
+    shown = "{% for t in tools %}{{ t.function.name }}:{% endfor %}" + PLAIN
+    check(PromptBuilder(load_tokenizer(directory, chat_template=shown), templates))
 
 
 def test_a_teachers_prompt_that_is_the_students_is_named_as_that(directory: Path) -> None:

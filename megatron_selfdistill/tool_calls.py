@@ -1,0 +1,164 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Calls of tools: the class that has the tools, their schemas, and how the models of each family write a call."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any, get_args, get_type_hints
+
+from megatron_selfdistill.config.functions import imported
+from megatron_selfdistill.errors import ConfigError
+
+_SHOWN = 200  # characters of a call that cannot be read
+
+
+class ToolCallError(ValueError):
+    """A call that cannot be read or made; the model reads the message."""
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call of the tool ``name``."""
+
+    name: str
+    arguments: dict[str, Any]
+    """The arguments by name.  An argument whose format has no types is a text."""
+
+
+Parser = Callable[[str], list[ToolCall]]
+"""A function that returns the calls in a response, or none for an answer.  It raises `ToolCallError`."""
+
+
+def hermes(response: str) -> list[ToolCall]:
+    """Return the calls in the format of Hermes and Qwen: <tool_call>{"name": .., "arguments": {..}}</tool_call>."""
+    return [_call(block, ("arguments",)) for block in _blocks(response)]
+
+
+def llama(response: str) -> list[ToolCall]:
+    """Return the calls in the format of Llama 3: a response that is one object {"name": .., "parameters": {..}}.
+
+    Several objects are separated by semicolons.  <|python_tag|> may stand before them.
+    """
+    rest = response.strip().removeprefix("<|python_tag|>").strip()
+    calls: list[ToolCall] = []
+    while rest.startswith("{"):
+        try:
+            _, end = json.JSONDecoder().raw_decode(rest)
+        except (ValueError, RecursionError):
+            end = len(rest)
+        calls.append(_call(rest[:end], ("parameters", "arguments")))
+        rest = rest[end:].lstrip("; \n")
+    if calls and rest:
+        raise ToolCallError(f"expected nothing after the tool calls, got {rest[:_SHOWN]!r}")
+    return calls
+
+
+def glm(response: str) -> list[ToolCall]:
+    """Return the calls in the format of GLM 4.5: <tool_call>NAME, then pairs of <arg_key> and <arg_value>.
+
+    All arguments are texts, since the format writes a text and a number alike.
+    """
+    calls = []
+    for block in _blocks(response):
+        name, *rest = re.split(r"(?=<arg_key>)", block, maxsplit=1)
+        pairs = "".join(rest)
+        pair = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
+        if not name.strip() or pair.sub("", pairs):
+            raise ToolCallError(
+                f"expected a name and pairs of <arg_key> and <arg_value> in <tool_call>, got {block[:_SHOWN]!r}"
+            )
+        calls.append(ToolCall(name.strip(), {key.strip(): value for key, value in pair.findall(pairs)}))
+    return calls
+
+
+NO_TOOLS = ("reset", "reward", "close")
+"""The methods of a class with tools that are no tools."""
+PARSERS: dict[str, Parser] = {"hermes": hermes, "llama": llama, "glm": glm}
+"""Name of a parser that needs no dotted path -> its function."""
+
+
+def typed(call: ToolCall, tool: Callable[..., Any]) -> dict[str, Any]:
+    """Return the keyword arguments of ``call`` for ``tool``.
+
+    A text for a parameter whose annotation takes no text is read as JSON where it is JSON: "3" for an ``int`` is 3.
+
+    Raises: `ToolCallError` for an argument that is missing, and for one that the tool does not have.
+    """
+    hints = get_type_hints(tool)
+    texts = {name for name in call.arguments if str in (hint := hints.get(name, str), *get_args(hint))}
+    arguments = {name: value if name in texts else _read(value) for name, value in call.arguments.items()}
+    try:
+        inspect.signature(tool).bind(**arguments)
+    except TypeError as error:
+        raise ToolCallError(f"{call.name}: {error}") from error
+    return arguments
+
+
+def tool_class(path: str) -> type:
+    """Return the class with the dotted path ``path``, whose public methods are the tools.
+
+    Raises: `ConfigError` if there is no such class, or if it has no method ``reward``.
+    """
+    key = "environment.options.tools"
+    kind = imported(key, path, "class")
+    if not isinstance(kind, type) or not callable(getattr(kind, "reward", None)):
+        raise ConfigError(f"{key}={path}: expected a class with a method reward(response), which rewards an answer")
+    return kind
+
+
+def tools_of(kind: type) -> dict[str, Callable[..., Any]]:
+    """Return the tools of a class by their names: its public methods but reset, reward and close."""
+    methods = inspect.getmembers(kind, inspect.isfunction)
+    return {name: method for name, method in methods if not name.startswith("_") and name not in NO_TOOLS}
+
+
+def schemas_of(kind: type) -> list[dict[str, Any]]:
+    """Return the schema of each tool of a class, which chat templates show: from annotations and docstring.
+
+    Raises: `ConfigError` for a class without tools, and for a tool whose annotations or docstring say too little.
+    """
+    from transformers.utils import get_json_schema  # slow, and only a run with tools needs it
+
+    found = []
+    for name, tool in tools_of(kind).items():
+        try:
+            found.append(get_json_schema(MethodType(tool, kind)))  # a bound method: self is no argument
+        except Exception as error:  # transformers has its own errors for docstrings and annotations
+            raise ConfigError(
+                f"{kind.__qualname__}.{name}: expected annotations and a docstring that describes each argument below "
+                f"'Args:', from which the prompt shows the tool, got {type(error).__name__}: {error}"
+            ) from error
+    if not found:
+        raise ConfigError(f"{kind.__qualname__} has no tool: expected a public method beside {', '.join(NO_TOOLS)}")
+    return found
+
+
+def _blocks(response: str) -> list[str]:
+    """Return the texts between <tool_call> and </tool_call>."""
+    *closed, rest = re.split("</tool_call>", response)
+    if "<tool_call>" in rest or not all("<tool_call>" in part for part in closed):
+        raise ToolCallError("expected </tool_call> after each <tool_call>")
+    return [part.partition("<tool_call>")[2] for part in closed]
+
+
+def _call(text: str, names: tuple[str, ...]) -> ToolCall:
+    """Return the call that an object in JSON describes, whose arguments have one of the ``names``."""
+    value = _read(text)
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        [*given] = [value[name] for name in names if name in value]
+        if not given or (len(given) == 1 and isinstance(given[0], dict)):
+            return ToolCall(value["name"], given[0] if given else {})
+    raise ToolCallError(f'expected {{"name": .., "{names[0]}": {{..}}}} in JSON, got {text.strip()[:_SHOWN]!r}')
+
+
+def _read(value: Any) -> Any:
+    """Return the value of a text in JSON; any other text and any other value as it is."""
+    try:
+        return json.loads(value)
+    except (TypeError, ValueError, RecursionError):
+        return value
