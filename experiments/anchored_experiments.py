@@ -48,6 +48,11 @@ SIX = {
 }
 """The six arms: the teacher alone; the mix with the student, matched with the bound and strictly; the anchored target
 with k = 1 + w, matched with the bound (the default) and matched strictly."""
+CONTROLS = {
+    "other_hint": (*SIX["anchored_matched"], "data.solutions=other"),
+    "no_hint": (*SIX["anchored_matched"], "data.solutions=none"),
+}
+"""The default whose teacher reads the hint of another problem, or the wording of a hint alone."""
 TWO_BEST = ("anchored_matched", "anchored_fixed")
 FOR_UNSOLVED = {
     "teacher_alone": SIX["teacher_alone"],
@@ -367,4 +372,10 @@ EXPERIMENTS = {
         Experiment("leak_long", "A leaking hint, 1000 steps", leaking_subtraction.TASK, LONG),
         Experiment("quickstart_long", "The quickstart, 1000 steps", subtraction.TASK, LONG),
     )
+}
+EXPERIMENTS |= {
+    f"{name}_controls": dataclasses.replace(
+        EXPERIMENTS[name], name=f"{name}_controls", title=f"{EXPERIMENTS[name].title}: controls", arms=CONTROLS
+    )
+    for name in ("leak", "quickstart", "hard", "many_answers")
 }

@@ -48,6 +48,8 @@ NAMES = {
     "student_matched_guided": "mix with the student, matched, guided rollouts",
     "student_matched_forward_guided": "mix with the student, matched, forward KL, guided rollouts",
     "rft": "RFT with a verifier",
+    "other_hint": "control: anchored, matched, another problem's hint",
+    "no_hint": "control: anchored, matched, no hint",
 }
 """Name of an arm -> its label in a table."""
 HEADINGS = {
@@ -75,7 +77,7 @@ class Part:
 THINKING = ("within_3", "overlooked", "fork_entropy")
 TABLES = {
     "leak": (
-        Part(("leak",), "400 steps", ("greedy", "sampled", "shows_work", "best")),
+        Part(("leak", "leak_controls"), "400 steps", ("greedy", "sampled", "shows_work", "best")),
         Part(("leak_long",), "1000 steps", ("sampled", "shows_work")),
     ),
     "leak_refreshed": (Part(("leak_refreshed",), "", ("greedy", "sampled", "shows_work", "best")),),
@@ -86,12 +88,12 @@ TABLES = {
     ),
     "choosing": (Part(("choosing",), "H", THINKING), Part(("choosing_surer",), "K", THINKING)),
     "price": (
-        Part(("quickstart",), "quickstart", ("sampled",)),
+        Part(("quickstart", "quickstart_controls"), "quickstart", ("sampled",)),
         Part(("quickstart_long",), "quickstart, 1000 steps", ("sampled",)),
         Part(("wrong_hints",), "wrong hints", ("sampled",)),
         Part(("wrong_hints_forward",), "wrong hints, forward KL", ("sampled",)),
-        Part(("hard",), "hard problems", ("sampled",)),
-        Part(("many_answers",), "many answers", ("sampled", "different")),
+        Part(("hard", "hard_controls"), "hard problems", ("sampled",)),
+        Part(("many_answers", "many_answers_controls"), "many answers", ("sampled", "different")),
         Part(("chat_logs",), "chat logs", ("sampled",)),
     ),
 }
