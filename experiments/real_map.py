@@ -211,13 +211,20 @@ def with_other_hints(records: Sequence[Record], seed: int) -> list[Record]:
 
 
 def trained(trainer: Trainer) -> dict[str, Any]:
-    """Train all steps; return the loss of every step, and the seconds of a step: the median from the second step on."""
-    losses, seconds = [], []
+    """Train all steps; return the loss of every step, and the seconds of a step: the median from the second step on.
+
+    A step of RFT in which no response is right has no loss: None.
+    """
+    losses: list[float | None] = []
+    seconds = []
     for _ in range(trainer.config.num_steps):
         began = time.perf_counter()
-        losses.append(train_one_step(trainer)["loss/mean"])
+        losses.append(train_one_step(trainer).get("loss/mean"))
         seconds.append(time.perf_counter() - began)
-    return {"losses": [round(loss, 5) for loss in losses], "step_seconds": round(median(seconds[1:]), 2)}
+    return {
+        "losses": [loss if loss is None else round(loss, 5) for loss in losses],
+        "step_seconds": round(median(seconds[1:]), 2),
+    }
 
 
 def measured(trainer: Trainer, hinted: bool = False) -> dict[str, Any]:
