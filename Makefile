@@ -102,7 +102,7 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
 # An environment of its own beside the project's, whose packages it sees.
-test-environments: venv ## run the tests with environments of other projects (TextWorld, reasoning-gym, OpenEnv; Linux, x86_64)
+test-environments: venv ## run the tests with environments of other projects (TextWorld, reasoning-gym, verifiers, OpenEnv; Linux, x86_64)
 	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(ENVIRONMENTS_VENV)" environments
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
 		$(ENVIRONMENTS_VENV)/bin/python -m pytest -q tests/environments $(ARGS)
