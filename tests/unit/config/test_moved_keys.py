@@ -69,7 +69,7 @@ def now(case: str, *more: str) -> dict[str, Any]:
     return loaded(*NEW_SPELLING.get(case, STORED["cases"][case]["arguments"]), *more)
 
 
-@pytest.mark.parametrize("case", STORED["cases"])
+@combinations(case=list(STORED["cases"]), quick={"case": ["default", "own", "sdpo", "caopd"]}, strength=1)
 def test_a_stored_configuration_has_no_difference_from_the_new_spelling(case):
     old, new = stored(case), now(case)
     assert translated(old, new["method"]["name"])["method"].items() <= new["method"].items()

@@ -12,6 +12,7 @@ import hf_models
 import models
 import pytest
 import torch
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -286,8 +287,13 @@ MISTAKES = {
 """The mistakes that are tried with each kind."""
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
-@pytest.mark.parametrize("kind", KINDS)
+@combinations(
+    kind=list(KINDS),
+    dtype=[torch.float32, torch.bfloat16, torch.float8_e4m3fn],
+    quick={"dtype": ["torch.bfloat16"]},
+    strength=1,
+    full_strength=2,
+)
 def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
     directory = written(kind)[0]
     _, _, rules, tensors = hf_models.read(directory)
