@@ -23,7 +23,7 @@ from megatron_selfdistill.data.contexts import ContextPair
 
 @dataclass(frozen=True)
 class Microbatch:
-    """One packed sequence of S tokens: segments of a context with its padding, then segments that are only padding."""
+    """One packed sequence of S tokens: segments of contexts with padding, then segments that are only padding."""
 
     tokens: Tensor
     """Token ids [S] int64; 0 at padding."""
@@ -40,7 +40,7 @@ class Microbatch:
     """Index [R] int64, in ``PackedBatch.response_tokens``, of the token that each of ``response_positions``
     predicts."""
     num_sequences: int
-    """Number of contexts; 0 in a microbatch without loss."""
+    """Number of segments with contexts; 0 in a microbatch without loss."""
 
     @property
     def max_seqlen(self) -> int:
@@ -91,6 +91,8 @@ class PackingRules:
     contexts are packed by themselves."""
     seq_multiple: int | None = None
     """Another number of which the length of a packed sequence is a multiple; None is 1."""
+    joins_turns: bool = False
+    """Whether a context that continues the context before it shares the segment of that context (`segments_of`)."""
 
     @property
     def segment_multiple(self) -> int:
@@ -162,6 +164,7 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
     Raises: ValueError as `required_seq_length`, and for a ``seq_length`` that is too small or no multiple.
     """
     need = required_seq_length(contexts, rules)
+    segments = segments_of(contexts, rules)
     length = need if seq_length is None else seq_length
     if length % rules.length_multiple or not need <= length <= rules.max_tokens:
         raise ValueError(
@@ -175,10 +178,11 @@ def pack(contexts: Sequence[ContextPair], rules: PackingRules, *, seq_length: in
         offsets.append(offsets[-1] + len(context.response))
 
     def microbatches(prompts: list[list[int]], sequences: list[list[int]]) -> list[Microbatch]:
+        def turns(segment: range) -> tuple[list[Turn], int]:
+            return [(prompts[i], contexts[i].response) for i in segment], offsets[segment[0]]
+
         return [
-            microbatch_of(
-                [(prompts[i], contexts[i].response, offsets[i]) for i in sequence], length, rules.segment_multiple
-            )
+            microbatch_of([turns(segments[i]) for i in sequence], length, rules.segment_multiple)
             for sequence in sequences
         ]
 
@@ -253,20 +257,40 @@ def require_prompts(contexts: Sequence[ContextPair]) -> None:
             )
 
 
+def segments_of(contexts: Sequence[ContextPair], rules: PackingRules) -> list[range]:
+    """Return the indices of the contexts of each segment, in order: one context, or the turns of one episode.
+
+    With ``rules.joins_turns`` a context joins the one before it if both of its prompts begin with the tokens of that
+    one, its response included.  A model with causal attention reads each response after the same tokens either way, so
+    that values and gradients stay the same, and an episode is read once and not once per turn.
+    """
+    starts = [i for i in range(len(contexts)) if not (rules.joins_turns and i and _continues(*contexts[i - 1 : i + 1]))]
+    return [range(start, end) for start, end in pairwise([*starts, len(contexts)])]
+
+
+def _continues(before: ContextPair, after: ContextPair) -> bool:
+    prompts = (before.student_prompt, after.student_prompt), (before.teacher_prompt, after.teacher_prompt)
+    return bool(before.response) and all(
+        longer[: len(prompt)] == prompt and longer[len(prompt) : len(prompt) + len(before.response)] == before.response
+        for prompt, longer in prompts
+    )
+
+
 def padded_lengths(contexts: Sequence[ContextPair], rules: PackingRules) -> tuple[list[int], list[int]]:
-    """Return the lengths of the student's and of the teacher's contexts, padded to ``rules.segment_multiple``.
+    """Return the lengths of the segments of student and teacher (`segments_of`), padded to ``rules.segment_multiple``.
 
     Raises: ValueError if a context is longer than ``rules.max_tokens`` allows, or has an empty prompt.
     """
     require_prompts(contexts)
     capacity = rules.capacity
-    student = [round_up(context.student_length, rules.segment_multiple) for context in contexts]
-    teacher = [round_up(context.teacher_length, rules.segment_multiple) for context in contexts]
+    lasts = [contexts[segment[-1]] for segment in segments_of(contexts, rules)]
+    student = [round_up(context.student_length, rules.segment_multiple) for context in lasts]
+    teacher = [round_up(context.teacher_length, rules.segment_multiple) for context in lasts]
     for role, lengths in (("student", student), ("teacher", teacher)):
-        longest = max(range(len(contexts)), key=lengths.__getitem__, default=None)
+        longest = max(range(len(lasts)), key=lengths.__getitem__, default=None)
         if longest is not None and lengths[longest] > capacity:
             raise ValueError(
-                f"Problem {contexts[longest].problem_id}: expected a {role}'s context of at most "
+                f"Problem {lasts[longest].problem_id}: expected a {role}'s context of at most "
                 f"{capacity} tokens, the longest packed sequence within max_tokens, got {lengths[longest]} (padding "
                 "for context parallelism included); raise max_tokens, or lower the length that contexts may have."
             )
@@ -276,9 +300,9 @@ def padded_lengths(contexts: Sequence[ContextPair], rules: PackingRules) -> tupl
 def planned_sequences(
     student: list[int], teacher: list[int], capacity: int, *, paired: bool
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Return the contexts of each microbatch of student and teacher, from the results of `padded_lengths`.
+    """Return the segments of each microbatch of student and teacher, from the results of `padded_lengths`.
 
-    Each context goes into the first microbatch of at most ``capacity`` tokens with room, the longest context first.
+    Each segment goes into the first microbatch of at most ``capacity`` tokens with room, the longest segment first.
     No length exceeds ``capacity``.  ``paired``: as in `PackingRules`.
     """
     if paired:
@@ -306,12 +330,15 @@ def _first_fit_decreasing(lengths_by_role: list[list[int]], capacity: int) -> li
     return sequences
 
 
-def microbatch_of(
-    contexts: Sequence[tuple[list[int], list[int], int]], seq_length: int, segment_multiple: int
-) -> Microbatch:
-    """Return the packed sequence of ``contexts``: (prompt, response, index of the first token in all responses).
+Turn = tuple[list[int], list[int]]
+"""A prompt and the response that follows it."""
 
-    ``segment_multiple``: the number of which the length of each segment is a multiple, as ``seq_length`` is.
+
+def microbatch_of(segments: Sequence[tuple[Sequence[Turn], int]], seq_length: int, segment_multiple: int) -> Microbatch:
+    """Return the packed sequence of ``segments``: (turns, index of their first response token in all responses).
+
+    The last turn of a segment has all tokens of the segment.  ``segment_multiple``: the number of which the length of
+    each segment is a multiple, as ``seq_length`` is.
     """
     tokens = torch.zeros(seq_length, dtype=torch.int64)
     position_ids = torch.zeros(seq_length, dtype=torch.int64)
@@ -319,15 +346,18 @@ def microbatch_of(
     bounds = [0]
     response_positions = [torch.empty(0, dtype=torch.int64)]
     response_ids = [torch.empty(0, dtype=torch.int64)]
-    for prompt, response, offset in contexts:
-        start, length = bounds[-1], len(prompt) + len(response)
+    for turns, offset in segments:
+        whole = turns[-1][0] + turns[-1][1]
+        start, length = bounds[-1], len(whole)
         end = start + round_up(length, segment_multiple)
-        tokens[start : start + length] = _int64(prompt + response)
+        tokens[start : start + length] = _int64(whole)
         position_ids[start:end] = torch.arange(end - start)
         padding_mask[start : start + length] = False
-        first = start + len(prompt) - 1  # the position whose hidden state predicts the first response token
-        response_positions.append(torch.arange(first, first + len(response)))
-        response_ids.append(torch.arange(offset, offset + len(response)))
+        for prompt, response in turns:
+            first = start + len(prompt) - 1  # the position whose hidden state predicts the first response token
+            response_positions.append(torch.arange(first, first + len(response)))
+            response_ids.append(torch.arange(offset, offset + len(response)))
+            offset += len(response)
         bounds.append(end)
     piece = padding_length(seq_length, segment_multiple)
     while bounds[-1] < seq_length:
@@ -339,7 +369,7 @@ def microbatch_of(
         padding_mask=padding_mask,
         response_positions=torch.cat(response_positions),
         response_ids=torch.cat(response_ids),
-        num_sequences=len(contexts),
+        num_sequences=len(segments),
     )
 
 

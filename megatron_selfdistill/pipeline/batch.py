@@ -22,7 +22,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 
 import torch
 import torch.distributed as dist
@@ -43,6 +42,7 @@ from megatron_selfdistill.data.packing import (
     padded_lengths,
     planned_sequences,
     required_seq_length,
+    segments_of,
 )
 from megatron_selfdistill.distributed.collectives import gather_integers, max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
@@ -78,6 +78,8 @@ class Packing:
     """The number of which the length of a microbatch is a multiple (`token_multiple`); None is 1."""
     attention_tokens: int | None = None
     """The length of a context whose attention takes as long as everything else; None leaves attention out."""
+    joins_turns: bool = False
+    """Whether the turns of an episode share a segment (`PackingRules.joins_turns`)."""
 
     @classmethod
     def of_model(
@@ -88,6 +90,7 @@ class Packing:
         pair_order: str,
         with_teacher: bool,
         with_reference: bool = False,
+        joins_turns: bool = False,
     ) -> Packing:
         """Return the packing for the layers of a model.
 
@@ -101,6 +104,7 @@ class Packing:
             with_reference,
             seq_multiple=token_multiple(config),
             attention_tokens=12 * config.hidden_size,
+            joins_turns=joins_turns,
         )
 
     @property
@@ -115,7 +119,8 @@ class Packing:
 
     def rules(self, grid: RankGrid) -> PackingRules:
         """Return the sizes of microbatches in a layout."""
-        return PackingRules(self.max_tokens, grid.cp_size, grid.tp_size, self.is_paired, self.seq_multiple)
+        sizes = self.max_tokens, grid.cp_size, grid.tp_size
+        return PackingRules(*sizes, self.is_paired, self.seq_multiple, self.joins_turns)
 
     def quantum(self, grid: RankGrid) -> int | None:
         """Return the `length_quantum` of a GPU; None on a CPU."""
@@ -187,17 +192,17 @@ def pack_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: Ran
 def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid: RankGrid) -> list[list[int]] | None:
     """Return the replica that shall train on each context, ``placement[r][i]`` for context i of replica r.
 
-    All ranks get the same result (`placed`).  It is None if all contexts should stay where they are,
-    because there is one replica or the step would not become shorter.
+    All ranks get the same result (`placed`), in which the contexts of a segment stay together.  It is None if all
+    contexts should stay where they are, because there is one replica or the step would not become shorter.
     Collectives: over the data-parallel ranks, one `gather_integers` of the lengths and one maximum.  Raises: ValueError
     where one context alone exceeds ``max_tokens``.
     """
     if grid.dp_size == 1:
         return None
     rules = packing.rules(grid)
-    own = zip(*padded_lengths(contexts, rules), strict=True)
-    gathered = gather_integers([length for pair in own for length in pair], grid.dp_group)
-    by_replica = [list(zip(numbers[::2], numbers[1::2], strict=True)) for numbers in gathered]
+    own = zip(*padded_lengths(contexts, rules), map(len, segments_of(contexts, rules)), strict=True)
+    gathered = gather_integers([number for segment in own for number in segment], grid.dp_group)
+    by_replica = [list(zip(numbers[::3], numbers[1::3], strict=True)) for numbers in gathered]
     lengths = [pair for part in by_replica for pair in part]
     homes = [replica for replica, part in enumerate(by_replica) for _ in part]
     replicas = placed([packing.costs(*pair) for pair in lengths], homes, grid.dp_size)
@@ -209,7 +214,8 @@ def placement_everywhere(contexts: Sequence[ContextPair], packing: Packing, grid
     if packing.step_time(proposed, budgets, grid) >= packing.step_time(present, budgets, grid):
         return None
     remaining = iter(replicas)
-    return [list(islice(remaining, len(part))) for part in by_replica]
+    sizes = [numbers[2::3] for numbers in gathered]
+    return [[replica for size in part for replica in [next(remaining)] * size] for part in sizes]
 
 
 def microbatch_multiple(grid: RankGrid) -> int:

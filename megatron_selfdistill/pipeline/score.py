@@ -110,6 +110,8 @@ class ScoringModels:
     """As for `schedule.run`."""
     teacher_store_bytes: float = float("inf")
     """As for `schedule.run`."""
+    joins_turns: bool = False
+    """As in `Packing`."""
 
 
 @dataclass(frozen=True)
@@ -178,6 +180,7 @@ def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> 
         pair_order=models.pair_order,
         with_teacher=models.teacher is not None,
         with_reference=models.reference is not None,
+        joins_turns=models.joins_turns,
     )
     batch = pack_everywhere(contexts, packing, models.grid)
     output = schedule.run(

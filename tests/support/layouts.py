@@ -84,6 +84,10 @@ class Case:
     replays_partial_batches: bool = False
     """Whether the microbatches of all partial batches run in one call."""
     mutation: str | None = None
+    num_turns: int = 0
+    """Number of turns of each episode whose turns are the contexts of the step; 0 takes the contexts of no episode."""
+    joins_turns: bool = False
+    """Whether the turns of an episode share a segment."""
 
 
 @dataclass
@@ -118,10 +122,27 @@ def contexts() -> list[ContextPair]:
     return pairs
 
 
+def turns(num_turns: int, num_episodes: int = 3) -> list[ContextPair]:
+    """Return the turns of ragged episodes, in which short replies follow the responses."""
+    rng = random.Random(11)
+
+    def tokens(most: int) -> list[int]:
+        return [rng.randrange(models.VOCAB_SIZE) for _ in range(rng.randrange(1, most))]
+
+    pairs = []
+    for index in range(num_episodes):
+        student, teacher = tokens(6), tokens(12)
+        for _ in range(num_turns):
+            response, reply = tokens(6), tokens(4)
+            pairs.append(ContextPair(f"p{index}", student, teacher, response, False))
+            student, teacher = [*student, *response, *reply], [*teacher, *response, *reply]
+    return pairs
+
+
 def contexts_of(case: Case) -> list[ContextPair]:
-    """Return `contexts`, of which every third one is guided where the case has guided tokens."""
-    some = case.guided is not None
-    return [dataclasses.replace(context, guided=some and i % 3 == 1) for i, context in enumerate(contexts())]
+    """Return the `turns` of the case, or `contexts`; every third one is guided where the case has guided tokens."""
+    some, pairs = case.guided is not None, turns(case.num_turns) if case.num_turns else contexts()
+    return [dataclasses.replace(context, guided=some and i % 3 == 1) for i, context in enumerate(pairs)]
 
 
 def packed(case: Case, grid: RankGrid) -> PackedBatch:
@@ -145,6 +166,7 @@ def packed_partial_batch(
         "cp_size": grid.cp_size,
         "tp_size": grid.tp_size,
         "paired": case.paired,
+        "joins_turns": case.joins_turns,
     }
     rules = PackingRules(**arguments)
     length = _max(required_seq_length(everything, rules, seq_quantum=case.seq_quantum), grid)

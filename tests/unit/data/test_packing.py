@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_selfdistill.data.packing import (
     pad_to_count,
     padding_length,
     required_seq_length,
+    segments_of,
 )
 
 SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(0, 12)), max_size=14)
@@ -45,6 +47,19 @@ def contexts_of(shapes: list[tuple[int, int, int]]) -> list[ContextPair]:
         return [next(number) for _ in range(count)]
 
     return [ContextPair(f"p{i}", fresh(s), fresh(t), fresh(r), False) for i, (s, t, r) in enumerate(shapes)]
+
+
+def turns_of(num_turns: int, hint: int = 3) -> list[ContextPair]:
+    """Return the turns of two episodes whose responses have four tokens, and replies two, after prompts of five."""
+    number, turns = iter(range(1, 10**6)), []
+    for name in "ab":
+        student = [next(number) for _ in range(5)]
+        teacher = [*[next(number) for _ in range(hint)], *student]
+        for _ in range(num_turns):
+            response, reply = [next(number) for _ in range(4)], [next(number) for _ in range(2)]
+            turns.append(ContextPair(name, student, teacher, response, False))
+            student, teacher = [*student, *response, *reply], [*teacher, *response, *reply]
+    return turns
 
 
 def segments(microbatch: Microbatch) -> list[tuple[int, int]]:
@@ -290,3 +305,45 @@ def test_a_quantum_rounds_the_length_up_within_the_budget(
 def test_the_quantum_is_a_power_of_two_that_costs_little(max_tokens, quantum):
     assert length_quantum(max_tokens) == quantum
     assert quantum == 1 or quantum <= max_tokens / 16
+
+
+def read_tokens(num_turns: int, **options: Any) -> list[int]:
+    """Return the number of tokens that student and teacher read in all microbatches of two episodes."""
+    packed = pack(turns_of(num_turns), PackingRules(max_tokens=300, cp_size=1, tp_size=1, **options))
+    return [sum(int((~m.padding_mask).sum()) for m in stream) for stream in (packed.student, packed.teacher)]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+def test_an_episode_of_twenty_turns_reads_at_most_2_2_times_the_tokens_of_ten(paired):
+    options = {"paired": paired, "joins_turns": True}
+    ten, twenty = read_tokens(10, **options), read_tokens(20, **options)
+    assert ten == [2 * (5 + 10 * 4 + 9 * 2), 2 * (8 + 10 * 4 + 9 * 2)]
+    assert all(longer <= 2.2 * shorter for longer, shorter in zip(twenty, ten, strict=True))
+    apart = [read_tokens(count, paired=paired)[0] for count in (10, 20)]
+    assert apart[1] > 3.3 * apart[0], "turn by turn, the tokens grow with the square of the turns"
+
+
+@pytest.mark.parametrize("cp_size", [1, 2])
+def test_every_response_token_of_joined_turns_is_predicted_once_by_the_token_before_it(cp_size):
+    contexts = turns_of(6)
+    packed = pack(contexts, PackingRules(max_tokens=160, cp_size=cp_size, tp_size=1, paired=False, joins_turns=True))
+    own = [token for context in contexts for token in context.response]
+    assert packed.response_tokens.tolist() == own and packed.num_contexts == 12
+    for stream in (packed.student, packed.teacher):
+        assert sum(m.num_sequences for m in stream) == 2
+        assert sorted(torch.cat([m.response_ids for m in stream]).tolist()) == list(range(len(own)))
+        for m in stream:
+            assert m.tokens[m.response_positions + 1].tolist() == packed.response_tokens[m.response_ids].tolist()
+
+
+def test_only_a_context_that_continues_the_one_before_it_in_both_prompts_joins_it():
+    rules = PackingRules(max_tokens=200, cp_size=1, tp_size=1, paired=False, joins_turns=True)
+    turns = turns_of(3)
+    assert segments_of(turns, rules) == [range(3), range(3, 6)]
+    assert segments_of(turns, replace(rules, joins_turns=False)) == [range(i, i + 1) for i in range(6)]
+    without_second = [turns[0], *turns[2:]]
+    assert segments_of(without_second, rules) == [range(2), range(2, 5)], "a left-out turn is part of the prompt"
+    other_hint = replace(turns[1], teacher_prompt=[99, *turns[1].teacher_prompt])
+    assert segments_of([turns[0], other_hint, turns[2]], rules) == [range(i, i + 1) for i in range(3)]
+    assert segments_of([turns[1], turns[0], turns[2]], rules) == [range(1), range(1, 3)]
+    assert segments_of([], rules) == []

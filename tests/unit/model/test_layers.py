@@ -505,7 +505,7 @@ def read_twice(kind):
     """Return, for padding in pieces and in one segment: states of real tokens, gradients, and the router's choices."""
     chunks, grid = build(model_config(kind), parallel())
     routers = [module for name, module in chunks[0].named_modules() if name.endswith(".router")]
-    in_pieces = microbatch_of([([5, 6, 7], [8] * 37, 0), ([9] * 11, [10] * 9, 37)], 60 + 512, 1)
+    in_pieces = microbatch_of([([([5, 6, 7], [8] * 37)], 0), ([([9] * 11, [10] * 9)], 37)], 60 + 512, 1)
     assert in_pieces.cu_seqlens.tolist() == [0, 40, 60, 316, 572]
     in_one = dataclasses.replace(in_pieces, cu_seqlens=in_pieces.cu_seqlens[[0, 1, 2, 4]])
     chosen, found = [], []

@@ -77,6 +77,20 @@ def test_a_replica_with_too_much_to_do_gives_contexts_away(ranks, pair_order):
     assert one[0] == [] and abs(2 * moves - sum(work)) <= max(work)
 
 
+def placements_of_turns() -> list[list[int]] | None:
+    """Return the replicas of the turns of four episodes, which are all on replica 1."""
+    grid = initialize(models.parallel(), seed=1)
+    packing = Packing(layouts.MAX_TOKENS, "teacher_first", True, joins_turns=True)
+    return placement_everywhere(layouts.turns(3, num_episodes=4) if grid.dp_rank else [], packing, grid)
+
+
+def test_the_turns_of_an_episode_go_to_one_replica(ranks):
+    (one, other) = ranks.run(placements_of_turns, world_size=2)
+    assert one == other and one is not None and one[0] == []
+    episodes = [set(one[1][start : start + 3]) for start in range(0, 12, 3)]
+    assert all(len(replicas) == 1 for replicas in episodes) and set.union(*episodes) == {0, 1}
+
+
 @pytest.mark.parametrize("shares", [[[], []], [[3], [3]], [[3, 1], [1, 3]]], ids=["none", "one each", "equal"])
 def test_contexts_stay_where_nothing_is_gained(ranks, shares):
     assert ranks.run(placements, shares, "teacher_first", world_size=2) == [None, None]

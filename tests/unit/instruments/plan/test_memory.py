@@ -191,7 +191,7 @@ def saved_bytes(model, tokens, adapter=NO_ADAPTERS) -> int:
             saved.setdefault(tensor.untyped_storage().data_ptr(), tensor)
         return tensor
 
-    microbatch = microbatch_of([([1], [3] * (tokens - 1), 0)], tokens, 1)
+    microbatch = microbatch_of([([([1], [3] * (tokens - 1))], 0)], tokens, 1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         hidden_states(chunks[0], inputs_of(microbatch, grid), grid)
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())

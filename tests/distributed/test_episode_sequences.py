@@ -1,0 +1,63 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The loss of an episode that is read once and its gradient are those of its turns, each read by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from conditioning import bound
+from layouts import Case, Outcomes, worst_difference
+from models import parallel
+from tiers import combinations
+
+from megatron_selfdistill.loss.target import Target
+from megatron_selfdistill.pipeline.token_losses import GuidedTokens
+
+LAYOUTS = {
+    "one rank": ("shallow", parallel(), 1),
+    "TP2+SP": ("shallow", parallel(tp=2, sp=True), 2),
+    "CP2": ("shallow", parallel(cp=2), 2),
+    "PP2": ("shallow", parallel(pp=2), 2),
+    "DP2": ("shallow", parallel(), 2),
+    "CP2 experts": ("moe", parallel(cp=2), 2),
+    "TP2 recurrent": ("gated_delta", parallel(tp=2), 2),
+}
+STEPS = {
+    "packed": {"max_tokens": 112},
+    "rows": {"paired": True, "pair_order": "alternating"},
+    "anchored": {"target": Target(), "max_tokens": 112},
+    "two terms": {"two_terms": True, "guided": GuidedTokens(2.0)},
+}
+"""Name of a kind of step -> its fields."""
+
+
+@pytest.fixture(scope="module")
+def outcomes(ranks):
+    """Return the outcomes that the tests of this file have in common."""
+    return Outcomes(ranks)
+
+
+@combinations(
+    layout=list(LAYOUTS),
+    step=list(STEPS),
+    quick={"layout": ["one rank", "TP2+SP", "CP2"], "step": ["packed", "rows"]},
+    strength=1,
+    full_strength=1,
+)
+def test_one_sequence_has_the_loss_and_the_gradient_of_its_turns(outcomes, layout, step, record_property):
+    kind, cuts, world_size = LAYOUTS[layout]
+    by_turn = Case(kind=kind, num_turns=4, extra_weightless=0, **STEPS[step])
+    joined = dataclasses.replace(by_turn, joins_turns=True, parallel=cuts, extra_weightless=1)
+    got, expected = outcomes(joined, world_size), outcomes(by_turn)
+    assert expected[0].loss > 0.05, "the teacher must have something to say"
+    worst, where = worst_difference(got[1], expected[1])
+    record_property("worst relative difference", worst)
+    assert worst <= bound(kind), f"gradient of {where} differs by {worst:.1e}"
+    assert got[0].loss == pytest.approx(expected[0].loss, rel=bound(kind))
+
+
+def test_a_response_that_is_read_one_position_late_has_another_gradient(outcomes):
+    case = Case(kind="shallow", num_turns=4, joins_turns=True, mutation="response position off by one")
+    got, expected = outcomes(case), outcomes(Case(kind="shallow", num_turns=4, extra_weightless=0))
+    assert worst_difference(got[1], expected[1])[0] > 100 * bound("shallow")
