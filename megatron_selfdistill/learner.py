@@ -165,6 +165,7 @@ class Learner:
             pair_order=self.pair_order,
             with_teacher=self.has_teacher,
             with_reference=self.config.is_anchored,
+            joins_turns=self.config.environment.one_sequence,
         )
 
     @property
@@ -379,6 +380,7 @@ class Learner:
                 max_tokens=self.config.schedule.max_tokens,
                 fusion=self.output_layer.fusion,
                 backend=self.config.loss.backend,
+                joins_turns=self.packing.joins_turns,
             )
 
     def _read(
@@ -402,6 +404,7 @@ class Learner:
             pair_order=self.pair_order,
             guided=self.guided_tokens,
             teacher_store_bytes=self._teacher_store_bytes,
+            joins_turns=self.packing.joins_turns,
         )
 
     def _self_distillation(

@@ -37,6 +37,7 @@ from megatron_selfdistill.data.prompts import (
 from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_selfdistill.environments import REPLY_ROLES
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.tool_calls import schemas_of, tool_class
 
@@ -153,6 +154,8 @@ class RunData:
         _refuse_shares_in_streams(config, shown)
         max_length = longest_context(config)
         problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
+        if config.environment.one_sequence:
+            _require_bridges(builder, problems.problems[0], config.has_teacher)
         return cls(
             tokenizer=tokenizer,
             builder=builder,
@@ -200,6 +203,21 @@ class RunData:
             about_conversations=(log.about, *about),
             skipped=tuple(skipped),
         )
+
+
+def _require_bridges(builder: PromptBuilder, problem: Problem, has_teacher: bool) -> None:
+    """Raise ValueError if the chat template lets no message follow a response that stays as it was sampled."""
+    errors = []
+    for role in REPLY_ROLES:
+        reply = {"role": role, "content": "A reply."}
+        try:
+            builder.student_bridge(problem, reply, -1)
+            if has_teacher:
+                builder.teacher_bridge(problem, problem.solution, reply, -1)
+        except ValueError as error:
+            errors.append(error)
+    if len(errors) == len(REPLY_ROLES):
+        raise errors[0]
 
 
 def _refuse_shares_in_streams(config: Config, problems: Sequence[Problem]) -> None:

@@ -227,6 +227,7 @@ class Trainer:
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         metrics["data/epoch"] = self.source.state.problem_sampler.epochs
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
+        metrics["tokens/read"] = read
         timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
         timed |= overlap_metrics(timed) if "rollout/generation_seconds" in timed else {}
         self.log.log(self.step, timed)

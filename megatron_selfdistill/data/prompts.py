@@ -129,6 +129,19 @@ class PromptBuilder:
         messages = self._teacher_messages(problem, solution)
         return self.tokenizer.encode(self._render(messages, problem, self._teacher, True))
 
+    def student_bridge(self, problem: Problem, reply: Mapping[str, Any], stop_id: int) -> list[int]:
+        """Return the token ids between a response to ``problem`` and the next one: the message ``reply`` and around it.
+
+        The ids begin behind the last token of the response, ``stop_id``: a chat template that ends a turn with another
+        token writes its own after it.
+        Raises: ValueError if the chat template shows the response in another way once a message follows it.
+        """
+        return self._bridge(self._student_messages(problem), problem, self._student, reply, stop_id)
+
+    def teacher_bridge(self, problem: Problem, solution: str, reply: Mapping[str, Any], stop_id: int) -> list[int]:
+        """Return what `student_bridge` returns for the teacher, who sees ``solution``."""
+        return self._bridge(self._teacher_messages(problem, solution), problem, self._teacher, reply, stop_id)
+
     def shows_solution(self, problem: Problem) -> bool:
         """Return whether the wording of the problem's teacher has a slot for the solution."""
         return any(match[2] == "solution" for match in _SLOT.finditer(self._template_of(problem)))
@@ -207,6 +220,30 @@ class PromptBuilder:
     def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
         solution = problem.solution if solution is None else solution
         return self._reworded(problem, self._template_of(problem), {"solution": solution}, self._teacher)
+
+    def _bridge(
+        self,
+        messages: list[dict[str, Any]],
+        problem: Problem,
+        view: PromptView,
+        reply: Mapping[str, Any],
+        stop_id: int,
+    ) -> list[int]:
+        before = self._render(messages, problem, view, True)
+        begin = "" if before.rstrip().endswith("<think>") else "<think>\n"
+        said = f"{begin}A thought.\n{END_OF_THOUGHTS}\n\nAn answer."
+        spoken = [*messages, {"role": "assistant", "content": said}, dict(reply)]
+        whole = self._render(spoken, problem, view, True)
+        if not whole.startswith(before + said):
+            raise ValueError(
+                f"{problem.location}: the chat template rewrites a response once a message of the role "
+                f"{reply['role']} follows it (many drop the thoughts), so that the episode is not one sequence: set "
+                "environment.limits.one_sequence=false, or give a data.chat_template that keeps responses as they are"
+            )
+        ids = self.tokenizer.encode(whole[len(before + said) :])
+        if stop_id in ids and not self.tokenizer.decode(ids[: ids.index(stop_id)]).strip():
+            return ids[ids.index(stop_id) + 1 :]
+        return ids
 
     def _template_of(self, problem: Problem) -> str:
         return self.templates.of_teachers.get(problem.teacher, self.templates.teacher)

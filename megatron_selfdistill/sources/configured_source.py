@@ -295,6 +295,7 @@ def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes
         "grid": grid,
         "max_turns": wanted.max_turns,
         "max_tokens": limits.pop("tokens", None),
+        "one_sequence": limits.pop("one_sequence", False),
         "has_teacher": config.has_teacher,
     }
     with raise_on_all_ranks(ConfigError):

@@ -55,6 +55,9 @@ class Episodes(ABC):
     """Whether the teacher reads the turns, so that its prompts must fit, too."""
     max_tokens: int | None = None
     """The number of response tokens from which on an episode gets no further turn; None is no limit."""
+    one_sequence: bool = False
+    """Whether a turn's prompts are those of the turn before, its response as it was sampled, and the reply; otherwise
+    the chat template renders the conversation again for each turn."""
 
     def openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
         """Return the environment's reply before the response of each sample; None without a session.
@@ -131,7 +134,7 @@ class Episodes(ABC):
         for episode in episodes:
             problem = self._next_problem(episode)
             try:
-                pair = self._pair(episode[0].problem, episode[0].prompts.solution, problem, method)
+                pair = self._next_pair(episode, problem, method)
             except ValueError as error:
                 raise ConfigError(f"turn {len(episode)} of an episode: {error}") from error
             before = episode[-1].key
@@ -154,6 +157,23 @@ class Episodes(ABC):
 
     def _may_go_on(self, episode: Episode) -> bool:
         return self.max_tokens is None or sum(len(turn.response.token_ids) for turn in episode) < self.max_tokens
+
+    def _next_pair(self, episode: Episode, problem: Problem, method: Method) -> PromptPair | None:
+        """Return both prompts of the next turn of ``episode``, whose ``problem`` is the conversation so far.
+
+        The result is None if they do not fit.  Raises: ValueError for a conversation that the chat template refuses.
+        """
+        first, last, given = episode[0], episode[-1], self.given
+        if not self.one_sequence:
+            return self._pair(first.problem, first.prompts.solution, problem, method)
+        pair, ids, reply = last.prompts, last.response.token_ids, problem.messages[-1]
+        student = [*pair.student_prompt, *ids, *given.builder.student_bridge(first.problem, reply, ids[-1])]
+        teacher = student
+        if self.has_teacher and method.has_solution(first.problem):
+            bridge = given.builder.teacher_bridge(first.problem, pair.solution, reply, ids[-1])
+            teacher = [*pair.teacher_prompt, *ids, *bridge]
+        fits = max(len(student), len(teacher)) <= given.max_length - given.max_new_tokens
+        return replace(pair, student_prompt=student, teacher_prompt=teacher) if fits else None
 
     def _pair(self, first: Problem, solution: str, problem: Problem, method: Method) -> PromptPair | None:
         """Return both prompts of ``problem``, a later state of ``first``, in which the teacher sees ``solution``.

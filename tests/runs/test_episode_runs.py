@@ -3,21 +3,29 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import signal
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 from chat_server import chat_server, completion
+from ranks import RankError
 from replying import Replying
 from tiers import combinations
 from tiny_run import (
+    assert_equal_runs,
     assert_resumes_equal,
     assert_steps_equal,
     overrides,
+    refusal,
     reproducible_metrics,
     saved_step,
     start_and_listen,
+    start_with,
     train,
 )
 
@@ -36,8 +44,9 @@ RECIPES = {
     "rltf_sd": [ENVIRONMENT[0], "method.revision_min_log_prob=null"],
     "rltf_fm": [ENVIRONMENT[0], "method.reply_template='{problem}{response}'"],
     "sessions": ["method.name=opsd_rl", "environment.name=sessions.Opened", "environment.max_turns=3"],
+    "one_sequence": ["method.name=opsd_rl", *ENVIRONMENT, "environment.limits={one_sequence: true}"],
 }
-BASES = {"sessions": "default"}
+BASES = {"sessions": "default", "one_sequence": "default"}
 """Name of a run -> the recipe, where it has another name."""
 LAYOUTS_OF_RECORDED = {"rltf_sd": ["TP2", "DP2"], "rltf_fm": ["PP2", "CP2"]}
 COMPARED = ("terms/", "rewards/", "episodes/", "loss/")
@@ -49,6 +58,28 @@ def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:
     tiny = overrides(data, run_dir, "data.global_batch_size=4", "rollout.num_samples=2", "rollout.max_new_tokens=10")
     tiny += ["data.on_long_context=drop", "optimizer.lr_warmup_steps=0", f"num_steps={NUM_STEPS}"]
     return [f"recipe={BASES.get(recipe, recipe)}", *tiny, "checkpoint.save_every=1", *RECIPES[recipe], *more]
+
+
+def start_turn_by_turn(arguments: list[str]) -> int:
+    """Start a run whose training reads each turn of an episode by itself, whatever its prompts are."""
+    from megatron_selfdistill.config.schema.data_config import EnvironmentConfig
+
+    return start_with(arguments, EnvironmentConfig, "one_sequence", False)
+
+
+def start_and_die_in_a_second_turn(arguments: list[str]) -> int:
+    """Start a run that kills itself once it has sampled the second turns of its second step."""
+    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
+
+    generate, calls = MegatronSampler.generate, itertools.count()
+
+    def generate_or_die(self: Any, requests: Any, params: Any) -> Any:
+        responses = generate(self, requests, params)
+        if self._version == 1 and next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return responses
+
+    return start_with(arguments, MegatronSampler, "generate", generate_or_die)
 
 
 def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
@@ -90,6 +121,16 @@ def test_episodes_have_different_lengths_and_train(run_of):
         assert step["rewards/trained_share"] == 1.0
 
 
+def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_tokens(ranks, data, start, run_of, tmp_path):
+    """The other run has the same prompts and responses, and reads each turn by itself."""
+    joined, by_turn = run_of("one_sequence"), tmp_path / "run"
+    replay = arguments(data, by_turn, "one_sequence", start, f"rollout.replay={joined}/responses.jsonl")
+    train(ranks, replay, start=start_turn_by_turn)
+    assert_steps_equal(joined, by_turn, (*COMPARED, "loss", "student_nll", "reverse_kl"))
+    for one, each in zip(reproducible_metrics(joined), reproducible_metrics(by_turn), strict=True):
+        assert one["episodes/turns_mean"] > 1 and one["tokens/read"] < 0.8 * each["tokens/read"]
+
+
 @combinations(recipe=["rltf_sd", "rltf_fm"], quick={"recipe": ["rltf_sd"]}, strength=1)
 def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
     whole = run_of(recipe)
@@ -103,6 +144,25 @@ def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
         assert step["sampler/log_prob_max_abs_diff"] < 1e-4, "only responses are compared with the sampler"
 
 
+def test_a_chat_template_that_drops_thoughts_is_refused_before_a_model_is_built(ranks, data, start, tmp_path):
+    template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
+    (tmp_path / "template.jinja").write_text(template)
+    dropping = [f"data.chat_template={tmp_path}/template.jinja", "data.teacher_template='{problem}H{solution}|'"]
+    message = refusal(ranks, arguments(data, tmp_path / "run", "one_sequence", start, *dropping))
+    assert "problems.jsonl:1: the chat template rewrites a response once a message of the role user follows" in message
+    assert "set environment.limits.one_sequence=false" in message and not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.full
+def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, data, start, run_of, tmp_path):
+    whole, killed = run_of("one_sequence"), arguments(data, tmp_path / "run", "one_sequence", start)
+    with pytest.raises(RankError, match="ended with exit code -9"):
+        train(ranks, killed, start=start_and_die_in_a_second_turn)
+    assert saved_step(tmp_path / "run") == 1
+    train(ranks, killed)
+    assert_equal_runs(ranks, whole, tmp_path / "run", NUM_STEPS)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
@@ -112,7 +172,7 @@ def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, rec
 
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("recipe", "layout"), [("default", one) for one in LAYOUTS] + [("sessions", one) for one in LAYOUTS]
+    ("recipe", "layout"), [(recipe, one) for recipe in ("default", "sessions", "one_sequence") for one in LAYOUTS]
 )
 def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, start, run_of, tmp_path, recipe, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"

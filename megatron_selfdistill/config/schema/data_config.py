@@ -46,7 +46,8 @@ class EnvironmentConfig:
     """Greatest number of responses in an episode.  1 takes rewards and feedback from the environment and shows the
     student no reply."""
     limits: dict[str, Any] = field(default_factory=dict)
-    """Limits of an episode: tokens (of its responses; an episode that has so many gets no further turn), and of a
+    """Limits of an episode: tokens (of its responses; an episode that has so many gets no further turn), one_sequence
+    (false; whether an episode is one sequence of tokens, which sampling continues and training reads once), and of a
     session, which a class with reset and step has: seconds (60; of one reset or step), memory_gb (8; of each of its
     processes; null is none) and concurrency (16; the sessions of a rank that work at the same time)."""
 
@@ -57,6 +58,8 @@ class EnvironmentConfig:
         for entry, value in self.limits.items():
             require_range("a key of environment.limits", Annotated[str, OneOf(tuple(_LIMIT_ENTRIES))], entry)
             require_range(f"environment.limits.{entry}", _LIMIT_ENTRIES[entry], value)
+        one = self.limits.get("one_sequence", False)
+        require(isinstance(one, bool), f"environment.limits.one_sequence must be true or false, got {one!r}")
         if self.name in ("http", "http_sessions"):
             url = self.options.get("url")
             needed = f"environment.name={self.name} needs environment.options.url, such as http://host:8000/v1"
@@ -67,6 +70,11 @@ class EnvironmentConfig:
     def exists(self) -> bool:
         """Whether there is an environment."""
         return self.name != "none"
+
+    @property
+    def one_sequence(self) -> bool:
+        """Whether an episode is one sequence of tokens."""
+        return bool(self.limits.get("one_sequence", False))
 
     def _check_unset(self) -> None:
         for one in fields(self):
@@ -80,6 +88,7 @@ class EnvironmentConfig:
 
 _LIMIT_ENTRIES = {
     "tokens": PositiveInt | None,
+    "one_sequence": bool,
     "seconds": PositiveFloat,
     "memory_gb": PositiveFloat | None,
     "concurrency": PositiveInt,

@@ -458,6 +458,11 @@ class Config:
             self.rollout.guidance == "none",
             f"{name} with rollout.guidance=mixed is not possible: set rollout.guidance=none",
         )
+        require(
+            self.needs.hint == GIVEN or not self.environment.one_sequence,
+            f"environment.limits.one_sequence=true needs the prompts of an episode to stay as they were sampled, but "
+            f"{self._method} gives each turn a hint of its own later: set environment.limits.one_sequence=false",
+        )
 
     def _check_correction(self, key: str) -> None:
         rollout = self.rollout

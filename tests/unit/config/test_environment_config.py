@@ -41,7 +41,7 @@ def configured(*overrides: str) -> Config:
         ),
         (
             [OWN, "environment.limits={second: 1}"],
-            "a key of environment.limits must be one of tokens, seconds, memory_gb",
+            "a key of environment.limits must be one of tokens, one_sequence, seconds, memory_gb",
         ),
         ([OWN, "environment.limits.seconds=0"], "environment.limits.seconds must be above 0, got 0"),
         (["environment.limits={tokens: 9}"], "environment.limits is a setting of an environment"),
@@ -66,6 +66,11 @@ def configured(*overrides: str) -> Config:
         ([OWN, TURNS, SAMPLES, "method.name=sdpo"], "method.hints=peer compares responses to one prompt"),
         ([OWN, TURNS, SAMPLES, "method.name=uni_opd"], "method.name=uni_opd compares responses to one prompt"),
         ([OWN, TURNS, SAMPLES, "method.name=caopd"], "method.name=caopd compares responses to one prompt"),
+        (
+            [OWN, SAMPLES, "environment.limits.one_sequence=true", "method.name=sdpo"],
+            "method.name=sdpo gives each turn a hint of its own later: set environment.limits.one_sequence=false",
+        ),
+        ([OWN, "environment.limits.one_sequence=1"], "environment.limits.one_sequence must be true or false, got 1"),
         ([OWN, TURNS, "method.select=a.b"], "method.select compares responses to one prompt"),
         (
             [OWN, TURNS, SAMPLES, "method.name=scope"],

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from characters import ONE_RANK, Characters
+from characters import ONE_RANK, STOP, Characters
 from made_methods import made
 
 from megatron_selfdistill.data.contexts import GivenSolutions, build_contexts
+from megatron_selfdistill.data.packing import PackingRules, segments_of
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.environments import Reply
@@ -36,6 +37,19 @@ def given(max_length: int = 60) -> GivenSolutions:
 def response(text: str) -> Response:
     tokens = [ord(character) for character in text]
     return Response(tokens, [-1.0] * len(tokens), [-2.0] * len(tokens), "stop" if text.endswith("$") else "length")
+
+
+class Opened(Characters):
+    """The tokenizer of a chat whose every answer follows a colon, so that a conversation only grows."""
+
+    def render_chat(self, messages: Sequence[Any], *, add_generation_prompt: bool = True, **kwargs: Any) -> str:
+        """Return the contents of all messages, with a colon before each answer."""
+        shown = [":" * (one["role"] == "assistant") + one["content"] for one in messages]
+        return "".join(shown) + ":" * add_generation_prompt
+
+
+def opened(max_length: int = 60) -> GivenSolutions:
+    return GivenSolutions(PromptBuilder(Opened(), TEMPLATES), max_length, 8, policy="error")
 
 
 class Script:
@@ -108,6 +122,65 @@ def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_probl
         ("a", ["w", "#1", "w", "#2", "r"]),
     ]
     assert [message["role"] for message in turns[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_an_episode_of_one_sequence_continues_the_sampled_tokens_in_both_prompts():
+    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=opened(), one_sequence=True)
+    assert num_cut == 0
+    students = [text(turn.prompts.student_prompt) for turn in turns]
+    assert students == ["a?:", "a?:w$#1:", "a?:w$#1:w$#2:", "b?:"]
+    teachers = [text(turn.prompts.teacher_prompt) for turn in turns]
+    assert teachers == ["a|hint a:", "a|hint a:w$#1:", "a|hint a:w$#1:w$#2:", "b|hint b:"]
+    contexts = build_contexts([turn.prompts for turn in turns], [turn.response for turn in turns])
+    rules = PackingRules(max_tokens=64, cp_size=1, tp_size=1, paired=False, joins_turns=True)
+    assert segments_of(contexts, rules) == [range(3), range(3, 4)]
+    assert [message["role"] for message in turns[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_no_token_of_an_episode_of_one_sequence_is_encoded_again(monkeypatch):
+    """Each text of a later turn has all its letters in one token, which a text of the template never has."""
+    monkeypatch.setattr(Opened, "decode", lambda self, ids, **options: "".join(chr(i % 1000) for i in ids))
+    first = Response([ord("w") + 1000, STOP], [-1.0] * 2, [-2.0] * 2, "stop")
+    episodes = StatelessEpisodes(
+        environment=Script(),
+        max_turns=2,
+        given=opened(),
+        grid=ONE_RANK,
+        threads=1,
+        has_teacher=True,
+        one_sequence=True,
+    )
+    method = made([], opened())
+    start = Rollout(PROBLEMS[0], method.prompts(PROBLEMS[0]), first, 0, key=SampleKey(5, "a", 0))
+    turns, _ = episodes.played([start], method, lambda keys, pairs: [response("r$")], episodes.replies)
+    for prompt, before in (
+        (turns[1].prompts.student_prompt, start.prompts.student_prompt),
+        (turns[1].prompts.teacher_prompt, start.prompts.teacher_prompt),
+    ):
+        assert prompt == [*before, ord("w") + 1000, STOP, *map(ord, "#1:")]
+
+
+def test_an_episode_of_one_sequence_ends_where_its_next_prompt_does_not_fit():
+    turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"]], given=opened(8 + 16), one_sequence=True)
+    assert len(turns) == 2 and num_cut == 1 and len(turns[1].prompts.teacher_prompt) == 14
+    turns, num_cut, _ = played(
+        Script(), [["w$", "w$", "r$"]], given=opened(8 + 16), one_sequence=True, has_teacher=False
+    )
+    assert len(turns) == 3 and num_cut == 0
+    assert turns[2].prompts.teacher_prompt == turns[2].prompts.student_prompt
+
+
+def test_a_chat_template_that_rewrites_a_response_is_refused_with_the_turn(monkeypatch):
+    plain = Opened.render_chat
+
+    def thoughtless(self, messages, **options):
+        return plain(self, [{**one, "content": one["content"].split("</think>")[-1]} for one in messages], **options)
+
+    assert len(played(Script(), [["w$", "r$"]], given=opened(), one_sequence=True)[0]) == 2
+    monkeypatch.setattr(Opened, "render_chat", thoughtless)
+    assert len(played(Script(), [["w$", "r$"]], given=opened())[0]) == 2
+    with pytest.raises(ConfigError, match="turn 1 of an episode: file:a: the chat template rewrites a response once a"):
+        played(Script(), [["w$", "r$"]], given=opened(), one_sequence=True)
 
 
 def test_replies_are_prompt_tokens_and_so_never_trained_on():
