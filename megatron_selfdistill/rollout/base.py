@@ -287,6 +287,9 @@ class Request:
     """
     begun: int = 0
     """Number of tokens at the end of the prompt that are the response so far, which this request continues."""
+    episode: str | None = None
+    """Name of the episode that is one sequence, of which this is a turn: the prompt of its next request begins with
+    this prompt and its response, so that a sampler may keep what it has read.  None if nothing follows."""
 
     @property
     def longest_prompt(self) -> int:

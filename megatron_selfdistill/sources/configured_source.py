@@ -87,14 +87,12 @@ class SyncedSampler:
     The only state is ``version``: the version of the weights that the inner sampler has, None before the first sync.
     """
 
-    def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False, has_engine: bool = True) -> None:
+    def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False) -> None:
         """``phases``: where the time of a sync is counted, as phase "sync".
 
         ``settles``: whether new weights wait for the responses under way, for which the inner sampler streams.
-
-        ``has_engine``: whether the inner sampler has an engine of its own, which sleeps and has metrics.
         """
-        self.inner, self._phases, self._settles, self._has_engine = inner, phases, settles, has_engine
+        self.inner, self._phases, self._settles = inner, phases, settles
         self.version: int | None = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
@@ -143,12 +141,11 @@ class SyncedSampler:
 
     def sleep(self) -> None:
         """Give back what only sampling needs."""
-        if self._has_engine:
-            self.inner.sleep()
+        self.inner.sleep()
 
     def metrics(self) -> dict[str, float]:
         """Return the metrics of the inner sampler since the last call."""
-        return self.inner.metrics() if self._has_engine else {}
+        return self.inner.metrics()
 
     def close(self) -> None:
         """End the engines and processes of the inner sampler."""
@@ -259,7 +256,7 @@ def configured_sampler(
         return SyncedSampler(sampler, phases)
     settles = config.rollout.ahead > 0 and config.rollout.at_update == "wait"
     inner = make_sampler(config, run_data, chunks, grid, role_weights, progress)
-    return SyncedSampler(inner, phases, settles=settles, has_engine=config.rollout.engine == "vllm")
+    return SyncedSampler(inner, phases, settles=settles)
 
 
 def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunData:

@@ -205,7 +205,9 @@ class OnPolicy(CommittedState):
 
     def _request(self, key: SampleKey, pair: PromptPair, is_guided: bool) -> Request:
         prompt = pair.teacher_prompt if self._options.samples_teacher else pair.student_prompt
-        return Request(prompt, key.seed(self._options.seed), pair.teacher_prompt if is_guided else None)
+        episodes = self._options.episodes
+        name = str(key._replace(turn=0)) if episodes is not None and episodes.one_sequence else None
+        return Request(prompt, key.seed(self._options.seed), pair.teacher_prompt if is_guided else None, episode=name)
 
     def _responses(
         self, step: int, keys: Sequence[SampleKey], requests: Sequence[Request], sampling: SamplingParams

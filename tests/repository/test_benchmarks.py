@@ -393,6 +393,20 @@ def test_the_ways_of_teachers_are_measured_beside_the_frozen_start(tmp_path):
 
 
 @pytest.mark.full
+def test_episodes_of_twenty_turns_are_measured_beside_those_of_ten(tmp_path):
+    sizes = ["--problems=2", "--reply=6", "--layers=1", "--hidden=32", "--steps=1"]
+    shown = run("episode_time.py", *sizes, f"--json={tmp_path}/found.json")
+    found = json.loads((tmp_path / "found.json").read_text())["found"]
+    assert list(found) == [f"{way}, {turns} turns" for way in ("turn by turn", "one sequence") for turns in (10, 20)]
+    ratios = [
+        found[f"{way}, 20 turns"]["tokens"] / found[f"{way}, 10 turns"]["tokens"]
+        for way in ("turn by turn", "one sequence")
+    ]
+    assert ratios[0] > 3.3 and ratios[1] <= 2.2 and f"{ratios[1]:.2f} |" in shown
+    assert all(min(values.values()) > 0 for values in found.values())
+
+
+@pytest.mark.full
 def test_responses_of_servers_are_counted_in_both_forms(tmp_path):
     options = ["--responses=24", "--tokens=50", "--servers=3", "--in-flight=8", "--repeats=1"]
     shown = run("server_responses.py", *options, f"--json={tmp_path}/found.json")

@@ -127,6 +127,7 @@ def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_token
     replay = arguments(data, by_turn, "one_sequence", start, f"rollout.replay={joined}/responses.jsonl")
     train(ranks, replay, start=start_turn_by_turn)
     assert_steps_equal(joined, by_turn, (*COMPARED, "loss", "student_nll", "reverse_kl"))
+    assert all(step["rollout/kept_tokens"] > 0 for step in reproducible_metrics(joined))
     for one, each in zip(reproducible_metrics(joined), reproducible_metrics(by_turn), strict=True):
         assert one["episodes/turns_mean"] > 1 and one["tokens/read"] < 0.8 * each["tokens/read"]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -85,7 +85,9 @@ class RaggedCache(StaticInferenceContext):
     """
 
     columns: Tensor
-    """Column in which the next pass, of one token per row, puts the keys and values of each row, ``[b]`` int64."""
+    """Column in which the next pass puts the first keys and values of each row, ``[b]`` int64."""
+    places: Tensor
+    """Column of each token of the present pass, ``[s, b]`` int64; s is 1 but in a pass of `later_part`."""
     decodes = False
     """Whether prompts have been read, so that each pass reads one token per row."""
     prompt_lengths: Tensor
@@ -114,6 +116,36 @@ class RaggedCache(StaticInferenceContext):
             for memory in memories if layer_number not in self.layers_with_state else ():
                 memory.masked_fill_(unread, 0)  # 0 * NaN is NaN
 
+    def restore(self, rows: Sequence[Mapping[int, tuple[Tensor, Tensor]]]) -> None:
+        """Fill the first columns of each row: for each layer, keys and values ``[n, heads, channels]`` of n tokens."""
+        for layer_number, parts in rows[0].items():
+            memories = [x.new_zeros(self.max_sequence_length, len(rows), *x.shape[1:]) for x in parts]
+            for i, row in enumerate(rows):
+                for memory, part in zip(memories, row[layer_number], strict=True):
+                    memory[: len(part), i] = part
+            self.key_value_memory_dict[layer_number] = tuple(memories)
+
+    def row(self, index: int, num_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return a copy of the first ``num_tokens`` columns of a row, as `restore` takes it."""
+        memories = self.key_value_memory_dict.items()
+        return {number: (k[:num_tokens, index].clone(), v[:num_tokens, index].clone()) for number, (k, v) in memories}
+
+    def later_part(self, rows: slice, starts: Tensor, end: int) -> RaggedCache:
+        """Return the ``rows`` of this cache as one whose next pass reads several tokens, from ``starts [b]`` on.
+
+        The pass writes into this cache, no column behind ``end``, and gives the state of the last token of each prompt.
+        """
+        part = RaggedCache(len(starts), self.max_sequence_length, self.prompt_lengths[rows] - starts)
+        part.columns, part.num_columns, part.decodes = starts, end, True
+        part.enable_decode_mode()
+        for layer_number, (keys, values) in self.key_value_memory_dict.items():
+            part.key_value_memory_dict[layer_number] = keys[:, rows], values[:, rows]
+        return part
+
+    def begin_pass(self, num_tokens: int) -> None:
+        """Let the next pass read ``num_tokens`` tokens of each row."""
+        self.places = self.columns + torch.arange(num_tokens, device=self.columns.device)[:, None]
+
     def advance(self) -> None:
         """Move each row on by one token."""
         self.columns = self.columns + 1
@@ -126,23 +158,23 @@ class RaggedCache(StaticInferenceContext):
 
     @property
     def hidden(self) -> Tensor:
-        """Mask ``[b, 1, 1, num_columns]`` bool of the columns behind each row's own; True is hidden from attention."""
+        """Mask ``[b, 1, s, num_columns]`` bool of the columns behind each token's own, which attention does not see."""
         columns = torch.arange(self.num_columns, device=self.columns.device)
-        return (columns > self.columns[:, None])[:, None, None]
+        return (columns > self.places.t()[:, :, None])[:, None]
 
     def write(self, layer_number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store ``key`` and ``value`` at the rows' columns and return all keys and values of the layer so far.
+        """Store ``key`` and ``value`` at the tokens' columns and return all keys and values of the layer so far.
 
-        ``key`` and ``value`` are ``[1, b, heads, channels]``, the results ``[num_columns, b, heads, channels]``.
+        ``key`` and ``value`` are ``[s, b, heads, channels]``, the results ``[num_columns, b, heads, channels]``.
         """
         rows = torch.arange(self.columns.numel(), device=self.columns.device)
         keys, values = self.key_value_memory_dict[layer_number]
-        keys[self.columns, rows], values[self.columns, rows] = key[0], value[0]
+        keys[self.places, rows], values[self.places, rows] = key, value
         return keys[: self.num_columns], values[: self.num_columns]
 
     def rows_of(self, table: Tensor) -> Tensor:
-        """Return the entries of ``table [positions, 1, 1, channels]`` at the rows' columns, ``[1, b, 1, channels]``."""
-        return table[self.columns].transpose(0, 1)
+        """Return the entries of ``table [positions, 1, 1, channels]`` at the tokens' columns, [s, b, 1, channels]."""
+        return table[self.places].squeeze(2)
 
 
 class CachedAttention:
@@ -176,7 +208,7 @@ class CachedAttention:
     def reading(self, cache: StaticInferenceContext, positions: Tensor) -> Iterator[None]:
         """Let a pass of the model read and write ``cache``.
 
-        ``positions``: those of the tokens of the pass, ``[b]`` for a `RaggedCache` that decodes and else ``[s]``,
+        ``positions``: those of the tokens of the pass, ``[s * b]`` for a `RaggedCache` that decodes and else ``[s]``,
         int64.
         """
         self._cache, self._positions = cache, positions
@@ -210,7 +242,7 @@ class CachedAttention:
         def forward(*args: Any, **kwargs: Any) -> Tensor:
             states: Tensor = all_states(*args, **kwargs)
             cache = self._cache
-            return cache.last_of_prompts(states) if isinstance(cache, RaggedCache) and not cache.decodes else states
+            return cache.last_of_prompts(states) if isinstance(cache, RaggedCache) and len(states) > 1 else states
 
         return forward
 
@@ -267,18 +299,18 @@ def _is_ragged(cache: StaticInferenceContext | None) -> TypeGuard[RaggedCache]:
 def _rotated(layer: Attention, states: Tensor, angles: Tensor, *, ragged: bool) -> Tensor:
     """Return queries or keys ``states [s, b, n, channels]`` with the rotary embedding of ``angles [s, 1, 1, d]``.
 
-    ``ragged``: s is 1 and ``angles [b, 1, 1, d]`` has one position for each row.  The fused kernel has one position for
-    all rows, and it computes in float32.
+    ``ragged``: ``angles [s * b, 1, 1, d]`` has a position for each token.  The fused kernel has one position for all
+    rows, and it computes in float32.
     """
     config = layer.config
     mscale = _yarn_get_concentration_factor_from_config(config)
     if not ragged:
         result: Tensor = apply_rotary_pos_emb(states, angles, config, mscale=mscale, cp_group=layer.pg_collection.cp)
         return result
-    rows = states.transpose(0, 1)
+    rows = states.flatten(0, 1)[:, None]
     rows = rows.float() if config.apply_rope_fusion else rows
     turned = rotated(rows, angles, config.rotary_interleaved, mscale=mscale)
-    return turned.type_as(states).transpose(0, 1)
+    return turned.type_as(states).view(states.shape)
 
 
 @dataclass(frozen=True)
@@ -532,6 +564,11 @@ class DecodingModel:
         """
         return _has_our_attention(self.models) and not self.models[0].config.window_size
 
+    @property
+    def keeps_rows(self) -> bool:
+        """Whether a row can go on with several tokens at once: attention hides columns, and no layer has a state."""
+        return self.hides_columns_cheaply and self.models[0].config.experimental_attention_variant is None
+
     def decoding(self) -> AbstractContextManager[None]:
         """Keep the model in the state in which it decodes (`decoding.decoding`)."""
         return decoding(self._chunks, self.models, self._overrides)
@@ -542,8 +579,9 @@ class DecodingModel:
         Stages before the last return None.
         """
         if _is_ragged(context):
-            with self._attention.reading(context, context.columns):
-                return self._forward(context, tokens, context.columns[:, None], context.hidden)
+            context.begin_pass(tokens.size(1))
+            with self._attention.reading(context, context.places.flatten()):
+                return self._forward(context, tokens, context.places.t(), context.hidden)
         start = context.sequence_len_offset
         positions = torch.arange(start, start + tokens.size(1), device=tokens.device)
         with self._attention.reading(context, positions):
@@ -583,6 +621,11 @@ class DecodingModel:
 _PREFILL_TOKENS = 2**15
 
 
+def rows_of_prefill(num_tokens: int) -> int:
+    """Return the greatest number of rows of a pass that reads ``num_tokens`` tokens of each row."""
+    return max(1, _PREFILL_TOKENS // num_tokens)
+
+
 class ForwardPasses:
     """The forward passes of one or more models on this rank.
 
@@ -612,7 +655,7 @@ class ForwardPasses:
         before the last.
         """
         parts = []
-        for rows in tokens.split(max(1, _PREFILL_TOKENS // tokens.size(1))):
+        for rows in tokens.split(rows_of_prefill(tokens.size(1))):
             parts.append(self.run(model, context, rows))
             context.batch_size_offset += len(rows)
         return None if parts[0] is None else torch.cat(parts)  # type: ignore[arg-type]

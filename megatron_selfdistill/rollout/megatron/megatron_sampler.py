@@ -47,7 +47,9 @@ from megatron_selfdistill.rollout.megatron.decoding import (
     RaggedCache,
     free_bytes,
     keep_rows,
+    rows_of_prefill,
 )
+from megatron_selfdistill.rollout.megatron.kept_rows import KeptRow, KeptRows
 
 
 @dataclass
@@ -93,6 +95,11 @@ class GeneratedBatch:
         if self.stop_token_ids.numel():
             stopped = own & (position < ends) & torch.isin(tokens, self.stop_token_ids)
             self.ends[live] = torch.where(stopped, position + 1, ends)
+
+    def token_ids(self, rows: Tensor) -> list[list[int]]:
+        """Return the tokens of the finished responses of ``rows``, of a batch without prompts."""
+        both = zip(self.tokens[rows].tolist(), self.ends[rows].tolist(), strict=True)
+        return [tokens[:end] for tokens, end in both]
 
     def responses(self) -> list[Response]:
         """Return the finished responses, in the order of the rows."""
@@ -151,8 +158,13 @@ class ContextRows:
         max_new_tokens: int,
         passes: ForwardPasses,
         device: torch.device,
+        kept: Sequence[KeptRow] = (),
     ) -> None:
-        """Read the prompts of all ``roles``, each with forward passes of its own."""
+        """Read the prompts of all ``roles``, each with forward passes of its own.
+
+        ``kept``: for each request a row with the first tokens of its prompt, after which the reading begins; then there
+        is one role.  Empty reads whole prompts.
+        """
         self._model, self._roles, self._passes = model, tuple(roles), passes
         by_role = [[prompt_of(request, role) for request in requests] for role in roles]
         prompts = [prompt for of_role in by_role for prompt in of_role]
@@ -163,15 +175,46 @@ class ContextRows:
         tokens = torch.from_numpy(padded).to(device)
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
         self._cache = RaggedCache(len(prompts), longest + max_new_tokens - 1, lengths)  # not the last token
-        after: list[Tensor | None] = []
-        first = 0
-        most = _MOST_PADDING[device.type]
-        for count, length in (group for of_role in by_role for group in like_lengths(list(map(len, of_role)), most)):
-            after.append(passes.prefill(model, self._cache, tokens[first : first + count, :length]))
-            first += count
-        self._cache.batch_size_offset = 0
+        if kept:
+            self._cache.restore([row.memory for row in kept])
+            after = self._read_later_parts(tokens, lengths.tolist(), [len(row.tokens) for row in kept])
+        else:
+            after = self._read_prompts(tokens, [list(map(len, of_role)) for of_role in by_role])
         self._cache.start_decoding(longest)
         self._after_prompts = None if after[0] is None else torch.cat(after)  # type: ignore[arg-type]
+
+    def _read_prompts(self, tokens: Tensor, lengths_by_role: Sequence[list[int]]) -> list[Tensor | None]:
+        """Return the logits behind the prompts ``tokens [rows, longest]``, some rows at a time."""
+        after: list[Tensor | None] = []
+        first, most = 0, _MOST_PADDING[tokens.device.type]
+        for count, length in (group for lengths in lengths_by_role for group in like_lengths(lengths, most)):
+            after.append(self._passes.prefill(self._model, self._cache, tokens[first : first + count, :length]))
+            first += count
+        self._cache.batch_size_offset = 0
+        return after
+
+    def _read_later_parts(self, tokens: Tensor, lengths: list[int], known: list[int]) -> list[Tensor | None]:
+        """Return the logits behind prompts whose first ``known`` tokens are in the cache, some rows at a time.
+
+        The rows of a pass read as many tokens each, up to the ends of their prompts: a row with fewer new tokens reads
+        some of its known ones again.
+        """
+        after: list[Tensor | None] = []
+        unread, first = [length - n for length, n in zip(lengths, known, strict=True)], 0
+        for count, num_tokens in like_lengths(unread, _MOST_PADDING[tokens.device.type]):
+            for indices in torch.arange(first, first + count).split(rows_of_prefill(num_tokens)):
+                rows = slice(int(indices[0]), int(indices[-1]) + 1)
+                starts = [max(length - num_tokens, 0) for length in lengths[rows]]
+                read = [row[start : start + num_tokens] for row, start in zip(tokens[rows], starts, strict=True)]
+                begins = torch.tensor(starts, device=tokens.device)
+                part = self._cache.later_part(rows, begins, max(starts) + num_tokens)
+                after.append(self._passes.run(self._model, part, torch.stack(read)))
+            first += count
+        return after
+
+    def row(self, index: int, num_tokens: int) -> dict[int, tuple[Tensor, Tensor]]:
+        """Return a copy of the cache of a request of one role: the keys and values of its first ``num_tokens``."""
+        return self._cache.row(index, num_tokens)
 
     def next_logits(self, tokens: Tensor | None) -> dict[str, Tensor]:
         """Return the logits ``[n, V]`` of the next token by role; empty on stages before the last.
@@ -279,6 +322,8 @@ class MegatronSampler:
     A guided request has a context for each of `guided_roles`, all with the same response.  The weights of
     ``role_weights`` read theirs, and the student's weights read all others.  The student's own context gives the
     log-probs of the response.
+
+    Up to half of the KV cache keeps the rows of responses that later requests continue (`KeptRows`).
     """
 
     def __init__(
@@ -312,17 +357,29 @@ class MegatronSampler:
         self._role_models = [DecodingModel(weights.chunks, grid, vocab_size) for weights in role_weights]
         self._passes = ForwardPasses([self._student, *self._role_models])
         self._bytes_per_token = self._student.bytes_per_token
+        self._kept = KeptRows()
+        self._num_read, self._num_kept = 0, 0  # tokens of the prompts of episodes since the last `metrics`
 
     def update_weights(self, version: int) -> None:
         """Note the version; the sampler uses the trainer's own weights, so nothing has to be sent."""
         self._version = version
+        self._kept.clear()
 
     def sleep(self) -> None:
-        """Do nothing: the KV cache lives for one `generate`."""
+        """Free the caches of responses that requests may continue; all others live for one `generate`."""
+        self._kept.clear()
 
     def metrics(self) -> dict[str, float]:
-        """Return an empty dictionary: this sampler has no metrics."""
-        return {}
+        """Return numbers about the prompts of episodes that are one sequence; nothing where there were none.
+
+        rollout/prefilled_tokens: their tokens that were read.  rollout/kept_tokens: those that the KV cache still had.
+        Collectives: one sum over the data-parallel and context-parallel ranks.
+        """
+        counts = torch.tensor([self._num_read, self._num_kept], dtype=torch.float64, device=self._grid.device)
+        self._num_read, self._num_kept = 0, 0
+        dist.all_reduce(counts, group=self._grid.dp_cp_group)
+        read, kept = counts.tolist()
+        return {"rollout/prefilled_tokens": read, "rollout/kept_tokens": kept} if read else {}
 
     def close(self) -> None:
         """Do nothing: this sampler starts no process."""
@@ -338,8 +395,11 @@ class MegatronSampler:
         guided requests with a temperature, top_k or top_p of their own or with a reference whose weights the sampler
         does not hold; ConfigError for guided requests where the model's attention takes no mask.
         """
-        own = list(range(self._grid.cp_rank, len(requests), self._grid.cp_size))
-        plain = [i for i in own if requests[i].teacher_prompt is None]
+        self._kept.begin(requests)
+        owners = [self._kept.owner(request, i, self._grid.cp_size) for i, request in enumerate(requests)]
+        own = [i for i, owner in enumerate(owners) if owner == self._grid.cp_rank]
+        later = [i for i in own if self._kept.has(requests[i])]
+        plain = [i for i in own if requests[i].teacher_prompt is None and i not in set(later)]
         guided = [i for i in own if requests[i].teacher_prompt is not None]
         responses: dict[int, Response] = {}
         self._report(0, len(own))
@@ -348,9 +408,13 @@ class MegatronSampler:
             for weights in self._role_weights if role_models else ():
                 stack.enter_context(weights.on_device())
             capacity = self._agree_on_capacity(requests, params)
+            if any(requests[i].episode for i in own):  # a half is for rows that are kept
+                whole, longest = capacity, max(requests[i].longest_prompt for i in own) + params.max_new_tokens
+                capacity = max(whole // 2, longest)
+                self._kept.room = whole - capacity
             for model in (self._student, *role_models):
                 stack.enter_context(model.decoding())
-            batches = [(plain, self._sample_plain, capacity)]
+            batches = [(plain, self._sample_plain, capacity), (later, self._sample_later, capacity)]
             if guided:
                 batches.append((guided, self._sample_guided, capacity // len(guided_roles(params.target))))
             for share, sample, room in batches:
@@ -425,16 +489,50 @@ class MegatronSampler:
 
         ``report`` gets the number of these responses that are known to be finished, after each pass.
         """
-        if len({len(request.prompt) for request in requests}) == 1 or not self._student.hides_columns_cheaply:
+        self._num_read += sum(len(request.prompt) for request in requests if request.episode)
+        keeps = self._student.keeps_rows and any(request.episode for request in requests)
+        like = len({len(request.prompt) for request in requests}) == 1 and not keeps
+        if like or not self._student.hides_columns_cheaply:
             return self._sample_in_columns(requests, params, report)
+        return self._sample_rows(requests, params, report)
+
+    def _sample_later(
+        self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
+    ) -> list[Response]:
+        """Return what `_sample_plain` returns, for requests whose prompts begin with kept rows."""
+        kept = [self._kept.taken(request) for request in requests]
+        num_kept = sum(len(row.tokens) for row in kept)
+        self._num_kept += num_kept
+        self._num_read += sum(len(request.prompt) for request in requests) - num_kept
+        return self._sample_rows(requests, params, report, kept)
+
+    def _sample_rows(
+        self,
+        requests: Sequence[Request],
+        params: SamplingParams,
+        report: Callable[[int], None],
+        kept: Sequence[KeptRow] = (),
+    ) -> list[Response]:
+        """Return what `_sample_plain` returns, with a cache in which each row has a column of its own.
+
+        ``kept``: for each request the row with the first tokens of its prompt; empty reads whole prompts.
+        """
         device = self._grid.device
         batch = GeneratedBatch.without_prompts(requests, params, device, guided=False)
-        rows = ContextRows(self._student, ("student",), requests, params.max_new_tokens, self._passes, device)
+        rows = ContextRows(self._student, ("student",), requests, params.max_new_tokens, self._passes, device, kept)
 
         def sample(live: Tensor, step: int, logits: Mapping[str, Tensor]) -> Tensor:
             return self._sample(batch, live, step, logits.get("student"), params)
 
-        return self._sample_in_rows(batch, [rows], sample, report)
+        def keep(live: Tensor, dropped: Tensor) -> None:
+            places, indices = live[dropped].tolist(), dropped.nonzero().flatten().tolist()
+            for place, index, tokens in zip(places, indices, batch.token_ids(live[dropped]), strict=True):
+                request = requests[place]
+                if self._student.keeps_rows and request.episode and tokens[-1] in params.stop_token_ids:
+                    read = [*request.prompt, *tokens[:-1]]
+                    self._kept.add(request, KeptRow(read, rows.row(index, len(read))))
+
+        return self._sample_in_rows(batch, [rows], sample, report, keep)
 
     def _sample_in_columns(
         self, requests: Sequence[Request], params: SamplingParams, report: Callable[[int], None]
@@ -485,11 +583,13 @@ class MegatronSampler:
         groups: Sequence[ContextRows],
         sample: Callable[[Tensor, int, Mapping[str, Tensor]], Tensor],
         report: Callable[[int], None],
+        drop: Callable[[Tensor, Tensor], None] = lambda live, dropped: None,
     ) -> list[Response]:
         """Return the responses of ``batch``, whose prompts all ``groups`` have read; each pass gives one token.
 
         ``sample``: returns the tokens ``[n]`` of the rows ``live [n]`` at a step, from the logits of each role.
-        ``report``: as for `_sample_plain`.
+        ``report``: as for `_sample_plain`.  ``drop``: gets the rows ``live [n]`` and which of them leave the cache,
+        ``[n]`` bool, before they leave it; their responses are finished.
         """
         num_requests, longest = batch.tokens.shape
         live = torch.arange(num_requests, device=self._grid.device)
@@ -503,10 +603,12 @@ class MegatronSampler:
             if num_unfinished == 0:
                 break
             if kept is not None:
+                drop(live, torch.ones_like(live, dtype=torch.bool).index_fill(0, kept, False))
                 for group in groups:
                     group.keep(kept, live.numel())
                 live = live[kept]
             tokens = batch.tokens[live, step]
+        drop(live, torch.ones_like(live, dtype=torch.bool))
         return self._finished(batch)
 
     def _finished(self, batch: GeneratedBatch) -> list[Response]:
