@@ -35,6 +35,8 @@ class Reply:
     """The role of the message that shows ``text``: user or tool."""
     feedback: str | None = None
     """A text about the last response for the teacher alone; None is no feedback."""
+    hint: str | None = None
+    """The text that the teacher's prompt shows in place of the solution from the next turn on; None changes nothing."""
     reward: float = 0.0
     """The reward of the last response, a finite number, also as a NumPy scalar or a tensor of one number."""
     done: bool = True
@@ -44,7 +46,7 @@ class Reply:
     episode."""
 
     def __post_init__(self) -> None:
-        for name in ("text", "feedback", "failure"):
+        for name in ("text", "feedback", "hint", "failure"):
             value = getattr(self, name)
             _require(value is None or isinstance(value, str), f"expected a text or None as {name}", value)
             if not is_text(value):
@@ -80,8 +82,10 @@ class SessionEnvironment(Protocol):
     that raises, or that takes longer than ``environment.limits.seconds``, ends its episode.
     """
 
-    def reset(self, problem: Problem, seed: int) -> str | Awaitable[str | None] | None:
+    def reset(self, problem: Problem, seed: int) -> str | Reply | Awaitable[str | Reply | None] | None:
         """Begin the episode and return the text that follows the problem's last message, without a separator, or None.
+
+        A `Reply` in place of the text may also have a hint for the first turn; its other fields do not count.
 
         ``seed``: the number from which every random choice of the session must come; it is a function of the run's
         seed, the step, the problem and the sample.
@@ -130,7 +134,7 @@ class HttpEnvironment:
 
     The answer has the text of the reply in ``choices[0].message.content`` (null: none) and its role in
     ``choices[0].message.role``; the role "assistant", which every such endpoint sends, stands for "user".  Beside
-    ``choices`` it may have ``reward``, ``feedback`` and ``done``; a field that is missing has the default of `Reply`.
+    ``choices`` it may have ``reward``, ``feedback``, ``hint`` and ``done``; a field that is missing has the default of `Reply`.
     """
 
     url: str
@@ -219,7 +223,8 @@ class HttpEnvironment:
 class HttpSessions:
     """The environment with a state behind ``POST url/reset``, ``url/step`` and ``url/close``.
 
-    ``reset`` sends ``problem_id``, ``messages``, ``answer`` and ``seed`` and gets ``session``, a name, and ``text``.
+    ``reset`` sends ``problem_id``, ``messages``, ``answer`` and ``seed`` and gets ``session``, a name, ``text`` and, if
+    the first turn has one, ``hint``.
     ``step`` sends ``session`` and ``response`` and gets the fields of `Reply`; ``close`` sends ``session``.  No request
     is repeated, since the server may have taken a step whose answer got lost.
     """
@@ -230,12 +235,12 @@ class HttpSessions:
         self.url, self.api_key = url.rstrip("/"), api_key
         self._session: Any = None
 
-    def reset(self, problem: Problem, seed: int) -> str | None:
-        """Begin a session of the server and return the text that it shows.  Raises: as `step`."""
+    def reset(self, problem: Problem, seed: int) -> Reply:
+        """Begin a session of the server and return the text and the hint that it shows.  Raises: as `step`."""
         named = {"problem_id": problem.id, "messages": list(problem.messages), "answer": problem.answer, "seed": seed}
         answer = self._answer("reset", named)
         self._session = answer["session"]
-        return answer.get("text")
+        return Reply(answer.get("text"), hint=answer.get("hint"), done=False)
 
     def step(self, response: str) -> Reply:
         """Return the server's reply.  Raises: RuntimeError for another status than 200; ValueError for another form."""
@@ -344,7 +349,7 @@ def _reply(answer: Any) -> Reply:
     try:
         message = answer["choices"][0]["message"]
         text, role = message.get("content"), message.get("role", "user")
-        given = {name: answer[name] for name in ("reward", "feedback", "done") if name in answer}
+        given = {name: answer[name] for name in ("reward", "feedback", "hint", "done") if name in answer}
     except (KeyError, IndexError, TypeError, AttributeError):
         shown = json.dumps(answer)[:_SHOWN]
         raise ValueError(f"expected an answer with choices[0].message, got {shown}") from None

@@ -81,7 +81,7 @@ class SessionProcesses:
             raise RuntimeError(answer.decode() or "its process ended")
 
     def reset(self, key: Hashable, problem: Problem, seed: int) -> Reply:
-        """Start the session ``key`` and return a reply with the text that comes before its first response.
+        """Start the session ``key`` and return a reply with the text and the hint that come before its first response.
 
         A session that fails gives a `Reply` with ``failure``, and has ended.
         Raises: RuntimeError if the environment's process has ended.
@@ -280,7 +280,8 @@ def _answer(call: str, result: Any) -> dict[str, Any]:
     if call == "close":
         return {}
     if call == "reset":
-        return asdict(Reply(text=result, done=False))
+        opening = result if isinstance(result, Reply) else Reply(text=result)
+        return asdict(Reply(text=opening.text, hint=opening.hint, done=False))
     if not isinstance(result, Reply):
         raise TypeError(f"expected a Reply of megatron_selfdistill.environments, got {result!r:.80}")
     return asdict(result)

@@ -53,7 +53,7 @@ def completion(environment: Environment, request: dict[str, Any]) -> dict[str, A
     problem = Problem(metadata["problem_id"], tuple(asked), "", metadata.get("answer"), metadata["problem_id"])
     reply = environment.reply(problem, said)
     message = {"role": reply.role, "content": reply.text}
-    fields = {"reward": reply.reward, "feedback": reply.feedback, "done": reply.done}
+    fields = {"reward": reply.reward, "feedback": reply.feedback, "hint": reply.hint, "done": reply.done}
     return {"object": "chat.completion", "choices": [{"index": 0, "message": message}], **fields}
 
 
@@ -63,7 +63,8 @@ def session_answer(sessions: SessionProcesses, call: str, request: dict[str, Any
         name, place = uuid.uuid4().hex, request["problem_id"]
         problem = Problem(place, tuple(request["messages"]), "", request["answer"], place)
         reply = sessions.reset(name, problem, request["seed"])
-        return (200, {"session": name, "text": reply.text}) if reply.failure is None else (500, reply.failure)
+        begun = {"session": name, "text": reply.text, "hint": reply.hint}
+        return (200, begun) if reply.failure is None else (500, reply.failure)
     if call == "step":
         return 200, asdict(sessions.step(request["session"], request["response"]))
     if request["session"] in sessions:  # a session whose episode is over has ended

@@ -67,18 +67,18 @@ class Episodes(ABC):
         return [None] * len(samples)
 
     def opened(self, sample: Sample, opening: Reply | None, method: Method) -> tuple[Sample, Reply | None]:
-        """Return a sample whose prompts show the text of ``opening``, and ``opening``.
+        """Return a sample whose prompts show the text and the hint of ``opening``, and ``opening``.
 
         If the prompts do not fit, the sample stays as it is, and ``opening`` becomes a failure.
         """
-        if opening is None or opening.text is None or opening.failure is not None:
+        if opening is None or (opening.text, opening.hint) == (None, None) or opening.failure is not None:
             return sample, opening
         key, problem, pair = sample
-        last = problem.messages[-1]
-        shown = replace(problem, messages=(*problem.messages[:-1], {**last, "content": last["content"] + opening.text}))
-        longer = self._pair(problem, pair.solution, shown, method)
+        last, text = problem.messages[-1], opening.text or ""
+        shown = replace(problem, messages=(*problem.messages[:-1], {**last, "content": last["content"] + text}))
+        longer = self._pair(problem, pair.solution if opening.hint is None else opening.hint, shown, method)
         if longer is None:
-            return sample, replace(opening, failure="the text of reset is too long for data.max_length")
+            return sample, replace(opening, failure="text and hint of reset are too long for data.max_length")
         return (key, shown, longer), opening
 
     def played(
@@ -164,8 +164,14 @@ class Episodes(ABC):
         The result is None if they do not fit.  Raises: ValueError for a conversation that the chat template refuses.
         """
         first, last, given = episode[0], episode[-1], self.given
+        hints = [hint for turn in episode if (hint := _reply(turn).hint) is not None]
         if not self.one_sequence:
-            return self._pair(first.problem, first.prompts.solution, problem, method)
+            return self._pair(first.problem, hints[-1] if hints else first.prompts.solution, problem, method)
+        if hints:
+            raise ValueError(
+                "the environment gives a hint for a later turn, but environment.limits.one_sequence=true keeps the "
+                "teacher's prompt of the first one: set environment.limits.one_sequence=false"
+            )
         pair, ids, reply = last.prompts, last.response.token_ids, problem.messages[-1]
         student = [*pair.student_prompt, *ids, *given.builder.student_bridge(first.problem, reply, ids[-1])]
         teacher = student

@@ -47,6 +47,15 @@ class Opened(Session):
         return str(random.Random(seed).randrange(10))
 
 
+class Hinting(Session):
+    """A `Session` that begins with a text and a hint for the teacher."""
+
+    def reset(self, problem: Problem, seed: int) -> Reply:  # type: ignore[override]
+        """Begin the episode and show both."""
+        super().reset(problem, seed)
+        return Reply(" go", hint="north")
+
+
 class Unasked(Session):
     """A `Session` that nobody may ask."""
 

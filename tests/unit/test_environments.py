@@ -112,6 +112,7 @@ def test_an_attempt_that_fails_for_the_moment_is_repeated(status):
         (lambda n, body: (200, completion("x", reward="1")), 1, r"a finite number as reward of a reply, got '1'"),
         (lambda n, body: (200, completion("x", done="no")), 1, r"a boolean as done of a reply, got 'no'"),
         (lambda n, body: (200, completion("x", feedback=1)), 1, r"a text or None as feedback of a reply, got 1"),
+        (lambda n, body: (200, completion("x", hint=1)), 1, r"a text or None as hint of a reply, got 1"),
         (lambda n, body: (200, completion(["x"])), 1, r"a text or None as text of a reply, got \['x'\]"),
         (lambda n, body: (200, completion("x", role="system")), 1, r"user or tool as role of a reply, got 'system'"),
     ],

@@ -48,6 +48,14 @@ def test_each_session_has_a_state_of_its_own_and_the_seed_of_its_sample(pool):
     assert "a" not in pool and not left_of(*groups)
 
 
+def test_a_session_may_begin_with_a_hint():
+    pool = SessionProcesses("sessions.Hinting", {}, SessionLimits())
+    try:
+        assert pool.reset("a", problem(), 1) == Reply(" go", hint="north", done=False)
+    finally:
+        pool.close()
+
+
 @pytest.mark.parametrize(
     ("word", "reason"),
     [

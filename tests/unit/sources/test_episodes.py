@@ -6,6 +6,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -135,6 +136,28 @@ def test_an_episode_of_one_sequence_continues_the_sampled_tokens_in_both_prompts
     rules = PackingRules(max_tokens=64, cp_size=1, tp_size=1, paired=False, joins_turns=True)
     assert segments_of(contexts, rules) == [range(3), range(3, 4)]
     assert [message["role"] for message in turns[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
+
+
+class Guiding(Script):
+    """A `Script` whose first two replies have a hint, and whose third has none."""
+
+    def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
+        number = len(said) // 2 + 1
+        return replace(super().reply(problem, said), hint=f"step {number + 1}" if number < 3 else None)
+
+
+def test_a_hint_of_a_reply_stays_in_the_teachers_prompt_until_the_next_one():
+    turns, _, _ = played(Guiding(), [["w$", "w$", "w$", "r$"]], max_turns=4)
+    assert [text(turn.prompts.teacher_prompt) for turn in turns] == [
+        "a|hint a:",
+        "a|step 2w#1:",
+        "a|step 3w#1w#2:",
+        "a|step 3w#1w#2w#3:",
+    ]
+    assert [turn.prompts.solution for turn in turns] == ["hint a", "step 2", "step 3", "step 3"]
+    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
+    with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn, but"):
+        played(Guiding(), [["w$", "r$"]], given=opened(), one_sequence=True)
 
 
 def test_no_token_of_an_episode_of_one_sequence_is_encoded_again(monkeypatch):
@@ -416,11 +439,18 @@ def test_the_prompts_of_an_episode_begin_with_the_text_of_its_session():
     assert not sessions.open and episode_metrics(turns, 0, ONE_RANK)["episodes/failed_share"] == 0.0
 
 
+def test_the_hint_of_a_sessions_beginning_takes_the_place_of_the_solution():
+    openings = {"a": Reply(hint="north", done=False), "b": Reply(" go", hint="south", done=False)}
+    turns, _ = with_sessions(openings, [["w$", "r$"], ["r$"]])
+    assert [text(turn.prompts.teacher_prompt) for turn in turns] == ["a|north:", "a|northw#w:", "b go|south:"]
+    assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#w:", "b go?:"]
+
+
 @pytest.mark.parametrize(
     ("opening", "reason"),
     [
         (Reply(failure="reset raised OSError: no display"), "reset raised OSError: no display"),
-        (Reply("." * 60, done=False), "the text of reset is too long for data.max_length"),
+        (Reply("." * 60, done=False), "text and hint of reset are too long for data.max_length"),
     ],
 )
 def test_an_episode_that_cannot_begin_is_one_response_to_the_problem_alone(caplog, opening, reason):
