@@ -236,7 +236,10 @@ def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSo
     assert data.path is not None
     teachers = config.named_teachers
     return RecordSource(
-        *(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit), section="data", teachers=teachers
+        *(data.path, data.split, data.subset, fields, data.on_bad_record, data.limit),
+        section="data",
+        teachers=teachers,
+        choice=config.teacher_choice,
     )
 
 

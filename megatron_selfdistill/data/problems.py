@@ -8,12 +8,13 @@ import hashlib
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, teacher_of_record
+from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config.schema.teachers_config import CHOOSE, NamedTeacher, teacher_of_record
 from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
 from megatron_selfdistill.errors import BadRecordError, ConfigError
 
@@ -290,7 +291,8 @@ def _columns(source: RecordSource) -> dict[str, str | None]:
     if unknown:
         raise ValueError(f"data.fields: expected names among {', '.join(FIELDS)}, got {', '.join(unknown)}.")
     columns = {name: source.fields.get(name, name) for name in FIELDS}
-    return columns if source.teachers else {**columns, "teacher": None}
+    named = source.teachers and source.choice is None
+    return columns if named else {**columns, "teacher": None}
 
 
 def _good_problems(
@@ -302,11 +304,12 @@ def _good_problems(
     skipped: list[str] = []
     places: dict[str, str] = {}
     seen_columns: set[str] = set()
+    shares_of = _shares_of_records(source, columns["teacher"])
     for location, record in records(source):
         if isinstance(record, dict):
             seen_columns.update(record)
         try:
-            problem = _validated(record, location, columns, places, require_solution, source.teachers)
+            problem = _validated(record, location, columns, places, require_solution, source.teachers, shares_of)
         except BadRecordError as error:
             if source.on_bad_record == "error":
                 raise ValueError(f"{location}: {error} Correct the record, {advice}") from None
@@ -336,6 +339,7 @@ def _validated(
     places: Mapping[str, str],
     require_solution: bool,
     teachers: Mapping[str, NamedTeacher],
+    shares_of: Callable[[Mapping[str, Any], str], dict[str, float]],
 ) -> Problem:
     if isinstance(record, BadRecordError):
         raise record
@@ -345,14 +349,14 @@ def _validated(
     for name, value in values.items():
         if not is_text(value):
             raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}.")
-    problem, messages, solution, answer, given_id, named = (values[name] for name in FIELDS)
+    problem, messages, solution, answer, given_id, _ = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
         conversation = _conversation(messages, columns["messages"])
     else:
         text = _text(problem, "problem", columns, record)
         conversation = ({"role": "user", "content": text},)
-    shares = _shares(named, columns, teachers) if teachers else {"": 1.0}
+    shares = shares_of(record, location)
     required = require_solution and (not teachers or any(teachers[name].is_hinted for name in shares))
     wanted = columns["solution"] is not None and (required or solution is not None)
     solution = _text(solution, "solution", columns, record) if wanted else ""
@@ -368,18 +372,47 @@ def _validated(
     return Problem(problem_id, conversation, solution, answer, location, teacher=next(iter(shares)), shares=of_several)
 
 
-def _shares(named: object, columns: Mapping[str, str | None], teachers: Mapping[str, NamedTeacher]) -> dict[str, float]:
+def _shares_of_records(
+    source: RecordSource, column: str | None
+) -> Callable[[Mapping[str, Any], str], dict[str, float]]:
+    """Return the function that gives `_shares` of a record at a location: of its ``column``, or of ``source.choice``.
+
+    The function raises `BadRecordError` for a column that names no teacher, and `ConfigError` with the location where
+    the user's function fails or names none.
+    """
+    teachers, choice = source.teachers, source.choice
+    if not teachers:
+        return lambda record, location: {"": 1.0}
+    if choice is None:
+        field_name = f"field {column!r}"
+        return lambda record, location: _shares(None if column is None else record.get(column), field_name, teachers)
+    key = f"teachers.{CHOOSE}"
+    choose, name = function_named(key, choice, {}), f"{key}={choice}"
+
+    def chosen(record: Mapping[str, Any], location: str) -> dict[str, float]:
+        try:
+            return _shares(choose(dict(record), tuple(teachers)), name, teachers)
+        except BadRecordError as error:
+            reason = str(error).removesuffix(".")
+        except Exception as error:
+            reason = f"{name} failed with {type(error).__name__}: {error}"
+        raise ConfigError(f"{location}: {reason}: correct the function")
+
+    return chosen
+
+
+def _shares(named: object, place: str, teachers: Mapping[str, NamedTeacher]) -> dict[str, float]:
     """Return the share of each teacher of a record by name, in the order of the names; the sum is 1.
 
-    ``named``: the name of a teacher, a mapping of names to weights, or None, as the record has it.
+    ``named``: the name of a teacher, a mapping of names to weights, or None, as it stands in ``place``.
     """
-    weights: Any = named if isinstance(named, dict) else {teacher_of_record(named, teachers): 1}
+    weights: Any = named if isinstance(named, Mapping) else {teacher_of_record(named, teachers): 1}
     weights = {name: weight for name, weight in weights.items() if weight is not None}  # columns of Parquet
     good = weights and all(name in teachers and _is_weight(weight) for name, weight in weights.items())
     if not good:
         got = "no teacher, and none of them has the name default" if named is None else _shown(named)
         raise BadRecordError(
-            f"field {columns['teacher']!r}: expected the name of one of the teachers {', '.join(teachers)}, or a "
+            f"{place}: expected the name of one of the teachers {', '.join(teachers)}, or a "
             f"mapping of such names to weights above 0, got {got}."
         )
     total = math.fsum(weights.values())

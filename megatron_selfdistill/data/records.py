@@ -163,6 +163,8 @@ class RecordSource:
     """The section of the configuration whose keys the messages name."""
     teachers: Mapping[str, NamedTeacher] = field(default_factory=dict)
     """The teachers that the field ``teacher`` of a record may name; without any the field is not read."""
+    choice: str | None = None
+    """The dotted path of a function of a record and the teachers' names that returns what the field would hold."""
 
 
 def records(source: RecordSource) -> Iterator[tuple[str, object]]:

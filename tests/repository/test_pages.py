@@ -31,11 +31,12 @@ PAGES = [
 ]
 NOT_KEYS = {
     *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
-    *("method.right_weight", "loss.self_distillation_loss"),
+    *("method.right_weight", "loss.self_distillation_loss", "teachers.choose"),
     *("loss.backward", "loss.item", "model.generate", "optimizer.step", "optimizer.zero_grad"),
     *("model.safetensors", "report.html", "report.png", "target.html", "target.svg"),
 }
-"""Words of the form ``section.name`` that are no keys today: removed or renamed keys, Python, a user's key, files."""
+"""Words of the form ``section.name`` that are no keys today: removed or renamed keys, Python, a user's key, files, and
+entries of mappings."""
 
 
 def name_of(page: Path) -> str:

@@ -471,6 +471,19 @@ def test_each_teacher_has_its_own_wording_and_shows_the_solution_or_not(director
     assert "of the solution (in 3 prompts)" in run_data.about_prompts
 
 
+def all_of(record: dict[str, object], names: tuple[str, ...]) -> dict[str, int]:
+    return dict.fromkeys(names, 1)
+
+
+def test_a_function_that_chooses_gives_a_record_the_prompts_of_its_teachers(directory):
+    config = replace(config_of(directory), teachers=TEACHERS | {"choose": f"{__name__}.all_of"})
+    run_data = RunData.load(config)
+    assert {problem.shares for problem in run_data.problems.problems} == {
+        tuple((name, 1 / 3) for name in sorted(TEACHERS))
+    }
+    assert "(in 6 prompts)" in run_data.about_prompts, run_data.about_prompts
+
+
 def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
     run_data = taught(directory, [{"math": 1, "code": 3}])
     (problem,) = run_data.problems.problems

@@ -14,6 +14,8 @@ from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, Text
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.target_config import TargetConfig, TeacherConfig, TeacherWeight
 
+CHOOSE = "choose"
+"""The entry of the key ``teachers`` that is no teacher: the dotted path of the function that chooses for a record."""
 DEFAULT_TEACHER = "default"
 """The name of the teacher of the records that name none, where there are several teachers."""
 
@@ -43,7 +45,22 @@ def named_teachers(teachers: Mapping[str, Any]) -> dict[str, NamedTeacher]:
 
     Raises: `ConfigError` for a name that is none, an unknown entry, and a value outside of its range.
     """
-    return {name: _named_teacher(name, teachers[name]) for name in sorted(teachers, key=str)}
+    return {name: _named_teacher(name, teachers[name]) for name in sorted(teachers, key=str) if name != CHOOSE}
+
+
+def chosen_by(teachers: Mapping[str, Any]) -> str | None:
+    """Return the dotted path of the function that chooses the teacher of a record; None where the record names it.
+
+    Raises: `ConfigError` for another value, and for a function without teachers.
+    """
+    path = teachers.get(CHOOSE)
+    require(
+        path is None or isinstance(path, str),
+        f"teachers.{CHOOSE} must be the dotted path of a function (package.module.function), and no teacher may have "
+        f"this name, got {path!r}",
+    )
+    require(path is None or len(teachers) > 1, f"teachers.{CHOOSE}={path} has no teacher to choose: name teachers")
+    return path
 
 
 def _named_teacher(name: str, entries: Any) -> NamedTeacher:
@@ -82,7 +99,8 @@ def check_teachers(
     )
     require(
         rollout.guidance == "none",
-        f"teachers cannot guide responses yet: set rollout.guidance=none, got {rollout.guidance}",
+        f"rollout.guidance={rollout.guidance} samples with the weights at the start of the run, and no sampler holds "
+        "those of several teachers: set rollout.guidance=none, or unset teachers",
     )
     for name, one in teachers.items():
         require(

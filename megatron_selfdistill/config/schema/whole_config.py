@@ -42,7 +42,7 @@ from megatron_selfdistill.config.schema.step_config import (
     ScheduleConfig,
 )
 from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, check_teachers, named_teachers
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, check_teachers, chosen_by, named_teachers
 
 
 def check_conversations(
@@ -118,7 +118,9 @@ class Config:
     has the entries load (a checkpoint of Megatron or a Hugging Face directory of the student's architecture and
     tokenizer; null is the weights at the start of the run), hint (given or none), template (in place of
     data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load: DIR}, default: {}} the
-    records of math learn from DIR, and all others from the start of the run, which sees their solutions."""
+    records of math learn from DIR, and all others from the start of the run, which sees their solutions.  The entry
+    choose is no teacher: it is the dotted path of a function of a record and the names that returns the teacher's name,
+    or weights by name, in place of the field."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -188,12 +190,13 @@ class Config:
         if self.target.anchor == "reference":
             check_reference(self.has_teacher, self.rollout, self.target, adapted=self.adapter.rank > 0)
         check_guided_tokens(self.has_teacher, self.rollout, self.target, self.loss)
-        if self.named_teachers:
+        if self.teachers:
             self._check_teachers()
         require(
-            bool(self.teachers) or "teacher" not in self.data.fields,
-            "data.fields.teacher names the column with the teacher of a record, but there are no teachers: set the key "
-            "teachers, or unset data.fields.teacher",
+            (bool(self.teachers) and self.teacher_choice is None) or "teacher" not in self.data.fields,
+            "data.fields.teacher names the column with the teacher of a record, but "
+            + (f"teachers.choose={self.teacher_choice} chooses it" if self.teachers else "there are no teachers")
+            + ": set the key teachers without choose, or unset data.fields.teacher",
         )
         require(
             self.has_teacher or self.loss.fused in (None, "none"),
@@ -224,6 +227,11 @@ class Config:
     def named_teachers(self) -> dict[str, NamedTeacher]:
         """The teachers of the key ``teachers`` by name, in the order of the names; empty without the key."""
         return named_teachers(self.teachers)
+
+    @property
+    def teacher_choice(self) -> str | None:
+        """The dotted path of the function that chooses the teacher of a record; None where the record names it."""
+        return chosen_by(self.teachers)
 
     @property
     def num_loaded_teachers(self) -> int:

@@ -20,8 +20,14 @@ def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
     assert load([MATH, "teachers.code.load=/c"]).rests_teachers
 
 
+def test_the_function_that_chooses_is_no_teacher():
+    config = load([MATH, "teachers.choose=my.choose"])
+    assert config.teacher_choice == "my.choose" and list(config.named_teachers) == ["math"]
+
+
 def test_without_the_key_nothing_changes():
     config = load([])
+    assert config.teacher_choice is None
     assert config.named_teachers == {} and config.keeps_start and not config.loads_teachers
     assert not config.projects_reference
 
@@ -66,7 +72,16 @@ def test_a_name_is_one_word(name):
         ),
         (["teachers.math.hint=none"], "teachers.math has the weights at the start of the run and no hint"),
         ([MATH, "teacher.weights=ema"], "they need teacher.weights=frozen, got ema"),
-        ([MATH, "rollout.guidance=mixed"], "teachers cannot guide responses yet: set rollout.guidance=none"),
+        ([MATH, "rollout.guidance=mixed"], "no sampler holds those of several teachers: set rollout.guidance=none"),
+        (
+            [MATH, "teachers.choose={load: /m}"],
+            "teachers.choose must be the dotted path of a function .* no teacher may",
+        ),
+        (["teachers.choose=my.choose"], "teachers.choose=my.choose has no teacher to choose: name teachers"),
+        (
+            [MATH, "teachers.choose=my.choose", "data.fields.teacher=it"],
+            "but teachers.choose=my.choose chooses it: set",
+        ),
         (
             [MATH, "method.name=grpo", "rollout.num_samples=2"],
             "teachers need a method whose teacher reads sampled responses",

@@ -304,6 +304,44 @@ def test_the_shards_of_a_batch_are_the_batch(size: int, dp_size: int) -> None:
 TEACHERS = {"math": NamedTeacher("/m"), "code": NamedTeacher("/c", hint="none")}
 
 
+def by_subject(record: dict[str, object], names: tuple[str, ...]) -> object:
+    assert names == tuple(TEACHERS)
+    return record["subject"]
+
+
+CHOICE = {"teachers": TEACHERS, "choice": f"{__name__}.by_subject"}
+
+
+def test_a_function_chooses_from_the_whole_record_in_place_of_the_field(tmp_path: Path) -> None:
+    subjects: list[object] = ["math", {"math": 1, "code": 3}]
+    file = write_jsonl(tmp_path / "a.jsonl", *(record(i, subject=it, teacher="x") for i, it in enumerate(subjects)))
+    found = load_problems(file, **CHOICE).problems
+    assert [(it.teacher, it.shares) for it in found] == [("math", ()), ("code", (("code", 0.75), ("math", 0.25)))]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ({"subject": "art"}, ': expected the name of one of the teachers math, code, or a mapping .*, got "art"'),
+        ({"subject": {"math": -1}}, ': expected the name .* to weights above 0, got {"math": -1}'),
+        ({"subject": None}, ": expected the name .*, got no teacher, and none of them has the name default"),
+        ({}, " failed with KeyError: 'subject'"),
+    ],
+)
+def test_a_function_that_names_no_teacher_is_wrong_at_a_record_even_if_bad_records_are_skipped(
+    tmp_path: Path, bad: dict[str, object], reason: str
+) -> None:
+    file = write_jsonl(tmp_path / "a.jsonl", record(1, subject="math"), record(2, **bad))
+    with pytest.raises(ConfigError, match=f"a.jsonl:2: teachers.choose={CHOICE['choice']}{reason}: correct the func"):
+        load_problems(file, on_bad_record="skip", **CHOICE)
+
+
+def test_a_function_that_is_not_there_is_named_with_its_key(tmp_path: Path) -> None:
+    options = {"teachers": TEACHERS, "choice": f"{__name__}.nothing"}
+    with pytest.raises(ConfigError, match=r"teachers.choose must be the dotted path of a function .*nothing"):
+        load_problems(write_jsonl(tmp_path / "a.jsonl", record(1)), **options)
+
+
 def test_a_record_names_its_teacher_and_one_without_a_hint_needs_no_solution(tmp_path: Path) -> None:
     unsolved = {"problem": "Sort a list.", "teacher": "code"}
     file = write_jsonl(tmp_path / "a.jsonl", record(1, teacher="math"), unsolved)
