@@ -28,7 +28,12 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
 from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
-from megatron_selfdistill.checkpoint.teacher_directories import load_teacher, teacher_directories
+from megatron_selfdistill.checkpoint.teacher_directories import (
+    adapter_teachers,
+    load_adapter_teacher,
+    load_teacher,
+    teacher_directories,
+)
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair
@@ -42,7 +47,7 @@ from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, unwrapped
-from megatron_selfdistill.named_teachers import NamedTeachers
+from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.schedule import Reference
@@ -113,7 +118,9 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
-        weights = config.teacher.weights if config.keeps_teacher and config.keeps_start else "current"
+        adapted = list(adapter_teachers(config))
+        keeps_start = config.keeps_teacher and (config.keeps_start or bool(adapted))
+        weights = config.teacher.weights if keeps_start else "current"
         offload = config.teacher.offload == "cpu"
         self.teacher = Teacher(
             weights,
@@ -132,21 +139,29 @@ class Learner:
                 if is_teacher
                 else Teacher("frozen", self.chunks, initial_chunks, offload=offload, adapted=config.adapter.rank > 0)
             )
-        self.named_teachers = self._named_teachers(initial_chunks) if config.loads_teachers else None
+        self.named_teachers = self._named_teachers(initial_chunks, adapted) if config.loads_teachers else None
         """The teachers with weights of their own; None where ``teacher`` alone teaches."""
         self.packing = self._packing()
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()
 
-    def _named_teachers(self, build_chunks: Callable[[], list[torch.nn.Module]]) -> NamedTeachers:
+    def _named_teachers(
+        self, build_chunks: Callable[[], list[torch.nn.Module]], adapted: Sequence[str]
+    ) -> NamedTeachers:
+        """Load the named teachers; ``adapted``: the names of those that are adapters on the start."""
         checkpoint, vocab_size, run_dir = self.config.checkpoint, self.run_data.vocab_size, Path(self.config.run_dir)
 
         def load(path: Path, chunks: list[torch.nn.Module]) -> None:
             load_teacher(path, chunks, vocab_size, run_dir, checkpoint.verify)
 
-        offload = self.config.teacher.offload == "cpu"
-        return NamedTeachers(teacher_directories(self.config), build_chunks, load, offload=offload)
+        directories, offload = teacher_directories(self.config), self.config.teacher.offload == "cpu"
+        on_start = {}
+        for name in adapted:
+            chunks = load_adapter_teacher(directories.pop(name), self.teacher.chunks, self.config, self.grid)
+            rests = offload or len(adapted) > 1
+            on_start[name] = AdapterTeacher(chunks, device=self.grid.device, rests=rests)
+        return NamedTeachers(directories, build_chunks, load, offload=offload, adapted=on_start)
 
     @property
     def has_teacher(self) -> bool:

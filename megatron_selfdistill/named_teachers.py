@@ -1,24 +1,58 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The teachers of the key ``teachers``: one frozen copy of the model, into which each teacher's weights are swapped."""
+"""The teachers of the key ``teachers``: one frozen copy of the model, into which each teacher's weights are swapped.
+
+A teacher that is adapters takes no copy: its factors add to the outputs of the frozen start's layers.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.teacher import Chunks
+
+
+class AdapterTeacher:
+    """A teacher that is low-rank adapters on the frozen start of the run, of which it keeps the factors alone.
+
+    With ``rests`` the factors are in pinned host memory, and on the device only within `on_device`.
+    """
+
+    def __init__(self, chunks: Sequence[WithOtherAdapters], *, device: torch.device, rests: bool) -> None:
+        """Take over ``chunks``, whose factors are loaded."""
+        self.chunks: Chunks = [*chunks]
+        self._device = device
+        self._factors = [factor for chunk in chunks for factor in chunk.factors]
+        self._resting = [_in_host_memory(factor) for factor in self._factors] if rests else []  # all, or none
+        self._rest()
+
+    @contextlib.contextmanager
+    def on_device(self) -> Iterator[Chunks]:
+        """Yield the chunks with the factors on the device, where the caller has the start's weights."""
+        for factor, host in zip(self._factors, self._resting, strict=False):
+            factor.data = host.to(self._device, non_blocking=True, copy=True)
+        try:
+            yield self.chunks
+        finally:
+            self._rest()
+
+    def _rest(self) -> None:
+        for factor, host in zip(self._factors, self._resting, strict=False):
+            factor.data = host
 
 
 class NamedTeachers:
     """The weights of the teachers that have a directory, on this rank, cut like the student's chunks.
 
-    One copy of the model holds the weights of one teacher at a time.  With several teachers, or with ``offload``, the
-    weights of all rest in pinned host memory.  With ``offload`` the copy is on the device only within `on_device`.
+    One copy of the model holds the full weights of one teacher at a time.  With several such teachers, or with
+    ``offload``, the weights of all rest in pinned host memory.  With ``offload`` the copy is on the device only within
+    `on_device`.
     """
 
     def __init__(
@@ -28,12 +62,15 @@ class NamedTeachers:
         load: Callable[[Path, Chunks], None],
         *,
         offload: bool = False,
+        adapted: Mapping[str, AdapterTeacher] | None = None,
     ) -> None:
         """Load all teachers in the order of their names; ``load``: fills chunks with the weights of a directory.
 
+        ``directories``: those with full weights; without any there is no copy.  ``adapted``: the other teachers.
         Collectives: those of ``load``, once per teacher.
         """
-        self.chunks, self.offload = build_chunks(), offload
+        self.chunks, self.offload = build_chunks() if directories else [], offload
+        self._adapted = dict(adapted or {})
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
@@ -44,12 +81,19 @@ class NamedTeachers:
             """The teacher whose weights the copy has."""
             if offload or len(directories) > 1:
                 self._resting[name] = [_in_host_memory(tensor) for tensor in self._tensors()]
-        if offload:
+        if offload and directories:
             self._rest()
 
     @contextlib.contextmanager
     def on_device(self, name: str) -> Iterator[Chunks]:
-        """Yield the chunks on the device with the weights of the teacher ``name``."""
+        """Yield the chunks on the device with the weights of the teacher ``name``.
+
+        The start of the run is on the device already where the teacher is adapters on it.
+        """
+        if name in self._adapted:
+            with self._adapted[name].on_device() as chunks:
+                yield chunks
+            return
         if name != self.present or self.offload:
             with torch.no_grad():
                 self._swap_in(name)

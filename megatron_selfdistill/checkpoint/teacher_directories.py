@@ -5,27 +5,38 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from megatron_selfdistill.checkpoint.external import load_weights
+from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import first_difference, tokenizer_directory
-from megatron_selfdistill.config import Config, ModelConfig
+from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
 from megatron_selfdistill.data.tokenizer import load_tokenizer
-from megatron_selfdistill.distributed.collectives import run_on_rank_0
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
+from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
+from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.interop.formats.hf_files import CONFIG, read_config, weight_files
 from megatron_selfdistill.interop.formats.saved_run import SavedRun
-from megatron_selfdistill.interop.formats.stored_adapters import digest_of_files, read_stored_adapters
+from megatron_selfdistill.interop.formats.stored_adapters import (
+    PEFT_CONFIG,
+    digest_of_files,
+    known_digest,
+    read_stored_adapters,
+    require_adapters,
+)
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, stored_args
 from megatron_selfdistill.interop.hf.family import differences
 from megatron_selfdistill.interop.hf.mapping import family_of
+from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
+from megatron_selfdistill.interop.release import Progress
+from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.prechecks import is_hugging_face, require_checkpoint, require_hugging_face
 
 DIGESTS = "teachers"
@@ -39,30 +50,66 @@ def teacher_directories(config: Config) -> dict[str, Path]:
     return {name: Path(teacher.load) for name, teacher in named if teacher.load is not None}
 
 
+def adapter_teachers(config: Config) -> dict[str, AdapterConfig]:
+    """Return the settings of each teacher whose directory holds adapters alone, in the order of the names.
+
+    The rank of a directory of PEFT is the largest that its conversion may have: layers of three modules become one.
+    Raises: `CheckpointError` for a corrupt description.
+    """
+    found = {}
+    for name, path in teacher_directories(config).items():
+        if _is_peft(path):
+            found[name] = AdapterConfig(rank=3 * read_peft(path, Progress())[0]["r"])
+        elif (stored := read_stored_adapters(path)) is not None:
+            found[name] = stored.settings
+    return found
+
+
+def _is_peft(path: Path) -> bool:
+    return (path / PEFT_CONFIG).is_file()
+
+
 def require_teachers(config: Config) -> None:
     """Raise an error unless each teacher's directory holds the student's architecture and its tokenizer.
+
+    Adapters need the checkpoint of the student's start below them, and have its architecture.
 
     ``config``: with the architecture of the student.  Each rank reads for itself; a process group is not needed.
     A directory without a tokenizer, and a checkpoint without arguments, are compared by their shapes when they load.
 
     Raises: `ConfigError` with both values, or with the first token that differs; `CheckpointError` for a directory that
-    is missing, corrupt, or holds adapters alone.
+    is missing or corrupt, and for adapters on other weights.
     """
+    adapted = adapter_teachers(config)
     for name, path in teacher_directories(config).items():
         key = f"teachers.{name}.load={path}"
         if not path.is_dir():
             raise CheckpointError(
                 f"{key} does not exist, expected a checkpoint of Megatron or a Hugging Face directory"
             )
-        if read_stored_adapters(path) is not None:
-            raise CheckpointError(
-                f"{key} holds adapters alone, expected full weights: merge them with `selfdistill convert "
-                "merge-adapters`"
-            )
-        stored = _stored_architecture(path)
+        if name in adapted:
+            _require_start(key, config, path)
+        stored = None if name in adapted else _stored_architecture(path)
         if stored is not None and config.model.provider is None:
             _require_same_architecture(key, config.model, stored)
         _require_same_tokenizer(key, config, path)
+
+
+def _require_start(key: str, config: Config, path: Path) -> None:
+    """Raise an error unless ``checkpoint.load`` may be the base of the adapters at ``path``; those of PEFT name none.
+
+    A base whose digest no file states is compared when the adapters load.
+    """
+    if config.checkpoint.load is None:
+        raise ConfigError(
+            f"{key} holds adapters, which belong to the weights that the student starts from: set checkpoint.load to "
+            "their base, or merge them with `selfdistill convert merge-adapters`"
+        )
+    base, _ = directory.find(Path(config.checkpoint.load))
+    if _is_peft(path):
+        require_fit(path, base)
+    elif (digest := known_digest(base)) is not None:
+        require_adapters(path).require_base(digest, base, "checkpoint.load")
 
 
 def _stored_architecture(path: Path) -> ModelConfig | None:
@@ -118,6 +165,8 @@ def checked_digests(config: Config, saved: SavedRun | None) -> dict[str, str]:
 
 
 def _digest(path: Path) -> str:
+    if _is_peft(path):
+        return digest_of_files(shared_checksums(path, [path / PEFT_CONFIG, path / WEIGHTS]))
     if not is_hugging_face(path):
         return shared_base_digest(path)
     files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path).tensors])
@@ -148,27 +197,52 @@ def load_teacher(path: Path, chunks: Sequence[torch.nn.Module], vocab_size: int,
     if not is_hugging_face(path):
         load_weights(path, chunks, vocab_size, verify)
         return
-    with _converted(path, run_dir) as megatron:
+    with _converted(run_dir, lambda out: hf_to_megatron(path, out)) as megatron:
         load_weights(megatron, chunks, vocab_size, "sizes")
 
 
+def load_adapter_teacher(
+    path: Path, start: Sequence[torch.nn.Module], config: Config, grid: RankGrid
+) -> list[WithOtherAdapters]:
+    """Return ``start``, the frozen chunks of the student's start, with the adapters of a teacher's directory.
+
+    A directory of PEFT is converted below ``run_dir`` meanwhile.  Every rank of the world calls it.
+    Raises: `CheckpointError` on all ranks, also for another base than ``checkpoint.load``; `ConfigError`.
+    """
+    assert config.checkpoint.load is not None
+    base, verify = Path(config.checkpoint.load), config.checkpoint.verify
+    with ExitStack() as stack:
+        if _is_peft(path):
+            given = path
+            path = stack.enter_context(_converted(Path(config.run_dir), lambda out: peft_to_megatron(given, base, out)))
+        adapters = run_on_rank_0(lambda: require_adapters(path))
+        adapters.require_base(shared_base_digest(base), base, "checkpoint.load")
+        require_stored_rank(adapters.path, adapters.settings.rank)
+        with raise_on_all_ranks():
+            chunks = [WithOtherAdapters(chunk, adapters.settings, grid) for chunk in start]
+        for chunk in chunks:
+            stack.enter_context(chunk.in_place())
+        load_adapters(adapters.path, chunks, verify)
+    return chunks
+
+
 @contextmanager
-def _converted(hf: Path, parent: Path) -> Iterator[Path]:
-    """Convert the Hugging Face directory ``hf`` to a Megatron checkpoint in ``parent``, and remove it at the end."""
+def _converted(parent: Path, convert_to: Callable[[Path], object]) -> Iterator[Path]:
+    """Convert a directory to a Megatron checkpoint in ``parent`` by ``convert_to``, and remove it at the end."""
 
     def convert() -> str:
         parent.mkdir(parents=True, exist_ok=True)
-        directory = tempfile.mkdtemp(dir=parent, prefix=".teacher-")
+        temporary = tempfile.mkdtemp(dir=parent, prefix=".teacher-")
         try:
-            hf_to_megatron(hf, Path(directory) / "megatron")
+            convert_to(Path(temporary) / "megatron")
         except BaseException:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return directory
+        return temporary
 
-    directory = Path(run_on_rank_0(convert))
+    temporary = Path(run_on_rank_0(convert))
     try:
-        yield directory / "megatron"
+        yield temporary / "megatron"
     finally:
         if dist.get_rank() == 0:
-            shutil.rmtree(directory, ignore_errors=True)
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -132,6 +132,11 @@ def peft_to_megatron(
     return write_release(out, pieces, weights.args, assets=assets, texts=texts, progress=progress)
 
 
+def require_fit(peft: Path, base: Path) -> None:
+    """Raise CheckpointError unless ``peft`` holds factors of the layers of ``base``, with their shapes."""
+    _layers(peft, weight_rules(open_weights(base)), read_peft(peft, Progress())[1])
+
+
 def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the settings (r, lora_alpha, use_rslora) and the factors by name of a directory of PEFT.
 

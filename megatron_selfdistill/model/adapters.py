@@ -122,24 +122,38 @@ def add_adapters(chunks: Sequence[torch.nn.Module], adapter: AdapterConfig, grid
         model.requires_grad_(False)
         # A frozen router must not move its biases either.
         model.config.moe_router_bias_update_rate = 0.0
-        linears = list(_linears(model, adapter.layers))
-        if not linears:
+        made = _hooked_adapters(model, adapter, grid)
+        if not made:
             raise ConfigError(
                 f"adapter.layers={list(adapter.layers)}: a pipeline stage of this model has no such layer; name layers "
                 "that every stage has, or cut the pipeline in another way"
             )
-        for parent, child, linear, name in linears:
-            if grid.tp_size > 1 and not _is_cut(linear):
-                raise ConfigError(
-                    f"{name} is a whole copy on each of {grid.tp_size} tensor-parallel ranks, expected a layer that "
-                    f"they share: remove {child} from adapter.layers, or set parallel.tensor_model_parallel_size=1"
-                )
-            made = LowRankAdapter(linear, name, adapter, grid)
-            parent.add_module(child + ADAPTER_SUFFIX, made)
-            linear.register_forward_hook(_Hook(made))
+        for parent, name, module in made:
+            parent.add_module(name, module)
         if model.pre_process:
             # Recomputed blocks have a gradient only if their input has one, and the embedding is frozen.
             model.embedding.register_forward_hook(_require_gradient)
+
+
+_Placed = tuple[torch.nn.Module, str, LowRankAdapter]
+"""The parent of an adapter, its name in the parent, and the adapter."""
+
+
+def _hooked_adapters(model: GPTModel, adapter: AdapterConfig, grid: RankGrid) -> list[_Placed]:
+    """Return adapters that add to the output of the linear layers of ``model``, but are no modules of it yet.
+
+    Raises: `ConfigError` for a layer that tensor parallelism copies.
+    """
+    made = []
+    for parent, child, linear, name in list(_linears(model, adapter.layers)):
+        if grid.tp_size > 1 and not _is_cut(linear):
+            raise ConfigError(
+                f"{name} is a whole copy on each of {grid.tp_size} tensor-parallel ranks, expected a layer that "
+                f"they share: remove {child} from adapter.layers, or set parallel.tensor_model_parallel_size=1"
+            )
+        made.append((parent, child + ADAPTER_SUFFIX, LowRankAdapter(linear, name, adapter, grid)))
+        linear.register_forward_hook(_Hook(made[-1][2]))
+    return made
 
 
 class AdapterSizes(NamedTuple):
@@ -225,14 +239,64 @@ class WithoutAdapters(torch.nn.Module):
     @contextlib.contextmanager
     def switched_off(self) -> Iterator[None]:
         """Switch the adapters of the chunk off while the context is open."""
-        before = [adapter.enabled for adapter in self._adapters]
-        for adapter in self._adapters:
-            adapter.enabled = False
+        with _switched(self._adapters, False):
+            yield
+
+
+class WithOtherAdapters(torch.nn.Module):
+    """A chunk that runs with adapters that are no part of it: its modules, its weights and its own state stay.
+
+    `unwrapped` returns the chunk's model.  The factors are not trained.
+    """
+
+    def __init__(self, chunk: torch.nn.Module, adapter: AdapterConfig, grid: RankGrid) -> None:
+        """Make random factors, which the caller replaces within `in_place`.  Raises: as `add_adapters`."""
+        super().__init__()
+        self.module = chunk
+        self._placed = _hooked_adapters(unwrapped(chunk), adapter, grid)
+        self._adapters = [module.requires_grad_(False) for _, _, module in self._placed]
+        for module in self._adapters:
+            module.enabled = False
+
+    @property
+    def factors(self) -> list[torch.nn.Parameter]:
+        """The factors on this rank; a stage without the layers has none."""
+        return [factor for module in self._adapters for factor in module.parameters()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the output of the chunk with these adapters, which are on during this call only."""
+        with _switched(self._adapters, True):
+            return self.module(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Make the adapters modules of the chunk, in place of any of its own, while the context is open."""
+        parents = list(unwrapped(self.module).modules())
+        own = [(p, name, m) for p in parents for name, m in p.named_children() if isinstance(m, LowRankAdapter)]
+        _replace(own, self._placed)
         try:
             yield
         finally:
-            for adapter, enabled in zip(self._adapters, before, strict=True):
-                adapter.enabled = enabled
+            _replace(self._placed, own)
+
+
+def _replace(removed: Sequence[_Placed], added: Sequence[_Placed]) -> None:
+    for parent, name, _ in removed:
+        delattr(parent, name)
+    for parent, name, module in added:
+        parent.add_module(name, module)
+
+
+@contextlib.contextmanager
+def _switched(adapters: Sequence[LowRankAdapter], enabled: bool) -> Iterator[None]:
+    before = [adapter.enabled for adapter in adapters]
+    for adapter in adapters:
+        adapter.enabled = enabled
+    try:
+        yield
+    finally:
+        for adapter, was_enabled in zip(adapters, before, strict=True):
+            adapter.enabled = was_enabled
 
 
 def _linears(model: GPTModel, layers: Sequence[str]) -> Iterator[tuple[torch.nn.Module, str, Any, str]]:

@@ -20,10 +20,14 @@ from tiny_run import (
     bytes_of,
     overrides,
     refusal,
+    reproducible_metrics,
     train,
     train_each,
     with_trainer,
 )
+
+from megatron_selfdistill.interop.merged_weights import merge_adapters
+from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
 
 LAYOUTS = {
     "TP2": ["parallel.tensor_model_parallel_size=2"],
@@ -194,6 +198,72 @@ def test_adapters_learn_from_full_teachers_and_keep_their_frozen_weights(ranks, 
 
     train(ranks, of(tmp_path / "whole"))
     assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
+
+
+@pytest.fixture(scope="module")
+def adapted(ranks, places, tmp_path_factory) -> dict[str, Path]:
+    """Return adapters on the student as a checkpoint, as a directory of PEFT, and merged into full weights."""
+    run = tmp_path_factory.mktemp("adapted")
+    start = f"checkpoint.load={places['student']}"
+    fast = ["adapter.rank=3", "optimizer.lr=3e-1", "optimizer.lr_warmup_steps=0", "num_steps=2", "seed=7"]
+    train(ranks, overrides(places["data"], run, FOUR_LAYERS, start, *fast))
+    found = {"adapters": run / "checkpoints", "peft": run / "peft", "merged": run / "merged"}
+    merge_adapters(found["adapters"], found["merged"])
+    megatron_to_peft(found["adapters"], found["peft"], base_model="student")
+    return found
+
+
+def of_adapters(places: dict[str, Path], run_dir: Path, math: Path, *options: str) -> list[str]:
+    """Return the arguments of a run with a full teacher, one at ``math``, and the start."""
+    named = [f"teachers.math={{load: {math}, weight: 0.5}}", f"teachers.code.load={places['code']}"]
+    return arguments(places, run_dir, "checkpoint.save_every=1", *options, teachers=[*named, "teachers.default={}"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["target.anchor=student"],
+        pytest.param(["adapter.rank=2", "teacher.offload=cpu"], marks=pytest.mark.full),
+    ],
+    ids=str,
+)
+def test_adapters_teach_what_their_merged_weights_teach_and_resume(ranks, places, adapted, tmp_path, options):
+    """Both formats are the same bits; the start below them is kept although no other model reads it."""
+    record = f"{tmp_path}/responses.jsonl"
+    options = [*options, "num_steps=2"]
+
+    def of(run_dir: Path) -> list[str]:
+        return of_adapters(places, run_dir, adapted["adapters"], *options)
+
+    train(ranks, [*of(tmp_path / "whole"), f"rollout.record={record}"])
+    replay = f"rollout.replay={record}"
+    train(ranks, of_adapters(places, tmp_path / "merged", adapted["merged"], *options, replay))
+    assert_steps_equal(tmp_path / "merged", tmp_path / "whole", EQUAL)
+    train(ranks, of_adapters(places, tmp_path / "peft", adapted["peft"], *options, replay))
+    assert reproducible_metrics(tmp_path / "peft") == reproducible_metrics(tmp_path / "whole")
+    assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["TP2", "PP2xVPP2"])
+def test_adapters_teach_alike_in_every_layout(ranks, places, adapted, tmp_path, name):
+    record, only = f"{tmp_path}/responses.jsonl", ["num_steps=2", "target.anchor=student"]
+    teachers = [f"teachers.math.load={adapted['adapters']}", f"teachers.code.load={adapted['peft']}"]
+    options = {"teachers": [*teachers, "teachers.default.hint=given"]}
+    train(ranks, arguments(places, tmp_path / "one", *only, f"rollout.record={record}", **options))
+    train(ranks, arguments(places, tmp_path / "two", *only, f"rollout.replay={record}", *LAYOUTS[name], **options), 2)
+    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+def test_adapters_of_other_weights_or_without_a_base_are_refused_before_anything_is_built(
+    ranks, places, adapted, tmp_path
+):
+    other = of_adapters(places, tmp_path / "run", adapted["adapters"], f"checkpoint.load={places['code']}")
+    assert "is not the base of the adapters in" in refusal(ranks, other)
+    assert "set checkpoint.load to the present place" in refusal(ranks, other)
+    from_nothing = of_adapters(places, tmp_path / "run", adapted["peft"], "checkpoint.load=null")
+    assert "teachers.math.load" in (message := refusal(ranks, from_nothing)) and "set checkpoint.load to" in message
+    assert not (tmp_path / "run" / "teacher").exists()
 
 
 @pytest.mark.parametrize(

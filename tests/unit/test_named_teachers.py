@@ -6,15 +6,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import hf_models
 import models
 import pytest
 import torch
+from adapted import merge, other_factors
 from models import parallel
 
-from megatron_selfdistill.config import ParallelConfig
+from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.model.adapters import WithOtherAdapters, WithoutAdapters, add_adapters
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.named_teachers import NamedTeachers
+from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers
 
 SEEDS = {"math": 3, "code": 4}
 BIASES = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
@@ -83,3 +86,64 @@ def resting(offload: bool) -> int:
     chunks, _ = models.build(models.model_config("shallow"), ParallelConfig())
     teachers = NamedTeachers({"one": Path("one")}, lambda: chunks, lambda path, into: None, offload=offload)
     return len(teachers._resting)
+
+
+RANKS = {"math": 2, "code": 3}
+
+
+def adapted_logits(cuts: ParallelConfig, kind: str, own: bool, rests: bool) -> list[float]:
+    """Return the largest difference of each adapter teacher's logits from those of its merged weights, on this rank.
+
+    The differences are relative to the largest logit.  ``own``: whether the start is a student without its own
+    adapters.  Asserts that the start keeps all its bits.
+    """
+    model = models.model_config(kind, vocab_size=hf_models.VOCAB_SIZE)
+    chunks, grid = models.build(model, cuts)
+    config = unwrapped(chunks[0]).config
+    if own:
+        add_adapters(chunks, AdapterConfig(rank=4, alpha=2.0, layers=["linear_qkv", "linear_fc1"]), grid)
+        models.fill_from_names(chunks)
+    start: list[Any] = [WithoutAdapters(chunk) for chunk in chunks] if own else chunks
+    names = list(chunks[0].state_dict())
+    before = tensors_of(chunks), logits_of(start, grid), logits_of(chunks, grid)
+    teachers, merged = {}, {}
+    for name, rank in RANKS.items():
+        views = [WithOtherAdapters(chunk, AdapterConfig(rank=rank, alpha=0.3), grid) for chunk in start]
+        merged[name] = models_of_merged(model, config, grid, views, SEEDS[name])
+        teachers[name] = AdapterTeacher(views, device=grid.device, rests=rests)
+    differences = []
+    for name in [*RANKS, "math"]:
+        with teachers[name].on_device() as on_device:
+            found = logits_of(on_device, grid)
+        assert (found - before[1]).abs().max() > 0.01, "the adapters do something"
+        differences.append(float((found - merged[name]).abs().max() / merged[name].abs().max()))
+        assert logits_of(start, grid).equal(before[1]) and logits_of(chunks, grid).equal(before[2])
+    assert all(a.equal(b) for a, b in zip(tensors_of(chunks), before[0], strict=True))
+    assert list(chunks[0].state_dict()) == names, "a checkpoint of the start has no factors of teachers"
+    assert not any(factor.requires_grad for one in teachers.values() for factor in one._factors)
+    return differences
+
+
+def models_of_merged(model: Any, config: Any, grid: Any, views: list[Any], seed: int) -> torch.Tensor:
+    """Fill the factors of ``views``, and return the logits of a model with the start's weights and their product."""
+    plain = build_chunks(model, config, grid, hf_models.VOCAB_SIZE)
+    models.fill_from_names(plain)
+    with views[0].in_place():
+        other_factors(views, seed)
+        merge(views, plain)
+    return logits_of(plain, grid)
+
+
+def logits_of(chunks: Any, grid: Any) -> torch.Tensor:
+    return hf_models.megatron_logits(chunks[0], grid, [range(24), range(10, 50)])
+
+
+@pytest.mark.parametrize("rests", [False, True])
+@pytest.mark.parametrize(
+    ("cuts", "kind", "own"),
+    [(parallel(), "gqa", False), (parallel(tp=2, sp=True), "gqa", True), (parallel(tp=2, sp=True), "moe", False)],
+    ids=["one rank", "TP2 with SP, a student with adapters", "TP2 with SP and experts"],
+)
+def test_adapters_are_the_teacher_of_their_merged_weights_and_leave_the_start_as_it_is(ranks, cuts, kind, own, rests):
+    for differences in ranks.run(adapted_logits, cuts, kind, own, rests, world_size=cuts.tensor_model_parallel_size):
+        assert max(differences) < 1e-5 and differences[0] == differences[-1]

@@ -25,7 +25,8 @@ class NamedTeacher:
     """One teacher of the key ``teachers``."""
 
     load: FilePath | None = None
-    """Checkpoint of Megatron or Hugging Face directory with the weights; null: the weights at the start of the run."""
+    """Checkpoint of Megatron or Hugging Face directory with the weights, or adapters on the weights at the start of the
+    run (a checkpoint of adapters, or a directory of PEFT); null: the weights at the start of the run."""
     hint: Annotated[str, OneOf(TEACHER_HINTS)] = "given"
     """What this teacher's prompt shows beside the problem: given (the solution) or none."""
     template: Text | None = None

@@ -116,11 +116,11 @@ class Config:
     """Teachers with other weights than the student's start, by name: the field teacher of a record names the teacher of
     its responses.  A record that names none has the only teacher, or of several the one with the name default.  Each
     has the entries load (a checkpoint of Megatron or a Hugging Face directory of the student's architecture and
-    tokenizer; null is the weights at the start of the run), hint (given or none), template (in place of
-    data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load: DIR}, default: {}} the
-    records of math learn from DIR, and all others from the start of the run, which sees their solutions.  The entry
-    choose is no teacher: it is the dotted path of a function of a record and the names that returns the teacher's name,
-    or weights by name, in place of the field."""
+    tokenizer, or adapters on checkpoint.load; null is the weights at the start of the run), hint (given or none),
+    template (in place of data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load:
+    DIR}, default: {}} the records of math learn from DIR, and all others from the start of the run, which sees their
+    solutions.  The entry choose is no teacher: it is the dotted path of a function of a record and the names that
+    returns the teacher's name, or weights by name, in place of the field."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -234,19 +234,9 @@ class Config:
         return chosen_by(self.teachers)
 
     @property
-    def num_loaded_teachers(self) -> int:
-        """The number of teachers with the weights of a directory of their own."""
-        return sum(teacher.load is not None for teacher in self.named_teachers.values())
-
-    @property
     def loads_teachers(self) -> bool:
         """Whether a teacher has the weights of a directory of its own."""
-        return self.num_loaded_teachers > 0
-
-    @property
-    def rests_teachers(self) -> bool:
-        """Whether the weights of these teachers rest in host memory, because one copy serves several, or by choice."""
-        return self.num_loaded_teachers > 1 or (self.loads_teachers and self.teacher.offload == "cpu")
+        return any(teacher.load is not None for teacher in self.named_teachers.values())
 
     @property
     def keeps_start(self) -> bool:

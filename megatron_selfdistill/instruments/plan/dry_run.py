@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_selfdistill.checkpoint.teacher_directories import require_teachers
+from megatron_selfdistill.checkpoint.teacher_directories import adapter_teachers, require_teachers
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
@@ -153,7 +153,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     run_data = RunData.load(config) if config.data.path and config.data.tokenizer else None
     vocab_size = _vocab_size(config, run_data)
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
-    built = stages(config.model, transformer, config.parallel, vocab_size, num_gpus, config.adapter)
+    sizes = vocab_size, num_gpus
+    built = stages(config.model, transformer, config.parallel, *sizes, config.adapter, adapter_teachers(config))
     step = _PlannedStep.of(config, num_gpus, max_length, seq_length)
     load = Load(
         seq_length=seq_length,

@@ -20,7 +20,7 @@ from megatron_selfdistill.instruments.plan.memory import (
     Load,
     element_size,
     engine_weight_gib,
-    named_teacher_bytes,
+    resting_teacher_bytes,
     teacher_state_bytes,
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
@@ -78,9 +78,8 @@ def _resting(config: Config, transformer: TransformerConfig, stage: Stage, load:
             reference = stage.parameters * element_size(config)
         if stage.projects:
             states = max(teacher_state_bytes(config, transformer, load) - config.schedule.teacher_store_gb * GIB, 0.0)
-    named = {}
-    if config.rests_teachers:
-        named = {NAMED: config.num_loaded_teachers * named_teacher_bytes(config, stage)}
+    resting = resting_teacher_bytes(config, stage)
+    named = {NAMED: sum(resting.values())} if resting else {}
     rollout, engine = config.rollout, 0.0
     if config.adapter.rank and config.samples and rollout.engine == "vllm" and rollout.placement == "colocated":
         engine = engine_weight_gib(config, load.model_parameters) * GIB + load.engine_factors * element_size(config)

@@ -134,7 +134,7 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
-    named = {NAMED: named_teacher_bytes(config, stage)} if config.loads_teachers else {}
+    named = {NAMED: max(named_teacher_bytes(config, stage).values())} if config.loads_teachers else {}
     state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
     state += 4 if optimizer.precision == "bf16" else 0
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
@@ -148,7 +148,8 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
             **named,
         }
     taught = 0
-    if config.keeps_teacher and config.keeps_start and teacher.weights != "current":
+    keeps_start = config.keeps_start or bool(stage.teacher_parameters)
+    if config.keeps_teacher and keeps_start and teacher.weights != "current":
         taught = size + (4 if teacher.weights == "ema" and teacher.offload == "none" else 0)
     return {
         "weights": stage.parameters * size,
@@ -160,9 +161,24 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     }
 
 
-def named_teacher_bytes(config: Config, stage: Stage) -> float:
-    """Return the bytes of the weights of one teacher of the key ``teachers`` on a rank of ``stage``."""
-    return float(stage.parameters * element_size(config))
+def named_teacher_bytes(config: Config, stage: Stage) -> dict[str, float]:
+    """Return the bytes of the weights, or of the adapters, of each teacher with a directory on a rank of ``stage``."""
+    loaded = [name for name, teacher in config.named_teachers.items() if teacher.load is not None]
+    of_adapters = stage.teacher_parameters
+    return {name: float(of_adapters.get(name, stage.parameters) * element_size(config)) for name in loaded}
+
+
+def resting_teacher_bytes(config: Config, stage: Stage) -> dict[str, float]:
+    """Return the part of `named_teacher_bytes` that rests in host memory and is swapped in each step.
+
+    It has all teachers with ``teacher.offload=cpu``, else those with full weights, and those that are adapters, where
+    there are several of the kind.
+    """
+    of_teachers = named_teacher_bytes(config, stage)
+    adapted = {name: size for name, size in of_teachers.items() if name in stage.teacher_parameters}
+    full = {name: size for name, size in of_teachers.items() if name not in adapted}
+    offload = config.teacher.offload == "cpu"
+    return {name: size for kind in (full, adapted) if offload or len(kind) > 1 for name, size in kind.items()}
 
 
 def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> float:

@@ -19,7 +19,13 @@ from megatron_selfdistill.instruments.plan.dry_run import Plan
 from megatron_selfdistill.instruments.plan.engines import factor_rules
 from megatron_selfdistill.instruments.plan.gpus import HOST_LINK, MFU, NETWORK, RATES
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
-from megatron_selfdistill.instruments.plan.memory import GIB, Memory, engine_weight_gib, named_teacher_bytes
+from megatron_selfdistill.instruments.plan.memory import (
+    GIB,
+    Memory,
+    engine_weight_gib,
+    named_teacher_bytes,
+    resting_teacher_bytes,
+)
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.instruments.plan.step_time import Part, StepTime
 from megatron_selfdistill.prechecks import about_packages
@@ -116,15 +122,19 @@ def _engines(plan: Plan) -> str:
 
 def _teachers(plan: Plan) -> list[str]:
     """Return a line per teacher with weights of its own: their size on a rank, and the time of a swap."""
-    config = plan.config
-    largest = max(named_teacher_bytes(config, stage) for stage in plan.stages)
-    place = "in host memory" if config.rests_teachers else "on the device"
-    swap = f", swapped in within {largest / HOST_LINK:.2g} s per step" if config.rests_teachers else ""
-    return [
-        f"teachers.{name}: {largest / GIB:.1f} GiB per rank {place}{swap}"
-        for name, teacher in config.named_teachers.items()
-        if teacher.load is not None
-    ]
+    sizes = [named_teacher_bytes(plan.config, stage) for stage in plan.stages]
+    resting = resting_teacher_bytes(plan.config, plan.stages[0])
+    lines = []
+    for name in sizes[0]:
+        largest = max(size[name] for size in sizes)
+        kind = ", adapters on the start of the run" if name in plan.stages[0].teacher_parameters else ""
+        place = (
+            f"in host memory, swapped in within {largest / HOST_LINK:.2g} s per step"
+            if name in resting
+            else "on the device"
+        )
+        lines.append(f"teachers.{name}: {largest / GIB:.3g} GiB per rank {place}{kind}")
+    return lines
 
 
 def _trained(plan: Plan) -> list[str]:

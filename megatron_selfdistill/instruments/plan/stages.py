@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
@@ -44,6 +44,8 @@ class Stage:
     """The parameters of the adapters that all ranks of this stage add to the model, without copies."""
     adapter_columns: tuple[tuple[float, ...], ...] = ()
     """The elements per token that the adapters of a layer keep for backward, per virtual stage and layer."""
+    teacher_parameters: Mapping[str, int] = field(default_factory=dict)
+    """The parameters on this rank of each teacher of the key ``teachers`` that is adapters, by name."""
 
     @property
     def parameters(self) -> int:
@@ -63,11 +65,13 @@ def stages(
     vocab_size: int,
     world_size: int,
     adapter: AdapterConfig | None = None,
+    teachers: Mapping[str, AdapterConfig] | None = None,
 ) -> list[Stage]:
     """Return one `Stage` per pipeline rank, each built on the meta device as that rank would build it.
 
     ``config``: Megatron's configuration of the model in the layout ``cut``; ``vocab_size``: the number of tokens
-    in the vocabulary, without padding; ``adapter``: the adapters of the model, if it has any.
+    in the vocabulary, without padding; ``adapter``: the adapters of the model, if it has any; ``teachers``: those of
+    each teacher that is adapters.
     Raises: `ConfigError` with Megatron Core's message if Megatron Core refuses the layout.
     """
     found = []
@@ -78,7 +82,13 @@ def stages(
             except (ValueError, AssertionError, RuntimeError) as error:
                 message = " ".join(str(error).split())
                 raise ConfigError(f"Megatron Core cannot build pipeline stage {pp_rank}: {message}") from error
-            stage = _stage(chunks, cut, grid, vocab_size)
+            stage = replace(
+                _stage(chunks, cut, grid, vocab_size),
+                teacher_parameters={
+                    name: sum(adapter_sizes(chunk, settings, grid.tp_size).parameters for chunk in chunks)
+                    for name, settings in (teachers or {}).items()
+                },
+            )
             found.append(
                 _with_adapters(stage, chunks, adapter, grid) if adapter is not None and adapter.rank else stage
             )

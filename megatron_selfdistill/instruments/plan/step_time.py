@@ -47,8 +47,8 @@ from megatron_selfdistill.instruments.plan.memory import (
     Load,
     element_size,
     engine_weight_gib,
-    named_teacher_bytes,
     parameter_bytes,
+    resting_teacher_bytes,
 )
 from megatron_selfdistill.instruments.plan.stages import Stage
 from megatron_selfdistill.loss.target import Target
@@ -238,10 +238,9 @@ class StepTime:
         if config.is_anchored:
             parts.append(flops("reference", 1, tokens.student_prompt))
         parts.append(self._output_layer(rate))
-        if config.rests_teachers:
-            swapped = config.num_loaded_teachers * named_teacher_bytes(config, self._fullest)
-            note = f"{config.num_loaded_teachers} teachers from host memory"
-            parts.append(Part("train", "teachers' weights", swapped, "B", HOST_LINK, note=note))
+        if swapped := resting_teacher_bytes(config, self._fullest):
+            note = f"{len(swapped)} teachers from host memory"
+            parts.append(Part("train", "teachers' weights", sum(swapped.values()), "B", HOST_LINK, note=note))
         yield from parts
         if self.bubble:
             waited = sum(part.seconds for part in parts) * self.bubble / (1 - self.bubble)

@@ -13,8 +13,10 @@ import hf_models
 import pytest
 import torch
 from letters import LETTERS, save_tokenizer
+from safetensors.torch import save_file
 
 from megatron_selfdistill.checkpoint.teacher_directories import (
+    adapter_teachers,
     directory_digests,
     load_teacher,
     require_teachers,
@@ -114,6 +116,33 @@ def test_the_digest_of_a_directory_is_that_of_its_contents(ranks, student, tmp_p
     content[-1] ^= 1
     weights.write_bytes(content)
     assert ranks.run(digests, configs[1:2], world_size=1) != [found[0][1:2]]
+
+
+def write_peft(directory: Path, value: float = 1.0, rank: int = 2) -> Path:
+    """Write a directory of PEFT with one adapted module."""
+    directory.mkdir()
+    settings = {"peft_type": "LORA", "r": rank, "lora_alpha": 4}
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    name = "base_model.model.model.layers.0.mlp.down_proj"
+    factors = {f"{name}.lora_A.weight": torch.full((2, 6), value), f"{name}.lora_B.weight": torch.ones(4, 2)}
+    save_file(factors, directory / "adapter_model.safetensors")
+    return directory
+
+
+def test_the_digest_and_the_settings_of_a_directory_of_peft_are_those_of_its_contents(ranks, student, tmp_path):
+    places = [write_peft(tmp_path / "one"), write_peft(tmp_path / "same"), write_peft(tmp_path / "other", 2.0)]
+    one, same, other = ranks.run(digests, [config_of(student, place) for place in places], world_size=1)[0]
+    assert one == same != other
+    (settings,) = adapter_teachers(config_of(student, places[0])).values()
+    assert settings.rank == 6, "q, k and v become one layer with the ranks of all"
+    assert adapter_teachers(config_of(student, student / "hf")) == {}
+
+
+def test_adapters_that_cannot_be_read_are_refused_with_the_reason(student, tmp_path):
+    with pytest.raises(CheckpointError, match=r"has factors of the ranks \[2\], expected r=3 alone"):
+        require_teachers(config_of(student, write_peft(tmp_path / "peft", rank=3)))
+    with pytest.raises(CheckpointError, match=r"down_proj.lora_A.weight has shape \[2, 6\], expected \[2, "):
+        require_teachers(config_of(student, write_peft(tmp_path / "shapes")))
 
 
 def digests(configs: list[Config]) -> list[dict[str, str]]:

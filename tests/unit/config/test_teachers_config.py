@@ -16,8 +16,8 @@ def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
     config = load(["teachers={math: {load: /m, weight: 0.5}, default: {template: '{problem} {solution}'}}"])
     assert list(config.named_teachers) == ["default", "math"]
     assert config.named_teachers["math"] == NamedTeacher("/m", "given", None, 0.5)
-    assert config.num_loaded_teachers == 1 and not config.rests_teachers and config.projects_reference
-    assert load([MATH, "teachers.code.load=/c"]).rests_teachers
+    assert config.loads_teachers and config.projects_reference
+    assert not load(["teachers.default.hint=given"]).loads_teachers
 
 
 def test_the_function_that_chooses_is_no_teacher():

@@ -11,7 +11,7 @@ import torch
 from checkpointed_run import ADAM, Setup
 from models import model_config, planned
 
-from megatron_selfdistill.config import load
+from megatron_selfdistill.config import AdapterConfig, load
 from megatron_selfdistill.instruments.plan import dry_run as dry_run_module
 from megatron_selfdistill.instruments.plan.dry_run import dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
@@ -134,6 +134,20 @@ def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_me
     ]
     beside_student = dry_run(load(["recipe=qwen3_8b", math, "target.anchor=student"])).memory[0].training
     assert beside_student["teacher"] == 0 < beside_student["named teachers"], "nothing reads the start"
+
+
+def test_adapters_as_teachers_take_megabytes_and_need_the_start(monkeypatch):
+    settings = AdapterConfig(rank=16)
+    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+    monkeypatch.setattr(dry_run_module, "adapter_teachers", lambda config: {"math": settings, "code": settings})
+    plan = dry_run(load(["recipe=qwen3_8b", "target.anchor=student", "teachers={math: {load: /m}, code: {load: /c}}"]))
+    as_student = dry_run(load(["recipe=qwen3_8b", "adapter.rank=16"])).adapter_parameters * 2
+    training, rests = plan.memory[0].training, plan.host.resting["named teachers"]
+    assert training["teacher"] > 100 * training["named teachers"] > 0
+    assert rests == pytest.approx(2 * 8 * training["named teachers"])
+    assert as_student / GIB / 8 <= training["named teachers"] < as_student / GIB
+    lines = [line for line in summary(plan) if line.startswith("teachers.")]
+    assert len(lines) == 2 and all(line.endswith("adapters on the start of the run") for line in lines)
 
 
 def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(monkeypatch):
