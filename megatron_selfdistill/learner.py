@@ -47,7 +47,7 @@ from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, unwrapped
-from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers
+from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers, require_host_memory
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
 from megatron_selfdistill.pipeline.schedule import Reference
@@ -100,11 +100,15 @@ class Learner:
         def initial_chunks() -> list[torch.nn.Module]:
             return new_chunks(config, grid, run_data.vocab_size)
 
+        adapted, offload = list(adapter_teachers(config)), config.teacher.offload == "cpu"
+        initial = initial_chunks()
+        full = [name for name in teacher_directories(config) if name not in adapted]
+        if len(full) > (0 if offload else 1):
+            require_host_memory(full, initial)
         load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
         weights_alone = None if config.checkpoint.load_optimizer else load
         if base is not None:
             weights_alone = base.load
-        initial = initial_chunks()
         if weights_alone is not None:
             load_weights(weights_alone, initial, run_data.vocab_size, config.checkpoint.verify)
         if base is not None:
@@ -118,10 +122,8 @@ class Learner:
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
             load_weights_and_optimizer(load, self.chunks, self.optimizer, run_data.vocab_size, config.checkpoint.verify)
-        adapted = list(adapter_teachers(config))
         keeps_start = config.keeps_teacher and (config.keeps_start or bool(adapted))
         weights = config.teacher.weights if keeps_start else "current"
-        offload = config.teacher.offload == "cpu"
         self.teacher = Teacher(
             weights,
             self.chunks,

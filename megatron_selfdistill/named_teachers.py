@@ -7,15 +7,38 @@ A teacher that is adapters takes no copy: its factors add to the outputs of the 
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 
+from megatron_selfdistill.distributed.collectives import gather_objects
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import WithOtherAdapters
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.teacher import Chunks
+
+
+def require_host_memory(names: Sequence[str], chunks: Sequence[torch.nn.Module]) -> None:
+    """Raise `ConfigError` on all ranks where a node has no room for the full weights of the teachers ``names``.
+
+    ``chunks``: the model on this rank, to whose size each teacher adds in pinned host memory.
+    Collectives: one all_gather_object over the world.
+    """
+    tensors = [it for chunk in chunks for it in (*unwrapped(chunk).parameters(), *unwrapped(chunk).buffers())]
+    own = len(names) * sum(it.nbytes for it in tensors)
+    ranks = gather_objects((socket.gethostname(), own, psutil.virtual_memory().available))
+    for node, _, available in ranks:
+        needed = sum(size for place, size, _ in ranks if place == node)
+        if needed > available:
+            raise ConfigError(
+                f"the weights of {len(names)} teachers (teachers.{'.load, teachers.'.join(names)}.load) take "
+                f"{needed / 2**30:.3g} GiB of host memory on {node}, which has {available / 2**30:.3g} GiB left: name "
+                "fewer teachers, give adapters in place of full weights, or run on more nodes"
+            )
 
 
 class AdapterTeacher:

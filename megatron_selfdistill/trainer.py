@@ -37,7 +37,7 @@ from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.interop.formats.directory import iteration_name
 from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
 from megatron_selfdistill.learner import Learner, loss_backend
-from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
+from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics, teacher_metrics
 from megatron_selfdistill.metrics.guards import (
     Guards,
     check_identity,
@@ -197,6 +197,8 @@ class Trainer:
         if output is None:
             return {}
         metrics = self.source.metrics(batch, output)
+        if self.config.named_teachers:
+            metrics |= teacher_metrics([(it.batch.teacher, it.output) for it in step if it.output], self.grid)
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)
         if not self.checked and self.learner.has_teacher and self.step == 0:

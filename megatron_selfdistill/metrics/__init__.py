@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from megatron_selfdistill.metrics.log import COLUMNS, MetricsLog, configured_log
 from megatron_selfdistill.metrics.phases import Phases
-from megatron_selfdistill.metrics.step import batch_entropies, rollout_metrics, step_metrics
+from megatron_selfdistill.metrics.step import batch_entropies, rollout_metrics, step_metrics, teacher_metrics
 from megatron_selfdistill.run_log import read_metrics, read_samples
 
 __all__ = [
@@ -18,4 +18,5 @@ __all__ = [
     "read_samples",
     "rollout_metrics",
     "step_metrics",
+    "teacher_metrics",
 ]

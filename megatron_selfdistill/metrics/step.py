@@ -144,6 +144,33 @@ def step_metrics(
     return _means(*over_all_ranks(*_sums_and_maxima(by_key, forks, worst, grid), grid))
 
 
+def teacher_metrics(outputs: Sequence[tuple[str, StepOutput]], grid: RankGrid) -> dict[str, float]:
+    """Return what each teacher's tokens of a step say of this teacher, under flat keys, equal on all ranks.
+
+    ``outputs``: the name of the teacher and the results of each partial batch, with the same names on all ranks.
+
+        teacher_tokens/NAME, teacher_loss/NAME = mean divergence from the target of this teacher, without coefficients
+        teacher_top1_agreement/NAME, on steps that measure the teacher
+
+    A token with several teachers counts for each of them.  Collectives: those of `over_all_ranks`.
+    """
+    keys, names = ("tokens/response", "loss/mean", "measured", "top1_agreement"), sorted({name for name, _ in outputs})
+    sums = torch.zeros(len(names), len(keys), dtype=torch.float64, device=grid.device)
+    for name, output in outputs:
+        if output.stats is not None and _holds_tokens(grid):
+            values = _token_values(output.stats, output.response_ids, None, output.measures_teacher)
+            for place, key in enumerate(keys):
+                sums[names.index(name), place] += values[key].sum() if key in values else 0.0
+    totals, _ = over_all_ranks(sums.flatten(), sums.new_full((1,), -math.inf), grid)
+    metrics: dict[str, float] = {}
+    for index, name in enumerate(names):
+        tokens, loss, measured, agreement = totals[len(keys) * index :][: len(keys)]
+        metrics |= {f"teacher_tokens/{name}": tokens, f"teacher_loss/{name}": loss / tokens}
+        if measured:
+            metrics[f"teacher_top1_agreement/{name}"] = agreement / measured
+    return metrics
+
+
 def _worst_response(
     by_key: Mapping[str, Tensor], response_ids: Tensor, lengths: Sequence[int], grid: RankGrid
 ) -> Tensor:

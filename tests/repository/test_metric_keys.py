@@ -23,6 +23,7 @@ def test_no_key_is_documented_that_nothing_writes_and_none_twice():
 def test_every_place_that_makes_keys_up_is_known():
     """A new f-string with a key in it needs its names in metric_keys.py."""
     keys = {"status/*", "seconds/*", "padding/*", "tokens_per_second/*", "rollout/*", "reverse_kl/*"}
+    keys |= {"teacher_tokens/*", "teacher_loss/*"}
     evaluations = {"*/*", "avg_at_*", "pass_at_*", "majority_at_*", "pass_over_avg_at_*"}
     names_of_random_streams = {"*/turn*", "balance/*", "eval/*", "pick/*", "solution/*", "verbal/*"}
     assert dynamic() == keys | evaluations | names_of_random_streams

@@ -37,7 +37,7 @@ LAYOUTS = {
     "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
 }
 FOUR_LAYERS = "model.num_layers=4"
-EQUAL = ("loss/", "entropy/", "k/", "tokens/response", "teacher_cross_entropy", "student_nll")
+EQUAL = ("loss/", "entropy/", "k/", "tokens/response", "teacher_", "student_nll")
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +148,17 @@ def one(ranks, places, tmp_path_factory) -> Path:
     options = ["num_steps=3", "checkpoint.save_every=2", f"rollout.record={run}/responses.jsonl"]
     train(ranks, arguments(places, run, *options))
     return run
+
+
+def test_the_loss_of_a_step_is_the_mean_of_its_teachers_losses(one):
+    for step in reproducible_metrics(one):
+        names = [key.partition("/")[2] for key in step if key.startswith("teacher_loss/")]
+        assert len(names) > 1 and names == sorted(names)
+        tokens = {name: step[f"teacher_tokens/{name}"] for name in names}
+        assert sum(tokens.values()) == step["tokens/response"]
+        for of_one, of_all in (("loss", "loss/mean"), ("top1_agreement", "top1_agreement")):
+            mean = sum(step[f"teacher_{of_one}/{name}"] * tokens[name] for name in names) / step["tokens/response"]
+            assert mean == pytest.approx(step[of_all], rel=1e-9)
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["DP2"]}, strength=1)
@@ -279,6 +290,16 @@ def test_bad_input_is_refused_before_anything_is_built(ranks, places, tmp_path, 
     own = [option.replace("{data}", str(places["data"])) for option in options]
     assert message in refusal(ranks, arguments(places, tmp_path / "run", *own))
     assert not (tmp_path / "run" / "teacher").exists()
+
+
+@pytest.mark.full
+def test_a_teacher_with_fewer_layers_than_stages_is_refused_with_both_numbers(ranks, places, tmp_path):
+    shallow = overrides(places["data"], tmp_path / "shallow", "model.num_layers=1", "num_steps=1")
+    train(ranks, shallow)
+    named = f"teachers.code.load={tmp_path}/shallow/checkpoints"
+    message = refusal(ranks, arguments(places, tmp_path / "run", named, *LAYOUTS["PP2"]), 2)
+    assert "teachers.code.load" in message
+    assert "is no teacher of the student's architecture: model.num_layers is 1, expected 4" in message
 
 
 @pytest.mark.full

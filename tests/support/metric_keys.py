@@ -25,14 +25,16 @@ NO_KEYS = {"application/json"}
 
 @functools.cache
 def documented() -> tuple[str, ...]:
-    """Return the keys in the first column of the page's last table; N and K stand for numbers."""
+    """Return the keys in the first column of the page's last table; N and K stand for numbers, NAME for a teacher's."""
     table = PAGE.read_text().partition("## Every key of metrics.jsonl")[2]
-    return tuple(re.findall(r"^\| `([a-z0-9_/]+[NK]?)` \| [^|]+ \| [^|]*\|$", table, re.MULTILINE))
+    return tuple(re.findall(r"^\| `([a-z0-9_/]+(?:NAME|[NK])?)` \| [^|]+ \| [^|]*\|$", table, re.MULTILINE))
 
 
 def undocumented(keys: Iterable[str]) -> set[str]:
     """Return the keys that the page does not explain."""
-    known = re.compile("|".join(key.replace("_N", r"_\d+").replace("_K", r"_\d+") for key in documented()))
+    known = re.compile(
+        "|".join(key.replace("NAME", r"[\w-]+").replace("_N", r"_\d+").replace("_K", r"_\d+") for key in documented())
+    )
     return {key for key in keys if not known.fullmatch(key.replace("evaluation_hinted/", "evaluation/"))}
 
 
@@ -46,6 +48,7 @@ def in_sources() -> set[str]:
     found = {key for path in SOURCES for key in _spelt(ast.parse(path.read_text()))} - NO_KEYS
     found |= {"step", *(f"status/{status.name.lower()}" for status in Status)}
     found |= {re.sub(r"_\d+$", "_N", key) for key in _OVER}
+    found |= {f"teacher_{what}/NAME" for what in ("tokens", "loss", "top1_agreement")}
     rates = {f.name for f in fields(EvaluationResult) if f.type in ("float", "float | None")}
     rates |= {f"{kind}_{f.name}" for kind in ("greedy", "sampled") for f in fields(Calibration)}
     rates |= {"avg_at_N", "pass_at_K", "majority_at_K", "pass_over_avg_at_K"}

@@ -120,11 +120,11 @@ def start_and_listen(arguments: Sequence[str]) -> tuple[int, str]:
     return status, output.getvalue()
 
 
-def refusal(ranks: RankPool, arguments: Sequence[str]) -> str:
-    """Return the output of a start on one rank, which must end with status 2."""
-    ((status, output),) = ranks.run(start_and_listen, arguments, world_size=1, init_process_group=False)
-    assert status == 2, output
-    return str(output)
+def refusal(ranks: RankPool, arguments: Sequence[str], world_size: int = 1) -> str:
+    """Return the output of a start whose ranks must all end with status 2."""
+    ends = ranks.run(start_and_listen, arguments, world_size=world_size, init_process_group=False)
+    assert {status for status, _ in ends} == {2}, ends
+    return "".join(output for _, output in ends)
 
 
 def start_each(runs: Sequence[Sequence[str]]) -> list[int]:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -13,11 +15,13 @@ import torch
 from adapted import merge, other_factors
 from models import parallel
 
+from megatron_selfdistill import named_teachers
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import WithOtherAdapters, WithoutAdapters, add_adapters
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers
+from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers, require_host_memory
 
 SEEDS = {"math": 3, "code": 4}
 BIASES = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
@@ -80,6 +84,26 @@ def test_each_teacher_has_all_its_tensors_whenever_it_is_asked_for(ranks, cuts, 
 
 def test_one_teacher_on_the_device_takes_no_host_memory(ranks):
     assert ranks.run(resting, False, world_size=1) == [0] and ranks.run(resting, True, world_size=1) == [1]
+
+
+def room_for(available: int) -> str:
+    """Return the error of a node with so much memory for two teachers of the model, or its two ranks' bytes of one."""
+    chunks, _ = models.build(models.model_config("moe"), parallel(ep=2))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(named_teachers.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        try:
+            require_host_memory(["code", "math"], chunks)
+        except ConfigError as error:
+            return str(error)
+    return str(sum(tensor.nbytes for tensor in tensors_of(chunks)))
+
+
+def test_a_node_without_room_for_the_weights_of_all_its_ranks_is_refused_with_both_numbers(ranks):
+    one = sum(map(int, ranks.run(room_for, 2**40, world_size=2)))
+    assert ranks.run(room_for, 2 * one, world_size=2) == [str(one // 2)] * 2
+    for message in ranks.run(room_for, 2 * one - 1, world_size=2):
+        assert message.startswith("the weights of 2 teachers (teachers.code.load, teachers.math.load) take ")
+        assert f"take {2 * one / 2**30:.3g} GiB of host memory on {socket.gethostname()}, which has" in message
 
 
 def resting(offload: bool) -> int:
