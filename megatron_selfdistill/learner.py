@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
@@ -35,10 +36,12 @@ from megatron_selfdistill.checkpoint.teacher_directories import (
     teacher_directories,
 )
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
+from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
@@ -46,7 +49,7 @@ from megatron_selfdistill.loss.target import Divergence, Target, solve_batch_k
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
-from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, unwrapped
+from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, output_weight, unfusable, unwrapped
 from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers, require_host_memory
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere
@@ -118,6 +121,9 @@ class Learner:
         self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
+        if config.joins_teachers:
+            with raise_on_all_ranks():
+                _require_weight_alone(last)
         self.vocab = VocabShard.from_group(last.vocab_size, run_data.vocab_size, grid.tp_group)
         self.optimizer, self.scheduler = build_optimizer(self.chunks, config.optimizer, config.num_steps)
         if load is not None and config.checkpoint.load_optimizer:
@@ -235,21 +241,37 @@ class Learner:
         teachers = self.config.named_teachers
         if not teachers and not named:
             return NamedTeacher()
+        if self._is_product(named):
+            return NamedTeacher()  # a product has no entries of its own
         if named not in teachers:
             raise ValueError(f"expected contexts of one of the teachers {', '.join(teachers)}, got {named!r}")
         return teachers[named]
+
+    def _is_product(self, named: str) -> bool:
+        factors = factors_of(named)
+        return len(factors) > 1 and all(name in self.config.named_teachers for name in factors)
 
     def target_of(self, named: str = "") -> Target:
         """Return the target of the tokens that a teacher reads; ``named``: as for `target_models`."""
         weight = self._settings_of(named).weight
         return self.target if weight is None else self.target.with_teacher_weight(weight)
 
-    def pack(self, contexts: Sequence[ContextPair]) -> PackedBatch:
+    def pack(self, contexts: Sequence[ContextPair], teacher: str = "") -> PackedBatch:
         """Return the contexts of this replica as microbatches, alike in number and length on all replicas.
 
-        Collective.
+        The contexts of a product of teachers become the student's microbatches alone.  Collective.
         """
-        return pack_everywhere(contexts, self.packing, self.grid)
+        if not self._is_product(teacher):
+            return pack_everywhere(contexts, self.packing, self.grid)
+        return self._pack_alone([context.student_prompt for context in contexts], contexts, self.config.is_anchored)
+
+    def _pack_alone(
+        self, prompts: Sequence[list[int]], contexts: Sequence[ContextPair], with_reference: bool
+    ) -> PackedBatch:
+        """Return the responses of ``contexts`` after ``prompts`` as the student's microbatches of a step."""
+        alone = [replace(it, student_prompt=p, teacher_prompt=p) for it, p in zip(contexts, prompts, strict=True)]
+        packing = replace(self.packing, with_teacher=False, with_reference=with_reference)
+        return replace(pack_everywhere(alone, packing, self.grid), teacher=[])
 
     def forward_backward(
         self,
@@ -259,6 +281,7 @@ class Learner:
         measure_teacher: bool = True,
         partial_batch: PartialBatch | None = None,
         teacher: str = "",
+        contexts: Sequence[ContextPair] = (),
     ) -> StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 
@@ -266,7 +289,7 @@ class Learner:
         is the whole step. ``measure_teacher``: whether the step takes the `TokenMeasures`, which with a reference
         include the numbers of the teacher and cost a projection of teacher and reference; without a reference the
         statistics always include the teacher.  ``teacher``: the name of the teacher of all contexts, see
-        `target_models`.
+        `target_models`, or of a product.  ``contexts``: those in ``packed``, which the teachers of a product read.
         Raises: `NoResponseTokens` on all ranks where no replica has a response token.
         """
         is_first = partial_batch is None or partial_batch.earlier is None
@@ -280,7 +303,7 @@ class Learner:
             if not self.has_teacher:
                 return self._schedule(packed, None, token_losses.next_token, **options)
             measurement = self._measurement(teacher) if measure_teacher else None
-            return self._self_distillation(packed, teacher, measurement, **options)
+            return self._self_distillation(packed, contexts, teacher, measurement, **options)
         except schedule.NoResponseTokens:
             if is_first:
                 self.release_gradients()
@@ -405,6 +428,10 @@ class Learner:
     ) -> Reading:
         """Return what the models of a step read in ``contexts``, by the loss of a step."""
         target = self.target_of(teacher)
+        if self._is_product(teacher):
+            packed = self.pack(contexts, teacher)
+            output = self._self_distillation(packed, contexts, teacher, measurement, forward_only=True)
+            return Reading(packed, output, self.grid)
         with self.target_models(teacher) as models:
             readers = self._models_of_step(models.teacher, self._reference(target, models.reference))
             return read(contexts, readers, Want(self._loss_of(target), measurement))
@@ -425,13 +452,48 @@ class Learner:
         )
 
     def _self_distillation(
-        self, packed: PackedBatch, teacher: str, measurement: TokenMeasurement | None, **options: Any
+        self,
+        packed: PackedBatch,
+        contexts: Sequence[ContextPair],
+        teacher: str,
+        measurement: TokenMeasurement | None,
+        **options: Any,
     ) -> StepOutput:
-        target = self.target_of(teacher)
-        with self.target_models(teacher) as models:
-            reference = self._reference(target, models.reference)
-            options |= {"reference": reference, "measurement": measurement}
-            return self._schedule(packed, models.teacher, self._loss_of(target), **options)
+        target, joined = self.target_of(teacher), None
+        chunks: Sequence[torch.nn.Module] | None = None
+        start: Sequence[torch.nn.Module] | None = None
+        with contextlib.ExitStack() as stack:
+            if self._is_product(teacher):
+                joined = self._joined(factors_of(teacher), packed, contexts)
+                start = None if self.reference is None else stack.enter_context(self.reference.on_device())
+            else:
+                chunks, start = stack.enter_context(self.target_models(teacher))
+            options |= {"reference": self._reference(target, start), "measurement": measurement, "joined": joined}
+            return self._schedule(packed, chunks, self._loss_of(target), **options)
+
+    def _joined(
+        self, names: Sequence[str], packed: PackedBatch, contexts: Sequence[ContextPair]
+    ) -> schedule.JoinedTeachers:
+        """Let each teacher of a product read the contexts, in the order of the names, and return them as one.
+
+        Collective: one pass of the schedule per teacher.
+        """
+        states: list[schedule.TeacherHiddenStates] = []
+        weight: Tensor | None = None
+        for place, name in enumerate(names):
+            reading = self._pack_alone([it.of_teachers[place].prompt for it in contexts], contexts, False)
+            with self.target_models(name) as models:
+                parts = self.chunks, models.teacher, packed, reading, self.grid, self.vocab
+                states.append(schedule.read_states(*parts, store_bytes=self._teacher_store_bytes / len(names)))
+                last = unwrapped(models.teacher[-1])
+                if last.post_process:  # copied, since the next teacher takes the place of this one
+                    own = output_weight(last, torch.empty(0)).detach().unflatten(1, (self.grid.tp_size, -1))
+                    weight = own.new_empty(*own.shape[:2], len(names), own.shape[2]) if weight is None else weight
+                    weight[:, :, place] = own
+        shares = [[one.share for one in it.of_teachers] for it in contexts for _ in it.response]
+        on_host = torch.tensor(shares, dtype=torch.float32).reshape(-1, len(names))
+        on_device = to_device_in_one_copy(on_host, self.grid.device)
+        return schedule.JoinedTeachers(states, on_device, None if weight is None else weight.flatten(1))
 
     def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss
@@ -514,6 +576,14 @@ def apply_gradients(optimizer: MegatronOptimizer, norm: float) -> None:
                 use_decoupled_grad=part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
             )
     optimizer.step_with_ready_grads()
+
+
+def _require_weight_alone(last: GPTModel) -> None:
+    if last.post_process and (reason := unfusable(last)):
+        raise ConfigError(
+            f"teachers.join=product needs an output layer that multiplies by its weight alone, but {reason}: set "
+            "teachers.join=sum"
+        )
 
 
 def _in_roles(weights: Teacher, *roles: str) -> RoleWeights:

@@ -25,6 +25,7 @@ from megatron_selfdistill.checkpoint.resumption import (
 from megatron_selfdistill.checkpoint.teacher_directories import DIGESTS, checked_digests
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
+from megatron_selfdistill.config.schema.teachers_config import factors_of
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -149,11 +150,14 @@ class Trainer:
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
         batches = self.source.batches(self.step, self.sampling)
-        return by_teacher(batches, self.config.named_teachers, self.grid)
+        return by_teacher(batches, self.config.named_teachers, self.grid, joins=self.config.joins_teachers)
 
     def balance(self, batch: StepBatch) -> StepBatch:
-        """Return the batch with its contexts moved among the replicas if that makes the step shorter.  Collective."""
-        if self.grid.dp_size == 1:
+        """Return the batch with its contexts moved among the replicas if that makes the step shorter.  Collective.
+
+        Contexts of a product of teachers, which have a prompt for each of them, stay where they are.
+        """
+        if self.grid.dp_size == 1 or len(factors_of(batch.teacher)) > 1:
             return batch
         with self.phases("pack"):
             return moved(batch, placement_everywhere(batch.contexts, self.learner.packing, self.grid), self.grid)
@@ -161,7 +165,7 @@ class Trainer:
     def pack(self, batch: StepBatch) -> PackedBatch:
         """Return both contexts of every response as microbatches: equal in number and length on all replicas."""
         with self.phases("pack"):
-            return self.learner.pack(batch.contexts)
+            return self.learner.pack(batch.contexts, batch.teacher)
 
     def forward_backward(
         self, batch: StepBatch, packed: PackedBatch, earlier: Sequence[AccumulatedBatch] = ()
@@ -184,7 +188,12 @@ class Trainer:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
             coefficients = batch.token_coefficients
             output = self.learner.forward_backward(
-                packed, coefficients, measure_teacher=due, partial_batch=place, teacher=batch.teacher
+                packed,
+                coefficients,
+                measure_teacher=due,
+                partial_batch=place,
+                teacher=batch.teacher,
+                contexts=batch.contexts,
             )
         return AccumulatedBatch(batch, packed, output)
 

@@ -205,7 +205,7 @@ class FusedLoss:
     def __call__(
         self,
         student: GPTModel,
-        teacher: GPTModel,
+        teacher: GPTModel | Tensor,
         hidden: Tensor,
         positions: ResponsePositions,
         teacher_hidden: Tensor,
@@ -221,7 +221,8 @@ class FusedLoss:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
         The gradients to ``hidden [s / cp (/ tp), 1, h]`` and to the student's output weight are also equal.
-        ``student``, ``teacher``: the models of the last stage, one object where the current weights teach.
+        ``student``, ``teacher``: the models of the last stage, one object where the current weights teach; in place of
+        a teacher the output weight ``[v / tp, n h]`` of n teachers, whose states are ``[R, n h / tp]``.
         ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
         the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.  ``guided``: the number of tokens
         at the end with another divergence, and this divergence.  ``observe``: as for `fused_distillation_loss`.
@@ -235,7 +236,7 @@ class FusedLoss:
             own.squeeze(1),
             teacher_hidden,
             weight,
-            None if teacher is student else output_weight(teacher, own),
+            None if teacher is student else _weight_of(teacher, own),
             response_tokens,
             target=self.target,
             divergence=split_divergence(self.divergence, len(response_tokens), guided),
@@ -250,6 +251,10 @@ class FusedLoss:
             observe=observe,
             backend=self.backend,
         )
+
+
+def _weight_of(teacher: GPTModel | Tensor, hidden: Tensor) -> Tensor:
+    return teacher if isinstance(teacher, Tensor) else output_weight(teacher, hidden)
 
 
 def output_weight(model: GPTModel, hidden: Tensor) -> Tensor:

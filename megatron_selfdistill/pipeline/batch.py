@@ -412,7 +412,7 @@ class DeviceBatch:
         ``local_attention``: the result of `model.forward.uses_local_attention`.  Collectives: none.
         """
         held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
-        teacher = _teacher_microbatches(batch, grid, local_attention) if with_teacher else []
+        teacher = _teacher_microbatches(batch, batch, grid, local_attention) if with_teacher else []
         on_host = cls(
             student=[
                 StudentMicrobatch(
@@ -429,9 +429,26 @@ class DeviceBatch:
         )
         return to_device_in_one_copy(on_host, grid.device)
 
+    @classmethod
+    def of_reader(
+        cls, batch: PackedBatch, reading: PackedBatch, grid: RankGrid, *, local_attention: bool
+    ) -> DeviceBatch:
+        """Copy the student's microbatches of ``reading`` to this rank's device as those of a teacher of ``batch``.
 
-def _teacher_microbatches(batch: PackedBatch, grid: RankGrid, local_attention: bool) -> list[TeacherMicrobatch]:
-    """Return the teacher's microbatches as host tensors, with the route of each hidden state to the student."""
+        Both hold the same responses in the same order.  The result has no microbatches of a student.
+        """
+        held = [_held_by(microbatch, batch.guided, grid.cp_size, grid.cp_rank) for microbatch in batch.student]
+        teacher = _teacher_microbatches(batch, replace(reading, teacher=reading.student), grid, local_attention)
+        return to_device_in_one_copy(cls([], teacher, [len(ids) for _, ids in held]), grid.device)
+
+
+def _teacher_microbatches(
+    batch: PackedBatch, reading: PackedBatch, grid: RankGrid, local_attention: bool
+) -> list[TeacherMicrobatch]:
+    """Return the teacher's microbatches of ``reading`` as host tensors, with the route of each state to the student.
+
+    ``batch``: with the student's microbatches of the same responses.
+    """
     total = len(batch.response_tokens)
     owner = torch.zeros(total, dtype=torch.int64)  # context-parallel rank of each token's student state
     student = torch.zeros(total, dtype=torch.int64)  # its student microbatch
@@ -444,14 +461,14 @@ def _teacher_microbatches(batch: PackedBatch, grid: RankGrid, local_attention: b
             if rank == grid.cp_rank:
                 sizes.append(len(ids))
     microbatches = []
-    for microbatch in batch.teacher:
+    for microbatch in reading.teacher:
         held = [_held_by(microbatch, batch.guided, grid.cp_size, rank) for rank in range(grid.cp_size)]
         positions, ids = held[grid.cp_rank]
         received = [theirs[owner[theirs] == grid.cp_rank] for _, theirs in held]
         microbatches.append(
             TeacherMicrobatch(
                 inputs=ModelInputs.on_host(microbatch, grid, local_attention=local_attention),
-                positions=ResponsePositions.on_host(positions, batch.seq_length // grid.cp_size, grid),
+                positions=ResponsePositions.on_host(positions, reading.seq_length // grid.cp_size, grid),
                 send_order=torch.argsort(owner[ids], stable=True) if grid.cp_size > 1 else None,
                 send_counts=torch.bincount(owner[ids], minlength=grid.cp_size).tolist(),
                 receive_counts=[len(theirs) for theirs in received],

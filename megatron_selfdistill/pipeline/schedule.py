@@ -57,6 +57,8 @@ from megatron_selfdistill.pipeline.token_losses import (
     TokenMeasurement,
     TokenMeasures,
     gradients_of,
+    next_token,
+    weights_unchanged,
 )
 
 
@@ -96,7 +98,7 @@ class TeacherHiddenStates:
     def __init__(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> None:
         self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
         self.width = hidden_size // grid.tp_size
-        self.shelves: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.student]
+        self.shelves: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.num_states]
         """The parts of every student microbatch by the field of `KeptStates` that they belong to."""
         self.reference_entropies: dict[int, Tensor] = {}
         self.bytes_on_device = 0
@@ -194,6 +196,46 @@ class TeacherHiddenStates:
         return received
 
 
+@dataclass(frozen=True)
+class JoinedTeachers:
+    """Several teachers that have read the responses of a batch, and whose product is the teacher of its tokens.
+
+    The product's logits are ``sum of s_i W_i h_i`` over the teachers i, with the share s_i of the token: up to a
+    constant per token, the weighted mean of their log-probs.  It is one teacher whose hidden states ``s_i h_i`` stand
+    side by side, with an output layer whose columns do.
+    """
+
+    states: Sequence[TeacherHiddenStates]
+    """The states of each teacher, in the order of the names."""
+    shares: Tensor
+    """The share of each teacher for each of ``PackedBatch.response_tokens``, [R_total, n], on the device."""
+    weight: Tensor | None
+    """The output weights of all teachers, ``[v / tp, n h]``; None on stages before the last.  The columns have the
+    order of the states of all tensor-parallel ranks: the first slice of the width of every teacher, then the next.
+    """
+
+
+class JoinedHiddenStates(TeacherHiddenStates):
+    """The states of all teachers of a product side by side, ``[R_j, n h / tp]``, scaled by the shares of the tokens.
+
+    They are rounded to their dtype, and put together when they are taken.  ``store_bytes`` includes what the teachers'
+    own states take.
+    """
+
+    def __init__(
+        self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float, joined: JoinedTeachers
+    ) -> None:
+        super().__init__(batch, grid, hidden_size, store_bytes - sum(one.bytes_on_device for one in joined.states))
+        self.joined = joined
+
+    def _take(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
+        if name != "teacher":
+            return super()._take(index, name, dtype)
+        shares = self.joined.shares[self.batch.student[index].response_ids].unbind(1)
+        taken = [states._take(index, name, dtype) for states in self.joined.states]
+        return torch.cat([(share[:, None] * part).to(dtype) for share, part in zip(shares, taken, strict=True)], 1)
+
+
 class _Part(NamedTuple):
     """The states [n, h / tp] of some or all of a student microbatch's R tokens."""
 
@@ -221,12 +263,12 @@ class Reference:
         """The model whose output layer projects the reference's states, on the last stage."""
         return unwrapped(self.chunks[-1])
 
-    def mixes_states(self, teacher: GPTModel) -> bool:
+    def mixes_states(self, teacher: GPTModel | Tensor) -> bool:
         """Return whether one projection of mixed hidden states gives the mix of both models' logits.
 
         It does where teacher and reference have the same output layer, and this layer is linear.
         """
-        return teacher is self.last and nonlinear(teacher) is None
+        return teacher is self.last and nonlinear(self.last) is None
 
     @torch.no_grad()
     def entropy(self, states: Tensor, vocab: VocabShard) -> Tensor:
@@ -274,6 +316,7 @@ def run(
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
     partial_batch: PartialBatch | None = None,
+    joined: JoinedTeachers | None = None,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
@@ -288,6 +331,7 @@ def run(
     hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
     the place of ``batch`` in a step of several partial batches (pipeline/token_losses.py), of which only the last one
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
+    ``joined``: the product of several teachers, in place of ``teacher``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
@@ -304,7 +348,11 @@ def run(
         batch, grid, with_teacher=teacher is not None, local_attention=uses_local_attention(student)
     )
     hidden_size = unwrapped(student[0]).config.hidden_size
-    bank = None if teacher is None else TeacherHiddenStates(on_device, grid, hidden_size, teacher_store_bytes)
+    bank: TeacherHiddenStates | None = None
+    if joined is not None:
+        bank = JoinedHiddenStates(on_device, grid, hidden_size, teacher_store_bytes, joined)
+    elif teacher is not None:
+        bank = TeacherHiddenStates(on_device, grid, hidden_size, teacher_store_bytes)
     step = _Step(
         student=list(student),
         teacher=list(teacher or ()),
@@ -318,6 +366,7 @@ def run(
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / accumulated.divisor,
         bank=bank,
+        joined_weight=None if joined is None else joined.weight,
     )
     # In a step of one partial batch this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
     weighted = accumulated.first_microbatches * accumulated.divisor
@@ -328,6 +377,43 @@ def run(
             stack.enter_context(gradients_of(partial_batch, accumulated, student))
         step.run(order, batch.seq_length, forward_only)
     return step.collected(num_response_tokens, accumulated)
+
+
+def read_states(
+    student: Sequence[torch.nn.Module],
+    teacher: Sequence[torch.nn.Module],
+    batch: PackedBatch,
+    reading: PackedBatch,
+    grid: RankGrid,
+    vocab: VocabShard,
+    *,
+    store_bytes: float = float("inf"),
+) -> TeacherHiddenStates:
+    """Return the final hidden states of ``teacher`` at the response tokens of ``batch``, on the last stage.
+
+    ``reading``: the same responses after the teacher's prompts, as the microbatches of a student.  Nothing is trained,
+    and the gradients of a step that is under way stay.  ``student``: the chunks that the schedule knows.
+    Collectives: those of the schedule.
+    """
+    on_device = DeviceBatch.of_reader(batch, reading, grid, local_attention=uses_local_attention(student))
+    bank = TeacherHiddenStates(on_device, grid, unwrapped(student[0]).config.hidden_size, store_bytes)
+    step = _Step(
+        student=list(student),
+        teacher=list(teacher),
+        batch=on_device,
+        token_loss=next_token,
+        reference=None,
+        guided=GuidedTokens(),
+        measurement=None,
+        token_coefficients=None,
+        grid=grid,
+        vocab=vocab,
+        loss_scale=1.0,
+        bank=bank,
+    )
+    with weights_unchanged(student):
+        step.run([("teacher", i) for i in range(len(on_device.teacher))], reading.seq_length, forward_only=True)
+    return bank
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -341,20 +427,20 @@ def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
 
 def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_reference: bool) -> list[tuple[str, int]]:
     students = [("student", i) for i in range(len(batch.student))]
-    if not with_teacher:
+    if not with_teacher and not with_reference:
         return students
-    teachers = [("teacher", i) for i in range(len(batch.teacher))]
+    teachers = [("teacher", i) for i in range(len(batch.teacher))] if with_teacher else []
     references = [("reference", i) for i in range(len(batch.student))] if with_reference else []
     if pair_order == "teacher_first":
         return teachers + references + students
     if pair_order != "alternating":
         raise ValueError(f"pair_order must be one of {', '.join(PAIR_ORDERS)}, got {pair_order!r}")
-    if len(students) != len(teachers):
+    if with_teacher and len(students) != len(teachers):
         raise ValueError(
             f"pair_order=alternating needs as many teacher as student microbatches (pack with paired=True), "
             f"got {len(teachers)} and {len(students)}"
         )
-    streams = [teachers, references, students] if with_reference else [teachers, students]
+    streams = [stream for stream in (teachers, references, students) if stream]
     return [item for items in zip(*streams, strict=True) for item in items]
 
 
@@ -374,6 +460,8 @@ class _Step:
     vocab: VocabShard
     loss_scale: float
     bank: TeacherHiddenStates | None
+    joined_weight: Tensor | None = None
+    """The output weight in place of ``teacher``, where this is a product."""
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
@@ -451,7 +539,7 @@ class _Step:
             if apart is not None:
                 assert self.reference is not None
                 options["reference"] = self.reference.last, apart
-            teacher = unwrapped(self.teacher[-1])
+            teacher = self._teacher_output
             stats = self.token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **options)
         else:
             teacher_logits = None if block is None else self._target_logits(block, apart, weights)
@@ -475,11 +563,17 @@ class _Step:
         self, block: Tensor, reference_block: Tensor | None = None, teacher_weights: Tensor | None = None
     ) -> Tensor:
         """Return the logits [R, v / tp] of ``block``, the states of teacher or mix, with the reference mixed in."""
-        logits = project(unwrapped(self.teacher[-1]), self._bank.at_full_width(block))
+        teacher, states = self._teacher_output, self._bank.at_full_width(block)
+        logits = states.squeeze(1) @ teacher.t() if isinstance(teacher, Tensor) else project(teacher, states)
         if reference_block is not None:
             assert self.reference is not None
             self.reference.mix_into(logits, self._bank.at_full_width(reference_block), teacher_weights)
         return logits
+
+    @property
+    def _teacher_output(self) -> GPTModel | Tensor:
+        """The model whose output layer projects the teacher's states, or the output weight of a product."""
+        return unwrapped(self.teacher[-1]) if self.joined_weight is None else self.joined_weight
 
     @property
     def _bank(self) -> TeacherHiddenStates:
@@ -506,12 +600,11 @@ class _Step:
                 index,
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,
-                mix_weight=weight if reference.mixes_states(teacher) else None,
+                mix_weight=weight if reference.mixes_states(self._teacher_output) else None,
                 keep_teacher=self.measurement is not None,
                 keep_reference=self.measurement is not None,
             )
 
-        teacher = unwrapped(self.teacher[-1])
         return self._without_gradient(reference.chunks, microbatch.inputs, chunk, keep)
 
     def _without_gradient(

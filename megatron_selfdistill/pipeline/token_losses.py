@@ -361,7 +361,7 @@ def gradients_of(partial_batch: PartialBatch, accumulated: Accumulated, chunks: 
     """
     with contextlib.ExitStack() as stack:
         if partial_batch.earlier is not None:
-            stack.enter_context(_weights_unchanged(chunks))
+            stack.enter_context(weights_unchanged(chunks))
         if partial_batch.is_last:
             if partial_batch.earlier is not None and partial_batch.earlier.divisor != accumulated.divisor:
                 for chunk in chunks:
@@ -381,7 +381,7 @@ def gradients_of(partial_batch: PartialBatch, accumulated: Accumulated, chunks: 
 
 
 @contextlib.contextmanager
-def _weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
+def weights_unchanged(chunks: Sequence[Any]) -> Iterator[None]:
     """Keep a call of the schedule from marking its first microbatch, as Megatron Core's schedules do in every call.
 
     Layers with this mark quantise their weights anew and overwrite ``main_grad``, as they must once in a step.

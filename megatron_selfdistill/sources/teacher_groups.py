@@ -9,6 +9,8 @@ from their targets, weighted by the shares s, which add up to 1::
 
     loss = sum over the responses and their teachers of s D / N     N: the response tokens of the step, each once
          = sum of (s N' / N) D / N'                                 N': those of all batches, which the schedule counts
+
+Where the teachers of a response teach as their product, it is in one batch alone, with all responses of these teachers.
 """
 
 from __future__ import annotations
@@ -18,8 +20,9 @@ from dataclasses import replace
 
 import torch
 
+from megatron_selfdistill.config.schema.teachers_config import product_of
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
-from megatron_selfdistill.distributed.collectives import gather_integers
+from megatron_selfdistill.distributed.collectives import gather_integers, gather_objects
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.weighting import SharedTokens
@@ -30,24 +33,37 @@ Reading = tuple[int, TeacherPrompt]
 """The index of a context in its batch, and one of its teachers."""
 
 
-def by_teacher(batches: Iterator[StepBatch], teachers: Collection[str], grid: RankGrid) -> Iterator[StepBatch]:
+def by_teacher(
+    batches: Iterator[StepBatch], teachers: Collection[str], grid: RankGrid, *, joins: bool = False
+) -> Iterator[StepBatch]:
     """Yield the batches of a step, each in one batch per teacher that any replica's contexts name.
 
     ``teachers``: the names of all teachers; without any the batches stay as they are.  All ranks yield as many batches;
     a replica's batch may have no contexts.  Problems and responses, of which the metrics count all, stay with the first
-    one.  A batch without any contexts becomes one of the first teacher.
-    Collectives: one `gather_integers` over the data-parallel ranks per batch.
+    one.  A batch without any contexts becomes one of the first teacher.  ``joins``: whether the teachers of a context
+    teach as their product; its batch has the name `product_of` theirs.
+    Collectives: one `gather_integers` over the data-parallel ranks per batch, and with ``joins`` one all_gather_object.
     Raises: ValueError for a context that names no teacher.
     """
     before = 0.0
     for batch in batches:
-        yield from _groups(batch, sorted(teachers), before, grid) if teachers else [batch]
+        names = sorted(teachers)
+        if joins:
+            named = {_product(context) for context in batch.contexts}
+            names = sorted({*names, *(name for part in gather_objects(named, grid.dp_group) for name in part)})
+        yield from _groups(batch, names, before, grid, joins) if teachers else [batch]
         before = batch.share
 
 
-def _groups(batch: StepBatch, teachers: Sequence[str], before: float, grid: RankGrid) -> Iterator[StepBatch]:
+def _product(context: ContextPair) -> str:
+    return product_of(one.teacher for one in context.of_teachers) or context.teacher
+
+
+def _groups(
+    batch: StepBatch, teachers: Sequence[str], before: float, grid: RankGrid, joins: bool
+) -> Iterator[StepBatch]:
     """Yield the batches of `by_teacher` for one batch; ``before``: the share of the step before this batch."""
-    read = _readings(batch.contexts, teachers)
+    read = _readings(batch.contexts, teachers, joins)
     tokens = [sum(len(batch.contexts[i].response) for i, _ in readings) for readings in read]
     own = [sum(batch.response_lengths), *map(len, read), *tokens]
     num_once, *totals = [sum(column) for column in zip(*gather_integers(own, grid.dp_group), strict=True)]
@@ -58,7 +74,7 @@ def _groups(batch: StepBatch, teachers: Sequence[str], before: float, grid: Rank
     for index in named:
         done += num_tokens[index]
         part = done / (sum(num_tokens) or 1)
-        group = _group(batch, read[index], several, grid)
+        group = _group(batch, read[index], several, grid, joins)
         if index != named[0]:
             group = replace(group, problems=(), responses=())
         is_last = index == named[-1]
@@ -66,11 +82,12 @@ def _groups(batch: StepBatch, teachers: Sequence[str], before: float, grid: Rank
         yield replace(group, teacher=teachers[index], share=share, ends_step=batch.ends_step and is_last)
 
 
-def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str]) -> list[list[Reading]]:
+def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str], joins: bool) -> list[list[Reading]]:
     """Return the contexts that each of the ``teachers`` reads.  Raises: ValueError for an unknown teacher."""
     read: dict[str, list[Reading]] = {name: [] for name in teachers}
     for index, context in enumerate(contexts):
-        for one in context.of_teachers or (TeacherPrompt(context.teacher, 1.0, context.teacher_prompt),):
+        whole = TeacherPrompt(_product(context), 1.0, context.teacher_prompt)
+        for one in (whole,) if joins else context.of_teachers or (whole,):
             if one.teacher not in read:
                 raise ValueError(
                     f"the context of problem {context.problem_id!r} names the teacher {one.teacher!r}, expected one of "
@@ -80,14 +97,27 @@ def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str]) -> list[
     return list(read.values())
 
 
-def _group(batch: StepBatch, readings: Sequence[Reading], several: float | None, grid: RankGrid) -> StepBatch:
-    """Return the batch of one teacher; ``several``: N' / N, or None if no response of the step has several teachers."""
-    has_one_teacher = several is None and not any(context.of_teachers for context in batch.contexts)
-    if has_one_teacher and len(readings) == len(batch.contexts):
+def _group(
+    batch: StepBatch, readings: Sequence[Reading], several: float | None, grid: RankGrid, joins: bool
+) -> StepBatch:
+    """Return the batch of one teacher; ``several``: N' / N, or None if no response of the step is in several batches.
+
+    The contexts of a product keep all their teachers.
+    """
+    is_whole = several is None and (joins or not any(context.of_teachers for context in batch.contexts))
+    if is_whole and len(readings) == len(batch.contexts):
         return batch
     group = chosen(batch, [index for index, _ in readings], grid.device)
     pairs = zip(group.contexts, readings, strict=True)
-    contexts = [replace(it, teacher=one.teacher, teacher_prompt=one.prompt) for it, (_, one) in pairs]
+    contexts = [
+        replace(
+            it,
+            teacher=one.teacher,
+            teacher_prompt=one.prompt,
+            of_teachers=batch.contexts[index].of_teachers if joins else (),
+        )
+        for it, (index, one) in pairs
+    ]
     group = replace(group, contexts=contexts)
     if several is None:
         return group

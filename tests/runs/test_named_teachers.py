@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from taught import gradients_by_definition, trained_gradients, write_records_of_teachers
+from taught import (
+    gradients_by_definition,
+    gradients_of_products,
+    trained_gradients,
+    write_records_of_teachers,
+)
 from tiers import combinations
 from tiny_run import (
     assert_equal_runs,
@@ -139,6 +144,102 @@ def test_records_with_several_teachers_have_the_steps_of_one_rank_in_every_layou
     train(ranks, arguments(places, tmp_path / "one", *options, f"rollout.record={record}"))
     train(ranks, arguments(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teachers.join=product"]
+
+
+def products_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[set[str], float]:
+    """Return the names of the teachers and products of a step, and the largest error of its gradients."""
+
+    def use(trainer: Any) -> tuple[set[str], float]:
+        from megatron_selfdistill.checkpoint.external import load_weights
+        from megatron_selfdistill.model.build import new_chunks
+
+        contexts, found = trained_gradients(trainer)
+        vocab_size = trainer.run_data.vocab_size
+        models = {}
+        for name in ("math", "code", "student"):
+            chunks = new_chunks(trainer.config, trainer.grid, vocab_size)
+            load_weights(places[name], chunks, vocab_size)
+            models[name] = chunks[0]
+        reference, target = models["student"], trainer.learner.target
+        student = new_chunks(trainer.config, trainer.grid, vocab_size)
+        load_weights(places["student"], student, vocab_size)
+        teachers = {"math": models["math"], "code": models["code"], "default": reference}
+        expected = gradients_of_products(contexts, student[0], reference, teachers, target, vocab_size)
+        norm = torch.stack([one.norm() for one in expected.values()]).norm()
+        errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
+        return {context.teacher for context in contexts}, max(errors)
+
+    return with_trainer(arguments, use)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["target.anchor=student"],
+        ["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"],
+        ["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "target.rule=fixed"],
+    ],
+    ids=str,
+)
+def test_the_product_of_teachers_is_the_weighted_mean_of_their_log_probs(ranks, places, tmp_path, options):
+    """A step has responses of one teacher and of two products; each counts once."""
+    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    of_step = arguments(places, tmp_path / "run", f"data.path={file}", *PRODUCT, *options)
+    [(names, error)] = ranks.run(products_and_definition, of_step, places, world_size=1, init_process_group=False)
+    assert len(names & {"code+math", "code+default+math"}) == 2 and names <= {
+        *("code+math", "code+default+math", "default")
+    }
+    assert error < 1e-5
+
+
+@pytest.mark.parametrize("name", ["TP2", pytest.param("CP2", marks=pytest.mark.full)])
+def test_products_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
+    assert_products_equal(ranks, places, tmp_path, LAYOUTS[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    "options",
+    [
+        LAYOUTS["PP2xVPP2"],
+        LAYOUTS["DP2"],
+        [*LAYOUTS["TP2"], "parallel.sequence_parallel=true", "loss.fused=low_memory"],
+    ],
+    ids=str,
+)
+def test_products_have_the_steps_of_one_rank_with_pipelines_and_replicas(ranks, places, tmp_path, options):
+    assert_products_equal(ranks, places, tmp_path, options)
+
+
+def assert_products_equal(ranks: Any, places: dict[str, Path], tmp_path: Path, layout: list[str]) -> None:
+    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    options = [f"data.path={file}", "num_steps=2", "checkpoint.save_every=0", *PRODUCT]
+    record = f"{tmp_path}/responses.jsonl"
+    train(ranks, arguments(places, tmp_path / "one", *options, f"rollout.record={record}"))
+    train(ranks, arguments(places, tmp_path / "two", *options, f"rollout.replay={record}", *layout), 2)
+    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+def test_products_resume_and_do_not_depend_on_the_order_of_the_teachers(ranks, places, tmp_path):
+    reverse = [dict(reversed(one.items())) if isinstance(one, dict) else one for one in SHARED]
+    files = [write_records_of_teachers(places["data"], it, f"{i}.jsonl") for i, it in enumerate((SHARED, reverse))]
+    options = ["num_steps=2", "checkpoint.save_every=1", *PRODUCT]
+
+    def of(run_dir: Path) -> list[str]:
+        return arguments(places, run_dir, *options, f"data.path={files[0]}")
+
+    train(ranks, of(tmp_path / "whole"))
+    assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
+    named = arguments(places, tmp_path / "other", *options, f"data.path={files[1]}")
+    others = [option for option in named if not option.startswith("teachers.") or option in PRODUCT]
+    teachers = [option for option in named if option.startswith("teachers.") and option not in PRODUCT]
+    position = others.index(PRODUCT[0])
+    train(ranks, [*others[:position], *reversed(teachers), *others[position:], "teacher.offload=cpu"])
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "other", 2)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ def documented() -> tuple[str, ...]:
 def undocumented(keys: Iterable[str]) -> set[str]:
     """Return the keys that the page does not explain."""
     known = re.compile(
-        "|".join(key.replace("NAME", r"[\w-]+").replace("_N", r"_\d+").replace("_K", r"_\d+") for key in documented())
+        "|".join(key.replace("NAME", r"[\w+-]+").replace("_N", r"_\d+").replace("_K", r"_\d+") for key in documented())
     )
     return {key for key in keys if not known.fullmatch(key.replace("evaluation_hinted/", "evaluation/"))}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from anchored import rows_of
 from torch import Tensor
 
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.loss.target import Target, mixed_target
 
 
@@ -26,6 +27,35 @@ def write_records_of_teachers(
             record["teacher"] = name
     (data / file).write_text("".join(f"{json.dumps(record)}\n" for record in records))
     return data / file
+
+
+def gradients_of_products(
+    contexts: Sequence[ContextPair],
+    student: Any,
+    reference: Any,
+    teachers: dict[str, Any],
+    target: Target,
+    vocab_size: int,
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean reverse KL from the products of the teachers, from whole rows of float64 logits.
+
+    ``contexts``: one per response, with the shares and prompts of its teachers where it has several.
+    """
+    total = sum(len(context.response) for context in contexts)
+    loss = torch.zeros((), dtype=torch.float64)
+    for context in contexts:
+        several = context.of_teachers or (TeacherPrompt(context.teacher, 1.0, context.teacher_prompt),)
+        log_t = torch.zeros((), dtype=torch.float64)
+        for one in several:
+            read = replace(context, teacher_prompt=one.prompt)
+            s, t, r = rows_of(read, student, teachers[one.teacher], reference, vocab_size)
+            log_t = log_t + one.share * t.detach().log_softmax(-1)
+        anchor = r.detach() if target.is_anchored else None
+        log_q = mixed_target(s.detach(), log_t.log_softmax(-1), target, anchor).log_q
+        log_p = s.log_softmax(-1)
+        loss = loss + (log_p.exp() * (log_p - log_q)).sum() / total
+    names, parameters = zip(*student.named_parameters(), strict=True)
+    return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
 
 def trained_gradients(trainer: Any) -> tuple[list[ContextPair], dict[str, Tensor]]:

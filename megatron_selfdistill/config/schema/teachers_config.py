@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
@@ -16,6 +16,10 @@ from megatron_selfdistill.config.schema.target_config import TargetConfig, Teach
 
 CHOOSE = "choose"
 """The entry of the key ``teachers`` that is no teacher: the dotted path of the function that chooses for a record."""
+JOIN = "join"
+"""The entry of the key ``teachers`` that is no teacher: how the teachers of one record become one loss."""
+TEACHER_JOINS = ("sum", "product")
+"""Values of `JOIN`: the sum of the divergences from each teacher's target, or one target of the teachers' product."""
 DEFAULT_TEACHER = "default"
 """The name of the teacher of the records that name none, where there are several teachers."""
 
@@ -46,7 +50,9 @@ def named_teachers(teachers: Mapping[str, Any]) -> dict[str, NamedTeacher]:
 
     Raises: `ConfigError` for a name that is none, an unknown entry, and a value outside of its range.
     """
-    return {name: _named_teacher(name, teachers[name]) for name in sorted(teachers, key=str) if name != CHOOSE}
+    return {
+        name: _named_teacher(name, teachers[name]) for name in sorted(teachers, key=str) if name not in (CHOOSE, JOIN)
+    }
 
 
 def chosen_by(teachers: Mapping[str, Any]) -> str | None:
@@ -60,8 +66,37 @@ def chosen_by(teachers: Mapping[str, Any]) -> str | None:
         f"teachers.{CHOOSE} must be the dotted path of a function (package.module.function), and no teacher may have "
         f"this name, got {path!r}",
     )
-    require(path is None or len(teachers) > 1, f"teachers.{CHOOSE}={path} has no teacher to choose: name teachers")
+    require(
+        path is None or bool(named_teachers(teachers)),
+        f"teachers.{CHOOSE}={path} has no teacher to choose: name teachers",
+    )
     return path
+
+
+def joins(teachers: Mapping[str, Any]) -> bool:
+    """Return whether several teachers of a record teach as their product.  Raises: `ConfigError` for another value."""
+    value = teachers.get(JOIN, "sum")
+    require(
+        value in TEACHER_JOINS,
+        f"teachers.{JOIN} must be one of {', '.join(TEACHER_JOINS)}, and no teacher may have this name, got {value!r}",
+    )
+    weighted = [name for name, teacher in named_teachers(teachers).items() if teacher.weight is not None]
+    require(
+        value == "sum" or not weighted,
+        f"teachers.{JOIN}=product has one teacher weight, target.teacher_weight: unset "
+        + ", ".join(f"teachers.{name}.weight" for name in weighted),
+    )
+    return bool(value == "product")
+
+
+def product_of(names: Iterable[str]) -> str:
+    """Return the name of the product of the teachers ``names``, of one teacher its own; no teacher has such a name."""
+    return "+".join(names)
+
+
+def factors_of(name: str) -> list[str]:
+    """Return the names of the teachers whose `product_of` is ``name``."""
+    return name.split("+")
 
 
 def _named_teacher(name: str, entries: Any) -> NamedTeacher:

@@ -42,7 +42,13 @@ from megatron_selfdistill.config.schema.step_config import (
     ScheduleConfig,
 )
 from megatron_selfdistill.config.schema.target_config import LossConfig, TargetConfig, TeacherConfig
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, check_teachers, chosen_by, named_teachers
+from megatron_selfdistill.config.schema.teachers_config import (
+    NamedTeacher,
+    check_teachers,
+    chosen_by,
+    joins,
+    named_teachers,
+)
 
 
 def check_conversations(
@@ -119,8 +125,9 @@ class Config:
     tokenizer, or adapters on checkpoint.load; null is the weights at the start of the run), hint (given or none),
     template (in place of data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load:
     DIR}, default: {}} the records of math learn from DIR, and all others from the start of the run, which sees their
-    solutions.  The entry choose is no teacher: it is the dotted path of a function of a record and the names that
-    returns the teacher's name, or weights by name, in place of the field."""
+    solutions.  Two entries are no teachers: choose is the dotted path of a function of a record and the names that
+    returns the teacher's name, or weights by name, in place of the field; join is sum (the default) or product, the
+    weighted geometric mean of the teachers of a record with weights."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -232,6 +239,11 @@ class Config:
     def teacher_choice(self) -> str | None:
         """The dotted path of the function that chooses the teacher of a record; None where the record names it."""
         return chosen_by(self.teachers)
+
+    @property
+    def joins_teachers(self) -> bool:
+        """Whether several teachers of a record teach as their product."""
+        return joins(self.teachers)
 
     @property
     def loads_teachers(self) -> bool:
@@ -444,6 +456,10 @@ class Config:
             f"data.kind={self.data.kind} and environment.name={self.environment.name}",
         )
         check_teachers(self.named_teachers, self.teacher, self.target, self.rollout)
+        require(
+            not self.joins_teachers or len(self.named_teachers) > 1,
+            "teachers.join=product multiplies the distributions of several teachers: name two or more",
+        )
 
     def _check_environment(self) -> None:
         name = f"environment.name={self.environment.name}"

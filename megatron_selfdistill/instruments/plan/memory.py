@@ -87,6 +87,8 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         "output gradient": output_gradient_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": reserved,
     }
+    if config.joins_teachers and stage.projects:
+        working["output layers of teachers"] = joined_weight_bytes(config, transformer, load)
     training = _gib(resident | working)
     if not config.samples:
         return Memory(training, {})
@@ -293,14 +295,23 @@ def teacher_state_bytes_on_device(config: Config, transformer: TransformerConfig
 def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
     """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time.
 
-    With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix.
+    With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix.  The
+    teachers of a product have read all tokens before the student reads the first one.
     """
     if not config.has_teacher:
         return 0.0
-    tokens = min(load.response_tokens, load.seq_length) if load.alternating else load.response_tokens
+    tokens = load.response_tokens
+    if load.alternating and not config.joins_teachers:
+        tokens = min(tokens, load.seq_length)
     width = transformer.hidden_size / transformer.tensor_model_parallel_size
-    num_models = 2 if config.is_anchored else 1
+    num_models = (len(config.named_teachers) if config.joins_teachers else 1) + config.is_anchored
     return float(num_models * tokens / transformer.context_parallel_size * width * element_size(config))
+
+
+def joined_weight_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
+    """Return the bytes of the output layers ``[v / tp, h]`` of all teachers, copied on the last stage for a product."""
+    elements = load.vocab_size / transformer.tensor_model_parallel_size * transformer.hidden_size
+    return float(len(config.named_teachers) * elements * element_size(config))
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:

@@ -77,7 +77,8 @@ def fused_distillation_loss(
     """Return ``distillation_loss(hidden_s @ student_weight^T, hidden_t @ teacher_weight^T, ...)`` of R response tokens.
 
     Shapes: weights [V / tp, h], this rank's rows; teacher_weight None: the student's weight.  Hidden states and weights
-    have one dtype, which is also the dtype of the logits.  response_tokens [R] int64, global ids.
+    have one dtype, which is also the dtype of the logits.  response_tokens [R] int64, global ids.  A teacher's weight
+    and states may have another width than the student's h: the product of n teachers is one of width n h.
     student_hidden: [R, h], equal on all ranks of ``vocab.group``.  With gather_indices [R] int64 it is [n, h], the
     rank's own rows, see `HiddenPlacement`.  Then only the rank's own rows are kept, and gathered once more in backward.
     teacher_hidden: [R, h], equal on all ranks; or [R, h / tp], cut by width in rank order.
@@ -232,11 +233,12 @@ class _Logits:
             student_logits, teacher_logits = self.kept[tokens], self.block[:count]
         torch.mm(student, self.student_weight.t(), out=student_logits)
         weight = self.student_weight if others.teacher_weight is None else others.teacher_weight
-        teacher = self._full_width(others.teacher_hidden[tokens])
+        teacher = self._full_width(others.teacher_hidden[tokens], weight)
         if others.reference_hidden is None or others.reference_weight is None:
             torch.mm(teacher, weight.t(), out=teacher_logits)
             return student_logits, teacher_logits
-        reference, weights = self._full_width(others.reference_hidden[tokens]), self.layer.teacher_weights
+        reference = self._full_width(others.reference_hidden[tokens], others.reference_weight)
+        weights = self.layer.teacher_weights
         beta, alpha = 1 - 1 / self.layer.target.geometric_k, 1 / self.layer.target.geometric_k
         if weights is not None:  # a GEMM has one beta and one alpha, so each token's states are scaled
             share = 1 / (1 + weights[tokens, None].float())
@@ -247,9 +249,9 @@ class _Logits:
         teacher_logits.addmm_(reference, others.reference_weight.t(), beta=beta, alpha=alpha)
         return student_logits, teacher_logits
 
-    def _full_width(self, part: Tensor) -> Tensor:
+    def _full_width(self, part: Tensor, weight: Tensor) -> Tensor:
         """Return the hidden states [n, h] of a chunk, gathered over the ranks where ``part`` is cut by width."""
-        if part.shape[1] == self.student_weight.shape[1]:
+        if part.shape[1] == weight.shape[1]:
             return part
         return gather_width(part, self.layer.vocab.group)
 
@@ -358,17 +360,21 @@ def _check(
         )
     if others.reference_hidden is not None and not layer.target.is_anchored:
         raise ValueError(f"{name}: reference must be None without anchor=reference; got {layer.target}.")
-    for weight in (student_weight, others.teacher_weight, others.reference_weight):
-        if weight is not None and tuple(weight.shape) != (size, width):
+    wide = width if others.teacher_weight is None else others.teacher_weight.shape[-1]
+    for weight, columns in ((student_weight, width), (others.teacher_weight, wide), (others.reference_weight, width)):
+        if weight is not None and tuple(weight.shape) != (size, columns):
             raise ValueError(
-                f"{name}: weights must be [{size}, {width}], the columns of this VocabShard; got {tuple(weight.shape)}."
+                f"{name}: weights must be [{size}, {columns}], the columns of this VocabShard; got "
+                f"{tuple(weight.shape)}."
             )
-    held, cut = student_hidden.shape[0] if gather_indices is not None else num_tokens, width // layer.placement.size
-    for what, hidden in (("teacher_hidden", others.teacher_hidden), ("the reference's", others.reference_hidden)):
+    held = student_hidden.shape[0] if gather_indices is not None else num_tokens
+    of_teacher, of_reference = (others.teacher_hidden, wide), (others.reference_hidden, width)
+    for what, (hidden, columns) in {"teacher_hidden": of_teacher, "the reference's": of_reference}.items():
+        cut = columns // layer.placement.size
         shapes = tuple(student_hidden.shape), tuple(hidden.shape) if hidden is not None else (num_tokens, cut)
-        if shapes[0] != (held, width) or shapes[1] not in ((num_tokens, width), (num_tokens, cut)):
+        if shapes[0] != (held, width) or shapes[1] not in ((num_tokens, columns), (num_tokens, cut)):
             raise ValueError(
-                f"{name}: student_hidden must be [{held}, {width}] and {what} [{num_tokens}, {width}] or "
+                f"{name}: student_hidden must be [{held}, {width}] and {what} [{num_tokens}, {columns}] or "
                 f"[{num_tokens}, {cut}]; got {shapes[0]} and {shapes[1]}."
             )
     for what, index in (("response_tokens", response_tokens), ("gather_indices", gather_indices)):

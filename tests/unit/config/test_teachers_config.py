@@ -6,7 +6,13 @@ from __future__ import annotations
 import pytest
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, named_teachers, teacher_of_record
+from megatron_selfdistill.config.schema.teachers_config import (
+    NamedTeacher,
+    factors_of,
+    named_teachers,
+    product_of,
+    teacher_of_record,
+)
 from megatron_selfdistill.errors import ConfigError
 
 MATH = "teachers.math.load=/m"
@@ -23,6 +29,14 @@ def test_teachers_come_in_the_order_of_their_names_and_have_defaults():
 def test_the_function_that_chooses_is_no_teacher():
     config = load([MATH, "teachers.choose=my.choose"])
     assert config.teacher_choice == "my.choose" and list(config.named_teachers) == ["math"]
+
+
+def test_teachers_are_joined_by_their_sum_unless_the_entry_says_product():
+    two = [MATH, "teachers.code.load=/c"]
+    assert not load(two).joins_teachers and not load([*two, "teachers.join=sum"]).joins_teachers
+    config = load([*two, "teachers.join=product"])
+    assert config.joins_teachers and list(config.named_teachers) == ["code", "math"]
+    assert factors_of(product_of(config.named_teachers)) == ["code", "math"] and factors_of("math") == ["math"]
 
 
 def test_without_the_key_nothing_changes():
@@ -76,6 +90,12 @@ def test_a_name_is_one_word(name):
         (
             [MATH, "teachers.choose={load: /m}"],
             "teachers.choose must be the dotted path of a function .* no teacher may",
+        ),
+        ([MATH, "teachers.join=mean"], "teachers.join must be one of sum, product, and no teacher may have this name"),
+        ([MATH, "teachers.join=product"], "teachers.join=product multiplies .* of several teachers: name two or more"),
+        (
+            [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product"],
+            "teachers.join=product has one teacher weight, target.teacher_weight: unset teachers.code.weight",
         ),
         (["teachers.choose=my.choose"], "teachers.choose=my.choose has no teacher to choose: name teachers"),
         (

@@ -117,6 +117,38 @@ def test_a_response_with_several_teachers_is_in_the_batch_of_each_and_counts_onc
     assert other == [("code", [], []), ("math", [[2]], [7 / 4])]
 
 
+def products_of(batches: list[StepBatch]) -> list[tuple[str, list[str], list[int], float, bool]]:
+    """Return teacher, ids, numbers of teachers of the contexts, share and lack of coefficients of each batch."""
+    grid = rank_groups.initialize(ParallelConfig(), seed=0)
+    try:
+        return [
+            (
+                one.teacher,
+                [it.problem_id for it in one.contexts],
+                [len(it.of_teachers) for it in one.contexts],
+                one.share,
+                one.token_coefficients is None,
+            )
+            for one in by_teacher(iter([batches[grid.dp_rank]]), TEACHERS, grid, joins=True)
+        ]
+    finally:
+        rank_groups.shutdown()
+
+
+def test_a_response_of_a_product_is_in_one_batch_with_its_teachers_and_has_no_coefficient(ranks):
+    """Replicas agree on the products that any of them has."""
+    both = (TeacherPrompt("code", 0.25, [7]), TeacherPrompt("math", 0.75, [8, 9]))
+    mixed = batch_of(("code", 3), ("math", 1), ("code", 2))
+    mixed = replace(mixed, contexts=[replace(mixed.contexts[0], of_teachers=both), *mixed.contexts[1:]])
+    one, other = ranks.run(products_of, [mixed, batch_of(("math", 2))], world_size=2, init_process_group=False)
+    assert one == [
+        ("code", ["p2"], [0], 2 / 8, True),
+        ("code+math", ["p0"], [2], 5 / 8, True),
+        ("math", ["p1"], [0], 1.0, True),
+    ]
+    assert [name for name, *_ in other] == ["code", "code+math", "math"] and other[1][1] == []
+
+
 def test_without_teachers_the_batches_stay_the_objects_that_they_are(ranks):
     batch = replace(batch_of(("", 2)), token_coefficients=None)
     assert list(by_teacher(iter([batch]), {}, None)) == [batch]  # type: ignore[arg-type]

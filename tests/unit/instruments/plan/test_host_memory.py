@@ -150,6 +150,21 @@ def test_adapters_as_teachers_take_megabytes_and_need_the_start(monkeypatch):
     assert len(lines) == 2 and all(line.endswith("adapters on the start of the run") for line in lines)
 
 
+def test_a_product_of_teachers_takes_their_output_layers_and_all_their_states(monkeypatch):
+    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+    named = ["recipe=qwen3_8b", "teachers={a: {load: /a}, b: {load: /b}, c: {load: /c}}"]
+    of_sum, of_product = (dry_run(load([*named, f"teachers.join={it}"])) for it in ("sum", "product"))
+    last = of_product.memory[-1].training
+    tp = of_product.config.parallel.tensor_model_parallel_size
+    assert last["output layers of teachers"] * GIB == pytest.approx(3 * 151_936 * 4096 * 2 / tp, rel=0.01)
+    assert "output layers of teachers" not in of_sum.memory[-1].training
+    states = [
+        plan.memory[-1].training["teacher states"] + plan.host.resting["teacher states"]
+        for plan in (of_sum, of_product)
+    ]
+    assert states[1] >= 2 * states[0] > 0, "four models in place of two"
+
+
 def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(monkeypatch):
     monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
 
