@@ -196,6 +196,28 @@ def test_the_product_of_teachers_is_the_weighted_mean_of_their_log_probs(ranks, 
     assert error < 1e-5
 
 
+def measured_and_trained(arguments: list[str]) -> list[tuple[str, float, float]]:
+    """Return the teacher of each batch of a step, and its mean loss when it is measured and when it is trained on."""
+
+    def use(trainer: Any) -> list[tuple[str, float, float]]:
+        found, step = [], []
+        for batch in trainer.batches():
+            measured = trainer.measure(batch)["loss/mean"]
+            step.append(trainer.forward_backward(batch, trainer.pack(batch), step))
+            found.append((batch.teacher, measured, float(step[-1].output.stats.loss.mean())))
+        return found
+
+    return with_trainer(arguments, use)
+
+
+def test_what_is_measured_of_a_product_is_what_a_step_trains_on(ranks, places, tmp_path):
+    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    of_step = arguments(places, tmp_path / "run", f"data.path={file}", *PRODUCT)
+    [found] = ranks.run(measured_and_trained, of_step, world_size=1, init_process_group=False)
+    assert {"code+math", "code+default+math"} <= {name for name, *_ in found}
+    assert all(measured == pytest.approx(trained, rel=1e-6) for _, measured, trained in found)
+
+
 @pytest.mark.parametrize("name", ["TP2", pytest.param("CP2", marks=pytest.mark.full)])
 def test_products_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
     assert_products_equal(ranks, places, tmp_path, LAYOUTS[name])
