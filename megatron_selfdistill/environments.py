@@ -35,8 +35,6 @@ class Reply:
     """The role of the message that shows ``text``: user or tool."""
     feedback: str | None = None
     """A text about the last response for the teacher alone; None is no feedback."""
-    hint: str | None = None
-    """The text that the teacher's prompt shows in place of the solution from the next turn on; None changes nothing."""
     reward: float = 0.0
     """The reward of the last response, a finite number, also as a NumPy scalar or a tensor of one number."""
     done: bool = True
@@ -44,6 +42,8 @@ class Reply:
     failure: str | None = None
     """The reason for which the environment could not go on; None if nothing has failed.  A reply with a reason ends the
     episode."""
+    hint: str | None = None
+    """The text that the teacher's prompt shows in place of the solution from the next turn on; None changes nothing."""
 
     def __post_init__(self) -> None:
         for name in ("text", "feedback", "hint", "failure"):
@@ -134,7 +134,7 @@ class HttpEnvironment:
 
     The answer has the text of the reply in ``choices[0].message.content`` (null: none) and its role in
     ``choices[0].message.role``; the role "assistant", which every such endpoint sends, stands for "user".  Beside
-    ``choices`` it may have ``reward``, ``feedback``, ``hint`` and ``done``; a field that is missing has the default of `Reply`.
+    ``choices`` it may have ``reward``, ``feedback``, ``hint`` and ``done``; a missing field has the default of `Reply`.
     """
 
     url: str
