@@ -169,7 +169,8 @@ def table(parts: Sequence[Part], lines: Sequence[Line]) -> list[str]:
     for arm in dict.fromkeys(line["arm"] for line in every):
         cells = []
         for part, of_part in zip(parts, found, strict=True):
-            of_arm = {line["seed"]: line for line in of_part if line["arm"] == arm}.values()  # one base for each seed
+            # One base for each seed: that of the first experiment.
+            of_arm = {line["seed"]: line for line in reversed(of_part) if line["arm"] == arm}.values()
             cells += [spread([value_of(line, figure) for line in of_arm]) for figure in part.figures]
         rows.append(f"| {' | '.join([NAMES[arm], *cells])} |")
     return rows
