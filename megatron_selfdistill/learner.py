@@ -277,11 +277,11 @@ class Learner:
         self,
         packed: PackedBatch,
         token_coefficients: token_losses.TokenCoefficients | None = None,
+        teacher: str = "",
+        contexts: Sequence[ContextPair] = (),
         *,
         measure_teacher: bool = True,
         partial_batch: PartialBatch | None = None,
-        teacher: str = "",
-        contexts: Sequence[ContextPair] = (),
     ) -> StepOutput:
         """Leave the gradients of the batch in ``main_grad``, in place of whatever was there, and return the statistics.
 

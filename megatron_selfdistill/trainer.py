@@ -153,10 +153,7 @@ class Trainer:
         return by_teacher(batches, self.config.named_teachers, self.grid, joins=self.config.joins_teachers)
 
     def balance(self, batch: StepBatch) -> StepBatch:
-        """Return the batch with its contexts moved among the replicas if that makes the step shorter.  Collective.
-
-        Contexts of a product of teachers, which have a prompt for each of them, stay where they are.
-        """
+        """Return the batch with contexts moved among replicas to shorten the step; a product's stay.  Collective."""
         if self.grid.dp_size == 1 or len(factors_of(batch.teacher)) > 1:
             return batch
         with self.phases("pack"):
@@ -176,24 +173,18 @@ class Trainer:
         The first batch of a launch is also read twice by the same weights: see `check_identity`.
         Raises: `RunUnhealthy` where this check fails.
         """
-        output, place = None, partial_batch_of(batch, earlier)
+        output, part = None, partial_batch_of(batch, earlier)
         due, tolerance = self.config.metrics.teacher_due(self.step + 1), self.config.guards.identity_tolerance
         if not earlier:
             for hook in self.before_gradients:
                 hook(self, batch)
         with self.phases("train"), contextlib.suppress(schedule.NoResponseTokens):
             self.sampler.sleep()
-            is_first = not self.checked and place.earlier is None
+            is_first = not self.checked and part.earlier is None
             if is_first and self.learner.has_teacher and tolerance is not None:
                 check_identity(self.learner.identity_loss(batch.contexts), tolerance)
-            coefficients = batch.token_coefficients
             output = self.learner.forward_backward(
-                packed,
-                coefficients,
-                measure_teacher=due,
-                partial_batch=place,
-                teacher=batch.teacher,
-                contexts=batch.contexts,
+                packed, batch.token_coefficients, batch.teacher, batch.contexts, measure_teacher=due, partial_batch=part
             )
         return AccumulatedBatch(batch, packed, output)
 
@@ -236,9 +227,8 @@ class Trainer:
         leaks = leaks_of(batch.contexts, words, tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
-        metrics["data/epoch"] = self.source.state.problem_sampler.epochs
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
-        metrics["tokens/read"] = read
+        metrics |= {"data/epoch": self.source.state.problem_sampler.epochs, "tokens/read": read}
         timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
         timed |= overlap_metrics(timed) if "rollout/generation_seconds" in timed else {}
         self.log.log(self.step, timed)

@@ -39,7 +39,14 @@ def make_sampler(
         from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
         return MegatronSampler(
-            chunks, grid, run_data.vocab_size, run_data.max_length, rollout.kv_cache_gb, role_weights, progress
+            chunks,
+            grid,
+            run_data.vocab_size,
+            run_data.max_length,
+            rollout.kv_cache_gb,
+            role_weights,
+            progress,
+            continues=config.environment.one_sequence,
         )
     from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 

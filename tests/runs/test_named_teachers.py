@@ -45,6 +45,9 @@ FOUR_LAYERS = "model.num_layers=4"
 EQUAL = ("loss/", "entropy/", "k/", "tokens/response", "teacher_", "student_nll")
 
 
+FULL = pytest.mark.full
+
+
 @pytest.fixture(scope="module")
 def places(ranks, own_data, tmp_path_factory) -> dict[str, Path]:
     """Return the directory of the data, and of runs of one step from other random weights: the student and teachers."""
@@ -118,7 +121,11 @@ def test_a_step_has_the_gradient_of_the_definition_for_each_records_teacher(rank
 SHARED = [{"math": 3, "code": 1}, "default", {"default": 1, "math": 1, "code": 2}]
 
 
-@pytest.mark.parametrize("options", [[], ["loss.normalize=sequences", "loss.rollout_correction=truncated"]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["loss.normalize=sequences", "loss.rollout_correction=truncated"], marks=FULL)],
+    ids=str,
+)
 def test_a_record_with_several_teachers_has_the_weighted_sum_of_their_divergences(ranks, places, tmp_path, options):
     """Each response counts once, however many teachers it has; an importance weight of 1 changes nothing."""
     file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
@@ -179,9 +186,9 @@ def products_and_definition(arguments: list[str], places: dict[str, Path]) -> tu
     "options",
     [
         [],
-        ["target.anchor=student"],
-        ["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"],
-        ["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "target.rule=fixed"],
+        pytest.param(["target.anchor=student"], marks=FULL),
+        pytest.param(["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"], marks=FULL),
+        pytest.param(["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "target.rule=fixed"], marks=FULL),
     ],
     ids=str,
 )
@@ -210,6 +217,7 @@ def measured_and_trained(arguments: list[str]) -> list[tuple[str, float, float]]
     return with_trainer(arguments, use)
 
 
+@pytest.mark.full
 def test_what_is_measured_of_a_product_is_what_a_step_trains_on(ranks, places, tmp_path):
     file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
     of_step = arguments(places, tmp_path / "run", f"data.path={file}", *PRODUCT)
@@ -218,7 +226,8 @@ def test_what_is_measured_of_a_product_is_what_a_step_trains_on(ranks, places, t
     assert all(measured == pytest.approx(trained, rel=1e-6) for _, measured, trained in found)
 
 
-@pytest.mark.parametrize("name", ["TP2", pytest.param("CP2", marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("name", ["TP2", "CP2"])
 def test_products_have_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
     assert_products_equal(ranks, places, tmp_path, LAYOUTS[name])
 
@@ -246,6 +255,7 @@ def assert_products_equal(ranks: Any, places: dict[str, Path], tmp_path: Path, l
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
+@pytest.mark.full
 def test_products_resume_and_do_not_depend_on_the_order_of_the_teachers(ranks, places, tmp_path):
     reverse = [dict(reversed(one.items())) if isinstance(one, dict) else one for one in SHARED]
     files = [write_records_of_teachers(places["data"], it, f"{i}.jsonl") for i, it in enumerate((SHARED, reverse))]
@@ -292,6 +302,7 @@ def test_every_layout_has_the_steps_of_one_rank(ranks, places, one, tmp_path, na
     assert_steps_equal(one, tmp_path / "run", EQUAL)
 
 
+@pytest.mark.full
 def test_the_order_of_the_teachers_and_the_place_of_their_weights_change_no_bit(ranks, places, one, tmp_path):
     """The other order, and weights that leave the device between the steps."""
     named = arguments(places, tmp_path / "run", "num_steps=3", "checkpoint.save_every=2")
@@ -353,14 +364,8 @@ def of_adapters(places: dict[str, Path], run_dir: Path, math: Path, *options: st
     return arguments(places, run_dir, "checkpoint.save_every=1", *options, teachers=[*named, "teachers.default={}"])
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ["target.anchor=student"],
-        pytest.param(["adapter.rank=2", "teacher.offload=cpu"], marks=pytest.mark.full),
-    ],
-    ids=str,
-)
+@pytest.mark.full
+@pytest.mark.parametrize("options", [["target.anchor=student"], ["adapter.rank=2", "teacher.offload=cpu"]], ids=str)
 def test_adapters_teach_what_their_merged_weights_teach_and_resume(ranks, places, adapted, tmp_path, options):
     """Both formats are the same bits; the start below them is kept although no other model reads it."""
     record = f"{tmp_path}/responses.jsonl"

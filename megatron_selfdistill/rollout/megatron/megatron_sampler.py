@@ -335,6 +335,8 @@ class MegatronSampler:
         kv_cache_gb: float | None = None,
         role_weights: Sequence[RoleWeights] = (),
         progress: Progress = ignore_progress,
+        *,
+        continues: bool = False,
     ) -> None:
         """Prepare the ``chunks`` for decoding, as built or as wrapped for training.
 
@@ -343,7 +345,8 @@ class MegatronSampler:
         is a third of the memory that is free at each `generate`; a number makes the splits, and so the last bits of the
         log-probs, repeatable.  ``role_weights``: weights other than the student's, which read contexts of guided
         requests, with chunks of the student's architecture, in the same order on all ranks.
-        ``progress``: called with the responses that this rank decodes, at every pass, on every rank.
+        ``progress``: called with the responses that this rank decodes, at every pass, on every rank.  ``continues``:
+        whether requests may continue earlier ones, which `metrics` counts.
 
         Raises `ConfigError` for a model that cannot be decoded.
         """
@@ -358,6 +361,7 @@ class MegatronSampler:
         self._passes = ForwardPasses([self._student, *self._role_models])
         self._bytes_per_token = self._student.bytes_per_token
         self._kept = KeptRows()
+        self._continues = continues
         self._num_read, self._num_kept = 0, 0  # tokens of the prompts of episodes since the last `metrics`
 
     def update_weights(self, version: int) -> None:
@@ -373,8 +377,10 @@ class MegatronSampler:
         """Return numbers about the prompts of episodes that are one sequence; nothing where there were none.
 
         rollout/prefilled_tokens: their tokens that were read.  rollout/kept_tokens: those that the KV cache still had.
-        Collectives: one sum over the data-parallel and context-parallel ranks.
+        Collectives: where requests may continue earlier ones, one sum over the data- and context-parallel ranks.
         """
+        if not self._continues:
+            return {}
         counts = torch.tensor([self._num_read, self._num_kept], dtype=torch.float64, device=self._grid.device)
         self._num_read, self._num_kept = 0, 0
         dist.all_reduce(counts, group=self._grid.dp_cp_group)

@@ -159,9 +159,11 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
             }
             score.score_texts([pair], score.ScoringModels(**chunks, max_tokens=8, fusion=None, backend=None))
         else:
-            config = SimpleNamespace(schedule=SimpleNamespace(max_tokens=8), is_anchored=False)
+            sections = {"schedule": SimpleNamespace(max_tokens=8), "environment": SimpleNamespace(one_sequence=False)}
+            config = SimpleNamespace(**sections, is_anchored=False)
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
-            learner.Learner.pack(SimpleNamespace(packing=learner.Learner._packing(me), grid=None), [])
+            packing = learner.Learner._packing(me)
+            learner.Learner.pack(SimpleNamespace(packing=packing, grid=None, _is_product=lambda teacher: False), [])
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
 
