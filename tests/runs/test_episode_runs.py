@@ -250,6 +250,7 @@ def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, d
     assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
 
 
+@pytest.mark.full
 def test_the_first_prompt_of_a_session_shows_its_text_and_a_replay_asks_no_session(
     ranks, data, start, run_of, tmp_path
 ):

@@ -100,7 +100,7 @@ def computed(mode: str, chunk_tokens: int, anchored: bool) -> dict[str, Any]:
 
 @pytest.mark.parametrize("anchored", [True, False])
 @pytest.mark.parametrize(("mode", "chunk_tokens"), [("keep_gradient", 3), ("low_memory", 5)])
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=pytest.mark.full), 2])
 def test_a_product_of_teachers_has_the_values_and_gradients_of_its_definition(
     ranks, world_size, mode, chunk_tokens, anchored
 ):
