@@ -39,16 +39,13 @@ PROBLEMS, HINTED = "problems.jsonl", "hinted.jsonl"
 """The quests, and the quests with their walkthroughs in the prompt."""
 BATCH = ("data.global_batch_size=16",)
 """The batch of a step: each quest once."""
-STUDENT_MIX = ("target.anchor=student",)
-OTHER = "data.solutions=other"
 ARMS: dict[str, tuple[str, ...]] = {
     "before": (),
     "default": (),
-    "student_mix": STUDENT_MIX,
+    "student_mix": ("target.anchor=student",),
     "teacher_alone": ("target=teacher_alone",),
-    "grpo": ("recipe=grpo", "data.global_batch_size=2", "rollout.num_samples=8"),
-    "default_other": (OTHER,),
-    "student_mix_other": (*STUDENT_MIX, OTHER),
+    "grpo": ("recipe=grpo", "data.solutions=given", "data.global_batch_size=2", "rollout.num_samples=8"),
+    "default_other": ("data.solutions=other",),
 }
 """Name of an arm -> its overrides."""
 LABELS = {
@@ -58,7 +55,6 @@ LABELS = {
     "teacher_alone": "teacher alone",
     "grpo": "GRPO, 8 episodes of 2 quests in a step",
     "default_other": "control: default, another quest's walkthrough",
-    "student_mix_other": "control: mix with the student, another quest's walkthrough",
 }
 """Name of an arm -> its label in the table."""
 
@@ -125,16 +121,18 @@ def measured(base: Base, root: Path, prefix: str = "", *settings: str) -> dict[s
 
 
 def table(lines: Sequence[Line]) -> list[str]:
-    """Return the rows of the table, of the seeds that have every arm."""
-    found = complete(lines, ARMS)
+    """Return the rows of the table: the arms that have lines, of the seeds that have a line for each of them."""
+    arms = [arm for arm in LABELS if any(line["arm"] == arm for line in lines)]
+    found = complete(lines, arms)
     rows = [f"| {seeds_of(found)}; quests solved | greedy | sampled |", "|---|---|---|"]
-    for arm, label in LABELS.items():
-        cells = [spread([line[name] for line in found if line["arm"] == arm]) for name in ("greedy", "sampled")]
+    for arm, prefix, label in [
+        ("before", "hinted_", "before, walkthrough in the prompt"),
+        *((it, "", LABELS[it]) for it in arms),
+    ]:
+        of_arm = [line for line in found if line["arm"] == arm]
+        cells = [spread([line[f"{prefix}{name}"] for line in of_arm]) for name in ("greedy", "sampled")]
         rows.append(f"| {label} | {' | '.join(cells)} |")
-    hinted = [
-        spread([line[f"hinted_{name}"] for line in found if line["arm"] == "before"]) for name in ("greedy", "sampled")
-    ]
-    return [*rows[:3], f"| before, walkthrough in the prompt | {' | '.join(hinted)} |", *rows[3:]]
+    return rows
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ PAGES = {
     "adapter_map.py": "adapters.md",
     "anchored_tables.py": "anchored.md",
     "hint_levels.py": "evaluation.md",
+    "quests.py": "environments.md",
     "real_map.py": "real_model.md",
     "recipe_table.py": "recipes/comparison.md",
     "staleness.py": "benchmarks.md",
