@@ -121,7 +121,12 @@ class Learner:
         self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
-        if config.joins_teachers:
+        self.teacher_names = list(config.named_teachers)
+        """The names of the teachers of the key ``teachers``."""
+        self.joins_teachers = config.joins_teachers
+        """Whether several teachers of a record teach as their product."""
+        self._teachers = config.named_teachers or {"": NamedTeacher()}
+        if self.joins_teachers:
             with raise_on_all_ranks():
                 _require_weight_alone(last)
         self.vocab = VocabShard.from_group(last.vocab_size, run_data.vocab_size, grid.tp_group)
@@ -238,18 +243,18 @@ class Learner:
 
     def _settings_of(self, named: str) -> NamedTeacher:
         """Return the settings of a teacher.  Raises: ValueError where no single one of the run reads the contexts."""
-        teachers = self.config.named_teachers
-        if not teachers and not named:
-            return NamedTeacher()
         if self._is_product(named):
             return NamedTeacher()  # a product has no entries of its own
-        if named not in teachers:
-            raise ValueError(f"expected contexts of one of the teachers {', '.join(teachers)}, got {named!r}")
-        return teachers[named]
+        if named not in self._teachers:
+            raise ValueError(f"expected contexts of one of the teachers {', '.join(self.teacher_names)}, got {named!r}")
+        return self._teachers[named]
 
     def _is_product(self, named: str) -> bool:
-        factors = factors_of(named)
-        return len(factors) > 1 and all(name in self.config.named_teachers for name in factors)
+        return (
+            self.joins_teachers
+            and len(factors_of(named)) > 1
+            and all(name in self._teachers for name in factors_of(named))
+        )
 
     def target_of(self, named: str = "") -> Target:
         """Return the target of the tokens that a teacher reads; ``named``: as for `target_models`."""

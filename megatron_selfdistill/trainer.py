@@ -150,7 +150,7 @@ class Trainer:
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
         batches = self.source.batches(self.step, self.sampling)
-        return by_teacher(batches, self.config.named_teachers, self.grid, joins=self.config.joins_teachers)
+        return by_teacher(batches, self.learner.teacher_names, self.grid, joins=self.learner.joins_teachers)
 
     def balance(self, batch: StepBatch) -> StepBatch:
         """Return the batch with contexts moved among replicas to shorten the step; a product's stay.  Collective."""
@@ -197,7 +197,7 @@ class Trainer:
         if output is None:
             return {}
         metrics = self.source.metrics(batch, output)
-        if self.config.named_teachers:
+        if self.learner.teacher_names:
             metrics |= teacher_metrics([(it.batch.teacher, it.output) for it in step if it.output], self.grid)
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)

@@ -367,11 +367,12 @@ class MegatronSampler:
     def update_weights(self, version: int) -> None:
         """Note the version; the sampler uses the trainer's own weights, so nothing has to be sent."""
         self._version = version
-        self._kept.clear()
+        self.sleep()
 
     def sleep(self) -> None:
         """Free the caches of responses that requests may continue; all others live for one `generate`."""
-        self._kept.clear()
+        if self._continues:
+            self._kept.clear()
 
     def metrics(self) -> dict[str, float]:
         """Return numbers about the prompts of episodes that are one sequence; nothing where there were none.
@@ -401,10 +402,12 @@ class MegatronSampler:
         guided requests with a temperature, top_k or top_p of their own or with a reference whose weights the sampler
         does not hold; ConfigError for guided requests where the model's attention takes no mask.
         """
-        self._kept.begin(requests)
-        owners = [self._kept.owner(request, i, self._grid.cp_size) for i, request in enumerate(requests)]
+        owners = [i % self._grid.cp_size for i in range(len(requests))]
+        if self._continues:
+            self._kept.begin(requests)
+            owners = [self._kept.owner(request, i, self._grid.cp_size) for i, request in enumerate(requests)]
         own = [i for i, owner in enumerate(owners) if owner == self._grid.cp_rank]
-        later = [i for i in own if self._kept.has(requests[i])]
+        later = [i for i in own if self._continues and self._kept.has(requests[i])]
         plain = [i for i in own if requests[i].teacher_prompt is None and i not in set(later)]
         guided = [i for i in own if requests[i].teacher_prompt is not None]
         responses: dict[int, Response] = {}
