@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import random
 import socket
-import string
 import subprocess
 import sys
 import time
@@ -15,8 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ranks import RankError
-from tiny_run import assert_equal_runs, overrides, reproducible_metrics, saved_step, train
+from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments import SessionLimits
@@ -53,12 +51,10 @@ def url() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def games(tmp_path_factory) -> Path:
     """Return a directory with problems and a tokenizer of characters."""
-    from _lib.pretraining import write_tokenizer
-
     directory = tmp_path_factory.mktemp("games")
     records = [{"id": f"game{i}", "problem": "Play.", "solution": digit(f"game{i}")} for i in range(NUMBER)]
     (directory / "problems.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
-    write_tokenizer(directory / "tokenizer", "".join(dict.fromkeys(string.printable[:95] + "\n$_")))
+    write_tokenizer_of_characters(directory)
     return directory
 
 
@@ -83,25 +79,6 @@ def test_without_a_field_the_model_reads_all_fields(url):
     sessions.close()
 
 
-def arguments(games: Path, run_dir: Path, url: str) -> list[str]:
-    """Return the arguments of six steps of five games, each played twice."""
-    return [
-        *overrides(games, run_dir, "data.global_batch_size=5", "rollout.num_samples=2", "rollout.max_new_tokens=2"),
-        *("num_steps=6", "checkpoint.save_every=2", "optimizer.lr_warmup_steps=0", "method.name=opsd_rl"),
-        *("data.teacher_template='{problem}\\n{solution}\\n'", "environment.max_turns=3"),
-        *(f"environment.name={NAME}", f"environment.options.url={url}", "environment.options.shown=text"),
-    ]
-
-
 def test_a_killed_run_plays_its_episodes_again(ranks, games, url, tmp_path):
-    whole = tmp_path / "whole"
-    train(ranks, [*arguments(games, whole, url), f"rollout.record={whole}/responses.jsonl"])
-    told = [json.loads(line) for line in (whole / "responses.jsonl").read_text().splitlines()]
-    assert sum(record.get("turn", 0) == 0 for record in told) == 6 * 5 * 2
-    assert all(step["episodes/failed_share"] == 0 for step in reproducible_metrics(whole))
-    assert any(record.get("turn", 0) > 0 for record in told)
-    with pytest.raises(RankError, match="ended with exit code -9"):
-        train(ranks, arguments(games, tmp_path / "killed", url), kill_at="step")
-    assert saved_step(tmp_path / "killed") == 4
-    train(ranks, arguments(games, tmp_path / "killed", url))
-    assert_equal_runs(ranks, whole, tmp_path / "killed")
+    options = [f"environment.name={NAME}", f"environment.options.url={url}", "environment.options.shown=text"]
+    told_by_a_killed_run(ranks, games, tmp_path, *options, "rollout.max_new_tokens=2")
