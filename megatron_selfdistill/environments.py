@@ -275,7 +275,7 @@ class ToolEnvironment:
         """
         self._kind, self._options = tool_class(tools), dict(options or {})
         self._parse: Parser = function_named("environment.options.parser", parser, PARSERS)
-        self._names = ", ".join(tools_of(self._kind))
+        self._named = tools_of(self._kind)
 
     def reset(self, problem: Problem, seed: int) -> Any:
         """Make the object with the tools; return the result of its method ``reset``, if it has one."""
@@ -298,8 +298,8 @@ class ToolEnvironment:
 
     async def _answer(self, call: ToolCall) -> str:
         try:
-            if call.name not in tools_of(self._kind):
-                raise ToolCallError(f"there is no tool {call.name!r}: the tools are {self._names}")
+            if call.name not in self._named:
+                raise ToolCallError(f"there is no tool {call.name!r}: the tools are {', '.join(self._named)}")
             tool = getattr(self._tools, call.name)
             result = await _awaited(tool(**typed(call, tool)))
         except ToolCallError as error:

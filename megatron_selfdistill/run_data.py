@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.config.schema.method_config import FOUND, FUNCTION, GIVEN
@@ -436,12 +437,12 @@ def _chat_template(data: DataConfig) -> str | None:
 
 
 def _templates(config: Config) -> PromptTemplates:
-    data = config.data
+    data, shown = config.data, _shown_tools(config)
     return PromptTemplates(
         teacher=data.teacher_template or config.method.teacher_template or DEFAULT_TEACHER_TEMPLATE,
         student=data.student_template,
-        student_view=_view(config, "student"),
-        teacher_view=_view(config, "teacher"),
+        student_view=_view(data, "student", shown),
+        teacher_view=_view(data, "teacher", shown),
         of_teachers={
             name: teacher.template or data.student_template
             for name, teacher in config.named_teachers.items()
@@ -450,14 +451,18 @@ def _templates(config: Config) -> PromptTemplates:
     )
 
 
-def _view(config: Config, name: str) -> PromptView:
-    """Return the view ``name``: what both prompts share, with what data.views says of this one."""
-    data, own = config.data, config.data.views.get(name, {})
+def _shown_tools(config: Config) -> dict[str, Any]:
+    """Return the variable of the chat template with the tools of the environment; empty without such tools."""
     tools = config.environment.options.get("tools") if config.environment.name == "tools" else None
-    shown = {"tools": schemas_of(tool_class(tools))} if tools is not None else {}
+    return {} if tools is None else {"tools": schemas_of(tool_class(tools))}
+
+
+def _view(data: DataConfig, name: str, shown: Mapping[str, Any]) -> PromptView:
+    """Return the view ``name``: what both prompts share and ``shown``, with what data.views says of this one."""
+    own = data.views.get(name, {})
     return PromptView(
         system_prompt=own.get("system_prompt", data.system_prompt),
-        chat_template_kwargs=shown | data.chat_template_kwargs | own.get("chat_template_kwargs", {}),
+        chat_template_kwargs={**shown, **data.chat_template_kwargs, **own.get("chat_template_kwargs", {})},
         generation_prompt=own.get("generation_prompt"),
     )
 
