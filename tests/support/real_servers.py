@@ -100,15 +100,24 @@ Across: TypeAlias = tuple[list[Response], list[list[float]]]
 """Responses, and the log-probs that new weights give their tokens when they read them as prompts."""
 
 
-def across_an_update(built: Any, params: SamplingParams, change: Callable[[], object]) -> Across:
-    """Let servers take the weights after ``change`` while they generate 64 responses."""
-    everything = requests(64, longest=40)
-    built.update_weights(0)
-    ticket = built.start(everything, params, used_at=1)
-    ticket.batch.arrivals.wait_for(lambda finished: finished or None)
-    change()
-    built.update_weights(1)
-    responses = built.collect(ticket)
+def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], object]) -> Across:
+    """Let servers take other weights while they generate; ``fill`` gives the chunks the weights of a seed.
+
+    A trainer that gets no time from a busy machine may send the weights when every response has ended: then this asks
+    again, for more responses.
+    """
+    for attempt, num_copies in enumerate((1, 4, 16)):
+        everything = requests(64, longest=40) * num_copies
+        version = 2 * attempt
+        fill(version)
+        built.update_weights(version)
+        ticket = built.start(everything, params, used_at=version + 1)
+        ticket.batch.arrivals.wait_for(lambda finished: finished or None)
+        fill(version + 1)
+        built.update_weights(version + 1)
+        responses = built.collect(ticket)
+        if any(response.weight_spans for response in responses):
+            break
     read = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
     pairs = list(zip(everything, responses, strict=True))
     outputs = built._pool.servers[0].generate([EngineRequest([*one.prompt, *r.token_ids], read) for one, r in pairs])
@@ -123,7 +132,8 @@ def assert_new_weights_go_on(responses: list[Response], read: list[list[float]])
     mixed = [(response, log_probs) for response, log_probs in pairs if response.weight_spans]
     assert mixed, "some responses are under way when the weights change, however busy the machine is"
     for response, log_probs in mixed:
-        assert [version for version, _ in response.weight_spans] == [0, 1] and response.weight_version == 0
+        first = response.weight_version
+        assert [version for version, _ in response.weight_spans] == [first, first + 1]
         (_, before), (_, after) = response.weight_spans
         assert before + after == len(response.token_ids) == len(log_probs)
         new = [abs(a - b) for a, b in zip(response.log_probs[before:], log_probs[before:], strict=True)]

@@ -81,9 +81,8 @@ def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens(ranks, 
 
 def kept(server: Reach) -> Across:
     chunks, grid = adapted({})
-    other_factors(chunks, 1)
     with sampler(chunks, grid, server, adapter=ADAPTER, max_staleness=1) as built:
-        return across_an_update(built, SamplingParams(max_new_tokens=150), lambda: other_factors(chunks, 2))
+        return across_an_update(built, SamplingParams(max_new_tokens=150), lambda seed: other_factors(chunks, seed + 1))
 
 
 def test_responses_under_way_go_on_with_new_factors(ranks, server):

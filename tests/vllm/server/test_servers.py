@@ -155,7 +155,7 @@ def test_partial_batches_have_the_responses_of_one_batch(ranks, servers):
 def kept(servers: Reach, params: SamplingParams) -> Across:
     chunks, grid = models.build(MODEL, models.parallel())
     with sampler(chunks, grid, servers, max_staleness=1) as built:
-        return across_an_update(built, params, lambda: models.fill_from_names(chunks, 1))
+        return across_an_update(built, params, lambda seed: models.fill_from_names(chunks, seed))
 
 
 @pytest.mark.parametrize("greedy", [True, False], ids=["greedy", "drawn"])
