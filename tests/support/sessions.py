@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from replying import Replying
@@ -54,6 +55,15 @@ class Hinting(Session):
         """Begin the episode and show both."""
         super().reset(problem, seed)
         return Reply(" go", hint="north")
+
+
+class Guiding(Session):
+    """A `Session` whose replies have another hint for the teacher at each turn."""
+
+    def step(self, response: str) -> Reply:
+        """Return the reply, with the number of the turn as the hint."""
+        reply = super().step(response)
+        return replace(reply, hint=str(len(self.said) // 2))
 
 
 class Unasked(Session):
