@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The finished run as a start of other runs, and a copy of it, which a test may change."""
+"""Starts of other runs: the finished run, a copy of it, which a test may change, and weights after one step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_run import overrides, train
 
 
 @pytest.fixture
@@ -19,3 +20,11 @@ def run(finished, tmp_path) -> Path:
 def start(finished) -> str:
     """Return the override that starts runs of every layout from the same weights: random ones depend on the layout."""
     return f"checkpoint.load={finished}/checkpoints"
+
+
+@pytest.fixture(scope="session")
+def early(ranks, data, tmp_path_factory) -> str:
+    """Return the override that starts runs from weights after one step, whose responses are of many kinds."""
+    run = tmp_path_factory.mktemp("base") / "run"
+    train(ranks, overrides(data, run, "num_steps=1"))
+    return f"checkpoint.load={run}/checkpoints"

@@ -91,22 +91,14 @@ def turns_of(path: Path, step: int) -> dict[tuple[str, int, int], list[int]]:
 
 
 @pytest.fixture(scope="module")
-def start(ranks, data, tmp_path_factory) -> str:
-    """Return the override that starts all runs from weights after one step, whose responses are of many kinds."""
-    run = tmp_path_factory.mktemp("base") / "run"
-    train(ranks, overrides(data, run, "num_steps=1"))
-    return f"checkpoint.load={run}/checkpoints"
-
-
-@pytest.fixture(scope="module")
-def run_of(ranks, data, start, tmp_path_factory):
+def run_of(ranks, data, early, tmp_path_factory):
     """Return a function that returns the directory of the finished run of a recipe on one rank."""
     runs: dict[str, Path] = {}
 
     def run(recipe: str) -> Path:
         if recipe not in runs:
             runs[recipe] = tmp_path_factory.mktemp(recipe) / "run"
-            train(ranks, arguments(data, runs[recipe], recipe, start, f"rollout.record={runs[recipe]}/responses.jsonl"))
+            train(ranks, arguments(data, runs[recipe], recipe, early, f"rollout.record={runs[recipe]}/responses.jsonl"))
         return runs[recipe]
 
     return run
@@ -121,10 +113,10 @@ def test_episodes_have_different_lengths_and_train(run_of):
         assert step["rewards/trained_share"] == 1.0
 
 
-def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_tokens(ranks, data, start, run_of, tmp_path):
+def test_an_episode_of_one_sequence_trains_as_its_turns_do_and_reads_fewer_tokens(ranks, data, early, run_of, tmp_path):
     """The other run has the same prompts and responses, and reads each turn by itself."""
     joined, by_turn = run_of("one_sequence"), tmp_path / "run"
-    replay = arguments(data, by_turn, "one_sequence", start, f"rollout.replay={joined}/responses.jsonl")
+    replay = arguments(data, by_turn, "one_sequence", early, f"rollout.replay={joined}/responses.jsonl")
     train(ranks, replay, start=start_turn_by_turn)
     assert_steps_equal(joined, by_turn, (*COMPARED, "loss", "student_nll", "reverse_kl"))
     assert all(step["rollout/kept_tokens"] > 0 for step in reproducible_metrics(joined))
@@ -145,18 +137,18 @@ def test_further_texts_of_episodes_are_trained_on(run_of, recipe):
         assert step["sampler/log_prob_max_abs_diff"] < 1e-4, "only responses are compared with the sampler"
 
 
-def test_a_chat_template_that_drops_thoughts_is_refused_before_a_model_is_built(ranks, data, start, tmp_path):
+def test_a_chat_template_that_drops_thoughts_is_refused_before_a_model_is_built(ranks, data, early, tmp_path):
     template = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}{% endfor %}"
     (tmp_path / "template.jinja").write_text(template)
     dropping = [f"data.chat_template={tmp_path}/template.jinja", "data.teacher_template='{problem}H{solution}|'"]
-    message = refusal(ranks, arguments(data, tmp_path / "run", "one_sequence", start, *dropping))
+    message = refusal(ranks, arguments(data, tmp_path / "run", "one_sequence", early, *dropping))
     assert "problems.jsonl:1: the chat template rewrites a response once a message of the role user follows" in message
     assert "set environment.limits.one_sequence=false" in message and not (tmp_path / "run" / "checkpoints").exists()
 
 
 @pytest.mark.full
-def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, data, start, run_of, tmp_path):
-    whole, killed = run_of("one_sequence"), arguments(data, tmp_path / "run", "one_sequence", start)
+def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, data, early, run_of, tmp_path):
+    whole, killed = run_of("one_sequence"), arguments(data, tmp_path / "run", "one_sequence", early)
     with pytest.raises(RankError, match="ended with exit code -9"):
         train(ranks, killed, start=start_and_die_in_a_second_turn)
     assert saved_step(tmp_path / "run") == 1
@@ -166,19 +158,19 @@ def test_a_run_that_is_killed_within_an_episode_plays_the_step_again(ranks, data
 
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, start, run_of, recipe):
+def test_a_run_with_episodes_resumes_bit_for_bit(ranks, data, early, run_of, recipe):
     whole = run_of(recipe)
-    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, start), step=1, num_steps=NUM_STEPS)
+    assert_resumes_equal(ranks, whole, lambda run: arguments(data, run, recipe, early), step=1, num_steps=NUM_STEPS)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize(
     ("recipe", "layout"), [(recipe, one) for recipe in ("default", "sessions", "one_sequence") for one in LAYOUTS]
 )
-def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, start, run_of, tmp_path, recipe, layout):
+def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, early, run_of, tmp_path, recipe, layout):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     one = run_of(recipe)
-    train(ranks, arguments(data, run, recipe, start, f"rollout.record={record}", *LAYOUTS[layout]), 2)
+    train(ranks, arguments(data, run, recipe, early, f"rollout.record={record}", *LAYOUTS[layout]), 2)
     assert turns_of(record, step=0) == turns_of(one / "responses.jsonl", step=0)
     assert_steps_equal(one, run, COMPARED, num_steps=1)
 
@@ -187,17 +179,17 @@ def test_layouts_sample_the_same_episodes_whose_terms_are_equal(ranks, data, sta
 @pytest.mark.parametrize(
     ("recipe", "layout"), [(recipe, layout) for recipe, found in LAYOUTS_OF_RECORDED.items() for layout in found]
 )
-def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):
+def test_the_terms_of_recorded_episodes_are_equal_in_every_layout(ranks, data, early, run_of, tmp_path, recipe, layout):
     one = run_of(recipe)
     replay = f"rollout.replay={one}/responses.jsonl"
-    train(ranks, arguments(data, tmp_path / "run", recipe, start, replay, *LAYOUTS[layout]), 2)
+    train(ranks, arguments(data, tmp_path / "run", recipe, early, replay, *LAYOUTS[layout]), 2)
     assert all({"episodes/turns_mean", "terms/policy_mean"} <= set(line) for line in reproducible_metrics(one))
     assert_steps_equal(one, tmp_path / "run", COMPARED)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("name", ["http", "http_sessions"])
-def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks, data, start, run_of, tmp_path, name):
+def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks, data, early, run_of, tmp_path, name):
     from _lib.environment_server import server_of
 
     environment = Replying() if name == "http" else SessionProcesses("sessions.Session", {}, SessionLimits())
@@ -206,7 +198,7 @@ def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks
     thread.start()
     try:
         endpoint = [f"environment.name={name}", f"environment.options.url=http://127.0.0.1:{server.server_port}/v1"]
-        train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint))
+        train(ranks, arguments(data, tmp_path / "run", "default", early, *endpoint))
     finally:
         server.shutdown()
         thread.join()
@@ -218,7 +210,7 @@ def test_an_endpoint_that_plays_the_environment_gives_the_run_of_its_class(ranks
 
 
 @pytest.mark.full
-def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(ranks, data, start, run_of, tmp_path):
+def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(ranks, data, early, run_of, tmp_path):
     records = map(json.loads, (run_of("default") / "responses.jsonl").read_text().splitlines())
     asked = sum(r["step"] == 0 and r.get("turn", 0) == 0 and "reply" in r for r in records)  # the others are truncated
 
@@ -227,46 +219,46 @@ def test_an_endpoint_that_fails_ends_the_run_with_a_checkpoint_and_one_message(r
 
     with chat_server(script) as (url, _):
         endpoint = ["environment.name=http", f"environment.options.url={url}", "environment.options.concurrency=1"]
-        train(ranks, arguments(data, tmp_path / "run", "default", start, *endpoint), expected=4)
+        train(ranks, arguments(data, tmp_path / "run", "default", early, *endpoint), expected=4)
     assert saved_step(tmp_path / "run") == 1
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert "the environment failed with RuntimeError: environment.options.url=" in events and "no more" in events
 
 
 @pytest.mark.full
-def test_a_recording_without_replies_is_refused_in_one_sentence(ranks, data, start, tmp_path):
+def test_a_recording_without_replies_is_refused_in_one_sentence(ranks, data, early, tmp_path):
     record = tmp_path / "plain.jsonl"
-    arguments_with = arguments(data, tmp_path / "plain", "default", start)
+    arguments_with = arguments(data, tmp_path / "plain", "default", early)
     plain = [argument for argument in arguments_with if argument not in ENVIRONMENT]
     verified = "evaluation.verifier=tiny_run.starts_with_an_even_token"
     train(ranks, [*plain, verified, f"rollout.record={record}"])
     with pytest.raises(AssertionError, match="no reply of an environment to the response of step 0"):
-        replayed = arguments(data, tmp_path / "replayed", "default", start, f"rollout.replay={record}")
+        replayed = arguments(data, tmp_path / "replayed", "default", early, f"rollout.replay={record}")
         train(ranks, replayed, start=start_and_listen, expected=(0, ""))
 
 
-def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, data, start, run_of, tmp_path):
-    train(ranks, arguments(data, tmp_path / "run", "default", start, "environment.name=sessions.Session"))
+def test_an_environment_with_a_state_gives_the_run_of_the_same_function(ranks, data, early, run_of, tmp_path):
+    train(ranks, arguments(data, tmp_path / "run", "default", early, "environment.name=sessions.Session"))
     assert reproducible_metrics(tmp_path / "run") == reproducible_metrics(run_of("default"))
 
 
 @pytest.mark.full
 def test_the_first_prompt_of_a_session_shows_its_text_and_a_replay_asks_no_session(
-    ranks, data, start, run_of, tmp_path
+    ranks, data, early, run_of, tmp_path
 ):
     one = run_of("sessions")
     records = [json.loads(line) for line in (one / "responses.jsonl").read_text().splitlines()]
     shown = {record["opening"]["text"] for record in records if record.get("turn", 0) == 0}
     assert len(shown) > 3 and not any("opening" in record for record in records if record.get("turn", 0))
     replay = [f"rollout.replay={one}/responses.jsonl", "environment.name=sessions.Unasked"]
-    train(ranks, arguments(data, tmp_path / "run", "sessions", start, *replay))
+    train(ranks, arguments(data, tmp_path / "run", "sessions", early, *replay))
     assert_steps_equal(one, tmp_path / "run", COMPARED)
 
 
-def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, start, tmp_path):
+def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, early, tmp_path):
     run, record = tmp_path / "run", tmp_path / "responses.jsonl"
     failing = ["environment.name=sessions.Failing", f"rollout.record={record}", "environment.limits.seconds=2"]
-    train(ranks, arguments(data, run, "sessions", start, *failing))
+    train(ranks, arguments(data, run, "sessions", early, *failing))
     replies = [json.loads(line).get("reply", {}) for line in record.read_text().splitlines()]
     reasons = {reply["failure"] for reply in replies if "failure" in reply}
     assert reasons == {"step raised ValueError: odd", "the process of the session ended in step: status 3"}
@@ -276,9 +268,9 @@ def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, start, tmp_pa
 
 
 @pytest.mark.full
-def test_a_run_ends_if_no_session_can_begin(ranks, data, start, tmp_path):
+def test_a_run_ends_if_no_session_can_begin(ranks, data, early, tmp_path):
     train(
-        ranks, arguments(data, tmp_path / "run", "sessions", start, "environment.name=sessions.NeverBegun"), expected=4
+        ranks, arguments(data, tmp_path / "run", "sessions", early, "environment.name=sessions.NeverBegun"), expected=4
     )
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert "all 8 sessions of the step failed, the first: reset raised OSError: no display" in events

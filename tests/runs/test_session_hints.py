@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
 
-VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
 METHODS = {
     "sod": [],
     "pi_distill": [],
@@ -25,28 +24,20 @@ NUM_STEPS = 2
 def arguments(data: Path, run_dir: Path, recipe: str, environment: str, *more: str) -> list[str]:
     """Return the arguments of a short run of ``recipe`` on sessions of a class of `sessions`."""
     tiny = overrides(data, run_dir, "data.global_batch_size=4", "rollout.num_samples=4", "rollout.max_new_tokens=10")
-    tiny += ["data.on_long_context=drop", "rollout.temperature=1", "optimizer.lr_warmup_steps=0", VERIFIED]
+    tiny += ["data.on_long_context=drop", "rollout.temperature=1", "optimizer.lr_warmup_steps=0"]
     tiny += [f"environment.name=sessions.{environment}", "environment.max_turns=3", f"num_steps={NUM_STEPS}"]
     return [f"recipe={recipe}", *tiny, "data.teacher_template='{problem}H{solution}|'", *METHODS[recipe], *more]
 
 
-@pytest.fixture(scope="module")
-def start(ranks, data, tmp_path_factory) -> str:
-    """Return the override that starts all runs from weights after one step, whose responses are of many kinds."""
-    run = tmp_path_factory.mktemp("base") / "run"
-    train(ranks, overrides(data, run, "num_steps=1"))
-    return f"checkpoint.load={run}/checkpoints"
-
-
 @pytest.mark.full
 @pytest.mark.parametrize("recipe", METHODS)
-def test_a_method_for_agents_trains_on_sessions_with_hints(ranks, data, start, tmp_path, recipe):
+def test_a_method_for_agents_trains_on_sessions_with_hints(ranks, data, early, tmp_path, recipe):
     whole, plain = tmp_path / "run", tmp_path / "plain"
-    train(ranks, arguments(data, whole, recipe, "Guiding", start, "checkpoint.save_every=1"))
-    train(ranks, arguments(data, plain, recipe, "Session", start, "num_steps=1"))
+    train(ranks, arguments(data, whole, recipe, "Guiding", early, "checkpoint.save_every=1"))
+    train(ranks, arguments(data, plain, recipe, "Session", early, "num_steps=1"))
     steps, without = reproducible_metrics(whole), reproducible_metrics(plain)
     assert steps[0]["gradient_norm"] > 0 and all(step["episodes/turns_mean"] > 1 for step in steps)
     assert (steps[0]["gradient_norm"] != without[0]["gradient_norm"]) == (recipe in TEACHER_SEES_THE_HINTS)
     assert_resumes_equal(
-        ranks, whole, lambda run: arguments(data, run, recipe, "Guiding", start), step=1, num_steps=NUM_STEPS
+        ranks, whole, lambda run: arguments(data, run, recipe, "Guiding", early), step=1, num_steps=NUM_STEPS
     )

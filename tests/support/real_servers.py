@@ -96,8 +96,8 @@ def sampler(
         built.close()
 
 
-Across: TypeAlias = tuple[list[Response], list[list[float]]]
-"""Responses, and the log-probs that new weights give their tokens when they read them as prompts."""
+Across: TypeAlias = tuple[int, list[Response], list[list[float]]]
+"""Version before an update, responses, and the log-probs of their tokens under the new weights, as prompts."""
 
 
 def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], object]) -> Across:
@@ -121,19 +121,22 @@ def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], o
     read = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
     pairs = list(zip(everything, responses, strict=True))
     outputs = built._pool.servers[0].generate([EngineRequest([*one.prompt, *r.token_ids], read) for one, r in pairs])
-    return responses, [
-        output.prompt_log_probs[len(one.prompt) - 1 :] for (one, _), output in zip(pairs, outputs, strict=True)
-    ]
+    return (
+        version,
+        responses,
+        [output.prompt_log_probs[len(one.prompt) - 1 :] for (one, _), output in zip(pairs, outputs, strict=True)],
+    )
 
 
-def assert_new_weights_go_on(responses: list[Response], read: list[list[float]]) -> None:
+def assert_new_weights_go_on(version: int, responses: list[Response], read: list[list[float]]) -> None:
     """Assert that the last tokens of responses come from the new weights after a whole reading of their context."""
     pairs = zip(responses, read, strict=True)
     mixed = [(response, log_probs) for response, log_probs in pairs if response.weight_spans]
     assert mixed, "some responses are under way when the weights change, however busy the machine is"
     for response, log_probs in mixed:
-        (old_version, before), (new_version, after) = response.weight_spans
-        assert response.weight_version == old_version == new_version - 1
+        assert [span[0] for span in response.weight_spans] == [version, version + 1]
+        assert response.weight_version == version
+        (_, before), (_, after) = response.weight_spans
         assert before + after == len(response.token_ids) == len(log_probs)
         new = [abs(a - b) for a, b in zip(response.log_probs[before:], log_probs[before:], strict=True)]
         assert max(new) < 1e-4, "the new weights have read the whole context"
