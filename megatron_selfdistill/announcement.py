@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
     what = "turns" if data.about_conversations else "problems"
     yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), what)
-    yield from about_teachers(config, data.problems.problems)
+    yield from about_teachers(config, data.problems.problems, learner.other_widths)
     yield str(learner.output_layer)
     if data.about_prompts:
         yield data.about_prompts
@@ -102,8 +102,11 @@ def _lines(trainer: Trainer) -> Iterator[str]:
         yield trainer.stop.plan
 
 
-def about_teachers(config: Config, problems: Sequence[Problem]) -> Iterator[str]:
-    """Yield a line per teacher of the key ``teachers``: its weights, its view, and how many problems name it."""
+def about_teachers(config: Config, problems: Sequence[Problem], widths: Mapping[str, int]) -> Iterator[str]:
+    """Yield a line per teacher of the key ``teachers``: its weights, its view, and how many problems name it.
+
+    ``widths``: the hidden size of each teacher of another architecture than the student's.
+    """
     taught = Counter(name for problem in problems for name, _ in problem.teacher_shares)
     for name, teacher in config.named_teachers.items():
         place, view = (
@@ -111,7 +114,8 @@ def about_teachers(config: Config, problems: Sequence[Problem]) -> Iterator[str]
             "the solutions" if teacher.is_hinted else "no solutions",
         )
         unused = "" if taught[name] or teacher.load is None else "; warning: it is loaded, and no record names it"
-        yield f"teachers.{name}: {place}, sees {view}, problems: {taught[name]:,}{unused}"
+        other = f" (another architecture of hidden size {widths[name]})" if name in widths else ""
+        yield f"teachers.{name}: {place}{other}, sees {view}, problems: {taught[name]:,}{unused}"
 
 
 def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:

@@ -16,6 +16,8 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +28,22 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 from megatron.core.models.gpt import GPTModel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.checkpoint.external import load_first_adapters, load_weights, load_weights_and_optimizer
 from megatron_selfdistill.checkpoint.frozen_weights import AdapterBase
 from megatron_selfdistill.checkpoint.teacher_directories import (
+    TeacherCopy,
+    about_architecture,
     adapter_teachers,
     load_adapter_teacher,
     load_teacher,
+    teacher_copies,
     teacher_directories,
 )
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.schema.teachers_config import NamedTeacher, factors_of
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
@@ -48,7 +54,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, in_use
 from megatron_selfdistill.loss.target import Divergence, Target, solve_batch_k
 from megatron_selfdistill.metrics import batch_entropies, step_metrics
 from megatron_selfdistill.model.adapters import add_adapters
-from megatron_selfdistill.model.build import build_optimizer, new_chunks, wrap_for_training
+from megatron_selfdistill.model.architecture import transformer_config
+from megatron_selfdistill.model.build import build_on_meta, build_optimizer, new_chunks, wrap_for_training
 from megatron_selfdistill.model.forward import FusedLoss, decided_output_layer, output_weight, unfusable, unwrapped
 from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers, require_host_memory
 from megatron_selfdistill.pipeline import schedule, token_losses
@@ -67,7 +74,7 @@ from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput,
 from megatron_selfdistill.rollout.base import Response, RoleWeights
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
-from megatron_selfdistill.teacher import Teacher
+from megatron_selfdistill.teacher import Chunks, Teacher
 
 IDENTITY_CONTEXTS = 8
 """Contexts per replica that `Learner.identity_loss` reads."""
@@ -104,10 +111,8 @@ class Learner:
             return new_chunks(config, grid, run_data.vocab_size)
 
         adapted, offload = list(adapter_teachers(config)), config.teacher.offload == "cpu"
-        initial = initial_chunks()
-        full = [name for name in teacher_directories(config) if name not in adapted]
-        if len(full) > (0 if offload else 1):
-            require_host_memory(full, initial)
+        copies, initial = teacher_copies(config), initial_chunks()
+        self._require_room_for_teachers(copies, initial)
         load = Path(config.checkpoint.load) if config.checkpoint.load is not None and not resumes else None
         weights_alone = None if config.checkpoint.load_optimizer else load
         if base is not None:
@@ -121,6 +126,7 @@ class Learner:
         self.chunks = wrap_for_training(initial, config.optimizer)
         self.output_layer = decided_output_layer(config, self.chunks)
         last = unwrapped(self.chunks[-1])
+        self._width = last.config.hidden_size
         self.teacher_names = list(config.named_teachers)
         """The names of the teachers of the key ``teachers``."""
         self.joins_teachers = config.joins_teachers
@@ -152,29 +158,54 @@ class Learner:
                 if is_teacher
                 else Teacher("frozen", self.chunks, initial_chunks, offload=offload, adapted=config.adapter.rank > 0)
             )
-        self.named_teachers = self._named_teachers(initial_chunks, adapted) if config.loads_teachers else None
-        """The teachers with weights of their own; None where ``teacher`` alone teaches."""
-        self.packing = self._packing()
+        self.other_widths: dict[str, int] = {}
+        """The hidden size of each teacher that has another architecture than the student."""
+        self._on_device = self._named_teachers(copies, adapted)
+        """The name of each teacher with weights of its own -> the context in which its chunks are on the device."""
+        self.packing = self._packing_of(unwrapped(self.chunks[0]).config)
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
         self.release_gradients()
 
+    def _require_room_for_teachers(self, copies: Sequence[TeacherCopy], initial: Sequence[torch.nn.Module]) -> None:
+        """Raise `ConfigError` where a teacher's model cannot be built, or a node has no room for the teachers' weights.
+
+        ``initial``: the student.
+        """
+        config = self.config
+        resting: dict[str, Sequence[torch.nn.Module]] = {}
+        for model, directories in copies:
+            chunks: Sequence[torch.nn.Module] = initial
+            if model is not config.model:
+                with about_architecture(f"teachers.{', '.join(directories)}"):
+                    transformer = transformer_config(model, config.parallel, config.optimizer, config.schedule)
+                    chunks = build_on_meta(model, transformer, self.grid, self.run_data.vocab_size)
+            if config.teacher.offload == "cpu" or len(directories) > 1:
+                resting |= dict.fromkeys(directories, chunks)
+        require_host_memory(resting)
+
     def _named_teachers(
-        self, build_chunks: Callable[[], list[torch.nn.Module]], adapted: Sequence[str]
-    ) -> NamedTeachers:
+        self, copies: Sequence[TeacherCopy], adapted: Sequence[str]
+    ) -> dict[str, Callable[[], contextlib.AbstractContextManager[Chunks]]]:
         """Load the named teachers; ``adapted``: the names of those that are adapters on the start."""
-        checkpoint, vocab_size, run_dir = self.config.checkpoint, self.run_data.vocab_size, Path(self.config.run_dir)
+        config, vocab_size, run_dir = self.config, self.run_data.vocab_size, Path(self.config.run_dir)
+        offload = config.teacher.offload == "cpu"
+        found: dict[str, Callable[[], contextlib.AbstractContextManager[Chunks]]] = {}
 
-        def load(path: Path, chunks: list[torch.nn.Module]) -> None:
-            load_teacher(path, chunks, vocab_size, run_dir, checkpoint.verify)
+        def load(path: Path, chunks: Chunks) -> None:
+            load_teacher(path, chunks, vocab_size, run_dir, config.checkpoint.verify)
 
-        directories, offload = teacher_directories(self.config), self.config.teacher.offload == "cpu"
-        on_start = {}
         for name in adapted:
-            chunks = load_adapter_teacher(directories.pop(name), self.teacher.chunks, self.config, self.grid)
+            on_start = load_adapter_teacher(teacher_directories(config)[name], self.teacher.chunks, config, self.grid)
             rests = offload or len(adapted) > 1
-            on_start[name] = AdapterTeacher(chunks, device=self.grid.device, rests=rests)
-        return NamedTeachers(directories, build_chunks, load, offload=offload, adapted=on_start)
+            found[name] = AdapterTeacher(on_start, device=self.grid.device, rests=rests).on_device
+        for model, directories in copies:
+            build = partial(new_chunks, config, self.grid, vocab_size, model)
+            copy = NamedTeachers(directories, build, load, offload=offload)
+            found |= {name: partial(copy.on_device, name) for name in directories}
+            if model is not config.model:
+                self.other_widths |= dict.fromkeys(directories, unwrapped(copy.chunks[0]).config.hidden_size)
+        return found
 
     @property
     def has_teacher(self) -> bool:
@@ -186,9 +217,9 @@ class Learner:
         """The order of microbatches: as configured, else teacher_first with a pipeline and alternating without."""
         return self.config.schedule.pair_order or ("teacher_first" if self.grid.pp_size > 1 else "alternating")
 
-    def _packing(self) -> Packing:
+    def _packing_of(self, model: TransformerConfig) -> Packing:
         return Packing.of_model(
-            unwrapped(self.chunks[0]).config,
+            model,
             max_tokens=self.config.schedule.max_tokens,
             pair_order=self.pair_order,
             with_teacher=self.has_teacher,
@@ -234,8 +265,7 @@ class Learner:
             start = stack.enter_context(self.teacher.on_device())
             teacher = start
             if self._settings_of(named).load is not None:
-                assert self.named_teachers is not None
-                teacher = stack.enter_context(self.named_teachers.on_device(named))
+                teacher = stack.enter_context(self._on_device[named]())
             if self.reference is None or self.reference is self.teacher:
                 yield TargetModels(teacher, start if self.reference is self.teacher else None)
             else:
@@ -256,6 +286,13 @@ class Learner:
             and all(name in self._teachers for name in factors_of(named))
         )
 
+    def reads_apart(self, named: str) -> bool:
+        """Return whether a product of teachers, or a teacher of another architecture, reads in schedules of its own.
+
+        The hidden states then wait for the student.  Other teachers are microbatches of the student's schedule.
+        """
+        return named in self.other_widths or self._is_product(named)
+
     def target_of(self, named: str = "") -> Target:
         """Return the target of the tokens that a teacher reads; ``named``: as for `target_models`."""
         weight = self._settings_of(named).weight
@@ -264,18 +301,18 @@ class Learner:
     def pack(self, contexts: Sequence[ContextPair], teacher: str = "") -> PackedBatch:
         """Return the contexts of this replica as microbatches, alike in number and length on all replicas.
 
-        The contexts of a product of teachers become the student's microbatches alone.  Collective.
+        The contexts of teachers that read apart become the student's microbatches alone.  Collective.
         """
-        if not self._is_product(teacher):
+        if not self.reads_apart(teacher):
             return pack_everywhere(contexts, self.packing, self.grid)
-        return self._pack_alone([context.student_prompt for context in contexts], contexts, self.config.is_anchored)
+        prompts = [context.student_prompt for context in contexts]
+        return self._pack_alone(prompts, contexts, replace(self.packing, with_teacher=False))
 
     def _pack_alone(
-        self, prompts: Sequence[list[int]], contexts: Sequence[ContextPair], with_reference: bool
+        self, prompts: Sequence[list[int]], contexts: Sequence[ContextPair], packing: Packing
     ) -> PackedBatch:
         """Return the responses of ``contexts`` after ``prompts`` as the student's microbatches of a step."""
         alone = [replace(it, student_prompt=p, teacher_prompt=p) for it, p in zip(contexts, prompts, strict=True)]
-        packing = replace(self.packing, with_teacher=False, with_reference=with_reference)
         return replace(pack_everywhere(alone, packing, self.grid), teacher=[])
 
     def forward_backward(
@@ -433,7 +470,7 @@ class Learner:
     ) -> Reading:
         """Return what the models of a step read in ``contexts``, by the loss of a step."""
         target = self.target_of(teacher)
-        if self._is_product(teacher):
+        if self.reads_apart(teacher):
             packed = self.pack(contexts, teacher)
             output = self._self_distillation(packed, contexts, teacher, measurement, forward_only=True)
             return Reading(packed, output, self.grid)
@@ -468,7 +505,7 @@ class Learner:
         chunks: Sequence[torch.nn.Module] | None = None
         start: Sequence[torch.nn.Module] | None = None
         with contextlib.ExitStack() as stack:
-            if self._is_product(teacher):
+            if self.reads_apart(teacher):
                 joined = self._joined(factors_of(teacher), packed, contexts)
                 start = None if self.reference is None else stack.enter_context(self.reference.on_device())
             else:
@@ -479,23 +516,28 @@ class Learner:
     def _joined(
         self, names: Sequence[str], packed: PackedBatch, contexts: Sequence[ContextPair]
     ) -> schedule.JoinedTeachers:
-        """Let each teacher of a product read the contexts, in the order of the names, and return them as one.
+        """Let each teacher read the contexts, in the order of the names, and return them as one.
 
         Collective: one pass of the schedule per teacher.
         """
+        of_contexts = [it.of_teachers or (TeacherPrompt(it.teacher, 1.0, it.teacher_prompt),) for it in contexts]
         states: list[schedule.TeacherHiddenStates] = []
         weight: Tensor | None = None
+        ends = list(accumulate(self.other_widths.get(name, self._width) // self.grid.tp_size for name in names))
         for place, name in enumerate(names):
-            reading = self._pack_alone([it.of_teachers[place].prompt for it in contexts], contexts, False)
             with self.target_models(name) as models:
-                parts = self.chunks, models.teacher, packed, reading, self.grid, self.vocab
-                states.append(schedule.read_states(*parts, store_bytes=self._teacher_store_bytes / len(names)))
                 last = unwrapped(models.teacher[-1])
-                if last.post_process:  # copied, since the next teacher takes the place of this one
+                packing = replace(self._packing_of(last.config), with_teacher=False, with_reference=False)
+                reading = self._pack_alone([several[place].prompt for several in of_contexts], contexts, packing)
+                known = models.teacher if name in self.other_widths else self.chunks
+                parts = known, models.teacher, packed, reading, self.grid, self.vocab
+                states.append(schedule.read_states(*parts, store_bytes=self._teacher_store_bytes / len(names)))
+                if last.post_process:  # copied, since the next teacher may take the place of this one
                     own = output_weight(last, torch.empty(0)).detach().unflatten(1, (self.grid.tp_size, -1))
-                    weight = own.new_empty(*own.shape[:2], len(names), own.shape[2]) if weight is None else weight
-                    weight[:, :, place] = own
-        shares = [[one.share for one in it.of_teachers] for it in contexts for _ in it.response]
+                    weight = own.new_empty(*own.shape[:2], ends[-1]) if weight is None else weight
+                    weight[:, :, ends[place] - own.size(2) : ends[place]] = own
+        pairs = zip(contexts, of_contexts, strict=True)
+        shares = [[one.share for one in several] for context, several in pairs for _ in context.response]
         on_host = torch.tensor(shares, dtype=torch.float32).reshape(-1, len(names))
         on_device = to_device_in_one_copy(on_host, self.grid.device)
         return schedule.JoinedTeachers(states, on_device, None if weight is None else weight.flatten(1))

@@ -1,7 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The teachers of the key ``teachers``: one frozen copy of the model, into which each teacher's weights are swapped.
+"""The teachers of the key ``teachers``: a frozen copy of a model, into which the weights of its teachers are swapped.
 
-A teacher that is adapters takes no copy: its factors add to the outputs of the frozen start's layers.
+There is one copy for each architecture.  A teacher that is adapters takes no copy: its factors add to the outputs of
+the frozen start's layers.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.teacher import Chunks
 
 
-def require_host_memory(names: Sequence[str], chunks: Sequence[torch.nn.Module]) -> None:
-    """Raise `ConfigError` on all ranks where a node has no room for the full weights of the teachers ``names``.
+def require_host_memory(resting: Mapping[str, Sequence[torch.nn.Module]]) -> None:
+    """Raise `ConfigError` on all ranks where a node has no room for the full weights of teachers in host memory.
 
-    ``chunks``: the model on this rank, to whose size each teacher adds in pinned host memory.
-    Collectives: one all_gather_object over the world.
+    ``resting``: the name of each such teacher -> the model on this rank, whose size its weights take.  The model may be
+    on the meta device.  Collectives: one all_gather_object over the world, if there is such a teacher.
     """
-    tensors = [it for chunk in chunks for it in (*unwrapped(chunk).parameters(), *unwrapped(chunk).buffers())]
-    own = len(names) * sum(it.nbytes for it in tensors)
+    if not resting:
+        return
+    names, own = sorted(resting), sum(it.nbytes for chunks in resting.values() for it in _tensors(chunks))
     ranks = gather_objects((socket.gethostname(), own, psutil.virtual_memory().available))
     for node, _, available in ranks:
         needed = sum(size for place, size, _ in ranks if place == node)
@@ -71,11 +73,10 @@ class AdapterTeacher:
 
 
 class NamedTeachers:
-    """The weights of the teachers that have a directory, on this rank, cut like the student's chunks.
+    """The full weights of the teachers of one architecture, on this rank, in the layout of the student.
 
-    One copy of the model holds the full weights of one teacher at a time.  With several such teachers, or with
-    ``offload``, the weights of all rest in pinned host memory.  With ``offload`` the copy is on the device only within
-    `on_device`.
+    One copy of the model holds the weights of one teacher at a time.  With several teachers, or with ``offload``, the
+    weights of all rest in pinned host memory.  With ``offload`` the copy is on the device only within `on_device`.
     """
 
     def __init__(
@@ -85,15 +86,12 @@ class NamedTeachers:
         load: Callable[[Path, Chunks], None],
         *,
         offload: bool = False,
-        adapted: Mapping[str, AdapterTeacher] | None = None,
     ) -> None:
         """Load all teachers in the order of their names; ``load``: fills chunks with the weights of a directory.
 
-        ``directories``: those with full weights; without any there is no copy.  ``adapted``: the other teachers.
-        Collectives: those of ``load``, once per teacher.
+        ``directories``: those of one teacher or more.  Collectives: those of ``load``, once per teacher.
         """
-        self.chunks, self.offload = build_chunks() if directories else [], offload
-        self._adapted = dict(adapted or {})
+        self.chunks, self.offload = build_chunks(), offload
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
@@ -103,20 +101,13 @@ class NamedTeachers:
             self.present = name
             """The teacher whose weights the copy has."""
             if offload or len(directories) > 1:
-                self._resting[name] = [_in_host_memory(tensor) for tensor in self._tensors()]
-        if offload and directories:
+                self._resting[name] = [_in_host_memory(tensor) for tensor in _tensors(self.chunks)]
+        if offload:
             self._rest()
 
     @contextlib.contextmanager
     def on_device(self, name: str) -> Iterator[Chunks]:
-        """Yield the chunks on the device with the weights of the teacher ``name``.
-
-        The start of the run is on the device already where the teacher is adapters on it.
-        """
-        if name in self._adapted:
-            with self._adapted[name].on_device() as chunks:
-                yield chunks
-            return
+        """Yield the chunks on the device with the weights of the teacher ``name``."""
         if name != self.present or self.offload:
             with torch.no_grad():
                 self._swap_in(name)
@@ -128,7 +119,7 @@ class NamedTeachers:
 
     def _swap_in(self, name: str) -> None:
         """Copy the resting weights of a teacher to the device, asynchronously from pinned memory."""
-        for tensor, host in zip(self._tensors(), self._resting[name], strict=True):
+        for tensor, host in zip(_tensors(self.chunks), self._resting[name], strict=True):
             if self.offload:
                 tensor.data = host.to(torch.cuda.current_device(), non_blocking=True, copy=True)
             else:
@@ -139,13 +130,14 @@ class NamedTeachers:
 
     def _rest(self) -> None:
         """Free the memory of the copy on the device: its tensors become the resting ones."""
-        for tensor, host in zip(self._tensors(), self._resting[self.present], strict=True):
+        for tensor, host in zip(_tensors(self.chunks), self._resting[self.present], strict=True):
             tensor.data = host
 
-    def _tensors(self) -> Iterator[Tensor]:
-        for chunk in self.chunks:
-            yield from unwrapped(chunk).parameters()
-            yield from unwrapped(chunk).buffers()
+
+def _tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    for chunk in chunks:
+        yield from unwrapped(chunk).parameters()
+        yield from unwrapped(chunk).buffers()
 
 
 def _in_host_memory(tensor: Tensor) -> Tensor:

@@ -141,7 +141,7 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
     from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
-    from megatron_selfdistill.checkpoint.teacher_directories import require_teachers
+    from megatron_selfdistill.checkpoint.teacher_directories import require_teachers, teaches_by_experts
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.run_data import RunData
@@ -151,7 +151,7 @@ def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollC
     require_packages(config)  # of the architecture that a checkpoint states
     require_same_tokenizer(config)
     require_teachers(config)
-    check_world(config, ranks.world_size)
+    check_world(config, ranks.world_size, teaches_by_experts=teaches_by_experts(config))
     patience_s = config.parallel.distributed_timeout_minutes * 60
     finished = finished_run(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("directory", str(finished or ""), patience_s):

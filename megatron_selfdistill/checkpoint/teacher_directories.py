@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from megatron_selfdistill.checkpoint.external import load_adapters, load_weights
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
 from megatron_selfdistill.checkpoint.vocabulary import first_difference, tokenizer_directory
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
+from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -41,7 +43,9 @@ from megatron_selfdistill.prechecks import is_hugging_face, require_checkpoint, 
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""
-_MAY_DIFFER = ("vocab_size", "max_position_embeddings")
+TeacherCopy = tuple[ModelConfig, dict[str, Path]]
+"""The architecture of teachers that share one copy of a model, and the directory of each of them by name."""
+_MAY_DIFFER = {"vocab_size", "max_position_embeddings"}
 
 
 def teacher_directories(config: Config) -> dict[str, Path]:
@@ -65,14 +69,84 @@ def adapter_teachers(config: Config) -> dict[str, AdapterConfig]:
     return found
 
 
+def teacher_architectures(config: Config) -> dict[str, ModelConfig]:
+    """Return the architecture of each teacher that has another one than the student, in the order of the names.
+
+    It is that of the teacher's directory, with the entry ``transformer``, and with the student's padded vocabulary.
+    ``config``: with the architecture of the student.  A directory that states no architecture has the student's.
+
+    Raises: `ConfigError` where a teacher has the entry ``transformer`` and no architecture of its own;
+    `CheckpointError` for a corrupt description.
+    """
+    found, adapted = {}, adapter_teachers(config)
+    for name, path in teacher_directories(config).items():
+        entries = config.named_teachers[name].transformer
+        stored = None if name in adapted else _stored_architecture(path)
+        if config.model.provider is not None:
+            stored = None
+        if stored is None and entries:
+            raise ConfigError(
+                f"teachers.{name}.transformer is for a teacher of another architecture, and this one has the student's "
+                "(adapters, a directory that states no architecture, or model.provider): remove the entry"
+            )
+        if stored is None or not (entries or _differ(config.model, stored)):
+            continue
+        with about_architecture(f"teachers.{name}.load={path}"):
+            found[name] = replace(
+                stored,
+                vocab_size=config.model.vocab_size,
+                make_vocab_size_divisible_by=config.model.make_vocab_size_divisible_by,
+                transformer=stored.transformer | entries,
+            )
+    return found
+
+
+def teacher_copies(config: Config) -> list[TeacherCopy]:
+    """Return each architecture of the teachers with full weights, and the directories of these teachers by name.
+
+    That of the student is ``config.model`` itself.  Raises: as `teacher_architectures`.
+    """
+    found: list[TeacherCopy] = []
+    adapted, others = adapter_teachers(config), teacher_architectures(config)
+    for name, path in teacher_directories(config).items():
+        if name in adapted:
+            continue
+        model = others.get(name, config.model)
+        same = next((directories for other, directories in found if other == model), None)
+        if same is None:
+            found.append((model, {name: path}))
+        else:
+            same[name] = path
+    return found
+
+
+def teaches_by_experts(config: Config) -> bool:
+    """Return whether a teacher of another architecture than the student's is a mixture of experts."""
+    return any(model.num_moe_experts is not None for model in teacher_architectures(config).values())
+
+
+def _differ(ours: ModelConfig, theirs: ModelConfig) -> bool:
+    return not differences(ours, theirs).keys() <= _MAY_DIFFER
+
+
+@contextmanager
+def about_architecture(teacher: str) -> Iterator[None]:
+    """Let an error of the ``teacher``'s architecture, whose keys are those of ``model``, name the teacher."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"the architecture of {teacher} does not fit the run: {error}") from error
+
+
 def _is_peft(path: Path) -> bool:
     return (path / PEFT_CONFIG).is_file()
 
 
 def require_teachers(config: Config) -> None:
-    """Raise an error unless each teacher's directory holds the student's architecture and its tokenizer.
+    """Raise an error unless each teacher's directory holds a model that can read the student's tokens in this layout.
 
-    Adapters need the checkpoint of the student's start below them, and have its architecture.
+    The tokenizer must be the student's.  Another architecture must divide by the parallel sizes, and have as many
+    positions as the longest context.  Adapters need the checkpoint of the student's start below them.
 
     ``config``: with the architecture of the student.  Each rank reads for itself; a process group is not needed.
     A directory without a tokenizer, and a checkpoint without arguments, are compared by their shapes when they load.
@@ -89,10 +163,9 @@ def require_teachers(config: Config) -> None:
             )
         if name in adapted:
             _require_start(key, config, path)
-        stored = None if name in adapted else _stored_architecture(path)
-        if stored is not None and config.model.provider is None:
-            _require_same_architecture(key, config.model, stored)
         _require_same_tokenizer(key, config, path)
+    for name, model in teacher_architectures(config).items():
+        _require_fit(f"teachers.{name}.load={config.named_teachers[name].load}", config, model)
 
 
 def _require_start(key: str, config: Config, path: Path) -> None:
@@ -123,11 +196,15 @@ def _stored_architecture(path: Path) -> ModelConfig | None:
     return None if args is None else architecture_from_args(args)
 
 
-def _require_same_architecture(key: str, ours: ModelConfig, theirs: ModelConfig) -> None:
-    found = {name: values for name, values in differences(ours, theirs).items() if name not in _MAY_DIFFER}
-    if found:
-        listed = "; ".join(f"model.{name} is {theirs!r}, expected {ours!r}" for name, (ours, theirs) in found.items())
-        raise ConfigError(f"{key} is no teacher of the student's architecture: {listed}: choose another checkpoint")
+def _require_fit(key: str, config: Config, model: ModelConfig) -> None:
+    with about_architecture(key):
+        check_model_divides(model, config.parallel)
+    longest = longest_context(config)
+    if model.max_position_embeddings < longest:
+        raise ConfigError(
+            f"{key} takes contexts of {model.max_position_embeddings} tokens at most, and the longest context of this "
+            f"run has {longest}: set data.max_length={model.max_position_embeddings}"
+        )
 
 
 def _require_same_tokenizer(key: str, config: Config, path: Path) -> None:

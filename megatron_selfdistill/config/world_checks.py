@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 
 from megatron_selfdistill.config.schema.field_checks import require
+from megatron_selfdistill.config.schema.model_config import ModelConfig
+from megatron_selfdistill.config.schema.step_config import ParallelConfig
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
 
@@ -92,21 +94,26 @@ def check_ranks(config: Config, world_size: int) -> None:
     )
 
 
-def check_world(config: Config, world_size: int) -> None:
-    """Raise `ConfigError` where the parallel sizes, the model or the batch do not fit ``world_size`` ranks."""
+def check_world(config: Config, world_size: int, *, teaches_by_experts: bool = False) -> None:
+    """Raise `ConfigError` where the parallel sizes, the model or the batch do not fit ``world_size`` ranks.
+
+    ``teaches_by_experts``: whether a teacher of another architecture is a mixture of experts.
+    """
     check_ranks(config, world_size)
     p, m = config.parallel, config.model
     ep = p.expert_model_parallel_size
     require(
-        ep == 1 or m.num_moe_experts is not None or m.provider is not None,
+        ep == 1 or m.num_moe_experts is not None or m.provider is not None or teaches_by_experts,
         f"parallel.expert_model_parallel_size={ep} needs a mixture of experts (model.num_moe_experts)",
     )
     if m.provider is None:
-        _check_model_divides(config, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, ep)
+        check_model_divides(m, p)
 
 
-def _check_model_divides(config: Config, tp: int, pp: int, ep: int) -> None:
-    p, m = config.parallel, config.model
+def check_model_divides(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """Raise `ConfigError` where the parallel sizes do not divide the sizes of the model."""
+    p, m, ep = parallel, model, parallel.expert_model_parallel_size
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     ffn = m.ffn_hidden_size or 4 * m.hidden_size
     for name, size in [
         ("model.hidden_size", m.hidden_size),

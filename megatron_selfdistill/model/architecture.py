@@ -102,6 +102,7 @@ def _configured_values(
     model: ModelConfig, parallel: ParallelConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig
 ) -> dict[str, Any]:
     """Return the fields of ``TransformerConfig`` from the configuration, without ``model.transformer``."""
+    has_experts = model.transformer.get("num_moe_experts", model.num_moe_experts) is not None
     dtype = torch.bfloat16 if optimizer.precision == "bf16" else torch.float32
     values: dict[str, Any] = {
         "num_layers": model.num_layers,
@@ -127,7 +128,8 @@ def _configured_values(
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "virtual_pipeline_model_parallel_size": parallel.virtual_pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
-        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        # Megatron Core refuses the size for a dense model, which may stand beside a mixture of experts in one run.
+        "expert_model_parallel_size": parallel.expert_model_parallel_size if has_experts else 1,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size or parallel.tensor_model_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
         # With two stages the previous and the next stage are the same rank, and batched messages would cross.

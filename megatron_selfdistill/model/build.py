@@ -314,9 +314,12 @@ def _refuse_changed_logits(chunk: GPTModel) -> None:
         raise ConfigError("use_mup multiplies the logits after the output layer, which the loss ignores: unset it")
 
 
-def new_chunks(config: Config, grid: RankGrid, vocab_size: int) -> list[torch.nn.Module]:
-    """Return this rank's chunks of the configured model, with initial weights."""
+def new_chunks(
+    config: Config, grid: RankGrid, vocab_size: int, model: ModelConfig | None = None
+) -> list[torch.nn.Module]:
+    """Return this rank's chunks of ``model``, null for the configured model, with initial weights."""
+    model = model or config.model
     architecture = None
-    if config.model.provider is None:
-        architecture = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
-    return build_chunks(config.model, architecture, grid, vocab_size)
+    if model.provider is None:
+        architecture = transformer_config(model, config.parallel, config.optimizer, config.schedule)
+    return build_chunks(model, architecture, grid, vocab_size)

@@ -198,7 +198,7 @@ class TeacherHiddenStates:
 
 @dataclass(frozen=True)
 class JoinedTeachers:
-    """Several teachers that have read the responses of a batch, and whose product is the teacher of its tokens.
+    """The teachers that have read the responses of a batch before, and whose product is the teacher of its tokens.
 
     The product's logits are ``sum of s_i W_i h_i`` over the teachers i, with the share s_i of the token: up to a
     constant per token, the weighted mean of their log-probs.  It is one teacher whose hidden states ``s_i h_i`` stand
@@ -210,13 +210,13 @@ class JoinedTeachers:
     shares: Tensor
     """The share of each teacher for each of ``PackedBatch.response_tokens``, [R_total, n], on the device."""
     weight: Tensor | None
-    """The output weights of all teachers, ``[v / tp, n h]``; None on stages before the last.  The columns have the
-    order of the states of all tensor-parallel ranks: the first slice of the width of every teacher, then the next.
+    """The output weights of all teachers, ``[v / tp, sum of h_i]``; None on stages before the last.  The columns have
+    the order of the states of all tensor-parallel ranks: the first slice of the width of every teacher, then the next.
     """
 
 
 class JoinedHiddenStates(TeacherHiddenStates):
-    """The states of all teachers of a product side by side, ``[R_j, n h / tp]``, scaled by the shares of the tokens.
+    """The states of all teachers side by side, ``[R_j, sum of h_i / tp]``, scaled by the shares of the tokens.
 
     They are rounded to their dtype, and put together when they are taken.  ``store_bytes`` includes what the teachers'
     own states take.
@@ -331,7 +331,7 @@ def run(
     hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
     the place of ``batch`` in a step of several partial batches (pipeline/token_losses.py), of which only the last one
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
-    ``joined``: the product of several teachers, in place of ``teacher``.
+    ``joined``: the teachers that have read before, in place of ``teacher``.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
@@ -392,11 +392,12 @@ def read_states(
     """Return the final hidden states of ``teacher`` at the response tokens of ``batch``, on the last stage.
 
     ``reading``: the same responses after the teacher's prompts, as the microbatches of a student.  Nothing is trained,
-    and the gradients of a step that is under way stay.  ``student``: the chunks that the schedule knows.
+    and the gradients of a step that is under way stay.  ``student``: the chunks that the schedule knows, whose states
+    have the shapes of those of ``teacher``.
     Collectives: those of the schedule.
     """
     on_device = DeviceBatch.of_reader(batch, reading, grid, local_attention=uses_local_attention(student))
-    bank = TeacherHiddenStates(on_device, grid, unwrapped(student[0]).config.hidden_size, store_bytes)
+    bank = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
     step = _Step(
         student=list(student),
         teacher=list(teacher),

@@ -31,6 +31,7 @@ from tiny_run import (
     with_trainer,
 )
 
+from megatron_selfdistill.interop.conversion import megatron_to_hf
 from megatron_selfdistill.interop.merged_weights import merge_adapters
 from megatron_selfdistill.interop.peft_adapters import megatron_to_peft
 
@@ -42,6 +43,12 @@ LAYOUTS = {
     "PP2xVPP2": ["parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2"],
 }
 FOUR_LAYERS = "model.num_layers=4"
+WIDE = (
+    *("model.num_layers=8", "model.hidden_size=48", "model.num_attention_heads=6", "model.ffn_hidden_size=64"),
+    *("model.normalization=LayerNorm", "model.share_embeddings_and_output_weights=true"),
+    *("model.make_vocab_size_divisible_by=64", "optimizer.lr=1e-2"),
+)
+"""A model that shares only the tokenizer and the longest context with the student; its vocabulary is padded further."""
 EQUAL = ("loss/", "entropy/", "k/", "tokens/response", "teacher_", "student_nll")
 
 
@@ -53,11 +60,14 @@ def places(ranks, own_data, tmp_path_factory) -> dict[str, Path]:
     """Return the directory of the data, and of runs of one step from other random weights: the student and teachers."""
     write_records_of_teachers(own_data, ["math", "code", None])
     runs = tmp_path_factory.mktemp("runs")
-    seeds = {"student": 0, "math": 1, "code": 2}
+    seeds = {"student": 0, "math": 1, "code": 2, "wide": 3}
     train_each(
         ranks,
         [
-            overrides(own_data, runs / name, FOUR_LAYERS, f"seed={seed}", "num_steps=1", "optimizer.lr=1e-2")
+            overrides(
+                *(own_data, runs / name, FOUR_LAYERS, f"seed={seed}", "num_steps=1", "optimizer.lr=1e-2"),
+                *(WIDE if name == "wide" else ()),
+            )
             for name, seed in seeds.items()
         ],
     )
@@ -150,6 +160,83 @@ def test_records_with_several_teachers_have_the_steps_of_one_rank_in_every_layou
     record = f"{tmp_path}/responses.jsonl"
     train(ranks, arguments(places, tmp_path / "one", *options, f"rollout.record={record}"))
     train(ranks, arguments(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
+    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+def of_wide(places: dict[str, Path], run_dir: Path, *options: str) -> list[str]:
+    """Return the arguments of a run with a wide teacher, one of the student's architecture and the start."""
+    named = f"teachers.math={{load: {places['wide']}, weight: 0.5}}"
+    return arguments(places, run_dir, named, *options)
+
+
+def loaded_model(trainer: Any, path: Path, model: Any = None) -> Any:
+    """Return a model of one rank with the weights at ``path``; ``model``: its architecture, if not the student's."""
+    from megatron_selfdistill.checkpoint.external import load_weights
+    from megatron_selfdistill.model.build import new_chunks
+
+    chunks = new_chunks(trainer.config, trainer.grid, trainer.run_data.vocab_size, model)
+    load_weights(path, chunks, trainer.run_data.vocab_size)
+    return chunks[0]
+
+
+def wide_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[set[str], float]:
+    """Return the names of the teachers in a step, and the largest error of its gradients, relative to their norm."""
+
+    def use(trainer: Any) -> tuple[set[str], float]:
+        from megatron_selfdistill.checkpoint.teacher_directories import teacher_architectures
+
+        contexts, found = trained_gradients(trainer)
+        wide = loaded_model(trainer, places["wide"], teacher_architectures(trainer.config)["math"])
+        assert wide.config.hidden_size == 48
+        student, code = (loaded_model(trainer, places[name]) for name in ("student", "code"))
+        reference, target = loaded_model(trainer, places["student"]), trainer.learner.target
+        vocab_size = trainer.run_data.vocab_size
+        if trainer.learner.joins_teachers:
+            teachers = {"math": wide, "code": code, "default": reference}
+            expected = gradients_of_products(contexts, student, reference, teachers, target, vocab_size)
+        else:
+            own = dataclasses.replace(target, teacher_weight=0.5)
+            models = {"math": (wide, own), "code": (code, target), "default": (reference, target)}
+            expected = gradients_by_definition(contexts, student, reference, models, vocab_size, {})
+        norm = torch.stack([one.norm() for one in expected.values()]).norm()
+        errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
+        return {context.teacher for context in contexts}, max(errors)
+
+    return with_trainer(arguments, use)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        pytest.param(["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"], marks=FULL),
+        pytest.param(["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "teacher.offload=cpu"], marks=FULL),
+        pytest.param(["target.rule=fixed", "schedule.pair_order=teacher_first"], marks=FULL),
+    ],
+    ids=str,
+)
+def test_a_teacher_of_another_architecture_has_the_gradient_of_the_definition(ranks, places, tmp_path, options):
+    """It differs in layers, width, heads, norms, ties and the padding of its vocabulary."""
+    of_step = of_wide(places, tmp_path / "run", *options)
+    [(names, error)] = ranks.run(wide_and_definition, of_step, places, world_size=1, init_process_group=False)
+    assert names == {"math", "code", "default"}
+    assert error < 1e-5
+
+
+@pytest.mark.full
+def test_a_product_of_teachers_of_two_architectures_is_the_weighted_mean_of_their_log_probs(ranks, places, tmp_path):
+    file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
+    of_step = of_wide(places, tmp_path / "run", f"data.path={file}", *PRODUCT)
+    [(names, error)] = ranks.run(wide_and_definition, of_step, places, world_size=1, init_process_group=False)
+    assert len(names & {"code+math", "code+default+math"}) == 2
+    assert error < 1e-5
+
+
+@combinations(name=list(LAYOUTS), quick={"name": ["PP2"]}, strength=1)
+def test_a_teacher_of_another_architecture_has_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
+    options, record = ["num_steps=2", "checkpoint.save_every=0"], f"{tmp_path}/responses.jsonl"
+    train(ranks, of_wide(places, tmp_path / "one", *options, f"rollout.record={record}"))
+    train(ranks, of_wide(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
@@ -426,8 +513,113 @@ def test_a_teacher_with_fewer_layers_than_stages_is_refused_with_both_numbers(ra
     train(ranks, shallow)
     named = f"teachers.code.load={tmp_path}/shallow/checkpoints"
     message = refusal(ranks, arguments(places, tmp_path / "run", named, *LAYOUTS["PP2"]), 2)
-    assert "teachers.code.load" in message
-    assert "is no teacher of the student's architecture: model.num_layers is 1, expected 4" in message
+    assert f"the architecture of {named} does not fit the run: model.num_layers (1) must be a multiple of PP" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["parallel.tensor_model_parallel_size=4"],
+            "does not fit the run: model.num_attention_heads (6) must be a",
+        ),
+        (
+            ["teachers.math.transformer={no_such: 1}"],
+            "fit the run: model.transformer.no_such: Megatron",
+        ),
+        (
+            ["teachers.code.transformer={no_such: 1}"],
+            "fit the run: model.transformer.no_such: Megatron",
+        ),
+    ],
+)
+def test_another_architecture_that_does_not_fit_is_refused_by_its_name(ranks, places, tmp_path, options, message):
+    world = 4 if "parallel" in options[0] else 1
+    found = refusal(ranks, of_wide(places, tmp_path / "run", *options), world)
+    assert "the architecture of teachers." in found and message in found
+    assert not (tmp_path / "run" / "teacher").exists()
+
+
+@pytest.mark.full
+def test_another_architecture_with_fewer_positions_than_the_longest_context_is_refused(ranks, places, tmp_path):
+    short = overrides(places["data"], tmp_path / "short", *WIDE, "model.max_position_embeddings=64", "num_steps=1")
+    train(ranks, short)
+    named = f"teachers.math.load={tmp_path}/short/checkpoints"
+    message = refusal(ranks, arguments(places, tmp_path / "run", named))
+    assert "takes contexts of 64 tokens at most, and the longest context of this run has 128: set data.max" in message
+
+
+MOE = ("model.num_moe_experts=4", "model.moe_ffn_hidden_size=48", "model.normalization=RMSNorm")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("layout", "world"),
+    [
+        (["parallel.expert_model_parallel_size=2"], 2),
+        (["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true", "loss.fused=low_memory"], 2),
+        (["parallel.pipeline_model_parallel_size=2", "parallel.expert_model_parallel_size=2"], 4),
+    ],
+    ids=str,
+)
+def test_a_mixture_of_experts_teaches_a_dense_student_alike_in_every_layout(ranks, places, tmp_path, layout, world):
+    train(ranks, overrides(places["data"], tmp_path / "moe", *WIDE, *MOE, "num_steps=1"))
+    own, options = {**places, "wide": tmp_path / "moe" / "checkpoints"}, ["num_steps=2", "checkpoint.save_every=0"]
+    record = f"{tmp_path}/responses.jsonl"
+    train(ranks, of_wide(own, tmp_path / "one", *options, f"rollout.record={record}"))
+    train(ranks, of_wide(own, tmp_path / "two", *options, f"rollout.replay={record}", *layout), world)
+    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+@pytest.mark.full
+def test_a_dense_model_teaches_a_mixture_of_experts_alike_in_both_layouts(ranks, places, tmp_path):
+    experts = [*MOE, "model.transformer.moe_router_load_balancing_type=none"]
+    train(ranks, overrides(places["data"], tmp_path / "moe", FOUR_LAYERS, *experts, "num_steps=1"))
+    own, record = {**places, "student": tmp_path / "moe" / "checkpoints"}, f"{tmp_path}/responses.jsonl"
+
+    def of(run_dir: Path, *options: str) -> list[str]:
+        named = f"teachers.math={{load: {places['wide']}, weight: 0.5}}", f"teachers.code.load={places['code']}"
+        options = (
+            "num_steps=2",
+            "checkpoint.save_every=0",
+            "model.transformer.moe_router_load_balancing_type=none",
+            *options,
+        )
+        return arguments(own, run_dir, *options, teachers=[*named, "teachers.default.hint=given"])
+
+    train(ranks, of(tmp_path / "one", f"rollout.record={record}"))
+    train(ranks, of(tmp_path / "two", f"rollout.replay={record}", "parallel.expert_model_parallel_size=2"), 2)
+    assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+@pytest.mark.full
+def test_several_teachers_of_other_architectures_resume_and_their_order_and_place_change_no_bit(
+    ranks, places, tmp_path
+):
+    """Two of one architecture share a copy, and one has the student's; a directory of Hugging Face is the same bits."""
+    train(ranks, overrides(places["data"], tmp_path / "other", *WIDE, "num_steps=1", "seed=9"))
+    other = tmp_path / "other" / "checkpoints"
+    wide = [*WIDE, "model.normalization=RMSNorm", "seed=4", "num_steps=1"]
+    train(ranks, overrides(places["data"], tmp_path / "llama", *wide))
+    megatron_to_hf(tmp_path / "llama" / "checkpoints", tmp_path / "hf")
+    file = write_records_of_teachers(places["data"], ["math", "code", "other", "llama"], "four.jsonl")
+    options = ["num_steps=2", "checkpoint.save_every=1", f"data.path={file}"]
+
+    def of(run_dir: Path, llama: Path = tmp_path / "llama" / "checkpoints", reverse: bool = False) -> list[str]:
+        named = [
+            f"teachers.math={{load: {places['wide']}, weight: 0.5}}",
+            f"teachers.code.load={places['code']}",
+            f"teachers.other={{load: {other}, hint: none}}",
+            f"teachers.llama.load={llama}",
+        ]
+        return arguments(places, run_dir, *options, teachers=named[::-1] if reverse else named)
+
+    train(ranks, of(tmp_path / "whole"))
+    assert_resumes_equal(ranks, tmp_path / "whole", of, step=1, num_steps=2)
+    train(ranks, [*of(tmp_path / "reverse", reverse=True), "teacher.offload=cpu"])
+    assert_equal_runs(ranks, tmp_path / "whole", tmp_path / "reverse", 2)
+    train(ranks, of(tmp_path / "of_hf", llama=tmp_path / "hf"))
+    assert reproducible_metrics(tmp_path / "of_hf") == reproducible_metrics(tmp_path / "whole")
 
 
 @pytest.mark.full

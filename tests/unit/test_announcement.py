@@ -96,9 +96,10 @@ def test_a_run_says_what_each_teacher_is_and_warns_of_one_that_teaches_nothing()
         Problem("a", messages, "2", None, "f:1", teacher="math"),
         Problem("b", messages, "2", None, "f:2", teacher="default", shares=(("default", 0.5), ("math", 0.5))),
     ]
-    assert list(announcement.about_teachers(load(loads), problems)) == [
-        "teachers.code: /code, sees no solutions, problems: 0; warning: it is loaded, and no record names it",
+    assert list(announcement.about_teachers(load(loads), problems, {"code": 48})) == [
+        "teachers.code: /code (another architecture of hidden size 48), sees no solutions, problems: 0; warning: it is "
+        "loaded, and no record names it",
         "teachers.default: the weights at the start, sees the solutions, problems: 1",
         "teachers.math: /math, sees the solutions, problems: 2",
     ]
-    assert list(announcement.about_teachers(load([]), problems)) == []
+    assert list(announcement.about_teachers(load([]), problems, {})) == []

@@ -92,7 +92,7 @@ def room_for(available: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(named_teachers.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
         try:
-            require_host_memory(["code", "math"], chunks)
+            require_host_memory(dict.fromkeys(("code", "math"), chunks))
         except ConfigError as error:
             return str(error)
     return str(sum(tensor.nbytes for tensor in tensors_of(chunks)))

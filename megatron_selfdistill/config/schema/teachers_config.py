@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import TEACHER_HINTS
@@ -38,6 +38,9 @@ class NamedTeacher:
     or without a hint data.student_template."""
     weight: TeacherWeight | None = None
     """Weight w of this teacher's logits; null is target.teacher_weight."""
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """Fields of Megatron's TransformerConfig for a teacher of another architecture than the student's, as
+    model.transformer for the student's; they go over those that its directory states."""
 
     @property
     def is_hinted(self) -> bool:

@@ -121,13 +121,13 @@ class Config:
     teachers: dict[str, Any] = field(default_factory=dict)
     """Teachers with other weights than the student's start, by name: the field teacher of a record names the teacher of
     its responses.  A record that names none has the only teacher, or of several the one with the name default.  Each
-    has the entries load (a checkpoint of Megatron or a Hugging Face directory of the student's architecture and
-    tokenizer, or adapters on checkpoint.load; null is the weights at the start of the run), hint (given or none),
-    template (in place of data.teacher_template) and weight (in place of target.teacher_weight).  With {math: {load:
-    DIR}, default: {}} the records of math learn from DIR, and all others from the start of the run, which sees their
-    solutions.  Two entries are no teachers: choose is the dotted path of a function of a record and the names that
-    returns the teacher's name, or weights by name, in place of the field; join is sum (the default) or product, the
-    weighted geometric mean of the teachers of a record with weights."""
+    has the entries load (a checkpoint of Megatron or a Hugging Face directory with the student's tokenizer, or adapters
+    on checkpoint.load; null is the weights at the start of the run), hint (given or none), template (in place of
+    data.teacher_template), weight (in place of target.teacher_weight) and transformer (in place of model.transformer,
+    for another architecture).  With {math: {load: DIR}, default: {}} the records of math learn from DIR, and all others
+    from the start of the run, which sees their solutions.  Two entries are no teachers: choose is the dotted path of a
+    function of a record and the names that returns the teacher's name, or weights by name, in place of the field; join
+    is sum (the default) or product, the weighted geometric mean of the teachers of a record with weights."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)

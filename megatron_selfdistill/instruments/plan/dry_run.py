@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_selfdistill.checkpoint.teacher_directories import adapter_teachers, require_teachers
+from megatron_selfdistill.checkpoint.teacher_directories import (
+    TeacherCopy,
+    about_architecture,
+    adapter_teachers,
+    require_teachers,
+    teacher_copies,
+)
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
@@ -24,7 +30,7 @@ from megatron_selfdistill.instruments.plan.plan_checks import (
     longest_sequence,
     planned_gpus,
 )
-from megatron_selfdistill.instruments.plan.stages import Stage, stages
+from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage, stages
 from megatron_selfdistill.instruments.plan.step_time import Lengths, StepTime
 from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.model.architecture import padded_vocab_size, transformer_config
@@ -146,7 +152,9 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     config = with_stored_architecture(config, given)
     require_same_tokenizer(config)
     require_teachers(config)
-    check_world(config, num_gpus)
+    copies = teacher_copies(config)
+    others = [model for model, _ in copies if model is not config.model]
+    check_world(config, num_gpus, teaches_by_experts=any(model.num_moe_experts for model in others))
     max_length, seq_length = longest_context(config), longest_sequence(config)
     check_lengths(config, max_length)
     check_engine(config, num_gpus)
@@ -155,6 +163,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     transformer = transformer_config(config.model, config.parallel, config.optimizer, config.schedule)
     sizes = vocab_size, num_gpus
     built = stages(config.model, transformer, config.parallel, *sizes, config.adapter, adapter_teachers(config))
+    teachers = _planned_teachers(config, copies, *sizes)
+    built = [_with_teachers(stage, copies, teachers) for stage in built]
     step = _PlannedStep.of(config, num_gpus, max_length, seq_length)
     load = Load(
         seq_length=seq_length,
@@ -166,6 +176,7 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         ),
         model_parameters=sum(stage.model_parameters for stage in built),
         engine_factors=engine_factors(config, vocab_size),
+        other_widths={name: teacher.transformer.hidden_size for name, teacher in teachers.items()},
     )
     needed = [
         memory(config, transformer, stage, replace(load, in_flight=in_flight))
@@ -174,7 +185,8 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
     samples = config.samples and not config.logged and config.rollout.engine == "vllm"
     kv_cache_gib = min(each.rollout.get("KV cache", 0.0) for each in needed)
     of_engines = engines(config, transformer, built, num_gpus, kv_cache_gib, load) if samples else None
-    time = StepTime(config, transformer, built, load, of_engines, step.schedule.bubble, _lengths(config, run_data))
+    lengths = _lengths(config, run_data)
+    time = StepTime(config, transformer, built, load, of_engines, step.schedule.bubble, lengths, teachers)
     return Plan(
         config=config,
         num_problems=len(run_data.problems) if run_data is not None else None,
@@ -193,6 +205,28 @@ def dry_run(config: Config, given: Collection[str] | None = None) -> Plan:
         engines=of_engines,
         time=None if config.logged else time,
     )
+
+
+def _planned_teachers(
+    config: Config, copies: Sequence[TeacherCopy], vocab_size: int, num_gpus: int
+) -> dict[str, PlannedModel]:
+    """Return the model of each teacher of another architecture than the student's, by name."""
+    found: dict[str, PlannedModel] = {}
+    for model, directories in copies:
+        if model is not config.model:
+            with about_architecture(f"teachers.{', '.join(directories)}"):
+                transformer = transformer_config(model, config.parallel, config.optimizer, config.schedule)
+                built = stages(model, transformer, config.parallel, vocab_size, num_gpus)
+            found |= dict.fromkeys(directories, PlannedModel(model, transformer, built))
+    return found
+
+
+def _with_teachers(stage: Stage, copies: Sequence[TeacherCopy], others: Mapping[str, PlannedModel]) -> Stage:
+    sizes = [
+        {name: (others[name].stages[stage.pp_rank] if name in others else stage).parameters for name in directories}
+        for _, directories in copies
+    ]
+    return replace(stage, teacher_copies=sizes)
 
 
 @dataclass(frozen=True)

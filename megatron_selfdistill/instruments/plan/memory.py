@@ -8,7 +8,8 @@ fused layers, no dropout, and an equal number of tokens for every expert.  plan/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -48,6 +49,8 @@ class Load:
     """The parameters of the whole model, which a colocated engine holds."""
     engine_factors: int = 0
     """The elements of the factors of adapters that an engine holds beside them; at most all of them on each GPU."""
+    other_widths: Mapping[str, int] = field(default_factory=dict)
+    """The hidden size of each teacher of another architecture by name; their states of a whole step wait."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def memory(config: Config, transformer: TransformerConfig, stage: Stage, load: L
         "output gradient": output_gradient_bytes(config, transformer, load) if stage.projects else 0.0,
         "reserved": reserved,
     }
-    if config.joins_teachers and stage.projects:
+    if (config.joins_teachers or load.other_widths) and stage.projects:
         working["output layers of teachers"] = joined_weight_bytes(config, transformer, load)
     training = _gib(resident | working)
     if not config.samples:
@@ -131,12 +134,13 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
     float32 copy of the weights.  An average teacher also has a float32 master, unless it rests in host memory.  A
     frozen teacher is also the reference; beside another teacher the reference is one more copy.  The distributed
     optimizer divides its part over the ranks that hold the same parameters.  With adapters, these alone have gradients
-    and optimizer state, and neither teacher nor reference is a copy.  The teachers of the key ``teachers`` share one
-    more copy, `NAMED`.
+    and optimizer state, and neither teacher nor reference is a copy.  `NAMED` has a copy for each architecture
+    of the teachers of the key ``teachers``, and their adapters.
     """
     optimizer, teacher = config.optimizer, config.teacher
     size = element_size(config)
-    named = {NAMED: max(named_teacher_bytes(config, stage).values())} if config.loads_teachers else {}
+    of_teachers = [max(kind.values()) for kind in _kinds_of_teachers(config, stage)]
+    named = {NAMED: sum(of_teachers)} if of_teachers else {}
     state = 8 if optimizer.optimizer == "adam" else 4 if optimizer.constants.sgd_momentum else 0
     state += 4 if optimizer.precision == "bf16" else 0
     sharers = (stage.dp_cp_size, stage.expert_dp_size) if optimizer.use_distributed_optimizer else (1, 1)
@@ -165,22 +169,24 @@ def parameter_bytes(config: Config, stage: Stage) -> dict[str, float]:
 
 def named_teacher_bytes(config: Config, stage: Stage) -> dict[str, float]:
     """Return the bytes of the weights, or of the adapters, of each teacher with a directory on a rank of ``stage``."""
-    loaded = [name for name, teacher in config.named_teachers.items() if teacher.load is not None]
-    of_adapters = stage.teacher_parameters
-    return {name: float(of_adapters.get(name, stage.parameters) * element_size(config)) for name in loaded}
+    kinds = _kinds_of_teachers(config, stage)
+    return dict(sorted((name, size) for kind in kinds for name, size in kind.items()))
+
+
+def _kinds_of_teachers(config: Config, stage: Stage) -> list[dict[str, float]]:
+    """Return `named_teacher_bytes` of the teachers that share a copy, one kind per copy, and last of the adapters."""
+    kinds = [kind for kind in (*stage.teacher_copies, stage.teacher_parameters) if kind]
+    return [{name: float(parameters * element_size(config)) for name, parameters in kind.items()} for kind in kinds]
 
 
 def resting_teacher_bytes(config: Config, stage: Stage) -> dict[str, float]:
     """Return the part of `named_teacher_bytes` that rests in host memory and is swapped in each step.
 
-    It has all teachers with ``teacher.offload=cpu``, else those with full weights, and those that are adapters, where
-    there are several of the kind.
+    It has all teachers with ``teacher.offload=cpu``, else those with full weights of one architecture, and those that
+    are adapters, where there are several of the kind.
     """
-    of_teachers = named_teacher_bytes(config, stage)
-    adapted = {name: size for name, size in of_teachers.items() if name in stage.teacher_parameters}
-    full = {name: size for name, size in of_teachers.items() if name not in adapted}
-    offload = config.teacher.offload == "cpu"
-    return {name: size for kind in (full, adapted) if offload or len(kind) > 1 for name, size in kind.items()}
+    offload, kinds = config.teacher.offload == "cpu", _kinds_of_teachers(config, stage)
+    return {name: size for kind in kinds if offload or len(kind) > 1 for name, size in kind.items()}
 
 
 def activation_bytes(config: TransformerConfig, stage: Stage, load: Load) -> float:
@@ -296,22 +302,30 @@ def teacher_state_bytes(config: Config, transformer: TransformerConfig, load: Lo
     """Return the bytes of all hidden states of the teacher that a rank of the last stage keeps at a time.
 
     With a reference the rank keeps as many of the reference, or, in steps that measure the teacher, of the mix.  The
-    teachers of a product have read all tokens before the student reads the first one.
+    teachers of a product, and those of another architecture, have read all tokens before the student reads the first.
     """
     if not config.has_teacher:
         return 0.0
     tokens = load.response_tokens
-    if load.alternating and not config.joins_teachers:
+    if load.alternating and not (config.joins_teachers or load.other_widths):
         tokens = min(tokens, load.seq_length)
-    width = transformer.hidden_size / transformer.tensor_model_parallel_size
-    num_models = (len(config.named_teachers) if config.joins_teachers else 1) + config.is_anchored
-    return float(num_models * tokens / transformer.context_parallel_size * width * element_size(config))
+    widths = _teacher_widths(config, transformer, load) or [transformer.hidden_size]
+    width = sum(widths) if config.joins_teachers else max(widths)
+    width += transformer.hidden_size if config.is_anchored else 0
+    cuts = transformer.context_parallel_size * transformer.tensor_model_parallel_size
+    return float(tokens * width / cuts * element_size(config))
 
 
 def joined_weight_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:
-    """Return the bytes of the output layers ``[v / tp, h]`` of all teachers, copied on the last stage for a product."""
-    elements = load.vocab_size / transformer.tensor_model_parallel_size * transformer.hidden_size
-    return float(len(config.named_teachers) * elements * element_size(config))
+    """Return the bytes of the output layers ``[v / tp, h]`` that the last stage copies: of a product, or the widest."""
+    of_all = sum(_teacher_widths(config, transformer, load))
+    width = of_all if config.joins_teachers else max(load.other_widths.values(), default=0)
+    return float(load.vocab_size / transformer.tensor_model_parallel_size * width * element_size(config))
+
+
+def _teacher_widths(config: Config, transformer: TransformerConfig, load: Load) -> list[int]:
+    """Return the hidden size of each teacher of the key ``teachers``."""
+    return [load.other_widths.get(name, transformer.hidden_size) for name in config.named_teachers]
 
 
 def logit_bytes(config: Config, transformer: TransformerConfig, load: Load) -> float:

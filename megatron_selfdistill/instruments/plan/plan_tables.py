@@ -128,6 +128,8 @@ def _teachers(plan: Plan) -> list[str]:
     for name in sizes[0]:
         largest = max(size[name] for size in sizes)
         kind = ", adapters on the start of the run" if name in plan.stages[0].teacher_parameters else ""
+        if plan.time is not None and name in plan.time.teachers:
+            kind = f", another model of {plan.time.teachers[name].parameters / 1e9:.3g} billion parameters"
         place = (
             f"in host memory, swapped in within {largest / HOST_LINK:.2g} s per step"
             if name in resting

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.models.gpt import GPTModel
@@ -46,6 +47,9 @@ class Stage:
     """The elements per token that the adapters of a layer keep for backward, per virtual stage and layer."""
     teacher_parameters: Mapping[str, int] = field(default_factory=dict)
     """The parameters on this rank of each teacher of the key ``teachers`` that is adapters, by name."""
+    teacher_copies: Sequence[Mapping[str, int]] = ()
+    """The parameters on this rank of the other teachers by name, those of one architecture together: they share a copy.
+    """
 
     @property
     def parameters(self) -> int:
@@ -56,6 +60,21 @@ class Stage:
     def num_layers(self) -> int:
         """The transformer layers on this rank."""
         return sum(len(chunk) for chunk in self.chunks)
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model in the layout of the run: the student, or a teacher of another architecture."""
+
+    model: ModelConfig
+    transformer: Any
+    """Megatron's configuration of the model."""
+    stages: Sequence[Stage]
+
+    @property
+    def parameters(self) -> int:
+        """The parameters of the whole model."""
+        return sum(stage.model_parameters for stage in self.stages)
 
 
 def stages(

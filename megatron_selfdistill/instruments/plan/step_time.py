@@ -20,8 +20,8 @@ replicas for the fullest one, and the exchange of tokens between experts.  Every
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -50,7 +50,7 @@ from megatron_selfdistill.instruments.plan.memory import (
     parameter_bytes,
     resting_teacher_bytes,
 )
-from megatron_selfdistill.instruments.plan.stages import Stage
+from megatron_selfdistill.instruments.plan.stages import PlannedModel, Stage
 from megatron_selfdistill.loss.target import Target
 
 
@@ -113,6 +113,8 @@ class StepTime:
     bubble: float
     """The share of a step's training in which a pipeline stage waits."""
     lengths: Lengths
+    teachers: Mapping[str, PlannedModel] = field(default_factory=dict)
+    """The teachers of another architecture than the student's, by name."""
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -163,7 +165,8 @@ class StepTime:
         The reads of weights and the fixed seconds do not grow with the batch; the other parts do.
         """
         seconds = {part.name: part.seconds for part in self.parts}
-        grows = seconds["student"] + seconds.get("teacher", 0) + seconds.get("reference", 0) + seconds["output layer"]
+        grows = seconds["student"] + seconds.get("reference", 0) + seconds["output layer"]
+        grows += sum(seconds[name] for name in self._taught)
         grows += seconds.get("pipeline bubble", 0.0)
         reads, cache = seconds["weights"], seconds["keys and values"]
         rest = self.seconds - reads - cache - grows
@@ -226,15 +229,14 @@ class StepTime:
         config, tokens = self.config, self.lengths
         rate = self._num_gpus * RATES[config.cluster.gpu].flops * MFU
 
-        def flops(name: str, passes: float, prompt: float) -> Part:
+        def flops(name: str, passes: float, prompt: float, model: PlannedModel = self._student) -> Part:
             length = prompt + tokens.response
-            work = passes * self._responses * self._forward_flops(length)
-            note = f"{passes:g} x {self._responses} contexts of {length:.0f} tokens"
+            work = passes * self._responses * self._forward_flops(model, length)
+            note = f"{passes:.3g} x {self._responses} contexts of {length:.0f} tokens"
             return Part("train", name, work, "FLOP", rate, note=note)
 
         parts = [flops("student", 1 + backward_passes(config), tokens.student_prompt)]
-        if config.has_teacher:
-            parts.append(flops("teacher", 1, tokens.teacher_prompt))
+        parts += [flops(name, passes, tokens.teacher_prompt, model) for name, (passes, model) in self._taught.items()]
         if config.is_anchored:
             parts.append(flops("reference", 1, tokens.student_prompt))
         parts.append(self._output_layer(rate))
@@ -248,37 +250,51 @@ class StepTime:
         exchanged = 4 if config.optimizer.use_distributed_optimizer else 8  # an all-reduce also gathers the sums
         yield from self._over_replicas("train", "gradients over replicas", exchanged)
 
-    def _forward_flops(self, length: float) -> float:
+    @property
+    def _student(self) -> PlannedModel:
+        return PlannedModel(self.config.model, self.transformer, self.stages)
+
+    @cached_property
+    def _taught(self) -> dict[str, tuple[float, PlannedModel]]:
+        """The part of the step that each architecture of teachers takes -> its passes over the responses, and a model.
+
+        Each of several teachers reads an equal share of the responses, and each teacher of a product reads all.
+        """
+        config, names = self.config, list(self.config.named_teachers)
+        each = 1.0 if config.joins_teachers or not names else 1.0 / len(names)
+        own = (len(names) - len(self.teachers)) * each if names else 1.0
+        found = {"teacher": (own, self._student)} if config.has_teacher and own else {}
+        return found | {f"teacher {name}": (each, model) for name, model in self.teachers.items()}
+
+    def _forward_flops(self, model: PlannedModel, length: float) -> float:
         """Return the FLOP of all layers for one sequence of ``length`` tokens; attention is causal."""
-        config = self.transformer
+        config = model.transformer
         width = config.kv_channels * 2
         if getattr(config, "multi_latent_attention", False):
             width = config.qk_head_dim + config.qk_pos_emb_head_dim + config.v_head_dim
-        tables = 1 if self.config.model.share_embeddings_and_output_weights else 2
-        parameters = active_parameters(config, self.stages) - tables * self._projection
+        tables = 1 if model.model.share_embeddings_and_output_weights else 2
+        parameters = active_parameters(config, model.stages) - tables * self._projection(model)
         attention = float(config.num_layers * config.num_attention_heads * width)
         return 2.0 * parameters * length + attention * length**2
 
-    @property
-    def _projection(self) -> float:
-        """The parameters of the output layer, padding included."""
-        return float(self.transformer.hidden_size) * self.load.vocab_size
+    def _projection(self, model: PlannedModel) -> float:
+        """Return the parameters of the output layer, padding included."""
+        return float(model.transformer.hidden_size) * self.load.vocab_size
 
     def _output_layer(self, rate: float) -> Part:
         """Return the projections: forward, and backward of hidden states and, except beside adapters, of the weight.
 
         Teacher and reference are projected once as a mix, or once each where their weights differ; the match with the
-        reference's entropy projects the reference once more.
+        reference's entropy projects the reference once more.  A projection of another width counts by its width.
         """
-        config = self.config
+        config, own = self.config, self._projection(self._student)
         passes = 1.0 + (1 if config.adapter.rank else 2)
-        if config.has_teacher:
-            passes += 1
+        passes += sum(share * self._projection(model) / own for share, model in self._taught.values())
         if config.is_anchored:
             passes += config.projects_reference + Target.configured(config.target, None).needs_reference_entropy
         positions = self._responses * self.lengths.response
-        note = f"{passes:g} x {positions:.0f} positions"
-        return Part("train", "output layer", passes * positions * 2 * self._projection, "FLOP", rate, note=note)
+        note = f"{passes:.3g} x {positions:.0f} positions"
+        return Part("train", "output layer", passes * positions * 2 * own, "FLOP", rate, note=note)
 
     def _optimizer(self) -> Iterator[Part]:
         stage = self._fullest

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,8 @@ from megatron_selfdistill.checkpoint.teacher_directories import (
     load_teacher,
     require_teachers,
     require_unchanged,
+    teacher_architectures,
+    teacher_copies,
 )
 from megatron_selfdistill.config import Config, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed import ranks as rank_groups
@@ -66,12 +69,37 @@ def test_a_directory_that_is_not_there_or_holds_no_model_is_refused(student, tmp
         require_teachers(config_of(student, tmp_path))
 
 
-def test_another_architecture_is_refused_with_both_values(student, tmp_path):
-    hf_models.write("llama2", tmp_path / "hf")
-    description = json.loads((tmp_path / "hf" / "config.json").read_text())
-    (tmp_path / "hf" / "config.json").write_text(json.dumps(description | {"rms_norm_eps": 0.25}))
-    with pytest.raises(ConfigError, match=r"of the student's architecture: model.layernorm_epsilon is 0.25, expected"):
-        require_teachers(config_of(student, tmp_path / "hf"))
+def test_another_architecture_is_that_of_the_directory_with_the_students_vocabulary(student, tmp_path):
+    """Another vocabulary size and other positions alone are no other architecture."""
+    for name, changes in (("eps", {"rms_norm_eps": 0.25}), ("positions", {"max_position_embeddings": 99})):
+        hf_models.write("llama2", tmp_path / name)
+        description = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(description | changes))
+    config = config_of(student, tmp_path / "eps")
+    assert teacher_architectures(config) == {"math": replace(config.model, layernorm_epsilon=0.25)}
+    assert teacher_architectures(config_of(student, tmp_path / "positions")) == {}
+    entries = {"teachers": {"math": {"load": str(student / "hf"), "transformer": {"moe_aux_loss_coeff": 0.5}}}}
+    found = teacher_architectures(config_of(student, student / "hf", **entries))
+    assert found == {"math": replace(config.model, transformer={"moe_aux_loss_coeff": 0.5})}
+
+
+def test_teachers_of_one_architecture_share_a_copy(student, tmp_path):
+    for name in ("one", "two"):
+        hf_models.write("llama2", tmp_path / name)
+        description = json.loads((tmp_path / name / "config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(description | {"rms_norm_eps": 0.25}))
+    places = {"b": student / "hf", "c": tmp_path / "one", "a": tmp_path / "two", "d": student / "megatron"}
+    named = {name: {"load": str(place)} for name, place in places.items()}
+    config = config_of(student, student, teachers=named)
+    (other, of_other), (own, of_own) = teacher_copies(config)
+    assert own is config.model and of_own == {name: places[name] for name in ("b", "d")}
+    assert other == replace(own, layernorm_epsilon=0.25) and of_other == {name: places[name] for name in ("a", "c")}
+
+
+def test_fields_of_megatron_for_a_teacher_without_an_architecture_of_its_own_are_refused(student, tmp_path):
+    entries = {"load": str(write_peft(tmp_path / "peft")), "transformer": {"moe_aux_loss_coeff": 0.5}}
+    with pytest.raises(ConfigError, match=r"^teachers.math.transformer is for a teacher of another architecture, and"):
+        teacher_architectures(config_of(student, student, teachers={"math": entries}))
 
 
 def test_another_tokenizer_is_refused_with_the_first_difference(student, tmp_path):

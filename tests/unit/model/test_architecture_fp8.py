@@ -162,8 +162,8 @@ def test_training_and_scoring_pack_to_what_their_model_takes(module, monkeypatch
             sections = {"schedule": SimpleNamespace(max_tokens=8), "environment": SimpleNamespace(one_sequence=False)}
             config = SimpleNamespace(**sections, is_anchored=False)
             me = SimpleNamespace(chunks=["student"], config=config, pair_order="", has_teacher=True, grid=None)
-            packing = learner.Learner._packing(me)
-            learner.Learner.pack(SimpleNamespace(packing=packing, grid=None, _is_product=lambda teacher: False), [])
+            packing = learner.Learner._packing_of(me, SimpleNamespace(model="student", hidden_size=8))
+            learner.Learner.pack(SimpleNamespace(packing=packing, grid=None, reads_apart=lambda teacher: False), [])
     assert seen == [("multiple of", "student")]
     assert batch_module.pack_everywhere is pack_everywhere
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import checkpointed_run
 import pytest
@@ -11,9 +12,10 @@ import torch
 from checkpointed_run import ADAM, Setup
 from models import model_config, planned
 
-from megatron_selfdistill.config import AdapterConfig, load
+from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig, load
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.plan import dry_run as dry_run_module
-from megatron_selfdistill.instruments.plan.dry_run import dry_run
+from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.plan_tables import summary
 
@@ -116,9 +118,19 @@ def test_the_line_of_the_plan_names_the_parts_that_are_there(capsys):
     assert str(plan.host) == "optimizer in a save 91.6 + weights in a save 15.3 = 106.8 GiB"
 
 
-def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_memory(monkeypatch):
-    """The directories are not there on a machine that plans."""
+@pytest.fixture
+def absent(monkeypatch) -> None:
+    """Let the directories of teachers not be there, as on a machine that plans; all have the student's architecture."""
+
+    def copies(config: Config) -> list[tuple[ModelConfig, dict[str, Path]]]:
+        directories = {name: Path(it.load) for name, it in config.named_teachers.items() if it.load is not None}
+        return [(config.model, directories)] if directories else []
+
     monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+    monkeypatch.setattr(dry_run_module, "teacher_copies", copies)
+
+
+def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_memory(absent):
     math, code = "teachers.math.load=/math", "teachers.code.load=/code"
     plans = [dry_run(load(["recipe=qwen3_8b", *names])) for names in ((), (math,), (math, code))]
     none, one, two = (plan.memory[0].training for plan in plans)
@@ -136,9 +148,9 @@ def test_named_teachers_share_one_copy_on_the_device_and_several_rest_in_host_me
     assert beside_student["teacher"] == 0 < beside_student["named teachers"], "nothing reads the start"
 
 
-def test_adapters_as_teachers_take_megabytes_and_need_the_start(monkeypatch):
+def test_adapters_as_teachers_take_megabytes_and_need_the_start(absent, monkeypatch):
     settings = AdapterConfig(rank=16)
-    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+    monkeypatch.setattr(dry_run_module, "teacher_copies", lambda config: [])
     monkeypatch.setattr(dry_run_module, "adapter_teachers", lambda config: {"math": settings, "code": settings})
     plan = dry_run(load(["recipe=qwen3_8b", "target.anchor=student", "teachers={math: {load: /m}, code: {load: /c}}"]))
     as_student = dry_run(load(["recipe=qwen3_8b", "adapter.rank=16"])).adapter_parameters * 2
@@ -150,8 +162,7 @@ def test_adapters_as_teachers_take_megabytes_and_need_the_start(monkeypatch):
     assert len(lines) == 2 and all(line.endswith("adapters on the start of the run") for line in lines)
 
 
-def test_a_product_of_teachers_takes_their_output_layers_and_all_their_states(monkeypatch):
-    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+def test_a_product_of_teachers_takes_their_output_layers_and_all_their_states(absent):
     named = ["recipe=qwen3_8b", "teachers={a: {load: /a}, b: {load: /b}, c: {load: /c}}"]
     of_sum, of_product = (dry_run(load([*named, f"teachers.join={it}"])) for it in ("sum", "product"))
     last = of_product.memory[-1].training
@@ -165,8 +176,7 @@ def test_a_product_of_teachers_takes_their_output_layers_and_all_their_states(mo
     assert states[1] >= 2 * states[0] > 0, "four models in place of two"
 
 
-def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(monkeypatch):
-    monkeypatch.setattr(dry_run_module, "require_teachers", lambda config: None)
+def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(absent):
 
     def parts(*names: str) -> dict[str, float]:
         plan = dry_run(load(["recipe=qwen3_8b", *(f"teachers.{name}.load=/{name}" for name in names)]))
@@ -175,3 +185,59 @@ def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(monkeypat
     none, one, two, four = parts(), parts("a"), parts("a", "b"), parts("a", "b", "c", "d")
     assert "teachers' weights" not in none | one and two["output layer"] == one["output layer"] > none["output layer"]
     assert four["teachers' weights"] == pytest.approx(2 * two["teachers' weights"]) and two["teachers' weights"] > 0
+
+
+def planned_beside(monkeypatch, *options: str) -> Plan:
+    """Return the plan of 8 billion parameters with a teacher of their architecture, and two of 32 billion."""
+    wide, others = load(["recipe=qwen3_32b"]).model, {"code": Path("/c"), "tools": Path("/t")}
+    monkeypatch.setattr(
+        dry_run_module, "teacher_copies", lambda config: [(config.model, {"math": Path("/m")}), (wide, others)]
+    )
+    named = "teachers={math: {load: /m}, code: {load: /c}, tools: {load: /t}}"
+    return dry_run(load(["recipe=qwen3_8b", named, *options]))
+
+
+def test_the_memory_of_teachers_of_another_architecture_is_that_of_a_model_of_their_size(absent, monkeypatch):
+    alone = dry_run(load(["recipe=qwen3_8b", "teachers.math.load=/m"]))
+    plan = planned_beside(monkeypatch)
+    wide = plan.time.teachers["code"]
+    assert wide is plan.time.teachers["tools"] and 32e9 < wide.parameters < 33e9
+    for stage, one, own in zip(wide.stages, alone.memory, plan.memory, strict=True):
+        copy = stage.parameters * 2 / GIB
+        assert own.training["named teachers"] - one.training["named teachers"] == pytest.approx(copy), "one for both"
+    ranks = plan.config.cluster.gpus_per_node
+    assert plan.host.resting["named teachers"] == pytest.approx(ranks * 2 * wide.stages[0].parameters * 2 / GIB)
+    last, tp = plan.memory[-1].training, plan.config.parallel.tensor_model_parallel_size
+    assert last["output layers of teachers"] * GIB == pytest.approx(151_936 * 5120 * 2 / tp, rel=0.01)
+    states = [
+        each.memory[-1].training["teacher states"] + each.host.resting["teacher states"] for each in (alone, plan)
+    ]
+    assert states[1] >= (5120 + 4096) / (2 * 4096) * states[0] > 0, "the reference is as wide as the student"
+    lines = [line for line in summary(plan) if line.startswith("teachers.")]
+    assert [line.partition(":")[0] for line in lines] == ["teachers.code", "teachers.math", "teachers.tools"]
+    assert [("another model of" in line, "in host memory" in line) for line in lines] == [
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
+
+
+def test_the_time_of_teachers_of_another_architecture_is_that_of_their_passes(absent, monkeypatch):
+    def parts(plan: Plan) -> dict[str, float]:
+        return {part.name: part.seconds for part in plan.time.parts if part.phase == "train"}
+
+    alone, summed = parts(dry_run(load(["recipe=qwen3_8b"]))), parts(planned_beside(monkeypatch))
+    product = parts(planned_beside(monkeypatch, "teachers.join=product"))
+    assert summed["teacher"] == pytest.approx(alone["teacher"] / 3), "a third of the responses"
+    assert 4 * summed["teacher"] < summed["teacher code"] == summed["teacher tools"] < 5 * summed["teacher"]
+    assert all(product[name] == pytest.approx(3 * summed[name]) for name in ("teacher", "teacher code"))
+    assert product["output layer"] > summed["output layer"] > alone["output layer"]
+
+
+def test_a_teacher_that_cannot_be_built_in_the_layout_is_named(absent, monkeypatch):
+    uneven = dataclasses.replace(load(["recipe=qwen3_32b"]).model, transformer={"no_such_field": 1})
+    monkeypatch.setattr(dry_run_module, "teacher_copies", lambda config: [(uneven, {"math": Path("/m")})])
+    with pytest.raises(
+        ConfigError, match=r"^the architecture of teachers.math does not fit the run: model.transformer"
+    ):
+        dry_run(load(["recipe=qwen3_8b", "teachers.math.load=/m"]))
