@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate
@@ -160,8 +160,8 @@ class Learner:
             )
         self.other_widths: dict[str, int] = {}
         """The hidden size of each teacher that has another architecture than the student."""
-        self._on_device = self._named_teachers(copies, adapted)
-        """The name of each teacher with weights of its own -> the context in which its chunks are on the device."""
+        self._named_weights = self._named_teachers(copies, adapted)
+        """The weights of each teacher that has weights of its own, by name."""
         self.packing = self._packing_of(unwrapped(self.chunks[0]).config)
         """How the contexts of a step become microbatches."""
         self.set_batch_k(None)
@@ -184,13 +184,11 @@ class Learner:
                 resting |= dict.fromkeys(directories, chunks)
         require_host_memory(resting)
 
-    def _named_teachers(
-        self, copies: Sequence[TeacherCopy], adapted: Sequence[str]
-    ) -> dict[str, Callable[[], contextlib.AbstractContextManager[Chunks]]]:
+    def _named_teachers(self, copies: Sequence[TeacherCopy], adapted: Sequence[str]) -> dict[str, RoleWeights]:
         """Load the named teachers; ``adapted``: the names of those that are adapters on the start."""
         config, vocab_size, run_dir = self.config, self.run_data.vocab_size, Path(self.config.run_dir)
         offload = config.teacher.offload == "cpu"
-        found: dict[str, Callable[[], contextlib.AbstractContextManager[Chunks]]] = {}
+        found: dict[str, RoleWeights] = {}
 
         def load(path: Path, chunks: Chunks) -> None:
             load_teacher(path, chunks, vocab_size, run_dir, config.checkpoint.verify)
@@ -198,11 +196,13 @@ class Learner:
         for name in adapted:
             on_start = load_adapter_teacher(teacher_directories(config)[name], self.teacher.chunks, config, self.grid)
             rests = offload or len(adapted) > 1
-            found[name] = AdapterTeacher(on_start, device=self.grid.device, rests=rests).on_device
+            teacher = AdapterTeacher(on_start, device=self.grid.device, rests=rests)
+            found[name] = RoleWeights(("teacher",), teacher.chunks, teacher.on_device)
         for model, directories in copies:
             build = partial(new_chunks, config, self.grid, vocab_size, model)
             copy = NamedTeachers(directories, build, load, offload=offload)
-            found |= {name: partial(copy.on_device, name) for name in directories}
+            for name in directories:
+                found[name] = RoleWeights(("teacher",), copy.chunks, partial(copy.on_device, name))
             if model is not config.model:
                 self.other_widths |= dict.fromkeys(directories, unwrapped(copy.chunks[0]).config.hidden_size)
         return found
@@ -235,6 +235,9 @@ class Learner:
         """
         if self.config.rollout.guidance == "none":
             return []
+        guide = self._named_weights.get(self.config.guide or "")
+        if guide is not None:
+            return [guide, *([] if self.reference is None else [_in_roles(self.reference, "reference")])]
         if self.reference is None:
             is_base = self.config.adapter.rank > 0 and self.teacher.weights == "frozen"
             return [_in_roles(self.teacher, "teacher")] if is_base else []
@@ -263,9 +266,10 @@ class Learner:
         """
         with contextlib.ExitStack() as stack:
             start = stack.enter_context(self.teacher.on_device())
-            teacher = start
+            teacher: Sequence[torch.nn.Module] = start
             if self._settings_of(named).load is not None:
-                teacher = stack.enter_context(self._on_device[named]())
+                stack.enter_context(self._named_weights[named].on_device())
+                teacher = self._named_weights[named].chunks
             if self.reference is None or self.reference is self.teacher:
                 yield TargetModels(teacher, start if self.reference is self.teacher else None)
             else:

@@ -108,11 +108,15 @@ def bare_roles(config: Config) -> tuple[str, ...]:
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:
     """Return the sampling parameters of ``config.rollout``.
 
-    Guided requests are sampled from `Target.configured`, with the teacher's weight of guided tokens.
+    Guided requests are sampled from `Target.configured`, with the teacher's weight of guided tokens, or else with that
+    of the teacher that guides.
     """
     rollout, target = config.rollout, Target.configured(config.target, batch_k)
-    if config.target.guided_teacher_weight is not None:
-        target = target.with_teacher_weight(config.target.guided_teacher_weight)
+    weight = config.target.guided_teacher_weight
+    if weight is None and config.guide is not None:
+        weight = config.named_teachers[config.guide].weight
+    if weight is not None:
+        target = target.with_teacher_weight(weight)
     return SamplingParams(
         max_new_tokens=rollout.max_new_tokens,
         temperature=rollout.temperature,

@@ -232,7 +232,8 @@ def _guidance(config: Config, run_data: RunData, judge: Judge) -> Guidance:
     below = config.rollout.guide_below
     if below is not None:
         check_answers(run_data.problems.problems, judge.verifier)
-    return Guidance(judge, config.rollout.num_samples, SuccessRates(below) if below is not None else None)
+    rates = SuccessRates(below) if below is not None else None
+    return Guidance(judge, config.rollout.num_samples, rates, config.guide or "")
 
 
 def configured_sampler(

@@ -78,13 +78,18 @@ class SuccessRates:
 
 @dataclass(frozen=True)
 class Guidance:
-    """The choice of the problems whose responses are guided: all that have a solution, or those that fail."""
+    """The choice of the problems whose responses are guided: all that have a solution, or those that fail.
+
+    With the key ``teachers`` these are problems that one teacher alone teaches, which guides them.
+    """
 
     judge: Judge
     num_samples: int
     """The number of responses per visit to a problem."""
     success: SuccessRates | None = None
     """The rates that decide which problems are guided; None guides all problems that have a solution."""
+    guide: str = ""
+    """The name of the teacher that guides; see `Problem.teacher`."""
 
     def is_guided(self, problem: Problem, method: Method) -> bool:
         """Return whether ``problem`` is guided: its tokens have their own teacher weight and divergence.
@@ -92,11 +97,14 @@ class Guidance:
         Such a problem has a solution and, where success rates decide, is rarely solved.  Its responses are sampled with
         guidance, except now and then, see `guides`.
         """
-        return method.has_solution(problem) and (self.success is None or self.success.is_guided(problem.id))
+        return self._may_guide(problem, method) and (self.success is None or self.success.is_guided(problem.id))
 
     def guides(self, problem: Problem, method: Method) -> bool:
         """Return whether the next responses to ``problem`` are sampled with guidance."""
-        return method.has_solution(problem) and (self.success is None or self.success.guides(problem.id))
+        return self._may_guide(problem, method) and (self.success is None or self.success.guides(problem.id))
+
+    def _may_guide(self, problem: Problem, method: Method) -> bool:
+        return method.has_solution(problem) and problem.teacher == self.guide and not problem.shares
 
     def record(self, rollouts: Sequence[Rollout], guided: Collection[str]) -> Guidance:
         """Return the guidance with the success rates after this step.

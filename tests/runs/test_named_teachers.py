@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -238,6 +239,44 @@ def test_a_teacher_of_another_architecture_has_the_steps_of_one_rank_in_every_la
     train(ranks, of_wide(places, tmp_path / "one", *options, f"rollout.record={record}"))
     train(ranks, of_wide(places, tmp_path / "two", *options, f"rollout.replay={record}", *LAYOUTS[name]), 2)
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["teacher.offload=cpu"],
+        pytest.param(["target.anchor=student"], marks=FULL),
+        pytest.param(["target.guided_teacher_weight=2", "schedule.pair_order=teacher_first"], marks=FULL),
+    ],
+    ids=str,
+)
+def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(ranks, places, tmp_path, options):
+    """The log-probs of the sampler's teacher are those of the loss's; the weights of others come and go between."""
+    recorded, file = tmp_path / "recorded.jsonl", write_records_of_teachers(places["data"], ["code"], "code.jsonl")
+    guides = ["rollout.guidance=mixed", "teachers.guide=code", "teachers.code.hint=given", f"rollout.record={recorded}"]
+    train(ranks, arguments(places, tmp_path / "run", "num_steps=2", f"data.path={file}", *guides, *options))
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
+        assert line["guided/share"] == 1
+        means = {}
+        for name in ("log_probs", "teacher_log_probs"):
+            values = [value for record in records if record["step"] == step for value in record[name]]
+            means[name] = sum(values) / len(values)
+        assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
+        assert abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-2
+
+
+@pytest.mark.full
+def test_no_problem_of_another_teacher_is_guided(ranks, places, tmp_path):
+    recorded = tmp_path / "recorded.jsonl"
+    guides = ["rollout.guidance=mixed", "teachers.guide=default", f"rollout.record={recorded}"]
+    train(ranks, arguments(places, tmp_path / "run", "num_steps=2", *guides))
+    records = [json.loads(line) for line in recorded.read_text().splitlines()]
+    for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
+        of_step = [record for record in records if record["step"] == step]
+        guided = [record for record in of_step if record["teacher_log_probs"]]
+        assert 0 < line["guided/share"] == len(guided) / len(of_step) < 1
+        assert line["teacher_tokens/default"] == sum(len(record["log_probs"]) for record in guided)
 
 
 PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teachers.join=product"]

@@ -18,6 +18,8 @@ CHOOSE = "choose"
 """The entry of the key ``teachers`` that is no teacher: the dotted path of the function that chooses for a record."""
 JOIN = "join"
 """The entry of the key ``teachers`` that is no teacher: how the teachers of one record become one loss."""
+GUIDE = "guide"
+"""The entry of the key ``teachers`` that is no teacher: the name of the teacher whose problems are guided."""
 TEACHER_JOINS = ("sum", "product")
 """Values of `JOIN`: the sum of the divergences from each teacher's target, or one target of the teachers' product."""
 DEFAULT_TEACHER = "default"
@@ -54,7 +56,9 @@ def named_teachers(teachers: Mapping[str, Any]) -> dict[str, NamedTeacher]:
     Raises: `ConfigError` for a name that is none, an unknown entry, and a value outside of its range.
     """
     return {
-        name: _named_teacher(name, teachers[name]) for name in sorted(teachers, key=str) if name not in (CHOOSE, JOIN)
+        name: _named_teacher(name, teachers[name])
+        for name in sorted(teachers, key=str)
+        if name not in (CHOOSE, JOIN, GUIDE)
     }
 
 
@@ -90,6 +94,20 @@ def joins(teachers: Mapping[str, Any]) -> bool:
         + ", ".join(f"teachers.{name}.weight" for name in weighted),
     )
     return bool(value == "product")
+
+
+def guide_of(teachers: Mapping[str, Any]) -> str | None:
+    """Return the name of the teacher whose problems are guided; None without one.
+
+    Raises: `ConfigError` for a value that is no name of a teacher.
+    """
+    name, names = teachers.get(GUIDE), list(named_teachers(teachers))
+    require(
+        name is None or name in names,
+        f"teachers.{GUIDE} must be the name of one of the teachers ({', '.join(names) or 'none is named'}), and no "
+        f"teacher may have this name, got {name!r}",
+    )
+    return name
 
 
 def product_of(names: Iterable[str]) -> str:
@@ -129,18 +147,18 @@ def teacher_of_record(named: object, teachers: Mapping[str, NamedTeacher]) -> st
 
 
 def check_teachers(
-    teachers: Mapping[str, NamedTeacher], teacher: TeacherConfig, target: TargetConfig, rollout: RolloutConfig
+    teachers: Mapping[str, NamedTeacher],
+    guide: str | None,
+    teacher: TeacherConfig,
+    target: TargetConfig,
+    rollout: RolloutConfig,
 ) -> None:
-    """Raise `ConfigError` where other keys contradict ``teachers``."""
+    """Raise `ConfigError` where other keys contradict ``teachers``; ``guide``: the result of `guide_of`."""
     require(
         teacher.weights == "frozen",
         f"teachers have weights that stand still: they need teacher.weights=frozen, got {teacher.weights}",
     )
-    require(
-        rollout.guidance == "none",
-        f"rollout.guidance={rollout.guidance} samples with the weights at the start of the run, and no sampler holds "
-        "those of several teachers: set rollout.guidance=none, or unset teachers",
-    )
+    _check_guide(teachers, guide, rollout)
     for name, one in teachers.items():
         require(
             one.load is not None or one.is_hinted,
@@ -149,6 +167,24 @@ def check_teachers(
         )
         if one.weight is not None:
             _check_weight(f"teachers.{name}.weight", target)
+
+
+def _check_guide(teachers: Mapping[str, NamedTeacher], guide: str | None, rollout: RolloutConfig) -> None:
+    guided = rollout.guidance != "none"
+    require(
+        guide is not None or not guided,
+        f"rollout.guidance={rollout.guidance} samples from the target of one teacher: set teachers.{GUIDE} to "
+        f"{' or '.join(teachers)}, or rollout.guidance=none",
+    )
+    require(
+        guide is None or guided,
+        f"teachers.{GUIDE}={guide} needs rollout.guidance=mixed, got {rollout.guidance}",
+    )
+    require(
+        guide is None or teachers[guide].load is None or rollout.engine == "megatron",
+        f"teachers.{GUIDE}={guide} samples with the weights of teachers.{guide}.load, and no teacher enters "
+        f"rollout.engine={rollout.engine}: set rollout.engine=megatron, or a teacher without load",
+    )
 
 
 def _check_weight(key: str, target: TargetConfig) -> None:

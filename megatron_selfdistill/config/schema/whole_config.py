@@ -46,6 +46,7 @@ from megatron_selfdistill.config.schema.teachers_config import (
     NamedTeacher,
     check_teachers,
     chosen_by,
+    guide_of,
     joins,
     named_teachers,
 )
@@ -125,9 +126,10 @@ class Config:
     on checkpoint.load; null is the weights at the start of the run), hint (given or none), template (in place of
     data.teacher_template), weight (in place of target.teacher_weight) and transformer (in place of model.transformer,
     for another architecture).  With {math: {load: DIR}, default: {}} the records of math learn from DIR, and all others
-    from the start of the run, which sees their solutions.  Two entries are no teachers: choose is the dotted path of a
-    function of a record and the names that returns the teacher's name, or weights by name, in place of the field; join
-    is sum (the default) or product, the weighted geometric mean of the teachers of a record with weights."""
+    from the start of the run, which sees their solutions.  Three entries are no teachers: choose is the dotted path of
+    a function of a record and the names that returns the teacher's name, or weights by name, in place of the field;
+    join is sum (the default) or product, the weighted geometric mean of the teachers of a record with weights; guide is
+    the name of the teacher whose problems rollout.guidance=mixed guides."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -239,6 +241,11 @@ class Config:
     def teacher_choice(self) -> str | None:
         """The dotted path of the function that chooses the teacher of a record; None where the record names it."""
         return chosen_by(self.teachers)
+
+    @property
+    def guide(self) -> str | None:
+        """The name of the teacher whose problems are guided; None without guidance or the key ``teachers``."""
+        return guide_of(self.teachers)
 
     @property
     def joins_teachers(self) -> bool:
@@ -455,7 +462,7 @@ class Config:
             "teachers need the records of data.kind=problems, which name them, without an environment, got "
             f"data.kind={self.data.kind} and environment.name={self.environment.name}",
         )
-        check_teachers(self.named_teachers, self.teacher, self.target, self.rollout)
+        check_teachers(self.named_teachers, self.guide, self.teacher, self.target, self.rollout)
         require(
             not self.joins_teachers or len(self.named_teachers) > 1,
             "teachers.join=product multiplies the distributions of several teachers: name two or more",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -81,6 +82,17 @@ def test_another_architecture_is_that_of_the_directory_with_the_students_vocabul
     entries = {"teachers": {"math": {"load": str(student / "hf"), "transformer": {"moe_aux_loss_coeff": 0.5}}}}
     found = teacher_architectures(config_of(student, student / "hf", **entries))
     assert found == {"math": replace(config.model, transformer={"moe_aux_loss_coeff": 0.5})}
+
+
+def test_a_guide_with_adapters_or_another_architecture_is_refused(student, tmp_path):
+    hf_models.write("llama2", tmp_path / "hf")
+    description = json.loads((tmp_path / "hf" / "config.json").read_text())
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(description | {"rms_norm_eps": 0.25}))
+    guided = {"rollout": {"guidance": "mixed"}}
+    for place, refused in ((tmp_path / "hf", True), (student / "hf", False)):
+        config = config_of(student, place, teachers={"math": {"load": str(place)}, "guide": "math"}, **guided)
+        with pytest.raises(ConfigError, match="adapters or another arch") if refused else contextlib.nullcontext():
+            require_teachers(config)
 
 
 def test_teachers_of_one_architecture_share_a_copy(student, tmp_path):

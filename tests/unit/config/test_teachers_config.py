@@ -86,7 +86,16 @@ def test_a_name_is_one_word(name):
         ),
         (["teachers.math.hint=none"], "teachers.math has the weights at the start of the run and no hint"),
         ([MATH, "teacher.weights=ema"], "they need teacher.weights=frozen, got ema"),
-        ([MATH, "rollout.guidance=mixed"], "no sampler holds those of several teachers: set rollout.guidance=none"),
+        ([MATH, "rollout.guidance=mixed"], "samples from the target of one teacher: set teachers.guide to math, or"),
+        (
+            [MATH, "rollout.guidance=mixed", "teachers.guide=code"],
+            "teachers.guide must be the name of one of the teach",
+        ),
+        ([MATH, "teachers.guide=math"], "teachers.guide=math needs rollout.guidance=mixed, got none"),
+        (
+            [MATH, "teachers.guide=math", "rollout.guidance=mixed", "rollout.engine=vllm", "target.anchor=student"],
+            "samples with the weights of teachers.math.load, and no teacher enters rollout.engine=vllm: set roll",
+        ),
         (
             [MATH, "teachers.choose={load: /m}"],
             "teachers.choose must be the dotted path of a function .* no teacher may",

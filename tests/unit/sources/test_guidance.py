@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 from characters import ONE_RANK, Characters
@@ -19,6 +20,15 @@ PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "given", "8", "fil
 OTHER = Problem("q", ({"role": "user", "content": "2+7"},), "given", "9", "file.jsonl:2")
 METHOD = made([], given_with(Characters()))
 JUDGE = Judge(exact_match, Characters(), ONE_RANK)
+
+
+def test_the_teacher_that_guides_guides_the_problems_that_it_alone_teaches():
+    guidance = Guidance(JUDGE, 1, guide="math")
+    shares = (("code", 0.5), ("math", 0.5))
+    problems = [PROBLEM, replace(PROBLEM, teacher="math"), replace(PROBLEM, teacher="math", shares=shares)]
+    for guides in (guidance.guides, guidance.is_guided):
+        assert [guides(problem, METHOD) for problem in problems] == [False, True, False]
+    assert Guidance(JUDGE, 1).guides(PROBLEM, METHOD)
 
 
 class Visited:
