@@ -542,9 +542,15 @@ class Learner:
                     weight[:, :, ends[place] - own.size(2) : ends[place]] = own
         pairs = zip(contexts, of_contexts, strict=True)
         shares = [[one.share for one in several] for context, several in pairs for _ in context.response]
-        on_host = torch.tensor(shares, dtype=torch.float32).reshape(-1, len(names))
-        on_device = to_device_in_one_copy(on_host, self.grid.device)
-        return schedule.JoinedTeachers(states, on_device, None if weight is None else weight.flatten(1))
+        of_tokens = torch.tensor(shares, dtype=torch.float64).reshape(-1, len(names))
+        own, token_weights = [self.target_of(name).teacher_weight for name in names], None
+        if len(names) > 1 and set(own) != {self.target.teacher_weight}:
+            of_tokens = of_tokens * torch.tensor(own, dtype=torch.float64)
+            token_weights = of_tokens.sum(1)
+            of_tokens = of_tokens / token_weights.clamp_min(torch.finfo(torch.float64).tiny)[:, None]
+        of_tokens, token_weights = to_device_in_one_copy((of_tokens.float(), token_weights), self.grid.device)
+        joined_weight = None if weight is None else weight.flatten(1)
+        return schedule.JoinedTeachers(states, of_tokens, token_weights, joined_weight)
 
     def _measurement(self, teacher: str, summarises: bool = False) -> TokenMeasurement:
         loss = self.config.loss

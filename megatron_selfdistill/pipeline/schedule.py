@@ -202,13 +202,16 @@ class JoinedTeachers:
 
     The product's logits are ``sum of s_i W_i h_i`` over the teachers i, with the share s_i of the token: up to a
     constant per token, the weighted mean of their log-probs.  It is one teacher whose hidden states ``s_i h_i`` stand
-    side by side, with an output layer whose columns do.
+    side by side, with an output layer whose columns do.  Where a teacher has a weight w_i of its own, the mix with the
+    reference is ``sum of s_i w_i l_i + r``: a product of the shares s_i w_i / w with the weight w = sum of s_i w_i.
     """
 
     states: Sequence[TeacherHiddenStates]
     """The states of each teacher, in the order of the names."""
     shares: Tensor
     """The share of each teacher for each of ``PackedBatch.response_tokens``, [R_total, n], on the device."""
+    token_weights: Tensor | None
+    """The w of each of these tokens, [R_total] float64, on the device; None if all have that of the target."""
     weight: Tensor | None
     """The output weights of all teachers, ``[v / tp, sum of h_i]``; None on stages before the last.  The columns have
     the order of the states of all tensor-parallel ranks: the first slice of the width of every teacher, then the next.
@@ -366,7 +369,7 @@ def run(
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / accumulated.divisor,
         bank=bank,
-        joined_weight=None if joined is None else joined.weight,
+        joined=joined,
     )
     # In a step of one partial batch this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
     weighted = accumulated.first_microbatches * accumulated.divisor
@@ -461,8 +464,8 @@ class _Step:
     vocab: VocabShard
     loss_scale: float
     bank: TeacherHiddenStates | None
-    joined_weight: Tensor | None = None
-    """The output weight in place of ``teacher``, where this is a product."""
+    joined: JoinedTeachers | None = None
+    """The teachers that have read before, in place of ``teacher``."""
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
@@ -573,8 +576,11 @@ class _Step:
 
     @property
     def _teacher_output(self) -> GPTModel | Tensor:
-        """The model whose output layer projects the teacher's states, or the output weight of a product."""
-        return unwrapped(self.teacher[-1]) if self.joined_weight is None else self.joined_weight
+        """The model whose output layer projects the teacher's states, or the output weight of `joined`."""
+        if self.joined is None:
+            return unwrapped(self.teacher[-1])
+        assert self.joined.weight is not None, "the last stage has the output layers"
+        return self.joined.weight
 
     @property
     def _bank(self) -> TeacherHiddenStates:
@@ -583,6 +589,8 @@ class _Step:
 
     def _teacher_weights(self, microbatch: StudentMicrobatch) -> Tensor | None:
         """Return w [R] of the microbatch's tokens; None if all tokens have the target's, or no reference."""
+        if self.joined is not None and self.joined.token_weights is not None:
+            return self.joined.token_weights[microbatch.response_ids]
         return None if self.reference is None else self.guided.weights(microbatch, self.reference.target.teacher_weight)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:

@@ -31,7 +31,7 @@ PAGES = [
 ]
 NOT_KEYS = {
     *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
-    *("method.right_weight", "loss.self_distillation_loss", "teachers.choose", "teachers.join"),
+    *("method.right_weight", "loss.self_distillation_loss", "teachers.choose", "teachers.guide", "teachers.join"),
     *("loss.backward", "loss.item", "model.generate", "optimizer.step", "optimizer.zero_grad"),
     *("model.safetensors", "report.html", "report.png", "target.html", "target.svg"),
 }

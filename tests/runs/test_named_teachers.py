@@ -300,7 +300,8 @@ def products_and_definition(arguments: list[str], places: dict[str, Path]) -> tu
         student = new_chunks(trainer.config, trainer.grid, vocab_size)
         load_weights(places["student"], student, vocab_size)
         teachers = {"math": models["math"], "code": models["code"], "default": reference}
-        expected = gradients_of_products(contexts, student[0], reference, teachers, target, vocab_size)
+        own = {name: one.weight for name, one in trainer.config.named_teachers.items() if one.weight is not None}
+        expected = gradients_of_products(contexts, student[0], reference, teachers, target, vocab_size, own)
         norm = torch.stack([one.norm() for one in expected.values()]).norm()
         errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
         return {context.teacher for context in contexts}, max(errors)
@@ -315,6 +316,9 @@ def products_and_definition(arguments: list[str], places: dict[str, Path]) -> tu
         pytest.param(["target.anchor=student"], marks=FULL),
         pytest.param(["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"], marks=FULL),
         pytest.param(["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "target.rule=fixed"], marks=FULL),
+        ["teachers.math.weight=0.5", "teachers.code.weight=3"],
+        pytest.param(["teachers.math.weight=0", "teachers.code.weight=3", "loss.fused=low_memory"], marks=FULL),
+        pytest.param(["teachers.code.weight=2", "target.rule=fixed", "schedule.teacher_store_gb=0"], marks=FULL),
     ],
     ids=str,
 )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,22 +36,26 @@ def gradients_of_products(
     teachers: dict[str, Any],
     target: Target,
     vocab_size: int,
+    weights: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
     """Return the gradient of the mean reverse KL from the products of the teachers, from whole rows of float64 logits.
 
-    ``contexts``: one per response, with the shares and prompts of its teachers where it has several.
+    ``contexts``: one per response, with the shares and prompts of its teachers where it has several.  ``weights``: the
+    w of each teacher that has one of its own.
     """
     total = sum(len(context.response) for context in contexts)
     loss = torch.zeros((), dtype=torch.float64)
     for context in contexts:
         several = context.of_teachers or (TeacherPrompt(context.teacher, 1.0, context.teacher_prompt),)
         log_t = torch.zeros((), dtype=torch.float64)
+        own = {one.teacher: (weights or {}).get(one.teacher, target.teacher_weight) for one in several}
+        mixed = sum(one.share * own[one.teacher] for one in several)
         for one in several:
             read = replace(context, teacher_prompt=one.prompt)
             s, t, r = rows_of(read, student, teachers[one.teacher], reference, vocab_size)
-            log_t = log_t + one.share * t.detach().log_softmax(-1)
+            log_t = log_t + one.share * own[one.teacher] / mixed * t.detach().log_softmax(-1)
         anchor = r.detach() if target.is_anchored else None
-        log_q = mixed_target(s.detach(), log_t.log_softmax(-1), target, anchor).log_q
+        log_q = mixed_target(s.detach(), log_t, target.with_teacher_weight(mixed), anchor).log_q
         log_p = s.log_softmax(-1)
         loss = loss + (log_p.exp() * (log_p - log_q)).sum() / total
     names, parameters = zip(*student.named_parameters(), strict=True)

@@ -87,12 +87,6 @@ def joins(teachers: Mapping[str, Any]) -> bool:
         value in TEACHER_JOINS,
         f"teachers.{JOIN} must be one of {', '.join(TEACHER_JOINS)}, and no teacher may have this name, got {value!r}",
     )
-    weighted = [name for name, teacher in named_teachers(teachers).items() if teacher.weight is not None]
-    require(
-        value == "sum" or not weighted,
-        f"teachers.{JOIN}=product has one teacher weight, target.teacher_weight: unset "
-        + ", ".join(f"teachers.{name}.weight" for name in weighted),
-    )
     return bool(value == "product")
 
 
@@ -149,11 +143,15 @@ def teacher_of_record(named: object, teachers: Mapping[str, NamedTeacher]) -> st
 def check_teachers(
     teachers: Mapping[str, NamedTeacher],
     guide: str | None,
+    joined: bool,
     teacher: TeacherConfig,
     target: TargetConfig,
     rollout: RolloutConfig,
 ) -> None:
-    """Raise `ConfigError` where other keys contradict ``teachers``; ``guide``: the result of `guide_of`."""
+    """Raise `ConfigError` where other keys contradict ``teachers``.
+
+    ``guide`` and ``joined``: the results of `guide_of` and `joins`.
+    """
     require(
         teacher.weights == "frozen",
         f"teachers have weights that stand still: they need teacher.weights=frozen, got {teacher.weights}",
@@ -167,6 +165,11 @@ def check_teachers(
         )
         if one.weight is not None:
             _check_weight(f"teachers.{name}.weight", target)
+            require(
+                not joined or target.anchor == "reference",
+                f"teachers.{name}.weight with teachers.{JOIN}=product gives each token its own weight, which needs "
+                f"target.anchor=reference, got {target.anchor}: unset the weight, or set teachers.{JOIN}=sum",
+            )
 
 
 def _check_guide(teachers: Mapping[str, NamedTeacher], guide: str | None, rollout: RolloutConfig) -> None:

@@ -462,7 +462,7 @@ class Config:
             "teachers need the records of data.kind=problems, which name them, without an environment, got "
             f"data.kind={self.data.kind} and environment.name={self.environment.name}",
         )
-        check_teachers(self.named_teachers, self.guide, self.teacher, self.target, self.rollout)
+        check_teachers(self.named_teachers, self.guide, self.joins_teachers, self.teacher, self.target, self.rollout)
         require(
             not self.joins_teachers or len(self.named_teachers) > 1,
             "teachers.join=product multiplies the distributions of several teachers: name two or more",

@@ -103,8 +103,8 @@ def test_a_name_is_one_word(name):
         ([MATH, "teachers.join=mean"], "teachers.join must be one of sum, product, and no teacher may have this name"),
         ([MATH, "teachers.join=product"], "teachers.join=product multiplies .* of several teachers: name two or more"),
         (
-            [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product"],
-            "teachers.join=product has one teacher weight, target.teacher_weight: unset teachers.code.weight",
+            [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product", "target.anchor=student"],
+            "teachers.code.weight with teachers.join=product gives each token its own weight, which needs target",
         ),
         (["teachers.choose=my.choose"], "teachers.choose=my.choose has no teacher to choose: name teachers"),
         (
