@@ -25,7 +25,6 @@ from megatron_selfdistill.checkpoint.resumption import (
 from megatron_selfdistill.checkpoint.teacher_directories import DIGESTS, checked_digests
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
-from megatron_selfdistill.config.schema.teachers_config import factors_of
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.data.tokenizer import Tokenizer
@@ -153,8 +152,8 @@ class Trainer:
         return by_teacher(batches, self.learner.teacher_names, self.grid, joins=self.learner.joins_teachers)
 
     def balance(self, batch: StepBatch) -> StepBatch:
-        """Return the batch with contexts moved among replicas to shorten the step; a product's stay.  Collective."""
-        if self.grid.dp_size == 1 or len(factors_of(batch.teacher)) > 1:
+        """Return the batch with contexts moved among replicas to shorten the step.  Collective."""
+        if self.grid.dp_size == 1:
             return batch
         with self.phases("pack"):
             return moved(batch, placement_everywhere(batch.contexts, self.learner.packing, self.grid), self.grid)

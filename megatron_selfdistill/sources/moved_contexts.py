@@ -8,6 +8,7 @@ the place of a context changes the order of this sum and nothing else.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from itertools import accumulate, islice, pairwise
@@ -18,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed.collectives import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -27,7 +28,7 @@ from megatron_selfdistill.rollout.arrays import cut
 from megatron_selfdistill.sources.source import StepBatch
 
 Parcel = list[NDArray[Any]]
-"""Some contexts: sizes and flags (9 numbers per context), token ids, bytes of texts, and the values of their tokens."""
+"""Some contexts: sizes and flags (10 numbers per context), token ids, bytes of texts, and the values of tokens."""
 
 
 def moved(batch: StepBatch, placement: Sequence[Sequence[int]] | None, grid: RankGrid) -> StepBatch:
@@ -76,8 +77,11 @@ def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int
     of_tokens = [values[:0]]
     for i in indices:
         context = batch.contexts[i]
-        ids = context.student_prompt, context.teacher_prompt, context.response
-        named = context.problem_id, solutions[i], context.teacher
+        several = context.of_teachers
+        of_teacher = [token for one in several for token in one.prompt] or context.teacher_prompt
+        ids = context.student_prompt, of_teacher, context.response
+        shares = json.dumps([(one.teacher, one.share, len(one.prompt)) for one in several]) if several else ""
+        named = context.problem_id, solutions[i], context.teacher, shares
         names = [text.encode("utf-8", "surrogatepass") for text in named]
         sizes += [*map(len, ids), *map(len, names), context.truncated, context.guided, accepted[i]]
         tokens += [token for part in ids for token in part]
@@ -92,13 +96,15 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
 
     Collectives: none.
     """
-    sizes = parcel[0].reshape(-1, 9)
-    tokens, texts = cut(parcel[1], sizes[:, :3].ravel()), cut(parcel[2], sizes[:, 3:6].ravel())
+    sizes = parcel[0].reshape(-1, 10)
+    tokens, texts = cut(parcel[1], sizes[:, :3].ravel()), cut(parcel[2], sizes[:, 3:7].ravel())
     contexts, solutions = [], []
-    for truncated, guided in sizes[:, 6:8].tolist():
+    for truncated, guided in sizes[:, 7:9].tolist():
         student, teacher, response = islice(tokens, 3)
-        name, text, reads = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 3))
-        contexts.append(ContextPair(name, student, teacher, response, bool(truncated), bool(guided), reads))
+        name, text, reads, shares = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 4))
+        several = _several(shares, teacher)
+        teacher = several[0].prompt if several else teacher
+        contexts.append(ContextPair(name, student, teacher, response, bool(truncated), bool(guided), reads, several))
         solutions.append(text)
     lengths = [len(context.response) for context in contexts]
     values = torch.from_numpy(parcel[3].reshape(sum(lengths), len(_tensors(batch))))
@@ -116,10 +122,17 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
         batch,
         contexts=contexts,
         solutions=solutions,
-        accepted=sizes[:, 8].astype(bool).tolist(),
+        accepted=sizes[:, 9].astype(bool).tolist(),
         sampler_log_probs=sampler_log_probs,
         token_coefficients=token_coefficients,
     )
+
+
+def _several(shares: str, tokens: Sequence[int]) -> tuple[TeacherPrompt, ...]:
+    """Return the teachers of a context from the text of a parcel and their prompts, one after the other."""
+    prompts = iter(tokens)
+    described = json.loads(shares) if shares else []
+    return tuple(TeacherPrompt(name, share, [*islice(prompts, length)]) for name, share, length in described)
 
 
 def _values_of_tokens(batch: StepBatch) -> NDArray[np.float64]:

@@ -108,15 +108,9 @@ def _group(
     if is_whole and len(readings) == len(batch.contexts):
         return batch
     group = chosen(batch, [index for index, _ in readings], grid.device)
-    pairs = zip(group.contexts, readings, strict=True)
     contexts = [
-        replace(
-            it,
-            teacher=one.teacher,
-            teacher_prompt=one.prompt,
-            of_teachers=batch.contexts[index].of_teachers if joins else (),
-        )
-        for it, (index, one) in pairs
+        replace(it, teacher=one.teacher, teacher_prompt=one.prompt, of_teachers=it.of_teachers if joins else ())
+        for it, (_, one) in zip(group.contexts, readings, strict=True)
     ]
     group = replace(group, contexts=contexts)
     if several is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from taught import write_records_of_teachers
 from tiny_run import overrides, with_trainer, write_chats
 
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
@@ -20,6 +21,13 @@ TURNS = (
     *("recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"),
     *("method.min_log_prob=-4", "method.unlikely=down_weight"),
 )
+PRODUCT = (
+    *("data.path=DATA/shared.jsonl", "teachers.join=product"),
+    *(
+        "teachers.one={template: 'A{solution}|{problem}', weight: 2}",
+        "teachers.other={template: '{problem}{solution}'}",
+    ),
+)
 TP2 = "parallel.tensor_model_parallel_size=2"
 
 
@@ -27,6 +35,7 @@ TP2 = "parallel.tensor_model_parallel_size=2"
 def chats(own_data: Path) -> Path:
     """Return a directory that also has logged replies of many lengths."""
     write_chats(own_data, ["7" * (1 + 5 * number % 13) for number in range(40)])
+    write_records_of_teachers(own_data, [{"one": 1, "other": 3}, {"one": 1, "other": 1}], "shared.jsonl")
     return own_data
 
 
@@ -63,7 +72,7 @@ def batch_before_and_after(overrides: Sequence[str], way: str) -> tuple[Any, ...
         from megatron_selfdistill.distributed.collectives import gather_objects
         from megatron_selfdistill.sources.moved_contexts import moved
 
-        batch, grid = trainer.next_batch(), trainer.grid
+        (batch,), grid = trainer.batches(), trainer.grid
         if batch.accepted:
             batch = with_mixed_verdicts(batch)
         counts = gather_objects(len(batch.contexts), grid.dp_group)
@@ -86,6 +95,8 @@ def batch_before_and_after(overrides: Sequence[str], way: str) -> tuple[Any, ...
         pytest.param((), TERMS, "balanced", id="DP4, terms and weights of responses, balanced"),
         pytest.param((TP2,), TURNS, "dealt", id="DP2xTP2, weights of logged turns, dealt", marks=pytest.mark.full),
         pytest.param((TP2,), GUIDED, "balanced", id="DP2xTP2, guided, balanced", marks=pytest.mark.full),
+        pytest.param((TP2,), PRODUCT, "dealt", id="DP2xTP2, a product of teachers, dealt", marks=pytest.mark.full),
+        pytest.param((), PRODUCT, "balanced", id="DP4, a product of teachers, balanced", marks=pytest.mark.full),
         pytest.param((), TERMS, "dealt", id="DP4, terms and weights of responses, dealt", marks=pytest.mark.full),
     ],
 )

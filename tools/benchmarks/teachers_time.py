@@ -10,6 +10,7 @@ less on other work.
 
     the frozen start    no key teachers: one copy of the weights teaches and is the reference
     1 teacher           its weights stay on the device; teacher and reference are projected apart
+    its own model       as for a teacher of another architecture: it reads in passes of its own, before the student
     N teachers          their weights are swapped in, one after the other, in every step
     offloaded           teacher.offload=cpu: the weights of all leave the device between steps
 """
@@ -72,7 +73,11 @@ def _ways(root: Path) -> dict[str, list[str]]:
         file = write_records_of_teachers(root / "data", names, f"{count}.jsonl")
         loads = [f"teachers.{name}.load={root}/start/checkpoints" for name in names]
         ways[f"{count} teacher{'s' * (count > 1)}"] = [f"data.path={file}", *loads]
-    return ways | {"2 teachers, offloaded": [*ways["2 teachers"], "teacher.offload=cpu"]}
+    apart = "teachers.teacher_0.transformer={masked_softmax_fusion: false}"  # any field makes the model its own
+    return ways | {
+        "1 teacher, its own model": [*ways["1 teacher"], apart],
+        "2 teachers, offloaded": [*ways["2 teachers"], "teacher.offload=cpu"],
+    }
 
 
 def _turn(arguments: argparse.Namespace, run_dir: Path, root: Path, ways: dict[str, list[str]]) -> dict[str, float]:

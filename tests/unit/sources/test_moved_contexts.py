@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.sources.moved_contexts import _opened, _parcel, _values_of_tokens, chosen
 from megatron_selfdistill.sources.signals import Clip, Terms
@@ -19,7 +19,15 @@ from megatron_selfdistill.sources.step_terms import RatioTerms
 CONTEXTS = [
     ContextPair("a/0", [1], [5, 2**31 - 1, 0], [7, 8, 9], truncated=True),
     ContextPair("nothing", [3, 4], [4], [], truncated=False),
-    ContextPair("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1], truncated=False, guided=True, teacher="math"),
+    ContextPair(
+        *("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1]),
+        **{"truncated": False, "guided": True, "teacher": "math"},
+        of_teachers=(
+            TeacherPrompt("math", 1 / 3, [6]),
+            TeacherPrompt("code", 2 / 3, [7, 0, 7]),
+            TeacherPrompt("c", 0.0, []),
+        ),
+    ),
 ]
 SOLUTIONS = ["x = 1\r\n", "", "答え"]
 LOG_PROBS = torch.tensor([-0.1, -math.inf, math.inf, -1e-300, -3.0], dtype=torch.float64)
