@@ -49,7 +49,7 @@ def available_memory(root: Path = Path("/")) -> int:
 
     A job of Slurm, and a container, have a limit of their own.  Files in the page cache count as available.
     """
-    room = psutil.virtual_memory().available
+    room: int = psutil.virtual_memory().available
     lines = (root / "proc/self/cgroup").read_text().splitlines() if (root / "proc/self/cgroup").is_file() else []
     for _, controllers, group in (line.split(":", 2) for line in lines):
         if controllers not in ("", "memory"):  # version 2, or the memory of version 1
