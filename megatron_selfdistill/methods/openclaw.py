@@ -1,8 +1,9 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-r"""OpenClaw-RL: hints for logged replies from the messages that follow them, and rewards from the same messages.
+r"""OpenClaw-RL: hints for replies from the messages that follow them, and rewards from the same messages.
 
 Algorithm: Every logged reply that a message follows is a turn; the next message of the user, or the results of its tool
-calls, are its next state. The model itself, or method.judge, turns the next state into a hint, and again into a reward
+calls, are its next state. With method.live=true the turns are sampled, and the next state of a turn is the reply of the
+environment. The model itself, or method.judge, turns the next state into a hint, and again into a reward
 of 1, -1 or 0, by the majority of method.votes. The teacher sees the conversation, whose last user message ends in
 "[user's hint / instruction]" and the hint. No accepted answer is needed (docs/chat_logs.md).
 
@@ -11,15 +12,16 @@ Equation:
     w = 0,   a = A rho with the clip of PPO;   A = w1 (log q - log mu) + w2 r;   w1 = w2 = 1
 
 A logged reply was not sampled from the student, and its mu is unknown. The run takes the student's own probability
-before the step as mu, so that rho = 1 and the clip holds nothing. A turn without a hint keeps its reward; with
-method.weight=0 it is left out. w1 is method.distill_weight, and w2 is method.weight.
+before the step as mu, so that rho = 1 and the clip holds nothing. The mu of a sampled turn is that of the sampler. A
+turn without a hint keeps its reward; with method.weight=0 it is left out. A sampled turn that no text follows, such as
+the last one, has no hint, and the reward of the environment. w1 is method.distill_weight, and w2 is method.weight.
 
 Paper: OpenClaw-RL (arXiv 2603.10165). Published are the advantage with both weights, the clip, one vote, the selection
 of hints, their place in the prompt, the rule for tools, the reward without normalisation, temperature, batch and rate.
 
 Differences:
-- Ours are logs in place of a live service, and therefore rho = 1; our wording of the request around the rule; turns
-  with a reward of 0 stay.
+- The default are logs in place of a live service, and therefore rho = 1; our wording of the request around the rule;
+  turns with a reward of 0 stay.
 - An answer to the request ends in `\boxed{1}` and has a hint of 1 to 3 sentences between [HINT_START] and [HINT_END],
   or ends in `\boxed{-1}`. The longest hint of more than method.min_length characters counts. The request says which
   role the next state has, and that the result of a tool was not available before the assistant's action.
@@ -32,6 +34,7 @@ Differences:
 Command:
 
     selfdistill recipe=openclaw checkpoint.load=... data.tokenizer=... data.path=chats.jsonl run_dir=runs/openclaw
+    selfdistill recipe=openclaw method.live=true data.kind=problems environment.name=... environment.max_turns=4 ...
 
 Expected: At thirty times the published rate the method collapses on the small task: .32 to .035 sampled, and .007 with
 the full divergence (docs/recipes/comparison.md). The log is static, and nobody trains the prompt with the hint.
@@ -51,15 +54,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from megatron_selfdistill.config import ConversationsConfig, function_named
 from megatron_selfdistill.config.schema.field_checks import require, require_slots
-from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Needs
+from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, STUDENT, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, OneOf, PositiveInt, Text
-from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.data.records import finite_number, text_or_none
 from megatron_selfdistill.data.replies import Turn
@@ -70,7 +74,7 @@ from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSett
 from megatron_selfdistill.methods.parts.terms import uniform
 from megatron_selfdistill.run_data import turn_reader
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.rollouts import Rollout, without_hint
 from megatron_selfdistill.sources.signals import Signals, Terms
 
 if TYPE_CHECKING:
@@ -143,6 +147,9 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
     """Number of answers of the model per turn, for hints and for rewards; the longest hint wins."""
     min_length: NonNegativeInt = 10
     """Number of characters that a hint must exceed."""
+    live: bool = False
+    """Whether the turns are sampled in the run's environment, whose replies are their next states; else they are the
+    replies of a log."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,11 +157,15 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
 
     @property
     def needs(self) -> Needs:
-        """What the method needs from the core: it samples nothing, and takes the measured p as mu."""
+        """What the method needs from the core: on logs it samples nothing, and takes the measured p as mu."""
         judges = self.judge == "model" or (self.weight > 0 and self.reward is None)
         measures = self.weight > 0 or self.signal != "full"
         return Needs(
-            samples=None, log_probs=MEASURED if measures else None, whole_step=True, asks_model=judges, hint=LATER
+            samples=STUDENT if self.live else None,
+            log_probs=MEASURED if measures else None,
+            whole_step=True,
+            asks_model=judges,
+            hint=LATER,
         )
 
     @property
@@ -163,11 +174,17 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
         return TEACHER_TEMPLATE
 
     def check(self, config: Config) -> None:
-        """Raise `ConfigError` unless every logged reply that a message follows can be taken."""
+        """Raise `ConfigError` unless there is an environment, or every logged reply that a message follows is taken."""
         super().check(config)
         wanted = config.conversations
         require(
-            config.logged and wanted.turns == "all" and wanted.accepted_rule == ConversationsConfig.accepted_rule,
+            not self.live or config.environment.exists,
+            "method.live=true samples replies to which an environment replies: set data.kind=problems and "
+            "environment.name, or method.live=false for logs",
+        )
+        require(
+            self.live
+            or (config.logged and wanted.turns == "all" and wanted.accepted_rule == ConversationsConfig.accepted_rule),
             "method.name=openclaw takes every logged reply that a message follows: it needs data.kind=conversations, "
             "conversations.responses=logged, conversations.turns=all and no conversations.accepted_rule",
         )
@@ -180,7 +197,7 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
 
 @dataclass(frozen=True)
 class JudgedReply:
-    """One logged reply of this replica, as text, with its turn."""
+    """One reply of this replica, logged or sampled, as text, with its turn."""
 
     problem: Problem
     """The turn; its reply has a next state."""
@@ -210,6 +227,18 @@ class Openclaw(SelfDistillation):
         """Whether the method gives response tokens terms other than a divergence of weight 1."""
         return bool(self.settings.weighs_tokens)
 
+    def prompts(self, problem: Problem) -> PromptPair:
+        """Return both prompts of a problem before it is answered; the teacher's prompt is the student's."""
+        return without_hint(self.tools.given.pair(problem))
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return False: the teacher sees no hint before a reply has a next state."""
+        return False
+
+    def rewarded(self, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return the rollouts as they are: `select` gives the rewards, which the next states decide."""
+        return list(rollouts), {}
+
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the turns of this replica that are trained on, with hints and rewards, and metrics.
 
@@ -218,22 +247,22 @@ class Openclaw(SelfDistillation):
         Collectives: those of the judges, and one sum over the data-parallel ranks.
         """
         decode, judges = self.tools.given.builder.tokenizer.decode, self.settings.weight > 0
-        replies = [
-            JudgedReply(rollout.problem, decode(rollout.response.token_ids[:-1], skip_special_tokens=True))
-            for rollout in rollouts
-        ]
-        hints = self._hints(step, replies)
-        rewards = self._rewards(step, replies) if judges else None
-        hinted = self._with_hints([rollout.problem for rollout in rollouts], hints)
-        trained = []
-        for i, rollout in enumerate(rollouts):
-            rewarded = rollout if rewards is None else replace(rollout, reward=rewards[i])
-            if i in hinted:
-                problem, turn = hinted[i]
-                trained.append(replace(rewarded, problem=problem, prompts=turn.prompts))
+        texts = [decode(rollout.response.token_ids[:-1], skip_special_tokens=True) for rollout in rollouts]
+        turns = [with_next_state(rollout, text) for rollout, text in zip(rollouts, texts, strict=True)]
+        replies = {i: JudgedReply(turn, texts[i]) for i, turn in enumerate(turns) if turn is not None}
+        hints = dict(zip(replies, self._hints(step, [*replies.values()]), strict=True))
+        rewarded = list(rollouts)
+        if judges:
+            for i, reward in zip(replies, self._rewards(step, [*replies.values()]), strict=True):
+                rewarded[i] = replace(rewarded[i], reward=reward)
+        prompts, trained = self._prompts_with_hints(rollouts, hints), []
+        for i, rollout in enumerate(rewarded):
+            if i in prompts:
+                problem = replace(rollout.problem, solution=prompts[i].solution)
+                trained.append(replace(rollout, problem=problem, prompts=prompts[i]))
             elif judges:
-                trained.append(rewarded.without_hint())
-        return trained, self._metrics(len(rollouts), trained, rewards)
+                trained.append(rollout.without_hint())
+        return trained, self._metrics(rewarded, trained, judges)
 
     def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
         """Return the teacher's part, plus the rewards as advantages.
@@ -295,29 +324,42 @@ class Openclaw(SelfDistillation):
         """Whether an error may show a function's own message, which may quote the log."""
         return self.tools.config.conversations.show_contents
 
-    def _with_hints(self, problems: Sequence[Problem], hints: Sequence[str | None]) -> dict[int, tuple[Problem, Turn]]:
-        """Return the problems with their hints as solutions, and their turns, by index, where the contexts fit."""
-        shown = {
-            i: replace(problem, solution=hint)
-            for i, (problem, hint) in enumerate(zip(problems, hints, strict=True))
-            if hint is not None
-        }
+    def _prompts_with_hints(
+        self, rollouts: Sequence[Rollout], hints: Mapping[int, str | None]
+    ) -> dict[int, PromptPair]:
+        """Return the prompts of the turns with hints, which the last user message shows, by index, where they fit."""
+        shown = {i: replace(rollouts[i].problem, solution=hint) for i, hint in hints.items() if hint is not None}
+        if self.settings.live:
+            given = self.tools.given
+            pairs = {i: given.pair_with(replace(it, reworded=None), it.solution) for i, it in shown.items()}
+            return {
+                i: replace(pair, student_prompt=rollouts[i].prompts.student_prompt)
+                for i, pair in pairs.items()
+                if pair is not None
+            }
         reader = turn_reader(self.tools.config, self.tools.run_data)
         turns = reader.read(list(shown.values())) if shown else []
-        return {
-            i: (problem, turn)
-            for (i, problem), turn in zip(shown.items(), turns, strict=True)
-            if isinstance(turn, Turn)
-        }
+        return {i: turn.prompts for i, turn in zip(shown, turns, strict=True) if isinstance(turn, Turn)}
 
-    def _metrics(self, number: int, trained: Sequence[Rollout], rewards: Sequence[float] | None) -> dict[str, float]:
-        hinted = sum(rollout.hinted for rollout in trained)
-        counts = over_replicas((number, hinted, len(trained), sum(rewards or ())), self.tools.grid)
+    def _metrics(self, rollouts: Sequence[Rollout], trained: Sequence[Rollout], judges: bool) -> dict[str, float]:
+        hinted, rewards = sum(rollout.hinted for rollout in trained), sum(one.reward or 0.0 for one in rollouts)
+        counts = over_replicas((len(rollouts), hinted, len(trained), rewards), self.tools.grid)
         total, num_hinted, num_trained, reward = counts
         metrics = {"hints/share": num_hinted / max(total, 1)}
-        if rewards is not None:
+        if judges:
             metrics |= {"rewards/mean": reward / max(total, 1), "rewards/trained_share": num_trained / max(total, 1)}
         return metrics
+
+
+def with_next_state(rollout: Rollout, text: str) -> Problem | None:
+    """Return the problem of a turn with its reply ``text`` and next state; None for a turn that no text follows."""
+    problem, reply = rollout.problem, rollout.reply
+    if problem.reply is not None:
+        return problem
+    if reply is None or reply.text is None:
+        return None
+    message, next_state = {"role": "assistant", "content": text}, {"role": reply.role, "content": reply.text}
+    return replace(problem, reply=LoggedReply(message, accepted=False, next_state=(next_state,)))
 
 
 def hint_in(vote: str | None) -> str | None:

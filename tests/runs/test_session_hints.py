@@ -14,10 +14,15 @@ METHODS = {
     "skill_sd": ["method.keep=2", "method.summarizer=hint_functions.skill_of"],
     "rltf_sd": ["method.revision_min_log_prob=null"],
     "rltf_fm": ["method.reply_template='{problem}{response}'"],
+    "openclaw": [
+        *("data.kind=problems", "method.live=true", "method.min_length=0", "method.judge=hint_functions.hint_of"),
+        "method.reward=hint_functions.reward_of_reply",
+    ],
 }
 """Recipe -> the overrides that it needs here."""
 TEACHER_SEES_THE_HINTS = {"sod", "pi_distill"}
-"""The teacher of skill_sd sees skills of earlier responses instead, and rltf has no teacher."""
+"""The teacher of skill_sd sees skills of earlier responses instead, that of openclaw the hints of its judge, and rltf
+has no teacher."""
 NUM_STEPS = 2
 
 

@@ -14,11 +14,12 @@ from made_methods import made, named
 from term_arrays import LOG_MU, LOG_Q, signals
 
 from megatron_selfdistill.config import load
-from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
 from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.data.replies import Turn, TurnReader
-from megatron_selfdistill.errors import VerifierError
+from megatron_selfdistill.environments import Reply
+from megatron_selfdistill.errors import ConfigError, VerifierError
 from megatron_selfdistill.methods.openclaw import (
     JUDGE_TEMPLATE,
     REWARD_TEMPLATE,
@@ -215,6 +216,63 @@ def test_turns_without_a_hint_stay_for_their_rewards_where_these_count(monkeypat
         "rewards/mean": pytest.approx(1 / 3),
         "rewards/trained_share": 1.0,
     }
+
+
+def sampled(name: str, text: str, reply: Reply | None, reward: float) -> Rollout:
+    """Return the second turn of an episode, whose student's prompt no template could render again."""
+    said = [("user", "ask"), ("assistant", "1"), ("user", "go on")]
+    problem = Problem(name, tuple({"role": role, "content": of} for role, of in said), "", None, "f:1", reworded=0)
+    ids = [ord(character) for character in f"{text}$"]
+    response = Response(ids, [0.0] * len(ids), [0.0] * len(ids), "stop")
+    return Rollout(problem, PromptPair(name, [7], [7]), response, reply=reply, reward=reward)
+
+
+@pytest.mark.parametrize("weight", [1, 0])
+def test_the_reply_of_an_environment_is_the_next_state_of_a_sampled_turn(monkeypatch, weight):
+    """A turn without a text after it, such as the last one, keeps the reward of the environment and has no hint."""
+
+    def judge(*arguments: Any) -> str | float | None:
+        """Return the hint for a problem, a text and a next state, or the reward for a text and a problem."""
+        if len(arguments) == 3:
+            _, text, [next_state] = arguments
+            return f"{text}: {next_state['role']} {next_state['content']}" if text == "11" else None
+        text, problem = arguments
+        assert problem.reply.message["content"] == text
+        return float(len(problem.reply.next_state[0]["content"]))
+
+    path = named(monkeypatch, judge)
+    functions = [f"method.judge={path}", f"method.reward={path}"]
+    live = ["data.kind=problems", "method.live=true", "environment.name=a.b", "environment.max_turns=3"]
+    method = method_with(*live, *functions, "method.min_length=0", f"method.weight={weight}")
+    rollouts = [
+        sampled("a", "11", Reply("no", role="tool", done=False), 0.25),
+        sampled("b", "22", Reply("fine", done=False), 0.25),
+        sampled("c", "33", Reply(None, done=True), 0.75),
+        sampled("d", "44", None, 0.0),
+    ]
+    trained, metrics = method.select(4, rollouts)
+    shown = "".join(map(chr, trained[0].prompts.teacher_prompt))
+    assert shown == "ask:1$go on\n\n[user's hint / instruction]\n11: tool no:"
+    assert trained[0].prompts.student_prompt == [7] and trained[0].hinted
+    assert method.rewarded(rollouts) == (rollouts, {}) and not method.has_solution(rollouts[0].problem)
+    if weight == 0:
+        assert len(trained) == 1 and metrics == {"hints/share": 0.25}
+        return
+    assert [(one.problem.id, one.hinted, one.reward) for one in trained] == [
+        *(("a", True, 2.0), ("b", False, 4.0), ("c", False, 0.75), ("d", False, 0.0))
+    ]
+    assert metrics == {"hints/share": 0.25, "rewards/mean": 6.75 / 4, "rewards/trained_share": 1.0}
+
+
+def test_sampled_turns_need_an_environment_and_logged_ones_a_log():
+    with pytest.raises(
+        ConfigError, match=r"method.live=true samples replies to which an environment replies: set data"
+    ):
+        load(["recipe=openclaw", "method.live=true", "data.kind=problems"])
+    with pytest.raises(ConfigError, match=r"method.name=openclaw samples nothing, and takes the replies of a log"):
+        load(["recipe=openclaw", "data.kind=problems"])
+    live = load(["recipe=openclaw", "method.live=true", "data.kind=problems", "environment.name=a.b"])
+    assert live.samples and live.judges_responses and not live.logged
 
 
 def test_the_reward_of_a_turn_is_its_advantage():
