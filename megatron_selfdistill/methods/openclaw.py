@@ -20,7 +20,7 @@ Paper: OpenClaw-RL (arXiv 2603.10165). Published are the advantage with both wei
 of hints, their place in the prompt, the rule for tools, the reward without normalisation, temperature, batch and rate.
 
 Differences:
-- The default are logs in place of a live service, and therefore rho = 1; our wording of the request around the rule;
+- By default logs take the place of a live service, and therefore rho = 1; our wording of the request around the rule;
   turns with a reward of 0 stay.
 - An answer to the request ends in `\boxed{1}` and has a hint of 1 to 3 sentences between [HINT_START] and [HINT_END],
   or ends in `\boxed{-1}`. The longest hint of more than method.min_length characters counts. The request says which
