@@ -57,7 +57,7 @@ def cached_tokens_of_three_turns() -> tuple[int, list[tuple[int, int, int]]]:
     They are those of the turns before, of the prompt, and of the prompt's tokens that the prefix cache had.
     """
     chunks, grid = models.build(MODELS["gqa"], ParallelConfig())
-    reply = list(range(1, 25))
+    reply, params = list(range(1, 17)), replace(GREEDY, max_new_tokens=20)
     found: list[tuple[int, int, int]] = []
     with sampler(MODELS["gqa"], chunks, grid) as it:
         it.update_weights(7)
@@ -66,14 +66,14 @@ def cached_tokens_of_three_turns() -> tuple[int, list[tuple[int, int, int]]]:
 
         def noting(*arguments: Any, **options: Any) -> Any:
             outputs = generate(*arguments, **options)
-            before = found[-1][1] + GREEDY.max_new_tokens if found else 0
+            before = found[-1][1] + params.max_new_tokens if found else 0
             found.extend((before, len(output.prompt_token_ids), output.num_cached_tokens) for output in outputs)
             return outputs
 
         llm.generate = noting
-        prompt = [token % models.VOCAB_SIZE for token in range(140)]
+        prompt = [token % models.VOCAB_SIZE for token in range(210)]
         for turn in range(3):
-            [response] = it.generate([Request(prompt, sample_seed(3, 0, "p", turn))], GREEDY)
+            [response] = it.generate([Request(prompt, sample_seed(3, 0, "p", turn))], params)
             prompt = [*prompt, *response.token_ids, *reply]
         return llm.llm_engine.vllm_config.cache_config.block_size, found
 
@@ -81,7 +81,7 @@ def cached_tokens_of_three_turns() -> tuple[int, list[tuple[int, int, int]]]:
 def test_a_turn_that_continues_an_episode_finds_its_earlier_turns_in_the_prefix_cache(ranks):
     """All full blocks of the earlier prompt and response; the key and value of the last token are not there yet."""
     [(block, turns)] = ranks.run(cached_tokens_of_three_turns, world_size=1, timeout=TIMEOUT)
-    assert [length for _, length, _ in turns] == [140, 204, 268]
+    assert [length for _, length, _ in turns] == [210, 246, 282]
     assert [cached for _, _, cached in turns] == [max(before - 1, 0) // block * block for before, _, _ in turns]
     assert turns[2][2] > turns[1][2] > 0
 
