@@ -145,7 +145,23 @@ def _event(record: dict[str, Any]) -> dict[str, Any]:
 def _sample(record: dict[str, Any]) -> dict[str, Any]:
     _typed(record, problem_id=str, prompt=str, solution=str, truncated=bool, tokens=dict)
     check_token_columns(record["tokens"], *SAMPLE_COLUMNS)
+    return check_turn(record)
+
+
+def check_turn(record: dict[str, Any]) -> dict[str, Any]:
+    """Return ``record``, the record of a response, whose `TURN_FIELDS` have their types if it has a turn.
+
+    Raises: ValueError with the end of a sentence about the line.
+    """
+    if "turn" in record:
+        _typed(record, **TURN_FIELDS)
+        if finite(record["reward"]) is None:
+            raise ValueError("has a reward that is not finite")
     return record
+
+
+TURN_FIELDS: dict[str, Any] = {"episode": int, "turn": int, "reward": int | float, "hint": str, "reply": str | None}
+"""The fields of a response that is a turn of an episode (`EpisodeTurn`), with their types."""
 
 
 def _evaluation_sample(record: dict[str, Any]) -> dict[str, Any]:

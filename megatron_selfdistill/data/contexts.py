@@ -70,6 +70,22 @@ class ContextCounts:
 
 
 @dataclass(frozen=True)
+class EpisodeTurn:
+    """The place of a response in an episode of several turns, and the texts around it, which samples show."""
+
+    episode: int
+    """The number of the episode among the samples of its problem, counted from 0."""
+    turn: int
+    """The number of the response within its episode, counted from 0."""
+    reward: float
+    """The reward of the response."""
+    hint: str
+    """The text that the teacher's prompt of this turn shows in place of a solution; "" without a teacher."""
+    reply: str | None
+    """The text of the environment after the response; None without one."""
+
+
+@dataclass(frozen=True)
 class ContextPair:
     """One response after two prompts, all as token ids.
 
@@ -88,6 +104,8 @@ class ContextPair:
     """Name of the teacher that reads ``teacher_prompt``; see `Problem.teacher`."""
     of_teachers: tuple[TeacherPrompt, ...] = ()
     """As in `PromptPair`, until the step is divided by teacher (sources/teacher_groups.py)."""
+    turn: EpisodeTurn | None = None
+    """The place of the response in its episode; None if the run has no episodes of several turns."""
 
     @property
     def student_length(self) -> int:

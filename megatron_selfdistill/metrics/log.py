@@ -325,6 +325,7 @@ class MetricsLog:
     def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
         """Show and save samples of the step after which ``step`` steps are done; only the reporter calls ``make``.
 
+        The file has all turns of an episode, while console and loggers show its first one.
         A sample never stops a run: an error in ``make`` or while writing becomes a warning of one line.
         """
         if not self.enabled:
@@ -334,10 +335,11 @@ class MetricsLog:
             with self.samples_path.open("a", encoding="utf-8") as lines:
                 for sample in samples:
                     lines.write(json.dumps({"step": step, **sample.record()}, allow_nan=False) + "\n")
-            self._loggers.add_samples(step, samples)
+            shown = [one for i, one in enumerate(samples) if i == 0 or not one.continues(samples[i - 1])]
+            self._loggers.add_samples(step, shown)
             if self._console is not None:
-                for number, sample in enumerate(samples, 1):
-                    self._console.sample(sample, f"step {step}, sample {number} of {len(samples)}")
+                for number, sample in enumerate(shown, 1):
+                    self._console.sample(sample, f"step {step}, sample {number} of {len(shown)}")
         except Exception as error:
             self.warn(f"the samples of step {step} are not shown: {type(error).__name__}: {error}")
 

@@ -6,14 +6,14 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
 from megatron_selfdistill.data.tokenizer import pieces
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.loss.target import Status
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from megatron_selfdistill.data.tokenizer import Tokenizer
-    from megatron_selfdistill.distributed.ranks import RankGrid
-    from megatron_selfdistill.pipeline.token_losses import StepOutput
 
 
 def step_samples(
@@ -140,11 +138,17 @@ class Sample:
     """The tokens of the response, its stop token included."""
     truncated: bool
     """Whether the response reached its greatest length without a stop token."""
+    turn: EpisodeTurn | None = None
+    """The place of the response in its episode; None outside of episodes of several turns."""
 
     @property
     def response(self) -> str:
         """The text of the response: its tokens joined."""
         return "".join(token.text for token in self.tokens)
+
+    def continues(self, other: Sample) -> bool:
+        """Return whether both samples are turns of one episode."""
+        return self.turn is not None and other.turn is not None and self.problem_id == other.problem_id
 
     @property
     def has_teacher(self) -> bool:
@@ -165,22 +169,36 @@ class Sample:
             "solution": self.solution,
             "response": self.response,
             "truncated": self.truncated,
+            **turn_record(self.turn),
             "tokens": token_lists,
         }
+
+
+def turn_record(turn: EpisodeTurn | None) -> dict[str, Any]:
+    """Return the fields of ``turn`` for a record, with values from the environment hidden; none for None."""
+    if turn is None:
+        return {}
+    reply = None if turn.reply is None else hidden(turn.reply)
+    return asdict(replace(turn, hint=hidden(turn.hint), reply=reply))
 
 
 def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPair, range]]:
     """Return the first response of each of the first ``count`` problems, with its span in the step's response tokens.
 
+    A response of an episode comes with the other turns of this episode, each once.
     The span indexes ``PackedBatch.response_tokens``, in which the responses of all ``contexts`` follow each other.
     """
-    first: dict[str, tuple[ContextPair, range]] = {}
+    episodes: dict[str, int | None] = {}
+    found: dict[tuple[str, int], tuple[ContextPair, range]] = {}
     start = 0
     for context in contexts:
-        end = start + len(context.response)
-        first.setdefault(context.problem_id, (context, range(start, end)))
+        end, turn = start + len(context.response), context.turn
+        episode, number = (None, 0) if turn is None else (turn.episode, turn.turn)
+        if episodes.setdefault(context.problem_id, episode) == episode:
+            found.setdefault((context.problem_id, number), (context, range(start, end)))
         start = end
-    return list(first.values())[:count]
+    kept = list(episodes)[:count]
+    return [one for (name, _), one in found.items() if name in kept]
 
 
 def sample_of(
@@ -198,6 +216,7 @@ def sample_of(
         solution=hidden(solution),
         tokens=[_token(*column) for column in columns],
         truncated=context.truncated,
+        turn=context.turn,
     )
 
 
@@ -288,7 +307,7 @@ def sample_html(sample: Sample) -> str:
 
 def _around(sample: Sample) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each part that is shown before the response."""
-    prompt, solution = sample.prompt, sample.solution
+    prompt, solution = sample.prompt, sample.solution if sample.turn is None else hidden(sample.turn.hint)
     yield "prompt", f"... {prompt[-PROMPT_END:]}" if len(prompt) > PROMPT_END else prompt
     if solution:
         yield "hint", f"{solution[:SOLUTION_START]} ..." if len(solution) > SOLUTION_START else solution

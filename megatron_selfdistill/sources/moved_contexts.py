@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from itertools import accumulate, islice, pairwise
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
+from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.distributed.collectives import broadcast_in_replica, exchange_parcels
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
@@ -28,14 +28,14 @@ from megatron_selfdistill.rollout.arrays import cut
 from megatron_selfdistill.sources.source import StepBatch
 
 Parcel = list[NDArray[Any]]
-"""Some contexts: sizes and flags (10 numbers per context), token ids, bytes of texts, and the values of tokens."""
+"""Some contexts: sizes and flags (10 numbers each), token ids, bytes of texts, and the values of their tokens."""
 
 
 def moved(batch: StepBatch, placement: Sequence[Sequence[int]] | None, grid: RankGrid) -> StepBatch:
     """Return ``batch`` with the contexts that ``placement`` gives to this replica: first those that stay, in order.
 
     ``placement``: the result of `placement_everywhere`; with None the batch stays as it is.  A context travels with its
-    solution and with the log-probs and coefficients of its tokens, whose bits stay the same.
+    solution, its turn and the log-probs and coefficients of its tokens, whose bits stay the same.
     Collectives: none for None, else `exchange_parcels` and `broadcast_in_replica`, before which the host waits for the
     device.
     """
@@ -77,11 +77,9 @@ def _parcel(batch: StepBatch, values: NDArray[np.float64], indices: Sequence[int
     of_tokens = [values[:0]]
     for i in indices:
         context = batch.contexts[i]
-        several = context.of_teachers
-        of_teacher = [token for one in several for token in one.prompt] or context.teacher_prompt
+        of_teacher = [token for one in context.of_teachers for token in one.prompt] or context.teacher_prompt
         ids = context.student_prompt, of_teacher, context.response
-        shares = json.dumps([(one.teacher, one.share, len(one.prompt)) for one in several]) if several else ""
-        named = context.problem_id, solutions[i], context.teacher, shares
+        named = context.problem_id, solutions[i], context.teacher, _description(context)
         names = [text.encode("utf-8", "surrogatepass") for text in named]
         sizes += [*map(len, ids), *map(len, names), context.truncated, context.guided, accepted[i]]
         tokens += [token for part in ids for token in part]
@@ -101,10 +99,11 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
     contexts, solutions = [], []
     for truncated, guided in sizes[:, 7:9].tolist():
         student, teacher, response = islice(tokens, 3)
-        name, text, reads, shares = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 4))
-        several = _several(shares, teacher)
+        name, text, reads, described = (bytes(part).decode("utf-8", "surrogatepass") for part in islice(texts, 4))
+        several, turn = _described(described, teacher)
         teacher = several[0].prompt if several else teacher
-        contexts.append(ContextPair(name, student, teacher, response, bool(truncated), bool(guided), reads, several))
+        found = ContextPair(name, student, teacher, response, bool(truncated), bool(guided), reads, several, turn)
+        contexts.append(found)
         solutions.append(text)
     lengths = [len(context.response) for context in contexts]
     values = torch.from_numpy(parcel[3].reshape(sum(lengths), len(_tensors(batch))))
@@ -128,11 +127,19 @@ def _opened(batch: StepBatch, parcel: Parcel, device: torch.device) -> StepBatch
     )
 
 
-def _several(shares: str, tokens: Sequence[int]) -> tuple[TeacherPrompt, ...]:
-    """Return the teachers of a context from the text of a parcel and their prompts, one after the other."""
+def _description(context: ContextPair) -> str:
+    """Return the teachers and the turn of a context as a text; "" where it has neither several nor a turn."""
+    several = [(one.teacher, one.share, len(one.prompt)) for one in context.of_teachers]
+    turn = None if context.turn is None else asdict(context.turn)
+    return json.dumps([several, turn]) if several or turn else ""
+
+
+def _described(text: str, tokens: Sequence[int]) -> tuple[tuple[TeacherPrompt, ...], EpisodeTurn | None]:
+    """Return the teachers and the turn of a `_description`; ``tokens``: the teachers' prompts, one after the other."""
+    several, turn = json.loads(text) if text else ([], None)
     prompts = iter(tokens)
-    described = json.loads(shares) if shares else []
-    return tuple(TeacherPrompt(name, share, [*islice(prompts, length)]) for name, share, length in described)
+    teachers = tuple(TeacherPrompt(name, share, [*islice(prompts, length)]) for name, share, length in several)
+    return teachers, None if turn is None else EpisodeTurn(**turn)
 
 
 def _values_of_tokens(batch: StepBatch) -> NDArray[np.float64]:

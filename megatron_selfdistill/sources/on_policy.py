@@ -145,9 +145,13 @@ class OnPolicy(CommittedState):
 
         ``guided``: the ids of the problems whose tokens have a weight and a divergence of their own.  Collective.
         """
+        episodes = self._options.episodes
         with self._options.phases("pack"):
             responses = [rollout.response for rollout in trained]
             contexts = build_contexts([rollout.prompts for rollout in trained], responses, guided)
+            if episodes is not None and episodes.max_turns > 1:
+                turns = [rollout.episode_turn(episodes.has_teacher) for rollout in trained]
+                contexts = [replace(context, turn=turn) for context, turn in zip(contexts, turns, strict=True)]
         coefficients = method.coefficients(step, trained, contexts)
         return StepBatch(
             contexts=contexts,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
-from megatron_selfdistill.data.contexts import PromptPair
+from megatron_selfdistill.data.contexts import EpisodeTurn, PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.environments import Reply
@@ -81,6 +81,14 @@ class Rollout:
     def correct(self) -> bool:
         """Whether the response has a reward of at least 0.5."""
         return self.reward is not None and self.reward >= 0.5
+
+    def episode_turn(self, has_teacher: bool) -> EpisodeTurn | None:
+        """Return the place of the response in its episode, with its hint if ``has_teacher``; None for an added text."""
+        if self.key is None or self.part != "response":
+            return None
+        reply = None if self.reply is None else self.reply.text
+        hint = self.prompts.solution if has_teacher else ""
+        return EpisodeTurn(self.key.sample_index, self.turn, self.reward or 0.0, hint, reply)
 
     def in_privileged_view(self) -> Rollout:
         """Return this rollout with both prompts exchanged."""

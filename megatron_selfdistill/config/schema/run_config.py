@@ -94,8 +94,8 @@ class MetricsConfig:
     upper or lower case.  An empty list counts nothing."""
     show_samples: NonNegativeInt = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
-    disagreement: on the console, in the loggers, and in full in samples.jsonl in the run directory; 0 is none.
-    Responses of conversations are shown only with conversations.show_contents=true."""
+    disagreement: on the console, in the loggers, and in full in samples.jsonl in the run directory, which has all turns
+    of an episode; 0 is none.  Responses of conversations are shown only with conversations.show_contents=true."""
     show_samples_every: PositiveInt = 10
     """Number of steps between samples; the samples of the first step are always shown."""
     explore_samples: NonNegativeInt = 1

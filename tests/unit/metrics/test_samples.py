@@ -16,7 +16,7 @@ from rich.console import Console
 from tiers import combinations
 
 from megatron_selfdistill.config import MetricsConfig
-from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
@@ -81,6 +81,63 @@ def test_the_first_response_of_each_of_the_first_problems_is_chosen_with_its_spa
     contexts = [context("a", [1, 2]), context("a", [3]), context("b", [4, 5, 6]), context("c", [7])]
     assert chosen(contexts, 2) == [(contexts[0], range(0, 2)), (contexts[2], range(3, 6))]
     assert len(chosen(contexts, 9)) == 3 and chosen([], 2) == []
+
+
+def turn(number: int, **changes: Any) -> EpisodeTurn:
+    values = {"episode": 2, "turn": number, "reward": 0.5 * number, "hint": f"go {number}", "reply": f"room {number}"}
+    return EpisodeTurn(**values | changes)
+
+
+def in_episode(problem_id: str, response: list[int], *place: int) -> ContextPair:
+    return replace(context(problem_id, response), turn=turn(place[1], episode=place[0]))
+
+
+def test_a_response_of_an_episode_is_chosen_with_the_other_turns_of_the_episode_each_once():
+    contexts = [
+        in_episode("a", [1, 2], 1, 0),
+        in_episode("a", [3], 1, 1),
+        in_episode("a", [4], 0, 0),  # another episode
+        in_episode("b", [5, 6, 7], 0, 2),  # whose earlier turns are on another replica
+        context("c", [8]),
+        context("a", [9]),  # a text that a method has added
+        in_episode("a", [3], 1, 1),  # the same turn, read by another teacher
+        in_episode("a", [3, 3], 1, 2),
+        context("c", [8]),
+    ]
+    of_a = [(contexts[0], range(0, 2)), (contexts[1], range(2, 3)), (contexts[7], range(10, 12))]
+    assert chosen(contexts, 1) == of_a
+    assert chosen(contexts, 3) == [*of_a[:2], (contexts[3], range(4, 7)), (contexts[4], range(7, 8)), of_a[2]]
+
+
+def test_the_record_of_a_turn_says_what_belongs_to_the_turn_and_other_records_stay_as_they_are(monkeypatch):
+    from megatron_selfdistill.config import load
+
+    monkeypatch.setenv("LAB_WORDING", "a secret")
+    load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
+    numbers = {name: [1.0] for name in NUMBERS}
+    plain = sample_of(context("a", [4]), "all of it", numbers, Letters())
+    told = turn(1, hint="go to a secret", reply="a secret room")
+    of_turn = sample_of(replace(context("a", [4]), turn=told), "all of it", numbers, Letters())
+    hidden = {"hint": "go to ${oc.env:LAB_WORDING}", "reply": "${oc.env:LAB_WORDING} room"}
+    assert of_turn.record() == plain.record() | {"episode": 2, "turn": 1, "reward": 0.5} | hidden
+    assert list(plain.record()) == ["problem_id", "prompt", "solution", "response", "truncated", "tokens"]
+    text = console_text(of_turn, "", coloured=False).plain
+    assert "hint: go to ${oc.env:LAB_WORDING}\n" in text and "all of it" not in text
+
+
+def test_the_file_has_all_turns_and_console_and_loggers_show_the_first_one(tmp_path):
+    output = Console(file=io.StringIO(), force_terminal=False, width=200)
+    samples = [sample(token(f"said {i}"), turn=turn(i, reply=None)) for i in range(3)]
+    samples.append(sample(token("said elsewhere"), problem_id="p8", turn=turn(0)))
+    with MetricsLog(tmp_path, num_steps=1, output=output) as log:
+        log.resume(0)
+        log.log_samples(1, lambda: samples)
+    text = output.file.getvalue()
+    assert "sample 1 of 2" in text and "said 0" in text and "sample 2 of 2" in text and "said elsewhere" in text
+    assert "said 1" not in text and "said 2" not in text
+    records = read_samples(tmp_path)
+    assert [record["turn"] for record in records] == [0, 1, 2, 0] and records[1]["hint"] == "go 1"
+    assert records[0]["reply"] is None and records[3]["reply"] == "room 0"
 
 
 def test_a_sample_holds_each_tokens_text_and_numbers():

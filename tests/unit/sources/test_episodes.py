@@ -17,7 +17,7 @@ import torch.distributed as dist
 from characters import ONE_RANK, STOP, Characters
 from made_methods import made
 
-from megatron_selfdistill.data.contexts import GivenSolutions, build_contexts
+from megatron_selfdistill.data.contexts import EpisodeTurn, GivenSolutions, build_contexts
 from megatron_selfdistill.data.packing import PackingRules, segments_of
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
@@ -158,6 +158,21 @@ def test_a_hint_of_a_reply_stays_in_the_teachers_prompt_until_the_next_one():
     assert [text(turn.prompts.student_prompt) for turn in turns] == ["a?:", "a?w#1:", "a?w#1w#2:", "a?w#1w#2w#3:"]
     with pytest.raises(ConfigError, match="turn 1 of an episode: the environment gives a hint for a later turn, but"):
         played(Guiding(), [["w$", "r$"]], given=opened(), one_sequence=True)
+
+
+def test_a_response_tells_its_place_in_the_episode_and_what_belongs_to_its_turn():
+    rollouts, _, _ = played(Guiding(reward=0.25), [["w$", "w$", "r$"]])
+    turns = [rollout.episode_turn(has_teacher=True) for rollout in rollouts]
+    assert turns == [
+        EpisodeTurn(0, 0, 0.25, "hint a", "#1"),
+        EpisodeTurn(0, 1, 0.25, "step 2", "#2"),
+        EpisodeTurn(0, 2, 0.25, "step 3", "#3"),
+    ]
+    assert rollouts[1].episode_turn(has_teacher=False) == replace(turns[1], hint="")
+    cut = replace(rollouts[0], reply=None, reward=None)
+    assert cut.episode_turn(has_teacher=True) == replace(turns[0], reward=0.0, reply=None)
+    assert replace(rollouts[0], part="revision").episode_turn(has_teacher=True) is None
+    assert replace(rollouts[0], key=None).episode_turn(has_teacher=True) is None
 
 
 def test_no_token_of_an_episode_of_one_sequence_is_encoded_again(monkeypatch):

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
+from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.loss.weighting import SequenceImportance, TokenOwners
 from megatron_selfdistill.sources.moved_contexts import _opened, _parcel, _values_of_tokens, chosen
 from megatron_selfdistill.sources.signals import Clip, Terms
 from megatron_selfdistill.sources.source import StepBatch
 from megatron_selfdistill.sources.step_terms import RatioTerms
 
+TURN = EpisodeTurn(episode=3, turn=1, reward=1 / 3, hint="\ud800 ü\0", reply=None)
 CONTEXTS = [
     ContextPair("a/0", [1], [5, 2**31 - 1, 0], [7, 8, 9], truncated=True),
-    ContextPair("nothing", [3, 4], [4], [], truncated=False),
+    ContextPair("nothing", [3, 4], [4], [], truncated=False, turn=TURN),
     ContextPair(
         *("\ud800 ü \N{GRINNING FACE}\0", [2] * 9, [6], [1, 1]),
         **{"truncated": False, "guided": True, "teacher": "math"},
