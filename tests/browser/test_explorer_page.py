@@ -323,6 +323,24 @@ def test_a_link_of_the_report_opens_the_page(browser, rows, tmp_path):
     assert tab.text("#about").startswith("step 10, problem p<1>, 20 tokens") and tab.problems == []
 
 
+def test_the_page_of_a_turn_shows_reward_hint_and_reply_and_another_page_has_none_of_them(browser, rows, tmp_path):
+    run_dir, record = write_run(tmp_path / "run"), record_of([each[:20] for each in rows], SAVED, step=10)
+    nasty = Words.NASTY[0]
+    turn = {"episode": 1, "turn": 2, "reward": 0.25, "hint": f"go {nasty}", "reply": f"a wall {nasty}"}
+    write_explored(run_dir, 10, [record | turn, record])
+    tab = browser.open(write_report([run_dir]))
+    links = "[...document.querySelectorAll('#explored li')].map((link) => link.textContent)"
+    assert tab.value(links) == ["step 10, sample 1, turn 3", "step 10, sample 2"]
+    about = ["episode 2, turn 3, reward 0.25, 20 tokens", "20 tokens"]
+    hints, replies = [turn["hint"], record["solution"]], [[turn["reply"]], []]
+    for number, name in enumerate(["step_0000010_1_turn_3.html", "step_0000010_2.html"]):
+        page = shown(browser, run_dir / "explored" / name)
+        assert page.text("#about").startswith(f"step 10, problem p<1>, {about[number]}")
+        assert page.value("byId('solution').textContent") == hints[number]
+        found = page.value("[...document.querySelectorAll('#reply')].map((reply) => reply.textContent)")
+        assert found == replies[number] and page.value("document.title") == "Target explorer" and page.problems == []
+
+
 def test_a_long_response_opens_at_once_and_needs_no_block_before(browser, tmp_path):
     """Opening takes a quarter of a second on a quiet machine; the bound is for a busy one."""
     record = record_of(logit_rows(500, 500, 2), Target(anchor="student"))

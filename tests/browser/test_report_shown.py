@@ -9,7 +9,7 @@ import random
 import shutil
 
 import pytest
-from reported_runs import NASTY, write_run
+from reported_runs import NASTY, add_episodes, write_run
 
 from megatron_selfdistill.instruments.report.figures import GROUPS
 from megatron_selfdistill.instruments.report.run_record import RunRecord
@@ -265,6 +265,50 @@ def test_samples_show_where_teacher_and_student_disagree(browser, one):
         [" three", "token"],
         ["<end>", "token"],
     ]
+    assert tab.problems == []
+    tab.close()
+
+
+def test_the_turns_of_an_episode_are_one_conversation_with_reward_and_hint_beside_each(browser, tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    add_episodes(run_dir, {"maze": [0, 1, 2], "torn": [0, 2]})
+    tab = browser.open(write_report([run_dir]))
+    tab.click("#part-samples > summary")
+    tab.wait_for("document.querySelector('#samples .turn')")
+    texts = "[...document.querySelectorAll('#samples article:nth-child({}) {}')].map((part) => part.textContent)"
+    assert tab.value(texts.format("n", "h3")) == [
+        "training problem 1, step 1",
+        "maze, step 1, episode 3",
+        "torn, step 1, episode 3",
+    ]
+    assert tab.value(texts.format(1, ":is(.turn, aside, .reply)")) == [], "a single response has no turns"
+    order = (
+        "[...document.querySelectorAll('#samples article:nth-child(2) :is(h4, .token-text, .reply)')]"
+        ".map((part) => part.className || part.textContent)"
+    )
+    turns = [part for number in (1, 2, 3) for part in ("token-text", f"Turn {number}", "reply")]
+    assert tab.value(order) == turns[:-1], "the last turn has no reply"
+    assert tab.value(texts.format(2, ".reply")) == [f"room {turn} {NASTY}" for turn in (0, 1)]
+    assert tab.value(texts.format(2, "aside")) == [
+        f"Turn {turn + 1}reward {reward}hint of the teachergo {turn} {NASTY}"
+        for turn, reward in enumerate((0, 0.25, 0.5))
+    ]
+    tokens = tab.value(texts.format(2, ".token.less"))
+    assert tokens == [NASTY] * 3, "each turn has its marks"
+    assert tab.value(texts.format(2, "> pre.prompt")) == [f"prompt 0 {NASTY}"]
+    assert tab.value(texts.format(2, "> details summary")) == ["Prompt of turn 2", "Prompt of turn 3"]
+    assert tab.value(texts.format(3, "> pre.prompt")) == [f"prompt 0 {NASTY}", f"prompt 2 {NASTY}"], "turn 2 is missing"
+    beside = (
+        "[...document.querySelectorAll('.turn')].every((turn) => turn.firstElementChild.getBoundingClientRect().right"
+        " <= turn.lastElementChild.getBoundingClientRect().left)"
+    )
+    assert tab.value(beside)
+    tab.resize(420)
+    assert tab.value("document.documentElement.scrollWidth") <= 420 and not tab.value(beside)
+    tab.page.fill("#part-samples input[type=search]", "ROOM 1")
+    assert tab.value(texts.format("n", "h3")) == ["maze, step 1, episode 3"]
+    assert tab.text("#part-samples output") == "1 of 4 samples" and tab.text("#samples mark").lower() == "room 1"
+    assert tab.value("document.images.length") == 0 and tab.value("document.title") == "run · report"
     assert tab.problems == []
     tab.close()
 

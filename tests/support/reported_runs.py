@@ -53,6 +53,22 @@ def write_run(
     return directory
 
 
+def add_episodes(directory: Path, turns: Mapping[str, list[int]], text: str = NASTY) -> None:
+    """Append the samples of one episode per problem to a run, at step 1; ``turns``: the turns that it has there.
+
+    Turn n has the reward n / 4, and ``text`` in its response, its hint and its reply, which the last turn lacks.
+    """
+    lines = [
+        _sample(1, text)
+        | {"problem_id": problem_id, "prompt": f"prompt {turn} {text}", "episode": 2, "turn": turn, "reward": turn / 4}
+        | {"hint": f"go {turn} {text}", "reply": f"room {turn} {text}" if turn < max(numbers) else None}
+        for problem_id, numbers in turns.items()
+        for turn in numbers
+    ]
+    with (directory / SAMPLES_FILE).open("a") as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
 def blocks_of(page: str) -> dict[str, Any]:
     """Return name -> value of the data blocks of a page."""
     found = re.findall(r'<script type="application/json\+deflate" id="data-([a-z0-9-]+)">([^<]*)</script>', page)

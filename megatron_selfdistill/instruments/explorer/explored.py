@@ -21,7 +21,7 @@ from megatron_selfdistill.instruments.explorer.target_page import forget_explore
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Divergence, Status, Target
-from megatron_selfdistill.metrics.samples import chosen, gathered_rows
+from megatron_selfdistill.metrics.samples import chosen, gathered_rows, turn_record
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
@@ -118,6 +118,7 @@ class ExploredResponse:
             "prompt": hidden(tokenizer.decode(self.context.student_prompt)),
             "solution": hidden(self.solution),
             "truncated": self.context.truncated,
+            **turn_record(self.context.turn),
             "vocab_size": self.vocab_size,
             "models": ["student", "teacher", "reference"][: self.summary.logits.shape[1]],
             "settings": self.settings.record(),
@@ -234,13 +235,14 @@ def _save_explored(trainer: Trainer, batch: StepBatch) -> None:
 def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[ExploredResponse]:
     """Return responses to the first ``count`` problems of the first replica, under the learner's present weights.
 
+    Of episodes the function returns the first ``count`` turns, episode by episode.
     ``batch``: the batch of a step, whose contexts one teacher reads.  Every rank of the first replica gets the result;
     the other replicas get none.  Nothing is trained.
     Collectives: those of `Learner.measure`, and those of `explored_responses` in the first replica.
     Raises: `NoResponseTokens` on all ranks where the first replica has no response token.
     """
     contexts = batch.contexts
-    first = chosen(contexts, count) if learner.grid.dp_rank == 0 else []
+    first = chosen(contexts, count)[:count] if learner.grid.dp_rank == 0 else []
     shown = [cut(context) for context, _ in first]
     output = learner.measure(shown, summarises=True, teacher=batch.teacher)
     if not shown:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.instruments.html_page import asset, html_page
-from megatron_selfdistill.run_log import check_token_columns, json_object, replace_file
+from megatron_selfdistill.run_log import check_token_columns, check_turn, json_object, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ _FIELDS: dict[str, type] = {
 }
 """The fields of a record that the page of the explorer reads, with their types."""
 
-_FILE = re.compile(r"step_(\d{7,})_(\d+)\.json\.gz")
+_FILE = re.compile(r"step_(\d{7,})_(\d+)(?:_turn_(\d+))?\.json\.gz")
 
 _KL = {"order": 1, "forward_above": None}
 """The settings that older records lack, whose divergence is KL or the JSD."""
@@ -86,7 +86,9 @@ class TargetPage:
     step: int
     """The step of the response, counted from 1."""
     sample: int
-    """The number of the sample within the step, counted from 1."""
+    """The number of the sample within the step, counted from 1; the turns of an episode are one sample."""
+    turn: int
+    """The number of the turn within its episode, counted from 1; 0 outside of episodes of several turns."""
 
 
 def target_page(record: Mapping[str, Any]) -> str:
@@ -122,7 +124,7 @@ def write_target_pages(run_dir: Path) -> list[TargetPage]:
     """
     pages = []
     for source in explored_files(run_dir):
-        page = TargetPage(page_of(source), *step_and_sample(source))
+        page = TargetPage(page_of(source), *place_of(source))
         if not page.path.exists() or page.path.stat().st_mtime_ns < source.stat().st_mtime_ns:
             try:
                 record = read_explored(source)
@@ -141,8 +143,12 @@ def write_explored(run_dir: Path, step: int, records: Sequence[Mapping[str, Any]
     directory = run_dir / EXPLORED_DIRECTORY
     directory.mkdir(parents=True, exist_ok=True)
     paths = []
-    for number, record in enumerate(records, 1):
-        path = directory / f"step_{step:07d}_{number}.json.gz"
+    samples: dict[Any, int] = {}
+    for index, record in enumerate(records):
+        is_turn = "turn" in record
+        number = samples.setdefault((record["problem_id"], record["episode"]) if is_turn else index, len(samples) + 1)
+        turn = f"_turn_{record['turn'] + 1}" if is_turn else ""
+        path = directory / f"step_{step:07d}_{number}{turn}.json.gz"
         text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         replace_file(path, gzip.compress(text.encode(), compresslevel=6, mtime=0))
         paths.append(path)
@@ -152,23 +158,23 @@ def write_explored(run_dir: Path, step: int, records: Sequence[Mapping[str, Any]
 def forget_explored_after(run_dir: Path, step: int) -> None:
     """Remove the explored responses of steps after ``step``, with the pages that were made of them; for 0, all."""
     for path in explored_files(run_dir):
-        if step_and_sample(path)[0] > step:
+        if place_of(path)[0] > step:
             page_of(path).unlink(missing_ok=True)
             path.unlink(missing_ok=True)
 
 
 def explored_files(run_dir: Path) -> list[Path]:
-    """Return the files of the explored responses of a run, in the order of steps and samples."""
+    """Return the files of the explored responses of a run, in the order of steps, samples and turns."""
     found = [path for path in (run_dir / EXPLORED_DIRECTORY).glob("step_*.json.gz") if _FILE.fullmatch(path.name)]
-    return sorted(found, key=step_and_sample)
+    return sorted(found, key=place_of)
 
 
-def step_and_sample(path: Path) -> tuple[int, int]:
-    """Return the step and the number of the sample, counted from 1, of a file of `explored_files`."""
+def place_of(path: Path) -> tuple[int, int, int]:
+    """Return step, sample and turn of a file of `explored_files`, as `TargetPage` counts them."""
     match = _FILE.fullmatch(path.name)
     if match is None:
         raise ValueError(f"expected a file step_STEP_SAMPLE.json.gz, got {path}")
-    return int(match[1]), int(match[2])
+    return int(match[1]), int(match[2]), int(match[3] or 0)
 
 
 def page_of(path: Path) -> Path:
@@ -185,6 +191,7 @@ def read_explored(path: Path) -> dict[str, Any]:
             if not isinstance(record.get(name), kind):
                 raise ValueError(f"has no {name} of the right type")
         check_token_columns(record["tokens"], "id", "text", "status", "loss")
+        check_turn(record)
         if not all(isinstance(block, dict) for block in record["blocks"]):
             raise ValueError("has a block that is not an object")
     except ValueError as error:

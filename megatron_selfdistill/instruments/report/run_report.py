@@ -19,7 +19,7 @@ from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
 from megatron_selfdistill.instruments.report.run_facts import ENDINGS, differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.sick_rules import FALL, FIRST, IN_A_ROW
-from megatron_selfdistill.run_log import REPORT_FILE, finite, replace_file
+from megatron_selfdistill.run_log import REPORT_FILE, TURN_FIELDS, finite, replace_file
 
 MAX_POINTS = 1200
 """The largest number of points of a curve in a report; longer curves are downsampled."""
@@ -54,8 +54,9 @@ def report_page(
 ) -> str:
     """Return the page of runs as one HTML file (`html_page`).
 
-    ``explored``: for each run its links to pages of the target explorer, each with href, step and sample.  ``written``:
-    the time of a page that its run will write again, in seconds since 1970; such a page loads itself again.
+    ``explored``: for each run its links to pages of the target explorer, each with href, step, sample and, in an
+    episode, turn.  ``written``: the time of a page that its run will write again, in seconds since 1970; such a page
+    loads itself again.
     """
     keys = {key for run in runs for key in run.metrics}
     present = {key for figures in GROUPS.values() for figure in figures for key in figure.present(keys)}
@@ -95,6 +96,7 @@ def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any
         return []
     return [
         {"href": _reference(page.path, target.parent), "step": page.step, "sample": page.sample}
+        | ({"turn": page.turn} if page.turn else {})
         for page in write_target_pages(run_dir)
     ]
 
@@ -185,7 +187,10 @@ def _evaluated(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a sample with three numbers per token: text, teacher minus student in hundredths of a nat, loss, k."""
+    """Return a sample with three numbers per token: text, teacher minus student in hundredths of a nat, loss, k.
+
+    A turn of an episode keeps the fields that only turns have.
+    """
     tokens = record["tokens"]
     columns = zip(
         tokens["text"],
@@ -201,6 +206,7 @@ def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
         "prompt": record["prompt"],
         "solution": record["solution"],
         "truncated": record["truncated"],
+        **{name: record[name] for name in TURN_FIELDS if "turn" in record},
         "tokens": [
             [text, _difference(teacher, student), _number(loss), _number(k), status]
             for text, student, teacher, loss, k, status in columns

@@ -41,14 +41,24 @@ function isShort(response) {
  * @param {any} overview
  */
 function showContext(overview) {
-  for (const name of ["prompt", "solution"]) {
-    byId(name).textContent = overview[name];
-    byId(name).parentElement?.toggleAttribute("open", overview[name].length <= SHORT_TEXT);
+  const { hint = overview.solution, reply = null } = overview; // a turn of an episode has both
+  for (const [name, text] of [["prompt", overview.prompt], ["solution", hint]]) {
+    byId(name).textContent = text;
+    byId(name).parentElement?.toggleAttribute("open", text.length <= SHORT_TEXT);
+  }
+  if (reply !== null) {
+    const shown = element("pre", { id: "reply" }, reply);
+    const summary = element("summary", {}, "Reply of the environment");
+    byId("tokens").after(element("details", { open: reply.length <= SHORT_TEXT }, summary, shown));
   }
   const model = overview.model === undefined ? "" : `${overview.model}, `;
   const where = overview.step === undefined ? model : `step ${overview.step}, problem ${overview.problem_id}, `;
   byId("about").textContent =
-    `${where}${overview.tokens.id.length} tokens` +
+    where +
+    (overview.turn === undefined
+      ? ""
+      : `episode ${overview.episode + 1}, turn ${overview.turn + 1}, reward ${numberText(overview.reward)}, `) +
+    `${overview.tokens.id.length} tokens` +
     (overview.truncated ? ", cut at rollout.max_new_tokens" : "") +
     `, vocabulary of ${overview.vocab_size}`;
 }

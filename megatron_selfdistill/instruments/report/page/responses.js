@@ -8,7 +8,8 @@
  * @typedef {[string, number | null, number | null, number | null, string | null]} Token text, teacher minus student in
  *   nats, loss, k, status
  * @typedef {{step: number, problem_id: string, prompt: string, solution: string, truncated: boolean,
- *            tokens: Token[]}} TrainingSample
+ *            tokens: Token[], episode?: number, turn?: number, reward?: number, hint?: string,
+ *            reply?: string | null}} TrainingSample the optional fields are those of a turn of an episode
  */
 
 const PAGE_LENGTH = 20;
@@ -213,23 +214,25 @@ function pairElement({ id, before, after }, titles, wanted) {
  * @param {TrainingSample[][]} samples of each run
  */
 function samplesPart(runs, samples) {
+  const shown = samples.map(conversations);
   const places = samples.flatMap((ofRun, run) => [...new Set(ofRun.map(({ step }) => step))].map((step) => ({ run, step })));
   const names = places.map(({ run, step }) => (runs.length > 1 ? `${runs[run].label}, step ${step}` : `step ${step}`));
   const place = choice("Samples of", names);
   const search = searchField();
   const count = element("output", { class: "soft small", "aria-live": "polite" });
-  const total = samples.flat().length;
+  const total = shown.flat().length;
   const list = element("div", { id: "samples" });
   const show = () => {
     const chosen = places[Number(place.select.value)];
     const wanted = search.value.toLowerCase();
     const found = places.flatMap(({ run, step }, i) =>
-      samples[run]
-        .filter((sample) => sample.step === step && (wanted === "" ? places[i] === chosen : hasText(sample, wanted)))
-        .map((sample) => ({ sample, name: names[i] })),
+      shown[run]
+        .filter((turns) => turns[0].step === step)
+        .filter((turns) => (wanted === "" ? places[i] === chosen : turns.some((turn) => hasText(turn, wanted))))
+        .map((turns) => ({ turns, name: names[i] })),
     );
     count.textContent = wanted === "" ? "" : `${found.length} of ${total} samples`;
-    list.replaceChildren(...found.slice(0, PAGE_LENGTH).map(({ sample, name }) => sampleElement(sample, name, wanted)));
+    list.replaceChildren(...found.slice(0, PAGE_LENGTH).map(({ turns, name }) => sampleElement(turns, name, wanted)));
   };
   place.select.addEventListener("change", () => {
     search.value = "";
@@ -250,21 +253,84 @@ function samplesPart(runs, samples) {
 }
 
 /**
- * Return whether a sample has a text in its problem, its hint or its response.
- * @param {TrainingSample} sample
- * @param {string} wanted in lower case
+ * Return the turns of each episode in their order, and every other sample by itself.
+ * @param {TrainingSample[]} samples
  */
-function hasText({ problem_id, prompt, solution, tokens }, wanted) {
-  const response = tokens.map(([text]) => text).join("");
-  return [problem_id, prompt, solution, response].some((text) => text.toLowerCase().includes(wanted));
+function conversations(samples) {
+  const found = /** @type {Map<TrainingSample | string, TrainingSample[]>} */ (new Map());
+  for (const sample of samples) {
+    const { step, problem_id, episode } = sample;
+    const key = episode === undefined ? sample : JSON.stringify([step, problem_id, episode]);
+    found.set(key, [...(found.get(key) || []), sample]);
+  }
+  return [...found.values()].map((turns) => turns.sort((a, b) => Number(a.turn) - Number(b.turn)));
 }
 
 /**
+ * Return whether a sample has a text in its problem, its hint, its response or the reply to it.
  * @param {TrainingSample} sample
+ * @param {string} wanted in lower case
+ */
+function hasText({ problem_id, prompt, solution, tokens, hint, reply }, wanted) {
+  const response = tokens.map(([text]) => text).join("");
+  const texts = [problem_id, prompt, solution, response, hint || "", reply || ""];
+  return texts.some((text) => text.toLowerCase().includes(wanted));
+}
+
+/**
+ * Return a sample, or the turns of an episode as one conversation.
+ * @param {TrainingSample[]} turns
  * @param {string} name of its run and step
  * @param {string} wanted
  */
-function sampleElement(sample, name, wanted) {
+function sampleElement(turns, name, wanted) {
+  const [first] = turns;
+  const isSingle = first.turn === undefined;
+  const { prompt, solution } = first;
+  const about = isSingle ? (first.truncated ? " (cut)" : "") : `, episode ${Number(first.episode) + 1}`;
+  const single = () => [
+    element("pre", { class: "prompt" }, ...marked(prompt, wanted)),
+    solution === "" ? "" : element("details", { class: "small" }, element("summary", {}, "Hint"), element("pre", {}, solution)),
+    ...responseParts(first),
+  ];
+  return element(
+    "article",
+    { class: "panel pair" },
+    element("h3", { class: "small" }, ...marked(first.problem_id, wanted), `, ${name}`, about),
+    ...(isSingle ? single() : turns.flatMap((turn, i) => turnParts(turn, turns[i - 1], wanted))),
+  );
+}
+
+/**
+ * Return a turn of an episode: its prompt, folded behind the turn before it, the response beside the reward and the hint
+ * of the turn, and the reply.
+ * @param {TrainingSample} sample
+ * @param {TrainingSample | undefined} before the turn that is shown before this one
+ * @param {string} wanted
+ */
+function turnParts({ prompt, turn, reward, hint, reply, truncated, ...sample }, before, wanted) {
+  const number = Number(turn) + 1;
+  const shown = element("pre", { class: "prompt" }, ...marked(prompt, wanted));
+  const folded = element("details", { class: "small" }, element("summary", {}, `Prompt of turn ${number}`), shown);
+  const beside = element(
+    "aside",
+    { class: "small" },
+    element("h4", {}, `Turn ${number}${truncated ? " (cut)" : ""}`),
+    element("p", {}, `reward ${numberText(reward)}`),
+    hint ? element("p", { class: "soft" }, "hint of the teacher") : "",
+    hint ? element("pre", { class: "prompt" }, ...marked(hint, wanted)) : "",
+  );
+  const said = element("div", {}, ...responseParts(sample));
+  const replied = typeof reply === "string" ? element("pre", { class: "reply" }, ...marked(reply, wanted)) : "";
+  const follows = before !== undefined && Number(before.turn) + 1 === turn;
+  return [follows ? folded : shown, element("div", { class: "turn" }, said, beside), replied];
+}
+
+/**
+ * Return the tokens of a response, and a table of those at which teacher and student differ most.
+ * @param {{tokens: Token[]}} sample
+ */
+function responseParts(sample) {
   const disagreed = sample.tokens
     .filter(([, difference]) => difference !== null && Math.abs(difference) >= 0.3)
     .sort((a, b) => Math.abs(Number(b[1])) - Math.abs(Number(a[1])))
@@ -288,15 +354,10 @@ function sampleElement(sample, name, wanted) {
     element("thead", {}, element("tr", {}, ...head)),
     element("tbody", {}, ...rows),
   );
-  return element(
-    "article",
-    { class: "panel pair" },
-    element("h3", { class: "small" }, ...marked(sample.problem_id, wanted), `, ${name}`, sample.truncated ? " (cut)" : ""),
-    element("pre", { class: "prompt" }, ...marked(sample.prompt, wanted)),
-    sample.solution === "" ? "" : element("details", { class: "small" }, element("summary", {}, "Hint"), element("pre", {}, sample.solution)),
+  return [
     element("pre", { class: "token-text" }, ...sample.tokens.map(tokenElement)),
     rows.length > 0 ? element("div", { class: "scroll" }, table) : "",
-  );
+  ];
 }
 
 /**

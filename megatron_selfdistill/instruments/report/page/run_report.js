@@ -254,7 +254,7 @@ function showEvents(runs) {
 /**
  * Link the pages of the target explorer.
  * @param {Run[]} runs
- * @param {{href: string, step: number, sample: number}[][] | null} explored the pages of each run
+ * @param {{href: string, step: number, sample: number, turn?: number}[][] | null} explored the pages of each run
  */
 function showExplored(runs, explored) {
   if (explored === null) return;
@@ -262,8 +262,8 @@ function showExplored(runs, explored) {
   explored.forEach((pages, run) => {
     if (pages.length === 0) return;
     if (runs.length > 1) byId("explored-links").append(element("h3", {}, runs[run].label));
-    const links = pages.map(({ href, step, sample }) =>
-      element("li", {}, element("a", { href }, `step ${step}, sample ${sample}`)),
+    const links = pages.map(({ href, step, sample, turn }) =>
+      element("li", {}, element("a", { href }, `step ${step}, sample ${sample}`, turn === undefined ? "" : `, turn ${turn}`)),
     );
     byId("explored-links").append(element("ul", { class: "plain toolbar" }, ...links));
   });

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import subprocess
@@ -15,8 +16,8 @@ from reported_runs import blocks_of, write_run
 
 from megatron_selfdistill.instruments.explorer.target_page import (
     explored_files,
+    place_of,
     read_explored,
-    step_and_sample,
     target_page,
     write_explored,
     write_target_pages,
@@ -54,12 +55,35 @@ def test_files_come_in_the_order_of_steps_and_other_files_do_not_count(record, t
     for step in (20, 3, 10_000_000):
         write_explored(tmp_path, step, [record, record])
     (tmp_path / "explored" / "step_x.json.gz").write_bytes(b"")
-    assert [step_and_sample(path) for path in explored_files(tmp_path)] == [
-        (step, sample) for step in (3, 20, 10_000_000) for sample in (1, 2)
+    assert [place_of(path) for path in explored_files(tmp_path)] == [
+        (step, sample, 0) for step in (3, 20, 10_000_000) for sample in (1, 2)
     ]
     assert read_explored(explored_files(tmp_path)[0]) == record
     with pytest.raises(ValueError, match=r"expected a file step_STEP_SAMPLE\.json\.gz"):
-        step_and_sample(tmp_path / "metrics.jsonl")
+        place_of(tmp_path / "metrics.jsonl")
+
+
+TURN = {"episode": 0, "turn": 0, "reward": 0.5, "hint": "north", "reply": None}
+
+
+def test_the_turns_of_an_episode_are_one_sample_whose_links_name_the_turns(record, tmp_path):
+    run_dir = write_run(tmp_path / "run")
+    turns = [record | TURN | {"turn": turn} for turn in range(11)]
+    write_explored(run_dir, 10, [*turns, record | TURN | {"problem_id": "other"}, record])
+    (links,) = blocks_of(write_report([run_dir]).read_text())["overview"]["explored"]
+    assert [link.get("turn") for link in links] == [*range(1, 12), 1, None]
+    assert [link["sample"] for link in links] == [1] * 11 + [2, 3]
+    assert links[1]["href"] == "explored/step_0000010_1_turn_2.html"
+    shown = blocks_of((run_dir / links[1]["href"]).read_text())["overview"]
+    assert {name: shown[name] for name in TURN} == TURN | {"turn": 1}
+
+
+@pytest.mark.parametrize("field", TURN)
+def test_a_turn_without_one_of_its_fields_has_no_page(record, tmp_path, field):
+    (path,) = write_explored(tmp_path, 5, [record | TURN | {"turn": 1}])
+    path.write_bytes(gzip.compress(json.dumps(record | TURN | {field: ["a list"]}).encode()))
+    with pytest.raises(ValueError, match=f"has no {field} of the right type"):
+        read_explored(path)
 
 
 def test_pages_are_written_once_and_again_where_the_file_is_newer(record, tmp_path, caplog):

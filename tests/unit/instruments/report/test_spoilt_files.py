@@ -88,6 +88,21 @@ def test_a_line_of_metrics_with_a_value_that_is_no_number_is_skipped(run, tmp_pa
     assert "6 lines were skipped" in caplog.text
 
 
+def test_a_sample_whose_turn_has_a_value_of_another_form_is_skipped(run, tmp_path, caplog):
+    line = (run / "samples.jsonl").read_bytes().splitlines()[0]
+    fields = {"episode": 0, "turn": 1, "reward": 0.5, "hint": "north", "reply": None}
+    for name, value in fields.items():
+        line = with_value(line, name, value)
+    (tmp_path / "samples.jsonl").write_bytes(line + b"\n")
+    for name in fields:
+        insert(tmp_path / "samples.jsonl", 1, with_value(line, name, [1]))
+    for reward in (math.inf, math.nan, True):
+        insert(tmp_path / "samples.jsonl", 1, with_value(line, "reward", reward))
+    (kept,) = read_samples(tmp_path)
+    assert {name: kept[name] for name in fields} == fields
+    assert "8 lines were skipped" in caplog.text
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_line_without_a_step_is_skipped(run, tmp_path, caplog, name):
     (tmp_path / name).write_bytes((run / name).read_bytes())

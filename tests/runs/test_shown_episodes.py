@@ -1,0 +1,114 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A run with an environment shows each episode as one conversation, with what belongs to each of its turns."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from reported_runs import blocks_of
+from tiny_run import overrides, reproducible_metrics, train, train_each
+
+from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
+from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.rollout.base import Response, response_text
+
+TURN = ("episode", "turn", "reward", "hint", "reply")
+RUNS = {
+    "by_turn": ["environment.name=sessions.Guiding", "environment.max_turns=3"],
+    "one_sequence": [
+        *("environment.name=replying.Replying", "environment.max_turns=3"),
+        "environment.limits={one_sequence: true}",
+    ],
+    "single": ["environment.name=replying.Replying", "environment.max_turns=1"],
+    "unseen": ["environment.name=sessions.Guiding", "environment.max_turns=3", "metrics.show_samples=0"],
+}
+EPISODES = ("by_turn", "one_sequence")
+
+
+def arguments(data: Path, directory: Path, name: str, early: str) -> list[str]:
+    """Return the arguments of a run of one step with an evaluation, which shows three problems."""
+    tiny = ["data.global_batch_size=4", "rollout.num_samples=2", "rollout.max_new_tokens=10", "num_steps=1", early]
+    tiny += ["data.on_long_context=drop", "metrics.show_samples=3", "metrics.explore_samples=3", "report.every=1"]
+    tiny += ["recipe=default", "method.name=opsd_rl", "evaluation.verifier=exact_match", "evaluation.every=1"]
+    tiny += [f"evaluation.path={data}/problems.jsonl", "evaluation.limit=2"]
+    return overrides(data, directory / name, *tiny, *RUNS[name])
+
+
+@pytest.fixture(scope="module")
+def runs(ranks, data, early, tmp_path_factory) -> Path:
+    """Return a directory with a finished run of each of `RUNS`."""
+    directory = tmp_path_factory.mktemp("shown")
+    train_each(ranks, [arguments(data, directory, name, early) for name in RUNS])
+    return directory
+
+
+def assert_says_what_belongs_to_its_turn(record: dict[str, Any], data: Path, name: str) -> None:
+    """Compare the record of a turn with the replies of `Replying`, and its hint with those of `Guiding`."""
+    problems = map(json.loads, (data / "problems.jsonl").read_text().splitlines())
+    solutions = {problem["id"]: problem["solution"] for problem in problems}
+    said = response_text(Response.unsampled(record["tokens"]["id"]), load_tokenizer(data / "tokenizer"))
+    is_even, number = sum(map(ord, said)) % 2 == 0, record["turn"]
+    assert record["reward"] == (0.0 if record["truncated"] else float(is_even))
+    assert record["reply"] == (None if record["truncated"] else f"X{number + 1}")
+    is_guided = name == "by_turn" and number > 0
+    assert record["hint"] == (str(number) if is_guided else solutions[record["problem_id"]])
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_samples_hold_all_turns_of_an_episode_with_reward_hint_and_reply(runs, data, name):
+    records = read_samples(runs / name)
+    grouped = itertools.groupby(records, key=lambda one: (one["problem_id"], one["episode"]))
+    episodes = [[turn["turn"] for turn in turns] for _, turns in grouped]
+    assert len(episodes) == 3 and any(len(turns) > 1 for turns in episodes)
+    assert episodes == [[*range(len(turns))] for turns in episodes]
+    for record in records:
+        assert_says_what_belongs_to_its_turn(record, data, name)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("name", EPISODES)
+def test_turns_that_move_between_replicas_take_along_what_belongs_to_them(ranks, data, early, tmp_path, name):
+    train(ranks, arguments(data, tmp_path, name, early), 2)
+    records = read_samples(tmp_path / name)
+    assert any(record["turn"] for record in records)
+    for record in records:
+        assert_says_what_belongs_to_its_turn(record, data, name)
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_the_report_has_the_turns_of_each_episode_with_their_marks(runs, name):
+    blocks = blocks_of((runs / name / "report.html").read_text())
+    (shown,), samples = blocks["samples"], read_samples(runs / name)
+    assert [[one[key] for key in TURN] for one in shown] == [[one[key] for key in TURN] for one in samples]
+    for one, sample in zip(shown, samples, strict=True):
+        assert [text for text, *_ in one["tokens"]] == sample["tokens"]["text"]
+        assert any(difference is not None for _, difference, *_ in one["tokens"])
+
+
+@pytest.mark.parametrize("name", EPISODES)
+def test_the_explorer_has_the_first_turns_with_the_numbers_of_the_samples(runs, name):
+    explored = [read_explored(path) for path in explored_files(runs / name)]
+    samples = read_samples(runs / name)[:3]
+    assert len(explored) == 3 and any(record["turn"] for record in explored)
+    for record, sample in zip(explored, samples, strict=True):
+        assert {key: record[key] for key in (*TURN, "prompt")} == {key: sample[key] for key in (*TURN, "prompt")}
+        assert record["tokens"]["loss"] == pytest.approx(sample["tokens"]["loss"], rel=2e-4, abs=2e-6)
+    (links,) = blocks_of((runs / name / "report.html").read_text())["overview"]["explored"]
+    assert [link["turn"] for link in links] == [record["turn"] + 1 for record in explored]
+
+
+def test_a_run_with_one_turn_per_episode_has_records_of_responses_alone(runs):
+    samples = read_samples(runs / "single")
+    (links,) = blocks_of((runs / "single" / "report.html").read_text())["overview"]["explored"]
+    assert len(samples) == 3 and len(links) == 3
+    for record in (*samples, *links, *(read_explored(path) for path in explored_files(runs / "single"))):
+        assert not record.keys() & {*TURN}
+
+
+def test_showing_episodes_changes_no_number_of_the_run(runs):
+    assert reproducible_metrics(runs / "by_turn") == reproducible_metrics(runs / "unseen")
