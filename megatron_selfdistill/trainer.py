@@ -57,7 +57,12 @@ from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.factory import engines_of, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.run_log import EventLog
-from megatron_selfdistill.sources.configured_source import checked_run_data, configured_sampler, configured_source
+from megatron_selfdistill.sources.configured_source import (
+    checked_run_data,
+    configured_sampler,
+    configured_source,
+    evaluation_player,
+)
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
@@ -260,8 +265,9 @@ class Trainer:
         options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts)
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
-        with self.phases("evaluation"):
-            result = evaluate(self.sampler, self.run_data, verifier, options, self.grid)
+        own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
+        with self.phases("evaluation"), own as player:
+            result = evaluate(self.sampler, self.run_data, verifier, options, self.grid, player)
         if result.overlooked is not None:
             for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
                 self.log.message(line)

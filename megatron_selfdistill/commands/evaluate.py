@@ -97,6 +97,7 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     else:
         prechecks.require_model(config, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
+    prechecks.require_environment(config)
     require_packages(config)
     check_ranks(config, world_size())
     return config, keys
@@ -153,9 +154,11 @@ def _evaluate_with(
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.tables import show_first_step, show_hint_levels, show_summary
     from megatron_selfdistill.evaluation.verify import load_verifier
+    from megatron_selfdistill.sources.configured_source import evaluation_player
 
     verifier = load_verifier(config.evaluation.verifier)
-    with open_inference(config, run_data, grid) as inference:
+    with open_inference(config, run_data, grid) as inference, ExitStack() as stack:
+        player = stack.enter_context(evaluation_player(config, run_data, inference.sampler, 0, grid))
         began = time.perf_counter()
         result = held_out.evaluate(
             inference.sampler,
@@ -174,6 +177,7 @@ def _evaluate_with(
                 confidence=config.evaluation.confidence_pattern,
             ),
             grid,
+            player,
         )
         seconds = time.perf_counter() - began
         compared = measure_hint_levels(inference, config, levels, verifier, grid) if levels else []
@@ -229,13 +233,14 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
     """Return the settings on which the numbers depend besides the model and the problems."""
     from megatron_selfdistill.config import writable
 
-    rollout, data = config.rollout, writable(config)["data"]
+    rollout, data, played = config.rollout, writable(config)["data"], config.environment
     return {
         "num_samples": arguments.num_samples,
         "hinted": arguments.hinted,
         "seed": config.seed,
         "verifier": config.evaluation.verifier,
         "confidence": config.evaluation.confidence,
+        "environment": f"{played.name}, {played.max_turns} turns" if played.exists else None,
         "engine": rollout.engine if rollout.engine == "megatron" else f"{rollout.engine} {rollout.placement}",
         "precision": config.optimizer.precision,
         "max_new_tokens": rollout.max_new_tokens,

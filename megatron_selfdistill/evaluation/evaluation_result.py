@@ -49,6 +49,10 @@ class Verdict:
     """Whether the text of the response states ``confidence``."""
     loops: bool = False
     """Whether the response ends in a loop (`ends_in_loop`)."""
+    turns: int = 1
+    """The number of responses of the episode, of which the verdict is on the last one; ``length`` counts all."""
+    reward: float | None = None
+    """The sum of the rewards of the episode; None without an environment."""
 
 
 @dataclass(frozen=True)
@@ -171,6 +175,14 @@ class EvaluationResult:
     """The calibration of the greedy responses; None if a confidence is unknown."""
     sampled_calibration: Calibration | None = None
     """The calibration of the sampled responses; None if a confidence is unknown."""
+    greedy_mean_reward: float | None = None
+    """The mean reward of the episodes with greedy responses; None without an environment."""
+    greedy_mean_turns: float | None = None
+    """The mean number of responses of these episodes; None without an environment."""
+    sampled_mean_reward: float | None = None
+    """As ``greedy_mean_reward``, of the sampled episodes."""
+    sampled_mean_turns: float | None = None
+    """As ``greedy_mean_turns``, of the sampled episodes."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.

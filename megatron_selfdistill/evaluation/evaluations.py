@@ -219,14 +219,15 @@ def _values(lines: Sequence[Mapping[str, Any]]) -> dict[str, np.ndarray]:
     for name in ("pass_at_k", "majority_at_k"):
         for k in lines[0][name] if lines else ():
             values[f"{name[:-1]}{k}"] = column(line[name][k] for line in lines)
-    for what, name in (("length", "mean_length"), ("truncated", "truncated_share")):
+    means = {"length": "mean_length", "truncated": "truncated_share"}
+    if all("loops" in line["greedy"] for line in lines):  # older versions did not look for loops
+        means["loops"] = "loop_share"
+    if all(line["greedy"].get("reward") is not None for line in lines):  # of episodes
+        means |= {"reward": "mean_reward", "turns": "mean_turns"}
+    for what, name in means.items():
         values[f"greedy_{name}"] = column(line["greedy"][what] for line in lines)
         if samples and all(samples):
             values[f"sampled_{name}"] = column(np.mean([s[what] for s in those]) for those in samples)
-    if all("loops" in line["greedy"] for line in lines):  # older versions did not look for loops
-        values["greedy_loop_share"] = column(line["greedy"]["loops"] for line in lines)
-        if samples and all(samples):
-            values["sampled_loop_share"] = column(np.mean([s["loops"] for s in those]) for those in samples)
     for name in ("distinct_right", "distinct_4grams"):
         if lines and all(line.get(name) is not None for line in lines):
             values[name] = column(line[name] for line in lines)

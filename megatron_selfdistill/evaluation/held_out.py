@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
@@ -41,7 +41,14 @@ from megatron_selfdistill.metrics.leakage import (
     word_pattern,
 )
 from megatron_selfdistill.prechecks import require_answers_per_problem
-from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
+from megatron_selfdistill.rollout.base import (
+    Request,
+    Response,
+    Sampler,
+    SamplingParams,
+    response_text,
+    sample_seed,
+)
 
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
@@ -77,10 +84,42 @@ class EvaluationOptions:
     """The pattern of a text that states the confidence in the response (`split_confidence`)."""
 
 
+@dataclass(frozen=True)
+class Played:
+    """What a model has said to a problem: one response, or all responses of an episode with an environment."""
+
+    prompt: list[int]
+    """The prompt of the first response."""
+    responses: Sequence[Response]
+    """The responses in their order; the last one has the final answer."""
+    replies: Sequence[str] = ()
+    """The texts of the environment after the responses, as far as it has shown them."""
+    reward: float | None = None
+    """The sum of the rewards of the responses; None without an environment."""
+
+
+class Player(Protocol):
+    """The protocol of what plays the episodes of an evaluation with an environment."""
+
+    def play(self, samples: Sequence[tuple[Problem, int]], params: SamplingParams, *, hinted: bool) -> list[Played]:
+        """Return the episode of each sample of this replica, a problem with the index of the sample.  Collective.
+
+        ``hinted``: whether the model reads the teacher's prompts.  Raises: `EngineError` on all ranks.
+        """
+        ...
+
+
 def evaluate(
-    sampler: Sampler, run_data: RunData, verifier: Verifier, options: EvaluationOptions, grid: RankGrid
+    sampler: Sampler,
+    run_data: RunData,
+    verifier: Verifier,
+    options: EvaluationOptions,
+    grid: RankGrid,
+    player: Player | None = None,
 ) -> EvaluationResult:
     """Sample a greedy response and ``num_samples`` further responses to every problem, and return the verified results.
+
+    With a ``player``, each response is an episode with an environment, of which the verifier judges the last response.
 
     The problems are ``run_data.evaluation``, the same on all ranks; each data-parallel replica samples every dp_size-th
     problem.
@@ -88,8 +127,8 @@ def evaluate(
     parallel sizes.  A response that reached the limit is wrong, since it has no final answer.
 
     Returns: the same result on every rank.
-    Collectives: two calls of ``sampler.generate`` (one call without samples), with no requests on a replica that has no
-    problem; one all_gather_object over the world, whose ranks share the work of the verifier.
+    Collectives: two calls of ``sampler.generate`` or of ``player.play`` (one call without samples), with no samples on
+    a replica that has no problem; one all_gather_object over the world, whose ranks share the work of the verifier.
     Raises: `ConfigError` before the first sample for problems that have no answer or do not fit
     ``run_data.max_length``; `VerifierError` on every rank if the verifier failed on one rank.
     """
@@ -101,7 +140,7 @@ def evaluate(
     prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]
     check_lengths(problems, prompts, options.params.max_new_tokens, run_data)
-    responses = _sample(sampler, problems, prompts, options, grid)
+    responses = _sample(sampler, problems, prompts, options, grid, player)
     num_kept = len(problems) if options.num_transcripts is None else options.num_transcripts
     kept_ids = {problem.id for problem in problems[:num_kept]}
     hints = _Hints(builder, word_pattern(options.leak_words))
@@ -110,7 +149,7 @@ def evaluate(
     )
     questions = {key: (problems[key[0]], _asked(key, responses, options.num_samples)) for key in responses}
     verdicts = judged_by_all(questions, judge, grid)
-    transcripts = _transcripts(verdicts, prompts[:num_kept], problems, tokenizer, options.num_samples)
+    transcripts = _transcripts(verdicts, problems[:num_kept], options.num_samples)
     return _result(verdicts, problems, options, transcripts)
 
 
@@ -120,40 +159,46 @@ def _sample(
     prompts: Sequence[list[int]],
     options: EvaluationOptions,
     grid: RankGrid,
-) -> dict[tuple[int, int | None], Response]:
-    """Return this replica's responses by (index of the problem, index of the sample); None is the greedy response."""
+    player: Player | None,
+) -> dict[_Key, Played]:
+    """Return what the model says to this replica's problems."""
     own = range(grid.dp_rank, len(problems), grid.dp_size)
 
-    def requests(samples: int) -> list[Request]:
-        return [
+    def played(num_samples: int, params: SamplingParams) -> list[Played]:
+        samples = [(p, i) for p in own for i in range(num_samples)]
+        if player is not None:
+            return player.play([(problems[p], i) for p, i in samples], params, hinted=options.hinted)
+        requests = [
             Request(prompts[p], sample_seed(options.seed, options.step, f"eval/{problems[p].id}", i))
-            for p in own
-            for i in range(samples)
+            for p, i in samples
         ]
+        responses = sampler.generate(requests, params)
+        return [Played(prompts[p], [response]) for (p, _), response in zip(samples, responses, strict=True)]
 
     greedy = replace(options.params, temperature=0.0, top_k=0, top_p=1.0)
-    responses: dict[tuple[int, int | None], Response] = {}
-    responses |= zip(((p, None) for p in own), sampler.generate(requests(1), greedy), strict=True)
+    found: dict[_Key, Played] = dict(zip(((p, None) for p in own), played(1, greedy), strict=True))
     if options.num_samples:
         keys = [(p, i) for p in own for i in range(options.num_samples)]
-        responses |= zip(keys, sampler.generate(requests(options.num_samples), options.params), strict=True)
-    return responses
+        found |= zip(keys, played(options.num_samples, options.params), strict=True)
+    return found
+
+
+_Key = tuple[int, "int | None"]
+"""The index of a problem, and the index of the sample; None is the greedy response."""
 
 
 @dataclass(frozen=True)
 class _Asked:
     """What the judgement of a response reads."""
 
-    response: Response
+    played: Played
     samples: Sequence[Response]
-    """All samples of the problem with the first sample; empty with all other responses."""
+    """The last responses of all samples of the problem with the first sample; empty with all other responses."""
 
 
-def _asked(
-    key: tuple[int, int | None], responses: Mapping[tuple[int, int | None], Response], num_samples: int
-) -> _Asked:
+def _asked(key: _Key, found: Mapping[_Key, Played], num_samples: int) -> _Asked:
     p, sample = key
-    return _Asked(responses[key], [responses[p, i] for i in range(num_samples)] if sample == 0 else [])
+    return _Asked(found[key], [found[p, i].responses[-1] for i in range(num_samples)] if sample == 0 else [])
 
 
 class _Hints:
@@ -196,22 +241,31 @@ class _Judge:
         self._num_ends = 0
 
     def __call__(self, problem: Problem, asked: _Asked) -> _Judged:
-        response, truncated = asked.response, asked.response.truncated
+        played, response = asked.played, asked.played.responses[-1]
+        truncated = response.truncated
         text, stated, answering = judged_text(response, self._tokenizer, self._pattern)
         correct = not truncated and bool(self._verifier(answering, problem))
         answer = voted_answer(answering, self._verifier) if self._reads_answers and not truncated else None
-        kept = text if problem.id in self._kept_ids else None
+        kept = self._kept(played, text) if problem.id in self._kept_ids else None
         mentions = not truncated and not correct and mentions_answer(answering, problem)
         self._num_ends += mentions
         end = text[-_END:] if mentions and self._num_ends <= _NUM_EXAMPLES else None
         confidence = Confidence.of_log_probs(response.log_probs) if stated is None else Confidence.stated(stated)
         known = None if math.isnan(confidence.value) else confidence.value
-        of_tokens = len(response.token_ids), truncated, answer, known, confidence.is_stated
-        verdict = Verdict(correct, *of_tokens, ends_in_loop(response.token_ids))
+        num_tokens, turns = sum(len(one.token_ids) for one in played.responses), len(played.responses)
+        of_tokens = num_tokens, truncated, answer, known, confidence.is_stated
+        verdict = Verdict(correct, *of_tokens, ends_in_loop(response.token_ids), turns, played.reward)
         leakage = self._hints.leakage(problem, response, text)
         right = final_answer(answering) if correct else ""
         grams = distinct_grams(it.token_ids for it in asked.samples)
         return _Judged(verdict, kept, mentions, end, leakage, confidence, right, grams)
+
+    def _kept(self, played: Played, last: str) -> tuple[str, str]:
+        """Return prompt and response as texts; of an episode, the conversation that ends with the text ``last``."""
+        parts = []
+        for number, (response, reply) in enumerate(zip(played.responses[:-1], played.replies, strict=False), 2):
+            parts.append(f"{response_text(response, self._tokenizer)}\n--- environment\n{reply}\n--- turn {number}\n")
+        return self._tokenizer.decode(played.prompt), "".join([*parts, last])
 
 
 def check_lengths(
@@ -233,8 +287,8 @@ class _Judged:
     """The judgement of a response, as one rank makes it."""
 
     verdict: Verdict
-    text: str | None
-    """The text of a response that becomes a transcript; None for every other response."""
+    texts: tuple[str, str] | None
+    """Prompt and response, as texts, of a response that becomes a transcript; None for every other response."""
     mentions_answer: bool
     """Whether the text mentions the answer, although the verifier judged the response as wrong."""
     end: str | None
@@ -247,7 +301,7 @@ class _Judged:
     """Distinct-4 of the samples of the problem, with the first sample; None with all other responses."""
 
 
-_Verdicts = dict[tuple[int, "int | None"], _Judged]
+_Verdicts = dict[_Key, _Judged]
 
 
 def _overlooked(verdicts: _Verdicts, problems: Sequence[Problem]) -> Overlooked | None:
@@ -260,21 +314,14 @@ def _overlooked(verdicts: _Verdicts, problems: Sequence[Problem]) -> Overlooked 
     return Overlooked(len(verdicts), count, ends[:_NUM_EXAMPLES])
 
 
-def _transcripts(
-    verdicts: _Verdicts,
-    prompts: Sequence[list[int]],
-    problems: Sequence[Problem],
-    tokenizer: Tokenizer,
-    num_samples: int,
-) -> list[Transcript]:
-    """Return the transcripts of the first problems, whose ``prompts`` are given."""
+def _transcripts(verdicts: _Verdicts, problems: Sequence[Problem], num_samples: int) -> list[Transcript]:
+    """Return the transcripts of the first ``problems``, whose texts are kept."""
     transcripts = []
-    for p, prompt in enumerate(prompts):
-        text = tokenizer.decode(prompt)
+    for p, problem in enumerate(problems):
         for sample in (None, *range(num_samples)):
-            verdict, response = verdicts[p, sample].verdict, verdicts[p, sample].text or ""
+            verdict, (prompt, response) = verdicts[p, sample].verdict, verdicts[p, sample].texts or ("", "")
             outcome = verdict.correct, verdict.length, verdict.truncated
-            transcripts.append(Transcript(problems[p].id, sample, text, response, *outcome))
+            transcripts.append(Transcript(problem.id, sample, prompt, response, *outcome))
     return transcripts
 
 
@@ -299,6 +346,9 @@ def _result(
     def share(verdicts: list[Verdict], name: str) -> float:
         return mean([getattr(verdict, name) for verdict in verdicts])
 
+    def of_episodes(verdicts: list[Verdict], name: str) -> float | None:
+        return share(verdicts, name) if verdicts and greedy[0].reward is not None else None
+
     return EvaluationResult(
         num_problems=len(results),
         num_samples=num_samples,
@@ -306,6 +356,10 @@ def _result(
         greedy_mean_length=share(greedy, "length"),
         greedy_truncated_share=share(greedy, "truncated"),
         greedy_loop_share=share(greedy, "loops"),
+        greedy_mean_reward=of_episodes(greedy, "reward"),
+        greedy_mean_turns=of_episodes(greedy, "turns"),
+        sampled_mean_reward=of_episodes(sampled, "reward"),
+        sampled_mean_turns=of_episodes(sampled, "turns"),
         sampled_accuracy=share(sampled, "correct") if num_samples else None,
         sampled_mean_length=share(sampled, "length") if num_samples else None,
         sampled_truncated_share=share(sampled, "truncated") if num_samples else None,

@@ -15,14 +15,15 @@ from megatron_selfdistill.evaluation.evaluations import Comparison
 
 
 def first_metrics(names: Iterable[str]) -> list[str]:
-    """Return the at most six of ``names`` that a first look needs, in their order.
+    """Return the at most seven of ``names`` that a first look needs, in their order.
 
     They are the greedy accuracy, the mean accuracy of the samples, pass@k and majority@k for the largest k, and the
-    length and the truncated share of the samples; without samples, of the greedy responses.
+    length, the truncated share and, with an environment, the reward of the samples; without samples, of the greedy
+    responses.
     """
     names = list(names)
     kind = "sampled" if "sampled_mean_length" in names else "greedy"
-    first = {"greedy_accuracy", f"{kind}_mean_length", f"{kind}_truncated_share"}
+    first = {"greedy_accuracy", f"{kind}_mean_length", f"{kind}_truncated_share", f"{kind}_mean_reward"}
     first |= {name for name in names if name.startswith("avg_at_")}
     for rate in ("pass_at_", "majority_at_"):
         of_rate = [name for name in names if re.fullmatch(rf"{rate}\d+", name)]

@@ -314,12 +314,13 @@ class MetricsLog:
     def log_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log the metrics of an evaluation after ``step`` steps, with one line on the console.
 
-        The line shows the accuracies and pass@k for k > 1; without an accuracy it shows all metrics.
+        The line shows the accuracies, pass@k for k > 1 and the rewards; without an accuracy it shows all metrics.
         """
         if not self.enabled:
             return
         self._write(step, metrics)
-        accuracies = [k for k in metrics if k.endswith("_accuracy") or ("/pass_at_" in k and not k.endswith("_at_1"))]
+        shown = ("_accuracy", "_mean_reward")
+        accuracies = [k for k in metrics if k.endswith(shown) or ("/pass_at_" in k and not k.endswith("_at_1"))]
         self.message(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.4g}" for key in accuracies or metrics))
 
     def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:

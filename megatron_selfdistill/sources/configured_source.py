@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedBatch, P
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.ahead import AheadOnPolicy, StreamedOnPolicy
-from megatron_selfdistill.sources.episodes import Episodes, SessionEpisodes, StatelessEpisodes
+from megatron_selfdistill.sources.episodes import Episodes, EvaluationPlayer, SessionEpisodes, StatelessEpisodes
 from megatron_selfdistill.sources.given_responses import (
     LoggedResponses,
     LoggedTurns,
@@ -320,6 +321,27 @@ def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes
             )
     threads = environment.concurrency if isinstance(environment, HttpEnvironment) else 1
     return StatelessEpisodes(**rules, environment=environment, threads=threads)
+
+
+@contextmanager
+def evaluation_player(
+    config: Config, run_data: RunData, sampler: Sampler, step: int, grid: RankGrid
+) -> Iterator[EvaluationPlayer | None]:
+    """Yield what plays the episodes of an evaluation after ``step`` steps, with an environment of its own; else None.
+
+    As many episodes are played at the same time as in a step of the training.
+    Every rank of the world enters and leaves this context.  Raises: `ConfigError` on all ranks.
+    """
+    if not config.environment.exists:
+        yield None
+        return
+    episodes = _episodes(config, given_solutions(config, run_data), grid)
+    at_once = max(1, config.data.global_batch_size * config.rollout.num_samples // grid.dp_size)
+    try:
+        yield EvaluationPlayer(episodes, sampler, config.seed, step, at_once)
+    finally:
+        if isinstance(episodes, SessionEpisodes):
+            episodes.sessions.close()
 
 
 def given_solutions(config: Config, run_data: RunData) -> GivenSolutions:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from typing import Protocol
 
 from megatron_selfdistill.config import user_code
 from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
@@ -19,16 +21,25 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.environments import Environment, Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
+from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
-from megatron_selfdistill.rollout.base import Response, response_text
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.run_log import shortened
 from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
+
+
+class ShowsSolutions(Protocol):
+    """What says which problems have a solution in the teacher's prompt, such as a method."""
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return whether the teacher's prompt of ``problem`` shows a solution."""
+        ...
+
 
 Episode = list[Rollout]
 """The responses of one conversation, turn by turn."""
@@ -66,7 +77,7 @@ class Episodes(ABC):
         """
         return [None] * len(samples)
 
-    def opened(self, sample: Sample, opening: Reply | None, method: Method) -> tuple[Sample, Reply | None]:
+    def opened(self, sample: Sample, opening: Reply | None, method: ShowsSolutions) -> tuple[Sample, Reply | None]:
         """Return a sample whose prompts show the text and the hint of ``opening``, and ``opening``.
 
         If the prompts do not fit, the sample stays as it is, and ``opening`` becomes a failure.
@@ -82,7 +93,7 @@ class Episodes(ABC):
         return (key, shown, longer), opening
 
     def played(
-        self, first: Sequence[Rollout], method: Method, generate: Generate, replies: GetReplies
+        self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate, replies: GetReplies
     ) -> tuple[list[Rollout], int]:
         """Return all turns, episode by episode, and the number of episodes whose next prompt does not fit.
 
@@ -128,7 +139,9 @@ class Episodes(ABC):
     def _text(self, turn: Rollout) -> str:
         return response_text(turn.response, self.given.builder.tokenizer)
 
-    def _nexts(self, episodes: Sequence[Episode], method: Method) -> list[tuple[SampleKey, Problem, PromptPair] | None]:
+    def _nexts(
+        self, episodes: Sequence[Episode], method: ShowsSolutions
+    ) -> list[tuple[SampleKey, Problem, PromptPair] | None]:
         """Return key, problem and prompts of the next turn of each episode; None if the prompts do not fit."""
         nexts: list[tuple[SampleKey, Problem, PromptPair] | None] = []
         for episode in episodes:
@@ -158,7 +171,7 @@ class Episodes(ABC):
     def _may_go_on(self, episode: Episode) -> bool:
         return self.max_tokens is None or sum(len(turn.response.token_ids) for turn in episode) < self.max_tokens
 
-    def _next_pair(self, episode: Episode, problem: Problem, method: Method) -> PromptPair | None:
+    def _next_pair(self, episode: Episode, problem: Problem, method: ShowsSolutions) -> PromptPair | None:
         """Return both prompts of the next turn of ``episode``, whose ``problem`` is the conversation so far.
 
         The result is None if they do not fit.  Raises: ValueError for a conversation that the chat template refuses.
@@ -181,7 +194,7 @@ class Episodes(ABC):
         fits = max(len(student), len(teacher)) <= given.max_length - given.max_new_tokens
         return replace(pair, student_prompt=student, teacher_prompt=teacher) if fits else None
 
-    def _pair(self, first: Problem, solution: str, problem: Problem, method: Method) -> PromptPair | None:
+    def _pair(self, first: Problem, solution: str, problem: Problem, method: ShowsSolutions) -> PromptPair | None:
         """Return both prompts of ``problem``, a later state of ``first``, in which the teacher sees ``solution``.
 
         The result is None if they do not fit.
@@ -257,7 +270,7 @@ class SessionEpisodes(Episodes):
         return [found[key] for key, _, _ in samples]
 
     def played(
-        self, first: Sequence[Rollout], method: Method, generate: Generate, replies: GetReplies
+        self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate, replies: GetReplies
     ) -> tuple[list[Rollout], int]:
         """Play the episodes as `Episodes.played` does, and end the sessions that are left."""
         try:
@@ -320,6 +333,74 @@ def _warn_of_failures(replies: Mapping[SampleKey, Reply]) -> None:
 def _reply(turn: Rollout) -> Reply:
     assert turn.reply is not None, "the environment has replied"
     return turn.reply
+
+
+@dataclass(frozen=True)
+class EvaluationPlayer:
+    """What plays the episodes of one evaluation: a `Player` of evaluation/held_out.py."""
+
+    episodes: Episodes
+    sampler: Sampler
+    seed: int
+    """The seed of the run."""
+    step: int
+    """The optimizer steps before the evaluation."""
+    at_once: int
+    """The greatest number of episodes that a replica plays at the same time."""
+
+    def has_solution(self, problem: Problem) -> bool:
+        """Return True: with hints, the model reads the teacher's prompt of every problem."""
+        return True
+
+    def play(self, samples: Sequence[tuple[Problem, int]], params: SamplingParams, *, hinted: bool) -> list[Played]:
+        """Return the episode of each sample of this replica; see `Player.play`.
+
+        Each turn has the random numbers of its own name, which begins with "eval/".
+        Collectives: a maximum over the world, and those of `Episodes.openings` and `Episodes.played` for every
+        ``at_once`` episodes of the replica that has the most.
+        """
+        episodes = replace(self.episodes, has_teacher=hinted)
+        found = []
+        for start in range(0, max_over_ranks([len(samples)])[0], self.at_once):
+            asked = [self._sample(*sample, hinted) for sample in samples[start : start + self.at_once]]
+            found += self._together(episodes, asked, params)
+        return found
+
+    def _together(self, episodes: Episodes, asked: Sequence[Sample], params: SamplingParams) -> list[Played]:
+        """Return the episodes of ``asked``, which are played at the same time.  Collective."""
+
+        def generate(keys: Sequence[SampleKey], pairs: Sequence[PromptPair]) -> list[Response]:
+            return self.sampler.generate(list(map(request, keys, pairs)), params)
+
+        def request(key: SampleKey, pair: PromptPair) -> Request:
+            prompt = pair.teacher_prompt if episodes.has_teacher else pair.student_prompt
+            name = str(key._replace(turn=0)) if episodes.one_sequence else None
+            return Request(prompt, key.seed(self.seed), episode=name)
+
+        opened = [
+            episodes.opened(sample, opening, self)
+            for sample, opening in zip(asked, episodes.openings(asked), strict=True)
+        ]
+        responses = generate([key for (key, _, _), _ in opened], [pair for (_, _, pair), _ in opened])
+        first = [
+            Rollout(problem, pair, response, key=key, opening=opening)
+            for ((key, problem, pair), opening), response in zip(opened, responses, strict=True)
+        ]
+        rollouts, _ = episodes.played(first, self, generate, episodes.replies)
+        return [_said(list(turns), episodes) for _, turns in groupby(rollouts, key=lambda one: one.episode)]
+
+    def _sample(self, problem: Problem, index: int, hinted: bool) -> Sample:
+        builder = self.episodes.given.builder
+        student = builder.student_prompt(problem)
+        teacher = builder.teacher_prompt(problem) if hinted else student
+        pair = PromptPair(problem.id, student, teacher, problem.solution)
+        return SampleKey(self.step, f"eval/{problem.id}", index), problem, pair
+
+
+def _said(episode: Episode, rules: Episodes) -> Played:
+    pair, replies = episode[0].prompts, [one.reply.text or "" for one in episode if one.reply is not None]
+    prompt = pair.teacher_prompt if rules.has_teacher else pair.student_prompt
+    return Played(prompt, [one.response for one in episode], replies, sum(one.reward or 0.0 for one in episode))
 
 
 def episode_metrics(rollouts: Sequence[Rollout], num_cut: int, grid: RankGrid) -> dict[str, float]:

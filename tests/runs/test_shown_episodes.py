@@ -14,8 +14,9 @@ from tiny_run import overrides, reproducible_metrics, train, train_each
 
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
-from megatron_selfdistill.metrics import read_samples
+from megatron_selfdistill.metrics import read_metrics, read_samples
 from megatron_selfdistill.rollout.base import Response, response_text
+from megatron_selfdistill.run_log import read_evaluation_samples
 
 TURN = ("episode", "turn", "reward", "hint", "reply")
 RUNS = {
@@ -108,6 +109,21 @@ def test_a_run_with_one_turn_per_episode_has_records_of_responses_alone(runs):
     assert len(samples) == 3 and len(links) == 3
     for record in (*samples, *links, *(read_explored(path) for path in explored_files(runs / "single"))):
         assert not record.keys() & {*TURN}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(runs, name):
+    (measured,) = [line for line in read_metrics(runs / name) if "evaluation/greedy_mean_reward" in line]
+    said = [record for record in read_evaluation_samples(runs / name) if record["sample"] is None]
+    turns, rewards = [], []
+    for record in said:
+        parts = record["response"].split("\n--- turn ")
+        texts = [part.partition("\n--- environment\n")[0].rpartition("\n")[2] for part in parts]
+        turns.append(len(parts))
+        rewards.append(sum(sum(map(ord, text)) % 2 == 0 for text in texts[: len(parts) - record["truncated"]]))
+    assert measured["evaluation/greedy_mean_turns"] == sum(turns) / 2 and len(said) == 2
+    assert measured["evaluation/greedy_mean_reward"] == sum(rewards) / 2
+    assert max(turns) <= (1 if name == "single" else 3) and "evaluation/sampled_mean_reward" in measured
 
 
 def test_showing_episodes_changes_no_number_of_the_run(runs):

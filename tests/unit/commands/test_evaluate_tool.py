@@ -177,6 +177,67 @@ def test_problems_need_no_solutions_where_none_is_shown(directory, without_solut
     assert summary_of(tmp_path / "bare")["data"]["fingerprint"] == summary_of(alone)["data"]["fingerprint"]
 
 
+@pytest.mark.parametrize("environment", [pytest.param("replying.Replying", marks=pytest.mark.full), "sessions.Session"])
+def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compared(
+    directory, ranks, tmp_path, capfd, environment
+):
+    played = (f"environment.name={environment}", "environment.max_turns=3", "--responses", "12")
+    out = tmp_path / "out"
+    assert evaluate(ranks, directory, out, *played, "--num-samples", "2") == [0]
+    summary, lines = summary_of(out), read_lines(out / PROBLEMS)
+    assert summary["settings"]["environment"] == f"{environment}, 3 turns"
+    samples = [sample for line in lines for sample in line["samples"]]
+    metrics, (low, high) = summary["metrics"], summary["intervals"]["sampled_mean_reward"]
+    assert metrics["sampled_mean_reward"] == pytest.approx(sum(sample["reward"] for sample in samples) / 24)
+    assert metrics["sampled_mean_turns"] == pytest.approx(sum(sample["turns"] for sample in samples) / 24)
+    assert 1 < metrics["sampled_mean_turns"] <= 3 and low < metrics["sampled_mean_reward"] < high
+    responses = read_lines(out / RESPONSES)
+    verdicts = [verdict for line in lines for verdict in (line["greedy"], *line["samples"])]
+    for said, verdict in zip(responses, verdicts, strict=True):
+        turns = [part.partition("\n")[2] if i else part for i, part in enumerate(said["response"].split("\n--- turn "))]
+        texts = [turn.partition("\n--- environment\n")[0] for turn in turns]
+        rewards = [sum(map(ord, text)) % 2 == 0 for text in texts]
+        assert len(turns) == verdict["turns"] and verdict["reward"] == sum(rewards) - (
+            said["truncated"] and rewards[-1]
+        )
+    capfd.readouterr()
+    assert run_tool(["compare", str(out), str(out)]) == 0
+    assert "sampled_mean_reward" in capfd.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("layout", ["tensor", None])
+def test_episodes_of_an_evaluation_are_the_same_on_two_ranks(directory, ranks, layout, tmp_path):
+    cut = [f"parallel.{layout}_model_parallel_size=2"] if layout else []
+    played = ("environment.name=sessions.Opened", "environment.max_turns=3")
+    assert evaluate(ranks, directory, tmp_path / "one", *played) == [0]
+    assert evaluate(ranks, directory, tmp_path / "two", *played, *cut, world_size=2) == [0, 0]
+    assert_equal_but_for_rounding(*(read_lines(tmp_path / name / PROBLEMS) for name in ("two", "one")))
+
+
+@pytest.mark.full
+def test_with_hints_the_model_sees_the_hint_of_each_turn(directory, ranks, tmp_path):
+    template = "data.teacher_template='{problem}H{solution}|'"
+    played = (
+        "--hinted",
+        template,
+        "environment.name=sessions.Hinting",
+        "environment.max_turns=2",
+        "--responses",
+        "12",
+        "--num-samples",
+        "0",
+    )
+    assert evaluate(ranks, directory, tmp_path / "hinted", *played) == [0]
+    for said in read_lines(tmp_path / "hinted" / RESPONSES):  # whose tokenizer writes _ for a letter
+        assert said["prompt"].endswith("___H_____|"), "the text and the hint of the session: ' go' and 'north'"
+
+
+def test_an_environment_that_cannot_be_imported_is_refused_before_the_model(directory, tmp_path, capfd):
+    assert run_tool(arguments(directory, tmp_path / "out", "environment.name=sessions.Missing")) == 2
+    assert "environment.name" in capfd.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_hinted_evaluation_shows_the_solution(directory, ranks, tmp_path):
     template = "data.teacher_template='{problem}H{solution}|'"
     options = ("--hinted", template, "--responses", "1", "--num-samples", "0")

@@ -25,7 +25,7 @@ from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
 from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, Transcript, Verdict
-from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
+from megatron_selfdistill.evaluation.held_out import EvaluationOptions, Played, evaluate
 from megatron_selfdistill.evaluation.verify import exact_match, load_verifier
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData
@@ -70,8 +70,42 @@ def builder() -> PromptBuilder:
 def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **options: Any) -> EvaluationResult:
     defaults = {"params": PARAMS, "num_samples": 6, "pass_at_k": [1, 4], "seed": 3, "step": 20}
     verifier, max_length = options.pop("verifier", exact_match), options.pop("max_length", 100)
+    player = options.pop("player", None)
     data = RunData(Characters(), builder(), ProblemSet([]), ContextCounts(), problems, 128, max_length, (STOP,))
-    return evaluate(sampler or FakeSampler(), data, verifier, EvaluationOptions(**defaults | options), grid)
+    return evaluate(sampler or FakeSampler(), data, verifier, EvaluationOptions(**defaults | options), grid, player)
+
+
+class Corrected:
+    """A player of two turns: the environment corrects the greedy responses and the first sample, and nobody else's."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, float, bool]] = []
+
+    def play(self, samples: Sequence[tuple[Problem, int]], params: SamplingParams, *, hinted: bool) -> list[Played]:
+        self.calls.append((len(samples), params.temperature, hinted))
+        return [self._played(problem, index) for problem, index in samples]
+
+    def _played(self, problem: Problem, index: int) -> Played:
+        texts = ["0$", f"{problem.answer if index == 0 else 1000}$"]
+        responses = [Response([*map(ord, text)], [-0.5] * len(text), [0.0] * len(text), "stop") for text in texts]
+        return Played([ord("?")], responses, ["wrong", "over"], reward=float(index == 0) - 0.25)
+
+
+def test_the_last_response_of_an_episode_is_judged_and_its_rewards_are_summed():
+    player = Corrected()
+    result = run(sums(3), player=player, num_samples=2, pass_at_k=[2], num_transcripts=1)
+    assert player.calls == [(3, 0.0, False), (6, 1.0, False)]
+    metrics = result.metrics()
+    assert metrics["evaluation/greedy_accuracy"] == 1 and metrics["evaluation/sampled_accuracy"] == 0.5
+    assert metrics["evaluation/greedy_mean_reward"] == 0.75 and metrics["evaluation/sampled_mean_reward"] == 0.25
+    assert metrics["evaluation/greedy_mean_turns"] == metrics["evaluation/sampled_mean_turns"] == 2
+    assert [problem.greedy.length for problem in result.problems] == [4, 4, 5], "the tokens of both turns"
+    assert [(it.prompt, it.response) for it in result.transcripts[:1]] == [
+        ("?", "0\n--- environment\nwrong\n--- turn 2\n8")
+    ]
+    assert not [key for key in run(sums(3)).metrics() if "reward" in key or "turns" in key], "without an environment"
+    run(sums(3), player=player, hinted=True, num_samples=0, pass_at_k=[])
+    assert player.calls[2:] == [(3, 0.0, True)]
 
 
 def run_in_layout(sizes: dict[str, int], count: int) -> tuple[EvaluationResult, list[int], list[str]]:

@@ -23,8 +23,13 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
-from megatron_selfdistill.rollout.base import Response, sample_seed
-from megatron_selfdistill.sources.episodes import SessionEpisodes, StatelessEpisodes, episode_metrics
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams, sample_seed
+from megatron_selfdistill.sources.episodes import (
+    EvaluationPlayer,
+    SessionEpisodes,
+    StatelessEpisodes,
+    episode_metrics,
+)
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 
 PROBLEMS = [Problem(name, ({"role": "user", "content": name},), f"hint {name}", name, f"file:{name}") for name in "ab"]
@@ -494,3 +499,57 @@ def test_an_episode_with_its_limit_of_tokens_gets_no_further_turn():
     turns, _, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], max_tokens=4)
     assert [turn.turn for turn in turns] == [0, 1, 0]
     assert episode_metrics(turns, 0, ONE_RANK)["episodes/unfinished_share"] == 0.5
+
+
+class Answering:
+    """A sampler that answers ``w`` in the first two turns of problem a, and ``r`` elsewhere."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[Request]] = []
+
+    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
+        self.calls.append(list(requests))
+        return [
+            response("w$" if text(it.prompt).startswith("a") and it.prompt.count(ord("#")) < 2 else "r$")
+            for it in requests
+        ]
+
+
+def evaluated(hinted: bool = False, at_once: int = 8, **options: Any):
+    """Return the episodes of two samples of both problems, and the requests of each call of the sampler."""
+    settings = {"given": given(), "grid": ONE_RANK, "threads": 1, "has_teacher": True, "max_turns": 3} | options
+    sampler, environment = Answering(), Guiding(reward=0.25)
+    player = EvaluationPlayer(StatelessEpisodes(environment=environment, **settings), sampler, 7, 20, at_once)
+    samples = [(problem, i) for problem in PROBLEMS for i in range(2)]
+    return player.play(samples, SamplingParams(8), hinted=hinted), sampler.calls
+
+
+def test_an_evaluation_plays_whole_episodes_with_the_random_numbers_of_their_names():
+    found, calls = evaluated()
+    assert [(text(it.prompt), it.reward, list(it.replies)) for it in found[::2]] == [
+        ("a?:", 0.75, ["#1", "#2", "#3"]),
+        ("b?:", 0.25, ["#1"]),
+    ]
+    assert [[text(one.token_ids) for one in it.responses] for it in found] == [["w$", "w$", "r$"]] * 2 + [["r$"]] * 2
+    assert [[text(request.prompt) for request in call] for call in calls[1:]] == [["a?w#1:"] * 2, ["a?w#1w#2:"] * 2]
+    assert [request.seed for request in calls[0]] == [
+        sample_seed(7, 20, f"eval/{name}", i) for name in "ab" for i in (0, 1)
+    ]
+    assert [request.seed for request in calls[1]] == [sample_seed(7, 20, "eval/a/turn1", i) for i in (0, 1)]
+
+
+def test_an_evaluation_with_hints_reads_the_hint_of_each_turn():
+    found, calls = evaluated(hinted=True)
+    assert text(found[0].prompt) == "a|hint a:"
+    assert [text(call[0].prompt) for call in calls] == ["a|hint a:", "a|step 2w#1:", "a|step 3w#1w#2:"]
+
+
+def test_an_evaluation_plays_no_more_episodes_at_once_than_a_step_does():
+    all_at_once, _ = evaluated()
+    found, calls = evaluated(at_once=3)
+    assert found == all_at_once and [len(call) for call in calls] == [3, 2, 2, 1]
+
+
+def test_the_turns_of_one_sequence_have_the_name_of_their_episode():
+    _, calls = evaluated(given=opened(), one_sequence=True, max_turns=1)
+    assert len({request.episode for request in calls[0]}) == 4 and None not in {it.episode for it in calls[0]}
