@@ -25,7 +25,7 @@ from _lib.pretraining import prepared_base, write_records
 from _lib.task import Record
 from _lib.variants import Outcome
 
-WITHOUT_GUARDS = ("guards.max_entropy_ratio=null", "guards.max_loss_ratio=null")
+WITHOUT_GUARDS = ("guards.entropy.max_ratio=null", "guards.max_loss_ratio=null")
 VARIANTS = (
     variants.SELF_DISTILLATION,
     variants.STUDENT_MIX,

@@ -45,7 +45,7 @@ SELDOM_SOLVED = (
     variants.FORWARD_KL,
     variants.REJECTION,
 )
-WITHOUT_GUARDS = ("guards.max_entropy_ratio=null", "guards.max_loss_ratio=null")
+WITHOUT_GUARDS = ("guards.entropy.max_ratio=null", "guards.max_loss_ratio=null")
 NUM_STEPS = 100
 
 

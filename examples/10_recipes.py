@@ -348,7 +348,7 @@ def budget_of(num_problems: int, num_samples: int) -> tuple[str, ...]:
     """Return the overrides of a step with a number of problems, in which all rows are equal otherwise."""
     budget = (f"data.global_batch_size={num_problems}", f"rollout.num_samples={num_samples}")
     whole = ("rollout.temperature=1", "rollout.top_k=0", "rollout.top_p=1")
-    return (*budget, *whole, "optimizer.lr_decay_style=constant")
+    return (*budget, *whole, "optimizer.lr_decay.style=constant")
 
 
 def measured(measurement: Measurement) -> dict[str, Any]:

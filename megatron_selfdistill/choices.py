@@ -122,7 +122,7 @@ PRECISIONS = ("bf16", "fp32")
 """Values of optimizer.precision."""
 
 LR_DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root")
-"""Values of optimizer.lr_decay_style, as Megatron spells them."""
+"""Values of optimizer.lr_decay.style, as Megatron spells them."""
 
 VERIFIERS = ("math_verify", "exact_match")
 """Values of evaluation.verifier besides dotted paths."""

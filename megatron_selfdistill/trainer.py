@@ -178,7 +178,7 @@ class Trainer:
         Raises: `RunUnhealthy` where this check fails.
         """
         output, part = None, partial_batch_of(batch, earlier)
-        due, tolerance = self.config.metrics.teacher_due(self.step + 1), self.config.guards.identity_tolerance
+        due, tolerance = self.config.metrics.teacher_due(self.step + 1), self.config.guards.start.identity_tolerance
         if not earlier:
             for hook in self.before_gradients:
                 hook(self, batch)
@@ -206,7 +206,7 @@ class Trainer:
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)
         if not self.checked and self.learner.has_teacher and self.step == 0:
-            check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.max_teacher_cross_entropy)
+            check_teacher_canary(metrics["teacher_cross_entropy"], self.config.guards.start.max_teacher_cross_entropy)
         self.checked = True
         with self.phases("optimizer"):
             metrics["gradient_norm"] = self.learner.gradient_norm()

@@ -26,7 +26,7 @@ NUM_ENTROPIES = 10
 Further = Callable[[Sequence["Transcript"]], Mapping[str, float]]
 QUIET = ("metrics.console_every=0", "metrics.show_samples=0", "evaluation.every=0", "evaluation.at_start=false")
 WITHOUT_GUARDS = (
-    *("guards.max_entropy_ratio=null", "guards.min_entropy_ratio=null"),
+    *("guards.entropy.max_ratio=null", "guards.entropy.min_ratio=null"),
     *("guards.min_length_ratio=null", "guards.max_loss_ratio=null", "guards.max_loop_rise=null"),
 )
 """Overrides with which also an unhealthy run trains to its end."""

@@ -19,14 +19,17 @@ from megatron_selfdistill.config.schema.model_config import ModelConfig, YarnCon
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
+    EntropyGuards,
     EvaluationConfig,
     GuardsConfig,
     MetricsConfig,
     ReportConfig,
+    StartGuards,
     StopConfig,
 )
 from megatron_selfdistill.config.schema.step_config import (
     ClusterConfig,
+    LearningRateDecay,
     OptimizerConfig,
     OptimizerConstants,
     ParallelConfig,
@@ -46,10 +49,12 @@ __all__ = [
     "ConfigError",
     "ConversationsConfig",
     "DataConfig",
+    "EntropyGuards",
     "EnvironmentConfig",
     "EvaluationConfig",
     "GivenKeys",
     "GuardsConfig",
+    "LearningRateDecay",
     "LossConfig",
     "MethodSettings",
     "MetricsConfig",
@@ -62,6 +67,7 @@ __all__ = [
     "ReportConfig",
     "RolloutConfig",
     "ScheduleConfig",
+    "StartGuards",
     "StopConfig",
     "TargetConfig",
     "TeacherConfig",

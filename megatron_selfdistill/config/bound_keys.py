@@ -73,7 +73,7 @@ RULES: dict[str, str] = {
             *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
             "teacher.offload",
             *("optimizer.precision", "optimizer.lr", "optimizer.min_lr", "optimizer.lr_warmup_steps"),
-            *("optimizer.lr_decay_steps", "optimizer.lr_decay_style", "optimizer.weight_decay"),
+            *("optimizer.lr_decay", "optimizer.weight_decay"),
             *(
                 "optimizer.constants",
                 "optimizer.clip_grad",

@@ -14,7 +14,8 @@ from typing import Any
 
 from megatron_selfdistill.config.schema.model_config import YarnConfig
 from megatron_selfdistill.config.schema.ranges import is_dotted
-from megatron_selfdistill.config.schema.step_config import OptimizerConstants, RecomputeConfig
+from megatron_selfdistill.config.schema.run_config import StartGuards
+from megatron_selfdistill.config.schema.step_config import LearningRateDecay, OptimizerConstants, RecomputeConfig
 
 _EVERY = ""  # stands for each method that has the setting
 
@@ -72,11 +73,21 @@ _RENAMED = {
     **{f"model.yarn_{name}": f"model.yarn.{name}" for name in YarnConfig.__dataclass_fields__},
     **{f"model.{name}": f"model.transformer.{name}" for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff")},
     **{f"optimizer.{name}": f"optimizer.constants.{name}" for name in OptimizerConstants.__dataclass_fields__},
+    **{f"optimizer.lr_decay_{name}": f"optimizer.lr_decay.{name}" for name in LearningRateDecay.__dataclass_fields__},
+    **{f"guards.{name}": f"guards.start.{name}" for name in StartGuards.__dataclass_fields__},
+    "guards.min_entropy_ratio": "guards.entropy.min_ratio",
+    "guards.max_entropy_ratio": "guards.entropy.max_ratio",
+    "guards.min_entropy_rise": "guards.entropy.min_rise",
     **{f"schedule.recompute_{name}": f"schedule.recompute.{name}" for name in RecomputeConfig.__dataclass_fields__},
 }
 """Keys of 0.1 and 0.2 with another name -> the name."""
 
 _SECTIONS = ("solutions", "hints", "distill", "policy", "explanation", "verbal")
+
+
+def renamed(key: str) -> str:
+    """Return the present name of a key that has another name now; every other key stays as it is."""
+    return _RENAMED.get(key, key)
 
 
 def moved_key(key: str) -> str | None:

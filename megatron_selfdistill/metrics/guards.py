@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config import Config, GuardsConfig, Needs
+from megatron_selfdistill.config.moved_keys import renamed
 from megatron_selfdistill.config.schema.method_config import STUDENT
 
 LOSS = "loss/mean"
@@ -129,7 +130,8 @@ class Guards:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the references and counters of `state_dict`; limits and patience come from the configuration."""
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-        self.violations = dict(state["violations"])
+        present = {option: renamed(f"guards.{option}").removeprefix("guards.") for option in state["violations"]}
+        self.violations = {present[option]: count for option, count in state["violations"].items()}
 
     def _warning_of_the_distance(self, metrics: Mapping[str, float]) -> str | None:
         distance = metrics.get(DISTANCE, 0.0)
@@ -213,7 +215,7 @@ def check_identity(loss: float, tolerance: float | None) -> None:
             "identity check: the same weights and the same prompt for student and teacher must give a loss of at most "
             f"{tolerance:g} nats per token, got {loss:g}; student and teacher do not compute the same "
             "function: look at dropout, the parallel sizes, packing and a model.provider of your own, and "
-            "compare with a run on one rank (guards.identity_tolerance=null turns this check off)"
+            "compare with a run on one rank (guards.start.identity_tolerance=null turns this check off)"
         )
 
 
@@ -227,7 +229,7 @@ def check_teacher_canary(teacher_cross_entropy: float, maximum: float | None) ->
             "teacher canary: the teacher's cross-entropy on the first responses must be at most "
             f"{maximum:g} nats per token, got {teacher_cross_entropy:g}; the teacher does not recognise the "
             "responses of the student: look at checkpoint.load, the tokenizer, the chat template and "
-            "data.teacher_template (guards.max_teacher_cross_entropy=null turns this check off)"
+            "data.teacher_template (guards.start.max_teacher_cross_entropy=null turns this check off)"
         )
 
 
@@ -348,22 +350,22 @@ def _limits(config: GuardsConfig, loss_should_fall: bool, student_samples: bool)
         limits.append(
             _Limit("loss explosion", LOSS, "max_loss_ratio", ratio, advice, is_minimum=False, slack=LOSS_RISE)
         )
-    if config.min_entropy_ratio is not None:
+    if config.entropy.min_ratio is not None:
         advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
         limits.append(
-            _Limit("entropy collapse", "entropy/student", "min_entropy_ratio", config.min_entropy_ratio, advice)
+            _Limit("entropy collapse", "entropy/student", "entropy.min_ratio", config.entropy.min_ratio, advice)
         )
-    if config.max_entropy_ratio is not None:
+    if config.entropy.max_ratio is not None:
         advice = "use the defaults (reverse KL, k_max = 1 + w, a frozen teacher and reference), or lower optimizer.lr"
         limits.append(
             _Limit(
                 "entropy explosion",
                 "entropy/student",
-                "max_entropy_ratio",
-                config.max_entropy_ratio,
+                "entropy.max_ratio",
+                config.entropy.max_ratio,
                 advice,
                 is_minimum=False,
-                slack=config.min_entropy_rise,
+                slack=config.entropy.min_rise,
             )
         )
     if config.min_length_ratio is not None:

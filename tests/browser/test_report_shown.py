@@ -344,8 +344,8 @@ def test_guards_resumptions_events_and_the_time_of_a_step_are_there(browser, one
     tab = browser.open(one)
     guard = "figures.find((figure) => figure.data.guarded === 'entropy/student')"
     assert tab.value(f"{guard}.limits.map(([name]) => name)") == [
-        "guards.min_entropy_ratio",
-        "guards.max_entropy_ratio",
+        "guards.entropy.min_ratio",
+        "guards.entropy.max_ratio",
     ]
     assert "stopped\tSIGTERM" in tab.text("#events") and "resumed" in tab.text("#events")
     assert "sampling: 1.2 s, 60.0 %" in tab.text("#shares")

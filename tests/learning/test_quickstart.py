@@ -72,8 +72,11 @@ def test_no_guard_would_stop_the_healthy_run_at_half_its_margin(distilled):
     config = configuration.load()
     tight = dataclasses.replace(
         config.guards,
-        min_entropy_ratio=2 * config.guards.min_entropy_ratio,
-        max_entropy_ratio=config.guards.max_entropy_ratio / 2,
+        entropy=dataclasses.replace(
+            config.guards.entropy,
+            min_ratio=2 * config.guards.entropy.min_ratio,
+            max_ratio=config.guards.entropy.max_ratio / 2,
+        ),
         min_length_ratio=2 * config.guards.min_length_ratio,
     )
     guards = Guards(tight)

@@ -140,8 +140,8 @@ def test_a_gradient_that_is_not_finite_is_not_applied_and_stops_the_run_with_a_c
 
 
 def test_the_entropy_guard_stops_a_run_and_the_teacher_canary_does_so_before_the_first_update(ranks, data, tmp_path):
-    entropy = ["guards.reference_steps=1", "guards.patience=1", "guards.min_entropy_ratio=10"]
-    canary = ["guards.max_teacher_cross_entropy=1e-6"]
+    entropy = ["guards.reference_steps=1", "guards.patience=1", "guards.entropy.min_ratio=10"]
+    canary = ["guards.start.max_teacher_cross_entropy=1e-6"]
     runs = [overrides(data, tmp_path / "entropy", *entropy), overrides(data, tmp_path / "canary", *canary)]
     train_each(ranks, runs, expected=3)
     assert len(reproducible_metrics(tmp_path / "entropy")) == 2
@@ -171,7 +171,7 @@ def with_a_looping_student(arguments: list[str]) -> int:
 @pytest.mark.full
 def test_the_guard_of_loops_stops_a_run_whose_student_repeats_itself(ranks, data, tmp_path):
     keys = ["rollout.max_new_tokens=30", "guards.reference_steps=2", "guards.patience=1", "num_steps=3"]
-    keys += ["guards.max_entropy_ratio=null", "guards.min_entropy_ratio=null", "guards.min_length_ratio=null"]
+    keys += ["guards.entropy.max_ratio=null", "guards.entropy.min_ratio=null", "guards.min_length_ratio=null"]
     arguments = overrides(data, tmp_path / "run", *keys, "guards.max_loss_ratio=null")
     train(ranks, arguments, start=with_a_looping_student, expected=3)
     lines = reproducible_metrics(tmp_path / "run")

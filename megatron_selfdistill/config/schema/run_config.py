@@ -204,14 +204,40 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class StartGuards:
+    """The key ``guards.start``: what a run checks before its first update; null turns a check off."""
+
+    identity_tolerance: NonNegativeFloat | None = 1e-4
+    """Largest loss, in nats per token, of one prompt that the same weights read as student and as teacher."""
+    max_teacher_cross_entropy: NonNegativeFloat | None = None
+    """Largest cross-entropy of the teacher on the first responses, in nats per token."""
+
+    def __post_init__(self) -> None:
+        check_fields("guards.start", self)
+
+
+@dataclass(frozen=True)
+class EntropyGuards:
+    """The key ``guards.entropy``: the limits of the student's mean entropy; null turns a limit off."""
+
+    min_ratio: NonNegativeFloat | None = 0.02
+    """Smallest entropy of the student, as a share of its reference."""
+    max_ratio: NonNegativeFloat | None = 3.0
+    """Largest entropy of the student, as a multiple of its reference."""
+    min_rise: NonNegativeFloat = 0.05
+    """Smallest rise of the entropy, in nats per token, for which max_ratio stops the run: a tiny reference alone does
+    not."""
+
+    def __post_init__(self) -> None:
+        check_fields("guards.entropy", self)
+
+
+@dataclass(frozen=True)
 class GuardsConfig:
     """The guards: each stops an unhealthy run with a message and a checkpoint; null turns a guard off."""
 
-    identity_tolerance: NonNegativeFloat | None = 1e-4
-    """Largest loss, in nats per token, of one prompt that the same weights read as student and as teacher, at the
-    start."""
-    max_teacher_cross_entropy: NonNegativeFloat | None = None
-    """Largest cross-entropy of the teacher on the first responses, in nats per token, at the start."""
+    start: StartGuards = field(default_factory=StartGuards)
+    """What is checked at the start, before the first update."""
     max_log_prob_distance: NonNegativeFloat | None = 1.0
     """Largest mean distance, in nats per token, between the log-probs that the engine and the trainer give the sampled
     tokens (sampler/log_prob_mean_abs_diff), and those of one response (sampler/log_prob_worst_response).  The run warns
@@ -225,13 +251,8 @@ class GuardsConfig:
     """Number of first steps whose means are the reference of the guards below."""
     patience: PositiveInt = 3
     """Number of consecutive steps that must violate a guard before it stops the run."""
-    min_entropy_ratio: NonNegativeFloat | None = 0.02
-    """Smallest entropy of the student, as a share of its reference."""
-    max_entropy_ratio: NonNegativeFloat | None = 3.0
-    """Largest entropy of the student, as a multiple of its reference."""
-    min_entropy_rise: NonNegativeFloat = 0.05
-    """Smallest rise of the entropy, in nats per token, for which max_entropy_ratio stops the run: a tiny reference
-    alone does not."""
+    entropy: EntropyGuards = field(default_factory=EntropyGuards)
+    """The limits of the student's entropy."""
     min_length_ratio: NonNegativeFloat | None = 0.25
     """Smallest mean length of the responses, as a share of its reference."""
     max_loop_rise: Share | None = 0.5

@@ -142,6 +142,19 @@ LearningRate = Annotated[float, at_least(0), at_most(100)]
 
 
 @dataclass(frozen=True)
+class LearningRateDecay:
+    """The key ``optimizer.lr_decay``: the decay of the learning rate, by Megatron's names without ``lr_decay_``."""
+
+    steps: PositiveInt | None = None
+    """Number of steps until the learning rate is min_lr; null is num_steps."""
+    style: Annotated[str, OneOf(LR_DECAY_STYLES)] = "constant"
+    """Form of the decay: constant, linear, cosine or inverse-square-root."""
+
+    def __post_init__(self) -> None:
+        check_fields("optimizer.lr_decay", self)
+
+
+@dataclass(frozen=True)
 class OptimizerConstants:
     """The key ``optimizer.constants``: constants of Adam and SGD, by the names of Megatron's ``OptimizerConfig``."""
 
@@ -173,10 +186,8 @@ class OptimizerConfig:
     lr_warmup_steps: NonNegativeInt | None = None
     """Number of steps of linear warm-up; null: a tenth of num_steps, at most 10, and for a run that resumes the number
     with which it began."""
-    lr_decay_steps: PositiveInt | None = None
-    """Number of steps until the learning rate is min_lr; null is num_steps."""
-    lr_decay_style: Annotated[str, OneOf(LR_DECAY_STYLES)] = "constant"
-    """Form of the decay: constant, linear, cosine or inverse-square-root."""
+    lr_decay: LearningRateDecay = field(default_factory=LearningRateDecay)
+    """The decay of the learning rate from lr to min_lr."""
     weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay."""
     constants: OptimizerConstants = field(default_factory=OptimizerConstants)

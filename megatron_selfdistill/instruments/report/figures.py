@@ -260,7 +260,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "Learning rate",
             {"learning_rate": "learning rate"},
             "learning rate",
-            "The curve has the form of optimizer.lr_decay_style.",
+            "The curve has the form of optimizer.lr_decay.style.",
             "The rate is 0, or another rate than the configuration gives.",
             never_above("learning_rate", 0),
         ),

@@ -131,15 +131,21 @@ def limits(run: RunRecord, key: str) -> dict[str, float]:
         ratio = finite(run.config.get(f"guards.{option}"))
         if ratio is not None:
             found[f"guards.{option}"] = ratio * mean
-    if "guards.max_entropy_ratio" in found:
-        rise = finite(run.config.get("guards.min_entropy_rise")) or 0.0
-        found["guards.max_entropy_ratio"] = max(found["guards.max_entropy_ratio"], mean + rise)
+    if "guards.entropy.max_ratio" in found:
+        rise = finite(run.config.get("guards.entropy.min_rise")) or 0.0
+        found["guards.entropy.max_ratio"] = max(found["guards.entropy.max_ratio"], mean + rise)
     return {name: limit for name, limit in found.items() if math.isfinite(limit)}
 
 
 _LARGEST = {"sampler/log_prob_mean_abs_diff": "guards.max_log_prob_distance"}
+_RENAMED = {
+    "guards.min_entropy_ratio": "guards.entropy.min_ratio",
+    "guards.max_entropy_ratio": "guards.entropy.max_ratio",
+    "guards.min_entropy_rise": "guards.entropy.min_rise",
+}
+"""The keys of limits up to version 0.2 -> their names; a report needs no hydra, so none of the package config."""
 _OPTIONS = {
-    "entropy/student": ("min_entropy_ratio", "max_entropy_ratio"),
+    "entropy/student": ("entropy.min_ratio", "entropy.max_ratio"),
     "response/length_mean": ("min_length_ratio",),
 }
 
@@ -171,7 +177,7 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
         stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
         if not isinstance(stored, Mapping):
             raise ValueError(f"expected keys with values, got {type(stored).__name__}")
-        return dict(_flat(stored))
+        return {_RENAMED.get(key, key): value for key, value in _flat(stored)}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         logger.warning(
             "%s is not the configuration of a run, so the report shows no settings and no texts: %s",

@@ -135,7 +135,7 @@ def identity_law(launch: LaunchUnderTest) -> Outcome:
         ):
             step = pair.step(batch, target, divergence, "teacher_first")
             losses[case], ratios[case] = abs(step.loss), step.norm() / real.norm()
-    tolerance = config.guards.identity_tolerance
+    tolerance = config.guards.start.identity_tolerance
     assert tolerance is not None
     return Outcome(
         (
@@ -291,7 +291,7 @@ def _train(launch: LaunchUnderTest, cuts: ParallelConfig, run_dir: Path, num_ste
         f"checkpoint.save_every={STEPS // 2}",
         "optimizer.lr=1e-3",
         "optimizer.lr_warmup_steps=2",
-        f"optimizer.lr_decay_steps={STEPS}",  # also of the half run
+        f"optimizer.lr_decay.steps={STEPS}",  # also of the half run
         "teacher.weights=ema",
         "teacher.ema_decay=0.9",
     )

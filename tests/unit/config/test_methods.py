@@ -77,9 +77,9 @@ def test_the_class_of_a_method_has_settings_with_its_name(name):
         assert doc.endswith("."), f"{key} of {name} has no documentation"
 
 
-def test_the_core_has_199_keys_at_most():
+def test_the_core_has_195_keys_at_most():
     """What one method or one instrument reads, or Megatron alone, is a setting of a method or an entry of a mapping."""
-    assert len(keys()) <= 199
+    assert len(keys()) <= 195
 
 
 def test_a_method_can_ask_for_ten_things_of_the_core_at_most():

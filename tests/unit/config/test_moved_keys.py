@@ -127,6 +127,11 @@ OF_0_2 = {
         ("schedule", f"recompute_{name}"): f"schedule.recompute.{name}"
         for name in ("granularity", "method", "num_layers", "modules")
     },
+    **{("optimizer", f"lr_decay_{name}"): f"optimizer.lr_decay.{name}" for name in ("steps", "style")},
+    **{("guards", name): f"guards.start.{name}" for name in ("identity_tolerance", "max_teacher_cross_entropy")},
+    ("guards", "min_entropy_ratio"): "guards.entropy.min_ratio",
+    ("guards", "max_entropy_ratio"): "guards.entropy.max_ratio",
+    ("guards", "min_entropy_rise"): "guards.entropy.min_rise",
 }
 """The keys of 0.1 that 0.2 had, too -> the present keys."""
 
@@ -174,7 +179,7 @@ def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
 def test_an_old_key_is_one_sentence_that_names_the_new_one(key):
     expected = moved_key(key)
     assert expected is not None and unknown_key(key) == expected
-    places = ("method", "environment.options", "rollout", "model", "metrics", "optimizer", "schedule")
+    places = ("method", "environment.options", "rollout", "model", "metrics", "optimizer", "schedule", "guards")
     assert expected.startswith(tuple(f"{key} is now {place}." for place in places))
     path = tuple(key.split("."))
     assert path not in OF_0_2 or re.match(rf"{re.escape(f'{key} is now {OF_0_2[path]}')}(,|$)", expected)
@@ -253,6 +258,13 @@ OTHER_VALUES = {
     "schedule.recompute_method": ("block", "schedule.recompute.method=block"),
     "schedule.recompute_num_layers": (2, "schedule.recompute.num_layers=2"),
     "schedule.recompute_modules": (["mlp"], "schedule.recompute.modules=[mlp]"),
+    "optimizer.lr_decay_steps": (7, "optimizer.lr_decay.steps=7"),
+    "optimizer.lr_decay_style": ("cosine", "optimizer.lr_decay.style=cosine"),
+    "guards.identity_tolerance": (1e-3, "guards.start.identity_tolerance=1e-3"),
+    "guards.max_teacher_cross_entropy": (5.0, "guards.start.max_teacher_cross_entropy=5"),
+    "guards.min_entropy_ratio": (None, "guards.entropy.min_ratio=null"),
+    "guards.max_entropy_ratio": (4.0, "guards.entropy.max_ratio=4"),
+    "guards.min_entropy_rise": (0.2, "guards.entropy.min_rise=0.2"),
 }
 """Key of 0.1 and 0.2 -> another value than its default, and what sets the value now."""
 

@@ -129,7 +129,7 @@ def test_a_file_in_another_encoding_is_named_wherever_it_is_read(lab, capsys):
         (["data.system_prompt=\udcff"], "data.system_prompt must be a text, or null, got '\\udcff'"),
         (["adapter.rank=2", "adapter.layers=[linear_qkv,linear_qkv]"], "'linear_qkv' stands there twice"),
         (["adapter.rank=2", "adapter.layers=[linear_qvk]"], "got 'linear_qvk'; did you mean 'linear_qkv'?"),
-        (["guards.max_entropy_ratio=-1"], "guards.max_entropy_ratio must be at least 0, or null, got -1"),
+        (["guards.entropy.max_ratio=-1"], "guards.entropy.max_ratio must be at least 0, or null, got -1"),
         (["rollout.temperature=1e-30"], "rollout.temperature must be 0 (greedy) or at least 0.01, got 1e-30"),
     ],
 )

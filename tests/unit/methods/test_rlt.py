@@ -156,7 +156,7 @@ def test_the_recipe_has_the_published_constants():
     assert (own.closing_tag, own.temperature, own.alpha) == ("</think>", 0.7, 0.01)
     assert (own.ratio_weight, own.missing_tag_penalty) == (3.0, 1.0)
     assert (config.rollout.num_samples, config.rollout.num_samples * config.data.global_batch_size) == (64, 1024)
-    assert (config.optimizer.lr, config.optimizer.lr_decay_style, config.num_steps) == (1e-6, "constant", 125)
+    assert (config.optimizer.lr, config.optimizer.lr_decay.style, config.num_steps) == (1e-6, "constant", 125)
     assert (own.kl_weight, own.weight, config.teacher.weights) == (0.04, 1.0, "frozen")
     assert (config.needs.teacher_prompt, config.needs.samples) == ("same", "teacher")
 

@@ -11,7 +11,7 @@ from unittest.mock import MagicMock
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import Config, GuardsConfig, RolloutConfig, from_mapping, load
+from megatron_selfdistill.config import Config, EntropyGuards, GuardsConfig, RolloutConfig, from_mapping, load
 from megatron_selfdistill.metrics.guards import (
     Guards,
     RunUnhealthy,
@@ -65,7 +65,7 @@ def test_entropy_collapse_stops_after_patience():
     trace = entropies(0.06, 0.05, 0.07, 0.0011, 0.0011, 0.0011)
     step, message = stopped_at(Guards(CONFIG), trace)
     assert step == 4
-    assert "entropy collapse" in message and "min_entropy_ratio=null" in message
+    assert "entropy collapse" in message and "guards.entropy.min_ratio=null turns" in message
     assert "0.0011" in message and "mean over the first 3 steps was 0.06" in message
 
 
@@ -262,6 +262,20 @@ def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wante
     assert student_samples(load([*keys, "run_dir=x"])) == wanted
 
 
+def test_a_counter_of_version_0_2_goes_on_under_the_present_name():
+    guards = Guards(CONFIG)
+    for step, metrics in enumerate(entropies(0.06, 0.06, 0.06, 0.0001)):
+        guards.check(step, HEALTHY | metrics)
+    state = guards.state_dict()
+    state["violations"] = {
+        {"entropy.min_ratio": "min_entropy_ratio"}.get(k, k): n for k, n in state["violations"].items()
+    }
+    old = Guards(CONFIG)
+    old.load_state_dict(state)
+    assert "min_entropy_ratio" in state["violations"] and old.violations == guards.violations
+    assert stopped_at(old, entropies(0.0001), start=4) is not None
+
+
 def test_the_distance_is_judged_by_the_violations_of_a_checkpoint():
     before, after = Guards(CONFIG, ENGINES), Guards(CONFIG, ENGINES)
     assert stopped_at(before, distances(9.0)) is None
@@ -296,10 +310,10 @@ def test_the_reference_steps_are_not_judged():
     assert stopped_at(Guards(CONFIG), entropies(0.06, 5.0, 0.0001)) is None
 
 
-@pytest.mark.parametrize("only", ["min_entropy_ratio", "max_entropy_ratio"])
+@pytest.mark.parametrize("only", ["min_ratio", "max_ratio"])
 def test_nan_violates_once_there_is_a_reference(only):
-    off = {name: None for name in ("min_entropy_ratio", "max_entropy_ratio") if name != only}
-    config = dataclasses.replace(CONFIG, non_finite=False, **off)
+    off = {name: None for name in ("min_ratio", "max_ratio") if name != only}
+    config = dataclasses.replace(CONFIG, non_finite=False, entropy=EntropyGuards(**off))
     trace = entropies(math.nan, 0.06, 0.06, math.nan, 0.06, math.nan, 0.06, math.nan, math.nan)
     step, message = stopped_at(Guards(config), trace)
     assert step == 8 and "it is nan" in message
@@ -309,8 +323,8 @@ def test_nan_violates_once_there_is_a_reference(only):
     ("off", "trace"),
     [
         ({"non_finite": False}, [{"loss/mean": math.nan}] * 9),
-        ({"min_entropy_ratio": None}, entropies(1, 1, 1, *[0.0] * 9)),
-        ({"max_entropy_ratio": None}, entropies(1, 1, 1, *[9.0] * 9)),
+        ({"entropy": EntropyGuards(min_ratio=None)}, entropies(1, 1, 1, *[0.0] * 9)),
+        ({"entropy": EntropyGuards(max_ratio=None)}, entropies(1, 1, 1, *[9.0] * 9)),
         ({"min_length_ratio": None}, lengths(22, 22, 22, *[1] * 9)),
     ],
 )

@@ -19,7 +19,7 @@ from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (mus
 import megatron.core
 import megatron.core.optimizer.optimizer as megatrons
 
-from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig
+from megatron_selfdistill.config import LearningRateDecay, OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.learner import apply_gradients, gradient_norm
 from megatron_selfdistill.model.build import build_optimizer, megatron_in_use, wrap_for_training
@@ -169,7 +169,13 @@ def learning_rates(num_steps: int, **changes) -> list[float]:
 
 def test_the_learning_rate_warms_up_and_decays_over_the_steps_of_the_run(ranks):
     (rates,) = ranks.run(
-        learning_rates, 6, lr=1.0, min_lr=0.2, lr_warmup_steps=2, lr_decay_style="linear", world_size=1
+        learning_rates,
+        6,
+        lr=1.0,
+        min_lr=0.2,
+        lr_warmup_steps=2,
+        lr_decay=LearningRateDecay(style="linear"),
+        world_size=1,
     )
     assert rates == pytest.approx([0.5, 1.0, 0.8, 0.6, 0.4, 0.2])
 

@@ -155,11 +155,24 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     mean = sum(line["entropy/student"] for line in logged if line["step"] in range(1, 6) and "loss/mean" in line) / 5
     assert limits(record, "entropy/student") == {
-        "guards.min_entropy_ratio": pytest.approx(0.02 * mean),
-        "guards.max_entropy_ratio": pytest.approx(3 * mean),
+        "guards.entropy.min_ratio": pytest.approx(0.02 * mean),
+        "guards.entropy.max_ratio": pytest.approx(3 * mean),
     }
     assert list(limits(record, "response/length_mean")) == ["guards.min_length_ratio"]
     assert limits(record, "loss/mean") == {}
+
+
+def test_the_limits_of_a_run_of_version_0_2_have_the_present_names(run, tmp_path):
+    old = Path(shutil.copytree(run, tmp_path / "old"))
+    config = yaml.safe_load((old / "config.yaml").read_text())
+    limits_of_entropy = config["guards"].pop("entropy")
+    old_names = {"min_ratio": "min_entropy_ratio", "max_ratio": "max_entropy_ratio", "min_rise": "min_entropy_rise"}
+    config["guards"] |= {old_names[name]: value for name, value in limits_of_entropy.items()}
+    (old / "config.yaml").write_text(yaml.safe_dump(config))
+    (before,), (record,) = read_runs([old]), read_runs([run])
+    assert limits(before, "entropy/student") == limits(record, "entropy/student")
+    assert before.config["guards.entropy.min_rise"] == limits_of_entropy["min_rise"]
+    assert "guards.min_entropy_rise" not in before.config
 
 
 @pytest.mark.parametrize(
@@ -185,7 +198,7 @@ def test_the_limit_of_the_difference_of_log_probs_is_drawn_from_the_first_step(t
 def test_a_tiny_reference_leaves_room_for_the_smallest_rise(tmp_path):
     tiny = {(step, "entropy/student"): 0.001 for step in range(1, 6)}
     (record,) = read_runs([write_run(tmp_path / "tiny", changes=tiny)])
-    assert limits(record, "entropy/student")["guards.max_entropy_ratio"] == pytest.approx(0.051)
+    assert limits(record, "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
 
 
 def test_the_bar_of_a_step_adds_up(run):
