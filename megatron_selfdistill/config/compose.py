@@ -14,14 +14,17 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
-from megatron_selfdistill.config.key_list import config_dir, entries, keys, kinds, method_kinds, unknown_key
+from megatron_selfdistill.config.key_list import config_dir, entries, groups, keys, kinds, method_kinds, unknown_key
 from megatron_selfdistill.config.methods import settings_class
 from megatron_selfdistill.config.overrides import explained, for_hydra
 from megatron_selfdistill.config.schema.field_checks import require
@@ -38,7 +41,7 @@ def load(overrides: Sequence[str] = (), config_name: str = "train", search_path:
 
     Raises: `ConfigError`, which names the nearest key where a key is unknown.
     """
-    return from_mapping(_compose(_defaults(), overrides, config_name, search_path))
+    return from_mapping(_compose(overrides, config_name, search_path))
 
 
 def given_keys(
@@ -48,17 +51,10 @@ def given_keys(
 
     Of a section within a section, the result has the entries.
     """
-    unset = copy.deepcopy(_defaults())
-    del unset["method"]["name"]
-    defaults = {name: default for name, (default, _) in keys().items() if name not in entries()}
-    defaults |= {f"{key}.{entry}": one for key, part in entries().items() for entry, (one, _) in part.items()}
-    del defaults["method.name"]
-    for name, default in defaults.items():
-        if not isinstance(default, dict):
-            OmegaConf.update(unset, name, _UNSET)
-    composed: Any = OmegaConf.to_container(_compose(unset, overrides, config_name, search_path), resolve=False)
+    values = _compose(overrides, config_name, search_path, defaults=False)
+    composed: Any = OmegaConf.to_container(values, resolve=False)
     given = {f"method.{name}" for name in composed["method"]}
-    for name, default in defaults.items():
+    for name, default in _single_defaults().items():
         value: Any = composed
         for part in name.split("."):
             value = value.get(part)
@@ -100,8 +96,13 @@ class GivenKeys(Collection[str]):
 
 
 def _compose(
-    defaults: DictConfig, overrides: Sequence[str], config_name: str, search_path: Sequence[str]
+    overrides: Sequence[str], config_name: str, search_path: Sequence[str], *, defaults: bool = True
 ) -> DictConfig:
+    """Return the composed values; with ``defaults=False``, a key that nothing sets is missing.
+
+    Hydra composes the chosen files first, which takes most of its time, and then applies the overrides of keys.  So the
+    project's files are composed once for the same choices; those of a user may change.
+    """
     overrides = for_hydra(overrides)
     for directory in search_path:
         if not Path(directory).is_dir():
@@ -109,14 +110,37 @@ def _compose(
     if search_path:
         directories = ",".join(f"file://{Path(directory).resolve()}" for directory in search_path)
         overrides.append(f"hydra.searchpath=[{directories}]")
-    ConfigStore.instance().store("defaults", defaults)
-    GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed: DictConfig = compose(config_name, overrides=overrides)
-            return composed
+        parsed, options = OverridesParser.create().parse_overrides(overrides), groups()
+        if not all(_is_separate(one, options) for one in parsed):
+            return _by_hydra(str(config_dir()), config_name, tuple(overrides), defaults)
+        choices = tuple(one.input_line for one in parsed if one.key_or_group in options)
+        composed = copy.deepcopy(_files(str(config_dir()), config_name, choices, defaults))
+        ConfigLoaderImpl._apply_overrides_to_config(
+            [one for one in parsed if one.key_or_group not in options], composed
+        )
+        return composed
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(explained(overrides, error, search_path)) from error
+
+
+def _is_separate(override: Override, options: Collection[str]) -> bool:
+    """Return whether ``override`` chooses one file of a group in ``options``, or is about a key of a run alone."""
+    name = override.key_or_group
+    chooses = name not in options or (isinstance(override.value(), str) and not override.is_delete())
+    is_plain = override.package is None and "/" not in name and not name.startswith("hydra")
+    return is_plain and not override.is_sweep_override() and chooses
+
+
+def _by_hydra(directory: str, config_name: str, overrides: tuple[str, ...], defaults: bool) -> DictConfig:
+    ConfigStore.instance().store("defaults", _defaults() if defaults else _missing())
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(directory, version_base="1.3"):
+        composed: DictConfig = compose(config_name, overrides=list(overrides))
+        return composed
+
+
+_files = functools.cache(_by_hydra)
 
 
 def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
@@ -125,7 +149,7 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     Raises: `ConfigError` for an unknown key, a wrong type and an impossible value.
     """
     try:
-        given = OmegaConf.merge(values)
+        given = values if isinstance(values, DictConfig) else OmegaConf.merge(values)
         name = _method_name(given)
         _require_forms(given, name)
         merged = OmegaConf.merge(_schema(name), values)
@@ -214,6 +238,26 @@ def _defaults() -> DictConfig:
         if isinstance(default, dict):
             OmegaConf.set_struct(OmegaConf.select(node, name), False)
     return node
+
+
+@functools.cache
+def _missing() -> DictConfig:
+    """Return the nodes of `_defaults` with missing values."""
+    node = copy.deepcopy(_defaults())
+    del node["method"]["name"]
+    for name, default in _single_defaults().items():
+        if not isinstance(default, dict):
+            OmegaConf.update(node, name, _UNSET)
+    return node
+
+
+@functools.cache
+def _single_defaults() -> dict[str, Any]:
+    """Return every key -> its default, and of a section within a section its entries; without the method's name."""
+    found = {name: default for name, (default, _) in keys().items() if name not in entries()}
+    found |= {f"{key}.{entry}": one for key, part in entries().items() for entry, (one, _) in part.items()}
+    del found["method.name"]
+    return found
 
 
 @functools.cache

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,23 +76,26 @@ def environment_values(config: DictConfig | ListConfig, place: Place = ()) -> di
 
     Raises: the error of omegaconf for a value that cannot be resolved.
     """
+    return _values_of(config, OmegaConf.to_container(config, resolve=False), place)
+
+
+def _values_of(config: DictConfig | ListConfig, written: Any, place: Place) -> dict[Place, FromEnvironment]:
+    """Return the `environment_values` of ``config``, whose plain values without resolution are ``written``."""
     found: dict[Place, FromEnvironment] = {}
-    written: Any = OmegaConf.to_container(config, resolve=False)
-    keys: Iterable[Any] = config if isinstance(config, DictConfig) else range(len(config))
-    for key in keys:
+    for key, plain in written.items() if isinstance(written, dict) else enumerate(written):
         here = (*place, key)
         name = ".".join(map(str, here))
-        if OmegaConf.is_interpolation(config, key):
+        if isinstance(plain, dict | list):
+            found |= _values_of(config[key], plain, here)
+        elif isinstance(plain, str) and "${" in plain and OmegaConf.is_interpolation(config, key):
             with _noticing() as names:
                 value = config[key]
             if names or is_secret(name):  # which may refer to a secret that another key writes out
-                plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-                found[here] = FromEnvironment(str(written[key]), plain)
-        elif not OmegaConf.is_missing(config, key) and OmegaConf.is_config(config[key]):
-            found |= environment_values(config[key], here)
-        elif is_written_out(name, written[key]):
-            hide(variable_for(name), written[key])
-            found[here] = FromEnvironment(shown_value(name), written[key], is_written_out=True)
+                value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                found[here] = FromEnvironment(plain, value)
+        elif is_written_out(name, plain):
+            hide(variable_for(name), plain)
+            found[here] = FromEnvironment(shown_value(name), plain, is_written_out=True)
     return found
 
 

@@ -358,7 +358,7 @@ def _import_once(modules: Sequence[str]) -> str | None:
         for name in modules:
             importlib.import_module(name)
         if "megatron_selfdistill.config" in sys.modules:
-            sys.modules["megatron_selfdistill.config"].load()  # loads hydra's plugins and fills its caches
+            sys.modules["megatron_selfdistill.config"].load(["optimizer=fp32"])  # as tiny_run does: fills caches
         if "torch" in sys.modules:
             _prepare_torch()
         gc.collect()

@@ -15,8 +15,9 @@ from recipe_needs import needed_by
 from tiers import combinations
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config import Config, compose, from_mapping, keys, load, to_yaml
 from megatron_selfdistill.config.key_list import config_dir, kinds
+from megatron_selfdistill.config.overrides import for_hydra
 from megatron_selfdistill.config.schema.ranges import AnyText, taken_apart
 from megatron_selfdistill.errors import ConfigError
 
@@ -71,6 +72,42 @@ def test_keys_lists_each_field_of_each_section_once_with_its_default():
 
 
 def test_the_composed_defaults_are_the_schemas():
+    assert load() == Config()
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["num_steps=3", "model.num_layers=3", "data.fields={problem: a}", "data.fields.solution=b"],
+        ["model.num_layers=3", "recipe=grpo", "method.weight=0.5", "optimizer=fp32"],
+        ["+model.transformer.x=3", "model.num_layers=5", "model={num_layers: 2}", "optimizer.lr=${target.k}"],
+        ["+model.transformer={x: 3}", "~model.transformer.x", "method.name=sod", "rollout.servers=[a]"],
+        ["~optimizer", "recipe=grpo"],
+    ],
+)
+@pytest.mark.parametrize("defaults", [True, False])
+def test_overrides_of_files_composed_before_give_what_hydra_gives(overrides, defaults):
+    expected = compose._by_hydra(str(config_dir()), "train", tuple(for_hydra(overrides)), defaults)
+    for _ in range(2):
+        found = compose._compose(overrides, "train", (), defaults=defaults)
+        assert OmegaConf.to_yaml(found) == OmegaConf.to_yaml(expected)
+
+
+def test_hydra_composes_the_projects_files_once_and_those_of_a_user_each_time(tmp_path, monkeypatch):
+    load(["model=llama_1b", "optimizer=fp32"])
+    monkeypatch.setattr(compose, "compose", pytest.fail)
+    assert load(["seed=5", "model=llama_1b", "optimizer=fp32", "model.num_layers=3"]).model.num_layers == 3
+    assert load(["model=llama_1b", "optimizer=fp32"]).model.num_layers == 16
+    monkeypatch.undo()
+    (tmp_path / "model").mkdir()
+    for layers in (3, 4):
+        (tmp_path / "model" / "ours.yaml").write_text(f"num_layers: {layers}\n")
+        assert load(["model=ours"], search_path=[str(tmp_path)]).model.num_layers == layers
+
+
+def test_a_changed_configuration_changes_no_other():
+    load().metrics.loggers.append("wandb")
+    load().model.transformer["x"] = 3
     assert load() == Config()
 
 
