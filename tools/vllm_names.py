@@ -101,7 +101,8 @@ def imported_names(package: Path = PACKAGE) -> list[str]:
     """Return each name of vLLM that the package imports, as module.name, sorted."""
     found = set()
     for path in package.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        source = path.read_text()
+        for node in ast.walk(ast.parse(source)) if "vllm" in source else ():
             if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
                 found |= {f"{node.module}.{alias.name}" for alias in node.names}
             elif isinstance(node, ast.Import):

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -54,17 +55,20 @@ PYTHON_FILES = [
 ]
 
 
-def imported_names(source: str, module: str) -> Iterator[str]:
+@functools.cache
+def imported_names(source: str, module: str) -> tuple[str, ...]:
     """Each absolute dotted name that ``source``, the file of ``module``, imports, also inside functions."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found += (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
                 parents = module.split(".")[: -node.level]
                 base = ".".join([*parents, base]).rstrip(".")
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            found += (f"{base}.{alias.name}" for alias in node.names)
+    return tuple(found)
 
 
 def package_of(name: str) -> str | None:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "your_trainer.md"
 
@@ -22,6 +21,8 @@ class Letters:
 
 
 def test_the_step_of_the_page_moves_the_student_towards_its_hinted_self():
+    from transformers import LlamaConfig, LlamaForCausalLM  # which takes a second in each process that collects tests
+
     (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     page: dict[str, Any] = {}
     exec(code, page)

@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from trainer_gradients import END, HINTED, PROMPTS, RESPONSES
-from trainers.hf_trainer import SelfDistillationTrainer
-from transformers import AutoModelForCausalLM, TrainingArguments
+
+if TYPE_CHECKING:  # the imports take a second in each process that collects tests
+    from trainers.hf_trainer import SelfDistillationTrainer
 
 ROWS = [{"prompt": prompt, "hinted": hinted} for prompt, hinted in zip(PROMPTS, HINTED, strict=True)]
 
 
 def trainer_of(model: torch.nn.Module, directory: Path, **options) -> SelfDistillationTrainer:
+    from trainers.hf_trainer import SelfDistillationTrainer
+    from transformers import TrainingArguments
+
     arguments = TrainingArguments(
         str(directory), remove_unused_columns=False, use_cpu=True, report_to="none", max_steps=1, logging_steps=1
     )
@@ -24,6 +28,8 @@ def trainer_of(model: torch.nn.Module, directory: Path, **options) -> SelfDistil
 
 @pytest.fixture
 def model(tiny_qwen3):
+    from transformers import AutoModelForCausalLM
+
     return AutoModelForCausalLM.from_pretrained(tiny_qwen3, dtype=torch.float32)
 
 
@@ -41,6 +47,8 @@ def test_all_weights_have_the_gradient_of_the_pipeline(model, expected, tmp_path
 def test_adapters_have_the_gradient_that_follows_from_it_and_no_second_copy_is_made(
     model, expected, tmp_path, monkeypatch
 ):
+    from peft import LoraConfig, get_peft_model
+
     adapted = get_peft_model(model, LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "down_proj"]))
     trainer = trainer_of(adapted, tmp_path)
     assert trainer.frozen is None

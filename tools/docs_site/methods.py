@@ -9,6 +9,7 @@ The pages are committed, because a code host shows them, too.  After a change of
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import re
 import sys
@@ -125,6 +126,7 @@ def _cell(meaning: str) -> str:
     return escaped(meaning).replace(r"\_", "_").replace("|", r"\|")
 
 
+@functools.cache
 def _method_of(recipe: str) -> str | None:
     """Return the method of the text of a recipe; None for a recipe of a real size, which has its own page."""
     values = yaml.safe_load(recipe)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -69,10 +69,10 @@ ALLOWED = {
 }
 
 
-def aliases(tree: ast.AST) -> dict[str, str]:
+def aliases(nodes: Iterable[ast.AST]) -> dict[str, str]:
     """Local name -> what it was imported as."""
     found = {}
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for name in node.names:
                 found[name.asname or name.name.split(".")[0]] = name.name if name.asname else name.name.split(".")[0]
@@ -94,10 +94,10 @@ def dotted(node: ast.AST, names: dict[str, str]) -> str | None:
 
 def unsafe_uses(source: str) -> Iterator[tuple[int, str]]:
     """Line and name of every unsafe function that ``source`` calls, hands on or inherits from."""
-    tree = ast.parse(source)
-    names = aliases(tree)
+    nodes = list(ast.walk(ast.parse(source)))
+    names = aliases(nodes)
     safe_calls = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if not isinstance(node, ast.Call):
             continue
         name = dotted(node.func, names)
@@ -108,7 +108,7 @@ def unsafe_uses(source: str) -> Iterator[tuple[int, str]]:
             says_so = isinstance(value, ast.Constant) and value.value is safe[1]
             if says_so or (value is None and name in SAFE_BY_DEFAULT and None not in given):
                 safe_calls.add(id(node.func))
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Attribute | ast.Name) and id(node) not in safe_calls:
             name = dotted(node, names)
             if name in UNSAFE and not (isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)):
