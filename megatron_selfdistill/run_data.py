@@ -441,12 +441,17 @@ def _templates(config: Config) -> PromptTemplates:
     return PromptTemplates(
         teacher=data.teacher_template or config.method.teacher_template or DEFAULT_TEACHER_TEMPLATE,
         student=data.student_template,
-        student_view=_view(data, "student", shown),
-        teacher_view=_view(data, "teacher", shown),
+        student_view=_view(data, data.views.get("student", {}), shown),
+        teacher_view=_view(data, data.views.get("teacher", {}), shown),
         of_teachers={
             name: teacher.template or data.student_template
             for name, teacher in config.named_teachers.items()
             if teacher.template is not None or not teacher.is_hinted
+        },
+        views_of_teachers={
+            name: _view(data, data.views.get("teacher", {}) | teacher.view, shown)
+            for name, teacher in config.named_teachers.items()
+            if teacher.view
         },
     )
 
@@ -457,9 +462,8 @@ def _shown_tools(config: Config) -> dict[str, Any]:
     return {} if tools is None else {"tools": schemas_of(tool_class(tools))}
 
 
-def _view(data: DataConfig, name: str, shown: Mapping[str, Any]) -> PromptView:
-    """Return the view ``name``: what both prompts share and ``shown``, with what data.views says of this one."""
-    own = data.views.get(name, {})
+def _view(data: DataConfig, own: Mapping[str, Any], shown: Mapping[str, Any]) -> PromptView:
+    """Return the view of one prompt: what both prompts share and ``shown``, with what this one has for ``own``."""
     return PromptView(
         system_prompt=own.get("system_prompt", data.system_prompt),
         chat_template_kwargs={**shown, **data.chat_template_kwargs, **own.get("chat_template_kwargs", {})},

@@ -61,14 +61,22 @@ class PromptTemplates:
     """Form of the teacher's prompt."""
     of_teachers: Mapping[str, str] = field(default_factory=dict)
     """Name of a teacher -> its wording in place of ``teacher``, in which the slot ``{solution}`` may be missing."""
+    views_of_teachers: Mapping[str, PromptView] = field(default_factory=dict)
+    """Name of a teacher -> the form of its prompt in place of ``teacher_view``."""
 
-    @property
-    def same_generation_prompt(self) -> bool:
-        """Whether both prompts must end in the same generation prompt, since nothing says how the ends differ."""
-        student, teacher = self.student_view, self.teacher_view
+    def view_of(self, teacher: str) -> PromptView:
+        """Return the form of the prompt of the teacher of that name; see `Problem.teacher`."""
+        return self.views_of_teachers.get(teacher, self.teacher_view)
+
+    def same_generation_prompt(self, teacher: str) -> bool:
+        """Return whether both prompts must end in the same generation prompt, since nothing says how the ends differ.
+
+        ``teacher``: as for `view_of`.
+        """
+        student, other = self.student_view, self.view_of(teacher)
         return (student.chat_template_kwargs, student.generation_prompt) == (
-            teacher.chat_template_kwargs,
-            teacher.generation_prompt,
+            other.chat_template_kwargs,
+            other.generation_prompt,
         )
 
     def __post_init__(self) -> None:
@@ -127,7 +135,7 @@ class PromptBuilder:
         solution, or one that the model has found itself.
         """
         messages = self._teacher_messages(problem, solution)
-        return self.tokenizer.encode(self._render(messages, problem, self._teacher, True))
+        return self.tokenizer.encode(self._render(messages, problem, self._view_of(problem), True))
 
     def student_bridge(self, problem: Problem, reply: Mapping[str, Any], stop_id: int) -> list[int]:
         """Return the token ids between a response to ``problem`` and the next one: the message ``reply`` and around it.
@@ -140,7 +148,8 @@ class PromptBuilder:
 
     def teacher_bridge(self, problem: Problem, solution: str, reply: Mapping[str, Any], stop_id: int) -> list[int]:
         """Return what `student_bridge` returns for the teacher, who sees ``solution``."""
-        return self._bridge(self._teacher_messages(problem, solution), problem, self._teacher, reply, stop_id)
+        messages = self._teacher_messages(problem, solution)
+        return self._bridge(messages, problem, self._view_of(problem), reply, stop_id)
 
     def shows_solution(self, problem: Problem) -> bool:
         """Return whether the wording of the problem's teacher has a slot for the solution."""
@@ -176,7 +185,7 @@ class PromptBuilder:
         student, teacher = self._student_messages(problem), self._teacher_messages(problem, solution)
         before, prompt, teacher_before, teacher_prompt = (
             self._render(messages, problem, view, flag)
-            for messages, view in ((student, self._student), (teacher, self._teacher))
+            for messages, view in ((student, self._student), (teacher, self._view_of(problem)))
             for flag in (False, True)
         )
         return before, prompt, teacher_before, teacher_prompt
@@ -188,7 +197,7 @@ class PromptBuilder:
 
     def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return `prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
-        if not self.templates.same_generation_prompt:
+        if not self.templates.same_generation_prompt(problem.teacher):
             return ids[1], ids[3]
         student, teacher = _split_prompt(texts[:2], ids[:2]), _split_prompt(texts[2:], ids[2:])
         skip = 1 if student.joins_message or teacher.joins_message else 0
@@ -210,16 +219,15 @@ class PromptBuilder:
     def _student(self) -> PromptView:
         return self.templates.student_view
 
-    @property
-    def _teacher(self) -> PromptView:
-        return self.templates.teacher_view
+    def _view_of(self, problem: Problem) -> PromptView:
+        return self.templates.view_of(problem.teacher)
 
     def _student_messages(self, problem: Problem) -> list[dict[str, Any]]:
         return self._reworded(problem, self.templates.student, {}, self._student)
 
     def _teacher_messages(self, problem: Problem, solution: str | None) -> list[dict[str, Any]]:
         solution = problem.solution if solution is None else solution
-        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self._teacher)
+        return self._reworded(problem, self._template_of(problem), {"solution": solution}, self._view_of(problem))
 
     def _bridge(
         self,

@@ -57,10 +57,16 @@ def test_a_streamed_run_takes_the_steps_of_one_that_waits_for_all_responses(
     assert all(line["overlap/share"] < 0.1 for line in metrics_of(tmp_path / "turns"))
 
 
-def test_a_streamed_run_divides_each_partial_batch_by_teacher(ranks, fakes, own_data, finished, tmp_path):
+@pytest.mark.parametrize(
+    "options",
+    [[], pytest.param(["teachers.trained.transformer={masked_softmax_fusion: false}"], marks=pytest.mark.full)],
+    ids=["its weights", "a model of its own"],
+)
+def test_a_streamed_run_divides_each_partial_batch_by_teacher(ranks, fakes, own_data, finished, tmp_path, options):
     """A replica may have no context of a teacher in a partial batch."""
     file = write_records_of_teachers(own_data, ["trained", None])
     taught = [f"data.path={file}", f"teachers.trained.load={finished}/checkpoints", "teachers.default.hint=given"]
+    taught += options
     train(ranks, on(fakes, own_data, tmp_path / "turns", *taught), 2)
     train(ranks, on(fakes, own_data, tmp_path / "stream", *taught, *STREAM), 2)
     assert_same_steps(tmp_path / "turns", tmp_path / "stream")

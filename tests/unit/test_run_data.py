@@ -471,6 +471,18 @@ def test_each_teacher_has_its_own_wording_and_shows_the_solution_or_not(director
     assert "of the solution (in 3 prompts)" in run_data.about_prompts
 
 
+def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(directory):
+    views = {"views": {"teacher": {"generation_prompt": ":"}}}
+    teachers = TEACHERS | {"math": TEACHERS["math"] | {"view": {"generation_prompt": "-", "system_prompt": "9"}}}
+    file = directory / "viewed.jsonl"
+    write(file, [{"problem": "500=", "solution": "4", "teacher": name} for name in teachers])
+    config = config_of(directory)
+    run_data = RunData.load(replace(config, teachers=teachers, data=replace(config.data, path=str(file), **views)))
+    prompts = [run_data.builder.prompt_pair(problem) for problem in run_data.problems.problems]
+    decoded = [tuple(run_data.tokenizer.decode(one).replace(" ", "") for one in pair) for pair in prompts]
+    assert decoded == [("500=", "9500=4|-"), ("500=", "500=||:"), ("500=", "4:500=:")]
+
+
 def all_of(record: dict[str, object], names: tuple[str, ...]) -> dict[str, int]:
     return dict.fromkeys(names, 1)
 

@@ -171,16 +171,16 @@ class DataConfig:
         for name in self.fields:
             require_range("a key of data.fields", Annotated[str, OneOf(tuple(sorted(known)))], name)
         for name, view in self.views.items():
-            self._check_view(name, view)
+            require_range("a key of data.views", Annotated[str, OneOf(("student", "teacher"))], name)
+            check_view(f"data.views.{name}", view)
 
-    def _check_view(self, name: str, view: Any) -> None:
-        """Raise `ConfigError` unless ``view`` is a mapping of what a prompt may have for itself."""
-        require_range("a key of data.views", Annotated[str, OneOf(("student", "teacher"))], name)
-        key = f"data.views.{name}"
-        require(isinstance(view, dict), f"{key} must be a mapping, such as {{system_prompt: Think.}}, got {view!r}")
-        for entry, value in view.items():
-            require_range(f"a key of {key}", Annotated[str, OneOf(tuple(_VIEW_ENTRIES))], entry)
-            require_range(f"{key}.{entry}", _VIEW_ENTRIES[entry], value)
+
+def check_view(key: str, view: Any) -> None:
+    """Raise `ConfigError` unless ``view``, the value of ``key``, is a mapping of what a prompt may have for itself."""
+    require(isinstance(view, dict), f"{key} must be a mapping, such as {{system_prompt: Think.}}, got {view!r}")
+    for entry, value in view.items():
+        require_range(f"a key of {key}", Annotated[str, OneOf(tuple(_VIEW_ENTRIES))], entry)
+        require_range(f"{key}.{entry}", _VIEW_ENTRIES[entry], value)
 
 
 @dataclass(frozen=True)

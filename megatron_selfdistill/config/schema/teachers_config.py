@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
 from megatron_selfdistill.choices import TEACHER_HINTS
+from megatron_selfdistill.config.schema.data_config import check_view
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_slots
 from megatron_selfdistill.config.schema.ranges import FilePath, OneOf, Text
 from megatron_selfdistill.config.schema.rollout_config import RolloutConfig
@@ -40,6 +41,8 @@ class NamedTeacher:
     or without a hint data.student_template."""
     weight: TeacherWeight | None = None
     """Weight w of this teacher's logits; null is target.teacher_weight."""
+    view: dict[str, Any] = field(default_factory=dict)
+    """What this teacher's prompt has for itself: entries of data.views.teacher, in place of those."""
     transformer: dict[str, Any] = field(default_factory=dict)
     """Fields of Megatron's TransformerConfig for a teacher of another architecture than the student's, as
     model.transformer for the student's; they go over those that its directory states."""
@@ -126,6 +129,7 @@ def _named_teacher(name: str, entries: Any) -> NamedTeacher:
         require(entry in known, f"{key} has no entry {entry!r}: its entries are {', '.join(known)}")
     teacher = NamedTeacher(**entries)
     check_fields(key, teacher)
+    check_view(f"{key}.view", teacher.view)
     require_slots(f"{key}.template", teacher.template, ["problem", *["solution"] * teacher.is_hinted])
     return teacher
 

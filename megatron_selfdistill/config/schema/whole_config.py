@@ -120,16 +120,17 @@ class Config:
     step.  Without a launch, and with cluster.num_gpus, it computes the memory of every rank and the bubble from shapes
     alone, on any machine and without GPUs."""
     teachers: dict[str, Any] = field(default_factory=dict)
-    """Teachers with other weights than the student's start, by name: the field teacher of a record names the teacher of
-    its responses.  A record that names none has the only teacher, or of several the one with the name default.  Each
-    has the entries load (a checkpoint of Megatron or a Hugging Face directory with the student's tokenizer, or adapters
-    on checkpoint.load; null is the weights at the start of the run), hint (given or none), template (in place of
-    data.teacher_template), weight (in place of target.teacher_weight) and transformer (in place of model.transformer,
-    for another architecture).  With {math: {load: DIR}, default: {}} the records of math learn from DIR, and all others
-    from the start of the run, which sees their solutions.  Three entries are no teachers: choose is the dotted path of
-    a function of a record and the names that returns the teacher's name, or weights by name, in place of the field;
-    join is sum (the default) or product, the weighted geometric mean of the teachers of a record with weights; guide is
-    the name of the teacher whose problems rollout.guidance=mixed guides."""
+    """Teachers with other weights than the student's start, by name: the field teacher of a record names the
+    teacher of its responses.  A record that names none has the only teacher, or of several the one with the name
+    default.  Each has the entries load (a checkpoint of Megatron or a Hugging Face directory with the student's
+    tokenizer, or adapters on checkpoint.load; null is the weights at the start of the run), hint (given or none),
+    template (in place of data.teacher_template), view (in place of data.views.teacher), weight (in place of
+    target.teacher_weight) and transformer (in place of model.transformer, for another architecture).  With {math:
+    {load: DIR}, default: {}} the records of math learn from DIR, and all others from the start of the run, which
+    sees their solutions.  Three entries are no teachers: choose is the dotted path of a function of a record and
+    the names that returns the teacher's name, or weights by name, in place of the field; join is sum (the default)
+    or product, the weighted geometric mean of the teachers of a record with weights; guide is the name of the
+    teacher whose problems rollout.guidance=mixed guides."""
     method: MethodSettings = field(default_factory=default_settings)
     """The method that the run follows, with its settings."""
     model: ModelConfig = field(default_factory=ModelConfig)

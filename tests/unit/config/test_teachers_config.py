@@ -77,6 +77,9 @@ def test_a_name_is_one_word(name):
     [
         (["teachers.math=/m"], r"teachers.math must be a mapping, such as \{load: DIR\}, got '/m'"),
         (["teachers.math.path=/m"], "teachers.math has no entry 'path': its entries are load, hint, template, weight"),
+        ([MATH, "teachers.math.view=think"], "teachers.math.view must be a mapping, got 'think'"),
+        ([MATH, "teachers.math.view.prompt=a"], "a key of teachers.math.view must be one of .*, got 'prompt'"),
+        ([MATH, "teachers.math.view.system_prompt=1"], "teachers.math.view.system_prompt must be a text"),
         ([MATH, "teachers.math.hint=some"], "teachers.math.hint must be one of given, none, got 'some'"),
         ([MATH, "teachers.math.weight=-1"], "teachers.math.weight must be at least 0, or null, got -1"),
         ([MATH, "teachers.math.template='{problem}'"], r"teachers.math.template must have the slots .*\{solution\}"),
