@@ -149,8 +149,7 @@ class Trainer:
     def batches(self) -> Iterator[StepBatch]:
         """Yield the responses of the next step, sampled with the current weights where anything is sampled.
 
-        They come in one batch, or in partial batches as they arrive (rollout.overlap=stream), and of each teacher apart
-        (teachers).
+        They come in one batch, or in partial batches as they arrive (rollout.overlap=stream), each teacher's apart.
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
         batches = self.source.batches(self.step, self.sampling)

@@ -233,7 +233,8 @@ def test_a_product_of_teachers_of_two_architectures_is_the_weighted_mean_of_thei
     assert error < 1e-5
 
 
-@combinations(name=list(LAYOUTS), quick={"name": ["PP2"]}, strength=1)
+@pytest.mark.full
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_a_teacher_of_another_architecture_has_the_steps_of_one_rank_in_every_layout(ranks, places, tmp_path, name):
     options, record = ["num_steps=2", "checkpoint.save_every=0"], f"{tmp_path}/responses.jsonl"
     train(ranks, of_wide(places, tmp_path / "one", *options, f"rollout.record={record}"))
@@ -562,17 +563,16 @@ def test_a_teacher_with_fewer_layers_than_stages_is_refused_with_both_numbers(ra
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
+        pytest.param(
             ["parallel.tensor_model_parallel_size=4"],
             "does not fit the run: model.num_attention_heads (6) must be a",
+            marks=FULL,
         ),
-        (
-            ["teachers.math.transformer={no_such: 1}"],
-            "fit the run: model.transformer.no_such: Megatron",
-        ),
-        (
+        (["teachers.math.transformer={no_such: 1}"], "fit the run: model.transformer.no_such: Megatron"),
+        pytest.param(
             ["teachers.code.transformer={no_such: 1}"],
             "fit the run: model.transformer.no_such: Megatron",
+            marks=FULL,
         ),
     ],
 )
