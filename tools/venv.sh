@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|environments]]
+# Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|environments|nemo-gym]]
 #
 # All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
 # newest versions that the package index serves and setup.py allows; only torch stays at its tested version.
@@ -15,6 +15,8 @@
 #
 # With "environments" one with the environments of other projects, which sees the packages of the project's environment
 # BASE (default .venv); that one must be there.
+#
+# With "nemo-gym" the one that runs the servers of NeMo Gym, which needs Python 3.12, without what its servers do not import.
 #
 # torch goes in first and is then held fixed: any other package would be free to pull a CUDA build of several GB.
 # Environment: PYTHON (which interpreter, or its version: 3.12), TORCH_VERSION (default: the tested one), NEWEST.
@@ -70,6 +72,13 @@ main() {
         install_environments
         echo "$wanted" >"$VENV/.stamp"
         say "ready in $SECONDS s: $VENV, with the environments of other projects"
+        return
+    fi
+    if [ "$KIND" = nemo-gym ]; then
+        tested nemo-gym >"$VENV/constraints.txt"
+        pip_install "NeMo Gym" --no-deps -r "$VENV/constraints.txt"
+        echo "$wanted" >"$VENV/.stamp"
+        say "ready in $SECONDS s: $VENV, with NeMo Gym"
         return
     fi
     install_torch "$build"

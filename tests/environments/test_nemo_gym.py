@@ -1,0 +1,164 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Ten games on a real resources server of NeMo Gym: played to their ends, and by a run that is killed and resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
+
+from megatron_selfdistill.data.problems import Problem, load_problems
+from megatron_selfdistill.data.records import RecordSource
+from megatron_selfdistill.environments import SessionLimits
+from megatron_selfdistill.session_processes import SessionProcesses
+
+PYTHON = Path(os.environ.get("SELFDISTILL_NEMO_GYM_PYTHON", "missing"))
+pytestmark = pytest.mark.skipif(
+    not PYTHON.exists(),
+    reason="NeMo Gym needs Python 3.12, which is not installed here: install it and run make test-environments again",
+)
+
+NAME = "environments.nemo_gym_sessions.NemoGym"
+NUMBER = 10
+PARAMETERS = {"type": "object", "properties": {"digit": {"type": "integer"}}, "required": ["digit"]}
+TOOL = {"type": "function", "name": "guess", "description": "", "parameters": PARAMETERS, "strict": True}
+
+
+@contextmanager
+def serving(*kind: str) -> Iterator[str]:
+    """Start the server of `nemo_gym_numbers`, or that of another class, and yield its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    module = Path(__file__).parents[1] / "support" / "nemo_gym_numbers.py"
+    server = subprocess.Popen([PYTHON, module, str(port), *kind])
+    try:
+        for _ in range(1200):  # the import of nemo_gym takes seconds
+            assert server.poll() is None, "the server has ended"
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """Return the address of a server of games."""
+    with serving() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def games(tmp_path_factory) -> Path:
+    """Return a directory with a data set of NeMo Gym, short problems and a tokenizer of characters."""
+    directory = tmp_path_factory.mktemp("games")
+    asked = [{"role": "developer", "content": "Play."}, {"role": "user", "content": "Guess."}]
+    rows = [{"responses_create_params": {"input": asked, "tools": [TOOL]}, "digit": i} for i in range(NUMBER)]
+    (directory / "rows.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    problems = [{"id": str(i), "problem": "Guess.", "solution": str(i)} for i in range(NUMBER)]
+    (directory / "problems.jsonl").write_text("".join(f"{json.dumps(problem)}\n" for problem in problems))
+    write_tokenizer_of_characters(directory)
+    return directory
+
+
+def problems_of(rows: Path, directory: Path, *field: str) -> list[Problem]:
+    """Return the problems that the adapter writes for a data set into a directory."""
+    from environments.nemo_gym_sessions import write_problems
+
+    write_problems(directory / "written.jsonl", rows, *field)
+    source = RecordSource(directory / "written.jsonl", "train", None, {}, "error", None, "data")
+    return load_problems(source, require_solution=bool(field)).problems
+
+
+def call(name: str, **arguments: int) -> str:
+    """Return a call in the format of Hermes."""
+    return f"<tool_call>{json.dumps({'name': name, 'arguments': arguments})}</tool_call>"
+
+
+def test_a_problem_shows_the_tools_and_how_to_call_them(games, tmp_path):
+    for i, problem in enumerate(problems_of(games / "rows.jsonl", tmp_path, "digit")):
+        system, user = problem.messages
+        assert (problem.id, problem.solution, system["role"], user["content"]) == (str(i), str(i), "system", "Guess.")
+        assert (
+            system["content"].startswith(f"Play.\nTools:\n{json.dumps(TOOL)}\n") and "<tool_call>" in system["content"]
+        )
+
+
+def test_ten_episodes_are_sessions_of_the_server(url, games, tmp_path):
+    sessions = SessionProcesses(NAME, {"url": url, "data": str(games / "rows.jsonl")}, SessionLimits())
+    problems = problems_of(games / "rows.jsonl", tmp_path)
+    for problem in problems:
+        opening = sessions.reset(problem.id, problem, seed=0)
+        assert opening.text is None and opening.failure is None
+    for problem in problems:  # all sessions are open at the same time
+        key, digit = problem.id, int(problem.id)
+        wrong = sessions.step(key, f"<think>{call('guess', digit=digit)}</think>{call('guess', digit=digit + 1)}")
+        assert (wrong.text, wrong.role, wrong.reward, wrong.done) == ('{"told":"wrong"}', "tool", 0, False)
+        both = sessions.step(key, call("guess", digit=digit) + call("guess", digit=digit - 1))
+        assert both.text == '{"told":"right"}\n{"told":"wrong"}'
+        reply = sessions.step(key, f"<think>So?</think>\n{digit}")
+        assert (reply.failure, reply.reward, reply.done) == (None, 1 / 4, True) and key not in sessions
+    sessions.close()
+
+
+def test_a_bad_call_is_an_answer_and_no_request(url, games, tmp_path):
+    sessions = SessionProcesses(NAME, {"url": url, "data": str(games / "rows.jsonl")}, SessionLimits())
+    problem = problems_of(games / "rows.jsonl", tmp_path)[3]
+    sessions.reset("a", problem, seed=0)
+    unreadable = sessions.step("a", "<tool_call>guess</tool_call>")
+    assert unreadable.role == "tool" and (unreadable.text or "").startswith("Error: expected")
+    for name in ("verify", "../verify"):
+        assert sessions.step("a", call(name)).text == f"Error: there is no tool {name!r}: the tools are guess"
+    refused = sessions.step("a", call("guess", number=3))  # the server says which argument it misses
+    assert '"missing"' in (refused.text or "") and not refused.done
+    assert sessions.step("a", "3").reward == 1
+    sessions.close()
+
+
+def test_a_row_without_tools_is_one_turn_whatever_it_looks_like(url, tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"responses_create_params": {"input": "Guess."}, "digit": 7}))
+    [problem] = problems_of(tmp_path / "rows.jsonl", tmp_path)
+    assert problem.messages == ({"role": "user", "content": "Guess."},)
+    sessions = SessionProcesses(NAME, {"url": url, "data": str(tmp_path / "rows.jsonl")}, SessionLimits())
+    for key, response, reward in (("a", "7", 1), ("b", call("guess", digit=7), 0)):
+        sessions.reset(key, problem, seed=0)
+        reply = sessions.step(key, response)
+        assert (reply.text, reply.reward, reply.done) == (None, reward, True)
+    sessions.close()
+
+
+def test_the_packages_own_counter_is_played_with_its_own_data(tmp_path):
+    purelib = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    packages = subprocess.run([PYTHON, "-c", purelib], capture_output=True, text=True, check=True).stdout.strip()
+    rows = Path(packages) / "resources_servers" / "example_session_state_mgmt" / "data" / "example.jsonl"
+    problem = problems_of(rows, tmp_path)[0]
+    assert "increment_counter" in problem.messages[0]["content"] and "<tool_call>" in problem.messages[0]["content"]
+    with serving("resources_servers.example_session_state_mgmt.app.StatefulCounterResourcesServer") as url:
+        sessions = SessionProcesses(NAME, {"url": url, "data": str(rows)}, SessionLimits())
+        sessions.reset("a", problem, seed=0)  # "add 1 then add 2 then get the count", from 3
+        sessions.reset("b", problem, seed=0)
+        for count in (1, 2):
+            assert sessions.step("a", call("increment_counter", count=count)).text == '{"success":true}'
+        assert sessions.step("a", call("get_counter_value")).text == '{"count":6}'
+        assert [sessions.step(key, "The count is 6.").reward for key in "ab"] == [1, 0]
+        sessions.close()
+
+
+def test_a_killed_run_plays_its_episodes_again(ranks, games, url, tmp_path):
+    given = {"url": url, "data": games / "rows.jsonl", "parser": "guessed_calls.guessed"}
+    options = [f"environment.name={NAME}", *(f"environment.options.{key}={value}" for key, value in given.items())]
+    stops = f"rollout.stop_token_ids={list(range(48, 96))}"  # half of the characters: most responses end by themselves
+    told = told_by_a_killed_run(ranks, games, tmp_path, *options, stops, "rollout.max_new_tokens=4")
+    assert '{"told":"wrong"}' in {(record.get("reply") or {}).get("text") for record in told}
