@@ -9,7 +9,7 @@ Counted are the seconds of this process and of all its descendants, also of thos
 count.  Of the server that forks the ranks (ranks.py) only the ranks count, since all files share its start; the seconds
 of a server that has ended are those of this process's children, and are taken off again.
 
-A slow or busy machine takes more seconds for the same work: after every file, a fixed piece of work shows how
+A slow or busy machine takes more seconds for the same work: every few seconds, a fixed piece of work shows how
 much slower the machine is than the one on which the limits were chosen, and the file's seconds are divided by this
 number.  With pytest-xdist each worker counts its own files, and the main process joins them.  The summary names the ten
 slowest files, and with -v all files.
@@ -17,6 +17,7 @@ slowest files, and with -v all files.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import defaultdict
 from collections.abc import Generator, Mapping
@@ -29,6 +30,8 @@ LIMIT_S = 20.0
 TOTAL_LIMIT_S = 700.0
 REFERENCE_S = 0.004
 """The CPU seconds of the work of `slowdown` on an idle core of the machine on which the limits were chosen."""
+PERIOD_S = 5.0
+"""The seconds for which a measurement of `slowdown` holds."""
 _THIS_PROCESS = psutil.Process()
 _SERVERS: dict[int, float] = {}
 """The CPU seconds of each server of ranks, without its ranks, by its process id."""
@@ -61,8 +64,14 @@ def _serves_ranks(process: psutil.Process) -> bool:
 def slowdown() -> float:
     """Return how many times longer than `REFERENCE_S` this machine takes for the same work at present; at least 1.
 
-    The shortest of five times counts, since one of a few milliseconds may fall into a moment of other load.
+    It is measured at most every `PERIOD_S`, so that the many short files do not wait for it.
     """
+    return _slowdown_in(int(time.monotonic() / PERIOD_S))
+
+
+@functools.lru_cache(1)
+def _slowdown_in(period: int) -> float:
+    """Measure `slowdown`: the shortest of five times, since one of a few milliseconds may fall into other load."""
     times = []
     for _ in range(5):
         before, total = time.process_time(), 0
@@ -120,10 +129,10 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, object, object]:
     result = yield
     if nextitem is None or nextitem.path != item.path:
-        stash, now = item.config.stash, cpu_seconds()
+        stash, now, own = item.config.stash, cpu_seconds(), time.process_time()
         if item.get_closest_marker("external") is None:  # make test runs none of these
             stash[_SECONDS][item.nodeid.split("::")[0]] += (now - stash[_BEFORE]) / slowdown()
-        stash[_BEFORE] = cpu_seconds()
+        stash[_BEFORE] = now + time.process_time() - own  # the measurement belongs to no file
     return result
 
 
