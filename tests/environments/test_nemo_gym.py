@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from game_servers import serving
 from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
 
 from megatron_selfdistill.data.problems import Problem, load_problems
@@ -32,31 +30,10 @@ PARAMETERS = {"type": "object", "properties": {"digit": {"type": "integer"}}, "r
 TOOL = {"type": "function", "name": "guess", "description": "", "parameters": PARAMETERS, "strict": True}
 
 
-@contextmanager
-def serving(*kind: str) -> Iterator[str]:
-    """Start the server of `nemo_gym_numbers`, or that of another class, and yield its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    module = Path(__file__).parents[1] / "support" / "nemo_gym_numbers.py"
-    server = subprocess.Popen([PYTHON, module, str(port), *kind])
-    try:
-        for _ in range(1200):  # the import of nemo_gym takes seconds
-            assert server.poll() is None, "the server has ended"
-            with socket.socket() as probe:
-                if probe.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.kill()
-        server.wait()
-
-
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Return the address of a server of games."""
-    with serving() as address:
+    with serving(PYTHON, "nemo_gym_numbers") as address:
         yield address
 
 
@@ -145,7 +122,9 @@ def test_the_packages_own_counter_is_played_with_its_own_data(tmp_path):
     rows = Path(packages) / "resources_servers" / "example_session_state_mgmt" / "data" / "example.jsonl"
     problem = problems_of(rows, tmp_path)[0]
     assert "increment_counter" in problem.messages[0]["content"] and "<tool_call>" in problem.messages[0]["content"]
-    with serving("resources_servers.example_session_state_mgmt.app.StatefulCounterResourcesServer") as url:
+    with serving(
+        PYTHON, "nemo_gym_numbers", "resources_servers.example_session_state_mgmt.app.StatefulCounterResourcesServer"
+    ) as url:
         sessions = SessionProcesses(NAME, {"url": url, "data": str(rows)}, SessionLimits())
         sessions.reset("a", problem, seed=0)  # "add 1 then add 2 then get the count", from 3
         sessions.reset("b", problem, seed=0)

@@ -5,15 +5,13 @@ from __future__ import annotations
 
 import json
 import random
-import socket
-import subprocess
 import sys
-import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from game_servers import serving
 from killed_episodes import told_by_a_killed_run, write_tokenizer_of_characters
 
 from megatron_selfdistill.data.problems import Problem
@@ -32,20 +30,8 @@ def digit(identity: str) -> str:
 @pytest.fixture(scope="module")
 def url() -> Iterator[str]:
     """Start a server and return its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    module = Path(__file__).parents[1] / "support" / "openenv_numbers.py"
-    server = subprocess.Popen([sys.executable, str(module), str(port)])
-    for _ in range(1200):  # the import of openenv takes ten seconds and more
-        assert server.poll() is None, "the server has ended"
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                break
-        time.sleep(0.1)
-    yield f"http://127.0.0.1:{port}"
-    server.kill()
-    server.wait()
+    with serving(sys.executable, "openenv_numbers") as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
