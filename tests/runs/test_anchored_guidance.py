@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, train
+from tiny_run import assert_resumes_equal, mean_log_probs, overrides, reproducible_metrics, train
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
@@ -52,10 +52,7 @@ def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tm
     records = [json.loads(line) for line in recorded.read_text().splitlines()]
     for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
         assert line["guided/share"] == 1
-        means = {}
-        for name in ("log_probs", "teacher_log_probs"):
-            values = [value for record in records if record["step"] == step for value in record[name]]
-            means[name] = sum(values) / len(values)
+        means = mean_log_probs(records, step)
         assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
         assert line["sampler/log_prob_max_abs_diff"] < 1e-3
         assert step == 0 or abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-3

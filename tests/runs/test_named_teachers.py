@@ -24,6 +24,7 @@ from tiny_run import (
     assert_resumes_equal,
     assert_steps_equal,
     bytes_of,
+    mean_log_probs,
     overrides,
     refusal,
     reproducible_metrics,
@@ -86,35 +87,51 @@ def arguments(places: dict[str, Path], run_dir: Path, *options: str, teachers: S
     return overrides(places["data"], run_dir, FOUR_LAYERS, *start, "metrics.teacher_every=1", *named, *options)
 
 
+def loaded_model(trainer: Any, path: Path, model: Any = None) -> Any:
+    """Return a model of one rank with the weights at ``path``; ``model``: its architecture, if not the student's."""
+    from megatron_selfdistill.checkpoint.external import load_weights
+    from megatron_selfdistill.model.build import new_chunks
+
+    chunks = new_chunks(trainer.config, trainer.grid, trainer.run_data.vocab_size, model)
+    load_weights(path, chunks, trainer.run_data.vocab_size)
+    return chunks[0]
+
+
 def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[set[str], float]:
-    """Return the names of the teachers in a step, and the largest error of its gradients, relative to their norm."""
+    """Return the names of the teachers and products of a step, and the largest error of its gradients.
+
+    The error is relative to the norm of the gradients.
+    """
 
     def use(trainer: Any) -> tuple[set[str], float]:
-        from megatron_selfdistill.checkpoint.external import load_weights
-        from megatron_selfdistill.model.build import new_chunks
+        from megatron_selfdistill.checkpoint.teacher_directories import teacher_architectures
 
         contexts, found = trained_gradients(trainer)
-        vocab_size = trainer.run_data.vocab_size
-
-        def loaded(name: str) -> Any:
-            chunks = new_chunks(trainer.config, trainer.grid, vocab_size)
-            load_weights(places[name], chunks, vocab_size)
-            return chunks[0]
-
-        student, reference, target = loaded("student"), loaded("student"), trainer.learner.target
-        teachers = {
-            "math": (loaded("math"), dataclasses.replace(target, teacher_weight=0.5)),
-            "code": (loaded("code"), target),
-            "default": (reference, target),
+        vocab_size, target = trainer.run_data.vocab_size, trainer.learner.target
+        named, others = trainer.config.named_teachers, teacher_architectures(trainer.config)
+        student, reference = loaded_model(trainer, places["student"]), loaded_model(trainer, places["student"])
+        models = {
+            name: reference if one.load is None else loaded_model(trainer, Path(one.load), others.get(name))
+            for name, one in named.items()
         }
-        problems = trainer.run_data.problems.problems
-        shares = {problem.id: dict(problem.shares) for problem in problems if problem.shares}
-        expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size, shares)
+        assert all(models[name].config.hidden_size == 48 for name in others)
+        own = {name: one.weight for name, one in named.items() if one.weight is not None}
+        if trainer.learner.joins_teachers:
+            expected = gradients_of_products(contexts, student, reference, models, target, vocab_size, own)
+        else:
+            weights = {name: own.get(name, target.teacher_weight) for name in named}
+            teachers = {
+                name: (model, dataclasses.replace(target, teacher_weight=weights[name]))
+                for name, model in models.items()
+            }
+            problems = trainer.run_data.problems.problems
+            shares = {problem.id: dict(problem.shares) for problem in problems if problem.shares}
+            expected = gradients_by_definition(contexts, student, reference, teachers, vocab_size, shares)
+            for context in contexts:
+                assert (context.teacher_prompt == context.student_prompt) == (context.teacher == "code")
         assert expected.keys() == found.keys()
         norm = torch.stack([one.norm() for one in expected.values()]).norm()
         errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
-        for context in contexts:
-            assert (context.teacher_prompt == context.student_prompt) == (context.teacher == "code")
         return {context.teacher for context in contexts}, max(errors)
 
     return with_trainer(arguments, use)
@@ -170,42 +187,6 @@ def of_wide(places: dict[str, Path], run_dir: Path, *options: str) -> list[str]:
     return arguments(places, run_dir, named, *options)
 
 
-def loaded_model(trainer: Any, path: Path, model: Any = None) -> Any:
-    """Return a model of one rank with the weights at ``path``; ``model``: its architecture, if not the student's."""
-    from megatron_selfdistill.checkpoint.external import load_weights
-    from megatron_selfdistill.model.build import new_chunks
-
-    chunks = new_chunks(trainer.config, trainer.grid, trainer.run_data.vocab_size, model)
-    load_weights(path, chunks, trainer.run_data.vocab_size)
-    return chunks[0]
-
-
-def wide_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[set[str], float]:
-    """Return the names of the teachers in a step, and the largest error of its gradients, relative to their norm."""
-
-    def use(trainer: Any) -> tuple[set[str], float]:
-        from megatron_selfdistill.checkpoint.teacher_directories import teacher_architectures
-
-        contexts, found = trained_gradients(trainer)
-        wide = loaded_model(trainer, places["wide"], teacher_architectures(trainer.config)["math"])
-        assert wide.config.hidden_size == 48
-        student, code = (loaded_model(trainer, places[name]) for name in ("student", "code"))
-        reference, target = loaded_model(trainer, places["student"]), trainer.learner.target
-        vocab_size = trainer.run_data.vocab_size
-        if trainer.learner.joins_teachers:
-            teachers = {"math": wide, "code": code, "default": reference}
-            expected = gradients_of_products(contexts, student, reference, teachers, target, vocab_size)
-        else:
-            own = dataclasses.replace(target, teacher_weight=0.5)
-            models = {"math": (wide, own), "code": (code, target), "default": (reference, target)}
-            expected = gradients_by_definition(contexts, student, reference, models, vocab_size, {})
-        norm = torch.stack([one.norm() for one in expected.values()]).norm()
-        errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
-        return {context.teacher for context in contexts}, max(errors)
-
-    return with_trainer(arguments, use)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -219,7 +200,7 @@ def wide_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
 def test_a_teacher_of_another_architecture_has_the_gradient_of_the_definition(ranks, places, tmp_path, options):
     """It differs in layers, width, heads, norms, ties and the padding of its vocabulary."""
     of_step = of_wide(places, tmp_path / "run", *options)
-    [(names, error)] = ranks.run(wide_and_definition, of_step, places, world_size=1, init_process_group=False)
+    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
     assert names == {"math", "code", "default"}
     assert error < 1e-5
 
@@ -228,7 +209,7 @@ def test_a_teacher_of_another_architecture_has_the_gradient_of_the_definition(ra
 def test_a_product_of_teachers_of_two_architectures_is_the_weighted_mean_of_their_log_probs(ranks, places, tmp_path):
     file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
     of_step = of_wide(places, tmp_path / "run", f"data.path={file}", *PRODUCT)
-    [(names, error)] = ranks.run(wide_and_definition, of_step, places, world_size=1, init_process_group=False)
+    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
     assert len(names & {"code+math", "code+default+math"}) == 2
     assert error < 1e-5
 
@@ -259,10 +240,7 @@ def test_a_teacher_guides_the_problems_that_it_teaches_with_its_own_weights(rank
     records = [json.loads(line) for line in recorded.read_text().splitlines()]
     for step, line in enumerate(reproducible_metrics(tmp_path / "run")):
         assert line["guided/share"] == 1
-        means = {}
-        for name in ("log_probs", "teacher_log_probs"):
-            values = [value for record in records if record["step"] == step for value in record[name]]
-            means[name] = sum(values) / len(values)
+        means = mean_log_probs(records, step)
         assert line["teacher_cross_entropy"] == pytest.approx(-means["teacher_log_probs"], abs=1e-4)
         assert abs(means["log_probs"] - means["teacher_log_probs"]) > 1e-2
 
@@ -283,33 +261,6 @@ def test_no_problem_of_another_teacher_is_guided(ranks, places, tmp_path):
 PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teachers.join=product"]
 
 
-def products_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[set[str], float]:
-    """Return the names of the teachers and products of a step, and the largest error of its gradients."""
-
-    def use(trainer: Any) -> tuple[set[str], float]:
-        from megatron_selfdistill.checkpoint.external import load_weights
-        from megatron_selfdistill.model.build import new_chunks
-
-        contexts, found = trained_gradients(trainer)
-        vocab_size = trainer.run_data.vocab_size
-        models = {}
-        for name in ("math", "code", "student"):
-            chunks = new_chunks(trainer.config, trainer.grid, vocab_size)
-            load_weights(places[name], chunks, vocab_size)
-            models[name] = chunks[0]
-        reference, target = models["student"], trainer.learner.target
-        student = new_chunks(trainer.config, trainer.grid, vocab_size)
-        load_weights(places["student"], student, vocab_size)
-        teachers = {"math": models["math"], "code": models["code"], "default": reference}
-        own = {name: one.weight for name, one in trainer.config.named_teachers.items() if one.weight is not None}
-        expected = gradients_of_products(contexts, student[0], reference, teachers, target, vocab_size, own)
-        norm = torch.stack([one.norm() for one in expected.values()]).norm()
-        errors = [float((found[name] - expected[name]).norm() / norm) for name in expected]
-        return {context.teacher for context in contexts}, max(errors)
-
-    return with_trainer(arguments, use)
-
-
 @pytest.mark.parametrize(
     "options",
     [
@@ -327,7 +278,7 @@ def test_the_product_of_teachers_is_the_weighted_mean_of_their_log_probs(ranks, 
     """A step has responses of one teacher and of two products; each counts once."""
     file = write_records_of_teachers(places["data"], SHARED, "shared.jsonl")
     of_step = arguments(places, tmp_path / "run", f"data.path={file}", *PRODUCT, *options)
-    [(names, error)] = ranks.run(products_and_definition, of_step, places, world_size=1, init_process_group=False)
+    [(names, error)] = ranks.run(step_and_definition, of_step, places, world_size=1, init_process_group=False)
     assert len(names & {"code+math", "code+default+math"}) == 2 and names <= {
         *("code+math", "code+default+math", "default")
     }

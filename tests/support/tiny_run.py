@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -317,3 +317,12 @@ def assert_resumes_equal(
 def starts_with_an_even_token(text: str, problem: Any) -> bool:
     """Return whether the text begins with an even token: a verifier that an untrained model sometimes satisfies."""
     return text[:1] in set("02468-b,:H~")
+
+
+def mean_log_probs(records: Sequence[Mapping[str, Any]], step: int) -> dict[str, float]:
+    """Return the mean log_probs and teacher_log_probs of the recorded responses of a step, all of them guided."""
+    means = {}
+    for name in ("log_probs", "teacher_log_probs"):
+        values = [value for record in records if record["step"] == step for value in record[name]]
+        means[name] = sum(values) / len(values)
+    return means
