@@ -164,12 +164,13 @@ def require_teachers(config: Config) -> None:
         if name in adapted:
             _require_start(key, config, path)
         _require_same_tokenizer(key, config, path)
-    if config.guide in adapted or config.guide in teacher_architectures(config):
+    others = teacher_architectures(config)
+    if config.guide in adapted or config.guide in others:
         raise ConfigError(
             f"teachers.guide={config.guide} samples with full weights of the student's architecture, and its directory "
             "has adapters or another architecture: choose another guide, or rollout.guidance=none"
         )
-    for name, model in teacher_architectures(config).items():
+    for name, model in others.items():
         _require_fit(f"teachers.{name}.load={config.named_teachers[name].load}", config, model)
 
 

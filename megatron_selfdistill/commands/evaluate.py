@@ -157,8 +157,10 @@ def _evaluate_with(
     from megatron_selfdistill.sources.configured_source import evaluation_player
 
     verifier = load_verifier(config.evaluation.verifier)
-    with open_inference(config, run_data, grid) as inference, ExitStack() as stack:
-        player = stack.enter_context(evaluation_player(config, run_data, inference.sampler, 0, grid))
+    with (
+        open_inference(config, run_data, grid) as inference,
+        evaluation_player(config, run_data, inference.sampler, 0, grid) as player,
+    ):
         began = time.perf_counter()
         result = held_out.evaluate(
             inference.sampler,
