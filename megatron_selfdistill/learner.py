@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,6 +160,7 @@ class Learner:
             )
         self.other_widths: dict[str, int] = {}
         """The hidden size of each teacher that has another architecture than the student."""
+        self._frozen_copies: list[NamedTeachers] = []
         self._named_weights = self._named_teachers(copies, adapted)
         """The weights of each teacher that has weights of its own, by name."""
         self.packing = self._packing_of(unwrapped(self.chunks[0]).config)
@@ -201,6 +202,7 @@ class Learner:
         for model, directories in copies:
             build = partial(new_chunks, config, self.grid, vocab_size, model)
             copy = NamedTeachers(directories, build, load, offload=offload)
+            self._frozen_copies.append(copy)
             for name in directories:
                 found[name] = RoleWeights(("teacher",), copy.chunks, partial(copy.on_device, name))
             if model is not config.model:
@@ -349,7 +351,8 @@ class Learner:
             if not self.has_teacher:
                 return self._schedule(packed, None, token_losses.next_token, **options)
             measurement = self._measurement(teacher) if measure_teacher else None
-            return self._self_distillation(packed, contexts, teacher, measurement, **options)
+            following = "" if partial_batch is None else partial_batch.next_teacher
+            return self._self_distillation(packed, contexts, teacher, measurement, following, **options)
         except schedule.NoResponseTokens:
             if is_first:
                 self.release_gradients()
@@ -503,26 +506,37 @@ class Learner:
         contexts: Sequence[ContextPair],
         teacher: str,
         measurement: TokenMeasurement | None,
+        following: str = "",
         **options: Any,
     ) -> StepOutput:
+        """Run the schedule of one batch, and before it the passes of teachers that read apart.
+
+        ``following``: the teacher of the next batch, whose weights are fetched after the last pass of this one's.
+        """
         target, joined = self.target_of(teacher), None
         chunks: Sequence[torch.nn.Module] | None = None
         start: Sequence[torch.nn.Module] | None = None
         with contextlib.ExitStack() as stack:
             if self.reads_apart(teacher):
-                joined = self._joined(factors_of(teacher), packed, contexts)
+                joined = self._joined(factors_of(teacher), packed, contexts, following)
                 start = None if self.reference is None else stack.enter_context(self.reference.on_device())
             else:
                 chunks, start = stack.enter_context(self.target_models(teacher))
+                options |= {"after_teacher": partial(self._fetch, following)}
             options |= {"reference": self._reference(target, start), "measurement": measurement, "joined": joined}
             return self._schedule(packed, chunks, self._loss_of(target), **options)
 
+    def _fetch(self, following: str) -> None:
+        """Begin to copy the weights of the next teacher, or the next product's first one, beside the passes to come."""
+        for name, copy in product(factors_of(following)[:1], self._frozen_copies):
+            copy.fetch(name)
+
     def _joined(
-        self, names: Sequence[str], packed: PackedBatch, contexts: Sequence[ContextPair]
+        self, names: Sequence[str], packed: PackedBatch, contexts: Sequence[ContextPair], following: str
     ) -> schedule.JoinedTeachers:
         """Let each teacher read the contexts, in the order of the names, and return them as one.
 
-        Collective: one pass of the schedule per teacher.
+        Collective: one pass of the schedule per teacher.  ``following``: the teacher after the last of them.
         """
         of_contexts = [it.of_teachers or (TeacherPrompt(it.teacher, 1.0, it.teacher_prompt),) for it in contexts]
         states: list[schedule.TeacherHiddenStates] = []
@@ -540,6 +554,7 @@ class Learner:
                     own = output_weight(last, torch.empty(0)).detach().unflatten(1, (self.grid.tp_size, -1))
                     weight = own.new_empty(*own.shape[:2], ends[-1]) if weight is None else weight
                     weight[:, :, ends[place] - own.size(2) : ends[place]] = own
+                self._fetch([*names, following][place + 1])
         pairs = zip(contexts, of_contexts, strict=True)
         shares = [[one.share for one in several] for context, several in pairs for _ in context.response]
         of_tokens = torch.tensor(shares, dtype=torch.float64).reshape(-1, len(names))

@@ -11,6 +11,7 @@ import contextlib
 import re
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import psutil
@@ -112,6 +113,7 @@ class NamedTeachers:
 
     One copy of the model holds the weights of one teacher at a time.  With several teachers, or with ``offload``, the
     weights of all rest in pinned host memory.  With ``offload`` the copy is on the device only within `on_device`.
+    Without, `fetch` hides the copying of the next teacher's layers behind the student's passes.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class NamedTeachers:
         ``directories``: those of one teacher or more.  Collectives: those of ``load``, once per teacher.
         """
         self.chunks, self.offload = build_chunks(), offload
+        self._fetched, self._stream = "", torch.cuda.Stream()
         for chunk in self.chunks:
             chunk.requires_grad_(False)
             chunk.eval()
@@ -143,18 +146,39 @@ class NamedTeachers:
     @contextlib.contextmanager
     def on_device(self, name: str) -> Iterator[Chunks]:
         """Yield the chunks on the device with the weights of the teacher ``name``."""
-        if name != self.present or self.offload:
-            with torch.no_grad():
-                self._swap_in(name)
+        if name != self.present or self._fetched or self.offload:
+            self._swap_in(name)
         try:
             yield self.chunks
         finally:
             if self.offload:
                 self._rest()
 
+    @torch.no_grad()
+    def fetch(self, name: str) -> None:
+        """Begin to copy the layers of the teacher ``name`` to the device, on a stream of their own.
+
+        The caller has made the last forward pass of the present teacher within `on_device`, and may still project its
+        states: embedding and output layer are copied only by the `on_device` of ``name``, which waits for the layers.
+        The layers are no longer those of the present teacher; any `on_device` gives every tensor of its own teacher.
+        Nothing happens where ``name`` has its layers on the device already, is no teacher of this copy, or rests with
+        ``offload``.
+        """
+        if self.offload or name not in self._resting or name == (self._fetched or self.present):
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for tensor, host in zip(_layers(self.chunks), self._resting[name], strict=False):
+                tensor.copy_(host, non_blocking=True)
+        self._fetched = name
+
+    @torch.no_grad()
     def _swap_in(self, name: str) -> None:
         """Copy the resting weights of a teacher to the device, asynchronously from pinned memory."""
-        for tensor, host in zip(_tensors(self.chunks), self._resting[name], strict=True):
+        has_layers, self._fetched = self._fetched == name, ""
+        torch.cuda.current_stream().wait_stream(self._stream)
+        num_layers = sum(1 for _ in _layers(self.chunks)) if has_layers else 0
+        for tensor, host in islice(zip(_tensors(self.chunks), self._resting[name], strict=True), num_layers, None):
             if self.offload:
                 tensor.data = host.to(torch.cuda.current_device(), non_blocking=True, copy=True)
             else:
@@ -169,10 +193,22 @@ class NamedTeachers:
             tensor.data = host
 
 
-def _tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+def _layers(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    """Yield the tensors of the transformer layers: all that a forward pass alone reads."""
     for chunk in chunks:
-        yield from unwrapped(chunk).parameters()
-        yield from unwrapped(chunk).buffers()
+        yield from (tensor for name, tensor in _named_tensors(chunk) if name.startswith("decoder."))
+
+
+def _tensors(chunks: Sequence[torch.nn.Module]) -> Iterator[Tensor]:
+    """Yield those of `_layers`, and then all others."""
+    yield from _layers(chunks)
+    for chunk in chunks:
+        yield from (tensor for name, tensor in _named_tensors(chunk) if not name.startswith("decoder."))
+
+
+def _named_tensors(chunk: torch.nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from unwrapped(chunk).named_parameters()
+    yield from unwrapped(chunk).named_buffers()
 
 
 def _in_host_memory(tensor: Tensor) -> Tensor:

@@ -394,7 +394,8 @@ def tokens_read(
 def partial_batch_of(batch: StepBatch, earlier: Sequence[AccumulatedBatch]) -> PartialBatch:
     """Return the place of ``batch`` in its step, after the ``earlier`` batches."""
     outputs = [one.output for one in earlier if one.output is not None]
-    return PartialBatch(outputs[-1].accumulated if outputs else None, batch.share, batch.ends_step)
+    before = outputs[-1].accumulated if outputs else None
+    return PartialBatch(before, batch.share, batch.ends_step, batch.next_teacher)
 
 
 def joined(step: Sequence[AccumulatedBatch]) -> tuple[StepBatch, StepOutput | None]:

@@ -320,6 +320,7 @@ def run(
     forward_only: bool = False,
     partial_batch: PartialBatch | None = None,
     joined: JoinedTeachers | None = None,
+    after_teacher: Callable[[], None] | None = None,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
@@ -334,7 +335,8 @@ def run(
     hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
     the place of ``batch`` in a step of several partial batches (pipeline/token_losses.py), of which only the last one
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
-    ``joined``: the teachers that have read before, in place of ``teacher``.
+    ``joined``: the teachers that have read before, in place of ``teacher``.  ``after_teacher``: called once the layers
+    of ``teacher`` have made their last forward pass on this rank; its output layer is still needed.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
@@ -370,6 +372,7 @@ def run(
         loss_scale=len(order) * grid.dp_size / accumulated.divisor,
         bank=bank,
         joined=joined,
+        after_teacher=after_teacher,
     )
     # In a step of one partial batch this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
     weighted = accumulated.first_microbatches * accumulated.divisor
@@ -466,6 +469,7 @@ class _Step:
     bank: TeacherHiddenStates | None
     joined: JoinedTeachers | None = None
     """The teachers that have read before, in place of ``teacher``."""
+    after_teacher: Callable[[], None] | None = None
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
@@ -595,7 +599,11 @@ class _Step:
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         inputs = self.batch.teacher[index].inputs
-        return self._without_gradient(self.teacher, inputs, chunk, lambda hidden: self._bank.put(index, hidden))
+        result = self._without_gradient(self.teacher, inputs, chunk, lambda hidden: self._bank.put(index, hidden))
+        # Every schedule runs the last microbatch of a rank's last chunk after all others of the same role.
+        if self.after_teacher is not None and chunk is self.student[-1] and index == len(self.batch.teacher) - 1:
+            self.after_teacher()
+        return result
 
     def _reference(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         microbatch, reference = self.batch.student[index], self.reference

@@ -335,6 +335,8 @@ class PartialBatch:
     partial batch of several uses it; the gradient of the step does not depend on it."""
     is_last: bool = True
     """Whether the step ends with this partial batch."""
+    next_teacher: str = ""
+    """The name of the teacher whose weights the next partial batch probably needs; "" if none is known."""
 
     def accumulated(self, num_response_tokens: int, num_microbatches: int) -> Accumulated:
         """Return the gradients of the step up to this partial batch, whose numbers are counted before it runs.

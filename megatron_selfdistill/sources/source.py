@@ -127,6 +127,8 @@ class StepBatch:
     """Whether the step has no further batch."""
     teacher: str = ""
     """The name of the teacher of all contexts, once `by_teacher` has divided the step; "" without the key teachers."""
+    next_teacher: str = ""
+    """The name of the teacher of the batch after this one; after the last one the first is expected again."""
 
     @classmethod
     def joined(cls, batches: Sequence[StepBatch]) -> StepBatch:

@@ -71,7 +71,7 @@ def _groups(
     several = sum(num_tokens) / num_once if num_once and num_once != sum(num_tokens) else None
     named = [index for index, number in enumerate(num_contexts) if number] or [0]
     done = 0
-    for index in named:
+    for index, following in zip(named, [*named[1:], named[0]], strict=True):
         done += num_tokens[index]
         part = done / (sum(num_tokens) or 1)
         group = _group(batch, read[index], several, grid, joins)
@@ -79,7 +79,8 @@ def _groups(
             group = replace(group, problems=(), responses=())
         is_last = index == named[-1]
         share = batch.share if is_last else before + (batch.share - before) * part
-        yield replace(group, teacher=teachers[index], share=share, ends_step=batch.ends_step and is_last)
+        group = replace(group, teacher=teachers[index], next_teacher=teachers[following], share=share)
+        yield replace(group, ends_step=batch.ends_step and is_last)
 
 
 def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str], joins: bool) -> list[list[Reading]]:

@@ -20,6 +20,7 @@ sys.modules["transformer_engine"] = None  # type: ignore[assignment]
 
 import tiny_run  # noqa: E402
 import torch  # noqa: E402
+from taught import write_records_of_teachers  # noqa: E402
 
 from megatron_selfdistill.instruments.selftest.node_test import set_environment  # noqa: E402
 from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome, largest  # noqa: E402
@@ -39,6 +40,7 @@ def main() -> int:
         tiny_run.write_data(directory)
         checks = {
             "teacher offloaded to host memory": partial(offloaded_teacher, directory),
+            "teachers fetched beside the student": partial(fetched_teachers, directory),
             "saving in the background and resuming": partial(background_saves, directory),
             "guided sampling in process": guided_sampling,
             "memory against the plan": partial(planned_memory, directory),
@@ -88,6 +90,22 @@ def offloaded_teacher(directory: Path) -> Outcome:
     run(tiny_run.overrides(directory, resident, *keys))
     run(tiny_run.overrides(directory, offloaded, *keys, "teacher.offload=cpu", "schedule.teacher_store_gb=0"))
     return Outcome(differences(resident, offloaded))
+
+
+def fetched_teachers(directory: Path) -> Outcome:
+    """Compare a run that fetches the weights of two teachers beside the student with one that copies them between.
+
+    A copy that overtook a pass on the device, or was read before its end, would change the numbers.
+    """
+    file = write_records_of_teachers(directory, ["code", "math"])
+    keys = [f"data.path={file}", "checkpoint.save_every=6"]
+    for seed, name in enumerate(("code", "math"), 1):
+        run(tiny_run.overrides(directory, directory / name, "num_steps=1", "optimizer.lr=1e-2", f"seed={seed}"))
+        keys.append(f"teachers.{name}.load={directory / name / 'checkpoints'}")
+    fetched, between = directory / "fetched", directory / "between"
+    run(tiny_run.overrides(directory, fetched, *keys))
+    run(tiny_run.overrides(directory, between, *keys, "teacher.offload=cpu"))
+    return Outcome(differences(fetched, between))
 
 
 def background_saves(directory: Path) -> Outcome:

@@ -14,6 +14,7 @@ from tests.gpu.runner import Stage
 SELF_TEST = tuple(CHECKS)
 RUNS = (
     "teacher offloaded to host memory",
+    "teachers fetched beside the student",
     "saving in the background and resuming",
     "guided sampling in process",
     "memory against the plan",

@@ -386,8 +386,8 @@ def test_a_peer_of_the_loss_needs_its_package_and_for_triton_a_gpu():
 def test_the_ways_of_teachers_are_measured_beside_the_frozen_start(tmp_path):
     sizes = ["--problems=4", "--new-tokens=8", "--layers=1", "--hidden=32", "--vocab=64", "--steps=1", "--rounds=1"]
     cells = cells_of(run("teachers_time.py", *sizes, f"--json={tmp_path}/found.json"))
-    teachers = ["1 teacher", "2 teachers", "4 teachers", "1 teacher, its own model", "2 teachers, offloaded"]
-    ways = ["the frozen start", *teachers]
+    teachers = [*(f"{count} teacher{'s' * (count > 1)}" for count in (1, 2, 4)), "1 teacher, its own model"]
+    ways = ["the frozen start", *teachers, "2 teachers, nothing fetched", "2 teachers, offloaded"]
     assert [way for way in cells if way != "way"] == ways and cells[ways[0]][-1] == "1.00"
     (turn,) = json.loads((tmp_path / "found.json").read_text())["turns"]
     assert list(turn) == ways and min(turn.values()) > 0

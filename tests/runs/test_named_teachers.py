@@ -139,11 +139,55 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
 
 def test_a_step_has_the_gradient_of_the_definition_for_each_records_teacher(ranks, places, tmp_path):
     """Each teacher with its weights, its prompt and its w, over the tokens of all."""
-    [(names, error)] = ranks.run(
-        step_and_definition, arguments(places, tmp_path / "run"), places, world_size=1, init_process_group=False
-    )
+    options = arguments(places, tmp_path / "run", "schedule.max_tokens=32")  # a microbatch for each context
+    [(names, error)] = ranks.run(step_and_definition, options, places, world_size=1, init_process_group=False)
     assert names == {"math", "code", "default"}
     assert error < 1e-5
+
+
+def noted(method: Any, calls: list[str]) -> Any:
+    """Return ``method``, which adds its name to ``calls``, `NamedTeachers.fetch` with the name of the teacher."""
+
+    def called(self: Any, *args: Any) -> Any:
+        calls.append(f"fetch {args[0]}" if method.__name__ == "fetch" else method.__name__)
+        return method(self, *args)
+
+    return called
+
+
+def calls_of_a_step(arguments: list[str]) -> list[str]:
+    """Return the passes of a step's microbatches and what moves the weights of teachers, in the order of the calls."""
+
+    def use(trainer: Any) -> list[str]:
+        from megatron_selfdistill.named_teachers import NamedTeachers
+        from megatron_selfdistill.pipeline.schedule import _Step
+
+        calls: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            for owner, name in ((_Step, "_teacher"), (_Step, "_student"), (NamedTeachers, "fetch")):
+                patch.setattr(owner, name, noted(getattr(owner, name), calls))
+            trained_gradients(trainer)
+        return calls
+
+    return with_trainer(arguments, use)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("joined", [False, True])
+def test_the_next_teachers_weights_are_fetched_before_the_students_last_passes(ranks, places, tmp_path, joined):
+    """A teacher that reads apart leaves the device to the next one before any pass of the student."""
+    options = ["schedule.max_tokens=32", "schedule.pair_order=teacher_first", "guards.start.identity_tolerance=null"]
+    if joined:
+        file = write_records_of_teachers(places["data"], [{"code": 1, "math": 1}], "both.jsonl")
+        options += [f"data.path={file}", "teachers.join=product"]
+    named = arguments(places, tmp_path / "run", *options)
+    [calls] = ranks.run(calls_of_a_step, named, world_size=1, init_process_group=False)
+    found = [call for before, call in zip(["", *calls], calls, strict=False) if call != before]
+    if joined:
+        assert found == ["_teacher", "fetch math", "_teacher", "fetch code", "_student"]
+    else:
+        waves = [["_teacher", f"fetch {name}", "_student"] for name in ("default", "math", "code")]
+        assert found == [call for wave in waves for call in wave]
 
 
 SHARED = [{"math": 3, "code": 1}, "default", {"default": 1, "math": 1, "code": 2}]

@@ -28,9 +28,11 @@ BIASES = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "s
 
 
 def tensors_of(chunks: Any) -> list[torch.Tensor]:
-    return [
-        it.detach().clone() for chunk in chunks for it in (*unwrapped(chunk).parameters(), *unwrapped(chunk).buffers())
-    ]
+    return [it.detach().clone() for chunk in chunks for _, it in named_tensors(chunk)]
+
+
+def named_tensors(chunk: Any) -> list[tuple[str, torch.Tensor]]:
+    return [*unwrapped(chunk).named_parameters(), *unwrapped(chunk).named_buffers()]
 
 
 def filled(chunks: Any, name: str) -> None:
@@ -61,12 +63,24 @@ def visits(cuts: ParallelConfig, names: list[str], kind: str, offload: bool, cha
         load,
         offload=offload,
     )
-    for name in [*names, names[-1], *names]:
+    for name, fetched in [
+        *zip(names, [*names[1:], names[0]], strict=True),
+        (names[-1], names[0]),
+        *zip(names, names, strict=True),
+    ]:
         with teachers.on_device(name) as on_device:
             found = tensors_of(on_device)
             assert len(found) == len(expected[name]) > 4
             assert all(a.equal(b) for a, b in zip(found, expected[name], strict=True))
             assert not any(p.requires_grad for chunk in on_device for p in chunk.parameters())
+            teachers.fetch("of another copy")
+            teachers.fetch(fetched)
+            places = [it for chunk in chunks for it, _ in named_tensors(chunk)]
+            for place, own, other, tensor in zip(
+                places, expected[name], expected[fetched], tensors_of(on_device), strict=True
+            ):
+                is_fetched = place.startswith("decoder.") and not offload
+                assert tensor.equal(other if is_fetched else own), "the loss still projects with the output layer"
     return loaded
 
 

@@ -11,7 +11,9 @@ less on other work.
     the frozen start    no key teachers: one copy of the weights teaches and is the reference
     1 teacher           its weights stay on the device; teacher and reference are projected apart
     its own model       as for a teacher of another architecture: it reads in passes of its own, before the student
-    N teachers          their weights are swapped in, one after the other, in every step
+    N teachers          their weights are swapped in, one after the other, in every step, and their layers are fetched
+                        beside the passes of the student
+    nothing fetched     all weights are copied between these passes
     offloaded           teacher.offload=cpu: the weights of all leave the device between steps
 """
 
@@ -24,7 +26,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -40,7 +42,10 @@ from step_parts import now, wait  # noqa: E402
 from taught import write_records_of_teachers  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
+from megatron_selfdistill.named_teachers import NamedTeachers  # noqa: E402
+
 SKIPPED_STEPS = 2
+NOTHING_FETCHED = "2 teachers, nothing fetched"
 
 
 def main() -> None:
@@ -76,6 +81,7 @@ def _ways(root: Path) -> dict[str, list[str]]:
     apart = "teachers.teacher_0.transformer={masked_softmax_fusion: false}"  # any field makes the model its own
     return ways | {
         "1 teacher, its own model": [*ways["1 teacher"], apart],
+        NOTHING_FETCHED: ways["2 teachers"],
         "2 teachers, offloaded": [*ways["2 teachers"], "teacher.offload=cpu"],
     }
 
@@ -85,7 +91,8 @@ def _turn(arguments: argparse.Namespace, run_dir: Path, root: Path, ways: dict[s
     found = {}
     for number, (way, options) in enumerate(ways.items()):
         start = [*_overrides(arguments, root), f"checkpoint.load={root}/start/checkpoints", *options]
-        with seconds_of_steps() as seconds:
+        fetches = mock.patch.object(NamedTeachers, "fetch") if way == NOTHING_FETCHED else nullcontext()
+        with fetches, seconds_of_steps() as seconds:
             measured_steps(run_dir / str(number), start, SKIPPED_STEPS)
         found[way] = statistics.median(list(seconds.values())[SKIPPED_STEPS:])
     return found

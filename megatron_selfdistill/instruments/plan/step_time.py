@@ -241,14 +241,33 @@ class StepTime:
             parts.append(flops("reference", 1, tokens.student_prompt))
         parts.append(self._output_layer(rate))
         if swapped := resting_teacher_bytes(config, self._fullest):
-            note = f"{len(swapped)} teachers from host memory"
-            parts.append(Part("train", "teachers' weights", sum(swapped.values()), "B", HOST_LINK, note=note))
+            beside = self._fetched_bytes(swapped, parts[0].seconds)
+            note = f"{len(swapped)} teachers from host memory; {beside / 1e9:.3g} GB more beside the student's passes"
+            work = sum(swapped.values()) - beside
+            parts.append(Part("train", "teachers' weights", work, "B", HOST_LINK, note=note))
         yield from parts
         if self.bubble:
             waited = sum(part.seconds for part in parts) * self.bubble / (1 - self.bubble)
             yield Part("train", "pipeline bubble", 0.0, "B", 1.0, waited, f"{self.bubble:.1%} of the step's training")
         exchanged = 4 if config.optimizer.use_distributed_optimizer else 8  # an all-reduce also gathers the sums
         yield from self._over_replicas("train", "gradients over replicas", exchanged)
+
+    def _fetched_bytes(self, swapped: Mapping[str, float], seconds: float) -> float:
+        """Return the bytes of ``swapped`` that are copied beside the student's passes, which take ``seconds``.
+
+        They are the layers of full weights, without embedding and output layer; within a product, those of one teacher.
+        """
+        stage, config = self._fullest, self.config
+        if config.teacher.offload == "cpu":
+            return 0.0
+        own, layers = element_size(config) / config.parallel.tensor_model_parallel_size, []
+        for name in swapped.keys() - stage.teacher_parameters.keys():
+            model = self.teachers.get(name, self._student)
+            tied = model.model.share_embeddings_and_output_weights
+            tables = 1 if tied else stage.embeds + stage.projects
+            layers.append(max(0.0, swapped[name] - tables * self._projection(model) * own))
+        fetched = sum(layers) / (len(layers) if layers and config.joins_teachers else 1)
+        return min(fetched, seconds * HOST_LINK)
 
     @property
     def _student(self) -> PlannedModel:

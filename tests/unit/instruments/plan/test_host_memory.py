@@ -18,6 +18,7 @@ from megatron_selfdistill.instruments.plan import dry_run as dry_run_module
 from megatron_selfdistill.instruments.plan.dry_run import Plan, dry_run
 from megatron_selfdistill.instruments.plan.host_memory import checkpoint_bytes
 from megatron_selfdistill.instruments.plan.plan_tables import summary
+from megatron_selfdistill.instruments.plan.step_time import Part
 
 MIB, GIB = 2**20, 2**30
 BF16 = dataclasses.replace(ADAM, precision="bf16")
@@ -185,6 +186,23 @@ def test_the_time_of_a_step_counts_the_swaps_and_the_second_projection(absent):
     none, one, two, four = parts(), parts("a"), parts("a", "b"), parts("a", "b", "c", "d")
     assert "teachers' weights" not in none | one and two["output layer"] == one["output layer"] > none["output layer"]
     assert four["teachers' weights"] == pytest.approx(2 * two["teachers' weights"]) and two["teachers' weights"] > 0
+
+
+def test_the_time_of_a_step_counts_the_copies_that_the_students_passes_do_not_hide(absent):
+    """Beside these passes run the layers: all of a sum, one of three of a product, none that leave the device."""
+
+    def swaps(*options: str) -> Part:
+        named = "teachers={a: {load: /a}, b: {load: /b}, c: {load: /c}}"
+        time = dry_run(load(["recipe=qwen3_8b", named, *options])).time
+        return next(part for part in time.parts if part.name == "teachers' weights")
+
+    tables = 2 * 151_936 * 4096 * 2 / 4  # of a rank of TP 4, in bf16
+    of_sum, of_product, offloaded = swaps(), swaps("teachers.join=product"), swaps("teacher.offload=cpu")
+    assert of_sum.work == pytest.approx(3 * tables, rel=1e-3)
+    hidden = (offloaded.work - of_sum.work, offloaded.work - of_product.work)
+    assert hidden[0] == pytest.approx(3 * hidden[1]) and hidden[1] > 2 * tables
+    short = swaps("data.global_batch_size=2", "rollout.num_samples=1", "rollout.max_new_tokens=64")
+    assert of_sum.work < short.work < offloaded.work, "passes of few tokens hide a part"
 
 
 def planned_beside(monkeypatch, *options: str) -> Plan:
