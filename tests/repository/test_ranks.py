@@ -111,6 +111,17 @@ def state_found() -> tuple[bool, bool, bool, bool, torch.dtype, bool, float]:
     )
 
 
+def forks_of_a_save(directory: Path) -> tuple[int, list[str]]:
+    """Return how often this rank forks for a checkpoint, and the names of the files with the tensors."""
+    import checkpointed_run
+
+    forks: list[int] = []
+    run = checkpointed_run.start(checkpointed_run.Setup(teacher="current"), directory)
+    os.register_at_fork(before=lambda: forks.append(1))
+    written = run.save(1)
+    return len(forks), sorted(file.name for file in written.glob("*.distcp"))
+
+
 def test_collectives_work_at_every_world_size(ranks):
     for world_size in (4, 1, 2, 3):
         expected = sum(10 + rank for rank in range(world_size))
@@ -143,6 +154,11 @@ def test_a_call_finds_nothing_of_what_the_last_one_left(ranks):
 
 def test_a_function_can_make_its_own_group_from_the_environment(ranks):
     assert ranks.run(make_own_group, world_size=2, init_process_group=False) == [1, 1]
+
+
+@pytest.mark.full
+def test_a_rank_writes_the_files_of_a_checkpoint_without_further_processes(ranks, tmp_path):
+    assert ranks.run(forks_of_a_save, tmp_path, world_size=1) == [(0, ["__0_0.distcp", "__0_1.distcp"])]
 
 
 def test_a_failure_names_the_rank_and_shows_its_values(ranks):

@@ -88,8 +88,9 @@ def test_a_missing_psutil_is_reported_at_the_start(ranks, tmp_path):
 
 def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
     """Save step 1; then die while the writers of step 2 are half way, and leave them behind, stuck."""
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
 
+    filesystem_async.mp = torch.multiprocessing  # writers that outlive the rank, not the threads of rank_worker.py
     run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=async_save)
     run.save(1)
     run.checkpointer.finish()
@@ -109,7 +110,7 @@ def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
                     os.kill(pid, signal.SIGKILL)
         time.sleep(600)
 
-    FileSystemWriterAsync.write_preloaded_data = staticmethod(half_written)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(half_written)
     run.step(2)
     run.save(2)
     run.checkpointer.finish()
