@@ -21,6 +21,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf._utils import OmegaConfDumper
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
@@ -221,8 +222,21 @@ def writable(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the values of `writable` as YAML, the form of config.yaml in the run directory."""
-    return OmegaConf.to_yaml(OmegaConf.create(writable(config)))
+    """Return the values of `writable` as YAML, the form of config.yaml in the run directory.
+
+    The text is that of ``OmegaConf.to_yaml``, which takes three times as long: it first makes a node of every value.
+    """
+    text: str = yaml.dump(
+        writable(config), Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
+    )
+    return text
+
+
+class _Dumper(yaml.SafeDumper):
+    """A writer of YAML that quotes the texts that omegaconf would read as numbers or as truth values."""
+
+
+_Dumper.add_representer(str, OmegaConfDumper.str_representer)
 
 
 @functools.cache

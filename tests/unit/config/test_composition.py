@@ -15,7 +15,7 @@ from recipe_needs import needed_by
 from tiers import combinations
 
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.config import Config, compose, from_mapping, keys, load, to_yaml
+from megatron_selfdistill.config import Config, compose, from_mapping, keys, load, to_yaml, writable
 from megatron_selfdistill.config.key_list import config_dir, kinds
 from megatron_selfdistill.config.overrides import for_hydra
 from megatron_selfdistill.config.schema.ranges import AnyText, taken_apart
@@ -113,6 +113,19 @@ def test_a_changed_configuration_changes_no_other():
 def test_the_written_configuration_reads_back_as_itself():
     config = load(["recipe=literal", "model=llama_1b", "optimizer.lr=3e-6", "data.fields.problem=question"])
     assert from_mapping(OmegaConf.create(to_yaml(config))) == config
+
+
+def test_the_written_configuration_is_the_text_of_omegaconf():
+    texts = {"a": "1e-3", "b": "yes", "c": "null", "d": "ü 中", "e": "a\nb\n", "f": " ", "g": "0x1F", "h": "a: b # c"}
+    options = texts | {
+        "numbers": (1, 2.5, 1e-30),
+        "long": "word " * 60,
+        "none": None,
+        "nested": [[], {}, {"x": [True]}],
+    }
+    config = load(["recipe=grpo", "run_dir='2026-01-01'"])
+    config = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, engine_args=options))
+    assert to_yaml(config) == OmegaConf.to_yaml(OmegaConf.create(writable(config)))
 
 
 @pytest.mark.parametrize(
