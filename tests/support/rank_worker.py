@@ -11,6 +11,7 @@ import ast
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib
 import importlib.util
@@ -38,6 +39,7 @@ DONE = "done"  # the last message of a rank that has left its process group
 _LOG_TAIL_CHARS = 6000
 # All that a run or a command imports: `megatron_selfdistill.train` itself imports torch only after its checks.
 PRELOADED = (
+    "encodings.utf_8_sig",
     "torch.distributed",
     "megatron_selfdistill.compat.cpu",
     "megatron.core.models.gpt",
@@ -55,7 +57,9 @@ PRELOADED = (
     "megatron_selfdistill.commands.data_set_job",
     "megatron_selfdistill.evaluation.held_out",
     "megatron_selfdistill.evaluation.tables",
+    "megatron_selfdistill.instruments.report.report_command",
     "megatron_selfdistill.rollout.megatron.megatron_sampler",
+    "megatron_selfdistill.sources.step_terms",
     "megatron_selfdistill.train",
     "megatron_selfdistill.trainer",
     "safetensors.torch",
@@ -359,9 +363,9 @@ def _import_once(modules: Sequence[str]) -> str | None:
         for name in modules:
             importlib.import_module(name)
         if "megatron_selfdistill.config" in sys.modules:
-            config = sys.modules["megatron_selfdistill.config"]
-            config.load(["optimizer=fp32"])  # as tiny_run does: fills caches
-            config.given_keys(["optimizer=fp32"])  # as a run with a checkpoint does, for 40 ms
+            _fill_caches_of_configurations()
+        if "megatron_selfdistill.announcement" in sys.modules:
+            _ask_git_once()
         if "torch" in sys.modules:
             _prepare_torch()
         if "megatron.core.dist_checkpointing.strategies.torch" in sys.modules:
@@ -375,6 +379,28 @@ def _import_once(modules: Sequence[str]) -> str | None:
         gc.set_threshold(20_000)  # a rank lives for seconds: collecting as often as by default takes a tenth of them
         gc.enable()
         warnings.resetwarnings()
+
+
+def _ask_git_once() -> None:
+    """Let every run announce the commit that git names now: each run would ask in three processes."""
+    from megatron_selfdistill import announcement
+
+    commit = functools.cache(announcement.commit)
+    commit(Path(announcement.__file__).parent)
+    announcement.commit = commit
+
+
+def _fill_caches_of_configurations() -> None:
+    """Compose the files of tiny runs, and parse values of every form, since the parser remembers the forms."""
+    from megatron_selfdistill.config import given_keys, load
+
+    forms = [
+        *("run_dir=/runs/run-1_a", "data.teacher_template='{problem}H{solution}|'", "data.path=null", "num_steps=6"),
+        *("optimizer.lr=1e-3", "metrics.loggers=[]", "rollout.engine_args={a: [x, 1], b: /c/d_1.txt}"),
+    ]
+    for overrides in (["optimizer=fp32"], ["optimizer=fp32", *forms]):
+        load(overrides)
+        given_keys(overrides)  # as a run that has a checkpoint does
 
 
 def _prepare_torch() -> None:
