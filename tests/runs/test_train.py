@@ -10,6 +10,7 @@ import pytest
 import tiny_run
 import torch
 from loops import loops
+from tiers import combinations
 from tiny_run import overrides, recorded, reproducible_metrics, saved_step, train, train_each
 
 from megatron_selfdistill.config import load
@@ -78,22 +79,27 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, 
     assert lines[-1]["sampler/log_prob_max_abs_diff"] < 1e-4
 
 
-@pytest.mark.parametrize("layout", [[], ["parallel.pipeline_model_parallel_size=2"]], ids=["DP2", "PP2"])
+LAYOUTS = {"DP2": [], "PP2": ["parallel.pipeline_model_parallel_size=2"]}
+
+
+@combinations(layout=LAYOUTS, quick={"layout": ["PP2"]}, strength=1)
 def test_the_share_of_loops_is_that_of_the_recorded_responses(ranks, data, tmp_path, layout):
     """Random weights at a low temperature repeat themselves, some of them for long enough."""
     responses = tmp_path / "responses.jsonl"
-    settings = ["num_steps=3", "rollout.max_new_tokens=40", "rollout.temperature=0.05", f"rollout.record={responses}"]
+    settings = ["num_steps=3", "rollout.max_new_tokens=40", "rollout.temperature=0.05", "checkpoint.save_every=0"]
+    settings.append(f"rollout.record={responses}")
     train(ranks, overrides(data, tmp_path / "run", *settings, *layout), world_size=2)
     shares = [line["response/loop_share"] for line in reproducible_metrics(tmp_path / "run")]
     assert shares == [sum(map(loops, recorded(responses, step).values())) / 8 for step in range(3)]
     assert 0 < sum(shares) < 3, shares
 
 
-@pytest.mark.parametrize("layout", [[], ["parallel.pipeline_model_parallel_size=2"]], ids=["DP2", "PP2"])
+@combinations(layout=LAYOUTS, quick={"layout": ["DP2"]}, strength=1)
 def test_the_share_of_quotes_is_that_of_the_responses_that_were_made_to_quote(ranks, data, tmp_path, layout):
     """A response is 8 tokens of the teacher's prompt that the student's prompt has not, or 7 of them."""
     recording, replayed = tmp_path / "recording.jsonl", tmp_path / "replayed.jsonl"
-    train(ranks, overrides(data, tmp_path / "first", "num_steps=2", f"rollout.record={recording}"))
+    short = ["num_steps=2", "checkpoint.save_every=0"]
+    train(ranks, overrides(data, tmp_path / "first", *short, f"rollout.record={recording}"))
     run_data = RunData.load(load(overrides(data, tmp_path / "run")))
     prompts = {it.id: run_data.builder.prompt_pair(it) for it in run_data.problems.problems}
     lines, num_quoting = [], [0, 0]
@@ -105,7 +111,7 @@ def test_the_share_of_quotes_is_that_of_the_responses_that_were_made_to_quote(ra
         unknown = [0.0] * len(quote)
         lines.append(response | {"token_ids": quote, "log_probs": unknown, "sampled_log_probs": unknown})
     replayed.write_text("".join(json.dumps(line | {"finish_reason": "stop"}) + "\n" for line in lines))
-    options = ["num_steps=2", f"rollout.replay={replayed}", "guards.max_log_prob_distance=null", *layout]
+    options = [*short, f"rollout.replay={replayed}", "guards.max_log_prob_distance=null", *layout]
     train(ranks, overrides(data, tmp_path / "run", *options), world_size=2)
     shares = [line["response/quoted_hint_share"] for line in reproducible_metrics(tmp_path / "run")]
     assert shares == [count / 8 for count in num_quoting] and num_quoting == [3, 3]
