@@ -27,7 +27,7 @@ import psutil
 import pytest
 
 LIMIT_S = 20.0
-TOTAL_LIMIT_S = 700.0
+TOTAL_LIMIT_S = 600.0
 REFERENCE_S = 0.004
 """The CPU seconds of the work of `slowdown` on an idle core of the machine on which the limits were chosen."""
 PERIOD_S = 5.0
