@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapted import merge, other_factors
 from models import parallel
+from tiers import combinations
 
 from megatron_selfdistill import named_teachers
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
@@ -206,12 +207,15 @@ def logits_of(chunks: Any, grid: Any) -> torch.Tensor:
     return hf_models.megatron_logits(chunks[0], grid, [range(24), range(10, 50)])
 
 
-@pytest.mark.parametrize("rests", [False, True])
-@pytest.mark.parametrize(
-    ("cuts", "kind", "own"),
-    [(parallel(), "gqa", False), (parallel(tp=2, sp=True), "gqa", True), (parallel(tp=2, sp=True), "moe", False)],
-    ids=["one rank", "TP2 with SP, a student with adapters", "TP2 with SP and experts"],
-)
-def test_adapters_are_the_teacher_of_their_merged_weights_and_leave_the_start_as_it_is(ranks, cuts, kind, own, rests):
+STUDENTS = {
+    "one rank": (parallel(), "gqa", False),
+    "TP2 with SP, a student with adapters": (parallel(tp=2, sp=True), "gqa", True),
+    "TP2 with SP and experts": (parallel(tp=2, sp=True), "moe", False),
+}
+
+
+@combinations(student=STUDENTS, rests=[False, True], strength=1)
+def test_adapters_are_the_teacher_of_their_merged_weights_and_leave_the_start_as_it_is(ranks, student, rests):
+    cuts, kind, own = student
     for differences in ranks.run(adapted_logits, cuts, kind, own, rests, world_size=cuts.tensor_model_parallel_size):
         assert max(differences) < 1e-5
