@@ -112,7 +112,7 @@ def _compose(
         directories = ",".join(f"file://{Path(directory).resolve()}" for directory in search_path)
         overrides.append(f"hydra.searchpath=[{directories}]")
     try:
-        parsed, options = OverridesParser.create().parse_overrides(overrides), groups()
+        parsed, options = [_parsed(override) for override in overrides], groups()
         if not all(_is_separate(one, options) for one in parsed):
             return _by_hydra(str(config_dir()), config_name, tuple(overrides), defaults)
         choices = tuple(one.input_line for one in parsed if one.key_or_group in options)
@@ -123,6 +123,12 @@ def _compose(
         return composed
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(explained(overrides, error, search_path)) from error
+
+
+@functools.cache
+def _parsed(override: str) -> Override:
+    """Return an override as hydra reads it.  A run reads each of its overrides twice: `load` and `given_keys`."""
+    return OverridesParser.create().parse_overrides([override])[0]
 
 
 def _is_separate(override: Override, options: Collection[str]) -> bool:

@@ -391,14 +391,13 @@ def _ask_git_once() -> None:
 
 
 def _fill_caches_of_configurations() -> None:
-    """Compose the files of tiny runs, and parse values of every form, since the parser remembers the forms."""
+    """Compose the files of tiny runs, and parse their overrides and values of every form, which are remembered."""
+    import tiny_run
+
     from megatron_selfdistill.config import given_keys, load
 
-    forms = [
-        *("run_dir=/runs/run-1_a", "data.teacher_template='{problem}H{solution}|'", "data.path=null", "num_steps=6"),
-        *("optimizer.lr=1e-3", "metrics.loggers=[]", "rollout.engine_args={a: [x, 1], b: /c/d_1.txt}"),
-    ]
-    for overrides in (["optimizer=fp32"], ["optimizer=fp32", *forms]):
+    forms = tiny_run.overrides(Path("data"), Path("/runs/run-1_a"), "rollout.engine_args={a: [x, 1], b: /c/d_1.txt}")
+    for overrides in (["optimizer=fp32"], forms):
         load(overrides)
         given_keys(overrides)  # as a run that has a checkpoint does
 
