@@ -63,8 +63,9 @@ class Row:
     turns: int = 1
     """The greatest number of responses per episode, where the recipe itself asks for a second one."""
     records: str = "problems"
-    """What the row trains on: problems, worked (problems whose solution is the whole work), logs (conversations of the
-    base with a user who checks it), or explanations (of a teacher that sees the solutions)."""
+    """What the row trains on: problems, worked (problems whose solution is the whole work), skills (problems with a
+    skill as their solution), logs (conversations of the base with a user who checks it), or explanations (of a teacher
+    that sees the solutions)."""
     teacher: tuple[str, ...] = ()
     """The overrides of the run that trains the writer of explanations; empty where the base writes them."""
 
@@ -116,6 +117,12 @@ ROWS = {
     "beta_opsd": Row("beta-OPSD", "the solution", 1, ("recipe=beta_opsd",)),
     "sr_opsd": Row("SR-OPSD", "the solution", 1, ("recipe=sr_opsd",)),
     "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
+    "past": Row(
+        "PAST",
+        "the solution and the attempt, and it retries what failed, 4 times",
+        1,
+        ("recipe=past", "method.hint_template='{attempt}H{solution}'"),
+    ),
     "u_opsd": Row("U-OPSD", "the answer of most responses", 8, ("recipe=u_opsd",)),
     "rlcsd": Row("RLCSD", "no teacher: rewards, and right and wrong responses as hints", 8, ("recipe=rlcsd",)),
     "sdpo": Row("SDPO", "another right response", 8, ("recipe=sdpo",)),
@@ -162,6 +169,13 @@ ROWS = {
         8,
         ("recipe=skill_sd", "method.summarizer=_lib.checked_subtraction.summarize", "data.limit=100"),
     ),
+    "skald": Row(
+        "SKALD",
+        "a skill, beside rewards, where it helps 8 more responses",
+        8,
+        ("recipe=skald",),
+        records="skills",
+    ),
     "openclaw": Row(
         "OpenClaw-RL",
         "the user's critique in a log, beside rewards",
@@ -198,7 +212,18 @@ ROWS = {
         records="explanations",
     ),
 }
-ASKING = ("sdpo_feedback", "rltf_sd", "rltf_fm", "skill_sd", "openclaw", "openclaw_full", "ovd", "rlt", "explained")
+ASKING = (
+    "sdpo_feedback",
+    "rltf_sd",
+    "rltf_fm",
+    "skill_sd",
+    "skald",
+    "openclaw",
+    "openclaw_full",
+    "ovd",
+    "rlt",
+    "explained",
+)
 """The rows whose base must read critiques, skills or scores, or explain the solution."""
 COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", "sft_worked", *ASKING))
 """The rows of the blocks with one turn whose responses state no confidence."""
@@ -317,6 +342,8 @@ def run(
         overrides = (*overrides, f"data.chat_template={template}")
     elif row.records == "worked":
         problems = row_records.worked_problems(problems, directory)
+    elif row.records == "skills":
+        problems = row_records.problems_with_skills(problems, directory)
     elif row.records == "explanations":
         problems = explained(name, base, problems, directory, steps)
     every = 0 if block.task.environment else max(steps // 4, 1)  # an evaluation plays no episodes

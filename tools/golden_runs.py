@@ -89,6 +89,7 @@ CASES = {
     "opsd": Case(recipe("opsd", *REWARDED)),
     "opsd_rl": Case(recipe("opsd_rl", *REWARDED)),
     "ovd": Case(recipe("ovd", *REWARDED, "method.template='{problem}{response}|'", "method.step_separator=','")),
+    "past": Case(recipe("past", *HINTED, "method.num_retries=2", "method.teacher_steps=2")),
     "pi_distill": Case(recipe("pi_distill", *REWARDED)),
     "pw_opsd": Case(recipe("pw_opsd", *REWARDED)),
     "rft": Case(recipe("rft", *REWARDED)),
@@ -100,6 +101,7 @@ CASES = {
     "sdft": Case(recipe("sdft", *REWARDED)),
     "sdpo": Case(recipe("sdpo", *REWARDED)),
     "sdpo_feedback": Case(recipe("sdpo_feedback", *HINTED, EPISODES[-1])),
+    "skald": Case(recipe("skald", *REWARDED, "method.num_hinted=4")),
     "skill_sd": Case(
         recipe("skill_sd", *HINTED, "method.keep=2", "method.summarizer=hint_functions.skill_of", "data.limit=8")
     ),

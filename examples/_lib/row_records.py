@@ -1,10 +1,10 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The records that some rows of 10_recipes.py train on in place of the problems: work, logs and explanations."""
+"""The records that some rows of 10_recipes.py train on in place of the problems: work, skills, logs, explanations."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from _lib import checked_subtraction, subtraction, subtraction_chats
@@ -46,10 +46,18 @@ def logged_conversations(base: Base, directory: Path) -> tuple[Path, Path]:
 
 def worked_problems(problems: Path, directory: Path) -> Path:
     """Write the subtractions of ``problems`` with the whole right response as their solution; return the file."""
+    return _with_solutions(problems, directory / "worked.jsonl", lambda a, b: subtraction.work(a, b)[:-1])
+
+
+def problems_with_skills(problems: Path, directory: Path) -> Path:
+    """Write the subtractions of ``problems`` with their skill in the place of the solution; return the file."""
+    return _with_solutions(problems, directory / "skills.jsonl", checked_subtraction.skill)
+
+
+def _with_solutions(problems: Path, file: Path, solution: Callable[[int, int], str]) -> Path:
     records = [json.loads(line) for line in problems.read_text(encoding="utf-8").splitlines()]
     pairs = [tuple(int(number) for number in record["problem"].rstrip(":").split("-")) for record in records]
-    worked = [record | {"solution": subtraction.work(a, b)[:-1]} for record, (a, b) in zip(records, pairs, strict=True)]
-    return write_records(directory / "worked.jsonl", worked)
+    return write_records(file, [one | {"solution": solution(a, b)} for one, (a, b) in zip(records, pairs, strict=True)])
 
 
 def explained_problems(

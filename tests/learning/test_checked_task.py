@@ -76,7 +76,9 @@ def test_a_score_is_nine_for_a_right_response_and_else_twice_its_right_columns_w
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["sdpo_feedback", "rltf_fm", "skill_sd", "openclaw", "ovd", "rlt", "explained"])
+@pytest.mark.parametrize(
+    "name", ["sdpo_feedback", "rltf_fm", "skill_sd", "skald", "openclaw", "ovd", "rlt", "explained"]
+)
 def test_a_recipe_that_asks_its_base_runs_to_its_end(load_example, root, monkeypatch, name):
     example = load_example("10_recipes")
     few = dataclasses.replace(checked_subtraction.TASK, held_out_problems=lambda: subtraction.held_out_problems()[:8])

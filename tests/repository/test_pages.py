@@ -218,7 +218,7 @@ def test_the_index_names_every_page():
     (
         "default teacher_alone literal chat_logs grpo rft sdft opsd opsd_reference sdpo sdpo_feedback opsd_rl "
         "pi_distill scope uni_opd caopd rlt ovd rltf_sd rltf_fm sod skill_sd openclaw opsa pw_opsd beta_opsd "
-        "veto u_opsd rlcsd eopd sr_opsd tip dapd multi_teacher"
+        "veto u_opsd rlcsd eopd sr_opsd tip dapd past skald multi_teacher"
     ).split(),
 )
 def test_the_settings_of_a_recipe_are_those_of_its_file(recipe):

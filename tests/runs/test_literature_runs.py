@@ -17,9 +17,9 @@ LAYOUTS = {
     "DP2": [],
 }
 VERIFIED = "evaluation.verifier=tiny_run.starts_with_an_even_token"
-REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd"}
+REWARDED = {"grpo", "sdpo", "opsd_rl", "pi_distill", "scope", "uni_opd", "rlcsd", "rlt", "sod", "ovd", "past", "skald"}
 WITH_POLICY_TERM = REWARDED - {"sdpo"} | {"beta_opsd", "opsa", "tip"}
-REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip", "dapd"}
+REPLICATED = {"grpo", "scope", "uni_opd", "rlcsd", "sod", "ovd", "tip", "dapd", "past", "skald"}
 RECIPES = sorted(
     {"beta_opsd", "dapd", "eopd", "opsa", "pw_opsd", "sdft", "opsd", "rft", "sr_opsd", "tip", "u_opsd", "veto"}
     | REWARDED
@@ -34,9 +34,11 @@ OWN = {
     "rlt": ["method.closing_tag=-"],  # a character that an untrained model writes now and then
     "u_opsd": ["method.threshold=0.2"],  # one response that ends is a majority of the others, which do not
     "sod": ["environment.name=replying.Replying", "environment.max_turns=3"],
+    "past": ["method.hint_template='{attempt}|{solution}'", "method.teacher_steps=1"],  # both kinds of steps
+    "skald": ["method.num_hinted=3"],
     "ovd": ["method.template='{problem}{response}|'", "method.step_separator=','"],
 }
-COMPARED = ("terms/", "rewards/", "hints/", "loss/", "correction/", "explanations/", "episodes/", "verbal/")
+COMPARED = tuple("terms/ rewards/ hints/ loss/ correction/ explanations/ episodes/ verbal/ skills/ retries/".split())
 
 
 def arguments(data: Path, run_dir: Path, recipe: str, *more: str) -> list[str]:

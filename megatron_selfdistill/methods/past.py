@@ -1,0 +1,280 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""PAST: the teacher also reads the finished attempt that it scores, and its weights learn to succeed after failed ones.
+
+Algorithm: The student samples a response, which the verifier judges. The teacher's prompt shows the solution, the whole
+response and its verdict, and the student learns what the teacher says at each token of the same response. The teacher
+is trained, too. After its prompt with a right attempt it learns what the student says, so that right attempts stay as
+they are. After its prompt with a failed attempt it answers again, and learns the rewards of these retries, near the
+student. Teacher and student share the current weights, and differ in their prompts.
+
+Equation:
+
+    attempts, after the plain prompt:            w = N / N_S,            D = KL(teacher || student)
+    right attempts, after the teacher's prompt:  w = preserve N / N_T,   D = KL(student || teacher)
+    retries, after the teacher's prompt:         w = 0
+        a = N / N_T rho ( A + proximity (log s - log t) ),  A with the clip of PPO
+    A = (reward - mean) / (std + 1e-6) over the retries of one failed attempt
+
+In each line the first distribution of D is a constant. s and t are the probabilities of a token under student and
+teacher, and the second part of a is the gradient of the k3 estimator of KL(teacher || student). N_S counts the tokens
+of the student's part, N_T those of the teacher's, and N both: each part is a mean over its own tokens. The other names
+are those of the settings. The first method.teacher_steps steps leave the student's part out. With method.weight=0 the
+teacher's part is left out: then the teacher reads the attempt, and nothing adapts it.
+
+Paper: PAST, Feng et al. (arXiv 2608.08726), of which the abstract was read, and a summary by others that has figures
+of the text. No code of the authors was found. Published in the abstract are the finished attempt as a further hint,
+prefixes of the student alone, the student's distribution for right attempts, an adaptation towards verified success
+near the student for failed ones, and forward KL for the student. The gain over OPSD is 5.6 points of avg@12.
+Second-hand: reading the attempt alone gives .6 of them and adapting the teacher alone .1, and failed attempts whose
+retries all fail may be skipped.
+
+Differences:
+- The abstract states no loss of the teacher. Ours are both divergences in the directions above, rewards by policy
+  gradients as in pi_distill, 4 retries, preserve = 1 and proximity = .25.
+- Ours are shared weights, of which the first 25 steps train the teacher alone, and the others both. The abstract speaks
+  of a frozen student, and a list of papers of an adaptation before the distillation, so that the published teacher
+  probably has weights of its own.
+- Ours are the wording and the verdict as a word (method.hint_template); without {solution} the attempt stands alone.
+
+Command:
+
+    selfdistill recipe=past checkpoint.load=... data.tokenizer=... data.path=problems.jsonl run_dir=runs/past
+
+Expected: No figure has been measured yet.
+
+Cost: A step samples 4 retries for each failed attempt, and trains on attempts, on right attempts a second time, and on
+retries. The teacher's prompt is longer by a whole response. No copy of the weights is needed.
+
+Known failure:
+- The attempt in its prompt lets the teacher copy it: then it confirms every token, also of a failed attempt. Only the
+  rewards of the retries work against this.
+- A failed attempt whose retries are all right or all wrong teaches the teacher nothing: `retries/mixed_share`.
+- The student trains the teacher's weights, too, since they are its own, and may unlearn to read the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from megatron_selfdistill.config.schema.field_checks import require, require_slots
+from megatron_selfdistill.config.schema.method_config import FUNCTION, MEASURED, Needs
+from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegativeInt, PositiveInt, Text
+from megatron_selfdistill.data.problems import ProblemSampler
+from megatron_selfdistill.data.prompts import filled
+from megatron_selfdistill.methods.default import Metrics
+from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
+from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, require_problems
+from megatron_selfdistill.methods.parts.terms import uniform, weighted_advantages
+from megatron_selfdistill.rollout.base import Request, SamplingParams, response_text, sample_seed
+from megatron_selfdistill.sources.judge import over_replicas
+from megatron_selfdistill.sources.rollouts import Rollout
+from megatron_selfdistill.sources.signals import Signals, Terms
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.config import Config
+
+TEACHER_TEMPLATE = (
+    "{problem}\n\nThe following is for your eyes only:\n\n{solution}\n\n"
+    "Correctly solve the original question, in your own words."
+)
+"""The teacher's wording where data.teacher_template is null."""
+
+HINT_TEMPLATE = "Correct solution:\n\n{solution}\n\nAn earlier attempt, which is {verdict}:\n\n{attempt}"
+"""What the teacher sees; ``method.hint_template`` replaces it."""
+
+
+@dataclass(frozen=True)
+class PastSettings(DistillSettings, AdvantageSettings):
+    """The settings of PAST."""
+
+    weight: NonNegativeFloat = 1.0
+    """Weight of the advantages of the teacher's retries; with 0 there are none, and the teacher is not adapted."""
+    preserve: NonNegativeFloat = 1.0
+    """Weight of the divergence that holds the teacher at the student after a right attempt."""
+    proximity: NonNegativeFloat = 0.25
+    """Weight of KL(teacher || student), in its form for the sampled token, which holds the retries near the student."""
+    teacher_steps: NonNegativeInt = 25
+    """Number of steps at the start of the run that train the teacher alone; the student learns after them."""
+    num_retries: PositiveInt = 4
+    """Number of the teacher's responses after each failed attempt."""
+    hint_template: Text | None = None
+    """What the teacher sees in the place of a solution, with the slot {attempt}, and {solution} and {verdict} (right or
+    wrong) if wanted.  Null takes the wording in methods/past.py."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_slots("method.hint_template", self.hint_template, ("attempt",), ("solution", "verdict"))
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the teacher is trained."""
+        return self.weight > 0
+
+    @property
+    def needs(self) -> Needs:
+        """What the method needs from the core."""
+        return Needs(
+            log_probs=MEASURED if self.adapts else None,
+            rewards=True,
+            whole_step=True,
+            contexts_per_sample=1 + self.num_retries if self.adapts else 1,
+            asks_model=self.adapts,
+            hint=FUNCTION,
+        )
+
+    @property
+    def teacher_template(self) -> str | None:
+        """The teacher's wording where data.teacher_template is null."""
+        return TEACHER_TEMPLATE
+
+    def check(self, config: Config) -> None:
+        """Raise `ConfigError` for an environment, another mean, a correction, or a teacher that would not adapt."""
+        super().check(config)
+        require_problems(config, "method.name=past shows an attempt to its own problem: it")
+        name, kind = config.environment.name, config.loss.normalize
+        require(
+            name == "none", f"method.name=past lets the teacher answer again: set environment.name=none, got {name}"
+        )
+        require(kind == "tokens", f"method.name=past has means of its own: leave loss.normalize=tokens, got {kind}")
+        correction, weights = config.loss.rollout_correction, config.teacher.weights
+        require(
+            correction == "none",
+            "method.name=past trains on texts that nobody sampled after their prompts: it needs "
+            f"loss.rollout_correction=none, got {correction}",
+        )
+        require(
+            not self.adapts or (weights != "frozen" and self.num_retries > 1),
+            "method.name=past adapts the teacher, which shares the student's weights, by comparing retries: it needs "
+            "teacher.weights=current or ema and at least 2 for method.num_retries, or method.weight=0, got "
+            f"{weights} and {self.num_retries}",
+        )
+
+
+@dataclass(frozen=True)
+class Past(HintedLater):
+    """Privileged adaptation from student trajectories."""
+
+    Settings = PastSettings
+    step: int = 0
+    """The step that is under way."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Return True: the parts of teacher and student have weights of their own."""
+        return True
+
+    def prepare(self, step: int, sampling: SamplingParams, problem_sampler: ProblemSampler) -> tuple[Past, Metrics]:
+        """Return the method of the step, and no metrics."""
+        return replace(self, step=step), {}
+
+    def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return the attempts whose teacher sees them, and hints/share, the share of the attempts that fit.
+
+        Collectives: one sum over the data-parallel ranks.
+        """
+        template, tokenizer = self.settings.hint_template or HINT_TEMPLATE, self.tools.run_data.tokenizer
+        hints = [
+            filled(
+                template,
+                {
+                    "solution": one.problem.solution,
+                    "verdict": "right" if one.correct else "wrong",
+                    "attempt": response_text(one.response, tokenizer),
+                },
+            )
+            for one in rollouts
+        ]
+        return chosen_with_hints(rollouts, hints, self.tools, keeps_unhinted=False)
+
+    def texts(self, rollouts: Sequence[Rollout], selected: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
+        """Return the attempts, the right ones after the teacher's prompt, and the retries, with metrics of these.
+
+        The first method.teacher_steps steps leave out the attempts after the plain prompt, which train the student.
+
+        The metrics: retries/reward_mean, and retries/mixed_share, the share of the failed attempts whose retries have
+        different rewards.
+        Collectives over the world: those of the sampler and of the judge; one sum over the data-parallel ranks.
+        """
+        if not self.settings.adapts:
+            return list(selected), {}
+        problems = {one.key: one.problem for one in rollouts}  # those of ``selected`` have the hint as their solution
+        failed = [replace(one, problem=problems[one.key]) for one in selected if not one.correct]
+        right = [replace(one.in_privileged_view(), part="view") for one in selected if one.correct]
+        groups = self._retries(failed, first_group=1 + max((one.group for one in rollouts), default=0))
+        num_mixed = sum(len({one.reward for one in group}) > 1 for group in groups)
+        retries = [one for group in groups for one in group]
+        total = sum(one.reward or 0.0 for one in retries)
+        counts = over_replicas((total, len(retries), num_mixed, len(failed)), self.tools.grid)
+        reward, number, mixed, num_failed = counts
+        metrics = {"retries/reward_mean": reward / max(number, 1), "retries/mixed_share": mixed / max(num_failed, 1)}
+        learned = selected if self.step >= self.settings.teacher_steps else []
+        return [*learned, *right, *retries], metrics
+
+    def terms(self, step: int, rollouts: Sequence[Rollout], signals: Signals) -> Terms:
+        """Return the terms of `parts_of_both`, or those of the student alone where the teacher is not adapted.
+
+        Collectives: one sum over the data-parallel ranks.
+        """
+        own = self.settings
+        if not own.adapts:
+            return uniform(signals, weight=own.distill_weight, signal="full")
+        of_teacher = signals.per_token(signals.privileged)
+        num_teacher = int(of_teacher.sum())
+        counts = over_replicas((len(of_teacher) - num_teacher, num_teacher), self.tools.grid)
+        retried = torch.tensor([one.key is None for one in rollouts], dtype=torch.bool)
+        return parts_of_both(signals, retried, weighted_advantages(signals, own), counts, own)
+
+    def _retries(self, failed: Sequence[Rollout], first_group: int) -> list[list[Rollout]]:
+        """Return the rewarded retries of each failed attempt, in a group of its own, after the teacher's prompt.
+
+        The seed of a retry depends on (seed, step, problem, attempt, retry) alone.
+        """
+        number, seed = self.settings.num_retries, self.tools.config.seed
+        asked = [one for one in failed for _ in range(number)]
+        requests = []
+        for i, one in enumerate(asked):
+            assert one.key is not None, "a sampled response has a name"
+            name = f"retry/{one.problem.id}/{one.key.sample_index}"
+            requests.append(Request(one.prompts.teacher_prompt, sample_seed(seed, self.step, name, i % number)))
+        with self.tools.phases("rollout"):
+            responses = self.tools.generate(self.step, requests)
+            retries, _ = self.tools.judge.rewarded(
+                [
+                    replace(
+                        one.in_privileged_view(),
+                        response=response,
+                        group=first_group + i // number,
+                        key=None,
+                        part="view",
+                    )
+                    for i, (one, response) in enumerate(zip(asked, responses, strict=True))
+                ]
+            )
+        return [retries[i : i + number] for i in range(0, len(retries), number)]
+
+
+def parts_of_both(
+    signals: Signals, retried: Tensor, advantages: Tensor, counts: Sequence[float], settings: PastSettings
+) -> Terms:
+    """Return terms under which a sum over N is the sum of two means, over the student's tokens and the teacher's.
+
+    ``retried [B]``: whether a response is a retry; ``advantages [B]`` counts for retries alone.  ``counts``: the number
+    N_S of tokens of the global batch after the plain prompt and N_T of those after the teacher's, whose sum is N.
+    """
+    number = sum(counts)
+    of_student, of_teacher = (number / max(count, 1) for count in counts)
+    nothing = torch.zeros_like(advantages)
+    of_right = torch.where(retried, nothing, nothing + of_teacher * settings.preserve)
+    return Terms.of(
+        signals.sampled_log_prob,
+        divergence=signals.per_token(
+            torch.where(signals.privileged, of_right, nothing + of_student * settings.distill_weight)
+        ),
+        advantage=signals.per_token(torch.where(retried, of_teacher * advantages, nothing)),
+        sampled_kl=signals.per_token(torch.where(retried, nothing + of_teacher * settings.proximity, nothing)),
+    )

@@ -1,0 +1,234 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""PAST: what the teacher sees, which texts train whom, and the losses of both parts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from characters import Characters
+from made_methods import composed, given_with, made
+from term_arrays import signals, tensor
+
+from megatron_selfdistill.config import ConfigError, load
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.methods.past import Past
+from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.sources.signals import Clip, signals_of
+from megatron_selfdistill.sources.step_terms import RatioTerms
+
+STEP = 30
+GIVEN = given_with(Characters(), max_length=60)
+SHORT = "method.hint_template='{solution};{verdict};{attempt}'"
+PROBLEM = Problem("p", ({"role": "user", "content": "1+7"},), "=8", "8", "file.jsonl:1")
+
+
+@pytest.fixture(autouse=True)
+def one_rank(monkeypatch):
+    """Make collectives return the part of this rank."""
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
+    monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
+
+
+def response(text: str) -> Response:
+    tokens = [ord(character) for character in text]
+    return Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
+
+
+def attempts(*texts: str) -> list[Rollout]:
+    """Return attempts at one problem, of which those that say 8 are right."""
+    pair = GIVEN.pair(PROBLEM)
+    return [
+        Rollout(PROBLEM, pair, response(text), 0, float(text == "8$"), key=SampleKey(STEP, "p", i))
+        for i, text in enumerate(texts)
+    ]
+
+
+class Sampler:
+    """A sampler whose responses are the texts in turn; it keeps its requests."""
+
+    def __init__(self, *texts: str) -> None:
+        self.texts, self.requests = texts, []  # type: ignore[var-annotated]
+
+    def update_weights(self, step: int) -> None:
+        assert step == STEP
+
+    def generate(self, requests: Sequence[Request], params: Any) -> list[Response]:
+        self.requests += requests
+        assert len(requests) == len(self.texts)
+        return [response(text) for text in self.texts]
+
+
+def method(*overrides: str, sampler: Any = None, step: int = STEP, max_length: int = 60) -> Past:
+    options = ["recipe=past", "seed=5", SHORT, "method.num_retries=2", *overrides]
+    past, metrics = made(options, replace(GIVEN, max_length=max_length), sampler=sampler).prepare(step, None, None)
+    assert metrics == {}
+    return past
+
+
+def shown(prompt: Sequence[int]) -> str:
+    return "".join(map(chr, prompt))
+
+
+def test_the_teacher_sees_solution_verdict_and_the_whole_attempt():
+    chosen, metrics = method().select(STEP, attempts("8$", "think 7$", "9"))
+    assert [shown(one.prompts.teacher_prompt) for one in chosen] == [
+        "1+7|=8;right;8:",
+        "1+7|=8;wrong;think 7:",
+        "1+7|=8;wrong;9:",
+    ]
+    assert {shown(one.prompts.student_prompt) for one in chosen} == {"1+7:"} and metrics == {"hints/share": 1}
+    alone, _ = method("method.hint_template='{attempt}'").select(STEP, attempts("7$"))
+    assert shown(alone[0].prompts.teacher_prompt) == "1+7|7:"
+    fitting, metrics = method(max_length=24).select(STEP, attempts("8$", "thinks 7$"))
+    assert [one.key.sample_index for one in fitting if one.key] == [0] and metrics == {"hints/share": 0.5}
+
+
+def test_right_attempts_are_kept_and_failed_ones_are_tried_again():
+    sampler = Sampler("8$", "7$", "7$", "7$")
+    past, sampled = method(sampler=sampler), attempts("8$", "7$", "9$")
+    selected, _ = past.select(STEP, sampled)
+    texts, metrics = past.texts(sampled, selected)
+    assert texts[:3] == selected
+    kept, *retries = texts[3:]
+    assert kept.response == sampled[0].response and kept.privileged and kept.part == "view"
+    for one in texts[3:]:
+        assert shown(one.prompts.student_prompt).startswith("1+7|=8;") and shown(one.prompts.teacher_prompt) == "1+7:"
+    assert [shown(one.response.token_ids) for one in retries] == ["8$", "7$", "7$", "7$"]
+    assert [one.reward for one in retries] == [1, 0, 0, 0] and all(one.key is None for one in retries)
+    assert [one.group for one in retries] == [1, 1, 2, 2] and all(one.problem is PROBLEM for one in retries)
+    assert [shown(one.prompt) for one in sampler.requests] == ["1+7|=8;wrong;7:"] * 2 + ["1+7|=8;wrong;9:"] * 2
+    assert len({one.seed for one in sampler.requests}) == 4
+    assert metrics == {"retries/reward_mean": 0.25, "retries/mixed_share": 0.5}
+
+
+def test_the_first_steps_train_the_teacher_alone():
+    past, sampled = method("method.teacher_steps=31", sampler=Sampler()), attempts("8$")
+    texts, _ = past.texts(sampled, past.select(STEP, sampled)[0])
+    assert [one.privileged for one in texts] == [True]
+    later, _ = method("method.teacher_steps=30", sampler=Sampler()).texts(sampled, past.select(STEP, sampled)[0])
+    assert [one.privileged for one in later] == [False, True]
+
+
+def test_a_teacher_that_is_not_adapted_samples_nothing():
+    past, sampled = method("method.weight=0", "teacher.weights=frozen"), attempts("8$", "7$")
+    selected, _ = past.select(STEP, sampled)
+    assert past.texts(sampled, selected) == (selected, {})
+    assert past.terms(STEP, selected, signals_of(selected)).divergence.tolist() == [1] * 4
+
+
+def test_a_replica_without_failed_attempts_takes_part_in_the_sampling():
+    sampler = Sampler()
+    past = method(sampler=sampler)
+    assert past.texts([], []) == ([], {"retries/reward_mean": 0, "retries/mixed_share": 0})
+
+
+PRESERVE, PROXIMITY, WEIGHT, TAUGHT = 0.7, 0.3, 1.5, 2.0
+KINDS = ["student", "student", "right", "retry", "retry", "retry"]
+LENGTHS = [2, 1, 2, 1, 2, 1]
+
+
+def logits() -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits [9, 5] of the trained context of each token, and of the other context, which is a constant."""
+    generator = torch.Generator().manual_seed(4)
+    own, other = (torch.randn(9, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    return own, other
+
+
+def written(own: torch.Tensor, other: torch.Tensor, tokens: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
+    """Return the loss of the page: the mean over the student's tokens plus the mean over the teacher's.
+
+    The retries' rewards are 1, 0 and 0, and the retries are scored by p / mu with a constant p / mu where it appears as
+    a weight.  No ratio is clipped.
+    """
+    log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
+    forward = (log_q.exp() * (log_q - log_p)).sum(-1)
+    rows, student, teacher = iter(range(9)), [], []
+    rewards = iter([1.0, 0.0, 0.0])
+    spread = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2) + 1e-6
+    for kind, length in zip(KINDS, LENGTHS, strict=True):
+        reward = next(rewards) if kind == "retry" else 0.0
+        for _ in range(length):
+            i = next(rows)
+            chosen, wanted = log_p[i, tokens[i]], log_q[i, tokens[i]]
+            ratio = (chosen - mu[i]).exp()
+            if kind == "student":
+                student.append(TAUGHT * forward[i])
+            elif kind == "right":
+                teacher.append(PRESERVE * forward[i])
+            else:
+                k3 = PROXIMITY * (ratio * (wanted - chosen)).detach() * chosen
+                teacher.append(-WEIGHT * (reward - 1 / 3) / spread * ratio - k3)
+    return torch.stack(student).mean() + torch.stack(teacher).mean()
+
+
+def test_value_and_gradient_are_those_of_the_written_losses():
+    """The sampler's log-probs differ from the student's by less than the clip."""
+    own, other = logits()
+    tokens = torch.tensor([0, 3, 1, 2, 4, 0, 1, 3, 2])
+    at = tokens[:, None]
+    log_p, log_q = (rows.log_softmax(-1).gather(1, at)[:, 0] for rows in (own, other))
+    mu = log_p + tensor(0.1, -0.1, 0.05, 0.0, 0.02, 0.15, -0.1, -0.05, 0.1)
+    leaf = own.clone().requires_grad_()
+    (wanted,) = torch.autograd.grad(written(leaf, other, tokens, mu), leaf)
+
+    numbers = [f"method.preserve={PRESERVE}", f"method.proximity={PROXIMITY}", f"method.weight={WEIGHT}"]
+    past = method(*numbers, f"method.distill_weight={TAUGHT}")
+    key = SampleKey(STEP, "p", 0)
+    base = attempts("8$")[0]
+    rollouts = [replace(base, privileged=kind != "student", key=None if kind == "retry" else key) for kind in KINDS]
+    both = signals(
+        [1.0, 0.0, 1.0, 1.0, 0.0, 0.0],
+        groups=[0, 0, 1, 2, 2, 2],
+        lengths=LENGTHS,
+        privileged=[one.privileged for one in rollouts],
+        mu=mu.tolist(),
+        p=log_p.tolist(),
+        q=log_q.tolist(),
+    )
+    terms = past.terms(STEP, rollouts, both)
+    found = RatioTerms(terms, mu, log_q, Clip(0.2, 0.2))(log_p, torch.arange(9))
+    student = own.clone().requires_grad_()
+    log_student, log_teacher = student.log_softmax(-1), other.log_softmax(-1)
+    forward = (log_teacher.exp() * (log_teacher - log_student)).sum(-1)
+    loss = (found.divergence * forward - found.policy * log_student.gather(1, at)[:, 0]).sum() / 9
+    (gradient,) = torch.autograd.grad(loss, student)
+    torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-13)
+    silent = torch.tensor([kind == "retry" for kind in KINDS]).repeat_interleave(torch.tensor(LENGTHS))
+    assert not terms.divergence[silent].any() and not terms.advantage[~silent].any()
+    assert (terms.divergence[~silent] > 0).all() and not terms.sampled_kl[~silent].any()
+
+
+def test_the_recipe_shares_the_weights_and_reads_the_solutions_of_the_data():
+    config = composed("recipe=past")
+    assert (config.target.rule, config.loss.divergence, config.teacher.weights) == (
+        "teacher_alone",
+        "forward_kl",
+        "current",
+    )
+    assert config.needs.hint == "function" and config.needs.rewards and config.measures_log_probs
+    assert config.needs.contexts_per_sample == 5 and config.method.teacher_steps == 25
+    alone = composed("recipe=past", "method.weight=0")
+    assert alone.needs.contexts_per_sample == 1 and not alone.measures_log_probs and not alone.needs.asks_model
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["method.hint_template='{solution}'"], r"hint_template must have the slots \{attempt\}, and may have"),
+        (["teacher.weights=frozen"], "needs teacher.weights=current or ema .* got frozen and 4"),
+        (["method.num_retries=1"], "at least 2 for method.num_retries, or method.weight=0, got current and 1"),
+        (["loss.normalize=sequences"], "means of its own: leave loss.normalize=tokens, got sequences"),
+        (["loss.rollout_correction=truncated"], "needs loss.rollout_correction=none, got truncated"),
+        (["environment.name=a.B"], "set environment.name=none, got a.B"),
+    ],
+)
+def test_what_contradicts_the_method_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        load(["recipe=past", *options])
