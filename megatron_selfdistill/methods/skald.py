@@ -38,7 +38,10 @@ Command: Each record needs an answer, and a card in the field that data.fields.s
     selfdistill recipe=skald data.fields.solution=card checkpoint.load=... data.tokenizer=... \
         data.path=problems.jsonl run_dir=runs/skald
 
-Expected: No figure has been measured yet.
+Expected: No gain over rewards alone. 100 steps of 4 x 8 responses end at a sampled accuracy of .95 at 3e-4, and `grpo`
+ends at .97 (SKALD at 1e-4: .74, at 1e-3: .89). After 25 steps it is .49, and .81 for `grpo`: the teacher's part slows
+the rewards. The gate is open for .24 of the responses. These are validation problems of the last task of
+docs/recipes/comparison.md, whose base reads skills (seed 20, one run each); the other seeds have not run.
 
 Cost: A step samples twice as many responses as GRPO, and runs the teacher once over the student's responses with an
 open gate. No copy of the weights is needed.
