@@ -142,14 +142,14 @@ def logits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def written(own: torch.Tensor, other: torch.Tensor, tokens: torch.Tensor, mu: torch.Tensor) -> torch.Tensor:
-    """Return the loss of the page: the mean over the student's tokens plus the mean over the teacher's.
+    """Return the loss of the page: the means over the tokens of the attempts, the right ones and the retries.
 
     The retries' rewards are 1, 0 and 0, and the retries are scored by p / mu with a constant p / mu where it appears as
     a weight.  No ratio is clipped.
     """
     log_p, log_q = own.log_softmax(-1), other.log_softmax(-1)
     forward = (log_q.exp() * (log_q - log_p)).sum(-1)
-    rows, student, teacher = iter(range(9)), [], []
+    rows, student, right, again = iter(range(9)), [], [], []
     rewards = iter([1.0, 0.0, 0.0])
     spread = math.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2) + 1e-6
     for kind, length in zip(KINDS, LENGTHS, strict=True):
@@ -161,11 +161,11 @@ def written(own: torch.Tensor, other: torch.Tensor, tokens: torch.Tensor, mu: to
             if kind == "student":
                 student.append(TAUGHT * forward[i])
             elif kind == "right":
-                teacher.append(PRESERVE * forward[i])
+                right.append(PRESERVE * forward[i])
             else:
                 k3 = PROXIMITY * (ratio * (wanted - chosen)).detach() * chosen
-                teacher.append(-WEIGHT * (reward - 1 / 3) / spread * ratio - k3)
-    return torch.stack(student).mean() + torch.stack(teacher).mean()
+                again.append(-WEIGHT * (reward - 1 / 3) / spread * ratio - k3)
+    return sum(torch.stack(part).mean() for part in (student, right, again))  # type: ignore[return-value]
 
 
 def test_value_and_gradient_are_those_of_the_written_losses():
