@@ -63,9 +63,9 @@ class Row:
     turns: int = 1
     """The greatest number of responses per episode, where the recipe itself asks for a second one."""
     records: str = "problems"
-    """What the row trains on: problems, worked (problems whose solution is the whole work), skills (problems with a
-    skill as their solution), logs (conversations of the base with a user who checks it), or explanations (of a teacher
-    that sees the solutions)."""
+    """What the row trains on: problems, worked (problems whose solution is the whole work, where a response shows any),
+    skills (problems with a skill as their solution), logs (conversations of the base with a user who checks it), or
+    explanations (of a teacher that sees the solutions)."""
     teacher: tuple[str, ...] = ()
     """The overrides of the run that trains the writer of explanations; empty where the base writes them."""
 
@@ -117,6 +117,7 @@ ROWS = {
     "beta_opsd": Row("beta-OPSD", "the solution", 1, ("recipe=beta_opsd",)),
     "sr_opsd": Row("SR-OPSD", "the solution", 1, ("recipe=sr_opsd",)),
     "veto": Row("Veto", "the solution", 1, ("recipe=veto",)),
+    "dapd": Row("DAPD", "the solution or the response, and it judges both", 1, ("recipe=dapd",), records="worked"),
     "past": Row(
         "PAST",
         "the solution and the attempt, and it retries what failed, 4 times",
@@ -225,6 +226,7 @@ ASKING = (
     "explained",
 )
 """The rows whose base must read critiques, skills or scores, or explain the solution."""
+CONTROLS = ("other_hint", "no_hint")
 COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", "sft_worked", *ASKING))
 """The rows of the blocks with one turn whose responses state no confidence."""
 WITH_WORK = (*COMMON, "sft_worked")
@@ -264,21 +266,21 @@ BLOCKS = {
         calculator.TASK,
         8,
         ("sampled", "pass_at_8", "length", *COURSE),
-        rows=("default", "grpo", "sod"),
+        rows=("default", *CONTROLS, "grpo", "sod"),
     ),
     "stating": Block(
         "Honest about its confidence",
         stating_subtraction.TASK,
         8,
         (*REACHED, "stated", "ocg", "ece", "spr", "entropy"),
-        rows=("default", "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
+        rows=("default", *CONTROLS, "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
     ),
     "checked": Block(
         "Critiques, skills, scores and explanations",
         checked_subtraction.TASK,
         8,
         (*REACHED, "shows_work", *COURSE),
-        rows=("default", "grpo", *ASKING),
+        rows=("default", *CONTROLS, "grpo", *ASKING),
     ),
 }
 RESULTS = {
@@ -340,7 +342,7 @@ def run(
     if row.records == "logs":
         problems, template = row_records.logged_conversations(base, directory)
         overrides = (*overrides, f"data.chat_template={template}")
-    elif row.records == "worked":
+    elif row.records == "worked" and block.rows is WITH_WORK:
         problems = row_records.worked_problems(problems, directory)
     elif row.records == "skills":
         problems = row_records.problems_with_skills(problems, directory)

@@ -82,6 +82,11 @@ GUIDED_AND_ANCHORED = {
 }
 """Guided rollouts from the anchored target; the last arm has reverse KL and w = 0.75, and for problems that the student
 rarely solves forward KL, w = 2 and guided rollouts."""
+GUIDED_CONTROLS = CONTROLS | {
+    f"guided_{name}": (*GUIDED_AND_ANCHORED["anchored_matched_forward_w2_guided"], overrides[-1])
+    for name, overrides in CONTROLS.items()
+}
+"""The controls, and the same with guided rollouts, w = 2 and forward KL."""
 WEIGHTS = (0.25, 0.75, 2)
 SWEEP = {
     f"{rule}_w{weight}_{mark}": (*SIX[f"anchored_{rule}"], f"target.teacher_weight={weight}")
@@ -373,9 +378,15 @@ EXPERIMENTS = {
         Experiment("quickstart_long", "The quickstart, 1000 steps", subtraction.TASK, LONG),
     )
 }
+WITH_CONTROLS = {
+    **dict.fromkeys(("leak", "quickstart", "hard", "many_answers", "wrong_hints", "wrong_hints_forward"), CONTROLS),
+    **dict.fromkeys(("choosing", "choosing_surer"), CONTROLS),
+    **dict.fromkeys(("unsolved", "unsolved_leaking", "unsolved_wrong"), GUIDED_CONTROLS),
+}
+"""Name of an experiment -> the arms of its controls."""
 EXPERIMENTS |= {
     f"{name}_controls": dataclasses.replace(
-        EXPERIMENTS[name], name=f"{name}_controls", title=f"{EXPERIMENTS[name].title}: controls", arms=CONTROLS
+        EXPERIMENTS[name], name=f"{name}_controls", title=f"{EXPERIMENTS[name].title}: controls", arms=arms
     )
-    for name in ("leak", "quickstart", "hard", "many_answers")
+    for name, arms in WITH_CONTROLS.items()
 }

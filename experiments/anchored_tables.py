@@ -5,7 +5,7 @@
     python experiments/anchored_tables.py --check      compare the tables only; the status is 1 if they differ
 
 A table stands between <!-- table NAME --> and <!-- end NAME --> in the page; NAME is one of `TABLES`, sweep, flips or
-clipped.
+clipped.  The table controls stands in docs/results.md.
 A table shows the seeds that have a line for every arm in it.
 """
 
@@ -18,12 +18,14 @@ from dataclasses import dataclass
 from statistics import mean
 
 import clipped_opsd
+from anchored_experiments import CONTROLS, EXPERIMENTS, WITH_CONTROLS
 from anchored_map import LINES, arms_of
 from cell_lines import DOCS, Line, read_lines
 from leak_sweep import logit
 from page_tables import complete, seeds_of, short, spread, write_or_compare
 
-PAGE = DOCS / "anchored.md"
+PAGES = (DOCS / "anchored.md", DOCS / "results.md")
+DEFAULT = "anchored_matched"
 NAMES = {
     "base": "before",
     "teacher_alone": "teacher alone",
@@ -50,6 +52,8 @@ NAMES = {
     "rft": "RFT with a verifier",
     "other_hint": "control: anchored, matched, another problem's hint",
     "no_hint": "control: anchored, matched, no hint",
+    "guided_other_hint": "control: the guided row with w = 2, another problem's hint",
+    "guided_no_hint": "control: the guided row with w = 2, no hint",
 }
 """Name of an arm -> its label in a table."""
 HEADINGS = {
@@ -82,16 +86,25 @@ TABLES = {
     ),
     "leak_refreshed": (Part(("leak_refreshed",), "", ("greedy", "sampled", "shows_work", "best")),),
     "unsolved": (
-        Part(("unsolved", "unsolved_guided"), "right hints", ("greedy", "sampled")),
-        Part(("unsolved_leaking", "unsolved_leaking_guided"), "leaking hints", ("greedy", "shows_work")),
-        Part(("unsolved_wrong", "unsolved_wrong_guided"), "wrong hints", ("greedy", "sampled")),
+        Part(("unsolved", "unsolved_guided", "unsolved_controls"), "right hints", ("greedy", "sampled")),
+        Part(
+            ("unsolved_leaking", "unsolved_leaking_guided", "unsolved_leaking_controls"),
+            "leaking hints",
+            ("greedy", "shows_work"),
+        ),
+        Part(
+            ("unsolved_wrong", "unsolved_wrong_guided", "unsolved_wrong_controls"), "wrong hints", ("greedy", "sampled")
+        ),
     ),
-    "choosing": (Part(("choosing",), "H", THINKING), Part(("choosing_surer",), "K", THINKING)),
+    "choosing": (
+        Part(("choosing", "choosing_controls"), "H", THINKING),
+        Part(("choosing_surer", "choosing_surer_controls"), "K", THINKING),
+    ),
     "price": (
         Part(("quickstart", "quickstart_controls"), "quickstart", ("sampled",)),
         Part(("quickstart_long",), "quickstart, 1000 steps", ("sampled",)),
-        Part(("wrong_hints",), "wrong hints", ("sampled",)),
-        Part(("wrong_hints_forward",), "wrong hints, forward KL", ("sampled",)),
+        Part(("wrong_hints", "wrong_hints_controls"), "wrong hints", ("sampled",)),
+        Part(("wrong_hints_forward", "wrong_hints_forward_controls"), "wrong hints, forward KL", ("sampled",)),
         Part(("hard", "hard_controls"), "hard problems", ("sampled",)),
         Part(("many_answers", "many_answers_controls"), "many answers", ("sampled", "different")),
         Part(("chat_logs",), "chat logs", ("sampled",)),
@@ -108,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; the status is 1 if a table differs")
     options = parser.parse_args(argv)
     lines = read_lines(LINES)
-    status = write_or_compare(PAGE, lambda name: rows_of(name, lines), compare=options.check)
+    status = max(write_or_compare(page, lambda name: rows_of(name, lines), compare=options.check) for page in PAGES)
     if options.check:
         return status
     from anchored_pictures import draw_leak, draw_sweep
@@ -124,6 +137,8 @@ def rows_of(name: str, lines: Sequence[Line]) -> list[str]:
         return clipped_opsd.table_of(read_lines(clipped_opsd.LINES))
     if name == "flips":
         return flips()
+    if name == "controls":
+        return controls(lines)
     if name == "sweep":
         of_sweep = lines_of("sweep", lines)
         return [*sweep_table(of_sweep), "", differences(of_sweep)]
@@ -139,6 +154,33 @@ def lines_of(name: str, lines: Sequence[Line]) -> list[Line]:
     if not found:
         raise ValueError(f"experiment {name}: expected a seed with a line for every arm, got none")
     return found
+
+
+def controls(lines: Sequence[Line]) -> list[str]:
+    """Return a table with a row for each task: the base, the default, and the default's controls on the same seeds.
+
+    Problems that the base never solves have one more row, with guided rollouts, w = 2 and forward KL.
+    """
+    rows: list[list[str]] = []
+    for name, arms in WITH_CONTROLS.items():
+        of_controls = lines_of(f"{name}_controls", lines)
+        seeds = {line["seed"] for line in of_controls}
+        of_task = [line for line in lines if line["experiment"] in (name, f"{name}_guided") and line["seed"] in seeds]
+        figure = "within_3" if name.startswith("choosing") else "sampled"
+        for prefix, arm in (("", DEFAULT), ("guided_", f"{DEFAULT}_forward_w2_guided")):
+            if f"{prefix}no_hint" in arms:
+                shown = [
+                    spread([value_of(line, figure) for line in found if line["arm"] == which])
+                    for found, which in (
+                        *((of_controls, "base"), (of_task, arm)),
+                        *((of_controls, f"{prefix}{control}") for control in CONTROLS),
+                    )
+                ]
+                title = EXPERIMENTS[name].title + (": guided rollouts, w = 2, forward KL" if prefix else "")
+                rows.append([title, *shown])
+    corner = seeds_of(of_controls)
+    rows[:0] = [[corner, "before", "the hint", "another problem's hint", "no hint"], ["---"] * 5]
+    return [f"| {' | '.join(row)} |" for row in rows]
 
 
 def flips() -> list[str]:

@@ -55,6 +55,8 @@ ARMS: dict[str, tuple[str, ...]] = {
     "teacher_alone": ("target=teacher_alone",),
     "opsd": ("target=teacher_alone", FORWARD),
     "opsd_clipped": ("target=teacher_alone", FORWARD),
+    "other_hint": ("data.solutions=other",),
+    "no_hint": ("data.solutions=none",),
 }
 LABELS = {
     "default": "anchored, matched, reverse KL (the default)",
@@ -62,6 +64,8 @@ LABELS = {
     "teacher_alone": "teacher alone, reverse KL",
     "opsd": "teacher alone, forward KL (OPSD without its clip)",
     "opsd_clipped": f"teacher alone, forward KL, columns clipped at {CLIP} (OPSD)",
+    "other_hint": "control: the default, another problem's hint",
+    "no_hint": "control: the default, no hint",
 }
 
 
