@@ -174,9 +174,8 @@ def controls(lines: Sequence[Line]) -> list[str]:
                     )
                 ]
                 title = EXPERIMENTS[name].title + (": guided rollouts, w = 2, forward KL" if prefix else "")
-                rows.append([title, *shown])
-    corner = seeds_of(of_controls)
-    rows[:0] = [[corner, "before", "the hint", "another problem's hint", "no hint"], ["---"] * 5]
+                rows.append([title, str(len(seeds)), *shown])
+    rows[:0] = [["task", "seeds", "before", "the hint", "another problem's hint", "no hint"], ["---"] * 6]
     return [f"| {' | '.join(row)} |" for row in rows]
 
 
