@@ -87,17 +87,10 @@ TABLES = {
     "leak_refreshed": (Part(("leak_refreshed",), "", ("greedy", "sampled", "shows_work", "best")),),
     "unsolved": (
         Part(("unsolved", "unsolved_guided", "unsolved_controls"), "right hints", ("greedy", "sampled")),
-        Part(
-            ("unsolved_leaking", "unsolved_leaking_guided"),
-            "leaking hints",
-            ("greedy", "shows_work"),
-        ),
+        Part(("unsolved_leaking", "unsolved_leaking_guided"), "leaking hints", ("greedy", "shows_work")),
         Part(("unsolved_wrong", "unsolved_wrong_guided"), "wrong hints", ("greedy", "sampled")),
     ),
-    "choosing": (
-        Part(("choosing",), "H", THINKING),
-        Part(("choosing_surer",), "K", THINKING),
-    ),
+    "choosing": (Part(("choosing",), "H", THINKING), Part(("choosing_surer",), "K", THINKING)),
     "price": (
         Part(("quickstart", "quickstart_controls"), "quickstart", ("sampled",)),
         Part(("quickstart_long",), "quickstart, 1000 steps", ("sampled",)),

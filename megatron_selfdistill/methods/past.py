@@ -74,10 +74,10 @@ from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, NonNegat
 from megatron_selfdistill.data.problems import ProblemSampler
 from megatron_selfdistill.data.prompts import filled
 from megatron_selfdistill.methods.default import Metrics
-from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
+from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints, hinted_requests
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings, require_problems
 from megatron_selfdistill.methods.parts.terms import uniform, weighted_advantages
-from megatron_selfdistill.rollout.base import Request, SamplingParams, response_text, sample_seed
+from megatron_selfdistill.rollout.base import SamplingParams, response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
@@ -242,26 +242,13 @@ class Past(HintedLater):
         The seed of a retry depends on (seed, step, problem, attempt, retry) alone.
         """
         number, seed = self.settings.num_retries, self.tools.config.seed
-        asked = [one for one in failed for _ in range(number)]
-        requests = []
-        for i, one in enumerate(asked):
-            assert one.key is not None, "a sampled response has a name"
-            name = f"retry/{one.problem.id}/{one.key.sample_index}"
-            requests.append(Request(one.prompts.teacher_prompt, sample_seed(seed, self.step, name, i % number)))
+        views = [replace(one.in_privileged_view(), key=None, part="view") for one in failed]
+        asked = [replace(view, group=first_group + i) for i, view in enumerate(views) for _ in range(number)]
+        requests = hinted_requests(failed, number, "retry", self.step, seed)
         with self.tools.phases("rollout"):
             responses = self.tools.generate(self.step, requests)
-            retries, _ = self.tools.judge.rewarded(
-                [
-                    replace(
-                        one.in_privileged_view(),
-                        response=response,
-                        group=first_group + i // number,
-                        key=None,
-                        part="view",
-                    )
-                    for i, (one, response) in enumerate(zip(asked, responses, strict=True))
-                ]
-            )
+            answered = [replace(one, response=response) for one, response in zip(asked, responses, strict=True)]
+            retries, _ = self.tools.judge.rewarded(answered)
         return [retries[i : i + number] for i in range(0, len(retries), number)]
 
 

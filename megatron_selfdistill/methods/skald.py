@@ -65,9 +65,9 @@ from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import PositiveInt
 from megatron_selfdistill.methods.default import Metrics, SelfDistillation
+from megatron_selfdistill.methods.parts.hints import hinted_requests
 from megatron_selfdistill.methods.parts.settings import AdvantageSettings, DistillSettings
 from megatron_selfdistill.methods.parts.terms import uniform, with_rewards
-from megatron_selfdistill.rollout.base import Request, sample_seed
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
@@ -157,12 +157,7 @@ class Skald(SelfDistillation):
         """
         number, seed = self.settings.num_hinted, self.tools.config.seed
         asked = [one for one in firsts for _ in range(number)]
-        requests = []
-        for i, one in enumerate(asked):
-            assert one.key is not None, "a sampled response has a name"
-            name = f"card/{one.problem.id}/{one.key.sample_index}"
-            requests.append(Request(one.prompts.teacher_prompt, sample_seed(seed, step, name, i % number)))
-        responses = self.tools.generate(step, requests)
+        responses = self.tools.generate(step, hinted_requests(firsts, number, "card", step, seed))
         hinted = [Rollout(one.problem, one.prompts, response) for one, response in zip(asked, responses, strict=True)]
         rewards = self.tools.judge.rewards(hinted)
         return [rewards[i : i + number] for i in range(0, len(rewards), number)]

@@ -17,7 +17,7 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.rollout.base import SamplingParams
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools
 
@@ -73,3 +73,25 @@ def made(overrides: Sequence[str], given: GivenSolutions, **tools: Any) -> Any:
     """Return the method of a configuration at the beginning of a run; ``tools``: as for `method_tools`."""
     config = composed(*overrides)
     return method_class(config.method.name).made(config.method, method_tools(config, given, **tools))
+
+
+def response_of(text: str) -> Response:
+    """Return a response with a token for each character, which is whole if it ends with the stop token $."""
+    tokens = [ord(character) for character in text]
+    return Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
+
+
+class TextSampler:
+    """A sampler whose responses at ``step`` are the texts in turn; it keeps its requests."""
+
+    def __init__(self, step: int, *texts: str) -> None:
+        self.step, self.texts = step, texts
+        self.requests: list[Request] = []
+
+    def update_weights(self, step: int) -> None:
+        assert step == self.step
+
+    def generate(self, requests: Sequence[Request], params: Any) -> list[Response]:
+        self.requests += requests
+        assert len(requests) == len(self.texts)
+        return [response_of(text) for text in self.texts]

@@ -58,6 +58,19 @@ def chosen_with_hints(
     return chosen, {"hints/share": num_hinted / max(number, 1)}
 
 
+def hinted_requests(rollouts: Sequence[Rollout], number: int, kind: str, step: int, seed: int) -> list[Request]:
+    """Return ``number`` requests after the teacher's prompt of each rollout, one rollout after the other.
+
+    The seed of a response depends on (seed, step, kind, problem, sample of the rollout, response) alone.
+    """
+    requests = []
+    for one in rollouts:
+        assert one.key is not None, "a sampled response has a name"
+        name = f"{kind}/{one.problem.id}/{one.key.sample_index}"
+        requests += [Request(one.prompts.teacher_prompt, sample_seed(seed, step, name, i)) for i in range(number)]
+    return requests
+
+
 @dataclass(frozen=True)
 class Inquiry:
     """One request for a text, about a problem."""

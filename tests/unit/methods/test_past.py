@@ -12,13 +12,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import Characters
-from made_methods import composed, given_with, made
+from made_methods import TextSampler, composed, given_with, made, response_of
 from term_arrays import signals, tensor
 
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.methods.past import Past
-from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 from megatron_selfdistill.sources.signals import Clip, signals_of
 from megatron_selfdistill.sources.step_terms import RatioTerms
@@ -36,33 +35,13 @@ def one_rank(monkeypatch):
     monkeypatch.setattr("megatron_selfdistill.evaluation.verify.gather_objects", lambda value: [value])
 
 
-def response(text: str) -> Response:
-    tokens = [ord(character) for character in text]
-    return Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
-
-
 def attempts(*texts: str) -> list[Rollout]:
     """Return attempts at one problem, of which those that say 8 are right."""
     pair = GIVEN.pair(PROBLEM)
     return [
-        Rollout(PROBLEM, pair, response(text), 0, float(text == "8$"), key=SampleKey(STEP, "p", i))
+        Rollout(PROBLEM, pair, response_of(text), 0, float(text == "8$"), key=SampleKey(STEP, "p", i))
         for i, text in enumerate(texts)
     ]
-
-
-class Sampler:
-    """A sampler whose responses are the texts in turn; it keeps its requests."""
-
-    def __init__(self, *texts: str) -> None:
-        self.texts, self.requests = texts, []  # type: ignore[var-annotated]
-
-    def update_weights(self, step: int) -> None:
-        assert step == STEP
-
-    def generate(self, requests: Sequence[Request], params: Any) -> list[Response]:
-        self.requests += requests
-        assert len(requests) == len(self.texts)
-        return [response(text) for text in self.texts]
 
 
 def method(*overrides: str, sampler: Any = None, step: int = STEP, max_length: int = 60) -> Past:
@@ -91,7 +70,7 @@ def test_the_teacher_sees_solution_verdict_and_the_whole_attempt():
 
 
 def test_right_attempts_are_kept_and_failed_ones_are_tried_again():
-    sampler = Sampler("8$", "7$", "7$", "7$")
+    sampler = TextSampler(STEP, "8$", "7$", "7$", "7$")
     past, sampled = method(sampler=sampler), attempts("8$", "7$", "9$")
     selected, _ = past.select(STEP, sampled)
     texts, metrics = past.texts(sampled, selected)
@@ -109,10 +88,12 @@ def test_right_attempts_are_kept_and_failed_ones_are_tried_again():
 
 
 def test_the_first_steps_train_the_teacher_alone():
-    past, sampled = method("method.teacher_steps=31", sampler=Sampler()), attempts("8$")
+    past, sampled = method("method.teacher_steps=31", sampler=TextSampler(STEP)), attempts("8$")
     texts, _ = past.texts(sampled, past.select(STEP, sampled)[0])
     assert [one.privileged for one in texts] == [True]
-    later, _ = method("method.teacher_steps=30", sampler=Sampler()).texts(sampled, past.select(STEP, sampled)[0])
+    later, _ = method("method.teacher_steps=30", sampler=TextSampler(STEP)).texts(
+        sampled, past.select(STEP, sampled)[0]
+    )
     assert [one.privileged for one in later] == [False, True]
 
 
@@ -124,7 +105,7 @@ def test_a_teacher_that_is_not_adapted_samples_nothing():
 
 
 def test_a_replica_without_failed_attempts_takes_part_in_the_sampling():
-    sampler = Sampler()
+    sampler = TextSampler(STEP)
     past = method(sampler=sampler)
     assert past.texts([], []) == ([], {"retries/reward_mean": 0, "retries/mixed_share": 0})
 

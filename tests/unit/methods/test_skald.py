@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from characters import Characters
-from made_methods import composed, given_with, made
+from made_methods import TextSampler, composed, given_with, made, response_of
 from term_arrays import signals, tensor
 
 from megatron_selfdistill.config import ConfigError, load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.loss import Divergence, Target, VocabShard, distillation_loss
 from megatron_selfdistill.methods.skald import mean_gain, states_answer
-from megatron_selfdistill.rollout.base import Request, Response
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
 from megatron_selfdistill.sources.signals import signals_of
 
@@ -37,33 +36,13 @@ def problem(name: str, card: str = "carry", answer: str | None = "8") -> Problem
     return Problem(name, ({"role": "user", "content": "1+7"},), card, answer, "file.jsonl:1")
 
 
-def response(text: str) -> Response:
-    tokens = [ord(character) for character in text]
-    return Response(tokens, [-1.0] * len(tokens), [-1.0] * len(tokens), "stop" if text.endswith("$") else "length")
-
-
 def group(number: int, asked: Problem, rewards: Sequence[float]) -> list[Rollout]:
     """Return the plain responses to a problem, with their rewards."""
     pair = GIVEN.pair(asked)
     return [
-        Rollout(asked, pair, response("8$"), number, reward, key=SampleKey(STEP, asked.id, i))
+        Rollout(asked, pair, response_of("8$"), number, reward, key=SampleKey(STEP, asked.id, i))
         for i, reward in enumerate(rewards)
     ]
-
-
-class Sampler:
-    """A sampler that answers the hinted requests with the next of its texts, and keeps the requests."""
-
-    def __init__(self, *texts: str) -> None:
-        self.texts, self.requests = list(texts), []  # type: ignore[var-annotated]
-
-    def update_weights(self, step: int) -> None:
-        assert step == STEP
-
-    def generate(self, requests: Sequence[Request], params: Any) -> list[Response]:
-        self.requests += requests
-        assert len(requests) == len(self.texts)
-        return [response(text) for text in self.texts]
 
 
 def method(sampler: Any = None, *overrides: str) -> Any:
@@ -106,7 +85,7 @@ def test_the_limit_without_a_tilt_is_the_teachers_cross_entropy():
 def test_the_gate_of_a_problem_opens_where_the_hinted_responses_are_better():
     """The card helps with the first problem, does nothing for the second, and harms with the third."""
     plain = [*group(0, problem("a"), [0, 1]), *group(1, problem("b"), [1, 0]), *group(2, problem("c"), [1, 1])]
-    sampler = Sampler("8$", "8$", "8$", "7$", "7$", "8$")
+    sampler = TextSampler(STEP, "8$", "8$", "8$", "7$", "7$", "8$")
     chosen, metrics = method(sampler).select(STEP, plain)
     assert [one.hinted for one in chosen] == [True] * 2 + [False] * 4
     assert [one.response for one in chosen] == [one.response for one in plain], "the hinted responses train nothing"
@@ -118,17 +97,17 @@ def test_the_gate_of_a_problem_opens_where_the_hinted_responses_are_better():
 
 def test_a_card_that_states_the_answer_is_not_shown():
     plain = [*group(0, problem("a", "it is 8"), [0, 0]), *group(1, problem("b"), [0, 0])]
-    sampler = Sampler("8$", "8$")
+    sampler = TextSampler(STEP, "8$", "8$")
     chosen, metrics = method(sampler).select(STEP, plain)
     assert [one.hinted for one in chosen] == [False, False, True, True] and metrics["skills/advantage"] == 1
-    shown, _ = method(Sampler(*["8$"] * 4), "method.filters_answers=false").select(STEP, plain)
+    shown, _ = method(TextSampler(STEP, *["8$"] * 4), "method.filters_answers=false").select(STEP, plain)
     assert all(one.hinted for one in shown)
 
 
 def test_a_truncated_hinted_response_is_wrong_and_a_replica_without_problems_takes_part():
-    chosen, _ = method(Sampler("8", "8")).select(STEP, group(0, problem("a"), [0, 0]))
+    chosen, _ = method(TextSampler(STEP, "8", "8")).select(STEP, group(0, problem("a"), [0, 0]))
     assert not any(one.hinted for one in chosen)
-    assert method(Sampler()).select(STEP, []) == ([], {"hints/share": 0, "skills/advantage": 0})
+    assert method(TextSampler(STEP)).select(STEP, []) == ([], {"hints/share": 0, "skills/advantage": 0})
 
 
 @pytest.mark.parametrize(
