@@ -522,7 +522,7 @@ class Learner:
                 start = None if self.reference is None else stack.enter_context(self.reference.on_device())
             else:
                 chunks, start = stack.enter_context(self.target_models(teacher))
-                options |= {"after_teacher": partial(self._fetch, following)}
+                options |= {"after_teacher": partial(self._fetch, following)} if following else {}
             options |= {"reference": self._reference(target, start), "measurement": measurement, "joined": joined}
             return self._schedule(packed, chunks, self._loss_of(target), **options)
 

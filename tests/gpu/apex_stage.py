@@ -67,10 +67,18 @@ def built(source: str | None, directory: Path) -> Outcome:
         from torch.utils.cpp_extension import load
 
         assert source is not None
-        sources = [str(Path(source) / "csrc" / "megatron" / name) for name in SOURCES]
+        common = Path(source) / "csrc"  # type_shim.h, which the sources include
+        sources = [str(common / "megatron" / name) for name in SOURCES]
         major, minor = torch.cuda.get_device_capability()
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", f"{major}.{minor}")
-        load(MODULE, sources, build_directory=str(directory), extra_cuda_cflags=["-O3"], verbose=True)
+        load(
+            MODULE,
+            sources,
+            build_directory=str(directory),
+            extra_include_paths=[str(common)],
+            extra_cuda_cflags=["-O3"],
+            verbose=True,
+        )
         sys.path.insert(0, str(directory))
     kernel = importlib.import_module(MODULE)
     generator = torch.Generator("cuda").manual_seed(0)
