@@ -260,8 +260,8 @@ def test_rows_beyond_2_to_the_31_logits_are_those_that_are_read_and_written() ->
     stride, num_columns = 2**30 + 64, 300
     places = torch.empty(2 * stride + 3 * 320, dtype=torch.bfloat16, device=DEVICE)
     far = [places.as_strided((3, num_columns), (stride, 1), 320 * i) for i in range(3)]
-    near = [values[:3, :num_columns].bfloat16() for values in logits(8, 304)[:2]]
-    near.append(torch.zeros_like(near[0]))
+    rows = [*(values[:3, :num_columns] for values in logits(8, 304)[:2]), torch.zeros(3, num_columns, device=DEVICE)]
+    near = [torch.empty_like(places[:960]).view(3, 320)[:, :num_columns].copy_(values) for values in rows]
     grid, results = BetaGrid.of(Target(anchor="student"), torch.float32), []
     tokens = torch.tensor([0, 150, 299], device=DEVICE)
     for ours, theirs in zip(far, near, strict=True):
