@@ -112,8 +112,9 @@ class MappedFile:
 class SharedGpuMemory:
     """Memory of this process's GPU that processes on the same host open by ``handle``, a dictionary of JSON values.
 
-    torch keeps shared memory until a counter shows that one other process has opened and closed the memory; if no
-    process does, torch keeps it for ever.  `close` decrements that counter, since servers answer when they have read.
+    torch keeps shared memory until its counter is 0.  The counter starts at 1 and has no sign, so that memory which two
+    processes have opened, or one process twice, would stay for ever: receivers do not count (`IpcReceiver`), and
+    `close` decrements the counter, since servers answer when they have read.
     """
 
     def __init__(self, num_bytes: int) -> None:
@@ -125,8 +126,6 @@ class SharedGpuMemory:
             "handle": base64.b64encode(handle).decode(),
             "storage_bytes": size,
             "storage_offset": offset,
-            "counter_handle": base64.b64encode(self._counter).decode(),
-            "counter_offset": self._counter_offset,
             "event_handle": base64.b64encode(event).decode(),
             "event_sync": event_sync,
         }

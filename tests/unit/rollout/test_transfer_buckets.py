@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import itertools
 import weakref
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ from megatron_selfdistill.rollout.vllm.weight_update import WeightUpdate
 class IpcStandIn:
     """A stand-in for torch's shared GPU memory, with torch's rule for freeing it.
 
-    Memory that was shared is freed once no object of this process holds it and its counter, which starts at 1, is 0.
+    Memory that was shared is freed once no object of this process holds it and its counter, which starts at 1 and has
+    no sign, is 0.
     """
 
     def __init__(self) -> None:
@@ -38,7 +40,8 @@ class IpcStandIn:
 
     def share(self, storage: Any) -> tuple[Any, ...]:
         self.counters.append(1)
-        return 0, b"handle", storage.nbytes(), 0, b"counters", len(self.counters) - 1, b"event", True
+        number = len(self.counters) - 1
+        return 0, f"handle {number}".encode(), storage.nbytes(), 0, b"counters", number, b"event", True
 
     def release(self, handle: bytes, offset: int, device: torch.device) -> None:
         assert handle == b"counters"
@@ -47,7 +50,7 @@ class IpcStandIn:
     @property
     def num_allocated(self) -> int:
         pairs = zip(self.handed_out, self.counters, strict=True)
-        return sum(memory() is not None or counter > 0 for memory, counter in pairs)
+        return sum(memory() is not None or counter != 0 for memory, counter in pairs)
 
 
 @pytest.fixture
@@ -80,8 +83,8 @@ def test_two_buffers_serve_an_update_and_none_stays_though_no_server_opened_it(i
             assert ipc.num_allocated == 0
             assert bool(update.failures) == bool(fault)
     if not fault:
-        handles = [info["where"]["counter_offset"] for info in read if "where" in info]
-        assert handles == [0, 1, 0, 1, 0, 2, 3, 2, 3, 2]
+        handles = [base64.b64decode(info["where"]["handle"]) for info in read if "where" in info]
+        assert handles == [f"handle {number}".encode() for number in (0, 1, 0, 1, 0, 2, 3, 2, 3, 2)]
 
 
 def test_buffers_take_turns_and_grow_when_they_must():

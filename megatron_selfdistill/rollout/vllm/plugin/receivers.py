@@ -126,6 +126,10 @@ class BroadcastReceiver:
         del self._group
 
 
+_NO_COUNTER = b"/selfdistill-none", 0
+"""A file of counters that does not exist, and a place in it: torch then decrements no counter when it closes memory."""
+
+
 class IpcReceiver:
     """A receiver that copies from memory of a GPU of this node, by its CUDA IPC handle.
 
@@ -149,8 +153,7 @@ class IpcReceiver:
             base64.b64decode(where["handle"]),
             where["storage_bytes"],
             where["storage_offset"],
-            base64.b64decode(where["counter_handle"]),
-            where["counter_offset"],
+            *_NO_COUNTER,
             base64.b64decode(where["event_handle"]),
             where["event_sync"],
         )
