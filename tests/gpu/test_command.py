@@ -36,10 +36,11 @@ for name in ("README.md", "docs/support.jsonl"):
 
 @pytest.fixture
 def copy(tmp_path, monkeypatch) -> Path:
-    """Return a directory with README, the pages and the tool of the support tables; a GPU seems to be there."""
+    """Return a directory with the tool of the support tables and pages without results; a GPU seems to be there."""
     for name in COPIED:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(REPOSITORY / name, tmp_path / name)
+    subprocess.run([sys.executable, str(tmp_path / "tools" / "support_table.py")], check=True)
     monkeypatch.setattr(command, "REPOSITORY", tmp_path)
     monkeypatch.setattr(command, "device_name", lambda options: "1 x a GPU")
     monkeypatch.setattr(command.hidden_gpus, "number", lambda visible: 1)
