@@ -35,6 +35,7 @@ from __future__ import annotations
 import copy
 import functools
 import importlib
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -69,7 +70,9 @@ from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.layers import PackedSequences, segment_batches_of
 
 OLDEST = (0, 6)
-"""The oldest version that is taken: up to 0.4 the gradients are wrong on Hopper GPUs with Triton 3.4 to 3.7.0."""
+"""The oldest version that is taken: up to 0.4 the gradients are wrong on Hopper GPUs with `WRONG_TRITON`."""
+WRONG_TRITON = (3, 4), (3, 7, 1)
+"""The first Triton whose gradients of the rule are wrong on Hopper GPUs, and the first one after it that is right."""
 _INSTEAD = (
     "set model.transformer.deterministic_mode=true (with Transformer Engine also the environment variable "
     "NVTE_ALLOW_NONDETERMINISTIC_ALGO=0), which computes them with PyTorch: slowly, with much memory"
@@ -99,8 +102,9 @@ class GatedDeltaKernels:
 def kernels_for(config: TransformerConfig) -> GatedDeltaKernels | None:
     """Return the kernels with which a model computes on this device; None for PyTorch's formula.
 
-    Raises: `ConfigError` on a GPU, without ``deterministic_mode``, if flash-linear-attention is missing or too old, or
-    if the parameters are float32, which the kernels would multiply as TF32, with 10 bits.
+    Raises: `ConfigError` on a GPU, without ``deterministic_mode``, if flash-linear-attention is missing or too old, if
+    it would refuse the backward pass because of `WRONG_TRITON`, or if the parameters are float32, which the kernels
+    would multiply as TF32, with 10 bits.
     """
     if cpu.ON_CPU or config.deterministic_mode:
         return None
@@ -128,6 +132,13 @@ def _imported() -> GatedDeltaKernels:
         raise ConfigError(
             f"flash-linear-attention: expected {oldest} or later, since older versions have wrong gradients on some "
             f"GPUs, got {version}: {_INSTALL}, or {_INSTEAD}"
+        )
+    triton = importlib.import_module("triton").__version__
+    first, after = WRONG_TRITON
+    if torch.cuda.get_device_capability()[0] == 9 and first <= tuple(map(int, re.findall(r"\d+", triton)[:3])) < after:
+        raise ConfigError(
+            f"flash-linear-attention: on Hopper GPUs expected Triton 3.7.1 or later, whose gradients are right, got "
+            f"{triton}: install a torch that brings one, or {_INSTEAD}"
         )
     return GatedDeltaKernels(convolution.causal_conv1d, rule.chunk_gated_delta_rule)
 

@@ -241,10 +241,17 @@ INSTEAD = r"or set model\.transformer\.deterministic_mode=true .*NVTE_ALLOW_NOND
 def on_gpu(monkeypatch):
     """Let this module believe that it computes on a GPU, where no flash-linear-attention is installed."""
     monkeypatch.setattr(gated_delta_net, "cpu", SimpleNamespace(ON_CPU=False))
+    computes_on(monkeypatch, (9, 0), "3.7.1")
     for name in ("fla", "fla.modules", "fla.modules.conv", "fla.ops", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, None)
     gated_delta_net._imported.cache_clear()
     yield monkeypatch
+    gated_delta_net._imported.cache_clear()
+
+
+def computes_on(patch: pytest.MonkeyPatch, capability: tuple[int, int], triton: str) -> None:
+    patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    patch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
     gated_delta_net._imported.cache_clear()
 
 
@@ -278,6 +285,22 @@ def test_a_version_with_wrong_gradients_is_refused(on_gpu):
     install(on_gpu, "0.4.2")
     with pytest.raises(ConfigError, match=rf"expected 0\.6 or later, .* got 0\.4\.2: .*{INSTEAD}"):
         kernels_for(BF16)
+
+
+@pytest.mark.parametrize("triton", ["3.4.0", "3.6.0", "3.7.0"])
+def test_a_triton_with_wrong_gradients_on_hopper_gpus_is_refused(on_gpu, triton):
+    """flash-linear-attention would refuse it too, in the first backward pass."""
+    install(on_gpu, "0.6.0")
+    computes_on(on_gpu, (9, 0), triton)
+    with pytest.raises(ConfigError, match=rf"expected Triton 3\.7\.1 or later, .* got {triton}: .*{INSTEAD}"):
+        kernels_for(BF16)
+
+
+@pytest.mark.parametrize(("capability", "triton"), [((9, 0), "3.3.1"), ((9, 0), "3.9.0"), ((8, 0), "3.6.0")])
+def test_every_other_triton_and_gpu_computes(on_gpu, capability, triton):
+    install(on_gpu, "0.6.0")
+    computes_on(on_gpu, capability, triton)
+    assert kernels_for(BF16) is not None
 
 
 def test_float32_on_a_gpu_is_refused(on_gpu):
