@@ -431,7 +431,8 @@ def show(block: Block, before: Mapping[str, Any], rows: Mapping[str, Mapping[str
     reached = tables.new_table(block.title, [heading for heading, _ in results.values()], CAPTIONS[0])
     reached.add_row("before", *cells(before, results))
     headings = [heading for heading, _ in BUDGET.values()]
-    budgets = tables.new_table("", ["budget", *headings, "teacher sees"], CAPTIONS[1])
+    budgets = tables.new_table("", ["budget", *headings], CAPTIONS[1])
+    budgets.add_column("teacher sees", justify="right")  # wraps: the names of the rows must not be cut
     for name, row in rows.items():
         reached.add_row(ROWS[name].title, *cells(row, results))
         budgets.add_row(ROWS[name].title, ROWS[name].budget, *cells(row, BUDGET), ROWS[name].sees)
