@@ -70,19 +70,19 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
     ipc = ["CUDA IPC between two processes", "weights over CUDA IPC"]
     kernel = ["apex's kernel against a product", *(f"apex: {name}" for name in cases.FUSED_WGRAD)]
     return [
-        stage("kernels", "kernel_stage", "claims", *claims, limit_s=90, checks=["kernels of the loss"]),
+        stage("kernels", "kernel_stage", "claims", *claims, limit_s=80, checks=["kernels of the loss"]),
         stage("fused-layer", "fused_stage", limit_s=20, checks=fused),
-        steps("step", "step", limit_s=60),
-        stage("colocated", "colocated_stage", limit_s=85, checks=list(COLOCATED)),
-        stage("speed", "speed_stage", limit_s=35, checks=speeds),
-        stage("self-test", "selftest_stage", limit_s=80, checks=self_test),
+        steps("step", "step", limit_s=45),
+        stage("colocated", "colocated_stage", limit_s=70, checks=list(COLOCATED)),
+        stage("speed", "speed_stage", limit_s=30, checks=speeds),
+        stage("self-test", "selftest_stage", limit_s=100, checks=self_test),
         steps("model", "one", limit_s=45),
-        stage("runs", "run_stage", limit_s=40, checks=list(RUNS)),
-        steps("ranks", "several", limit_s=55),
-        stage("sinks", "sinks_stage", limit_s=15, checks=["attention sinks: full", "attention sinks: window"]),
-        stage("ipc", "ipc_stage", limit_s=10, checks=ipc),
-        stage("sanitizer", "kernel_stage", "sanitizer", limit_s=20, checks=["kernels under compute-sanitizer"]),
-        stage("apex", "apex_stage", *apex, limit_s=15, checks=kernel),
+        stage("runs", "run_stage", limit_s=55, checks=list(RUNS)),
+        steps("ranks", "several", limit_s=60),
+        stage("sinks", "sinks_stage", limit_s=10, checks=["attention sinks: full", "attention sinks: window"]),
+        stage("ipc", "ipc_stage", limit_s=20, checks=ipc),
+        stage("sanitizer", "kernel_stage", "sanitizer", limit_s=15, checks=["kernels under compute-sanitizer"]),
+        stage("apex", "apex_stage", *apex, limit_s=20, checks=kernel),
     ]
 
 

@@ -497,7 +497,8 @@ def warm_up(launch: LaunchUnderTest, phase: Callable[[str], None]) -> None:
         torch.cuda.synchronize()
     phase(FUNCTIONS)
     batch = pair.packed(same_prompt=False)
-    pair.step(batch, Target(anchor="student"), sharded_loss.DIVERGENCES["reverse KL"], "teacher_first")
+    for kind, teacher_weight in product(DIVERGENCES, (0.0, Target().teacher_weight)):  # those of the identity law
+        pair.step(batch, Target(teacher_weight=teacher_weight, anchor="student"), Divergence(kind), "teacher_first")
     phase(KERNELS)
     vocab = VocabShard.from_group(
         launch.padded_vocab_size(sharded_loss.VOCAB_SIZE, pair.grid), sharded_loss.VOCAB_SIZE, pair.grid.tp_group

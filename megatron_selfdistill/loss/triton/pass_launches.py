@@ -10,6 +10,7 @@ the same bits.
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -269,7 +270,7 @@ def _row_stride(logits: Tensor) -> int:
 
 def as_sum(value: float) -> float:
     """Round a value to float32, as Triton rounds a kernel's argument; the interpreter would keep it in float64."""
-    return torch.tensor(value, dtype=torch.float32).item()
+    return ctypes.c_float(value).value
 
 
 def mix_of(mix_weights: tuple[float, float]) -> int:
