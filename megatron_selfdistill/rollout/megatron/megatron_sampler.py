@@ -413,6 +413,8 @@ class MegatronSampler:
         responses: dict[int, Response] = {}
         self._report(0, len(own))
         with ExitStack() as stack:
+            # torch compiles a function at most 8 times, and then no longer for the shapes of training, either.
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
             role_models = self._role_models if self._needs_role_models(requests, params) else []
             for weights in self._role_weights if role_models else ():
                 stack.enter_context(weights.on_device())

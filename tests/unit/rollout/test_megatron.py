@@ -293,3 +293,28 @@ def test_prompts_of_like_length_are_read_together_and_in_their_order():
         assert longest == max(some) and sum(some) >= 0.8 * longest * count
         first += count
     assert first == len(lengths) and len(groups) < 25
+
+
+def compile_while_sampling() -> tuple[int, int]:
+    """Return how often a compiled function that each pass calls is compiled, and how often with one more call."""
+    [model], grid = build(model_config("shallow"), parallel())
+    sampler, graphs = sampler_of([model], grid), []
+    with torch._dynamo.config.patch(disable=False), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHDYNAMO_DISABLE", "0")
+        doubled = torch.compile(lambda x: 2 * x, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+        forward = decoding.DecodingModel.forward
+        patch.setattr(
+            decoding.DecodingModel,
+            "forward",
+            lambda self, context, tokens: forward(self, context, doubled(tokens) // 2),
+        )
+        sampler.generate(make_requests(), GREEDY)
+        num_while_sampling = len(graphs)
+        doubled(torch.ones(3))
+    torch._dynamo.reset()
+    return num_while_sampling, len(graphs)
+
+
+def test_sampling_compiles_nothing_so_that_training_can(ranks):
+    """torch compiles a function at most 8 times, and the sampler has many shapes of Megatron's fused functions."""
+    assert ranks.run(compile_while_sampling, world_size=1) == [(0, 1)]
