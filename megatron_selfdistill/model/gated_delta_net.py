@@ -102,9 +102,8 @@ class GatedDeltaKernels:
 def kernels_for(config: TransformerConfig) -> GatedDeltaKernels | None:
     """Return the kernels with which a model computes on this device; None for PyTorch's formula.
 
-    Raises: `ConfigError` on a GPU, without ``deterministic_mode``, if flash-linear-attention is missing or too old, if
-    it would refuse the backward pass because of `WRONG_TRITON`, or if the parameters are float32, which the kernels
-    would multiply as TF32, with 10 bits.
+    Raises: `ConfigError` on a GPU, without ``deterministic_mode``: as `installed_kernels`, or if the parameters are
+    float32, which the kernels would multiply as TF32, with 10 bits.
     """
     if cpu.ON_CPU or config.deterministic_mode:
         return None
@@ -113,11 +112,12 @@ def kernels_for(config: TransformerConfig) -> GatedDeltaKernels | None:
             "optimizer.precision=fp32: flash-linear-attention does not compute gated delta nets in float32 on a GPU: "
             f"set optimizer.precision=bf16, or {_INSTEAD}"
         )
-    return _imported()
+    return installed_kernels()
 
 
 @functools.cache
-def _imported() -> GatedDeltaKernels:
+def installed_kernels() -> GatedDeltaKernels:
+    """Return flash-linear-attention's kernels; `ConfigError` if it is missing, too old, or refuses `WRONG_TRITON`."""
     try:
         version = importlib.import_module("fla").__version__
         convolution = importlib.import_module("fla.modules.conv")

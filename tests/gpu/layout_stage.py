@@ -19,6 +19,7 @@ from pathlib import Path
 import layouts
 import torch
 
+from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.installation import is_installed
 from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu import cases
@@ -73,7 +74,20 @@ def lacking(one: cases.Compared) -> str:
     if one.needs and not ON_GPU:
         return f"the kernels of {one.needs[0]} need an NVIDIA GPU, and this is a CPU"
     absent = [module for module in one.needs if not is_installed(module)]
-    return f"this environment has no {' and no '.join(absent)}" if absent else ""
+    if absent:
+        return f"this environment has no {' and no '.join(absent)}"
+    return refused_kernels() if cases.LINEAR in one.needs else ""
+
+
+def refused_kernels() -> str:
+    """Return why a run on this GPU is refused the installed flash-linear-attention; empty where it has it."""
+    from megatron_selfdistill.model.gated_delta_net import installed_kernels
+
+    try:
+        installed_kernels()
+    except ConfigError as error:
+        return str(error)
+    return ""
 
 
 def references(group: str, names: Sequence[str]) -> dict[str, str]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.model import gated_delta_net
 from tests.gpu import cases, command, layout_stage, stages
 from tests.gpu.layout_rank import file_name
 
@@ -36,6 +38,19 @@ def test_in_bf16_a_gradient_of_twice_its_size_fails(tmp_path):
     write(tmp_path, "reference/one", GRADIENT)
     write(tmp_path, "other", 2 * GRADIENT)
     assert not layout_stage.compared(cases.ONE_RANK["bf16"], "other", "one", tmp_path, {}).passed
+
+
+def test_kernels_that_a_run_would_be_refused_are_a_reason_to_skip_their_case(monkeypatch):
+    def refuse() -> None:
+        raise ConfigError("expected Triton 3.7.1 or later, got 3.6.0")
+
+    one = next(one for one in cases.AS_A_RUN.values() if cases.LINEAR in one.needs)
+    monkeypatch.setattr(layout_stage, "ON_GPU", True)
+    monkeypatch.setattr(layout_stage, "is_installed", lambda module: True)
+    monkeypatch.setattr(gated_delta_net, "installed_kernels", refuse)
+    assert layout_stage.lacking(one) == "expected Triton 3.7.1 or later, got 3.6.0"
+    monkeypatch.setattr(gated_delta_net, "installed_kernels", lambda: None)
+    assert layout_stage.lacking(one) == ""
 
 
 def test_ranks_that_died_are_an_error_of_their_case(tmp_path):

@@ -244,15 +244,15 @@ def on_gpu(monkeypatch):
     computes_on(monkeypatch, (9, 0), "3.7.1")
     for name in ("fla", "fla.modules", "fla.modules.conv", "fla.ops", "fla.ops.gated_delta_rule"):
         monkeypatch.setitem(sys.modules, name, None)
-    gated_delta_net._imported.cache_clear()
+    gated_delta_net.installed_kernels.cache_clear()
     yield monkeypatch
-    gated_delta_net._imported.cache_clear()
+    gated_delta_net.installed_kernels.cache_clear()
 
 
 def computes_on(patch: pytest.MonkeyPatch, capability: tuple[int, int], triton: str) -> None:
     patch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     patch.setitem(sys.modules, "triton", SimpleNamespace(__version__=triton))
-    gated_delta_net._imported.cache_clear()
+    gated_delta_net.installed_kernels.cache_clear()
 
 
 def install(patch: pytest.MonkeyPatch, version: str) -> None:

@@ -316,5 +316,5 @@ def compile_while_sampling() -> tuple[int, int]:
 
 
 def test_sampling_compiles_nothing_so_that_training_can(ranks):
-    """torch compiles a function at most 8 times, and the sampler has many shapes of Megatron's fused functions."""
+    """The sampler has many shapes of Megatron's fused functions, and torch compiles a function at most 8 times."""
     assert ranks.run(compile_while_sampling, world_size=1) == [(0, 1)]
