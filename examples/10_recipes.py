@@ -226,6 +226,8 @@ ASKING = (
     "explained",
 )
 """The rows whose base must read critiques, skills or scores, or explain the solution."""
+CONTROLS = ("other_hint", "no_hint")
+"""The rows that show what the hint of the row ``default`` does."""
 COMMON = tuple(row for row in ROWS if row not in ("sdft_frozen", "caopd", "caopd_frozen", "sod", "sft_worked", *ASKING))
 """The rows of the blocks with one turn whose responses state no confidence."""
 WITH_WORK = (*COMMON, "sft_worked")
@@ -265,21 +267,21 @@ BLOCKS = {
         calculator.TASK,
         8,
         ("sampled", "pass_at_8", "length", *COURSE),
-        rows=("default", "grpo", "sod"),
+        rows=("default", *CONTROLS, "grpo", "sod"),
     ),
     "stating": Block(
         "Honest about its confidence",
         stating_subtraction.TASK,
         8,
         (*REACHED, "stated", "ocg", "ece", "spr", "entropy"),
-        rows=("default", "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
+        rows=("default", *CONTROLS, "sdft", "sdft_frozen", "grpo", "caopd", "caopd_frozen"),
     ),
     "checked": Block(
         "Critiques, skills, scores and explanations",
         checked_subtraction.TASK,
         8,
         (*REACHED, "shows_work", *COURSE),
-        rows=("default", "grpo", *ASKING),
+        rows=("default", *CONTROLS, "grpo", *ASKING),
     ),
 }
 RESULTS = {

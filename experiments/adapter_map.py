@@ -42,9 +42,18 @@ RATE = 3e-4
 """The learning rate with which the examples train all weights."""
 RATES = (1, 3, 10, 30)
 BEFORE, ALL = "before", "all_weights"
-ARMS = {BEFORE: "before", ALL: "all weights", "rank_4": "rank 4", "rank_16": "rank 16"}
+ARMS = {
+    BEFORE: "before",
+    ALL: "all weights",
+    "rank_4": "rank 4",
+    "rank_16": "rank 16",
+    "rank_16_other_hint": "control: rank 16, another problem's hint",
+    "rank_16_no_hint": "control: rank 16, no hint",
+}
 """Name of an arm -> its label in a table."""
 RANKS = {ALL: 0, "rank_4": 4, "rank_16": 16}
+CONTROLS = {"rank_16_other_hint": "data.solutions=other", "rank_16_no_hint": "data.solutions=none"}
+"""Name of a control of rank 16 -> its override."""
 _LEAK = dataclasses.replace(EXPERIMENTS["leak"], steps=(100, 200))
 TASKS = {
     "quickstart": dataclasses.replace(EXPERIMENTS["quickstart"], steps=(50, 150)),
@@ -53,7 +62,7 @@ TASKS = {
     "leak_teacher_alone": dataclasses.replace(_LEAK, settings=("target=teacher_alone",)),
 }
 """Name of a task -> its runs, all with the default target unless the name names another."""
-CHOSEN = {task: {BEFORE: 1, ALL: 1, "rank_4": 10, "rank_16": 10} for task in TASKS}
+CHOSEN = {task: dict.fromkeys(ARMS, 10) | {BEFORE: 1, ALL: 1} for task in TASKS}
 """Task -> the rate of each arm in the table of results."""
 NAMES = {
     "quickstart": "quickstart",
@@ -107,8 +116,9 @@ def overrides_of(arm: str, rate: int) -> tuple[str, ...]:
     """Return the overrides of an arm at a multiple of `RATE`; the base needs none."""
     if arm == BEFORE:
         return ()
-    adapters = (f"adapter.rank={RANKS[arm]}",) if RANKS[arm] else ()
-    return (*adapters, f"optimizer.lr={rate * RATE:g}")
+    rank = RANKS["rank_16" if arm in CONTROLS else arm]
+    adapters = (f"adapter.rank={rank}",) if rank else ()
+    return (*adapters, *filter(None, [CONTROLS.get(arm)]), f"optimizer.lr={rate * RATE:g}")
 
 
 def run_cell(task: str, arm: str, rate: int, seed: int, lines: Path, root: Path) -> None:

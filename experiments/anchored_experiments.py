@@ -379,8 +379,9 @@ EXPERIMENTS = {
     )
 }
 WITH_CONTROLS = {
-    **dict.fromkeys(("leak", "quickstart", "hard", "many_answers", "wrong_hints"), CONTROLS),
-    "unsolved": GUIDED_CONTROLS,
+    **dict.fromkeys(("leak", "quickstart", "hard", "many_answers", "wrong_hints", "wrong_hints_forward"), CONTROLS),
+    **dict.fromkeys(("choosing", "choosing_surer"), CONTROLS),
+    **dict.fromkeys(("unsolved", "unsolved_leaking", "unsolved_wrong"), GUIDED_CONTROLS),
 }
 """Name of an experiment -> the arms of its controls."""
 EXPERIMENTS |= {

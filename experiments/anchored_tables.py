@@ -87,15 +87,24 @@ TABLES = {
     "leak_refreshed": (Part(("leak_refreshed",), "", ("greedy", "sampled", "shows_work", "best")),),
     "unsolved": (
         Part(("unsolved", "unsolved_guided", "unsolved_controls"), "right hints", ("greedy", "sampled")),
-        Part(("unsolved_leaking", "unsolved_leaking_guided"), "leaking hints", ("greedy", "shows_work")),
-        Part(("unsolved_wrong", "unsolved_wrong_guided"), "wrong hints", ("greedy", "sampled")),
+        Part(
+            ("unsolved_leaking", "unsolved_leaking_guided", "unsolved_leaking_controls"),
+            "leaking hints",
+            ("greedy", "shows_work"),
+        ),
+        Part(
+            ("unsolved_wrong", "unsolved_wrong_guided", "unsolved_wrong_controls"), "wrong hints", ("greedy", "sampled")
+        ),
     ),
-    "choosing": (Part(("choosing",), "H", THINKING), Part(("choosing_surer",), "K", THINKING)),
+    "choosing": (
+        Part(("choosing", "choosing_controls"), "H", THINKING),
+        Part(("choosing_surer", "choosing_surer_controls"), "K", THINKING),
+    ),
     "price": (
         Part(("quickstart", "quickstart_controls"), "quickstart", ("sampled",)),
         Part(("quickstart_long",), "quickstart, 1000 steps", ("sampled",)),
         Part(("wrong_hints", "wrong_hints_controls"), "wrong hints", ("sampled",)),
-        Part(("wrong_hints_forward",), "wrong hints, forward KL", ("sampled",)),
+        Part(("wrong_hints_forward", "wrong_hints_forward_controls"), "wrong hints, forward KL", ("sampled",)),
         Part(("hard", "hard_controls"), "hard problems", ("sampled",)),
         Part(("many_answers", "many_answers_controls"), "many answers", ("sampled", "different")),
         Part(("chat_logs",), "chat logs", ("sampled",)),
@@ -157,10 +166,11 @@ def controls(lines: Sequence[Line]) -> list[str]:
         of_controls = lines_of(f"{name}_controls", lines)
         seeds = {line["seed"] for line in of_controls}
         of_task = [line for line in lines if line["experiment"] in (name, f"{name}_guided") and line["seed"] in seeds]
+        figure = "within_3" if name.startswith("choosing") else "sampled"
         for prefix, arm in (("", DEFAULT), ("guided_", f"{DEFAULT}_forward_w2_guided")):
             if f"{prefix}no_hint" in arms:
                 shown = [
-                    spread([value_of(line, "sampled") for line in found if line["arm"] == which])
+                    spread([value_of(line, figure) for line in found if line["arm"] == which])
                     for found, which in (
                         *((of_controls, "base"), (of_task, arm)),
                         *((of_controls, f"{prefix}{control}") for control in CONTROLS),
