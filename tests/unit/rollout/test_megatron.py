@@ -315,6 +315,7 @@ def compile_while_sampling() -> tuple[int, int]:
     return num_while_sampling, len(graphs)
 
 
+@pytest.mark.full
 def test_sampling_compiles_nothing_so_that_training_can(ranks):
     """The sampler has many shapes of Megatron's fused functions, and torch compiles a function at most 8 times."""
     assert ranks.run(compile_while_sampling, world_size=1) == [(0, 1)]
