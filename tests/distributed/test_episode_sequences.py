@@ -41,7 +41,7 @@ def outcomes(ranks):
 @combinations(
     layout=list(LAYOUTS),
     step=list(STEPS),
-    quick={"layout": ["TP2+SP", "CP2"], "step": ["packed", "rows"]},
+    quick={"layout": ["TP2+SP", "CP2"], "step": ["packed"]},
     strength=1,
     full_strength=1,
 )

@@ -58,7 +58,7 @@ def in_partial_batches(case: Case) -> tuple[Case, Case]:
     return streamed, dataclasses.replace(streamed, replays_partial_batches=True)
 
 
-@combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2xVPP2", "DP2", "EP2"]}, strength=1)
+@combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2xVPP2"]}, strength=1)
 def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_property):
     """With a balancing loss of the router, whose weight no microbatch may change."""
     case, world_size = case_of(

@@ -312,7 +312,7 @@ PRODUCT = [f"teachers.{name}.weight=null" for name in ("math", "code")] + ["teac
         pytest.param(["target.anchor=student"], marks=FULL),
         pytest.param(["loss.fused=low_memory", "loss.fused_chunk_tokens=5", "schedule.teacher_store_gb=0"], marks=FULL),
         pytest.param(["loss.fused=keep_gradient", "loss.fused_chunk_tokens=7", "target.rule=fixed"], marks=FULL),
-        ["teachers.math.weight=0.5", "teachers.code.weight=3"],
+        pytest.param(["teachers.math.weight=0.5", "teachers.code.weight=3"], marks=FULL),
         pytest.param(["teachers.math.weight=0", "teachers.code.weight=3", "loss.fused=low_memory"], marks=FULL),
         pytest.param(["teachers.code.weight=2", "target.rule=fixed", "schedule.teacher_store_gb=0"], marks=FULL),
     ],

@@ -146,7 +146,7 @@ def test_without_a_named_transfer_workers_that_cannot_read_files_get_the_weights
     "fault",
     [
         {"die_at": 5},
-        {"hang_at": 5},
+        pytest.param({"hang_at": 5}, marks=pytest.mark.full),  # waits
         {"status": 500, "says": "broken"},
         {"says": "{}"},
         {"log_prob": 3.0},
