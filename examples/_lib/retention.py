@@ -126,12 +126,20 @@ class Retention:
 
 
 def retention(hf: Path, base: Path, questions: Sequence[str]) -> Retention:
-    """Return the figures of the model in the Hugging Face directory ``hf``, compared with ``base``, in float32."""
+    """Return the figures of the model in the Hugging Face directory ``hf``, compared with ``base``, in float32.
+
+    Both models run on the GPU if there is one.
+    """
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model = load(hf)
+    model.to(device)
     prompts = [prompt_of(tokenizer, question) for question in questions]
     given = answers(model, prompts, tokenizer)
     perplexity = perplexity_of(model, tokenizer(TEXT)["input_ids"])
     _, judge = load(base)
+    judge.to(device)
     return Retention(
         perplexity=perplexity,
         length=mean(map(len, given)),
@@ -160,8 +168,8 @@ def answers(
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with torch.no_grad():
         tokens = model.generate(
-            torch.tensor(padded),
-            attention_mask=torch.tensor(mask),
+            torch.tensor(padded, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
             max_new_tokens=num_new_tokens,
             do_sample=False,
             eos_token_id=end,
@@ -187,7 +195,7 @@ def _log_probs(model: Any, tokens: Sequence[int]) -> Tensor:
     """Return the log-probability of each token after the tokens before it, [s]; that of the first token is 0."""
     import torch
 
-    ids = torch.tensor([tokens])
+    ids = torch.tensor([tokens], device=model.device)
     with torch.no_grad():
         logits = model(ids).logits[0, :-1].float()
     chosen = torch.log_softmax(logits, dim=-1).gather(1, ids[0, 1:, None])[:, 0]

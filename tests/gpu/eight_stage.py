@@ -4,7 +4,6 @@
 python -m tests.gpu.eight_stage hang
 python -m tests.gpu.eight_stage colocated
 python -m tests.gpu.eight_stage servers [PYTHON WITH VLLM]
-python -m tests.gpu.eight_stage fp8
 """
 
 from __future__ import annotations
@@ -43,7 +42,6 @@ def main(what: str, python: str | None) -> int:
             "hang": {"a rank that stops": partial(hang, directory)},
             "colocated": {f"vLLM colocated, engines of {tp}": partial(colocated, directory, tp) for tp in (1, 2)},
             "servers": {f"vLLM servers over {way}": partial(servers, directory, way, python) for way in WAYS},
-            "fp8": {"fp8 through Transformer Engine": partial(fp8, directory)},
         }[what]
         sound = [held(name, check) for name, check in checks.items()]
     return 0 if all(sound) else 1
@@ -128,26 +126,6 @@ def servers(directory: Path, way: str, python: str | None) -> Outcome:
         *("cluster.num_gpus=4", *([f"rollout.server_python={python}"] if python else [])),
     ]
     return trained(directory, f"servers_{way}", 4, keys)
-
-
-def fp8(directory: Path) -> Outcome:
-    """Compare the first loss of a run in fp8, which is refused unless asked for, with that of a run in bf16."""
-    if importlib.util.find_spec("transformer_engine") is None:
-        return Outcome(not_done="Transformer Engine, which has the fp8 layers, is not installed")
-    from megatron_selfdistill.metrics import read_metrics
-
-    losses = {}
-    for name, keys in {"bf16": [], "fp8": ["+model.transformer.fp8=hybrid", "model.allow_untested_fp8=true"]}.items():
-        sizes = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4"]
-        sizes += ["model.num_query_groups=2", "model.max_position_embeddings=128", "num_steps=2", *keys]
-        arguments = tiny_run.overrides(directory, directory / name, *sizes)
-        arguments = [argument for argument in arguments if argument != "optimizer=fp32"]
-        done = launched(["-m", "megatron_selfdistill.train", *arguments], 1)
-        if done.returncode:
-            raise RuntimeError(f"the run in {name} ended with {done.returncode}; see its output above")
-        losses[name] = next(iter(read_metrics(directory / name)))["loss/mean"]
-    off = abs(losses["fp8"] - losses["bf16"]) / losses["bf16"]
-    return Outcome((Figure("first loss in fp8 against bf16, relative", off, 0.1),))
 
 
 if __name__ == "__main__":

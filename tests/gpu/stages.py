@@ -83,6 +83,7 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
         stage("ipc", "ipc_stage", limit_s=20, checks=ipc),
         stage("sanitizer", "kernel_stage", "sanitizer", limit_s=15, checks=["kernels under compute-sanitizer"]),
         stage("apex", "apex_stage", *apex, limit_s=20, checks=kernel),
+        stage("fp8", "fp8_stage", limit_s=50, checks=["fp8 through Transformer Engine"]),
     ]
 
 
@@ -123,5 +124,4 @@ def _eight(options: argparse.Namespace) -> list[Stage]:
             limit_s=350,
             checks=[f"vLLM servers over {way}" for way in ("nccl", "gloo", "ipc")],
         ),
-        stage("fp8", "eight_stage", "fp8", limit_s=60, checks=["fp8 through Transformer Engine"]),
     ]
