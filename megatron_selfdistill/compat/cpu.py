@@ -15,6 +15,7 @@ import contextlib
 import functools
 import os
 import queue
+import sys
 import tempfile
 from multiprocessing.connection import Connection
 from typing import Any
@@ -38,6 +39,8 @@ def install() -> bool:
         return False
     if not getattr(torch, "_selfdistill_cpu", False):
         torch._selfdistill_cpu = True  # type: ignore[attr-defined]
+        for package in ("transformer_engine", "apex", "amp_C"):  # Megatron would take their kernels, which need CUDA
+            sys.modules.setdefault(package, None)  # type: ignore[arg-type]
         _replace_factories()
         _replace_tensor_methods()
         _replace_cuda_namespace()
@@ -102,8 +105,7 @@ def _replace_tensor_methods() -> None:
     tensor.pin_memory = lambda self, *a, **k: self  # type: ignore[method-assign]
     tensor.record_stream = lambda self, *a, **k: None  # type: ignore[method-assign]
 
-    # The optimizers and clip_grads sort parameters by comparing `Tensor.type()` with
-    # 'torch.cuda.FloatTensor'.
+    # The optimizers and clip_grads sort parameters by comparing `Tensor.type()` with 'torch.cuda.FloatTensor'.
     native_type = tensor.type
 
     def cuda_type_name(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -174,9 +176,6 @@ def _replace_collectives() -> None:
     def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
         return barrier(*args, **kwargs)
 
-    def as_list(sizes: Any) -> Any:
-        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
-
     def all_to_all_single_list_sizes(
         output: Any,
         input: Any,
@@ -186,7 +185,7 @@ def _replace_collectives() -> None:
         async_op: bool = False,
     ) -> Any:
         # Megatron converts split sizes to NumPy only from a GPU; on a CPU they are tensors.
-        sizes = as_list(output_split_sizes), as_list(input_split_sizes)
+        sizes = [s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes)]
         return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
     def all_gather_uneven(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:

@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The command of ``make test-gpu``: stages with time limits, a table of results, and one exit status.
 
-    python -m tests.gpu                  one GPU, less than ten minutes
+    python -m tests.gpu                  one GPU, at most eleven minutes
     python -m tests.gpu --gpus 8         also NCCL, hangs, vLLM and Transformer Engine on eight
     python -m tests.gpu --device cpu     the same stages as far as a CPU can run them
 

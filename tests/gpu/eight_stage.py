@@ -52,6 +52,7 @@ def launched(
 ) -> subprocess.CompletedProcess:
     """Run torchrun on this node; keep its output, and print it where it ends with another status than 0."""
     paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), str(REPOSITORY / "examples")]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *script]
     done = subprocess.run(
         command,

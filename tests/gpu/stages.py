@@ -82,7 +82,7 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
         stage("sinks", "sinks_stage", limit_s=10, checks=["attention sinks: full", "attention sinks: window"]),
         stage("ipc", "ipc_stage", limit_s=20, checks=ipc),
         stage("sanitizer", "kernel_stage", "sanitizer", limit_s=15, checks=["kernels under compute-sanitizer"]),
-        stage("apex", "apex_stage", *apex, limit_s=20, checks=kernel),
+        stage("apex", "apex_stage", *apex, limit_s=45, checks=kernel),
         stage("fp8", "fp8_stage", limit_s=50, checks=["fp8 through Transformer Engine"]),
     ]
 

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 
 import fused_layer
 import pytest
 
-from tests.gpu import cases, colocated_stage, fused_stage, layout_stage, speed_stage, stages
+from tests.gpu import cases, colocated_stage, eight_stage, fused_stage, layout_stage, speed_stage, stages
 
 
 @pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
@@ -26,6 +28,19 @@ def test_a_gradient_of_the_fused_layer_that_is_off_by_a_hundredth_fails(monkeypa
     figures = fused_stage.compared(mode).figures
     wrong = [figure.name for figure in figures if not figure.passed and figure.name.startswith("float32")]
     assert wrong == [f"float32: {name}, relative" for name in failed]
+
+
+def test_a_launched_run_sees_the_packages_of_pythonpath(monkeypatch):
+    seen = {}
+
+    def completed(command, env, **options):
+        seen.update(env)
+        return subprocess.CompletedProcess(command, 0, "")
+
+    monkeypatch.setenv("PYTHONPATH", "/packages")
+    monkeypatch.setattr(eight_stage.subprocess, "run", completed)
+    eight_stage.launched(["script.py"], 1)
+    assert seen["PYTHONPATH"].split(os.pathsep)[-1] == "/packages"
 
 
 def test_an_engine_without_the_new_weights_or_a_run_that_stops_early_fails(tmp_path):

@@ -112,7 +112,7 @@ def test_the_command_ends_with_1_where_a_check_failed(tmp_path, monkeypatch, val
     assert '"check": "one"' in (tmp_path / "out.jsonl").read_text()
 
 
-def test_the_stages_of_one_gpu_take_less_than_ten_minutes_and_name_every_check_once():
+def test_the_stages_of_one_gpu_take_at_most_eleven_minutes_and_name_every_check_once():
     from tests.gpu import command, stages
 
     for arguments in (["--device", "cuda"], ["--device", "cpu"]):
@@ -121,7 +121,7 @@ def test_the_stages_of_one_gpu_take_less_than_ten_minutes_and_name_every_check_o
         assert len(set(checks)) == len(checks) > 20
         assert len({one.name for one in chosen}) == len(chosen)
     one = stages.chosen(command.parsed([]))
-    assert sum(stage.limit_s for stage in one) <= 570
+    assert sum(stage.limit_s for stage in one) <= 11 * 60
     eight = stages.chosen(command.parsed(["--device", "cuda", "--gpus", "8"]))
     assert sum(stage.limit_s for stage in eight[len(one) :]) <= 15 * 60
     assert len({stage.name for stage in eight}) == len(eight)
