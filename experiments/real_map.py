@@ -12,9 +12,9 @@ problems of that split, and measure nothing else.
     python experiments/real_map.py --tables                                  the tables and the picture from the lines
     python experiments/real_map.py --check                                   the status is 1 if the page has others
 
-A step takes 5 to 30 seconds of two cores.  The tables stand between <!-- table NAME --> and <!-- end NAME --> in the
-page: TASK has the figures of a task, rates compares learning rates, hints has the base with and without hints, and
-losses compares targets over all tasks.
+A step takes 5 to 30 seconds of two cores, or 2 to 6 of a GPU that nine runs share.  The tables stand between
+<!-- table NAME --> and <!-- end NAME --> in the page: TASK has the figures of a task, rates compares learning rates,
+hints has the base with and without hints, and losses compares targets over all tasks.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ FORWARD = "loss.divergence=forward_kl"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1", "data.solutions=given")
 NO_HINT = "data.solutions=none"
+ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
+"""Adapters train at ten times the learning rate of a cell."""
 ARMS: dict[str, tuple[str, ...]] = {
     BEFORE: (),
     "default": ANCHORED,
@@ -75,7 +77,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "student_mix": WITH_STUDENT,
     "student_mix_forward": (*WITH_STUDENT, FORWARD),
     "student_mix_jsd": (*WITH_STUDENT, "loss.divergence=jsd"),
-    "student_mix_lora": (*WITH_STUDENT, "adapter.rank=16", "optimizer.lr=2e-4"),
+    "student_mix_lora": (*WITH_STUDENT, ADAPTERS),
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
     "teacher_alone_forward_guided": (*ALONE, FORWARD, *GUIDED),
@@ -118,7 +120,8 @@ class Cell:
         """Train and measure in ``directory``, with the model under ``root``; return the figures of the line."""
         hf, megatron = model_directories(root)
         held_out = self.task.problems(self.split)[:NUM_HELD_OUT]
-        chosen = (f"optimizer.lr={self.rate:g}", *ARMS[self.arm])
+        arm = ARMS[self.arm]
+        chosen = (f"optimizer.lr={self.rate * (ADAPTERS_RATE if ADAPTERS in arm else 1):g}", *arm)
         overrides = (
             *example.SETTINGS,
             *self.task.overrides,
@@ -181,10 +184,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_cell(cell: Cell, lines: Path, root: Path) -> None:
-    """Run a cell, append its line, and remove its run; the model stays for the other cells."""
+    """Run a cell, append its line, which names a GPU, and remove its run; the model stays for the other cells."""
+    import torch
+
     began = time.perf_counter()
     directory = root / "-".join(map(str, cell.name.values()))
-    line = cell.name | cell.run(root, directory) | {"seconds": round(time.perf_counter() - began, 1)}
+    line = cell.name | cell.run(root, directory)
+    if torch.cuda.is_available():
+        line["device"] = torch.cuda.get_device_name()
+    line["seconds"] = round(time.perf_counter() - began, 1)
     append_line(lines, line, directory)
 
 

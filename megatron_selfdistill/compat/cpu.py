@@ -15,7 +15,6 @@ import contextlib
 import functools
 import os
 import queue
-import sys
 import tempfile
 from multiprocessing.connection import Connection
 from typing import Any
@@ -39,8 +38,6 @@ def install() -> bool:
         return False
     if not getattr(torch, "_selfdistill_cpu", False):
         torch._selfdistill_cpu = True  # type: ignore[attr-defined]
-        for package in ("transformer_engine", "apex", "amp_C"):  # Megatron would take their kernels, which need CUDA
-            sys.modules.setdefault(package, None)  # type: ignore[arg-type]
         _replace_factories()
         _replace_tensor_methods()
         _replace_cuda_namespace()
@@ -220,6 +217,17 @@ def _replace_collectives() -> None:
 def _replace_megatron_device_code() -> None:
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.tensor_parallel.random as random
+    from megatron.core import optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+
+    # Megatron's optimizers take the CUDA kernels of Transformer Engine or apex if one of them is installed.
+    for module in (clip_grads, optimizer):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    optimizers.Adam, optimizers.SGD, distrib_optimizer.Adam = torch.optim.AdamW, torch.optim.SGD, torch.optim.AdamW
+    distrib_optimizer.HAVE_APEX_OR_TE = False
 
     # The RNG tracker and activation recomputation save and restore the generator of their device.
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()

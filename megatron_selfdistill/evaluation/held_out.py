@@ -41,14 +41,7 @@ from megatron_selfdistill.metrics.leakage import (
     word_pattern,
 )
 from megatron_selfdistill.prechecks import require_answers_per_problem
-from megatron_selfdistill.rollout.base import (
-    Request,
-    Response,
-    Sampler,
-    SamplingParams,
-    response_text,
-    sample_seed,
-)
+from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
 from megatron_selfdistill.terminal import hidden
 
 if TYPE_CHECKING:

@@ -192,6 +192,8 @@ def test_worked_solutions_calculate_right_and_end_above_0():
 class Counting(torch.nn.Module):
     """A model of 10 tokens that expects the next higher token with probability e^2 / (e^2 + 9)."""
 
+    device = torch.device("cpu")
+
     def forward(self, ids: torch.Tensor) -> SimpleNamespace:
         return SimpleNamespace(logits=2.0 * torch.nn.functional.one_hot((ids + 1) % 10, 10).float())
 

@@ -17,14 +17,7 @@ from megatron_selfdistill.choices import (
 )
 from megatron_selfdistill.config.moved_keys import moved_solutions
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address, require_range
-from megatron_selfdistill.config.schema.ranges import (
-    FilePath,
-    Name,
-    OneOf,
-    PositiveFloat,
-    PositiveInt,
-    Text,
-)
+from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveFloat, PositiveInt, Text
 
 
 @dataclass(frozen=True)
@@ -95,11 +88,7 @@ _LIMIT_ENTRIES = {
 }
 """Entry of `EnvironmentConfig.limits` -> its type."""
 
-_VIEW_ENTRIES = {
-    "chat_template_kwargs": dict[str, Any],
-    "system_prompt": Text | None,
-    "generation_prompt": Text | None,
-}
+_VIEW_ENTRIES = {"chat_template_kwargs": dict[str, Any], "system_prompt": Text | None, "generation_prompt": Text | None}
 """Entry of `DataConfig.views` -> its type."""
 
 

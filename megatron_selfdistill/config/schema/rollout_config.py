@@ -10,14 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import (
-    ENGINES,
-    GUIDANCES,
-    OVERLAPS,
-    PLACEMENTS,
-    TRANSFERS,
-    UPDATE_MODES,
-)
+from megatron_selfdistill.choices import ENGINES, GUIDANCES, OVERLAPS, PLACEMENTS, TRANSFERS, UPDATE_MODES
 from megatron_selfdistill.config.schema.data_config import DataConfig, EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address
 from megatron_selfdistill.config.schema.method_config import GIVEN, Needs

@@ -233,13 +233,12 @@ def _megatron_class(module: str, name: str) -> type:
 def _recipe(name: str) -> type | None:
     """Return the enumeration or dataclass ``name`` of Transformer Engine's recipes; None if there is none.
 
-    Raises: RefusedPickle where Transformer Engine is not installed, or the process computes on a CPU, where
-    `compat.cpu` hides it.
+    Raises: RefusedPickle where Transformer Engine is not installed.
     """
     try:
         found = getattr(importlib.import_module(_RECIPES), name, None)
     except ImportError:
-        why = "which Transformer Engine has; read it in an environment with Transformer Engine and on a machine with a GPU"
+        why = "which Transformer Engine has: read it in an environment with Transformer Engine"
         raise RefusedPickle(f"its pickle asks for {_RECIPES}.{name}, {why}") from None
     is_data = isinstance(found, type) and (issubclass(found, enum.Enum) or hasattr(found, "__dataclass_fields__"))
     return found if is_data and found.__module__ == _RECIPES else None
