@@ -63,6 +63,7 @@ WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
 FORWARD = "loss.divergence=forward_kl"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
+SURER = ("rollout.guidance=mixed", "rollout.temperature=0.5")
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1", "data.solutions=given")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
@@ -81,6 +82,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
     "teacher_alone_forward_guided": (*ALONE, FORWARD, *GUIDED),
+    "teacher_alone_forward_surer_twice": (*ALONE, FORWARD, *SURER),
     "student_mix_other_hint": WITH_STUDENT,
     "default_other_hint": ANCHORED,
     "student_mix_no_hint": (*WITH_STUDENT, NO_HINT),
@@ -89,7 +91,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "rft": ("recipe=rft", *REWARDED),
     "sft": ("method.name=sft",),
 }
-"""Name of an arm -> its overrides; one that ends with ``other_hint`` trains on other hints."""
+"""Name of an arm -> its overrides; ``other_hint`` at its end trains on other hints, ``twice`` for twice the steps."""
 OTHER_INSTRUCTION = "Answer in plain English."
 REFERS = re.compile(r"\b(?:reference|(?:the|this|given|provided) (?:solution|hint|answer is given))\b", re.IGNORECASE)
 """A response that speaks of the hint as something that it has read."""
@@ -109,7 +111,12 @@ class Cell:
     def name(self) -> dict[str, Any]:
         """The entries of the line by which a cell is found."""
         about = {"task": self.task.name, "arm": self.arm, "seed": self.seed, "lr": self.rate, "split": self.split}
-        return about | {"steps": STEPS[self.task.name]}
+        return about | {"steps": self.num_steps}
+
+    @property
+    def num_steps(self) -> int:
+        """The steps of the task, or twice as many for an arm that ends with ``twice``."""
+        return STEPS[self.task.name] * (2 if self.arm.endswith("twice") else 1)
 
     def problems(self) -> list[Record]:
         """Return the problems of the training, with the hints that the arm gives."""
@@ -125,7 +132,7 @@ class Cell:
         overrides = (
             *example.SETTINGS,
             *self.task.overrides,
-            f"num_steps={STEPS[self.task.name]}",
+            f"num_steps={self.num_steps}",
             f"evaluation.num_samples={NUM_SAMPLES}",
             *QUIET,
             *WITHOUT_GUARDS,
@@ -270,6 +277,7 @@ LABELS = {
     "teacher_alone": "teacher alone, reverse KL",
     "teacher_alone_forward": "teacher alone, forward KL",
     "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
+    "teacher_alone_forward_surer_twice": "teacher alone, forward KL, guided rollouts at temperature .5, 60 steps",
     "student_mix_other_hint": "control: mix with the student, another hint",
     "default_other_hint": "control: default, another hint",
     "student_mix_no_hint": "control: mix with the student, the wording without a hint",

@@ -12,6 +12,7 @@ import pytest
 from host_traffic import host_traffic
 from layouts import Case
 from models import parallel
+from tiers import combinations
 
 from megatron_selfdistill.config import RecomputeConfig, ScheduleConfig
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -79,7 +80,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("layout", CASES)
+@combinations(layout=list(CASES), quick={"layout": [name for name in CASES if name != "one rank"]}, strength=1)
 def test_forward_and_backward_of_all_microbatches_exchange_nothing_with_the_host(ranks, layout):
     cases, world_size = CASES[layout], 1 if layout == "one rank" else 2
     for found in ranks.run(traffic_of_each, cases, world_size=world_size):

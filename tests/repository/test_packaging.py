@@ -130,6 +130,7 @@ def test_a_wheel_beside_a_labs_stack_finds_its_own_configs(wheel, tmp_path):
     assert {name.partition("-")[0] for name in installed} == {"megatron_selfdistill"}
 
 
+@pytest.mark.full
 def test_an_editable_install_finds_the_configs_of_the_checkout(source_tree, tmp_path):
     # --ignore-installed: pip must not touch the installation that these tests run from.
     pip(

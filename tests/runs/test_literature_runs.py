@@ -167,6 +167,7 @@ def test_forward_kl_is_added_for_some_tokens_of_the_same_responses(ranks, data, 
     assert some["loss/reverse_kl"] == none["loss/reverse_kl"] < some["loss/mean"] < every["loss/mean"]
 
 
+@pytest.mark.full
 @combinations(
     recipe=RECIPES,
     layout=list(LAYOUTS),

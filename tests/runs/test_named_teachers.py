@@ -520,6 +520,7 @@ def test_adapters_teach_alike_in_every_layout(ranks, places, adapted, tmp_path, 
     assert_steps_equal(tmp_path / "one", tmp_path / "two", EQUAL)
 
 
+@pytest.mark.full
 def test_adapters_of_other_weights_or_without_a_base_are_refused_before_anything_is_built(
     ranks, places, adapted, tmp_path
 ):

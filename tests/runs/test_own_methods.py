@@ -64,6 +64,7 @@ def test_a_method_of_the_user_trains_and_resumes_with_a_setting_of_its_own(ranks
     assert_resumes_equal(ranks, tmp_path / "half", arguments, step=1, num_steps=2, **options)
 
 
+@pytest.mark.full
 def test_a_function_of_the_user_weighs_tokens_as_a_published_method_does(ranks, data, tmp_path):
     def steps(name: str, *options: str) -> list[dict[str, float]]:
         run_dir = tmp_path / name

@@ -70,6 +70,7 @@ def test_a_resumed_run_equals_one_that_never_stopped(ranks, data, tmp_path, name
     assert_resumes_equal(ranks, tmp_path / "whole", arguments, world_size, step=2, num_steps=3)
 
 
+@pytest.mark.full
 def test_the_warm_up_follows_from_the_steps_of_a_new_run_and_a_run_of_another_default_keeps_its_own(
     ranks, data, tmp_path
 ):

@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from reported_runs import blocks_of
+from tiers import combinations
 from tiny_run import overrides, reproducible_metrics, train
 
 from megatron_selfdistill.data.tokenizer import load_tokenizer
@@ -41,12 +44,16 @@ def arguments(data: Path, directory: Path, name: str, early: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(ranks, data, early, tmp_path_factory) -> Path:
-    """Return a directory with a finished run of each of `RUNS`."""
+def run_of(ranks, data, early, tmp_path_factory) -> Callable[[str], Path]:
+    """Return a function that returns the directory of a finished run of `RUNS`, trained at the first call."""
     directory = tmp_path_factory.mktemp("shown")
-    for name in RUNS:  # one call each, since a call has a time limit
+
+    @functools.cache
+    def finished(name: str) -> Path:
         train(ranks, arguments(data, directory, name, early))
-    return directory
+        return directory / name
+
+    return finished
 
 
 def assert_says_what_belongs_to_its_turn(record: dict[str, Any], data: Path, name: str) -> None:
@@ -62,8 +69,8 @@ def assert_says_what_belongs_to_its_turn(record: dict[str, Any], data: Path, nam
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_samples_hold_all_turns_of_an_episode_with_reward_hint_and_reply(runs, data, name):
-    records = read_samples(runs / name)
+def test_samples_hold_all_turns_of_an_episode_with_reward_hint_and_reply(run_of, data, name):
+    records = read_samples(run_of(name))
     grouped = itertools.groupby(records, key=lambda one: (one["problem_id"], one["episode"]))
     episodes = [[turn["turn"] for turn in turns] for _, turns in grouped]
     assert len(episodes) == 3 and any(len(turns) > 1 for turns in episodes)
@@ -83,9 +90,9 @@ def test_turns_that_move_between_replicas_take_along_what_belongs_to_them(ranks,
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_the_report_has_the_turns_of_each_episode_with_their_marks(runs, name):
-    blocks = blocks_of((runs / name / "report.html").read_text())
-    (shown,), samples = blocks["samples"], read_samples(runs / name)
+def test_the_report_has_the_turns_of_each_episode_with_their_marks(run_of, name):
+    blocks = blocks_of((run_of(name) / "report.html").read_text())
+    (shown,), samples = blocks["samples"], read_samples(run_of(name))
     assert [[one[key] for key in TURN] for one in shown] == [[one[key] for key in TURN] for one in samples]
     for one, sample in zip(shown, samples, strict=True):
         assert [text for text, *_ in one["tokens"]] == sample["tokens"]["text"]
@@ -93,29 +100,30 @@ def test_the_report_has_the_turns_of_each_episode_with_their_marks(runs, name):
 
 
 @pytest.mark.parametrize("name", EPISODES)
-def test_the_explorer_has_the_first_turns_with_the_numbers_of_the_samples(runs, name):
-    explored = [read_explored(path) for path in explored_files(runs / name)]
-    samples = read_samples(runs / name)[:3]
+def test_the_explorer_has_the_first_turns_with_the_numbers_of_the_samples(run_of, name):
+    explored = [read_explored(path) for path in explored_files(run_of(name))]
+    samples = read_samples(run_of(name))[:3]
     assert len(explored) == 3 and any(record["turn"] for record in explored)
     for record, sample in zip(explored, samples, strict=True):
         assert {key: record[key] for key in (*TURN, "prompt")} == {key: sample[key] for key in (*TURN, "prompt")}
         assert record["tokens"]["loss"] == pytest.approx(sample["tokens"]["loss"], rel=2e-4, abs=2e-6)
-    (links,) = blocks_of((runs / name / "report.html").read_text())["overview"]["explored"]
+    (links,) = blocks_of((run_of(name) / "report.html").read_text())["overview"]["explored"]
     assert [link["turn"] for link in links] == [record["turn"] + 1 for record in explored]
 
 
-def test_a_run_with_one_turn_per_episode_has_records_of_responses_alone(runs):
-    samples = read_samples(runs / "single")
-    (links,) = blocks_of((runs / "single" / "report.html").read_text())["overview"]["explored"]
+@pytest.mark.full
+def test_a_run_with_one_turn_per_episode_has_records_of_responses_alone(run_of):
+    samples = read_samples(run_of("single"))
+    (links,) = blocks_of((run_of("single") / "report.html").read_text())["overview"]["explored"]
     assert len(samples) == 3 and len(links) == 3
-    for record in (*samples, *links, *(read_explored(path) for path in explored_files(runs / "single"))):
+    for record in (*samples, *links, *(read_explored(path) for path in explored_files(run_of("single")))):
         assert not record.keys() & {*TURN}
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(runs, name):
-    (measured,) = [line for line in read_metrics(runs / name) if "evaluation/greedy_mean_reward" in line]
-    said = [record for record in read_evaluation_samples(runs / name) if record["sample"] is None]
+@combinations(name=list(RUNS), quick={"name": EPISODES}, strength=1)
+def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(run_of, name):
+    (measured,) = [line for line in read_metrics(run_of(name)) if "evaluation/greedy_mean_reward" in line]
+    said = [record for record in read_evaluation_samples(run_of(name)) if record["sample"] is None]
     turns, rewards = [], []
     for record in said:
         parts = record["response"].split("\n--- turn ")
@@ -127,5 +135,6 @@ def test_an_evaluation_of_the_run_plays_episodes_and_measures_their_rewards(runs
     assert max(turns) <= (1 if name == "single" else 3) and "evaluation/sampled_mean_reward" in measured
 
 
-def test_showing_episodes_changes_no_number_of_the_run(runs):
-    assert reproducible_metrics(runs / "by_turn") == reproducible_metrics(runs / "unseen")
+@pytest.mark.full
+def test_showing_episodes_changes_no_number_of_the_run(run_of):
+    assert reproducible_metrics(run_of("by_turn")) == reproducible_metrics(run_of("unseen"))

@@ -82,6 +82,7 @@ def test_a_run_leaves_configuration_metrics_checkpoint_and_teacher(ranks, data, 
 LAYOUTS = {"DP2": [], "PP2": ["parallel.pipeline_model_parallel_size=2"]}
 
 
+@pytest.mark.full
 @combinations(layout=LAYOUTS, quick={"layout": ["PP2"]}, strength=1)
 def test_the_share_of_loops_is_that_of_the_recorded_responses(ranks, data, tmp_path, layout):
     """Random weights at a low temperature repeat themselves, some of them for long enough."""

@@ -177,7 +177,8 @@ def test_problems_need_no_solutions_where_none_is_shown(directory, without_solut
     assert summary_of(tmp_path / "bare")["data"]["fingerprint"] == summary_of(alone)["data"]["fingerprint"]
 
 
-@pytest.mark.parametrize("environment", [pytest.param("replying.Replying", marks=pytest.mark.full), "sessions.Session"])
+@pytest.mark.full
+@pytest.mark.parametrize("environment", ["replying.Replying", "sessions.Session"])
 def test_an_environment_plays_episodes_and_their_rewards_are_measured_and_compared(
     directory, ranks, tmp_path, capfd, environment
 ):

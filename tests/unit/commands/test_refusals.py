@@ -237,14 +237,19 @@ STEERING = "no\x1b]52;c;eA==\x07\x1b[2Jpe"
     "arguments",
     [
         ["train", *RUNNABLE, f"data.tokenizer='./{STEERING}'"],
-        ["plan", *PLAN, f"checkpoint.load='{STEERING}'"],
         ["convert", "inspect", STEERING],
-        ["evaluate", "--hf", STEERING, "--data", "data.jsonl", *OUT],
-        ["explore", STEERING, *EXPLORED],
-        ["alignment", STEERING, *ALIGNED[1:]],
-        ["solutions", *SOLVED[:3], STEERING, SOLVED[4]],
-        ["explanations", *SOLVED[:3], STEERING, SOLVED[4]],
         ["report", STEERING],
+        *(
+            pytest.param(arguments, marks=pytest.mark.full)
+            for arguments in (
+                ["plan", *PLAN, f"checkpoint.load='{STEERING}'"],
+                ["evaluate", "--hf", STEERING, "--data", "data.jsonl", *OUT],
+                ["explore", STEERING, *EXPLORED],
+                ["alignment", STEERING, *ALIGNED[1:]],
+                ["solutions", *SOLVED[:3], STEERING, SOLVED[4]],
+                ["explanations", *SOLVED[:3], STEERING, SOLVED[4]],
+            )
+        ),
     ],
     ids=lambda arguments: arguments[0],
 )

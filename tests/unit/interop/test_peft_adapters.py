@@ -133,7 +133,7 @@ def adapted(ranks, hf_directory, tmp_path) -> Callable[[str, AdapterConfig], tup
     ("kind", "settings"),
     [
         ("qwen3", PLAIN),
-        ("deepseek_v3", LATENT_ADAPTERS),
+        pytest.param("deepseek_v3", LATENT_ADAPTERS, marks=pytest.mark.full),
         pytest.param("llama2", PLAIN, marks=pytest.mark.full),
         pytest.param("qwen3_moe_mixed", PLAIN, marks=pytest.mark.full),
     ],

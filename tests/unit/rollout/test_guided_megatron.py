@@ -139,7 +139,8 @@ LAYOUTS = {
 }
 
 
-@combinations(layout=list(LAYOUTS), quick={"layout": ["TP2"]}, strength=1)
+@pytest.mark.full  # test_anchored_decoding.py has guided responses of three roles in TP2
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_layout_writes_what_two_whole_passes_on_one_rank_choose(ranks, on_one_rank, layout):
     kind, config, world_size = LAYOUTS[layout]
     texts, sampled = on_one_rank(kind)

@@ -148,8 +148,8 @@ def test_without_a_named_transfer_workers_that_cannot_read_files_get_the_weights
         {"die_at": 5},
         pytest.param({"hang_at": 5}, marks=pytest.mark.full),  # waits
         {"status": 500, "says": "broken"},
-        {"says": "{}"},
-        {"log_prob": 3.0},
+        pytest.param({"says": "{}"}, marks=pytest.mark.full),
+        pytest.param({"log_prob": 3.0}, marks=pytest.mark.full),
         {"log_prob": math.nan},
         {"writes_version": "8"},
         {"restart": True},

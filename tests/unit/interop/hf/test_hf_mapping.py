@@ -32,6 +32,9 @@ from megatron_selfdistill.interop.hf.mapping import (
 )
 
 KINDS = list(hf_models.CONFIGS)
+ALIKE = {"deepseek_v3_plain", "glm4_moe_plain", "moonlight", "olmoe", "qwen2_moe"}
+QUICK = [kind for kind in KINDS if kind not in ALIKE]
+"""All but kinds whose rules are those of another one."""
 
 
 def logits_of_converted(directory: Path, mistakes: list[str]) -> list[Tensor]:
@@ -51,7 +54,7 @@ def logits_with(directory: Path, mistake: str | None) -> Tensor:
     return hf_models.megatron_logits(chunks[0], grid, hf_models.SEQUENCES)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@combinations(kind=KINDS, quick={"kind": QUICK}, strength=1)
 def test_the_converted_model_has_transformers_logits_and_mistakes_are_seen(ranks, written, kind):
     directory, _, expected = written(kind)
     mistakes = MISTAKES.get(kind, [])
@@ -311,7 +314,7 @@ def test_to_megatron_and_back_is_the_identity_bit_by_bit(written, kind, dtype):
         assert back[name].view(torch.uint8).equal(tensor.to(dtype).view(torch.uint8)), name
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@combinations(kind=KINDS, quick={"kind": QUICK}, strength=1)
 def test_each_place_in_megatron_is_filled_once(written, kind):
     _, _, rules, _ = hf_models.read(written(kind)[0])
     places = [rule.megatron for rule in rules]
