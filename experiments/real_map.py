@@ -63,7 +63,7 @@ WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
 FORWARD = "loss.divergence=forward_kl"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
-SURER = ("rollout.guidance=mixed", "rollout.temperature=0.5")
+GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1", "data.solutions=given")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
@@ -82,7 +82,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
     "teacher_alone_forward_guided": (*ALONE, FORWARD, *GUIDED),
-    "teacher_alone_forward_surer_twice": (*ALONE, FORWARD, *SURER),
+    "teacher_alone_forward_greedily_guided_twice": (*ALONE, FORWARD, *GREEDILY_GUIDED),
     "student_mix_other_hint": WITH_STUDENT,
     "default_other_hint": ANCHORED,
     "student_mix_no_hint": (*WITH_STUDENT, NO_HINT),
@@ -277,7 +277,7 @@ LABELS = {
     "teacher_alone": "teacher alone, reverse KL",
     "teacher_alone_forward": "teacher alone, forward KL",
     "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
-    "teacher_alone_forward_surer_twice": "teacher alone, forward KL, guided rollouts at temperature .5, 60 steps",
+    "teacher_alone_forward_greedily_guided_twice": "teacher alone, forward KL, greedy guided rollouts, 60 steps",
     "student_mix_other_hint": "control: mix with the student, another hint",
     "default_other_hint": "control: default, another hint",
     "student_mix_no_hint": "control: mix with the student, the wording without a hint",
