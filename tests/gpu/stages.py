@@ -75,7 +75,7 @@ def _one(options: argparse.Namespace, on_gpu: bool) -> list[Stage]:
         steps("step", "step", limit_s=45),
         stage("colocated", "colocated_stage", limit_s=70, checks=list(COLOCATED)),
         stage("speed", "speed_stage", limit_s=30, checks=speeds),
-        stage("self-test", "selftest_stage", limit_s=100, checks=self_test),
+        stage("self-test", "selftest_stage", limit_s=115, checks=self_test),
         steps("model", "one", limit_s=45),
         stage("runs", "run_stage", limit_s=55, checks=list(RUNS)),
         steps("ranks", "several", limit_s=60),
