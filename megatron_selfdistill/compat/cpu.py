@@ -173,6 +173,9 @@ def _replace_collectives() -> None:
     def barrier_without_devices(*args: Any, device_ids: Any = None, **kwargs: Any) -> Any:
         return barrier(*args, **kwargs)
 
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if hasattr(sizes, "tolist") else sizes
+
     def all_to_all_single_list_sizes(
         output: Any,
         input: Any,
@@ -182,7 +185,7 @@ def _replace_collectives() -> None:
         async_op: bool = False,
     ) -> Any:
         # Megatron converts split sizes to NumPy only from a GPU; on a CPU they are tensors.
-        sizes = [s.tolist() if hasattr(s, "tolist") else s for s in (output_split_sizes, input_split_sizes)]
+        sizes = as_list(output_split_sizes), as_list(input_split_sizes)
         return all_to_all_single(output, input, *sizes, group=group, async_op=async_op)
 
     def all_gather_uneven(tensor_list: Any, tensor: Any, group: Any = None, async_op: bool = False) -> Any:
