@@ -2,7 +2,7 @@
 """The command of ``make test-gpu``: stages with time limits, a table of results, and one exit status.
 
     python -m tests.gpu                  one GPU, at most eleven minutes
-    python -m tests.gpu --gpus 8         also NCCL, hangs, vLLM and Transformer Engine on eight
+    python -m tests.gpu --gpus 8         also NCCL, hangs and vLLM on eight
     python -m tests.gpu --device cpu     the same stages as far as a CPU can run them
 
 A stage that fails or hangs does not stop the next one.  The command ends with 1 where a check failed.  At the end of

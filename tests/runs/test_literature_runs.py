@@ -171,8 +171,6 @@ def test_forward_kl_is_added_for_some_tokens_of_the_same_responses(ranks, data, 
 @combinations(
     recipe=RECIPES,
     layout=list(LAYOUTS),
-    quick={"recipe": ["scope"], "layout": ["DP2"]},
-    strength=1,
     valid=lambda recipe, layout: layout == LAYOUT_OF[recipe] or (layout == "DP2" and recipe in REPLICATED),
 )
 def test_the_terms_of_a_recipe_are_equal_in_every_layout(ranks, data, start, run_of, tmp_path, recipe, layout):

@@ -83,7 +83,7 @@ LAYOUTS = {"DP2": [], "PP2": ["parallel.pipeline_model_parallel_size=2"]}
 
 
 @pytest.mark.full
-@combinations(layout=LAYOUTS, quick={"layout": ["PP2"]}, strength=1)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_the_share_of_loops_is_that_of_the_recorded_responses(ranks, data, tmp_path, layout):
     """Random weights at a low temperature repeat themselves, some of them for long enough."""
     responses = tmp_path / "responses.jsonl"
