@@ -20,6 +20,7 @@ from typing import Any, TypeGuard
 import psutil
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
@@ -265,30 +266,18 @@ class CachedAttention:
         return adjust
 
 
-_FEW_TOKENS = range(8, 33)
-"""Numbers of tokens: on a CPU, most of their products take 0.75 to 0.95 of the time with the weight as first factor."""
-_WEIGHT_ROWS = 1024
-"""The rows of a block of a weight: on a CPU, products of few tokens with 49,152 rows take 0.8 of the time in blocks."""
-
-
 def _product(
     linear: Any, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return what ``linear(input_)``, which is not cut, returns without a gradient: the product and a skipped bias."""
+    """Return what ``linear(input_)``, which is not cut, returns without a gradient: the product and a skipped bias.
+
+    On a CPU, the float32 products of oneDNN take 0.6 to 0.95 of the time of those that PyTorch itself would choose.
+    """
     weight = linear.weight if weight is None else weight
-    rows, width = input_.flatten(0, -2), weight.size(0)
-    if width > 4 * _WEIGHT_ROWS and weight.device.type == "cpu":
-        products = rows.new_empty(rows.size(0), width)
-        for columns, block in zip(products.split(_WEIGHT_ROWS, 1), weight.split(_WEIGHT_ROWS), strict=True):
-            torch.mm(rows, block.t(), out=columns)
-    elif rows.size(0) in _FEW_TOKENS and weight.device.type == "cpu":
-        products = torch.mm(weight, rows.t()).t()
-    else:
-        products = torch.mm(rows, weight.t())
-    output = products.view(*input_.shape[:-1], width)
-    if linear.bias is None or linear.skip_bias_add:
-        return output, linear.bias
-    return output + linear.bias, None
+    bias, skipped = (None, linear.bias) if linear.skip_bias_add else (linear.bias, None)
+    if weight.device.type == "cpu" and weight.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.mkldnn._linear_pointwise(input_, weight, bias, "none", [], ""), skipped
+    return F.linear(input_, weight, bias), skipped
 
 
 def _is_ragged(cache: StaticInferenceContext | None) -> TypeGuard[RaggedCache]:

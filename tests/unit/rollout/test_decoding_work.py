@@ -17,19 +17,14 @@ from models import build, model_config, parallel
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_selfdistill.rollout.megatron.decoding import (
-    _FEW_TOKENS,
-    _WEIGHT_ROWS,
-    DecodingModel,
-    _product,
-)
+from megatron_selfdistill.rollout.megatron.decoding import DecodingModel, _product
 from megatron_selfdistill.rollout.megatron.megatron_sampler import _MOST_PADDING, like_lengths
 
 LAYERS = 3
 
 
 class Work(TorchDispatchMode):
-    """The tables of the rotary embedding, and the tokens that its rotations turn, in each pass of this context."""
+    """The operations of each pass of this context that a test counts, and the tokens that rotations turn."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,7 +32,7 @@ class Work(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in ("cos", "roll") and self.passes:
+        if name in ("cos", "roll", "_linear_pointwise", "mm", "addmm") and self.passes:
             self.passes[-1][name] += 1
             if name == "roll":
                 self.passes[-1]["turned"] += args[0].shape[0] * args[0].shape[1]
@@ -70,34 +65,36 @@ def found(ranks, request) -> tuple[bool, list[Counter[str]], list[int]]:
     return request.param, passes, tokens_read
 
 
-def products_of(bias: dict[str, bool], num_rows: int) -> list[tuple[Tensor, Tensor, float]]:
+def products_of(bias: dict[str, bool], onednn: bool) -> tuple[list[tuple[Tensor, Tensor, float]], Counter[str]]:
     """Return the outputs of the linear layers of a model, as Megatron and as a pass that decodes compute them.
 
     The third value bounds their difference: two sums of K products in any order, and a bias, differ by at most
-    2 K roundings of the sum of the absolute values.
+    2 K roundings of the sum of the absolute values.  The counter has the operations of the pass that decodes.
     """
-    [model], _ = build(
-        model_config("gqa", vocab_size=5001, share_embeddings_and_output_weights=False, **bias), parallel()
-    )
-    found = []
-    for linear in model.modules():
-        if isinstance(linear, ColumnParallelLinear | RowParallelLinear):
-            linear.requires_grad_(len(found) % 4 < 2)
-            x = torch.randn(3, num_rows, linear.weight.size(1))
-            with torch.no_grad():
-                pairs = zip(linear(x), _product(linear, x), strict=True)
-                terms = (x.abs() @ linear.weight.abs().t()).max().item() + 1  # a bias is below 1
-                bound = 2 * linear.weight.size(1) * 2**-24 * terms
-                found += [(theirs, ours, bound) for theirs, ours in pairs if theirs is not None]
-    return found
+    [model], _ = build(model_config("gqa", share_embeddings_and_output_weights=False, **bias), parallel())
+    found, work = [], Work()
+    work.passes.append(Counter())
+    linears = [module for module in model.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
+        for linear in linears:
+            x = torch.randn(3, 5, linear.weight.size(1))
+            terms = (x.abs() @ linear.weight.abs().t()).max().item() + 1  # a bias is below 1
+            bound = 2 * linear.weight.size(1) * 2**-24 * terms
+            with work:
+                ours = _product(linear, x)
+            pairs = zip(linear(x), ours, strict=True)
+            found += [(theirs, ours, bound) for theirs, ours in pairs if theirs is not None]
+    return found, work.passes[0]
 
 
-@pytest.mark.parametrize("num_rows", [2, 5])
+@pytest.mark.parametrize("onednn", [True, False], ids=["oneDNN", "PyTorch"])
 @pytest.mark.parametrize("bias", [{}, {"add_bias_linear": True}, {"add_qkv_bias": True}])
-def test_a_pass_multiplies_as_the_linear_layers_do_with_and_without_biases_and_blocks(ranks, bias, num_rows):
-    [pairs] = ranks.run(products_of, bias, num_rows, world_size=1)
-    assert (3 * num_rows in _FEW_TOKENS) == (num_rows == 5)
-    assert {theirs.size(-1) > 4 * _WEIGHT_ROWS for theirs, _, _ in pairs} == {False, True}
+def test_a_pass_multiplies_as_the_linear_layers_do_with_and_without_biases(ranks, bias, onednn):
+    if onednn and not torch.backends.mkldnn.is_available():
+        pytest.skip("this PyTorch has no oneDNN")
+    [(pairs, operations)] = ranks.run(products_of, bias, onednn, world_size=1)
+    assert set(operations) <= ({"_linear_pointwise"} if onednn else {"mm", "addmm"}) and operations
     for theirs, ours, bound in pairs:
         assert bound < 1e-3
         torch.testing.assert_close(ours, theirs, rtol=0, atol=bound)
