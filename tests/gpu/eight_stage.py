@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ import tiny_run
 
 from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
 from tests.gpu.colocated_stage import agreement
+from tests.gpu.launch import launched
 from tests.gpu.results import held
 from tests.gpu.runner import REPOSITORY
 
@@ -45,26 +45,6 @@ def main(what: str, python: str | None) -> int:
         }[what]
         sound = [held(name, check) for name, check in checks.items()]
     return 0 if all(sound) else 1
-
-
-def launched(
-    script: list[str], num_ranks: int, environment: dict[str, str] | None = None
-) -> subprocess.CompletedProcess:
-    """Run torchrun on this node; keep its output, and print it where it ends with another status than 0."""
-    paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), str(REPOSITORY / "examples")]
-    paths += filter(None, [os.environ.get("PYTHONPATH")])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}", *script]
-    done = subprocess.run(
-        command,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)} | (environment or {}),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    if done.returncode:
-        print(done.stdout[-6000:], flush=True)
-    return done
 
 
 def hang(directory: Path) -> Outcome:

@@ -15,7 +15,7 @@ from pathlib import Path
 import tiny_run
 
 from megatron_selfdistill.instruments.selftest.outcome import Figure, Outcome
-from tests.gpu.eight_stage import launched
+from tests.gpu.launch import launched
 from tests.gpu.results import held
 
 

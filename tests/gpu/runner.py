@@ -83,8 +83,7 @@ def run_process(
     """
     began, lines = time.monotonic(), []
     say(f"[{stage.name}] begins; limit {limit_s:.0f} s")
-    paths = [str(REPOSITORY / "tests" / "support"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    inherited = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    inherited = os.environ | {"PYTHONUNBUFFERED": "1", "PYTHONPATH": import_paths()}
     process = subprocess.Popen(
         stage.command,
         cwd=REPOSITORY,
@@ -116,6 +115,12 @@ def run_process(
         kill(process)
     reader.join(5.0)
     return why, lines
+
+
+def import_paths(*others: Path) -> str:
+    """Return PYTHONPATH with the repository, the modules of its tests and ``others`` before the caller's paths."""
+    paths = [REPOSITORY / "tests" / "support", REPOSITORY, *others, os.environ.get("PYTHONPATH", "")]
+    return os.pathsep.join(str(path) for path in paths if path != "")
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -10,7 +10,7 @@ import subprocess
 import fused_layer
 import pytest
 
-from tests.gpu import cases, colocated_stage, eight_stage, fused_stage, layout_stage, speed_stage, stages
+from tests.gpu import cases, colocated_stage, fused_stage, launch, layout_stage, speed_stage, stages
 
 
 @pytest.mark.parametrize("mode", ["keep_gradient", "low_memory"])
@@ -38,8 +38,8 @@ def test_a_launched_run_sees_the_packages_of_pythonpath(monkeypatch):
         return subprocess.CompletedProcess(command, 0, "")
 
     monkeypatch.setenv("PYTHONPATH", "/packages")
-    monkeypatch.setattr(eight_stage.subprocess, "run", completed)
-    eight_stage.launched(["script.py"], 1)
+    monkeypatch.setattr(launch.subprocess, "run", completed)
+    launch.launched(["script.py"], 1)
     assert seen["PYTHONPATH"].split(os.pathsep)[-1] == "/packages"
 
 
