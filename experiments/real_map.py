@@ -61,7 +61,7 @@ BEFORE = "before"
 ANCHORED = ("target=capped", "target.anchor=reference")
 WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
-FORWARD = "loss.divergence=forward_kl"
+FORWARD, JSD = "loss.divergence=forward_kl", "loss.divergence=jsd"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1", "data.solutions=given")
@@ -73,14 +73,21 @@ ARMS: dict[str, tuple[str, ...]] = {
     "default": ANCHORED,
     "anchored_w2": (*ANCHORED, "target.teacher_weight=2"),
     "anchored_w4": (*ANCHORED, "target.teacher_weight=4"),
+    "anchored_forward": (*ANCHORED, FORWARD),
+    "anchored_jsd": (*ANCHORED, JSD),
+    "anchored_guided": (*ANCHORED, *GUIDED),
     "anchored_forward_w2": (*ANCHORED, FORWARD, "target.teacher_weight=2"),
     "anchored_forward_w2_guided": (*ANCHORED, FORWARD, "target.teacher_weight=2", *GUIDED),
     "student_mix": WITH_STUDENT,
+    "student_mix_w2": (*WITH_STUDENT, "target.teacher_weight=2"),
+    "student_mix_w4": (*WITH_STUDENT, "target.teacher_weight=4"),
     "student_mix_forward": (*WITH_STUDENT, FORWARD),
-    "student_mix_jsd": (*WITH_STUDENT, "loss.divergence=jsd"),
+    "student_mix_jsd": (*WITH_STUDENT, JSD),
+    "student_mix_guided": (*WITH_STUDENT, *GUIDED),
     "student_mix_lora": (*WITH_STUDENT, ADAPTERS),
     "teacher_alone": ALONE,
     "teacher_alone_forward": (*ALONE, FORWARD),
+    "teacher_alone_jsd": (*ALONE, JSD),
     "teacher_alone_forward_guided": (*ALONE, FORWARD, *GUIDED),
     "teacher_alone_forward_greedily_guided_twice": (*ALONE, FORWARD, *GREEDILY_GUIDED),
     "student_mix_other_hint": WITH_STUDENT,
@@ -268,14 +275,21 @@ LABELS = {
     "default": "anchored, w = .75, reverse KL (the default)",
     "anchored_w2": "anchored, w = 2, reverse KL",
     "anchored_w4": "anchored, w = 4, reverse KL",
+    "anchored_forward": "anchored, w = .75, forward KL",
+    "anchored_jsd": "anchored, w = .75, JSD",
+    "anchored_guided": "anchored, w = .75, reverse KL, guided rollouts",
     "anchored_forward_w2": "anchored, w = 2, forward KL",
     "anchored_forward_w2_guided": "anchored, w = 2, forward KL, guided rollouts",
     "student_mix": "mix with the student, w = .75, reverse KL",
+    "student_mix_w2": "mix with the student, w = 2, reverse KL",
+    "student_mix_w4": "mix with the student, w = 4, reverse KL",
     "student_mix_forward": "mix with the student, w = .75, forward KL",
     "student_mix_jsd": "mix with the student, w = .75, JSD",
+    "student_mix_guided": "mix with the student, w = .75, reverse KL, guided rollouts",
     "student_mix_lora": "mix with the student, adapters of rank 16",
     "teacher_alone": "teacher alone, reverse KL",
     "teacher_alone_forward": "teacher alone, forward KL",
+    "teacher_alone_jsd": "teacher alone, JSD",
     "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
     "teacher_alone_forward_greedily_guided_twice": "teacher alone, forward KL, greedy guided rollouts, 60 steps",
     "student_mix_other_hint": "control: mix with the student, another hint",
