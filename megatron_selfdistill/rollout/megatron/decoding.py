@@ -271,7 +271,7 @@ def _product(
 ) -> tuple[Tensor, Tensor | None]:
     """Return what ``linear(input_)``, which is not cut, returns without a gradient: the product and a skipped bias.
 
-    On a CPU, the float32 products of oneDNN take 0.6 to 0.95 of the time of those that PyTorch itself would choose.
+    On a CPU, float32 products are those of oneDNN: PyTorch itself would choose slower ones of MKL (docs/benchmarks.md).
     """
     weight = linear.weight if weight is None else weight
     bias, skipped = (None, linear.bias) if linear.skip_bias_add else (linear.bias, None)
