@@ -61,6 +61,7 @@ BEFORE = "before"
 ANCHORED = ("target=capped", "target.anchor=reference")
 WITH_STUDENT = ("target=capped", "target.anchor=student")
 ALONE = ("target=teacher_alone",)
+W2, W4 = "target.teacher_weight=2", "target.teacher_weight=4"
 FORWARD, JSD = "loss.divergence=forward_kl", "loss.divergence=jsd"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
@@ -71,16 +72,16 @@ ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
 ARMS: dict[str, tuple[str, ...]] = {
     BEFORE: (),
     "default": ANCHORED,
-    "anchored_w2": (*ANCHORED, "target.teacher_weight=2"),
-    "anchored_w4": (*ANCHORED, "target.teacher_weight=4"),
+    "anchored_w2": (*ANCHORED, W2),
+    "anchored_w4": (*ANCHORED, W4),
     "anchored_forward": (*ANCHORED, FORWARD),
     "anchored_jsd": (*ANCHORED, JSD),
     "anchored_guided": (*ANCHORED, *GUIDED),
-    "anchored_forward_w2": (*ANCHORED, FORWARD, "target.teacher_weight=2"),
-    "anchored_forward_w2_guided": (*ANCHORED, FORWARD, "target.teacher_weight=2", *GUIDED),
+    "anchored_forward_w2": (*ANCHORED, FORWARD, W2),
+    "anchored_forward_w2_guided": (*ANCHORED, FORWARD, W2, *GUIDED),
     "student_mix": WITH_STUDENT,
-    "student_mix_w2": (*WITH_STUDENT, "target.teacher_weight=2"),
-    "student_mix_w4": (*WITH_STUDENT, "target.teacher_weight=4"),
+    "student_mix_w2": (*WITH_STUDENT, W2),
+    "student_mix_w4": (*WITH_STUDENT, W4),
     "student_mix_forward": (*WITH_STUDENT, FORWARD),
     "student_mix_jsd": (*WITH_STUDENT, JSD),
     "student_mix_guided": (*WITH_STUDENT, *GUIDED),

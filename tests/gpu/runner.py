@@ -120,7 +120,7 @@ def run_process(
 def import_paths(*others: Path) -> str:
     """Return PYTHONPATH with the repository, the modules of its tests and ``others`` before the caller's paths."""
     paths = [REPOSITORY / "tests" / "support", REPOSITORY, *others, os.environ.get("PYTHONPATH", "")]
-    return os.pathsep.join(str(path) for path in paths if path != "")
+    return os.pathsep.join(filter(None, map(str, paths)))
 
 
 def kill(process: subprocess.Popen[str]) -> None:

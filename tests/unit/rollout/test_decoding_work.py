@@ -77,7 +77,8 @@ def products_of(bias: dict[str, bool], onednn: bool) -> tuple[list[tuple[Tensor,
     linears = [module for module in model.modules() if isinstance(module, ColumnParallelLinear | RowParallelLinear)]
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
-        for linear in linears:
+        for at, linear in enumerate(linears):
+            linear.requires_grad_(at % 2 == 0)
             x = torch.randn(3, 5, linear.weight.size(1))
             terms = (x.abs() @ linear.weight.abs().t()).max().item() + 1  # a bias is below 1
             bound = 2 * linear.weight.size(1) * 2**-24 * terms
@@ -106,6 +107,13 @@ def test_a_pass_turns_the_queries_and_keys_of_its_own_tokens_with_one_table(foun
     assert [one["cos"] for one in passes] == [1] * len(passes)
     assert [one["roll"] for one in passes] == [2 * LAYERS] * len(passes)
     assert [one["turned"] for one in passes] == [2 * LAYERS * number for number in tokens_read]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
+def test_every_product_of_a_pass_with_a_weight_is_one_of_onednn(found):
+    _, passes, _ = found
+    assert [one["_linear_pointwise"] for one in passes] == [4 * LAYERS + 1] * len(passes)
+    assert not any(one["mm"] or one["addmm"] for one in passes)
 
 
 def test_each_pass_behind_the_prompts_gives_a_token_of_every_response(found):
