@@ -65,7 +65,7 @@ W2, W4 = "target.teacher_weight=2", "target.teacher_weight=4"
 FORWARD, JSD = "loss.divergence=forward_kl", "loss.divergence=jsd"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
-REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1", "data.solutions=given")
+REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
 """Adapters train at ten times the learning rate of a cell."""

@@ -145,12 +145,12 @@ class RunData:
         fields: dict[str, str | None] = {**data.fields}
         hint, only_replies = config.needs.hint, config.environment.exists and not config.has_teacher
         # A function of the user may read the solutions; an environment needs none where no teacher sees any.
-        shows_solutions = data.solutions in ("given", "other")
-        if not shows_solutions or hint not in (GIVEN, FUNCTION) or only_replies:
+        of_data = data.solutions in ("given", "other")
+        if not of_data or hint not in (GIVEN, FUNCTION) or only_replies:
             fields["solution"] = None
-        needs_solutions = shows_solutions and hint == GIVEN and not only_replies
-        problems = load_problems(_record_source(config, fields), require_solution=needs_solutions)
-        shown = with_solutions_from(data.solutions, problems.problems, config.seed)
+        required = of_data and hint == GIVEN and config.reads_solutions
+        problems = load_problems(_record_source(config, fields), require_solution=required)
+        shown = with_solutions_from(data.solutions, problems.problems, config.seed, required=config.reads_solutions)
         problems = replace(problems, problems=shown)
         _refuse_shares_in_streams(config, shown)
         max_length = longest_context(config)
@@ -162,7 +162,7 @@ class RunData:
             builder=builder,
             problems=problems,
             counts=counts,
-            evaluation=_evaluation_problems(config, fields, builder),
+            evaluation=_evaluation_problems(config, fields, builder, require_solution=required),
             vocab_size=_vocab_size(config, tokenizer),
             max_length=max_length,
             stop_token_ids=_stop_tokens(config, tokenizer),

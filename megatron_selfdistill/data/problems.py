@@ -132,16 +132,17 @@ def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet
     return ProblemSet(problems, len(skipped), skipped)
 
 
-def with_solutions_from(source: str, problems: Sequence[Problem], seed: int) -> list[Problem]:
+def with_solutions_from(source: str, problems: Sequence[Problem], seed: int, *, required: bool = True) -> list[Problem]:
     """Return the problems with the texts that ``data.solutions`` shows to the teacher.
 
     given: the solutions.  answer: the answers.  none: empty texts.  other: each problem has the solution of another
     one with another text: the next such one in an order that is shuffled by ``seed`` and begins anew after its end.
+    ``required``: whether each problem must have an answer; otherwise its text is empty where it has none.
 
-    Raises: `ConfigError` for a problem without an answer, and if all solutions are one text.
+    Raises: `ConfigError` for a problem without a required answer, and if all solutions are one text.
     """
     if source == "answer":
-        return [replace(problem, solution=_answer_of(problem)) for problem in problems]
+        return [replace(it, solution=_answer_of(it) if required else it.answer or "") for it in problems]
     if source == "none":
         return [replace(problem, solution="") for problem in problems]
     if source == "other":

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from megatron_selfdistill.config import Config, from_mapping
+from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import plan_contexts
 from megatron_selfdistill.data.tokenizer import load_tokenizer
@@ -319,6 +319,23 @@ def test_the_controls_show_the_solution_of_another_problem_or_none(directory):
     assert "on average 0 of the solution, which data.solutions=none leaves out" in none.about_prompts
     assert none.builder.teacher_prompt(none.problems.problems[0]) == none.tokenizer.encode("0-0=|")
     assert other.problems.fingerprint != none.problems.fingerprint
+
+
+@pytest.mark.parametrize(
+    "method", [["recipe=grpo"], ["recipe=rft"], ["recipe=opsa"], ["method.name=grpo", "rollout.num_samples=2"]]
+)
+def test_a_method_that_shows_no_solution_needs_neither_solutions_nor_answers(directory, tmp_path, method):
+    write(tmp_path / "asked.jsonl", [{"problem": "1-0="}, {"problem": "2-0=", "answer": "2"}])
+    with_file = (
+        *("run_dir=unused", f"data.path={tmp_path}/asked.jsonl", f"evaluation.path={tmp_path}/asked.jsonl"),
+        *(f"data.tokenizer={directory}/tokenizer", f"data.chat_template='{PLAIN}'"),
+        *("data.teacher_template='{problem}{solution}|'", "data.max_length=40", "rollout.max_new_tokens=10"),
+    )
+    found = RunData.load(load([*method, *with_file]))
+    assert [len(found.problems.problems), len(found.evaluation)] == [2, 2]
+    assert [it.answer for it in found.problems.problems] == [None, "2"]
+    assert "field 'solution': expected a non-empty string" in sentence_of(load(list(with_file)))
+    assert "expected an answer" in sentence_of(load([*with_file, "data.solutions=answer"]))
 
 
 @pytest.mark.parametrize("solutions", ["other", "none", "answer"])

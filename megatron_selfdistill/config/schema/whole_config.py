@@ -270,6 +270,11 @@ class Config:
         return self.needs.teacher_prompt is not None
 
     @property
+    def reads_solutions(self) -> bool:
+        """Whether the method shows or trains on solutions; others learn from rewards or from samples alone."""
+        return self.needs.teacher_prompt == HINTED or self.needs.samples != STUDENT or self.needs.hint != GIVEN
+
+    @property
     def logged(self) -> bool:
         """Whether the responses are the replies of a log, so that no response is sampled."""
         return self.data.kind == "conversations" and self.conversations.responses == "logged"
