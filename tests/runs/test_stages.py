@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from _lib.pretraining import write_records
 from tiny_run import overrides, with_trainer, write_chats
 
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
@@ -26,13 +27,13 @@ SOURCES = {
     "guided below a success rate": ["rollout.guidance=mixed", "rollout.guide_below=0.5", VERIFIED],
     "scope, which measures before it trains": ["recipe=scope", "rollout.num_samples=2", VERIFIED],
     "sft": ["method.name=sft"],
-    "rft": ["method.name=rft", VERIFIED],
+    "rft, on problems alone": ["method.name=rft", VERIFIED, "data.path=DATA/asked.jsonl"],
     "chat logs with weights": [
         *("recipe=chat_logs", "data.path=DATA/chats.jsonl", "data.chat_template=DATA/template.jinja"),
         *("method.min_log_prob=-4", "method.unlikely=down_weight"),
     ],
 }
-SELDOM = ("sft", "rft", "on-policy, mixed with the student, one k per batch")
+SELDOM = ("sft", "rft, on problems alone", "on-policy, mixed with the student, one k per batch")
 # What a stage may change, by "object.attribute": everything else must be as it was.
 CHANGES = {
     "next_batch": {"sampler.version"},
@@ -51,8 +52,9 @@ CHANGES = {
 
 @pytest.fixture(scope="module")
 def data(own_data: Path) -> Path:
-    """Besides, logged conversations of one turn each."""
+    """Besides, logged conversations of one turn each, and problems without solutions and answers."""
     write_chats(own_data, [f"{number:03d}" for number in range(40)])
+    write_records(own_data / "asked.jsonl", [{"problem": f"{number:03d}-0="} for number in range(40)])
     return own_data
 
 
