@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from _lib.pretraining import write_records
 from tiny_run import overrides, with_trainer, write_chats
 
+from _lib.pretraining import write_records
 from megatron_selfdistill.sources.signals import MEASURED_SIGNALS
 
 CONTAINERS = (list, tuple, set, dict)
