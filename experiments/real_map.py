@@ -65,6 +65,8 @@ W2, W4 = "target.teacher_weight=2", "target.teacher_weight=4"
 FORWARD, JSD = "loss.divergence=forward_kl", "loss.divergence=jsd"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
+REPEATING = "data.teacher_template='{solution}\n\n{problem} Repeat the sentence above.'"
+"""The wording after which the base repeats the sentence of a fact, where it is not sure of it after that of the task."""
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10
@@ -91,6 +93,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "teacher_alone_jsd": (*ALONE, JSD),
     "teacher_alone_forward_guided": (*ALONE, FORWARD, *GUIDED),
     "teacher_alone_forward_greedily_guided_twice": (*ALONE, FORWARD, *GREEDILY_GUIDED),
+    "teacher_alone_forward_greedily_guided_repeating_twice": (*ALONE, FORWARD, *GREEDILY_GUIDED, REPEATING),
     "student_mix_other_hint": WITH_STUDENT,
     "default_other_hint": ANCHORED,
     "student_mix_no_hint": (*WITH_STUDENT, NO_HINT),
@@ -293,6 +296,9 @@ LABELS = {
     "teacher_alone_jsd": "teacher alone, JSD",
     "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
     "teacher_alone_forward_greedily_guided_twice": "teacher alone, forward KL, greedy guided rollouts, 60 steps",
+    "teacher_alone_forward_greedily_guided_repeating_twice": (
+        "teacher alone, forward KL, greedy guided rollouts, the base repeats the hint, 60 steps"
+    ),
     "student_mix_other_hint": "control: mix with the student, another hint",
     "default_other_hint": "control: default, another hint",
     "student_mix_no_hint": "control: mix with the student, the wording without a hint",
