@@ -87,6 +87,8 @@ GUIDED_CONTROLS = CONTROLS | {
     for name, overrides in CONTROLS.items()
 }
 """The controls, and the same with guided rollouts, w = 2 and forward KL."""
+GUIDED_CONTROLS["teacher_alone_forward_guided"] = (*SIX["teacher_alone"], FORWARD, GUIDED)
+"""What guided rollouts teach without any anchor."""
 WEIGHTS = (0.25, 0.75, 2)
 SWEEP = {
     f"{rule}_w{weight}_{mark}": (*SIX[f"anchored_{rule}"], f"target.teacher_weight={weight}")

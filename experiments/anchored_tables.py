@@ -42,6 +42,7 @@ NAMES = {
     "anchored_matched_forward_guided": "anchored, matched, forward KL, guided rollouts",
     "anchored_matched_forward_w2_guided": "anchored, matched, forward KL, w = 2, guided rollouts",
     "anchored_matched_per_problem": "anchored, matched; unsolved problems: forward KL, w = 2, guided rollouts",
+    "teacher_alone_forward_guided": "teacher alone, forward KL, guided rollouts",
     "anchored_matched_w025": "anchored, matched, w = .25",
     "anchored_matched_refreshed": "matched, refreshed every 100 steps",
     "anchored_fixed_refreshed": "k = 1 + w, refreshed every 100 steps",
