@@ -81,7 +81,7 @@ ARMS: dict[str, tuple[str, ...]] = {
     "anchored_guided": (*ANCHORED, *GUIDED),
     "anchored_forward_w2": (*ANCHORED, FORWARD, W2),
     "anchored_forward_w2_guided": (*ANCHORED, FORWARD, W2, *GUIDED),
-    "anchored_forward_w2_greedily_guided_repeating_twice": (*ANCHORED, FORWARD, W2, *GREEDILY_GUIDED, REPEATING),
+    "anchored_forward_w2_greedily_guided_repeating": (*ANCHORED, FORWARD, W2, *GREEDILY_GUIDED, REPEATING),
     "student_mix": WITH_STUDENT,
     "student_mix_w2": (*WITH_STUDENT, W2),
     "student_mix_w4": (*WITH_STUDENT, W4),
@@ -285,8 +285,8 @@ LABELS = {
     "anchored_guided": "anchored, w = .75, reverse KL, guided rollouts",
     "anchored_forward_w2": "anchored, w = 2, forward KL",
     "anchored_forward_w2_guided": "anchored, w = 2, forward KL, guided rollouts",
-    "anchored_forward_w2_greedily_guided_repeating_twice": (
-        "anchored, w = 2, forward KL, greedy guided rollouts, the base repeats the hint, 60 steps"
+    "anchored_forward_w2_greedily_guided_repeating": (
+        "anchored, w = 2, forward KL, greedy guided rollouts, the base repeats the hint"
     ),
     "student_mix": "mix with the student, w = .75, reverse KL",
     "student_mix_w2": "mix with the student, w = 2, reverse KL",
