@@ -236,6 +236,7 @@ def test_the_recommended_target_follows_from_the_hints_and_both_accuracies(num_h
     sampled = ["rollout.temperature=0.7", "rollout.top_k=40", "rollout.top_p=0.9"]
     configuration.load(["data.path=problems.jsonl", *sampled, *found.overrides])  # the settings fit together
     assert str(found).startswith(f"recommended: {' '.join(found.overrides) or 'the default target'}, since ")
+    assert ("try another data.teacher_template" in str(found)) == (hinted < 0.2)
 
 
 def test_one_problem_has_one_hint_which_says_nothing_about_the_hints():
