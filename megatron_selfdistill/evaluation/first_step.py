@@ -125,7 +125,8 @@ def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accur
         )
     accuracies = f"{accuracy:.2f} of the samples without the hint are right, and {hinted_accuracy:.2f} with it"
     if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
-        return Recommended(GUIDED, f"{accuracies}: the default anchor would hold the answers back")
+        reason = "the default anchor would hold the answers back; for facts, which the reference never proposes, take "
+        return Recommended(GUIDED, f"{accuracies}: {reason}target=teacher_alone in place of target.teacher_weight")
     seldom = "; a teacher that seldom follows its hint teaches little: try another data.teacher_template"
     unheeded = seldom if hinted_accuracy < SOLVED_BY_HINT else ""
     return Recommended((), f"there are {num_hints} different hints, and {accuracies}{unheeded}")
