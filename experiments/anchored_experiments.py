@@ -82,13 +82,15 @@ GUIDED_AND_ANCHORED = {
 }
 """Guided rollouts from the anchored target; the last arm has reverse KL and w = 0.75, and for problems that the student
 rarely solves forward KL, w = 2 and guided rollouts."""
-GUIDED_CONTROLS = CONTROLS | {
-    f"guided_{name}": (*GUIDED_AND_ANCHORED["anchored_matched_forward_w2_guided"], overrides[-1])
-    for name, overrides in CONTROLS.items()
+GUIDED_CONTROLS = {
+    **CONTROLS,
+    **{
+        f"guided_{name}": (*GUIDED_AND_ANCHORED["anchored_matched_forward_w2_guided"], overrides[-1])
+        for name, overrides in CONTROLS.items()
+    },
+    "teacher_alone_forward_guided": (*SIX["teacher_alone"], FORWARD, GUIDED),
 }
-"""The controls, and the same with guided rollouts, w = 2 and forward KL."""
-GUIDED_CONTROLS["teacher_alone_forward_guided"] = (*SIX["teacher_alone"], FORWARD, GUIDED)
-"""What guided rollouts teach without any anchor."""
+"""The controls, the same with guided rollouts, w = 2 and forward KL, and guided rollouts without any anchor."""
 WEIGHTS = (0.25, 0.75, 2)
 SWEEP = {
     f"{rule}_w{weight}_{mark}": (*SIX[f"anchored_{rule}"], f"target.teacher_weight={weight}")

@@ -11,29 +11,20 @@ which this token is the likeliest one.  Takes two minutes of one core.
 from __future__ import annotations
 
 import argparse
-import importlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from cell_lines import REPOSITORY
 from page_tables import short
-
-sys.path[:0] = [str(REPOSITORY / "examples")]
-
-from _lib.command_line import prepare_process  # noqa: E402
-from _lib.real_tasks import TASKS  # noqa: E402
+from real_map import REPEATED, TASKS, example, prepare_process
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it, so that --help answers at once
     from torch import Tensor
 
 FACTS = TASKS["facts"]
-WORDINGS = {
-    "that of the task": FACTS.teacher_template,
-    "the base repeats the hint": "{solution}\n\n{problem} Repeat the sentence above.",
-}
+WORDINGS = {"that of the task": FACTS.teacher_template, "the base repeats the hint": REPEATED}
 WEIGHTS = (0.75, 2, 4)
 
 
@@ -48,14 +39,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     hf = options.directory / "hf"
-    importlib.import_module("12_real_model").make_hugging_face(hf)
+    example.make_hugging_face(hf)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(hf), AutoTokenizer.from_pretrained(hf)
     print(f"| wording | base | teacher | {' | '.join(f'anchored, w = {weight:g}' for weight in WEIGHTS)} |")
     print(f"|{'---|' * (3 + len(WEIGHTS))}")
-    for name, wording in WORDINGS.items():
-        cells = zip(*(first_tokens(model, tokenizer, fact, wording) for fact in facts()), strict=True)
+    of_facts = [first_tokens(model, tokenizer, fact) for fact in facts()]
+    for name, of_wording in zip(WORDINGS, zip(*of_facts, strict=True), strict=True):
         shown = [
-            f"{short(mean(p for p, _ in cell))}, first of {short(mean(best for _, best in cell))}" for cell in cells
+            f"{short(mean(p for p, _ in cell))}, first of {short(mean(best for _, best in cell))}"
+            for cell in zip(*of_wording, strict=True)
         ]
         print(f"| {name} | {' | '.join(shown)} |")
     return 0
@@ -66,18 +58,23 @@ def facts() -> list[dict[str, Any]]:
     return list({record["solution"]: record for record in FACTS.problems("train")}.values())
 
 
-def first_tokens(model: Any, tokenizer: Any, fact: dict[str, Any], wording: str) -> list[tuple[float, bool]]:
-    """Return (probability, whether it is the likeliest token) of the name's first token.
+def first_tokens(model: Any, tokenizer: Any, fact: dict[str, Any]) -> list[list[tuple[float, bool]]]:
+    """Return (probability, whether it is the likeliest token) of the name's first token, a row for each wording.
 
-    The order is that of the columns: the base, the teacher, and the target of each weight.
+    The order of a row is that of the columns: the base, the teacher, and the target of each weight.
     """
     from megatron_selfdistill.loss.target import Target, mixed_target
 
     before = fact["solution"].removesuffix(f" {fact['answer']}.")
-    base, teacher = (next_logits(model, tokenizer, text, before) for text in (fact["problem"], wording.format(**fact)))
-    mixed = [mixed_target(base, teacher, Target(teacher_weight=weight), base).log_q.exp() for weight in WEIGHTS]
     token = tokenizer.encode(f" {fact['answer']}")[0]
-    return [(p[token].item(), p.argmax().item() == token) for p in (base.softmax(0), teacher.softmax(0), *mixed)]
+    base = next_logits(model, tokenizer, fact["problem"], before)
+    rows = []
+    for wording in WORDINGS.values():
+        teacher = next_logits(model, tokenizer, wording.format(**fact), before)
+        mixed = [mixed_target(base, teacher, Target(teacher_weight=weight), base).log_q.exp() for weight in WEIGHTS]
+        columns = (base.softmax(0), teacher.softmax(0), *mixed)
+        rows.append([(p[token].item(), p.argmax().item() == token) for p in columns])
+    return rows
 
 
 def next_logits(model: Any, tokenizer: Any, user: str, response: str) -> Tensor:

@@ -65,8 +65,9 @@ W2, W4 = "target.teacher_weight=2", "target.teacher_weight=4"
 FORWARD, JSD = "loss.divergence=forward_kl", "loss.divergence=jsd"
 GUIDED = ("rollout.guidance=mixed", "rollout.temperature=1")
 GREEDILY_GUIDED = ("rollout.guidance=mixed", "rollout.temperature=0")
-REPEATING = "data.teacher_template='{solution}\n\n{problem} Repeat the sentence above.'"
+REPEATED = "{solution}\n\n{problem} Repeat the sentence above."
 """A wording after which the base is surer of a fact than after that of the task."""
+REPEATING = f"data.teacher_template='{REPEATED}'"
 REWARDED = ("data.global_batch_size=2", "rollout.num_samples=8", "rollout.temperature=1")
 NO_HINT = "data.solutions=none"
 ADAPTERS, ADAPTERS_RATE = "adapter.rank=16", 10

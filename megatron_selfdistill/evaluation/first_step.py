@@ -127,9 +127,10 @@ def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accur
     if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
         reason = "the default anchor would hold the answers back; for facts, which the reference never proposes, take "
         return Recommended(GUIDED, f"{accuracies}: {reason}target=teacher_alone in place of target.teacher_weight")
-    seldom = "; a teacher that seldom follows its hint teaches little: try another data.teacher_template"
-    unheeded = seldom if hinted_accuracy < SOLVED_BY_HINT else ""
-    return Recommended((), f"there are {num_hints} different hints, and {accuracies}{unheeded}")
+    reason = f"there are {num_hints} different hints, and {accuracies}"
+    if hinted_accuracy < SOLVED_BY_HINT:
+        reason += "; a teacher that seldom follows its hint teaches little: try another data.teacher_template"
+    return Recommended((), reason)
 
 
 def measure_first_step(

@@ -321,11 +321,14 @@ def test_the_controls_show_the_solution_of_another_problem_or_none(directory):
     assert other.problems.fingerprint != none.problems.fingerprint
 
 
+ASKED = [{"problem": "1-0="}, {"problem": "2-0=", "answer": "2"}]
+
+
 @pytest.mark.parametrize(
     "method", [["recipe=grpo"], ["recipe=rft"], ["recipe=opsa"], ["method.name=grpo", "rollout.num_samples=2"]]
 )
 def test_a_method_that_shows_no_solution_needs_neither_solutions_nor_answers(directory, tmp_path, method):
-    write(tmp_path / "asked.jsonl", [{"problem": "1-0="}, {"problem": "2-0=", "answer": "2"}])
+    write(tmp_path / "asked.jsonl", ASKED)
     with_file = (
         *("run_dir=unused", f"data.path={tmp_path}/asked.jsonl", f"evaluation.path={tmp_path}/asked.jsonl"),
         *(f"data.tokenizer={directory}/tokenizer", f"data.chat_template='{PLAIN}'"),
@@ -334,8 +337,13 @@ def test_a_method_that_shows_no_solution_needs_neither_solutions_nor_answers(dir
     found = RunData.load(load([*method, *with_file]))
     assert [len(found.problems.problems), len(found.evaluation)] == [2, 2]
     assert [it.answer for it in found.problems.problems] == [None, "2"]
-    assert "field 'solution': expected a non-empty string" in sentence_of(load(list(with_file)))
-    assert "expected an answer" in sentence_of(load([*with_file, "data.solutions=answer"]))
+
+
+def test_the_default_method_needs_the_text_that_its_teacher_sees(directory, tmp_path):
+    write(tmp_path / "asked.jsonl", ASKED)
+    path = f"data.path={tmp_path}/asked.jsonl"
+    assert "field 'solution': expected a non-empty string" in sentence_of(config_of(directory, path))
+    assert "expected an answer" in sentence_of(config_of(directory, path, "data.solutions=answer"))
 
 
 @pytest.mark.parametrize("solutions", ["other", "none", "answer"])

@@ -237,6 +237,13 @@ def test_the_recommended_target_follows_from_the_hints_and_both_accuracies(num_h
     configuration.load(["data.path=problems.jsonl", *sampled, *found.overrides])  # the settings fit together
     assert str(found).startswith(f"recommended: {' '.join(found.overrides) or 'the default target'}, since ")
     assert ("try another data.teacher_template" in str(found)) == (hinted < 0.2)
+    assert ("target=teacher_alone in place of target.teacher_weight" in str(found)) == (found.overrides == GUIDED)
+
+
+def test_the_teacher_alone_may_take_the_place_of_the_weight_in_guided_rollouts():
+    others = [one for one in GUIDED if not one.startswith("target.teacher_weight=")]
+    assert len(others) == len(GUIDED) - 1
+    configuration.load(["data.path=problems.jsonl", *others, "target=teacher_alone"])
 
 
 def test_one_problem_has_one_hint_which_says_nothing_about_the_hints():
