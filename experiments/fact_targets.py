@@ -17,8 +17,14 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from cell_lines import REPOSITORY
 from page_tables import short
-from real_map import REPEATED, TASKS, example, prepare_process
+from real_map import REPEATED, example
+
+sys.path[:0] = [str(REPOSITORY / "examples")]
+
+from _lib.command_line import prepare_process  # noqa: E402
+from _lib.real_tasks import TASKS  # noqa: E402
 
 if TYPE_CHECKING:  # torch is imported by the functions that need it, so that --help answers at once
     from torch import Tensor
