@@ -36,6 +36,7 @@ RULES: dict[str, str] = {
                 "rollout.max_new_tokens",
             ),
             *("rollout.temperature", "rollout.top_k", "rollout.top_p", "rollout.stop_token_ids", "rollout.replay"),
+            "rollout.ids_without_token",
             *("environment.name", "environment.options", "environment.max_turns", "environment.limits"),
             *("loss.divergence", "loss.guided_divergence", "loss.jsd_lambda"),
             *("loss.rollout_correction", "loss.rollout_correction_cap", "loss.normalize", "loss.skip_first_tokens"),
@@ -94,7 +95,7 @@ RULES: dict[str, str] = {
             *("parallel", "cluster", "schedule", "metrics", "report", "guards", "stop"),
             # The weights do not depend on the padding of the vocabulary or on the longest sequence, except a learned
             # table of positions, which must fit.
-            *("model.make_vocab_size_divisible_by", "model.max_position_embeddings", "model.allow_untested_fp8"),
+            *("model.make_vocab_size_divisible_by", "model.max_position_embeddings"),
             # The fields of TransformerConfig that divide the layers and choose the kernels.
             *(
                 f"model.transformer.{name}"

@@ -50,6 +50,7 @@ MOVED: dict[tuple[str, str], str] = {
 _SENTENCES = {
     "metrics.console": "is now metrics.console_every, whose value 0 shows nothing",
     "model.rope_scaling": "is now model.rope_scaling_factor, whose value null scales nothing",
+    "model.allow_untested_fp8": "is now model.transformer.fp8, which alone chooses FP8",
     "objective": "is now method.name: sft, rft, grpo for policy_gradient, and default for self_distillation",
     "distill.rule": "is now method.name: default, scope, uni_opd, pi_distill or sod",
     "distill.teacher_prompt": "is now method.kl_weight of method.name=grpo and rlt, which sets the value same",

@@ -89,9 +89,7 @@ def transformer_config(
     except (ValueError, AssertionError, TypeError) as error:
         raise ConfigError(f"Megatron Core refuses this model: {' '.join(str(error).split())}") from error
     set_attributes(config, model)
-    refuse_untested_precision(
-        config, allow_fp8=model.allow_untested_fp8, transformer_engine=installed.transformer_engine
-    )
+    refuse_untrainable_precision(config, transformer_engine=installed.transformer_engine)
     refuse_known_faults(config)
     if model.position_embedding_type in ("rope", "yarn"):
         _check_rotary_width(config, model.rotary_percent)
@@ -422,21 +420,16 @@ def _set_latent_epsilon(config: TransformerConfig, epsilon: float) -> None:
     config.latent_layernorm_epsilon = epsilon
 
 
-def refuse_untested_precision(config: TransformerConfig, *, allow_fp8: bool, transformer_engine: bool) -> None:
-    """Raise `ConfigError` for layers in FP8 or FP4 that the user has not allowed, or that cannot be trained.
+def refuse_untrainable_precision(config: TransformerConfig, *, transformer_engine: bool) -> None:
+    """Raise `ConfigError` for layers in FP8 or FP4 that cannot be trained.
 
-    ``allow_fp8``: ``model.allow_untested_fp8``.  ``transformer_engine``: whether the layers are Transformer Engine's.
+    ``transformer_engine``: whether the layers are Transformer Engine's.
     """
     faults = [
         (
             bool(config.fp4) or config.use_kitchen,
             "fp4 and kitchen's quantisation have never been tried with self-distillation: unset model.transformer.fp4 "
             "and model.transformer.use_kitchen",
-        ),
-        (
-            bool(config.fp8) and not allow_fp8,
-            f"fp8={config.fp8} has never been tried on hardware with self-distillation: set "
-            "model.allow_untested_fp8=true to try it, or do not set model.transformer.fp8",
         ),
         (
             bool(config.fp8) and not transformer_engine,

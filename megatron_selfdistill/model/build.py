@@ -33,7 +33,7 @@ from megatron_selfdistill.model.architecture import (
     layer_spec,
     padded_vocab_size,
     refuse_known_faults,
-    refuse_untested_precision,
+    refuse_untrainable_precision,
     transformer_config,
     uses_transformer_engine,
 )
@@ -277,9 +277,7 @@ def _check_provided(chunk: Any, model: ModelConfig, grid: RankGrid) -> None:
     path = model.provider
     if not isinstance(chunk, GPTModel):
         raise ConfigError(f"model.provider={path!r} must return a megatron.core GPTModel, got {type(chunk).__name__}")
-    refuse_untested_precision(
-        chunk.config, allow_fp8=model.allow_untested_fp8, transformer_engine=uses_transformer_engine()
-    )
+    refuse_untrainable_precision(chunk.config, transformer_engine=uses_transformer_engine())
     refuse_known_faults(chunk.config)
     refuse_sinks_of_transformer_engine(chunk)
     if any(isinstance(module, MegatronGatedDeltaNet) for module in chunk.modules()):

@@ -32,7 +32,7 @@ def fp8(directory: Path) -> Outcome:
     from megatron_selfdistill.metrics import read_metrics
 
     losses = {}
-    for name, keys in {"bf16": [], "fp8": ["+model.transformer.fp8=hybrid", "model.allow_untested_fp8=true"]}.items():
+    for name, keys in {"bf16": [], "fp8": ["+model.transformer.fp8=hybrid"]}.items():
         sizes = ["model.hidden_size=256", "model.ffn_hidden_size=512", "model.num_attention_heads=4"]
         sizes += ["model.num_query_groups=2", "model.max_position_embeddings=128", "num_steps=2", *keys]
         arguments = tiny_run.overrides(directory, directory / name, *sizes)

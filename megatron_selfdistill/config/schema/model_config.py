@@ -123,8 +123,6 @@ class ModelConfig:
     """Whether biases of the experts balance the load, without an auxiliary loss."""
     moe_router_score_function: Annotated[str, OneOf(ROUTER_SCORES)] = "softmax"
     """Score of the router: softmax, or sigmoid, which expert biases need."""
-    allow_untested_fp8: bool = False
-    """Whether ``model.transformer.fp8`` may be set; this project has never run FP8 on a GPU."""
     num_passthrough_mtp_layers: Annotated[int, at_least(0), at_most(MAX_LAYERS)] = 0
     """Number of multi-token-prediction layers of the checkpoint: they are converted both ways, never built or
     trained."""

@@ -123,10 +123,7 @@ class Family:
 
 _OF_EVERY_FAMILY: dict[str, Any] = {"quantization_config": None, "is_causal": None, "per_layer_config": None}
 
-_NO_PART_OF_A_MODEL = {
-    *"provider make_vocab_size_divisible_by init_method_std transformer".split(),
-    "allow_untested_fp8",
-}
+_NO_PART_OF_A_MODEL = {*"provider make_vocab_size_divisible_by init_method_std transformer".split()}
 
 _MLA = {
     "q_lora_rank": 512,

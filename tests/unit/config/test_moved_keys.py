@@ -153,7 +153,9 @@ def old_keys() -> dict[str, Any]:
     http = ("url", "model", "api_key", "timeout_s", "retries", "concurrency")
     found |= {f"environment.{name}": STORED["defaults"]["environment"][name] for name in http}
     return (
-        found | {"objective": "self_distillation"} | {".".join(path): _at(STORED["defaults"], path) for path in OF_0_2}
+        found
+        | {"objective": "self_distillation", "model.allow_untested_fp8": False}
+        | {".".join(path): _at(STORED["defaults"], path) for path in OF_0_2}
     )
 
 

@@ -36,7 +36,7 @@ from megatron_selfdistill.pipeline.batch import Packing, pack_everywhere, token_
 from megatron_selfdistill.teacher import Teacher
 
 UNCUT = ParallelConfig()
-ALLOWED = ModelConfig(allow_untested_fp8=True)
+MODEL = ModelConfig()
 RECIPES = ("delayed", "tensorwise", "mxfp8", "blockwise")
 
 
@@ -52,10 +52,8 @@ def configured(model: ModelConfig, cuts: ParallelConfig = UNCUT, te: bool = True
 
 
 @pytest.mark.parametrize("transformer", [{"fp8": "hybrid"}, *({"fp8": "e4m3", "fp8_recipe": r} for r in RECIPES)])
-def test_fp8_is_refused_unless_asked_for_twice(transformer):
-    with pytest.raises(ConfigError, match=r"never been tried on hardware .*set model\.allow_untested_fp8=true"):
-        configured(ModelConfig(), **transformer)
-    assert configured(ALLOWED, **transformer).fp8
+def test_the_fields_of_megatron_choose_fp8(transformer):
+    assert configured(MODEL, **transformer).fp8
 
 
 @pytest.mark.parametrize(
@@ -68,7 +66,7 @@ def test_fp8_is_refused_unless_asked_for_twice(transformer):
 )
 def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transformer, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        configured(ALLOWED, te=te, **transformer)
+        configured(MODEL, te=te, **transformer)
     assert "\n" not in str(caught.value)
 
 
@@ -80,17 +78,16 @@ def provided(pre_process: bool, post_process: bool) -> Any:
     return chunk
 
 
-def refusal_of_provider(allowed: bool) -> str:
+def refusal_of_provider() -> str:
     _, grid = models.build(models.model_config(), ParallelConfig())
-    model = ModelConfig(provider=f"{__name__}.provided", allow_untested_fp8=allowed)
+    model = ModelConfig(provider=f"{__name__}.provided")
     with pytest.raises(ConfigError) as caught:
         build_chunks(model, None, grid, models.VOCAB_SIZE)
     return str(caught.value)
 
 
 def test_a_providers_fp8_is_refused_too(ranks):
-    assert "set model.allow_untested_fp8=true" in ranks.run(refusal_of_provider, False, world_size=1)[0]
-    assert "needs a GPU and Transformer Engine" in ranks.run(refusal_of_provider, True, world_size=1)[0]
+    assert "needs a GPU and Transformer Engine" in ranks.run(refusal_of_provider, world_size=1)[0]
 
 
 # -- tokens per rank -----
@@ -100,7 +97,7 @@ CUTS = [parallel(), parallel(tp=2), parallel(tp=4, sp=True), parallel(cp=2), par
 
 
 def fp8(cuts: ParallelConfig, recipe: str) -> TransformerConfig:
-    return configured(ALLOWED, cuts, fp8="hybrid", fp8_recipe=recipe)
+    return configured(MODEL, cuts, fp8="hybrid", fp8_recipe=recipe)
 
 
 @pytest.mark.parametrize(("cuts", "recipe"), itertools.product(CUTS, RECIPES))
