@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_selfdistill.config import function_named
+from megatron_selfdistill.data.thoughts import final_part
 
 Messages = Sequence[Mapping[str, Any]]
 Rule = Callable[[Messages], int | None]
@@ -89,8 +90,7 @@ def marked(messages: Messages) -> int | None:
 
 def answer_text(message: Mapping[str, Any]) -> str:
     """Return the text of a message without its reasoning; "" if it ends within the reasoning or only calls tools."""
-    text = str(message.get("content", "")).rpartition("</think>")[2].strip()
-    return "" if text.startswith("<think>") else text
+    return final_part(str(message.get("content", ""))).strip()
 
 
 def is_thanks(text: str) -> bool:

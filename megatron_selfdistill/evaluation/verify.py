@@ -3,17 +3,18 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import threading
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.records import finite_number
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import ConfigError, VerifierError
@@ -29,7 +30,9 @@ Content = TypeVar("Content")
 Verdict = TypeVar("Verdict")
 
 Verifier = Callable[[str, Problem], bool]
-"""A function ``verify(response_text, problem)`` that returns whether the response, without its stop token, is right."""
+"""A function ``verify(final_answer, problem)`` that returns whether a response is right.
+
+It reads the response without its stop token and, if it is a function of the user, without its thoughts."""
 
 Reward = Callable[[str, Problem], float]
 """A function ``reward(response_text, problem)`` that returns a finite number; a verifier is such a function, too."""
@@ -42,7 +45,10 @@ def load_verifier(name: str) -> Verifier:
 
     Raises: `ConfigError` if there is no such function.
     """
-    return function_named("evaluation.verifier", name, BUILT_IN)
+    verifier: Verifier = function_named("evaluation.verifier", name, BUILT_IN)
+    if name in BUILT_IN:
+        return verifier
+    return functools.wraps(verifier)(lambda text, problem: verifier(final_part(text), problem))
 
 
 def verdict_of(verifier: Verifier) -> Callable[[Problem, str | None], bool]:
@@ -134,8 +140,8 @@ def judged_by_all(
 def exact_match(response_text: str, problem: Problem) -> bool:
     r"""Return whether the whole response, or else its final answer, is ``problem.answer``, up to white space.
 
-    The final answer is in the text after the last ``</think>``: the content of the last ``\boxed{..}``; without a box,
-    the text after the last ``####``; without both, the last line that is not empty.
+    The final answer is in the text after the thoughts (`final_part`): the content of the last ``\boxed{..}``; without a
+    box, the text after the last ``####``; without both, the last line that is not empty.
     """
     assert problem.answer is not None
     wanted = " ".join(problem.answer.split())
@@ -145,7 +151,7 @@ def exact_match(response_text: str, problem: Problem) -> bool:
 def math_verify(response_text: str, problem: Problem) -> bool:
     """Return whether the response passes `exact_match`, or math-verify finds it equivalent to ``problem.answer``.
 
-    math-verify reads the text after the response's last ``</think>``.  It reads the answer as LaTeX, with or without
+    math-verify reads the text after the response's thoughts.  It reads the answer as LaTeX, with or without
     dollars.  Only `exact_match` compares an answer of words alone (``Paris``, ``yes``), since math-verify would read it
     as a product of its letters; the same holds for an answer that math-verify cannot read.  Each parse and each
     comparison ends after MATH_TIMEOUT_SECONDS and then counts as wrong.  A signal enforces this limit, so there is no
@@ -162,17 +168,17 @@ def math_verify(response_text: str, problem: Problem) -> bool:
     wanted = _parsed_answer(problem.answer, seconds)
     if not wanted:
         return False
-    found = parse(_after_thinking(response_text), parsing_timeout=seconds)
+    found = parse(final_part(response_text), parsing_timeout=seconds)
     return bool(verify(list(wanted), found, timeout_seconds=seconds))
 
 
 def mentions_answer(response_text: str, problem: Problem) -> bool:
-    """Return whether ``problem.answer`` occurs after the last ``</think>``, as whole words or a whole number.
+    """Return whether ``problem.answer`` occurs after the thoughts, as whole words or a whole number.
 
     White space does not count.  The result is False for a problem without an answer.
     """
     wanted = " ".join((problem.answer or "").split())
-    text = " ".join(_after_thinking(response_text).split())
+    text = " ".join(final_part(response_text).split())
     return bool(wanted) and re.search(rf"(?<!\w)(?<!\d\.){re.escape(wanted)}(?!\w)(?!\.\d)", text) is not None
 
 
@@ -192,7 +198,7 @@ def voted_answer(response_text: str, verifier: Verifier) -> str | None:
     from math_verify.utils import timeout
 
     seconds = _seconds()
-    found = parse(_after_thinking(response_text), parsing_timeout=seconds)
+    found = parse(final_part(response_text), parsing_timeout=seconds)
     if not found or isinstance(found[0], str):
         return answer
     try:
@@ -243,7 +249,7 @@ BUILT_IN: dict[str, Verifier] = {"exact_match": exact_match, "math_verify": math
 
 def final_answer(text: str) -> str:
     """Return the final answer as `exact_match` defines it; "" if there is none."""
-    text = _after_thinking(text)
+    text = final_part(text)
     boxed = _last_boxed(text)
     if boxed is not None:
         return boxed.strip()
@@ -251,10 +257,6 @@ def final_answer(text: str) -> str:
         return text.rpartition("####")[2].strip()
     lines = text.strip().splitlines()
     return lines[-1].strip() if lines else ""
-
-
-def _after_thinking(text: str) -> str:
-    return text.rpartition("</think>")[2]
 
 
 def _seconds() -> int | None:
@@ -283,7 +285,7 @@ def _last_boxed(text: str) -> str | None:
     return None
 
 
-@lru_cache(maxsize=65536)
+@functools.lru_cache(maxsize=65536)
 def _parsed_answer(answer: str, seconds: int | None) -> tuple[Any, ...]:
     from math_verify import parse
 

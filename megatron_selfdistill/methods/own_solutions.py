@@ -44,6 +44,7 @@ from megatron_selfdistill.config.schema.method_config import FOUND, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, PositiveInt
 from megatron_selfdistill.data.contexts import PromptPair
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.evaluation.verify import check_answers
 from megatron_selfdistill.methods.default import Metrics
@@ -175,7 +176,7 @@ class OwnSolutions:
     def solution_for(self, problem_id: str, response: str | None = None) -> Solution | None:
         """Return the best solution kept for a problem that is not the response itself; None if there is none.
 
-        ``response``: its text (`response_text`).  A solution with that content (`content_of`) is the same sample or its
+        ``response``: its text without thoughts.  A solution with that content (`content_of`) is the same sample or its
         twin: the teacher's prompt would show the response itself as a hint.
         """
         solutions = self.table.get(problem_id, ())
@@ -265,7 +266,7 @@ class OwnSolutionHints(OpsdRl):
         selected, _ = super().select(step, rollouts)
         given, kept = self.tools.given, []
         for rollout in selected:
-            response = response_text(rollout.response, given.builder.tokenizer)
+            response = final_part(response_text(rollout.response, given.builder.tokenizer))
             solution = self.own.solution_for(rollout.problem.id, response)
             pair = given.pair_with(rollout.problem, solution.text) if solution is not None else None
             if solution is not None and pair is not None:

@@ -56,6 +56,7 @@ from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import LATER, SAMPLED, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, PositiveFloat, PositiveInt
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater
 from megatron_selfdistill.methods.parts.settings import (
@@ -65,7 +66,6 @@ from megatron_selfdistill.methods.parts.settings import (
     require_single_turn,
 )
 from megatron_selfdistill.methods.parts.terms import group_advantage
-from megatron_selfdistill.methods.sdpo import without_thinking
 from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout
@@ -170,7 +170,7 @@ class Rlcsd(HintedLater):
 
         A hint that does not fit is left out.  A rollout that lacks either kind has no prompts.
         """
-        texts = [without_thinking(response_text(one.response, self.tools.run_data.tokenizer)) for one in rollouts]
+        texts = [final_part(response_text(one.response, self.tools.run_data.tokenizer)).strip() for one in rollouts]
         found = []
         for one, (right, wrong) in zip(rollouts, hints_of(rollouts, texts, self.settings.num_wrong), strict=True):
             kinds = [[self.tools.given.pair_with(one.problem, hint) for hint in kind] for kind in (right, wrong)]

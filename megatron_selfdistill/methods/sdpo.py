@@ -52,6 +52,7 @@ from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.method_config import FUNCTION, LATER, Needs
 from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, is_dotted
 from megatron_selfdistill.data.prompts import FEEDBACK_HEADING
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.methods.default import Metrics
@@ -176,7 +177,7 @@ class PeerHints:
         return [None if peer is None else self._text(rollouts[peer]) for peer in peers]
 
     def _text(self, rollout: Rollout) -> str:
-        return without_thinking(response_text(rollout.response, self.tokenizer))
+        return final_part(response_text(rollout.response, self.tokenizer)).strip()
 
 
 def feedback_hints(rollouts: Sequence[Rollout]) -> list[str | None]:
@@ -202,8 +203,3 @@ class PeerOrFeedbackHints:
             else:
                 sections.append(None if feedback is None else FEEDBACK_HEADING + feedback)
         return sections
-
-
-def without_thinking(text: str) -> str:
-    """Return the part of ``text`` after its last ``</think>``, without white space at its ends; else all of it."""
-    return text.rpartition("</think>")[2].strip()

@@ -59,6 +59,7 @@ from megatron_selfdistill.config.schema.ranges import NonNegativeFloat, OneOf, P
 from megatron_selfdistill.data.problems import Problem, ProblemSampler
 from megatron_selfdistill.data.prompts import filled, last_user_text
 from megatron_selfdistill.data.records import text_or_none
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_items, max_over_ranks
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.methods.default import Metrics
@@ -349,7 +350,7 @@ def skill_text(reply: str) -> str | None:
     The object is the text from the first opening brace after the thinking to the last closing brace.  Other keys are
     left out.  None stands for a reply without such an object, and for an object without any text.
     """
-    answer = reply.rpartition("</think>")[2]
+    answer = final_part(reply)
     start, end = answer.find("{"), answer.rfind("}")
     if start < 0 or end < start:
         return None

@@ -45,6 +45,7 @@ from typing import TYPE_CHECKING
 from megatron_selfdistill.config.schema.method_config import LATER, MEASURED, Needs
 from megatron_selfdistill.config.schema.ranges import Share
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.evaluation.verify import judged_in_order, judged_text, voted_answer
 from megatron_selfdistill.methods.default import Metrics
 from megatron_selfdistill.methods.parts.hints import HintedLater, chosen_with_hints
@@ -55,7 +56,6 @@ from megatron_selfdistill.methods.parts.settings import (
     require_single_turn,
 )
 from megatron_selfdistill.methods.parts.terms import uniform
-from megatron_selfdistill.methods.sdpo import without_thinking
 from megatron_selfdistill.sources.rollouts import Rollout
 from megatron_selfdistill.sources.signals import Signals, Terms
 
@@ -132,5 +132,5 @@ def pseudo_solutions(texts: Sequence[str | None], answers: Sequence[str | None],
     if not counts or counts[0] < threshold * len(answers) or counts[0] == sum(counts[1:]):
         return [None] * len(answers)
     majority = ranked[0][0]
-    solution = without_thinking(texts[answers.index(majority)] or "")
+    solution = final_part(texts[answers.index(majority)] or "").strip()
     return [None if answer == majority else solution for answer in answers]

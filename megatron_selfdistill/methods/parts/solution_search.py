@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.evaluation.verify import Verifier, check_answers, judge, judged_text
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 
@@ -51,7 +52,7 @@ class Candidate:
     """The index of the response among the samples of its problem."""
     response: Response
     text: str
-    """The response as text, as the teacher's prompt would show it."""
+    """The final answer of the response without its thoughts, as the teacher's prompt would show it."""
     correct: bool
     """The verdict of the verifier; a truncated response is wrong."""
     score: float | None = None
@@ -113,7 +114,7 @@ def solve(
         for (problem, _), response, (_, _, answering) in zip(keys, responses, texts, strict=True)
     ]
     candidates = [
-        Candidate(i, response, text, verdict)
+        Candidate(i, response, final_part(text).strip(), verdict)
         for (_, i), response, (text, _, _), verdict in zip(
             keys, responses, texts, judge(questions, verifier, grid), strict=True
         )

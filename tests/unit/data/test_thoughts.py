@@ -1,0 +1,128 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The final answer of a response is what follows the thoughts, in the format of each family."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.thoughts import FORMATS, final_part, num_thoughts, parts, readable
+from megatron_selfdistill.data.tokenizer import load_tokenizer
+from megatron_selfdistill.evaluation.verify import exact_match, judged_text, load_verifier, math_verify, mentions_answer
+from megatron_selfdistill.rollout.base import Response, response_text
+
+WRITTEN = {
+    "Qwen3, DeepSeek, GLM, Kimi-K2": "<think>\nIs it 7? No, \\boxed{7}.\n</think>\n\n42",
+    "a prompt that opened the thoughts": "Is it 7? No, \\boxed{7}.\n</think>\n\n42",
+    "Seed-OSS": "<seed:think>Is it 7?<seed:cot_budget_reflect>500</seed:cot_budget_reflect></seed:think>42",
+    "Kimi-VL": "◁think▷Is it 7?◁/think▷42",
+    "Magistral": "[THINK]Is it 7?[/THINK]42",
+    "Command A": "<|START_THINKING|>Is it 7?<|END_THINKING|><|START_RESPONSE|>42<|END_RESPONSE|>",
+    "Gemma 4": "<|channel>thought\nIs it 7?<channel|>42",
+    "gpt-oss": "<|channel|>analysis<|message|>Is it 7?<|end|><|start|>assistant<|channel|>final<|message|>42",
+    "gpt-oss with a preamble": (
+        "<|channel|>analysis<|message|>Is it 7?<|end|><|start|>assistant<|channel|>commentary<|message|>I look.<|end|>"
+        "<|start|>assistant<|channel|>final <|constrain|>json<|message|>42"
+    ),
+}
+UNFINISHED = {
+    "Qwen3": "<think>\nIs it 42",
+    "Qwen3, again": "<think>7</think><think>42",
+    "gpt-oss": "<|channel|>analysis<|message|>It is 42",
+    "gpt-oss calls a tool": "<|channel|>commentary to=functions.add <|constrain|>json<|message|>42",
+    "Seed-OSS": "<seed:think>It is 42",
+}
+MARKS = sorted(
+    {
+        *("<think>", "</think>", "<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>", "◁think▷", "◁/think▷"),
+        *("</seed:cot_budget_reflect>", "[THINK]", "[/THINK]", "<|START_THINKING|>", "<|END_THINKING|>", "<channel|>"),
+        *("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|channel>", "<|channel|>", "<|message|>", "<|end|>", "<|start|>"),
+        *("<|constrain|>", "<|return|>"),
+    }
+)
+
+
+@pytest.fixture(scope="module", params=["special", "plain"])
+def tokenizer(request, tmp_path_factory):
+    """Return a tokenizer of bytes whose marks are special tokens, or tokens that a decoded text keeps."""
+    letters = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    own = Tokenizer(models.BPE(letters, merges=[]))
+    own.pre_tokenizer, own.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    (own.add_special_tokens if request.param == "special" else own.add_tokens)(MARKS)
+    own.add_special_tokens(["<|eos|>"])
+    directory = tmp_path_factory.mktemp(request.param)
+    PreTrainedTokenizerFast(tokenizer_object=own, eos_token="<|eos|>").save_pretrained(directory)
+    return load_tokenizer(directory)
+
+
+def problem(answer: str) -> Problem:
+    return Problem("p", ({"role": "user", "content": "?"},), "", answer, "p.jsonl:1")
+
+
+def response(tokenizer, text: str) -> Response:
+    return Response.unsampled([*tokenizer.encode(text), tokenizer.eos_id])
+
+
+@pytest.mark.parametrize("answer", ["42", "Paris"])
+@pytest.mark.parametrize("written", WRITTEN.values(), ids=WRITTEN)
+def test_verifiers_read_the_final_answer_alone(tokenizer, written, answer):
+    said = response(tokenizer, written.replace("42", answer))
+    text, _, judged = judged_text(said, tokenizer, None)
+    assert final_part(text).strip() in (answer, f"<|START_RESPONSE|>{answer}<|END_RESPONSE|>")
+    if "START_RESPONSE" not in final_part(text):
+        assert exact_match(judged, problem(answer)) and math_verify(judged, problem(answer))
+    assert mentions_answer(judged, problem(answer))
+    assert not mentions_answer(judged, problem("7")) and not math_verify(judged, problem("7"))
+
+
+@pytest.mark.parametrize("written", UNFINISHED.values(), ids=UNFINISHED)
+def test_thoughts_that_do_not_end_have_no_final_answer(tokenizer, written):
+    text = response_text(response(tokenizer, written), tokenizer)
+    assert final_part(text) == "" and not exact_match(text, problem("42"))
+
+
+def test_a_verifier_of_the_user_reads_the_final_answer_alone(tokenizer):
+    contains = load_verifier(f"{__name__}.contains")
+    text = response_text(response(tokenizer, WRITTEN["gpt-oss"]), tokenizer)
+    assert contains(text, problem("42")) and not contains(text, problem("7"))
+
+
+def contains(text: str, problem: Problem) -> bool:
+    return str(problem.answer) in text
+
+
+def test_a_text_for_people_has_one_form_of_thoughts_and_no_special_tokens(tokenizer):
+    for name in ("Seed-OSS", "gpt-oss", "Gemma 4", "Kimi-VL"):
+        text = readable(tokenizer.encode(WRITTEN[name]), tokenizer)
+        assert text.startswith("<think>Is it 7?") and text.endswith("</think>42"), text
+        if tokenizer.special_tokens() and "<think>" in tokenizer.special_tokens():
+            assert not any(mark in text for mark in MARKS if "think>" not in mark)
+    assert readable(tokenizer.encode("<|channel|>final<|message|>42"), tokenizer) == "42"
+
+
+@pytest.mark.parametrize(
+    "text", ["42", "  42\n", "a < b", "analysis: it is 42", "It is final, 42.", "</b> 42", "assistantfinal 42"]
+)
+def test_a_text_without_thoughts_is_its_own_final_answer(tokenizer, text):
+    assert readable(tokenizer.encode(text), tokenizer) == text
+    assert parts(text) == (None, text) and num_thoughts(text) == 0
+
+
+def test_data_that_lost_the_special_tokens_of_gpt_oss_has_its_final_answer():
+    assert final_part("analysisLet me think.assistantfinal42") == "42"
+
+
+def test_a_format_in_the_answer_of_another_family_is_text():
+    assert final_part("<seed:think>hm</seed:think>Write </think> at the end.") == "Write </think> at the end."
+
+
+def test_long_texts_of_marks_take_linear_time():
+    for _, begin, _ in FORMATS:
+        mark = begin.replace("\\", "").replace("?", "")
+        started = time.process_time()
+        parts(mark * 20_000 + "<|channel|>" * 20_000 + "analysis" * 20_000)
+        assert time.process_time() - started < 5
