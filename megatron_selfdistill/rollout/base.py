@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.choices import FINISH_REASONS as FINISH_REASONS
+from megatron_selfdistill.data.thoughts import readable
 from megatron_selfdistill.loss.sharded.vocab_parallel import TargetSolution, VocabShard, solve_target, vocab_entropy
 from megatron_selfdistill.loss.target import Target, mixed_logits
 
@@ -70,6 +71,7 @@ def select_mixed_tokens(
     greedy: bool,
     reference_logits: Tensor | None = None,
     backend: str | None = None,
+    num_ids: int | None = None,
 ) -> MixedTokens:
     """Sample one token per group of rows from the mixed target, by inverting its cumulative distribution in float64.
 
@@ -80,7 +82,8 @@ def select_mixed_tokens(
 
     Shapes: all logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused
     when greedy.  ``reference_logits``: given if and only if the target is anchored to a reference.  A row with NaN
-    gives a valid token with log-probability NaN.  ``backend`` is the backend of `solve_target`.
+    gives a valid token with log-probability NaN.  ``backend`` is the backend of `solve_target`.  ``num_ids``: as in
+    `SamplingParams`; other ids have q = 0, and the rest of q is renormalised.
 
     Raises: ValueError if shapes do not fit, or if the reference's logits are missing or not asked for.
     """
@@ -107,7 +110,7 @@ def select_mixed_tokens(
     rows = max(1, limit // max(1, student_logits.size(1)))
     parts = [values.split(rows) for values in (student_logits, teacher_logits, anchor_logits, uniforms)]
     sampled = [
-        _select(student, teacher, anchor, some, target, greedy, backend)
+        _select(student, teacher, anchor, some, target, greedy, backend, num_ids)
         for student, teacher, anchor, some in zip(*parts, strict=True)
     ]
     token_ids, student_log_probs, teacher_log_probs, mixed_log_probs = map(torch.cat, zip(*sampled, strict=True))
@@ -155,17 +158,18 @@ def _select(
     target: Target,
     greedy: bool,
     backend: str | None,
+    num_ids: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     student, teacher, anchor = student_logits.double(), teacher_logits.double(), anchor_logits.double()
     mix = mixed_logits(anchor, teacher, *target.mix_weights)
     if greedy:
-        tokens = mix.argmax(-1)  # torch: "the indices of the first maximal value"
+        tokens = mix[:, :num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
         mixed_log_probs = mix.new_zeros(mix.size(0))
     else:
         solution = _solution(student_logits, teacher_logits, anchor_logits, mix, target, backend)
         # The normaliser has the accuracy of float32 sums; `invert_cdf` divides by what remains of it.
         log_q = torch.addcmul(-solution.log_normaliser[:, None], mix, solution.beta[:, None])
-        tokens, mixed_log_probs = invert_cdf(log_q.exp_(), uniforms)
+        tokens, mixed_log_probs = invert_cdf(log_q.exp_()[:, :num_ids], uniforms)
     return tokens, token_log_probs(student, tokens), token_log_probs(teacher, tokens), mixed_log_probs
 
 
@@ -246,7 +250,7 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """The distribution of a token: softmax(logits / temperature), cut to top_k, then to top_p, renormalised."""
+    """The distribution of a token: softmax(logits / temperature), cut to num_ids, top_k and top_p, renormalised."""
 
     max_new_tokens: int
     """Greatest length of a response in tokens, the stop token included."""
@@ -258,6 +262,8 @@ class SamplingParams:
     """Probability that the smallest set of most likely tokens must hold to be sampled from."""
     stop_token_ids: tuple[int, ...] = ()
     """Ids of the tokens that end a response; the stop token stays as the last token of the response."""
+    num_ids: int | None = None
+    """Number of ids that may be sampled, the first ones: those of the tokenizer; None is all ids of the model."""
     target: Target = field(default_factory=lambda: Target(anchor="student"))
     """Target from which guided responses are sampled: a mix of the logits under both prompts (rollout/base.py)."""
     loss_backend: str | None = None
@@ -363,12 +369,12 @@ class Response:
 
 
 def response_text(response: Response, tokenizer: Tokenizer) -> str:
-    """Return the text of ``response`` without special tokens.
+    """Return the text of ``response`` without special tokens, its thoughts marked as `thoughts.readable` marks them.
 
     A stop token is cut off too, since it may be an ordinary token.
     """
     ended = response.finish_reason == "stop"
-    return tokenizer.decode(response.token_ids[:-1] if ended else response.token_ids, skip_special_tokens=True)
+    return readable(response.token_ids[:-1] if ended else response.token_ids, tokenizer)
 
 
 def require_room(shortest: int, longest: int, max_new_tokens: int, max_length: int) -> None:
@@ -392,7 +398,14 @@ def request_key(request: Request, params: SamplingParams) -> str:
 
     The name is a BLAKE2b digest of the seed, the prompts and the parameters, without the target of guided requests.
     """
-    drawn = [params.max_new_tokens, params.temperature, params.top_k, params.top_p, *params.stop_token_ids]
+    drawn: list[object] = [
+        params.max_new_tokens,
+        params.temperature,
+        params.top_k,
+        params.top_p,
+        *params.stop_token_ids,
+    ]
+    drawn += [] if params.num_ids is None else [f"ids {params.num_ids}"]
     name = repr((request.seed, request.prompt, request.teacher_prompt, request.begun, drawn))
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
@@ -417,10 +430,10 @@ def sample_uniforms(seed: int, count: int) -> np.ndarray:
 def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor, Tensor]:
     """Sample one token per row of logits by inverting the cumulative distribution, in float64.
 
-    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to ``top_k``, then to
-    ``top_p``, renormalised.  Sums run over token ids, not over ranks, so that a rounding error in the logits changes a
-    sample only where the uniform lies within that error of a boundary.  Temperature 0 is the argmax, the lowest id
-    among equals.
+    token = min {v : sum_{i <= v} q_i > uniform}, with q = softmax(logits / temperature) cut to the first ``num_ids``
+    ids, then to ``top_k``, then to ``top_p``, renormalised.  Sums run over token ids, not over ranks, so that a
+    rounding error in the logits changes a sample only where the uniform lies within that error of a boundary.
+    Temperature 0 is the argmax, the lowest id among equals.
 
     Shapes: logits ``[b, V]`` of the valid vocabulary, any float dtype; uniforms ``[b]`` float64 in [0, 1), unused when
     greedy.  Returns token ids ``[b]`` int64, their log softmax(logits) and their log q, both ``[b]`` float64, in nats.
@@ -434,11 +447,11 @@ def select_tokens(logits: Tensor, uniforms: Tensor, params: SamplingParams) -> t
         return tokens, log_probs, sampled_log_probs
     scores = logits.double()
     if params.temperature == 0:
-        tokens = logits.argmax(-1)  # torch: "the indices of the first maximal value"
+        tokens = logits[:, : params.num_ids].argmax(-1)  # torch: "the indices of the first maximal value"
         peaks = scores.gather(-1, tokens[:, None])  # known, so that `logsumexp` need not look for them
         log_probs = peaks - ((scores - peaks).exp_().sum(-1, keepdim=True).log_() + peaks)
         return tokens, log_probs.squeeze(-1), scores.new_zeros(scores.size(0))
-    probs = _kept(torch.softmax(scores / params.temperature, dim=-1), params)
+    probs = _kept(torch.softmax(scores / params.temperature, dim=-1)[:, : params.num_ids], params)
     tokens, sampled_log_probs = invert_cdf(probs, uniforms)
     return tokens, token_log_probs(scores, tokens), sampled_log_probs
 

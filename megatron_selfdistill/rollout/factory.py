@@ -50,7 +50,8 @@ def make_sampler(
         )
     from megatron_selfdistill.rollout.vllm.hf_directory import engine_directory
 
-    directory, rules = engine_directory(config, run_data.vocab_size, Path(config.run_dir), grid)
+    num_ids = run_data.num_sampled_ids  # an engine has no rows for other ids, which it would sample
+    directory, rules = engine_directory(config, num_ids, Path(config.run_dir), grid)
     if rollout.placement == "server":
         from megatron_selfdistill.rollout.vllm.server_sampler import ServerSampler
 
@@ -60,7 +61,7 @@ def make_sampler(
             directory,
             rules,
             rollout,
-            vocab_size=run_data.vocab_size,
+            vocab_size=num_ids,
             max_length=run_data.max_length,
             run_dir=Path(config.run_dir),
             progress=progress,
@@ -75,7 +76,7 @@ def make_sampler(
         directory,
         rules,
         rollout,
-        vocab_size=run_data.vocab_size,
+        vocab_size=num_ids,
         max_length=run_data.max_length,
         progress=progress,
         adapter=config.adapter,
@@ -123,6 +124,7 @@ def sampling_params(config: Config, run_data: RunData, batch_k: float | None = N
         top_k=rollout.top_k,
         top_p=rollout.top_p,
         stop_token_ids=run_data.stop_token_ids,
+        num_ids=run_data.num_sampled_ids,
         target=target,
         loss_backend=config.loss.backend,
     )

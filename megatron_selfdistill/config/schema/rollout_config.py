@@ -119,7 +119,10 @@ class RolloutConfig:
     top_p: Annotated[float, above(0), at_most(1)] = 1.0
     """Probability of the most likely tokens among which a token is sampled; 1 is all tokens."""
     stop_token_ids: list[NonNegativeInt] = field(default_factory=list)
-    """Ids of tokens that end a response, besides the tokenizer's end-of-sequence token."""
+    """Ids of tokens that end a response, besides those of the tokenizer, generation_config.json and config.json."""
+    ids_without_token: bool = False
+    """Whether a sampler may choose an id for which the model has a row and the tokenizer no token, as in Qwen's models.
+    Such an id has no text."""
     kv_cache_gb: NonNegativeFloat | None = None
     """Memory for the KV cache, in GiB per rank; larger batches are split.  Null is a third of the free memory: the
     splits, and with them the last bits of log-probs, then depend on the memory that happens to be free.  Set a number

@@ -675,6 +675,7 @@ class MegatronSampler:
                 greedy=params.temperature == 0,
                 reference_logits=logits.get("reference"),
                 backend=params.loss_backend,
+                num_ids=params.num_ids,
             )
             tokens = sampled.token_ids
             log_probs = [sampled.student_log_probs, sampled.mixed_log_probs, sampled.teacher_log_probs]

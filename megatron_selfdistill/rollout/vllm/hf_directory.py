@@ -16,9 +16,8 @@ from megatron_selfdistill.distributed.collectives import raise_on_all_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError
 from megatron_selfdistill.interop.conversion import DTYPES
-from megatron_selfdistill.interop.describe import hf_assets_of
 from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.interop.formats.hf_files import read_config
 from megatron_selfdistill.interop.hf.mapping import Family, architecture, family_of, family_of_model, text_config
 from megatron_selfdistill.interop.hf.rules import Rule

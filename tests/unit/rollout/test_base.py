@@ -67,6 +67,18 @@ def test_log_probs_are_of_the_model_and_of_the_distribution_drawn_from(case):
     torch.testing.assert_close(sampled, expected_probs(**case).log()[tokens])
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_ids_beyond_the_tokenizer_are_never_drawn_and_the_rest_is_renormalised(case):
+    beyond = torch.cat([LOGITS, torch.tensor([9.0, -1.0])])  # the likeliest id has no token
+    uniforms = torch.from_numpy(sample_uniforms(17, NUM_DRAWS))
+    tokens, log_probs, drawn = select_tokens(beyond.expand(NUM_DRAWS, -1), uniforms, params(**case, num_ids=10))
+    assert torch.equal(tokens, draw(params(**case)))
+    assert torch.equal(log_probs, beyond.double().log_softmax(0)[tokens]), "of the model, over all its ids"
+    assert torch.allclose(drawn, expected_probs(**case).log()[tokens], atol=1e-12)
+    greedy, log_probs, _ = select_tokens(beyond[None], uniforms[:1], params(temperature=0, num_ids=10))
+    assert greedy.tolist() == [0] and log_probs.item() == pytest.approx(beyond.double().log_softmax(0)[0].item())
+
+
 def test_greedy_takes_the_lowest_id_among_equals_and_is_certain():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [5.0, 5.0, 5.0, 5.0]])
     tokens, log_probs, sampled = select_tokens(logits, torch.zeros(2), params(temperature=0))

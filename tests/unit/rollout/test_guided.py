@@ -141,6 +141,24 @@ def test_a_column_that_does_not_exist_is_never_drawn() -> None:
         assert torch.isfinite(drawn.mixed_log_probs).all()
 
 
+@pytest.mark.parametrize("anchored", [False, True])
+def test_ids_beyond_the_tokenizer_have_no_part_of_the_target(anchored: bool) -> None:
+    student, teacher, uniforms = random_logits(400, 12)
+    target = Target() if anchored else Target(anchor="student")
+    models = {"reference_logits": student.roll(1, 0)} if anchored else {}
+    whole = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, **models)
+    drawn = select_mixed_tokens(student, teacher, uniforms, target, greedy=False, num_ids=7, **models)
+    assert (whole.token_ids >= 7).any() and (drawn.token_ids < 7).all()
+    again = whole.token_ids == drawn.token_ids
+    assert (drawn.mixed_log_probs[again] > whole.mixed_log_probs[again]).all(), "what remains is renormalised"
+    assert torch.allclose(
+        drawn.student_log_probs, student.double().log_softmax(-1).gather(1, drawn.token_ids[:, None])[:, 0]
+    )
+    greedy = select_mixed_tokens(student, teacher, uniforms, target, greedy=True, num_ids=7, **models)
+    mix = 0.75 * teacher.double() + models.get("reference_logits", student).double()
+    assert torch.equal(greedy.token_ids, mix[:, :7].argmax(-1))
+
+
 def test_a_row_with_nan_corrupts_itself_only() -> None:
     student, teacher, uniforms = random_logits(6, 20)
     whole = select_mixed_tokens(student, teacher, uniforms, Target(anchor="student"), greedy=False)

@@ -33,7 +33,8 @@ from megatron_selfdistill.rollout.base import Request, Response, SamplingParams,
 from megatron_selfdistill.rollout.megatron import decoding, megatron_sampler
 from megatron_selfdistill.rollout.megatron.megatron_sampler import like_lengths, split_batches
 
-SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95)
+NUM_IDS = VOCAB_SIZE // 2
+SAMPLED = dataclasses.replace(GREEDY, temperature=1.0, top_p=0.95, num_ids=NUM_IDS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ def write_on_one_rank(kind: str) -> Reference:
     [model], grid = build(model_config(kind), parallel())
     sampler = sampler_of([model], grid)
     greedy, drawn = (sampler.generate(make_requests(), params) for params in (GREEDY, SAMPLED))
+    assert all(token < NUM_IDS for response in drawn for token in response.token_ids)
+    assert any(token >= NUM_IDS for response in greedy for token in response.token_ids)
     model.eval()
     log_probs = []
     for request, response in zip(make_requests(), greedy, strict=True):
@@ -218,7 +221,8 @@ def test_a_sample_depends_on_its_stream_only_not_on_order_batch_or_replica(ranks
 def draw_and_check_by_hand() -> int:
     """Sample, and assert that a whole pass gives every token; return the number of tokens."""
     [model], grid = build(model_config("shallow"), parallel())
-    responses = sampler_of([model], grid).generate(make_requests(), dataclasses.replace(SAMPLED, top_p=1.0))
+    params = dataclasses.replace(GREEDY, temperature=1.0)
+    responses = sampler_of([model], grid).generate(make_requests(), params)
     model.eval()
     for request, response in zip(make_requests(), responses, strict=True):
         logits = predicting(lambda ids: logits_of(model, ids), request.prompt, response.token_ids)
