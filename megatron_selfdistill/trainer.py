@@ -16,7 +16,7 @@ require_extra(__name__, "train")  # before the imports that need these packages
 from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
 from megatron_selfdistill.checkpoint.frozen_weights import adapter_base
 from megatron_selfdistill.checkpoint.resumption import (
-    CONFIGURATION,
+    PROMPTS,
     Resumption,
     RunDirectory,
     latest_resumption,
@@ -36,6 +36,7 @@ from megatron_selfdistill.evaluation.held_out import EvaluationOptions, evaluate
 from megatron_selfdistill.evaluation.verify import load_verifier
 from megatron_selfdistill.interop.formats.directory import iteration_name
 from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
+from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.learner import Learner, loss_backend
 from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics, teacher_metrics
 from megatron_selfdistill.metrics.guards import (
@@ -49,7 +50,7 @@ from megatron_selfdistill.metrics.guards import (
 )
 from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts
 from megatron_selfdistill.metrics.phases import overlap_metrics
-from megatron_selfdistill.metrics.samples import step_samples
+from megatron_selfdistill.metrics.samples import seen_hint, step_samples
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput
@@ -100,9 +101,9 @@ class Trainer:
         self.loss_backend = loss_backend(config, grid)
         self.phases = Phases(grid.device)
         self.checkpointer = Checkpointer.configured(config, grid, prove_ownership)
-        found = latest_resumption(config, run_data.problems.fingerprint, self.checkpointer, grid)
+        found = latest_resumption(config, run_data, self.checkpointer, grid)
         self.resumed_from = found.saved.path if found is not None else None
-        self.changes = found.changes if found is not None else ()  # of the configuration, for the log
+        self.changes = found.changes if found is not None else ()  # of configuration and prompts, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
         self.teacher_digests = checked_digests(config, found.saved if found is not None else None)
         base = adapter_base(config, found.saved if found is not None else None)
@@ -287,6 +288,7 @@ class Trainer:
             model = replace(self.config.model, vocab_size=self.run_data.vocab_size)
             state = {**self.source.state_dict(), "guards": self.guards.state_dict(), "batch_k": self.learner.batch_k}
             state[CONFIGURATION] = stored_values(self.learner.config)  # with a number for the warm-up
+            state[PROMPTS] = self.run_data.prompts_digest
             state |= {DIGESTS: self.teacher_digests} if self.teacher_digests else {}
             args = megatron_args(self.learner.chunks[0], model)
             self.checkpointer.save(self.step, **self.learner.stored_parts, trainer_state=state, args=args)
@@ -323,9 +325,11 @@ class Trainer:
         self.guards.load_state_dict(state["guards"])
 
     def _show_samples(self, batch: StepBatch, output: StepOutput) -> None:
-        solutions = batch.solutions if self.learner.has_teacher else [""] * len(batch.solutions)
+        teachers = self.config.named_teachers if self.learner.has_teacher else None
+        pairs = zip(batch.contexts, batch.solutions, strict=bool(batch.solutions))
+        hints = [(context, seen_hint(context, solution, teachers)) for context, solution in pairs]
         count, tokenizer = self.config.metrics.show_samples, self.run_data.tokenizer
-        samples = step_samples(output, batch.contexts, solutions, count, tokenizer, self.grid)
+        samples = step_samples(output, hints, count, tokenizer, self.grid)
         if samples is not None:
             self.log.log_samples(self.step + 1, samples)
 

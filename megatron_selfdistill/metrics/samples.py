@@ -7,7 +7,7 @@ import html
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,30 +25,29 @@ from megatron_selfdistill.terminal import visible as _visible
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
     from megatron_selfdistill.data.tokenizer import Tokenizer
 
 
 def step_samples(
     output: StepOutput,
-    contexts: Sequence[ContextPair],
-    solutions: Sequence[str],
+    contexts: Sequence[tuple[ContextPair, SeenHint]],
     count: int,
     tokenizer: Tokenizer,
     grid: RankGrid,
 ) -> Callable[[], Sequence[Sample]] | None:
     """Return a function that makes samples of the first ``count`` problems; None except on the first replica.
 
-    The result is also None if there is nothing to show.  ``solutions``: for each of ``contexts``, the solution in the
-    teacher's prompt.
+    The result is also None if there is nothing to show.  ``contexts``: the responses, each with what its teacher sees.
     Collectives: as in `token_numbers`, on the ranks of the first replica.
     """
-    shown = chosen(contexts, count) if grid.dp_rank == 0 and solutions else []
+    shown = chosen([context for context, _ in contexts], count) if grid.dp_rank == 0 else []
     if not shown:
         return None
     numbers = token_numbers(output, [span for _, span in shown], grid)
-    solution_of = {id(context): solution for context, solution in zip(contexts, solutions, strict=True)}
+    hint_of = {id(context): hint for context, hint in contexts}
     return lambda: [
-        sample_of(context, solution_of[id(context)], known, tokenizer)
+        sample_of(context, hint_of[id(context)], known, tokenizer)
         for (context, _), known in zip(shown, numbers, strict=True)
     ]
 
@@ -89,6 +88,24 @@ def gathered_rows(
     if grid.pp_size > 1:
         dist.broadcast(values, grid.last_stage_rank, group=grid.pp_group)
     return values
+
+
+class SeenHint(NamedTuple):
+    """The hint in the prompt of a response's teacher."""
+
+    text: str
+    """The text; "" if the teacher sees none."""
+    teacher: str = ""
+    """The names of the teachers, with a note of each one that sees no hint; "" in a run without named teachers."""
+
+
+def seen_hint(context: ContextPair, solution: str, teachers: Mapping[str, NamedTeacher] | None) -> SeenHint:
+    """Return what the teachers of a response see; ``teachers``: all by name, or None in a run without a teacher."""
+    if not teachers:
+        return SeenHint("" if teachers is None else solution)
+    names = [one.teacher for one in context.of_teachers] or [context.teacher]
+    shown = [name if teachers[name].is_hinted else f"{name} (sees no hint)" for name in names]
+    return SeenHint(solution if any(teachers[name].is_hinted for name in names) else "", ", ".join(shown))
 
 
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
@@ -133,13 +150,15 @@ class Sample:
     prompt: str
     """The text of the student's prompt, special tokens included."""
     solution: str
-    """The solution, which only the teacher's prompt shows; "" without a teacher."""
+    """The hint, which only the teacher's prompt shows; "" if no teacher of this response sees one."""
     tokens: Sequence[SampleToken]
     """The tokens of the response, its stop token included."""
     truncated: bool
     """Whether the response reached its greatest length without a stop token."""
     turn: EpisodeTurn | None = None
     """The place of the response in its episode; None outside of episodes of several turns."""
+    teacher: str = ""
+    """The name of the teacher, as in `SeenHint`."""
 
     @property
     def response(self) -> str:
@@ -167,6 +186,7 @@ class Sample:
             "problem_id": self.problem_id,
             "prompt": self.prompt,
             "solution": self.solution,
+            **({"teacher": self.teacher} if self.teacher else {}),
             "response": self.response,
             "truncated": self.truncated,
             **turn_record(self.turn),
@@ -202,7 +222,7 @@ def chosen(contexts: Sequence[ContextPair], count: int) -> list[tuple[ContextPai
 
 
 def sample_of(
-    context: ContextPair, solution: str, numbers: Mapping[str, Sequence[float]], tokenizer: Tokenizer
+    context: ContextPair, hint: SeenHint, numbers: Mapping[str, Sequence[float]], tokenizer: Tokenizer
 ) -> Sample:
     """Return a response as a `Sample`; ``numbers``: for each of `NUMBERS`, one value per response token.
 
@@ -213,10 +233,11 @@ def sample_of(
     return Sample(
         problem_id=context.problem_id,
         prompt=hidden(tokenizer.decode(context.student_prompt)),
-        solution=hidden(solution),
+        solution=hidden(hint.text),
         tokens=[_token(*column) for column in columns],
         truncated=context.truncated,
         turn=context.turn,
+        teacher=hint.teacher,
     )
 
 
@@ -309,6 +330,8 @@ def _around(sample: Sample) -> Iterator[tuple[str, str]]:
     """Yield (name, text) of each part that is shown before the response."""
     prompt, solution = sample.prompt, sample.solution if sample.turn is None else hidden(sample.turn.hint)
     yield "prompt", f"... {prompt[-PROMPT_END:]}" if len(prompt) > PROMPT_END else prompt
+    if sample.teacher:
+        yield "teacher", sample.teacher
     if solution:
         yield "hint", f"{solution[:SOLUTION_START]} ..." if len(solution) > SOLUTION_START else solution
 
@@ -369,8 +392,10 @@ def _legend(coloured: bool) -> Iterator[tuple[str, str]]:
 
 
 def _largest(sample: Sample) -> str:
-    """Return the tokens with the largest loss, with their log-ratio, k and status."""
-    known = [token for token in sample.tokens if token.teacher_log_prob is not None]
+    """Return the tokens with the largest loss above 0, with their log-ratio, k and status."""
+    known = [token for token in sample.tokens if token.teacher_log_prob is not None and token.loss != 0]
+    if not known:
+        return "0 at every token: teacher and student agree"
     return ", ".join(
         f"{token.text!r} {token.loss:.3g} (teacher - student {token.log_ratio:+.2f}, k {token.k:.2f}, {token.status})"
         for token in sorted(known, key=lambda token: -token.loss)[:TOP]

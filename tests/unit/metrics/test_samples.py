@@ -16,7 +16,8 @@ from rich.console import Console
 from tiers import combinations
 
 from megatron_selfdistill.config import MetricsConfig
-from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
+from megatron_selfdistill.data.contexts import ContextPair, EpisodeTurn, TeacherPrompt
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss import Status
 from megatron_selfdistill.metrics import MetricsLog, read_samples
@@ -24,10 +25,12 @@ from megatron_selfdistill.metrics.samples import (
     NUMBERS,
     Sample,
     SampleToken,
+    SeenHint,
     chosen,
     console_text,
     sample_html,
     sample_of,
+    seen_hint,
 )
 from tests.unit.metrics.test_step import LAYOUTS, NUM_TOKENS, all_rows, share_of_rank
 
@@ -115,9 +118,9 @@ def test_the_record_of_a_turn_says_what_belongs_to_the_turn_and_other_records_st
     monkeypatch.setenv("LAB_WORDING", "a secret")
     load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
     numbers = {name: [1.0] for name in NUMBERS}
-    plain = sample_of(context("a", [4]), "all of it", numbers, Letters())
+    plain = sample_of(context("a", [4]), SeenHint("all of it"), numbers, Letters())
     told = turn(1, hint="go to a secret", reply="a secret room")
-    of_turn = sample_of(replace(context("a", [4]), turn=told), "all of it", numbers, Letters())
+    of_turn = sample_of(replace(context("a", [4]), turn=told), SeenHint("all of it"), numbers, Letters())
     hidden = {"hint": "go to ${oc.env:LAB_WORDING}", "reply": "${oc.env:LAB_WORDING} room"}
     assert of_turn.record() == plain.record() | {"episode": 2, "turn": 1, "reward": 0.5} | hidden
     assert list(plain.record()) == ["problem_id", "prompt", "solution", "response", "truncated", "tokens"]
@@ -148,11 +151,40 @@ def test_a_sample_holds_each_tokens_text_and_numbers():
         "beta": [0.8, 0.625],
         "status": [0.0, 1.0],
     }
-    found = sample_of(context("a", [4, 5]), "the hint", numbers, Letters())
+    found = sample_of(context("a", [4, 5]), SeenHint("the hint"), numbers, Letters())
     assert (found.prompt, found.response, found.solution, found.truncated) == ("ab", "ef", "the hint", False)
     assert found.tokens[0] == SampleToken(4, "e", 0.5, -1.0, -4.0, 1.25, Status.MATCHED.name.lower())
     assert [t.log_ratio for t in found.tokens] == [-3.0, 0.5] and found.tokens[1].status == "capped"
     assert found.record()["tokens"]["k"] == [1.25, 1.6] and found.record()["tokens"]["text"] == ["e", "f"]
+
+
+def test_a_sample_shows_what_its_own_teachers_see_and_names_them():
+    teachers = {"code": NamedTeacher(hint="none"), "math": NamedTeacher()}
+    numbers = {name: [1.0] for name in NUMBERS}
+
+    def of(teacher: str, several: tuple[str, ...] = ()) -> Sample:
+        one = replace(
+            context("a", [4]), teacher=teacher, of_teachers=tuple(TeacherPrompt(name, 0.5, [1]) for name in several)
+        )
+        return sample_of(one, seen_hint(one, "the hint", teachers), numbers, Letters())
+
+    unhinted, hinted, both = of("code"), of("math"), of("code", ("code", "math"))
+    assert (unhinted.solution, unhinted.teacher) == ("", "code (sees no hint)")
+    assert (hinted.solution, hinted.teacher) == ("the hint", "math")
+    assert (both.solution, both.teacher) == ("the hint", "code (sees no hint), math")
+    assert unhinted.record()["solution"] == "" and unhinted.record()["teacher"] == "code (sees no hint)"
+    assert "teacher: code (sees no hint)\n" in console_text(unhinted, "", coloured=False).plain
+    assert "hint: " not in console_text(unhinted, "", coloured=False).plain
+    assert seen_hint(context("a", [4]), "the hint", {}) == SeenHint("the hint"), "one teacher without a name"
+    assert seen_hint(context("a", [4]), "the hint", None) == SeenHint(""), "a run without a teacher"
+
+
+def test_tokens_without_a_loss_are_not_listed_as_the_largest():
+    numbers = {name: [1.0, 1.0] for name in NUMBERS} | {"loss": [0.0, 0.0]}
+    equal = sample_of(context("a", [4, 5]), SeenHint(""), numbers, Letters())
+    assert "largest loss: 0 at every token: teacher and student agree" in console_text(equal, "", coloured=False).plain
+    one = sample_of(context("a", [4, 5]), SeenHint(""), numbers | {"loss": [0.0, 0.5]}, Letters())
+    assert "largest loss: 'f' 0.5 (" in console_text(one, "", coloured=False).plain
 
 
 def test_prompt_and_hint_hide_what_the_environment_held(monkeypatch):
@@ -161,13 +193,15 @@ def test_prompt_and_hint_hide_what_the_environment_held(monkeypatch):
     monkeypatch.setenv("LAB_WORDING", "bcdefgh")
     load(["data.system_prompt='${oc.env:LAB_WORDING}'"])
     numbers = {name: [1.0] for name in NUMBERS}
-    found = sample_of(replace(context("a", [4]), student_prompt=list(range(9))), "no bcdefgh", numbers, Letters())
+    found = sample_of(
+        replace(context("a", [4]), student_prompt=list(range(9))), SeenHint("no bcdefgh"), numbers, Letters()
+    )
     assert (found.prompt, found.solution) == ("a${oc.env:LAB_WORDING}i", "no ${oc.env:LAB_WORDING}")
 
 
 def test_without_a_teacher_a_response_is_shown_without_marks():
     numbers = {name: [math.nan] for name in NUMBERS} | {"loss": [0.5], "student_log_prob": [-0.5], "status": [0.0]}
-    found = sample_of(context("a", [4]), "", numbers, Letters())
+    found = sample_of(context("a", [4]), SeenHint(""), numbers, Letters())
     assert not found.has_teacher and found.record()["tokens"]["teacher_log_prob"] == [None]
     for text in (console_text(found, "step 1", coloured=False).plain, sample_html(found)):
         assert "e" in text and "hint" not in text and "marks" not in text and "largest loss" not in text
