@@ -25,23 +25,26 @@ from megatron_selfdistill.config.bound_keys import (
     stored_values,
 )
 from megatron_selfdistill.config.moved_keys import translated
+from megatron_selfdistill.data.contexts import FIXED_DATE
+from megatron_selfdistill.data.tokenizer import chat_template_text
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import copy_hf_assets_to_run_dir
 from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.saved_run import SavedRun, read_saved_run
+from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION, RUN_TEMPLATE, SavedRun, read_saved_run
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, fields_set, reconcile
 from megatron_selfdistill.terminal import hidden
 
 if TYPE_CHECKING:
     from megatron_selfdistill.checkpoint.checkpointer import Checkpointer
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.run_data import RunData
 
 
 logger = logging.getLogger(__name__)
 
-CONFIGURATION = "configuration"
-"""The key of a trainer's state under which a checkpoint keeps `stored_values`."""
+PROMPTS = "prompts_digest"
+"""The key of a trainer's state under which a checkpoint keeps the digest of the first prompts."""
 _PROBLEMS = "the problems that data.path gives (their digest)"
 _FORCE = "force"
 CONFIGURATION_FILE = "config.yaml"
@@ -83,15 +86,12 @@ def refuse_another_run(config: Config, given: Collection[str] | None = None) -> 
 
 
 def latest_resumption(
-    config: Config, fingerprint: str, checkpointer: Checkpointer, grid: RankGrid
+    config: Config, run_data: RunData, checkpointer: Checkpointer, grid: RankGrid
 ) -> Resumption | None:
     """Return the checkpoint from which the run in ``run_dir`` continues, and log its warnings; None for a new run.
 
-    Collective.
-
-    ``fingerprint``: the digest of the problems that this rank has read.
-
-    Raises: `ConfigError` on all ranks where the run may not continue, `CheckpointError` where no checkpoint is usable.
+    Collective.  Raises: `ConfigError` on all ranks where the run may not continue, `CheckpointError` where no
+    checkpoint is usable.
     """
     latest = checkpointer.latest()
     if latest is None:
@@ -101,11 +101,21 @@ def latest_resumption(
             f"checkpoint.resume=false, but {Path(config.run_dir)} holds {latest.name} of an earlier run: "
             "choose another run_dir, or let it resume"
         )
-    found = resumption(config, fingerprint, checkpointer.read(latest))
+    found = resumption(config, run_data.problems.fingerprint, checkpointer.read(latest))
     if grid.is_reporter:
-        for line in found.warnings:
+        for line in (*found.warnings, *_other_prompts(found, run_data.prompts_digest)):
             logger.warning("%s", hidden(line))
     return found
+
+
+def _other_prompts(found: Resumption, digest: str) -> Iterator[str]:
+    """Yield a line if the first prompts of the same problems, or the ends of responses, are not those of the run."""
+    if found.same_problems and found.saved.trainer_state.get(PROMPTS, digest) != digest:
+        yield (
+            f"the first prompts, or the tokens that end a response, differ from those of {found.saved.path}, although "
+            "the problems are the same: the chat template writes the date of the day, or a file of the model's "
+            f"directory has changed. To go on with the former prompts {FIXED_DATE}, and set checkpoint.resume=force"
+        )
 
 
 def resumption(config: Config, fingerprint: str, saved: SavedRun) -> Resumption:
@@ -252,7 +262,7 @@ class RunDirectory:
                 raise
 
     def write(self) -> None:
-        """Write config.yaml and the Hugging Face files of ``checkpoint.load``.
+        """Write config.yaml, ``data.chat_template`` as `RUN_TEMPLATE`, and the Hugging Face files of the checkpoint.
 
         A config.yaml with other contents belongs to an earlier launch; this method renames it to
         ``config.until_step_<step>.yaml``.
@@ -262,6 +272,9 @@ class RunDirectory:
         if file.is_file() and file.read_text(encoding="utf-8", errors="replace") != text:
             file.rename(self._unused_name())
         file.write_text(text, encoding="utf-8")
+        template = chat_template_text(self._config.data.chat_template)
+        if template is not None and hidden(template) == template:  # no value of the environment gets into a file
+            (self.path / RUN_TEMPLATE).write_text(template, encoding="utf-8")
         if self._config.checkpoint.load:
             copy_hf_assets_to_run_dir(Path(self._config.checkpoint.load), self.path)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.interop.describe import hf_assets_of
 from megatron_selfdistill.interop.formats import directory
+from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.prechecks import is_hugging_face
 
 _FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "tiktoken.model")

@@ -22,7 +22,7 @@ from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.conversion import DTYPES
-from megatron_selfdistill.interop.describe import hf_assets_of
+from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import open_weights
 from megatron_selfdistill.interop.formats.hf_files import read_config
 from megatron_selfdistill.interop.formats.safetensors_directory import open_weights_directory

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError, first_few
-from megatron_selfdistill.interop.describe import FORMATS, hf_assets_of, num_tokens
+from megatron_selfdistill.interop.describe import FORMATS, num_tokens
 from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import Weights
 from megatron_selfdistill.interop.formats.hf_files import copy_hf_assets, read_config, without_lost_code
 from megatron_selfdistill.interop.formats.megatron_flags import converted_args
@@ -33,6 +33,7 @@ from megatron_selfdistill.interop.formats.safetensors_directory import (
     dequantised,
     open_weights_directory,
 )
+from megatron_selfdistill.interop.formats.saved_run import write_prompt_settings
 from megatron_selfdistill.interop.formats.stored_model import architecture_from_args, true_vocab_size
 from megatron_selfdistill.interop.formats.tensor_names import names
 from megatron_selfdistill.interop.formats.torch_dist import Piece, read_ahead
@@ -133,6 +134,7 @@ def megatron_to_hf(
         _write_weights(SafetensorsWriter(temporary, tensors, max_shard_bytes), carried, kept, finite, progress)
         if assets is not None:
             copy_hf_assets(assets, temporary, progress.report)
+        write_prompt_settings(weights.path, temporary, progress.report)
         config = without_lost_code(config, temporary, progress.report)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         manifest.sync(temporary / "config.json")

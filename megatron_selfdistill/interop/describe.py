@@ -15,7 +15,7 @@ import torch
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import directory, manifest
-from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights
 from megatron_selfdistill.interop.formats.hf_files import read_config
 from megatron_selfdistill.interop.formats.megatron_flags import MEGATRON_LM, megatron_flags
@@ -106,14 +106,6 @@ def _usage(weights: Weights, model: ModelConfig, assets: Path | None) -> dict[st
     if flags.not_expressible:
         lines[f"not possible in Megatron-LM {MEGATRON_LM}"] = "; ".join(flags.not_expressible)
     return lines
-
-
-def hf_assets_of(path: Path) -> Path | None:
-    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
-    for parent in (path, path.parent, path.parent.parent):
-        if (parent / HF_ASSETS / "config.json").is_file():
-            return parent / HF_ASSETS
-    return None
 
 
 def num_tokens(assets: Path | None) -> int | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.describe import hf_assets_of
+from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import (
     Weights,
     open_weights,

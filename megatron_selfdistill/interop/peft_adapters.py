@@ -25,8 +25,8 @@ from torch import Tensor
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
-from megatron_selfdistill.interop.describe import hf_assets_of
 from megatron_selfdistill.interop.formats import directory, manifest
+from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights, verify_checksums
 from megatron_selfdistill.interop.formats.hf_files import contained, download_advice, read_config
 from megatron_selfdistill.interop.formats.stored_adapters import (

@@ -397,3 +397,11 @@ def _tracker_text(directory: Path) -> str | None:
 
 def _is_iteration(text: str) -> bool:
     return text.isdecimal() and len(text) < 20
+
+
+def hf_assets_of(path: Path) -> Path | None:
+    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
+    for parent in (path, path.parent, path.parent.parent):
+        if (parent / HF_ASSETS / "config.json").is_file():
+            return parent / HF_ASSETS
+    return None

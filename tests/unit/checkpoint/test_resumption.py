@@ -4,13 +4,22 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from megatron_selfdistill.checkpoint.resumption import CONFIGURATION, Resumption, _changed, with_warmup
+from megatron_selfdistill.checkpoint.resumption import (
+    CONFIGURATION,
+    PROMPTS,
+    Resumption,
+    _changed,
+    _other_prompts,
+    with_warmup,
+)
 from megatron_selfdistill.config import load
 from megatron_selfdistill.config.bound_keys import stored_values
+from megatron_selfdistill.interop.formats.saved_run import SavedRun
 
 
 @pytest.mark.parametrize("key", ["hidden_size", "activation"])
@@ -55,3 +64,13 @@ def test_a_warm_up_that_is_not_set_is_no_change():
     assert changes == []
     (change,) = _changed(saved_by("optimizer.lr_warmup_steps=0"), load(["optimizer.lr_warmup_steps=2"]))
     assert str(change) == "optimizer.lr_warmup_steps: 0 in the checkpoint, now 2"
+
+
+def test_a_resumed_run_that_renders_other_prompts_says_so_and_how_to_fix_the_date():
+    def lines(saved: dict[str, str], same_problems: bool = True) -> list[str]:
+        found = Resumption(SavedRun(Path("/run/iter_1"), {}, {}, saved), (), (), same_problems)
+        return list(_other_prompts(found, "today"))
+
+    [line] = lines({PROMPTS: "yesterday"})
+    assert "differ from those of /run/iter_1" in line and "data.chat_template_kwargs={date_string" in line
+    assert lines({PROMPTS: "today"}) == lines({}) == lines({PROMPTS: "yesterday"}, same_problems=False) == []
