@@ -77,7 +77,9 @@ def conclude(trainer: Trainer, first_step: int, seconds: float, report: Path | N
 def _lines(trainer: Trainer) -> Iterator[str]:
     config, grid, data, learner = trainer.config, trainer.grid, trainer.run_data, trainer.learner
     yield f"{megatron_in_use()}; {layers()}; device: {grid.device.type}"
-    yield kernels_in_use(unwrapped(learner.chunks[0]).config)
+    yield kernels_in_use(model := unwrapped(learner.chunks[0]).config)
+    if model.fp8:
+        yield "warning: this project has not trained in FP8 on hardware: compare the first losses with those of bf16"
     if grid.device.type == "cuda":
         quantum = length_quantum(config.schedule.max_tokens)
         yield f"GPU memory: {about_allocator(os.environ)}; packed sequences of multiples of {quantum} tokens"
@@ -91,6 +93,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), what)
     yield from about_teachers(config, data.problems.problems, learner.other_widths)
     yield str(learner.output_layer)
+    yield data.ends.about
     if data.about_prompts:
         yield data.about_prompts
     yield from data.about_conversations

@@ -43,7 +43,7 @@ class MissingChatTemplateError(ValueError):
     def __init__(self, name: str) -> None:
         super().__init__(
             f"The tokenizer {name} has no chat template: set data.chat_template, for a model without chat "
-            "roles to '{% for m in messages %}{{ m.content }}{% endfor %}'."
+            "roles to '{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}'."
         )
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -19,6 +21,8 @@ from megatron_selfdistill.data.contexts import (
     ContextCounts,
     HintCost,
     PromptPair,
+    about_date,
+    about_prefix,
     about_unknown_tokens,
     check_student_prompt,
     check_teacher_prompt,
@@ -27,19 +31,22 @@ from megatron_selfdistill.data.contexts import (
     plan_contexts,
 )
 from megatron_selfdistill.data.conversations import load_conversations
+from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.problems import Problem, ProblemSet, load_problems, with_solutions_from
 from megatron_selfdistill.data.prompts import (
     DEFAULT_TEACHER_TEMPLATE,
-    END_OF_THOUGHTS,
     PromptBuilder,
     PromptTemplates,
     PromptView,
 )
 from megatron_selfdistill.data.records import RecordSource
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
-from megatron_selfdistill.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_selfdistill.data.thoughts import num_thoughts
+from megatron_selfdistill.data.tokenizer import Tokenizer, chat_template_text, load_tokenizer
 from megatron_selfdistill.environments import REPLY_ROLES
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.interop.formats import directory
+from megatron_selfdistill.interop.formats.directory import HF_ASSETS, hf_assets_of
 from megatron_selfdistill.tool_calls import schemas_of, tool_class
 
 
@@ -56,15 +63,25 @@ class RunData:
     evaluation: list[Problem]
     vocab_size: int
     """Tokens of the vocabulary, without padding."""
+    num_sampled_ids: int
+    """Number of ids that samplers choose from, the first ones: those of the tokenizer, unless a key allows all."""
     max_length: int
     """Length of the longest context, in tokens."""
-    stop_token_ids: tuple[int, ...]
+    ends: EndTokens
+    """The tokens that end a response."""
     about_prompts: str | None = None
-    """Line for the log about the tokens that the teacher's prompts add, and about unknown tokens; None for neither."""
+    """Line for the log about the tokens that the teacher's prompts add, and warnings about them; None for neither."""
+    prompts_digest: str = ""
+    """Hash of the first prompts and of the ends of responses; "" in an evaluation."""
     about_conversations: tuple[str, ...] = ()
     """Lines for the log with numbers of conversations and turns."""
     skipped: tuple[str, ...] = ()
     """One message, with file and line, for every skipped conversation and every unusable turn that was read."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that end a response; the first one ends a reply of the chat template, if any does."""
+        return self.ends.ids
 
     @classmethod
     def load(cls, config: Config) -> RunData:
@@ -102,8 +119,9 @@ class RunData:
                     config, _evaluation_fields(data), builder, require_solution=with_solutions, hinted=with_solutions
                 ),
                 vocab_size=_vocab_size(config, tokenizer),
+                num_sampled_ids=_num_sampled_ids(config, tokenizer),
                 max_length=data.max_length or config.model.max_position_embeddings,
-                stop_token_ids=_stop_tokens(config, tokenizer),
+                ends=_ends(config, builder),
             )
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
@@ -117,15 +135,17 @@ class RunData:
         try:
             assert config.data.tokenizer is not None, "the caller has set data.tokenizer"
             tokenizer = _tokenizer(config.data)
+            builder = PromptBuilder(tokenizer, _templates(config))
             return cls(
                 tokenizer=tokenizer,
-                builder=PromptBuilder(tokenizer, _templates(config)),
+                builder=builder,
                 problems=ProblemSet([]),
                 counts=ContextCounts(),
                 evaluation=[problem],
                 vocab_size=_vocab_size(config, tokenizer),
+                num_sampled_ids=_num_sampled_ids(config, tokenizer),
                 max_length=config.data.max_length or config.model.max_position_embeddings,
-                stop_token_ids=_stop_tokens(config, tokenizer),
+                ends=_ends(config, builder),
             )
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
@@ -154,7 +174,8 @@ class RunData:
         problems = replace(problems, problems=shown)
         _refuse_shares_in_streams(config, shown)
         max_length = longest_context(config)
-        problems, counts, about_prompts = _fitting_problems(problems, builder, max_length, config)
+        problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
+        ends = _ends(config, builder)
         if config.environment.one_sequence:
             _require_bridges(builder, problems.problems[0], config.has_teacher)
         return cls(
@@ -164,16 +185,18 @@ class RunData:
             counts=counts,
             evaluation=_evaluation_problems(config, fields, builder, require_solution=required),
             vocab_size=_vocab_size(config, tokenizer),
+            num_sampled_ids=_num_sampled_ids(config, tokenizer),
             max_length=max_length,
-            stop_token_ids=_stop_tokens(config, tokenizer),
-            about_prompts=about_prompts,
+            ends=ends,
+            about_prompts=_about_prompts(builder, looked_at, config),
+            prompts_digest=_digest(looked_at, ends),
         )
 
     @classmethod
     def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> RunData:
         data, wanted, max_length = config.data, config.conversations, longest_context(config)
         builder = PromptBuilder(tokenizer, _templates(config), wanted.show_contents)
-        stop_token_ids = _stop_tokens(config, tokenizer)
+        ends = _ends(config, builder)
         log = load_conversations(
             _record_source(config, data.fields),
             rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
@@ -183,13 +206,12 @@ class RunData:
         skipped = [*log.turns.skipped]
         if config.logged:
             problems, counts = log.turns, ContextCounts()
-            reader = _reader(data, builder, stop_token_ids, max_length)
-            about_prompts: str | None
-            read, unusable, about_prompts = _look_at(problems.problems, reader, config)
+            reader = _reader(data, builder, ends, max_length)
+            read, unusable, looked_at = _look_at(problems.problems, reader, config)
             skipped += unusable
             about: tuple[str, ...] = (read,)
         else:
-            problems, counts, about_prompts = _fitting_problems(log.turns, builder, max_length, config)
+            problems, counts, looked_at = _fitting_problems(log.turns, builder, max_length, config)
             about = ()
         return cls(
             tokenizer=tokenizer,
@@ -198,9 +220,11 @@ class RunData:
             counts=counts,
             evaluation=_evaluation_problems(config, _evaluation_fields(data), builder),
             vocab_size=_vocab_size(config, tokenizer),
+            num_sampled_ids=_num_sampled_ids(config, tokenizer),
             max_length=max_length,
-            stop_token_ids=stop_token_ids,
-            about_prompts=about_prompts,
+            ends=ends,
+            about_prompts=_about_prompts(builder, looked_at, config),
+            prompts_digest=_digest(looked_at, ends),
             about_conversations=(log.about, *about),
             skipped=tuple(skipped),
         )
@@ -252,20 +276,21 @@ def _evaluation_fields(data: DataConfig) -> dict[str, str | None]:
 
 def turn_reader(config: Config, run_data: RunData) -> TurnReader:
     """Return the reader of logged turns of the run."""
-    return _reader(config.data, run_data.builder, run_data.stop_token_ids, run_data.max_length)
+    return _reader(config.data, run_data.builder, run_data.ends, run_data.max_length)
 
 
-def _reader(data: DataConfig, builder: PromptBuilder, stop_token_ids: tuple[int, ...], max_length: int) -> TurnReader:
-    return TurnReader(builder, stop_token_ids, max_length, data.on_long_context, data.on_bad_record)
+def _reader(data: DataConfig, builder: PromptBuilder, ends: EndTokens, max_length: int) -> TurnReader:
+    return TurnReader(builder, ends, max_length, data.on_long_context, data.on_bad_record)
 
 
-def _look_at(problems: Sequence[Problem], reader: TurnReader, config: Config) -> tuple[str, list[str], str]:
+def _look_at(
+    problems: Sequence[Problem], reader: TurnReader, config: Config
+) -> tuple[str, list[str], list[tuple[Problem, PromptPair]]]:
     """Read a sample of logged turns as the steps will read them, to find an unfit chat template before the start.
 
-    Return a line with their numbers, a message for each unusable turn, and a line about the cost of their prompts.
+    Return a line with their numbers, a message for each unusable turn, and the usable turns with their prompts.
 
-    Raises: ValueError for an unusable turn that may not be skipped, for a sample without any usable turn, and for a
-    teacher's prompt that does not show the accepted answer.
+    Raises: ValueError for an unusable turn that may not be skipped, and for a sample without any usable turn.
     """
     numbers = sorted(random.Random(f"{config.seed}/turns").sample(range(len(problems)), min(LOOKED_AT, len(problems))))
     looked_at = [problems[number] for number in numbers]
@@ -277,8 +302,7 @@ def _look_at(problems: Sequence[Problem], reader: TurnReader, config: Config) ->
         raise ConfigError(f"none of {len(turns)} turns that were read can be used; the first: {unusable[0]}")
     which = f"all {len(turns)}" if len(turns) == len(problems) else f"{len(turns)} of {len(problems)}"
     pairs = [(p, turn.prompts) for p, turn in zip(looked_at, turns, strict=True) if isinstance(turn, Turn)]
-    shown_part = "accepted answer" if config.needs.hint == GIVEN else "text in place of a hint"
-    return f"{which} turns were read: {counts}", unusable, _about_prompts(reader.builder, pairs, shown_part)
+    return f"{which} turns were read: {counts}", unusable, pairs
 
 
 def _evaluation_problems(
@@ -311,26 +335,47 @@ def _evaluation_problems(
     return problems
 
 
-def _about_prompts(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], shown_part: str) -> str:
-    """Check that the prompts show problem and solution, and return a line about their cost and unknown tokens.
-
-    ``shown_part`` is the name of the solution in that line.
+def _about_prompts(
+    builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], config: Config
+) -> str | None:
+    """Check that the first prompts show their texts, and return a line about their cost, with warnings about them.
 
     Raises: ValueError for the first prompt that does not show its texts, and if most of them are unknown tokens.
     """
-    costs: list[HintCost] = []
+    students = [pair.student_prompt for _, pair in looked_at]
+    teachers = [pair.teacher_prompt for _, pair in looked_at] if config.has_teacher else []
     for problem, pair in looked_at:
-        student, teacher = pair.student_prompt, pair.teacher_prompt
-        check_student_prompt(builder, problem, student)
-        check_teacher_prompt(builder, problem, student, teacher, pair.solution)
-        costs.append(hint_cost(builder, problem, student, teacher))
-    cost = mean_cost(costs)
-    students, teachers = zip(*((pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at), strict=True)
-    about = [about_unknown_tokens(builder.tokenizer, students, teachers), _about_views(builder, looked_at[0][0])]
-    return (
-        f"the teacher's prompt adds {cost.wording:.0f} tokens of wording (data.teacher_template) and on average "
-        f"{cost.solution:.0f} of the {shown_part} (in {len(costs)} prompts){''.join(f'; {it}' for it in about if it)}"
-    )
+        check_student_prompt(builder, problem, pair.student_prompt)
+        if config.has_teacher:
+            check_teacher_prompt(builder, problem, pair.student_prompt, pair.teacher_prompt, pair.solution)
+    about = [
+        _about_hints(builder, looked_at, config) if config.has_teacher else None,
+        about_unknown_tokens(builder.tokenizer, students, teachers),
+        _about_views(builder, looked_at[0][0]) if config.has_teacher else None,
+        about_prefix(builder.tokenizer, [*students, *teachers]),
+        about_date(builder),
+    ]
+    return "; ".join(it for it in about if it) or None
+
+
+def _about_hints(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, PromptPair]], config: Config) -> str:
+    """Return a line about the tokens that the prompts of each teacher add."""
+    costs: dict[str, list[HintCost]] = {}
+    for it, pair in looked_at:
+        cost = hint_cost(builder, it, pair.student_prompt, pair.teacher_prompt)
+        costs.setdefault(it.teacher, []).append(cost)
+    shown_parts = {GIVEN: _SHOWN[config.data.solutions], FOUND: "answer, until there are own solutions"}
+    if config.data.kind == "conversations":
+        shown_parts = {GIVEN: "accepted answer"}
+    shown_part = shown_parts.get(config.needs.hint, "text in place of a hint")
+    lines = []
+    for name, own in costs.items():
+        whose, cost = (f"the prompt of the teacher {name}" if name else "the teacher's prompt"), mean_cost(own)
+        lines.append(
+            f"{whose} adds {cost.wording:.0f} tokens of wording (data.teacher_template) and on average "
+            f"{cost.solution:.0f} of the {shown_part} (in {len(own)} prompts)"
+        )
+    return "; ".join(lines)
 
 
 def _about_views(builder: PromptBuilder, problem: Problem) -> str | None:
@@ -343,7 +388,7 @@ def _about_views(builder: PromptBuilder, problem: Problem) -> str | None:
     if student == teacher:
         return None
     about = f"the student's response begins after {student!r}, and the teacher reads it after {teacher!r}"
-    if END_OF_THOUGHTS in student or END_OF_THOUGHTS not in teacher:
+    if num_thoughts(student) or not num_thoughts(teacher):
         return about
     return (
         f"{about}; warning: the student thinks and the teacher does not, a pairing that is known to collapse: "
@@ -354,11 +399,8 @@ def _about_views(builder: PromptBuilder, problem: Problem) -> str | None:
 
 def _fitting_problems(
     problems: ProblemSet, builder: PromptBuilder, max_length: int, config: Config
-) -> tuple[ProblemSet, ContextCounts, str | None]:
-    """Return the problems whose contexts fit, the counts, and a line about the cost of the teacher's prompts.
-
-    The first prompts are checked.
-    """
+) -> tuple[ProblemSet, ContextCounts, list[tuple[Problem, PromptPair]]]:
+    """Return the problems whose contexts fit, the counts, and the first problems of each teacher with their prompts."""
     kept, counts = [], ContextCounts()
     looked_at: list[tuple[Problem, PromptPair]] = []
     of_teacher: Counter[str] = Counter()  # each teacher has its own wording
@@ -382,14 +424,7 @@ def _fitting_problems(
                     looked_at.append(_of_teacher(shown, pairs[0], teacher))
     if not kept:
         raise ConfigError(_none_fits(problems.problems[0], len(problems), builder, max_length, config))
-    if not config.has_teacher:
-        for problem, pair in looked_at:
-            check_student_prompt(builder, problem, pair.student_prompt)
-        about = about_unknown_tokens(builder.tokenizer, [pair.student_prompt for _, pair in looked_at])
-        return replace(problems, problems=kept), counts, about
-    shown_parts = {GIVEN: _SHOWN[config.data.solutions], FOUND: "answer, until there are own solutions"}
-    shown_part = shown_parts.get(config.needs.hint, "text in place of a hint")
-    return replace(problems, problems=kept), counts, _about_prompts(builder, looked_at, shown_part)
+    return replace(problems, problems=kept), counts, looked_at
 
 
 def _of_teacher(problem: Problem, pair: PromptPair, teacher: str) -> tuple[Problem, PromptPair]:
@@ -423,17 +458,8 @@ def _none_fits(first: Problem, number: int, builder: PromptBuilder, max_length: 
 def _tokenizer(data: DataConfig) -> Tokenizer:
     """Load ``data.tokenizer``, which is set, with the chat template of the configuration."""
     assert data.tokenizer is not None
-    return load_tokenizer(data.tokenizer, chat_template=_chat_template(data), trust_remote_code=data.trust_remote_code)
-
-
-def _chat_template(data: DataConfig) -> str | None:
-    """Return the value of ``data.chat_template``, or the contents of the file that it names."""
-    template = data.chat_template
-    if template is None or "{" in template:
-        return template
-    if not Path(template).is_file():
-        raise ConfigError(f"data.chat_template: expected a Jinja template or a file that holds one, got {template}")
-    return Path(template).read_text(encoding="utf-8")
+    template = chat_template_text(data.chat_template)
+    return load_tokenizer(data.tokenizer, chat_template=template, trust_remote_code=data.trust_remote_code)
 
 
 def _templates(config: Config) -> PromptTemplates:
@@ -481,13 +507,22 @@ def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
     return stated if stated is not None else tokenizer.vocab_size
 
 
-def _stop_tokens(config: Config, tokenizer: Tokenizer) -> tuple[int, ...]:
-    stops = dict.fromkeys(
-        [*([tokenizer.eos_id] if tokenizer.eos_id is not None else []), *config.rollout.stop_token_ids]
-    )
-    if not stops:
-        raise ConfigError(
-            f"{config.data.tokenizer} has no end-of-sequence token: name one in rollout.stop_token_ids, "
-            "or no response would ever end"
-        )
-    return tuple(stops)
+def _num_sampled_ids(config: Config, tokenizer: Tokenizer) -> int:
+    return _vocab_size(config, tokenizer) if config.rollout.ids_without_token else tokenizer.vocab_size
+
+
+def _ends(config: Config, builder: PromptBuilder) -> EndTokens:
+    """Return the tokens that end a response, by the tokenizer and by the files of the model and of the run."""
+    assert config.data.tokenizer is not None
+    places: list[str | Path] = [config.data.tokenizer, Path(config.run_dir) / HF_ASSETS]
+    if config.checkpoint.load is not None and (load := Path(config.checkpoint.load)).exists():
+        places.append(hf_assets_of(directory.tracked(load) or load) or load)
+    own, variables = config.rollout.stop_token_ids, builder.templates.student_view.chat_template_kwargs
+    known = [place for place in places if not isinstance(place, Path) or place.is_dir()]
+    return end_tokens(builder.tokenizer, known, own, variables)
+
+
+def _digest(looked_at: Sequence[tuple[Problem, PromptPair]], ends: EndTokens) -> str:
+    """Return a hash of the first prompts, which may depend on the day, and of the ends of responses."""
+    prompts = [(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at]
+    return hashlib.sha256(json.dumps([prompts, sorted(ends.ids)]).encode()).hexdigest()[:16]

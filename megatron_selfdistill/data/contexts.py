@@ -422,6 +422,33 @@ def _about_unknown(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> tu
     )
 
 
+def about_prefix(tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> str | None:
+    """Return a warning if the tokenizer begins every text with tokens (BOS) that a prompt lacks; None otherwise."""
+    prefix = list(tokenizer.prefix)
+    if all(list(prompt[: len(prefix)]) == prefix for prompt in prompts):
+        return None
+    return (
+        f"warning: {tokenizer.name} begins a text with {tokenizer.decode(prefix)!r}, and the prompts do not, so that "
+        "the model reads what it has seldom seen: let data.chat_template begin with {{ bos_token }}, or with this text"
+    )
+
+
+def about_date(builder: PromptBuilder) -> str | None:
+    """Return a warning if the chat template writes the day of the launch; None otherwise."""
+    template = str(builder.tokenizer.chat_template or "")
+    view = builder.templates.student_view
+    if "strftime_now" not in template or ("date_string" in template and "date_string" in view.chat_template_kwargs):
+        return None
+    return f"warning: the chat template can write the date of the day, so that prompts change overnight: {FIXED_DATE}"
+
+
+FIXED_DATE = (
+    "fix the date: set data.chat_template_kwargs={date_string: 1 January 2026} if the template reads date_string "
+    "(Llama 3), else a data.chat_template that has the date written out"
+)
+"""What to do about a chat template that writes the date."""
+
+
 def _shows(tokenizer: Tokenizer, prompt: Sequence[int], text: str) -> bool:
     if not text.strip():
         return True

@@ -13,8 +13,9 @@ from typing import Any
 
 from megatron_selfdistill.choices import CONVERSATION_TURNS
 from megatron_selfdistill.data.acceptance import Rule, answer_text
+from megatron_selfdistill.data.messages import from_cell, kind, place, quoted, read_message, read_tools
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records, whole_number
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, records, whole_number
 from megatron_selfdistill.errors import BadConversationError, BadRecordError, UnresolvedError
 
 FIELDS = ("messages", "accepted", "tools", "id")
@@ -172,8 +173,8 @@ def _good_conversations(
         try:
             conversation = _conversation(record, columns, rule, location, seen)
         except BadConversationError as error:
-            quoted = f" ({_quoted(error.content)})" if show_contents and error.content is not None else ""
-            message = f"{location}: {error}{quoted}"
+            shown = f" ({quoted(error.content)})" if show_contents and error.content is not None else ""
+            message = f"{location}: {error}{shown}"
             if source.on_bad_record == "error":
                 raise ValueError(f"{message}; correct the record, or set data.on_bad_record=skip") from None
             skipped[message] = error
@@ -194,16 +195,16 @@ def _conversation(
             str(record),
         )
     if not isinstance(record, dict):
-        raise BadConversationError(f"expected a JSON object per record, got {_kind(record)}", record)
-    raw = _from_cell(record.get(columns["messages"]), columns["messages"])
+        raise BadConversationError(f"expected a JSON object per record, got {kind(record)}", record)
+    raw = from_cell(record.get(columns["messages"]), columns["messages"])
     if not isinstance(raw, (list, tuple)) or not raw:
         raise BadConversationError(
-            f"field {columns['messages']!r}: expected a non-empty list of messages, got {_kind(raw)}", raw
+            f"field {columns['messages']!r}: expected a non-empty list of messages, got {kind(raw)}", raw
         )
     for name in ("tools", "id"):
         if not is_text(record.get(columns[name])):
             raise BadConversationError(f"field {columns[name]!r}: {NO_TEXT}")
-    messages = tuple(_message(message, _place(columns, i)) for i, message in enumerate(raw))
+    messages = tuple(_message(message, place(columns["messages"], i)) for i, message in enumerate(raw))
     _check_order(messages, columns)
     if rule is not None:
         accepted, is_marked = _accepted(record, raw, messages, columns, rule)
@@ -220,81 +221,29 @@ def _conversation(
     elif str(conversation_id) in seen:
         raise BadConversationError(f"field {columns['id']!r}: expected a new id, got one of an earlier record")
     return Conversation(
-        str(conversation_id), messages, accepted, is_marked, _tools(record.get(columns["tools"]), columns), location
+        str(conversation_id),
+        messages,
+        accepted,
+        is_marked,
+        read_tools(record.get(columns["tools"]), columns["tools"]),
+        location,
     )
 
 
 def _message(message: object, where: str) -> dict[str, Any]:
-    if not isinstance(message, dict):
-        raise BadConversationError(f"{where}: expected an object with 'role' and 'content', got {_kind(message)}")
-    if not is_text(message):
-        raise BadConversationError(f"{where}: {NO_TEXT}")
-    mark = message.get("accepted")
+    read = read_message(message, where)
+    mark, role = read.pop("accepted", None), read["role"]
     if mark is not None and not isinstance(mark, bool):
-        raise BadConversationError(f"{where}: expected true, false or null as 'accepted', got {_kind(mark)}", mark)
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _MAY_FOLLOW or " " in role:
+        raise BadConversationError(f"{where}: expected true, false or null as 'accepted', got {kind(mark)}", mark)
+    if role not in _MAY_FOLLOW or " " in role:
         known = ", ".join(role for role in _MAY_FOLLOW if " " not in role)
-        raise BadConversationError(
-            f"{where}: expected a role among {known}, got {_kind(role)} that is not among them", role
-        )
-    # Columnar files have null for missing keys; chat templates ask whether a key is present.
-    kept = {key: value for key, value in message.items() if value is not None and key != "accepted"}
-    calls = kept.pop("tool_calls", None)
-    if calls is not None and not isinstance(calls, (list, tuple)):
-        raise BadConversationError(f"{where}: expected a list of tool calls, got {_kind(calls)}", calls)
-    if calls:
-        if role != "assistant":
-            raise BadConversationError(f"{where}: expected tool calls of an assistant only, got tool calls of a {role}")
-        kept["tool_calls"] = [_tool_call(call, where) for call in calls]
-    content = kept.pop("content", None)
-    text = "" if content is None else _text(content, where)
-    if role != "tool" and "tool_calls" not in kept and not text.strip():
+        raise BadConversationError(f"{where}: expected a role among {known}, got a text that is not among them", role)
+    if "tool_calls" in read and role != "assistant":
+        raise BadConversationError(f"{where}: expected tool calls of an assistant only, got tool calls of a {role}")
+    text = read.pop("content", "")
+    if role != "tool" and "tool_calls" not in read and not text.strip():
         raise BadConversationError(f"{where}: expected a text as the content of the {role}, got an empty one")
-    return kept | {"content": text} if text or role == "tool" else kept
-
-
-def _text(content: object, where: str) -> str:
-    """Return a content as one string; the texts of several parts are joined by line feeds, as servers join them."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, (list, tuple)):
-        raise BadConversationError(f"{where}: expected a string or text parts as the content, got {_kind(content)}")
-    parts = []
-    for part in content:
-        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-            raise BadConversationError(f"{where}: expected text parts only, got another kind of part", part)
-        parts.append(part["text"])
-    return "\n".join(parts)
-
-
-def _tool_call(call: object, where: str) -> dict[str, Any]:
-    """Return the tool call with its arguments as an object, the form that servers pass to chat templates.
-
-    Many templates would encode arguments that are JSON text as a string once more.
-    """
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(call, dict) or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise BadConversationError(
-            f"{where}: expected tool calls with a function's name and arguments, got another", call
-        )
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = from_json(arguments) if arguments.strip() else {}
-        except ValueError:
-            raise BadConversationError(
-                f"{where}: expected a tool call's arguments to be valid JSON, got other text", call
-            ) from None
-    kept = {key: value for key, value in call.items() if value is not None}
-    return kept | {"function": {"name": function["name"], "arguments": _without_nulls(arguments)}}
-
-
-def _without_nulls(value: Any) -> Any:
-    # Parquet files give every call the arguments of all calls, as nulls.
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return {} if value is None else value
+    return read | {"content": text} if text or role == "tool" else read
 
 
 def _check_order(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
@@ -304,7 +253,7 @@ def _check_order(messages: Sequence[Mapping[str, Any]], columns: Mapping[str, st
         role = message["role"]
         if role not in allowed:
             raise BadConversationError(
-                f"{_place(columns, index)}: expected {' or '.join(allowed)} after {previous}, got {role}"
+                f"{place(columns['messages'], index)}: expected {' or '.join(allowed)} after {previous}, got {role}"
             )
         previous = "assistant with tool calls" if "tool_calls" in message else role
         allowed = _MAY_FOLLOW[previous]
@@ -327,7 +276,7 @@ def _accepted(
     marks = [i for i, message in enumerate(raw) if message.get("accepted") is True]
     whole = isinstance(given, int) or (isinstance(given, float) and given.is_integer())  # columns with nulls are float
     if isinstance(given, bool) or not (given is None or whole):
-        raise BadConversationError(f"{where}: expected the index of a message, got {_kind(given)}", given)
+        raise BadConversationError(f"{where}: expected the index of a message, got {kind(given)}", given)
     if given is not None:
         marks.append(int(given))
     if len(set(marks)) > 1:
@@ -351,45 +300,9 @@ def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
     try:
         index = rule(messages)
     except Exception as error:  # the rule may be the user's, and its message may quote the log
-        kind = type(error).__name__
-        raise BadConversationError(f"the rule {name} for the accepted answer failed with {kind}", str(error)) from None
+        failure = f"the rule {name} for the accepted answer failed with {type(error).__name__}"
+        raise BadConversationError(failure, str(error)) from None
     number = None if index is None else whole_number(index)
     if number is None and index is not None:
-        raise BadConversationError(f"the rule {name}: expected the index of a message or None, got {_kind(index)}")
+        raise BadConversationError(f"the rule {name}: expected the index of a message or None, got {kind(index)}")
     return number
-
-
-def _tools(value: object, columns: Mapping[str, str]) -> tuple[dict[str, Any], ...]:
-    value = _from_cell(value, columns["tools"])
-    if value is None:
-        return ()
-    if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
-        raise BadConversationError(f"field {columns['tools']!r}: expected a list of objects, got {_kind(value)}")
-    return tuple(_without_nulls(tool) for tool in value)
-
-
-def _from_cell(value: object, column: str) -> object:
-    """Return the value of a CSV cell with JSON; a value that is no text is returned as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return from_json(value)
-    except ValueError:
-        raise BadConversationError(
-            f"field {column!r}: expected a list, got a text that is not its JSON", value
-        ) from None
-
-
-def _place(columns: Mapping[str, str], index: int) -> str:
-    return f"field '{columns['messages']}[{index}]'"
-
-
-def _kind(value: object) -> str:
-    """Return the kind of a value, without its contents."""
-    kinds = {dict: "an object", list: "a list", tuple: "a list", str: "a text", bool: "a truth value"}
-    return "nothing" if value is None else kinds.get(type(value), "a number")
-
-
-def _quoted(value: object) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False).encode(errors="backslashreplace").decode()
-    return text if len(text) <= 80 else text[:77] + "..."

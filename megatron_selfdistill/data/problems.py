@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.schema.teachers_config import CHOOSE, NamedTeacher, teacher_of_record
-from megatron_selfdistill.data.records import NO_TEXT, RecordSource, from_json, is_text, records
-from megatron_selfdistill.errors import BadRecordError, ConfigError
+from megatron_selfdistill.data.messages import from_cell, place, quoted, read_message, read_tools
+from megatron_selfdistill.data.records import NO_TEXT, RecordSource, is_text, records
+from megatron_selfdistill.errors import BadConversationError, BadRecordError, ConfigError
 
-FIELDS = ("problem", "messages", "solution", "answer", "id", "teacher")
+FIELDS = ("problem", "messages", "tools", "solution", "answer", "id", "teacher")
 
 T = TypeVar("T")
 
@@ -51,7 +52,7 @@ class Problem:
     location: str
     """Place of the record for messages: ``file:line`` (JSONL, CSV) or ``file:row``, counted from 1."""
     tools: tuple[dict[str, Any], ...] = ()
-    """Schemas of functions for the chat template, as in the log."""
+    """Schemas of functions for the chat template, as in the data."""
     reply: LoggedReply | None = None
     """Logged reply to ``messages``, where the problem is a turn of a conversation."""
     reworded: int | None = None
@@ -100,6 +101,8 @@ class ProblemSet:
                 content[1] = [hashed(message) for message in problem.messages]
                 content += [hashed(problem.reply.message), problem.reply.accepted, problem.tools]
                 content += [hashed(message) for message in problem.reply.next_state]
+            elif problem.tools:
+                content.append(problem.tools)
             if problem.teacher:
                 content.append(problem.shares or problem.teacher)
             digest.update(_json(content))
@@ -109,9 +112,9 @@ class ProblemSet:
 def load_problems(source: RecordSource, *, require_solution: bool) -> ProblemSet:
     """Read and validate all problems of ``source``.
 
-    A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text), and a ``solution``; ``answer``,
-    ``id`` and, where ``source.teachers`` are given, ``teacher`` are optional.  A missing id is derived from the
-    record's content, with ``-1``, ``-2`` .. for repetitions.
+    A record has a ``problem`` (text), or ``messages`` (a list, or its JSON as text) with optional ``tools``, and a
+    ``solution``; ``answer``, ``id`` and, where ``source.teachers`` are given, ``teacher`` are optional.  A missing id
+    is derived from the record's content, with ``-1``, ``-2`` .. for repetitions.
     JSON and CSV are read line by line here, since ``datasets`` does not name a malformed line; Parquet files and data
     sets of the hub are read with ``datasets``.  ``require_solution``: whether a record without a solution is bad;
     otherwise its solution is "".  Where the field ``solution`` is not read, every solution is "".
@@ -312,9 +315,11 @@ def _good_problems(
         try:
             problem = _validated(record, location, columns, places, require_solution, source.teachers, shares_of)
         except BadRecordError as error:
+            content = error.content if isinstance(error, BadConversationError) else None
+            message = f"{error}" if content is None else f"{error} ({quoted(content)})."
             if source.on_bad_record == "error":
-                raise ValueError(f"{location}: {error} Correct the record, {advice}") from None
-            skipped.append(f"{location}: {error}")
+                raise ValueError(f"{location}: {message} Correct the record, {advice}") from None
+            skipped.append(f"{location}: {message}")
             continue
         places[problem.id] = location
         problems.append(problem)
@@ -350,13 +355,13 @@ def _validated(
     for name, value in values.items():
         if not is_text(value):
             raise BadRecordError(f"field {columns[name]!r}: {NO_TEXT}.")
-    problem, messages, solution, answer, given_id, _ = (values[name] for name in FIELDS)
+    problem, messages, tools, solution, answer, given_id, _ = (values[name] for name in FIELDS)
     # `problem` goes first: many sets carry both, and their `messages` end in the reference reply.
     if problem is None and messages is not None:
-        conversation = _conversation(messages, columns["messages"])
+        conversation = _conversation(messages, str(columns["messages"]))
     else:
         text = _text(problem, "problem", columns, record)
-        conversation = ({"role": "user", "content": text},)
+        conversation, tools = ({"role": "user", "content": text},), None
     shares = shares_of(record, location)
     required = require_solution and (not teachers or any(teachers[name].is_hinted for name in shares))
     wanted = columns["solution"] is not None and (required or solution is not None)
@@ -370,7 +375,9 @@ def _validated(
         if problem_id in places:
             raise BadRecordError(f"field 'id': expected a new id, got {problem_id!r} as in {places[problem_id]}.")
     of_several = tuple(shares.items()) if len(shares) > 1 else ()
-    return Problem(problem_id, conversation, solution, answer, location, teacher=next(iter(shares)), shares=of_several)
+    schemas = read_tools(tools, str(columns["tools"]))
+    teacher = next(iter(shares))
+    return Problem(problem_id, conversation, solution, answer, location, schemas, teacher=teacher, shares=of_several)
 
 
 def _shares_of_records(
@@ -424,30 +431,18 @@ def _is_weight(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _conversation(messages: object, column: str | None) -> tuple[dict[str, Any], ...]:
-    if isinstance(messages, str):  # a CSV cell
-        try:
-            messages = from_json(messages)
-        except ValueError as error:
-            raise BadRecordError(f"field {column!r}: expected a list of messages, got a text ({error}).") from None
+def _conversation(messages: object, column: str) -> tuple[dict[str, Any], ...]:
+    messages = from_cell(messages, column)
     if not isinstance(messages, (list, tuple)) or not messages:
-        raise BadRecordError(f"field {column!r}: expected a non-empty list of messages, got {_shown(messages)}.")
-    conversation = []
-    for index, message in enumerate(messages):
-        where = f"field '{column}[{index}]'"
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-            raise BadRecordError(f"{where}: expected an object with 'role' and 'content', got {_shown(message)}.")
-        is_tool_call = message["role"] == "assistant" and message.get("tool_calls")
-        if not isinstance(message.get("content"), str) and not is_tool_call:
-            raise BadRecordError(f"{where}: expected a string as 'content', got {_shown(message.get('content'))}.")
-        # Columnar files fill what a message lacks with null; chat templates ask whether a key is there.
-        conversation.append({key: value for key, value in message.items() if value is not None})
+        raise BadConversationError(f"field {column!r}: expected a non-empty list of messages", messages)
+    conversation = tuple(read_message(message, place(column, index)) for index, message in enumerate(messages))
     roles = [message["role"] for message in conversation]
     if "user" not in roles or roles[-1] == "assistant":
-        raise BadRecordError(
-            f"field {column!r}: expected a user message and no reply at the end, got the roles {', '.join(roles)}."
+        raise BadConversationError(
+            f"field {column!r}: expected a user message and no reply at the end (a reply can be the solution), got the "
+            f"roles {', '.join(roles)}"
         )
-    return tuple(conversation)
+    return conversation
 
 
 def _text(value: object, name: str, columns: Mapping[str, str | None], record: Mapping[str, Any]) -> str:

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.data.thoughts import END_OF_THOUGHTS, THINK
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import MissingChatTemplateError
 
@@ -24,9 +25,6 @@ if you had not seen the solution. Never mention that a solution was given."""
 
 FEEDBACK_HEADING = "\nThe following is feedback from your unsuccessful earlier attempt:\n\n"
 """SDPO's heading of an environment's feedback, after the problem."""
-
-END_OF_THOUGHTS = "</think>"
-"""What chat templates write into the generation prompt to leave the model no thoughts."""
 
 
 @dataclass(frozen=True)
@@ -192,17 +190,19 @@ class PromptBuilder:
 
     def generation_prompts(self, problem: Problem) -> GenerationPrompts:
         """Return the texts after which student and teacher read the response to a problem."""
-        before, prompt, teacher_before, teacher_prompt = self.pair_texts(problem)
-        return GenerationPrompts(_generation_text(before, prompt), _generation_text(teacher_before, teacher_prompt))
+        texts = self.pair_texts(problem)
+        ids, decode = self.tokenizer.encode_batch(texts), self.tokenizer.decode
+        student, teacher = (_split_prompt(texts[at : at + 2], ids[at : at + 2], decode) for at in (0, 2))
+        return GenerationPrompts(student.generation_text, teacher.generation_text)
 
     def pair_of(self, problem: Problem, texts: Sequence[str], ids: Sequence[list[int]]) -> tuple[list[int], list[int]]:
         """Return `prompt_pair` of a problem whose ``texts`` from `pair_texts` are encoded as ``ids``."""
         if not self.templates.same_generation_prompt(problem.teacher):
             return ids[1], ids[3]
-        student, teacher = _split_prompt(texts[:2], ids[:2]), _split_prompt(texts[2:], ids[2:])
+        decode = self.tokenizer.decode
+        student, teacher = (_split_prompt(texts[at : at + 2], ids[at : at + 2], decode) for at in (0, 2))
         skip = 1 if student.joins_message or teacher.joins_message else 0
         if student.generation_text != teacher.generation_text or student.tail[skip:] != teacher.tail[skip:]:
-            decode = self.tokenizer.decode
             got = (
                 f"{decode(student.tail)!r} {student.tail} for the student and {decode(teacher.tail)!r} "
                 f"{teacher.tail} for the teacher"
@@ -238,7 +238,7 @@ class PromptBuilder:
         stop_id: int,
     ) -> list[int]:
         before = self._render(messages, problem, view, True)
-        begin = "" if before.rstrip().endswith("<think>") else "<think>\n"
+        begin = "" if before.rstrip().endswith(THINK) else f"{THINK}\n"
         said = f"{begin}A thought.\n{END_OF_THOUGHTS}\n\nAn answer."
         spoken = [*messages, {"role": "assistant", "content": said}, dict(reply)]
         whole = self._render(spoken, problem, view, True)
@@ -300,7 +300,7 @@ def reworded_message(problem: Problem) -> int:
 
 @dataclass(frozen=True)
 class _SplitPrompt:
-    """A prompt's ids and their tail, which follows the ids of the same prompt without generation prompt."""
+    """A prompt's ids and their tail, which follows what the same prompt without generation prompt begins with."""
 
     ids: list[int]
     tail: list[int]
@@ -309,16 +309,19 @@ class _SplitPrompt:
     """Whether the tail begins within the message, so that one token spans the boundary."""
 
 
-def _split_prompt(texts: Sequence[str], encoded: Sequence[list[int]]) -> _SplitPrompt:
+def _split_prompt(
+    texts: Sequence[str], encoded: Sequence[list[int]], decode: Callable[[list[int]], str]
+) -> _SplitPrompt:
+    """Return the ``encoded`` prompt with generation prompt, the second of ``texts``, split at its generation prompt.
+
+    A template that writes an end without a generation prompt (Phi-3) has other tokens there, not none.
+    """
     (before, whole), (before_ids, ids), equal = texts, encoded, 0
     while equal < min(len(before_ids), len(ids)) and before_ids[equal] == ids[equal]:
         equal += 1
-    return _SplitPrompt(ids, ids[equal:], _generation_text(before, whole), joins_message=equal < len(before_ids))
-
-
-def _generation_text(before: str, whole: str) -> str:
-    """Return what ``whole`` has after ``before``, the prompt without generation prompt; all if it begins otherwise."""
-    return whole[len(before) :] if whole.startswith(before) else whole
+    is_added = whole.startswith(before)
+    text = whole[len(before) :] if is_added else decode(ids[equal:])
+    return _SplitPrompt(ids, ids[equal:], text, joins_message=is_added and equal < len(before_ids))
 
 
 # `{{name}}` is a literal `{name}` (group 1), `{name}` a slot (group 2); all other braces are text.

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass
 
 from megatron_selfdistill.data.contexts import PromptPair, shortened_to_fit
+from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
+from megatron_selfdistill.data.thoughts import num_thoughts, parts
 from megatron_selfdistill.errors import MissingChatTemplateError
 
 
@@ -38,7 +40,8 @@ class TurnReader:
     """The reader of turns, with the rules for unusable turns."""
 
     builder: PromptBuilder
-    stop_token_ids: tuple[int, ...]
+    ends: EndTokens
+    """The tokens that end a reply."""
     max_length: int
     """Largest length of a prompt and the reply together, in tokens."""
     on_long_context: str
@@ -116,6 +119,7 @@ class TurnReader:
         return Turn(prompts, reply, problem.reply.accepted)
 
     def _reply(self, problem: Problem, prompt: str, whole: str, prompt_ids: list[int], ids: list[int]) -> list[int]:
+        assert problem.reply is not None
         where, decode = problem.location, self.builder.tokenizer.decode
         if ids[: len(prompt_ids)] == prompt_ids:
             reply = ids[len(prompt_ids) :]
@@ -127,13 +131,15 @@ class TurnReader:
                     "the tokenizer joins the end of the generation prompt with the reply: give another "
                     "data.chat_template"
                 )
-        stops = [i for i, token in enumerate(reply) if token in self.stop_token_ids]
+        stops = [i for i, token in enumerate(reply) if token in self.ends.ids]
+        if not stops and self.ends.reply_end is not None and not problem.reply.message.get("tool_calls"):
+            return [*reply, self.ends.reply_end]  # the template writes it before the next message only
         if not stops:
             raise ValueError(
                 f"{where}: expected the chat template to end the reply in a stop token, got none; add the token that "
                 "ends its replies to rollout.stop_token_ids"
             )
-        if decode(reply[stops[0] + 1 :]).strip():
+        if decode([token for token in reply[stops[0] + 1 :] if token not in self.ends.ids]).strip():
             raise ValueError(f"{where}: expected a reply with a stop token at its end only, got one within its text")
         return reply[: stops[0] + 1]
 
@@ -185,28 +191,33 @@ def _check_the_reply_follows(problem: Problem, prompt: str, whole: str) -> None:
             "another text there; where the generation prompt opens a reasoning block that the log does not have, close "
             "it with data.chat_template_kwargs (such as enable_thinking: false), else give another data.chat_template"
         )
-    _check_nothing_is_dropped(problem, whole[len(prompt) :])
+    _check_reply(problem, whole[len(prompt) :])
 
 
-def _check_nothing_is_dropped(problem: Problem, text: str) -> None:
-    """Raise ValueError if the rendered text lacks a part of the reply.
+def _check_reply(problem: Problem, text: str) -> None:
+    """Raise ValueError if the rendered text lacks a part of the reply, or has thoughts that the reply does not have.
 
-    Some templates drop the reasoning, or the text beside a tool call.
+    Some templates drop the reasoning, or the text beside a tool call.  Others write empty thoughts into a reply without
+    thoughts, or write the thoughts of its content a second time.
     """
     assert problem.reply is not None
     message = problem.reply.message
-    reasoning, _, answer = str(message.get("content", "")).rpartition("</think>")
-    parts = {
-        "the reasoning": reasoning.removeprefix("<think>"),
-        "the text": answer,
-        "the reasoning_content": str(message.get("reasoning_content", "")),
-    }
-    for name, part in parts.items():
+    content = str(message.get("content", ""))
+    reasoning, answer = parts(content)
+    names = ("reasoning_content", "reasoning", "thinking")
+    apart = {f"the {name}": str(message[name]) for name in names if message.get(name)}
+    for name, part in {"the reasoning": reasoning or "", "the text": answer, **apart}.items():
         if part.strip() not in text:
             raise ValueError(
                 f"{problem.location}: expected the chat template to show {name} of the reply, got a text without it; "
                 "give a data.chat_template that keeps it, or take it out of the log"
             )
+    if num_thoughts(text) > num_thoughts(content) + bool(apart):
+        raise ValueError(
+            f"{problem.location}: expected the chat template to show the reply as the assistant wrote it, got thoughts "
+            "that the template adds: switch them off with data.chat_template_kwargs={enable_thinking: false}, or give "
+            "another data.chat_template"
+        )
     calls = message.get("tool_calls", ())
     if any(call["function"]["name"] not in text for call in calls):
         raise ValueError(

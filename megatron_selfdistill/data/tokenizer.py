@@ -59,6 +59,10 @@ class Tokenizer(Protocol):
     """Id of the end-of-sequence token; None if the tokenizer has none."""
     unknown_id: int | None = None
     """Id of the token of all texts that the tokenizer cannot encode; None if it can encode every text."""
+    chat_template: Any = None
+    """The chat template: Jinja, or several templates by their names; None for none."""
+    prefix: Sequence[int] = ()
+    """Ids that the tokenizer itself writes before a text (BOS), and `encode` does not; () for none."""
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
@@ -69,6 +73,10 @@ class Tokenizer(Protocol):
 
     def tokens(self) -> dict[int, str]:
         """Return id -> token of the whole vocabulary, added tokens included."""
+
+    def special_tokens(self) -> Sequence[str]:
+        """Return the tokens that ``skip_special_tokens`` leaves out."""
+        return ()
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
         """Return the text of ``ids``, for people and verifiers; the text must not be encoded again."""
@@ -89,8 +97,8 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_
     """Load a Hugging Face tokenizer (directory or hub name), or a SentencePiece ``.model`` file or its directory.
 
     ``chat_template`` is a Jinja template that replaces the tokenizer's; for base models, which know no roles,
-    ``{% for m in messages %}{{ m.content }}{% endfor %}`` is plain text.  ``trust_remote_code`` lets the tokenizer run
-    the Python code in its directory (auto_map).
+    ``{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}`` is plain text.  ``trust_remote_code`` lets
+    the tokenizer run the Python code in its directory (auto_map).
 
     Raises: FileNotFoundError or ValueError if there is no tokenizer at ``path``.
     """
@@ -98,6 +106,18 @@ def load_tokenizer(path: str | Path, *, chat_template: str | None = None, trust_
     if str(path).endswith(".model"):
         return SentencePieceTokenizer(path, chat_template=chat_template)
     return HuggingFaceTokenizer(path, chat_template=chat_template, trust_remote_code=trust_remote_code)
+
+
+def chat_template_text(template: str | None) -> str | None:
+    """Return the Jinja text of ``data.chat_template``, which is the text itself or names its file; None for None.
+
+    Raises: ValueError for another name, and for a text that writes nothing.
+    """
+    if template is None or "{" in template:
+        return template
+    if not Path(template).is_file():
+        raise ValueError(f"data.chat_template: expected a Jinja template or a file that holds one, got {template!r}")
+    return Path(template).read_text(encoding="utf-8")
 
 
 def tokenizer_place(path: str | Path) -> str | Path:
@@ -143,6 +163,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise ValueError(f"Tokenizer: expected {_TOKENIZERS}, got {path}: {reason}") from error
         if chat_template is not None:
             self._tokenizer.chat_template = chat_template
+        self.chat_template = self._tokenizer.chat_template
         self.name = str(path)
         # Ids may have holes (len() is then too small for an embedding table).
         self.vocab_size: int = max(len(self._tokenizer), 1 + max(self._tokenizer.get_vocab().values()))
@@ -150,11 +171,19 @@ class HuggingFaceTokenizer(Tokenizer):
         # Tokenizers of bytes name an unknown token, too, which no text becomes.
         unknown = self._tokenizer.unk_token_id
         self.unknown_id = unknown if unknown in self.encode(_RARE_LETTERS) else None
+        own, plain = list(self._tokenizer("x")["input_ids"]), self.encode("x")
+        starts = [at for at in range(len(own)) if own[at : at + len(plain)] == plain]
+        self.prefix = own[: starts[0]] if starts else ()
         try_chat_template(self.name, self._tokenizer.chat_template, self._tokenizer.special_tokens_map)
 
     def tokens(self) -> dict[int, str]:
         """Return id -> token of the whole vocabulary, added tokens included."""
         return {index: token for token, index in self._tokenizer.get_vocab().items()}
+
+    def special_tokens(self) -> Sequence[str]:
+        """Return the tokens that ``skip_special_tokens`` leaves out."""
+        added = self._tokenizer.added_tokens_decoder.values()
+        return [*self._tokenizer.all_special_tokens, *(token.content for token in added if token.special)]
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
@@ -205,7 +234,7 @@ class SentencePieceTokenizer(Tokenizer):
             self._sp = SentencePieceProcessor(model_file=str(path))
         except (OSError, RuntimeError) as error:
             raise ValueError(f"Tokenizer: expected a SentencePiece model, got {path}: {error}") from error
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self.name = str(path)
         self.vocab_size: int = self._sp.get_piece_size()
         special = {
@@ -226,6 +255,10 @@ class SentencePieceTokenizer(Tokenizer):
     def tokens(self) -> dict[int, str]:
         """Return id -> token of the whole vocabulary, added tokens included."""
         return {index: self._sp.id_to_piece(index) for index in range(self.vocab_size)}
+
+    def special_tokens(self) -> Sequence[str]:
+        """Return the tokens that ``skip_special_tokens`` leaves out."""
+        return list(self._control)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, with special tokens only where ``text`` spells them."""
@@ -260,11 +293,11 @@ class SentencePieceTokenizer(Tokenizer):
         """
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise MissingChatTemplateError(self.name)
         rendered, _ = render_jinja_template(
             conversations=[list(messages)],
-            chat_template=self._chat_template,
+            chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
             **{**self._special_tokens, **kwargs},
         )

@@ -38,3 +38,12 @@ FORGETFUL = (
 
 OPENING = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 """ChatML with a generation prompt that opens the reasoning."""
+
+_CONTENT = "{{ m.content or '' }}"
+ADDING = CHATML.replace(
+    _CONTENT, "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}" + _CONTENT
+).replace(
+    "assistant\n{% endif %}",
+    "assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+)
+"""A template that writes empty thoughts before the last reply; a switch writes them into the generation prompt, too."""

@@ -3,20 +3,22 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from megatron_selfdistill.config import Config, from_mapping, load
 from megatron_selfdistill.config.world_checks import longest_context
 from megatron_selfdistill.data.contexts import plan_contexts
 from megatron_selfdistill.data.tokenizer import load_tokenizer
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import ConfigError, MissingChatTemplateError
+from megatron_selfdistill.rollout.factory import sampling_params
 from megatron_selfdistill.run_data import RunData
 
 PLAIN = "{% for m in messages %}{{ m.content }}{% endfor %}"
@@ -94,7 +96,10 @@ def test_what_is_read_is_what_the_files_say(directory):
         (["data.chat_template={directory}"], "data.chat_template: expected a Jinja template or a file that holds one"),
         (["data.chat_template=null"], "has no chat template: set data.chat_template"),
         (["data.teacher_template='{{problem}}'"], "{solution}"),
-        (["data.tokenizer={directory}/endless"], "has no end-of-sequence token"),
+        (
+            ["data.tokenizer={directory}/endless"],
+            "expected an end of sequence in the tokenizer, generation_config.json or config.json",
+        ),
         (["model.vocab_size=20"], "model.vocab_size is 20, but"),
         (
             ["schedule.max_tokens=39"],
@@ -493,7 +498,8 @@ def test_each_teacher_has_its_own_wording_and_shows_the_solution_or_not(director
         "501-4=||",
         "42:502-4=",
     ]
-    assert "of the solution (in 3 prompts)" in run_data.about_prompts
+    for name, wording in {"math": 1, "code": 2, "default": 1}.items():  # without the solution's tokens
+        assert f"the prompt of the teacher {name} adds {wording} tokens of wording" in run_data.about_prompts
 
 
 def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(directory):
@@ -518,7 +524,7 @@ def test_a_function_that_chooses_gives_a_record_the_prompts_of_its_teachers(dire
     assert {problem.shares for problem in run_data.problems.problems} == {
         tuple((name, 1 / 3) for name in sorted(TEACHERS))
     }
-    assert "(in 6 prompts)" in run_data.about_prompts, run_data.about_prompts
+    assert run_data.about_prompts.count("(in 2 prompts)") == 3, run_data.about_prompts
 
 
 def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
@@ -539,3 +545,86 @@ def test_records_with_several_teachers_are_refused_in_a_step_that_streams(direct
     with pytest.raises(ConfigError, match=r"taught.jsonl:2: a record with several teachers needs all responses"):
         taught(directory, ["math", {"math": 1, "code": 1}], **stream)
     assert len(taught(directory, ["math", "code"], **stream).problems) == 2
+
+
+def test_a_run_ends_responses_where_tokenizer_model_files_checkpoint_and_key_say(directory, tmp_path):
+    """A run, an evaluation, one problem and chat logs agree."""
+    hf = tmp_path / "hf"
+    character_tokenizer(hf, eos_token="$")
+    write_json(hf / "generation_config.json", {"eos_token_id": [CHARACTERS.index("|")]})
+    assets = tmp_path / "checkpoint" / "release" / "huggingface"
+    assets.mkdir(parents=True)
+    write_json(assets / "config.json", {"eos_token_id": CHARACTERS.index(";")})
+    (tmp_path / "checkpoint" / "latest_checkpointed_iteration.txt").write_text("release")
+    keys = [f"data.tokenizer={hf}", f"checkpoint.load={tmp_path / 'checkpoint'}", "rollout.stop_token_ids=[3]"]
+    config = config_of(directory, *keys, f"evaluation.path={directory / 'held_out.jsonl'}")
+    run_data = RunData.load(config)
+    wanted = {CHARACTERS.index(one) for one in "$|;3"}
+    assert set(run_data.stop_token_ids) == set(RunData.load_evaluation(config).stop_token_ids) == wanted
+    assert set(RunData.of_problem(config, run_data.problems.problems[0]).stop_token_ids) == wanted
+    log = tmp_path / "log.jsonl"
+    talk = [{"role": role, "content": text} for role, text in (("user", "1"), ("assistant", "2"), ("user", "3"))]
+    write(log, [{"messages": talk, "accepted": 1}])
+    ended = PLAIN.replace("{{ m.content }}", "{{ m.content }}|")
+    data = replace(config.data, kind="conversations", path=str(log), chat_template=ended)
+    method = from_mapping({"method": {"name": "chat_logs"}, "data": {"kind": "conversations"}}).method
+    of_logs = RunData.load(replace(config, data=data, method=method))
+    assert set(of_logs.stop_token_ids) == wanted and of_logs.stop_token_ids[0] == CHARACTERS.index("|")
+    assert "a response ends at '$'" in run_data.ends.about and "';' " in run_data.ends.about
+
+
+def write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content))
+
+
+def with_bos(directory: Path) -> Path:
+    """Write the tokenizer of a base model, which begins each text with H."""
+    character_tokenizer(directory, eos_token="$", bos_token="H")
+    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="H $A", special_tokens=[("H", CHARACTERS.index("H"))]
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def test_prompts_without_the_first_token_of_every_text_have_a_warning_and_the_documented_template_none(
+    directory, tmp_path
+):
+    base = with_bos(tmp_path / "base")
+    without = RunData.load(config_of(directory, f"data.tokenizer={base}")).about_prompts
+    assert f"warning: {base} begins a text with 'H', and the prompts do not" in without
+    config = config_of(directory, f"data.tokenizer={base}")
+    documented = replace(config.data, chat_template="{{ bos_token }}" + PLAIN)
+    run_data = RunData.load(replace(config, data=documented))
+    assert "warning" not in run_data.about_prompts
+    student, teacher = run_data.builder.prompt_pair(run_data.problems.problems[0])
+    assert student[0] == teacher[0] == CHARACTERS.index("H") and student.count(student[0]) == 1
+    assert "{{ bos_token }}{% for m in messages %}" in str(MissingChatTemplateError("x"))
+
+
+def test_a_template_with_the_date_of_the_day_is_named_and_changes_the_digest_of_the_prompts(directory, monkeypatch):
+    config = config_of(directory)
+    dated = "{{ strftime_now('%d') if date_string is not defined else date_string }}" + PLAIN
+
+    def of_day(day: int, **variables: str) -> RunData:
+        clock = type("Clock", (), {"now": staticmethod(lambda: datetime.datetime(2026, 1, day))})
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        data = replace(config.data, chat_template=dated, chat_template_kwargs=variables)
+        return RunData.load(replace(config, data=data))
+
+    assert of_day(1).prompts_digest == of_day(1).prompts_digest != of_day(2).prompts_digest
+    assert "fix the date: set data.chat_template_kwargs={date_string" in of_day(1).about_prompts
+    fixed = [of_day(day, date_string="07") for day in (1, 2)]
+    assert fixed[0].prompts_digest == fixed[1].prompts_digest and "date" not in fixed[0].about_prompts
+    other_end = replace(config, rollout=replace(config.rollout, stop_token_ids=[3]))
+    assert RunData.load(config).prompts_digest != RunData.load(other_end).prompts_digest
+
+
+def test_samplers_choose_among_the_tokens_of_the_tokenizer_unless_a_key_allows_all_rows(directory):
+    known = len(CHARACTERS)
+    run_data = RunData.load(config_of(directory, "model.vocab_size=128"))
+    assert (run_data.vocab_size, run_data.num_sampled_ids) == (128, known)
+    config = config_of(directory, "model.vocab_size=128", "rollout.ids_without_token=true")
+    assert RunData.load(config).num_sampled_ids == 128
+    assert sampling_params(config, run_data).num_ids == known

@@ -121,7 +121,7 @@ class DataConfig:
     allow_other_tokenizer: bool = False
     """Whether the tokens of the tokenizer may differ from the tokens of the tokenizer in the checkpoint."""
     chat_template: FilePath | None = None
-    """Chat template in Jinja, or the path of its file; null takes the template of the tokenizer."""
+    """Chat template in Jinja, or the path of its file; null, as an empty text, takes the template of the tokenizer."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Further variables of the chat template, such as enable_thinking."""
     system_prompt: Text | None = None
@@ -154,9 +154,9 @@ class DataConfig:
         moved = moved_solutions(self.solutions)
         require(moved is None, f"{moved}")
         check_fields("data", self)
-        known = {"problem", "solution", "answer", "id", "messages", "teacher"}
+        known = {"problem", "solution", "answer", "id", "messages", "tools", "teacher"}
         if self.kind == "conversations":
-            known |= {"accepted", "tools"}
+            known |= {"accepted"}
         for name in self.fields:
             require_range("a key of data.fields", Annotated[str, OneOf(tuple(sorted(known)))], name)
         for name, view in self.views.items():

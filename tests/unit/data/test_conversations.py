@@ -265,7 +265,10 @@ BAD = {
     "tool without call": (chat(("u", SECRET), ("a", "x"), ("t", SECRET)), "expected user after assistant, got tool"),
     "empty": (chat(("u", SECRET), ("a", "  "), ("u", SECRET)), "expected a text as the content of the assistant"),
     "unknown role": ([{"role": SECRET, "content": SECRET}], "expected a role among system, developer, user, assistant"),
-    "role of another kind": ([{"role": [SECRET], "content": SECRET}], "got a list that is not among them"),
+    "role of another kind": (
+        [{"role": [SECRET], "content": SECRET}],
+        "expected an object with 'role' and 'content', got the role a list",
+    ),
     "calls of another kind": ([*chat(("u", SECRET)), {"role": "assistant", "tool_calls": 3}], "a list of tool calls"),
     "call of another kind": (
         [*chat(("u", SECRET)), {"role": "assistant", "tool_calls": [SECRET]}],

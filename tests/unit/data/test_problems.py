@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections import Counter
@@ -67,11 +68,33 @@ def test_messages_are_kept_as_they_are(tmp_path: Path) -> None:
     assert "content" not in problem.messages[2], "null is the same as missing"
 
 
+def test_messages_of_problems_are_read_as_those_of_chat_logs_are(tmp_path: Path) -> None:
+    """Arguments of tool calls become objects, parts of a content one text, and the schemas of tools come along."""
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "Add"}, {"type": "text", "text": "1."}]},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "user", "content": "And?"},
+    ]
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    rows = [{"messages": messages, "tools": [tool], "solution": "2"}]
+    rows += [{"messages": json.dumps(messages), "tools": json.dumps([tool]), "solution": "3"}]
+    of_list, of_text = load_problems(write_jsonl(tmp_path / "a.jsonl", *rows)).problems
+    assert of_list.messages == of_text.messages and of_list.tools == of_text.tools == (tool,)
+    assert of_list.messages[0]["content"] == "Add\n1."
+    assert of_list.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
+    without = ProblemSet([dataclasses.replace(of_list, tools=())])
+    assert ProblemSet([of_list]).fingerprint != without.fingerprint
+
+
 def test_a_problem_goes_before_messages_that_hold_the_reply(tmp_path: Path) -> None:
     reply = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     file = write_jsonl(tmp_path / "a.jsonl", record(1, messages=reply))
     assert load_problems(file).problems[0].messages[0]["content"] == "What is 1 + 1?"
-    assert "no reply at the end, got the roles user, assistant" in refusal(file, fields={"problem": None})
+    assert "no reply at the end (a reply can be the solution), got the roles user, assistant" in refusal(
+        file, fields={"problem": None}
+    )
 
 
 def test_columns_can_have_other_names(tmp_path: Path) -> None:
@@ -105,8 +128,16 @@ def test_an_unknown_field_name_is_an_error(tmp_path: Path) -> None:
         ('{"problem": "p", "solution": "s", "id": true}', r"field 'id': .* or a number, got true"),
         (r'{"problem": "cut \ud83d", "solution": "s"}', r"field 'problem': .* half of a surrogate pair"),
         (r'{"messages": [{"role": "user", "content": "\ude00"}], "solution": "s"}', r"field 'messages': .* half of"),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image"}]}], "solution": "s"}',
+            "expected text parts",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "x"}], "tools": ["a"], "solution": "s"}',
+            "'tools': expected a",
+        ),
         ('{"messages": [], "solution": "s"}', r"field 'messages': expected a non-empty list"),
-        ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got null"),
+        ('{"messages": [{"role": "user"}], "solution": "s"}', r"'messages\[0\]': .* 'content', got nothing"),
         ('{"messages": [{"content": "x"}], "solution": "s"}', r"'messages\[0\]': .* 'role' and"),
         ('{"messages": [{"role": "system", "content": "x"}], "solution": "s"}', r"the roles system"),
     ],

@@ -38,6 +38,25 @@ def builder(directory: Path, chat_template: str | None = None, **templates: Any)
     return PromptBuilder(tokenizer, PromptTemplates(**views, **templates))
 
 
+PHI = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+)
+"""A template that writes an end of the text where it writes no generation prompt, like those of Phi-3 and Phi-4."""
+
+
+def test_a_template_that_ends_the_text_without_a_generation_prompt_gives_both_prompts_the_same_one(chat_directory):
+    build = builder(chat_directory, PHI)
+    student, teacher = build.prompt_pair(PROBLEM)
+    decode = build.tokenizer.decode
+    assert decode(student) == "<|im_start|>user\nWhat is 3 + 4?<|im_end|>\n<|im_start|>assistant\n"
+    assert decode(teacher).endswith("that a solution was given.<|im_end|>\n<|im_start|>assistant\n")
+    assert build.generation_prompts(PROBLEM) == ("<|im_start|>assistant\n",) * 2
+    peeking = PHI.replace("assistant\n{%", "assistant{{ ' hinted' * ('hint' in messages[-1].content) }}\n{%")
+    with pytest.raises(ValueError, match="expected both contexts to end in the same generation prompt"):
+        builder(chat_directory, peeking).prompt_pair(PROBLEM)
+
+
 @pytest.mark.parametrize(
     ("templates", "message"),
     [

@@ -123,7 +123,10 @@ def test_a_link_that_leads_to_no_file_is_called_a_link(tmp_path: Path) -> None:
         ('{"problem": "p", "solution": "s", "answer": NaN}', "(NaN or an infinite number, which JSON does not have"),
         ('{"problem": "p", "solution": "s", "score": -Infinity}', "NaN or an infinite number"),
         ('{"problem": "p", "solution": "s", "answer": 1e999}', "NaN or an infinite number"),
-        ('{"messages": "' + "[" * 1000 + '", "solution": "s"}', "field 'messages': expected a list of messages"),
+        (
+            '{"messages": "' + "[" * 1000 + '", "solution": "s"}',
+            "field 'messages': expected a list, got a text that is not its JSON",
+        ),
     ],
 )
 def test_a_record_that_json_cannot_mean_is_bad_and_counted(tmp_path: Path, ending: str, line: str, words: str) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import CHATML, FORGETFUL, OPENING, STRIPPING
+from chat_templates import ADDING, CHATML, FORGETFUL, OPENING, STRIPPING
 
 from megatron_selfdistill.data.conversations import Conversation, conversation_turns
+from megatron_selfdistill.data.end_tokens import EndTokens, end_tokens
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
+from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates, PromptView
 from megatron_selfdistill.data.replies import Turn, TurnCounts, TurnReader, Unusable
 from megatron_selfdistill.data.tokenizer import load_tokenizer
 
@@ -44,7 +45,7 @@ def turns(messages: tuple[dict[str, Any], ...] = TALK, accepted: int = 6) -> lis
 def reader(build: PromptBuilder, **options: Any) -> TurnReader:
     assert build.tokenizer.eos_id is not None
     settings = {"max_length": 1000, "on_long_context": "drop", "on_bad_record": "skip", **options}
-    return TurnReader(build, (build.tokenizer.eos_id,), **settings)
+    return TurnReader(build, EndTokens((build.tokenizer.eos_id,), "", None), **settings)
 
 
 def turn_of(build: PromptBuilder, problem: Problem) -> Turn:
@@ -120,6 +121,8 @@ def test_a_reply_that_opens_its_reasoning_in_the_prompt_is_what_follows(chat_dir
             "expected the chat template to show the reasoning_content",
         ),
         (FORGETFUL, {"content": "8.", "tool_calls": [SUM]}, "show the tool calls of the reply"),
+        (ADDING, {"content": "8."}, "got thoughts that the template adds: switch them off"),
+        (ADDING, {"content": "<think>\nhm\n</think>\n8."}, "got thoughts that the template adds: switch them off"),
         (CHATML.replace("<|im_end|>", ""), {"content": "8."}, "to end the reply in a stop token, got none"),
         (CHATML, {"content": "8.<|im_end|>\n9."}, "a stop token at its end only, got one within its text"),
         ("{{ raise_exception(messages[0].content) }}", {"content": "8."}, "refused the conversation (TemplateError)"),
@@ -138,6 +141,46 @@ def test_a_reply_that_the_template_cannot_show_is_named_and_not_quoted(chat_dire
     reader(build, on_long_context="error").check(found)
     with pytest.raises(ValueError, match=r"or skip such turns with data.on_bad_record=skip$"):
         reader(build, on_bad_record="error").check(found)
+
+
+def test_thoughts_that_a_switch_puts_into_the_prompt_are_no_part_of_the_reply(chat_directory):
+    """Qwen3 with enable_thinking=false: prompt and reply have the empty thoughts, and the assistant wrote the rest."""
+    view = PromptView(chat_template_kwargs={"enable_thinking": False})
+    templates = PromptTemplates(teacher="{problem} Hint: {solution}", student_view=view, teacher_view=view)
+    build = PromptBuilder(load_tokenizer(chat_directory, chat_template=ADDING), templates)
+    [turn] = turns(({"role": "user", "content": "zebra?"}, {"role": "assistant", "content": "8."}), accepted=1)
+    student, _, reply = texts(build, turn)
+    assert student.endswith("assistant\n<think>\n\n</think>\n\n") and reply == "8.<|im_end|>"
+
+
+def test_a_reply_ends_in_the_mark_that_the_next_message_begins_with_if_the_template_ends_none(chat_directory):
+    """GLM-4.5: the mark of the user's turn ends a reply."""
+    template = CHATML.replace("<|im_end|>\n{% endfor %}", "{% endfor %}")
+    build = builder(chat_directory, template)
+    user = build.tokenizer.encode("<|im_start|>")[0]
+    [turn] = turns(({"role": "user", "content": "zebra?"}, {"role": "assistant", "content": "8."}), accepted=1)
+    ends = end_tokens(build.tokenizer, [], [user], {})
+    [found] = dataclasses.replace(reader(build), ends=ends).read([turn])
+    assert isinstance(found, Turn) and build.tokenizer.decode(found.reply) == "8.<|im_start|>"
+    assert ends.ids == (user, build.tokenizer.eos_id)
+    with_calls = ({"role": "user", "content": "zebra?"}, {"role": "assistant", "content": "8.", "tool_calls": [SUM]})
+    [problem] = turns((*with_calls, {"role": "tool", "content": "7"}), accepted=1)
+    [unusable] = dataclasses.replace(reader(build), ends=ends).read([problem])
+    assert isinstance(unusable, Unusable), "the mark of a tool's answer ends it, which nothing shows here"
+
+
+def test_an_end_of_the_whole_text_after_the_end_of_the_reply_is_no_second_end(chat_directory):
+    """Phi-3: the template writes the end of a turn, and without a generation prompt also the end of the text."""
+    build = builder(
+        chat_directory,
+        CHATML.replace(
+            "<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n{% else %}<|endoftext|>{% endif %}"
+        ),
+    )
+    [turn] = turns(({"role": "user", "content": "zebra?"}, {"role": "assistant", "content": "8."}), accepted=1)
+    ends = end_tokens(build.tokenizer, [], build.tokenizer.encode("<|endoftext|>"), {})
+    [found] = dataclasses.replace(reader(build), ends=ends).read([turn])
+    assert isinstance(found, Turn) and build.tokenizer.decode(found.reply) == "8.<|im_end|>"
 
 
 def test_a_teacher_that_would_begin_otherwise_is_named_and_not_quoted(chat_directory):

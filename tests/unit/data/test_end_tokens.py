@@ -1,0 +1,154 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""A response ends at the union of what the tokenizer, the files of the model's directory and the run name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from characters import Characters
+
+from megatron_selfdistill.data.end_tokens import end_tokens, stated_ends
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "GLM-4.5": {
+        "eos": 151329,
+        "generation_config.json": [151329, 151336, 151338],
+        "config.json": [151329, 151336, 151338],
+        "turn": ("<|user|>", 151336),
+    },
+    "Phi-3-mini": {
+        "eos": 32000,
+        "generation_config.json": [32000, 32001, 32007],
+        "config.json": 32000,
+        "turn": ("<|end|>", 32007),
+    },
+    "Kimi-K2": {
+        "eos": 163585,
+        "generation_config.json": 163586,
+        "config.json": 163585,
+        "turn": ("<|im_end|>", 163586),
+    },
+    "Llama-3.1": {
+        "eos": 128009,
+        "generation_config.json": [128001, 128008, 128009],
+        "config.json": [128001, 128008, 128009],
+        "turn": ("<|eot_id|>", 128009),
+    },
+    "Qwen3": {
+        "eos": 151645,
+        "generation_config.json": [151645, 151643],
+        "config.json": 151645,
+        "turn": ("<|im_end|>", 151645),
+    },
+    "gpt-oss": {
+        "eos": 200002,
+        "generation_config.json": [200002, 199999, 200012],
+        "config.json": 200002,
+        "turn": ("<|return|>", 200002),
+    },
+    "Qwen3.5, whose text model is a part": {
+        "eos": 248046,
+        "generation_config.json": None,
+        "config.json": {"text_config": {"eos_token_id": 248044}},
+        "turn": ("<|im_end|>", 248046),
+    },
+}
+
+
+class Published(Characters):
+    """A tokenizer with the published ids of one family, which has a text for the token at the end of a turn."""
+
+    vocab_size = 300_000
+
+    def __init__(self, eos: int, turn: tuple[str, int], after_next: bool) -> None:
+        self.eos_id, self.turn, self.after_next = eos, turn, after_next
+
+    def encode(self, text: str) -> list[int]:
+        """Return the code points, and the published id of the end of a turn."""
+        return [
+            one
+            for index, part in enumerate(text.split(self.turn[0]))
+            for one in [*([self.turn[1]] if index else []), *Characters.encode(self, part)]
+        ]
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """Return a text for each id."""
+        return "".join(f"<{one}>" for one in ids)
+
+    def special_tokens(self) -> Sequence[str]:
+        """Return the texts of all large ids."""
+        return [f"<{one}>" for one in range(32_000, 32_010)] + [f"<{one}>" for one in (*range(128_000, 129_000),)]
+
+    def render_chat(
+        self, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool = True, **kwargs: Any
+    ) -> str:
+        """Return the messages with the end of the turn after each reply, or only between messages."""
+        end = self.turn[0]
+        if self.after_next:
+            return end.join(message["content"] for message in messages)
+        return "".join(message["content"] + end for message in messages)
+
+
+def model_directory(path: Path, files: Mapping[str, Any]) -> Path:
+    path.mkdir(exist_ok=True)
+    for name in ("generation_config.json", "config.json"):
+        value = files.get(name)
+        content = value if isinstance(value, dict) else {"eos_token_id": value}
+        (path / name).write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("after_next", [False, True], ids=["the template ends a turn", "the next turn ends it"])
+@pytest.mark.parametrize("family", PUBLISHED)
+def test_the_ends_of_published_models_are_those_that_their_files_name(tmp_path, family, after_next):
+    files = PUBLISHED[family]
+    tokenizer = Published(files["eos"], files["turn"], after_next)
+    found = end_tokens(tokenizer, [model_directory(tmp_path, files)], [], {})
+    stated = [files["eos"], files["generation_config.json"], files["config.json"]]
+    wanted = {
+        one for value in stated for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)
+    }
+    wanted |= {248044} if "part" in family else set()
+    assert set(found.ids) == wanted
+    assert found.ids[0] == found.reply_end == files["turn"][1], "the end of a turn goes before the end of a text"
+    assert all(f"<{one}>" in found.about for one in wanted)
+
+
+def test_the_line_names_each_token_with_its_text_and_its_origins(tmp_path):
+    found = end_tokens(
+        Characters(),
+        [model_directory(tmp_path, {"generation_config.json": [36, 35], "config.json": 500})],
+        [33],
+        {},
+    )
+    assert found.ids == (36, 35, 33) and found.reply_end is None
+    assert found.about == (
+        "a response ends at '$' (36: tokenizer, generation_config.json), '#' (35: generation_config.json; warning: an "
+        "ordinary token), no token of the tokenizer (500: config.json), '!' (33: rollout.stop_token_ids)"
+    )
+
+
+def test_a_directory_without_the_files_adds_nothing_and_a_broken_file_is_named(tmp_path):
+    assert end_tokens(Characters(), [tmp_path], [], {}).ids == (36,)
+    model_directory(tmp_path, {"generation_config.json": True, "config.json": ["37", None]})
+    assert end_tokens(Characters(), [tmp_path], [], {}).ids == (36,), "only integers are ids"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config.json: expected a JSON object, got"):
+        end_tokens(Characters(), [tmp_path], [], {})
+
+
+def test_the_directory_of_a_sentencepiece_file_is_read(tmp_path):
+    model_directory(tmp_path, {"generation_config.json": [1, 2]})
+    (tmp_path / "tokenizer.model").touch()
+    assert stated_ends(tmp_path / "tokenizer.model", "generation_config.json") == [1, 2]
+
+
+def test_no_end_at_all_is_an_error_that_says_what_to_do():
+    tokenizer = Published(36, ("$", 36), False)
+    tokenizer.eos_id = None
+    with pytest.raises(ValueError, match=r"got none: name the token in rollout.stop_token_ids"):
+        end_tokens(tokenizer, [], [], {})
