@@ -71,8 +71,8 @@ class RunData:
     """The tokens that end a response."""
     about_prompts: str | None = None
     """Line for the log about the tokens that the teacher's prompts add, and warnings about them; None for neither."""
-    prompts_digest: str = ""
-    """Hash of the first prompts and of the ends of responses; "" in an evaluation."""
+    first_prompts: Sequence[tuple[list[int], list[int]]] = ()
+    """The prompts of student and teacher for the first problems; () in an evaluation."""
     about_conversations: tuple[str, ...] = ()
     """Lines for the log with numbers of conversations and turns."""
     skipped: tuple[str, ...] = ()
@@ -82,6 +82,11 @@ class RunData:
     def stop_token_ids(self) -> tuple[int, ...]:
         """Ids of the tokens that end a response; the first one ends a reply of the chat template, if any does."""
         return self.ends.ids
+
+    @property
+    def prompts_digest(self) -> str:
+        """Hash of the first prompts, which may depend on the day, and of the ends of responses."""
+        return hashlib.sha256(json.dumps([self.first_prompts, sorted(self.ends.ids)]).encode()).hexdigest()[:16]
 
     @classmethod
     def load(cls, config: Config) -> RunData:
@@ -108,21 +113,11 @@ class RunData:
             missing = "evaluation.path" if evaluation.path is None else "data.tokenizer"
             raise ConfigError(f"{missing} is not set: an evaluation needs a file of problems and a tokenizer")
         try:
-            tokenizer = _tokenizer(data)
-            builder = PromptBuilder(tokenizer, _templates(config))
-            return cls(
-                tokenizer=tokenizer,
-                builder=builder,
-                problems=ProblemSet([]),
-                counts=ContextCounts(),
-                evaluation=_evaluation_problems(
-                    config, _evaluation_fields(data), builder, require_solution=with_solutions, hinted=with_solutions
-                ),
-                vocab_size=_vocab_size(config, tokenizer),
-                num_sampled_ids=_num_sampled_ids(config, tokenizer),
-                max_length=data.max_length or config.model.max_position_embeddings,
-                ends=_ends(config, builder),
+            builder, fields = PromptBuilder(_tokenizer(data), _templates(config)), _evaluation_fields(data)
+            problems = _evaluation_problems(
+                config, fields, builder, require_solution=with_solutions, hinted=with_solutions
             )
+            return cls._of_evaluation(config, builder, problems)
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
 
@@ -134,21 +129,22 @@ class RunData:
         """
         try:
             assert config.data.tokenizer is not None, "the caller has set data.tokenizer"
-            tokenizer = _tokenizer(config.data)
-            builder = PromptBuilder(tokenizer, _templates(config))
-            return cls(
-                tokenizer=tokenizer,
-                builder=builder,
-                problems=ProblemSet([]),
-                counts=ContextCounts(),
-                evaluation=[problem],
-                vocab_size=_vocab_size(config, tokenizer),
-                num_sampled_ids=_num_sampled_ids(config, tokenizer),
-                max_length=config.data.max_length or config.model.max_position_embeddings,
-                ends=_ends(config, builder),
-            )
+            return cls._of_evaluation(config, PromptBuilder(_tokenizer(config.data), _templates(config)), [problem])
         except (ValueError, OSError) as error:
             raise ConfigError(str(error)) from error
+
+    @classmethod
+    def _of_evaluation(cls, config: Config, builder: PromptBuilder, problems: list[Problem]) -> RunData:
+        prompts = [builder.student_prompt(problem) for problem in problems[:LOOKED_AT]]
+        about = (about_prefix(builder.tokenizer, prompts), about_date(builder))
+        return cls(
+            **_of_model(config, builder),
+            problems=ProblemSet([]),
+            counts=ContextCounts(),
+            evaluation=problems,
+            max_length=config.data.max_length or config.model.max_position_embeddings,
+            about_prompts="; ".join(it for it in about if it) or None,
+        )
 
     @classmethod
     def _load(cls, config: Config) -> RunData:
@@ -175,28 +171,23 @@ class RunData:
         _refuse_shares_in_streams(config, shown)
         max_length = longest_context(config)
         problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
-        ends = _ends(config, builder)
         if config.environment.one_sequence:
             _require_bridges(builder, problems.problems[0], config.has_teacher)
         return cls(
-            tokenizer=tokenizer,
-            builder=builder,
+            **_of_model(config, builder),
             problems=problems,
             counts=counts,
             evaluation=_evaluation_problems(config, fields, builder, require_solution=required),
-            vocab_size=_vocab_size(config, tokenizer),
-            num_sampled_ids=_num_sampled_ids(config, tokenizer),
             max_length=max_length,
-            ends=ends,
             about_prompts=_about_prompts(builder, looked_at, config),
-            prompts_digest=_digest(looked_at, ends),
+            first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
         )
 
     @classmethod
     def _load_conversations(cls, config: Config, tokenizer: Tokenizer) -> RunData:
         data, wanted, max_length = config.data, config.conversations, longest_context(config)
         builder = PromptBuilder(tokenizer, _templates(config), wanted.show_contents)
-        ends = _ends(config, builder)
+        of_model = _of_model(config, builder)
         log = load_conversations(
             _record_source(config, data.fields),
             rule=None if config.needs.hint_follows else load_rule(wanted.accepted_rule),
@@ -206,7 +197,7 @@ class RunData:
         skipped = [*log.turns.skipped]
         if config.logged:
             problems, counts = log.turns, ContextCounts()
-            reader = _reader(data, builder, ends, max_length)
+            reader = _reader(data, builder, of_model["ends"], max_length)
             read, unusable, looked_at = _look_at(problems.problems, reader, config)
             skipped += unusable
             about: tuple[str, ...] = (read,)
@@ -214,17 +205,13 @@ class RunData:
             problems, counts, looked_at = _fitting_problems(log.turns, builder, max_length, config)
             about = ()
         return cls(
-            tokenizer=tokenizer,
-            builder=builder,
+            **of_model,
             problems=problems,
             counts=counts,
             evaluation=_evaluation_problems(config, _evaluation_fields(data), builder),
-            vocab_size=_vocab_size(config, tokenizer),
-            num_sampled_ids=_num_sampled_ids(config, tokenizer),
             max_length=max_length,
-            ends=ends,
             about_prompts=_about_prompts(builder, looked_at, config),
-            prompts_digest=_digest(looked_at, ends),
+            first_prompts=[(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at],
             about_conversations=(log.about, *about),
             skipped=tuple(skipped),
         )
@@ -507,8 +494,16 @@ def _vocab_size(config: Config, tokenizer: Tokenizer) -> int:
     return stated if stated is not None else tokenizer.vocab_size
 
 
-def _num_sampled_ids(config: Config, tokenizer: Tokenizer) -> int:
-    return _vocab_size(config, tokenizer) if config.rollout.ids_without_token else tokenizer.vocab_size
+def _of_model(config: Config, builder: PromptBuilder) -> dict[str, Any]:
+    """Return the fields of `RunData` that do not depend on the problems."""
+    vocab_size = _vocab_size(config, builder.tokenizer)
+    return {
+        "tokenizer": builder.tokenizer,
+        "builder": builder,
+        "vocab_size": vocab_size,
+        "num_sampled_ids": vocab_size if config.rollout.ids_without_token else builder.tokenizer.vocab_size,
+        "ends": _ends(config, builder),
+    }
 
 
 def _ends(config: Config, builder: PromptBuilder) -> EndTokens:
@@ -520,9 +515,3 @@ def _ends(config: Config, builder: PromptBuilder) -> EndTokens:
     own, variables = config.rollout.stop_token_ids, builder.templates.student_view.chat_template_kwargs
     known = [place for place in places if not isinstance(place, Path) or place.is_dir()]
     return end_tokens(builder.tokenizer, known, own, variables)
-
-
-def _digest(looked_at: Sequence[tuple[Problem, PromptPair]], ends: EndTokens) -> str:
-    """Return a hash of the first prompts, which may depend on the day, and of the ends of responses."""
-    prompts = [(pair.student_prompt, pair.teacher_prompt) for _, pair in looked_at]
-    return hashlib.sha256(json.dumps([prompts, sorted(ends.ids)]).encode()).hexdigest()[:16]

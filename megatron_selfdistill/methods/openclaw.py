@@ -72,6 +72,7 @@ from megatron_selfdistill.methods.default import Metrics, SelfDistillation
 from megatron_selfdistill.methods.parts.hints import Inquiry, asked_model
 from megatron_selfdistill.methods.parts.settings import ClipSettings, RewardSettings, SignalSettings, require_function
 from megatron_selfdistill.methods.parts.terms import uniform
+from megatron_selfdistill.rollout.base import response_text
 from megatron_selfdistill.run_data import turn_reader
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout, without_hint
@@ -246,8 +247,8 @@ class Openclaw(SelfDistillation):
         metrics: hints/share, the share of all turns with a hint; with rewards rewards/mean and rewards/trained_share.
         Collectives: those of the judges, and one sum over the data-parallel ranks.
         """
-        decode, judges = self.tools.given.builder.tokenizer.decode, self.settings.weight > 0
-        texts = [decode(rollout.response.token_ids[:-1], skip_special_tokens=True) for rollout in rollouts]
+        tokenizer, judges = self.tools.given.builder.tokenizer, self.settings.weight > 0
+        texts = [response_text(rollout.response, tokenizer) for rollout in rollouts]
         turns = [with_next_state(rollout, text) for rollout, text in zip(rollouts, texts, strict=True)]
         replies = {i: JudgedReply(turn, texts[i]) for i, turn in enumerate(turns) if turn is not None}
         hints = dict(zip(replies, self._hints(step, [*replies.values()]), strict=True))

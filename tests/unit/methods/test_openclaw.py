@@ -15,6 +15,7 @@ from term_arrays import LOG_MU, LOG_Q, signals
 
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.problems import LoggedReply, Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.data.replies import Turn, TurnReader
@@ -171,7 +172,7 @@ def test_functions_judge_replies_and_may_not_quote_the_log(monkeypatch):
 
 def selected(monkeypatch: pytest.MonkeyPatch, weight: float, max_length: int = 70) -> tuple[list[Rollout], Any]:
     """Return what is trained on of three turns: the first has a hint, the second one that does not fit."""
-    reader = TurnReader(BUILDER, (STOP,), max_length, "drop", "skip")
+    reader = TurnReader(BUILDER, EndTokens((STOP,), "", None), max_length, "drop", "skip")
     problems = [turn("a", "11", "no"), turn("b", "22", "x" * 40), turn("c", "33", "thanks")]
     turns: Any = reader.read(problems)
 
