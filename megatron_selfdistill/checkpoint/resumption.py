@@ -195,7 +195,7 @@ def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = No
             f"{saved.path} holds no configuration of its run, expected one: start from its weights with "
             f"checkpoint.load={saved.path} in another run_dir"
         )
-    stored, now = translated(stored, config.method.name), stored_values(config)
+    stored, now = translated(stored), stored_values(config)
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
         # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.

@@ -14,7 +14,7 @@ from megatron_selfdistill.config.compose import writable
 from megatron_selfdistill.config.environment import is_secret, is_written_out, shown_value
 from megatron_selfdistill.config.key_list import keys, method_keys
 from megatron_selfdistill.config.methods import settings_of
-from megatron_selfdistill.config.moved_keys import HTTP_OPTIONS, translated
+from megatron_selfdistill.config.moved_keys import translated
 from megatron_selfdistill.config.schema.method_config import FOUND, MethodSettings, Needs
 from megatron_selfdistill.config.schema.whole_config import Config
 
@@ -69,7 +69,7 @@ RULES: dict[str, str] = {
             *("rollout.overlap", "rollout.partial_batch_microbatches", "rollout.ahead", "rollout.at_update"),
             *("rollout.extra_problems", "rollout.round_tokens"),
             *("rollout.kv_cache_gb", "rollout.record"),
-            *(f"environment.options.{name}" for name in HTTP_OPTIONS if name != "model"),
+            *(f"environment.options.{name}" for name in ("url", "api_key", "timeout_s", "retries", "concurrency")),
             *("environment.limits.seconds", "environment.limits.memory_gb", "environment.limits.concurrency"),
             *("loss.backend", "loss.fused", "loss.fused_chunk_tokens", "loss.max_logits_gb"),
             "teacher.offload",
@@ -161,9 +161,11 @@ def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDi
     know the key yet.  A key of `KEPT` that is null now has its stored value.  A key that this program no longer knows
     is not compared, and one that has moved is compared with its new place (`moved_keys.translated`).
     """
-    stored = translated(stored, now["method"]["name"])
+    stored = translated(stored)
     before, after = (dict(_items(values)) for values in (stored, now))
-    then, today = (_read_values(values) | _hide_secrets(items) for values, items in ((stored, before), (now, after)))
+    then, today = (
+        values.get(READ_VALUES, {}) | _hide_secrets(items) for values, items in ((stored, before), (now, after))
+    )
     free = _without_effect(before, after)
     found = []
     before |= {key: None for key in KEPT if after.get(key) is None}
@@ -259,11 +261,6 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
         else:
             yield key, value
-
-
-def _read_values(values: Mapping[str, Any]) -> dict[str, str]:
-    """Return the entry READ_VALUES, which had the name of the section ``environment`` before this section existed."""
-    return dict(values.get(READ_VALUES, values.get("environment", {})))
 
 
 _MISSING = object()

@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -15,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.config.methods import method_names, settings_class
-from megatron_selfdistill.config.moved_keys import moved_key
+from megatron_selfdistill.config.moved_keys import SHORT, WORDS, moved_key
 from megatron_selfdistill.config.schema.field_checks import kinds_of
 from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -27,17 +29,9 @@ def config_dir() -> Path:
 
     The directory is ``<package>/configs`` in a wheel (``setup.py`` copies the files) and ``<repository>/configs`` in a
     checkout or an editable install.  The configs of a lab are found by hydra's search path, not here.
-
-    Raises: FileNotFoundError, which names both directories, if neither has a ``train.yaml``.
     """
-    candidates = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
-    for candidate in candidates:
-        if (candidate / "train.yaml").is_file():
-            return candidate
-    raise FileNotFoundError(
-        f"expected the shipped configs (train.yaml) in {candidates[0]} or {candidates[1]}, found neither; "
-        "reinstall megatron_selfdistill, or restore configs/ in the checkout"
-    )
+    in_wheel = _PACKAGE / "configs"
+    return in_wheel if in_wheel.is_dir() else _PACKAGE.parent / "configs"
 
 
 def keys(cls: type = Config, prefix: str = "") -> dict[str, tuple[Any, str]]:
@@ -115,8 +109,19 @@ def groups() -> dict[str, list[str]]:
     }
 
 
+def long_names(overrides: Sequence[str]) -> list[str]:
+    """Return the overrides of a command line with `SHORT` names replaced by those of the keys.
+
+    Raises: `ConfigError` where a key has two names in ``overrides``.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    if both := [f"{short} and {key}" for short, key in SHORT.items() if {short, key} <= given]:
+        raise ConfigError(f"{both[0]} are two names of one key: remove one of them")
+    return [re.sub("^[a-z]+(?==)", lambda name: SHORT.get(name[0], name[0]), override) for override in overrides]
+
+
 def unknown_key(key: str) -> str | None:
-    """Return a message that names the nearest key, or None if the key exists."""
+    """Return a message that names the key that ``key`` may mean, or None if the key exists."""
     key = key.split("[")[0]  # an element of a list
     if (moved := moved_key(key)) is not None and key not in keys():
         return moved
@@ -130,9 +135,20 @@ def unknown_key(key: str) -> str | None:
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
         return None
+    if key in SHORT:
+        return f"{key} is short for {SHORT[key]} on a command line: a file has the whole name"
+    if word := WORDS.get(key.rpartition(".")[2]):
+        called, _, advice = word.partition(": ")
+        return f"{key} is called {called} here{f': {advice}' if advice else ''}"
     names = [*known] if "." in key else [*known, *sections, *groups()]
     near = _nearest(key, names)
     return f"unknown configuration key {key!r}; did you mean {near!r}? (`selfdistill --keys` lists all)"
+
+
+def meant_key(word: str) -> str:
+    """Return the key that a word may mean: its own name, its short name, that of another program, or the nearest."""
+    named = SHORT.get(word) or WORDS.get(word) or (word if word in keys() else _nearest(word, [*keys()]))
+    return named.partition(":")[0]
 
 
 def _nearest(key: str, names: Sequence[str]) -> str:

@@ -1,9 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The keys of earlier versions that have moved, for messages and for the resumption of runs that these have begun.
+"""Other names of keys: short names, words of other programs, and keys of version 0.2 that have moved.
 
-Version 0.1 described the published methods by global keys, such as ``policy.weight`` and ``distill.rule``.  These keys
-are now settings of methods.  Up to version 0.2, fields that are only handed to Megatron each had a key, such as
-``model.yarn_mscale``; now a mapping has them.
+Fields that are only handed to Megatron each had a key, such as ``model.yarn_mscale``; now a mapping has them.
 """
 
 from __future__ import annotations
@@ -13,62 +11,73 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_selfdistill.config.schema.model_config import YarnConfig
-from megatron_selfdistill.config.schema.ranges import is_dotted
 from megatron_selfdistill.config.schema.run_config import StartGuards
 from megatron_selfdistill.config.schema.step_config import LearningRateDecay, OptimizerConstants, RecomputeConfig
+from megatron_selfdistill.errors import ConfigError
 
-_EVERY = ""  # stands for each method that has the setting
-
-MOVED: dict[tuple[str, str], str] = {
-    **{(_EVERY, name): f"policy.{name}" for name in ("weight", "reward", "advantage_std", "credit", "discount")},
-    **{(_EVERY, name): f"policy.{name}" for name in ("clip_low", "clip_high", "ratio_cap")},
-    **{("rltf", f"revision_{name}"): f"policy.revision_{name}" for name in ("weight", "warmup_steps", "baseline")},
-    ("rltf", "revision_min_log_prob"): "policy.revision_min_log_prob",
-    ("rltf", "reply_weight"): "policy.reply_weight",
-    ("rltf", "reply_template"): "policy.reply_template",
-    (_EVERY, "distill_weight"): "distill.weight",
-    **{(name, "kl_weight"): "distill.weight" for name in ("grpo", "rltf", "ovd", "rlt")},
-    (_EVERY, "signal"): "distill.signal",
-    ("pi_distill", "alpha"): "distill.alpha",
-    ("scope", "tau"): "distill.tau",
-    **{("uni_opd", name): f"distill.{name}" for name in ("margin", "margin_gap", "max_log_ratio")},
-    ("sod", "turn_gain"): "distill.turn_gain",
-    (_EVERY, "select"): "rollout.select",
-    (_EVERY, "view"): "rollout.view",
-    ("sdpo", "hints"): "data.solutions",
-    **{("skill_sd", name): f"hints.{name}" for name in ("summarizer", "summarizer_template", "keep", "exploration")},
-    **{("openclaw", name): f"hints.{name}" for name in ("judge", "judge_template", "votes", "min_length")},
-    **{("own_solutions", name): f"solutions.{name}" for name in ("refresh_every", "num_samples", "keep", "pick")},
-    **{("own_solutions", name): f"solutions.{name}" for name in ("alpha", "ratio_weight")},
-    **{("rlt", name): f"explanation.{name}" for name in ("closing_tag", "temperature", "alpha", "ratio_weight")},
-    ("rlt", "missing_tag_penalty"): "explanation.missing_tag_penalty",
-    **{("ovd", name): f"verbal.{name}" for name in ("template", "threshold", "step_separator")},
-    **{("chat_logs", name): f"conversations.{name}" for name in ("min_log_prob", "unlikely")},
+SHORT = {
+    "tp": "parallel.tensor_model_parallel_size",
+    "pp": "parallel.pipeline_model_parallel_size",
+    "cp": "parallel.context_parallel_size",
+    "ep": "parallel.expert_model_parallel_size",
+    "lr": "optimizer.lr",
+    "batch": "data.global_batch_size",
+    "steps": "num_steps",
 }
-"""Method and setting -> the key of 0.1 with the same meaning."""
+"""The short name of a key on a command line -> the key."""
+
+_WORDS = {
+    "run_dir": "output_dir save_dir default_local_dir",
+    "num_steps": "max_steps max_num_steps total_training_steps",
+    "num_steps: steps = epochs x problems / data.global_batch_size": (
+        "epochs num_epochs num_train_epochs max_epochs max_num_epochs total_epochs"
+    ),
+    "seed": "random_seed data_seed",
+    "optimizer.optimizer": "optim",
+    "optimizer.precision": "dtype torch_dtype bf16 fp16",
+    "optimizer.lr": "learning_rate max_lr",
+    "optimizer.lr_warmup_steps": "warmup_steps num_warmup_steps warmup_ratio",
+    "optimizer.lr_decay.style": "lr_scheduler lr_scheduler_type",
+    "optimizer.clip_grad": "max_grad_norm grad_clip gradient_clipping clip_grad_norm",
+    "schedule.max_tokens: microbatches follow from it and from data.global_batch_size": (
+        "gradient_accumulation_steps micro_batch_size train_micro_batch_size ppo_micro_batch_size_per_gpu"
+    ),
+    "schedule.recompute.granularity": "gradient_checkpointing activation_checkpointing",
+    "data.global_batch_size": (
+        "batch_size per_device_train_batch_size train_batch_size train_global_batch_size num_prompts_per_step"
+    ),
+    "data.path": "data dataset datasets dataset_name data_path data_files train_file train_files",
+    "data.tokenizer": "tokenizer_name tokenizer_path",
+    "data.max_length": "max_seq_length max_seq_len sequence_len seq_length cutoff_len",
+    "rollout.max_new_tokens": "max_completion_length max_response_length",
+    "rollout.num_samples": "num_generations num_generations_per_prompt n",
+    "rollout.engine": "use_vllm",
+    "rollout.engine_tp": "vllm_tensor_parallel_size",
+    "checkpoint.load": "model model_name model_name_or_path model_path base_model checkpoint_dir",
+    "checkpoint.save_every": "save_steps save_freq save_period save_interval",
+    "checkpoint.keep_last": "save_total_limit max_ckpt_to_keep",
+    "checkpoint.resume": "resume_from_checkpoint resume_mode",
+    "evaluation.path": "eval_dataset val_file val_files",
+    "evaluation.every": "eval_steps eval_freq test_freq val_period",
+    "metrics.loggers": "report_to logger metric_logger log_with",
+    "metrics.console_every": "logging_steps log_every_n_steps log_interval",
+    "adapter.rank": "lora_r lora_rank r",
+    "adapter.alpha": "lora_alpha",
+    "adapter.layers": "lora_target_modules target_modules lora_attn_modules",
+    "parallel.tensor_model_parallel_size": "tensor_parallel_size",
+    "parallel.pipeline_model_parallel_size": "pipeline_parallel_size",
+    "parallel.expert_model_parallel_size": "expert_parallel_size",
+    "cluster.num_gpus": "n_gpus world_size nproc_per_node",
+    "cluster.gpus_per_node": "n_gpus_per_node",
+}
+WORDS = {word: key for key, words in _WORDS.items() for word in words.split()}
+"""The word of another program for a key -> the key, and after a colon what to do."""
 
 _SENTENCES = {
     "metrics.console": "is now metrics.console_every, whose value 0 shows nothing",
     "model.rope_scaling": "is now model.rope_scaling_factor, whose value null scales nothing",
     "model.allow_untested_fp8": "is now model.transformer.fp8, which alone chooses FP8",
-    "objective": "is now method.name: sft, rft, grpo for policy_gradient, and default for self_distillation",
-    "distill.rule": "is now method.name: default, scope, uni_opd, pi_distill or sod",
-    "distill.teacher_prompt": "is now method.kl_weight of method.name=grpo and rlt, which sets the value same",
-    "rollout.view": "is now method.view of method.name=default, and a part of method.name=pi_distill and rlt",
-    "rollout.select": "is now method.select with a function of yours, and otherwise method.name: uni_opd for balance, "
-    "caopd for confidence, ovd for verbal",
-    "policy.reward": "is now method.reward with a function of yours, and otherwise method.name: rlt for explanation, "
-    "ovd with method.use=reward for verbal",
 }
-_SOLUTIONS = {
-    "own": "method.name=own_solutions",
-    **{hints: f"method.name=sdpo with method.hints={hints}" for hints in ("peer", "feedback", "peer_or_feedback")},
-    "skill": "method.name=skill_sd",
-    "next_state": "method.name=openclaw",
-}
-HTTP_OPTIONS = {"url": None, "model": None, "api_key": None, "timeout_s": 60.0, "retries": 3, "concurrency": 16}
-"""The keys of the section environment of 0.1 that are now entries of environment.options -> their defaults."""
-
 _RENAMED = {
     "rollout.wave_microbatches": "rollout.partial_batch_microbatches",
     **{f"model.yarn_{name}": f"model.yarn.{name}" for name in YarnConfig.__dataclass_fields__},
@@ -81,9 +90,7 @@ _RENAMED = {
     "guards.min_entropy_rise": "guards.entropy.min_rise",
     **{f"schedule.recompute_{name}": f"schedule.recompute.{name}" for name in RecomputeConfig.__dataclass_fields__},
 }
-"""Keys of 0.1 and 0.2 with another name -> the name."""
-
-_SECTIONS = ("solutions", "hints", "distill", "policy", "explanation", "verbal")
+"""Keys of 0.2 with another name -> the name."""
 
 
 def renamed(key: str) -> str:
@@ -92,59 +99,22 @@ def renamed(key: str) -> str:
 
 
 def moved_key(key: str) -> str | None:
-    """Return a sentence that names what has replaced ``key`` of an earlier version; None for every other key."""
-    if key in _SENTENCES:
-        return f"{key} {_SENTENCES[key]}"
-    if key in _RENAMED:
-        return f"{key} is now {_RENAMED[key]}"
-    section, _, name = key.partition(".")
-    if section == "environment" and name in HTTP_OPTIONS:
-        return f"{key} is now environment.options.{name}"
-    places = [(method, setting) for (method, setting), old in MOVED.items() if old == key]
-    if key in _SECTIONS:
-        return f"the keys of {key} are now settings of methods (`selfdistill --keys method`)"
-    if not places:
-        return None
-    method, setting = places[0]
-    of = f"method.name={method}" if method else "the methods that have it (`selfdistill --keys method=NAME`)"
-    return f"{key} is now method.{setting}, a setting of {of}"
+    """Return a sentence that names what has replaced ``key`` of version 0.2; None for every other key."""
+    new = _SENTENCES.get(key) or (f"is now {_RENAMED[key]}" if key in _RENAMED else None)
+    return f"{key} {new}" if new else None
 
 
-def moved_solutions(value: str) -> str | None:
-    """Return what has replaced ``data.solutions=value`` of version 0.1; None for every other value."""
-    new = _SOLUTIONS.get(value) or (f"method.name=sdpo with method.hints={value}" if is_dotted(value) else None)
-    return None if new is None else f"data.solutions={value} is now {new}"
+def translated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the nested values of a checkpoint of version 0.2 in the keys of the present version.
 
-
-def translated(values: Mapping[str, Any], wanted: str = "default") -> dict[str, Any]:
-    """Return a stored configuration in the keys of the present version; one that has them stays as it is.
-
-    ``values``: the nested values of a checkpoint.  ``wanted``: the present method, which decides where version 0.1 knew
-    no difference: opsd and sdft were the default method with other values of global keys.
+    Raises: `ConfigError` for a checkpoint of version 0.1, whose methods had other keys.
     """
+    if "method" not in values:
+        raise ConfigError(
+            "version 0.1 has written this checkpoint, and the present version resumes those of 0.2: let version "
+            "0.2 save it, or start from its weights with checkpoint.load in another run_dir"
+        )
     new = copy.deepcopy(dict(values))
-    _regroup(new)
-    if "method" in new:
-        return new
-    name = method_of(values, wanted)
-    new["method"] = {"name": name, **_settings(values, name)}
-    for section in (*_SECTIONS, "objective"):
-        new.pop(section, None)
-    for section, moved in {"rollout": ("view", "select"), "conversations": ("min_log_prob", "unlikely")}.items():
-        new[section] = {key: value for key, value in new.get(section, {}).items() if key not in moved}
-    if new.get("data", {}).get("solutions") not in (None, "given", "answer"):
-        new["data"]["solutions"] = "given"
-    environment = new.get("environment", {})
-    if environment.get("name") == "http":
-        environment["options"] = {
-            key: environment[key] for key, default in HTTP_OPTIONS.items() if environment.get(key, default) != default
-        }
-    new["environment"] = {key: value for key, value in environment.items() if key not in HTTP_OPTIONS}
-    return new
-
-
-def _regroup(new: dict[str, Any]) -> None:
-    """Move in place what versions up to 0.2 have stored under keys with another name now."""
     metrics, model = new.get("metrics", {}), new.get("model", {})
     if not metrics.pop("console", True):
         metrics["console_every"] = 0
@@ -159,61 +129,4 @@ def _regroup(new: dict[str, Any]) -> None:
         if "transformer" not in mapping or value:  # without an entry, Megatron has no such loss
             part = new[section].setdefault(mapping[0], {}) if mapping else new[section]
             part.setdefault(name, value)
-
-
-def method_of(values: Mapping[str, Any], wanted: str = "default") -> str:
-    """Return the name of the method that the keys of a configuration of 0.1 describe; see `translated`."""
-
-    def old(key: str, default: Any = None) -> Any:
-        return _old(values, key, default)
-
-    objective, solutions = old("objective", "self_distillation"), old("data.solutions", "given")
-    reward, select, rule = old("policy.reward"), old("rollout.select", "none"), old("distill.rule", "uniform")
-    weighs = bool(old("policy.weight", 0))
-    choices = {
-        objective: objective in ("sft", "rft"),
-        "own_solutions": solutions == "own",
-        "skill_sd": solutions == "skill",
-        "openclaw": solutions == "next_state",
-        "sdpo": solutions not in ("given", "answer"),
-        "rlt": reward == "explanation",
-        "ovd": "verbal" in (reward, select),
-        "caopd": select == "confidence",
-        rule: rule != "uniform",
-        "uni_opd": select == "balance",
-        "rltf": bool(old("policy.revision_weight") or old("policy.reply_weight")),
-        "grpo": objective == "policy_gradient" or (weighs and old("distill.teacher_prompt") == "same"),
-        "opsd_rl": weighs or old("distill.signal", "full") != "full" or old("distill.weight", 1) != 1,
-        "chat_logs": old("data.kind") == "conversations",
-    }
-    found = next((name for name, is_it in choices.items() if is_it), "default")
-    return wanted if found == "default" and wanted in ("opsd", "sdft") else found
-
-
-def _settings(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """Return the settings of ``method`` that the keys of 0.1 had."""
-    from megatron_selfdistill.config.methods import settings_class
-
-    found = {}
-    for setting in settings_class(method).__dataclass_fields__:
-        key = MOVED.get((method, setting), MOVED.get((_EVERY, setting)))
-        value = _old(values, key, _MISSING) if key else _MISSING
-        if setting in ("reward", "select") and not (isinstance(value, str) and is_dotted(value)):
-            value = None
-        if value is not _MISSING:
-            found[setting] = value
-    if method == "uni_opd":
-        found["balance"] = _old(values, "rollout.select", "none") == "balance"
-    if method == "ovd":
-        found["use"] = "reward" if _old(values, "policy.reward", None) == "verbal" else "filter"
-    if method in ("grpo", "rltf", "ovd"):
-        found["kl_weight"] = found["kl_weight"] if values.get("objective") == "self_distillation" else 0.0
-    return found
-
-
-_MISSING = object()
-
-
-def _old(values: Mapping[str, Any], key: str, default: Any) -> Any:
-    section, _, name = key.rpartition(".")
-    return (values.get(section, {}) if section else values).get(name, default)
+    return new

@@ -17,9 +17,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 
-from megatron_selfdistill.config.key_list import groups, keys, kinds, method_kinds, unknown_key
+from megatron_selfdistill.config.key_list import groups, keys, kinds, long_names, method_kinds, unknown_key
 from megatron_selfdistill.config.methods import method_names
-from megatron_selfdistill.config.moved_keys import moved_key
+from megatron_selfdistill.config.moved_keys import WORDS, moved_key
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import shown, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
@@ -34,7 +34,7 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     Raises: `ConfigError` for an override that hydra would accept without effect, or would read for minutes.
     """
     chosen: dict[str, str] = {}
-    options = groups()
+    options, overrides = groups(), long_names(overrides)
     for override in overrides:
         _refuse_without_effect(override)
         name, _, value = override.lstrip("+").partition("=")
@@ -202,7 +202,8 @@ def _missing_file(overrides: Sequence[str], error: Exception) -> str | None:
     asking, missing = found[1], found[2]
     group, _, option = missing.partition("/")
     near = difflib.get_close_matches(option, groups().get(group, []), n=1, cutoff=0.0)
-    hint = f"; did you mean {group}={near[0]}?" if near else ""
+    meant = f" or {WORDS[group]}={option}" if group in WORDS else ""
+    hint = f"; did you mean {group}={near[0]}{meant}?" if near else ""
     if f"{group}={option}" in overrides:
         return f"{group}={option}: there is no such file{hint}"
     named_by = f"an `override /{group}`" if asking == "groups" else f"{asking}.yaml"

@@ -21,7 +21,6 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 from megatron_selfdistill import __version__
-from megatron_selfdistill.config import key_list
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 LOCK = REPOSITORY / "tools" / "tested_versions.txt"
@@ -150,12 +149,6 @@ def test_a_checkout_finds_its_configs_from_any_directory(tmp_path):
     result = found(tmp_path, path=REPOSITORY)
     assert result["config_dir"] == str(REPOSITORY / "configs")
     assert result["version"] == __version__
-
-
-def test_missing_configs_are_an_error_that_names_both_places(tmp_path, monkeypatch):
-    monkeypatch.setattr(key_list, "_PACKAGE", tmp_path / "package")
-    with pytest.raises(FileNotFoundError, match=r"package/configs or .*, found neither"):
-        key_list.config_dir()
 
 
 def constants_of_setup() -> dict:

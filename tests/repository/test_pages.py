@@ -15,7 +15,6 @@ from megatron_selfdistill import __version__
 from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.config import keys, load, method_keys
 from megatron_selfdistill.config.methods import method_names
-from megatron_selfdistill.config.moved_keys import MOVED
 from megatron_selfdistill.data.prompts import DEFAULT_TEACHER_TEMPLATE
 from megatron_selfdistill.data.records import FORMATS
 from megatron_selfdistill.evaluation.verify import BUILT_IN
@@ -236,7 +235,6 @@ def test_every_key_that_a_page_names_exists(page):
     sections = {key.partition(".")[0] for key in keys()}
     named = set(re.findall(rf"\b((?:{'|'.join(sections)})\.[a-z_]+)(?![\w./])", text))
     of_methods = {key for name in method_names() for key in method_keys(name)}
-    of_methods |= set(MOVED.values()) if page.name == "checkpoints.md" else set()  # its table of the keys of 0.1
     known = (
         set(keys()) | of_methods | {f"{name}.{ending}" for name in sections for ending in ("json", "jsonl", "md", "py")}
     )

@@ -1,19 +1,13 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A method of the user trains and resumes, and so does a run that version 0.1 has begun."""
+"""A method of the user trains and resumes."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, start, start_with, train
-
-from megatron_selfdistill import trainer
-from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.bound_keys import stored_values
-from megatron_selfdistill.train import main
+from tiny_run import assert_resumes_equal, overrides, reproducible_metrics, start, train
 
 MODULE = '''
 from dataclasses import dataclass
@@ -39,7 +33,6 @@ class MyMethod(SelfDistillation):
     def terms(self, step, rollouts, signals):
         return uniform(signals, weight=self.settings.share, signal="full")
 '''
-STORED = Path(__file__).parents[1] / "unit" / "config" / "stored_0_1.json"
 
 
 def start_with_path(arguments: list[str], directory: str) -> int:
@@ -79,40 +72,3 @@ def test_a_function_of_the_user_weighs_tokens_as_a_published_method_does(ranks, 
     assert own[0]["gradient_norm"] != steps("plain")[0]["gradient_norm"]
     measured = steps("measured", "method.token_weights=hint_functions.surprise", "method.measured_signals=true")
     assert all(step["gradient_norm"] > 0 for step in measured) and measured[0] != own[0]
-
-
-def form_of_0_1(config: Config) -> dict[str, Any]:
-    """Return the form in which version 0.1 has stored the configuration of a run of GRPO."""
-    values, old = stored_values(config), json.loads(STORED.read_text(encoding="utf-8"))["defaults"]
-    own = values.pop("method")
-    assert own["name"] == "grpo" and own["kl_weight"] == 0
-    for section in ("rollout", "conversations", "environment"):
-        values[section] = old[section] | values[section]
-    moved = {name: old[name] for name in ("solutions", "hints", "distill", "policy", "explanation", "verbal")}
-    moved["policy"] |= {name: own[name] for name in moved["policy"] if name in own}
-    return values | moved | {"objective": "policy_gradient"}
-
-
-def start_as_0_1(arguments: list[str]) -> int:
-    """Call `tiny_run.start` with checkpoints that have the configuration in the form of version 0.1."""
-    return start_with(arguments, trainer, "stored_values", form_of_0_1)
-
-
-def test_a_run_that_version_0_1_has_begun_resumes_as_if_it_had_never_stopped(ranks, data, tmp_path, capfd):
-    def arguments(run_dir: Path, *more: str) -> list[str]:
-        own = ["method.name=grpo", "method.weight=0.5", "rollout.num_samples=2", "num_steps=2"]
-        own.append("evaluation.verifier=tiny_run.starts_with_an_even_token")
-        return overrides(data, run_dir, *own, "checkpoint.save_every=1", *more)
-
-    whole = tmp_path / "whole"
-    train(ranks, arguments(whole), start=start_as_0_1)
-    assert_resumes_equal(ranks, whole, arguments, step=1, num_steps=2)
-    capfd.readouterr()
-    for changed, message in {
-        "method.weight=0.25": "method.weight: 0.5 in the checkpoint, now 0.25",
-        "method.clip_high=0.3": "method.clip_high: 0.2 in the checkpoint, now 0.3",
-        "method.name=opsd_rl": "method.name: 'grpo' in the checkpoint, now 'opsd_rl'",
-    }.items():
-        assert main(arguments(whole, changed)) == 2
-        line = capfd.readouterr().err.strip()
-        assert message in line and line.endswith("checkpoint.resume=force") and "\n" not in line

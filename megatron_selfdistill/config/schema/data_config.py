@@ -15,7 +15,6 @@ from megatron_selfdistill.choices import (
     LONG_CONTEXT_POLICIES,
     SOLUTION_SOURCES,
 )
-from megatron_selfdistill.config.moved_keys import moved_solutions
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address, require_range
 from megatron_selfdistill.config.schema.ranges import FilePath, Name, OneOf, PositiveFloat, PositiveInt, Text
 
@@ -151,8 +150,6 @@ class DataConfig:
     not read it."""
 
     def __post_init__(self) -> None:
-        moved = moved_solutions(self.solutions)
-        require(moved is None, f"{moved}")
         check_fields("data", self)
         known = {"problem", "solution", "answer", "id", "messages", "tools", "teacher"}
         if self.kind == "conversations":

@@ -136,7 +136,6 @@ def test_the_written_configuration_is_the_text_of_omegaconf():
         ("++model.num_layer=3", "model.num_layers"),
         ("+target.kmax=2", "target.k_max"),
         ("num_step=3", "num_steps"),
-        ("lr=1e-6", "optimizer.lr"),
         ("target.lr=1e-6", "optimizer.lr"),
         ("recepie=literal", "recipe"),
         ("optimizer.clipgrad=1", "optimizer.clip_grad"),
