@@ -6,22 +6,20 @@ The code that reads the inputs later has the same messages.
 
 from __future__ import annotations
 
-import inspect
 import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from megatron_selfdistill.choices import LOGGERS
-from megatron_selfdistill.config import Config, function_named
-from megatron_selfdistill.config.world_checks import check_ranks, check_world, longest_context
+from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.world_checks import check_ranks, check_world
 from megatron_selfdistill.data.records import data_files, is_hub_name
 from megatron_selfdistill.data.tokenizer import tokenizer_place
-from megatron_selfdistill.environments import BUILT_IN
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.installation import RUN, about_missing, install_command, is_installed
 from megatron_selfdistill.interop.formats import directory
@@ -29,6 +27,8 @@ from megatron_selfdistill.interop.formats.hf_files import read_config, weight_fi
 from megatron_selfdistill.interop.formats.stored_adapters import read_stored_adapters, refuse_adapters, require_adapters
 
 logger = logging.getLogger(__name__)
+
+_TOKENIZERS = "tokenizer.json tokenizer.model vocab.json vocab.txt tekken.json *.tiktoken tiktoken.model".split()
 
 
 def require_data(config: Config) -> None:
@@ -105,55 +105,6 @@ def require_ranks(config: Config, world_size: int) -> None:
         check_world(config, world_size)
 
 
-def require_lengths(config: Config) -> None:
-    """Raise `ConfigError` if ``data.max_length`` exceeds a microbatch or the model's positions.
-
-    The function checks nothing if a checkpoint states the architecture.
-    """
-    if names_its_model(config):
-        longest_context(config)
-
-
-def require_environment(config: Config) -> None:
-    """Raise `ConfigError` if the class of ``environment.name`` cannot be imported, or does not take the options.
-
-    The class of a user is not called: an environment is made once, where the run uses it.
-    """
-    name, options = config.environment.name, config.environment.options
-    if name == "none":
-        return
-    make = function_named("environment.name", name, BUILT_IN)
-    try:
-        inspect.signature(make).bind(**options)
-        if name in BUILT_IN:
-            make(**options)
-    except ConfigError:
-        raise
-    except TypeError as error:
-        raise ConfigError(
-            f"environment.options must be the keyword arguments of {name}, got {sorted(options)}: {error}"
-        ) from error
-    except ValueError:  # a callable of an extension module has no signature
-        return
-
-
-def require_loggers(config: Config) -> None:
-    """Raise `ConfigError` if a logger of ``metrics.loggers`` is not installed or cannot be imported.
-
-    For wandb, the error is also raised if no key is configured, unless wandb's mode needs none.  Only the rank that
-    logs calls this function, which imports wandb and the modules of dotted paths.
-    """
-    for name in config.metrics.loggers:
-        if name not in LOGGERS:
-            function_named("metrics.loggers", name, {})
-        elif not is_installed(name):
-            raise ConfigError(
-                f"metrics.loggers: {name} is not installed: pip install {name}, or remove {name} from metrics.loggers"
-            )
-        elif name == "wandb":
-            _require_wandb_key()
-
-
 def warn_of_secrets(config: Config) -> None:
     """Warn of each secret that the configuration writes out: the list of processes and a shell's history show it."""
     for place, found in config.from_environment.items():
@@ -164,21 +115,6 @@ def warn_of_secrets(config: Config) -> None:
                 "%s='%s'; the files and messages of this run show this reference in place of the value",
                 *(key, key, found.interpolation),
             )
-
-
-def _require_wandb_key() -> None:
-    import wandb
-
-    try:
-        is_offline = wandb.setup().settings.mode in ("offline", "dryrun", "disabled")
-        if is_offline or wandb.login(prompt=False, verify=False):
-            return
-    except wandb.errors.Error as error:
-        raise ConfigError(f"metrics.loggers: wandb cannot log in: {error}") from error
-    raise ConfigError(
-        "metrics.loggers: wandb has no key: run `wandb login`, set WANDB_API_KEY, log into local files with "
-        "WANDB_MODE=offline, or remove wandb from metrics.loggers"
-    )
 
 
 def names_its_model(config: Config) -> bool:
@@ -231,6 +167,23 @@ def is_hugging_face(path: Path) -> bool:
     except CheckpointError:
         return True
     return False
+
+
+def tokenizer_directory(path: Path) -> Path | None:
+    """Return the directory with the tokenizer of a checkpoint or a Hugging Face directory; None if there is none."""
+    assets = path if is_hugging_face(path) else directory.hf_assets_of(directory.tracked(path) or path)
+    return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _TOKENIZERS) else None
+
+
+def with_stored_tokenizer(config: Config) -> Config:
+    """Return ``config`` with the tokenizer of ``checkpoint.load`` if ``data.tokenizer`` is null; rank 0 says so."""
+    load = config.checkpoint.load
+    found = tokenizer_directory(Path(load)) if load is not None and config.data.tokenizer is None else None
+    if found is None:
+        return config
+    if os.environ.get("RANK", "0") == "0":
+        print(f"data.tokenizer={found}, the tokenizer of checkpoint.load", file=sys.stderr, flush=True)
+    return replace(config, data=replace(config.data, tokenizer=str(found)))
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
         print(arguments.about())
         return 0
     config = configuration.load(arguments.overrides, arguments.config_name, arguments.config_dir)
+    config = prechecks.with_stored_tokenizer(config)
     if arguments.print:
         print(configuration.to_yaml(config))
         return 0
@@ -117,17 +118,10 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
     error there.
     Raises: `ConfigError` for bad input; what one rank can see alone is checked before the ranks meet.
     """
-    check_files(config)
-    ranks, lock = ranks or RollCall(), RunLock(Path(config.run_dir))
-    prechecks.require_ranks(config, ranks.world_size)
-    require_packages(config)
-    prechecks.require_lengths(config)
-    prechecks.require_data(config)
-    prechecks.require_start(config)
-    prechecks.require_environment(config)
-    config.method.require_start(config)
-    if ranks.rank == 0:  # the only rank with loggers
-        prechecks.require_loggers(config)
+    ranks = ranks or RollCall()
+    check(config, ranks.world_size)
+    lock = RunLock(Path(config.run_dir))
+    if ranks.rank == 0:
         prechecks.warn_of_secrets(config)
     with stop.at_sudden_end(lock.release):
         try:
@@ -136,6 +130,16 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
             return _check_and_train(config, given, ranks, lock)
         finally:
             lock.release()
+
+
+def check(config: Config, world_size: int) -> None:
+    """Raise `ConfigError` or `CheckpointError` for what one process can see before ``world_size`` ranks start."""
+    check_files(config)
+    prechecks.require_ranks(config, world_size)
+    require_packages(config)
+    prechecks.require_data(config)
+    prechecks.require_start(config)
+    config.method.require_start(config)
 
 
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
@@ -221,6 +225,7 @@ def plan(config: Config, given: Collection[str] | None, arguments: Sequence[str]
     This is ``dry_run=true`` without a launch.
     Raises: `ConfigError` for a configuration that cannot run, and after the tables for one that does not fit.
     """
+    config = prechecks.with_stored_tokenizer(config)
     plan_checks.check_plan(config)
     if config.data.path and config.data.tokenizer:  # else the plan reads neither
         prechecks.require_data(config)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
-from megatron_selfdistill.checkpoint.vocabulary import first_difference, tokenizer_directory
+from megatron_selfdistill.checkpoint.vocabulary import first_difference
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
 from megatron_selfdistill.data.tokenizer import load_tokenizer
@@ -39,7 +39,12 @@ from megatron_selfdistill.interop.hf.mapping import family_of
 from megatron_selfdistill.interop.peft_adapters import WEIGHTS, peft_to_megatron, read_peft, require_fit
 from megatron_selfdistill.interop.release import Progress
 from megatron_selfdistill.model.adapters import WithOtherAdapters
-from megatron_selfdistill.prechecks import is_hugging_face, require_checkpoint, require_hugging_face
+from megatron_selfdistill.prechecks import (
+    is_hugging_face,
+    require_checkpoint,
+    require_hugging_face,
+    tokenizer_directory,
+)
 
 DIGESTS = "teachers"
 """The key of a trainer's state under which a checkpoint keeps the digest of each teacher's directory, by name."""

@@ -10,10 +10,7 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.formats import directory
-from megatron_selfdistill.interop.formats.directory import hf_assets_of
-from megatron_selfdistill.prechecks import is_hugging_face
-
-_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken", "tiktoken.model")
+from megatron_selfdistill.prechecks import tokenizer_directory
 
 
 def require_same_tokenizer(config: Config) -> None:
@@ -73,9 +70,3 @@ def _stored_tokenizer(config: Config) -> Path | None:
     if path is None:
         return None
     return tokenizer_directory(Path(path))
-
-
-def tokenizer_directory(path: Path) -> Path | None:
-    """Return the directory with the tokenizer of a checkpoint or a Hugging Face directory; None if there is none."""
-    assets = path if is_hugging_face(path) else hf_assets_of(directory.tracked(path) or path)
-    return assets if assets is not None and any(any(assets.glob(pattern)) for pattern in _FILES) else None

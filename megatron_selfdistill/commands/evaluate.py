@@ -97,7 +97,6 @@ def checked(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     else:
         prechecks.require_model(config, arguments.megatron, arguments.iteration)
     prechecks.require_data(config)
-    prechecks.require_environment(config)
     require_packages(config)
     check_ranks(config, world_size())
     return config, keys

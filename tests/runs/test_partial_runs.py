@@ -147,7 +147,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "responses that may not be old": (["rollout.max_staleness=0"], "needs rollout.max_staleness of at least 1"),
     "rounds that do not end together": (["rollout.round_tokens=5"], "must divide rollout.max_new_tokens=28"),
-    "rounds alone": (["rollout.extra_problems=0"], "rollout.round_tokens is the length of a round"),
     "own solutions": (["method.name=own_solutions"], "method.name=own_solutions needs all responses of a step"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
 }

@@ -171,7 +171,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
         ["rollout.overlap=stream"],
         "rollout.at_update=wait has all responses of a step",
     ),
-    "nothing to keep": (["rollout.ahead=0", "rollout.at_update=keep"], "needs rollout.ahead of at least 1"),
 }
 
 

@@ -133,10 +133,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "a mean over responses": (["loss.normalize=sequences"], "divides by the number of responses or problems"),
     "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
-    "a size without partial batches": (
-        ["rollout.overlap=none"],
-        "rollout.partial_batch_microbatches is the size of a partial batch",
-    ),
 }
 
 

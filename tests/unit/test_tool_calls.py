@@ -8,11 +8,9 @@ import json
 
 import pytest
 
-from megatron_selfdistill.config import load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments import Reply, SessionLimits, ToolEnvironment, has_sessions
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.prechecks import require_environment
 from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.tool_calls import (
     PARSERS,
@@ -198,10 +196,8 @@ def test_a_process_plays_an_episode_with_tools():
         ({"tools": "nowhere.Calculator"}, "environment.options.tools must be the dotted path of a class"),
         ({"tools": "json.dumps"}, "expected a class with a method reward"),
         ({"tools": f"{__name__}.Calculator", "parser": "xml"}, "environment.options.parser must be hermes, llama, glm"),
-        ({"parser": "glm"}, "missing a required argument: 'tools'"),
     ],
 )
-def test_options_are_checked_before_the_run(options, message):
-    overrides = ["environment.name=tools", *(f"environment.options.{name}={value}" for name, value in options.items())]
+def test_options_are_checked_where_the_environment_is_made(options, message):
     with pytest.raises(ConfigError, match=message):
-        require_environment(load(overrides))
+        ToolEnvironment(**options)

@@ -469,10 +469,6 @@ class Config:
             f"data.kind={self.data.kind} and environment.name={self.environment.name}",
         )
         check_teachers(self.named_teachers, self.guide, self.joins_teachers, self.teacher, self.target, self.rollout)
-        require(
-            not self.joins_teachers or len(self.named_teachers) > 1,
-            "teachers.join=product multiplies the distributions of several teachers: name two or more",
-        )
 
     def _check_environment(self) -> None:
         name = f"environment.name={self.environment.name}"

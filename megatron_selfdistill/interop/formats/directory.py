@@ -50,6 +50,14 @@ def iteration_of(path: Path) -> int:
     return int(match[1]) if match else 0
 
 
+def hf_assets_of(path: Path) -> Path | None:
+    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
+    for parent in (path, path.parent, path.parent.parent):
+        if (parent / HF_ASSETS / "config.json").is_file():
+            return parent / HF_ASSETS
+    return None
+
+
 def latest(directory: Path) -> Path | None:
     """Return the first complete checkpoint of `candidates`; None if there is no complete checkpoint."""
     return next((path for path in candidates(directory) if incomplete(path) is None), None)
@@ -397,11 +405,3 @@ def _tracker_text(directory: Path) -> str | None:
 
 def _is_iteration(text: str) -> bool:
     return text.isdecimal() and len(text) < 20
-
-
-def hf_assets_of(path: Path) -> Path | None:
-    """Return the directory of a checkpoint's Hugging Face files: in it, beside it, or in its run directory."""
-    for parent in (path, path.parent, path.parent.parent):
-        if (parent / HF_ASSETS / "config.json").is_file():
-            return parent / HF_ASSETS
-    return None

@@ -15,10 +15,12 @@ from letters import LETTERS, save_tokenizer
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_selfdistill import train
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
+from megatron_selfdistill.prechecks import with_stored_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,28 @@ def config_of(checkpoint: Path, tokenizer: Path, **data: object) -> Config:
 def test_the_tokenizer_that_the_checkpoint_carries_is_taken(checkpoint):
     require_same_tokenizer(config_of(checkpoint, checkpoint / "release" / "huggingface"))
     require_same_tokenizer(config_of(checkpoint, checkpoint.parent / "hf"))
+
+
+def test_a_run_without_a_tokenizer_takes_the_checkpoints_and_says_so_on_rank_0_alone(checkpoint, capsys, monkeypatch):
+    stored = checkpoint / "release" / "huggingface"
+    for load in (checkpoint, checkpoint / "release"):
+        config = from_mapping({"checkpoint": {"load": str(load)}})
+        assert with_stored_tokenizer(config).data.tokenizer == str(stored)
+        assert capsys.readouterr().err == f"data.tokenizer={stored}, the tokenizer of checkpoint.load\n"
+    monkeypatch.setenv("RANK", "1")
+    assert with_stored_tokenizer(config).data.tokenizer == str(stored) and capsys.readouterr().err == ""
+
+
+def test_a_tokenizer_that_is_set_stays_and_a_checkpoint_without_one_gives_none(checkpoint, tmp_path, capsys):
+    given = config_of(checkpoint, Path("mine"))
+    nothing = from_mapping({"checkpoint": {"load": str(tmp_path)}})
+    assert with_stored_tokenizer(given) is given and with_stored_tokenizer(nothing) is nothing
+    assert with_stored_tokenizer(from_mapping({})) == from_mapping({}) and capsys.readouterr().err == ""
+
+
+def test_the_resolved_configuration_of_a_run_names_the_checkpoints_tokenizer(checkpoint, capsys):
+    assert train.main([f"checkpoint.load={checkpoint}", "--print"]) == 0
+    assert f"\n  tokenizer: {checkpoint}/release/huggingface\n" in capsys.readouterr().out
 
 
 def test_the_same_tokenizer_saved_again_in_another_order_with_other_fields_is_taken(checkpoint, tmp_path):

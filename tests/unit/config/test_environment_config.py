@@ -9,10 +9,10 @@ import sys
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.config import Config, from_mapping
 from megatron_selfdistill.config.bound_keys import BOUND, FREE, differences, rule_of, stored_values
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.sources import configured_source
 
 OWN = "environment.name=replying.Replying"
 HTTP = ["environment.name=http", "environment.options.url=http://host:8000/v1"]
@@ -89,20 +89,22 @@ def test_what_is_possible_with_one_turn_is_not_refused():
         assert configured(OWN, *overrides).judges_responses, "the environment gives the rewards"
 
 
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["environment.name=no_such_module.Counter"], "no_such_module cannot be imported"),
-        (["environment.name=replying.NOT_CALLABLE"], "which is a str"),
-        (
-            [OWN, "environment.options={rol: tool}"],
-            r"must be the keyword arguments of replying.Replying, got \['rol'\]: got an unexpected .* 'rol'",
-        ),
-    ],
-)
-def test_a_class_that_is_missing_or_takes_other_arguments_is_refused_before_the_start(overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        prechecks.require_environment(configured(*overrides))
+def refusal_of(overrides: list[str]) -> str:
+    """Return the message with which a run refuses its environment, where the run makes it."""
+    with pytest.raises(ConfigError) as caught:
+        configured_source._episodes(configured(*overrides), None, grid=None)
+    return str(caught.value)
+
+
+def test_a_class_that_is_missing_or_cannot_be_made_is_one_message_that_names_the_key(ranks):
+    cases = {
+        "environment.name=no_such_module.Counter": "no_such_module cannot be imported",
+        "environment.name=replying.NOT_CALLABLE": "which is a str",
+        "environment.options={rol: tool}": "environment.name=replying.Replying failed with TypeError: ",
+    }
+    for override, words in cases.items():
+        [message] = ranks.run(refusal_of, [OWN, override], world_size=1)
+        assert words in message
 
 
 @pytest.mark.parametrize(
@@ -115,16 +117,6 @@ def test_the_recipe_for_turns_needs_an_environment_of_several_turns(overrides, f
         return config.method.require_start(config)
     with pytest.raises(ConfigError, match=f"needs an environment .* and at least 2 for .*max_turns, got {found}$"):
         config.method.require_start(config)
-
-
-def test_a_class_that_takes_the_options_passes_without_being_made(monkeypatch):
-    def make(self, role: str) -> None:
-        raise AssertionError("a check before the start makes no environment")
-
-    monkeypatch.setattr("replying.Replying.__init__", make)
-    prechecks.require_environment(configured(OWN, "environment.options={role: tool}"))
-    prechecks.require_environment(configured(*HTTP))
-    prechecks.require_environment(configured())
 
 
 def test_what_decides_the_replies_is_bound_and_the_way_to_the_endpoint_is_free():
@@ -141,7 +133,6 @@ def test_digests_of_values_from_the_environment_stand_beside_the_section_environ
 
     before = stored("a")
     assert [one.key for one in differences(before, stored("b", OWN))] == ["environment.name", "data.system_prompt"]
-    before["environment"] = before.pop("from_environment")  # as checkpoints were before the section existed
     assert [one.key for one in differences(before, stored("b"))] == ["data.system_prompt"]
     assert not differences(before, stored("a"))
 

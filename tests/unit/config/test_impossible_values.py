@@ -74,7 +74,6 @@ def message_of_load(*overrides: str) -> str:
         ("rollout.transfer=rdma", "rollout.transfer must be one of shared_memory, gloo, nccl, ipc"),
         ("rollout.timeout_s=0", "rollout.timeout_s must be above 0, got 0"),
         ("rollout.servers=[http://n1:8000]", "need rollout.engine=vllm and rollout.placement=server"),
-        ("rollout.guide_below=0.5", "needs rollout.guidance=mixed"),
         ("loss.rollout_correction=clipped", "loss.rollout_correction must be one of none, truncated"),
         ("loss.rollout_correction_cap=0", "loss.rollout_correction_cap must be above 0, got 0"),
         ("data.solutions=mine", "data.solutions must be one of given, answer, other, none, got"),

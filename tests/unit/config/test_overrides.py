@@ -42,7 +42,6 @@ def lab(tmp_path) -> Path:
         "null_key": "null: 3\n",
         "deep": "rollout: {engine_args: {a: " + "[" * 2000 + "]" * 2000 + "}}\n",
         "many_digits": "num_steps: 0x" + "f" * 6000 + "\n",
-        "environment_name": "rollout: {server_env: {'A=B': x}}\n",
     }.items():
         (recipes / f"{name}.yaml").write_text(GLOBAL + text)
     (recipes / "marked.yaml").write_text("\ufeff" + GLOBAL + "num_steps: 3\n", encoding="utf-8")
@@ -64,7 +63,6 @@ def lab(tmp_path) -> Path:
         ("null_key", "Incompatible key type 'NoneType'"),
         pytest.param("deep", "a value is nested more deeply than Python can read", marks=pytest.mark.full),
         ("many_digits", "Exceeds the limit (4300 digits) for integer string conversion"),
-        ("environment_name", "rollout.server_env must hold names of environment variables, got 'A=B'"),
         ("marked", "{lab}/recipe/marked.yaml must begin with the line `# @package _global_`"),
     ],
 )

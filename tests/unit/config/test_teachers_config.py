@@ -104,7 +104,6 @@ def test_a_name_is_one_word(name):
             "teachers.choose must be the dotted path of a function .* no teacher may",
         ),
         ([MATH, "teachers.join=mean"], "teachers.join must be one of sum, product, and no teacher may have this name"),
-        ([MATH, "teachers.join=product"], "teachers.join=product multiplies .* of several teachers: name two or more"),
         (
             [MATH, "teachers.code={load: /c, weight: 1}", "teachers.join=product", "target.anchor=student"],
             "teachers.code.weight with teachers.join=product gives each token its own weight, which needs target",

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import math
-import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +12,7 @@ import recorded_logger
 import tiny_run
 import yaml
 
-from megatron_selfdistill import prechecks
 from megatron_selfdistill.choices import LOGGERS
-from megatron_selfdistill.config import load
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.metrics import MetricsLog, log, read_metrics
 from tests.unit.metrics.test_samples import MARKED
@@ -116,42 +112,7 @@ def test_a_logger_that_cannot_start_ends_all_ranks_with_one_message(ranks, data,
     assert sum(output.count("cannot start: ConnectionError: no answer") for _, output in found) == 1
 
 
-@pytest.mark.parametrize("name", LOGGERS)
-def test_a_package_that_is_not_installed_is_refused_also_beside_a_directory_of_its_name(monkeypatch, tmp_path, name):
-    (tmp_path / name).mkdir()  # wandb keeps its files in a directory wandb
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    for module in [module for module in sys.modules if module.partition(".")[0] == name]:
-        monkeypatch.delitem(sys.modules, module)
-    with pytest.raises(ConfigError, match=f"{name} is not installed: pip install {name}, or remove {name}"):
-        prechecks.require_loggers(load([f"metrics.loggers=[{name}]"]))
-
-
 @pytest.mark.parametrize("name", ["nowhere.Logger", "recorded_logger.Nothing", "recorded_logger.CALLS"])
-def test_a_dotted_path_without_a_function_is_refused(name):
-    with pytest.raises(ConfigError, match=rf"metrics\.loggers must be the dotted path .*, got '{name}'"):
-        prechecks.require_loggers(load([f"metrics.loggers=[{name}]"]))
-
-
-def refusals_of_wandb(home: str) -> list[str]:
-    """Return the message without a key, in offline mode and with a key, in a process of their own."""
-    import wandb
-
-    messages = []
-    for environment in ({}, {"WANDB_MODE": "offline"}, {"WANDB_API_KEY": "x" * 40}):
-        for name in [name for name in os.environ if name.startswith("WANDB_")]:
-            del os.environ[name]
-        os.environ.update(environment | {"HOME": home, "NETRC": f"{home}/netrc", "WANDB_CONFIG_DIR": home})
-        wandb.teardown()
-        try:
-            prechecks.require_loggers(load(["metrics.loggers=[wandb]"]))
-            messages.append("")
-        except ConfigError as error:
-            messages.append(str(error))
-    return messages
-
-
-@pytest.mark.full  # importing wandb takes seconds
-def test_wandb_is_refused_without_a_key_unless_its_mode_needs_none(ranks, tmp_path):
-    [[without, offline, with_key]] = ranks.run(refusals_of_wandb, str(tmp_path), world_size=1, init_process_group=False)
-    assert without.startswith("metrics.loggers: wandb has no key: run `wandb login`, set WANDB_API_KEY")
-    assert (offline, with_key) == ("", "")
+def test_a_dotted_path_without_a_function_is_refused_where_the_logger_starts(tmp_path, name):
+    with log_of(tmp_path, name) as log, pytest.raises(ConfigError, match=rf"{name} cannot start: .* dotted path .*"):
+        log.resume(0)
