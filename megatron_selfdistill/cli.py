@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import re
+import select
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megatron_selfdistill.installation import MissingExtraError, install_command, require_extra
+from megatron_selfdistill.installation import MissingExtraError, install_command, require_extra, version
 from megatron_selfdistill.terminal import guard_standard_error
 
 EXIT_USAGE = 2
@@ -35,22 +38,23 @@ COMMANDS = {
     "train": Command(
         "train",
         "Train a model on its own responses.  `selfdistill key=value ...` does the same.",
-        "data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first",
+        "data.path=problems.jsonl checkpoint.load=DIR run_dir=runs/first",
     ),
     "plan": Command(
         "instruments.plan.plan_command",
         "Show what a run will need on its GPUs, and how to launch it, before there is a GPU.",
         "recipe=qwen3_8b data.global_batch_size=64",
     ),
-    "convert": Command(
-        "interop.convert_command",
-        "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",
-        "hf-to-megatron --hf /models/Qwen3-8B --out checkpoints/qwen3-8b",
-    ),
     "evaluate": Command(
         "commands.evaluate",
         "Evaluate a model on problems with answers, and compare two evaluations.",
         "--hf /models/Qwen3-8B --data test.jsonl --out results/before",
+    ),
+    "report": Command(
+        "instruments.report.report_command",
+        "Show runs in one HTML file: curves, differences, responses and events.",
+        "runs/first runs/second -o comparison.html",
+        extra="report",
     ),
     "explore": Command(
         "instruments.explorer.explore_command",
@@ -62,6 +66,11 @@ COMMANDS = {
         "Measure whether distillation pushes a model towards tokens with which it succeeds.",
         "/models/Qwen3-8B --data problems.jsonl -o alignment.json",
     ),
+    "convert": Command(
+        "interop.convert_command",
+        "Convert Hugging Face directories to Megatron checkpoints and back, and describe both.",
+        "hf-to-megatron --hf /models/Qwen3-8B --out checkpoints/qwen3-8b",
+    ),
     "solutions": Command(
         "commands.solutions",
         "Sample solutions from a model, verify them, and write the best ones.",
@@ -71,12 +80,6 @@ COMMANDS = {
         "commands.explanations",
         "Sample explanations of given solutions from a teacher that sees them, as data for a student.",
         "--out explained.jsonl recipe=rlt checkpoint.load=runs/rlt/checkpoints ..",
-    ),
-    "report": Command(
-        "instruments.report.report_command",
-        "Show runs in one HTML file: curves, differences, responses and events.",
-        "runs/first runs/second -o comparison.html",
-        extra="report",
     ),
     "doctor": Command(
         "instruments.doctor.doctor_command",
@@ -93,6 +96,8 @@ COMMANDS = {
 }
 """The name of a command -> its `Command`."""
 
+_GROUPS = {"train": "train", "evaluate": "look", "convert": "prepare"}
+"""The first command of a group -> the name of the group."""
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -100,14 +105,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; ``argv`` None stands for the arguments of this process.
 
     Arguments that do not begin with a command belong to ``train``.  Returns 2, after a message or the list of commands
-    on standard error, for an unknown command, for a package that is not installed, and for no arguments at all.
+    on standard error, for an unknown command, for a package that is not installed, and for no arguments at all; and
+    quietly 141, as a process that SIGPIPE has ended, where nobody reads standard output any more, as after ``| head``.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        try:
+            return _run(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not _has_no_reader(1):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left at its end
+        return 128 + signal.SIGPIPE
+
+
+def _has_no_reader(stream: int) -> bool:
+    looks = select.poll()
+    looks.register(stream, 0)
+    return any(event & select.POLLERR for _, event in looks.poll(0))
+
+
+def _run(argv: list[str]) -> int:
     if not argv:
         print(overview(), file=sys.stderr)
         return EXIT_USAGE
-    if argv[0] in ("-h", "--help"):
-        print(overview())
+    if argv[0] in ("-h", "--help", "--version"):
+        print(version() if argv[0] == "--version" else overview())
         return 0
     name = command_of(argv)
     if name not in COMMANDS:
@@ -138,8 +162,10 @@ def command_of(argv: Sequence[str]) -> str:
 
 def overview() -> str:
     """Return the help of the program: every command with its purpose and an example."""
-    width = max(map(len, COMMANDS))
-    purposes = [f"  {name:<{width}}  {command.purpose}" for name, command in COMMANDS.items()]
+    width, purposes = max(map(len, COMMANDS)), []
+    for name, command in COMMANDS.items():
+        purposes += ["", f"{_GROUPS[name]}:"] if name in _GROUPS else []
+        purposes.append(f"  {name:<{width}}  {command.purpose}")
     examples = [f"  selfdistill {name} {command.example}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
@@ -147,16 +173,16 @@ def overview() -> str:
             "       selfdistill key=value ...",
             "",
             "Let a language model teach itself by self-distillation, on Megatron Core.",
-            "",
-            "commands:",
+            "The first time: `make quickstart` in a clone of the project.",
             *purposes,
             "",
             "examples:",
             *examples,
             "",
-            "On several ranks: torchrun --nproc-per-node 8 -m megatron_selfdistill COMMAND ...",
+            "On several ranks: selfdistill train --ranks 8 ...",
+            "                  torchrun --nproc-per-node 8 -m megatron_selfdistill COMMAND ...",
             "`selfdistill COMMAND --help` explains a command.",
-            "`selfdistill --version`, `--keys` and `--recipes` list versions, keys of the configuration, and recipes.",
+            "`selfdistill --version`, `--keys [WORD]` and `--recipes` list versions, keys, and recipes.",
         ]
     )
 

@@ -6,7 +6,10 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from importlib.machinery import PathFinder
+
+from megatron_selfdistill import __version__
 
 NEEDED = {"train": {"hydra-core": "hydra", "omegaconf": "omegaconf"}, "report": {"pyyaml": "yaml"}}
 """An extra of setup.py -> the distributions without which its commands do not even show their help -> their modules."""
@@ -63,3 +66,21 @@ def is_installed(module: str) -> bool:
     else:
         found = importlib.util.find_spec(module)
     return found is not None and found.origin is not None  # a directory of data with this name has no origin
+
+
+def version() -> str:
+    """Return the versions of this package, torch, megatron-core and Python; torch is not imported."""
+    return "\n".join(
+        [
+            f"megatron_selfdistill {__version__}",
+            *(f"{name} {_installed(name)}" for name in ("torch", "megatron-core")),
+            f"Python {sys.version.split()[0]}",
+        ]
+    )
+
+
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "is not installed"

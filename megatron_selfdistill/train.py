@@ -25,7 +25,7 @@ from megatron_selfdistill.checkpoint.run_lock import RunLock
 from megatron_selfdistill.config import Config, check_files, command_line
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.distributed import stop, watchdog
-from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
+from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall, launch, speaker
 from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, VerifierError
 from megatron_selfdistill.instruments.plan import plan_checks
 from megatron_selfdistill.prechecks import require_packages
@@ -95,6 +95,9 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
     given = configuration.GivenKeys(arguments.overrides, arguments.config_name, arguments.config_dir)
     if config.dry_run and config.cluster.num_gpus is not None and "RANK" not in os.environ:
         return plan(config, given, arguments.argv)
+    if arguments.ranks and "RANK" not in os.environ:
+        check(config, arguments.ranks)
+        return launch(arguments.ranks, arguments.argv)
     with stop.interruptible(), configuration.user_code("code that this run has called"):
         return train(config, given, ranks)  # the status is 0 only where train returns it
 
@@ -102,7 +105,7 @@ def _command(arguments: argparse.Namespace, ranks: RollCall) -> int:
 def _report(message: str, status: int, ranks: RollCall) -> None:
     """Print why this rank ends, unless another rank prints the same message."""
     if ranks.failed(message, status):
-        print(f"[rank {ranks.rank}] {message}", file=sys.stderr, flush=True)
+        print(f"{speaker()}{message}", file=sys.stderr, flush=True)
         ranks.inform_torchrun(message)
     else:
         ranks.inform_torchrun("the same as on the rank that has printed its error")

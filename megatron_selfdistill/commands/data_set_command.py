@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -41,15 +40,17 @@ def run_command(
     ``config``: the function that returns the `configured` keys of the command line; it raises `ConfigError`.
     ``completed``: a function that adds what needs torch, after the checks that do not.
     """
+    from megatron_selfdistill.distributed.roll_call import speaker
     from megatron_selfdistill.errors import CheckpointError, ConfigError
     from megatron_selfdistill.terminal import silence_known_warnings
 
     silence_known_warnings()
     try:
-        check(arguments, config())
-        return make_data_set(arguments, completed(config()), make_work)
+        given = config()
+        check(arguments, given)
+        return make_data_set(arguments, completed(given), make_work)
     except (ConfigError, CheckpointError, OSError) as error:
-        print_error(f"{name}: [rank {os.environ.get('RANK', '0')}]", error)
+        print_error(f"{name}: {speaker()}".rstrip(), error)
         return EXIT_REFUSED
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command continues from here", file=sys.stderr)
@@ -103,6 +104,7 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
     from megatron_selfdistill import config as configuration
     from megatron_selfdistill.commands.solution_journal import file_beside
     from megatron_selfdistill.errors import ConfigError
+    from megatron_selfdistill.prechecks import with_stored_tokenizer
 
     config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)
     if arguments.num_problems is not None:
@@ -111,6 +113,7 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
         raise ConfigError("expected one model: either --hf DIR or checkpoint.load=DIR")
     if arguments.hf is not None and config.data.tokenizer is None:
         config = replace(config, data=replace(config.data, tokenizer=str(arguments.hf)))
+    config = with_stored_tokenizer(config)
     # No run is resumed here: run_dir only holds the files that an engine needs beside the weights.
     checkpoint = replace(config.checkpoint, resume=False)
     return replace(config, checkpoint=checkpoint, run_dir=str(file_beside(arguments.out, ".engine")))

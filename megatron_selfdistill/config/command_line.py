@@ -9,26 +9,32 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import re
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple, get_origin
 
-from megatron_selfdistill import __version__
+import yaml
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from megatron_selfdistill.config import key_list
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.config.methods import method_names
+from megatron_selfdistill.config.moved_keys import SHORT
 from megatron_selfdistill.config.overrides import yaml_text
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.installation import version
 
 _DESCRIPTION = """\
 Train a Megatron model on its own responses, towards what the model would predict if it knew the solution.
 
-  selfdistill train data.path=problems.jsonl data.tokenizer=DIR checkpoint.load=DIR run_dir=runs/first
+  selfdistill train data.path=problems.jsonl checkpoint.load=DIR run_dir=runs/first lr=1e-6 steps=200
+  selfdistill train my.yaml run_dir=runs/second      # the file has the same keys: data: {path: problems.jsonl}
+  selfdistill train --ranks 8 parallel=node_of_8 ..  # on the GPUs of this node
   torchrun --nproc-per-node 8 -m megatron_selfdistill.train parallel=node_of_8 ...
 """
 
@@ -44,7 +50,7 @@ exit status:
   4    no responses could be sampled; the run has saved, and can be started again
   5    the run made no progress; every rank's stack is in RUN_DIR/stacks
   130  Ctrl-C twice, or before the run began
-(torchrun itself ends with 1 where a rank ends with another status than 0)"""
+(torchrun itself ends with 1 where a rank ends with another status than 0, and --ranks with that status)"""
 
 
 class Column(NamedTuple):
@@ -85,12 +91,20 @@ COLUMNS = "\n".join(
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the arguments of the command line ``argv``, by default that of this process.
 
-    They are ``overrides``, ``config_name``, ``config_dir``, ``print``, ``argv`` (unchanged) and ``about``: a function
-    that returns the text that --help, --version, --recipes or --keys asks for, or None.
+    They are ``overrides`` (those of files first), ``config_name``, ``config_dir``, ``ranks``, ``print``, ``argv`` and
+    ``about``: a function that returns the text that --help, --version, --recipes or --keys asks for, or None.
+
+    Raises: `ConfigError`, which names the key, for an option that is none, and for a file that is no configuration.
     """
     parser = _parser()
-    argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = parser.parse_intermixed_args(argv)
+    argv = ["dry_run=true" if word == "--dry-run" else word for word in (sys.argv[1:] if argv is None else argv)]
+    arguments, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        _refuse_option(unknown[0], argv)
+    files = [word for word in arguments.overrides if "=" not in word and word.endswith((".yaml", ".yml"))]
+    written = [word for word in arguments.overrides if word not in files]
+    in_files = [override for file in (*arguments.config, *files) for override in _overrides_in(Path(file))]
+    arguments.overrides = [*key_list.long_names(in_files), *key_list.long_names(written)]
     directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
     if arguments.help:
@@ -104,22 +118,58 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def version() -> str:
-    """Return the versions of this package, torch, megatron-core and Python; torch is not imported."""
-    return "\n".join(
-        [
-            f"megatron_selfdistill {__version__}",
-            *(f"{name} {_installed(name)}" for name in ("torch", "megatron-core")),
-            f"Python {sys.version.split()[0]}",
-        ]
-    )
+def _refuse_option(option: str, argv: Sequence[str]) -> None:
+    """Raise `ConfigError` with the form key=value of an ``option`` that the program does not have."""
+    name, _, value = option.lstrip("-").partition("=")
+    (after,) = argv[argv.index(option) + 1 :][:1] or ["-"]
+    value = value or ("VALUE" if after.startswith("-") or "=" in after else after)
+    key = key_list.meant_key(name.replace("-", "_"))
+    raise ConfigError(f"{option}: settings are key=value: {key}={value}")
+
+
+def _overrides_in(file: Path) -> list[str]:
+    """Return the keys of a YAML file as overrides.  Raises: `ConfigError` for a file that is no mapping of keys."""
+    try:
+        values = yaml.safe_load(yaml_text(file))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: expected keys with values, such as data: {{path: problems.jsonl}}, got {values!r}")
+    return [*_flat(values)]
+
+
+def _flat(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{key}.")
+        else:
+            yield f"{key}={value if key in key_list.groups() else _in_hydra(value)}"
+
+
+def _in_hydra(value: Any) -> str:
+    """Return a value of YAML in the grammar of hydra's overrides."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_hydra, value))}]"
+    if isinstance(value, str):
+        return str(QuotedString(value, Quote.single).with_quotes())
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+FIRST = (
+    *("checkpoint.load", "data.path", "data.tokenizer", "run_dir", "num_steps", "data.global_batch_size"),
+    *("rollout.max_new_tokens", "optimizer.lr", "target.anchor", "adapter.rank", "evaluation.path", "evaluation.every"),
+    *("checkpoint.save_every", "schedule.max_tokens", "parallel.tensor_model_parallel_size"),
+)
+"""The keys that a first run sets, which `keys` shows first."""
 
 
 def keys(section: str = "") -> str:
-    """Return every key with default, meaning and range, by section; with ``section``, only that section, or that key.
+    """Return every key with default, meaning and range, by section, behind the `FIRST` keys.
 
-    ``section``: "method=NAME" is the section of this method, whose settings the list of all keys does not have.
-    Raises: `ConfigError`, which names the nearest section, if there is no such section.
+    ``section``: a section or a key shows it alone; "method=NAME" is the section of this method, whose settings the list
+    of all keys does not have; any other text is searched for in the names and the meanings of all keys.
+    Raises: `ConfigError`, which names the nearest section, if no key has the text.
     """
     method = section.removeprefix("method=") if section.startswith("method=") else ""
     if section == "method":
@@ -129,8 +179,15 @@ def keys(section: str = "") -> str:
     section = "method" if method else section
     chosen = {key for key in listed if not section or key == section or key.startswith(f"{section}.")}
     if not chosen:
+        words = re.compile(rf"(?<![^\W_]){re.escape(section)}", re.IGNORECASE)
+        chosen = {key for key, (_, doc) in listed.items() if words.search(key) or words.search(doc)}
+    if not chosen:
         raise ConfigError(f"--keys {section}: {key_list.unknown_key(section)}")
     options = key_list.groups()
+    if not section:
+        lines = ["== a first run: `selfdistill --keys WORD` searches all keys, which follow =="]
+        shorts = {key: f", {short}" for short, key in SHORT.items()}
+        lines += [f"{key + shorts.get(key, ''):<40}{textwrap.shorten(listed[key][1], 79)}" for key in FIRST]
     for name, title in _sections():
         own = [key for key in listed if key in chosen and key.rpartition(".")[0] == name]
         if own:
@@ -150,7 +207,8 @@ def recipes(directories: Sequence[Path] = ()) -> str:
 def _described(key: str, default: Any, doc: str, kinds: Mapping[str, Any]) -> str:
     """Return the lines of a key; those of a section within a section have the meaning and range of each entry."""
     if (entries := key_list.entries().get(key)) is None:
-        return f"{key}={default}\n    {doc}{_range(kinds[key])}"
+        short = "".join(f"\n    Short: {name}=" for name, long in SHORT.items() if long == key)
+        return f"{key}={default}\n    {doc}{_range(kinds[key])}{short}"
     shown = dataclasses.asdict(default)
     ranges = {name: _range(kinds[f"{key}.{name}"]).replace("\n   ", "") for name in entries}
     lines = [f"\n    {name}: {meaning}{ranges[name]}" for name, (_, meaning) in entries.items()]
@@ -170,19 +228,25 @@ def _parser() -> argparse.ArgumentParser:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,
+        allow_abbrev=False,
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration; the last of equal keys holds")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="setting, or FILE.yaml with settings; the last one holds"
+    )
     parser.add_argument("-h", "--help", action="store_true", help="show this help, and exit")
     parser.add_argument("--version", action="store_true", help="show versions, and exit")
     parser.add_argument(
         "--keys",
         nargs="?",
         const="",
-        metavar="SECTION",
-        help="list every key (of a section) with its default, meaning and range, and exit",
+        metavar="WORD",
+        help="list every key (of a section, or with a word) with its default, meaning and range, and exit",
     )
     parser.add_argument("--recipes", action="store_true", help="list the recipes, and exit")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
+    parser.add_argument("--ranks", type=int, metavar="N", help="check the settings, then train on N ranks of this node")
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the same as FILE.yaml alone")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"
@@ -225,10 +289,3 @@ def _first_comment(file: Path) -> str:
             comments.append(line.lstrip("# ").rstrip())
     first, stop, _ = " ".join(comments).partition(". ")
     return textwrap.shorten(first + stop.rstrip(), 100, placeholder=" ...")
-
-
-def _installed(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "is not installed"

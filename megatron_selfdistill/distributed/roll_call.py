@@ -17,8 +17,10 @@ import contextlib
 import hashlib
 import json
 import os
+import signal
 import time
 from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -74,6 +76,36 @@ class OtherRankFailed(Exception):
 def world_size() -> int:
     """Return the number of ranks of this launch: ``torchrun``'s WORLD_SIZE, or 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def speaker() -> str:
+    """Return what stands before a message of this rank: ``[rank 1] ``; nothing in a launch of one rank."""
+    return f"[rank {os.environ.get('RANK', '0')}] " if world_size() > 1 else ""
+
+
+def launch(num_ranks: int, arguments: Sequence[str]) -> int:
+    """Train with ``arguments`` on ``num_ranks`` ranks of this node, and return the exit status.
+
+    This process is torchrun: it passes signals on to the ranks.  The status is that of the rank that failed first, 0,
+    or 128 and the number of the signal that ended the run.
+    """
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does, with a warning
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")  # torchrun's own variable
+    ranks = ["--standalone", f"--nproc-per-node={num_ranks}", "-m", "megatron_selfdistill.train", *arguments]
+    try:
+        torchrun.run(torchrun.parse_args(ranks))
+    except ChildFailedError as failed:
+        status = failed.get_first_failure()[1].exitcode
+        return status if status >= 0 else 128 - status
+    except SignalException as ended:
+        return 128 + ended.sigval
+    return 0
 
 
 class RollCall:

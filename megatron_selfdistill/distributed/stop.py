@@ -26,6 +26,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from megatron_selfdistill.distributed.roll_call import speaker
+
 if TYPE_CHECKING:
     from megatron_selfdistill.distributed.ranks import RankGrid
 
@@ -135,9 +137,8 @@ def _under_torchrun() -> bool:
 
 
 def _say(text: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        os.write(2, f"[rank {rank}] {text}\n".encode())
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{speaker()}{text}\n".encode())
 
 
 def _leave_wakeups_to_the_parent() -> None:

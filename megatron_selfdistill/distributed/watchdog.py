@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import psutil
 
-from megatron_selfdistill.distributed.roll_call import launch_store
+from megatron_selfdistill.distributed.roll_call import launch_store, speaker
 
 EXIT_HUNG = 5
 
@@ -297,7 +297,7 @@ class _Watch:
                     return self._await(["reported"])
                 self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
             verdict += self._without_stacks()
-            print(f"[rank {self._rank}] {verdict}", file=sys.stderr, flush=True)
+            print(f"{speaker()}{verdict}", file=sys.stderr, flush=True)
             (self._directory / "verdict.txt").write_text(verdict + "\n")
             with contextlib.suppress(RuntimeError):
                 self._store.set("reported", "")

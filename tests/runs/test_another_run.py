@@ -181,7 +181,7 @@ def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(fin
 def test_a_run_needs_a_directory_and_a_look_at_the_configuration_does_not(data, capfd):
     arguments = [argument for argument in overrides(data, Path("unused")) if not argument.startswith("run_dir=")]
     assert main(arguments) == 2
-    assert capfd.readouterr().err.strip().startswith("[rank 0] run_dir is not set: name a directory")
+    assert capfd.readouterr().err.strip().startswith("run_dir is not set: name a directory")
     assert not Path("checkpoints").exists()
     assert main([*arguments, "--print"]) == 0
     assert "run_dir: ''" in capfd.readouterr().out

@@ -16,16 +16,23 @@ from tiny_run import overrides, saved_step
 TESTS = Path(__file__).resolve().parents[1]
 
 
-def torchrun(arguments: list[str], script: list[str] | None = None) -> subprocess.Popen[str]:
-    """Start two ranks of the run with torchrun."""
+LAUNCHER = [sys.executable, "-m", "megatron_selfdistill", "train", "--ranks", "2"]
+
+
+def torchrun(
+    arguments: list[str], script: list[str] | None = None, launcher: list[str] | None = None
+) -> subprocess.Popen[str]:
+    """Start two ranks of the run with torchrun, or with ``launcher``."""
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), str(TESTS.parent), str(TESTS.parent / "examples")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
     }
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = launcher + (script or ["-m", "megatron_selfdistill.train"]) + arguments
+    if launcher is None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        launcher += script or ["-m", "megatron_selfdistill.train"]
+    command = launcher + arguments
     # A group of its own: Ctrl-C in a terminal reaches torchrun, whose ranks are in sessions of their own.
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
@@ -116,3 +123,22 @@ def test_a_second_ctrl_c_ends_a_run_at_once_also_while_its_ranks_wait_in_foreign
     assert time.monotonic() - began < 20, "torchrun would kill the ranks after 30 s"
     assert [line.partition(":")[0] for line in lines_of_ranks(output)] == ["[rank 0] Ctrl-C", "[rank 0] Ctrl-C again"]
     assert not (run / "stopped").exists() and not (run / "lock").exists()
+
+
+@pytest.mark.full
+def test_the_launcher_of_the_program_passes_a_signal_on_and_ends_with_its_number(data, tmp_path):
+    run = tmp_path / "run"
+    process = torchrun(overrides(data, run, "num_steps=1000000", "checkpoint.save_every=0"), launcher=LAUNCHER)
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signal.SIGUSR1)
+    _, output = process.communicate(timeout=100)
+    assert process.returncode == 128 + signal.SIGUSR1 and "Traceback" not in output, output
+    assert (run / "stopped").read_text() == f"step {saved_step(run)}: SIGUSR1\n"
+
+
+@pytest.mark.full
+def test_the_launcher_of_the_program_ends_with_the_status_of_its_ranks(data, tmp_path):
+    stopped = ["guards.start.max_teacher_cross_entropy=0", "num_steps=2"]
+    process = torchrun(overrides(data, tmp_path / "run", *stopped), launcher=LAUNCHER)
+    _, output = process.communicate(timeout=200)
+    assert process.returncode == 3 and "Traceback" not in output, output

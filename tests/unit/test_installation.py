@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,7 +16,8 @@ from megatron_selfdistill import installation
 from megatron_selfdistill.cli import COMMANDS
 from megatron_selfdistill.installation import MissingExtraError, about_missing, is_installed, require_extra
 
-SETUP = (Path(__file__).resolve().parents[2] / "setup.py").read_text(encoding="utf-8")
+REPOSITORY = Path(__file__).resolve().parents[2]
+SETUP = (REPOSITORY / "setup.py").read_text(encoding="utf-8")
 
 
 def test_what_is_installed_is_not_missing():
@@ -55,3 +59,31 @@ def test_every_extra_and_package_that_is_looked_for_is_one_of_setup():
         (own,) = re.findall(rf'^    "{extra}": \[(.*?)\]', SETUP, re.MULTILINE | re.DOTALL)
         assert all(re.search(rf'"{name}[<>=]', own) for name in modules)
     assert all(re.search(rf'"{name}[<>=]', SETUP) for name in installation.RUN)
+
+
+def test_version_says_what_is_not_installed(monkeypatch):
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert "torch is not installed" in installation.version()
+
+
+LIGHT = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("hydra", "omegaconf", "megatron", "transformers", "yaml", "torch", "numpy"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Blocker())
+from megatron_selfdistill.cli import main
+print(main(["--version"]), main(["--help"]), main(["train", "seed=1"]))
+"""
+
+
+def test_an_install_without_extras_shows_its_version_and_its_help_and_names_the_extra_of_a_run():
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run([sys.executable, "-c", LIGHT], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("megatron_selfdistill ") and "usage: selfdistill COMMAND" in done.stdout
+    assert done.stdout.splitlines()[-1] == "0 0 2", done.stderr
+    assert "pip install -e '.[train]'" in done.stderr

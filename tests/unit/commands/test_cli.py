@@ -79,3 +79,32 @@ def test_only_a_rank_that_trains_outlives_the_signal_by_which_torchrun_ends_the_
     command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert done.returncode == 10 + ignored, done.stderr
+
+
+def test_help_shows_each_command_once_below_its_group():
+    text = cli.overview()
+    assert "`make quickstart`" in text.partition("\ntrain:\n")[0]
+    grouped = text.partition("\ntrain:\n")[2].partition("examples:")[0]
+    listed = [line.split()[0] for line in grouped.splitlines() if line.startswith("  ")]
+    assert sorted(listed) == sorted(cli.COMMANDS)
+    assert [line for line in text.splitlines() if line.endswith(":")] == ["train:", "look:", "prepare:", "examples:"]
+
+
+@pytest.mark.parametrize("arguments", [["--keys"], ["--help"], ["--recipes"]], ids=" ".join)
+def test_a_reader_that_has_left_ends_a_command_quietly_with_the_status_of_sigpipe(arguments):
+    reader, writer = os.pipe()
+    os.close(reader)  # as `| head` closes it
+    command = [sys.executable, "-m", "megatron_selfdistill", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(command, env=environment, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_broken_pipe_that_is_not_standard_output_is_an_error(monkeypatch):
+    def main(argv: list[str]) -> int:
+        raise BrokenPipeError("a server has left")
+
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: SimpleNamespace(main=main))
+    with pytest.raises(BrokenPipeError, match="a server has left"):
+        cli.main(["evaluate"])

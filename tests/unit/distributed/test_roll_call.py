@@ -3,11 +3,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from typing import Any
 
 import pytest
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
+from megatron_selfdistill import train
 from megatron_selfdistill.distributed import roll_call
 from megatron_selfdistill.distributed.roll_call import OtherRankFailed, RollCall
 from megatron_selfdistill.errors import ConfigError
@@ -107,3 +113,57 @@ def test_a_world_of_one_waits_for_nobody(monkeypatch):
     ranks = RollCall()
     assert ranks.answer("directory", "word") == "word" and ranks.failed("a", 2)
     ranks.leave()
+
+
+@pytest.mark.parametrize(
+    ("environment", "shown"),
+    [({}, ""), ({"RANK": "0", "WORLD_SIZE": "1"}, ""), ({"RANK": "1", "WORLD_SIZE": "2"}, "[rank 1] ")],
+)
+def test_a_message_names_its_rank_only_where_there_are_several(monkeypatch, environment, shown):
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert roll_call.speaker() == shown
+
+
+def failure(exitcode: int) -> ChildFailedError:
+    return ChildFailedError("train", {1: ProcessFailure(local_rank=1, pid=1, exitcode=exitcode, error_file="none")})
+
+
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [(None, 0), (failure(3), 3), (failure(-9), 137), (SignalException("", signal.SIGTERM), 143)],
+)
+def test_a_launch_ends_with_the_status_of_the_first_failed_rank_or_of_the_signal(monkeypatch, end, status):
+    started = []
+
+    def run(options: Any) -> None:
+        started.append(options)
+        if end is not None:
+            raise end
+
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(torchrun, "run", run)
+    monkeypatch.setattr(roll_call.signal, "signal", lambda *_: None)
+    assert roll_call.launch(2, ["lr=1e-5", "--config-dir", "ours"]) == status
+    (options,) = started
+    assert options.standalone and options.nproc_per_node == "2" and options.module
+    assert [options.training_script, *options.training_script_args] == [
+        *("megatron_selfdistill.train", "lr=1e-5", "--config-dir", "ours")
+    ]
+
+
+def test_the_settings_are_checked_before_the_ranks_start(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(train, "launch", lambda *_: pytest.fail("ranks have started"))
+    wrong = {
+        "parallel.tensor=2": "unknown configuration key 'parallel.tensor'",
+        "tp=2": "the world size 3 must be a multiple of TP x PP x CP = 2",
+        "steps=2": "got none.jsonl, which matches none",
+    }
+    for override, words in wrong.items():
+        arguments = ["--ranks", "3", f"run_dir={tmp_path}/run", "data.path=none.jsonl", "data.tokenizer=none", override]
+        assert train.main(arguments) == train.EXIT_BAD_INPUT
+        (line,) = capsys.readouterr().err.splitlines()
+        assert words in line and "[rank" not in line

@@ -221,11 +221,11 @@ def presses(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_the_first_ctrl_c_is_noted_and_the_second_ends_the_process_with_one_line_and_130():
     one = presses("press(signal.SIGINT)")
     assert (one.returncode, one.stdout) == (0, "noted [2]\n")
-    assert one.stderr.startswith("[rank 0] Ctrl-C: the run saves and ends") and len(one.stderr.splitlines()) == 1
+    assert one.stderr.startswith("Ctrl-C: the run saves and ends") and len(one.stderr.splitlines()) == 1
     two = presses("press(signal.SIGINT, signal.SIGINT)" + WAIT_FOR_THE_END)
     assert (two.returncode, two.stdout) == (stop.EXIT_INTERRUPTED, "released\n")
     assert two.stderr.splitlines()[1:] == [
-        "[rank 0] Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost"
+        "Ctrl-C again: the run has ended at once; its steps since the last checkpoint are lost"
     ]
 
 
