@@ -1,8 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The tables "What runs where", from docs/support.json and from the results of GPUs in docs/support.jsonl.
 
-    python tools/support_table.py            writes README's short table and the page docs/support.md
-    python tools/support_table.py --check    changes nothing, and exits with 1 if one of the two files differs
+    python tools/support_table.py            writes README's short table, the page docs/support.md and the sentence
+    python tools/support_table.py --check    changes nothing, and exits with 1 if one of these files differs
+
+The sentence says what has run on GPUs, and what has not.  It is the same in README and in every page of docs/ that has
+its two markers (`STATUS`).
 
 docs/support.json has the groups and the rows.  A row names its group, its claim, the result on a CPU, the test files
 that are the evidence of this result, and levels of checks of ``make test-gpu``, weakest first.  A row is green if the
@@ -15,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,11 +31,26 @@ ROWS, RESULTS, README, PAGE = (
 )
 BEGIN = "<!-- tools/support_table.py writes this table from docs/support.json and docs/support.jsonl. -->"
 END = "<!-- The end of the table of tools/support_table.py. -->"
+STATUS = "<!--GPUs-->", "<!--/GPUs-->"
+"""The marks around the sentence of `gpu_status`, which is wrapped if it was.  No line begins with one (CommonMark)."""
+PARTS = {
+    "the loss": r"kernels of the loss|fused .*",
+    "training steps": r"step: bf16|one: .*",
+    "Transformer Engine's layers": r"step: Transformer Engine.*|self-test: Transformer Engine.*",
+    "layouts as ranks of one GPU": r"several: .*",
+    "sampling in process": r"guided sampling in process|colocated engine: the trainer's own sampler",
+    "saving and resuming": r"saving in the background and resuming|self-test: save and resume",
+    "several GPUs (NCCL)": r"eight: .*|self-test of 8 ranks: .*|a rank that stops",
+    "vLLM": r".*vLLM.*",
+    "FP8": r"fp8 .*",
+    "gated delta nets": r".*gated delta nets",
+}
+"""A part of the project, as `gpu_status` names it -> the expression of the names of its checks."""
 LEGEND = (
     "✅ tested in CI (CPU, gloo, the real megatron-core 0.16.1) · 🟢 tested on a GPU (which, when) ·\n"
     "🔴 failed on a GPU · ⚪ written, never run · \u2013 not possible on a CPU"
 )
-SHORT_NOTE = "*2 of 4*: two of the four claims of this line in [docs/support.md](docs/support.md), with evidence."
+SHORT_NOTE = "*2 of 4*: two of the four [claims](docs/support.md) of this line"
 PAGE_INTRODUCTION = """\
 # What runs where
 
@@ -52,6 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         README: with_table(README.read_text(encoding="utf-8"), short_table(support, last)),
         PAGE: page(support, last),
     }
+    for path in (README, *sorted((REPOSITORY / "docs").rglob("*.md"))):
+        text = wanted.get(path) or path.read_text(encoding="utf-8")
+        wanted[path] = with_status(text, gpu_status(support, last)) if STATUS[0] in text else text
     status = 0
     for path, text in wanted.items():
         if path.exists() and path.read_text(encoding="utf-8") == text:
@@ -85,13 +108,50 @@ def last_runs(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any
     return last
 
 
+def gpu_status(support: Mapping[str, Any], last: LastRuns) -> str:
+    """Return what to say of GPUs: the devices, the `PARTS` whose checks have passed, and those that never ran."""
+    if not last:
+        return "Nothing has run on a GPU yet."
+    results = [result for runs in last.values() for result in runs]
+    known = {check for row in support["rows"] for level in row["levels"] for check in level["checks"]} | last.keys()
+    found: dict[str, list[str]] = {}
+    for part, expression in PARTS.items():
+        checks = [check for check in known if re.fullmatch(expression, check)]
+        ran = [check for check in checks if check in last]
+        failed = any(result["verdict"] != "ok" for check in ran for result in last[check])
+        state = "failed" if failed else "never" if not ran else "passed" if ran == checks else "partly"
+        found.setdefault(state, []).append(part)
+    devices = " and ".join(sorted({result["device"] for result in results}))
+    words = {
+        "passed": f"Passed on {devices} ({max(result['date'] for result in results)})",
+        "failed": "Failed on a GPU",
+        "partly": "Run on a GPU only in part",
+        "never": "Never run on a GPU",
+    }
+    return " ".join(f"{text}: {', '.join(found[state])}." for state, text in words.items() if state in found)
+
+
+def with_status(text: str, sentence: str) -> str:
+    """Return the text of a page with ``sentence`` between the marks `STATUS`."""
+    begin, end = STATUS
+    before, _, rest = text.partition(begin)
+    old, _, after = rest.partition(end)
+    wrapped = re.search(r"\n( *)", old)
+    if wrapped is None:
+        return f"{before}{begin}{sentence}{end}{after}"
+    above, newline, line = before.rpartition("\n")
+    glued = f"{line.rstrip()}\0{begin}{sentence}{end}"
+    lines = textwrap.wrap(glued, 100, subsequent_indent=wrapped[1], break_on_hyphens=False)
+    return above + newline + "\n".join(lines).replace("\0", " ") + after
+
+
 def short_table(support: Mapping[str, Any], last: LastRuns) -> str:
-    """Return README's legend, its explanation and its table as Markdown: one line per group of ``support``."""
-    lines = ["| | CPU | GPU |", "|---|---|---|"]
+    """Return README's legend and its table as Markdown: one line per group of ``support``."""
+    lines = [f"| {SHORT_NOTE} | CPU | GPU |", "|---|---|---|"]
     for group, rows in grouped(support):
         cells = short_cell([row["cpu"] for row in rows], "✅"), short_cell([gpu_cell(row, last) for row in rows], "🟢")
         lines.append(f"| {group['claim']} | {cells[0]} | {cells[1]} |")
-    return "\n".join([LEGEND, "", SHORT_NOTE, "", *lines])
+    return "\n".join([LEGEND, "", *lines])
 
 
 def short_cell(cells: Sequence[str], passed: str) -> str:

@@ -51,6 +51,11 @@ def stage(name: str, code: str, *arguments: str, limit_s: float = 60.0, checks: 
     return Stage(name, [sys.executable, "-c", code, *arguments], limit_s, checks)
 
 
+def table_of(copy: Path, name: str = "README.md") -> list[str]:
+    """Return the lines of README's table."""
+    return [line for line in (copy / name).read_text().splitlines() if line.startswith("| ")]
+
+
 def test_the_pages_have_the_results_of_a_stage_before_the_next_one_begins(copy, monkeypatch, capsys):
     row = next(row for row in json.loads((copy / "docs" / "support.json").read_text())["rows"] if row["levels"])
     checks = row["levels"][0]["checks"]
@@ -66,13 +71,13 @@ def test_the_pages_have_the_results_of_a_stage_before_the_next_one_begins(copy, 
             stage("last", REPORT, "0.5", "last", checks=["last"]),
         ],
     )
-    before = (copy / "README.md").read_text().splitlines()
+    before = table_of(copy)
     assert command.main([]) == 1
-    after = (copy / "README.md").read_text().splitlines()
-    assert len(before) == len(after) == 150
+    after = table_of(copy)
+    assert len(before) == len(after) > 10
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert changed and all("| ⚪ |" in old and "| 🟢" in new for old, new in changed)
-    assert (copy / "README.seen").read_text().splitlines() == after, "the first stage's result is on the page at once"
+    assert table_of(copy, "README.seen") == after, "the first stage's result is on the page at once"
     assert f"| {row['claim']} | {row['cpu']} | 🟢 1 x a GPU, " in (copy / "docs" / "support.md").read_text()
     written = [json.loads(line) for line in (copy / "docs" / "support.jsonl").read_text().splitlines()]
     found = [(one["check"], one["verdict"]) for one in written]
@@ -93,7 +98,7 @@ def test_a_result_that_fails_makes_its_row_red(copy, monkeypatch):
     check = next(iter(command.rows_of_checks()))
     monkeypatch.setattr(stages, "chosen", lambda options: [stage("bad", REPORT, "1.5", check, checks=[check])])
     assert command.main([]) == 1
-    assert "🔴" in (copy / "README.md").read_text().split("## What runs where")[1].split("| | CPU | GPU |")[1]
+    assert "🔴" in (copy / "README.md").read_text().split("| CPU | GPU |")[1]
 
 
 def test_results_of_a_cpu_never_reach_the_file_of_gpus(copy, capsys):

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,11 @@ def test_readme_and_the_page_have_the_generated_tables(tool):
     assert tool.main(["--check"]) == 0, "run python tools/support_table.py"
 
 
-def test_a_changed_table_is_found_and_written_again(tool, monkeypatch, tmp_path, capsys):
+def test_a_changed_table_or_sentence_is_found_and_written_again(tool, monkeypatch, tmp_path, capsys):
     readme, page = tmp_path / "README.md", tmp_path / "support.md"
-    readme.write_text(f"before\n{tool.BEGIN}\nstale\n{tool.END}\nafter\n")
+    begin, end = tool.STATUS
+    readme.write_text(f"before\nso. {begin}x\n  stale{end}\n{tool.BEGIN}\nstale\n{tool.END}\nafter\n")
+    monkeypatch.setattr(tool, "REPOSITORY", tmp_path)
     monkeypatch.setattr(tool, "README", readme)
     monkeypatch.setattr(tool, "PAGE", page)
     assert tool.main(["--check"]) == 1 and not page.exists()
@@ -145,3 +148,75 @@ def test_results_are_those_of_gpus_only():
     path = REPOSITORY / "docs" / "support.jsonl"
     devices = [json.loads(line)["device"] for line in path.read_text().splitlines()] if path.exists() else []
     assert not any(device.startswith("CPU") for device in devices)
+
+
+def test_the_sentence_about_gpus_follows_the_results(tool, support, monkeypatch):
+    monkeypatch.setattr(tool, "PARTS", {"one": "a", "two": "b|c", "NCCL": "d", "vLLM": "e"})
+    rows = supporting(ROW | {"levels": [{"covers": "", "checks": ["a", "b", "c", "d", "e"]}]})
+    assert tool.gpu_status(rows, {}) == "Nothing has run on a GPU yet."
+    results = [result("a"), result("b"), result("d", "FAILURE"), result("e", "skipped")]
+    assert tool.gpu_status(rows, tool.last_runs(results)) == (
+        "Passed on 1 x H200 (2026-01-02): one. Failed on a GPU: NCCL. Run on a GPU only in part: two. "
+        "Never run on a GPU: vLLM."
+    )
+
+
+def test_the_sentence_is_wrapped_where_it_was_wrapped_and_no_line_begins_with_a_mark(tool):
+    begin, end = tool.STATUS
+    sentence = "Passed: " + "word " * 40 + "end."
+    assert tool.with_status(f"| a {begin}old{end} b |\n", sentence) == f"| a {begin}{sentence}{end} b |\n"
+    text = tool.with_status(f"above\n- so. {begin}x\n  old{end} after\n", sentence)
+    lines = text.splitlines()
+    assert lines[1].startswith(f"- so. {begin}Passed: word") and max(map(len, lines)) <= 100
+    assert all(line.startswith("  word") for line in lines[2:-1]) and lines[-1].endswith(f"end.{end} after")
+    long = tool.with_status(f"{'x ' * 48}y. {begin}x\nold{end}\n", sentence)
+    assert long.splitlines()[1].startswith(f"y. {begin}Passed")
+    assert tool.with_status(text, sentence) == text and " ".join(text.split()).count("word") == 40
+
+
+def test_each_part_of_the_sentence_has_checks(tool):
+    known = {check for one in stages.chosen(command.parsed(["--gpus", "8"])) for check in one.checks}
+    assert {part for part, one in tool.PARTS.items() if not any(re.fullmatch(one, check) for check in known)} == set()
+
+
+PAGES = [REPOSITORY / name for name in ("README.md", "RELEASING.md", "CONTRIBUTING.md")]
+PAGES += sorted(page for page in (REPOSITORY / "docs").rglob("*.md") if page.name != "support.md")
+HAVE_STATUS = {"README.md", "quickstart.md", "tuning.md", "gpu.md", "failures.md"}
+NEGATIVE = (
+    r"(?i)\b(no (?:\w+ ){0,2}(?:run|has)|nothing has|never|(?:has|have) not|not been|not yet|only short|can, also)\b"
+)
+CLAIMS = {
+    "README says that it has not": "",
+    "arithmetic that has never been compared with a run on GPUs": "several GPUs (NCCL)",
+    "On GPUs this has not been tested yet": "several GPUs (NCCL)",
+    "NCCL has not run between trainer and servers": "vLLM",
+    "memory of NCCL's connections have not been measured": "several GPUs (NCCL)",
+    "What exists on GPUs alone has not": "vLLM",
+    "This path has not run on a GPU yet": "",
+    "Seconds on a GPU have not been measured": "",
+    "unfused attention have not run on a GPU": "",
+    "No sync has been timed on a GPU": "several GPUs (NCCL)",
+    "No whole run has been timed on a GPU": "",
+    "No GPU has run recipe=opsd_reference for this project": "",
+    "few float64 units (L40, RTX); the time has not been measured": "",
+}
+"""What a page says that no GPU has done -> the part of the sentence that must never have run; "" is no status."""
+
+
+def test_pages_with_a_status_of_gpus_have_the_one_sentence_and_no_page_says_otherwise(tool, support):
+    last = tool.last_runs(tool.read_results(tool.RESULTS))
+    sentence = tool.gpu_status(support, last)
+    never = sentence.partition("Never run on a GPU: ")[2]
+    begin, end = map(re.escape, tool.STATUS)
+    said, others = set(), set()
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if tool.STATUS[0] in text:
+            said.add(page.name)
+        text = re.sub(rf"{begin}.*?{end}|{re.escape(tool.BEGIN)}.*?{re.escape(tool.END)}", "", text, flags=re.DOTALL)
+        for one in re.split(r"(?<=[.|])\s", " ".join(text.split())):
+            if re.search(r"\b(GPUs?|H100|NCCL)\b", one) and re.search(NEGATIVE, one):
+                others.add(next((claim for claim in CLAIMS if claim in one), f"{page.name}: {one}"))
+    assert said == HAVE_STATUS
+    assert others == set(CLAIMS), "say it with the marks <!--GPUs--><!--/GPUs-->, or add what follows from a part"
+    assert [claim for claim, part in CLAIMS.items() if part not in never] == []
