@@ -13,6 +13,7 @@ from characters import ONE_RANK, STOP
 
 from megatron_selfdistill.config import Config, load, method_class
 from megatron_selfdistill.data.contexts import GivenSolutions
+from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.verify import exact_match
@@ -53,6 +54,7 @@ def method_tools(
         problems=SimpleNamespace(problems=list(problems)),
         max_length=given.max_length,
         stop_token_ids=(STOP,),
+        ends=EndTokens((STOP,), "", None),
     )
     values: dict[str, Any] = {
         "sampler": None,

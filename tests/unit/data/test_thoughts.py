@@ -120,6 +120,7 @@ def test_a_format_in_the_answer_of_another_family_is_text():
     assert final_part("<seed:think>hm</seed:think>Write </think> at the end.") == "Write </think> at the end."
 
 
+@pytest.mark.timing
 def test_long_texts_of_marks_take_linear_time():
     for _, begin, _ in FORMATS:
         mark = begin.replace("\\", "").replace("?", "")
