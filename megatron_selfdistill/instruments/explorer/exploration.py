@@ -98,9 +98,10 @@ class Exploration:
                 inference.sampler.sleep()
                 found = self._explored(self._contexts(response, grid), inference.chunks, grid)
         else:
-            found = self._explored(
-                self._contexts(self.response, grid), load_chunks(self.config, self.run_data, self._student, grid), grid
-            )
+            student = self.config.checkpoint.load
+            assert student is not None, "with_models has set the checkpoint"
+            chunks = load_chunks(self.config, self.run_data, student, grid)
+            found = self._explored(self._contexts(self.response, grid), chunks, grid)
         if not grid.is_reporter:
             return None
         (explored,) = found
@@ -130,12 +131,6 @@ class Exploration:
         models = AllModels.load(self.config, self.run_data, grid, student, self.teacher, self.reference)
         solutions = [self.prompts.solution] * len(contexts)
         return read_by_all_models(self.config, self.run_data, models, contexts, solutions, grid)
-
-    @property
-    def _student(self) -> str:
-        load = self.config.checkpoint.load
-        assert load is not None, "with_models has set the checkpoint"
-        return load
 
 
 def _summary(explored: ExploredResponse, out: Path) -> str:

@@ -45,7 +45,7 @@ def facts(run: RunRecord) -> list[list[str]]:
         ("start", _text(config.get("checkpoint.load") or "random weights") if config else None),
         ("method", _method(config)),
         ("recipe", launch.get("recipe")),
-        ("layout", launch.get("layout") or _layout(config)),
+        ("layout", launch.get("layout")),
         ("data", _data(config)),
         ("seen so far", _seen(run)),
         ("optimizer", _optimizer(config)),
@@ -173,13 +173,6 @@ def _optimizer(config: Mapping[str, Any]) -> str | None:
         return None
     names = ("optimizer.optimizer", "optimizer.precision", "optimizer.lr")
     return ", ".join(f"{name.partition('.')[2]}={_text(config[name])}" for name in names if name in config)
-
-
-def _layout(config: Mapping[str, Any]) -> str | None:
-    names = {"TP": "tensor", "PP": "pipeline", "CP": "context", "EP": "expert"}
-    sizes = [(short, config.get(f"parallel.{name}_model_parallel_size")) for short, name in names.items()]
-    sizes = [(short, size or config.get(f"parallel.{names[short]}_parallel_size")) for short, size in sizes]
-    return " x ".join(f"{short} {size}" for short, size in sizes if size) or None
 
 
 def _versions(versions: Any) -> str | None:

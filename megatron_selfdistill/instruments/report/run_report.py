@@ -18,7 +18,7 @@ from megatron_selfdistill.instruments.html_page import asset, html_page
 from megatron_selfdistill.instruments.report.figures import GROUPS, ReportFigure
 from megatron_selfdistill.instruments.report.run_facts import ENDINGS, differences, event_rows, facts, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
-from megatron_selfdistill.instruments.report.sick_rules import FALL, FIRST, IN_A_ROW
+from megatron_selfdistill.instruments.report.sick_rules import FALL, FEWEST
 from megatron_selfdistill.run_log import REPORT_FILE, TURN_FIELDS, finite, replace_file
 
 MAX_POINTS = 1200
@@ -287,8 +287,8 @@ def _is_healthy(run: RunRecord) -> SummaryLine:
     if spoken or sick:
         return SummaryLine("Sick", "; ".join(spoken + sick), "bad")
     num_steps = max((len(steps) for steps, _ in run.metrics.values()), default=0)
-    if num_steps < FIRST + IN_A_ROW:
-        text = f"no guard has spoken; too few steps for most rules, {num_steps} of {FIRST + IN_A_ROW}"
+    if num_steps < FEWEST:
+        text = f"no guard has spoken; too few steps for most rules, {num_steps} of {FEWEST}"
         return SummaryLine("Healthy?", text, "open")
     return SummaryLine("Healthy", "no guard has spoken, and no figure is sick", "good")
 

@@ -189,8 +189,8 @@ def test_the_limit_of_the_difference_of_log_probs_is_drawn_from_the_first_step(t
     overview = blocks_of(page_of(path))["overview"]
     assert overview["runs"][0]["limits"]["sampler/log_prob_mean_abs_diff"] == limit
     assert [figure["title"] for group in overview["groups"] for figure in group["figures"] if figure["guarded"]] == [
+        "Length of the responses",
         "Entropy of the student and its limits",
-        "Mean length of the responses and its limit",
         "Mean difference of the log-probs and its limit",
     ]
 
