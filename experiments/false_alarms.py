@@ -23,6 +23,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from cell_lines import DOCS, REPOSITORY, RESULTS, Line, append_line, read_lines
 from page_tables import write_or_compare
@@ -128,7 +129,7 @@ def trained(arm: str, base_seed: int, seed: int, root: Path) -> Path:
 
 def line_of(arm: str, seed: int, run: RunRecord) -> Line:
     """Return the line of a trained run: its own alarm, and those of its resampled runs if it is healthy."""
-    line: Line = {"arm": arm, "seed": seed, "runs": 1, "alarm": alarm(run)}
+    line: dict[str, Any] = {"arm": arm, "seed": seed, "runs": 1, "alarm": alarm(run)}
     if arm in HEALTHY:
         again = (alarm(resampled(run, random.Random(f"{seed}/{n}"))) for n in range(NUM_RESAMPLED))
         line |= {"resampled": NUM_RESAMPLED, "resampled_alarms": [title for title in again if title is not None]}

@@ -48,7 +48,7 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
-from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts
+from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hint, step_samples
 from megatron_selfdistill.pipeline import schedule
@@ -113,6 +113,7 @@ class Trainer:
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
         falls, samples = config.loss_should_fall, student_samples(config)
         self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
+        self.leak_words = telling_words(config.metrics.leak_words, [it.solution for it in run_data.problems.problems])
         self.step = 0
         """Optimizer steps done."""
         self.checked = False
@@ -227,8 +228,8 @@ class Trainer:
         batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
         has_teacher = self.learner.has_teacher
         self.source.commit(batch)
-        words, tokenizer = self.config.metrics.leak_words, self.run_data.tokenizer
-        leaks = leaks_of(batch.contexts, words, tokenizer, self.grid) if has_teacher else None
+        tokenizer = self.run_data.tokenizer
+        leaks = leaks_of(batch.contexts, self.leak_words, tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
@@ -263,6 +264,7 @@ class Trainer:
         keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
         options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts)
+        options = replace(options, leak_words=self.leak_words)
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
@@ -347,7 +349,6 @@ def evaluation_options(
         step=step,
         hinted=hinted,
         num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
-        leak_words=config.metrics.leak_words,
         confidence=config.evaluation.confidence_pattern,
     )
 

@@ -286,7 +286,8 @@ def first_step_advice(
 
     ``nll``: the mean -log p of the sampled tokens, in nats.  ``entropy``: the mean H(p), in nats.  ``truncated_share``,
     ``loop_share``: of the responses, those that are cut and those that end in a loop.  ``let_through``: the metric
-    target/let_through.  None is an unknown number.
+    target/let_through, which bounds what a run learns only with a frozen reference: with target.anchor=student, every
+    step starts where the last one ended.  None is an unknown number.
     """
     rollout, target, found = config.rollout, config.target, []
     if nll is not None and entropy is not None and min(nll, entropy) > WANDERING:
@@ -294,10 +295,12 @@ def first_step_advice(
             f"the samples of the first step wander: expected an entropy or a mean -log p of at most {WANDERING:g} nats "
             f"per token, got {entropy:.3g} and {nll:.3g}; try rollout.temperature={0.7 * rollout.temperature:.2g}"
         )
-    if truncated_share is not None and truncated_share > MANY_CUT:
+    shortens = config.guards.min_length_ratio is None
+    if truncated_share is not None and truncated_share > MANY_CUT and not shortens:
         found.append(
             f"{truncated_share:.0%} of the responses of the first step are cut, expected at most a third, so that few "
-            f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}"
+            f"ends are trained; try rollout.max_new_tokens={2 * rollout.max_new_tokens}, or "
+            "guards.min_length_ratio=null where the hint asks for shorter responses"
         )
     if loop_share is not None and loop_share > MANY_LOOPS:
         found.append(
@@ -305,9 +308,9 @@ def first_step_advice(
             f"try a rollout.temperature above {rollout.temperature:g}, and compare the prompts in the samples with the "
             "format that the model knows (data.chat_template)"
         )
-    if let_through is not None and let_through < LITTLE_LET_THROUGH:
+    if config.is_anchored and let_through is not None and let_through < LITTLE_LET_THROUGH:
         keys = [f"a target.teacher_weight above {target.teacher_weight:g}"]
-        keys += ["target.anchor=student (equal at the first step, then it follows the student)"] * config.is_anchored
+        keys += ["target.anchor=student (equal at the first step, then it follows the student)"]
         keys += ["loss.divergence=forward_kl"] * (config.loss.divergence != "forward_kl")
         found.append(
             f"the target lets {let_through:.1%} of the hint through, expected at least {LITTLE_LET_THROUGH:.0%} if the "
@@ -343,42 +346,25 @@ class _Limit:
 
 def _limits(config: GuardsConfig, loss_should_fall: bool, student_samples: bool) -> list[_Limit]:
     """Return the limits that the configuration sets."""
+    entropy, key = config.entropy, "entropy/student"
+    steps_too_large = "the steps are too large: lower optimizer.lr, or raise optimizer.lr_warmup_steps"
+    certain = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
+    defaults = "use the defaults (reverse KL, k_max = 1 + w, a frozen teacher and reference), or lower optimizer.lr"
+    no_work = (
+        "responses no longer show their work: read some responses, and change data.teacher_template or the teacher"
+    )
+    earlier = "read the samples, and resume from an earlier checkpoint with a lower optimizer.lr"
     limits = []
-    if loss_should_fall and config.max_loss_ratio is not None:
-        advice = "the steps are too large: lower optimizer.lr, or raise optimizer.lr_warmup_steps"
-        ratio = config.max_loss_ratio
-        limits.append(
-            _Limit("loss explosion", LOSS, "max_loss_ratio", ratio, advice, is_minimum=False, slack=LOSS_RISE)
-        )
-    if config.entropy.min_ratio is not None:
-        advice = "the student has become certain of nearly every token: lower optimizer.lr or teacher_weight"
-        limits.append(
-            _Limit("entropy collapse", "entropy/student", "entropy.min_ratio", config.entropy.min_ratio, advice)
-        )
-    if config.entropy.max_ratio is not None:
-        advice = "use the defaults (reverse KL, k_max = 1 + w, a frozen teacher and reference), or lower optimizer.lr"
-        limits.append(
-            _Limit(
-                "entropy explosion",
-                "entropy/student",
-                "entropy.max_ratio",
-                config.entropy.max_ratio,
-                advice,
-                is_minimum=False,
-                slack=config.entropy.min_rise,
-            )
-        )
-    if config.min_length_ratio is not None:
-        advice = (
-            "responses no longer show their work: read some responses, and change data.teacher_template or the teacher"
-        )
-        limits.append(
-            _Limit("length collapse", "response/length_mean", "min_length_ratio", config.min_length_ratio, advice)
-        )
-    if student_samples and config.max_loop_rise is not None:
-        advice = "read the samples, and resume from an earlier checkpoint with a lower optimizer.lr"
-        rise = config.max_loop_rise
-        limits.append(_Limit("loops", LOOPS, "max_loop_rise", 1.0, advice, is_minimum=False, slack=rise))
+    if loss_should_fall and (most := config.max_loss_ratio) is not None:
+        limits.append(_Limit("loss explosion", LOSS, "max_loss_ratio", most, steps_too_large, False, LOSS_RISE))
+    if (least := entropy.min_ratio) is not None:
+        limits.append(_Limit("entropy collapse", key, "entropy.min_ratio", least, certain))
+    if (most := entropy.max_ratio) is not None:
+        limits.append(_Limit("entropy explosion", key, "entropy.max_ratio", most, defaults, False, entropy.min_rise))
+    if (least := config.min_length_ratio) is not None:
+        limits.append(_Limit("length collapse", "response/length_mean", "min_length_ratio", least, no_work))
+    if student_samples and (rise := config.max_loop_rise) is not None:
+        limits.append(_Limit("loops", LOOPS, "max_loop_rise", 1.0, earlier, False, rise))
     return limits
 
 

@@ -30,7 +30,7 @@ class LeakCounts:
     grams: int = 0
     """The number of all 8-grams of responses whose hint is known."""
     words: int = 0
-    """The number of occurrences of the words that speak of the hint."""
+    """The number of words that speak of the hint, each counted once per response: a loop is one."""
     tokens: int = 0
     """The number of tokens in which these words were counted."""
     quoting: int = 0
@@ -83,6 +83,14 @@ def hint_counts(response: Sequence[int], hint: frozenset[Gram]) -> LeakCounts:
     return LeakCounts(num_quoted, len(found), quoting=int(num_quoted > 0), hinted=int(bool(hint)))
 
 
+def telling_words(words: Sequence[str], hints: Sequence[str]) -> Sequence[str]:
+    """Return the ``words`` by which a response speaks of its hint; none if all problems have one and the same hint.
+
+    Such a hint is an instruction, and tells nothing about a single problem.  An empty text is no hint.
+    """
+    return [] if len(hints) > 1 and hints[0] and len(set(hints)) == 1 else words
+
+
 def word_pattern(words: Sequence[str]) -> re.Pattern[str] | None:
     """Return the pattern of `word_counts`; None for no words.
 
@@ -95,8 +103,10 @@ def word_pattern(words: Sequence[str]) -> re.Pattern[str] | None:
 
 
 def word_counts(text: str, num_tokens: int, pattern: re.Pattern[str] | None) -> LeakCounts:
-    """Return how often ``pattern`` occurs in the ``text`` of a response of ``num_tokens`` tokens."""
-    return LeakCounts() if pattern is None else LeakCounts(words=len(pattern.findall(text)), tokens=num_tokens)
+    """Return how many words of ``pattern`` are in the ``text`` of a response of ``num_tokens`` tokens, each once."""
+    if pattern is None:
+        return LeakCounts()
+    return LeakCounts(words=len({" ".join(word.lower().split()) for word in pattern.findall(text)}), tokens=num_tokens)
 
 
 def leak_counts(contexts: Sequence[ContextPair], texts: Sequence[str], words: Sequence[str]) -> LeakCounts:

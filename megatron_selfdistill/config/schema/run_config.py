@@ -60,13 +60,8 @@ class CheckpointConfig:
 
 LoggerName = Annotated[str, OneOf(LOGGERS, or_dotted=True)]
 LEAK_WORDS = (
-    "hint",
-    "hints",
-    "given solution",
-    "provided solution",
-    "reference solution",
-    "solution above",
-    "as shown above",
+    *("the hint", "the hints", "given hint", "provided hint", "hint above"),  # "a hint of lemon" speaks of no hint
+    *("given solution", "provided solution", "reference solution", "solution above", "as shown above"),
 )
 
 
@@ -90,8 +85,9 @@ class MetricsConfig:
     top1_agreement, teacher_cross_entropy).  The first step, and steps with samples, are always measured.  With
     target.anchor=student every step has the metrics of the teacher."""
     leak_words: list[Name] = field(default_factory=lambda: list(LEAK_WORDS))
-    """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts them as whole words, in
-    upper or lower case.  An empty list counts nothing."""
+    """Words and phrases by which a response speaks of its hint; leak/words_per_1000 counts each of them once per
+    response, as whole words, in upper or lower case.  An empty list counts nothing, and so does a run whose problems
+    all have one hint."""
     show_samples: NonNegativeInt = 2
     """Number of problems of a step whose first response is shown as text, with a mark at each token for the teacher's
     disagreement: on the console, in the loggers, and in full in samples.jsonl in the run directory, which has all turns
@@ -254,7 +250,8 @@ class GuardsConfig:
     entropy: EntropyGuards = field(default_factory=EntropyGuards)
     """The limits of the student's entropy."""
     min_length_ratio: NonNegativeFloat | None = 0.25
-    """Smallest mean length of the responses, as a share of its reference."""
+    """Smallest mean length of the responses, as a share of its reference.  Without this guard the run may be there to
+    shorten its responses, and does not warn that those of the first step are cut."""
     max_loop_rise: Share | None = 0.5
     """Largest rise of the share of the sampled responses that end in a loop above its reference.  The run warns of a
     rise above 0.1."""

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from statistics import NormalDist, median
@@ -266,7 +267,7 @@ def _moves(key: str, sign: int, ratio: float, by: float, skip: int, span: Span) 
             return None
         middle = median(first[:number])
         limit = max(sign * value for value in (*first[:number], ratio * middle, middle + sign * by))
-        differ = _test_of_evaluations(run, len(values), span) if evaluated and span else lambda *_: True
+        differ = _test_of_evaluations(run, len(values), span) if evaluated and span else operator.ne
         needed = 1 if evaluated else in_a_row(len(values), FIRST)
         return _at_the_end(steps, values, lambda value: not sign * value <= limit and differ(value, middle), needed)
 

@@ -57,8 +57,12 @@ OTHER_VALUES = {
 
 @functools.cache
 def loaded(*arguments: str) -> dict[str, Any]:
-    """Return the values that a run with these arguments stores; hydra takes a tenth of a second for them."""
-    return stored_values(load(["run_dir=x", *arguments]))
+    """Return the values that a run with these arguments stores; hydra takes a tenth of a second for them.
+
+    metrics.leak_words has the default of 0.2, since the present one is another.
+    """
+    words = ",".join(STORED["metrics"]["leak_words"])
+    return stored_values(load(["run_dir=x", f"metrics.leak_words=[{words}]", *arguments]))
 
 
 def stored(key: str = "seed", value: Any = 0) -> dict[str, Any]:

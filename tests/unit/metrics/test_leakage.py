@@ -22,6 +22,7 @@ from megatron_selfdistill.metrics.leakage import (
     grams_of_hint,
     hint_counts,
     leak_counts,
+    telling_words,
     word_counts,
     word_pattern,
 )
@@ -72,7 +73,7 @@ def test_metrics_are_the_shares_of_the_definition():
         num_leaked += len(leaked)
         num_quoting += bool(leaked)
         num_grams += len(grams)
-        num_words += text.count("Hint")
+        num_words += "Hint" in text
         num_tokens += len(text)
     found = leakage_metrics(contexts(), WORDS, ONE_RANK)
     assert found == {
@@ -115,7 +116,8 @@ def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
 @pytest.mark.parametrize(
     ("text", "count"),
     [
-        ("The hint says, and the HINT says", 2),
+        ("The hint says, and the HINT says", 1),
+        ("The hint says, and the reference solution", 2),
         ("hints hinted chinthint", 0),
         ("a reference\n solution.", 1),
         ("reference-solution", 0),
@@ -127,6 +129,31 @@ def test_a_response_without_a_hint_is_not_among_those_that_could_quote_one():
 )
 def test_words_are_whole_words_in_either_case(text, count):
     assert word_counts(text, 50, word_pattern(WORDS)) == LeakCounts(words=count, tokens=50)
+
+
+def test_a_loop_that_repeats_a_phrase_counts_once():
+    assert word_counts("the reference  solution " * 20 + "reference\nsolution", 99, word_pattern(WORDS)).words == 1
+
+
+@pytest.mark.parametrize("text", ["Tea is a drink with a hint of flavor.", "Hints of lemon.", "a solution of salt"])
+def test_the_ordinary_word_speaks_of_no_hint(text):
+    assert word_counts(text, 9, word_pattern(MetricsConfig().leak_words)).words == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["As the hint says, 4.", "By the given  solution", "The reference solution is 4.", "see the hints"]
+)
+def test_a_response_that_speaks_of_what_it_was_given_counts(text):
+    assert word_counts(text, 9, word_pattern(MetricsConfig().leak_words)).words == 1
+
+
+@pytest.mark.parametrize(
+    ("hints", "number"),
+    [(["Answer briefly."] * 3, 0), (["4", "5", "4"], 2), (["4"], 2), (["", ""], 2), ([], 2)],
+    ids=["one instruction", "answers", "one problem", "hints that come later", "no problem"],
+)
+def test_words_are_not_counted_where_all_hints_are_one_text(hints, number):
+    assert len(telling_words(WORDS, hints)) == number
 
 
 def test_the_longest_phrase_counts_once_and_signs_are_plain_text():
