@@ -23,6 +23,7 @@ from megatron_selfdistill.data.packing import length_quantum
 from megatron_selfdistill.data.problems import Problem, about_visits
 from megatron_selfdistill.distributed.ranks import about_allocator
 from megatron_selfdistill.interop.formats.directory import HF_ASSETS
+from megatron_selfdistill.metrics.leakage import are_one_hint
 from megatron_selfdistill.metrics.phases import duration as clock
 from megatron_selfdistill.model.architecture import uses_transformer_engine
 from megatron_selfdistill.model.build import megatron_in_use
@@ -123,8 +124,7 @@ def about_teachers(config: Config, problems: Sequence[Problem], widths: Mapping[
 
 def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:
     """Return a warning for a target with an anchor if all problems have the same solution, such as an instruction."""
-    hint = problems[0].solution
-    if not hint or len(problems) == 1 or any(problem.solution != hint for problem in problems):
+    if not are_one_hint([problem.solution for problem in problems]):
         return None
     return (
         f"warning: all {len(problems)} solutions are one text, which tells nothing about a single problem that could "
@@ -262,12 +262,14 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 def _command(arguments: Sequence[str], world_size: int) -> str:
+    path = os.environ.get("PYTHONPATH")  # it may hold functions that the configuration names
+    setting = ["env", f"PYTHONPATH={path}"] if path else []
     if world_size == 1:
-        return shlex.join(["selfdistill", "train", *arguments])
+        return shlex.join([*setting, "selfdistill", "train", *arguments])
     per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     nodes = [f"--nnodes={world_size // per_node}"] if world_size > per_node else ["--standalone"]
     launcher = ["torchrun", *nodes, f"--nproc-per-node={per_node}", "-m", "megatron_selfdistill", "train"]
-    return shlex.join([*launcher, *arguments])
+    return shlex.join([*setting, *launcher, *arguments])
 
 
 def _hardware(device: torch.device, world_size: int) -> str:

@@ -48,7 +48,7 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
-from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
+from megatron_selfdistill.metrics.leakage import LeakCounts, are_one_hint, leak_counts
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hint, step_samples
 from megatron_selfdistill.pipeline import schedule
@@ -113,7 +113,8 @@ class Trainer:
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
         falls, samples = config.loss_should_fall, student_samples(config)
         self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
-        self.leak_words = telling_words(config.metrics.leak_words, [it.solution for it in run_data.problems.problems])
+        hints = [problem.solution for problem in run_data.problems.problems]
+        self.leak_words = [] if are_one_hint(hints) else config.metrics.leak_words
         self.step = 0
         """Optimizer steps done."""
         self.checked = False

@@ -83,12 +83,9 @@ def hint_counts(response: Sequence[int], hint: frozenset[Gram]) -> LeakCounts:
     return LeakCounts(num_quoted, len(found), quoting=int(num_quoted > 0), hinted=int(bool(hint)))
 
 
-def telling_words(words: Sequence[str], hints: Sequence[str]) -> Sequence[str]:
-    """Return the ``words`` by which a response speaks of its hint; none if all problems have one and the same hint.
-
-    Such a hint is an instruction, and tells nothing about a single problem.  An empty text is no hint.
-    """
-    return [] if len(hints) > 1 and hints[0] and len(set(hints)) == 1 else words
+def are_one_hint(solutions: Sequence[str]) -> bool:
+    """Return whether several problems have one hint, such as an instruction: no response can leak it."""
+    return len(solutions) > 1 and bool(solutions[0]) and len(set(solutions)) == 1
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str] | None:

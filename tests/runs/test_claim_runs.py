@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tiny_run import overrides, reproducible_metrics, train_each
 
 FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks/entropy_at_least"}
@@ -11,12 +13,16 @@ FORKS = {"forks/entropy_student", "forks/entropy_target", "forks/capped", "forks
 def test_a_run_without_a_reference_logs_the_claims_and_a_baseline_does_not(ranks, data, tmp_path):
     common = ["metrics.teacher_every=2", "metrics.show_samples=0"]
     words = "metrics.leak_words=['0','1','2','3','4','5','6','7','8','9']"
-    run, baseline = tmp_path / "run", tmp_path / "baseline"
+    run, baseline, instructed = (tmp_path / name for name in ("run", "baseline", "instructed"))
+    problems = [json.loads(line) for line in (data / "problems.jsonl").read_text().splitlines()]
+    (tmp_path / "one_hint.jsonl").write_text("".join(json.dumps(one | {"solution": "12"}) + "\n" for one in problems))
+    one_hint = [words, f"data.path={tmp_path}/one_hint.jsonl", "num_steps=1"]
     train_each(
         ranks,
         [
             overrides(data, run, *common, words, "target.anchor=student", "num_steps=3"),
             overrides(data, baseline, *common, "method.name=sft", "num_steps=1"),
+            overrides(data, instructed, *common, *one_hint),
         ],
     )
     lines = reproducible_metrics(run)
@@ -27,3 +33,5 @@ def test_a_run_without_a_reference_logs_the_claims_and_a_baseline_does_not(ranks
     assert all(line.keys() >= FORKS and line["leak/words_per_1000"] > 0 for line in lines)
     claims = ("target/", "forks/", "reverse_kl/", "leak/")
     assert not any(key.startswith(claims) for line in reproducible_metrics(baseline) for key in line)
+    (line,) = reproducible_metrics(instructed)
+    assert "leak/hint_8grams" in line and "leak/words_per_1000" not in line, "one hint for all problems cannot leak"

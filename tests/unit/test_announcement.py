@@ -47,6 +47,7 @@ def test_a_run_with_an_anchor_warns_if_all_hints_are_one_text(solutions, warns):
     ],
 )
 def test_the_command_starts_the_same_run_again(monkeypatch, world_size, per_node, launcher):
+    monkeypatch.delenv("PYTHONPATH", raising=False)
     if per_node is not None:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
     given = GivenKeys(["recipe=literal", "data.system_prompt=two words"], "quickstart", ["my configs"])
@@ -55,6 +56,11 @@ def test_the_command_starts_the_same_run_again(monkeypatch, world_size, per_node
     arguments = parse(shlex.split(command.removeprefix(launcher)))
     assert arguments.overrides == ["recipe=literal", "data.system_prompt=two words"]
     assert (arguments.config_name, arguments.config_dir) == ("quickstart", ["my configs"])
+
+
+def test_the_command_names_where_functions_of_the_user_are_found(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "my examples")
+    assert announcement._command(["seed=1"], 1) == "env 'PYTHONPATH=my examples' selfdistill train seed=1"
 
 
 def git(directory, *arguments):

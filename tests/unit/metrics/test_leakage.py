@@ -18,11 +18,11 @@ from megatron_selfdistill.metrics import rollout_metrics
 from megatron_selfdistill.metrics.leakage import (
     MAX_PERIOD,
     LeakCounts,
+    are_one_hint,
     ends_in_loop,
     grams_of_hint,
     hint_counts,
     leak_counts,
-    telling_words,
     word_counts,
     word_pattern,
 )
@@ -148,12 +148,12 @@ def test_a_response_that_speaks_of_what_it_was_given_counts(text):
 
 
 @pytest.mark.parametrize(
-    ("hints", "number"),
-    [(["Answer briefly."] * 3, 0), (["4", "5", "4"], 2), (["4"], 2), (["", ""], 2), ([], 2)],
+    ("hints", "one"),
+    [(["Answer briefly."] * 3, True), (["4", "5", "4"], False), (["4"], False), (["", ""], False), ([], False)],
     ids=["one instruction", "answers", "one problem", "hints that come later", "no problem"],
 )
-def test_words_are_not_counted_where_all_hints_are_one_text(hints, number):
-    assert len(telling_words(WORDS, hints)) == number
+def test_a_hint_that_all_problems_share_can_not_leak(hints, one):
+    assert are_one_hint(hints) == one
 
 
 def test_the_longest_phrase_counts_once_and_signs_are_plain_text():
