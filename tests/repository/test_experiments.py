@@ -20,6 +20,7 @@ SCRIPTS = [path.name for path in sorted(EXPERIMENTS.glob("*.py")) if "__main__" 
 PAGES = {
     "adapter_map.py": "adapters.md",
     "anchored_tables.py": "anchored.md",
+    "false_alarms.py": "report.md",
     "hint_levels.py": "evaluation.md",
     "quests.py": "environments.md",
     "real_map.py": "real_model.md",

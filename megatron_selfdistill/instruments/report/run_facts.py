@@ -91,7 +91,9 @@ def differences(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:
     keys = sorted({key for run in runs for key in run.config} - set(_PLACES))
     # An empty section of one run, and its keys in another run, are one difference.
     keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
-    configured = [[key, *(_text(run.config[key]) if key in run.config else "-" for run in runs)] for key in keys]
+    configured = [  # a key that a method lacks is as good as null
+        [key, *("-" if run.config.get(key) is None else _text(run.config[key]) for run in runs)] for key in keys
+    ]
     facts_of = [dict(facts(run)) for run in runs]
     # The recipe of a launch is not among them: it stands for keys, which the first table has.
     names = ("layout", "hardware", "versions", "git commit", "launches")

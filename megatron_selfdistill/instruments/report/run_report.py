@@ -156,6 +156,7 @@ def _run(run: RunRecord) -> dict[str, Any]:
         "label": run.label,
         "status": status(run),
         "summary": summary(run),
+        "sick": [title for title, _ in sick_figures(run)],
         "facts": facts(run),
         "events": event_rows(run),
         "resumed": [launch["step"] for launch in run.launches if launch["step"] > 0],

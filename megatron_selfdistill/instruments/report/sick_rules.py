@@ -46,10 +46,7 @@ LEARNT = 0.2
 
 
 def in_a_row(looks: int, first: int = 0) -> int:
-    """Return how many values at the end must agree, after ``looks`` values.
-
-    ``first``: the number of first values that a change is compared with; 0 for a level.
-    """
+    """Return how many values at the end must agree, after ``looks`` values: beyond the ``first`` ones, or a level."""
     return next(m for m in itertools.count(1) if (math.comb(first + m, m) if first else 2**m) >= ODDS * looks)
 
 

@@ -9,7 +9,7 @@
  *            lines: [string, string][]}} FigureData
  * @typedef {{label: string, status: string, summary: [string, string, string][],
  *            facts: [string, string][], events: string[][], resumed: number[],
- *            shares: Record<string, number>, limits: Record<string, Record<string, number>>}} Run
+ *            shares: Record<string, number>, sick: string[], limits: Record<string, Record<string, number>>}} Run
  */
 
 const NUM_COLOURS = 6;
@@ -126,6 +126,9 @@ class ReportFigure {
       onkeydown: (/** @type {KeyboardEvent} */ event) => this.key(event),
       onblur: () => this.leave(),
     });
+    const isSick = runs.some((run) => run.sick.includes(data.title));
+    const canTell = runs.every((run) => run.summary[1][2] !== "open"); // enough steps
+    const holds = isSick ? "sick" : canTell ? "healthy" : "";
     const named = runs.length > 1 ? "run" : "curve";
     this.legend = new FigureLegend(data.title, named, this.lines, this.limits, () => this.draw());
     this.element = element(
@@ -137,8 +140,8 @@ class ReportFigure {
       element(
         "figcaption",
         {},
-        element("p", { class: "healthy" }, element("b", {}, "Healthy: "), data.healthy),
-        element("p", { class: "sick" }, element("b", {}, "Sick: "), data.sick),
+        element("p", { class: holds === "healthy" ? "healthy holds" : "healthy" }, element("b", {}, "Healthy: "), data.healthy),
+        element("p", { class: holds === "sick" ? "sick holds" : "sick" }, element("b", {}, "Sick: "), data.sick),
       ),
     );
     this.moveTo(null);

@@ -266,6 +266,8 @@ function showExplored(runs, explored) {
       element("li", {}, element("a", { href }, `step ${step}, sample ${sample}`, turn === undefined ? "" : `, turn ${turn}`)),
     );
     byId("explored-links").append(element("ul", { class: "plain toolbar" }, ...links));
+    const first = element("a", { href: pages[0].href }, `What the target wants of a response, token by token: step ${pages[0].step}`);
+    byId("summaries").children[run].append(element("p", { class: "small" }, first)); // the first pages are the story
   });
 }
 

@@ -16,7 +16,7 @@ from reported_runs import NASTY, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.report.figures import GROUPS
-from megatron_selfdistill.instruments.report.run_facts import status
+from megatron_selfdistill.instruments.report.run_facts import differences, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
 from megatron_selfdistill.instruments.report.run_report import Curve, curve_of, report_page, write_report
 
@@ -199,6 +199,19 @@ def test_a_tiny_reference_leaves_room_for_the_smallest_rise(tmp_path):
     tiny = {(step, "entropy/student"): 0.001 for step in range(1, 6)}
     (record,) = read_runs([write_run(tmp_path / "tiny", changes=tiny)])
     assert limits(record, "entropy/student")["guards.entropy.max_ratio"] == pytest.approx(0.051)
+
+
+def test_a_key_that_one_method_lacks_does_not_differ_from_null():
+    runs = [RunRecord("one", {"method.view": None, "seed": 1, "target.k": None}, {}, [], [], [])]
+    runs.append(RunRecord("two", {"seed": 2, "target.k": 1.5}, {}, [], [], []))
+    assert differences(runs)[0]["rows"] == [["seed", "1", "2"], ["target.k", "-", "1.5"]]
+
+
+def test_a_figure_knows_which_runs_are_sick_by_it(tmp_path):
+    falls = {(step, "entropy/student"): 9.0 for step in range(14, 31)}
+    paths = [write_run(tmp_path / "first"), write_run(tmp_path / "second", changes=falls)]
+    shown = blocks_of(page_of(*paths))["overview"]["runs"]
+    assert [run["sick"] for run in shown] == [[], ["Entropy", "Entropy of the student and its limits"]]
 
 
 def test_the_bar_of_a_step_adds_up(run):
