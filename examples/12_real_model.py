@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 import time
@@ -80,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = example_parser(__doc__)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="further settings of selfdistill")
     options = parser.parse_args(argv)
+    os.environ["TQDM_DISABLE"] = "1"  # transformers shows bars while it reads weights for seconds; stages are announced
     prepare_process(num_threads=None)
     return ended("examples/12_real_model.py", lambda: run(options.directory / "real_model", options))
 
@@ -90,7 +92,6 @@ def run(root: Path, options: argparse.Namespace) -> int:
     hf, run_dir, out = root / "hf", root / "run", root / "self_distilled"
     for directory in (root / "megatron", run_dir, out):
         shutil.rmtree(directory, ignore_errors=True)
-    silence_progress_bars()
     make_hugging_face(hf)
     if status := train(hf, run_dir, options):
         return status
@@ -108,13 +109,6 @@ def run(root: Path, options: argparse.Namespace) -> int:
 
 
 # -- the stages -----------------------------------------------------------------------------------------------------
-
-
-def silence_progress_bars() -> None:
-    """Let transformers show no progress bar: each stage is announced, and reading its weights takes seconds."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def make_hugging_face(hf: Path) -> None:

@@ -121,6 +121,11 @@ def test_the_first_screen_says_whether_each_run_learns_and_is_healthy(browser, o
     )
 
 
+def test_only_the_sentence_that_holds_is_coloured(browser, one):
+    held = "[...new Set([...document.querySelectorAll('figcaption .holds')].map((line) => line.className))]"
+    assert browser.open(one).value(held) == ["healthy holds"]
+
+
 def test_the_figure_draws_its_line_in_the_colours_of_the_theme(browser, one):
     """Count the pixels of the canvas that have the colour of the line, in both themes."""
     tab = browser.open(one)

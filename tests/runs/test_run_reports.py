@@ -48,7 +48,7 @@ def test_a_run_writes_its_report_and_trains_as_without_one(ranks, data, tmp_path
     facts = dict(run["facts"])
     assert run["status"] == "4 of 4 steps; the run is complete"
     assert facts["layout"].startswith("TP 1 x PP 1 x CP 1 x DP 1") and "torch" in facts["versions"]
-    assert facts["command"].startswith("selfdistill train ") and f"run_dir={with_report}" in facts["command"]
+    assert "selfdistill train " in facts["command"] and f"run_dir={with_report}" in facts["command"]
     kept = read_evaluation_samples(with_report)
     assert {record["step"] for record in kept} == {2, 4}
     assert {record["sample"] for record in kept} == {None, 0}

@@ -44,7 +44,7 @@ _BODY = """\
 <main>
 <div class="context">
 <details><summary>Prompt of the student</summary><pre id="prompt"></pre></details>
-<details><summary>Solution, which only the teacher sees</summary><pre id="solution"></pre></details>
+<details><summary>Hint, which only the teacher sees</summary><pre id="solution"></pre></details>
 </div>
 <details><summary>How to read this page</summary>
 <p class="small soft">The colour and the underline of a token show its divergence between student and target, in nats.

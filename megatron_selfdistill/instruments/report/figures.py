@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from megatron_selfdistill.instruments.report.run_record import RunRecord
 from megatron_selfdistill.instruments.report.sick_rules import (
     FALL,
-    FIRST,
     Rule,
     above,
     above_other,
@@ -28,6 +27,7 @@ from megatron_selfdistill.instruments.report.sick_rules import (
     falls,
     falls_again,
     flat,
+    in_a_row,
     near,
     never_above,
     not_above_at_first,
@@ -185,7 +185,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             SHARE,
             "The agreement of student and teacher rises.",
             "The agreement is near 1 from the start: the hint changes nothing.",
-            starts("top1_agreement", lambda value: value > 0.999, FIRST),
+            starts("top1_agreement", lambda value: value > 0.999, in_a_row(1)),
         ),
     ],
     "Temperature of the mix": [

@@ -37,6 +37,7 @@ Rule = Callable[[RunRecord], int | None]
 FIRST = 10
 """The number of first values of a curve over steps, with which the later ones are compared."""
 ODDS = 20_000
+"""The looks at a curve, times its values so far, in which chance alone passes a test once."""
 FALL = 0.02
 """The change of an accuracy that counts as a change."""
 HELP = 0.1
@@ -247,7 +248,7 @@ def speaks_of_the_hint(kind: str) -> Rule:
 
     def rule(run: RunRecord) -> int | None:
         lengths = run.values(f"evaluation/{kind}_mean_length")
-        span = 0, 1000 / max(1.0, *lengths[-1:], 1.0)
+        span = 0, 1000 / max([1.0, *lengths[-1:]])
         return rises(f"evaluation/{kind}_leak_words_per_1000", ratio=2, by=1, span=span)(run)
 
     return rule
