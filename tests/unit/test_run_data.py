@@ -399,6 +399,8 @@ def test_the_cost_of_the_teachers_wording_is_said_once_and_in_every_refusal(dire
         "the teacher's prompt adds 4 tokens of wording (data.teacher_template) and on average 6 of the solution "
         "(in 2 prompts)"
     )
+    one_token = RunData.load(config_of(directory, "data.teacher_template='{problem}{solution}|'"))
+    assert "adds 1 token of wording" in str(one_token.about_prompts)
     own = RunData.load(config_of(directory, "method.name=own_solutions", f"data.path={directory}/held_out.jsonl"))
     assert "1 of the answer, until there are own solutions" in own.about_prompts
     too_long = sentence_of(config_of(directory, "data.on_long_context=error"))

@@ -20,13 +20,14 @@ logger = logging.getLogger(__name__)
 EXPLORED_DIRECTORY = "explored"
 """The directory of a run with one file per explored response."""
 
+MAX_BYTES = 2**28
+"""The greatest length of a record; one of 8192 tokens has a tenth of it."""
+
 _FILE = re.compile(r"step_(\d{7,})_(\d+)(?:_turn_(\d+))?\.json\.gz")
 
 _KL = {"order": 1, "forward_above": None}
 """The settings that older records lack, whose divergence is KL or the JSD."""
 
-MOST_BYTES = 2**28
-"""The size up to which a record is read; that of the longest response is below 100 MB."""
 VERSION = 1
 """The version of the form of a record that the page reads."""
 
@@ -156,8 +157,8 @@ def forget_explored_after(run_dir: Path, step: int) -> None:
 
 def explored_files(run_dir: Path) -> list[Path]:
     """Return the files of the explored responses of a run, in the order of steps, samples and turns."""
-    found = [path for path in (run_dir / EXPLORED_DIRECTORY).glob("step_*.json.gz") if _FILE.fullmatch(path.name)]
-    return sorted(found, key=place_of)
+    found = (run_dir / EXPLORED_DIRECTORY).glob("step_*.json.gz")
+    return sorted((path for path in found if _FILE.fullmatch(path.name) and not path.is_fifo()), key=place_of)
 
 
 def place_of(path: Path) -> tuple[int, int, int]:
@@ -176,4 +177,4 @@ def page_of(path: Path) -> Path:
 def read_explored(path: Path) -> dict[str, Any]:
     """Return the record of a file.  Raises: the errors of gzip and JSON for a file that is no record."""
     with gzip.open(path) as file:
-        return json_object(file.read(MOST_BYTES))
+        return json_object(file.read(MAX_BYTES))

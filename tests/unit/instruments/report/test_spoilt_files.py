@@ -7,6 +7,7 @@ import datetime
 import gzip
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hypothesis import strategies as st
 from reported_runs import blocks_of, write_run
 from spoilt_lines import NO_OBJECTS, ODD_VALUES, insert, spoilt, with_value, without
 
+from megatron_selfdistill.instruments.explorer import target_page
 from megatron_selfdistill.instruments.explorer.target_page import explored_files, write_explored, write_target_pages
 from megatron_selfdistill.instruments.report.run_record import read_runs
 from megatron_selfdistill.instruments.report.run_report import report_page, write_report
@@ -220,6 +222,14 @@ def test_an_explored_file_that_is_no_record_is_a_warning_and_no_page(run, tmp_pa
     assert [page["sample"] for page in pages] == [7] and len(caplog.messages) == 6
     assert "step_0000005_1.json.gz has no page" in caplog.text
     assert caplog.messages[5].endswith("has no page: BadGzipFile: Not a gzipped file (b'no')")
+
+
+def test_an_explored_file_is_read_to_a_bound_and_a_pipe_is_not_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(target_page, "MAX_BYTES", 1000)
+    (tmp_path / "explored").mkdir()
+    (tmp_path / "explored" / "step_0000001_1.json.gz").write_bytes(gzip.compress(b" " * 10**6))
+    os.mkfifo(tmp_path / "explored" / "step_0000001_2.json.gz")
+    assert write_target_pages(tmp_path) == [] and len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("fault", ["is a directory", "is cut", "is of another version"])
