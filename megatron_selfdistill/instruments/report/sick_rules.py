@@ -247,8 +247,7 @@ def speaks_of_the_hint(kind: str) -> Rule:
     """
 
     def rule(run: RunRecord) -> int | None:
-        lengths = run.values(f"evaluation/{kind}_mean_length")
-        span = 0, 1000 / max([1.0, *lengths[-1:]])
+        span = 0, 1000 / max([1.0, *run.values(f"evaluation/{kind}_mean_length")[-1:]])
         return rises(f"evaluation/{kind}_leak_words_per_1000", ratio=2, by=1, span=span)(run)
 
     return rule
