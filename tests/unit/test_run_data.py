@@ -500,8 +500,8 @@ def test_each_teacher_has_its_own_wording_and_shows_the_solution_or_not(director
         "501-4=||",
         "42:502-4=",
     ]
-    for name, wording in {"math": 1, "code": 2, "default": 1}.items():  # without the solution's tokens
-        assert f"the prompt of the teacher {name} adds {wording} tokens of wording" in run_data.about_prompts
+    for name, wording in {"math": "1 token", "code": "2 tokens", "default": "1 token"}.items():
+        assert f"the prompt of the teacher {name} adds {wording} of wording" in run_data.about_prompts
 
 
 def test_each_teacher_has_its_own_view_in_place_of_that_of_all_teachers(directory):
