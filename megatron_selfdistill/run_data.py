@@ -359,8 +359,8 @@ def _about_hints(builder: PromptBuilder, looked_at: Sequence[tuple[Problem, Prom
     for name, own in costs.items():
         whose, cost = (f"the prompt of the teacher {name}" if name else "the teacher's prompt"), mean_cost(own)
         lines.append(
-            f"{whose} adds {cost.wording:.0f} token{'s' * (round(cost.wording) != 1)} of wording (data.teacher_template) and on average "
-            f"{cost.solution:.0f} of the {shown_part} (in {len(own)} prompts)"
+            f"{whose} adds {cost.wording:.0f} token{'s' * (round(cost.wording) != 1)} of wording "
+            f"(data.teacher_template) and on average {cost.solution:.0f} of the {shown_part} (in {len(own)} prompts)"
         )
     return "; ".join(lines)
 

@@ -21,7 +21,7 @@ from megatron_selfdistill.instruments.explorer.target_page import forget_explore
 from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary
 from megatron_selfdistill.loss.target import Divergence, Status, Target
-from megatron_selfdistill.metrics.samples import chosen, gathered_rows, turn_record
+from megatron_selfdistill.metrics.samples import chosen, gathered_rows, seen_hint, turn_record
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.sources.source import StepBatch
@@ -86,7 +86,7 @@ class ExploredResponse:
 
     context: ContextPair
     solution: str
-    """The solution in the teacher's prompt."""
+    """The hint in the teacher's prompt; "" if it has none."""
     settings: TokenTarget
     numbers: Mapping[str, list[float]]
     """One value per token for each of the loss's statistics and measures; NaN where a value is unknown."""
@@ -248,7 +248,8 @@ def explored_of(learner: Learner, batch: StepBatch, count: int) -> list[Explored
     if not shown:
         return []
     solution_of = {id(context): text for context, text in zip(contexts, batch.solutions, strict=True)}
-    texts = [solution_of[id(context)] for context, _ in first]
+    teachers = learner.config.named_teachers
+    texts = [seen_hint(context, solution_of[id(context)], teachers).text for context, _ in first]
     settings = [_token_target(learner, batch.teacher, context.guided) for context in shown]
     return explored_responses(output, shown, texts, settings, learner.run_data.vocab_size, learner.grid)
 

@@ -206,6 +206,7 @@ def _sampled(record: Mapping[str, Any]) -> dict[str, Any]:
         "problem_id": record["problem_id"],
         "prompt": record["prompt"],
         "solution": record["solution"],
+        "teacher": str(record.get("teacher", "")),
         "truncated": record["truncated"],
         **{name: record[name] for name in TURN_FIELDS if "turn" in record},
         "tokens": [

@@ -7,8 +7,8 @@
  *            correct: boolean, length: number, truncated: boolean}} Answer
  * @typedef {[string, number | null, number | null, number | null, string | null]} Token text, teacher minus student in
  *   nats, loss, k, status
- * @typedef {{step: number, problem_id: string, prompt: string, solution: string, truncated: boolean,
- *            tokens: Token[], episode?: number, turn?: number, reward?: number, hint?: string,
+ * @typedef {{step: number, problem_id: string, prompt: string, solution: string, teacher: string,
+ *            truncated: boolean, tokens: Token[], episode?: number, turn?: number, reward?: number, hint?: string,
  *            reply?: string | null}} TrainingSample the optional fields are those of a turn of an episode
  */
 
@@ -286,7 +286,8 @@ function hasText({ problem_id, prompt, solution, tokens, hint, reply }, wanted) 
 function sampleElement(turns, name, wanted) {
   const [first] = turns;
   const isSingle = first.turn === undefined;
-  const { prompt, solution } = first;
+  const { prompt, solution, teacher } = first;
+  const by = teacher === "" ? "" : `, teacher: ${teacher}`;
   const about = isSingle ? (first.truncated ? " (cut)" : "") : `, episode ${Number(first.episode) + 1}`;
   const single = () => [
     element("pre", { class: "prompt" }, ...marked(prompt, wanted)),
@@ -296,7 +297,7 @@ function sampleElement(turns, name, wanted) {
   return element(
     "article",
     { class: "panel pair" },
-    element("h3", { class: "small" }, ...marked(first.problem_id, wanted), `, ${name}`, about),
+    element("h3", { class: "small" }, ...marked(first.problem_id, wanted), `, ${name}`, about, by),
     ...(isSingle ? single() : turns.flatMap((turn, i) => turnParts(turn, turns[i - 1], wanted))),
   );
 }

@@ -9,6 +9,7 @@ import re
 import shutil
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hf_models
@@ -18,6 +19,8 @@ from explored_records import summary_of, target_of
 from summed_target import matching_beta
 
 from megatron_selfdistill import config as configuration
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
+from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.instruments.explorer import explore_command as tool
 from megatron_selfdistill.instruments.explorer.explore_command import given_text
@@ -185,3 +188,20 @@ def test_a_text_is_a_file_only_where_the_file_exists(tmp_path):
     (tmp_path / "b.bin").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match="expected a text in UTF-8"):
         given_text("--problem", str(tmp_path / "b.bin"))
+
+
+def test_an_explored_response_of_a_run_shows_the_hint_that_its_own_teacher_sees(monkeypatch):
+    from megatron_selfdistill.instruments.explorer import explored
+
+    teachers = {"code": NamedTeacher(hint="none"), "math": NamedTeacher()}
+    learner: Any = SimpleNamespace(
+        grid=SimpleNamespace(dp_rank=0),
+        config=SimpleNamespace(named_teachers=teachers),
+        run_data=SimpleNamespace(vocab_size=9),
+        measure=lambda contexts, **options: None,
+    )
+    contexts = [ContextPair(name, [1], [2], [3], False, teacher=name) for name in teachers]
+    batch: Any = SimpleNamespace(contexts=contexts, solutions=["unseen", "seen"], teacher="")
+    monkeypatch.setattr(explored, "_token_target", lambda *_: None)
+    monkeypatch.setattr(explored, "explored_responses", lambda output, shown, texts, *_: texts)
+    assert explored.explored_of(learner, batch, 2) == ["", "seen"]

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from reported_runs import NASTY, blocks_of, write_run
+from reported_runs import NASTY, _sample, blocks_of, write_run
 
 from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.instruments.report import run_report
 from megatron_selfdistill.instruments.report.figures import GROUPS
 from megatron_selfdistill.instruments.report.run_facts import differences, status
 from megatron_selfdistill.instruments.report.run_record import RunRecord, limits, read_runs, step_shares
@@ -280,6 +281,12 @@ def test_responses_are_blocks_and_never_markup(run):
 
 
 CHATS = ("data.kind=conversations",)
+
+
+def test_a_sample_names_its_teacher_where_the_run_has_several():
+    record = _sample(3, "one")
+    assert run_report._sampled(record)["teacher"] == ""
+    assert run_report._sampled(record | {"teacher": "code (sees no hint)"})["teacher"] == "code (sees no hint)"
 
 
 @pytest.mark.parametrize(("overrides", "shown"), [(CHATS, False), ((*CHATS, "conversations.show_contents=true"), True)])
