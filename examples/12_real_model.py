@@ -31,12 +31,14 @@ from rich.table import Table
 
 from _lib import real_model
 from _lib.command_line import announce, command, console, example_parser, prepare_process, write_recipe
+from _lib.explored import about_the_largest_loss
 from _lib.pretraining import write_records
 from _lib.real_tasks import TASKS
 from _lib.retention import NUM_NEW_TOKENS, QUESTIONS, Retention, retention
 from _lib.task import Record
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.commands.model_command import ended
+from megatron_selfdistill.instruments.explorer.target_page import explored_files, read_explored
 from megatron_selfdistill.run_log import read_evaluation_samples, read_metrics
 
 TASK = TASKS["one_sentence"]
@@ -100,6 +102,8 @@ def run(root: Path, options: argparse.Namespace) -> int:
     with console.status("both models answer and read"):
         kept = retention(hf, hf, QUESTIONS), retention(out, hf, QUESTIONS)
     console.print(answers_table(run_dir))
+    if sentence := about_the_first_step(run_dir, hf):
+        console.print(escape(sentence))
     figures = figures_of(run_dir, *kept)
     console.print(figures_table(figures))
     (root / "results.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
@@ -195,6 +199,20 @@ def figures_table(figures: Mapping[str, Mapping[str, float]]) -> Table:
     for words, key, form in ROWS:
         table.add_row(words, *(form.format(of_model[key]) for of_model in figures.values()))
     return table
+
+
+def about_the_first_step(run_dir: Path, hf: Path) -> str | None:
+    """Return a sentence about the token with the largest loss of the first step, if the teacher would have stopped."""
+    files = explored_files(run_dir)
+    return about_the_largest_loss(read_explored(files[0]), end_of(hf)) if files else None
+
+
+def end_of(hf: Path) -> int:
+    """Return the id of the token that ends an answer of the model in the Hugging Face directory ``hf``."""
+    from transformers import AutoTokenizer
+
+    end: int = AutoTokenizer.from_pretrained(hf).eos_token_id
+    return end
 
 
 def answers_table(run_dir: Path) -> Table:

@@ -11,12 +11,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from explored_records import logit_rows, record_of
 
 from _lib import real_tasks, retention
+from _lib.explored import about_the_largest_loss, likeliest
 from _lib.real_tasks import SPLITS, TASKS
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.verify import load_verifier
+from megatron_selfdistill.loss import Target
 
 EVERY_TASK = pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
 
@@ -215,3 +218,17 @@ def test_the_general_questions_are_50_and_no_problems_of_a_task():
     assert len(set(retention.QUESTIONS)) == 50
     assert problems.isdisjoint(retention.QUESTIONS)
     assert 300 < len(retention.TEXT.split()) < 600
+
+
+def test_a_sentence_says_where_the_teacher_would_have_stopped_and_only_there():
+    student, teacher, _ = logit_rows(80, 40, 3)
+    at, end = 70, 9
+    teacher[at] = student[at] - 5.0  # the student's largest surprise, in the second block of the record
+    teacher[at, end] = student[at].max() + 20.0
+    record = record_of([student, teacher], Target(anchor="student"))
+    losses = record["tokens"]["loss"]
+    assert losses.index(max(losses)) == at and likeliest(record, at) == end
+    assert likeliest(record, 3) == int(teacher[3].argmax())
+    sentence = about_the_largest_loss(record, end)
+    assert sentence is not None and "would have stopped before this token" in sentence
+    assert repr(record["tokens"]["text"][at]) in sentence and about_the_largest_loss(record, end + 1) is None
