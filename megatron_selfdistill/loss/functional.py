@@ -9,6 +9,7 @@ the weight of the output layer, whose logits it makes for a few tokens at a time
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import ParamSpec
 
@@ -18,11 +19,10 @@ from torch import Tensor
 
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard, distillation_loss, vocab_entropy
-from megatron_selfdistill.loss.target import Divergence, Target, mixed_logits
+from megatron_selfdistill.loss.target import Divergence, Target, check_arguments, mixed_logits
 
 IGNORED = -100
 """The label of a position without a loss, as in ``torch.nn.functional.cross_entropy``."""
-REDUCTIONS = ("mean", "sum", "none")
 
 P = ParamSpec("P")
 
@@ -76,22 +76,25 @@ def self_distillation_loss(
     Ranks: with a process_group the result and the labels are equal on its ranks, each of which holds V consecutive
     columns in rank order.  Collectives: those of `distillation_loss`, none in backward.  Of a DTensor with the
     placement ``Shard(-1)`` pass ``to_local()``, and as process_group the group of this dimension of its mesh.
-    NaN: a position with NaN or +inf in its logits has a loss of NaN.  check_nan: whether that is an error, for which
-    the host must read the losses; None: only on a CPU, where this costs no wait.
+    NaN: a position with NaN or +inf in its logits has a loss of NaN, and one with -inf in the teacher's alone an
+    infinite reverse KL, whose gradient is not finite.  check_nan: whether a loss that is not finite is an error, for
+    which the host must read the losses; None: only on a CPU, where this costs no wait.
     Memory: [n, V] for the gradient; with a reference [n, V] for the mix, at least float32, until backward; copies of
     the rows with a loss where a mask leaves some out.
     torch.compile: the loss runs uncompiled and breaks the graph, which ``fullgraph=True`` refuses.  torch.func: its
     transforms raise RuntimeError.  Second derivatives: none, since the gradient is a constant for autograd.  Autocast
     changes nothing inside.
-    Raises: ValueError for shapes or vocabularies that disagree, labels that are a mask of integers, a mask without any
-    position, a reduction that does not exist, a reference that is missing or not asked for, and NaN as above.
+    Raises: ValueError, which names the argument: for shapes that disagree, values of another type, labels outside of
+    the vocabulary or a mask of integers, no position with a loss, a reference that is missing or not asked for, and
+    losses that are not finite as above.
     """
-    target = Target() if target is None else target
-    named = {"teacher_logits": teacher_logits, "reference_logits": reference_logits}
-    _check("self_distillation_loss", "student_logits", student_logits, named, target, reduction, num_items_in_batch)
-    chosen = _chosen("self_distillation_loss", student_logits.shape[:-1], labels_or_mask, student_logits.device)
+    target, divergence = Target() if target is None else target, _divergence(divergence)
+    what = "self_distillation_loss"
+    check_arguments(what, locals())
+    _check(what, "reference_logits", reference_logits is not None, target, reduction, num_items_in_batch is not None)
+    vocab = _vocab(student_logits.size(-1), vocab_size, process_group)
+    chosen = _chosen(what, student_logits, labels_or_mask, vocab)
     student, teacher = (_rows(logits, chosen) for logits in (student_logits, teacher_logits))
-    vocab = _vocab(student.size(-1), vocab_size, process_group)
     entropy = None
     if reference_logits is not None:
         reference, weight = _rows(reference_logits, chosen), target.teacher_weight
@@ -105,7 +108,7 @@ def self_distillation_loss(
         teacher.detach(),
         torch.zeros(len(student), dtype=torch.int64, device=student.device),
         target=target,
-        divergence=_divergence(divergence),
+        divergence=divergence,
         vocab=vocab,
         reference_entropy=entropy,
     )
@@ -141,15 +144,14 @@ def linear_self_distillation_loss(
     student's logits [n, V] instead, and saves two of six products with a weight.
     Everything else: as `self_distillation_loss`, on one rank.
     """
-    target = Target() if target is None else target
-    named = {"teacher_hidden": teacher_hidden, "reference_hidden": reference_hidden}
+    target, divergence = Target() if target is None else target, _divergence(divergence)
     what = "linear_self_distillation_loss"
-    _check(what, "student_hidden", student_hidden, named, target, reduction, num_items_in_batch)
-    chosen = _chosen(what, student_hidden.shape[:-1], labels_or_mask, student_hidden.device)
-    student, teacher = _rows(student_hidden, chosen), _rows(teacher_hidden, chosen).detach()
+    check_arguments(what, locals())
+    _check(what, "reference_hidden", reference_hidden is not None, target, reduction, num_items_in_batch is not None)
     vocab = _vocab(len(student_weight), vocab_size, None)
+    chosen = _chosen(what, student_hidden, labels_or_mask, vocab)
+    student, teacher = _rows(student_hidden, chosen), _rows(teacher_hidden, chosen).detach()
     theirs = student_weight.detach() if teacher_weight is None else teacher_weight.detach()
-    _check_weights(student_weight, {"teacher_weight": teacher_weight, "reference_weight": reference_weight})
     entropy, reference = None, None
     if reference_hidden is None and reference_weight is not None:
         raise ValueError(f"{what}: reference_weight needs reference_hidden; got the weight alone.")
@@ -167,7 +169,7 @@ def linear_self_distillation_loss(
         theirs,
         torch.zeros(len(student), dtype=torch.int64, device=student.device),
         target=target,
-        divergence=_divergence(divergence),
+        divergence=divergence,
         vocab=vocab,
         reference_entropy=entropy,
         reference=reference,
@@ -178,75 +180,42 @@ def linear_self_distillation_loss(
     return _reduced(stats.loss, chosen, student_hidden.shape[:-1], reduction, num_items_in_batch)
 
 
-def _check(
-    what: str,
-    own_name: str,
-    own: Tensor,
-    others: dict[str, Tensor | None],
-    target: Target,
-    reduction: str,
-    num_items_in_batch: int | Tensor | None,
-) -> None:
-    """Raise ValueError for tensors that do not belong together, and for a reduction that does not exist."""
-    reference_name, reference = list(others.items())[-1]
-    if target.is_anchored != (reference is not None):
+def _check(what: str, name: str, is_given: bool, target: Target, reduction: str, is_counted: bool) -> None:
+    """Raise ValueError for arguments that do not go together."""
+    if target.is_anchored != is_given:
         raise ValueError(
-            f"{what}: {reference_name} must be given if and only if the target is anchored to a reference, as Target() "
-            f'is; got {"none" if reference is None else "one"} with {target}; Target(anchor="student") needs none.'
+            f"{what}: {name} must be given if and only if the target is anchored to a reference, as Target() "
+            f'is; got {"one" if is_given else "none"} with {target}; Target(anchor="student") needs none.'
         )
     if target.rule == "batch" and target.k is None:
         raise ValueError(f"{what}: the rule batch solves one k for a whole step: give k (`solve_batch_k`); got None.")
-    for name, tensor in {own_name: own, **others}.items():
-        if hasattr(tensor, "to_local"):
-            raise ValueError(f"{what}: {name} must be this rank's part; got a DTensor: pass its to_local().")
-    for name, other in others.items():
-        if other is not None and own_name.endswith("logits") and other.shape[-1:] != own.shape[-1:]:
-            raise ValueError(
-                f"{what}: {name} must have the vocabulary of {own_name}, one column for each of the same tokens; "
-                f"got {other.size(-1)} and {own.size(-1)} columns."
-            )
-        if other is not None and other.shape != own.shape:
-            raise ValueError(
-                f"{what}: {name} must have the shape of {own_name}, row by row for the same tokens of the response; "
-                f"got {tuple(other.shape)} and {tuple(own.shape)}."
-            )
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{what}: reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}.")
-    if num_items_in_batch is not None and reduction != "mean":
+    if is_counted and reduction != "mean":
         raise ValueError(f"{what}: num_items_in_batch divides a mean; got it with reduction={reduction!r}.")
 
 
-def _check_weights(student_weight: Tensor, others: dict[str, Tensor | None]) -> None:
-    for name, other in others.items():
-        if other is not None and other.shape != student_weight.shape:
+def _chosen(what: str, student: Tensor, labels_or_mask: Tensor | None, vocab: VocabShard) -> Tensor | None:
+    """Return which rows of ``student`` have a loss, [n] bool; None for all of them."""
+    mask = labels_or_mask
+    if labels_or_mask is not None and labels_or_mask.dtype != torch.bool:
+        mask = labels_or_mask != IGNORED
+        bounds = [int(bound) for bound in labels_or_mask.masked_fill(~mask, 0).aminmax()] if mask.numel() else [0, 0]
+        if bounds == [0, 1] and bool(mask.all()):
             raise ValueError(
-                f"linear_self_distillation_loss: {name} must have the shape of student_weight, one row for each of the "
-                f"same tokens; got {tuple(other.shape)} and {tuple(student_weight.shape)}."
+                f"{what}: labels_or_mask must be labels, {IGNORED} where there is no loss, or bool; got integers that "
+                "are all 0 or 1: pass the mask as .bool()."
             )
-
-
-def _chosen(what: str, shape: torch.Size, labels_or_mask: Tensor | None, device: torch.device) -> Tensor | None:
-    """Return which positions have a loss, [n] bool; None for all of them."""
-    if labels_or_mask is None:
-        return None
-    if labels_or_mask.shape != shape:
+        if bounds[0] < 0 or bounds[1] >= vocab.vocab_size:
+            raise ValueError(
+                f"{what}: labels_or_mask must be tokens from 0 to {vocab.vocab_size - 1}, or {IGNORED} where there is "
+                f"no loss; got {bounds[0]} to {bounds[1]}."
+            )
+    num_positions = math.prod(student.shape[:-1])
+    if num_positions == 0 or not (mask is None or bool(mask.any())):
         raise ValueError(
-            f"{what}: labels_or_mask must have one entry per position, {tuple(shape)}; "
-            f"got {tuple(labels_or_mask.shape)}."
+            f"{what}: at least one position must have a loss; "
+            f"{'labels_or_mask leaves out all' if num_positions else 'the student has'} {num_positions}."
         )
-    if labels_or_mask.is_floating_point():
-        raise ValueError(f"{what}: labels_or_mask must be integer labels or bool; got {labels_or_mask.dtype}.")
-    mask = labels_or_mask if labels_or_mask.dtype == torch.bool else labels_or_mask != IGNORED
-    if mask is not labels_or_mask and [int(bound) for bound in labels_or_mask.aminmax()] == [0, 1]:
-        raise ValueError(
-            f"{what}: labels_or_mask must be labels, {IGNORED} where there is no loss, or bool; got integers that are "
-            "all 0 or 1: pass the mask as .bool()."
-        )
-    if not bool(mask.any()):
-        raise ValueError(
-            f"{what}: at least one position must have a loss; labels_or_mask leaves out all {mask.numel()}."
-        )
-    return mask.reshape(-1).to(device)
+    return None if mask is None else mask.reshape(-1).to(student.device)
 
 
 def _rows(values: Tensor, chosen: Tensor | None) -> Tensor:
@@ -261,20 +230,21 @@ def _vocab(size: int, vocab_size: int | None, group: dist.ProcessGroup | None) -
 
 
 def _divergence(divergence: str | Divergence) -> Divergence:
-    return divergence if isinstance(divergence, Divergence) else Divergence(divergence)
+    return Divergence(divergence) if isinstance(divergence, str) else divergence
 
 
 def _check_nan(what: str, loss: Tensor, chosen: Tensor | None, shape: torch.Size, check_nan: bool | None) -> None:
-    """Raise ValueError that names the first position whose loss is NaN; None checks only what lies on a CPU."""
+    """Raise ValueError that names the first position whose loss is not finite; None checks only what is on a CPU."""
     if not (loss.device.type == "cpu" if check_nan is None else check_nan):
         return
-    bad = torch.isnan(loss).nonzero().flatten()
+    bad = (~torch.isfinite(loss)).nonzero().flatten()
     if len(bad):
         flat = bad[0] if chosen is None else chosen.nonzero().flatten()[bad[0]]
         position = tuple(int(index) for index in torch.unravel_index(flat, shape))
         raise ValueError(
-            f"{what}: the logits must be finite or -inf at every position with a loss; {len(bad)} of {len(loss)} have "
-            f"a loss of NaN, the first at {position}: leave them out with labels_or_mask, or pass check_nan=False."
+            f"{what}: every position with a loss must have a finite one; {len(bad)} of {len(loss)} have not, and the "
+            f"first, at {position}, has {float(loss[bad[0]])}: logits must be finite, or -inf in student and teacher "
+            "alike; leave positions out with labels_or_mask, or pass check_nan=False."
         )
 
 
@@ -284,7 +254,8 @@ def _reduced(
     if reduction == "sum":
         return loss.sum()
     if reduction == "mean":
-        return loss.sum() / (len(loss) if num_items_in_batch is None else num_items_in_batch)
+        items = len(loss) if num_items_in_batch is None else num_items_in_batch
+        return loss.sum() / (items.reshape(()) if isinstance(items, Tensor) else items)
     if chosen is None:
         return loss.reshape(shape)
     return loss.new_zeros(chosen.numel()).masked_scatter(chosen, loss).reshape(shape)

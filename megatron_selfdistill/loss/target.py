@@ -28,16 +28,17 @@ d = log q - log p, and M = lam q + (1 - lam) p is the mixture of the JSD.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import accumulate, pairwise
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, MAX_RENYI_ORDER, TARGET_RULES
+from megatron_selfdistill.choices import ANCHORS, DIVERGENCES, FUSED_MODES, MAX_RENYI_ORDER, TARGET_RULES
 
 MIN_ENTROPY = 1e-6
 """The smallest entropy, in nats, that determines a beta.  A smaller H(p) is rounding noise: this value is matched."""
@@ -239,20 +240,14 @@ def mixed_target(
     ``reference_logits``: given if and only if the target is anchored to a reference, as `Target()` is.
     Raises: ValueError if the logits have different shapes, or if the reference's are missing or not asked for.
     """
-    if isinstance(target, Tensor):
-        raise ValueError("mixed_target: target must be a Target; got logits: pass those as reference_logits=...")
     target = Target() if target is None else target
+    check_arguments("mixed_target", locals())
     if target.is_anchored != (reference_logits is not None):
         raise ValueError(
             f"mixed_target: reference_logits must be given with anchor=reference only; "
             f"got {'none' if reference_logits is None else 'some'} with {target}."
         )
     anchor_logits = student_logits if reference_logits is None else reference_logits
-    if not student_logits.shape == teacher_logits.shape == anchor_logits.shape:
-        raise ValueError(
-            "mixed_target: all logits must have one shape; got "
-            f"{tuple(student_logits.shape)}, {tuple(teacher_logits.shape)} and {tuple(anchor_logits.shape)}."
-        )
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     student, teacher, anchor = (logits.to(dtype) for logits in (student_logits, teacher_logits, anchor_logits))
     mix = mixed_logits(anchor, teacher, *target.mix_weights)
@@ -479,6 +474,7 @@ def divergence(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     log_p, log_q: normalised, any float dtype, -inf where a column does not exist.
     Reverse KL is +inf where q is 0 and p is not, forward KL where p is 0 and q is not.
     """
+    check_arguments("divergence", locals())
     if divergence.forward_above is not None:
         reverse, forward = (_kl_of_kind(log_p, log_q, kind) for kind in ("reverse_kl", "forward_kl"))
         return torch.where(forward_share(entropy(log_q), divergence.forward_above) > 0, reverse + forward, reverse)
@@ -520,6 +516,7 @@ def divergence_gradient(log_p: Tensor, log_q: Tensor, divergence: Divergence) ->
     The gradient of a row sums to 0 over the vocabulary.  A row whose reverse KL is infinite has a gradient of inf and
     NaN.
     """
+    check_arguments("divergence_gradient", locals())
     if divergence.is_renyi:
         return renyi_gradient(log_p, log_q, _renyi(log_p, log_q, divergence), divergence)
     p, q, d = probabilities_and_ratio(log_p, log_q)
@@ -638,3 +635,108 @@ def _renyi(log_p: Tensor, log_q: Tensor, divergence: Divergence) -> Tensor:
     """Return the Renyi divergence of every row."""
     small, log_sum = renyi_sums(log_p, log_q, divergence).unbind(-1)
     return renyi_value(small, log_sum, divergence)
+
+
+def _is_above_0(value: Any, kind: type = Integral) -> bool:
+    """Return whether the value is a finite number above 0; True for a number on a GPU, which nobody reads."""
+    if kind is Real and _is_dense(value) and value.numel() == 1:
+        if value.device.type != "cpu":
+            return True
+        value = value.item()
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(0 < value < math.inf)  # type: ignore[operator]
+
+
+def _is_dense(value: Any) -> bool:
+    """Return whether the value is a tensor of one process, all of whose elements are in memory."""
+    is_local = isinstance(value, Tensor) and not hasattr(value, "to_local")
+    return is_local and value.layout == torch.strided and value.device.type != "meta"
+
+
+def _has_divergences(value: Any) -> bool:
+    pairs = value if isinstance(value, list | tuple) else [(0, value)]
+    return all(isinstance(pair, list | tuple) and isinstance(pair[-1], Divergence) for pair in pairs)
+
+
+REDUCTIONS = ("mean", "sum", "none")
+_RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "target": ("a Target", lambda it: isinstance(it, Target)),
+    "divergence": ("a Divergence", _has_divergences),
+    "vocab": ("a VocabShard", lambda it: type(it).__name__ == "VocabShard"),
+    "reduction": (f"one of {', '.join(REDUCTIONS)}", lambda it: isinstance(it, str) and it in REDUCTIONS),
+    "num_items_in_batch": ("one finite number above 0", lambda it: it is None or _is_above_0(it, Real)),
+    "vocab_size": ("an integer above 0", lambda it: it is None or _is_above_0(it)),
+    "process_group": ("a ProcessGroup", lambda it: it is None or isinstance(it, torch.distributed.ProcessGroup)),
+    "check_nan": ("a bool", lambda it: it is None or isinstance(it, bool)),
+    "inplace_backward": ("a bool", lambda it: isinstance(it, bool)),
+    "chunk_tokens": ("an integer, at least 1", _is_above_0),
+    "mode": (f"one of {', '.join(FUSED_MODES)}", lambda it: isinstance(it, str) and it in FUSED_MODES),
+}
+"""Argument -> what it must be, and the function that tells whether a value is."""
+_KINDS: dict[str, tuple[str, Callable[[Tensor], bool]]] = {
+    "float": ("floating-point numbers", Tensor.is_floating_point),
+    "state": ("floating-point numbers, of one dtype in states and weights", Tensor.is_floating_point),
+    "id": ("int64", lambda it: it.dtype == torch.int64),
+    "label": ("integer labels or bool", lambda it: not it.is_floating_point() and not it.is_complex()),
+}
+_TENSORS = {
+    name: spec
+    for names, spec in {
+        "student_logits teacher_logits logits log_p log_q": "float ... V",
+        "reference_logits own_teacher_logits": "float? ... V",
+        "student_hidden teacher_hidden": "state ... h",
+        "student_weight": "state V h",
+        "reference_hidden": "state? ... h",
+        "teacher_weight reference_weight": "state? V h",
+        "labels_or_mask": "label? ...",
+        "response_tokens": "id ...",
+        "gather_indices": "id? ...",
+        "beta": "float ...",
+        "reference_entropy teacher_weights": "float? ...",
+    }.items()
+    for name in names.split()
+}
+"""Argument -> the kind of tensor, with ? where None will do, and its axes, of which one name has one size in a call;
+``...`` are any leading axes, or with a VocabShard one axis of tokens."""
+
+
+def check_arguments(caller: str, given: Mapping[str, Any], **other_tensors: str) -> None:
+    """Raise ValueError, which names the argument, if an argument of the public function ``caller`` cannot be used.
+
+    given: the arguments by name: ``locals()`` where a function begins.
+    other_tensors: entries that this function has in place of those of `_TENSORS`.
+    """
+    for name, (words, fits) in _RULES.items():
+        if name in given and not fits(given[name]):
+            raise ValueError(f"{caller}: {name} must be {words}; got {_described(given[name])}.")
+    known: dict[str, Any] = {"V": given["vocab"].size} if "vocab" in given else {}
+    for name, value in given.items():
+        kind, *axes = (other_tensors.get(name) or _TENSORS.get(name, "?")).split()
+        if not kind.endswith("?") or (value is not None and kind != "?"):
+            of_tokens = ["T" if axis == "..." and "vocab" in given else axis for axis in axes]
+            _check_tensor(f"{caller}: {name}", value, kind.rstrip("?"), of_tokens, known)
+
+
+def _check_tensor(what: str, value: Any, kind: str, axes: list[str], known: dict[str, Any]) -> None:
+    """Raise ValueError for another kind or other axes; ``known``: the dtype of states and the sizes of axes so far."""
+    words, fits = _KINDS[kind]
+    fitting = _is_dense(value) and fits(value)
+    if not fitting or (kind == "state" and known.setdefault(kind, value.dtype) != value.dtype):
+        raise ValueError(f"{what} must be a dense tensor of {words}; got {_described(value)}.")
+    sizes: list[Any] = list(value.shape)
+    if axes[0] == "...":
+        free = max(0, len(sizes) - len(axes) + 1)
+        sizes = [tuple(sizes[:free]), *sizes[free:]]
+    if len(sizes) != len(axes) or not all(
+        (size != 0 or axis in ("...", "T", "n")) and known.setdefault(axis, size) == size
+        for axis, size in zip(axes, sizes, strict=True)
+    ):
+        wanted = ", ".join(str(known.get(axis, axis)).strip("(),") for axis in axes)
+        raise ValueError(f"{what} must be [{wanted}], row by row for the same tokens; got {list(value.shape)}.")
+
+
+def _described(value: Any) -> str:
+    if hasattr(value, "to_local"):
+        return "a DTensor: pass its to_local()"
+    if isinstance(value, Tensor) and value.numel() != 1:
+        return f"{value.dtype} {list(value.shape)}, {value.layout} on {value.device}"
+    return f"{type(value).__name__} {' '.join(repr(value).split())[:60]}"

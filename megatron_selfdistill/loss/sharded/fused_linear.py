@@ -29,7 +29,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from megatron_selfdistill.choices import FUSED_MODES
 from megatron_selfdistill.loss.sharded.shard_sums import LogProbGradient, Shard, TokenConstants
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
     Backend,
@@ -46,7 +45,7 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import (
     run_forward,
     shares_of,
 )
-from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, token_groups
+from megatron_selfdistill.loss.target import Divergence, Target, TokenDivergences, check_arguments, token_groups
 
 _NO_LOG_PROB = (
     "fused_distillation_loss: mode keep_gradient holds the gradient of the divergence alone, and student_log_prob is "
@@ -103,6 +102,11 @@ def fused_distillation_loss(
     while the last wgrad GEMM runs; low_memory gathers the hidden states of teacher and reference again.
     Raises: ValueError if shapes or dtypes do not fit.
     """
+    reference_hidden, reference_weight = (None, None) if reference is None else reference
+    wide = {"teacher_hidden": "state T t", "teacher_weight": "state? V w", "reference_hidden": "state? T r"}
+    rows = {} if gather_indices is None else {"student_hidden": "state n h"}
+    check_arguments("fused_distillation_loss", locals(), **wide, **rows)
+    check_reference("fused_distillation_loss", target, reference_entropy, teacher_weights)
     placement = HiddenPlacement(vocab.group, gather_indices)
     layer = _Layer(
         target,
@@ -115,9 +119,8 @@ def fused_distillation_loss(
         placement,
         weight_gradient,
     )
-    others = _Others(teacher_hidden, teacher_weight, *(reference or (None, None)))
-    _check(layer, mode, student_hidden, student_weight, others, response_tokens)
-    check_reference(target, len(response_tokens), reference_entropy, teacher_weights)
+    others = _Others(teacher_hidden, teacher_weight, reference_hidden, reference_weight)
+    _check_widths(layer, student_weight, others)
     trained = torch.is_grad_enabled() and (student_hidden.requires_grad or student_weight.requires_grad)
     keep = trained and mode == "keep_gradient"
     with torch.no_grad():
@@ -347,45 +350,23 @@ class _Backward(torch.autograd.Function):
         return grads.of_hidden(), grads.of_weight(), *no_gradient
 
 
-def _check(
-    layer: _Layer, mode: str, student_hidden: Tensor, student_weight: Tensor, others: _Others, response_tokens: Tensor
-) -> None:
-    """Check the arguments of `fused_distillation_loss`; raise ValueError if they do not fit."""
-    name, size, width = "fused_distillation_loss", layer.vocab.size, student_weight.shape[-1]
-    num_tokens, gather_indices = layer.num_tokens, layer.placement.gather_indices
-    if mode not in FUSED_MODES or layer.chunk_tokens < 1:
-        raise ValueError(
-            f"{name}: mode must be one of {', '.join(FUSED_MODES)} and chunk_tokens at least 1; "
-            f"got {mode!r} and {layer.chunk_tokens}."
-        )
+def _check_widths(layer: _Layer, student_weight: Tensor, others: _Others) -> None:
+    """Raise ValueError for states of teacher or reference that are neither of the width of their weight nor cut."""
     if others.reference_hidden is not None and not layer.target.is_anchored:
-        raise ValueError(f"{name}: reference must be None without anchor=reference; got {layer.target}.")
-    wide = width if others.teacher_weight is None else others.teacher_weight.shape[-1]
-    for weight, columns in ((student_weight, width), (others.teacher_weight, wide), (others.reference_weight, width)):
-        if weight is not None and tuple(weight.shape) != (size, columns):
+        raise ValueError(
+            f"fused_distillation_loss: reference must be None without anchor=reference; got {layer.target}."
+        )
+    of_teacher = student_weight if others.teacher_weight is None else others.teacher_weight
+    for what, hidden, weight in (
+        ("teacher_hidden", others.teacher_hidden, of_teacher),
+        ("the reference's states", others.reference_hidden, others.reference_weight),
+    ):
+        whole = 0 if weight is None else weight.shape[1]
+        if hidden is not None and hidden.shape[1] not in (whole, whole // layer.placement.size):
             raise ValueError(
-                f"{name}: weights must be [{size}, {columns}], the columns of this VocabShard; got "
-                f"{tuple(weight.shape)}."
+                f"fused_distillation_loss: {what} must be of the width {whole} of their weight, or this rank's part "
+                f"of it; got {hidden.shape[1]}."
             )
-    held = student_hidden.shape[0] if gather_indices is not None else num_tokens
-    of_teacher, of_reference = (others.teacher_hidden, wide), (others.reference_hidden, width)
-    for what, (hidden, columns) in {"teacher_hidden": of_teacher, "the reference's": of_reference}.items():
-        cut = columns // layer.placement.size
-        shapes = tuple(student_hidden.shape), tuple(hidden.shape) if hidden is not None else (num_tokens, cut)
-        if shapes[0] != (held, width) or shapes[1] not in ((num_tokens, columns), (num_tokens, cut)):
-            raise ValueError(
-                f"{name}: student_hidden must be [{held}, {width}] and {what} [{num_tokens}, {columns}] or "
-                f"[{num_tokens}, {cut}]; got {shapes[0]} and {shapes[1]}."
-            )
-    for what, index in (("response_tokens", response_tokens), ("gather_indices", gather_indices)):
-        if index is not None and (tuple(index.shape) != (num_tokens,) or index.dtype != torch.int64):
-            raise ValueError(
-                f"{name}: {what} must be int64 of shape ({num_tokens},), one per token; "
-                f"got {index.dtype} of shape {tuple(index.shape)}."
-            )
-    dtypes = {x.dtype for x in (student_hidden, student_weight, *others) if x is not None}
-    if len(dtypes) > 1:
-        raise ValueError(f"{name}: hidden states and weights must have one dtype; got {sorted(map(str, dtypes))}.")
 
 
 class WeightGradient(Protocol):

@@ -53,6 +53,7 @@ from megatron_selfdistill.loss.target import (
     Divergence,
     Target,
     TokenDivergences,
+    check_arguments,
     forward_share,
     mixed_logits,
     renyi_value,
@@ -204,9 +205,8 @@ def distillation_loss(
     README.md in `loss` has reads, writes and temporaries.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
-    check_logits("distillation_loss", student_logits, teacher_logits, vocab.size)
-    check_tokens(response_tokens, len(student_logits))
-    check_reference(target, len(response_tokens), reference_entropy, teacher_weights)
+    check_arguments("distillation_loss", locals())
+    check_reference("distillation_loss", target, reference_entropy, teacher_weights)
     groups = token_groups(divergence, len(response_tokens))
     chosen_backend = chosen(backend, student_logits, teacher_logits)
     with torch.no_grad():
@@ -491,8 +491,8 @@ def solve_target(
     Collectives: three all-gathers over ``vocab.group``, two where the rule gives beta.
     Raises: ValueError if shapes do not fit, or for a backend that cannot run.
     """
-    check_logits("solve_target", student_logits, teacher_logits, vocab.size)
-    check_reference(target, len(student_logits), reference_entropy, caller="solve_target")
+    check_arguments("solve_target", locals())
+    check_reference("solve_target", target, reference_entropy)
     with torch.no_grad():
         shard = make_shard(student_logits, teacher_logits, target, vocab)
         chosen_backend, grid = chosen(backend, student_logits, teacher_logits), BetaGrid.of(target, shard.dtype)
@@ -513,8 +513,7 @@ def vocab_entropy(logits: Tensor, vocab: VocabShard, *, backend: str | None = No
     Collectives: one all-gather over ``vocab.group``, none for T = 0.
     Raises: ValueError if the shape does not fit, or for a backend that cannot run.
     """
-    if logits.dim() != 2 or logits.shape[1] != vocab.size:
-        raise ValueError(f"vocab_entropy: logits must be [T, {vocab.size}]; got {tuple(logits.shape)}.")
+    check_arguments("vocab_entropy", locals())
     dtype = torch.promote_types(logits.dtype, torch.float32)
     backend_in_use, valid = chosen(backend, logits, logits), logits[:, : vocab.num_valid]
     shard = Shard(valid, valid, (1.0, 0.0), dtype, backend_in_use.num_parts(len(logits), vocab.size))
@@ -558,14 +557,8 @@ def target_measures(
     Collectives: two all-gathers over ``vocab.group``, none for T = 0.
     Raises: ValueError if shapes do not fit.
     """
-    expected = (len(beta), vocab.size)
+    check_arguments("target_measures", locals())
     optional = [logits for logits in (reference_logits, own_teacher_logits) if logits is not None]
-    given = [student_logits, teacher_logits, *optional]
-    if any(tuple(logits.shape) != expected for logits in given):
-        raise ValueError(
-            f"target_measures: all logits must be {list(expected)}, a row per beta and the columns of this VocabShard; "
-            f"got {[tuple(logits.shape) for logits in given]}."
-        )
     shard = make_shard(student_logits, teacher_logits, target, vocab)
     models = [logits[:, : vocab.num_valid] for logits in (student_logits, *optional)]
     num_considered = 1 if reference_logits is None else 2
@@ -617,60 +610,23 @@ def _shifted(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return values - top[:, None], top.double()
 
 
-def check_logits(caller: str, student_logits: Tensor, teacher_logits: Tensor, num_columns: int) -> None:
-    """Raise ValueError unless both logits are [T, num_columns]."""
-    shape = tuple(student_logits.shape)
-    if len(shape) != 2 or shape[1] != num_columns or tuple(teacher_logits.shape) != shape:
-        raise ValueError(
-            f"{caller}: both logits must be [T, {num_columns}], the columns of this VocabShard; "
-            f"got student {shape} and teacher {tuple(teacher_logits.shape)}."
-        )
-
-
-def check_tokens(response_tokens: Tensor, num_tokens: int) -> None:
-    """Raise ValueError unless the response tokens are [num_tokens] int64."""
-    if tuple(response_tokens.shape) != (num_tokens,) or response_tokens.dtype != torch.int64:
-        raise ValueError(
-            f"distillation_loss: response_tokens must be int64 of shape ({num_tokens},), one id per row of logits; "
-            f"got {response_tokens.dtype} of shape {tuple(response_tokens.shape)}."
-        )
-
-
 def check_reference(
-    target: Target,
-    num_tokens: int,
-    reference_entropy: Tensor | None,
-    teacher_weights: Tensor | None = None,
-    caller: str = "distillation_loss",
+    caller: str, target: Target, reference_entropy: Tensor | None, teacher_weights: Tensor | None = None
 ) -> None:
-    """Raise ValueError unless the reference's entropies and the teacher's weights fit, as for `distillation_loss`."""
-    _check_entropy(reference_entropy, num_tokens, target, caller)
-    if teacher_weights is not None:
-        _check_teacher_weights(teacher_weights, num_tokens, target)
-
-
-def _check_entropy(entropy: Tensor | None, num_tokens: int, target: Target, caller: str) -> None:
+    """Raise ValueError unless reference_entropy and teacher_weights are given as `distillation_loss` says."""
     needed = target.needs_reference_entropy
-    if (entropy is not None) != needed or (entropy is not None and tuple(entropy.shape) != (num_tokens,)):
+    if (reference_entropy is not None) != needed:
         raise ValueError(
-            f"{caller}: reference_entropy must be {f'[{num_tokens}]' if needed else 'None'} with rule "
-            f"{target.rule}, anchor {target.anchor} and match {target.match}; "
-            f"got {None if entropy is None else tuple(entropy.shape)}."
+            f"{caller}: reference_entropy must be {'[T]' if needed else 'None'} with rule {target.rule}, anchor "
+            f"{target.anchor} and match {target.match}; got {'None' if needed else 'entropies'}."
         )
-
-
-def _check_teacher_weights(teacher_weights: Tensor, num_tokens: int, target: Target) -> None:
-    if not target.is_anchored:
-        raise ValueError(
-            "distillation_loss: teacher_weights per token need a target with anchor=reference, whose mix the caller "
-            "computes; got anchor=student."
-        )
-    if tuple(teacher_weights.shape) != (num_tokens,) or not teacher_weights.is_floating_point():
-        raise ValueError(
-            f"distillation_loss: teacher_weights must be floating-point numbers of shape ({num_tokens},), one per "
-            f"token; got {teacher_weights.dtype} of shape {tuple(teacher_weights.shape)}."
-        )
-    target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
+    if teacher_weights is not None:
+        if not target.is_anchored:
+            raise ValueError(
+                f"{caller}: teacher_weights per token need a target with anchor=reference, whose mix the caller "
+                "computes; got anchor=student."
+            )
+        target.with_teacher_weight(target.teacher_weight)  # refuses a number for k or k_max
 
 
 OLDEST_TRITON = (3, 3)

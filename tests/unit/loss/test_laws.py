@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
@@ -41,17 +42,16 @@ def run(student: Tensor, teacher: Tensor, target: Target, kind: Divergence) -> t
     return stats, leaf.grad
 
 
-@every_divergence
-@pytest.mark.parametrize(
-    "target",
-    [
-        Target(anchor="student"),
-        Target(k_max=None, anchor="student"),
-        Target(k_max=3.0, anchor="student"),
-        Target("fixed", anchor="student"),
-    ],
+@combinations(
+    kind={it.kind: it for it in DIVERGENCES},
+    target={
+        "capped": Target(anchor="student"),
+        "unbounded": Target(k_max=None, anchor="student"),
+        "wide": Target(k_max=3.0, anchor="student"),
+        "fixed": Target("fixed", anchor="student"),
+    },
+    dtype=[torch.float32, torch.bfloat16],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equal_logits_are_the_identity(kind: Divergence, target: Target, dtype: torch.dtype) -> None:
     for scale in (0.0, 1e-3, 0.5, 3.0, 30.0):
         student, _ = pair(0, scale)
@@ -104,10 +104,12 @@ def test_permuting_the_vocabulary_permutes_the_gradient(target: Target, kind: Di
     assert torch.equal(permuted.top1_agreement, stats.top1_agreement)
 
 
-@every_target
-@every_divergence
-@pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@combinations(
+    target={f"{it.rule}-{it.k_max}": it for it in TARGETS},
+    kind={it.kind: it for it in DIVERGENCES},
+    side=["student", "teacher"],
+    value=[torch.nan, torch.inf],
+)
 def test_nan_and_infinity_stay_in_their_row(target: Target, kind: Divergence, side: str, value: float) -> None:
     student, teacher = pair(3)
     clean, clean_gradient = run(student, teacher, target, kind)

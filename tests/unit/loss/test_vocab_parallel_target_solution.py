@@ -166,5 +166,5 @@ def test_no_tokens_have_no_mass_and_what_does_not_fit_is_refused() -> None:
         none, none, none[:, 0], target=Target(anchor="student"), vocab=vocab, own_teacher_logits=none
     )
     assert found.mass_on_rare.shape == (0, 1) and found.kl_to_anchor is not None and found.kl_to_anchor.shape == (0, 2)
-    with pytest.raises(ValueError, match=r"all logits must be \[2, 150\]"):
+    with pytest.raises(ValueError, match=r"beta must be \[0\].*got \[2\]"):
         target_measures(none, none, torch.ones(2), target=Target(anchor="student"), vocab=vocab)

@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_with_a_message() -> None:
         select_mixed_tokens(student, teacher[:, :7], uniforms, Target(anchor="student"), greedy=False)
     with pytest.raises(ValueError, match=r"one number per row, \(4,\); got \(3,\)"):
         select_mixed_tokens(student, teacher, uniforms[:3], Target(anchor="student"), greedy=False)
-    with pytest.raises(ValueError, match="solve_target: both logits"):
+    with pytest.raises(ValueError, match="solve_target: student_logits must be"):
         solve_target(student, teacher, Target(anchor="student"), VocabShard(0, 9, 9))
     for changes in ({"temperature": 0.7}, {"top_k": 5}, {"top_p": 0.9}):
         with pytest.raises(ValueError, match=r"temperature 1 \(or 0, greedy\), top_k 0 and top_p 1"):

@@ -1,0 +1,183 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every public function of the loss refuses every bad argument by its name, in one sentence."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_selfdistill import loss
+from megatron_selfdistill.loss import Divergence, Target, VocabShard
+
+T, V, H = 4, 7, 5
+LOGITS = torch.linspace(-2, 2, 3 * T * V).view(3, T, V)
+STATES, WEIGHT, IDS = torch.ones(T, H), torch.ones(V, H), torch.zeros(T, dtype=torch.int64)
+OWN = {"target": Target(anchor="student"), "divergence": Divergence(), "vocab": VocabShard(0, V, V)}
+ANCHORED = {**OWN, "target": Target(), "reference_entropy": torch.ones(T), "teacher_weights": torch.ones(T)}
+STUDENT_TEACHER = {"student_logits": LOGITS[0], "teacher_logits": LOGITS[1]}
+HIDDEN = {f"{model}_hidden": STATES for model in ("student", "teacher", "reference")}
+WEIGHTS = {f"{model}_weight": WEIGHT for model in ("student", "teacher", "reference")}
+COMMON: dict[str, Any] = {
+    **{"labels_or_mask": torch.tensor([1, 2, 6, -100]), "target": Target(), "divergence": "jsd", "reduction": "mean"},
+    **{"num_items_in_batch": 3, "vocab_size": V, "check_nan": True},
+}
+GOOD: dict[str, dict[str, Any]] = {
+    "self_distillation_loss": {
+        **STUDENT_TEACHER,
+        **{"reference_logits": LOGITS[2], "process_group": None},
+        **COMMON,
+    },
+    "linear_self_distillation_loss": {**HIDDEN, **WEIGHTS, "chunk_tokens": 2, "mode": "low_memory", **COMMON},
+    "distillation_loss": {**STUDENT_TEACHER, "response_tokens": IDS, **ANCHORED, "inplace_backward": False},
+    "fused_distillation_loss": {
+        **{name: HIDDEN[name] for name in ("student_hidden", "teacher_hidden")},
+        **{name: WEIGHTS[name] for name in ("student_weight", "teacher_weight")},
+        **{"response_tokens": IDS, "gather_indices": torch.arange(T), "chunk_tokens": 2, "mode": "low_memory"},
+        **{"reference": (STATES, WEIGHT), **ANCHORED},
+    },
+    "solve_target": {**STUDENT_TEACHER, "target": Target(), "vocab": OWN["vocab"], "reference_entropy": torch.ones(T)},
+    "mixed_target": {**STUDENT_TEACHER, "target": Target(), "reference_logits": LOGITS[2]},
+    "divergence": {"log_p": LOGITS[0], "log_q": LOGITS[1], "divergence": Divergence()},
+    "divergence_gradient": {"log_p": LOGITS[0], "log_q": LOGITS[1], "divergence": Divergence()},
+}
+WITHOUT_A_RULE = {"backend", "weight_gradient", "observe", "reference"}
+"""Arguments that a check of their own refuses (backend), or that fail where they are called."""
+OTHERS = {"beta_grid", "solve_batch_k", "Divergence", "Status", "Target", "TargetDistribution", "TargetSolution"} | {
+    *("TokenStats", "VocabShard")
+}
+"""Exported names that take no tensors of a batch."""
+
+ANYTHING = [[1.0, 2.0], {"a": 1}, "text", 7, object(), torch.nn.Linear(2, 2)]
+NO_NUMBERS = [0, -3, math.nan, math.inf, "4", [4], True, torch.tensor(0), torch.tensor([4, 4]), torch.tensor(math.nan)]
+NO_INTEGERS = [0, -1, 1.5, "16", 3.0, True, [16], torch.tensor(3)]
+BAD_VALUES: dict[str, list[Any]] = {
+    "target": [*ANYTHING, LOGITS[0], Divergence()],
+    "divergence": [7, [7], [(4, "jsd")], {"jsd": 1}, "kl", LOGITS[0]],
+    "vocab": [*ANYTHING, None, LOGITS[0]],
+    "reduction": ["average", None, 1, ["mean"], LOGITS[0], numpy.ones(2)],
+    "mode": ["fast", None, 1, ["low_memory"]],
+    "num_items_in_batch": [*NO_NUMBERS, torch.tensor(-1.5), torch.tensor(4, device="meta"), torch.tensor(1j)],
+    "vocab_size": NO_INTEGERS,
+    "chunk_tokens": [*NO_INTEGERS, None],
+    "process_group": [0, -100, "tp", [0, 1], LOGITS[0]],
+    "check_nan": ["no", 1, LOGITS[0]],
+    "inplace_backward": ["no", 1, None],
+}
+
+
+def bad_tensors(name: str, good: Tensor) -> Iterator[Any]:
+    """Yield values that cannot stand for the tensor ``good``, of the argument ``name``."""
+    yield from [*ANYTHING, good.tolist(), good.numpy(), good.to(torch.complex64), good.to_sparse(), good.to("meta")]
+    yield good.sum()
+    if good.dtype == torch.int64:
+        yield from (good.float(), good[:-1], good[None]) if name != "gather_indices" else (good.float(), good.int())
+        return
+    yield from (good.long(), good.bool(), torch.zeros(0), good[..., :0])
+    if name.endswith("_weight"):
+        yield from (good.t(), good[0], good[None])
+    if name.endswith(("_weight", "_hidden")) and not name.startswith("student"):
+        yield good.double()
+    if name not in ("student_logits", "student_hidden", "student_weight", "log_p"):
+        yield from (torch.cat([good, good], -1), good[1:])
+
+
+def bad_arguments(name: str, good: dict[str, Any]) -> Iterator[Any]:
+    if isinstance(good[name], Tensor):
+        yield from bad_tensors(name, good[name])
+    else:
+        yield from BAD_VALUES[name]
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_every_bad_argument_is_refused_by_its_name_in_one_sentence(name: str) -> None:
+    function, good = getattr(loss, name), GOOD[name]
+    function(**good)
+    not_refused = []
+    for argument in good.keys() - WITHOUT_A_RULE:
+        required = "None" not in str(inspect.signature(function).parameters[argument].annotation)
+        for bad in [*bad_arguments(argument, good), *([None] if required else [])]:
+            try:
+                function(**good | {argument: bad})
+                not_refused.append(f"{argument}={bad!r}: accepted")
+            except ValueError as error:
+                said = str(error)
+                named = any(word in said for word in blamed(argument)) and said.endswith(".") and "\n" not in said
+                not_refused += [] if named else [f"{argument}={bad!r}: not named in {said}"]
+            except Exception as error:
+                not_refused.append(f"{argument}={bad!r}: {type(error).__name__} {error}")
+    assert not_refused == []
+
+
+def blamed(argument: str) -> list[str]:
+    """Return what the message may name: the argument, the class that it makes, or what it must fit to."""
+    others = {
+        "divergence": "Divergence.kind must be",
+        "teacher_weight": "teacher_hidden must be of the width",
+        "teacher_hidden": "response_tokens must be [3]",
+    }
+    return [f"{argument} must be", others.get(argument, f"{argument} must be")]
+
+
+def test_every_argument_of_every_public_function_stands_in_the_table() -> None:
+    assert set(loss.__all__) - OTHERS == GOOD.keys()
+    for name, good in GOOD.items():
+        assert set(inspect.signature(getattr(loss, name)).parameters) - WITHOUT_A_RULE <= good.keys() | {"backend"}, (
+            name
+        )
+
+
+SELF, LINEAR = "self_distillation_loss", "linear_self_distillation_loss"
+
+
+@pytest.mark.parametrize("name", [SELF, LINEAR])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"labels_or_mask": torch.tensor([1, 2, 7, -100])}, "labels_or_mask must be tokens from 0 to 6.*got 0 to 7"),
+        ({"labels_or_mask": torch.tensor([1, -1, 3, -100])}, "labels_or_mask must be tokens from 0 to 6.*got -1 to 3"),
+        ({"labels_or_mask": torch.full((T,), -100)}, "at least one position must have a loss; labels_or_mask leaves"),
+        ({"labels_or_mask": torch.tensor([0, 1, 1, 0])}, r"all 0 or 1: pass the mask as \.bool\(\)"),
+        ({"vocab_size": V + 1}, "at least vocab_size 8"),
+    ],
+)
+def test_labels_are_tokens_of_the_vocabulary_or_ignored(name: str, changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        getattr(loss, name)(**GOOD[name] | changes)
+
+
+@pytest.mark.parametrize("name", [SELF, LINEAR])
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 3)])
+def test_a_batch_without_a_position_is_refused(name: str, shape: tuple[int, ...]) -> None:
+    empty = {key: value.new_zeros(*shape, value.size(-1)) for key, value in GOOD[name].items() if is_rows(key)}
+    for labels in (None, torch.zeros(shape, dtype=torch.int64)):
+        with pytest.raises(ValueError, match=f"{name}: at least one position must have a loss; the student has 0"):
+            getattr(loss, name)(**GOOD[name] | empty | {"labels_or_mask": labels})
+
+
+def is_rows(name: str) -> bool:
+    return name.endswith(("_logits", "_hidden"))
+
+
+def test_an_infinite_loss_is_refused_where_nan_is() -> None:
+    student, teacher, reference = LOGITS
+    masked = teacher.index_fill(-1, torch.tensor([0]), -math.inf)
+    with pytest.raises(ValueError, match=r"4 of 4 have not, and the first, at \(0,\), has inf: .*-inf in student"):
+        loss.self_distillation_loss(student, masked, reference)
+    assert loss.self_distillation_loss(student, masked, reference, check_nan=False).isinf()
+    everywhere = [one.index_fill(-1, torch.tensor([0]), -math.inf) for one in LOGITS]
+    fewer = loss.self_distillation_loss(*(one[:, 1:] for one in LOGITS))
+    torch.testing.assert_close(loss.self_distillation_loss(*everywhere), fewer)
+
+
+@pytest.mark.parametrize("count", [6, 6.0, numpy.int64(6), torch.tensor(6), torch.tensor([6]), torch.tensor(6.0)])
+def test_a_number_of_items_divides_the_sum_into_a_scalar(count: Any) -> None:
+    total = loss.self_distillation_loss(*LOGITS, reduction="sum")
+    found = loss.self_distillation_loss(*LOGITS, num_items_in_batch=count)
+    assert found.shape == () and found.item() == pytest.approx(total.item() / 6, rel=1e-6)
