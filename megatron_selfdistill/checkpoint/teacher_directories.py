@@ -27,6 +27,7 @@ from megatron_selfdistill.interop.formats import directory
 from megatron_selfdistill.interop.formats.hf_files import CONFIG, read_config, weight_files
 from megatron_selfdistill.interop.formats.saved_run import SavedRun
 from megatron_selfdistill.interop.formats.stored_adapters import (
+    NAME,
     PEFT_CONFIG,
     digest_of_files,
     known_digest,
@@ -256,7 +257,9 @@ def _digest(path: Path) -> str:
     if _is_peft(path):
         return digest_of_files(shared_checksums(path, [path / PEFT_CONFIG, path / WEIGHTS]))
     if not is_hugging_face(path):
-        return shared_base_digest(path)
+        digest, stored = shared_base_digest(path), run_on_rank_0(lambda: read_stored_adapters(path))
+        settings = {} if stored is None else shared_checksums(stored.path, [stored.path / NAME])
+        return digest + digest_of_files(settings) if settings else digest
     files = run_on_rank_0(lambda: [path / CONFIG, *weight_files(path).tensors])
     return digest_of_files(shared_checksums(path, files))
 

@@ -15,9 +15,10 @@ import hf_models
 import pytest
 import torch
 from letters import LETTERS, save_tokenizer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from megatron_selfdistill.checkpoint.teacher_directories import (
+    _digest,
     adapter_teachers,
     directory_digests,
     load_teacher,
@@ -26,10 +27,12 @@ from megatron_selfdistill.checkpoint.teacher_directories import (
     teacher_architectures,
     teacher_copies,
 )
-from megatron_selfdistill.config import Config, ParallelConfig, from_mapping
+from megatron_selfdistill.config import AdapterConfig, Config, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.conversion import hf_to_megatron
+from megatron_selfdistill.interop.formats.manifest import NAME as MANIFEST
+from megatron_selfdistill.interop.formats.stored_adapters import StoredAdapters
 from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.model.build import new_chunks
 
@@ -176,6 +179,73 @@ def test_the_digest_and_the_settings_of_a_directory_of_peft_are_those_of_its_con
     (settings,) = adapter_teachers(config_of(student, places[0])).values()
     assert settings.rank == 6, "q, k and v become one layer with the ranks of all"
     assert adapter_teachers(config_of(student, student / "hf")) == {}
+
+
+DIGESTED = {
+    "peft": {"adapter_config.json", "adapter_model.safetensors"},
+    "hf": {"config.json", "model.safetensors"},
+    "sharded": {
+        "config.json",
+        "model.safetensors.index.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    },
+    "megatron": {"common.pt", "metadata.json", ".metadata", "__0_0.distcp"},
+    "adapters": {"adapters.json", "common.pt", "metadata.json", ".metadata", "__0_0.distcp"},
+}
+"""Kind of directory -> the files of which a changed byte changes what the teacher computes."""
+
+
+def test_a_changed_byte_of_any_file_that_decides_what_a_teacher_computes_changes_its_digest(ranks, student, tmp_path):
+    """The settings of adapters and the architecture are no weights, and a teacher is another one without them."""
+    write_peft(tmp_path / "peft")
+    shutil.copytree(student / "hf", tmp_path / "hf")
+    write_sharded(student / "hf", tmp_path / "sharded")
+    shutil.copytree(student / "megatron" / "release", tmp_path / "megatron")
+    (tmp_path / "megatron" / MANIFEST).unlink()  # as other programs write it: the files themselves are read
+    shutil.copytree(tmp_path / "megatron", tmp_path / "adapters")
+    described = StoredAdapters(tmp_path, AdapterConfig(rank=2), base_digest="d1", base=None).text()
+    (tmp_path / "adapters" / "adapters.json").write_text(described)
+    changed = []
+    for kind in DIGESTED:
+        for file in sorted(it.name for it in (tmp_path / kind).iterdir() if it.is_file()):
+            copy = shutil.copytree(tmp_path / kind, tmp_path / f"{kind} {file}")
+            content = bytearray((copy / file).read_bytes())
+            digits = [place for place, byte in enumerate(content) if chr(byte).isdigit()]
+            content[digits[-1] if file.endswith(".json") else -1] ^= 1  # JSON stays JSON
+            (copy / file).write_bytes(content)
+            changed.append((kind, file, copy))
+    places = [tmp_path / kind for kind in DIGESTED] + [copy for *_, copy in changed]
+    found = ranks.run(digests_of_directories, places, world_size=1)[0]
+    of_kind = dict(zip(DIGESTED, found, strict=False))
+    noticed: dict[str, set[str]] = {kind: set() for kind in DIGESTED}
+    for (kind, file, _), digest in zip(changed, found[len(DIGESTED) :], strict=True):
+        noticed[kind] |= {file} if digest != of_kind[kind] else set()
+    assert noticed == DIGESTED
+
+
+def digests_of_directories(places: list[Path]) -> list[str]:
+    def digest(place: Path) -> str:
+        try:
+            return _digest(place)
+        except CheckpointError:
+            return "refused"
+
+    return [digest(place) for place in places]
+
+
+def write_sharded(source: Path, directory: Path) -> None:
+    """Write the Hugging Face directory ``source`` with its weights in two files and an index."""
+    shutil.copytree(source, directory, ignore=shutil.ignore_patterns("model.safetensors"))
+    tensors = load_file(source / "model.safetensors")
+    names = sorted(tensors)
+    parts = [names[::2], names[1::2]]
+    weight_map = {}
+    for number, part in enumerate(parts, start=1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
 def test_adapters_that_cannot_be_read_are_refused_with_the_reason(student, tmp_path):
