@@ -1,10 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """Self-distillation with a reference in the SDFTTrainer of TRL, whose own target is the teacher alone."""
 
+import sys
+
 import torch
-from trl.experimental.sdft import SDFTTrainer
+from datasets import Dataset
+from trl.experimental.sdft import SDFTConfig, SDFTTrainer
 
 from megatron_selfdistill.loss import Target, self_distillation_loss
+
+PROBLEMS = [  # your own: a problem, and what the teacher sees beside it
+    ("What is 17 + 25?", "17 + 25 = 42"),
+    ("What is 31 - 14?", "31 - 14 = 17"),
+]
 
 
 class SelfDistillationTrainer(SDFTTrainer):
@@ -39,3 +47,20 @@ class SelfDistillationTrainer(SDFTTrainer):
         )
         with self._get_teacher_context_for_self_distillation():
             return self._forward_logits(self.teacher_model, ids, attended, logits_to_keep=mask.size(1))
+
+
+def main(model_name, run_dir="run", **arguments):
+    """Train the model of a directory or of the hub on `PROBLEMS`; return its trainer."""
+    chats = [([{"role": "user", "content": problem}], solution) for problem, solution in PROBLEMS]
+    data = Dataset.from_list([{"prompt": chat, "privileged_context": solution} for chat, solution in chats])
+    sizes = {"num_generations": 1, "per_device_train_batch_size": len(PROBLEMS)}  # TRL drops a batch that is not full
+    options = sizes | {"max_completion_length": 512, "logging_steps": 1} | arguments
+    trainer = SelfDistillationTrainer(model_name, SDFTConfig(run_dir, **options), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()  # then: selfdistill report run
+    return trainer
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hf_models
 import models
@@ -42,6 +43,18 @@ def write_model(directory: Path) -> Path:
     """Write a random Qwen3 whose responses end with `END`; return the directory."""
     hf_models.write("qwen3", directory, eos_token_id=END, pad_token_id=0)
     return directory
+
+
+def word_tokenizer() -> Any:
+    """Return a tokenizer of the tokens <0> to <100>, one per word; other words are <0>."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast  # which takes a second in each process that collects tests
+
+    words = Tokenizer(WordLevel({f"<{i}>": i for i in range(101)}, unk_token="<0>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"<{END}>", pad_token="<0>", unk_token="<0>")
 
 
 def by_the_pipeline(directory: Path) -> dict[str, Tensor]:

@@ -25,6 +25,16 @@ def tiny_qwen3(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_chat_qwen3(tmp_path_factory) -> Path:
+    """Return the same with a tokenizer that has a chat template."""
+    directory = trainer_gradients.write_model(tmp_path_factory.mktemp("chat"))
+    tokenizer = trainer_gradients.word_tokenizer()
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def expected(ranks, tiny_qwen3) -> dict[str, Tensor]:
     """Return the gradient of every tensor of the directory, by the pipeline of this project on one rank."""
     (gradients,) = ranks.run(trainer_gradients.by_the_pipeline, tiny_qwen3, world_size=1)

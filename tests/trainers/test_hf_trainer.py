@@ -82,3 +82,19 @@ def test_a_step_samples_changes_the_weights_and_leaves_the_copy_and_a_log(model,
     assert all(not torch.equal(parameter, start[name]) for name, parameter in model.named_parameters())
     assert all(torch.equal(parameter, start[name]) for name, parameter in trainer.frozen.named_parameters())
     assert (tmp_path / "trainer_state.json").exists() and trainer.state.log_history[0]["loss"] > 0
+
+
+def test_the_file_of_the_page_trains_and_evaluates_as_it_stands(tiny_chat_qwen3, tmp_path):
+    from trainers.hf_trainer import main
+
+    options = {"use_cpu": True, "report_to": "none", "eval_strategy": "steps", "eval_steps": 1, "disable_tqdm": True}
+    trainer = main(str(tiny_chat_qwen3), str(tmp_path), max_new_tokens=4, max_steps=2, **options)
+    assert [log["step"] for log in trainer.state.log_history if log.get("eval_loss", 0) > 0] == [1, 2]
+    assert [log["step"] for log in trainer.state.log_history if log.get("loss", 0) > 0] == [1, 2]
+    assert {"model.safetensors", "tokenizer.json", "trainer_state.json"} <= {file.name for file in tmp_path.iterdir()}
+
+
+def test_the_responses_of_a_model_without_an_end_have_all_their_tokens(model, tmp_path):
+    trainer = trainer_of(model, tmp_path)
+    model.generation_config.eos_token_id = None
+    assert [len(response) for response in trainer.responses(model, PROMPTS)] == [6, 6, 6]

@@ -34,9 +34,9 @@ def test_a_model_learns_subtraction_from_answers(trainer, root, capsys):
 
 
 @pytest.mark.parametrize("name", ["transformers:hf_trainer", "trl:trl_trainer", "megatron_lm:megatron_lm"])
-def test_the_page_has_the_whole_file_in_at_most_60_lines(name):
+def test_the_page_has_the_whole_file_in_at_most_110_lines(name):
     page, file = name.split(":")
     code = (REPOSITORY / "examples" / "trainers" / f"{file}.py").read_text(encoding="utf-8")
-    assert code.count("\n") <= 60
+    assert code.count("\n") <= 110
     text = (REPOSITORY / "docs" / f"trainer_{page}.md").read_text(encoding="utf-8")
     assert "```python\n" + code.split("\n", 1)[1] + "```\n" in text

@@ -23,3 +23,14 @@ def test_the_loop_of_megatron_core_has_the_gradient_of_the_pipeline(ranks, tiny_
 def test_a_second_pipeline_stage_is_refused(ranks, tiny_qwen3):
     with pytest.raises(Exception, match="expected pipeline_model_parallel_size=1"):
         ranks.run(trainer_gradients.by_the_loop_of_megatron, tiny_qwen3, parallel(pp=2), world_size=2)
+
+
+def steps_of_the_page() -> list[float]:
+    from trainers.megatron_lm import main
+
+    return main(num_steps=2)
+
+
+def test_the_file_of_the_page_trains_as_it_stands(ranks):
+    ((first, second),) = ranks.run(steps_of_the_page, world_size=1, init_process_group=False)
+    assert first > 0 and second > 0 and abs(second - first) > 1e-3 * first

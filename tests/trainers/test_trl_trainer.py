@@ -6,9 +6,8 @@ from __future__ import annotations
 import datasets
 import pytest
 import torch
-from trainer_gradients import END, HINTED, PROMPTS, RESPONSES
-from trainers.trl_trainer import SelfDistillationTrainer
-from transformers import PreTrainedTokenizerFast
+from trainer_gradients import HINTED, PROMPTS, RESPONSES, word_tokenizer
+from trainers.trl_trainer import SelfDistillationTrainer, main
 from trl.experimental.sdft import SDFTConfig
 
 from megatron_selfdistill.loss import Target
@@ -16,11 +15,7 @@ from megatron_selfdistill.loss import Target
 
 @pytest.fixture
 def tokenizer():
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = Tokenizer(models.WordLevel({f"<{i}>": i for i in range(101)}, unk_token="<0>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"<{END}>", pad_token="<0>", unk_token="<0>")
+    return word_tokenizer()
 
 
 def text(ids):
@@ -92,3 +87,10 @@ def test_a_response_without_a_token_to_train_on_costs_nothing(trainer_of):
     batch = trainer._prepare_training_batch(rows)
     batch["completion_mask"] = torch.zeros_like(batch["completion_mask"])
     assert trainer.compute_loss(trainer.model, batch).item() == 0
+
+
+def test_the_file_of_the_page_trains_and_evaluates_as_it_stands(tiny_chat_qwen3, tmp_path):
+    options = {"use_cpu": True, "bf16": False, "report_to": "none", "eval_strategy": "steps", "eval_steps": 1}
+    trainer = main(str(tiny_chat_qwen3), str(tmp_path), max_completion_length=4, max_steps=2, **options)
+    assert [log["step"] for log in trainer.state.log_history if log.get("eval_loss", 0) > 0] == [1, 2]
+    assert [log["step"] for log in trainer.state.log_history if log.get("loss", 0) > 0] == [1, 2]
