@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from megatron_selfdistill.config import Config, EvaluationConfig, load
 from megatron_selfdistill.data.contexts import ContextCounts
+from megatron_selfdistill.data.end_tokens import EndTokens
 from megatron_selfdistill.data.problems import Problem, ProblemSet
 from megatron_selfdistill.data.prompts import PromptBuilder, PromptTemplates
 from megatron_selfdistill.evaluation.estimators import majority_at_k, pass_at_k
@@ -71,7 +72,8 @@ def run(problems: list[Problem], grid: Any = ONE_RANK, sampler: Any = None, **op
     defaults = {"params": PARAMS, "num_samples": 6, "pass_at_k": [1, 4], "seed": 3, "step": 20}
     verifier, max_length = options.pop("verifier", exact_match), options.pop("max_length", 100)
     player = options.pop("player", None)
-    data = RunData(Characters(), builder(), ProblemSet([]), ContextCounts(), problems, 128, max_length, (STOP,))
+    ends = EndTokens((STOP,), "", None)
+    data = RunData(Characters(), builder(), ProblemSet([]), ContextCounts(), problems, 128, 128, max_length, ends)
     return evaluate(sampler or FakeSampler(), data, verifier, EvaluationOptions(**defaults | options), grid, player)
 
 
