@@ -51,6 +51,7 @@ from megatron_selfdistill.metrics.guards import (
 from megatron_selfdistill.metrics.leakage import LeakCounts, are_one_hint, leak_counts
 from megatron_selfdistill.metrics.phases import overlap_metrics
 from megatron_selfdistill.metrics.samples import seen_hint, step_samples
+from megatron_selfdistill.metrics.step import first_step_lines
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
 from megatron_selfdistill.pipeline.token_losses import PartialBatch, StepOutput
@@ -269,7 +270,8 @@ class Trainer:
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
-        with self.phases("evaluation"), own as player:
+        times = 0 if self.config.environment.exists else 1 + options.num_samples
+        with self.phases("evaluation", times), own as player:
             result = evaluate(self.sampler, self.run_data, verifier, options, self.grid, player)
         if result.overlooked is not None:
             for line in result.overlooked.lines(self.config.evaluation.verifier, self.run_data.builder.show_contents):
@@ -364,13 +366,16 @@ def warnings_of(config: Config, step: int, metrics: Mapping[str, float], method:
     warnings = silent, warning_of_an_untrained_step(config, step, metrics)
     of_method = method.warnings(metrics) if method.warnings is not None else []
     first = first_step_warnings(config, metrics) if step == 1 else []
+    first += first_step_lines(config, metrics) if step == 1 else []
     return [warning for warning in (*warnings, *first, *of_method) if warning is not None]
 
 
 def stopped(step: int, num_steps: int, reason: str | None, checkpoint: Path | None) -> str:
     """Return the last line of a run that ends early, after ``step`` steps; ``checkpoint``: None if no step is done."""
-    where = f"checkpoint: {checkpoint}" if checkpoint is not None else "no step was done, so there is no checkpoint"
-    return f"stopped after step {step} of {num_steps}: {reason}; started again, the same command continues; {where}"
+    if checkpoint is None:
+        return f"stopped before step 1 of {num_steps}: {reason}; no step was done; the same command starts anew"
+    where = f"started again, the same command continues; checkpoint: {checkpoint}"
+    return f"stopped after step {step} of {num_steps}: {reason}; {where}"
 
 
 def leaks_of(contexts: Sequence[ContextPair], words: Sequence[str], tokenizer: Tokenizer, grid: RankGrid) -> LeakCounts:

@@ -6,13 +6,15 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from megatron_selfdistill.commands.model_command import at_least_1, ended
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
@@ -20,6 +22,10 @@ from megatron_selfdistill.config.world_checks import check_ranks, check_world
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
+    from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
+    from megatron_selfdistill.evaluation.first_step import FirstStep
+    from megatron_selfdistill.evaluation.hint_levels import HintLevel
+    from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.run_data import RunData
 
 DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
@@ -107,15 +113,18 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
 
     ``given``, ``keys``: the result of `checked`.
     """
-    from megatron_selfdistill.commands.given_model import computed_in, configured, temporary_directory
+    if os.environ.get("RANK", "0") == "0":
+        print("evaluate: imports its packages and reads the data", file=sys.stderr, flush=True)
+    from megatron_selfdistill.commands.given_model import computed_in, configured, find_model, temporary_directory
     from megatron_selfdistill.distributed import ranks
     from megatron_selfdistill.distributed.roll_call import world_size
     from megatron_selfdistill.evaluation.hint_levels import at_level
     from megatron_selfdistill.evaluation.inference import converted
     from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
+    from megatron_selfdistill.metrics.phases import Phases, phases_shown
     from megatron_selfdistill.run_data import RunData
 
-    model = _model(arguments)
+    model = find_model(arguments.hf, arguments.megatron, arguments.iteration)
     config = configured(given, keys, model)
     check_world(config, world_size())
     run_data = RunData.load_evaluation(config, arguments.hinted)
@@ -124,94 +133,157 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     about_types = computed_in(config, model)
     grid = ranks.initialize(config.parallel, config.seed)
     if grid.is_reporter:
-        print(about_types, flush=True)
+        print(about_types, file=sys.stderr, flush=True)
+    phases = Phases(grid.device)
     try:
-        with temporary_directory(arguments.tmp or arguments.out.parent, grid) as directory, ExitStack() as stack:
+        with ExitStack() as stack:
+            directory = stack.enter_context(temporary_directory(arguments.tmp or arguments.out.parent, grid))
             load = model["path"]
-            if arguments.hf is not None:
-                load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
-            checkpoint = dataclasses.replace(config.checkpoint, load=load)
-            config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
-            _evaluate_with(config, run_data, levels, grid, arguments, model)
+            with phases_shown(phases, enabled=grid.is_reporter):
+                if arguments.hf is not None:
+                    with phases("converting the model"):
+                        load = str(stack.enter_context(converted(arguments.hf, directory / "converted")))
+                checkpoint = dataclasses.replace(config.checkpoint, load=load)
+                config = dataclasses.replace(config, checkpoint=checkpoint, run_dir=str(directory / "run"))
+                measured = _measured(config, run_data, levels, grid, arguments, phases)
+            if grid.is_reporter:
+                _report(measured, config, run_data, arguments, model)
     finally:
         ranks.shutdown()
     return 0
 
 
-def _evaluate_with(
+class _Measured(NamedTuple):
+    """What an evaluation has found, the same on every rank."""
+
+    result: EvaluationResult
+    first: FirstStep | None
+    levels: list[HintLevel]
+    seconds: float
+
+
+def _measured(
     config: Config,
     run_data: RunData,
     levels: dict[str, RunData],
     grid: RankGrid,
     arguments: argparse.Namespace,
-    model: dict[str, Any],
-) -> None:
+    phases: Phases,
+) -> _Measured:
     from megatron_selfdistill.evaluation import held_out
-    from megatron_selfdistill.evaluation.evaluations import write_evaluation
-    from megatron_selfdistill.evaluation.first_step import measure_first_step, recommended
-    from megatron_selfdistill.evaluation.hint_levels import measure_hint_levels, predicted_order
+    from megatron_selfdistill.evaluation.first_step import measure_first_step
+    from megatron_selfdistill.evaluation.hint_levels import measure_hint_levels
     from megatron_selfdistill.evaluation.inference import open_inference
-    from megatron_selfdistill.evaluation.tables import show_first_step, show_hint_levels, show_summary
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.sources.configured_source import evaluation_player
 
     verifier = load_verifier(config.evaluation.verifier)
     with (
-        open_inference(config, run_data, grid) as inference,
+        open_inference(config, run_data, grid, phases) as inference,
         evaluation_player(config, run_data, inference.sampler, 0, grid) as player,
     ):
         began = time.perf_counter()
-        result = held_out.evaluate(
-            inference.sampler,
-            run_data,
-            verifier,
-            held_out.EvaluationOptions(
-                params=inference.sampling,
-                num_samples=arguments.num_samples,
-                pass_at_k=arguments.pass_at_k,
-                seed=config.seed,
-                step=0,  # independent of the iteration, so that compared models sample with the same seeds
-                majority_at_k=arguments.majority_at_k,
-                hinted=arguments.hinted,
-                num_transcripts=arguments.responses,
-                leak_words=config.metrics.leak_words,
-                confidence=config.evaluation.confidence_pattern,
-            ),
-            grid,
-            player,
+        options = held_out.EvaluationOptions(
+            params=inference.sampling,
+            num_samples=arguments.num_samples,
+            pass_at_k=arguments.pass_at_k,
+            seed=config.seed,
+            step=0,  # independent of the iteration, so that compared models sample with the same seeds
+            majority_at_k=arguments.majority_at_k,
+            hinted=arguments.hinted,
+            num_transcripts=arguments.responses,
+            leak_words=config.metrics.leak_words,
+            confidence=config.evaluation.confidence_pattern,
         )
+        with phases("evaluation", 0 if config.environment.exists else 1 + arguments.num_samples):
+            result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
         seconds = time.perf_counter() - began
-        compared = measure_hint_levels(inference, config, levels, verifier, grid) if levels else []
-        first = measure_first_step(inference, config, run_data, verifier, grid) if arguments.hinted else None
-    if grid.is_reporter:
-        about: dict[str, Any] = {
-            "model": model,
-            "data": _data(run_data, arguments),
-            "settings": _settings(config, run_data, arguments),
-        }
-        if first is not None:
-            with_hint = result.greedy_accuracy if result.sampled_accuracy is None else result.sampled_accuracy
-            choice = recommended(first.num_hints, len(run_data.evaluation), first.accuracy, with_hint)
-            about["first_step"] = {**first.record(), "recommended": asdict(choice)}
-        if compared:
-            about["hint_levels"] = [it.record() for it in compared]
-        summary = write_evaluation(arguments.out, result, about)
-        num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
-        line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
-        show_summary(summary, line, show_all=arguments.all)
-        if first is not None:
-            show_first_step(first.record(), first.advice(config), str(choice))
-        if compared:
-            show_hint_levels(about["hint_levels"], predicted_order(compared))
-        if result.overlooked is not None:
-            print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
+        compared, first = [], None
+        if levels:
+            with phases("hint levels", 1 + len(levels)):
+                compared = measure_hint_levels(inference, config, levels, verifier, grid)
+        if arguments.hinted:
+            with phases("first step", 1):
+                first = measure_first_step(inference, config, run_data, verifier, grid)
+    return _Measured(result, first, compared, seconds)
 
 
-def _model(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return the entry of summary.json about the model, after a look at its files.  Raises: `CheckpointError`."""
-    from megatron_selfdistill.commands.given_model import find_model
+def _report(
+    measured: _Measured, config: Config, run_data: RunData, arguments: argparse.Namespace, model: dict[str, Any]
+) -> None:
+    """Write the files, and print the verdict and the tables."""
+    from megatron_selfdistill.evaluation import tables
+    from megatron_selfdistill.evaluation.evaluations import write_evaluation
+    from megatron_selfdistill.evaluation.first_step import readiness, recommended
+    from megatron_selfdistill.evaluation.hint_levels import predicted_order
 
-    return find_model(arguments.hf, arguments.megatron, arguments.iteration)
+    result, first, compared, seconds = measured
+    data, settings = _data(run_data, arguments), _settings(config, run_data, arguments)
+    about: dict[str, Any] = {"model": model, "data": data, "settings": settings}
+    if compared:
+        about["hint_levels"] = [it.record() for it in compared]
+    advice: list[str] = []
+    if first is not None:
+        number, advice = len(run_data.evaluation), first.advice(config)
+        about["first_step"] = first.record()
+        if config.environment.exists:  # the samples of the first step are no episodes
+            print("no verdict: compare with the same command without --hinted (selfdistill evaluate compare)\n")
+        else:
+            ready = readiness(config, first, result, number, compares=bool(compared))
+            shares = (right / of for right, of in (ready.gain.without, ready.gain.hinted))
+            target = recommended(first.num_hints, number, *shares)
+            about["first_step"] |= {"recommended": asdict(target), "verdict": ready.record()}
+            train = training_command(arguments, config, model, target.overrides)
+            again = ready.change
+            if not isinstance(again, str):
+                options = [] if arguments.overwrite else ["--overwrite"]
+                again = launched("evaluate", [*arguments.argv, *again, *options])
+            tables.show_readiness(ready, target, train if ready.cause is None else again)
+    summary = write_evaluation(arguments.out, result, about)
+    num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
+    line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
+    tables.show_summary(summary, line, show_all=arguments.all)
+    if first is not None:
+        tables.show_first_step(first.record(), advice)
+    if compared:
+        tables.show_hint_levels(about["hint_levels"], predicted_order(compared))
+    if result.overlooked is not None:
+        print(*result.overlooked.lines(config.evaluation.verifier), sep="\n")
+
+
+def training_command(
+    arguments: argparse.Namespace, config: Config, model: dict[str, Any], target: Sequence[str]
+) -> str:
+    """Return the command line that trains the evaluated ``model`` with the keys of this command and of ``target``.
+
+    A Hugging Face directory is converted first.  The training problems are problems.jsonl, unless data.path is given.
+    """
+    load, words = Path(model["path"]), list(arguments.overrides)
+    convert = []
+    if model["format"] == "hugging_face":
+        hf, load = load, load.with_name(f"{load.name}-megatron")
+        convert = ["selfdistill", "convert", "hf-to-megatron", "--hf", str(hf), "--out", str(load)]
+    given = {word.lstrip("+").partition("=")[0] for word in words}
+    needed = {"data.tokenizer": config.data.tokenizer, "data.path": "problems.jsonl"}
+    words = [f"checkpoint.load={load}", *(f"{key}={it}" for key, it in needed.items() if key not in given), *words]
+    if arguments.config_name != "train":
+        words += ["--config-name", arguments.config_name]
+    words += [word for directory in arguments.config_dir for word in ("--config-dir", directory)]
+    train = launched("train", [*words, *target, "run_dir=runs/first"])
+    return f"{shlex.join(convert)} && {train}" if convert else train
+
+
+def launched(command: str, words: Sequence[str]) -> str:
+    """Return the command line that runs ``command`` on as many ranks as this one; of equal keys, the last stays."""
+    from megatron_selfdistill.config import shown_argument
+    from megatron_selfdistill.distributed.roll_call import world_size
+
+    last = {word.partition("=")[0]: place for place, word in enumerate(words)}
+    words = [word for place, word in enumerate(words) if "=" not in word or last[word.partition("=")[0]] == place]
+    program = ["selfdistill"]
+    if world_size() > 1:
+        program = ["torchrun", "--nproc-per-node", str(world_size()), "-m", "megatron_selfdistill"]
+    return shlex.join([*program, command, *map(shown_argument, words)])
 
 
 def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
@@ -359,6 +431,7 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.set_defaults(more_overrides=[])
     arguments = parser.parse_intermixed_args(argv)
     arguments.overrides = [*arguments.overrides, *arguments.more_overrides]
+    arguments.argv = list(argv)
     if arguments.num_samples < 0:
         parser.error(f"argument --num-samples: expected at least 0, got {arguments.num_samples}")
     if arguments.levels and not arguments.hinted:

@@ -71,6 +71,8 @@ LINE = (
     ),
     Column("response/length_mean", "length", ".1f", "mean response length (tokens)"),
     Column("response/truncated_share", "cut", ".2f", "share of responses cut at rollout.max_new_tokens"),
+    Column("rewards/mean", "reward", ".3f", "mean reward of a response"),
+    Column("episodes/turns_mean", "turns", ".1f", "mean responses per episode"),
     Column("gradient_norm", "grad", ".3g", "gradient norm before clipping"),
     Column("learning_rate", "lr", ".2g", "learning rate"),
     Column("seconds/step", "s", ".2f", "seconds of the step"),

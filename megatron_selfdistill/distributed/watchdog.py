@@ -44,14 +44,24 @@ class _Signs:
     place: int = 0
     phase: str = "start"
     moving_files: int = 0
+    microbatch: tuple[int, int] = 0, 0
 
 
 _signs = _Signs()
 
 
-def beat() -> None:
-    """Record that this rank made progress, such as a token, a response or a microbatch, at a negligible cost."""
+def beat(microbatch: int = 0, of: int = 0) -> None:
+    """Record that this rank made progress, such as a token, a response or a microbatch, at a negligible cost.
+
+    ``microbatch``: the number, from 1, of one that begins, ``of`` those of the pass.
+    """
     _signs.count += 1
+    _signs.microbatch = microbatch, of
+
+
+def microbatch() -> tuple[int, int]:
+    """Return the number of the microbatch under way, and of those of its pass; 0 of 0 where there is none."""
+    return _signs.microbatch
 
 
 def entered(phase: str) -> None:
@@ -59,14 +69,14 @@ def entered(phase: str) -> None:
 
     All ranks pass through the same phases, so a rank that is behind delays the others.
     """
-    _signs.count += 1
+    beat()
     _signs.place += 1
     _signs.phase = phase
 
 
 def left(phase: str) -> None:
     """Record that the phase ends."""
-    _signs.count += 1
+    beat()
     _signs.place += 1
     _signs.phase = f"after {phase}"
 

@@ -10,16 +10,19 @@ with the hint, with the logits t.  The share of the hint that a target q lets th
 It is 1 for the teacher alone.  It is equal for target.anchor=reference and student, because both anchors have the
 logits s.  The two differ after the first update, since the mix with the student follows the student.
 
-`recommended` chooses a target from three numbers: how many different hints there are, and the accuracy without and with
-the hint.  docs/real_model.md has the rule, and how it does beside every fixed target.
+`readiness` says whether a run is worth its time, from the gain of the hint on the same problems.  `recommended` chooses
+a target from three numbers: how many different hints there are, and the accuracy without and with the hint.
+docs/real_model.md has the rule, and how it does beside every fixed target.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,10 +30,12 @@ from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import PromptPair, build_contexts
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
+from megatron_selfdistill.evaluation.estimators import Interval, bootstrap
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
 from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.loss.target import Divergence, Target
-from megatron_selfdistill.metrics.guards import SILENT_KL, first_step_advice
+from megatron_selfdistill.metrics.guards import MANY_CUT, SILENT_KL, first_step_advice
 from megatron_selfdistill.metrics.leakage import ends_in_loop
 from megatron_selfdistill.pipeline.score import Reading, Want, read
 from megatron_selfdistill.pipeline.token_losses import TokenMeasurement, self_distillation
@@ -43,6 +48,12 @@ WEIGHTS = (0.75, 2.0, 4.0)
 CONFIGURED, TEACHER_ALONE = "as configured", "target=teacher_alone"
 NEVER_SOLVED, SOLVED_BY_HINT = 0.01, 0.2
 """The largest accuracy of a base that never solves its problems, and the smallest of one whose hints solve them."""
+UNTRAINED = 0.9
+"""The share of ln V, the entropy of guessing among V tokens, above which a model looks untrained."""
+SOLVED = 0.9
+"""The accuracy without the hint from which on the hint has little to add."""
+FEWEST = 5
+"""The fewest problems that show a gain: five in a row happen by chance in one of 32 cases."""
 GUIDED = (
     *("loss.divergence=forward_kl", "target.teacher_weight=2", "rollout.guidance=mixed"),
     *("rollout.temperature=1", "rollout.top_k=0", "rollout.top_p=1"),
@@ -78,16 +89,24 @@ class FirstStep:
     """The mean KL(teacher || reference) in nats per token."""
     accuracy: float
     """The share of the samples, which saw no hint, that are right."""
+    are_right: tuple[bool, ...]
+    """Which of the samples are right, in the order of their problems."""
     num_hints: int
     """The number of different solutions among all problems of the evaluation."""
+    vocab_size: int
     let_through: dict[str, LetThrough]
     """The setting -> the share of the hint that its target lets through; `CONFIGURED` is the first."""
+
+    @property
+    def is_untrained(self) -> bool:
+        """Whether the model nearly guesses among all tokens of its vocabulary."""
+        return self.entropy_mean > UNTRAINED * math.log(self.vocab_size)
 
     def advice(self, config: Config) -> list[str]:
         """Return a sentence, with keys to try, for each number with which a run learns little."""
         return first_step_advice(
             config,
-            nll=-self.log_prob_mean,
+            nll=None if self.is_untrained else -self.log_prob_mean,  # no temperature helps such a model
             entropy=self.entropy_mean,
             truncated_share=self.truncated_share,
             loop_share=self.loop_share,
@@ -97,6 +116,94 @@ class FirstStep:
     def record(self) -> dict[str, Any]:
         """Return the numbers as JSON values."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Gain:
+    """How often responses to the same problems are right without the hint and with it."""
+
+    without: tuple[int, int]
+    """The right samples without the hint, one per problem, and all of these samples."""
+    hinted: tuple[int, int]
+    """The right samples with the hint, or greedy responses where nothing is sampled, and all of them."""
+    mean: float
+    """The mean over the problems of the share with the hint minus the share without."""
+    interval: Interval | None
+    """The bootstrap of the mean; None for fewer than `FEWEST` problems."""
+
+    @classmethod
+    def of(cls, are_right: Sequence[bool], problems: Sequence[ProblemResult]) -> Gain:
+        """Return the gain on the first of ``problems``, those with a sample in ``are_right``."""
+        hinted = [[it.correct for it in one.samples or [one.greedy]] for one in problems[: len(are_right)]]
+        gains = [sum(seen) / len(seen) - right for seen, right in zip(hinted, are_right, strict=True)]
+        interval = bootstrap(np.array(gains)[:, None])[0] if len(gains) >= FEWEST else None
+        counts = sum(map(sum, hinted)), sum(map(len, hinted))
+        return cls((sum(are_right), len(are_right)), counts, sum(gains) / len(gains), interval)
+
+    def lines(self) -> list[str]:
+        """Return the lines that show both shares and the gain."""
+        places = (("without the hint", self.without), ("with the hint", self.hinted))
+        shares = [f"{name:<16}  {right / of:.2f} right ({right} of {of})" for name, (right, of) in places]
+        found, number = self.interval, self.without[1]
+        known = "too few for an interval" if found is None else f"95 %: {found.low:+.2f} to {found.high:+.2f}"
+        return [*shares, f"{'gain':<16} {self.mean:+.2f} ({number} problem{'s' * (number > 1)}, {known})"]
+
+
+@dataclass(frozen=True)
+class Readiness:
+    """Whether a run is worth its time."""
+
+    gain: Gain
+    cause: str | None
+    """Why a run would teach little; None for a run that is worth its time."""
+    change: tuple[str, ...] | str
+    """The arguments to add to the command before it runs again, or a sentence about what to change."""
+
+    def record(self) -> dict[str, Any]:
+        """Return the verdict as JSON values."""
+        return {**asdict(self.gain), "train": self.cause is None, "cause": self.cause}
+
+
+def readiness(
+    config: Config, first: FirstStep, result: EvaluationResult, problems: int, *, compares: bool = False
+) -> Readiness:
+    """Return whether a run is worth its time: whether the hint clearly helps, and a fifth of its responses is right.
+
+    ``result``: the evaluation with the hint, of ``problems`` problems.  ``compares``: whether hint levels are shown.
+    """
+    gain, verifier = Gain.of(first.are_right, result.problems), config.evaluation.verifier
+    (plain, number), hinted = gain.without, gain.hinted[0] / gain.hinted[1]
+    is_clear = gain.interval is not None and gain.interval.probability_not_above_0 <= 0.025
+    cut = result.greedy_truncated_share if result.sampled_truncated_share is None else result.sampled_truncated_share
+
+    def not_yet(cause: str, change: Sequence[str] | str) -> Readiness:
+        return Readiness(gain, cause, change if isinstance(change, str) else tuple(change))
+
+    if first.is_untrained:
+        return not_yet(
+            "this model looks untrained, or tokenizer and weights do not belong together: its entropy is "
+            f"{first.entropy_mean:.2f} nats per token, and ln({first.vocab_size}) is {math.log(first.vocab_size):.2f}",
+            "name a trained model, and the tokenizer with which it was trained (data.tokenizer=DIR)",
+        )
+    if is_clear and hinted >= SOLVED_BY_HINT:
+        return Readiness(gain, None, ())
+    if result.overlooked is not None:
+        fix = ("evaluation.verifier=math_verify",) if verifier == "exact_match" else "read the responses below"
+        return not_yet(result.overlooked.lines(verifier)[0], fix)
+    if cut > MANY_CUT:
+        new = config.rollout.max_new_tokens
+        cause = f"{cut:.0%} of the responses with the hint are cut at rollout.max_new_tokens={new}, and count as wrong"
+        return not_yet(cause, [f"rollout.max_new_tokens={2 * new}"])
+    if plain >= SOLVED * number:
+        return not_yet("the model solves these problems without the hint", "take harder problems (--data)")
+    if first.num_hints == 1 < problems:
+        cause = f"all hints are one text, and evaluation.verifier={verifier} does not find that it is followed"
+        return not_yet(cause, "set evaluation.verifier to a function that judges what this text asks for")
+    if gain.mean > 0 and not is_clear and number < MAX_PROBLEMS:
+        return not_yet(f"{number} problems are too few to tell the gain from chance", "give --data more problems")
+    cause = f"the hint helps too little: {hinted:.0%} of the responses that see it are right"
+    wording = "try another data.teacher_template, or a stronger model"
+    return not_yet(cause, wording if compares else ["--levels", "none,other,solution"])
 
 
 @dataclass(frozen=True)
@@ -110,7 +217,7 @@ class Recommended:
 
     def __str__(self) -> str:
         """Return the recommendation as a sentence."""
-        return f"recommended: {' '.join(self.overrides) or 'the default target'}, since {self.reason}"
+        return f"{' '.join(self.overrides) or 'the default target'}, since {self.reason}"
 
 
 def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accuracy: float) -> Recommended:
@@ -127,10 +234,7 @@ def recommended(num_hints: int, num_problems: int, accuracy: float, hinted_accur
     if accuracy <= NEVER_SOLVED and hinted_accuracy >= SOLVED_BY_HINT:
         reason = "the default anchor would hold the answers back; for facts, which the reference never proposes, take "
         return Recommended(GUIDED, f"{accuracies}: {reason}target=teacher_alone in place of target.teacher_weight")
-    reason = f"there are {num_hints} different hints, and {accuracies}"
-    if hinted_accuracy < SOLVED_BY_HINT:
-        reason += "; a teacher that seldom follows its hint teaches little: try another data.teacher_template"
-    return Recommended((), reason)
+    return Recommended((), f"there are {num_hints} different hints, and {accuracies}")
 
 
 def measure_first_step(
@@ -164,7 +268,8 @@ def measure_first_step(
     are_cut = gather_items([response.truncated for response in responses] if speaks else [])
     are_looping = gather_items([ends_in_loop(response.token_ids) for response in responses] if speaks else [])
     num_hints = len({problem.solution for problem in run_data.evaluation})
-    return first_step(tokens, are_cut, are_looping, list(rights.values()), num_hints, list(targets))
+    are_right = [rights[problem.id] for problem in problems]
+    return first_step(tokens, are_cut, are_looping, are_right, num_hints, run_data.vocab_size, list(targets))
 
 
 def compared_targets(configured: Target) -> dict[str, Target]:
@@ -186,6 +291,7 @@ def first_step(
     are_looping: Sequence[bool],
     are_right: Sequence[bool],
     num_hints: int,
+    vocab_size: int,
     settings: Sequence[str],
 ) -> FirstStep:
     """Return what the numbers of the tokens say.
@@ -213,7 +319,9 @@ def first_step(
         loop_share=sum(are_looping) / len(are_looping),
         teacher_kl=of_teacher.mean().item(),
         accuracy=sum(are_right) / len(are_right),
+        are_right=tuple(are_right),
         num_hints=num_hints,
+        vocab_size=vocab_size,
         let_through={**let_through, TEACHER_ALONE: LetThrough(1.0, 1.0)},
     )
 

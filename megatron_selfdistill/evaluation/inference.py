@@ -19,6 +19,7 @@ from megatron_selfdistill.distributed.collectives import run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.loss.sharded.vocab_parallel import VocabShard
+from megatron_selfdistill.metrics.phases import Phases
 from megatron_selfdistill.model.forward import decided_output_layer, unwrapped
 from megatron_selfdistill.pipeline.score import ScoringModels, sequence_for
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, sample_seed
@@ -61,18 +62,23 @@ class Inference:
 
 
 @contextmanager
-def open_inference(config: Config, run_data: RunData, grid: RankGrid) -> Iterator[Inference]:
+def open_inference(
+    config: Config, run_data: RunData, grid: RankGrid, phases: Phases | None = None
+) -> Iterator[Inference]:
     """Open the model of ``checkpoint.load`` with the sampler of ``rollout``, and close the sampler at the end.
 
-    The weights are random if ``checkpoint.load`` is null.
+    The weights are random if ``checkpoint.load`` is null.  ``phases``: hears of the loading and of finished responses.
     Every rank of the world enters and leaves this context.  Raises: `ConfigError`, `CheckpointError`.
     """
-    config = with_stored_adapters(config)
-    chunks = loaded_chunks(config, grid, run_data.vocab_size, config.checkpoint.load)
-    vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, run_data.vocab_size, grid.tp_group)
-    sampler = make_sampler(config, run_data, chunks, grid)
+    phases = phases or Phases(grid.device)
+    with phases("loading the model"):
+        config = with_stored_adapters(config)
+        chunks = loaded_chunks(config, grid, run_data.vocab_size, config.checkpoint.load)
+        vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, run_data.vocab_size, grid.tp_group)
+        sampler = make_sampler(config, run_data, chunks, grid, progress=phases.counted)
     try:
-        sampler.update_weights(0)
+        with phases("sending the weights to the sampler"):
+            sampler.update_weights(0)
         yield Inference(chunks, vocab, sampler, sampling_params(config, run_data))
     finally:
         sampler.close()

@@ -6,12 +6,15 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from megatron_selfdistill.evaluation.evaluations import Comparison
+
+if TYPE_CHECKING:  # torch, which takes seconds
+    from megatron_selfdistill.evaluation.first_step import Readiness, Recommended
 
 
 def first_metrics(names: Iterable[str]) -> list[str]:
@@ -61,11 +64,20 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
     console().print(table)
 
 
-def show_first_step(first: Mapping[str, Any], advice: Sequence[str], recommendation: str) -> None:
-    """Print the entry first_step of a summary as a table, with ``advice`` and ``recommendation`` below it.
+def show_readiness(ready: Readiness, target: Recommended, command: str) -> None:
+    """Print the verdict of `readiness`, and ``command``, the next one; ``target`` is that of a run."""
+    lines = ready.gain.lines()
+    if ready.cause is None:
+        lines += ["train: the hint helps", f"target: {target}"]
+    else:
+        (plain, all_plain), (hinted, all_hinted) = ready.gain.without, ready.gain.hinted
+        right = f"with the hint {hinted} of {all_hinted} are right, without it {plain} of {all_plain}"
+        lines += [f"do not train yet: {right}", f"cause: {ready.cause}"]
+    print(*lines, f"next: {command}", "", sep="\n")
 
-    ``advice`` has a sentence per line.
-    """
+
+def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:
+    """Print the entry first_step of a summary as a table, with ``advice``, a sentence per line, below it."""
     samples, tokens = _counted(first["num_samples"], "sample"), _counted(first["num_tokens"], "token")
     table = Table(title=f"the first step of a run: {samples} without hints, {tokens}")
     table.add_column("number", no_wrap=True)
@@ -88,7 +100,6 @@ def show_first_step(first: Mapping[str, Any], advice: Sequence[str], recommendat
     console().print(table)
     for sentence in advice:
         console().print(sentence, style="yellow", markup=False)
-    console().print(recommendation, markup=False)
 
 
 def show_hint_levels(levels: Sequence[Mapping[str, Any]], predicted: Sequence[str]) -> None:

@@ -59,7 +59,10 @@ class Merge:
 
     def __str__(self) -> str:
         share = self.num_unchanged / max(self.num_elements, 1)
-        return f"adapters are merged: rounding left {share:.1%} of the elements of the adapted layers as they were"
+        return (
+            f"adapters are merged: rounding left {share:.1%} of the elements of the adapted layers as they were, which "
+            "is normal after few steps; for the exact sum keep the adapters, or write --dtype fp32 (megatron-to-hf)"
+        )
 
 
 class MergedWeights:

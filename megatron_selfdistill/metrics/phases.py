@@ -24,8 +24,8 @@ Mark: TypeAlias = "float | torch.cuda.Event"
 class PhaseListener(Protocol):
     """An object that `Phases` informs of the phases and of the finished responses of this rank."""
 
-    def entered(self, name: str) -> None:
-        """Learn that the phase ``name`` begins."""
+    def entered(self, name: str, times: int = 0) -> None:
+        """Learn that the phase ``name`` begins; ``times``: as for `Phases`."""
         ...
 
     def left(self) -> None:
@@ -59,22 +59,25 @@ class Phases:
         """The object that hears of the phases of this rank; None on ranks that show nothing."""
 
     @contextlib.contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Time the phase ``name`` from the entry of this context to its end."""
+    def __call__(self, name: str, times: int = 0) -> Iterator[None]:
+        """Time the phase ``name`` from the entry of this context to its end.
+
+        ``times``: the responses of the whole phase over those of its first call of a sampler, where this is known.
+        """
         start = self._mark()
         watchdog.entered(name)
-        with self._heard(name):
+        with self._heard(name, times):
             yield
         watchdog.left(name)
         self._spans.append((name, start, self._mark()))
 
     @contextlib.contextmanager
-    def _heard(self, name: str) -> Iterator[None]:
+    def _heard(self, name: str, times: int) -> Iterator[None]:
         listener = self.listener
         if listener is None:
             yield
             return
-        listener.entered(name)
+        listener.entered(name, times)
         try:
             yield
         finally:
@@ -138,7 +141,7 @@ BETWEEN_STEPS = ("checkpoint", "evaluation")
 """The phases that belong to the steps done, and to no step under way."""
 LINE_SECONDS = 60.0
 """The seconds that a phase lasts before its first plain line, and the seconds between two plain lines."""
-_TICK_SECONDS = 5.0
+_FIRST_SECONDS, _TICK_SECONDS = 5.0, 0.5
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,29 @@ class PhaseUnderWay:
     name: str
     began: float
     """The clock (`time.monotonic`) when the phase was entered."""
-    count: str = ""
-    """How many responses are finished, such as ``12 of 64 responses``; empty where nothing is counted."""
+    times: int = 0
+    """The responses of the phase over those of its first call of a sampler; 0 where this is not known."""
+    calls: tuple[int, ...] = ()
+    """The responses of each call of the sampler so far."""
+    finished: int = 0
+    """The finished responses of the last call."""
+    whose: str = ""
+
+    @property
+    def text(self) -> str:
+        """The phase, such as ``evaluation, 12 of 64 responses, 2:10, 9:23 left`` or ``train, microbatch 3 of 8, 1:03``.
+
+        The time left is that of equally quick responses, where the number of responses of the phase is known.
+        """
+        seconds = time.monotonic() - self.began
+        finished, total, left = self.finished, self.calls[-1] if self.calls else 0, ""
+        if self.times and total:
+            finished, total = finished + sum(self.calls[:-1]), self.times * self.calls[0]
+            left = f"{duration(seconds * (total - finished) / finished)} left" if 0 < finished < total else ""
+        microbatch, of = watchdog.microbatch()
+        count = f"microbatch {microbatch} of {of}" if of else ""
+        count = f"{finished} of {total} responses {self.whose}".rstrip() if total else count
+        return ", ".join(filter(None, [self.name, count, duration(seconds), left]))
 
 
 class PhaseProgress:
@@ -158,16 +182,16 @@ class PhaseProgress:
     Any thread may read.  As a rich renderable, the object is its `text`.
     """
 
-    def __init__(self, num_steps: int) -> None:
-        """``num_steps``: the steps of the whole run."""
+    def __init__(self, num_steps: int | None = None) -> None:
+        """``num_steps``: the steps of the whole run; None for a command without steps."""
         self._num_steps = num_steps
         self._open: tuple[PhaseUnderWay, ...] = ()  # from the outermost phase to the innermost
         self.done = 0
         """The steps that are done."""
 
-    def entered(self, name: str) -> None:
-        """Record that the phase ``name`` begins."""
-        self._open = (*self._open, PhaseUnderWay(name, time.monotonic()))
+    def entered(self, name: str, times: int = 0) -> None:
+        """Record that the phase ``name`` begins; ``times``: as for `Phases`."""
+        self._open = (*self._open, PhaseUnderWay(name, time.monotonic(), times))
 
     def left(self) -> None:
         """Record that the phase entered last has ended, also where it raised."""
@@ -180,8 +204,9 @@ class PhaseProgress:
         """
         phase = self.now
         if phase is not None and total:
-            count = f"{finished} of {total} responses {whose}".rstrip()
-            self._open = (*self._open[:-1], replace(phase, count=count))
+            is_same = phase.calls[-1:] == (total,) and finished >= phase.finished
+            calls = phase.calls if is_same else (*phase.calls, total)
+            self._open = (*self._open[:-1], replace(phase, calls=calls, finished=finished, whose=whose))
 
     @property
     def now(self) -> PhaseUnderWay | None:
@@ -191,19 +216,18 @@ class PhaseProgress:
 
     @property
     def text(self) -> str:
-        """The phase under way, such as ``rollout, 12 of 64 responses, 2:10``; empty between two phases."""
-        phase = self.now
-        if phase is None:
-            return ""
-        return ", ".join(filter(None, [phase.name, phase.count, duration(time.monotonic() - phase.began)]))
+        """The text of the phase under way; empty between two phases."""
+        return self.now.text if self.now is not None else ""
 
     @property
     def place(self) -> str:
-        """The step to which the phase under way belongs, such as ``step 3``, or ``after step 3`` between two steps."""
+        """The step of the phase under way, as the beginning of a line: ``step 3: ``, ``after step 3: `` between two."""
         phase = self.now
+        if self._num_steps is None:
+            return ""
         if self.done == self._num_steps or (phase is not None and phase.name in BETWEEN_STEPS):
-            return f"after step {self.done}"
-        return f"step {self.done + 1}"
+            return f"after step {self.done}: "
+        return f"step {self.done + 1}: "
 
     def __rich__(self) -> Text:
         from rich.text import Text
@@ -212,14 +236,15 @@ class PhaseProgress:
 
 
 class SlowPhaseLines:
-    """The thread that shows a plain line about a phase that takes long, at most one line per `LINE_SECONDS`.
+    """The thread that shows a plain line about a phase that takes long, such as ``step 3: rollout, 12 of 64 ..``.
 
-    A line is such as ``step 3: rollout, 12 of 64 responses, 2:10``.
+    There is at most one line per `LINE_SECONDS`; with ``at_once`` a phase has a line when it begins, and lines at
+    distances that grow to `LINE_SECONDS`.
     """
 
-    def __init__(self, progress: PhaseProgress, show: Callable[[str], None]) -> None:
+    def __init__(self, progress: PhaseProgress, show: Callable[[str], None], *, at_once: bool = False) -> None:
         """``show``: prints one line; the thread calls it, so it must be safe beside the main thread."""
-        self._progress, self._show = progress, show
+        self._progress, self._show, self._at_once = progress, show, at_once
         self._last = 0.0  # clock of the last line
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
@@ -232,12 +257,17 @@ class SlowPhaseLines:
             self._thread.start()
 
     def tick(self) -> None:
-        """Show a line where the phase under way and the last line are both `LINE_SECONDS` old."""
+        """Show a line where it is time for one."""
         with self._one_at_a_time:
             phase, now = self._progress.now, time.monotonic()
-            if phase is not None and now - max(phase.began, self._last) >= LINE_SECONDS:
+            if phase is None:
+                return
+            distance, age = LINE_SECONDS, self._last - phase.began  # the age at the last line; below 0 without one
+            if self._at_once:
+                distance = 0.0 if age < 0 else min(distance, max(age, _FIRST_SECONDS))
+            if now - max(phase.began, self._last) >= distance:
                 self._last = now
-                self._show(f"{self._progress.place}: {self._progress.text}")
+                self._show(f"{self._progress.place}{self._progress.text}")
 
     def close(self) -> None:
         """End the thread; a second call does nothing."""
@@ -251,6 +281,30 @@ class SlowPhaseLines:
                 self.tick()
             except OSError:  # standard output is gone, and the next line of the main thread raises the same error
                 return
+
+
+@contextlib.contextmanager
+def phases_shown(phases: Phases, *, enabled: bool) -> Iterator[None]:
+    """Show ``phases`` of a command on standard error: a live line on a terminal, and plain lines elsewhere.
+
+    ``enabled``: False if this rank shows nothing.
+    """
+    from rich.console import Console
+    from rich.live import Live
+
+    if not enabled:
+        yield
+        return
+    output, progress = Console(stderr=True), PhaseProgress()
+    phases.listener = progress
+    lines = SlowPhaseLines(progress, lambda line: output.print(line, markup=False, highlight=False), at_once=True)
+    with contextlib.ExitStack() as stack:
+        if output.is_terminal:
+            stack.enter_context(Live(progress, console=output, refresh_per_second=4, transient=True))
+        else:
+            stack.callback(lines.close)
+            lines.start()
+        yield
 
 
 class Pace:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_selfdistill.config import Config, method_class
 from megatron_selfdistill.data.packing import Microbatch, PackedBatch
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats
@@ -42,6 +43,9 @@ FORK_RANGE = 2.0**-20, 2.0**4
 """The lower edge of the second bin, and the upper edge of the last bin but one, in nats; the first bin begins at 0."""
 SHORTEST_COMPARED = 8
 """The fewest tokens that a response has whose own mean difference from the sampler counts: fewer say too little."""
+LITTLE_CHANGE = 0.01
+"""The change of what a layer computes, relative to its size, below which a run learns nothing that shows.  A run of
+`docs/real_model.md` that learns its instruction in ten steps has .06, and the default learning rate there has .003."""
 TENTHS = tuple(f"tenth_{number:02d}" for number in range(1, 11))
 """The names of the ten parts of a response."""
 
@@ -528,3 +532,47 @@ def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) 
         "rollout/staleness_max": age_max,
         "rollout/mixed_share": mixed / num_responses,
     }
+
+
+def first_step_lines(config: Config, metrics: Mapping[str, float]) -> list[str]:
+    """Return what the first step shows: where the rewards come from and their mean, and steps that are too small."""
+    lines = []
+    if config.needs.rewards and "rewards/mean" in metrics:
+        lines.append(f"rewards: {_judge(config)}; {metrics['rewards/mean']:.2f} on average")
+    change = largest_change(config)
+    if change is not None and 0 < change < LITTLE_CHANGE:
+        lr, steps = config.optimizer.lr, config.num_steps
+        lines.append(
+            f"warning: optimizer.lr={lr:g} is small for {steps} steps: Adam moves a weight by at most this much per "
+            f"step, whatever the gradient (its norm is {metrics.get('gradient_norm', math.nan):.2g}), so that the run "
+            f"changes what a layer computes by at most {change:.2%}, expected at least {LITTLE_CHANGE:.0%}: nothing "
+            f"will be learned; try optimizer.lr={10 * LITTLE_CHANGE * lr / change:.0e}, or num_steps above "
+            f"{math.ceil(LITTLE_CHANGE * steps / change)}"
+        )
+    return lines
+
+
+def _judge(config: Config) -> str:
+    """Return the key that the rewards of a run come from; a verifier gives 1 for a right response and 0 for others."""
+    reward, method = getattr(config.method, "reward", None), method_class(config.method.name)
+    if reward is not None:
+        return f"method.reward={reward}"
+    if method.rewarded.__qualname__ != "SelfDistillation.rewarded":  # a hook of the method's own
+        return f"method.name={config.method.name}"
+    if config.environment.exists:
+        return f"environment.name={config.environment.name}"
+    return f"evaluation.verifier={config.evaluation.verifier}, 1 for a right response and 0 for others"
+
+
+def largest_change(config: Config) -> float | None:
+    """Return the largest relative change of what a layer computes over all steps of a run; None if it is not known.
+
+    Adam moves each element of a weight by about lr per step, whatever the size of its gradient.  If all N steps point
+    the same way, the spectral norm of the change of a d x d matrix is at most N lr d, while that of random elements
+    with the standard deviation s is 2 s sqrt(d).  The ratio is N lr sqrt(d) / (2 s).
+    It is not known for SGD and for adapters, one of whose factors begins at 0.
+    """
+    model, optimizer = config.model, config.optimizer
+    if optimizer.optimizer != "adam" or config.adapter.rank or not model.init_method_std:
+        return None
+    return config.num_steps * optimizer.lr * math.sqrt(model.hidden_size) / (2 * model.init_method_std)

@@ -432,6 +432,13 @@ def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
     return num_response_tokens, num_weighted
 
 
+def _counted(order: Sequence[tuple[str, int]]) -> Iterator[tuple[str, int]]:
+    """Yield the microbatches of ``order``, each of which is a sign of progress when it begins."""
+    for number, microbatch in enumerate(order, 1):
+        beat(number, len(order))
+        yield microbatch
+
+
 def _order(batch: PackedBatch, pair_order: str, *, with_teacher: bool, with_reference: bool) -> list[tuple[str, int]]:
     students = [("student", i) for i in range(len(batch.student))]
     if not with_teacher and not with_reference:
@@ -480,7 +487,7 @@ class _Step:
 
         ``seq_length``: the tokens of a microbatch.
         """
-        chunks, iterators = self.student, [iter(order) for _ in self.student]
+        chunks, iterators = self.student, [_counted(order) for _ in self.student]
         with torch.set_grad_enabled(not forward_only):
             get_forward_backward_func()(
                 forward_step_func=self.forward,
@@ -494,7 +501,6 @@ class _Step:
 
     def forward(self, iterator: Iterator[tuple[str, int]], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         """Run the next microbatch through ``chunk``; return its output and the function that computes its loss."""
-        beat()
         role, index = next(iterator)
         if role == "student":
             return self._student(index, chunk)

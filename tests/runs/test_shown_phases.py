@@ -32,7 +32,7 @@ def test_a_run_shows_its_phases_and_finished_responses_from_the_step_where_it_re
         text, *of_others = (text for _, text in per_rank)
         counts = re.findall(rf"^step {step}: rollout, (\d+) of {whose}, 0:\d\d$", text, re.MULTILINE)
         assert counts == sorted(counts, key=int) and len(set(counts)) > 1
-        assert re.search(rf"^step {step}: train, 0", text, re.MULTILINE)
+        assert re.search(rf"^step {step}: train, microbatch \d+ of \d+, 0", text, re.MULTILINE)
         assert re.search(rf"^after step {step}: checkpoint, 0", text, re.MULTILINE)
         assert step == 1 or "step 1: " not in text
         assert not any("rollout, " in text for text in of_others)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+from pathlib import Path
 
 import pytest
 import tiny_run
@@ -15,7 +16,7 @@ from megatron_selfdistill.announcement import about_adapters
 from megatron_selfdistill.config import AdapterConfig, GivenKeys, load
 from megatron_selfdistill.config.command_line import parse
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.trainer import Trainer
+from megatron_selfdistill.trainer import Trainer, stopped
 
 
 @pytest.mark.parametrize(
@@ -109,3 +110,10 @@ def test_a_run_says_what_each_teacher_is_and_warns_of_one_that_teaches_nothing()
         "teachers.math: /math, sees the solutions, problems: 2",
     ]
     assert list(announcement.about_teachers(load([]), problems, {})) == []
+
+
+def test_a_run_that_ends_before_its_first_step_has_nothing_that_could_continue():
+    assert stopped(0, 8, "SIGINT", None) == (
+        "stopped before step 1 of 8: SIGINT; no step was done; the same command starts anew"
+    )
+    assert "the same command continues; checkpoint: c" in stopped(2, 8, "SIGINT", Path("c"))

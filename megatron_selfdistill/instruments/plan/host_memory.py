@@ -46,9 +46,10 @@ class HostMemory:
         return sum(self.resting.values()) + sum(self.saving.values())
 
     def __str__(self) -> str:
+        unit, times = ("GiB", 1) if self.peak >= 1 else ("MiB", 1024)
         parts = (self.resting | self.saving).items()
-        listed = " + ".join(f"{name} {size:.1f}" for name, size in parts if round(size, 1))
-        return f"{listed or 'nothing'} = {self.peak:.1f} GiB"
+        listed = " + ".join(f"{name} {times * size:.1f}" for name, size in parts if round(times * size, 1))
+        return f"{listed or 'nothing'} = {times * self.peak:.1f} {unit}"
 
 
 def host_memory(config: Config, transformer: TransformerConfig, stages: Sequence[Stage], load: Load) -> HostMemory:

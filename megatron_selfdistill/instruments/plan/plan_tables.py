@@ -41,7 +41,7 @@ NEEDED = {
 _RUN_DIR = "runs/first"  # used if run_dir is not set
 _SCRIPTS_GPUS_PER_NODE = 8  # the default of the scripts in examples/slurm
 
-_COLUMNS = ("phase", "part", "work", "rate", "seconds", "how")
+_COLUMNS = ("phase", "part", "work", "rate", "time", "how")
 
 _WIDEST = 240
 TRAINING, SAMPLING = "= while training", "= while sampling"
@@ -51,12 +51,13 @@ def show(plan: Plan, arguments: Sequence[str], console: Console | None = None) -
     """Print the plan; ``arguments``: the arguments of the command line."""
     console = console or Console(width=_WIDEST)  # a log has no width, and a cut number would be useless
     title = f"\nGiB per GPU of each pipeline stage; there are {plan.config.cluster.memory_of_gpu:g}"
+    commands = launch_commands(plan.config, arguments)
     for text in (
         *(visible(hidden(line)) for line in summary(plan)),
         title,
         memory_table(plan),
         *((assumptions(plan.time), time_table(plan.time), shares(plan.time), "") if plan.time else ()),
-        *launch_commands(plan.config, arguments),
+        *(commands[::-1] if plan.config.cluster.num_gpus == 1 else commands),
     ):
         console.print(text, highlight=False, markup=False, soft_wrap=isinstance(text, str))
 
@@ -76,7 +77,8 @@ def summary(plan: Plan) -> list[str]:
         what = "logged turns"
         data = data.replace("problems fit", "turns in the log")
     return [
-        f"{plan.parameters / 1e9:.2f} B parameters on {num_gpus} GPU{'s' * (num_gpus > 1)} ({nodes}): "
+        verdict(plan),
+        f"{counted(plan.parameters)} parameters on {num_gpus} GPU{'s' * (num_gpus > 1)} ({nodes}): "
         f"TP {p.tensor_model_parallel_size} x PP {p.pipeline_model_parallel_size}{f' (VPP {vpp})' if vpp else ''} x "
         f"CP {p.context_parallel_size} x DP {plan.dp_size}{experts}",
         f"a step: {config.data.global_batch_size} {what}; contexts of at most {plan.max_length} in packed "
@@ -90,10 +92,23 @@ def summary(plan: Plan) -> list[str]:
         _engines(plan),
         *_teachers(plan),
         *_trained(plan),
-        f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g}; processes are not counted",
+        f"host memory of the fullest node: {plan.host} of {cluster.host_memory_gb:g} GiB; processes are not counted",
         *_how_full(plan),
         *about_packages(config),
     ]
+
+
+def verdict(plan: Plan) -> str:
+    """Return whether the run fits, with the memory of the fullest stage, as the first line of a plan."""
+    if misfit := plan.misfit():
+        return f"does not fit: {misfit}"
+    peak, room = max(stage.peak for stage in plan.memory), plan.config.cluster.memory_of_gpu
+    return f"fits: {peak:.1f} of {room:g} GiB per GPU"
+
+
+def counted(number: float) -> str:
+    """Return a number of parameters: in millions below a tenth of a billion."""
+    return f"{number / 1e9:.2f} B" if number >= 1e8 else f"{number / 1e6:.2f} M"
 
 
 def _visits(plan: Plan) -> list[str]:
@@ -149,9 +164,9 @@ def _trained(plan: Plan) -> list[str]:
         )
     if plan.engines is not None:
         what = "the adapters" if config.adapter.rank else "all weights"
-        lines.append(f"an update of the engines' weights sends {what}, {plan.engines.update_bytes / 1e9:.2f} GB")
+        lines.append(f"an update of the engines' weights sends {what}, {sized(plan.engines.update_bytes, 2)}")
     held = checkpoint_bytes(config, plan.adapter_parameters or plan.parameters)
-    return [*lines, f"a checkpoint takes {held / 1e9:.1f} GB"]
+    return [*lines, f"a checkpoint takes {sized(held)}"]
 
 
 def _how_full(plan: Plan) -> list[str]:
@@ -161,8 +176,8 @@ def _how_full(plan: Plan) -> list[str]:
     rollout, rest = plan.time.turns
     filled = (
         f"{plan.engines.sequences:g} sequences per engine and step; its KV cache holds about {plan.engines.capacity} "
-        f"at a time; by arithmetic for {plan.config.cluster.gpu} GPUs (below) {rollout:.0f} s of rollout and "
-        f"{rest:.0f} s of the rest of a step"
+        f"at a time; by arithmetic for {plan.config.cluster.gpu} GPUs (below) {seconds(rollout, 0)} of rollout and "
+        f"{seconds(rest, 0)} of the rest of a step"
     )
     warning = [plan.time.warning] if plan.time.warning else []
     return [filled, *warning, *_overlap(plan, plan.time), *_continued(plan, plan.time)]
@@ -179,19 +194,20 @@ def _overlap(plan: Plan, time: StepTime) -> list[str]:
         return []
     generation, training = time.turns
     turns, longer = generation + training, max(generation, training)
-    ways = [f"{turns:.0f} s in turns"]
+    ways = [f"{seconds(turns, 0)} in turns"]
     choice = "rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old will do"
     if streams:
         in_batch = plan.config.rollout.partial_batch_microbatches or plan.config.parallel.pipeline_model_parallel_size
         last = training * min(1.0, in_batch / max(plan.num_microbatches[0], 1))
-        ways.append(f"{longer + last:.0f} s with rollout.overlap=stream (the longer of both, and a last partial batch)")
+        streamed = seconds(longer + last, 0)
+        ways.append(f"{streamed} with rollout.overlap=stream (the longer of both, and a last partial batch)")
         if longer + last < turns:
             choice = (
                 "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both "
-                f"take longer than its last partial batch of {last:.0f} s"
+                f"take longer than its last partial batch of {seconds(last, 0)}"
             )
     if goes_ahead:
-        ways.append(f"{longer:.0f} s with rollout.ahead=1")
+        ways.append(f"{seconds(longer, 0)} with rollout.ahead=1")
     return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
 
 
@@ -206,10 +222,10 @@ def _continued(plan: Plan, time: StepTime) -> list[str]:
     shorter, _ = time.with_extra_problems(extra).turns
     if shorter >= generation:
         return []
+    before, after = seconds(generation + training, 0), seconds(shorter + training, 0)
     return [
-        f"by the same arithmetic a step takes {generation + training:.0f} s, and {shorter + training:.0f} s with "
-        f"rollout.extra_problems={extra} and rollout.max_staleness=1, if some tokens of weights that are one step old "
-        "will do"
+        f"by the same arithmetic a step takes {before}, and {after} with rollout.extra_problems={extra} and "
+        "rollout.max_staleness=1, if some tokens of weights that are one step old will do"
     ]
 
 
@@ -239,15 +255,13 @@ def memory_table(plan: Plan) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     names = [name for name, _ in columns[0][1] if any(dict(cells)[name] != "0.0" for _, cells in columns)]
     for name in names:
-        table.add_row(
-            name, *(dict(cells)[name] for _, cells in columns), end_section=name in ("parameters, B", TRAINING)
-        )
+        table.add_row(name, *(dict(cells)[name] for _, cells in columns), end_section=name in ("parameters", TRAINING))
     return table
 
 
 def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:
     """Return (row, cell) of a stage's column, in order."""
-    parts = {"layers": str(stage.num_layers), "parameters, B": f"{stage.parameters / 1e9:.2f}"}
+    parts = {"layers": str(stage.num_layers), "parameters": counted(stage.parameters)}
     parts |= {name: f"{size:.1f}" for name, size in memory.training.items()}
     parts[TRAINING] = f"{memory.training_peak:.1f}"
     parts |= {name: f"{size:.1f}" for name, size in memory.rollout.items() if name not in memory.training}
@@ -256,7 +270,7 @@ def _cells(stage: Stage, memory: Memory) -> tuple[tuple[str, str], ...]:
 
 
 def launch_commands(config: Config, arguments: Sequence[str]) -> tuple[str, str]:
-    """Return the commands that launch the plan: with Slurm by this project's scripts, and with torchrun on each node.
+    """Return the commands that launch the plan: with Slurm by this project's scripts, and without Slurm on each node.
 
     Keys and variables that are still missing are shown with a path to fill in.  References to the environment are shown
     as the user wrote them, and a secret as such a reference.
@@ -316,11 +330,13 @@ def _server_variables(config: Config) -> dict[str, str]:
 
 
 def _torchrun(config: Config, overrides: Sequence[str]) -> str:
-    nodes = num_nodes(config)
+    nodes, words = num_nodes(config), [f"run_dir={hidden(config.run_dir or _RUN_DIR)}", *overrides]
+    if config.cluster.num_gpus == 1:
+        return shlex.join(["selfdistill", "train", *words])
     # c10d's rendezvous would number the ranks as nodes arrive, but neighbouring ranks should run on neighbouring nodes.
     where = "--standalone" if nodes == 1 else f'--nnodes {nodes} --node-rank "$NODE_RANK" --master-addr "$HEAD"'
     command = f"torchrun {where} --nproc-per-node {_ranks_per_node(config)} -m megatron_selfdistill.train"
-    return " ".join([command, *map(shlex.quote, [f"run_dir={hidden(config.run_dir or _RUN_DIR)}", *overrides])])
+    return " ".join([command, *map(shlex.quote, words)])
 
 
 def _ranks_per_node(config: Config) -> int:
@@ -344,7 +360,7 @@ def time_table(time: StepTime) -> Table:
     """Return the table of the parts of a step, with their sum."""
     table = Table(box=box.SIMPLE)
     for name in _COLUMNS:
-        table.add_column(name, justify="right" if name in ("work", "rate", "seconds") else "left", no_wrap=True)
+        table.add_column(name, justify="right" if name in ("work", "rate", "time") else "left", no_wrap=True)
     for place, part in enumerate(time.parts, 1):
         table.add_row(*cells(part), end_section=place == len(time.parts))
     table.add_row("", "= a step", "", "", seconds(time.seconds), "")
@@ -369,10 +385,17 @@ def cells(part: Part) -> tuple[str, ...]:
     if part.unit == "FLOP":
         work, rate = f"{part.work:.2e} FLOP", f"{part.rate / 1e12:.0f} TFLOP/s"
     elif part.work:
-        work, rate = f"{part.work / 1e9:.1f} GB", f"{part.rate / 1e9:.0f} GB/s"
+        work, rate = sized(part.work), f"{part.rate / 1e9:.0f} GB/s"
     return part.phase, part.name, work, rate, seconds(part.seconds), part.note
 
 
-def seconds(value: float) -> str:
-    """Return seconds for the table: two digits behind the point below 10, else one."""
-    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
+def seconds(value: float, digits: int = 1) -> str:
+    """Return seconds with ``digits`` behind the point, and with one more below 10; below a tenth as milliseconds."""
+    if value < 0.1:
+        return f"{1000 * value:.2g} ms"
+    return f"{value:.{digits + (value < 10 and digits > 0)}f} s"
+
+
+def sized(number: float, digits: int = 1) -> str:
+    """Return a number of bytes in GB with ``digits`` behind the point; below a tenth of a GB in MB."""
+    return f"{number / 1e9:.{digits}f} GB" if number >= 1e8 else f"{number / 1e6:.2g} MB"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -274,29 +275,64 @@ def test_two_evaluations_are_compared(directory, alone, ranks, tmp_path, capfd):
 
 
 def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(directory, tmp_path, monkeypatch, capsys):
-    from contextlib import nullcontext
-
     from megatron_selfdistill.data.problems import Problem
-    from megatron_selfdistill.evaluation import evaluations, held_out, inference, tables
+    from megatron_selfdistill.evaluation import evaluations, tables
 
     problem = Problem("p", (), "", "163", "held.jsonl:7")
     overlooked = Overlooked(60, 43, [(problem, "so the answer is 163.")])
     result = SimpleNamespace(overlooked=overlooked, problems=[])
-    monkeypatch.setattr(held_out, "evaluate", lambda *_, **__: result)
-    monkeypatch.setattr(
-        inference, "open_inference", lambda *_: nullcontext(SimpleNamespace(sampler=None, sampling=None))
-    )
     monkeypatch.setattr(evaluations, "write_evaluation", lambda *_: {})
     monkeypatch.setattr(tables, "show_summary", lambda *_, **__: print("the table"))
     given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
-    config = configured(*tool.loaded(given), tool._model(given))
-    inputs = SimpleNamespace(builder=None, tokenizer=None, evaluation=[problem], stop_token_ids=(), max_length=9)
-    tool._evaluate_with(config, inputs, {}, SimpleNamespace(is_reporter=True), given, {})
+    config = configured(*tool.loaded(given), find_model(None, directory / "megatron", None))
+    inputs = SimpleNamespace(evaluation=[problem], stop_token_ids=())
+    tool._report(tool._Measured(result, None, [], 1.0), config, inputs, given, {})
     table, line, example = capsys.readouterr().out.splitlines()
     assert (
         table == "the table" and "43 of them mention the answer" in line and "evaluation.verifier=math_verify" in line
     )
     assert example == '  held.jsonl:7: the answer "163", the end of the response "so the answer is 163."'
+
+
+TRAIN = {
+    "hf": "selfdistill convert hf-to-megatron --hf {0}/hf --out {0}/hf-megatron && selfdistill train "
+    "checkpoint.load={0}/hf-megatron data.tokenizer={0}/hf data.path=problems.jsonl ",
+    "megatron": "selfdistill train checkpoint.load={0}/megatron/release "
+    "data.tokenizer={0}/megatron/release/huggingface data.path=problems.jsonl ",
+}
+
+
+@pytest.mark.parametrize("model", TRAIN)
+def test_the_command_that_trains_is_whole_and_has_the_keys_of_the_evaluation(directory, tmp_path, model):
+    given = evaluation_arguments(arguments(directory, tmp_path / "x", "optimizer.lr=1e-3", "seed=3", model=model))
+    found = find_model(given.hf, given.megatron, None)
+    config = configured(*tool.loaded(given), found)
+    command = tool.training_command(given, config, found, ["target.anchor=student", "seed=4"])
+    assert command == TRAIN[model].format(directory) + " ".join(
+        [*SETTINGS, "optimizer.lr=1e-3", "target.anchor=student", "seed=4", "run_dir=runs/first"]
+    ), "of equal keys the last one stays"
+    words = [word for word in shlex.split(command.rpartition("train ")[2]) if not word.startswith("checkpoint.load")]
+    load(words)
+
+
+def test_on_several_ranks_the_next_command_is_launched_on_as_many(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert tool.launched("train", ["a=b c"]) == "torchrun --nproc-per-node 2 -m megatron_selfdistill train 'a=b c'"
+
+
+def test_the_verdict_stands_first_and_progress_goes_to_standard_error(directory, tmp_path):
+    template = "data.teacher_template='{problem}H{solution}|'"
+    command = [sys.executable, str(TOOL), *arguments(directory, tmp_path / "x", "--hinted", template)]
+    paths = os.pathsep.join([str(tiny_run.REPOSITORY), str(tiny_run.REPOSITORY / "tests" / "support")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    plain, hinted, gain, verdict, cause, following, *_ = done.stdout.splitlines()
+    assert plain.startswith("without the hint  ") and hinted.startswith("with the hint  ") and gain.startswith("gain ")
+    assert verdict.startswith("do not train yet: ") and cause.startswith("cause: 79% of the responses with the hint")
+    assert following.startswith("next: selfdistill evaluate --megatron ")
+    assert following.endswith(" rollout.max_new_tokens=28 --overwrite") and following.count("max_new_tokens") == 1
+    assert "evaluate: imports its packages and reads the data\ncomputed in float32" in done.stderr
 
 
 # test_refusals.py has what is refused without a look at the model and the data.
@@ -313,8 +349,8 @@ BAD_INPUT = {
 def test_bad_input_is_one_line_and_leaves_nothing(directory, tmp_path, capfd, name):
     options, expected = BAD_INPUT[name]
     assert run_tool(arguments(directory, tmp_path / "results" / "x", *options)) == 2
-    error = capfd.readouterr().err.strip()
-    assert expected in error and len(error.splitlines()) == 1
+    error = capfd.readouterr().err.strip().splitlines()
+    assert expected in error[-1] and not any(line.startswith("evaluate: ") for line in error[1:-1])
     assert list(tmp_path.rglob("*.json*")) == [] and not any(tmp_path.glob("results/*"))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import hf_models
 import pytest
@@ -17,10 +19,11 @@ from torch import Tensor
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill.commands import evaluate as tool
-from megatron_selfdistill.commands.given_model import configured
+from megatron_selfdistill.commands.given_model import configured, find_model
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed import ranks as grids
+from megatron_selfdistill.evaluation.evaluation_result import Overlooked, ProblemResult, Verdict
 from megatron_selfdistill.evaluation.first_step import (
     CONFIGURED,
     GUIDED,
@@ -30,10 +33,11 @@ from megatron_selfdistill.evaluation.first_step import (
     compared_targets,
     first_step,
     measure_first_step,
+    readiness,
     recommended,
 )
 from megatron_selfdistill.evaluation.inference import open_inference
-from megatron_selfdistill.evaluation.tables import show_first_step
+from megatron_selfdistill.evaluation.tables import show_first_step, show_readiness
 from megatron_selfdistill.loss.target import Target
 from megatron_selfdistill.run_data import RunData
 
@@ -64,7 +68,7 @@ def measured(directory: Path, *options: str) -> tuple[FirstStep, Samples]:
     given = ["--megatron", str(directory / "megatron"), "--data", str(directory / "problems.jsonl"), "--hinted"]
     settings = ["optimizer=fp32", "rollout.max_new_tokens=9", "rollout.temperature=0.8", TEMPLATE, *options]
     arguments = tool.evaluation_arguments([*given, "--out", str(directory / "out"), *settings])
-    model = tool._model(arguments)
+    model = find_model(arguments.hf, arguments.megatron, None)
     config = configured(*tool.loaded(arguments), model)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=model["path"]))
     run_data, drawn = RunData.load_evaluation(config, True), []
@@ -147,6 +151,7 @@ def expected(directory: Path, samples: Samples) -> dict:
         "teacher_kl": of_teacher.mean().item(),
         "accuracy": sum(map(is_even, texts)) / len(samples),
         "num_hints": len(solutions),
+        "vocab_size": 23,
         "let_through": {**shares, TEACHER_ALONE: {"all_tokens": 1.0, "top_tenth": 1.0}},
     }
 
@@ -170,6 +175,7 @@ def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layo
     assert 0 < found["truncated_share"] < 1 and found["let_through"].keys() == wanted["let_through"].keys()
     assert 0 < found["accuracy"] < 1
     shares, wanted_shares = found.pop("let_through"), wanted.pop("let_through")
+    assert sum(found.pop("are_right")) == round(wanted["accuracy"] * 7)
     assert found == pytest.approx(wanted, rel=1e-4)
     for setting, share in wanted_shares.items():
         assert shares[setting] == pytest.approx(share, rel=1e-3)
@@ -192,7 +198,7 @@ def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
     of_target = torch.tensor([0.02, 0.4, *[0.1] * 9], dtype=torch.float64)
     tokens = torch.stack([-torch.ones(11).double(), 2 * torch.ones(11).double(), of_teacher, of_target], 1)
     found = first_step(
-        tokens, [True, False, False, False], [True, True, True, False], [False, True, True, False], 3, [CONFIGURED]
+        tokens, [True, False, False, False], [True, True, True, False], [False, True, True, False], 3, 23, [CONFIGURED]
     )
     share = found.let_through[CONFIGURED]
     assert share.all_tokens == pytest.approx(1.32 / 5.1) and share.top_tenth == pytest.approx(0.1)
@@ -202,16 +208,16 @@ def test_the_top_tenth_has_the_tokens_that_the_hint_changes_most():
 
 def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
     tokens = torch.tensor([[-1.0, 1.0, 1e-9, 1e-12]], dtype=torch.float64)
-    found = first_step(tokens, [False], [False], [True], 1, [CONFIGURED])
+    found = first_step(tokens, [False], [False], [True], 1, 23, [CONFIGURED])
     assert found.let_through[CONFIGURED] == LetThrough(None, None) and found.advice(Config()) == []
 
 
 def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
     shares = {CONFIGURED: LetThrough(0.0321, None), TEACHER_ALONE: LetThrough(1.0, 1.0)}
-    found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.43, 0.31, 0.125, 24, shares)
-    show_first_step(found.record(), found.advice(Config()), str(recommended(24, 24, 0.125, 0.5)))
+    found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.43, 0.31, 0.125, (True,) * 24, 24, 23, shares)
+    show_first_step(found.record(), found.advice(Config()))
     text = capsys.readouterr().out
-    assert "accuracy without hints" in text and "0.125" in text and "recommended: the default target" in text
+    assert "accuracy without hints" in text and "0.125" in text
     assert all(number in text for number in ("24 samples", "1152 tokens", "-2.410", "2.520", "0.970", "0.430", "0.310"))
     assert "0.032" in text and "43% of the responses of the first step end in a loop" in text
     assert all(
@@ -235,8 +241,7 @@ def test_the_recommended_target_follows_from_the_hints_and_both_accuracies(num_h
     assert set(found.overrides) == wanted
     sampled = ["rollout.temperature=0.7", "rollout.top_k=40", "rollout.top_p=0.9"]
     configuration.load(["data.path=problems.jsonl", *sampled, *found.overrides])  # the settings fit together
-    assert str(found).startswith(f"recommended: {' '.join(found.overrides) or 'the default target'}, since ")
-    assert ("try another data.teacher_template" in str(found)) == (hinted < 0.2)
+    assert str(found).startswith(f"{' '.join(found.overrides) or 'the default target'}, since ")
     assert ("target=teacher_alone in place of target.teacher_weight" in str(found)) == (found.overrides == GUIDED)
 
 
@@ -248,3 +253,97 @@ def test_the_teacher_alone_may_take_the_place_of_the_weight_in_guided_rollouts()
 
 def test_one_problem_has_one_hint_which_says_nothing_about_the_hints():
     assert recommended(1, 1, 0.5, 0.5).overrides == ()
+
+
+def judged(
+    plain: list[int],
+    hinted: list[int],
+    *,
+    samples: int = 4,
+    cut: float = 0.0,
+    entropy: float = 1.0,
+    num_hints: int = 9,
+    overlooked: Overlooked | None = None,
+    settings: tuple[str, ...] = (),
+):
+    """Return the readiness for 0 or 1 without the hint and the right ones of ``samples`` with it, per problem."""
+
+    def verdicts(right: int) -> list[Verdict]:
+        return [Verdict(place < right, 5, False, None) for place in range(samples)]
+
+    shares = {CONFIGURED: LetThrough(0.3, 0.3)}
+    seen = tuple(map(bool, plain))
+    first = FirstStep(
+        len(plain), 99, -1.0, entropy, 0.0, 0.0, 0.3, sum(plain) / len(plain), seen, num_hints, 64, shares
+    )
+    problems = [ProblemResult(str(place), verdicts(right)[0], verdicts(right)) for place, right in enumerate(hinted)]
+    result = SimpleNamespace(
+        problems=problems, overlooked=overlooked, sampled_truncated_share=cut, greedy_truncated_share=cut
+    )
+    return readiness(configuration.load(["data.path=x", *settings]), first, result, len(plain))
+
+
+def test_a_hint_that_clearly_helps_is_worth_a_run_and_its_gain_is_that_of_the_same_problems():
+    ready = judged([1, 0, 0, 0, 0, 0], [4, 4, 3, 2, 4, 4, 0, 0])  # the last two problems have no sample without a hint
+    assert ready.cause is None and ready.gain.without == (1, 6) and ready.gain.hinted == (21, 24)
+    assert ready.gain.mean == pytest.approx(21 / 24 - 1 / 6)
+    plain, hinted, gain = ready.gain.lines()
+    assert plain == "without the hint  0.17 right (1 of 6)" and hinted == "with the hint     0.88 right (21 of 24)"
+    assert gain.startswith("gain             +0.71 (6 problems, 95 %: +0.")
+
+
+NOTHING = [0] * 12
+ANSWERED = Overlooked(60, 43, [])
+CAUSES = {
+    "chance": (
+        {"plain": [0] * 11 + [1], "hinted": [0] * 10 + [4, 4]},
+        "12 problems are too few to tell the gain",
+        "more",
+    ),
+    "few problems": ({"plain": [0, 0], "hinted": [4, 4]}, "2 problems are too few", "--data"),
+    "a hint that is not followed": ({"plain": NOTHING, "hinted": NOTHING}, "the hint helps too little: 0%", "--levels"),
+    "a hint that seldom helps": (
+        {"plain": [0] * 64, "hinted": [1, 0] * 32},
+        "the hint helps too little: 12%",
+        "--levels",
+    ),
+    "cut": ({"plain": NOTHING, "hinted": NOTHING, "cut": 0.5}, "50% of the responses", "rollout.max_new_tokens=512"),
+    "solved": ({"plain": [1] * 12, "hinted": [4] * 12}, "solves these problems without the hint", "harder"),
+    "an instruction": (
+        {"plain": NOTHING, "hinted": NOTHING, "num_hints": 1},
+        "all hints are one text",
+        "evaluation.verifier",
+    ),
+    "a strict verifier": (
+        {"plain": NOTHING, "hinted": NOTHING, "overlooked": ANSWERED, "settings": ("evaluation.verifier=exact_match",)},
+        "43 of them mention the answer",
+        "evaluation.verifier=math_verify",
+    ),
+    "untrained": (
+        {"plain": [0] * 12, "hinted": [4] * 12, "entropy": 0.91 * math.log(64)},
+        "this model looks untrained, or tokenizer and weights do not belong together",
+        "data.tokenizer=DIR",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CAUSES)
+def test_a_run_that_would_teach_little_has_one_cause_and_one_change(name, capsys):
+    given, cause, change = CAUSES[name]
+    ready = judged(**given)
+    assert ready.cause is not None and cause in ready.cause
+    assert change in ready.change or change in ready.change[0]
+    show_readiness(ready, recommended(9, 12, 0.0, 0.0), "the command")
+    *shares, verdict, reason, following, _ = capsys.readouterr().out.splitlines()
+    right, of = ready.gain.hinted
+    assert len(shares) == 3 and verdict.startswith(
+        f"do not train yet: with the hint {right} of {of} are right, without"
+    )
+    assert reason == f"cause: {ready.cause}" and following == "next: the command"
+
+
+def test_an_untrained_model_gets_no_advice_about_the_temperature():
+    shares = {CONFIGURED: LetThrough(0.3, 0.3)}
+    for entropy, expected in ((0.89 * math.log(23), 1), (0.91 * math.log(23), 0)):
+        found = FirstStep(24, 99, -entropy, entropy, 0.0, 0.0, 0.3, 0.0, (False,) * 24, 24, 23, shares)
+        assert len(found.advice(Config())) == expected

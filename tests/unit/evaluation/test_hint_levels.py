@@ -18,7 +18,7 @@ from tiers import combinations
 from torch import Tensor
 
 from megatron_selfdistill.commands import evaluate as tool
-from megatron_selfdistill.commands.given_model import configured
+from megatron_selfdistill.commands.given_model import configured, find_model
 from megatron_selfdistill.config import load
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed import ranks as grids
@@ -144,7 +144,7 @@ def measured(
 ) -> tuple[list[dict[str, Any]], list[list[tuple[list[int], list[int], bool]]]]:
     """Return the levels, and this replica's prompts and responses of each call of the sampler."""
     arguments = tool.evaluation_arguments(arguments_of(directory, *options))
-    model = tool._model(arguments)
+    model = find_model(arguments.hf, arguments.megatron, None)
     config = configured(*tool.loaded(arguments), model)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, load=model["path"]))
     levels = {name: RunData.load_evaluation(at_level(config, name), True) for name in LEVELS}

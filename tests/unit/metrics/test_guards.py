@@ -11,7 +11,15 @@ from unittest.mock import MagicMock
 import pytest
 from omegaconf import OmegaConf
 
-from megatron_selfdistill.config import Config, EntropyGuards, GuardsConfig, RolloutConfig, from_mapping, load
+from megatron_selfdistill.config import (
+    Config,
+    EntropyGuards,
+    GuardsConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    from_mapping,
+    load,
+)
 from megatron_selfdistill.metrics.guards import (
     Guards,
     RunUnhealthy,
@@ -403,7 +411,7 @@ def test_the_run_warns_after_its_first_step_only(monkeypatch):
     from megatron_selfdistill.trainer import AccumulatedBatch
 
     messages = []
-    run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9))
+    run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9, optimizer=OptimizerConfig(lr=1e-3)))
     run.log.message = messages.append
     run.sampler.metrics.return_value = run.phases.metrics.return_value = {}
     monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})

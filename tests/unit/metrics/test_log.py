@@ -189,6 +189,8 @@ EVERY_COLUMN = {
     "top1_agreement": 0.9,
     "response/length_mean": 20.0,
     "response/truncated_share": 0.5,
+    "rewards/mean": 0.25,
+    "episodes/turns_mean": 2.5,
     "gradient_norm": 1.5,
     "learning_rate": 1e-6,
     "seconds/step": 3.25,

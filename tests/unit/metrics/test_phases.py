@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from rich.console import Console
 
 from megatron_selfdistill.config import load
+from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.metrics import MetricsLog, Phases, configured_log
 from megatron_selfdistill.metrics import phases as metrics_phases
 from megatron_selfdistill.metrics.phases import duration
@@ -127,6 +129,66 @@ def test_without_a_terminal_a_slow_phase_gets_one_plain_line_per_minute(tmp_path
         "step 3: rollout, 6 of 64 responses, 1:00",
         "step 3: rollout, 12 of 64 responses, 2:00",
     ]
+
+
+def test_the_microbatch_under_way_is_counted_until_another_sign_of_progress(tmp_path, wait):
+    output = console(terminal=False)
+    with shown(tmp_path, output) as (log, phases):
+        with phases("train"):
+            watchdog.beat(3, 8)
+            wait(63)
+            tick(log)
+        with phases("rollout"):
+            wait(63)
+            tick(log)
+    assert text_of(output).splitlines() == ["step 1: train, microbatch 3 of 8, 1:03", "step 1: rollout, 1:03"]
+
+
+def test_the_time_left_is_that_of_all_responses_of_a_phase_over_all_calls_of_the_sampler(tmp_path, wait):
+    output = console(terminal=False)
+    with shown(tmp_path, output) as (log, phases), phases("evaluation", 17):
+        for finished, of in ((0, 12), (6, 12), (12, 12), (0, 192), (48, 192), (192, 192)):
+            phases.counted(finished, of, "")
+            wait(60)
+            tick(log)
+    assert [line.partition("evaluation, ")[2] for line in text_of(output).splitlines()] == [
+        "0 of 204 responses, 1:00",
+        "6 of 204 responses, 2:00, 1:06:00 left",
+        "12 of 204 responses, 3:00, 48:00 left",
+        "12 of 204 responses, 4:00, 1:04:00 left",
+        "60 of 204 responses, 5:00, 12:00 left",
+        "204 of 204 responses, 6:00",
+    ]
+
+
+def test_a_command_shows_each_phase_at_once_and_then_at_growing_distances(wait):
+    shown_lines: list[str] = []
+    progress = metrics_phases.PhaseProgress()
+    lines = metrics_phases.SlowPhaseLines(progress, shown_lines.append, at_once=True)
+    for name in ("loading the model", "evaluation"):
+        progress.entered(name)
+        for _ in range(200):
+            lines.tick()
+            wait(1)
+        progress.left()
+    seconds = ("0:00", "0:05", "0:10", "0:20", "0:40", "1:20", "2:20")
+    assert shown_lines == [f"{name}, {at}" for name in ("loading the model", "evaluation") for at in seconds]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_command_shows_its_phases_on_standard_error(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(metrics_phases, "_TICK_SECONDS", 0.001)
+    monkeypatch.setenv("TTY_COMPATIBLE", str(int(terminal)))
+    phases = Phases(torch.device("cpu"))
+    with metrics_phases.phases_shown(phases, enabled=True), phases("evaluation", 1):
+        phases.counted(1, 4, "")
+        time.sleep(0.6)
+    out, err = capsys.readouterr()
+    assert out == "" and "evaluation, 1 of 4 responses, 0:0" in err
+    assert ("\x1b[" in err) == terminal
+    with metrics_phases.phases_shown(phases, enabled=False), phases("evaluation"):
+        pass
+    assert capsys.readouterr().err == ""
 
 
 def test_the_lines_of_two_slow_phases_are_a_minute_apart(tmp_path, wait):

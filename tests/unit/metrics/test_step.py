@@ -16,6 +16,7 @@ import pytest
 import torch
 from host_traffic import host_traffic
 
+from megatron_selfdistill.config import load
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import PackingRules, pack
 from megatron_selfdistill.loss import Divergence, Status, Target, TokenStats, VocabShard, distillation_loss
@@ -28,7 +29,7 @@ from megatron_selfdistill.metrics import (
     step_metrics,
     teacher_metrics,
 )
-from megatron_selfdistill.metrics.step import K_RESOLUTION
+from megatron_selfdistill.metrics.step import K_RESOLUTION, first_step_lines, largest_change
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.sources.source import StepBatch
 
@@ -485,3 +486,53 @@ def test_ages_are_means_over_the_tokens_of_known_weights(ranks: Any, layout: dic
     }
     assert found == [expected] * world_size
     assert ranks.run(measured, layout, RESPONSES[2:3] * 2, world_size=world_size) == [{}] * world_size
+
+
+SMALL = ("num_steps=12", "optimizer.lr=1e-6", "model.hidden_size=64", "data.path=x")
+
+
+@pytest.mark.parametrize(
+    ("more", "warns"),
+    [
+        ([], True),
+        (["optimizer.lr=4.2e-5"], False),
+        (["num_steps=51"], False),
+        (["model.hidden_size=1280"], False),
+        (["model.init_method_std=0.004"], False),
+        (["adapter.rank=4"], False),  # one factor begins at 0
+        (["optimizer.lr=0"], False),  # on purpose
+    ],
+)
+def test_a_learning_rate_that_hardly_moves_the_weights_is_a_warning_with_values_that_do(more, warns):
+    lines = first_step_lines(load([*SMALL, *more]), {"gradient_norm": 0.016})
+    assert len(lines) == warns
+    if warns:
+        change = 12 * 1e-6 * 64**0.5 / 0.04
+        assert f"by at most {change:.2%}, expected at least 1%" in lines[0] and "its norm is 0.016" in lines[0]
+        assert lines[0].endswith("try optimizer.lr=4e-05, or num_steps above 50")
+
+
+def test_the_largest_change_bounds_that_of_a_random_matrix_which_adam_moves_one_way():
+    torch.manual_seed(0)
+    weight, config = 0.02 * torch.randn(1280, 1280), load([*SMALL, "optimizer.lr=1e-3", "model.hidden_size=1280"])
+    moved = 12 * 1e-3 * torch.ones(1280, 1280)
+    ratio = torch.linalg.matrix_norm(moved, 2) / torch.linalg.matrix_norm(weight, 2)
+    assert largest_change(config) == pytest.approx(ratio.item(), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "judge"),
+    [
+        (["recipe=rft"], "evaluation.verifier=math_verify, 1 for a right response and 0 for others"),
+        (["recipe=rft", "method.reward=a.b"], "method.reward=a.b"),
+        (["recipe=rft", "environment.name=replying.Replying"], "environment.name=replying.Replying"),
+        (["recipe=rlt"], "method.name=rlt"),
+    ],
+)
+def test_the_first_step_says_where_the_rewards_come_from_and_their_mean(settings, judge):
+    config = load(["data.path=x", "optimizer.lr=1e-3", *settings])
+    assert (
+        first_step_lines(config, {"rewards/mean": 0.126})
+        == [f"rewards: {judge}; 0.13 on average"][: config.needs.rewards]
+    )
+    assert first_step_lines(config, {}) == []

@@ -396,3 +396,36 @@ def test_the_order_is_that_of_megatrons_own_tables(pp_size, num_chunks):
     table = get_schedule_table(2 * pp_size, num_chunks, pp_size)
     forwards = [(m, c) for kind, m, c in operations(2 * pp_size, pp_size, 0, num_chunks) if kind == "F"]
     assert forwards == [tuple(item) for item in table]
+
+
+SMALL = ["cluster.num_gpus=1", "cluster.gpu_memory_gb=24", "model.vocab_size=49152"]
+
+
+def test_the_first_line_of_a_plan_says_whether_it_fits(capsys):
+    assert plan.main(SMALL) == 0
+    assert re.fullmatch(r"fits: 10\.\d of 24 GiB per GPU", capsys.readouterr().out.splitlines()[0])
+    assert plan.main([*SMALL, "cluster.gpu_memory_gb=4", "rollout.kv_cache_gb=1"]) == EXIT_BAD_INPUT
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[0] == f"does not fit: {captured.err.removeprefix('plan: ').strip()}"
+
+
+def test_a_small_model_is_shown_in_millions_megabytes_and_milliseconds(capsys):
+    assert plan.main(SMALL) == 0
+    out = capsys.readouterr().out
+    assert "6.42 M parameters on 1 GPU" in out and "a checkpoint takes 90 MB" in out and " 0.33 ms" in out
+    assert "85.8 MiB of 1000 GiB" in out and not re.search(r"\b0\.0+ (s|B|GB|GiB)\b|nothing", out)
+
+
+def test_one_gpu_is_launched_without_torchrun_and_this_command_comes_first(capsys):
+    assert plan.main(SMALL) == 0
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert first.startswith("selfdistill train run_dir=runs/first cluster.num_gpus=1 ") and " sbatch " in second
+    load(shlex.split(first)[2:])
+
+
+def test_a_plan_without_a_number_of_gpus_answers_with_whole_commands(capsys):
+    assert plan.main([]) == EXIT_BAD_INPUT
+    error = capsys.readouterr().err
+    one, recipe = re.findall(r"selfdistill plan ((?:[\w.]+=[\w./-]+ ?)+)", error)
+    assert load(["dry_run=true", *one.split()]).cluster.num_gpus == 1
+    assert load(["dry_run=true", *recipe.split()]).cluster.num_gpus == 8

@@ -12,7 +12,7 @@ from megatron_selfdistill.config import load
 from megatron_selfdistill.instruments.plan.dry_run import dry_run
 from megatron_selfdistill.instruments.plan.engines import Engines, backward_passes
 from megatron_selfdistill.instruments.plan.gpus import RATES
-from megatron_selfdistill.instruments.plan.plan_tables import summary
+from megatron_selfdistill.instruments.plan.plan_tables import seconds, summary
 from megatron_selfdistill.instruments.plan.step_time import StepTime
 from megatron_selfdistill.train import main
 
@@ -66,7 +66,7 @@ def test_the_plan_states_what_is_trained_and_what_an_update_sends():
     assert not any("an update" in line for line in lines)
     lines = summary(dry_run(load(["recipe=qwen3_8b", "adapter.rank=8"])))
     modules = parameters + 8 * 36 * 3 * 4096  # A of q, k and v, and of gate and up, in a copy of each module's own
-    assert f"an update of the engines' weights sends the adapters, {2 * modules / 1e9:.2f} GB" in lines
+    assert f"an update of the engines' weights sends the adapters, {2 * modules / 1e6:.2g} MB" in lines
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_the_plan_prints_how_full_the_engines_are_and_the_warning(capsys):
     assert main([*few, "dry_run=true"]) == 0
     out, (rollout, rest) = capsys.readouterr().out, time_of(*few).turns
     assert "\n8 sequences per engine and step; its KV cache holds about 56 at a time" in out
-    assert f"by arithmetic for H100 GPUs (below) {rollout:.0f} s of rollout and {rest:.0f} s of the rest" in out
+    assert f"by arithmetic for H100 GPUs (below) {seconds(rollout, 0)} of rollout and {seconds(rest, 0)} of the rest" in out
     assert "of a step\nwarning: 8 sequences per engine" in out
 
 

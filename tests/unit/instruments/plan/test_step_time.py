@@ -170,6 +170,6 @@ def test_a_run_whose_generation_goes_on_beside_training_is_told_what_its_rollout
 def test_a_plan_prints_every_part_and_the_shares(capsys):
     assert main([*FEW, "dry_run=true"]) == 0
     out = capsys.readouterr().out
-    rows = re.findall(r"^  (rollout|sync|train|optimizer) +(.+?)  +.*?([\d.]+)   ", out, re.MULTILINE)
+    rows = re.findall(r"^  (rollout|sync|train|optimizer) +(.+?)  +.*?([\d.]+ m?s)   ", out, re.MULTILINE)
     assert [(phase, name) for phase, name, _ in rows] == [(part.phase, part.name) for part in time_of(*FEW).parts]
     assert "e+15 FLOP" in out and "2900 GB/s" in out and "= a step" in out and "\nshares of a step: rollout" in out
