@@ -4,24 +4,20 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.commands.model_command import at_least_1
+from megatron_selfdistill.commands.model_command import at_least_1, ended
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
-from megatron_selfdistill.terminal import print_error
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
     from megatron_selfdistill.commands.data_set_job import DataSetWork
     from megatron_selfdistill.config import Config
     from megatron_selfdistill.distributed.ranks import RankGrid
     from megatron_selfdistill.run_data import RunData
-
-EXIT_REFUSED = 2
 
 MakeWork = Callable[["Config", "RunData", "RankGrid"], "DataSetWork"]
 """A function that returns the work of a command for its configuration, on this rank."""
@@ -36,36 +32,25 @@ def run_command(
 ) -> int:
     """Check the command line, write the data set on every rank, and return the exit status.
 
-    The status is 0, or 2 after a message about bad input.  ``name``: the name of the command in messages.
+    The status is 0, or that of `ended` after a message.  ``name``: the name of the command in messages.
     ``config``: the function that returns the `configured` keys of the command line; it raises `ConfigError`.
     ``completed``: a function that adds what needs torch, after the checks that do not.
     """
-    from megatron_selfdistill.distributed.roll_call import speaker
-    from megatron_selfdistill.errors import CheckpointError, ConfigError
-    from megatron_selfdistill.terminal import silence_known_warnings
 
-    silence_known_warnings()
-    try:
+    def work() -> int:
         given = config()
         check(arguments, given)
         return make_data_set(arguments, completed(given), make_work)
-    except (ConfigError, CheckpointError, OSError) as error:
-        print_error(f"{name}: {speaker()}".rstrip(), error)
-        return EXIT_REFUSED
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted; the same command continues from here", file=sys.stderr)
-        return 130
+
+    return ended(name, work, "the same command continues from here")
 
 
 def check(arguments: argparse.Namespace, config: Config) -> None:
     """Raise `ConfigError` or `CheckpointError` for every mistake that can be found without importing torch."""
     from megatron_selfdistill import prechecks
     from megatron_selfdistill.distributed.roll_call import world_size
-    from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.prechecks import require_packages
 
-    if arguments.out.is_dir():
-        raise ConfigError(f"--out: expected a file, got the directory {arguments.out}")
     if arguments.hf is not None:
         prechecks.require_hugging_face(arguments.hf)
     prechecks.require_data(config)

@@ -4,14 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from megatron_selfdistill.commands.solution_journal import Journal, summarize
 from megatron_selfdistill.config import Config, writable
@@ -27,8 +24,8 @@ from megatron_selfdistill.loss.sharded.vocab_parallel import in_use
 from megatron_selfdistill.methods.own_solutions import OwnSolutionsSettings
 from megatron_selfdistill.methods.parts.solution_search import Attempt, Candidate, Score, Search, solve
 from megatron_selfdistill.methods.rlt import explanation_in
-from megatron_selfdistill.model.forward import decided_output_layer
-from megatron_selfdistill.pipeline.score import ScoringModels, learnabilities, with_reference
+from megatron_selfdistill.metrics.phases import Phases, phases_shown
+from megatron_selfdistill.pipeline.score import learnabilities, with_reference
 from megatron_selfdistill.rollout.base import Request, Response, sample_seed
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.sources.configured_source import given_solutions
@@ -42,30 +39,8 @@ STEP = 0  # the model is not trained here, so every sample belongs to step 0
 
 Lines = list[dict[str, Any]]
 """Lines of the journal, one per problem."""
-
-
-class DataSetWork(Protocol):
-    """What a command does with the problems of a data set.  Every rank of the world makes the same calls."""
-
-    def check(self, problems: Sequence[Problem]) -> None:
-        """Raise `ConfigError` for problems with which the work is impossible."""
-        ...
-
-    def provenance(self) -> dict[str, Any]:
-        """Return what the data set depends on besides `provenance_of`, except the layout."""
-        ...
-
-    def opened(self, inference: Inference) -> Callable[[Sequence[Problem]], Lines]:
-        """Return the function that works on a group of problems with the model of ``inference``.
-
-        The function gets the problems of all replicas and returns the lines of this replica's problems.  It is a
-        collective of the world, and raises RuntimeError on every rank where an engine or the verifier failed.
-        """
-        ...
-
-    def summarize(self, lines: Iterator[dict[str, Any]], out: Path) -> None:
-        """Print a summary of the journal's ``lines`` and of the file ``out``; rank 0 alone calls it."""
-        ...
+DataSetWork: TypeAlias = "SolutionWork | ExplanationWork"
+"""What a command does with the problems of a data set.  Every rank of the world makes the same calls."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +67,13 @@ class DataSetJob:
         journal = Journal(self.out, {**self.work.provenance(), "group_size": self.group_size}, self.group_size)
         done = run_on_rank_0(lambda: journal.begin(len(problems)))
         if done < len(problems):
-            with open_inference(self.config, self.run_data, self.grid) as inference:
+            phases = Phases(self.grid.device)
+            groups = -(-(len(problems) - done) // self.group_size)
+            with (
+                phases_shown(phases, enabled=self.grid.is_reporter),
+                open_inference(self.config, self.run_data, self.grid, phases) as inference,
+                phases("the data set", groups),
+            ):
                 self._solve(problems, done, inference, journal)
         run_on_rank_0(lambda: journal.finish({problem.id for problem in problems}))
         if self.grid.is_reporter:
@@ -100,17 +81,15 @@ class DataSetJob:
 
     def _solve(self, problems: Sequence[Problem], done: int, inference: Inference, journal: Journal) -> None:
         solve_group = self.work.opened(inference)
-        with _progress_bar(len(problems), done, is_shown=self.grid.is_reporter) as advance:
-            for start in range(done, len(problems), self.group_size):
-                group = problems[start : start + self.group_size]
-                try:
-                    own = solve_group(group)
-                except RuntimeError as error:  # the verifier or an engine failed: the groups in the journal are kept
-                    raise ConfigError(f"{error}; after a fix, the same command continues from here") from error
-                by_id = {line["problem_id"]: line for line in gather_items(own, self.grid.dp_group)}
-                lines = [by_id[problem.id] for problem in group]
-                run_on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
-                advance(len(lines))
+        for start in range(done, len(problems), self.group_size):
+            group = problems[start : start + self.group_size]
+            try:
+                own = solve_group(group)
+            except RuntimeError as error:  # the verifier or an engine failed: the groups in the journal are kept
+                raise ConfigError(f"{error}; after a fix, the same command continues from here") from error
+            by_id = {line["problem_id"]: line for line in gather_items(own, self.grid.dp_group)}
+            lines = [by_id[problem.id] for problem in group]
+            run_on_rank_0(lambda lines=lines: journal.append(lines))  # type: ignore[misc]
 
 
 def provenance_of(config: Config, run_data: RunData, model: Path | None, wording: Sequence[str]) -> dict[str, Any]:
@@ -141,22 +120,9 @@ def question_of(problem: Problem) -> dict[str, Any]:
     return {"problem": messages[0]["content"]} if is_text else {"messages": messages}
 
 
-@contextmanager
-def _progress_bar(total: int, done: int, *, is_shown: bool) -> Iterator[Callable[[int], None]]:
-    """Show a bar with the number of problems and the remaining time, if ``is_shown`` and stderr is a terminal.
-
-    The value of the context advances the bar by a number of problems.
-    """
-    console = Console(stderr=True)
-    columns = (TextColumn("problems"), BarColumn(bar_width=None), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not (is_shown and console.is_terminal)) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda number: bar.advance(task, number)
-
-
 @dataclass(frozen=True)
 class SolutionWork:
-    """The search for solutions to the problems of ``run_data``, on one rank: a `DataSetWork`."""
+    """The search for solutions to the problems of ``run_data``, on one rank."""
 
     config: Config
     settings: OwnSolutionsSettings
@@ -195,6 +161,8 @@ class SolutionWork:
     def opened(self, inference: Inference) -> Callable[[Sequence[Problem]], Lines]:
         """Return the function that solves a group of problems with the model of ``inference``.
 
+        The function gets the problems of all replicas and returns the lines of this replica's problems.  It is a
+        collective of the world, and raises RuntimeError on every rank where an engine or the verifier failed.
         Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
         """
         score = self._scorer(inference) if self.settings.pick == "learnable" else None
@@ -224,15 +192,8 @@ class SolutionWork:
 
         Raises: `ConfigError` if the model cannot have the configured ``loss.fused``.
         """
-        models = ScoringModels(
-            student=inference.chunks,
-            teacher=inference.chunks,
-            grid=self.grid,
-            vocab=inference.vocab,
-            max_tokens=self.config.schedule.max_tokens,
-            fusion=decided_output_layer(self.config, inference.chunks).fusion,
-            backend=self.config.loss.backend,
-        )
+        models = inference.as_both_models(self.config, [[]], self.grid)
+        models = replace(models, max_tokens=self.config.schedule.max_tokens)
         return lambda candidates: learnabilities(
             candidates, models, self.config, self.run_data, self.settings.alpha, self.settings.ratio_weight
         )
@@ -265,7 +226,7 @@ def _solution(candidate: Candidate) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ExplanationWork:
-    """The explanations of the solutions of ``run_data``, on one rank: a `DataSetWork`.
+    """The explanations of the solutions of ``run_data``, on one rank.
 
     A sample is kept if it has its closing tag and an explanation before the tag.  The solution of the data set is the
     explanation, the closing tag and the solution of the data.

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import shlex
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.commands.model_command import at_least_1, ended
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
@@ -27,6 +28,8 @@ if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped
     from megatron_selfdistill.evaluation.hint_levels import HintLevel
     from megatron_selfdistill.metrics.phases import Phases
     from megatron_selfdistill.run_data import RunData
+
+    Measured = tuple[EvaluationResult, FirstStep | None, list[HintLevel], float]
 
 DESCRIPTION = """Evaluate a model on problems with answers, and compare two evaluations.
 
@@ -153,15 +156,6 @@ def evaluate(arguments: argparse.Namespace, given: Config, keys: frozenset[str])
     return 0
 
 
-class _Measured(NamedTuple):
-    """What an evaluation has found, the same on every rank."""
-
-    result: EvaluationResult
-    first: FirstStep | None
-    levels: list[HintLevel]
-    seconds: float
-
-
 def _measured(
     config: Config,
     run_data: RunData,
@@ -169,13 +163,15 @@ def _measured(
     grid: RankGrid,
     arguments: argparse.Namespace,
     phases: Phases,
-) -> _Measured:
+) -> Measured:
+    """Return the result, what the first step would see, the hint levels and the seconds, the same on every rank."""
     from megatron_selfdistill.evaluation import held_out
     from megatron_selfdistill.evaluation.first_step import measure_first_step
     from megatron_selfdistill.evaluation.hint_levels import measure_hint_levels
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
     from megatron_selfdistill.sources.configured_source import evaluation_player
+    from megatron_selfdistill.trainer import evaluation_options
 
     verifier = load_verifier(config.evaluation.verifier)
     with (
@@ -183,17 +179,10 @@ def _measured(
         evaluation_player(config, run_data, inference.sampler, 0, grid) as player,
     ):
         began = time.perf_counter()
-        options = held_out.EvaluationOptions(
-            params=inference.sampling,
-            num_samples=arguments.num_samples,
-            pass_at_k=arguments.pass_at_k,
-            seed=config.seed,
-            step=0,  # independent of the iteration, so that compared models sample with the same seeds
-            majority_at_k=arguments.majority_at_k,
-            hinted=arguments.hinted,
-            num_transcripts=arguments.responses,
-            leak_words=config.metrics.leak_words,
-            confidence=config.evaluation.confidence_pattern,
+        # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
+        options = evaluation_options(config, inference.sampling, 0, arguments.hinted, arguments.responses)
+        options = dataclasses.replace(
+            options, majority_at_k=arguments.majority_at_k, num_transcripts=arguments.responses
         )
         with phases("evaluation", 0 if config.environment.exists else 1 + arguments.num_samples):
             result = held_out.evaluate(inference.sampler, run_data, verifier, options, grid, player)
@@ -205,46 +194,51 @@ def _measured(
         if arguments.hinted:
             with phases("first step", 1):
                 first = measure_first_step(inference, config, run_data, verifier, grid)
-    return _Measured(result, first, compared, seconds)
+    return result, first, compared, seconds
 
 
 def _report(
-    measured: _Measured, config: Config, run_data: RunData, arguments: argparse.Namespace, model: dict[str, Any]
+    measured: Measured, config: Config, run_data: RunData, arguments: argparse.Namespace, model: dict[str, Any]
 ) -> None:
     """Write the files, and print the verdict and the tables."""
     from megatron_selfdistill.evaluation import tables
-    from megatron_selfdistill.evaluation.evaluations import write_evaluation
+    from megatron_selfdistill.evaluation.evaluations import data_fingerprint, write_evaluation
     from megatron_selfdistill.evaluation.first_step import readiness, recommended
     from megatron_selfdistill.evaluation.hint_levels import predicted_order
 
     result, first, compared, seconds = measured
-    data, settings = _data(run_data, arguments), _settings(config, run_data, arguments)
-    about: dict[str, Any] = {"model": model, "data": data, "settings": settings}
+    problems = run_data.evaluation
+    about: dict[str, Any] = {
+        "model": model,
+        "data": {"path": str(arguments.data), "fingerprint": data_fingerprint(problems), "num_problems": len(problems)},
+        "settings": _settings(config, run_data, arguments),
+    }
     if compared:
         about["hint_levels"] = [it.record() for it in compared]
     advice: list[str] = []
     if first is not None:
-        number, advice = len(run_data.evaluation), first.advice(config)
-        about["first_step"] = first.record()
+        advice = first.advice(config)
+        about["first_step"] = asdict(first)
         if config.environment.exists:  # the samples of the first step are no episodes
             print("no verdict: compare with the same command without --hinted (selfdistill evaluate compare)\n")
         else:
-            ready = readiness(config, first, result, number, compares=bool(compared))
-            shares = (right / of for right, of in (ready.gain.without, ready.gain.hinted))
-            target = recommended(first.num_hints, number, *shares)
-            about["first_step"] |= {"recommended": asdict(target), "verdict": ready.record()}
-            train = training_command(arguments, config, model, target.overrides)
-            again = ready.change
-            if not isinstance(again, str):
+            ready = readiness(config, first, result, compares=bool(compared))
+            with_hint = ready.right_hinted / ready.num_hinted
+            target = recommended(first.num_hints, len(problems), first.accuracy, with_hint)
+            about["first_step"] |= {"recommended": asdict(target), "verdict": asdict(ready)}
+            following = training_command(arguments, config, model, target.overrides)
+            if isinstance(ready.change, str):
+                following = ready.change
+            elif ready.cause:
                 options = [] if arguments.overwrite else ["--overwrite"]
-                again = launched("evaluate", [*arguments.argv, *again, *options])
-            tables.show_readiness(ready, target, train if ready.cause is None else again)
+                following = launched("evaluate", [*arguments.argv, *ready.change, *options])
+            tables.show_readiness(ready, target, following)
     summary = write_evaluation(arguments.out, result, about)
     num_tokens = sum(verdict.length for it in result.problems for verdict in (it.greedy, *it.samples))
     line = f"{num_tokens} tokens in {seconds:.1f} s; written to {arguments.out}"
     tables.show_summary(summary, line, show_all=arguments.all)
     if first is not None:
-        tables.show_first_step(first.record(), advice)
+        tables.show_first_step(about["first_step"], advice)
     if compared:
         tables.show_hint_levels(about["hint_levels"], predicted_order(compared))
     if result.overlooked is not None:
@@ -295,13 +289,6 @@ def loaded(arguments: argparse.Namespace) -> tuple[Config, frozenset[str]]:
     return given.config, given.keys
 
 
-def _data(run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
-    from megatron_selfdistill.evaluation.evaluations import data_fingerprint
-
-    problems = run_data.evaluation
-    return {"path": str(arguments.data), "fingerprint": data_fingerprint(problems), "num_problems": len(problems)}
-
-
 def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the settings on which the numbers depend besides the model and the problems."""
     from megatron_selfdistill.config import writable
@@ -316,18 +303,12 @@ def _settings(config: Config, run_data: RunData, arguments: argparse.Namespace) 
         "environment": f"{played.name}, {played.max_turns} turns" if played.exists else None,
         "engine": rollout.engine if rollout.engine == "megatron" else f"{rollout.engine} {rollout.placement}",
         "precision": config.optimizer.precision,
-        "max_new_tokens": rollout.max_new_tokens,
-        "temperature": rollout.temperature,
-        "top_k": rollout.top_k,
-        "top_p": rollout.top_p,
+        **{name: getattr(rollout, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p")},
         "stop_token_ids": list(run_data.stop_token_ids),
         "leak_words": list(config.metrics.leak_words),
-        "system_prompt": data["system_prompt"],
         "views": (data["views"] if arguments.hinted else data["views"].get("student")) or None,
-        "student_template": data["student_template"],
         "teacher_template": data["teacher_template"] if arguments.hinted else None,
-        "chat_template": data["chat_template"],
-        "chat_template_kwargs": data["chat_template_kwargs"],
+        **{name: data[name] for name in "system_prompt student_template chat_template chat_template_kwargs".split()},
     }
 
 
@@ -352,22 +333,8 @@ def compare(arguments: argparse.Namespace) -> int:
     show_comparison(compared, show_all=arguments.all)
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(compared.json(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        arguments.out.write_text(json.dumps(asdict(compared), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return 0
-
-
-class _Ks(argparse.Action):
-    """An option that takes the numbers up to the first word that is not a number; further words are overrides."""
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        ks = [value for value in values if value.isdecimal()]
-        rest = values[len(ks) :]
-        if values[: len(ks)] != ks or any("=" not in word for word in rest):
-            parser.error(f"argument {option}: expected numbers, got {' '.join(values)}")
-        setattr(namespace, self.dest, [int(k) for k in ks])
-        namespace.more_overrides = [*namespace.more_overrides, *rest]
 
 
 def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -400,19 +367,17 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--pass-at-k",
         nargs="+",
-        action=_Ks,
         metavar="K",
         help="chance that one of K samples is right (default: 1 4 16 .. up to N)",
     )
     parser.add_argument(
         "--majority-at-k",
         nargs="+",
-        action=_Ks,
         metavar="K",
         help="chance that the most frequent answer of K samples is right (default: 4 16 ..)",
     )
     parser.add_argument("--hinted", action="store_true", help=_HINTED)
-    parser.add_argument("--levels", type=_level_names, default=(), metavar="A,B,..", help=_LEVELS)
+    parser.add_argument("--levels", type=lambda text: text.split(","), default=(), metavar="A,B,..", help=_LEVELS)
     parser.add_argument(
         "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )
@@ -428,26 +393,19 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"
     )
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. rollout.top_p=0.95")
-    parser.set_defaults(more_overrides=[])
     arguments = parser.parse_intermixed_args(argv)
-    arguments.overrides = [*arguments.overrides, *arguments.more_overrides]
+    for name in ("pass_at_k", "majority_at_k"):  # what follows the numbers are overrides
+        words = getattr(arguments, name) or []
+        ks = list(itertools.takewhile(str.isdecimal, words))
+        arguments.overrides = [*arguments.overrides, *words[len(ks) :]]
+        setattr(arguments, name, [int(k) for k in ks] if words else None)
+    if wrong := [word for word in arguments.overrides if "=" not in word]:
+        parser.error(f"expected key=value, got {wrong[0]}")
     arguments.argv = list(argv)
-    if arguments.num_samples < 0:
-        parser.error(f"argument --num-samples: expected at least 0, got {arguments.num_samples}")
-    if arguments.levels and not arguments.hinted:
-        parser.error("argument --levels: the levels are hints, so that it needs --hinted")
     powers = [4**i for i in range(12) if 4**i <= arguments.num_samples]
     arguments.pass_at_k = powers if arguments.pass_at_k is None else arguments.pass_at_k
     arguments.majority_at_k = powers[1:] if arguments.majority_at_k is None else arguments.majority_at_k
     return arguments
-
-
-def _level_names(text: str) -> tuple[str, ...]:
-    """Return the names of an option that lists hint levels."""
-    names = tuple(name.strip() for name in text.split(","))
-    if "" in names or len(set(names)) < len(names):
-        raise argparse.ArgumentTypeError(f"expected different names with a comma between them, got {text!r}")
-    return names
 
 
 def comparison_arguments(argv: Sequence[str]) -> argparse.Namespace:

@@ -55,8 +55,10 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     return arguments
 
 
-def ended(name: str, work: Callable[[], int]) -> int:
+def ended(name: str, work: Callable[[], int], outcome: str = "no results were written") -> int:
     """Do the work of the command ``name`` and return its exit status, after one message for an error of the user.
+
+    ``outcome``: what Ctrl-C leaves.
 
     The status is that of ``work``, or 2 for bad input, 4 for an engine or a verifier that failed, and 130 for Ctrl-C.
     After SIGTERM the process ends with status 143, and removes its temporary directories before.
@@ -72,7 +74,7 @@ def ended(name: str, work: Callable[[], int]) -> int:
         print_error(f"{name}:", error)
         return EXIT_FAILED
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; no results were written", file=sys.stderr)
+        print(f"{name}: interrupted; {outcome}", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

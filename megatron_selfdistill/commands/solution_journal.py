@@ -47,9 +47,16 @@ class Journal:
             self.path.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
             return 0
         *lines, _ = self.path.read_bytes().split(b"\n")  # a killed process may have left a part of a line
-        self._check_header(self._header_in(lines))
-        for number, line in enumerate(lines[1:], 2):
-            self._check_attempt(number, line)
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json_object(line)
+            except ValueError as error:
+                raise ConfigError(
+                    f"{self.path}: line {number} {error}: remove it and the lines after it, whose problems are then "
+                    "done again, or choose another --out"
+                ) from None
+            if number == 1:
+                self._check_header(record)
         done = len(lines) - 1
         if (
             done < num_problems
@@ -58,26 +65,6 @@ class Journal:
         with self.path.open("r+b") as file:
             file.truncate(sum(len(line) + 1 for line in lines[: done + 1]))
         return done
-
-    def _header_in(self, lines: Sequence[bytes]) -> dict[str, Any]:
-        try:
-            header = json_object(lines[0])
-            if "model" in header:
-                return header
-        except (ValueError, IndexError):
-            pass
-        raise ConfigError(f"{self.path} is not a journal of this command: choose another --out or remove it")
-
-    def _check_attempt(self, number: int, line: bytes) -> None:
-        try:
-            if "problem_id" not in json_object(line):
-                raise ValueError("has no problem_id")
-        except ValueError as error:
-            raise ConfigError(
-                f"{self.path}: expected an object with problem_id on every line after the first, got line {number}, "
-                f"which {error}; remove this line and the lines after it, whose problems are then done again, or "
-                "choose another --out"
-            ) from None
 
     def _check_header(self, header: dict[str, Any]) -> None:
         expected = json.loads(json.dumps(self.header))

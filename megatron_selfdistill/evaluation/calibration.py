@@ -44,18 +44,14 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The calibration of several responses, each with a confidence and a verdict."""
+    """The calibration of several responses, each with a confidence and a verdict (docs/evaluation.md)."""
 
     ece: float
-    """The expected calibration error (`expected_calibration_error`)."""
     brier: float
-    """The mean of (confidence - verdict)^2, with the verdict 1 for right and 0 for wrong."""
     spr: float | None
     """The separation of right and wrong responses (`separation`); None unless some are right and some are wrong."""
     ocg: float
-    """The gap of overconfidence: the mean confidence less the accuracy."""
     stated_confidence: float
-    """The share of the responses whose text states a confidence."""
 
 
 def split_confidence(text: str, pattern: re.Pattern[str] | None) -> tuple[float | None, str]:

@@ -25,13 +25,8 @@ def pass_at_k(num_samples: int, num_correct: int, k: int) -> float:
     """Return the unbiased estimate of the chance that one of k samples is correct, ``1 - C(n - c, k) / C(n, k)``.
 
     n is ``num_samples`` and c is ``num_correct``.
-    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.  Raises: ValueError unless 0 <= c <= n and 1 <= k <= n.
+    Source: Chen et al. 2021 (arXiv 2107.03374), equation 1.
     """
-    if not (0 <= num_correct <= num_samples and 1 <= k <= num_samples):
-        raise ValueError(
-            f"pass_at_k: expected 0 <= num_correct <= num_samples and 1 <= k <= num_samples, got "
-            f"{num_correct} of {num_samples} and k = {k}; generate at least k samples."
-        )
     return 1 - math.comb(num_samples - num_correct, k) / math.comb(num_samples, k)
 
 
@@ -49,14 +44,8 @@ def majority_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int
     E[1 / (1 + ties); a has t votes and no answer has more].  In a random subset of k of n samples, the votes of the
     answers are independent binomials with p = k / n under the condition that they sum to k.  The expectation is
     therefore a product of polynomials, one for each answer that can reach t votes.
-    Raises: ValueError unless 1 <= k <= n.
     """
     n = len(answers)
-    if not 1 <= k <= n or len(correct) != n:
-        raise ValueError(
-            f"majority_at_k: expected 1 <= k <= num_samples and a verdict per sample, got k = {k}, {n} answers and "
-            f"{len(correct)} verdicts; generate at least k samples."
-        )
     votes = Counter(answer for answer in answers if answer is not None)
     num_correct = Counter(answer for answer, is_correct in zip(answers, correct, strict=True) if is_correct)
     p, num_silent = k / n, n - votes.total()
@@ -141,12 +130,7 @@ def bootstrap(values: np.ndarray, num_resamples: int = NUM_RESAMPLES, seed: int 
     ``values``: float ``[num_problems, num_columns]``.  If the values are differences of two models on the same
     problems, the result is the paired bootstrap.  The function resamples problems only; the scatter of the values
     contains the sampling of their responses.  The cost is num_resamples x num_problems random numbers.
-    Raises: ValueError for fewer than 2 problems.
     """
-    if values.ndim != 2 or len(values) < 2:
-        raise ValueError(
-            f"bootstrap: expected values [num_problems, num_columns] of at least 2 problems, got {values.shape}."
-        )
     means = resampled_means(values, num_resamples, seed)
     lows, highs = np.quantile(means, [0.025, 0.975], axis=0)
     # A sum of equal and opposite floats may miss 0 by its rounding.

@@ -130,7 +130,10 @@ _FIXES = {
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """The numbers of an evaluation; shares refer to all responses of the kind, and lengths are in tokens."""
+    """The numbers of an evaluation; shares refer to all responses of the kind, and lengths are in tokens.
+
+    A field sampled_NAME is greedy_NAME of the sampled responses.
+    """
 
     num_problems: int
     num_samples: int
@@ -162,11 +165,8 @@ class EvaluationResult:
     """The share of the greedy responses with one of these 8-grams, over the problems that have a solution; None if no
     problem has one."""
     sampled_hint_8grams: float | None = None
-    """As ``greedy_hint_8grams``, of the sampled responses."""
     sampled_leak_words_per_1000: float | None = None
-    """As ``greedy_leak_words_per_1000``, of the sampled responses."""
     sampled_quoted_hint_share: float | None = None
-    """As ``greedy_quoted_hint_share``, of the sampled responses."""
     distinct_right: float | None = None
     """The mean over problems of the number of different answers among the right samples."""
     distinct_4grams: float | None = None
@@ -174,15 +174,12 @@ class EvaluationResult:
     greedy_calibration: Calibration | None = None
     """The calibration of the greedy responses; None if a confidence is unknown."""
     sampled_calibration: Calibration | None = None
-    """The calibration of the sampled responses; None if a confidence is unknown."""
     greedy_mean_reward: float | None = None
     """The mean reward of the episodes with greedy responses; None without an environment."""
     greedy_mean_turns: float | None = None
     """The mean number of responses of these episodes; None without an environment."""
     sampled_mean_reward: float | None = None
-    """As ``greedy_mean_reward``, of the sampled episodes."""
     sampled_mean_turns: float | None = None
-    """As ``greedy_mean_turns``, of the sampled episodes."""
 
     def metrics(self, prefix: str = "evaluation") -> dict[str, float]:
         """Return the numbers under flat keys, such as evaluation/greedy_accuracy and evaluation/pass_at_8.

@@ -65,9 +65,9 @@ def read_evaluation(directory: Path) -> Evaluation:
     directory = Path(directory)
     require_evaluation(directory)
     try:
-        summary = _object_in(directory / SUMMARY, (directory / SUMMARY).read_bytes())
+        summary = json_object((directory / SUMMARY).read_bytes())
         with (directory / PROBLEMS).open("rb") as stream:
-            lines = [_object_in(f"{directory / PROBLEMS}:{number}", line) for number, line in enumerate(stream, 1)]
+            lines = list(map(json_object, stream))
         values, ids = _values(lines), [line["id"] for line in lines]
         if len(lines) != summary["data"]["num_problems"]:
             raise ValueError(f"{len(lines)} lines for {summary['data']['num_problems']} problems")
@@ -122,10 +122,6 @@ class Comparison:
         """Whether neither A nor B has a correct response."""
         rates = ("greedy_accuracy", "avg_at_", "pass_at_")
         return not any(it.a or it.b for it in self.differences if it.metric.startswith(rates))
-
-    def json(self) -> dict[str, Any]:
-        """Return the comparison as plain values, the content of the file of --out."""
-        return dataclasses.asdict(self)
 
 
 def compare(a: Evaluation, b: Evaluation, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Comparison:
@@ -183,13 +179,6 @@ def _require_same_problems(a: Evaluation, b: Evaluation) -> None:
 
 def _other_settings(a: dict[str, Any], b: dict[str, Any]) -> dict[str, list[Any]]:
     return {name: [a.get(name), b.get(name)] for name in (*a, *(set(b) - set(a))) if a.get(name) != b.get(name)}
-
-
-def _object_in(place: Path | str, text: bytes) -> dict[str, Any]:
-    try:
-        return json_object(text)
-    except ValueError as error:
-        raise ValueError(f"{place} {error}") from None
 
 
 def _line(problem: ProblemResult, ks: Sequence[int], majority_ks: Sequence[int]) -> dict[str, Any]:

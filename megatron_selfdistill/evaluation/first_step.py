@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -113,97 +112,70 @@ class FirstStep:
             let_through=self.let_through[CONFIGURED].all_tokens,
         )
 
-    def record(self) -> dict[str, Any]:
-        """Return the numbers as JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Gain:
-    """How often responses to the same problems are right without the hint and with it."""
-
-    without: tuple[int, int]
-    """The right samples without the hint, one per problem, and all of these samples."""
-    hinted: tuple[int, int]
-    """The right samples with the hint, or greedy responses where nothing is sampled, and all of them."""
-    mean: float
-    """The mean over the problems of the share with the hint minus the share without."""
-    interval: Interval | None
-    """The bootstrap of the mean; None for fewer than `FEWEST` problems."""
-
-    @classmethod
-    def of(cls, are_right: Sequence[bool], problems: Sequence[ProblemResult]) -> Gain:
-        """Return the gain on the first of ``problems``, those with a sample in ``are_right``."""
-        hinted = [[it.correct for it in one.samples or [one.greedy]] for one in problems[: len(are_right)]]
-        gains = [sum(seen) / len(seen) - right for seen, right in zip(hinted, are_right, strict=True)]
-        interval = bootstrap(np.array(gains)[:, None])[0] if len(gains) >= FEWEST else None
-        counts = sum(map(sum, hinted)), sum(map(len, hinted))
-        return cls((sum(are_right), len(are_right)), counts, sum(gains) / len(gains), interval)
-
-    def lines(self) -> list[str]:
-        """Return the lines that show both shares and the gain."""
-        places = (("without the hint", self.without), ("with the hint", self.hinted))
-        shares = [f"{name:<16}  {right / of:.2f} right ({right} of {of})" for name, (right, of) in places]
-        found, number = self.interval, self.without[1]
-        known = "too few for an interval" if found is None else f"95 %: {found.low:+.2f} to {found.high:+.2f}"
-        return [*shares, f"{'gain':<16} {self.mean:+.2f} ({number} problem{'s' * (number > 1)}, {known})"]
-
 
 @dataclass(frozen=True)
 class Readiness:
-    """Whether a run is worth its time."""
+    """Whether a run is worth its time: how often responses to the same problems are right without and with the hint."""
 
-    gain: Gain
-    cause: str | None
-    """Why a run would teach little; None for a run that is worth its time."""
-    change: tuple[str, ...] | str
+    right: int
+    """The right samples without the hint, one per problem."""
+    num_problems: int
+    right_hinted: int
+    """The right samples with the hint, or greedy responses where nothing is sampled."""
+    num_hinted: int
+    """All samples with the hint."""
+    gain: Interval
+    """The mean over the problems of the share with the hint minus the share without."""
+    cause: str = ""
+    """Why a run would teach little; empty for a run that is worth its time."""
+    change: tuple[str, ...] | str = ()
     """The arguments to add to the command before it runs again, or a sentence about what to change."""
 
-    def record(self) -> dict[str, Any]:
-        """Return the verdict as JSON values."""
-        return {**asdict(self.gain), "train": self.cause is None, "cause": self.cause}
+    @classmethod
+    def of(cls, are_right: Sequence[bool], problems: Sequence[ProblemResult]) -> Readiness:
+        """Return the numbers of the first of ``problems``, those with a sample in ``are_right``, without a cause."""
+        hinted = [[it.correct for it in one.samples or [one.greedy]] for one in problems[: len(are_right)]]
+        gains = [sum(seen) / len(seen) - right for seen, right in zip(hinted, are_right, strict=True)]
+        numbers = sum(are_right), len(are_right), sum(map(sum, hinted)), sum(map(len, hinted))
+        return cls(*numbers, bootstrap(np.array(gains)[:, None])[0])
 
 
-def readiness(
-    config: Config, first: FirstStep, result: EvaluationResult, problems: int, *, compares: bool = False
-) -> Readiness:
+def readiness(config: Config, first: FirstStep, result: EvaluationResult, *, compares: bool = False) -> Readiness:
     """Return whether a run is worth its time: whether the hint clearly helps, and a fifth of its responses is right.
 
-    ``result``: the evaluation with the hint, of ``problems`` problems.  ``compares``: whether hint levels are shown.
+    ``result``: the evaluation with the hint.  ``compares``: whether hint levels are shown.
     """
-    gain, verifier = Gain.of(first.are_right, result.problems), config.evaluation.verifier
-    (plain, number), hinted = gain.without, gain.hinted[0] / gain.hinted[1]
-    is_clear = gain.interval is not None and gain.interval.probability_not_above_0 <= 0.025
+    found, verifier, new = Readiness.of(first.are_right, result.problems), config.evaluation.verifier, config.rollout
+    hinted, is_clear = found.right_hinted / found.num_hinted, found.gain.low > 0 and found.num_problems >= FEWEST
     cut = result.greedy_truncated_share if result.sampled_truncated_share is None else result.sampled_truncated_share
-
-    def not_yet(cause: str, change: Sequence[str] | str) -> Readiness:
-        return Readiness(gain, cause, change if isinstance(change, str) else tuple(change))
-
+    cause: str
+    change: tuple[str, ...] | str
     if first.is_untrained:
-        return not_yet(
-            "this model looks untrained, or tokenizer and weights do not belong together: its entropy is "
-            f"{first.entropy_mean:.2f} nats per token, and ln({first.vocab_size}) is {math.log(first.vocab_size):.2f}",
-            "name a trained model, and the tokenizer with which it was trained (data.tokenizer=DIR)",
-        )
-    if is_clear and hinted >= SOLVED_BY_HINT:
-        return Readiness(gain, None, ())
-    if result.overlooked is not None:
-        fix = ("evaluation.verifier=math_verify",) if verifier == "exact_match" else "read the responses below"
-        return not_yet(result.overlooked.lines(verifier)[0], fix)
-    if cut > MANY_CUT:
-        new = config.rollout.max_new_tokens
-        cause = f"{cut:.0%} of the responses with the hint are cut at rollout.max_new_tokens={new}, and count as wrong"
-        return not_yet(cause, [f"rollout.max_new_tokens={2 * new}"])
-    if plain >= SOLVED * number:
-        return not_yet("the model solves these problems without the hint", "take harder problems (--data)")
-    if first.num_hints == 1 < problems:
+        cause = "this model looks untrained, or tokenizer and weights do not belong together: its entropy is "
+        cause += f"{first.entropy_mean:.2f} nats per token, and ln({first.vocab_size}) {math.log(first.vocab_size):.2f}"
+        change = "name a trained model, and the tokenizer with which it was trained (data.tokenizer=DIR)"
+    elif is_clear and hinted >= SOLVED_BY_HINT:
+        return found
+    elif result.overlooked is not None:
+        cause = result.overlooked.lines(verifier)[0]
+        fits = verifier == "exact_match"
+        change = ("evaluation.verifier=math_verify",) if fits else "change the verifier after a look at the ends below"
+    elif cut > MANY_CUT:
+        cause = f"{cut:.0%} of the responses with the hint are cut at rollout.max_new_tokens={new.max_new_tokens}"
+        change = (f"rollout.max_new_tokens={2 * new.max_new_tokens}",)
+    elif found.right >= SOLVED * found.num_problems:
+        cause, change = "the model solves these problems without the hint", "take harder problems (--data)"
+    elif first.num_hints == 1 < len(result.problems):
         cause = f"all hints are one text, and evaluation.verifier={verifier} does not find that it is followed"
-        return not_yet(cause, "set evaluation.verifier to a function that judges what this text asks for")
-    if gain.mean > 0 and not is_clear and number < MAX_PROBLEMS:
-        return not_yet(f"{number} problems are too few to tell the gain from chance", "give --data more problems")
-    cause = f"the hint helps too little: {hinted:.0%} of the responses that see it are right"
-    wording = "try another data.teacher_template, or a stronger model"
-    return not_yet(cause, wording if compares else ["--levels", "none,other,solution"])
+        change = "set evaluation.verifier to a function that judges what this text asks for"
+    elif found.gain.mean > 0 and not is_clear and found.num_problems < MAX_PROBLEMS:
+        cause = f"{found.num_problems} problems are too few to tell the gain from chance"
+        change = "give --data more problems"
+    else:
+        cause = f"the hint helps too little: {hinted:.0%} of the responses that see it are right"
+        wording = "try another data.teacher_template, or a stronger model"
+        change = wording if compares else ("--levels", "none,other,solution")
+    return replace(found, cause=cause, change=change)
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.evaluation.calibration import Calibration, Confidence, calibration
+from megatron_selfdistill.evaluation.calibration import Confidence, calibration
 from megatron_selfdistill.evaluation.estimators import distinct_grams, distinct_right
 from megatron_selfdistill.evaluation.evaluation_result import (
     EvaluationResult,
@@ -40,7 +40,6 @@ from megatron_selfdistill.metrics.leakage import (
     word_counts,
     word_pattern,
 )
-from megatron_selfdistill.prechecks import require_answers_per_problem
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text, sample_seed
 from megatron_selfdistill.terminal import hidden
 
@@ -127,9 +126,6 @@ def evaluate(
     ``run_data.max_length``; `VerifierError` on every rank if the verifier failed on one rank.
     """
     problems, builder, tokenizer = run_data.evaluation, run_data.builder, run_data.tokenizer
-    require_answers_per_problem(options.num_samples, options.pass_at_k, options.majority_at_k or ())
-    if not problems:
-        raise ConfigError("Evaluation: expected at least one problem, got none.")
     check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]
@@ -321,60 +317,46 @@ def _transcripts(verdicts: _Verdicts, problems: Sequence[Problem], num_samples: 
     return transcripts
 
 
+_SHARES = {"accuracy": "correct", "mean_length": "length", "truncated_share": "truncated", "loop_share": "loops"}
+_SHARES_OF_EPISODES = {"mean_reward": "reward", "mean_turns": "turns"}
+"""The names of shares and means in `EvaluationResult` -> the field of `Verdict` over which each is taken."""
+
+
 def _result(
     verdicts: _Verdicts, problems: Sequence[Problem], options: EvaluationOptions, transcripts: list[Transcript]
 ) -> EvaluationResult:
     num_samples = options.num_samples
     results = [_problem_result(p, problem, verdicts, num_samples) for p, problem in enumerate(problems)]
-    greedy = [result.greedy for result in results]
-    sampled = [verdict for result in results for verdict in result.samples]
     ks, majority_ks = (options.pass_at_k, options.majority_at_k or ()) if num_samples else ((), ())
-    greedy_leaks, sampled_leaks = (
-        sum((judged.leakage for (_, sample), judged in verdicts.items() if (sample is None) == is_greedy), LeakCounts())
-        for is_greedy in (True, False)
-    )
-
     grams = [result.distinct_4grams for result in results if result.distinct_4grams is not None]
+    plays = results[0].greedy.reward is not None
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values)
 
-    def share(verdicts: list[Verdict], name: str) -> float:
-        return mean([getattr(verdict, name) for verdict in verdicts])
-
-    def of_episodes(verdicts: list[Verdict], name: str) -> float | None:
-        return share(verdicts, name) if verdicts and greedy[0].reward is not None else None
-
+    numbers: dict[str, Any] = {}
+    greedy = [verdicts[p, None] for p in range(len(problems))]
+    sampled = [verdicts[p, i] for p in range(len(problems)) for i in range(num_samples)]
+    for kind, judged in (("greedy", greedy), ("sampled", sampled)):
+        for name, field in (_SHARES | _SHARES_OF_EPISODES if plays else _SHARES).items():
+            numbers[f"{kind}_{name}"] = mean([getattr(it.verdict, field) for it in judged]) if judged else None
+        leaks = sum((it.leakage for it in judged), LeakCounts())
+        numbers[f"{kind}_hint_8grams"] = leaks.hint_share
+        numbers[f"{kind}_leak_words_per_1000"] = leaks.words_per_1000
+        numbers[f"{kind}_quoted_hint_share"] = leaks.quoted_hint_share
+        right = [it.verdict.correct for it in judged]
+        numbers[f"{kind}_calibration"] = calibration([it.confidence for it in judged], right)
     return EvaluationResult(
         num_problems=len(results),
         num_samples=num_samples,
-        greedy_accuracy=share(greedy, "correct"),
-        greedy_mean_length=share(greedy, "length"),
-        greedy_truncated_share=share(greedy, "truncated"),
-        greedy_loop_share=share(greedy, "loops"),
-        greedy_mean_reward=of_episodes(greedy, "reward"),
-        greedy_mean_turns=of_episodes(greedy, "turns"),
-        sampled_mean_reward=of_episodes(sampled, "reward"),
-        sampled_mean_turns=of_episodes(sampled, "turns"),
-        sampled_accuracy=share(sampled, "correct") if num_samples else None,
-        sampled_mean_length=share(sampled, "length") if num_samples else None,
-        sampled_truncated_share=share(sampled, "truncated") if num_samples else None,
-        sampled_loop_share=share(sampled, "loops") if num_samples else None,
         pass_at_k={k: mean([result.pass_at_k(k) for result in results]) for k in ks},
         majority_at_k={k: mean([result.majority_at_k(k) for result in results]) for k in majority_ks},
         problems=results,
         transcripts=transcripts,
         overlooked=_overlooked(verdicts, problems),
-        greedy_hint_8grams=greedy_leaks.hint_share,
-        greedy_leak_words_per_1000=greedy_leaks.words_per_1000,
-        greedy_quoted_hint_share=greedy_leaks.quoted_hint_share,
-        sampled_hint_8grams=sampled_leaks.hint_share,
-        sampled_leak_words_per_1000=sampled_leaks.words_per_1000,
-        sampled_quoted_hint_share=sampled_leaks.quoted_hint_share,
         distinct_right=mean([result.distinct_right or 0 for result in results]) if num_samples else None,
         distinct_4grams=mean(grams) if grams else None,
-        greedy_calibration=_calibration(verdicts, is_greedy=True),
-        sampled_calibration=_calibration(verdicts, is_greedy=False),
+        **numbers,
     )
 
 
@@ -389,9 +371,3 @@ def _problem_result(p: int, problem: Problem, verdicts: _Verdicts, num_samples: 
         distinct_right((it.right_answer for it in samples), right) if samples else None,
         samples[0].distinct_4grams if samples else None,
     )
-
-
-def _calibration(verdicts: _Verdicts, *, is_greedy: bool) -> Calibration | None:
-    """Return the calibration of the greedy or of the sampled responses, in the same order on every rank."""
-    keys = sorted((key for key in verdicts if (key[1] is None) == is_greedy), key=lambda key: (key[0], key[1] or 0))
-    return calibration([verdicts[key].confidence for key in keys], [verdicts[key].verdict.correct for key in keys])

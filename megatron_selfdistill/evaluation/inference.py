@@ -77,8 +77,7 @@ def open_inference(
         vocab = VocabShard.from_group(unwrapped(chunks[-1]).vocab_size, run_data.vocab_size, grid.tp_group)
         sampler = make_sampler(config, run_data, chunks, grid, progress=phases.counted)
     try:
-        with phases("sending the weights to the sampler"):
-            sampler.update_weights(0)
+        sampler.update_weights(0)
         yield Inference(chunks, vocab, sampler, sampling_params(config, run_data))
     finally:
         sampler.close()

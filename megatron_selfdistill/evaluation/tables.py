@@ -66,14 +66,17 @@ def show_summary(summary: dict[str, Any], line: str, *, show_all: bool = False) 
 
 def show_readiness(ready: Readiness, target: Recommended, command: str) -> None:
     """Print the verdict of `readiness`, and ``command``, the next one; ``target`` is that of a run."""
-    lines = ready.gain.lines()
-    if ready.cause is None:
-        lines += ["train: the hint helps", f"target: {target}"]
+    gain, plain = ready.gain, f"{ready.right} of {ready.num_problems}"
+    hinted = f"{ready.right_hinted} of {ready.num_hinted}"
+    print(f"without the hint  {ready.right / ready.num_problems:.2f} right ({plain})")
+    print(f"with the hint     {ready.right_hinted / ready.num_hinted:.2f} right ({hinted})")
+    number = _counted(ready.num_problems, "problem")
+    print(f"gain             {gain.mean:+.2f} ({number}, 95 %: {gain.low:+.2f} to {gain.high:+.2f})")
+    if ready.cause:
+        print(f"do not train yet: with the hint {hinted} are right, without it {plain}\ncause: {ready.cause}")
     else:
-        (plain, all_plain), (hinted, all_hinted) = ready.gain.without, ready.gain.hinted
-        right = f"with the hint {hinted} of {all_hinted} are right, without it {plain} of {all_plain}"
-        lines += [f"do not train yet: {right}", f"cause: {ready.cause}"]
-    print(*lines, f"next: {command}", "", sep="\n")
+        print(f"train: the hint helps (data.path: your training problems)\ntarget: {target}")
+    print(f"next: {command}\n")
 
 
 def show_first_step(first: Mapping[str, Any], advice: Sequence[str]) -> None:

@@ -51,18 +51,15 @@ class Merge:
 
         Shapes: weight [out, in], a [r, in], b [out, r].
         """
-        exact = torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scale)
-        result = exact.to(dtype or weight.dtype)
+        result = torch.addmm(weight.float(), b.float(), a.float(), alpha=self.scale).to(dtype or weight.dtype)
         self.num_elements += weight.numel()
         self.num_unchanged += int((result == weight).sum())
         return result
 
     def __str__(self) -> str:
         share = self.num_unchanged / max(self.num_elements, 1)
-        return (
-            f"adapters are merged: rounding left {share:.1%} of the elements of the adapted layers as they were, which "
-            "is normal after few steps; for the exact sum keep the adapters, or write --dtype fp32 (megatron-to-hf)"
-        )
+        left = f"rounding left {share:.1%} of the elements of the adapted layers as they were, normal after few steps"
+        return f"adapters are merged: {left}; the adapters themselves are exact, and so is megatron-to-hf --dtype fp32"
 
 
 class MergedWeights:

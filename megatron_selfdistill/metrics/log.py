@@ -24,7 +24,6 @@ from megatron_selfdistill.run_log import (
     EVALUATION_SAMPLES_FILE,
     METRICS_FILE,
     SAMPLES_FILE,
-    read_metrics,
     records,
     replace_file,
 )
@@ -66,12 +65,6 @@ class MetricsLogger(Protocol):
     def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Show the samples of the step after which ``step`` steps are done."""
 
-    def rewrite(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Write again what the logger keeps in the run directory, which another program has removed.
-
-        ``lines``: the step and the metrics of everything that the run has logged so far.
-        """
-
     def close(self) -> None:
         """Write what is still in memory; no other call follows."""
 
@@ -84,13 +77,10 @@ class TensorBoardLogger:
 
     def __init__(self, run: LoggedRun) -> None:
         """Begin a new event file."""
-        self._directory = run.run_dir / "tensorboard"
-        self._writer = self._new_writer(run.step + 1 if run.step else 0)
-
-    def _new_writer(self, purge_step: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
-        return SummaryWriter(str(self._directory), purge_step=purge_step, flush_secs=10)
+        first = run.step + 1 if run.step else 0
+        self._writer: Any = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=first, flush_secs=10)
 
     def add_scalars(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one scalar per metric."""
@@ -101,14 +91,6 @@ class TensorBoardLogger:
         """Write each sample as a text."""
         for number, sample in enumerate(samples, 1):
             self._writer.add_text(f"samples/{number}", sample_html(sample), step)
-
-    def rewrite(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Write all scalars into a new event file; the texts are lost."""
-        with contextlib.suppress(OSError):  # an error of the writer's thread, whose file was removed
-            self._writer.close()
-        self._writer = self._new_writer(0)
-        for step, metrics in lines:
-            self.add_scalars(step, metrics)
 
     def close(self) -> None:
         """Write the last events."""
@@ -130,15 +112,14 @@ class WandbLogger:
         """
         import wandb
 
-        self._wandb, self._id_file = wandb, run.run_dir / WANDB_RUN_ID
-        has_id = self._id_file.exists()
-        self._id = (
-            self._id_file.read_text().strip() if has_id else os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
-        )
-        self._write_id()  # first, so that a launch that is killed meanwhile has used the same id
+        self._wandb, id_file = wandb, run.run_dir / WANDB_RUN_ID
+        has_id = id_file.exists()
+        given = os.environ.get("WANDB_RUN_ID") or uuid.uuid4().hex[:12]
+        run_id = id_file.read_text().strip() if has_id else given
+        replace_file(id_file, f"{run_id}\n")  # first, so that a launch that is killed meanwhile has used the same id
         settings = {key: value for key, value in WANDB_SETTINGS.items() if f"WANDB_{key.upper()}" not in os.environ}
         self._run = wandb.init(
-            id=self._id,
+            id=run_id,
             resume="allow",
             reinit="create_new",
             # A resumed run does not take back the name that somebody has given to it on wandb's pages.
@@ -160,16 +141,9 @@ class WandbLogger:
         rows = {f"samples/{n}": self._wandb.Html(page, data_is_not_path=True) for n, page in enumerate(pages, 1)}
         self._run.log({"step": step, **rows})
 
-    def rewrite(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Write the id of the run again; wandb's files are not written again."""
-        self._write_id()
-
     def close(self) -> None:
         """Mark the run as finished, and wait for uploads as long as the setting ``finish_timeout`` says."""
         self._run.finish()
-
-    def _write_id(self) -> None:
-        replace_file(self._id_file, f"{self._id}\n")
 
 
 BUILT_IN: Mapping[str, Callable[[LoggedRun], MetricsLogger]] = {"tensorboard": TensorBoardLogger, "wandb": WandbLogger}
@@ -206,10 +180,6 @@ class Loggers:
     def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
         """Call `MetricsLogger.add_samples` of each logger."""
         self._each(lambda one: one.add_samples(step, samples))
-
-    def rewrite(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        """Call `MetricsLogger.rewrite` of each logger."""
-        self._each(lambda one: one.rewrite(lines))
 
     def close(self) -> None:
         """Call `MetricsLogger.close` of each logger; a second call does nothing."""
@@ -345,15 +315,10 @@ class MetricsLog:
             self.warn(f"the samples of step {step} are not shown: {type(error).__name__}: {error}")
 
     def log_evaluation_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
-        """Save responses of the evaluation after ``step`` steps, one JSON object each; a failure becomes a warning."""
-        if not self.enabled or not records:
-            return
-        try:
+        """Save responses of the evaluation after ``step`` steps, one JSON object each."""
+        if self.enabled and records:
             with self.evaluation_samples_path.open("a", encoding="utf-8") as lines:
-                for record in records:
-                    lines.write(json.dumps({"step": step, **record}) + "\n")
-        except OSError as error:
-            self.message(f"warning: the responses of the evaluation of step {step} are not saved: {error}")
+                lines.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
 
     def message(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
@@ -394,7 +359,7 @@ class MetricsLog:
             return False
 
     def _restore(self) -> None:
-        """Write the log again from the open file that has lost its name, to its path and to the loggers' files.
+        """Write the log again from the open file that has lost its name.
 
         A file that has taken the name is kept as metrics.replaced.jsonl.
         """
@@ -412,12 +377,8 @@ class MetricsLog:
             os.replace(self.path, self.path.with_suffix(f".replaced{self.path.suffix}"))
         self.path.write_bytes(content)
         self._file = self.path.open("a+b")
-        lines = [(int(line.pop("step")), line) for line in read_metrics(self.path.parent)]
-        self._loggers.rewrite(lines)
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._file is None:
-            raise RuntimeError("MetricsLog: expected resume(step) before the first log, got none; call it.")
         if not self._is_there():
             self._restore()
         values = {key: _json_number(float(value)) for key, value in metrics.items()}

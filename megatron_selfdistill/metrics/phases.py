@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -19,22 +19,6 @@ if TYPE_CHECKING:
 
 Mark: TypeAlias = "float | torch.cuda.Event"
 """A point in time: seconds of this process's clock, or an event in the device's queue."""
-
-
-class PhaseListener(Protocol):
-    """An object that `Phases` informs of the phases and of the finished responses of this rank."""
-
-    def entered(self, name: str, times: int = 0) -> None:
-        """Learn that the phase ``name`` begins; ``times``: as for `Phases`."""
-        ...
-
-    def left(self) -> None:
-        """Learn that the phase entered last has ended, also where it raised."""
-        ...
-
-    def counted(self, finished: int, total: int, whose: str) -> None:
-        """Learn how many responses are finished (`rollout.base.Progress`); any thread calls it."""
-        ...
 
 
 class Phases:
@@ -55,7 +39,7 @@ class Phases:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
         self._spans: list[tuple[str, Mark, Mark]] = []
         self._began = time.perf_counter()
-        self.listener: PhaseListener | None = None
+        self.listener: PhaseProgress | None = None
         """The object that hears of the phases of this rank; None on ranks that show nothing."""
 
     @contextlib.contextmanager
@@ -66,22 +50,16 @@ class Phases:
         """
         start = self._mark()
         watchdog.entered(name)
-        with self._heard(name, times):
-            yield
-        watchdog.left(name)
-        self._spans.append((name, start, self._mark()))
-
-    @contextlib.contextmanager
-    def _heard(self, name: str, times: int) -> Iterator[None]:
         listener = self.listener
-        if listener is None:
-            yield
-            return
-        listener.entered(name, times)
+        if listener is not None:
+            listener.entered(name, times)
         try:
             yield
         finally:
-            listener.left()
+            if listener is not None:
+                listener.left()
+        watchdog.left(name)
+        self._spans.append((name, start, self._mark()))
 
     def counted(self, finished: int, total: int, whose: str) -> None:
         """Pass on to the listener, if there is any, how many responses are finished (`rollout.base.Progress`)."""
@@ -107,9 +85,7 @@ class Phases:
     def metrics(self, **tokens: float) -> dict[str, float]:
         """Return the times since the last call, by this rank's clock, and reset them; the ranks get different values.
 
-        The keys are seconds/PHASE; seconds/step, the complete time between the calls; tokens_per_second/PHASE for each
-        ``PHASE=tokens`` (of the global batch, since a phase lasts equally long on all ranks); memory/peak_gib, the
-        largest allocation on the device so far, or memory/rss_gib, the resident memory of this process on a CPU.
+        docs/metrics.md defines the keys.  ``tokens``: those of the global batch by phase, for tokens_per_second/PHASE.
         """
         by_phase = self._seconds()
         now = time.perf_counter()
@@ -177,7 +153,7 @@ class PhaseUnderWay:
 
 
 class PhaseProgress:
-    """The phase under way on this rank, as a `PhaseListener`.
+    """The phase under way on this rank, of which `Phases` informs this object.
 
     Any thread may read.  As a rich renderable, the object is its `text`.
     """
@@ -342,17 +318,12 @@ def duration(seconds: float) -> str:
 
 
 def overlap_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Return the metrics of a step whose responses come from servers; none for a step that took no time.
+    """Return the metrics of a step whose responses come from servers.
 
     ``metrics`` holds seconds/step, rollout/generation_seconds (in which the servers worked on requests, also on those
     of later steps) and rollout/waited_seconds (in which the trainer waited for responses).
-
-    overlap/share = (generation - waited) / step, 0 where generation and training take turns.
-    rollout/servers_waited_seconds = step - generation, at least 0.
     """
-    generation, step = metrics["rollout/generation_seconds"], metrics.get("seconds/step", 0.0)
-    if step <= 0:
-        return {}
+    generation, step = metrics["rollout/generation_seconds"], metrics["seconds/step"]
     return {
         "overlap/share": max(generation - metrics["rollout/waited_seconds"], 0.0) / step,
         "rollout/servers_waited_seconds": max(step - generation, 0.0),

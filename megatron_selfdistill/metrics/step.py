@@ -101,24 +101,7 @@ def step_metrics(
     A log-prob of infinity is left out.
     ``response_lengths``: the lengths of this replica's responses, in the order of these tokens; None leaves out the
     tenths.
-
-        tokens/response, loss/mean, student_nll = mean -log p(response token)
-        loss/reverse_kl, entropy/{student,teacher,target}, entropy/target_minus_student = mean H(q) - H(p)
-        k/{mean,p01,p99} of k = 1 / beta; percentiles are nearest ranks, to a relative K_RESOLUTION / 2
-        status/{matched,capped,out_of_range,undetermined,given,unconverged}: shares of the tokens
-        top1_agreement, teacher_cross_entropy = mean -log-prob of the response token under the teacher
-        sampler/log_prob_{mean,max}_abs_diff over the tokens; sampler/log_prob_worst_response = the largest mean over
-            one response of at least `SHORTEST_COMPARED` tokens, in which one wrong engine among many shows
-        correction/weight_mean, correction/capped = share of the tokens whose weight is ``weight_cap``
-        terms/divergence_mean = mean w, terms/policy_mean = mean a, terms/policy_abs_mean = mean abs(a),
-            terms/clipped_share = share of the tokens whose a a clip has set to 0, terms/silent_share = share of the
-            tokens with w = a = 0
-        target/mass_on_rare_{student,reference} = mean of `TokenMeasures`, on steps that take them
-        teacher/kl_to_anchor = mean KL(t || a), target/let_through = sum of KL(q || a) / sum of KL(t || a), on steps
-            that measure the teacher t, with the anchor a: the reference, or without one the student
-        forks/entropy_{student,target}, forks/capped = share with `Status.CAPPED`, over the forks: the tokens whose
-            ``anchor_entropy`` is at least forks/entropy_at_least, see `find_forks`; on steps that know this entropy
-        reverse_kl/tenth_{01..10} = mean reverse KL of the tokens in each tenth of their response, see `response_tenths`
+    ``weight_cap``: the weight at which correction/capped counts a token.  docs/metrics.md defines all keys.
 
     A loss without a target (`token_losses.next_token`) has only the first line.  With a reference, entropy/teacher and
     the two metrics of the teacher exist only on steps that measure the teacher.  The sampler's keys need
@@ -152,9 +135,7 @@ def teacher_metrics(outputs: Sequence[tuple[str, StepOutput]], grid: RankGrid) -
     """Return what each teacher's tokens of a step say of this teacher, under flat keys, equal on all ranks.
 
     ``outputs``: the name of the teacher and the results of each partial batch, with the same names on all ranks.
-
-        teacher_tokens/NAME, teacher_loss/NAME = mean divergence from the target of this teacher, without coefficients
-        teacher_top1_agreement/NAME, on steps that measure the teacher
+    docs/metrics.md defines the keys, which have the names of the teachers.
 
     A token with several teachers counts for each of them.  Collectives: those of `over_all_ranks`.
     """
@@ -249,7 +230,6 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
 
     `loss.target.solve_batch_k` takes these values for the rule "batch".  Tokens with NaN are skipped.
     Collectives as in `step_metrics`.
-    Raises: ValueError if the loss has no target or no token has finite entropies.
     """
     sums = torch.zeros(2 + MAX_GRID, dtype=torch.float64, device=grid.device)
     betas = torch.zeros(MAX_GRID, dtype=torch.float64, device=grid.device)
@@ -263,12 +243,6 @@ def batch_entropies(output: StepOutput, grid: RankGrid) -> tuple[float, list[flo
         sums[1 : 2 + num_betas] = torch.where(known[:, None], entropies, 0.0).sum(0)
     total, found = over_all_ranks(sums, betas, grid)
     grid_betas = [beta for beta in found if beta > 0]
-    if not grid_betas or not total[0]:
-        raise ValueError(
-            "batch_entropies: expected tokens with finite entropies at the betas of a grid, got "
-            f"{total[0]:g} tokens and {len(grid_betas)} betas; the rule batch needs a distillation loss and "
-            "finite logits."
-        )
     means = [value / total[0] for value in total[1 : 2 + len(grid_betas)]]
     return means[0], grid_betas, means[1:]
 
@@ -282,13 +256,7 @@ def rollout_metrics(
     """Return the lengths of the global batch's responses and the padding of its microbatches, equal on all ranks.
 
     ``responses`` and ``packs``, one per partial batch of the step, are this replica's, the same on each of its ranks.
-    Keys: tokens/rollout, response/length_mean, response/length_max, response/truncated_share (the share of the
-    responses that reached the limit), response/loop_share (the share of the responses that end in a loop, see
-    `ends_in_loop`), and with ``packs`` padding/student and padding/teacher (padding tokens / all tokens).
-    If any response is guided: guided/share of the responses, and guided/log_ratio = mean log q - log p over their
-    tokens, which estimates KL(q || p) in nats: how far off-policy the guided responses are for the student.
-    With ``leaks``, this rank's `leak_counts`: leak/hint_8grams, leak/words_per_1000 and response/quoted_hint_share,
-    where there is anything to count.
+    docs/metrics.md defines the keys.  ``leaks``: this rank's `leak_counts`.
     Without any response and without ``leaks``, tokens/rollout is the only key.  Collectives as in `step_metrics`.
     """
     sums = torch.zeros(17, dtype=torch.float64, device=grid.device)
@@ -511,9 +479,7 @@ def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) 
 
     ``responses``: those of this replica, the same on each of its ranks; a token of unknown weights is left out.
     ``step``: the number of optimizer steps of the student's present weights.
-
-    rollout/staleness_mean and rollout/staleness_max over the tokens; rollout/mixed_share, the share of the responses
-    that several versions of the weights generated.  No keys without a token.
+    No keys without a token.
     Collectives as in `over_all_ranks`.
     """
     sums = torch.zeros(4, dtype=torch.float64, device=grid.device)
@@ -536,43 +502,33 @@ def staleness_metrics(responses: Sequence[Response], step: int, grid: RankGrid) 
 
 def first_step_lines(config: Config, metrics: Mapping[str, float]) -> list[str]:
     """Return what the first step shows: where the rewards come from and their mean, and steps that are too small."""
-    lines = []
-    if config.needs.rewards and "rewards/mean" in metrics:
-        lines.append(f"rewards: {_judge(config)}; {metrics['rewards/mean']:.2f} on average")
-    change = largest_change(config)
-    if change is not None and 0 < change < LITTLE_CHANGE:
-        lr, steps = config.optimizer.lr, config.num_steps
+    lines, steps, lr = [], config.num_steps, config.optimizer.lr
+    # The rewards of an environment, and those of a method with a hook of its own, are none of a verifier.
+    hook = method_class(config.method.name).rewarded.__qualname__
+    if config.needs.rewards and hook == "SelfDistillation.rewarded" and not config.environment.exists:
+        reward, mean = getattr(config.method, "reward", None), metrics.get("rewards/mean", math.nan)
+        judge = f"evaluation.verifier={config.evaluation.verifier}" if reward is None else f"method.reward={reward}"
+        lines.append(f"rewards: {judge}; {mean:.2f} {'of the responses are right' if reward is None else 'on average'}")
+    if 0 < (change := largest_change(config)) < LITTLE_CHANGE:
+        norm, factor = metrics.get("gradient_norm", math.nan), LITTLE_CHANGE / change
         lines.append(
             f"warning: optimizer.lr={lr:g} is small for {steps} steps: Adam moves a weight by at most this much per "
-            f"step, whatever the gradient (its norm is {metrics.get('gradient_norm', math.nan):.2g}), so that the run "
-            f"changes what a layer computes by at most {change:.2%}, expected at least {LITTLE_CHANGE:.0%}: nothing "
-            f"will be learned; try optimizer.lr={10 * LITTLE_CHANGE * lr / change:.0e}, or num_steps above "
-            f"{math.ceil(LITTLE_CHANGE * steps / change)}"
+            f"step, whatever the gradient (its norm is {norm:.2g}), so that the run changes what a layer computes by "
+            f"at most {change:.2%}, expected at least {LITTLE_CHANGE:.0%}: nothing will be learned; try "
+            f"optimizer.lr={10 * lr * factor:.0e}, or num_steps above {math.ceil(steps * factor)}"
         )
     return lines
 
 
-def _judge(config: Config) -> str:
-    """Return the key that the rewards of a run come from; a verifier gives 1 for a right response and 0 for others."""
-    reward, method = getattr(config.method, "reward", None), method_class(config.method.name)
-    if reward is not None:
-        return f"method.reward={reward}"
-    if method.rewarded.__qualname__ != "SelfDistillation.rewarded":  # a hook of the method's own
-        return f"method.name={config.method.name}"
-    if config.environment.exists:
-        return f"environment.name={config.environment.name}"
-    return f"evaluation.verifier={config.evaluation.verifier}, 1 for a right response and 0 for others"
-
-
-def largest_change(config: Config) -> float | None:
-    """Return the largest relative change of what a layer computes over all steps of a run; None if it is not known.
+def largest_change(config: Config) -> float:
+    """Return the largest relative change of what a layer computes over all steps of a run.
 
     Adam moves each element of a weight by about lr per step, whatever the size of its gradient.  If all N steps point
     the same way, the spectral norm of the change of a d x d matrix is at most N lr d, while that of random elements
     with the standard deviation s is 2 s sqrt(d).  The ratio is N lr sqrt(d) / (2 s).
-    It is not known for SGD and for adapters, one of whose factors begins at 0.
+    It is infinite for SGD, whose steps have no bound, and for adapters, one of whose factors begins at 0.
     """
     model, optimizer = config.model, config.optimizer
     if optimizer.optimizer != "adam" or config.adapter.rank or not model.init_method_std:
-        return None
+        return math.inf
     return config.num_steps * optimizer.lr * math.sqrt(model.hidden_size) / (2 * model.init_method_std)

@@ -32,9 +32,6 @@ class RecordedLogger:
     def add_samples(self, step: int, samples: Sequence[Sample]) -> None:
         self._record("samples", step, [sample.response for sample in samples])
 
-    def rewrite(self, lines: Sequence[tuple[int, Mapping[str, float]]]) -> None:
-        self._record("rewrite", lines)
-
     def close(self) -> None:
         self._record("close")
 

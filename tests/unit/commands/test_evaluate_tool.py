@@ -286,7 +286,7 @@ def test_answers_that_the_verifier_never_takes_are_printed_below_the_table(direc
     given = evaluation_arguments(arguments(directory, tmp_path / "x", "evaluation.verifier=exact_match"))
     config = configured(*tool.loaded(given), find_model(None, directory / "megatron", None))
     inputs = SimpleNamespace(evaluation=[problem], stop_token_ids=())
-    tool._report(tool._Measured(result, None, [], 1.0), config, inputs, given, {})
+    tool._report((result, None, [], 1.0), config, inputs, given, {})
     table, line, example = capsys.readouterr().out.splitlines()
     assert (
         table == "the table" and "43 of them mention the answer" in line and "evaluation.verifier=math_verify" in line

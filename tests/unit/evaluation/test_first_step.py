@@ -171,7 +171,7 @@ def test_the_numbers_are_those_of_transformers_in_float64(directory, ranks, layo
     results = ranks.run(measured, directory, *options, world_size=world_size, init_process_group=False)
     assert len({str(found) for found, _ in results}) == 1, "the same on every rank"
     samples = [sample for _, of_rank in results for sample in of_rank] if layout == "DP2" else results[0][1]
-    found, wanted = results[0][0].record(), expected(directory, samples)
+    found, wanted = dataclasses.asdict(results[0][0]), expected(directory, samples)
     assert 0 < found["truncated_share"] < 1 and found["let_through"].keys() == wanted["let_through"].keys()
     assert 0 < found["accuracy"] < 1
     shares, wanted_shares = found.pop("let_through"), wanted.pop("let_through")
@@ -215,7 +215,7 @@ def test_a_hint_that_changes_nothing_has_no_share_and_no_advice_about_it():
 def test_the_table_has_every_number_and_a_sentence_for_a_bad_one(capsys):
     shares = {CONFIGURED: LetThrough(0.0321, None), TEACHER_ALONE: LetThrough(1.0, 1.0)}
     found = FirstStep(24, 1152, -2.41, 2.52, 0.97, 0.43, 0.31, 0.125, (True,) * 24, 24, 23, shares)
-    show_first_step(found.record(), found.advice(Config()))
+    show_first_step(dataclasses.asdict(found), found.advice(Config()))
     text = capsys.readouterr().out
     assert "accuracy without hints" in text and "0.125" in text
     assert all(number in text for number in ("24 samples", "1152 tokens", "-2.410", "2.520", "0.970", "0.430", "0.310"))
@@ -280,16 +280,19 @@ def judged(
     result = SimpleNamespace(
         problems=problems, overlooked=overlooked, sampled_truncated_share=cut, greedy_truncated_share=cut
     )
-    return readiness(configuration.load(["data.path=x", *settings]), first, result, len(plain))
+    return readiness(configuration.load(["data.path=x", *settings]), first, result)
 
 
-def test_a_hint_that_clearly_helps_is_worth_a_run_and_its_gain_is_that_of_the_same_problems():
+def test_a_hint_that_clearly_helps_is_worth_a_run_and_its_gain_is_that_of_the_same_problems(capsys):
     ready = judged([1, 0, 0, 0, 0, 0], [4, 4, 3, 2, 4, 4, 0, 0])  # the last two problems have no sample without a hint
-    assert ready.cause is None and ready.gain.without == (1, 6) and ready.gain.hinted == (21, 24)
-    assert ready.gain.mean == pytest.approx(21 / 24 - 1 / 6)
-    plain, hinted, gain = ready.gain.lines()
+    assert not ready.cause and ready.gain.mean == pytest.approx(21 / 24 - 1 / 6)
+    show_readiness(ready, recommended(9, 9, 1 / 6, 21 / 24), "the command")
+    plain, hinted, gain, verdict, target, following, _ = capsys.readouterr().out.splitlines()
     assert plain == "without the hint  0.17 right (1 of 6)" and hinted == "with the hint     0.88 right (21 of 24)"
-    assert gain.startswith("gain             +0.71 (6 problems, 95 %: +0.")
+    assert gain.startswith("gain             +0.71 (6 problems, 95 %: +0.") and verdict.startswith(
+        "train: the hint helps"
+    )
+    assert target.startswith("target: the default target, since") and following == "next: the command"
 
 
 NOTHING = [0] * 12
@@ -331,11 +334,11 @@ CAUSES = {
 def test_a_run_that_would_teach_little_has_one_cause_and_one_change(name, capsys):
     given, cause, change = CAUSES[name]
     ready = judged(**given)
-    assert ready.cause is not None and cause in ready.cause
+    assert cause in ready.cause
     assert change in ready.change or change in ready.change[0]
     show_readiness(ready, recommended(9, 12, 0.0, 0.0), "the command")
     *shares, verdict, reason, following, _ = capsys.readouterr().out.splitlines()
-    right, of = ready.gain.hinted
+    right, of = ready.right_hinted, ready.num_hinted
     assert len(shares) == 3 and verdict.startswith(
         f"do not train yet: with the hint {right} of {of} are right, without"
     )

@@ -244,26 +244,6 @@ def test_the_command_writes_the_levels_and_predicts_their_order(directory, capsy
     assert "predicted order, the best teacher first:" in printed or "no prediction: no sample without a hint" in printed
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--levels", "none,none"], "expected different names with a comma between them, got 'none,none'"),
-        (["--levels", "none,"], "expected different names with a comma between them, got 'none,'"),
-    ],
-)
-def test_names_that_are_no_list_are_refused(directory, capsys, options, words):
-    with pytest.raises(SystemExit):
-        tool.evaluation_arguments([*arguments_of(directory), *options])
-    assert words in capsys.readouterr().err
-
-
-def test_levels_without_hints_are_refused(directory, capsys):
-    without = [it for it in arguments_of(directory) if it != "--hinted"]
-    with pytest.raises(SystemExit):
-        tool.evaluation_arguments(without)
-    assert "the levels are hints, so that it needs --hinted" in capsys.readouterr().err
-
-
 def test_a_column_that_no_record_has_is_named(directory):
     config = load([f"data.tokenizer={directory}/tokenizer", f"evaluation.path={directory}/problems.jsonl"])
     with pytest.raises(ConfigError, match="category"):

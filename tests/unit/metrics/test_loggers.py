@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from pathlib import Path
 
 import pytest
@@ -44,17 +43,6 @@ def test_a_logger_of_a_dotted_path_gets_everything_in_order(tmp_path):
         ["scalars", 4, {"evaluation/greedy_accuracy": 0.5}],
         ["close"],
     ]
-
-
-def test_a_logger_learns_that_the_run_directory_was_removed(tmp_path):
-    with log_of(tmp_path / "run", RECORDED) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": math.nan, "k/mean": 1.5})
-        shutil.rmtree(tmp_path / "run")
-        log.log(2, {"loss/mean": 0.25})
-    name, [[step, metrics]] = recorded_logger.calls(tmp_path / "run")[0]
-    assert (name, step) == ("rewrite", 1) and math.isnan(metrics["loss/mean"]) and metrics["k/mean"] == 1.5
-    assert recorded_logger.calls(tmp_path / "run")[1] == ["scalars", 2, {"loss/mean": 0.25}]
 
 
 @pytest.mark.parametrize(

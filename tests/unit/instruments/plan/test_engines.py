@@ -98,7 +98,10 @@ def test_the_plan_prints_how_full_the_engines_are_and_the_warning(capsys):
     assert main([*few, "dry_run=true"]) == 0
     out, (rollout, rest) = capsys.readouterr().out, time_of(*few).turns
     assert "\n8 sequences per engine and step; its KV cache holds about 56 at a time" in out
-    assert f"by arithmetic for H100 GPUs (below) {seconds(rollout, 0)} of rollout and {seconds(rest, 0)} of the rest" in out
+    assert (
+        f"by arithmetic for H100 GPUs (below) {seconds(rollout, 0)} of rollout and {seconds(rest, 0)} of the rest"
+        in out
+    )
     assert "of a step\nwarning: 8 sequences per engine" in out
 
 
