@@ -138,8 +138,7 @@ def measured(base: Base, problems: Path) -> list[dict[str, Any]]:
     finally:
         ranks.shutdown()
     return [
-        {key: round(value, 4) if isinstance(value, float) else value for key, value in it.record().items()}
-        for it in found
+        {key: round(value, 4) if isinstance(value, float) else value for key, value in vars(it).items()} for it in found
     ]
 
 

@@ -214,7 +214,7 @@ def _report(
         "settings": _settings(config, run_data, arguments),
     }
     if compared:
-        about["hint_levels"] = [it.record() for it in compared]
+        about["hint_levels"] = [asdict(it) for it in compared]
     advice: list[str] = []
     if first is not None:
         advice = first.advice(config)

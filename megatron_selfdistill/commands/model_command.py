@@ -58,9 +58,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
 def ended(name: str, work: Callable[[], int], outcome: str = "no results were written") -> int:
     """Do the work of the command ``name`` and return its exit status, after one message for an error of the user.
 
-    ``outcome``: what Ctrl-C leaves.
-
-    The status is that of ``work``, or 2 for bad input, 4 for an engine or a verifier that failed, and 130 for Ctrl-C.
+    The status is that of ``work``, or 2 for bad input, 4 for an engine or a verifier that failed, and 130 for Ctrl-C,
+    after which the message states the ``outcome``.
     After SIGTERM the process ends with status 143, and removes its temporary directories before.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -121,9 +121,8 @@ def summarize(attempts: Iterator[dict[str, Any]], out: Path, num_samples: int) -
         num_truncated += sum(attempt["truncated"])
     num_problems = counts.total()
     table = Table(title=f"right samples of {num_samples}", title_justify="left")
-    table.add_column("right", justify="right")
-    table.add_column("problems", justify="right")
-    table.add_column("share", justify="right")
+    for column in ("right", "problems", "share"):
+        table.add_column(column, justify="right")
     table.add_column("")
     most = max(counts.values())
     for right in range(num_samples + 1):

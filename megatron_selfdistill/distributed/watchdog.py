@@ -51,10 +51,7 @@ _signs = _Signs()
 
 
 def beat(microbatch: int = 0, of: int = 0) -> None:
-    """Record that this rank made progress, such as a token, a response or a microbatch, at a negligible cost.
-
-    ``microbatch``: the number, from 1, of one that begins, ``of`` those of the pass.
-    """
+    """Record progress, such as a token or a response, or that microbatch number ``microbatch`` of ``of`` begins."""
     _signs.count += 1
     _signs.microbatch = microbatch, of
 

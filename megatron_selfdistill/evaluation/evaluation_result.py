@@ -72,10 +72,6 @@ class ProblemResult:
         """The number of correct samples."""
         return sum(verdict.correct for verdict in self.samples)
 
-    def avg(self) -> float:
-        """Return the estimate of avg@k, which is the share of correct samples for every k."""
-        return self.num_correct / len(self.samples)
-
     def pass_at_k(self, k: int) -> float:
         """Return the estimate of pass@k for this problem (`estimators.pass_at_k`)."""
         return pass_at_k(len(self.samples), self.num_correct, k)

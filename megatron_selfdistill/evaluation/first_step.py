@@ -30,7 +30,7 @@ from megatron_selfdistill.data.contexts import PromptPair, build_contexts
 from megatron_selfdistill.distributed.collectives import gather_items
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.evaluation.estimators import Interval, bootstrap
-from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult, ProblemResult
+from megatron_selfdistill.evaluation.evaluation_result import EvaluationResult
 from megatron_selfdistill.evaluation.inference import Inference
 from megatron_selfdistill.evaluation.verify import Verifier, judged_by_all, right_response
 from megatron_selfdistill.loss.target import Divergence, Target
@@ -131,21 +131,18 @@ class Readiness:
     change: tuple[str, ...] | str = ()
     """The arguments to add to the command before it runs again, or a sentence about what to change."""
 
-    @classmethod
-    def of(cls, are_right: Sequence[bool], problems: Sequence[ProblemResult]) -> Readiness:
-        """Return the numbers of the first of ``problems``, those with a sample in ``are_right``, without a cause."""
-        hinted = [[it.correct for it in one.samples or [one.greedy]] for one in problems[: len(are_right)]]
-        gains = [sum(seen) / len(seen) - right for seen, right in zip(hinted, are_right, strict=True)]
-        numbers = sum(are_right), len(are_right), sum(map(sum, hinted)), sum(map(len, hinted))
-        return cls(*numbers, bootstrap(np.array(gains)[:, None])[0])
-
 
 def readiness(config: Config, first: FirstStep, result: EvaluationResult, *, compares: bool = False) -> Readiness:
     """Return whether a run is worth its time: whether the hint clearly helps, and a fifth of its responses is right.
 
     ``result``: the evaluation with the hint.  ``compares``: whether hint levels are shown.
     """
-    found, verifier, new = Readiness.of(first.are_right, result.problems), config.evaluation.verifier, config.rollout
+    hinted_verdicts = [[it.correct for it in one.samples or [one.greedy]] for one in result.problems]
+    pairs = list(zip(first.are_right, hinted_verdicts, strict=False))  # the problems with a sample without the hint
+    gains = np.array([[sum(seen) / len(seen) - right] for right, seen in pairs])
+    counts = sum(sum(seen) for _, seen in pairs), sum(len(seen) for _, seen in pairs)
+    found = Readiness(sum(first.are_right), len(pairs), *counts, bootstrap(gains)[0])
+    verifier, new = config.evaluation.verifier, config.rollout
     hinted, is_clear = found.right_hinted / found.num_hinted, found.gain.low > 0 and found.num_problems >= FEWEST
     cut = result.greedy_truncated_share if result.sampled_truncated_share is None else result.sampled_truncated_share
     cause: str

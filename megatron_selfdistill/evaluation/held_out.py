@@ -126,6 +126,8 @@ def evaluate(
     ``run_data.max_length``; `VerifierError` on every rank if the verifier failed on one rank.
     """
     problems, builder, tokenizer = run_data.evaluation, run_data.builder, run_data.tokenizer
+    if not problems:
+        raise ConfigError("evaluation.path is not set: set it, or evaluation.at_start=false")
     check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]

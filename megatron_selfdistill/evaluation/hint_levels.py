@@ -23,9 +23,8 @@ judge finds wrong; here it is that of samples which the verifier finds wrong.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +60,6 @@ class HintLevel:
     contrast: float | None
     """None if no sample, or every sample, is right."""
     gain: float
-
-    def record(self) -> dict[str, Any]:
-        """Return the numbers as JSON values."""
-        return asdict(self)
 
 
 def at_level(config: Config, level: str) -> Config:

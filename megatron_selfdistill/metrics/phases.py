@@ -155,7 +155,7 @@ class PhaseUnderWay:
 class PhaseProgress:
     """The phase under way on this rank, of which `Phases` informs this object.
 
-    Any thread may read.  As a rich renderable, the object is its `text`.
+    Any thread may read.  As a rich renderable, the object is the text of this phase.
     """
 
     def __init__(self, num_steps: int | None = None) -> None:
@@ -191,11 +191,6 @@ class PhaseProgress:
         return under_way[-1] if under_way else None
 
     @property
-    def text(self) -> str:
-        """The text of the phase under way; empty between two phases."""
-        return self.now.text if self.now is not None else ""
-
-    @property
     def place(self) -> str:
         """The step of the phase under way, as the beginning of a line: ``step 3: ``, ``after step 3: `` between two."""
         phase = self.now
@@ -208,7 +203,7 @@ class PhaseProgress:
     def __rich__(self) -> Text:
         from rich.text import Text
 
-        return Text(self.text, no_wrap=True, overflow="ellipsis")
+        return Text(self.now.text if self.now is not None else "", no_wrap=True, overflow="ellipsis")
 
 
 class SlowPhaseLines:
@@ -243,7 +238,7 @@ class SlowPhaseLines:
                 distance = 0.0 if age < 0 else min(distance, max(age, _FIRST_SECONDS))
             if now - max(phase.began, self._last) >= distance:
                 self._last = now
-                self._show(f"{self._progress.place}{self._progress.text}")
+                self._show(f"{self._progress.place}{phase.text}")
 
     def close(self) -> None:
         """End the thread; a second call does nothing."""

@@ -92,6 +92,15 @@ def test_the_first_training_of_a_first_page_is_for_one_gpu_without_optional_pack
     assert config.cluster.num_gpus is None and needed_packages(config) == []
 
 
+@pytest.mark.parametrize("page", ["own_method", "teachers", "environments"])
+def test_a_page_about_an_extension_has_a_whole_command_on_the_files_of_the_quickstart(page):
+    found = [words[1:] for words in shown_on(f"docs/{page}.md") if "--config-name=quickstart" in words]
+    (words,) = found
+    given = {key: value for key, _, value in (word.partition("=") for word in words)}
+    assert given.keys() >= {"checkpoint.load", "data.tokenizer", "data.path", "evaluation.path", "num_steps", "run_dir"}
+    load([word for word in words if not word.startswith(("--", "method."))], "quickstart")
+
+
 @pytest.mark.parametrize("line", ["selfdistill train data.pth=a", "selfdistill evaluate --hf a --data b --oout c"])
 def test_a_mistyped_command_is_found(line):
     (words,) = commands(f"```\n{line}   # a comment\n```\n")

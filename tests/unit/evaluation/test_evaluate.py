@@ -448,6 +448,8 @@ def test_problems_that_cannot_be_judged_are_found_before_sampling():
         run([*sums(), problem_with(None)], sampler=sampler)
     with pytest.raises(ValueError, match=r"^file:0: expected a prompt of at most 3 tokens .* got 4"):
         run(sums(), sampler=sampler, max_length=7)
+    with pytest.raises(ValueError, match=r"evaluation\.path is not set"):
+        run([], sampler=sampler)
     assert sampler.calls == []
 
 

@@ -160,7 +160,7 @@ def measured(
 
         inference.sampler.generate = recorded
         found = measure_hint_levels(inference, config, levels, is_even, grid)
-    return [it.record() for it in found], drawn
+    return [dataclasses.asdict(it) for it in found], drawn
 
 
 def expected(directory: Path, calls: Calls) -> list[dict[str, Any]]:
