@@ -122,7 +122,7 @@ def test_a_hugging_face_directory_gives_the_results_of_its_checkpoint_and_leaves
     done = subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("majority_at_3") == 1, "one rank prints"
-    assert done.stdout.count("computed in float32, the type of the weights\n") == 1
+    assert done.stderr.count("computed in float32, the type of the weights\n") == 1
     hf, megatron = summary_of(tmp_path / "results" / "hf"), summary_of(alone)
     assert hf.pop("model") == {"format": "hugging_face", "path": str(directory / "hf"), "iteration": None}
     megatron.pop("model")
