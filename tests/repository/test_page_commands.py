@@ -52,6 +52,16 @@ def shown_on(page: str) -> list[list[str]]:
     return list(commands((REPOSITORY / page).read_text(encoding="utf-8")))
 
 
+def own_method_in(directory: Path) -> Path:
+    """Write the module that the page about an own method shows, and return the directory."""
+    page = (DOCS / "own_method.md").read_text(encoding="utf-8")
+    (module, *_) = re.findall(
+        r"Write this file as `my_method.py`:\n\n```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE
+    )
+    (directory / "my_method.py").write_text(module)
+    return directory
+
+
 def read(words: list[str]) -> None:
     """Let the command's own code read the ``words`` of its command line, where it trains, plans, evaluates or converts.
 
@@ -73,7 +83,8 @@ def read(words: list[str]) -> None:
 @pytest.mark.parametrize(
     "page", [page if page in FIRST else pytest.param(page, marks=pytest.mark.full) for page in PAGES]
 )
-def test_every_command_that_a_page_shows_can_be_read(page):
+def test_every_command_that_a_page_shows_can_be_read(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(own_method_in(tmp_path))
     for words in shown_on(page):
         read(words)
 
@@ -93,12 +104,13 @@ def test_the_first_training_of_a_first_page_is_for_one_gpu_without_optional_pack
 
 
 @pytest.mark.parametrize("page", ["own_method", "teachers", "environments"])
-def test_a_page_about_an_extension_has_a_whole_command_on_the_files_of_the_quickstart(page):
+def test_a_page_about_an_extension_has_a_whole_command_on_the_files_of_the_quickstart(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(own_method_in(tmp_path))
     found = [words[1:] for words in shown_on(f"docs/{page}.md") if "--config-name=quickstart" in words]
     (words,) = found
     given = {key: value for key, _, value in (word.partition("=") for word in words)}
     assert given.keys() >= {"checkpoint.load", "data.tokenizer", "data.path", "evaluation.path", "num_steps", "run_dir"}
-    load([word for word in words if not word.startswith(("--", "method."))], "quickstart")
+    load([word for word in words if not word.startswith("--")], "quickstart")
 
 
 @pytest.mark.parametrize("line", ["selfdistill train data.pth=a", "selfdistill evaluate --hf a --data b --oout c"])
