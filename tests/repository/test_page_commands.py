@@ -55,10 +55,8 @@ def shown_on(page: str) -> list[list[str]]:
 def own_method_in(directory: Path) -> Path:
     """Write the module that the page about an own method shows, and return the directory."""
     page = (DOCS / "own_method.md").read_text(encoding="utf-8")
-    (module, *_) = re.findall(
-        r"Write this file as `my_method.py`:\n\n```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE
-    )
-    (directory / "my_method.py").write_text(module)
+    block = page.partition("Write this file as `my_method.py`:\n\n```python\n")[2]
+    (directory / "my_method.py").write_text(block.partition("\n```\n")[0])
     return directory
 
 

@@ -131,7 +131,7 @@ def test_other_commands_read_the_adapters(ranks, data, base, whole, tmp_path):
     settings = ["optimizer=fp32", "rollout.max_new_tokens=8", "rollout.kv_cache_gb=0.1"]
     arguments_of_evaluate = [*model, *out, *settings, "data.limit=2"]
     ((status, shown),) = ranks.run(evaluate_and_listen, arguments_of_evaluate, world_size=1, init_process_group=False)
-    assert status == 0 and shown.startswith("computed in float32, the type of the weights\n")
+    assert status == 0 and "computed in float32, the type of the weights\n" in shown
     started = refusal(ranks, arguments(data, tmp_path / "run", base, f"checkpoint.load={whole}/checkpoints"))
     assert "holds adapters alone, but a run begins at full weights: set checkpoint.load to their base" in started
 
