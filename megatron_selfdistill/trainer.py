@@ -265,8 +265,9 @@ class Trainer:
         ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
         keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
-        options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts)
-        options = replace(options, leak_words=self.leak_words)
+        options = evaluation_options(
+            self.config, self.sampling, self.step, hinted, num_transcripts, leak_words=self.leak_words
+        )
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
@@ -340,7 +341,13 @@ class Trainer:
 
 
 def evaluation_options(
-    config: Config, params: SamplingParams, step: int, hinted: bool, num_transcripts: int | None
+    config: Config,
+    params: SamplingParams,
+    step: int,
+    hinted: bool,
+    num_transcripts: int | None,
+    *,
+    leak_words: Sequence[str],
 ) -> EvaluationOptions:
     """Return the settings of an evaluation after ``step`` steps; see `Trainer.evaluate`."""
     num_shown = 0 if hinted else config.num_shown_problems
@@ -352,6 +359,7 @@ def evaluation_options(
         step=step,
         hinted=hinted,
         num_transcripts=None if num_transcripts is None else max(num_transcripts, num_shown),
+        leak_words=leak_words,
         confidence=config.evaluation.confidence_pattern,
     )
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -67,10 +68,13 @@ def open_inference(
 ) -> Iterator[Inference]:
     """Open the model of ``checkpoint.load`` with the sampler of ``rollout``, and close the sampler at the end.
 
+    The reporter prints the tokens that end a response, and warnings about the prompts, to standard error.
     The weights are random if ``checkpoint.load`` is null.  ``phases``: hears of the loading and of finished responses.
     Every rank of the world enters and leaves this context.  Raises: `ConfigError`, `CheckpointError`.
     """
     phases = phases or Phases(grid.device)
+    if grid.is_reporter:
+        print(*filter(None, (run_data.ends.about, run_data.about_prompts)), sep="\n", file=sys.stderr)
     with phases("loading the model"):
         config = with_stored_adapters(config)
         chunks = loaded_chunks(config, grid, run_data.vocab_size, config.checkpoint.load)
