@@ -8,6 +8,8 @@ Warnings of Megatron Core and torch that do not help users are silenced; each ra
 
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import re
@@ -70,10 +72,40 @@ def print_error(speaker: str, error: object) -> None:
 
 
 def guard_standard_error() -> None:
-    """Let this process print warnings and tracebacks as `print_error` prints errors, unless other code handles them."""
+    """Let this process print warnings and tracebacks as `print_error` prints errors, unless other code handles them.
+
+    A reader of standard output or standard error that ends, such as a killed ``tee``, then costs nothing but its text.
+    """
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
+            stream.flush()
+            setattr(sys, name, _outliving_readers(stream, descriptor))
     assert logging.lastResort is not None, "Python prints warnings without a handler of their own"
     logging.lastResort.setFormatter(_VisibleFormatter())
     sys.excepthook = _print_traceback
+
+
+def _outliving_readers(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
+    buffered = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
+    buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(buffered, stream.encoding, stream.errors, **buffering)
+
+
+class _Pipe(io.FileIO):
+    """A descriptor that leads to nowhere as soon as nobody can read what is written, for all writers of the process."""
+
+    def write(self, data: Any) -> int:
+        """Write bytes and return their number."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # such as a full disk, which loses what a command computed
+                raise
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
+        return len(data)
 
 
 def _print_traceback(*error: Any) -> None:

@@ -30,7 +30,7 @@ from megatron_selfdistill.checkpoint.frozen_weights import (
     save_frozen_weights,
 )
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.distributed.collectives import error_message, run_on_each_rank, run_on_rank_0
+from megatron_selfdistill.distributed.collectives import run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import moving_files
 from megatron_selfdistill.errors import CheckpointError
@@ -277,6 +277,7 @@ class Checkpointer:
         if self._pending is None:
             return
         calls = self._queue.async_calls
+        process = calls[0].async_caller.process if calls else None  # which Megatron forgets
         if calls and not calls[0].async_caller.is_current_async_call_done(blocking):
             return  # on all ranks
         place = self._pending.path
@@ -291,10 +292,12 @@ class Checkpointer:
             return
         done = False
         try:
+            if process is not None and process.exitcode:
+                sharded_io.report_death(process.exitcode)
             done = bool(self._queue.maybe_finalize_async_calls(blocking=blocking))
         except sharded_io.WRITE_ERRORS as error:
             done = True
-            raise CheckpointError(f"could not write a checkpoint in the background: {error_message(error)}") from error
+            raise sharded_io.unwritten("a checkpoint in the background", error) from error
         finally:
             if done:
                 self._pending.release()

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import io
+import multiprocessing
+import os
 import pickle
 import queue
 import re
@@ -29,11 +32,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_repl
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, _disable_gc
 from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 
 from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
+from megatron_selfdistill.distributed.stop import how_ended
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import directory, manifest
 from megatron_selfdistill.interop.formats.directory import Temporary
@@ -84,7 +88,7 @@ def begin_write(
         )
     except WRITE_ERRORS as error:
         temporary.release()
-        raise CheckpointError(f"could not write {target}: {error_message(error)}") from error
+        raise unwritten(str(target), error) from error
 
     def publish() -> None:
         prove_ownership()
@@ -104,9 +108,30 @@ def write_now(request: AsyncRequest, temporary: Temporary, target: Path) -> None
     try:
         request.execute_sync()
     except WRITE_ERRORS as error:
-        raise CheckpointError(f"could not write {target}: {error_message(error)}") from error
+        raise unwritten(str(target), error) from error
     finally:
         temporary.release()
+
+
+def unwritten(what: str, error: BaseException) -> CheckpointError:
+    """Return the error of a rank that could not write ``what``, in one sentence."""
+    if isinstance(error, CheckpointException):  # the failures by rank, which only rank 0 knows
+        first = min(error.failures.items(), default=None)
+        error = first[1][0] if first is not None else RuntimeError("Worker failure: rank 0 says why")
+    reason = error_message(error).removeprefix("RuntimeError: Worker failure: ")
+    full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    remedy = ": make room on the disk, lower checkpoint.keep_last, or raise the limit of `ulimit -f`" if full else ""
+    return CheckpointError(f"could not write {what}: {reason}{remedy}")
+
+
+def report_death(code: int) -> None:
+    """Report as a failed write that this rank's process in the background ended with ``code`` before it reported."""
+    results = filesystem_async._get_write_results_queue()
+    try:
+        found = results.get_nowait()
+    except queue.Empty:
+        found = ChildProcessError(f"the process that writes its files ended by {how_ended(code)}")
+    results.put(found)
 
 
 def forget_results() -> None:
@@ -264,13 +289,50 @@ class _NothingInCommon(TorchCommonLoadStrategy):
         return {}
 
 
-def _write_with_checksums(
-    write: Callable[..., None], path: Path, rank: int, buckets: Any, *more: Any, **options: Any
-) -> None:
-    """Run Megatron's writer of this rank, then compute the checksums of its files on the same machine."""
-    write(rank, buckets, *more, **options)
+def _write_with_checksums(write: functools.partial[None], path: Path, rank: int, buckets: Any, results: Any) -> None:
+    """Write the files of this rank, then compute their checksums on the same machine; the result goes to ``results``.
+
+    ``write``: Megatron's function for the same files.  It waits for ever for a process that a signal has ended.
+    """
+    results.put(_written(buckets, *write.args))
     with contextlib.suppress(OSError):  # no rank may miss the barrier; rank 0 computes missing checksums
         manifest.write_part(path, str(rank), [Path(file) for file, _, _ in buckets])
+
+
+@_disable_gc()
+def _written(buckets: Sequence[Any], *how: Any) -> dict[int, Any] | Exception:
+    """Return the results of all files, each of which a process of its own writes, or the first error."""
+    context = multiprocessing.get_context("fork")
+    writers, found = [], {}
+    try:
+        for number, bucket in enumerate(buckets):
+            receiver, sender = context.Pipe(duplex=False)
+            with sender:  # then only the writer holds it, and whatever ends the writer ends the pipe
+                writers.append((context.Process(target=_write_file, args=(sender, number, bucket, *how)), receiver))
+                writers[-1][0].start()
+        for number, (writer, receiver) in enumerate(writers):
+            try:
+                found[number] = receiver.recv()
+            except EOFError:
+                writer.join()
+                name = Path(buckets[number][0]).name
+                return ChildProcessError(f"the process that wrote {name} ended by {how_ended(writer.exitcode)}")
+            if isinstance(found[number], Exception):
+                return found[number]
+    except Exception as error:  # no rank may miss the barrier
+        return error
+    return found
+
+
+def _write_file(sender: Any, number: int, bucket: Any, transforms: Any, use_msc: bool) -> None:
+    results: queue.Queue[Any] = queue.Queue()
+    options = {"use_msc": True} if use_msc else {}
+    unused = queue.Queue[int](1)
+    unused.put(number)
+    filesystem_async.FileSystemWriterAsync.write_preloaded_data(
+        transforms, number, bucket, results, unused, True, **options
+    )
+    sender.send(results.get()[1])
 
 
 def _begin_on_all_ranks(target: Path, num_bytes: int) -> Temporary:

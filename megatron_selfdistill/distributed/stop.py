@@ -65,6 +65,11 @@ def ignore_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def how_ended(code: int | None) -> str:
+    """Return how a process with the exit code ``code`` of Python's modules has ended: by its signal, or its status."""
+    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"status {code}"
+
+
 def asked() -> bool:
     """Return whether a signal within `listening` has asked this process to end; not a collective."""
     return bool(_received)
@@ -138,7 +143,9 @@ def _under_torchrun() -> bool:
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        os.write(2, f"{speaker()}{text}\n".encode())
+        with contextlib.suppress(OSError):  # nobody reads it
+            os.write(2, f"{speaker()}{text}
+".encode())
 
 
 def _leave_wakeups_to_the_parent() -> None:

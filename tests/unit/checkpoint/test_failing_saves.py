@@ -17,13 +17,15 @@ import torch
 from checkpointed_run import Setup
 from ranks import RankError
 from saved_checkpoints import checkpoint_names, raises
+from torch.distributed.checkpoint.api import CheckpointException
+
+from megatron_selfdistill.checkpoint import sharded_io
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 
 
 def fail_on_rank_1(run_dir: Path) -> None:
-    from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
-
     run = checkpointed_run.start(PLAIN.cut(tensor_model_parallel_size=2), run_dir, steps=1)
     run.save(1)
     with pytest.MonkeyPatch.context() as patch:
@@ -50,6 +52,51 @@ def failing_writer(transforms, local_proc_idx, write_bucket, results_queue, coun
 
 def test_a_rank_that_cannot_write_stops_all_and_the_next_save_works(ranks, tmp_path):
     ranks.run(fail_on_rank_1, tmp_path, world_size=2)
+
+
+@pytest.mark.parametrize(("number", "end"), [(0, "status 3"), (1, "signal SIGXFSZ")])
+def test_a_writer_that_dies_is_noticed_at_once_with_the_file_and_the_reason(monkeypatch, number, end):
+    def write(transforms, at, bucket, results, *_, **__):
+        if at == number == 0:
+            raise SystemExit(3)
+        if at == number:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGXFSZ)
+        results.put((at, ["written"]))
+
+    monkeypatch.setattr(FileSystemWriterAsync, "write_preloaded_data", staticmethod(write))
+    buckets = [(f"/run/__0_{at}.distcp", "key", ([], [])) for at in range(2)]
+    found = getattr(sharded_io._written, "__wrapped__", sharded_io._written)(buckets, [], False)
+    assert isinstance(found, ChildProcessError)
+    assert str(found) == f"the process that wrote __0_{number}.distcp ended by {end}"
+
+
+def test_a_file_that_is_too_large_is_one_sentence_that_says_what_to_do():
+    error = CheckpointException("save", {0: (RuntimeError("Worker failure: [Errno 27] File too large"), None)})
+    assert str(sharded_io.unwritten("iter_0000001", error)) == (
+        "could not write iter_0000001: [Errno 27] File too large: make room on the disk, lower checkpoint.keep_last, "
+        "or raise the limit of `ulimit -f`"
+    )
+
+
+def lose_the_writing_process(run_dir: Path) -> None:
+    run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=True)
+
+    def stopped(*_: object, **__: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharded_io, "_written", stopped)
+        run.save(1)
+        with raises("could not write a checkpoint in the background: .* ended by signal SIGKILL"):
+            run.checkpointer.finish()
+    run.save(2)
+    run.checkpointer.finish()
+    assert checkpoint_names(run_dir) == ["iter_0000002", "latest_checkpointed_iteration.txt"]
+
+
+def test_the_death_of_the_process_that_writes_in_the_background_is_reported_and_the_next_save_works(ranks, tmp_path):
+    ranks.run(lose_the_writing_process, tmp_path, world_size=1)
 
 
 def lose_a_background_save(run_dir: Path) -> None:
@@ -88,9 +135,7 @@ def test_a_missing_psutil_is_reported_at_the_start(ranks, tmp_path):
 
 def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
     """Save step 1; then die while the writers of step 2 are half way, and leave them behind, stuck."""
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    filesystem_async.mp = torch.multiprocessing  # writers that outlive the rank, not the threads of rank_worker.py
+    sharded_io._written = sharded_io._written.__wrapped__  # writers that outlive the rank, unlike rank_worker.py's
     run = checkpointed_run.start(PLAIN, run_dir, steps=1, async_save=async_save)
     run.save(1)
     run.checkpointer.finish()
@@ -110,7 +155,7 @@ def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
                     os.kill(pid, signal.SIGKILL)
         time.sleep(600)
 
-    filesystem_async.FileSystemWriterAsync.write_preloaded_data = staticmethod(half_written)
+    FileSystemWriterAsync.write_preloaded_data = staticmethod(half_written)
     run.step(2)
     run.save(2)
     run.checkpointer.finish()
