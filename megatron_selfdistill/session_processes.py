@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import inspect
 import json
 import os
@@ -24,13 +25,15 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, NoReturn
 
 from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.config.environment import is_secret
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.distributed.stop import how_ended
 from megatron_selfdistill.environments import BUILT_IN, MAX_BYTES, Reply, SessionEnvironment, SessionLimits
 
 _READY = b"ready"
@@ -40,6 +43,7 @@ _START_SECONDS = 300.0
 _CLOSE_SECONDS = 5.0
 """Seconds that a session has for ``close``."""
 _GB = 10**9
+_PR_SET_PDEATHSIG = 1
 
 
 class SessionError(Exception):
@@ -67,6 +71,7 @@ class SessionProcesses:
                 env=_variables(os.environ),
                 start_new_session=True,  # Ctrl-C is for the trainer, which decides what ends
             )
+        self._process = process
         self._end = weakref.finalize(self, _end_process, process, self._control)
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
@@ -78,7 +83,8 @@ class SessionProcesses:
             answer = f"it was not made within {_START_SECONDS:g} s".encode()
         if answer != _READY:
             self.close()
-            raise RuntimeError(answer.decode() or "its process ended")
+            raise RuntimeError(answer.decode(errors="replace") or "its process ended")
+        self._control.settimeout(limits.seconds)
 
     def reset(self, key: Hashable, problem: Problem, seed: int) -> Reply:
         """Start the session ``key`` and return a reply with the text and the hint that come before its first response.
@@ -89,8 +95,7 @@ class SessionProcesses:
         mine, theirs = socket.socketpair()
         with theirs, self._lock:
             try:
-                socket.send_fds(self._control, [b"start"], [theirs.fileno()])
-                self._sessions[key] = mine, int(self._control.recv(_MAX_CONTROL_BYTES))
+                self._sessions[key] = mine, int(self._asked(b"start", [theirs.fileno()]))
             except (OSError, ValueError) as error:
                 mine.close()
                 raise RuntimeError(f"the process of the environment has ended ({error})") from error
@@ -115,7 +120,7 @@ class SessionProcesses:
     def end(self, key: Hashable) -> None:
         """Call ``close`` of the session ``key`` and end its process, with all processes that it has started."""
         connection, _ = self._sessions[key]
-        with contextlib.suppress(SessionError):
+        with contextlib.suppress(SessionError, EOFError):
             _exchanged(connection, {"call": "close"}, _CLOSE_SECONDS)
         self._killed(key)
 
@@ -132,6 +137,8 @@ class SessionProcesses:
         self._end()
 
     def _reply(self, key: Hashable, request: Mapping[str, Any]) -> Reply:
+        if key not in self._sessions:
+            raise RuntimeError("the process of the environment has ended")
         try:
             reply = Reply(**_exchanged(self._sessions[key][0], request, self._limits.seconds))
         except (TypeError, ValueError) as error:
@@ -149,12 +156,25 @@ class SessionProcesses:
     def _killed(self, key: Hashable) -> str:
         """Kill the session's process group and return how its process ended: the signal or the status."""
         with self._lock:
-            connection, pid = self._sessions.pop(key)
-            connection.close()
-            with contextlib.suppress(OSError):
-                self._control.send(str(pid).encode())
-                return self._control.recv(_MAX_CONTROL_BYTES).decode()
+            connection, pid = self._sessions.pop(key, (None, None))
+            if connection is not None:
+                connection.close()
+                with contextlib.suppress(OSError):
+                    return self._asked(str(pid).encode())
         return "with the environment's process"
+
+    def _asked(self, request: bytes, descriptors: Sequence[int] = ()) -> str:
+        """Return the answer of the environment's process to a request, which one thread makes at a time.
+
+        Raises: OSError where the process has ended, or does not answer within the limit and is ended.
+        """
+        try:
+            self._process.send_signal(signal.SIGCONT)  # a session can stop its parent
+            socket.send_fds(self._control, [request], descriptors)
+            return self._control.recv(_MAX_CONTROL_BYTES).decode()
+        except TimeoutError:
+            self.close()
+            raise
 
 
 _PROBLEM_FIELDS = ("id", "messages", "solution", "answer", "location", "tools")
@@ -169,6 +189,7 @@ def _variables(environ: Mapping[str, str]) -> dict[str, str]:
 
 def _end_process(process: subprocess.Popen[bytes], control: socket.socket) -> None:
     control.close()  # on which the process kills the sessions and ends
+    process.send_signal(signal.SIGCONT)
     try:
         process.wait(_CLOSE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -239,8 +260,7 @@ def _ended(pid: int) -> str:
         os.killpg(pid, signal.SIGKILL)
     os.kill(pid, signal.SIGKILL)  # also a session that has no group of its own yet; one that has ended keeps its status
     _, status = os.waitpid(pid, 0)
-    code = os.waitstatus_to_exitcode(status)
-    return f"signal {signal.Signals(-code).name}" if code < 0 else f"status {code}"
+    return how_ended(os.waitstatus_to_exitcode(status))
 
 
 def _play(environment: SessionEnvironment, connection: socket.socket, memory_gb: float | None) -> NoReturn:
@@ -267,7 +287,7 @@ def _play(environment: SessionEnvironment, connection: socket.socket, memory_gb:
                     result = loop.run_until_complete(result)
                 answer = _answer(asked["call"], result)
             except BaseException as error:  # also SystemExit: the answer is the reason
-                answer = {"failure": f"{asked['call']} raised {type(error).__name__}: {error}"}
+                answer = {"failure": _text(f"{asked['call']} raised {type(error).__name__}: {error}{own_lines(error)}")}
             connection.sendall(json.dumps(answer).encode() + b"\n")
     os._exit(0)
 
@@ -287,17 +307,25 @@ def _answer(call: str, result: Any) -> dict[str, Any]:
     return asdict(result)
 
 
+def _text(message: str) -> str:
+    """Return ``message`` with halves of surrogate pairs as escapes: UTF-8 does not have them."""
+    return message.encode(errors="backslashreplace").decode()
+
+
 def main() -> None:
     """Make the environment that standard input describes, and serve its rank, whose socket is the argument."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    with contextlib.suppress(AttributeError, OSError):  # Linux: the end of the rank wakes this process if it is stopped
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # the rank decides what ends; a program that a session starts differs
     wanted = json.load(sys.stdin)
     try:
         environment = function_named("environment.name", wanted["name"], BUILT_IN)(**wanted["options"])
     except BaseException as error:  # also SystemExit
-        control.send(f"{type(error).__name__}: {error}"[:_MAX_CONTROL_BYTES].encode())
+        control.send(_text(f"{type(error).__name__}: {error}{own_lines(error)}").encode()[:_MAX_CONTROL_BYTES])
         return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the class may have changed it, and then no session has a status
     control.send(_READY)
     _served(control, environment, wanted["memory_gb"])
 

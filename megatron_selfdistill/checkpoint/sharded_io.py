@@ -119,7 +119,8 @@ def unwritten(what: str, error: BaseException) -> CheckpointError:
         first = min(error.failures.items(), default=None)
         error = first[1][0] if first is not None else RuntimeError("Worker failure: rank 0 says why")
     reason = error_message(error).removeprefix("RuntimeError: Worker failure: ")
-    full = any(os.strerror(number) in reason for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG))
+    signs = (*map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)), "unexpected pos")  # the last one is torch's
+    full = any(sign in reason for sign in signs)
     remedy = ": make room on the disk, lower checkpoint.keep_last, or raise the limit of `ulimit -f`" if full else ""
     return CheckpointError(f"could not write {what}: {reason}{remedy}")
 

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The functions of users that keys name by a dotted path, and the one place where a call of them cannot end a run."""
+"""The functions of users that keys name by a dotted path, and the one wrapper of every call of a user's code."""
 
 from __future__ import annotations
 
@@ -7,24 +7,32 @@ import contextlib
 import importlib
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import dropwhile
+from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.errors import ConfigError, ProgramEndError
+from megatron_selfdistill.errors import CheckpointError, ConfigError, EngineError, ProgramEndError, VerifierError
+
+FOR_THE_USER = (ConfigError, CheckpointError, EngineError, VerifierError, ProgramEndError)
+"""The exceptions whose messages name a key or a file already."""
 
 
-def function_named(key: str, name: str, built_in: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
+def function_named(
+    key: str, name: str, built_in: Mapping[str, Callable[..., Any]], error: type[Exception] | None = None
+) -> Callable[..., Any]:
     """Return the function ``name`` of ``built_in``, or import the function with the dotted path ``name``.
 
     ``key`` is the key of the configuration with the value ``name``, for messages.  A call of an imported function
-    cannot end the program (`user_code`).  The methods of what it returns need `user_code`, too.
+    is wrapped in `user_code`, which takes ``error``.  The methods of what it returns need `user_code`, too.
 
     Raises: `ConfigError` if there is no such function.
     """
     if name in built_in:
         return built_in[name]
     function = imported(key, name, "function", [*built_in])
-    return user_code(f"{key}={name}")(function)  # type: ignore[no-any-return]
+    return user_code(f"{key}={name}", error)(function)  # type: ignore[no-any-return]
 
 
 def imported(key: str, name: str, kind: str, choices: Sequence[str] = ()) -> Any:
@@ -58,24 +66,40 @@ def imported(key: str, name: str, kind: str, choices: Sequence[str] = ()) -> Any
 
 
 @contextlib.contextmanager
-def user_code(name: str) -> Iterator[None]:
+def user_code(name: str, error: type[Exception] | None = None) -> Iterator[None]:
     """Run code of a user, which ``name`` describes, so that it cannot end the program; also a decorator.
 
     ``sys.exit(0)`` in a reward function would end one rank, with the status of success, while the others wait for it.
-    An exception of type Exception passes, and so does the end that a signal has asked for.
+    The end that a signal has asked for passes, and so does an exception of type Exception without ``error``.
 
-    Raises: `ProgramEndError` in place of SystemExit, KeyboardInterrupt and every other exception that is no Exception.
+    Raises: ``error``, whose message is a line with ``name`` and the exception, and below it the lines of the user's
+    code, in place of an Exception that is no message for the user yet; `ProgramEndError` in place of SystemExit,
+    KeyboardInterrupt and every other exception that is no Exception.
     """
     try:
         yield
-    except Exception:
-        raise
+    except Exception as raised:
+        if error is None or isinstance(raised, FOR_THE_USER):
+            raise
+        raise error(f"{name} failed with {type(raised).__name__}: {raised}{own_lines(raised)}") from raised
     except BaseException as end:
         if _comes_from_a_signal(end):
             raise
         raise ProgramEndError(
             f"{name} tried to end the program with {end!r}: raise an exception that says what is wrong instead"
         ) from end
+
+
+def own_lines(error: BaseException) -> str:
+    """Return the part of an error's traceback that is in code of a user, below a line end; "" if there is none."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = dropwhile(lambda frame: frame.filename.startswith(_BETWEEN), frames)
+    return "".join(["\n", *traceback.format_list([*own])]).rstrip()
+
+
+_LIBRARY = Path(contextlib.__file__).parent
+_BETWEEN = (f"{Path(__file__).resolve().parents[1]}/", f"{_LIBRARY}/contextlib.py", f"{_LIBRARY}/asyncio/")
+"""The files through which this package calls code of a user."""
 
 
 def _comes_from_a_signal(end: BaseException) -> bool:

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Mapping
+import inspect
+import json
+from collections.abc import Callable, Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from megatron_selfdistill.config.functions import imported
+from megatron_selfdistill.config.functions import imported, user_code
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.method_config import MethodSettings
 from megatron_selfdistill.config.schema.ranges import is_dotted
 from megatron_selfdistill.errors import ConfigError, first_few
 
-_PACKAGE = "megatron_selfdistill.methods"
+_OWN = "megatron_selfdistill."
+_PACKAGE = f"{_OWN}methods"
 
 
 def method_names() -> list[str]:
@@ -41,6 +45,9 @@ def method_class(name: str) -> type[Any]:
             f"method.name={name} must be a class with an attribute Settings, a subclass of MethodSettings in "
             "megatron_selfdistill.config",
         )
+        require(hasattr(found, "made"), f"method.name={name} must be a class with a class method made(settings, tools)")
+        for kind in (found, settings):
+            _name_hooks(kind, name)
         return found  # type: ignore[no-any-return]
     if name not in method_names():
         raise ConfigError(
@@ -51,6 +58,46 @@ def method_class(name: str) -> type[Any]:
     own = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__]
     (found,) = [value for value in own if "Settings" in dir(value)]
     return found
+
+
+def _name_hooks(kind: type, name: str) -> None:
+    """Let each hook of a user's class run in `user_code`, which names the hook if it fails or if its result is unfit."""
+    for owner in kind.__mro__:
+        for hook in _HOOKS.keys() & vars(owner).keys() if not owner.__module__.startswith(_OWN) else ():
+            given = vars(owner)[hook]
+            made: Any = type(given) if isinstance(given, classmethod | property) else lambda function: function
+            function = given.__func__ if isinstance(given, classmethod) else getattr(given, "fget", given)
+            if inspect.isfunction(function) and not hasattr(function, "__wrapped__"):
+                setattr(owner, hook, made(_named_hook(function, f"method.name={name}: {hook}", _HOOKS[hook])))
+
+
+def _named_hook(function: Callable[..., Any], what: str, fits: Callable[[Any], Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def hook(*args: Any, **kwargs: Any) -> Any:
+        with user_code(what, ConfigError):
+            result = function(*args, **kwargs)
+            fits(result)
+            return result
+
+    return hook
+
+
+def _with_metrics(result: Any) -> None:
+    _, metrics = result
+    dict(metrics)
+
+
+_HOOKS: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys("__init__ check require_start weighs_tokens comparable clip token_weights".split(), id),
+    **dict.fromkeys("divergence_numbers teacher_template has_solution coefficients warnings".split(), id),
+    **dict.fromkeys("made record restored".split(), attrgetter("state_dict")),
+    **dict.fromkeys("prepare rewarded select texts".split(), _with_metrics),
+    "needs": attrgetter("teacher_prompt"),
+    "prompts": attrgetter("student_prompt", "teacher_prompt"),
+    "terms": attrgetter("scaled"),
+    "state_dict": json.dumps,
+}
+"""The hooks of methods and of their settings -> what their results must allow; `Method` and `MethodSettings`."""
 
 
 def settings_class(name: str) -> type[MethodSettings]:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from megatron_selfdistill.config import function_named
+from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.records import finite_number
 from megatron_selfdistill.data.thoughts import final_part
@@ -121,7 +122,8 @@ def judged_by_all(
             verdicts[key] = judgement(problem, content)
             beat()
         except Exception as raised:  # raised below on every rank, so that no rank waits
-            failed[key] = f"{problem.location}: the {judge_name} failed with {type(raised).__name__}: {raised}"
+            reason = f"{type(raised).__name__}: {raised}{own_lines(raised)}"
+            failed[key] = f"{problem.location}: the {judge_name} failed with {reason}"
 
     mine = list(questions)[grid.replica_rank :: grid.replica_size]
     if threads == 1:

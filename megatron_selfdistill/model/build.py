@@ -249,7 +249,7 @@ def _for_local_layers(config: TransformerConfig) -> TransformerConfig:
 
 def _load_provider(dotted_path: str, num_chunks: int) -> Callable[[bool, bool, int | None], Any]:
     """Return the function at ``package.module.function``, with the arguments of Megatron-LM's ``model_provider``."""
-    function = function_named("model.provider", dotted_path, {})
+    function = function_named("model.provider", dotted_path, {}, ConfigError)
     parameters = inspect.signature(function).parameters.values()
     takes_vp_stage = any(p.name == "vp_stage" or p.kind is p.VAR_KEYWORD for p in parameters)
     if num_chunks > 1 and not takes_vp_stage:

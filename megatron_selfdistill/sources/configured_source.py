@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 
-from megatron_selfdistill.config import Config, function_named, method_class
+from megatron_selfdistill.config import Config, function_named, method_class, user_code
 from megatron_selfdistill.config.schema.method_config import TEACHER
 from megatron_selfdistill.data.contexts import GivenSolutions
 from megatron_selfdistill.data.problems import ProblemSampler
@@ -299,16 +299,12 @@ def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes
     }
     with raise_on_all_ranks(ConfigError):
         make = function_named("environment.name", wanted.name, BUILT_IN)
-        try:
+        with user_code(f"environment.name={wanted.name}", ConfigError):
             if has_sessions(make):
                 checked = SessionLimits(**limits)
                 sessions = SessionProcesses(wanted.name, wanted.options, checked)
                 return SessionEpisodes(**rules, sessions=sessions, seed=config.seed, concurrency=checked.concurrency)
             environment = make(**wanted.options)
-        except ConfigError:
-            raise
-        except Exception as error:  # the constructor of a user can raise any exception
-            raise ConfigError(f"environment.name={wanted.name} failed with {type(error).__name__}: {error}") from error
         if not callable(getattr(environment, "reply", None)):
             raise ConfigError(
                 f"environment.name={wanted.name} must make an object with a method reply(problem, said), or be a class "

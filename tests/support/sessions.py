@@ -95,6 +95,17 @@ class Failing(Session):
         return super().step(response)
 
 
+class NeverWaited(Session):
+    """A `Session` whose class leaves no status of a process that ends."""
+
+    def __init__(self) -> None:
+        signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    def step(self, response: str) -> Reply:
+        """Die."""
+        os._exit(3)
+
+
 class Told:
     """An environment whose sessions do what the responses and the problem's answer say."""
 
@@ -130,6 +141,10 @@ class Told:
             os._exit(3)
         if word == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if word == "stop":
+            os.kill(os.getppid(), signal.SIGSTOP)
+        if word == "half":
+            raise ValueError("\ud83d")
         if word == "hang":
             subprocess.Popen(["sleep", "1000"])
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -156,3 +171,8 @@ def pid_of(group: int) -> list[int]:
             if int(fields[2]) == group and fields[0] != "Z":
                 found.append(int(process.name))
     return found
+
+
+def refused_by_half_a_character() -> Session:
+    """Raise an error whose message UTF-8 does not have."""
+    raise ValueError("\ud83d")

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 from sessions import pid_of
 
+from megatron_selfdistill import session_processes
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.environments import Reply, SessionLimits
 from megatron_selfdistill.session_processes import SessionProcesses, _variables
@@ -65,6 +66,7 @@ def test_a_session_may_begin_with_a_hint():
         ("kill", "the process of the session ended in step: signal SIGKILL"),
         ("memory", "step raised MemoryError: "),
         ("nan", "step raised ValueError: expected a finite number as reward of a reply, got nan"),
+        ("half", "step raised ValueError: \\ud83d"),
         ("text", "step raised TypeError: expected a Reply of megatron_selfdistill.environments, got 'no reply'"),
     ],
 )
@@ -72,7 +74,9 @@ def test_a_session_that_fails_is_a_reply_with_the_reason_and_costs_no_other_sess
     for key in ("bad", "good"):
         pool.reset(key, problem(), 1)
     group = group_of(pool, "bad")
-    assert pool.step("bad", word) == Reply(failure=reason) and not pool_goes_on(pool, "bad", group)
+    failure = pool.step("bad", word).failure or ""
+    assert failure.partition("\n")[0] == reason and not pool_goes_on(pool, "bad", group)
+    assert word != "raise" or failure.endswith('    raise KeyError("no such tool")')
     assert pool.step("good", "go") == Reply("#1", done=False)
     pool.end_all()
 
@@ -99,8 +103,50 @@ def test_a_session_that_hangs_ends_with_the_processes_that_it_has_started(pool):
     assert not pool_goes_on(pool, "bad", group)
 
 
+def test_a_session_that_stops_its_parent_costs_no_session_anything(pool):
+    pool.reset("bad", problem(), 1)
+    assert pool.step("bad", "stop") == Reply("#1", done=False)
+    assert pool.reset("good", problem(), 1).text == "fine 1" and pool.step("good", "go").text == "#1"
+    pool.end_all()
+    assert "bad" not in pool and pool.reset("later", problem(), 1).text == "fine 1"
+    pool.end_all()
+
+
+def test_an_environments_process_that_does_not_answer_is_ended_with_its_sessions(monkeypatch):
+    pool = SessionProcesses("sessions.Told", {}, SessionLimits(seconds=0.2))
+    pool.reset("a", problem(), 1)
+    group, process = group_of(pool, "a"), pool._process
+    monkeypatch.setattr(session_processes, "_CLOSE_SECONDS", 0.1)
+    stays_stopped = {signal.SIGCONT: signal.SIGSTOP}
+    monkeypatch.setattr(process, "send_signal", lambda number: os.kill(process.pid, stays_stopped.get(number, number)))
+    with pytest.raises(RuntimeError, match="the process of the environment has ended"):
+        pool.reset("b", problem(), 1)
+    assert process.returncode == -signal.SIGKILL and not pool.keys and not left_of(group)
+    with pytest.raises(RuntimeError, match="the process of the environment has ended"):
+        pool.step("a", "go")
+
+
+def test_sessions_that_are_left_after_the_end_of_their_environments_process_end_without_an_error():
+    pool = SessionProcesses("sessions.Told", {}, SessionLimits())
+    pool.reset("a", problem(), 1)
+    pool._process.kill()
+    pool._process.wait()
+    os.kill(group_of(pool, "a"), signal.SIGKILL)
+    pool.end_all()
+    assert not pool.keys
+    pool.close()
+
+
+def test_an_environment_that_ignores_the_end_of_processes_has_sessions_with_a_status():
+    pool = SessionProcesses("sessions.NeverWaited", {}, SessionLimits())
+    pool.reset("a", problem(), 1)
+    assert pool.step("a", "go").failure == "the process of the session ended in step: status 3"
+    pool.close()
+
+
 def test_a_session_that_cannot_begin_fails_by_name(pool):
-    assert pool.reset("a", problem("raise"), 1).failure == "reset raised KeyError: 'no such tool'"
+    failure = pool.reset("a", problem("raise"), 1).failure or ""
+    assert failure.startswith("reset raised KeyError: 'no such tool'\n  File ")
     assert pool.reset("b", problem("die"), 1).failure == "the process of the session ended in reset: status 3"
     assert "a" not in pool and "b" not in pool
 
@@ -141,6 +187,8 @@ def test_an_environment_that_cannot_be_made_is_one_message():
         SessionProcesses("sessions.refusing", {}, SessionLimits())
     with pytest.raises(RuntimeError, match=r"TypeError: .*unexpected keyword argument 'colour'"):
         SessionProcesses("sessions.Told", {"colour": 1}, SessionLimits())
+    with pytest.raises(RuntimeError, match=r'^ValueError: \\ud83d\n  File .*\n    raise ValueError\("'):
+        SessionProcesses("sessions.refused_by_half_a_character", {}, SessionLimits())
 
 
 def test_the_environments_process_gets_no_secret_of_the_trainer():
@@ -155,19 +203,20 @@ from test_session_processes import *
 pool = SessionProcesses("sessions.Told", {}, SessionLimits())
 pool.reset("hangs", problem(), 1)
 pool.reset("waits", problem(), 1)
-print(*(group_of(pool, key) for key in ("hangs", "waits")), flush=True)
+print(*(group_of(pool, key) for key in ("hangs", "waits")), pool._process.pid, flush=True)
 threading.Thread(target=pool.step, args=("hangs", "hang"), daemon=True).start()
 time.sleep(0.3)
 os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_every_session_ends_if_its_rank_is_killed():
+@pytest.mark.parametrize("before", ["", "pool.step('waits', 'stop')\n"])
+def test_every_session_ends_if_its_rank_is_killed_also_where_the_process_between_is_stopped(before):
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+        [sys.executable, "-c", KILLED.replace("threading.Thread(", f"{before}threading.Thread(")], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     groups = list(map(int, done.stdout.split()))
-    assert len(groups) == 2
+    assert len(groups) == 3
     assert not left_of(*groups)

@@ -90,13 +90,8 @@ def weights_of_function(name: str, signals: Signals) -> Tensor:
 
     Raises: `VerifierError` where the function fails, or returns anything but one finite number of at least 0 per token.
     """
-    function = function_named("method.token_weights", name, {})
-    what = f"method.token_weights={name}"
-    try:
-        weights = function(signals)
-    except Exception as error:
-        raise VerifierError(f"{what} failed with {type(error).__name__}: {error}") from error
-    expected = f"{what}: expected a tensor of {len(signals.sampled_log_prob)} finite numbers of at least 0"
+    weights = function_named("method.token_weights", name, {}, VerifierError)(signals)
+    expected = f"method.token_weights={name}: expected a tensor of {len(signals.sampled_log_prob)} finite numbers of at least 0"
     if not isinstance(weights, Tensor) or weights.shape != signals.sampled_log_prob.shape:
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         raise VerifierError(f"{expected}, got {got}")

@@ -161,7 +161,9 @@ def verifier_that_fails(text: str, problem: Problem) -> bool:
 
 
 def test_a_verifier_that_fails_on_one_rank_stops_all_of_them(ranks):
-    assert ranks.run(failing_solve, world_size=2) == ["file.jsonl:1: the verifier failed with KeyError: 'unit'"] * 2
+    for message in ranks.run(failing_solve, world_size=2):
+        assert message.startswith("file.jsonl:1: the verifier failed with KeyError: 'unit'\n  File ")
+        assert message.endswith('    raise KeyError("unit")')
 
 
 @pytest.mark.parametrize(
