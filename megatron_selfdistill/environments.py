@@ -287,7 +287,7 @@ class ToolEnvironment:
         try:
             calls = self._parse(answer_text({"content": response}))
         except ToolCallError as error:
-            return Reply(f"Error: {error}", role="tool", done=False)
+            return Reply(_said(error), role="tool", done=False)
         if not calls:
             return Reply(reward=await _awaited(self._tools.reward(response)))
         return Reply("\n".join([await self._answer(call) for call in calls]), role="tool", done=False)
@@ -302,11 +302,17 @@ class ToolEnvironment:
                 raise ToolCallError(f"there is no tool {call.name!r}: the tools are {', '.join(self._named)}")
             tool = getattr(self._tools, call.name)
             result = await _awaited(tool(**typed(call, tool)))
-        except ToolCallError as error:
-            return f"Error: {error}"
-        except Exception as error:  # a tool can raise any exception, which the model may learn from
-            return f"Error: {type(error).__name__}: {error}"
-        return result if isinstance(result, str) else json.dumps(result)
+            text = result if isinstance(result, str) else json.dumps(result)
+            text.encode()  # half of a surrogate pair, which a model can write, is no text
+            return text
+        except (Exception, SystemExit) as error:  # a tool can raise any exception, which the model may learn from
+            return _said(error)
+
+
+def _said(error: BaseException) -> str:
+    """Return what the model reads about ``error``, with halves of surrogate pairs as escapes."""
+    name = "" if isinstance(error, ToolCallError) else f"{type(error).__name__}: "
+    return f"Error: {name}{error}".encode(errors="backslashreplace").decode()
 
 
 async def _awaited(result: Any) -> Any:

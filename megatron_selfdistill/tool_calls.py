@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import inspect
 import json
-import re
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MethodType
@@ -36,7 +36,7 @@ Parser = Callable[[str], list[ToolCall]]
 
 def hermes(response: str) -> list[ToolCall]:
     """Return the calls in the format of Hermes and Qwen: <tool_call>{"name": .., "arguments": {..}}</tool_call>."""
-    return [_call(block, ("arguments",)) for block in _blocks(response)]
+    return [_call(_read(block), block, ("arguments",)) for block in _blocks(response)]
 
 
 def llama(response: str) -> list[ToolCall]:
@@ -44,17 +44,18 @@ def llama(response: str) -> list[ToolCall]:
 
     Several objects are separated by semicolons.  <|python_tag|> may stand before them.
     """
-    rest = response.strip().removeprefix("<|python_tag|>").strip()
+    text = response.strip().removeprefix("<|python_tag|>").strip()
     calls: list[ToolCall] = []
-    while rest.startswith("{"):
+    place = 0
+    while text.startswith("{", place):
         try:
-            _, end = json.JSONDecoder().raw_decode(rest)
+            value, end = json.JSONDecoder().raw_decode(text, place)
         except (ValueError, RecursionError):
-            end = len(rest)
-        calls.append(_call(rest[:end], ("parameters", "arguments")))
-        rest = rest[end:].lstrip("; \n")
-    if calls and rest:
-        raise ToolCallError(f"expected nothing after the tool calls, got {rest[:_SHOWN]!r}")
+            value, end = None, len(text)
+        calls.append(_call(value, text[place:end], ("parameters", "arguments")))
+        place = _behind(text, end, "; \n")
+    if calls and place < len(text):
+        raise ToolCallError(f"expected nothing after the tool calls, got {text[place : place + _SHOWN]!r}")
     return calls
 
 
@@ -65,15 +66,39 @@ def glm(response: str) -> list[ToolCall]:
     """
     calls = []
     for block in _blocks(response):
-        name, *rest = re.split(r"(?=<arg_key>)", block, maxsplit=1)
-        pairs = "".join(rest)
-        pair = re.compile(r"<arg_key>(.*?)</arg_key>\s*<arg_value>(.*?)</arg_value>\s*", re.DOTALL)
-        if not name.strip() or pair.sub("", pairs):
-            raise ToolCallError(
-                f"expected a name and pairs of <arg_key> and <arg_value> in <tool_call>, got {block[:_SHOWN]!r}"
-            )
-        calls.append(ToolCall(name.strip(), {key.strip(): value for key, value in pair.findall(pairs)}))
+        place = block.find("<arg_key>") if "<arg_key>" in block else len(block)
+        call = ToolCall(block[:place].strip(), {})
+        while call.name and place < len(block):
+            key, place = _tagged(block, place, "arg_key")
+            call.arguments[key.strip()], place = _tagged(block, place, "arg_value")
+        if not call.name:
+            raise _not_glm(block)
+        calls.append(call)
     return calls
+
+
+def _tagged(block: str, start: int, tag: str) -> tuple[str, int]:
+    """Return the text in the ``tag`` at ``start``, and the place of what follows it but white space.
+
+    A model writes the block, so that reading it takes a time proportional to its length, whatever it is.
+    """
+    end = block.find(f"</{tag}>", start)
+    if end < 0 or not block.startswith(f"<{tag}>", start):
+        raise _not_glm(block)
+    return block[start + len(tag) + 2 : end], _behind(block, end + len(tag) + 3, string.whitespace)
+
+
+def _behind(text: str, start: int, characters: str) -> int:
+    """Return the first place from ``start`` on where none of the ``characters`` stands."""
+    while start < len(text) and text[start] in characters:
+        start += 1
+    return start
+
+
+def _not_glm(block: str) -> ToolCallError:
+    return ToolCallError(
+        f"expected a name and pairs of <arg_key> and <arg_value> in <tool_call>, got {block[:_SHOWN]!r}"
+    )
 
 
 NO_TOOLS = ("reset", "reward", "close")
@@ -140,15 +165,14 @@ def schemas_of(kind: type) -> list[dict[str, Any]]:
 
 def _blocks(response: str) -> list[str]:
     """Return the texts between <tool_call> and </tool_call>."""
-    *closed, rest = re.split("</tool_call>", response)
+    *closed, rest = response.split("</tool_call>")
     if "<tool_call>" in rest or not all("<tool_call>" in part for part in closed):
         raise ToolCallError("expected </tool_call> after each <tool_call>")
     return [part.partition("<tool_call>")[2] for part in closed]
 
 
-def _call(text: str, names: tuple[str, ...]) -> ToolCall:
-    """Return the call that an object in JSON describes, whose arguments have one of the ``names``."""
-    value = _read(text)
+def _call(value: Any, text: str, names: tuple[str, ...]) -> ToolCall:
+    """Return the call that ``value``, the JSON of ``text``, describes, whose arguments have one of the ``names``."""
     if isinstance(value, dict) and isinstance(value.get("name"), str):
         [*given] = [value[name] for name in names if name in value]
         if not given or (len(given) == 1 and isinstance(given[0], dict)):

@@ -365,7 +365,8 @@ def with_next_state(rollout: Rollout, text: str) -> Problem | None:
 
 def hint_in(vote: str | None) -> str | None:
     """Return the last hint of a vote whose last decision is 1; None for every other vote."""
-    hints = _HINT.findall(vote or "")
+    text, end, _ = (vote or "").rpartition("[HINT_END]")  # a begin without an end would be looked for from each begin
+    hints = _HINT.findall(text + end)
     return hints[-1].strip() if hints and decision_in(vote) == 1 else None
 
 

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import sys
 
 import pytest
 
@@ -125,6 +127,28 @@ def test_a_call_that_cannot_be_read_is_said(parser, text, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<tool_call>echo" + "<arg_key>a</arg_key>" * 20_000 + "</tool_call>",
+        "<tool_call>echo" + "<arg_key>a" * 20_000 + "</tool_call>",
+        "<tool_call>echo<arg_key>a" + "</arg_key><arg_value>" * 20_000 + "</tool_call>",
+        "<tool_call>echo" + "<arg_key>a</arg_key>\n<arg_value>b</arg_value> " * 20_000 + "</tool_call>",
+        "<tool_call>" * 20_000,
+        "</tool_call>" * 20_000,
+        '<tool_call>{"name": "echo"}</tool_call>' * 20_000,
+        '{"name": "echo", "parameters": {}}; ' * 20_000,
+        '{"name": ' * 20_000,
+        '{"name": "echo"}' + "; " * 20_000,
+    ],
+)
+def test_no_text_of_a_model_costs_a_parser_more_than_a_time_proportional_to_its_length(text):
+    """The texts have up to a million characters; a scan that is not linear takes minutes for some of them."""
+    for parser in PARSERS.values():
+        with contextlib.suppress(ToolCallError):
+            parser(text)
+
+
 def test_texts_become_what_a_tool_takes_and_other_arguments_are_named():
     calculator = Calculator()
     assert typed(ToolCall("add", {"a": "2", "b": 3}), calculator.add) == {"a": 2, "b": 3}
@@ -147,6 +171,34 @@ def test_the_schemas_are_those_of_the_methods():
         schemas_of(Undescribed)
     with pytest.raises(ConfigError, match="Toolless has no tool: expected a public method beside reset, reward, close"):
         schemas_of(Toolless)
+
+
+class Strange:
+    """A tool whose results are no texts that a model could read."""
+
+    def give(self, what: str) -> object:
+        """Return or do what is asked for."""
+        cycle: list[object] = []
+        cycle.append(cycle)
+        deep: list[object] = []
+        for _ in range(100_000):
+            deep = [deep]
+        if what == "exit":
+            sys.exit(0)
+        results = {"set": {1}, "bytes": b"1", "cycle": cycle, "deep": deep, "large": 10**8000, "half": "\ud83d"}
+        return results[what]
+
+    def reward(self, response: str) -> float:
+        """Reward nothing."""
+        return 0.0
+
+
+@pytest.mark.parametrize("what", ["set", "bytes", "cycle", "deep", "large", "half", "exit", "\ud83d"])
+def test_a_result_that_no_model_can_read_is_an_error_for_the_model(what):
+    made = ToolEnvironment(f"{__name__}.Strange")
+    made.reset(PROBLEM, 0)
+    reply = asyncio.run(made.step(called("give", what=what)))
+    assert reply.text is not None and reply.text.startswith("Error: ") and reply.goes_on
 
 
 def called(name: str, **arguments: object) -> str:
