@@ -26,8 +26,6 @@ if TYPE_CHECKING:  # the command line is checked before torch and numpy are impo
 
 _MAGIC = b"GGUF"
 _NAME = "model.gguf"
-_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OSError, RuntimeError)
-"""What the readers of gguf and transformers raise for a file that they cannot read."""
 _IN_SHAPES = {
     *"vocab_size attention.key_length attention.value_length".split(),
     *"expert_feed_forward_length expert_shared_feed_forward_length".split(),
@@ -113,15 +111,24 @@ class _Header:
     def __init__(self, file: Path) -> None:
         from gguf import GGUFReader
 
+        class Bounded(GGUFReader):
+            """A reader that ends with the file: the library counts to any number of entries that the file states."""
+
+            def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+                if offset + count * dtype().itemsize > len(self.data):
+                    raise ValueError("its counts lead beyond its end")
+                return super()._get(offset, dtype, count, override_order)
+
         self.file = file
         try:
-            reader = GGUFReader(file)
+            reader = Bounded(file)
             self.sizes = {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}
             self._fields: Mapping[str, Any] = dict(reader.fields)
             self.architecture = str(self.value("general.architecture"))
-        except _ERRORS as error:
+            parts = int(self.value("split.count") or 1)
+        except Exception as error:
             raise CheckpointError(f"{file} is cut off or corrupt ({error}): download it again") from error
-        if (parts := self.value("split.count") or 1) > 1:
+        if parts > 1:
             raise CheckpointError(
                 f"{file} is one of {parts} parts of a model: join them with `llama-gguf-split --merge` of llama.cpp, "
                 "and name the result"
@@ -160,7 +167,7 @@ def _config(header: _Header, place: Path) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(place, gguf_file=_NAME, trust_remote_code=False)
-    except _ERRORS as error:
+    except Exception as error:
         raise CheckpointError(
             f"transformers cannot read the architecture {header.architecture!r} of {header.file} ({error}): {_INSTEAD}"
         ) from error
@@ -169,7 +176,7 @@ def _config(header: _Header, place: Path) -> Any:
     try:
         family = family_of(config.to_dict())
         family.model_config(config.to_dict())
-    except ConfigError as error:
+    except Exception as error:
         raise ConfigError(f"{header.file} holds a model that does not convert: {error}") from error
     known = GGUF_CONFIG_MAPPING.get(config.model_type)
     has_scaling = header.value(f"{header.architecture}.rope.scaling.type") not in (None, "none")
@@ -197,7 +204,7 @@ def _tokenizer(header: _Header, place: Path) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, gguf_file=_NAME, trust_remote_code=False)
-    except _ERRORS as error:
+    except Exception as error:
         raise CheckpointError(
             f"transformers cannot read the tokenizer of {header.file} ({error}): {_INSTEAD}"
         ) from error
@@ -237,7 +244,7 @@ def _tensors(header: _Header, place: Path, config: Any) -> dict[str, Tensor]:
             output_loading_info=True,
             trust_remote_code=False,
         )
-    except _ERRORS as error:
+    except Exception as error:
         raise CheckpointError(f"transformers cannot read the weights of {header.file} ({error}): {_INSTEAD}") from error
     tied = {TIED[0]} if config.tie_word_embeddings else set()
     faults = {

@@ -24,13 +24,16 @@ from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
-from megatron_selfdistill.run_log import shortened
 from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.judge import over_replicas
 from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
-from megatron_selfdistill.terminal import hidden
+from megatron_selfdistill.terminal import hidden, visible
 
 logger = logging.getLogger(__name__)
+
+CHARACTERS_PER_TOKEN = 32
+"""More characters than a token of any text has on average: a text of more than these per token of data.max_length does
+not fit, which is known before it is tokenized."""
 
 
 class ShowsSolutions(Protocol):
@@ -87,7 +90,9 @@ class Episodes(ABC):
         key, problem, pair = sample
         last, text = problem.messages[-1], opening.text or ""
         shown = replace(problem, messages=(*problem.messages[:-1], {**last, "content": last["content"] + text}))
-        longer = self._pair(problem, pair.solution if opening.hint is None else opening.hint, shown, method)
+        longer = None
+        if self._may_fit(text, opening.hint):
+            longer = self._pair(problem, pair.solution if opening.hint is None else opening.hint, shown, method)
         if longer is None:
             return sample, replace(opening, failure="text and hint of reset are too long for data.max_length")
         return (key, shown, longer), opening
@@ -171,12 +176,17 @@ class Episodes(ABC):
     def _may_go_on(self, episode: Episode) -> bool:
         return self.max_tokens is None or sum(len(turn.response.token_ids) for turn in episode) < self.max_tokens
 
+    def _may_fit(self, *texts: str | None) -> bool:
+        return sum(len(text or "") for text in texts) <= CHARACTERS_PER_TOKEN * self.given.max_length
+
     def _next_pair(self, episode: Episode, problem: Problem, method: ShowsSolutions) -> PromptPair | None:
         """Return both prompts of the next turn of ``episode``, whose ``problem`` is the conversation so far.
 
         The result is None if they do not fit.  Raises: ValueError for a conversation that the chat template refuses.
         """
         first, last, given = episode[0], episode[-1], self.given
+        if not self._may_fit(_reply(last).text, _reply(last).hint):
+            return None
         hints = [hint for turn in episode if (hint := _reply(turn).hint) is not None]
         if not self.one_sequence:
             return self._pair(first.problem, hints[-1] if hints else first.prompts.solution, problem, method)
@@ -326,7 +336,7 @@ def _key(episode: Episode) -> SampleKey:
 def _warn_of_failures(replies: Mapping[SampleKey, Reply]) -> None:
     failures = [f"{key}: {reply.failure}" for key, reply in sorted(replies.items()) if reply.failure is not None]
     if failures:
-        first = hidden(shortened(failures[0], 300))
+        first = visible(hidden(failures[0][:2000]))
         logger.warning("%d of %d sessions failed, which ends their episodes: %s", len(failures), len(replies), first)
 
 

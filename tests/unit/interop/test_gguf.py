@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -395,6 +396,9 @@ REFUSED: dict[str, tuple[Changes, str]] = {
         "has another shape of model.layers.0.mlp.down_proj.weight",
     ),
     "another size": (lambda settings, _: settings.update({"llama.feed_forward_length": 128}), "has another shape of"),
+    "a number of parts that is a text": (lambda settings, _: settings.update({"split.count": "x"}), "cut off or corrupt"),
+    "no heads": (lambda settings, _: settings.update({"llama.attention.head_count": 0}), r"a\.gguf"),
+    "a huge width": (lambda settings, _: settings.update({"llama.embedding_length": 2**31 - 1}), r"a\.gguf"),
     "a number that is not finite": (
         lambda _, tensors: tensors["blk.0.ffn_norm.weight"].data.__setitem__(3, np.inf),
         "post_attention_layernorm.weight of .* has NaN or infinite",
@@ -416,6 +420,22 @@ def test_a_file_that_is_cut_off_is_refused(file, tmp_path, kept):
     with pytest.raises(CheckpointError, match=r"a.gguf is cut off or corrupt \(.*\): download it again"):
         gguf_to_hf(tmp_path / "a.gguf", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, 4, 2**40),
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"x", 9, 8, 2**40),
+        struct.pack("<IQQ", 3, 0, 2**40),
+        struct.pack("<IQQ", 3, 2**40, 0),
+        struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 2**40),
+    ],
+)
+def test_a_count_that_leads_beyond_the_end_of_the_file_ends_the_reading(tmp_path, header):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + header + b"\0" * 8)
+    with pytest.raises(CheckpointError, match=r"a.gguf is cut off or corrupt \(.*\): download it again"):
+        gguf_to_hf(tmp_path / "a.gguf", tmp_path / "out")
 
 
 def test_what_is_no_gguf_file_is_refused(tmp_path):

@@ -130,6 +130,32 @@ def test_each_turn_is_asked_after_the_conversation_with_the_wording_at_the_probl
     assert [message["role"] for message in turns[2].problem.messages] == ["user", "assistant"] * 2 + ["user"]
 
 
+class Counted(Characters):
+    """The tokenizer of characters, which refuses a text that is much longer than any prompt."""
+
+    def encode(self, text: str) -> list[int]:
+        """Return the characters' codes."""
+        assert len(text) < 5_000, "the text cannot fit, so it need not be tokenized"
+        return super().encode(text)
+
+
+@pytest.mark.parametrize("field", ["text", "hint"])
+def test_a_reply_that_cannot_fit_ends_its_episode_before_it_is_tokenized(field):
+    rules = GivenSolutions(PromptBuilder(Counted(), TEMPLATES), 60, 8, policy="drop")
+
+    class Huge(Script):
+        def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
+            return replace(super().reply(problem, said), **{field: "x" * 1_800_000})
+
+    turns, num_cut, _ = played(Huge(), [["w$", "w$"], ["r$"]], given=rules)
+    assert num_cut == 1 and [turn.turn for turn in turns] == [0, 0]
+    episodes = StatelessEpisodes(given=rules, grid=ONE_RANK, max_turns=2, has_teacher=True, environment=None, threads=1)
+    method = made([], rules)
+    sample = SampleKey(5, "a", 0), PROBLEMS[0], method.prompts(PROBLEMS[0])
+    found, opening = episodes.opened(sample, Reply(**{field: "x" * 1_800_000}, done=False), method)
+    assert found is sample and opening is not None and "too long for data.max_length" in (opening.failure or "")
+
+
 def test_an_episode_of_one_sequence_continues_the_sampled_tokens_in_both_prompts():
     turns, num_cut, _ = played(Script(), [["w$", "w$", "r$"], ["r$"]], given=opened(), one_sequence=True)
     assert num_cut == 0
@@ -325,7 +351,7 @@ def test_an_environment_that_fails_is_one_message_with_the_place_of_the_problem(
 
     with pytest.raises(EngineError) as caught:
         played(SimpleNamespace(reply=fail), [["r$"]], threads=threads)
-    assert str(caught.value) == "file:a: the environment failed with KeyError: 'no such tool'"
+    assert str(caught.value).startswith("file:a: the environment failed with KeyError: 'no such tool'\n  File ")
 
 
 @pytest.mark.parametrize("threads", [1, 4])
