@@ -58,11 +58,11 @@ def records(
     """Yield (line, record) for each complete line of a file of JSON lines that is an object with a step.
 
     ``form``: returns the record as the caller wants it, or raises ValueError with the end of a sentence about the line.
-    A file that is not there has no records.  Whatever else stands in the file stops nobody: the function skips it, and
-    then logs one warning with the file, the number of skipped lines and the first of them.  A last line that a kill cut
-    short, and empty lines, are no reason for a warning.
+    A file that is not there, or is no regular file, has no records.  Whatever else stands in the file stops nobody: the
+    function skips it, and then logs one warning with the file, the number of skipped lines and the first of them.  A
+    last line that a kill cut short, and empty lines, are no reason for a warning.
     """
-    if not path.exists():
+    if not path.is_file():  # a named pipe would make the reader wait for ever
         return
     first, skipped = "", 0
     with path.open("rb") as file:

@@ -30,8 +30,8 @@ from dataclasses import asdict
 from typing import Any, NoReturn
 
 from megatron_selfdistill.config import function_named
-from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.config.environment import is_secret
+from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.distributed.stop import how_ended
 from megatron_selfdistill.environments import BUILT_IN, MAX_BYTES, Reply, SessionEnvironment, SessionLimits

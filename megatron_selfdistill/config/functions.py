@@ -93,13 +93,16 @@ def user_code(name: str, error: type[Exception] | None = None) -> Iterator[None]
 def own_lines(error: BaseException) -> str:
     """Return the part of an error's traceback that is in code of a user, below a line end; "" if there is none."""
     frames = traceback.extract_tb(error.__traceback__)
-    own = dropwhile(lambda frame: frame.filename.startswith(_BETWEEN), frames)
+    own = dropwhile(lambda frame: _is_between(frame.filename), frames)
     return "".join(["\n", *traceback.format_list([*own])]).rstrip()
 
 
-_LIBRARY = Path(contextlib.__file__).parent
-_BETWEEN = (f"{Path(__file__).resolve().parents[1]}/", f"{_LIBRARY}/contextlib.py", f"{_LIBRARY}/asyncio/")
-"""The files through which this package calls code of a user."""
+def _is_between(file: str) -> bool:
+    """Return whether ``file`` is of this package or of Python's own library, through which code of a user is called."""
+    return file.startswith(_PACKAGE) or (file.startswith(_LIBRARY) and "-packages/" not in file)
+
+
+_PACKAGE, _LIBRARY = f"{Path(__file__).resolve().parents[1]}/", f"{Path(contextlib.__file__).parent}/"
 
 
 def _comes_from_a_signal(end: BaseException) -> bool:

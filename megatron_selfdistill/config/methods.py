@@ -61,7 +61,7 @@ def method_class(name: str) -> type[Any]:
 
 
 def _name_hooks(kind: type, name: str) -> None:
-    """Let each hook of a user's class run in `user_code`, which names the hook if it fails or if its result is unfit."""
+    """Let each hook of a user's class run in `user_code`, which names the hook if it fails or gives nonsense."""
     for owner in kind.__mro__:
         for hook in _HOOKS.keys() & vars(owner).keys() if not owner.__module__.startswith(_OWN) else ():
             given = vars(owner)[hook]

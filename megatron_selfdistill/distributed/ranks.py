@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import resource
 import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -165,13 +167,32 @@ def initialize(config: ParallelConfig, seed: int, *, shares_memory: bool = False
     if config.tensor_model_parallel_size > 1:
         # Megatron overlaps a collective with a GEMM by the order of their launch, which a single hardware queue keeps.
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
-    if not dist.is_initialized():
-        _init_process_group(config)
-    if not cpu.ON_CPU:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    _initialize_groups(config, create_gloo_process_groups=not cpu.ON_CPU)  # on CPU every group is gloo already
+    with _named_limits():
+        if not dist.is_initialized():
+            _init_process_group(config)
+        if not cpu.ON_CPU:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        _initialize_groups(config, create_gloo_process_groups=not cpu.ON_CPU)  # on CPU every group is gloo already
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return current_grid(config)
+
+
+@contextlib.contextmanager
+def _named_limits() -> Iterator[None]:
+    """Raise `ConfigError` where a limit of the process, which torch's error does not name, ends the block."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        reasons = [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)]
+        found = next((reason for reason in reasons if reason in str(error)), None)
+        if found is None:
+            raise
+        soft = {"-n": resource.RLIMIT_NOFILE, "-u": resource.RLIMIT_NPROC, "-v": resource.RLIMIT_AS}
+        limits = {name: resource.getrlimit(number)[0] for name, number in soft.items()}
+        shown = [f"ulimit {name} is {limit}" for name, limit in limits.items() if limit != resource.RLIM_INFINITY]
+        raise ConfigError(
+            f"the ranks cannot connect, since a limit of the process is too low ({found}; {', '.join(shown)}): raise it"
+        ) from error
 
 
 @contextlib.contextmanager

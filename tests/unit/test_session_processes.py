@@ -214,7 +214,10 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_every_session_ends_if_its_rank_is_killed_also_where_the_process_between_is_stopped(before):
     paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-c", KILLED.replace("threading.Thread(", f"{before}threading.Thread(")], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": paths}
+        [sys.executable, "-c", KILLED.replace("threading.Thread(", f"{before}threading.Thread(")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths},
     )
     assert done.returncode == -signal.SIGKILL, done.stderr
     groups = list(map(int, done.stdout.split()))

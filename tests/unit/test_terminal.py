@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.evaluation.evaluation_result import Overlooked
 from megatron_selfdistill.sources.given_responses import list_skipped
-from megatron_selfdistill.terminal import guard_standard_error, hide
+from megatron_selfdistill.terminal import _Pipe, guard_standard_error, hide
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +43,38 @@ def test_a_traceback_shows_control_characters_as_escapes_and_no_secret(capsys):
     printed = capsys.readouterr().err
     assert "LookupError: \\x1b]52;c;eA==\\x07 of ${oc.env:LAB_SECRET}\n" in printed
     assert printed.endswith("\nKeyError: 'inner'\n") and printed.count("Traceback (most recent call last):") == 1
+
+
+WITHOUT_READERS = """
+import os, sys
+from megatron_selfdistill.distributed.stop import _say
+from megatron_selfdistill.terminal import guard_standard_error
+guard_standard_error()
+sys.stdin.readline()
+for stream in (sys.stdout, sys.stderr):
+    for _ in range(3):
+        print("x" * 100_000, file=stream, flush=True)
+_say("Ctrl-C")
+os.write(2, b"another writer of the process")
+print("left in a buffer")
+sys.exit(7)
+"""
+
+
+def test_a_reader_of_the_console_that_ends_costs_only_its_text():
+    pipe, environment = subprocess.PIPE, {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", WITHOUT_READERS]
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env=environment)
+    process.stdout.close()
+    process.stderr.close()
+    process.stdin.write(b"go\n")
+    process.stdin.close()
+    assert process.wait(60) == 7
+
+
+def test_a_console_that_is_a_full_disk_is_still_an_error():
+    with open("/dev/full", "wb") as full, pytest.raises(OSError, match="No space left"):
+        _Pipe(full.fileno(), "w", closefd=False).write(b"x")
 
 
 def test_a_file_whose_name_is_no_text_is_listed_among_what_was_skipped(tmp_path):

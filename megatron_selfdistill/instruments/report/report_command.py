@@ -26,7 +26,7 @@ from typing import IO, TYPE_CHECKING
 
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.run_log import REPORT_FILE
-from megatron_selfdistill.terminal import hidden, print_error
+from megatron_selfdistill.terminal import hidden, print_error, visible
 
 if TYPE_CHECKING:
     from megatron_selfdistill.trainer import Trainer
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, OSError) as error:
         print_error("report:", error)
         return 2
-    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
+    print(f"{visible(str(path))}: {path.stat().st_size / 1e6:.1f} MB; open it in a browser")
     return 0
 
 

@@ -102,7 +102,7 @@ def read_run(run_dir: Path, label: str) -> RunRecord:
     return RunRecord(
         label=label,
         config=config,
-        metrics=_columns(each_metrics(run_dir) if (run_dir / METRICS_FILE).exists() else _trainer_metrics(run_dir)),
+        metrics=_columns(each_metrics(run_dir) if (run_dir / METRICS_FILE).is_file() else _trainer_metrics(run_dir)),
         events=read_events(run_dir),
         samples=read_samples(run_dir) if shows else [],
         evaluation_samples=read_evaluation_samples(run_dir) if shows else [],
@@ -174,7 +174,7 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
     """Return the keys of a run's config.yaml, flat; empty without the file and, with a warning, for another file."""
     path = run_dir / "config.yaml"
     try:
-        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
+        stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not isinstance(stored, Mapping):
             raise ValueError(f"expected keys with values, got {type(stored).__name__}")
         return {_RENAMED.get(key, key): value for key, value in _flat(stored)}

@@ -45,7 +45,9 @@ def write_report(run_dirs: Sequence[str | Path], path: str | Path | None = None)
     explored = [_explored(run, Path(place), target) for run, place in zip(runs, run_dirs, strict=True)]
     is_own = len(runs) == 1 and target.resolve() == (Path(run_dirs[0]) / REPORT_FILE).resolve()
     written = time.time() if is_own and _writes_again(runs[0]) else None
-    replace_file(target, report_page(runs, explored, written))
+    replace_file(
+        target, report_page(runs, explored, written).encode(errors="backslashreplace")
+    )  # a name may be no text
     return target
 
 
@@ -102,7 +104,7 @@ def _explored(run: RunRecord, run_dir: Path, target: Path) -> list[dict[str, Any
 
 
 def _reference(path: Path, start: Path) -> str:
-    return quote(os.path.relpath(path.resolve(), start.resolve()).replace(os.sep, "/"))
+    return quote(os.fsencode(os.path.relpath(path.resolve(), start.resolve()).replace(os.sep, "/")))
 
 
 def _groups(curves: Mapping[str, Sequence[Any]]) -> tuple[list[dict[str, Any]], list[str]]:

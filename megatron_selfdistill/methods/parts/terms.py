@@ -91,7 +91,8 @@ def weights_of_function(name: str, signals: Signals) -> Tensor:
     Raises: `VerifierError` where the function fails, or returns anything but one finite number of at least 0 per token.
     """
     weights = function_named("method.token_weights", name, {}, VerifierError)(signals)
-    expected = f"method.token_weights={name}: expected a tensor of {len(signals.sampled_log_prob)} finite numbers of at least 0"
+    number = len(signals.sampled_log_prob)
+    expected = f"method.token_weights={name}: expected a tensor of {number} finite numbers of at least 0"
     if not isinstance(weights, Tensor) or weights.shape != signals.sampled_log_prob.shape:
         got = f"shape {tuple(weights.shape)}" if isinstance(weights, Tensor) else type(weights).__name__
         raise VerifierError(f"{expected}, got {got}")

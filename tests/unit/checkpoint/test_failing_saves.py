@@ -15,12 +15,12 @@ import psutil
 import pytest
 import torch
 from checkpointed_run import Setup
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from ranks import RankError
 from saved_checkpoints import checkpoint_names, raises
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_selfdistill.checkpoint import sharded_io
-from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 
 PLAIN = Setup(teacher="current", model_changes={"num_layers": 2})
 

@@ -17,7 +17,7 @@ from megatron_selfdistill.config import from_mapping, load, method_class
 from megatron_selfdistill.config.key_list import keys, method_keys
 from megatron_selfdistill.config.methods import method_names, settings_class, settings_of
 from megatron_selfdistill.config.schema.method_config import MethodSettings, Needs
-from megatron_selfdistill.errors import ConfigError
+from megatron_selfdistill.errors import ConfigError, ProgramEndError
 from megatron_selfdistill.methods.default import SelfDistillation
 from megatron_selfdistill.train import main
 
@@ -35,6 +35,47 @@ class Settings(DefaultSettings):
     \"\"\"The size.\"\"\"
 
 class Mine(SelfDistillation):
+    Settings = Settings
+
+class Broken(SelfDistillation):
+    Settings = Settings
+
+    def __init__(self, settings, tools):
+        if tools == "fails":
+            raise LookupError("no tools")
+        super().__init__(settings, tools)
+
+    @classmethod
+    def made(cls, settings, tools):
+        return None if tools is None else cls(settings, tools)
+
+    @property
+    def clip(self):
+        return 1 / 0
+
+    def prompts(self, problem):
+        return None
+
+    def select(self, step, rollouts):
+        return []
+
+    def terms(self, step, rollouts, signals):
+        sys.exit(0)
+
+    def state_dict(self):
+        state = {}
+        state["self"] = state
+        return state
+
+class Needy(Settings):
+    @property
+    def needs(self):
+        raise LookupError("nothing")
+
+class Needing(SelfDistillation):
+    Settings = Needy
+
+class Unmade:
     Settings = Settings
 
 class Bare:
@@ -95,6 +136,42 @@ def test_a_dotted_path_is_a_class_of_the_user_with_settings_of_its_own(of_a_user
         load(["method.name=methods_of_a_user.Mine", "method.sizes=4"])
     with pytest.raises(ConfigError, match=r"^method.size must be a whole number, got 'x'"):
         load(["method.name=methods_of_a_user.Mine", "method.size=x"])
+
+
+@pytest.mark.parametrize(
+    ("hook", "call", "reason"),
+    [
+        (
+            "__init__",
+            lambda kind: kind.made(None, "fails"),
+            "LookupError: no tools\\n  File .*\\n    raise LookupError",
+        ),
+        (
+            "made",
+            lambda kind: kind.made(None, None),
+            "AttributeError: 'NoneType' object has no attribute 'state_dict'$",
+        ),
+        ("clip", lambda kind: kind(None, None).clip, 'ZeroDivisionError: .*methods_of_a_user.py", line'),
+        ("prompts", lambda kind: kind(None, None).prompts(None), "AttributeError: 'NoneType' .*'student_prompt'$"),
+        ("select", lambda kind: kind(None, None).select(1, ()), "ValueError: not enough values to unpack"),
+        ("state_dict", lambda kind: kind(None, None).state_dict(), "ValueError: Circular reference detected$"),
+    ],
+)
+def test_a_hook_of_a_user_that_fails_is_named_with_the_lines_of_the_user(of_a_user, hook, call, reason):
+    kind = method_class("methods_of_a_user.Broken")
+    with pytest.raises(ConfigError, match=f"(?s)^method.name=methods_of_a_user.Broken: {hook} failed with {reason}"):
+        call(kind)
+
+
+def test_a_hook_that_ends_the_program_settings_that_fail_and_a_class_without_made_are_named(of_a_user):
+    with pytest.raises(ProgramEndError, match=r"^method.name=methods_of_a_user.Broken: terms tried to end the program"):
+        method_class("methods_of_a_user.Broken")(None, None).terms(1, (), None)
+    with pytest.raises(ConfigError, match=r"^method.name=methods_of_a_user.Needing: needs failed with Lookup"):
+        method_class("methods_of_a_user.Needing").Settings().needs  # noqa: B018
+    with pytest.raises(
+        ConfigError, match=r"^method.name=methods_of_a_user.Unmade must be a class with a class method ma"
+    ):
+        method_class("methods_of_a_user.Unmade")
 
 
 @pytest.mark.parametrize("name", ["Bare", "Odd", "function"])

@@ -396,7 +396,10 @@ REFUSED: dict[str, tuple[Changes, str]] = {
         "has another shape of model.layers.0.mlp.down_proj.weight",
     ),
     "another size": (lambda settings, _: settings.update({"llama.feed_forward_length": 128}), "has another shape of"),
-    "a number of parts that is a text": (lambda settings, _: settings.update({"split.count": "x"}), "cut off or corrupt"),
+    "a number of parts that is a text": (
+        lambda settings, _: settings.update({"split.count": "x"}),
+        "cut off or corrupt",
+    ),
     "no heads": (lambda settings, _: settings.update({"llama.attention.head_count": 0}), r"a\.gguf"),
     "a huge width": (lambda settings, _: settings.update({"llama.embedding_length": 2**31 - 1}), r"a\.gguf"),
     "a number that is not finite": (

@@ -51,6 +51,20 @@ def copy_of(run: Path, place: Path) -> Path:
     return Path(shutil.copytree(run, place))
 
 
+def test_a_named_pipe_in_place_of_a_file_is_no_file(run, tmp_path):
+    copy = copy_of(run, tmp_path / "run")
+    for name in ("config.yaml", *(name for name in READERS if name != "metrics.jsonl")):
+        (copy / name).unlink(missing_ok=True)
+        os.mkfifo(copy / name)
+    (found,) = read_runs([copy])
+    assert (found.config, found.events, found.samples) == ({}, [], []) and found.metrics
+
+
+def test_a_run_directory_whose_name_is_no_text_has_a_report(run, tmp_path):
+    copy = copy_of(run, tmp_path / "\udcff")
+    assert "\\udcff" in write_report([copy]).read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("name", READERS)
 def test_a_line_that_is_no_record_is_skipped_with_one_warning_that_names_it(run, tmp_path, caplog, name):
     (tmp_path / name).write_bytes((run / name).read_bytes())
