@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_selfdistill.config.functions import function_named
-from megatron_selfdistill.config.schema.field_checks import require, require_address
+from megatron_selfdistill.config.schema.field_checks import require_address
 from megatron_selfdistill.data.acceptance import answer_text
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.records import NO_TEXT, finite_number, is_text, plain
@@ -151,22 +151,8 @@ class HttpEnvironment:
     """Number of requests that a rank sends at the same time."""
 
     def __post_init__(self) -> None:
-        """Raise `ConfigError` for an option that no request could have."""
+        """Raise `ConfigError` for an address that no request could have."""
         require_address("environment.options.url", self.url, "http://host:8000/v1")
-        bounds = {"timeout_s": (0, False), "retries": (0, True), "concurrency": (1, True)}
-        for name, (least, is_whole) in bounds.items():
-            value = getattr(self, name)
-            kinds = (int,) if is_whole else (int, float)
-            require(
-                isinstance(value, kinds) and not isinstance(value, bool) and (value > least - is_whole),
-                f"environment.options.{name} must be {'a whole number of at least' if is_whole else 'a number above'} "
-                f"{least}, got {value!r}",
-            )
-        for name in ("model", "api_key"):
-            value = getattr(self, name)
-            require(
-                value is None or isinstance(value, str), f"environment.options.{name} must be a text, got {value!r:.40}"
-            )
 
     def reply(self, problem: Problem, said: Sequence[str]) -> Reply:
         """Return the endpoint's reply to the last response.
@@ -174,10 +160,14 @@ class HttpEnvironment:
         Raises: RuntimeError where no attempt gets an answer; ValueError for an answer of another form, or of more than
         MAX_BYTES.  Each message has the address.
         """
+        answer = self._answer(self._request(problem, said))
         try:
-            return _reply(self._answer(self._request(problem, said)))
-        except ValueError as error:
-            raise ValueError(f"environment.options.url={self.url}: {error}") from error
+            return _reply(json.loads(answer))
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(
+                f"environment.options.url={self.url}: expected an answer with choices[0].message in JSON, got "
+                f"{answer[:_SHOWN]!r} ({type(error).__name__}: {error})"
+            ) from error
 
     def _request(self, problem: Problem, said: Sequence[str]) -> dict[str, Any]:
         spoken = [{"role": "user" if i % 2 else "assistant", "content": text} for i, text in enumerate(said)]
@@ -187,8 +177,8 @@ class HttpEnvironment:
         named = {} if self.model is None else {"model": self.model}
         return {**named, "messages": [*problem.messages, *spoken], "metadata": metadata}
 
-    def _answer(self, request: dict[str, Any]) -> Any:
-        """Return the parsed body of the first answer with status 200."""
+    def _answer(self, request: dict[str, Any]) -> str:
+        """Return the body of the first answer with status 200."""
         from megatron_selfdistill.timed_http import HttpError  # slow, and only a run with this environment needs it
 
         payload = json.dumps(request)
@@ -196,7 +186,8 @@ class HttpEnvironment:
             if attempt:
                 time.sleep(min(_FIRST_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS))
             try:
-                status, text = self._post(payload)
+                address = f"{self.url.rstrip('/')}/chat/completions"
+                status, text = _posted(address, payload, self.api_key, self.timeout_s)
             except TimeoutError as error:
                 failure = f"TimeoutError: {error}"
                 continue
@@ -204,7 +195,7 @@ class HttpEnvironment:
                 failure = str(error)
                 continue
             if status == 200:
-                return _parsed(text)
+                return text
             failure = f"status {status}: {text[:_SHOWN]!r}"
             if status != 429 and status < 500:
                 raise RuntimeError(
@@ -215,9 +206,6 @@ class HttpEnvironment:
             f"environment.options.url={self.url}: expected an answer within {self.timeout_s:g} s, got none in "
             f"{attempts}; the last: {failure}"
         )
-
-    def _post(self, payload: str) -> tuple[int, str]:
-        return _posted(f"{self.url.rstrip('/')}/chat/completions", payload, self.api_key, self.timeout_s)
 
 
 class HttpSessions:
@@ -254,10 +242,8 @@ class HttpSessions:
         status, text = _posted(f"{self.url}/{call}", json.dumps(request), self.api_key, timeout_s=None)
         if status != 200:
             raise RuntimeError(f"{self.url}/{call}: expected the status 200, got {status}: {text[:_SHOWN]!r}")
-        answer = _parsed(text)
-        if not isinstance(answer, dict):
-            raise ValueError(f"{self.url}/{call}: expected an object in JSON, got {text[:_SHOWN]!r}")
-        return answer
+        found: dict[str, Any] = json.loads(text)
+        return found
 
 
 class ToolEnvironment:
@@ -343,20 +329,8 @@ def _posted(url: str, payload: str, api_key: str | None, timeout_s: float | None
     return answer.status, answer.text
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"expected an answer in JSON, got {text[:_SHOWN]!r}") from None
-
-
 def _reply(answer: Any) -> Reply:
-    """Return the reply in the body of an answer.  Raises: ValueError, with the field, for another form."""
-    try:
-        message = answer["choices"][0]["message"]
-        text, role = message.get("content"), message.get("role", "user")
-        given = {name: answer[name] for name in ("reward", "feedback", "hint", "done") if name in answer}
-    except (KeyError, IndexError, TypeError, AttributeError):
-        shown = json.dumps(answer)[:_SHOWN]
-        raise ValueError(f"expected an answer with choices[0].message, got {shown}") from None
+    message = answer["choices"][0]["message"]
+    text, role = message.get("content"), message.get("role", "user")
+    given = {name: answer[name] for name in ("reward", "feedback", "hint", "done") if name in answer}
     return Reply(text, "user" if role == "assistant" else role, **given)

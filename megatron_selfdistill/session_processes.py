@@ -43,7 +43,6 @@ _START_SECONDS = 300.0
 _CLOSE_SECONDS = 5.0
 """Seconds that a session has for ``close``."""
 _GB = 10**9
-_PR_SET_PDEATHSIG = 1
 
 
 class SessionError(Exception):
@@ -316,7 +315,7 @@ def main() -> None:
     """Make the environment that standard input describes, and serve its rank, whose socket is the argument."""
     control = socket.socket(fileno=int(sys.argv[1]))
     with contextlib.suppress(AttributeError, OSError):  # Linux: the end of the rank wakes this process if it is stopped
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGCONT)
+        ctypes.CDLL(None).prctl(1, signal.SIGCONT)  # PR_SET_PDEATHSIG
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)  # the rank decides what ends; a program that a session starts differs
     wanted = json.load(sys.stdin)

@@ -80,16 +80,12 @@ def guard_standard_error() -> None:
         stream = getattr(sys, name)
         if isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__"):
             stream.flush()
-            setattr(sys, name, _outliving_readers(stream, descriptor))
+            buffered = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
+            text = io.TextIOWrapper(buffered, stream.encoding, stream.errors, line_buffering=stream.line_buffering)
+            setattr(sys, name, text)
     assert logging.lastResort is not None, "Python prints warnings without a handler of their own"
     logging.lastResort.setFormatter(_VisibleFormatter())
     sys.excepthook = _print_traceback
-
-
-def _outliving_readers(stream: io.TextIOWrapper, descriptor: int) -> io.TextIOWrapper:
-    buffered = io.BufferedWriter(_Pipe(descriptor, "w", closefd=False))
-    buffering = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
-    return io.TextIOWrapper(buffered, stream.encoding, stream.errors, **buffering)
 
 
 class _Pipe(io.FileIO):

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -69,10 +68,6 @@ class Checkpointer:
         checkpoints; it raises `CheckpointError` where another run has taken the run directory over (`RunLock.renew`).
         Null where nothing locks the directory.
         """
-        if not filesystem_async.HAVE_PSUTIL:
-            raise CheckpointError(
-                "torch_dist checkpoints need psutil, without which Megatron's writers hang: pip install psutil"
-            )
         self.run_dir, self.grid = Path(run_dir), grid
         self.directory = self.run_dir / "checkpoints"
         self.keep_last, self.async_save, self.verify = keep_last, async_save, verify
@@ -204,7 +199,11 @@ class Checkpointer:
         """
         found, common, own = saved.path, saved.common, saved.own
         frozen = _frozen(teacher, reference)
-        self._require_same_kind(saved, optimizer, teacher, frozen)
+        if frozen is not None and own["teacher_id"] is None:  # other weights may be in the directory of the teacher
+            raise CheckpointError(
+                f"{found} was saved without the initial weights that target.anchor=reference needs, as does "
+                "teacher.weights=frozen: set these keys back, or start in a new run directory"
+            )
         content = common.get("content_metadata") or CONTENT
         same_layout = own["layout"] == state.layout(self.grid)
         with state.gathered_parameters(chunks):
@@ -346,33 +345,6 @@ class Checkpointer:
                 replicas=self.grid.dp_cp_group,
                 prove_ownership=self.prove_ownership,
                 **more,
-            )
-
-    def _require_same_kind(
-        self,
-        saved: SavedRun,
-        optimizer: MegatronOptimizer,
-        teacher: TeacherState | None,
-        frozen: TeacherState | None,
-    ) -> None:
-        """Raise CheckpointError unless the stored teacher and optimizer are of the kinds that this run has."""
-        own, path = saved.own, saved.path
-        weights = teacher.weights if teacher is not None else None
-        if own["teacher"] != weights:
-            raise CheckpointError(
-                f"{path} was saved with teacher.weights={own['teacher']}, this run has {weights}: set it back, or "
-                "start in a new run directory"
-            )
-        if frozen is not None and own["teacher_id"] is None:
-            raise CheckpointError(
-                f"{path} was saved without the initial weights that target.anchor=reference needs: set "
-                "target.anchor=student, or start in a new run directory"
-            )
-        distributed = state.uses_distributed_optimizer(optimizer)
-        if own["distributed_optimizer"] != distributed:
-            raise CheckpointError(
-                f"{path} was saved with optimizer.use_distributed_optimizer={own['distributed_optimizer']}, this run "
-                f"has {distributed}, which names its state differently: set it back"
             )
 
 

@@ -143,7 +143,7 @@ def load_weights(path: Path, chunks: Chunks, vocab_size: int | None = None, veri
         _require_finite(found, state.model_state(chunks, CONTENT), vocab_size)
         return directory.iteration_of(found)
     sharded_io.verify_integrity(found, verify)
-    wanted = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))))
+    wanted = _wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes)))
     sharded_io.check_shapes(wanted, found, only_weights=True, vocab_size=vocab_size)
     with state.gathered_parameters(chunks):
         state.load_model_state(chunks, sharded_io.read(wanted, found))
@@ -159,7 +159,7 @@ def load_adapters(path: Path, chunks: Chunks, verify: str = "checksums") -> None
     """
     found = run_on_rank_0(lambda: directory.resolve(path))
     sharded_io.verify_integrity(found, verify)
-    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found)))))
+    wanted = state.without_base(_wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes))))
     sharded_io.check_shapes(wanted, found, only_weights=True)
     with state.gathered_parameters(chunks):
         state.load_factors(chunks, sharded_io.read(wanted, found))
@@ -189,18 +189,12 @@ def load_weights_and_optimizer(
     Raises: CheckpointError before anything is loaded, as `load_weights` does, and for a checkpoint without optimizer
     state or with the state of another kind of optimizer.
     """
-    found, is_legacy = run_on_rank_0(lambda: find(path))
-    if is_legacy:
-        raise CheckpointError(
-            f"{found} is in the legacy format, whose optimizer state fits one layout only: load its weights"
-        )
+    found = run_on_rank_0(lambda: directory.resolve(path))
     sharded_io.verify_integrity(found, verify)
     common = run_on_each_rank(lambda: load_pickled(found / "common.pt"))
-    if "optimizer" not in common:
-        raise CheckpointError(f"{found} holds no optimizer state: load its weights alone")
     content = common.get("content_metadata") or _content_before_core_0_13(common)
     with state.gathered_parameters(chunks):
-        model = _wanted(chunks, run_on_rank_0(lambda: set(sharded_io.stored_shapes(found))), content)
+        model = _wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes)), content)
         optimizer_state = state.optimizer_state(optimizer, model, content, is_loading=True)
         wanted = {**model, "optimizer": optimizer_state}
         sharded_io.check_shapes(wanted, found, vocab_size=vocab_size)
@@ -326,8 +320,7 @@ def _full(shard: ShardedTensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
 def _copy(full: torch.Tensor, shard: ShardedTensor) -> None:
     """Copy the shard's part of the full tensor into the shard; set rows beyond the end, which are padding, to zero."""
     part, target = full, shard.data
-    if target is None:
-        raise CheckpointError(f"{shard.key} has no memory for the loaded weights: report this error")
+    assert target is not None
     offsets = shard.global_offset[shard.prepend_axis_num :]
     for dim, (offset, length) in enumerate(zip(offsets, shard.local_shape, strict=True)):
         start = min(offset, part.shape[dim])

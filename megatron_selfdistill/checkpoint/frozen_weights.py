@@ -196,15 +196,8 @@ def adapter_base(config: Config, saved: SavedRun | None) -> AdapterBase | None:
         digest = None if load is None else shared_base_digest(load)
         return AdapterBase(config.adapter, load, digest, is_kept, is_told)
     stored = run_on_rank_0(lambda: read_stored_adapters(saved.path))
-    if stored is None:
-        raise CheckpointError(f"{saved.path} has no {NAME}, expected the description of its adapters")
-    if load is None:
-        load = Path(config.run_dir) / KEPT_BASE
-        if not run_on_rank_0(load.is_dir):
-            raise CheckpointError(
-                f"{load} is missing, expected the base of the adapters in {saved.path}, with the digest "
-                f"{stored.base_digest}: restore it, or set checkpoint.load to its present place"
-            )
+    assert stored is not None, f"{saved.path} has no {NAME}"
+    load = load or Path(config.run_dir) / KEPT_BASE
     digest = shared_base_digest(load)
     stored.require_base(digest, load, "checkpoint.load")
     return AdapterBase(config.adapter, load, digest, is_kept, is_told)

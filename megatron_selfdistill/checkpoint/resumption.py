@@ -189,12 +189,7 @@ def _consequences(config: Config, saved: SavedRun, forced: bool, same_problems: 
 
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
     """Return the keys whose values in the configuration and in the checkpoint differ."""
-    stored = saved.trainer_state.get(CONFIGURATION)
-    if stored is None:
-        raise CheckpointError(
-            f"{saved.path} holds no configuration of its run, expected one: start from its weights with "
-            f"checkpoint.load={saved.path} in another run_dir"
-        )
+    stored = saved.trainer_state[CONFIGURATION]
     stored, now = translated(stored), stored_values(config)
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:

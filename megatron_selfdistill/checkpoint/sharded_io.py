@@ -163,11 +163,6 @@ def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     return loaded
 
 
-def stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor in a torch_dist checkpoint, by its key, from the restricted unpickler."""
-    return TorchDistReader(path).shapes
-
-
 def check_shapes(
     wanted: dict[str, Any], path: Path, *, only_weights: bool = False, vocab_size: int | None = None
 ) -> None:
@@ -180,7 +175,7 @@ def check_shapes(
     expected: dict[str, tuple[tuple[int, ...], bool]] = {}
     for theirs in gather_objects({t.key: (tuple(t.global_shape), t.allow_shape_mismatch) for t in tensors(wanted)}):
         expected |= theirs
-    stored = run_on_rank_0(lambda: stored_shapes(path))
+    stored = run_on_rank_0(lambda: TorchDistReader(path).shapes)
     faults = [f"{key} is missing" for key in sorted(expected.keys() - stored.keys())]
     if only_weights:
         extra = (key for key in stored.keys() - expected.keys() if not key.startswith(NOT_WEIGHTS + NOT_BUILT))
@@ -224,10 +219,10 @@ def integrity_fault(path: Path, verify: str) -> str | None:
 
 
 def verify_integrity(path: Path, verify: str) -> None:
-    """Raise `CheckpointError` on all ranks for an `integrity_fault`; offer the newest complete checkpoint nearby."""
+    """Raise `CheckpointError` on all ranks for an `integrity_fault`."""
     fault = integrity_fault(path, verify)
     if fault is not None:
-        raise CheckpointError(f"{path} {fault}{run_on_rank_0(lambda: directory.instead_of(path))}")
+        raise CheckpointError(f"{path} {fault}")
 
 
 @contextlib.contextmanager
@@ -300,11 +295,12 @@ def _write_with_checksums(write: functools.partial[None], path: Path, rank: int,
         manifest.write_part(path, str(rank), [Path(file) for file, _, _ in buckets])
 
 
-@_disable_gc()
+@_disable_gc()  # type: ignore[untyped-decorator]
 def _written(buckets: Sequence[Any], *how: Any) -> dict[int, Any] | Exception:
     """Return the results of all files, each of which a process of its own writes, or the first error."""
     context = multiprocessing.get_context("fork")
-    writers, found = [], {}
+    writers: list[Any] = []
+    found: dict[int, Any] = {}
     try:
         for number, bucket in enumerate(buckets):
             receiver, sender = context.Pipe(duplex=False)
@@ -318,11 +314,9 @@ def _written(buckets: Sequence[Any], *how: Any) -> dict[int, Any] | Exception:
                 writer.join()
                 name = Path(buckets[number][0]).name
                 return ChildProcessError(f"the process that wrote {name} ended by {how_ended(writer.exitcode)}")
-            if isinstance(found[number], Exception):
-                return found[number]
     except Exception as error:  # no rank may miss the barrier
         return error
-    return found
+    return next((one for one in found.values() if isinstance(one, Exception)), found)
 
 
 def _write_file(sender: Any, number: int, bucket: Any, transforms: Any, use_msc: bool) -> None:

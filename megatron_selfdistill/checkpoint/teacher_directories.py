@@ -15,10 +15,9 @@ import torch.distributed as dist
 
 from megatron_selfdistill.checkpoint.external import load_adapters, load_weights, require_stored_rank
 from megatron_selfdistill.checkpoint.frozen_weights import shared_base_digest, shared_checksums
-from megatron_selfdistill.checkpoint.vocabulary import first_difference
+from megatron_selfdistill.checkpoint.vocabulary import difference_to
 from megatron_selfdistill.config import AdapterConfig, Config, ModelConfig
 from megatron_selfdistill.config.world_checks import check_model_divides, longest_context
-from megatron_selfdistill.data.tokenizer import load_tokenizer
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -95,7 +94,7 @@ def teacher_architectures(config: Config) -> dict[str, ModelConfig]:
                 f"teachers.{name}.transformer is for a teacher of another architecture, and this one has the student's "
                 "(adapters, a directory that states no architecture, or model.provider): remove the entry"
             )
-        if stored is None or not (entries or _differ(config.model, stored)):
+        if stored is None or not (entries or differences(config.model, stored).keys() - _MAY_DIFFER):
             continue
         with about_architecture(f"teachers.{name}.load={path}"):
             found[name] = replace(
@@ -131,10 +130,6 @@ def teaches_by_experts(config: Config) -> bool:
     return any(model.num_moe_experts is not None for model in teacher_architectures(config).values())
 
 
-def _differ(ours: ModelConfig, theirs: ModelConfig) -> bool:
-    return not differences(ours, theirs).keys() <= _MAY_DIFFER
-
-
 @contextmanager
 def about_architecture(teacher: str) -> Iterator[None]:
     """Let an error of the ``teacher``'s architecture, whose keys are those of ``model``, name the teacher."""
@@ -164,9 +159,7 @@ def require_teachers(config: Config) -> None:
     for name, path in teacher_directories(config).items():
         key = f"teachers.{name}.load={path}"
         if not path.is_dir():
-            raise CheckpointError(
-                f"{key} does not exist, expected a checkpoint of Megatron or a Hugging Face directory"
-            )
+            raise CheckpointError(f"{key} does not exist, expected a checkpoint or a Hugging Face directory")
         if name in adapted:
             _require_start(key, config, path)
         _require_same_tokenizer(key, config, path)
@@ -186,10 +179,7 @@ def _require_start(key: str, config: Config, path: Path) -> None:
     A base whose digest no file states is compared when the adapters load.
     """
     if config.checkpoint.load is None:
-        raise ConfigError(
-            f"{key} holds adapters, which belong to the weights that the student starts from: set checkpoint.load to "
-            "their base, or merge them with `selfdistill convert merge-adapters`"
-        )
+        raise ConfigError(f"{key} holds adapters: set checkpoint.load to the weights below them")
     base, _ = directory.find(Path(config.checkpoint.load))
     if _is_peft(path):
         require_fit(path, base)
@@ -220,20 +210,11 @@ def _require_fit(key: str, config: Config, model: ModelConfig) -> None:
 
 
 def _require_same_tokenizer(key: str, config: Config, path: Path) -> None:
-    stored, data = tokenizer_directory(path), config.data
-    if stored is None or data.tokenizer is None or Path(data.tokenizer).resolve() == stored.resolve():
-        return
-    try:
-        ours, theirs = (
-            load_tokenizer(place, trust_remote_code=data.trust_remote_code) for place in (data.tokenizer, stored)
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    difference = first_difference(ours, theirs)
+    difference = difference_to(tokenizer_directory(path), config.data)
     if difference is not None:
         raise ConfigError(
-            f"{key} has another tokenizer than data.tokenizer={data.tokenizer}, and a teacher reads the student's "
-            f"tokens: {difference}: choose a teacher with the student's tokenizer"
+            f"{key} has another tokenizer than data.tokenizer={config.data.tokenizer}, and a teacher reads the "
+            f"student's tokens: {difference}: choose a teacher with the student's tokenizer"
         )
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from megatron_selfdistill.config import Config
+from megatron_selfdistill.config import Config, DataConfig
 from megatron_selfdistill.data.tokenizer import SentencePieceTokenizer, Tokenizer, load_tokenizer
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop.formats import directory
@@ -22,24 +22,27 @@ def require_same_tokenizer(config: Config) -> None:
 
     Raises: ConfigError that names both tokenizers and their first difference, or the tokenizer that cannot be loaded.
     """
-    data = config.data
-    stored = _stored_tokenizer(config)
-    if data.allow_other_tokenizer or data.tokenizer is None or stored is None:
-        return
-    if Path(data.tokenizer).resolve() == stored.resolve():
-        return
-    try:
-        ours, theirs = (
-            load_tokenizer(path, trust_remote_code=data.trust_remote_code) for path in (data.tokenizer, stored)
-        )
-    except (ValueError, OSError) as error:
-        raise ConfigError(str(error)) from error
-    difference = first_difference(ours, theirs)
+    data, stored = config.data, _stored_tokenizer(config)
+    difference = None if data.allow_other_tokenizer else difference_to(stored, data)
     if difference is not None:
         raise ConfigError(
             f"data.tokenizer={data.tokenizer} is not the checkpoint's tokenizer in {stored}: "
             f"{difference}; set data.tokenizer={stored}, or data.allow_other_tokenizer=true if you mean this"
         )
+
+
+def difference_to(stored: Path | None, data: DataConfig) -> str | None:
+    """Return the `first_difference` of ``data.tokenizer`` and the tokenizer ``stored``; None if one of them is missing.
+
+    Raises: ConfigError for a tokenizer that cannot be loaded.
+    """
+    if stored is None or data.tokenizer is None or Path(data.tokenizer).resolve() == stored.resolve():
+        return None
+    try:
+        pair = (load_tokenizer(path, trust_remote_code=data.trust_remote_code) for path in (data.tokenizer, stored))
+        return first_difference(*pair)
+    except (ValueError, OSError) as error:
+        raise ConfigError(str(error)) from error
 
 
 def first_difference(ours: Tokenizer, theirs: Tokenizer) -> str | None:

@@ -23,7 +23,6 @@ from megatron_selfdistill.config import key_list
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.moved_keys import SHORT
-from megatron_selfdistill.config.overrides import yaml_text
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
 from megatron_selfdistill.errors import ConfigError
@@ -132,8 +131,8 @@ def _refuse_option(option: str, argv: Sequence[str]) -> None:
 def _overrides_in(file: Path) -> list[str]:
     """Return the keys of a YAML file as overrides.  Raises: `ConfigError` for a file that is no mapping of keys."""
     try:
-        values = yaml.safe_load(yaml_text(file))
-    except (OSError, yaml.YAMLError) as error:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file}: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file}: expected keys with values, such as data: {{path: problems.jsonl}}, got {values!r}")
@@ -284,7 +283,7 @@ def _choices(group: str, names: Sequence[str]) -> str:
 
 def _first_comment(file: Path) -> str:
     comments = []
-    for line in yaml_text(file).splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         if not line.startswith("#"):
             break
         if "@package" not in line:

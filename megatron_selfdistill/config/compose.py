@@ -21,7 +21,6 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf._utils import OmegaConfDumper
 from omegaconf.errors import OmegaConfBaseException
 
 from megatron_selfdistill.config.environment import as_written, environment_values
@@ -157,7 +156,8 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
     """
     try:
         given = values if isinstance(values, DictConfig) else OmegaConf.merge(values)
-        name = _method_name(given)
+        section = OmegaConf.select(given, "method")
+        name = str(section.get("name", MethodSettings.name) if isinstance(section, DictConfig) else MethodSettings.name)
         _require_forms(given, name)
         merged = OmegaConf.merge(_schema(name), values)
         environment = environment_values(merged)
@@ -175,18 +175,6 @@ def from_mapping(values: Mapping[str, Any] | DictConfig) -> Config:
         raise ConfigError(unknown_key(key) or f"{key or 'a value'}: {reason}") from error
 
 
-def _method_name(given: Any) -> str:
-    """Return the name of the method in composed values.  Raises: `ConfigError` where it is no text."""
-    section = OmegaConf.select(given, "method")
-    require(
-        section is None or isinstance(section, DictConfig),
-        f"method must be a mapping, got {shown(section)}: set method.name",
-    )
-    name = MethodSettings.name if section is None else section.get("name", MethodSettings.name)
-    require(isinstance(name, str), f"method.name must be a text, got {shown(name)}")
-    return str(name)
-
-
 def _require_forms(values: Any, method: str) -> None:
     """Raise `ConfigError` for a value that cannot have the type of its key, and for a section that is no mapping.
 
@@ -194,9 +182,6 @@ def _require_forms(values: Any, method: str) -> None:
     """
     given: Any = OmegaConf.to_container(values, resolve=False)
     own = method_kinds(method)
-    for setting in given.get("method", {}):
-        message = f"method.name={method} has no setting {setting}"
-        require(f"method.{setting}" in own, f"{message}: {_settings_like(setting, own, method)}")
     for key, kind in {**kinds(), **own}.items():
         section, _, name = key.rpartition(".")
         part = given
@@ -207,6 +192,9 @@ def _require_forms(values: Any, method: str) -> None:
             )
         if name in part:
             require(has_form(kind, part[name]), f"{key} must be {described(kind)}, got {shown(part[name])}")
+    for setting in given.get("method", {}):
+        message = f"method.name={method} has no setting {setting}"
+        require(f"method.{setting}" in own, f"{message}: {_settings_like(setting, own, method)}")
 
 
 def _settings_like(setting: str, own: Collection[str], method: str) -> str:
@@ -228,21 +216,8 @@ def writable(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """Return the values of `writable` as YAML, the form of config.yaml in the run directory.
-
-    The text is that of ``OmegaConf.to_yaml``, which takes three times as long: it first makes a node of every value.
-    """
-    text: str = yaml.dump(
-        writable(config), Dumper=_Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False
-    )
-    return text
-
-
-class _Dumper(yaml.SafeDumper):
-    """A writer of YAML that quotes the texts that omegaconf would read as numbers or as truth values."""
-
-
-_Dumper.add_representer(str, OmegaConfDumper.str_representer)
+    """Return the values of `writable` as YAML, the form of config.yaml in the run directory."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(writable(config))))
 
 
 @functools.cache

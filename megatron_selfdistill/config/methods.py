@@ -22,7 +22,7 @@ from megatron_selfdistill.config.schema.ranges import is_dotted
 from megatron_selfdistill.errors import ConfigError, first_few
 
 _OWN = "megatron_selfdistill."
-_PACKAGE = f"{_OWN}methods"
+_PACKAGE = "megatron_selfdistill.methods"
 
 
 def method_names() -> list[str]:
@@ -39,7 +39,7 @@ def method_class(name: str) -> type[Any]:
     """
     if is_dotted(name):
         found = imported("method.name", name, "class")
-        settings = getattr(found, "Settings", None)
+        settings: Any = getattr(found, "Settings", None)
         require(
             isinstance(found, type) and isinstance(settings, type) and issubclass(settings, MethodSettings),
             f"method.name={name} must be a class with an attribute Settings, a subclass of MethodSettings in "
@@ -82,16 +82,11 @@ def _named_hook(function: Callable[..., Any], what: str, fits: Callable[[Any], A
     return hook
 
 
-def _with_metrics(result: Any) -> None:
-    _, metrics = result
-    dict(metrics)
-
-
 _HOOKS: Mapping[str, Callable[[Any], Any]] = {
     **dict.fromkeys("__init__ check require_start weighs_tokens comparable clip token_weights".split(), id),
     **dict.fromkeys("divergence_numbers teacher_template has_solution coefficients warnings".split(), id),
     **dict.fromkeys("made record restored".split(), attrgetter("state_dict")),
-    **dict.fromkeys("prepare rewarded select texts".split(), _with_metrics),
+    **dict.fromkeys("prepare rewarded select texts".split(), lambda result: dict(result[1])),
     "needs": attrgetter("teacher_prompt"),
     "prompts": attrgetter("student_prompt", "teacher_prompt"),
     "terms": attrgetter("scaled"),

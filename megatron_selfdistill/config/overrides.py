@@ -4,8 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import difflib
 import functools
 import re
 from collections.abc import Sequence
@@ -22,8 +20,6 @@ from megatron_selfdistill.config.methods import method_names
 from megatron_selfdistill.config.moved_keys import WORDS, moved_key
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import shown, taken_apart
-from megatron_selfdistill.config.schema.whole_config import Config
-from megatron_selfdistill.errors import ConfigError
 
 _MAX_CHARACTERS = 10_000  # hydra takes a second to read a list of this length, and minutes for one of ten times as much
 
@@ -57,14 +53,10 @@ def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[
     for override in overrides:
         if (message := _unparsable(override)) is not None:
             return message
-    if isinstance(error, RecursionError):
-        return _endless(overrides, search_path)
-    if isinstance(error, UnicodeDecodeError):
-        return _not_utf8(error, search_path)
+    if isinstance(error, RecursionError | UnicodeDecodeError):  # a cycle of defaults, a file that is not in UTF-8
+        return f"a file or a value of the configuration cannot be read: {error}"
     for override in overrides:
         key, equals, value = override.partition("=")
-        if (message := _without_package(key.lstrip("+"), value, search_path)) is not None:
-            return message
         if not equals or key.startswith(("hydra", "+", "~")) or "@" in key:
             continue
         if key not in groups():
@@ -76,35 +68,20 @@ def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[
             return (
                 f"{key}={value}: the recipe has no groups to choose from; end its defaults with /groups (groups.yaml)"
             )
-    if isinstance(error, MissingConfigException) and (message := _missing_file(overrides, error)):
-        return message
-    if isinstance(error, yaml.YAMLError):
-        return " ".join(str(error).split())
+    if isinstance(error, MissingConfigException | yaml.YAMLError):
+        pairs = (one.partition("=") for one in overrides)
+        meant = next((f"; did you mean {WORDS[key]}={value}?" for key, _, value in pairs if key in WORDS), "")
+        return " ".join(str(error).split()).partition(" Config search path:")[0] + meant
     reason = _reason(error)
     in_file = re.search(r"full_key: (\S+)", str(error))  # hydra names the key of a file only there
     message = (_moved_in_file(reason, in_file[1], search_path) or unknown_key(in_file[1])) if in_file else None
     return f"{reason.split(':')[0]}: {message}" if message else reason
 
 
-def yaml_text(file: Path) -> str:
-    """Return the text of a YAML file.
-
-    Raises: `ConfigError`, which names the file, if the file is not in UTF-8.
-    """
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file}: expected UTF-8 text, got the byte {error.object[error.start]:#04x} at position {error.start}: "
-            "save the file as UTF-8"
-        ) from error
-
-
 def _refuse_without_effect(override: str) -> None:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
-    require(bool(equals) or key.startswith("~"), f"expected key=value, got {shown(override)}")
-    require(name == name.strip() != "", f"expected key=value with a key that has no spaces, got {shown(override)}")
+    require(bool(equals and name.strip()) or key.startswith("~"), f"expected key=value, got {shown(override)}")
     require(
         not key.startswith("~") or _is_removable(name),
         f"{override}: expected a group or an entry of a mapping, such as ~model.transformer.NAME: set another value",
@@ -118,8 +95,6 @@ def _refuse_without_effect(override: str) -> None:
         f"{name} has a value of {len(value)} characters, more than the {_MAX_CHARACTERS} that a command line may have: "
         "put the value into a YAML file of your own (--config-dir)",
     )
-    for place in re.findall(r"file://([^,\]'\"]+)", value) if name == "hydra.searchpath" else []:
-        require(Path(place).is_dir(), f"{override}: there is no directory {place}")
 
 
 def _is_removable(name: str) -> bool:
@@ -195,79 +170,15 @@ def _unparsable(override: str) -> str | None:
     return f"{override} gives several values, and a run takes one: quote a text, '{key}=\"{value}\"'" if sweep else None
 
 
-def _missing_file(overrides: Sequence[str], error: Exception) -> str | None:
-    found = re.match(r"(?:In '([^']*)': )?Could not (?:find|load) '([^']*)'", str(error))
-    if found is None:
-        return None
-    asking, missing = found[1], found[2]
-    group, _, option = missing.partition("/")
-    near = difflib.get_close_matches(option, groups().get(group, []), n=1, cutoff=0.0)
-    meant = f" or {WORDS[group]}={option}" if group in WORDS else ""
-    hint = f"; did you mean {group}={near[0]}{meant}?" if near else ""
-    if f"{group}={option}" in overrides:
-        return f"{group}={option}: there is no such file{hint}"
-    named_by = f"an `override /{group}`" if asking == "groups" else f"{asking}.yaml"
-    return f"{missing}.yaml: there is no such file, but {named_by} names it in defaults{hint}"
-
-
-def _endless(overrides: Sequence[str], search_path: Sequence[str]) -> str:
-    for override in overrides:
-        group, _, option = override.partition("=")
-        if cycle := _cycle(group, [option], search_path):
-            return f"{' -> '.join(cycle)}: the defaults of these files lead back to a file itself: remove one entry"
-    return "a value is nested more deeply than Python can read: give it fewer levels"
-
-
-def _cycle(group: str, options: list[str], search_path: Sequence[str]) -> list[str]:
-    """Return the files by which the defaults of the last of ``options`` lead back to one of them; [] if they do not."""
-    for directory in search_path:
-        file = Path(directory) / group / f"{options[-1]}.yaml"
-        defaults = None
-        with contextlib.suppress(OSError, yaml.YAMLError, AttributeError, RecursionError):
-            defaults = yaml.safe_load(yaml_text(file)).get("defaults")
-        for name in (name for name in (defaults if isinstance(defaults, list) else []) if isinstance(name, str)):
-            if name in options:
-                return [f"{group}={one}" for one in (*options, name)]
-            if cycle := _cycle(group, [*options, name], search_path):
-                return cycle
-    return []
-
-
 def _moved_in_file(reason: str, section: str, search_path: Sequence[str]) -> str | None:
     """Return what has replaced the first key of ``section`` in the file that ``reason`` names; None if none moved."""
     named = re.match("In '([^']*)'", reason)
     for directory in search_path if named else ():
-        with contextlib.suppress(OSError, yaml.YAMLError, RecursionError, ConfigError):
-            values = yaml.safe_load(yaml_text(Path(directory) / f"{named[1]}.yaml"))  # type: ignore[index]
+        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
+            values = yaml.safe_load((Path(directory) / f"{named[1]}.yaml").read_text(encoding="utf-8"))  # type: ignore[index]
             part = values.get(section) if isinstance(values, dict) else None
             moved = [moved_key(f"{section}.{name}") for name in part] if isinstance(part, dict) else []
             return next(filter(None, moved), None)
-    return None
-
-
-def _not_utf8(error: UnicodeDecodeError, search_path: Sequence[str]) -> str:
-    for file in (file for directory in search_path for file in sorted(Path(directory).rglob("*.yaml"))):
-        if not file.is_file():
-            continue
-        try:
-            yaml_text(file)
-        except ConfigError as named:
-            return str(named)
-    return f"a YAML file is not in UTF-8: {error}"
-
-
-def _without_package(group: str, option: str, search_path: Sequence[str]) -> str | None:
-    """Return a message if the option's file is in ``search_path`` and lacks the line that lets it set all keys."""
-    sections = {field.name for field in dataclasses.fields(Config)}
-    for directory in search_path:
-        file = Path(directory) / group / f"{option}.yaml"
-        if group not in sections and file.is_file():
-            comments = re.match(r"(\s*(#.*)?\n)*", yaml_text(file))
-            if comments is None or "@package" not in comments[0]:
-                return (
-                    f"{group}={option}: {file} must begin with the line `# @package _global_`, which lets it set all "
-                    "keys"
-                )
     return None
 
 

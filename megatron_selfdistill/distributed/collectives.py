@@ -21,16 +21,16 @@ Arrays of any lengths travel from rank to rank without pickles, and without mess
     received = exchange_parcels(outgoing, sources, grid.device)  # {source: arrays}
     arrays = broadcast_in_replica(received.get(grid.first_rank_of(0), []), grid)  # on all ranks of the replica
 
-A *parcel* is the list of arrays that one rank sends to another: numpy arrays with one dimension and a dtype of
-`PARCEL_DTYPES`, which arrive with equal bits.  A parcel is one message of bytes, after one message of its size.
+A *parcel* is the list of NumPy arrays that one rank sends to another; they arrive with equal bits.  A parcel is one
+message of bytes, after one message of its size.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -50,7 +50,6 @@ T = TypeVar("T")
 _HEARTBEAT_SECONDS = 10.0
 _KEPT = (ConfigError, CheckpointError, EngineError, VerifierError)
 _Failure = tuple[type[Exception], str]
-_ALIGNMENT = 8  # of each array's first byte
 
 
 def run_on_rank_0(work: Callable[[], T], unexpected: type[Exception] = CheckpointError) -> T:
@@ -232,10 +231,6 @@ def _joined(messages: Mapping[int, str], world_size: int) -> str:
     return first_few(parts)
 
 
-PARCEL_DTYPES = tuple(np.dtype(name) for name in ("uint8", "int32", "int64", "uint64", "float32", "float64"))
-"""The dtypes of arrays in a parcel."""
-
-
 def exchange_parcels(
     outgoing: Mapping[int, Sequence[NDArray[Any]]], sources: Collection[int], device: torch.device
 ) -> dict[int, list[NDArray[Any]]]:
@@ -248,7 +243,7 @@ def exchange_parcels(
     All ranks of the world call this function, also those without ``outgoing`` and ``sources``.
     Collectives: those of `raise_on_all_ranks`, then two point-to-point messages for each pair of ranks, the size and
     the bytes, or only the size if the list is empty.
-    Raises: ValueError on all ranks alike, before any message, for an array that is no part of a parcel.
+    Raises: ValueError on all ranks alike, before any message, for an array of Python objects.
     """
     rank = dist.get_rank()
     with raise_on_all_ranks():
@@ -279,7 +274,7 @@ def broadcast_in_replica(arrays: Sequence[NDArray[Any]], grid: RankGrid) -> list
     Collectives: those of `raise_on_all_ranks`; a broadcast of the size and one of the bytes over the pipeline-parallel
     group of the first rank, then over the context-parallel groups of the ranks that were reached, then over all
     tensor-parallel groups, so that every rank receives the arrays once.
-    Raises: ValueError on all ranks alike, before any broadcast, for an array that is no part of a parcel.
+    Raises: ValueError on all ranks alike, before any broadcast, for an array of Python objects.
     """
     with raise_on_all_ranks():
         packed = _pack(arrays if grid.is_first_of_replica else [])
@@ -318,32 +313,16 @@ def _swap(outgoing: Mapping[int, Tensor], incoming: Mapping[int, Tensor]) -> Non
 
 
 def _pack(arrays: Sequence[NDArray[Any]]) -> Tensor:
-    """Return ``arrays`` as bytes: their number, a dtype and a length for each, then the arrays, all aligned."""
-    header = [len(arrays)]
-    parts = []
+    """Return ``arrays``, one after the other, as the bytes of NumPy's own format, without pickles."""
+    packed = io.BytesIO()
     for array in arrays:
-        if array.ndim != 1 or array.dtype not in PARCEL_DTYPES:
-            raise ValueError(
-                f"expected arrays of one dimension with a dtype of {', '.join(map(str, PARCEL_DTYPES))} in a parcel, "
-                f"but got {array.ndim} dimensions and {array.dtype}; convert the array"
-            )
-        header += [PARCEL_DTYPES.index(array.dtype), array.size]
-        parts += [np.ascontiguousarray(array).view(np.uint8), np.zeros(-array.nbytes % _ALIGNMENT, np.uint8)]
-    joined = np.concatenate([np.array(header).view(np.uint8), *parts]) if arrays else np.empty(0, np.uint8)
-    return torch.from_numpy(joined)
+        np.save(packed, array, allow_pickle=False)
+    return torch.tensor(np.frombuffer(packed.getvalue(), np.uint8))
 
 
 def _unpack(parcel: Tensor) -> list[NDArray[Any]]:
     """Return the arrays of `_pack`."""
-    data = parcel.cpu().numpy()
-    if not data.size:
-        return []
-    [count] = data[:8].view(np.int64).tolist()
-    header = data[8 : 8 + 16 * count].view(np.int64).reshape(count, 2).tolist()
-    dtypes = [PARCEL_DTYPES[code] for code, _ in header]
-    num_bytes = [dtype.itemsize * length for dtype, (_, length) in zip(dtypes, header, strict=True)]
-    starts = accumulate((-(-n // _ALIGNMENT) * _ALIGNMENT for n in num_bytes), initial=8 + 16 * count)
-    return [
-        data[start : start + n].view(dtype)
-        for (start, _), n, dtype in zip(pairwise(starts), num_bytes, dtypes, strict=True)
-    ]
+    packed, arrays = io.BytesIO(parcel.cpu().numpy().tobytes()), list[NDArray[Any]]()
+    while packed.tell() < parcel.numel():
+        arrays.append(np.load(packed, allow_pickle=False))
+    return arrays

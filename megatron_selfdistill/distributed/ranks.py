@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import resource
 import socket
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -183,15 +182,12 @@ def _named_limits() -> Iterator[None]:
     try:
         yield
     except (RuntimeError, OSError) as error:
-        reasons = [os.strerror(number) for number in (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)]
-        found = next((reason for reason in reasons if reason in str(error)), None)
-        if found is None:
+        reasons = map(os.strerror, (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM))
+        if not any(reason in str(error) for reason in reasons):
             raise
-        soft = {"-n": resource.RLIMIT_NOFILE, "-u": resource.RLIMIT_NPROC, "-v": resource.RLIMIT_AS}
-        limits = {name: resource.getrlimit(number)[0] for name, number in soft.items()}
-        shown = [f"ulimit {name} is {limit}" for name, limit in limits.items() if limit != resource.RLIM_INFINITY]
         raise ConfigError(
-            f"the ranks cannot connect, since a limit of the process is too low ({found}; {', '.join(shown)}): raise it"
+            f"the ranks cannot connect, since a limit of the process is too low: raise `ulimit -n` (open files), `-u` "
+            f"(processes) or `-v` (memory) ({str(error).splitlines()[0]})"
         ) from error
 
 

@@ -144,8 +144,7 @@ def _under_torchrun() -> bool:
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):  # nobody reads it
-            os.write(2, f"{speaker()}{text}
-".encode())
+            os.write(2, f"{speaker()}{text}\n".encode())
 
 
 def _leave_wakeups_to_the_parent() -> None:

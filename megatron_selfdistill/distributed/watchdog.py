@@ -303,26 +303,12 @@ class _Watch:
                 if self._store.add("reporters", 1) > 1:
                     return self._await(["reported"])
                 self._await([f"written {rank}" for rank in range(self._world_size) if rank not in self._silent])
-            verdict += self._without_stacks()
             print(f"{speaker()}{verdict}", file=sys.stderr, flush=True)
             (self._directory / "verdict.txt").write_text(verdict + "\n")
             with contextlib.suppress(RuntimeError):
                 self._store.set("reported", "")
         finally:
             os._exit(EXIT_HUNG)
-
-    def _without_stacks(self) -> str:
-        """Return a note about silent ranks without stacks, written to their files too; empty without such ranks."""
-        why = "a stopped process (SIGSTOP) or a dead node cannot write its stack"
-        empty = []
-        for rank in sorted(self._silent):
-            file = self._directory / f"rank_{rank}.txt"
-            with contextlib.suppress(OSError):
-                if not file.exists() or file.stat().st_size == 0:
-                    empty.append(str(rank))
-                    file.write_text(f"{time.strftime('%F %T')}: rank {rank} has not answered: {why}\n")
-        ranks = "rank" if len(empty) == 1 else "ranks"
-        return f", except that of {ranks} {', '.join(empty)}: {why}" if empty else ""
 
     def _await(self, keys: list[str]) -> None:
         deadline = time.monotonic() + min(_GRACE_S, self._timeout_s)

@@ -259,20 +259,9 @@ def _tensors(header: _Header, place: Path, config: Any) -> dict[str, Tensor]:
     numbers = sum(tensor.numel() for tensor in tensors.values())
     if numbers != sum(header.sizes.values()):
         raise CheckpointError(
-            f"transformers reads {numbers:,} of the {sum(header.sizes.values()):,} numbers in {header.file} and leaves "
-            f"out {_left_out(header, config, tensors)}: {_INSTEAD}"
+            f"transformers reads {numbers:,} of the {sum(header.sizes.values()):,} numbers in {header.file}: {_INSTEAD}"
         )
     return tensors
-
-
-def _left_out(header: _Header, config: Any, tensors: Mapping[str, Tensor]) -> str:
-    """Return the first tensors of the file that have no counterpart among the names of ``tensors``."""
-    import gguf
-
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == header.architecture)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    used = {names.get_name(name, (".weight", ".bias")) for name in tensors}
-    return first_few(sorted(header.sizes.keys() - used), ", ")
 
 
 def _write_configs(header: _Header, config: Any, dtype: torch.dtype, target: Path) -> None:

@@ -28,7 +28,7 @@ from megatron_selfdistill.errors import CheckpointError, ConfigError, first_few
 from megatron_selfdistill.interop.formats import directory, manifest
 from megatron_selfdistill.interop.formats.directory import hf_assets_of
 from megatron_selfdistill.interop.formats.full_weights import Weights, open_weights, verify_checksums
-from megatron_selfdistill.interop.formats.hf_files import contained, download_advice, read_config
+from megatron_selfdistill.interop.formats.hf_files import contained, read_config
 from megatron_selfdistill.interop.formats.stored_adapters import (
     NAME,
     PEFT_CONFIG,
@@ -148,7 +148,7 @@ def read_peft(peft: Path, progress: Progress) -> tuple[dict[str, Any], dict[str,
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{peft} has no {Path(error.filename or WEIGHTS).name}, expected a directory of PEFT with {CONFIG} and "
-            f"{WEIGHTS}: save it with safe_serialization=True{download_advice(peft)}"
+            f"{WEIGHTS}: save it with safe_serialization=True"
         ) from None
     except (ValueError, SafetensorError) as error:
         raise CheckpointError(f"{peft} is corrupt: {error}") from None

@@ -261,7 +261,8 @@ def test_sessions_that_fail_cost_their_episodes_alone(ranks, data, early, tmp_pa
     train(ranks, arguments(data, run, "sessions", early, *failing))
     replies = [json.loads(line).get("reply", {}) for line in record.read_text().splitlines()]
     reasons = {reply["failure"] for reply in replies if "failure" in reply}
-    assert reasons == {"step raised ValueError: odd", "the process of the session ended in step: status 3"}
+    first_lines = {reason.splitlines()[0] for reason in reasons}
+    assert first_lines == {"step raised ValueError: odd", "the process of the session ended in step: status 3"}
     assert any(reply.get("reward") == 1 for reply in replies)
     for step in reproducible_metrics(run):
         assert 0 < step["episodes/failed_share"] < 1 and step["gradient_norm"] > 0

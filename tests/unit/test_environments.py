@@ -94,15 +94,15 @@ def test_an_attempt_that_fails_for_the_moment_is_repeated(status):
         (
             lambda n, body: (200, "<html>"),
             1,
-            r"^environment.options.url=\S+: expected an answer in JSON, got '<html>'$",
+            r"^environment.options.url=\S+: expected an answer with choices\[0\].message in JSON, got '<html>' ",
         ),
-        (lambda n, body: (200, "[" * 100_000), 1, r"expected an answer in JSON, got '\[\[\["),
+        (lambda n, body: (200, "[" * 100_000), 1, r"in JSON, got '\[\[\["),
         (
             lambda n, body: (200, [1]),
             1,
-            r"^environment.options.url=http\S+: expected an answer with choices\[0\].message, got \[1\]$",
+            r"^environment.options.url=http\S+: expected an answer with choices\[0\].message in JSON, got '\[1\]' ",
         ),
-        (lambda n, body: (200, {"choices": []}), 1, r"message, got \{\"choices\": \[\]\}$"),
+        (lambda n, body: (200, {"choices": []}), 1, r"message in JSON, got '\{\"choices\": \[\]\}' "),
         (lambda n, body: (200, {"choices": [{"message": "x"}]}), 1, r"expected an answer with choices\[0\].message"),
         (
             lambda n, body: (200, completion("x", reward=float("nan"))),

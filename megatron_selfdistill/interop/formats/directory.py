@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_selfdistill.errors import CheckpointError, first_few
+from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import manifest
 from megatron_selfdistill.interop.formats.hf_files import download_advice
 from megatron_selfdistill.interop.formats.manifest import sync
@@ -83,8 +83,7 @@ def resolve(path: Path) -> Path:
     A run directory stands for its directory with the tracker file.  After a crash in the middle of a replacement, the
     function returns the replaced checkpoint.
 
-    Raises: CheckpointError where there is no complete torch_dist checkpoint; the message names the newest complete
-    checkpoint nearby.
+    Raises: CheckpointError where there is no complete torch_dist checkpoint.
     """
     path = of_run(Path(path))
     chosen = tracked(path) or path
@@ -93,23 +92,11 @@ def resolve(path: Path) -> Path:
         replaced = chosen.parent / f"{chosen.name}{_REPLACED}"  # with_name() refuses "."
         if replaced.is_dir() and incomplete(replaced) is None:
             return replaced
-        fault = tracker_fault(path)
         raise CheckpointError(
             f"expected a Megatron torch_dist checkpoint (an iter_ directory, the directory with {TRACKER}, or a run "
-            f"directory) at {path}, but {chosen} {f'{fault} and ' if fault else ''}{reason}{instead_of(chosen)}"
-            f"{download_advice(path)}"
+            f"directory) at {path}, but {chosen} {reason}{download_advice(path)}"
         )
     return chosen
-
-
-def instead_of(corrupt: Path) -> str:
-    """Return the end of a message: the newest complete checkpoint beside ``corrupt``, or else the runs in that path."""
-    complete = (other for other in candidates(corrupt.parent) if other != corrupt and incomplete(other) is None)
-    newest = next(complete, None)
-    if newest is not None:
-        return f"; the newest complete one is {newest}"
-    runs = sorted(str(held.parent) for held in corrupt.glob(f"*/{CHECKPOINTS}"))
-    return f"; {corrupt} holds the runs {first_few(runs, ', ')}: name one of them" if runs else ""
 
 
 def find(path: Path) -> tuple[Path, bool]:
@@ -130,17 +117,10 @@ def of_run(path: Path) -> Path:
 
 
 def of_iteration(path: Path, iteration: int | None) -> Path:
-    """Return the directory of ``iteration`` in ``path``, which may be a run directory, or ``path`` itself for None.
-
-    Raises: CheckpointError with the available iterations where ``iteration`` is not available.
-    """
+    """Return the directory of ``iteration`` in ``path``, which may be a run directory, or ``path`` itself for None."""
     if iteration is None:
         return path
-    path = of_run(path)
-    if not (chosen := path / iteration_name(iteration)).is_dir():
-        available = ", ".join(sorted(str(iteration_of(p)) for p in path.glob("iter_*"))) or "none"
-        raise CheckpointError(f"{path} has no iteration {iteration}; it has {available}")
-    return chosen
+    return of_run(path) / iteration_name(iteration)
 
 
 def is_legacy(directory: Path) -> bool:
@@ -165,10 +145,7 @@ def lacks(path: Path) -> str | None:
     """
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a directory"
-    if not (path / "metadata.json").is_file():
-        legacy = any(path.glob("mp_rank_*"))
-        return "is in the legacy format: save it with --ckpt-format torch_dist" if legacy else "has no metadata.json"
-    for name in ("common.pt", ".metadata"):
+    for name in ("metadata.json", "common.pt", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
     return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"

@@ -59,12 +59,12 @@ class Weights(Protocol):
     @property
     def num_passthrough_layers(self) -> int:
         """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
-        ...
+        return _num_passthrough_layers(self.passthrough)
 
     @property
     def passthrough(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors that the checkpoint keeps for conversions, by their Hugging Face names."""
-        ...
+        return {}
 
     def holds(self, rule: Rule) -> bool:
         """Return whether the checkpoint holds the tensor of ``rule``."""
@@ -98,7 +98,7 @@ def verify_checksums(weights: Weights, report: Callable[[str], None] = lambda _:
         lost = ", although this program saved one" if is_selfdistill_checkpoint(weights.path) else ""
         report(f"{weights.path} has no {manifest.NAME}{lost}: its contents cannot be checked")
     elif (fault := manifest.wrong_contents(weights.path, entries)) is not None:
-        raise CheckpointError(f"{weights.path} {fault}{directory.instead_of(weights.path)}")
+        raise CheckpointError(f"{weights.path} {fault}")
 
 
 def open_weights(path: Path, iteration: int | None = None) -> Weights:
@@ -135,7 +135,14 @@ def require_rank_of_factors(path: Path, shapes: Mapping[str, Sequence[int]], ran
         )
 
 
-class _TorchDistWeights:
+class _StoredWeights(Weights, Protocol):
+    def place(self, rule: Rule) -> Place | None: ...
+
+    def holds(self, rule: Rule) -> bool:
+        return self.place(rule) is not None
+
+
+class _TorchDistWeights(_StoredWeights):
     """The `Weights` of a torch_dist checkpoint."""
 
     format = "torch_dist"
@@ -149,31 +156,19 @@ class _TorchDistWeights:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows of the stored embedding, including padding."""
         if _EMBEDDING not in self._source.shapes:
             raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
         return self._source.shapes[_EMBEDDING][0]
 
     @property
-    def num_passthrough_layers(self) -> int:
-        """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
-        return _num_passthrough_layers(self.passthrough)
-
-    @property
     def passthrough(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that the checkpoint keeps for conversions, by their Hugging Face names."""
         shapes = self._source.shapes
         return {key.removeprefix(PASSTHROUGH): shapes[key] for key in shapes if key.startswith(PASSTHROUGH)}
 
-    def holds(self, rule: Rule) -> bool:
-        """Return whether the checkpoint holds the tensor of ``rule``."""
-        return self._place(rule) is not None
-
     def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         faults, used = [], dict[str, list[int]]()
         for rule in rules:
-            place = self._place(rule)
+            place = self.place(rule)
             if place is None:
                 faults.append(f"{_shown(rule)} is missing")
                 continue
@@ -189,28 +184,25 @@ class _TorchDistWeights:
         raise_misfit(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        """Return the type of the stored tensor of ``rule``."""
         return self._source.dtype(_known(self, rule)[0])
 
     def read(self, rule: Rule) -> Tensor:
-        """Return the tensor of ``rule``, without padding."""
         key, index = _known(self, rule)
         return self._source.read(key, index, rule.shape[0] if rule.vocabulary else None)
 
     def sizes(self) -> dict[torch.dtype, int]:
-        """Return the number of elements of the model's tensors by type, including padding."""
         sizes: dict[torch.dtype, int] = {}
         for key, shape in weight_shapes(self._source).items():
             dtype = self._source.dtype(key)
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(shape)
         return sizes
 
-    def _place(self, rule: Rule) -> Place | None:
+    def place(self, rule: Rule) -> Place | None:
         found = (place for place in places(rule.megatron.key, rule.megatron.index) if place[0] in self._source.shapes)
         return next(found, None)
 
 
-class _LegacyWeights:
+class _LegacyWeights(_StoredWeights):
     """The `Weights` of a legacy checkpoint."""
 
     format = "torch"
@@ -223,31 +215,15 @@ class _LegacyWeights:
 
     @property
     def num_rows(self) -> int:
-        """The number of rows of the stored embedding, including padding."""
         place = self._source.place(_EMBEDDING, ())
         if place is None:
             raise CheckpointError(f"{self.path} does not fit this model: {_EMBEDDING} is missing")
         return self._source.full_shape(place, ())[0]
 
-    @property
-    def num_passthrough_layers(self) -> int:
-        """The number of multi-token-prediction layers that the checkpoint keeps for conversions."""
-        return 0
-
-    @property
-    def passthrough(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that the checkpoint keeps for conversions: none."""
-        return {}
-
-    def holds(self, rule: Rule) -> bool:
-        """Return whether the checkpoint holds the tensor of ``rule``."""
-        return self._place(rule) is not None
-
     def check_shapes(self, rules: Sequence[Rule]) -> None:
-        """Raise CheckpointError with the first differences unless the stored tensors match ``rules``."""
         faults, used = [], set()
         for rule in rules:
-            place = self._place(rule)
+            place = self.place(rule)
             if place is None:
                 faults.append(f"{_shown(rule)} is missing")
                 continue
@@ -257,24 +233,21 @@ class _LegacyWeights:
         raise_misfit(self.path, faults)
 
     def dtype(self, rule: Rule) -> torch.dtype:
-        """Return the type of the stored tensor of ``rule``."""
         return self._source.dtype(_known(self, rule))
 
     def read(self, rule: Rule) -> Tensor:
-        """Return the tensor of ``rule``, without padding."""
         tensor = self._source.read(_known(self, rule), rule.shape)
         return tensor[: rule.shape[0]] if rule.vocabulary else tensor
 
     def sizes(self) -> dict[torch.dtype, int]:
-        """Return the number of elements of the model's tensors by type, including padding."""
         return self._source.sizes()
 
-    def _place(self, rule: Rule) -> Place | None:
+    def place(self, rule: Rule) -> Place | None:
         return self._source.place(rule.megatron.key, rule.megatron.index)
 
 
-def _known(weights: _TorchDistWeights | _LegacyWeights, rule: Rule) -> Place:
-    place = weights._place(rule)
+def _known(weights: _StoredWeights, rule: Rule) -> Place:
+    place = weights.place(rule)
     if place is None:
         raise CheckpointError(f"{weights.path} does not fit this model: {_shown(rule)} is missing")
     return place

@@ -8,10 +8,9 @@ into the ``blobs`` directory of the hub's cache and links for which the user vou
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,6 @@ _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", "
 _ABOUT_OTHER_WEIGHTS = {"hf_quant_config.json", "quantize_config.json", "quant_config.json"}
 """The descriptions of quantised weights, which are not copied: converted weights are not quantised."""
 _MAX_ASSET_BYTES = 256 * 2**20
-_MOST_LEVELS = 50
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,6 @@ def _indexed(directory: Path, index: Path) -> dict[Path, set[str] | None]:
         if not path.is_file():
             raise CheckpointError(f"{directory} lacks {path.name}, which {index.name} names")
         contained(directory, path.name)
-    if not files:
-        raise CheckpointError(f"{index} names no tensors")
     return files
 
 
@@ -127,39 +123,16 @@ def read_config(directory: Path) -> dict[str, Any]:
 
     Raises: CheckpointError where the file is missing or is not a JSON object.
     """
-    directory = Path(directory)
-    file = directory / CONFIG
+    file = contained(Path(directory), CONFIG)
     try:
-        config = json.loads(contained(directory, CONFIG).read_text(encoding="utf-8"))
-        too_deep = _is_deep(config)
-    except FileNotFoundError:
-        found = "has no config.json" if directory.is_dir() else "does not exist"
+        config = from_json(file.read_bytes())
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{directory} is not a Hugging Face directory: it {found}{download_advice(directory)}"
-        ) from None
-    except NotADirectoryError:
-        raise CheckpointError(f"{directory} is a file, expected a Hugging Face directory: name its directory") from None
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not valid JSON: {error}") from error
-    except RecursionError:
-        too_deep = True
-    if too_deep:
-        raise CheckpointError(f"{file} is nested more than {_MOST_LEVELS} levels deep: expected a model's config.json")
+            f"{file} cannot be read, expected the config.json of a model ({error}){download_advice(Path(directory))}"
+        ) from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} holds a {type(config).__name__}, expected a JSON object")
     return config
-
-
-def _is_deep(value: Any) -> bool:
-    """Return whether objects and lists hold one another on more than `_MOST_LEVELS` levels."""
-    level = [value]
-    for _ in range(_MOST_LEVELS):
-        level = [inner for outer in level if isinstance(outer, (dict, list)) for inner in _entries(outer)]
-    return bool(level)
-
-
-def _entries(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
 
 
 def download_advice(path: Path) -> str:

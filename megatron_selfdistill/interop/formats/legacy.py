@@ -243,12 +243,6 @@ def _arguments(state: Any, directory: Path) -> argparse.Namespace:
             f"{directory} has checkpoint_version {state['checkpoint_version']}, expected 3.0: save it with a newer "
             "Megatron-LM"
         )
-    first: dict[str, Any] = next((state[key] for key in state if re.fullmatch(r"model\d*", key)), {})
-    if "language_model" in first or any(name.startswith("language_model.") for name in first):
-        raise CheckpointError(
-            f"{directory} was saved by Megatron-LM's legacy models, expected Megatron Core's: convert it with "
-            "Megatron-LM's tools/checkpoint/convert.py"
-        )
     return args
 
 

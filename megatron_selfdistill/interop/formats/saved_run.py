@@ -19,7 +19,6 @@ CONFIGURATION = "configuration"
 """The key of a trainer's state under which a checkpoint keeps the values of the configuration."""
 RUN_TEMPLATE = "chat_template.jinja"
 """The file of a run directory, and of a Hugging Face directory, with the chat template behind which the run trains."""
-_NEEDED = ("trainer_state", "layout", "optimizer_steps", "distributed_optimizer", "teacher")
 
 
 @dataclass(frozen=True)
@@ -82,14 +81,11 @@ def read_saved_run(path: Path) -> SavedRun:
     """
     common = load_pickled(path / "common.pt")
     own = common.get(SECTION) if isinstance(common, dict) else None
-    if own is None:
+    if not isinstance(own, dict):
         raise CheckpointError(
             f"{path} was not saved by a run of this program: to start from its weights, set checkpoint.load"
         )
-    missing = [name for name in _NEEDED if name not in own] if isinstance(own, dict) else [SECTION]
-    if missing:
-        raise CheckpointError(f"{path} has no {missing[0]} in its common.pt: it is not the checkpoint of a run")
-    return SavedRun(path, common, own, _decode(own["trainer_state"], path))
+    return SavedRun(path, common, own, _decode(own.get("trainer_state"), path))
 
 
 def is_selfdistill_checkpoint(path: Path) -> bool:
@@ -107,9 +103,8 @@ def is_selfdistill_checkpoint(path: Path) -> bool:
 def _decode(stored: Any, path: Path) -> dict[str, Any]:
     """Return the state of a trainer from the JSON of `encode`."""
     try:
-        state = json.loads(stored)
-    except (TypeError, ValueError, RecursionError) as error:
+        state: dict[str, Any] = json.loads(stored)
+        int(state["step"])
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: {error}") from None
-    if not isinstance(state, dict) or not isinstance(state.get("step"), int):
-        raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: expected an object with a step")
     return state

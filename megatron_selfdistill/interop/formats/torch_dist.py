@@ -155,13 +155,12 @@ class _PiecePlanner(SavePlanner):
         if write_item.type == WriteItemType.BYTE_IO:
             return io.BytesIO(self._none)
         piece = self.pieces[write_item.index]
-        tensor = piece.make()
+        tensor = piece.make().contiguous()
         if tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
             raise CheckpointError(
                 f"{piece.key} at {list(piece.offset)} has the shape {list(tensor.shape)} and type "
                 f"{tensor.dtype}, expected {list(piece.sizes)} and {piece.dtype}: report this error"
             )
-        tensor = tensor.contiguous()
         # torch.save writes the whole storage of a view.
         is_view = tensor.untyped_storage().nbytes() != tensor.numel() * tensor.element_size()
         return tensor.clone() if is_view else tensor
@@ -243,7 +242,6 @@ class _ChecksummedFile(io.RawIOBase):
             torch.serialization.set_crc32_options(computes_crc)
 
     def writable(self) -> bool:
-        """Return True: the file accepts data."""
         return True
 
     def write(self, data: Any) -> int:
@@ -448,20 +446,16 @@ class _Window(io.RawIOBase):
         self._offset, self._length, self._position = offset, length, 0
 
     def readable(self) -> bool:
-        """Return True: the file can be read."""
         return True
 
     def seekable(self) -> bool:
-        """Return True: the position can be set."""
         return True
 
     def seek(self, position: int, whence: int = io.SEEK_SET) -> int:
-        """Set the position within the range, and return it."""
         self._position = position + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._length}[whence]
         return self._position
 
     def tell(self) -> int:
-        """Return the position within the range."""
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -473,6 +467,5 @@ class _Window(io.RawIOBase):
         return count
 
     def close(self) -> None:
-        """Close the underlying file."""
         self._file.close()
         super().close()

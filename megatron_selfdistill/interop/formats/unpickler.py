@@ -296,8 +296,6 @@ def load_metadata(path: Path) -> Metadata:
             metadata = _Unpickler(stream).load()
     except RefusedPickle as refused:
         raise CheckpointError(f"{path} has a .metadata that was refused: {refused}") from None
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} has no .metadata") from None
     except Exception as error:  # a corrupt pickle raises almost anything
         raise CheckpointError(f"{path} has a corrupt .metadata ({type(error).__name__}: {error})") from error
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
@@ -323,12 +321,10 @@ class _Unpickler(_PythonUnpickler):
         raise RefusedPickle(f"its pickle asks for extension {code} of copyreg, {ADVICE}")
 
     def load_reduce(self) -> None:
-        """Call a global that makes an object."""
         self._require_maker(self.stack[-2])
         super().load_reduce()
 
     def load_newobj(self) -> None:
-        """Make an object of a class without calling its ``__init__``."""
         self._require_maker(self.stack[-2])
         super().load_newobj()
 
@@ -366,27 +362,22 @@ class _Unpickler(_PythonUnpickler):
         vars(filled).update(state)
 
     def load_setitem(self) -> None:
-        """Add one item to a dict."""
         self._require(self.stack[-3], dict)
         super().load_setitem()
 
     def load_setitems(self) -> None:
-        """Add items to a dict."""
         self._require(self.metastack[-1][-1], dict)
         super().load_setitems()
 
     def load_append(self) -> None:
-        """Append one item to a list."""
         self._require(self.stack[-2], list)
         super().load_append()
 
     def load_appends(self) -> None:
-        """Append items to a list."""
         self._require(self.metastack[-1][-1], list)
         super().load_appends()
 
     def load_additems(self) -> None:
-        """Add items to a set."""
         self._require(self.metastack[-1][-1], set)
         super().load_additems()
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.records import NO_TEXT, is_text
+from megatron_selfdistill.data.records import is_text
 from megatron_selfdistill.data.tokenizer import Tokenizer
 from megatron_selfdistill.evaluation.verify import judged_in_order
 from megatron_selfdistill.rollout.base import Response, response_text
@@ -72,17 +72,10 @@ def of_groups(
     return results
 
 
-def _check(found: object, responses: Sequence[tuple[str, float]], keeps_texts: str | None) -> None:
-    expected = f"expected one text or None for each of {len(responses)} responses"
-    if not isinstance(found, (list, tuple)):
-        raise ValueError(f"{expected}, got a value of type {type(found).__name__}")
-    strange = [item for item in found if item is not None and not isinstance(item, str)]
-    if strange:
-        raise ValueError(f"{expected}, got a value of type {type(strange[0]).__name__}")
-    if not is_text(found):
-        raise ValueError(NO_TEXT)
-    if len(found) != len(responses):
-        raise ValueError(f"{expected}, got {len(found)}")
+def _check(found: Any, responses: Sequence[tuple[str, float]], keeps_texts: str | None) -> None:
+    fits = isinstance(found, (list, tuple)) and len(found) == len(responses) and is_text(found)
+    if not fits or any(not isinstance(item, str | None) for item in found):
+        raise ValueError(f"expected one text or None for each of {len(responses)} responses, in a list, in UTF-8")
     edited = any(item not in (None, text) for item, (text, _) in zip(found, responses, strict=True))
     if keeps_texts is not None and edited:
         raise ValueError(f"expected each text as it is or None, since {keeps_texts}, got an edited text")

@@ -120,10 +120,7 @@ def solve(
         )
     ]
     if search.pick == "learnable":
-        if score is None:
-            raise ValueError(
-                "solve: pick=learnable expected a function that scores texts, got none; see pipeline/score.py."
-            )
+        assert score is not None, "the caller scores texts for pick=learnable"
         right = [at for at, candidate in enumerate(candidates) if candidate.correct]
         for at, value in zip(right, score([(keys[at][0], responses[at]) for at in right]), strict=True):
             candidates[at] = replace(candidates[at], score=value)

@@ -120,19 +120,6 @@ def test_a_background_save_whose_directory_is_removed_is_an_error_unless_another
     ranks.run(lose_a_background_save, tmp_path / "run", world_size=world_size)
 
 
-def missing_psutil(run_dir: Path) -> None:
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        raises("need psutil"),
-    ):
-        patch.setattr("megatron.core.dist_checkpointing.strategies.filesystem_async.HAVE_PSUTIL", False)
-        checkpointed_run.start(PLAIN, run_dir)
-
-
-def test_a_missing_psutil_is_reported_at_the_start(ranks, tmp_path):
-    ranks.run(missing_psutil, tmp_path, world_size=1)
-
-
 def killed_in_a_save(run_dir: Path, async_save: bool) -> None:
     """Save step 1; then die while the writers of step 2 are half way, and leave them behind, stuck."""
     sharded_io._written = sharded_io._written.__wrapped__  # writers that outlive the rank, unlike rank_worker.py's

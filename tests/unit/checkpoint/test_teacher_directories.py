@@ -65,9 +65,7 @@ def test_a_teacher_of_the_students_architecture_and_tokens_is_taken_in_both_form
 
 
 def test_a_directory_that_is_not_there_or_holds_no_model_is_refused(student, tmp_path):
-    with pytest.raises(
-        CheckpointError, match=r"teachers.math.load=.*/nowhere does not exist, expected a checkpoint of"
-    ):
+    with pytest.raises(CheckpointError, match=r"/nowhere does not exist"):
         require_teachers(config_of(student, tmp_path / "nowhere"))
     with pytest.raises(CheckpointError, match=str(tmp_path)):
         require_teachers(config_of(student, tmp_path))

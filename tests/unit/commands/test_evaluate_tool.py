@@ -337,7 +337,7 @@ def test_the_verdict_stands_first_and_progress_goes_to_standard_error(directory,
 
 # test_refusals.py has what is refused without a look at the model and the data.
 BAD_INPUT = {
-    "another iteration": (["--iteration", "7"], "has no iteration 7"),
+    "another iteration": (["--iteration", "7"], "iter_0000007 does not exist"),
     "too few votes": (["--majority-at-k", "5"], "majority@k from 1 to the 4 samples"),
     "no such verifier": (["evaluation.verifier=best"], "dotted path"),
     "a prompt that does not fit": (["data.max_length=20"], "a prompt of at most 6 tokens"),

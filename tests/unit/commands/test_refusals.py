@@ -55,16 +55,25 @@ CASES: dict[str, tuple[list[str], str]] = {
     "train, a layout": ([TRAIN, *RUNNABLE, THREE], NOT_CUT),
     "train, another number of ranks": ([TRAIN, *RUNNABLE, "cluster.num_gpus=16"], "but the launch has 1 rank:"),
     "train, heads": ([TRAIN, *RUNNABLE, "model.num_query_groups=5"], "model.num_query_groups"),
-    "train, a recipe": ([TRAIN, "recipe=nope"], "recipe=nope: there is no such file"),
+    "train, a recipe": ([TRAIN, "recipe=nope"], "Could not find 'recipe/nope'"),
     "train, a type": ([TRAIN, "num_steps=three"], "num_steps must be a whole number, at least 1"),
     "a plan, a layout": ([TRAIN, *PLAN, THREE], "the world size 16 must be a multiple of TP x PP x CP = 3"),
     "a plan, engines": ([TRAIN, *PLAN, "rollout.engine=vllm", "rollout.engine_tp=3"], "ranks form one engine"),
     "a plan, no vocabulary": ([TRAIN, *PLAN, "model.vocab_size=null"], "the vocabulary's size is not known"),
     "a plan, a checkpoint": ([TRAIN, *PLAN, "checkpoint.load=nope"], NO_CHECKPOINT),
     "convert, no command": ([CONVERT], "the following arguments are required: COMMAND"),
-    "convert, a missing directory": ([CONVERT, "hf-to-megatron", "--hf", "nope", *OUT], "it does not exist"),
-    "convert, an empty directory": ([CONVERT, "hf-to-megatron", "--hf", "empty", *OUT], "it has no config.json"),
-    "convert, a file": ([CONVERT, "hf-to-megatron", "--hf", "data.jsonl", *OUT], "data.jsonl is a file, expected"),
+    "convert, a missing directory": (
+        [CONVERT, "hf-to-megatron", "--hf", "nope", *OUT],
+        "nope/config.json cannot be read, expected",
+    ),
+    "convert, an empty directory": (
+        [CONVERT, "hf-to-megatron", "--hf", "empty", *OUT],
+        "empty/config.json cannot be read, expected",
+    ),
+    "convert, a file": (
+        [CONVERT, "hf-to-megatron", "--hf", "data.jsonl", *OUT],
+        "data.jsonl/config.json cannot be read, expected",
+    ),
     "convert, a name on the hub": (
         [CONVERT, "hf-to-megatron", "--hf", "Qwen/Qwen3-0.6B", *OUT],
         "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
@@ -74,7 +83,10 @@ CASES: dict[str, tuple[list[str], str]] = {
         [PROGRAM, "explore", "Qwen/Qwen3-0.6B", *EXPLORED],
         "download it with `hf download Qwen/Qwen3-0.6B --local-dir DIR`",
     ),
-    "convert, no GGUF file": ([CONVERT, "gguf-to-hf", "--gguf", "data.jsonl", *OUT], "which begins with b'GGUF', but"),
+    "convert, no GGUF file": (
+        [CONVERT, "gguf-to-hf", "--gguf", "data.jsonl", *OUT],
+        "which begins with b'GGUF', but",
+    ),
     "convert, no weights": ([CONVERT, "hf-to-megatron", "--hf", "no_weights", *OUT], "no_weights has no weights"),
     "convert, a directory in the way": (
         [CONVERT, "hf-to-megatron", "--hf", "hf", "--out", "full"],
@@ -83,7 +95,7 @@ CASES: dict[str, tuple[list[str], str]] = {
     "convert back, a missing directory": ([CONVERT, "megatron-to-hf", "--megatron", "nope", *OUT], NO_CHECKPOINT),
     "convert back, an iteration": (
         [CONVERT, "megatron-to-hf", "--megatron", "empty", "--iteration", "7", *OUT],
-        "empty has no iteration 7; it has none",
+        "empty/iter_0000007 does not exist",
     ),
     "convert back, a directory in the way": (
         [CONVERT, "megatron-to-hf", "--megatron", "empty", "--out", "full"],
@@ -95,7 +107,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "evaluate, an option": ([EVALUATE, *OUT], "the following arguments are required: --data"),
     "evaluate, a reserved key": ([EVALUATE, *EVALUATED, "run_dir=x"], "run_dir cannot be set here"),
     "evaluate, a missing file": ([EVALUATE, "--hf", "hf", "--data", "nope.jsonl", *OUT], "got nope.jsonl"),
-    "evaluate, a missing directory": ([EVALUATE, "--hf", "nope", "--data", "data.jsonl", *OUT], "it does not exist"),
+    "evaluate, a missing directory": (
+        [EVALUATE, "--hf", "nope", "--data", "data.jsonl", *OUT],
+        "nope/config.json cannot be read, expected",
+    ),
     "evaluate, a missing checkpoint": ([EVALUATE, "--megatron", "nope", "--data", "data.jsonl", *OUT], NO_CHECKPOINT),
     "evaluate, results in the way": ([EVALUATE, *EVALUATED[:4], "--out", "full"], "add --overwrite"),
     "evaluate, too few samples": (
@@ -120,7 +135,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "compare": ([EVALUATE, "compare", "nope", "empty"], "expected an evaluation in nope, got no summary.json"),
     "solutions, a key": ([SOLUTIONS, *SOLVED, "rollot.top_p=1"], "did you mean"),
     "solutions, a missing file": ([SOLUTIONS, *SOLVED[:4], "data.path=nope.jsonl"], "got nope.jsonl"),
-    "solutions, a missing directory": ([SOLUTIONS, *SOLVED[:3], "nope", SOLVED[4]], "it does not exist"),
+    "solutions, a missing directory": (
+        [SOLUTIONS, *SOLVED[:3], "nope", SOLVED[4]],
+        "nope/config.json cannot be read, expected",
+    ),
     "solutions, no model": ([SOLUTIONS, *SOLVED[:2], SOLVED[4]], "expected one model"),
     "solutions, a directory in the way": ([SOLUTIONS, "--out", "full", *SOLVED[2:]], "got the directory full"),
     "solutions, a layout": ([SOLUTIONS, *SOLVED, THREE], NOT_CUT),
@@ -138,7 +156,10 @@ CASES: dict[str, tuple[list[str], str]] = {
     "no arguments": ([PROGRAM], "usage: selfdistill COMMAND"),
     "key=value without a command": ([PROGRAM, *RUNNABLE, THREE], NOT_CUT),
     "train": ([PROGRAM, "train", *RUNNABLE, THREE], NOT_CUT),
-    "convert": ([PROGRAM, "convert", "hf-to-megatron", "--hf", "nope", *OUT], "it does not exist"),
+    "convert": (
+        [PROGRAM, "convert", "hf-to-megatron", "--hf", "nope", *OUT],
+        "nope/config.json cannot be read, expected",
+    ),
     "evaluate": ([PROGRAM, "evaluate", *EVALUATED, THREE], NOT_CUT),
     "solutions": ([PROGRAM, "solutions", *SOLVED, THREE], NOT_CUT),
     "report": ([PROGRAM, "report", "nope"], "expected a run directory, got nope, which has neither metrics.jsonl"),

@@ -15,7 +15,6 @@ from models import parallel
 
 from megatron_selfdistill.distributed import collectives
 from megatron_selfdistill.distributed.collectives import (
-    PARCEL_DTYPES,
     broadcast_in_replica,
     broadcast_object,
     exchange_parcels,
@@ -155,7 +154,8 @@ ROUTES = {(0, 1): 3, (1, 0): 0, (1, 2): 1, (2, 2): 2, (2, 0): 6}
 def parcel(source: int, to: int, count: int) -> list[np.ndarray]:
     """Return ``count`` arrays of all dtypes and several lengths, 0 among them; those of no two pairs are equal."""
     generator = np.random.default_rng(10 * source + to)
-    dtypes = [PARCEL_DTYPES[i % len(PARCEL_DTYPES)] for i in range(count)]
+    known = [np.dtype(name) for name in ("uint8", "int32", "int64", "uint64", "float32", "float64")]
+    dtypes = [known[i % len(known)] for i in range(count)]
     sizes = [(5 * i * dtype.itemsize) // 3 * 8 // dtype.itemsize for i, dtype in enumerate(dtypes)]
     return [
         np.frombuffer(generator.bytes(size * dtype.itemsize), dtype)[::2]
@@ -196,20 +196,20 @@ def test_each_rank_gets_equal_bits_of_what_was_sent_to_it_and_no_message_else(ra
 def refused() -> list[str]:
     grid = initialize(parallel(), seed=1)
     messages = []
-    for array in (np.zeros(2, np.float16), np.zeros((2, 2), np.int32)):
-        for work in (
-            lambda a=array: exchange_parcels({0: [a]} if grid.rank == 1 else {}, [1][grid.rank :], grid.device),
-            lambda a=array: broadcast_in_replica([a] if grid.rank == 1 else [], grid),
-        ):
-            with pytest.raises(ValueError, match="rank 1: expected arrays of one dimension") as caught:
-                work()
-            messages.append(str(caught.value))
+    arrays = [np.array([object()])] if grid.rank == 1 else []
+    for work in (
+        lambda: exchange_parcels({0: arrays} if arrays else {}, [1][grid.rank :], grid.device),
+        lambda: broadcast_in_replica(arrays, grid),
+    ):
+        with pytest.raises(ValueError, match="rank 1: Object arrays cannot be saved") as caught:
+            work()
+        messages.append(str(caught.value))
     return messages
 
 
 def test_an_array_that_cannot_travel_is_an_error_on_all_ranks_before_any_message(ranks):
     first, second = ranks.run(refused, world_size=2)
-    assert first == second and len(first) == 4
+    assert first == second and len(first) == 2
 
 
 def broadcasts(layout: dict[str, int]) -> tuple[int, int, bool, list[list[tuple[str, bytes]]]]:

@@ -122,17 +122,6 @@ def test_a_rank_that_hangs_under_torchrun_is_named_with_every_ranks_stack_and_th
     assert "exitcode  : 5" in ended.stderr
 
 
-def test_a_silent_rank_without_a_stack_is_named_and_its_file_says_why(tmp_path):
-    watch = watchdog._Watch(0, 1, tmp_path, timeout_s=10.0)
-    watch._silent = frozenset([1, 2])
-    (tmp_path / "rank_1.txt").touch()
-    (tmp_path / "rank_2.txt").write_text("Thread 0x1 (most recent call first)")  # written by C, while Python is held up
-    why = "a stopped process (SIGSTOP) or a dead node cannot write its stack"
-    assert watch._without_stacks() == f", except that of rank 1: {why}"
-    assert (tmp_path / "rank_1.txt").read_text().endswith(f": rank 1 has not answered: {why}\n")
-    assert "not answered" not in (tmp_path / "rank_2.txt").read_text()
-
-
 @pytest.mark.full
 def test_a_rank_that_hangs_while_the_run_is_built_is_named(data, tmp_path):
     hung(data, tmp_path / "run", "sleeps in the start", 1)
@@ -214,8 +203,7 @@ def test_a_rank_that_is_stopped_is_named(data, tmp_path):
     ended = hung(data, tmp_path / "run", "is stopped", 1)
     verdict = (tmp_path / "run" / "stacks" / "verdict.txt").read_text()
     assert ended.returncode != 0 and "rank 1" in verdict and "no longer answers" in verdict
-    assert "except that of rank 1: a stopped process" in verdict and f"] {verdict}" in ended.stderr
-    assert "rank 1 has not answered" in (tmp_path / "run" / "stacks" / "rank_1.txt").read_text()
+    assert f"] {verdict}" in ended.stderr
 
 
 def verdicts_while_a_rank_beats(directory: Path) -> list[list[str | None]]:

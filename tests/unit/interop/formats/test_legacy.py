@@ -158,13 +158,10 @@ def test_a_missing_or_damaged_file_is_named(saved, tmp_path):
         open_weights(directory)
 
 
-def test_legacy_models_and_old_versions_are_refused(tmp_path):
+def test_old_versions_are_refused(tmp_path):
     file = tmp_path / "mp_rank_00" / "model_optim_rng.pt"
     file.parent.mkdir()
     args = argparse.Namespace(num_layers=2)
     torch.save({"args": args, "checkpoint_version": 2.0, "model": {}}, file)
     with pytest.raises(CheckpointError, match=r"has checkpoint_version 2.0, expected 3.0"):
-        open_weights(tmp_path)
-    torch.save({"args": args, "checkpoint_version": 3.0, "model": {"language_model": {}}}, file)
-    with pytest.raises(CheckpointError, match="saved by Megatron-LM's legacy models"):
         open_weights(tmp_path)

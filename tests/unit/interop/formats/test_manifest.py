@@ -158,13 +158,12 @@ def resumed_step_and_refusals(run_dir: Path) -> tuple[int, list[str]]:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_torn_checkpoint_is_named_and_the_one_before_is_taken(ranks, run_dir, damage: Callable[[Path], str]):
+def test_a_torn_checkpoint_is_named_and_a_run_takes_the_one_before(ranks, run_dir, damage: Callable[[Path], str]):
     message = damage(newest(run_dir))
     ((step, refusals),) = ranks.run(resumed_step_and_refusals, run_dir, world_size=1)
     assert step == 1
     for refusal in refusals:
         assert re.search(message, refusal), refusal
-        assert refusal.endswith(f"the newest complete one is {newest(run_dir).with_name('iter_0000001')}")
 
 
 def faults_of_damaged_files(path: Path, names: list[str]) -> list[str | None]:
