@@ -146,7 +146,7 @@ def test_the_word_of_another_program_names_a_key_that_exists(word):
             "trainer.total_epochs=3",
             "trainer.total_epochs is called num_steps here: steps = epochs x problems / data.global_batch_size",
         ),
-        ("model=Qwen/Qwen3-1.7B", "did you mean model=qwen3_1.7b or checkpoint.load=Qwen/Qwen3-1.7B?"),
+        ("model=Qwen/Qwen3-1.7B", "did you mean checkpoint.load=Qwen/Qwen3-1.7B?"),
         ("data=problems.jsonl", "or data.path=problems.jsonl?"),
         ("actor.optim.lr=1", "did you mean 'optimizer.lr'?"),
     ],
