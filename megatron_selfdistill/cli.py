@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import re
-import select
-import signal
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -105,28 +102,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; ``argv`` None stands for the arguments of this process.
 
     Arguments that do not begin with a command belong to ``train``.  Returns 2, after a message or the list of commands
-    on standard error, for an unknown command, for a package that is not installed, and for no arguments at all; and
-    quietly 141, as a process that SIGPIPE has ended, where nobody reads standard output any more, as after ``| head``.
+    on standard error, for an unknown command, for a package that is not installed, and for no arguments at all.  Output
+    that nobody reads any more, as after ``| head``, is lost without a word.
     """
-    try:
-        try:
-            return _run(sys.argv[1:] if argv is None else list(argv))
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        if not _has_no_reader(1):
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python writes what is left at its end
-        return 128 + signal.SIGPIPE
-
-
-def _has_no_reader(stream: int) -> bool:
-    looks = select.poll()
-    looks.register(stream, 0)
-    return any(event & select.POLLERR for _, event in looks.poll(0))
-
-
-def _run(argv: list[str]) -> int:
+    guard_standard_error()
+    argv = sys.argv[1:] if argv is None else list(argv)
     if not argv:
         print(overview(), file=sys.stderr)
         return EXIT_USAGE
@@ -137,7 +117,6 @@ def _run(argv: list[str]) -> int:
     if name not in COMMANDS:
         print(f"selfdistill: {_unknown(name)}", file=sys.stderr)
         return EXIT_USAGE
-    guard_standard_error()
     command = COMMANDS[name]
     try:
         if command.extra:

@@ -48,9 +48,9 @@ from megatron_selfdistill.metrics.guards import (
     warning_of_a_silent_teacher,
     warning_of_an_untrained_step,
 )
-from megatron_selfdistill.metrics.leakage import LeakCounts, are_one_hint, leak_counts
+from megatron_selfdistill.metrics.leakage import LeakCounts, leak_counts, telling_words
 from megatron_selfdistill.metrics.phases import overlap_metrics
-from megatron_selfdistill.metrics.samples import seen_hint, step_samples
+from megatron_selfdistill.metrics.samples import seen_hints, step_samples
 from megatron_selfdistill.metrics.step import first_step_lines
 from megatron_selfdistill.pipeline import schedule
 from megatron_selfdistill.pipeline.batch import placement_everywhere
@@ -114,8 +114,7 @@ class Trainer:
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
         falls, samples = config.loss_should_fall, student_samples(config)
         self.guards = Guards(config.guards, engines_of(config), loss_should_fall=falls, student_samples=samples)
-        hints = [problem.solution for problem in run_data.problems.problems]
-        self.leak_words = [] if are_one_hint(hints) else config.metrics.leak_words
+        self.leak_words = telling_words(config.metrics.leak_words, run_data.problems.problems)
         self.step = 0
         """Optimizer steps done."""
         self.checked = False
@@ -230,8 +229,7 @@ class Trainer:
         batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
         has_teacher = self.learner.has_teacher
         self.source.commit(batch)
-        tokenizer = self.run_data.tokenizer
-        leaks = leaks_of(batch.contexts, self.leak_words, tokenizer, self.grid) if has_teacher else None
+        leaks = leaks_of(batch.contexts, self.leak_words, self.run_data.tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
@@ -265,9 +263,7 @@ class Trainer:
         ``num_transcripts``: the problems whose responses are kept as text; None keeps all.  Without hints, the result
         keeps at least report.num_problems, some of whose responses go to evaluation_samples.jsonl.
         """
-        options = evaluation_options(
-            self.config, self.sampling, self.step, hinted, num_transcripts, leak_words=self.leak_words
-        )
+        options = evaluation_options(self.config, self.sampling, self.step, hinted, num_transcripts, self.leak_words)
         verifier = load_verifier(self.config.evaluation.verifier)
         self.sampler.update_weights(self.step)
         own = evaluation_player(self.config, self.run_data, self.sampler, self.step, self.grid)
@@ -332,12 +328,8 @@ class Trainer:
 
     def _show_samples(self, batch: StepBatch, output: StepOutput) -> None:
         teachers = self.config.named_teachers if self.learner.has_teacher else None
-        pairs = zip(batch.contexts, batch.solutions, strict=bool(batch.solutions))
-        hints = [(context, seen_hint(context, solution, teachers)) for context, solution in pairs]
-        count, tokenizer = self.config.metrics.show_samples, self.run_data.tokenizer
-        samples = step_samples(output, hints, count, tokenizer, self.grid)
-        if samples is not None:
-            self.log.log_samples(self.step + 1, samples)
+        hints, count = seen_hints(batch.contexts, batch.solutions, teachers), self.config.metrics.show_samples
+        self.log.log_samples(self.step + 1, step_samples(output, hints, count, self.run_data.tokenizer, self.grid))
 
 
 def evaluation_options(
@@ -346,7 +338,6 @@ def evaluation_options(
     step: int,
     hinted: bool,
     num_transcripts: int | None,
-    *,
     leak_words: Sequence[str],
 ) -> EvaluationOptions:
     """Return the settings of an evaluation after ``step`` steps; see `Trainer.evaluate`."""

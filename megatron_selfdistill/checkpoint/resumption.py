@@ -24,7 +24,6 @@ from megatron_selfdistill.config.bound_keys import (
     refusal,
     stored_values,
 )
-from megatron_selfdistill.config.moved_keys import translated
 from megatron_selfdistill.data.contexts import FIXED_DATE
 from megatron_selfdistill.data.tokenizer import chat_template_text
 from megatron_selfdistill.distributed.collectives import raise_on_all_ranks, run_on_rank_0
@@ -189,8 +188,9 @@ def _consequences(config: Config, saved: SavedRun, forced: bool, same_problems: 
 
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:
     """Return the keys whose values in the configuration and in the checkpoint differ."""
-    stored = saved.trainer_state[CONFIGURATION]
-    stored, now = translated(stored), stored_values(config)
+    stored, now = saved.trainer_state[CONFIGURATION], stored_values(config)
+    if "method" not in stored:
+        raise CheckpointError(f"{saved.path}: an earlier version wrote it, with other keys: start from its weights")
     args = saved.common.get("args")
     if args is not None and config.model.provider is None and stored["model"].get("provider") is None:
         # A value with the same text as in the checkpoint has its present meaning: the environment may supply it.

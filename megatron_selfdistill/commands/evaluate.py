@@ -170,7 +170,7 @@ def _measured(
     from megatron_selfdistill.evaluation.hint_levels import measure_hint_levels
     from megatron_selfdistill.evaluation.inference import open_inference
     from megatron_selfdistill.evaluation.verify import load_verifier
-    from megatron_selfdistill.metrics.leakage import are_one_hint
+    from megatron_selfdistill.metrics.leakage import telling_words
     from megatron_selfdistill.sources.configured_source import evaluation_player
     from megatron_selfdistill.trainer import evaluation_options
 
@@ -181,10 +181,8 @@ def _measured(
     ):
         began = time.perf_counter()
         # Step 0 is independent of the iteration, so that compared models sample with the same seeds.
-        words = [] if are_one_hint([it.solution for it in run_data.evaluation]) else config.metrics.leak_words
-        options = evaluation_options(
-            config, inference.sampling, 0, arguments.hinted, arguments.responses, leak_words=words
-        )
+        words = telling_words(config.metrics.leak_words, run_data.evaluation)
+        options = evaluation_options(config, inference.sampling, 0, arguments.hinted, arguments.responses, words)
         options = dataclasses.replace(
             options, majority_at_k=arguments.majority_at_k, num_transcripts=arguments.responses
         )

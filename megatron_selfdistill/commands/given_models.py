@@ -16,7 +16,6 @@ import yaml
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.config import Config
-from megatron_selfdistill.config.bound_keys import OLD_DEFAULTS
 from megatron_selfdistill.config.world_checks import check_ranks
 from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.errors import ConfigError
@@ -183,7 +182,6 @@ def is_run(path: Path) -> bool:
 def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Config:
     """Return ``config`` with the `SETTINGS` of a run, except the keys and the sections that ``overridden`` names.
 
-    A key that the run's configuration lacks, and whose default has changed, has its old default (`OLD_DEFAULTS`).
     Raises: `ConfigError` for a file that cannot be read, and for a value from the environment, which the file does not
     hold.
     """
@@ -198,7 +196,7 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
             continue
         values = {
             name: value
-            for name, value in _stored_section(stored, section).items()
+            for name, value in stored.get(section, {}).items()
             if name in names and f"{section}.{name}" not in overridden
         }
         for name, value in values.items():
@@ -210,12 +208,6 @@ def with_settings_of(run_dir: Path, config: Config, overridden: Set[str]) -> Con
         replaced = dataclasses.replace(getattr(config, section), **values)
         config = dataclasses.replace(config, **{section: replaced})
     return config
-
-
-def _stored_section(stored: dict[str, Any], section: str) -> dict[str, Any]:
-    old = {key.partition(".")[2]: value for key, value in OLD_DEFAULTS.items() if key.partition(".")[0] == section}
-    values: dict[str, Any] = stored.get(section, {})
-    return old | values
 
 
 def initial_weights(run_dir: Path) -> Path | None:

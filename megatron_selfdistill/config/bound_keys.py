@@ -14,7 +14,6 @@ from megatron_selfdistill.config.compose import writable
 from megatron_selfdistill.config.environment import is_secret, is_written_out, shown_value
 from megatron_selfdistill.config.key_list import keys, method_keys
 from megatron_selfdistill.config.methods import settings_of
-from megatron_selfdistill.config.moved_keys import translated
 from megatron_selfdistill.config.schema.method_config import FOUND, MethodSettings, Needs
 from megatron_selfdistill.config.schema.whole_config import Config
 
@@ -116,9 +115,6 @@ RULES: dict[str, str] = {
 """Key, section or item of a free-form key -> rule.  The longest name that leads to a key decides."""
 
 
-OLD_DEFAULTS: dict[str, Any] = {"target.anchor": "student"}
-"""Key -> its value in a configuration that lacks the key, where this value is no longer the default."""
-
 KEPT = ("optimizer.lr_warmup_steps",)
 """Keys of which null means, for a run that resumes, the value of its checkpoint."""
 
@@ -157,11 +153,9 @@ def stored_values(config: Config) -> dict[str, Any]:
 def differences(stored: Mapping[str, Any], now: Mapping[str, Any]) -> list[KeyDifference]:
     """Return the keys with different values in two configurations, which have the form of `stored_values`.
 
-    A key that ``stored`` lacks had its default (`OLD_DEFAULTS`, or the present one): the program that stored it did not
-    know the key yet.  A key of `KEPT` that is null now has its stored value.  A key that this program no longer knows
-    is not compared, and one that has moved is compared with its new place (`moved_keys.translated`).
+    A key that ``stored`` lacks had its present default: the program that stored it did not know the key yet.  A key of
+    `KEPT` that is null now has its stored value.  A key that this program no longer knows is not compared.
     """
-    stored = translated(stored)
     before, after = (dict(_items(values)) for values in (stored, now))
     then, today = (
         values.get(READ_VALUES, {}) | _hide_secrets(items) for values, items in ((stored, before), (now, after))
@@ -256,7 +250,7 @@ def _items(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
         value: Any = values
         for part in key.split("."):
             value = value.get(part, _MISSING) if isinstance(value, Mapping) else _MISSING
-        value = OLD_DEFAULTS.get(key, _plain(default)) if value is _MISSING else value
+        value = _plain(default) if value is _MISSING else value
         if isinstance(default, dict) or dataclasses.is_dataclass(default):
             yield from ((f"{key}.{name}", item) for name, item in (value or {}).items())
         else:

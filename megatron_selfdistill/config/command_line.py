@@ -22,9 +22,9 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from megatron_selfdistill.config import key_list
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.config.methods import method_names
-from megatron_selfdistill.config.moved_keys import SHORT
 from megatron_selfdistill.config.schema.ranges import Bound, described, taken_apart
 from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.config.words import SHORT
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.installation import version
 

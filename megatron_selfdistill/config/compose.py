@@ -121,7 +121,7 @@ def _compose(
         )
         return composed
     except (HydraException, OmegaConfBaseException, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(explained(overrides, error, search_path)) from error
+        raise ConfigError(explained(overrides, error)) from error
 
 
 @functools.cache

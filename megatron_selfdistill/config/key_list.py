@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.config.methods import method_names, settings_class
-from megatron_selfdistill.config.moved_keys import SHORT, WORDS, moved_key
 from megatron_selfdistill.config.schema.field_checks import kinds_of
 from megatron_selfdistill.config.schema.whole_config import Config
+from megatron_selfdistill.config.words import SHORT, WORDS
 from megatron_selfdistill.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
@@ -123,8 +123,6 @@ def long_names(overrides: Sequence[str]) -> list[str]:
 def unknown_key(key: str) -> str | None:
     """Return a message that names the key that ``key`` may mean, or None if the key exists."""
     key = key.split("[")[0]  # an element of a list
-    if (moved := moved_key(key)) is not None and key not in keys():
-        return moved
     known, (mapping, _, entry) = keys(), key.rpartition(".")
     if mapping in entries():
         listed = f"{mapping} has no entry {entry!r}: its entries are {', '.join(entries()[mapping])}"
@@ -135,6 +133,10 @@ def unknown_key(key: str) -> str | None:
     sections = {name.rsplit(".", i)[0] for name in known for i in range(1, name.count(".") + 1)}
     if not key or key in known or key in sections or any(key.startswith(f"{name}.") for name in free_form):
         return None
+    if key in groups():
+        return (
+            f"a file of the group {key} must begin with the line `# @package _global_`: its keys are those of the run"
+        )
     if key in SHORT:
         return f"{key} is short for {SHORT[key]} on a command line: a file has the whole name"
     if word := WORDS.get(key.rpartition(".")[2]):

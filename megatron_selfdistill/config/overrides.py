@@ -7,7 +7,6 @@ import contextlib
 import functools
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from types import NoneType
 
 import yaml
@@ -17,9 +16,9 @@ from hydra.errors import HydraException, MissingConfigException
 
 from megatron_selfdistill.config.key_list import groups, keys, kinds, long_names, method_kinds, unknown_key
 from megatron_selfdistill.config.methods import method_names
-from megatron_selfdistill.config.moved_keys import WORDS, moved_key
 from megatron_selfdistill.config.schema.field_checks import require
 from megatron_selfdistill.config.schema.ranges import shown, taken_apart
+from megatron_selfdistill.config.words import WORDS
 
 _MAX_CHARACTERS = 10_000  # hydra takes a second to read a list of this length, and minutes for one of ten times as much
 
@@ -45,7 +44,7 @@ def for_hydra(overrides: Sequence[str]) -> list[str]:
     return [_literal(override) for override in overrides]
 
 
-def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[str]) -> str:
+def explained(overrides: Sequence[str], error: Exception) -> str:
     """Return a message for hydra's error.
 
     It names the first override that does not parse, or whose key or option is unknown; else it is hydra's own.
@@ -74,7 +73,7 @@ def explained(overrides: Sequence[str], error: Exception, search_path: Sequence[
         return " ".join(str(error).split()).partition(" Config search path:")[0] + meant
     reason = _reason(error)
     in_file = re.search(r"full_key: (\S+)", str(error))  # hydra names the key of a file only there
-    message = (_moved_in_file(reason, in_file[1], search_path) or unknown_key(in_file[1])) if in_file else None
+    message = unknown_key(in_file[1]) if in_file else None
     return f"{reason.split(':')[0]}: {message}" if message else reason
 
 
@@ -168,18 +167,6 @@ def _unparsable(override: str) -> str | None:
             return f"the value of {key} cannot be read ({reason})"
         return f"{override} cannot be read ({reason}): quote the value for hydra and the shell, '{key}=\"{value}\"'"
     return f"{override} gives several values, and a run takes one: quote a text, '{key}=\"{value}\"'" if sweep else None
-
-
-def _moved_in_file(reason: str, section: str, search_path: Sequence[str]) -> str | None:
-    """Return what has replaced the first key of ``section`` in the file that ``reason`` names; None if none moved."""
-    named = re.match("In '([^']*)'", reason)
-    for directory in search_path if named else ():
-        with contextlib.suppress(OSError, ValueError, yaml.YAMLError, RecursionError):
-            values = yaml.safe_load((Path(directory) / f"{named[1]}.yaml").read_text(encoding="utf-8"))  # type: ignore[index]
-            part = values.get(section) if isinstance(values, dict) else None
-            moved = [moved_key(f"{section}.{name}") for name in part] if isinstance(part, dict) else []
-            return next(filter(None, moved), None)
-    return None
 
 
 def _reason(error: Exception) -> str:

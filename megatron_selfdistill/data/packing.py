@@ -64,16 +64,6 @@ class PackedBatch:
     segment_multiple: int
     """Number of which the length of each segment is a multiple (`PackingRules.segment_multiple`)."""
 
-    @property
-    def student_padding_share(self) -> float:
-        """Padding tokens / all tokens of the student's microbatches; 0 if there are none."""
-        return _padding_share(self.student)
-
-    @property
-    def teacher_padding_share(self) -> float:
-        """Padding tokens / all tokens of the teacher's microbatches; 0 if there are none."""
-        return _padding_share(self.teacher)
-
 
 @dataclass(frozen=True)
 class PackingRules:
@@ -381,13 +371,6 @@ def padding_length(seq_length: int, segment_multiple: int) -> int:
     the number of segments up to a power of two, at most to 512, before it chooses and compiles a kernel.
     """
     return segment_multiple * max(256, -(-seq_length // (256 * segment_multiple)))
-
-
-def _padding_share(microbatches: list[Microbatch]) -> float:
-    if not microbatches:
-        return 0.0
-    padding = sum(int(microbatch.padding_mask.sum()) for microbatch in microbatches)
-    return padding / sum(microbatch.padding_mask.numel() for microbatch in microbatches)
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -278,13 +278,14 @@ def _text_of(expression: Any) -> str:
 
 def _last_boxed(text: str) -> str | None:
     r"""Return the content of the last closed ``\boxed{..}``; None if there is none."""
-    for match in reversed(list(re.finditer(r"\\boxed\s*\{", text))):
-        depth = 1
-        for end in range(match.end(), len(text)):
-            depth += {"{": 1, "}": -1}.get(text[end], 0)
-            if depth == 0:
-                return text[match.end() : end]
-    return None
+    opened: list[int] = []  # where the content of each open brace begins; 0 if it is not of a box
+    last = (0, 0)
+    for mark in re.finditer(r"\\boxed\s*\{|[{}]", text):
+        if mark[0] != "}":
+            opened.append(0 if mark[0] == "{" else mark.end())
+        elif opened and (start := opened.pop()):
+            last = max(last, (start, mark.start()))
+    return text[slice(*last)] if last[1] else None
 
 
 @functools.lru_cache(maxsize=65536)

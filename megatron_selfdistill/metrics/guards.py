@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_selfdistill.config import Config, GuardsConfig, Needs
-from megatron_selfdistill.config.moved_keys import renamed
 from megatron_selfdistill.config.schema.method_config import STUDENT
 
 LOSS = "loss/mean"
@@ -129,9 +128,7 @@ class Guards:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the references and counters of `state_dict`; limits and patience come from the configuration."""
-        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
-        present = {option: renamed(f"guards.{option}").removeprefix("guards.") for option in state["violations"]}
-        self.violations = {present[option]: count for option, count in state["violations"].items()}
+        self.sums, self.counts, self.violations = (dict(state[name]) for name in ("sums", "counts", "violations"))
 
     def _warning_of_the_distance(self, metrics: Mapping[str, float]) -> str | None:
         distance = metrics.get(DISTANCE, 0.0)

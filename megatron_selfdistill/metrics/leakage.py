@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_selfdistill.data.contexts import ContextPair
+from megatron_selfdistill.data.problems import Problem
 
 NUM_TOKENS = 8
 """The length in tokens of the sequences that are searched for: the n of n-grams."""
@@ -86,6 +87,11 @@ def hint_counts(response: Sequence[int], hint: frozenset[Gram]) -> LeakCounts:
 def are_one_hint(solutions: Sequence[str]) -> bool:
     """Return whether several problems have one hint, such as an instruction: no response can leak it."""
     return len(solutions) > 1 and bool(solutions[0]) and len(set(solutions)) == 1
+
+
+def telling_words(words: Sequence[str], problems: Sequence[Problem]) -> Sequence[str]:
+    """Return the words that speak of a hint, or none if the ``problems`` have one hint, which no response can leak."""
+    return [] if are_one_hint([problem.solution for problem in problems]) else words
 
 
 def word_pattern(words: Sequence[str]) -> re.Pattern[str] | None:

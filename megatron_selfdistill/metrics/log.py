@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -244,7 +243,6 @@ class MetricsLog:
         self.samples_path = Path(run_dir) / SAMPLES_FILE
         self.evaluation_samples_path = Path(run_dir) / EVALUATION_SAMPLES_FILE
         self.enabled, self._logger_names, self._config = enabled, loggers, config or {}
-        self._file: Any = None
         self._loggers = Loggers()
         self._console = _Console(num_steps, output) if console_every and enabled else None
 
@@ -266,7 +264,6 @@ class MetricsLog:
         for path in (self.path, self.samples_path, self.evaluation_samples_path):
             if path == self.path or path.exists():
                 _forget_after(step, path)
-        self._file = self.path.open("a+b")  # `_restore` reads the file
         self._loggers = Loggers(self._logger_names, LoggedRun(self.path.parent, step, self._config))
         if self._console is not None:
             self._console.start(step)
@@ -293,13 +290,13 @@ class MetricsLog:
         accuracies = [k for k in metrics if k.endswith(shown) or ("/pass_at_" in k and not k.endswith("_at_1"))]
         self.message(f"step {step}: " + ", ".join(f"{key} {metrics[key]:.4g}" for key in accuracies or metrics))
 
-    def log_samples(self, step: int, make: Callable[[], Sequence[Sample]]) -> None:
+    def log_samples(self, step: int, make: Callable[[], Sequence[Sample]] | None) -> None:
         """Show and save samples of the step after which ``step`` steps are done; only the reporter calls ``make``.
 
-        The file has all turns of an episode, while console and loggers show its first one.
+        None shows nothing.  The file has all turns of an episode, while console and loggers show its first one.
         A sample never stops a run: an error in ``make`` or while writing becomes a warning of one line.
         """
-        if not self.enabled:
+        if not self.enabled or make is None:
             return
         try:
             samples = make()
@@ -332,17 +329,13 @@ class MetricsLog:
         self.message(f"warning: {warning}")
 
     def close(self) -> None:
-        """Close the files, restore the terminal, and end the loggers; a second call does nothing.
+        """Restore the terminal and end the loggers; a second call does nothing.
 
-        A file or a logger that cannot be closed becomes a warning.
+        A logger that cannot be closed becomes a warning.
         """
-        for part in (self._file, self._console):
-            try:
-                if part is not None:
-                    part.close()
-            except OSError as error:
-                logger.warning("%s may lack the last lines: %s", hidden(str(self.path.parent)), hidden(str(error)))
-        self._file = self._console = None
+        if self._console is not None:
+            self._console.close()
+        self._console = None
         self._loggers.close()  # may print, and may wait for a server
 
     def __enter__(self) -> MetricsLog:
@@ -351,39 +344,11 @@ class MetricsLog:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _is_there(self) -> bool:
-        """Return whether the open file still has its name, since another program may remove or replace the file."""
-        try:
-            return os.path.samestat(os.stat(self.path), os.fstat(self._file.fileno()))
-        except FileNotFoundError:
-            return False
-
-    def _restore(self) -> None:
-        """Write the log again from the open file that has lost its name.
-
-        A file that has taken the name is kept as metrics.replaced.jsonl.
-        """
-        try:
-            self._file.seek(0)
-            content = self._file.read()
-            outcome = "it is written again"
-        except OSError as error:  # a network file system may have forgotten the file
-            content, outcome = b"", f"it starts empty: the logged lines cannot be read any more ({error})"
-        logger.warning("%s was removed or replaced while the run wrote it: %s", hidden(str(self.path)), outcome)
-        with contextlib.suppress(OSError):
-            self._file.close()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.exists():
-            os.replace(self.path, self.path.with_suffix(f".replaced{self.path.suffix}"))
-        self.path.write_bytes(content)
-        self._file = self.path.open("a+b")
-
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        if not self._is_there():
-            self._restore()
         values = {key: _json_number(float(value)) for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
-        self._file.flush()
+        self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the directory
+        with self.path.open("ab") as file:
+            file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
         self._loggers.add_scalars(step, metrics)
 
 

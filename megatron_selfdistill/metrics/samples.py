@@ -108,6 +108,14 @@ def seen_hint(context: ContextPair, solution: str, teachers: Mapping[str, NamedT
     return SeenHint(solution if any(teachers[name].is_hinted for name in names) else "", ", ".join(shown))
 
 
+def seen_hints(
+    contexts: Sequence[ContextPair], solutions: Sequence[str], teachers: Mapping[str, NamedTeacher] | None
+) -> list[tuple[ContextPair, SeenHint]]:
+    """Return the responses of a batch with their `seen_hint`; none for a batch made by hand, without solutions."""
+    pairs = zip(contexts, solutions, strict=bool(solutions))
+    return [(context, seen_hint(context, solution, teachers)) for context, solution in pairs]
+
+
 NUMBERS = ("loss", "student_log_prob", "teacher_log_prob", "beta", "status")
 """The fields of `TokenStats` that a sample has of each token; NaN where the loss has no teacher."""
 _DIGITS = 6  # significant digits of a number in the record

@@ -132,12 +132,12 @@ def test_a_run_directory_that_is_deleted_is_written_again_and_resumes(ranks, dat
     outcomes = ranks.run(removed_in_step_5, arguments, run, world_size=world_size, init_process_group=False)
     assert [status for status, _ in outcomes] == [0] * world_size
     output = outcomes[0][1]
-    for name in (run, run / "metrics.jsonl", run / "teacher"):
+    for name in (run, run / "teacher"):
         assert len([line for line in output.splitlines() if line.startswith(f"{name} ")]) == 1, output
     assert (run / "config.yaml").read_text() == (finished / "config.yaml").read_text().replace(str(finished), str(run))
     steps = [line["step"] for line in reproducible_metrics(run)]
-    assert steps == [1, 2, 3, 4, 5, 6] and saved_step(run) == 6
+    assert steps == [5, 6] and saved_step(run) == 6
     if world_size == 1:
-        assert reproducible_metrics(run) == reproducible_metrics(finished)
+        assert reproducible_metrics(run) == reproducible_metrics(finished)[-2:]
     train(ranks, [*arguments, "num_steps=7"])
     assert saved_step(run) == 7

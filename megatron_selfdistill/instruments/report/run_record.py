@@ -138,12 +138,6 @@ def limits(run: RunRecord, key: str) -> dict[str, float]:
 
 
 _LARGEST = {"sampler/log_prob_mean_abs_diff": "guards.max_log_prob_distance"}
-_RENAMED = {
-    "guards.min_entropy_ratio": "guards.entropy.min_ratio",
-    "guards.max_entropy_ratio": "guards.entropy.max_ratio",
-    "guards.min_entropy_rise": "guards.entropy.min_rise",
-}
-"""The keys of limits up to version 0.2 -> their names; a report needs no hydra, so none of the package config."""
 _OPTIONS = {
     "entropy/student": ("entropy.min_ratio", "entropy.max_ratio"),
     "response/length_mean": ("min_length_ratio",),
@@ -177,7 +171,7 @@ def _configuration(run_dir: Path) -> dict[str, Any]:
         stored = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
         if not isinstance(stored, Mapping):
             raise ValueError(f"expected keys with values, got {type(stored).__name__}")
-        return {_RENAMED.get(key, key): value for key, value in _flat(stored)}
+        return dict(_flat(stored))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         logger.warning(
             "%s is not the configuration of a run, so the report shows no settings and no texts: %s",

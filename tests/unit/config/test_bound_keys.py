@@ -108,16 +108,6 @@ def test_a_key_that_an_older_program_did_not_know_had_its_default_and_one_that_i
     assert found == KeyDifference("loss.divergence", "reverse_kl", "jsd", BOUND)
 
 
-def test_a_run_that_did_not_know_the_anchor_was_mixed_with_the_student():
-    older = values("target.anchor=student")
-    del older["target"]["anchor"]
-    assert differences(older, values("target.anchor=student")) == []
-    (found,) = differences(older, values())
-    assert found == KeyDifference("target.anchor", "student", "reference", BOUND)
-    message = refusal([found], "iter_1") or ""
-    assert "target.anchor: 'student' in the checkpoint, now 'reference': set them back" in message
-
-
 TWO = "rollout.num_samples=2"
 
 

@@ -56,7 +56,7 @@ def lab(tmp_path) -> Path:
         ("null_key", "Incompatible key type 'NoneType'"),
         pytest.param("deep", "a file or a value of the configuration cannot be read", marks=pytest.mark.full),
         ("many_digits", "Exceeds the limit (4300 digits) for integer string conversion"),
-        ("marked", "recipe"),
+        ("marked", "a file of the group recipe must begin with the line `# @package _global_`"),
     ],
 )
 def test_a_recipe_that_cannot_be_read_is_one_sentence_with_the_fault(lab, recipe, words):

@@ -66,6 +66,27 @@ def test_exact_match_compares_the_final_answer(response, answer, right):
 
 
 @pytest.mark.parametrize(
+    "part",
+    [
+        r"\boxed{",
+        r"\boxed{}",
+        r"\boxed{{",
+        "\\boxed    ",
+        "{",
+        "}",
+        "<think>",
+        "</think>",
+        "<|channel|>final",
+        "#### ",
+        "\n",
+    ],
+)
+def test_a_response_costs_a_time_proportional_to_its_length(part):
+    """The texts have up to a million characters; a scan that is not linear takes minutes for some of them."""
+    assert exact_match(part * 100_000 + r"\boxed{42}", problem_with("42")) is (part != "<think>")
+
+
+@pytest.mark.parametrize(
     ("response", "answer", "right"),
     [
         (r"so it is $\frac{1}{2}$", "1/2", True),

@@ -270,20 +270,6 @@ def test_only_responses_of_the_student_say_whether_the_student_loops(keys, wante
     assert student_samples(load([*keys, "run_dir=x"])) == wanted
 
 
-def test_a_counter_of_version_0_2_goes_on_under_the_present_name():
-    guards = Guards(CONFIG)
-    for step, metrics in enumerate(entropies(0.06, 0.06, 0.06, 0.0001)):
-        guards.check(step, HEALTHY | metrics)
-    state = guards.state_dict()
-    state["violations"] = {
-        {"entropy.min_ratio": "min_entropy_ratio"}.get(k, k): n for k, n in state["violations"].items()
-    }
-    old = Guards(CONFIG)
-    old.load_state_dict(state)
-    assert "min_entropy_ratio" in state["violations"] and old.violations == guards.violations
-    assert stopped_at(old, entropies(0.0001), start=4) is not None
-
-
 def test_the_distance_is_judged_by_the_violations_of_a_checkpoint():
     before, after = Guards(CONFIG, ENGINES), Guards(CONFIG, ENGINES)
     assert stopped_at(before, distances(9.0)) is None

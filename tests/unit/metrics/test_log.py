@@ -101,15 +101,14 @@ def delete(run_dir: Path) -> None:
     shutil.rmtree(run_dir.rename(run_dir.with_name("deleted")))
 
 
-def test_what_was_logged_is_written_again_where_the_directory_is_deleted(tmp_path, caplog):
+def test_a_log_goes_on_where_the_directory_is_deleted(tmp_path):
     with MetricsLog(tmp_path / "run", num_steps=9, console_every=0) as log:
         log.resume(0)
         for step in range(1, 6):
             if step == 4:
                 delete(tmp_path / "run")
             log.log(step, {"loss/mean": step / 10})
-    assert [values["step"] for values in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
-    assert [record.getMessage().endswith("it is written again") for record in caplog.records] == [True]
+    assert [values["step"] for values in read_metrics(tmp_path / "run")] == [4, 5]
 
 
 def lose_events(run_dir: Path, log: MetricsLog) -> None:
@@ -128,18 +127,6 @@ def test_a_directory_that_is_gone_at_the_end_is_a_warning(tmp_path, caplog):
         log.log(1, {"loss/mean": 0.1})
         lose_events(tmp_path / "run", log)
     assert "metrics.loggers: tensorboard may lack the last lines: FileNotFoundError" in caplog.text
-
-
-def test_a_file_that_takes_the_name_of_the_metrics_is_kept(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    with MetricsLog(tmp_path, num_steps=9, console_every=0) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": 0.1})
-        path.unlink()
-        path.write_text("somebody else's\n")
-        log.log(2, {"loss/mean": 0.2})
-    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2]
-    assert (tmp_path / "metrics.replaced.jsonl").read_text() == "somebody else's\n"
 
 
 def test_where_there_is_no_terminal_the_console_has_plain_lines(tmp_path):

@@ -163,19 +163,6 @@ def test_the_limits_of_the_guards_follow_from_the_first_steps(run):
     assert limits(record, "loss/mean") == {}
 
 
-def test_the_limits_of_a_run_of_version_0_2_have_the_present_names(run, tmp_path):
-    old = Path(shutil.copytree(run, tmp_path / "old"))
-    config = yaml.safe_load((old / "config.yaml").read_text())
-    limits_of_entropy = config["guards"].pop("entropy")
-    old_names = {"min_ratio": "min_entropy_ratio", "max_ratio": "max_entropy_ratio", "min_rise": "min_entropy_rise"}
-    config["guards"] |= {old_names[name]: value for name, value in limits_of_entropy.items()}
-    (old / "config.yaml").write_text(yaml.safe_dump(config))
-    (before,), (record,) = read_runs([old]), read_runs([run])
-    assert limits(before, "entropy/student") == limits(record, "entropy/student")
-    assert before.config["guards.entropy.min_rise"] == limits_of_entropy["min_rise"]
-    assert "guards.min_entropy_rise" not in before.config
-
-
 @pytest.mark.parametrize(
     ("overrides", "limit"),
     [

@@ -181,17 +181,6 @@ def step_of(line: bytes) -> int | None:
     return step if type(step) is int and 0 <= step < 2**53 else None
 
 
-def test_a_byte_that_is_no_text_stops_no_run_that_loses_its_file(tmp_path):
-    with MetricsLog(tmp_path, num_steps=9, console_every=0) as log:
-        log.resume(0)
-        log.log(1, {"loss/mean": 0.1})
-        with (tmp_path / "metrics.jsonl").open("ab") as file:
-            file.write(b"\xff\n")
-        (tmp_path / "metrics.jsonl").rename(tmp_path / "lost")
-        log.log(2, {"loss/mean": 0.2})
-    assert [values["step"] for values in read_metrics(tmp_path)] == [1, 2]
-
-
 @pytest.mark.parametrize("value", [*ODD_VALUES[:-1], {1: {2: [3]}}, datetime.date(2026, 1, 1)], ids=repr)
 def test_a_report_shows_a_run_with_any_values_in_its_configuration(run, scratch, value):
     copy = copy_of(run, scratch / "configured")
