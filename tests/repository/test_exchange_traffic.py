@@ -42,19 +42,20 @@ def by_place(traffic: list[Any]) -> dict[int, set[tuple[int, int]]]:
 
 
 def test_with_servers_no_rank_but_rank_0_sends_or_receives_more_in_a_larger_world(tools):
-    small, large = traffic_of(tools, [2, 32], None)
+    small, large = traffic_of(tools, [2, 32], None, response=1000)
     assert by_place(small) == by_place(large) and all(len(found) == 1 for found in by_place(large).values())
     first, last = (next(iter(by_place(large)[place])) for place in (0, REPLICA - 1))
     assert last[0] < first[0], "the first rank of a replica sends and receives for the others"
-    assert last[0] == pytest.approx(8 * 6 * 100, rel=0.1), "8 bytes per token of 6 responses, each once"
+    assert last[0] == pytest.approx(8 * 6 * 1000, rel=0.1), "8 bytes per token of 6 responses, each once"
 
 
 def test_with_servers_rank_0_handles_bytes_and_messages_in_proportion_to_the_replicas(tools):
-    two, three, nine = ((each[0].num_bytes, each[0].num_messages) for each in traffic_of(tools, [2, 3, 9], None))
+    worlds = traffic_of(tools, [2, 3, 9], None, response=1000)
+    two, three, nine = ((each[0].num_bytes, each[0].num_messages) for each in worlds)
     per_replica = tuple(after - before for before, after in zip(two, three, strict=True))
     assert nine == tuple(start + 7 * each for start, each in zip(two, per_replica, strict=True))
     assert per_replica[1] == 4, "a size and an array each way"
-    tokens = 4 * 3 * 30 + 8 * 6 * 100  # each prompt of a replica once, tokens and log-probs of each response
+    tokens = 4 * 3 * 30 + 8 * 6 * 1000  # each prompt of a replica once, tokens and log-probs of each response
     assert tokens < per_replica[0] < 1.1 * tokens
 
 
