@@ -300,9 +300,7 @@ class MetricsLog:
             return
         try:
             samples = make()
-            with self.samples_path.open("a", encoding="utf-8") as lines:
-                for sample in samples:
-                    lines.write(json.dumps({"step": step, **sample.record()}, allow_nan=False) + "\n")
+            _append(self.samples_path, step, [sample.record() for sample in samples])
             shown = [one for i, one in enumerate(samples) if i == 0 or not one.continues(samples[i - 1])]
             self._loggers.add_samples(step, shown)
             if self._console is not None:
@@ -314,8 +312,7 @@ class MetricsLog:
     def log_evaluation_samples(self, step: int, records: Sequence[Mapping[str, Any]]) -> None:
         """Save responses of the evaluation after ``step`` steps, one JSON object each."""
         if self.enabled and records:
-            with self.evaluation_samples_path.open("a", encoding="utf-8") as lines:
-                lines.writelines(json.dumps({"step": step, **record}) + "\n" for record in records)
+            _append(self.evaluation_samples_path, step, records)
 
     def message(self, text: str) -> None:
         """Print a line on the console, above the progress bar."""
@@ -345,11 +342,14 @@ class MetricsLog:
         self.close()
 
     def _write(self, step: int, metrics: Mapping[str, float]) -> None:
-        values = {key: _json_number(float(value)) for key, value in metrics.items()}
-        self.path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the directory
-        with self.path.open("ab") as file:
-            file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+        _append(self.path, step, [{key: _json_number(float(value)) for key, value in metrics.items()}])
         self._loggers.add_scalars(step, metrics)
+
+
+def _append(path: Path, step: int, records: Sequence[Mapping[str, Any]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)  # somebody may have deleted the directory
+    with path.open("a", encoding="utf-8") as lines:
+        lines.writelines(json.dumps({"step": step, **record}, allow_nan=False) + "\n" for record in records)
 
 
 def configured_log(config: Config, phases: Phases, *, enabled: bool) -> MetricsLog:
