@@ -139,7 +139,7 @@ def unknown_key(key: str) -> str | None:
         )
     if key in SHORT:
         return f"{key} is short for {SHORT[key]} on a command line: a file has the whole name"
-    if word := WORDS.get(key.rpartition(".")[2]):
+    if word := WORDS.get(key.rpartition(".")[2].replace("-", "_")):
         called, _, advice = word.partition(": ")
         return f"{key} is called {called} here{f': {advice}' if advice else ''}"
     names = [*known] if "." in key else [*known, *sections, *groups()]
@@ -148,9 +148,8 @@ def unknown_key(key: str) -> str | None:
 
 
 def meant_key(word: str) -> str:
-    """Return the key that a word may mean: its own name, its short name, that of another program, or the nearest."""
-    named = SHORT.get(word) or WORDS.get(word) or (word if word in keys() else _nearest(word, [*keys()]))
-    return named.partition(":")[0]
+    """Return the key that a word may mean, and after a colon what to do: its own, a short, another's or the nearest."""
+    return SHORT.get(word) or WORDS.get(word) or (word if word in keys() else _nearest(word, [*keys()]))
 
 
 def _nearest(key: str, names: Sequence[str]) -> str:

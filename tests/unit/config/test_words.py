@@ -28,6 +28,9 @@ def test_the_word_of_another_program_names_a_key_that_exists(word):
     ("override", "message"),
     [
         ("learning_rate=1", "learning_rate is called optimizer.lr here"),
+        ("learning-rate=1", "learning-rate is called optimizer.lr here"),
+        ("num-gpus=8", "did you mean 'cluster.num_gpus'?"),
+        ("nproc_per_node=8", "nproc_per_node is called cluster.num_gpus here: --ranks N starts N ranks"),
         (
             "trainer.total_epochs=3",
             "trainer.total_epochs is called num_steps here: steps = epochs x problems / data.global_batch_size",
