@@ -137,11 +137,11 @@ def train(config: Config, given: Collection[str] | None = None, ranks: RollCall 
 
 def check(config: Config, world_size: int) -> None:
     """Raise `ConfigError` or `CheckpointError` for what one process can see before ``world_size`` ranks start."""
+    prechecks.require_start(config)
     check_files(config)
     prechecks.require_ranks(config, world_size)
     require_packages(config)
     prechecks.require_data(config)
-    prechecks.require_start(config)
     config.method.require_start(config)
 
 

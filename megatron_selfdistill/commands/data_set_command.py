@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_selfdistill.commands.model_command import at_least_1, ended
+from megatron_selfdistill.commands.model_command import ended
+from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait

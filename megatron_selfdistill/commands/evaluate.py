@@ -17,7 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_selfdistill.commands.model_command import at_least_1, ended
+from megatron_selfdistill.commands.model_command import ended, parsed
+from megatron_selfdistill.config.command_line import at_least_1, with_files
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
@@ -252,14 +253,16 @@ def training_command(
 ) -> str:
     """Return the command line that trains the evaluated ``model`` with the keys of this command and of ``target``.
 
-    A Hugging Face directory is converted first.  The training problems are problems.jsonl, unless data.path is given.
+    A Hugging Face directory is converted first, if that is not done.  The training problems are problems.jsonl, unless
+    data.path is given.
     """
     load, words = Path(model["path"]), list(arguments.overrides)
     convert = []
     if model["format"] == "hugging_face":
-        hf, load = load, load.with_name(f"{load.name}-megatron")
-        convert = ["selfdistill", "convert", "hf-to-megatron", "--hf", str(hf), "--out", str(load)]
-    given = {word.lstrip("+").partition("=")[0] for word in words}
+        hf, load = load, load.parent / f"{os.path.basename(os.path.abspath(load))}-megatron"
+        if not load.exists():
+            convert = ["selfdistill", "convert", "hf-to-megatron", "--hf", str(hf), "--out", str(load)]
+    given = {word.lstrip("+").partition("=")[0] for word in with_files(words)}
     needed = {"data.tokenizer": config.data.tokenizer, "data.path": "problems.jsonl"}
     words = [f"checkpoint.load={load}", *(f"{key}={it}" for key, it in needed.items() if key not in given), *words]
     if arguments.config_name != "train":
@@ -384,25 +387,12 @@ def evaluation_arguments(argv: Sequence[str]) -> argparse.Namespace:
         "--responses", type=int, default=0, metavar="N", help="write the responses to the first N problems as text"
     )
     parser.add_argument("--all", action="store_true", help=_ALL)
-    parser.add_argument(
-        "--tmp",
-        type=Path,
-        metavar="DIR",
-        help="directory for the converted --hf, which all nodes see (default: --out/..)",
-    )
-    parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
-    parser.add_argument(
-        "--config-dir", action="append", default=[], help="a directory with further configuration groups"
-    )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. rollout.top_p=0.95")
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parsed(parser, argv)
     for name in ("pass_at_k", "majority_at_k"):  # what follows the numbers are overrides
         words = getattr(arguments, name) or []
         ks = list(itertools.takewhile(str.isdecimal, words))
         arguments.overrides = [*arguments.overrides, *words[len(ks) :]]
         setattr(arguments, name, [int(k) for k in ks] if words else None)
-    if wrong := [word for word in arguments.overrides if "=" not in word]:
-        parser.error(f"expected key=value, got {wrong[0]}")
     arguments.argv = list(argv)
     powers = [4**i for i in range(12) if 4**i <= arguments.num_samples]
     arguments.pass_at_k = powers if arguments.pass_at_k is None else arguments.pass_at_k

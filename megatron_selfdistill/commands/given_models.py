@@ -16,6 +16,7 @@ import yaml
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import prechecks
 from megatron_selfdistill.config import Config
+from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.config.world_checks import check_ranks
 from megatron_selfdistill.distributed.roll_call import world_size
 from megatron_selfdistill.errors import ConfigError
@@ -161,7 +162,7 @@ def given_config(
     The problems come from options, too.  Nothing is trained, so the size of a batch limits no layout.
     Raises: `ConfigError` for an override of a reserved key, and for an impossible configuration.
     """
-    named = (arguments.overrides, arguments.config_name, arguments.config_dir)
+    named = (with_files(arguments.overrides), arguments.config_name, arguments.config_dir)
     config, keys = configuration.load(*named), configuration.given_keys(*named)
     overridden = frozenset(override.lstrip("+~").partition("=")[0] for override in arguments.overrides)
     if taken := sorted(overridden & reserved.keys()):

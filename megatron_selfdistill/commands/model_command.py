@@ -48,11 +48,8 @@ def parsed(parser: argparse.ArgumentParser, argv: Sequence[str]) -> argparse.Nam
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="hydra overrides, e.g. target=strict")
-    arguments = parser.parse_intermixed_args(argv)
-    if wrong := [word for word in arguments.overrides if "=" not in word]:
-        parser.error(f"expected one checkpoint and then key=value, got {wrong[0]}")
-    return arguments
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="setting, or FILE.yaml with settings")
+    return parser.parse_intermixed_args(argv)
 
 
 def ended(name: str, work: Callable[[], int], outcome: str = "no results were written") -> int:
@@ -75,10 +72,3 @@ def ended(name: str, work: Callable[[], int], outcome: str = "no results were wr
     except KeyboardInterrupt:
         print(f"{name}: interrupted; {outcome}", file=sys.stderr)
         return EXIT_INTERRUPTED
-
-
-def at_least_1(text: str) -> int:
-    """Return the number that an option has, for argparse; a number below 1 is refused."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
-    return int(text)

@@ -102,10 +102,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_intermixed_args(argv)
     if unknown:
         _refuse_option(unknown[0], argv)
-    files = [word for word in arguments.overrides if "=" not in word and word.endswith((".yaml", ".yml"))]
-    written = [word for word in arguments.overrides if word not in files]
-    in_files = [override for file in (*arguments.config, *files) for override in _overrides_in(Path(file))]
-    arguments.overrides = [*key_list.long_names(in_files), *key_list.long_names(written)]
+    arguments.overrides = with_files(arguments.overrides, arguments.config)
     directories = [Path(directory) for directory in arguments.config_dir]
     arguments.argv, arguments.about = argv, None
     if arguments.help:
@@ -119,13 +116,25 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def with_files(words: Sequence[str], files: Sequence[str] = ()) -> list[str]:
+    """Return the overrides in ``words`` behind those of ``files`` and of the YAML files in ``words``, with long names.
+
+    Raises: `ConfigError` for a file that is no configuration, and where a key has two names.
+    """
+    named = [word for word in words if "=" not in word and word.endswith((".yaml", ".yml"))]
+    in_files = [override for file in (*files, *named) for override in _overrides_in(Path(file))]
+    written = [word for word in words if word not in named]
+    return [*key_list.long_names(in_files), *key_list.long_names(written)]
+
+
 def _refuse_option(option: str, argv: Sequence[str]) -> None:
     """Raise `ConfigError` with the form key=value of an ``option`` that the program does not have."""
     name, _, value = option.lstrip("-").partition("=")
     (after,) = argv[argv.index(option) + 1 :][:1] or ["-"]
     value = value or ("VALUE" if after.startswith("-") or "=" in after else after)
-    key = key_list.meant_key(name.replace("-", "_"))
-    raise ConfigError(f"{option}: settings are key=value: {key}={value}")
+    key, _, advice = key_list.meant_key(name.replace("-", "_")).partition(": ")
+    setting = f"{key}=VALUE? {advice}" if advice else f"{key}={value}?"
+    raise ConfigError(f"{option}: settings are key=value; did you mean {setting}")
 
 
 def _overrides_in(file: Path) -> list[str]:
@@ -223,6 +232,13 @@ def _range(kind: Any) -> str:
     return f"\n    Range: {described(kind)}." if is_shown else ""
 
 
+def at_least_1(text: str) -> int:
+    """Return the number that an option has, for argparse; a number below 1 is refused."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selfdistill train",
@@ -246,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--recipes", action="store_true", help="list the recipes, and exit")
     parser.add_argument("--print", action="store_true", help="print the resolved configuration, and exit")
     parser.add_argument("--dry-run", action="store_true", help="the same as dry_run=true")
-    parser.add_argument("--ranks", type=int, metavar="N", help="check the settings, then train on N ranks of this node")
+    parser.add_argument("--ranks", type=at_least_1, metavar="N", help="check, then train on N ranks of this node")
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="the same as FILE.yaml alone")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
     parser.add_argument(

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_selfdistill.choices import HINT_LEVELS
-from megatron_selfdistill.commands.model_command import add_models, at_least_1, ended, parsed
+from megatron_selfdistill.commands.model_command import add_models, ended, parsed
+from megatron_selfdistill.config.command_line import at_least_1
 from megatron_selfdistill.config.world_checks import check_world
 from megatron_selfdistill.data.records import from_json
 from megatron_selfdistill.errors import ConfigError

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 from megatron_selfdistill import config as configuration
 from megatron_selfdistill import train
+from megatron_selfdistill.config.command_line import with_files
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.terminal import print_error
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if "RANK" in os.environ:
             raise ConfigError("a plan is made by one process: start it without torchrun, or train with dry_run=true")
-        named = (["dry_run=true", *arguments.overrides], arguments.config_name, arguments.config_dir)
+        named = (["dry_run=true", *with_files(arguments.overrides)], arguments.config_name, arguments.config_dir)
         config = configuration.load(*named)
         if not config.dry_run:
             raise ConfigError("dry_run=false contradicts `selfdistill plan`: remove dry_run=false")
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="selfdistill plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings of `selfdistill train`")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of `selfdistill train`, or FILE.yaml")
     parser.add_argument("--config-name", default="train", help="the primary configuration (default: train)")
     parser.add_argument(
         "--config-dir", action="append", default=[], help="a directory with further configuration groups"

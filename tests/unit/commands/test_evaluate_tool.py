@@ -315,6 +315,25 @@ def test_the_command_that_trains_is_whole_and_has_the_keys_of_the_evaluation(dir
     load(words)
 
 
+def test_the_command_that_trains_has_a_file_of_settings_and_converts_a_model_once(directory, tmp_path, monkeypatch):
+    (tmp_path / "my.yaml").write_text("lr: 1e-3\ndata: {path: mine.jsonl, tokenizer: mine}\n")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(directory / "hf", tmp_path / "hf")
+    given = evaluation_arguments([*arguments(Path(), tmp_path / "x", model="hf")[: -len(SETTINGS)], "my.yaml"])
+    config, keys = tool.loaded(given)
+    assert config.optimizer.lr == 1e-3 and "optimizer.lr" in keys
+    train = "selfdistill train checkpoint.load=hf-megatron my.yaml run_dir=runs/first"
+    convert = "selfdistill convert hf-to-megatron --hf hf --out hf-megatron && "
+    model = find_model(given.hf, None, None)
+    assert tool.training_command(given, config, model, []) == convert + train
+    (tmp_path / "hf-megatron").mkdir()
+    assert tool.training_command(given, config, model, []) == train
+    shutil.copy("my.yaml", "hf")
+    monkeypatch.chdir("hf")
+    here = tool.training_command(given, config, model | {"path": "."}, [])
+    assert here.startswith("selfdistill convert hf-to-megatron --hf . --out hf-megatron && ")
+
+
 def test_on_several_ranks_the_next_command_is_launched_on_as_many(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert tool.launched("train", ["a=b c"]) == "torchrun --nproc-per-node 2 -m megatron_selfdistill train 'a=b c'"
@@ -375,7 +394,7 @@ def test_iteration_with_a_hugging_face_directory_and_a_checkpoint_without_tokeni
     assert "data.tokenizer=DIR" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["--hf", "a", "--megatron", "b"], ["--hf", "a", "--pass-at-k", "one"]])
+@pytest.mark.parametrize("arguments", [[], ["--hf", "a", "--megatron", "b"]])
 def test_options_that_contradict_or_are_missing_show_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         run_tool([*arguments, "--data", "x", "--out", "y"])

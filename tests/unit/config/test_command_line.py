@@ -134,19 +134,30 @@ def test_keys_may_stand_on_both_sides_of_a_flag(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "problems.jsonl"], "--data: settings are key=value: data.path=problems.jsonl"),
-        (["--lr", "1e-5", "seed=1"], "--lr: settings are key=value: optimizer.lr=1e-5"),
-        (["--learning-rate=1e-5"], "--learning-rate=1e-5: settings are key=value: optimizer.lr=1e-5"),
-        (["seed=1", "-lr", "1e-5"], "-lr: settings are key=value: optimizer.lr=1e-5"),
-        (["--num-train-epochs", "3"], "--num-train-epochs: settings are key=value: num_steps=3"),
-        (["--run-dir", "runs/first"], "--run-dir: settings are key=value: run_dir=runs/first"),
-        (["--max-new-token", "5"], "--max-new-token: settings are key=value: rollout.max_new_tokens=5"),
-        (["--bf16", "--lr", "1"], "--bf16: settings are key=value: optimizer.precision=VALUE"),
-        (["--conf", "my.yaml"], "--conf: settings are key=value: "),
+        (["--data", "problems.jsonl"], "--data: settings are key=value; did you mean data.path=problems.jsonl?"),
+        (["--lr", "1e-5", "seed=1"], "--lr: settings are key=value; did you mean optimizer.lr=1e-5?"),
+        (["--learning-rate=1e-5"], "--learning-rate=1e-5: settings are key=value; did you mean optimizer.lr=1e-5?"),
+        (["seed=1", "-lr", "1e-5"], "-lr: settings are key=value; did you mean optimizer.lr=1e-5?"),
+        (
+            ["--num-train-epochs", "3"],
+            "--num-train-epochs: settings are key=value; did you mean num_steps=VALUE? steps = epochs x problems / ",
+        ),
+        (["--run-dir", "runs/first"], "--run-dir: settings are key=value; did you mean run_dir=runs/first?"),
+        (["--max-new-token", "5"], "--max-new-token: settings are key=value; did you mean rollout.max_new_tokens=5?"),
+        (["--bf16", "--lr", "1"], "--bf16: settings are key=value; did you mean optimizer.precision=VALUE?"),
+        (["--verbose"], "--verbose: settings are key=value; did you mean "),
+        (["--conf", "my.yaml"], "--conf: settings are key=value; did you mean "),
     ],
 )
 def test_an_option_of_another_program_is_answered_with_the_setting(capsys, arguments, message):
     assert refused(capsys, *arguments).startswith(message)
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_a_launch_has_at_least_one_rank(capsys, number):
+    with pytest.raises(SystemExit) as stopped:
+        command_line.parse([f"--ranks={number}"])
+    assert stopped.value.code == 2 and f"a number of at least 1, got '{number}'" in capsys.readouterr().err
 
 
 def test_a_dry_run_is_an_option_too(capsys):
@@ -208,6 +219,7 @@ REFUSED = {
     ("run_dir=here",): "data.path is not set",
     ("run_dir=here", "data.path="): "data.path is not set",
     ("run_dir=here", "data.path=x.jsonl"): "data.tokenizer is not set",
+    ("run_dir=here", "data.path=x.jsonl", "checkpoint.load=nowhere"): "nowhere does not exist",
     ("run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"): "expected a directory",
     ("traget=1",): "did you mean 'target'?",
     ("optimizer.lr=inf",): "must be a finite number",

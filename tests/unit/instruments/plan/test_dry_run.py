@@ -409,6 +409,13 @@ def test_the_first_line_of_a_plan_says_whether_it_fits(capsys):
     assert captured.out.splitlines()[0] == f"does not fit: {captured.err.removeprefix('plan: ').strip()}"
 
 
+def test_a_plan_has_the_settings_of_a_file(tmp_path, capsys):
+    (tmp_path / "my.yaml").write_text("cluster: {num_gpus: 1, gpu_memory_gb: 24}\nmodel: {vocab_size: 49152}\n")
+    assert plan.main([str(tmp_path / "my.yaml")]) == 0
+    *_, first, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith(f"selfdistill train run_dir=runs/first {tmp_path}/my.yaml ")
+
+
 def test_a_small_model_is_shown_in_millions_megabytes_and_milliseconds(capsys):
     assert plan.main(SMALL) == 0
     out = capsys.readouterr().out
