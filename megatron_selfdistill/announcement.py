@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib import metadata
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from megatron_selfdistill.sources.given_responses import SKIPPED_FILE, list_skip
 from megatron_selfdistill.trainer import Trainer
 
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "triton", "transformers", "vllm")
+_PROMPTS = ("data.tokenizer", "data.chat_template", "data.system_prompt")
+_OF_EVALUATIONS = (*_PROMPTS, "rollout.max_new_tokens", "rollout.temperature", "evaluation.verifier")
 
 
 def announce(trainer: Trainer, given: Collection[str] | None = None) -> None:
@@ -66,11 +69,8 @@ def conclude(trainer: Trainer, first_step: int, seconds: float, report: Path | N
         return  # the run was asked to stop, and has reported so
     trainer.checkpointer.finish()
     trainer.events.record(trainer.step, "finished")
-    run_dir, steps = trainer.run_dir, trainer.step - first_step
-    if steps > 0:
-        lines = done(run_dir, trainer.step, steps, seconds, trainer.checkpoint, report)
-    else:
-        lines = complete(run_dir, trainer.step, trainer.checkpoint)
+    run, steps, end = (trainer.config, trainer.step), trainer.step - first_step, trainer.checkpoint
+    lines = done(*run, steps, seconds, end, report) if steps > 0 else complete(*run, end)
     for line in lines:
         trainer.log.message(line)
 
@@ -153,7 +153,7 @@ def _problems(trainer: Trainer) -> str:
 
 
 def done(
-    run_dir: Path, num_steps: int, steps_here: int, seconds: float, checkpoint: Path, report: Path | None = None
+    config: Config, num_steps: int, steps_here: int, seconds: float, checkpoint: Path, report: Path | None = None
 ) -> list[str]:
     """Return the last lines of a run that has done its last step.
 
@@ -163,15 +163,15 @@ def done(
     return [
         f"done: {num_steps} {_steps(num_steps)}{part} in {duration(seconds)}; checkpoint: {checkpoint}",
         *([f"report: {report} (open it in a browser)"] if report is not None else []),
-        *_next(run_dir, num_steps),
+        *_next(config, num_steps),
     ]
 
 
-def complete(run_dir: Path, num_steps: int, checkpoint: Path) -> list[str]:
+def complete(config: Config, num_steps: int, checkpoint: Path) -> list[str]:
     """Return the lines of a launch that finds all steps of the run done."""
     were = "the only step was" if num_steps == 1 else f"all {num_steps} steps were"
     first = f"complete: {were} done before, nothing is trained; checkpoint: {checkpoint}"
-    return [first, *_next(run_dir, num_steps)]
+    return [first, *_next(config, num_steps)]
 
 
 def duration(seconds: float) -> str:
@@ -186,11 +186,14 @@ def _steps(number: int) -> str:
     return "step" if number == 1 else "steps"
 
 
-def _next(run_dir: Path, num_steps: int) -> list[str]:
-    run = shlex.quote(str(run_dir))
-    convert = f"selfdistill convert megatron-to-hf --megatron {run} --out {shlex.quote(f'{run_dir}-hf')}"
-    evaluate = f"selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after"
-    came_from_hf = (run_dir / HF_ASSETS).is_dir()  # other models may have no architecture of Hugging Face
+def _next(config: Config, num_steps: int) -> list[str]:
+    run = config.run_dir
+    came_from_hf = (Path(run) / HF_ASSETS).is_dir()  # others may have no architecture of Hugging Face
+    own = {key: value for key in _OF_EVALUATIONS if (value := attrgetter(key)(config)) != attrgetter(key)(Config())}
+    settings = [f"{key}={value}" for key, value in own.items() if key != "data.tokenizer" or not came_from_hf]
+    convert = shlex.join(["selfdistill", "convert", "megatron-to-hf", "--megatron", run, "--out", f"{run}-hf"])
+    words = ["--megatron", run, "--data", "held_out.jsonl", "--out", "results/after", *settings]
+    evaluate = f"selfdistill evaluate {shlex.join(words)}"
     return [
         f"next: {convert if came_from_hf else evaluate}",
         *([f"  or: {evaluate}"] if came_from_hf else []),

@@ -217,7 +217,7 @@ def _already_complete(config: Config, checkpoint: Path, ranks: RollCall) -> int:
     if ranks.rank == 0:
         from megatron_selfdistill.announcement import complete
 
-        lines = complete(Path(config.run_dir), config.num_steps, checkpoint)
+        lines = complete(config, config.num_steps, checkpoint)
         print(hidden("\n".join(lines)), flush=True)
     return 0
 

@@ -15,6 +15,7 @@ from tiny_run import overrides, saved_step, train
 
 from megatron_selfdistill import announcement
 from megatron_selfdistill.commands.evaluate import evaluation_arguments
+from megatron_selfdistill.config import load
 from megatron_selfdistill.interop import convert_command as convert
 from megatron_selfdistill.metrics import MetricsLog
 from megatron_selfdistill.run_log import read_events
@@ -74,29 +75,38 @@ def ended(ranks, data, tmp_path_factory) -> tuple[Path, list[str]]:
     return directory / "run", (directory / "messages").read_text().splitlines()
 
 
-def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended):
+def test_a_run_ends_with_its_checkpoint_and_commands_to_paste(ended, data):
     run, messages = ended
     checkpoint = run / "checkpoints" / "iter_0000002"
     done, evaluate, train_on = messages[-3:]
     assert re.fullmatch(rf"done: 2 steps in \d+ s; checkpoint: {checkpoint}", done)
     assert (checkpoint / "metadata.json").is_file()
     assert "num_steps=4" in train_on
-    assert evaluate == f"next: selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after"
+    assert evaluate == (
+        f"next: selfdistill evaluate --megatron {run} --data held_out.jsonl --out results/after "
+        f"data.tokenizer={data}/tokenizer rollout.max_new_tokens=14"
+    )
 
 
 def test_the_next_command_converts_a_model_that_came_from_hugging_face(tmp_path):
     run = tmp_path / "a run"
     (run / "huggingface").mkdir(parents=True)
-    first, convert_it, evaluate, _ = announcement.done(run, 1, 1, 3.0, run / "checkpoints" / "iter_0000001")
+    own = ("data.tokenizer=x", "data.chat_template='{{ m }}, b'", "evaluation.verifier=math_verify")
+    config = load([f"run_dir='{run}'", *own])
+    first, convert_it, evaluate, _ = announcement.done(config, 1, 1, 3.0, run / "checkpoints" / "iter_0000001")
     assert first == f"done: 1 step in 3 s; checkpoint: {run}/checkpoints/iter_0000001"
     words = shlex.split(convert_it.removeprefix("next: selfdistill convert "))
     assert words == ["megatron-to-hf", "--megatron", str(run), "--out", f"{run}-hf"]
     assert convert._parser().parse_args(words).run is convert.megatron_to_hf
-    assert evaluation_arguments(shlex.split(evaluate.removeprefix("  or: selfdistill evaluate "))).megatron == run
+    given = evaluation_arguments(shlex.split(evaluate.removeprefix("  or: selfdistill evaluate ")))
+    evaluated = load(given.overrides)
+    assert given.megatron == run and evaluated.evaluation.verifier == "math_verify"
+    assert evaluated.data.chat_template == "{{ m }}, b" and evaluated.data.tokenizer is None, "the run has its own"
 
 
 def test_a_model_of_no_known_architecture_is_not_to_be_converted(tmp_path):
-    assert not any("convert" in line for line in announcement.complete(tmp_path, 2, tmp_path / "iter_0000002"))
+    lines = announcement.complete(load([f"run_dir={tmp_path}"]), 2, tmp_path / "iter_0000002")
+    assert not any("convert" in line for line in lines)
 
 
 def test_a_complete_run_reports_it_builds_nothing_and_changes_nothing(ranks, data, ended, tmp_path):
