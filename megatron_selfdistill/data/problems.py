@@ -448,9 +448,9 @@ def _conversation(messages: object, column: str) -> tuple[dict[str, Any], ...]:
 def _text(value: object, name: str, columns: Mapping[str, str | None], record: Mapping[str, Any]) -> str:
     if isinstance(value, str) and value.strip():
         return value
-    got = _shown(value)
-    if columns[name] not in record:
-        got = f"no such field (the record has: {', '.join(map(str, record)) or 'nothing'})"
+    found = ", ".join(map(str, record)) or "nothing"
+    missing = f"no such field (the record has: {found}; data.fields.{name}=COLUMN names another column)"
+    got = _shown(value) if columns[name] in record else missing
     raise BadRecordError(f"field {columns[name] or name!r}: expected a non-empty string, got {got}.")
 
 
