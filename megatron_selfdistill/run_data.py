@@ -152,7 +152,7 @@ class RunData:
         if data.path is None or data.tokenizer is None:
             missing = "data.path" if data.path is None else "data.tokenizer"
             raise ConfigError(
-                f"{missing} is not set: give a file of problems and a tokenizer, or see `make quickstart`"
+                f"{missing} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`"
             )
         tokenizer = _tokenizer(data)
         if data.kind == "conversations":

@@ -20,7 +20,10 @@ def check_files(config: Config) -> None:
     """
     for key, value in (("data.path", config.data.path), ("data.tokenizer", config.data.tokenizer)):
         if value is None:
-            raise ConfigError(f"{key} is not set: give a file of problems and a tokenizer, or see `make quickstart`")
+            raise ConfigError(f"{key} is not set: give problems, a checkpoint, a tokenizer, or see `make quickstart`")
+    evaluation = config.evaluation
+    if evaluation.path is None and (evaluation.every or evaluation.at_start):
+        raise ConfigError("evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false")
     _check_run_dir(config.run_dir)
     replay = config.rollout.replay
     if replay is not None and not os.path.isfile(replay):

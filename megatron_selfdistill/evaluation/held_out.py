@@ -127,7 +127,7 @@ def evaluate(
     """
     problems, builder, tokenizer = run_data.evaluation, run_data.builder, run_data.tokenizer
     if not problems:
-        raise ConfigError("evaluation.path is not set: set it, or evaluation.at_start=false")
+        raise ConfigError("evaluation.path is not set: set it, or evaluation.every=0 and evaluation.at_start=false")
     check_answers(problems, verifier)
     prompt_of = builder.teacher_prompt if options.hinted else builder.student_prompt
     prompts = [prompt_of(problem) for problem in problems]

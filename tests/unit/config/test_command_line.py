@@ -220,6 +220,7 @@ REFUSED = {
     ("run_dir=here", "data.path="): "data.path is not set",
     ("run_dir=here", "data.path=x.jsonl"): "data.tokenizer is not set",
     ("run_dir=here", "data.path=x.jsonl", "checkpoint.load=nowhere"): "nowhere does not exist",
+    ("run_dir=here", "data.path=x.jsonl", "data.tokenizer=y", "evaluation.every=3"): "evaluation.path is not set",
     ("run_dir=/dev/null/x", "data.path=x.jsonl", "data.tokenizer=y"): "expected a directory",
     ("traget=1",): "did you mean 'target'?",
     ("optimizer.lr=inf",): "must be a finite number",
