@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_selfdistill.commands.model_command import ended
-from megatron_selfdistill.config.command_line import at_least_1
+from megatron_selfdistill.config.command_line import at_least_1, with_files
 from megatron_selfdistill.config.world_checks import check_ranks, check_world
 
 if TYPE_CHECKING:  # these imports take seconds, for which --help and a mistyped option should not wait
@@ -92,6 +92,7 @@ def configured(arguments: argparse.Namespace, defaults: Sequence[str] = ()) -> C
     from megatron_selfdistill.errors import ConfigError
     from megatron_selfdistill.prechecks import with_stored_tokenizer
 
+    arguments.overrides = with_files(arguments.overrides)
     config = configuration.load([*defaults, *arguments.overrides], arguments.config_name)
     if arguments.num_problems is not None:
         config = replace(config, data=replace(config.data, limit=arguments.num_problems))
@@ -127,9 +128,7 @@ def parser_of(name: str, description: str | None, *, wanted: str, num_samples: i
         prog=f"selfdistill {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     option = parser.add_argument
-    option(
-        "overrides", nargs="*", metavar="key=value", help="settings of selfdistill (`selfdistill --keys` lists them)"
-    )
+    option("overrides", nargs="*", metavar="key=value", help="setting (`selfdistill --keys` lists them), or FILE.yaml")
     option(
         "--out", type=Path, required=True, metavar="FILE", help=f"JSONL file for the {wanted}, which data.path can read"
     )

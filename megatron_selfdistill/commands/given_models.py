@@ -76,7 +76,7 @@ class GivenModels:
         for path, iteration in ((self.student, self.iteration), (self.teacher, None), (self.reference, None)):
             if path is None:
                 continue
-            if _is_hugging_face(path):
+            if prechecks.is_hugging_face(path):
                 if iteration is not None:
                     raise ConfigError("--iteration chooses among Megatron checkpoints, got a Hugging Face directory")
                 prechecks.require_hugging_face(path)
@@ -87,7 +87,7 @@ class GivenModels:
         """Return `find_model` of the student.  Raises: `CheckpointError`."""
         from megatron_selfdistill.commands.given_model import find_model
 
-        hf, megatron = (self.student, None) if _is_hugging_face(self.student) else (None, self.student)
+        hf, megatron = (self.student, None) if prechecks.is_hugging_face(self.student) else (None, self.student)
         return find_model(hf, megatron, self.iteration)
 
     def placed(self, student: dict[str, Any], directory: Path, stack: ExitStack) -> PlacedModels:
@@ -99,7 +99,8 @@ class GivenModels:
         from megatron_selfdistill.evaluation.inference import converted
 
         def place(model: Path, name: str) -> str:
-            return str(stack.enter_context(converted(model, directory / name)) if _is_hugging_face(model) else model)
+            is_hf = prechecks.is_hugging_face(model)
+            return str(stack.enter_context(converted(model, directory / name)) if is_hf else model)
 
         has_own_reference = self.reference is not None and self.reference != self.teacher
         return PlacedModels(
@@ -137,10 +138,6 @@ def check_reading(arguments: argparse.Namespace, config: Config) -> None:
     GivenModels.of(arguments, config).check(config)
     prechecks.require_data(config)
     check_ranks(config, world_size())
-
-
-def _is_hugging_face(path: Path) -> bool:
-    return (path / "config.json").is_file()
 
 
 class GivenConfig(NamedTuple):

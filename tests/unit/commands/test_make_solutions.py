@@ -20,6 +20,7 @@ from ranks import RankError
 from record_sources import load_problems
 
 from megatron_selfdistill.commands import solution_journal, solutions
+from megatron_selfdistill.commands.data_set_command import configured
 from megatron_selfdistill.config import from_mapping
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.interop import conversion
@@ -188,6 +189,13 @@ def test_killed_and_started_again_it_writes_what_it_would_have_written(ranks, di
     assert (directory / name).read_text() == (directory / "own.jsonl").read_text()
     attempts = f"{name.removesuffix('.jsonl')}.attempts.jsonl"
     assert (directory / attempts).read_text() == (directory / "own.attempts.jsonl").read_text()
+
+
+def test_a_file_has_settings_and_the_command_line_comes_after_it(tmp_path):
+    (tmp_path / "my.yaml").write_text("data: {path: mine.jsonl, tokenizer: mine}\nseed: 3\n")
+    words = ["--out", str(tmp_path / "x"), "--hf", "hf", str(tmp_path / "my.yaml"), "seed=4"]
+    config = configured(solutions._parser().parse_intermixed_args(words))
+    assert (config.data.path, config.data.tokenizer, config.seed) == ("mine.jsonl", "mine", 4)
 
 
 def test_a_group_that_was_cut_is_done_again_as_a_whole(tmp_path):
