@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from megatron_selfdistill.config import function_named
 from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.problems import Problem
-from megatron_selfdistill.data.records import finite_number
+from megatron_selfdistill.data.records import finite_number, plain
 from megatron_selfdistill.data.thoughts import final_part
 from megatron_selfdistill.distributed.collectives import gather_objects
 from megatron_selfdistill.distributed.watchdog import beat
@@ -49,7 +49,15 @@ def load_verifier(name: str) -> Verifier:
     verifier: Verifier = function_named("evaluation.verifier", name, BUILT_IN)
     if name in BUILT_IN:
         return verifier
-    return functools.wraps(verifier)(lambda text, problem: verifier(final_part(text), problem))
+
+    @functools.wraps(verifier)
+    def verdict(text: str, problem: Problem) -> bool:
+        found = plain(verifier(final_part(text), problem))
+        if found not in (True, False):  # Python takes "no", (False, reason) and a forgotten await for true
+            raise ValueError(f"expected True or False as the verdict, got {found!r:.80}")
+        return bool(found)
+
+    return verdict
 
 
 def verdict_of(verifier: Verifier) -> Callable[[Problem, str | None], bool]:

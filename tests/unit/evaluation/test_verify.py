@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import threading
 
+import numpy as np
 import pytest
+import torch
 from answers import problem_with
 
 from megatron_selfdistill.config import EvaluationConfig
@@ -141,6 +143,19 @@ def test_a_users_verifier_is_found_by_its_dotted_path(tmp_path, monkeypatch):
     ]:
         with pytest.raises(ConfigError, match=message):
             load_verifier(name)
+
+
+@pytest.mark.parametrize("verdict", ["no", (False, "reason"), None, 0.5])
+def test_a_verdict_of_a_user_that_is_neither_true_nor_false_is_refused(verdict, monkeypatch):
+    monkeypatch.setattr(module, "of_a_user", lambda text, problem: verdict, raising=False)
+    with pytest.raises(ValueError, match=r"^expected True or False as the verdict, got "):
+        load_verifier(f"{module.__name__}.of_a_user")("4", problem_with(None))
+
+
+@pytest.mark.parametrize("verdict", [True, 1.0, np.bool_(True), torch.tensor(True)])
+def test_a_verdict_of_a_user_may_be_a_number_or_of_another_library(verdict, monkeypatch):
+    monkeypatch.setattr(module, "of_a_user", lambda text, problem: verdict, raising=False)
+    assert load_verifier(f"{module.__name__}.of_a_user")("4", problem_with(None)) is True
 
 
 @pytest.mark.parametrize(
