@@ -67,7 +67,7 @@ def _name_hooks(kind: type, name: str) -> None:
             given = vars(owner)[hook]
             made: Any = type(given) if isinstance(given, classmethod | property) else lambda function: function
             function = given.__func__ if isinstance(given, classmethod) else getattr(given, "fget", given)
-            if inspect.isfunction(function) and not hasattr(function, "__wrapped__"):
+            if inspect.isfunction(function) and function.__code__.co_filename != __file__:  # it has no name yet
                 setattr(owner, hook, made(_named_hook(function, f"method.name={name}: {hook}", _HOOKS[hook])))
 
 

@@ -24,6 +24,7 @@ from megatron_selfdistill.train import main
 FILES = sorted(file.stem for file in Path(methods.__file__).parent.glob("*.py") if file.stem != "__init__")
 MODULE = """
 import sys
+import torch
 from dataclasses import dataclass
 from megatron_selfdistill.methods.default import DefaultSettings, SelfDistillation
 
@@ -58,6 +59,10 @@ class Broken(SelfDistillation):
 
     def select(self, step, rollouts):
         return []
+
+    @torch.no_grad()
+    def coefficients(self, tokens):
+        raise LookupError(tokens)
 
     def terms(self, step, rollouts, signals):
         sys.exit(0)
@@ -154,6 +159,7 @@ def test_a_dotted_path_is_a_class_of_the_user_with_settings_of_its_own(of_a_user
         ("clip", lambda kind: kind(None, None).clip, 'ZeroDivisionError: .*methods_of_a_user.py", line'),
         ("prompts", lambda kind: kind(None, None).prompts(None), "AttributeError: 'NoneType' .*'student_prompt'$"),
         ("select", lambda kind: kind(None, None).select(1, ()), "IndexError: list index out of range$"),
+        ("coefficients", lambda kind: kind(None, None).coefficients(3), r"LookupError: 3\n  File .*methods_of_a_user"),
         ("state_dict", lambda kind: kind(None, None).state_dict(), "ValueError: Circular reference detected$"),
     ],
 )
