@@ -291,11 +291,7 @@ class GivenSolutions:
     def pair(self, problem: Problem) -> PromptPair:
         """Return both prompts of a problem; the teacher's prompt shows ``problem.solution``."""
         pair = fit_teacher_prompt(
-            self.builder,
-            problem,
-            max_length=self.max_length,
-            max_new_tokens=self.max_new_tokens,
-            policy=self.policy,
+            self.builder, problem, max_length=self.max_length, max_new_tokens=self.max_new_tokens, policy=self.policy
         )
         assert pair is not None, "RunData.load kept only the problems that fit"
         return pair

@@ -12,6 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from megatron_selfdistill.choices import CONVERSATION_TURNS
+from megatron_selfdistill.config.functions import own_lines
 from megatron_selfdistill.data.acceptance import Rule, answer_text
 from megatron_selfdistill.data.messages import from_cell, kind, place, quoted, read_message, read_tools
 from megatron_selfdistill.data.problems import LoggedReply, Problem, ProblemSet
@@ -298,9 +299,9 @@ def _accepted(
 def _by_rule(rule: Rule, messages: Sequence[dict[str, Any]]) -> int | None:
     name = getattr(rule, "__name__", type(rule).__name__)
     try:
-        index = rule(messages)
+        index = rule([dict(message) for message in messages])
     except Exception as error:  # the rule may be the user's, and its message may quote the log
-        failure = f"the rule {name} for the accepted answer failed with {type(error).__name__}"
+        failure = f"the rule {name} for the accepted answer failed with {type(error).__name__}{own_lines(error)}"
         raise BadConversationError(failure, str(error)) from None
     number = None if index is None else whole_number(index)
     if number is None and index is not None:

@@ -22,8 +22,6 @@ def read_message(message: object, where: str) -> dict[str, Any]:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
         got = f"the role {kind(message.get('role'))}" if isinstance(message, dict) else kind(message)
         raise BadConversationError(f"{where}: expected an object with 'role' and 'content', got {got}", message)
-    if not is_text(message):
-        raise BadConversationError(f"{where}: {NO_TEXT}")
     # Columnar files have null for missing keys; chat templates ask whether a key is present.
     kept = {key: value for key, value in message.items() if value is not None}
     calls = kept.pop("tool_calls", None)
@@ -35,6 +33,8 @@ def read_message(message: object, where: str) -> dict[str, Any]:
         kept["content"] = _text(kept["content"], where)
     elif not calls:
         raise BadConversationError(f"{where}: expected a text as 'content', got nothing", message)
+    if not is_text(kept):  # with the arguments that were JSON text
+        raise BadConversationError(f"{where}: {NO_TEXT}")
     return kept
 
 
@@ -88,6 +88,8 @@ def read_tools(value: object, column: str) -> tuple[dict[str, Any], ...]:
         return ()
     if not isinstance(value, (list, tuple)) or not all(isinstance(tool, dict) for tool in value):
         raise BadConversationError(f"field {column!r}: expected a list of objects, got {kind(value)}")
+    if not is_text(value):
+        raise BadConversationError(f"field {column!r}: {NO_TEXT}")
     return tuple(_without_nulls(tool) for tool in value)
 
 

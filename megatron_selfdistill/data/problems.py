@@ -395,16 +395,15 @@ def _shares_of_records(
         field_name = f"field {column!r}"
         return lambda record, location: _shares(None if column is None else record.get(column), field_name, teachers)
     key = f"teachers.{CHOOSE}"
-    choose, name = function_named(key, choice, {}), f"{key}={choice}"
+    choose, name = function_named(key, choice, {}, ConfigError), f"{key}={choice}"
 
     def chosen(record: Mapping[str, Any], location: str) -> dict[str, float]:
         try:
             return _shares(choose(dict(record), tuple(teachers)), name, teachers)
         except BadRecordError as error:
-            reason = str(error).removesuffix(".")
-        except Exception as error:
-            reason = f"{name} failed with {type(error).__name__}: {error}"
-        raise ConfigError(f"{location}: {reason}: correct the function")
+            raise ConfigError(f"{location}: {str(error).removesuffix('.')}: correct the function") from error
+        except ConfigError as error:
+            raise ConfigError(f"{location}: {error}") from error
 
     return chosen
 

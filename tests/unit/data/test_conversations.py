@@ -223,9 +223,13 @@ def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monk
     def broken(messages):
         raise KeyError(messages[1]["content"])
 
-    with pytest.raises(ValueError, match="the rule broken for the accepted answer failed with KeyError;") as caught:
+    with pytest.raises(
+        ValueError, match=r"the rule broken for the accepted answer failed with KeyError\n  File"
+    ) as caught:
         log(tmp_path, CORRECTED, rule=broken)
     assert "3+4" not in str(caught.value)
+    changing = log(tmp_path, CORRECTED, rule=lambda messages: [it.update(content="x") for it in messages] and 2)
+    assert changing.turns.problems == found.turns.problems
     with pytest.raises(ValueError, match=r"closing_turn, marked or the dotted path of a function .*, got 'nonsense'"):
         load_rule("nonsense")
 
@@ -313,6 +317,17 @@ BAD = {
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"\ude00": 1}}}]},
         ],
         "'messages[1]': expected text that can be written as UTF-8",
+    ),
+    "half a surrogate pair in arguments as text": (
+        [
+            *chat(("u", SECRET)),
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": r'{"a": "\ude00"}'}}]},
+        ],
+        "'messages[1]': expected text that can be written as UTF-8",
+    ),
+    "half a surrogate pair in tools as text": (
+        {"messages": CORRECTED, "tools": r'[{"function": {"name": "\ud83d"}}]'},
+        "field 'tools': expected text that can be",
     ),
     "half a surrogate pair in an id": (
         {"messages": CORRECTED, "id": "\ud83d"},

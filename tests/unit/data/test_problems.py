@@ -353,17 +353,20 @@ def test_a_function_chooses_from_the_whole_record_in_place_of_the_field(tmp_path
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        ({"subject": "art"}, ': expected the name of one of the teachers math, code, or a mapping .*, got "art"'),
-        ({"subject": {"math": -1}}, ': expected the name .* to weights above 0, got {"math": -1}'),
-        ({"subject": None}, ": expected the name .*, got no teacher, and none of them has the name default"),
-        ({}, " failed with KeyError: 'subject'"),
+        (
+            {"subject": "art"},
+            ': expected the name of one of the teachers math, code, or a mapping .*, got "art": correct',
+        ),
+        ({"subject": {"math": -1}}, ': expected the name .* to weights above 0, got {"math": -1}: correct'),
+        ({"subject": None}, ": expected the name .*, got no teacher, and none of them has the name default: correct"),
+        ({}, " failed with KeyError: 'subject'\n  File .*test_problems.py.*\n    return record"),
     ],
 )
 def test_a_function_that_names_no_teacher_is_wrong_at_a_record_even_if_bad_records_are_skipped(
     tmp_path: Path, bad: dict[str, object], reason: str
 ) -> None:
     file = write_jsonl(tmp_path / "a.jsonl", record(1, subject="math"), record(2, **bad))
-    with pytest.raises(ConfigError, match=f"a.jsonl:2: teachers.choose={CHOICE['choice']}{reason}: correct the func"):
+    with pytest.raises(ConfigError, match=f"a.jsonl:2: teachers.choose={CHOICE['choice']}{reason}"):
         load_problems(file, on_bad_record="skip", **CHOICE)
 
 
