@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -90,7 +91,7 @@ def weights_of_function(name: str, signals: Signals) -> Tensor:
 
     Raises: `VerifierError` where the function fails, or returns anything but one finite number of at least 0 per token.
     """
-    weights = function_named("method.token_weights", name, {}, VerifierError)(signals)
+    weights = function_named("method.token_weights", name, {}, VerifierError)(deepcopy(signals))
     number = len(signals.sampled_log_prob)
     expected = f"method.token_weights={name}: expected a tensor of {number} finite numbers of at least 0"
     if not isinstance(weights, Tensor) or weights.shape != signals.sampled_log_prob.shape:

@@ -60,6 +60,14 @@ def test_a_function_of_the_user_weighs_the_tokens_of_any_method_of_this_kind(mon
     assert made([], GIVEN).token_weights is None
 
 
+def test_a_function_of_the_user_that_changes_its_signals_changes_no_signal_of_the_step(tmp_path, monkeypatch):
+    (tmp_path / "overwriting.py").write_text("def weights(signals):\n    return signals.sampled_log_prob.fill_(1)\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    given = signals([0, 0], lengths=[3, 1])
+    made(["method.token_weights=overwriting.weights"], GIVEN).token_weights(given)
+    assert not given.sampled_log_prob.any()
+
+
 @pytest.mark.parametrize(
     ("value", "got"),
     [
