@@ -160,7 +160,7 @@ def linear_self_distillation_loss(
         reference = _rows(reference_hidden, chosen).detach(), own
         if target.needs_reference_entropy:
             with torch.no_grad():
-                parts = [vocab_entropy(part @ own.t(), vocab) for part in reference[0].split(chunk_tokens)]
+                parts = [vocab_entropy(part @ own.t(), vocab) for part in reference[0].split(int(chunk_tokens))]
                 entropy = torch.cat(parts)
     stats = fused_distillation_loss(
         student,

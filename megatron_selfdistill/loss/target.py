@@ -141,8 +141,8 @@ class Target:
                 f"Target.k_max must be above (1 + w) / {RANGE:g} = {smallest:g}, or no k is left; "
                 f"got {self.k_bound:g}. Use a larger k_max, or None for no bound."
             )
-        if self.k is not None and not (math.isfinite(self.k) and self.k > 0):
-            raise ValueError(f"Target.k must be a finite number > 0, or None for 1 + w; got {self.k}.")
+        if self.k is not None and not (self.rule in ("fixed", "batch") and math.isfinite(self.k) and self.k > 0):
+            raise ValueError(f"Target.k must be a finite number > 0 of fixed or batch; got {self.k} with {self.rule}.")
         if self.anchor not in ANCHORS or self.match not in (None, "student", self.anchor):
             raise ValueError(
                 f"Target.anchor must be one of {', '.join(ANCHORS)}, and Target.match None, student or the anchor; "
@@ -227,10 +227,7 @@ class TargetDistribution:
 
 @torch.no_grad()
 def mixed_target(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    target: Target | None = None,
-    reference_logits: Tensor | None = None,
+    student_logits: Tensor, teacher_logits: Tensor, target: Target | None = None, reference_logits: Tensor | None = None
 ) -> TargetDistribution:
     """Return the target of every token, with beta by bisection to machine precision; no gradient flows through it.
 
@@ -325,10 +322,11 @@ def solve_batch_k(
     """
     positions = torch.as_tensor(betas, dtype=torch.float64, device="cpu").log()
     entropies = torch.as_tensor(mean_grid_entropies, dtype=torch.float64, device="cpu")
-    if positions.shape != entropies.shape or positions.numel() < 2:
+    rises = positions.dim() == 1 and bool(positions.isfinite().all() and (positions.diff() > 0).all())
+    if positions.shape != entropies.shape or positions.numel() < 2 or not rises:
         raise ValueError(
-            "solve_batch_k: betas and mean_grid_entropies must be equally long, at least 2; "
-            f"got {positions.numel()} and {entropies.numel()}."
+            "solve_batch_k: betas, above 0 and rising, and mean_grid_entropies must be equally long, at least 2; "
+            f"got {betas} and {positions.numel()} and {entropies.numel()}."
         )
     wanted = torch.tensor(float(mean_student_entropy), dtype=torch.float64)
     if not (torch.isfinite(wanted) and torch.isfinite(entropies).all()):
@@ -654,7 +652,7 @@ def _is_dense(value: Any) -> bool:
 
 def _has_divergences(value: Any) -> bool:
     pairs = value if isinstance(value, list | tuple) else [(0, value)]
-    return all(isinstance(pair, list | tuple) and isinstance(pair[-1], Divergence) for pair in pairs)
+    return all(isinstance(pair, list | tuple) and [*map(type, pair)] == [int, Divergence] for pair in pairs)
 
 
 REDUCTIONS = ("mean", "sum", "none")

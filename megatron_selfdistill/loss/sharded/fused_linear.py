@@ -210,14 +210,7 @@ class _Logits:
     there is room.
     """
 
-    def __init__(
-        self,
-        layer: _Layer,
-        all_hidden: Tensor,
-        student_weight: Tensor,
-        others: _Others,
-        keep: bool,
-    ) -> None:
+    def __init__(self, layer: _Layer, all_hidden: Tensor, student_weight: Tensor, others: _Others, keep: bool) -> None:
         self.layer, self.all_hidden, self.student_weight, self.others = layer, all_hidden, student_weight, others
         longest, columns = min(layer.chunk_tokens, layer.num_tokens), student_weight.shape[0]
         self.kept = all_hidden.new_empty(layer.num_tokens, columns) if keep else None

@@ -59,7 +59,7 @@ NO_NUMBERS = [0, -3, math.nan, math.inf, "4", [4], True, torch.tensor(0), torch.
 NO_INTEGERS = [0, -1, 1.5, "16", 3.0, True, [16], torch.tensor(3)]
 BAD_VALUES: dict[str, list[Any]] = {
     "target": [*ANYTHING, LOGITS[0], Divergence()],
-    "divergence": [7, [7], [(4, "jsd")], {"jsd": 1}, "kl", LOGITS[0]],
+    "divergence": [7, [7], [()], [(4, "jsd")], [(4.0, Divergence())], {"jsd": 1}, "kl", LOGITS[0]],
     "vocab": [*ANYTHING, None, LOGITS[0]],
     "reduction": ["average", None, 1, ["mean"], LOGITS[0], numpy.ones(2)],
     "mode": ["fast", None, 1, ["low_memory"]],

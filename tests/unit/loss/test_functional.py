@@ -7,6 +7,7 @@ import inspect
 import math
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -243,7 +244,7 @@ def test_the_linear_form_equals_that_of_its_logits_whatever_the_chunks(name):
     wanted = self_distillation_loss(logits[0], logits[1], third, labels(), target=target)
     wanted_gradients = torch.autograd.grad(wanted, [own, weight])
     pairs = (hidden[1], weights[1], *((hidden[2], weights[2]) if target.is_anchored else (None, None)))
-    found = linear_self_distillation_loss(own, weight, *pairs, labels(), target=target, chunk_tokens=4)
+    found = linear_self_distillation_loss(own, weight, *pairs, labels(), target=target, chunk_tokens=numpy.int64(4))
     assert found.item() == pytest.approx(wanted.item(), rel=1e-5)
     for a, b in zip(torch.autograd.grad(found, [own, weight]), wanted_gradients, strict=True):
         assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)

@@ -152,6 +152,7 @@ def test_the_grid_starts_at_the_bound_and_goes_on_by_octaves_of_the_geometric_me
         ({"k_max": "w"}, "must be '1 \\+ w', a number or None; got 'w'"),
         ({"k_max": 0.1}, "must be above \\(1 \\+ w\\) / 16 = 0.109375"),
         ({"rule": "fixed", "k": 0.0}, "Target.k must be a finite number > 0"),
+        ({"k": 2.0}, "Target.k must be a finite number > 0 of fixed or batch; got 2.0 with entropy_matched"),
     ],
 )
 def test_a_wrong_target_is_refused_with_a_message(arguments: dict, message: str) -> None:
