@@ -40,3 +40,8 @@ def test_an_event_that_cannot_be_written_is_a_warning(tmp_path, caplog):
 def test_a_rank_that_is_not_the_reporter_writes_nothing(tmp_path):
     EventLog(tmp_path, enabled=False).record(0, "started")
     assert read_events(tmp_path) == []
+
+
+def test_a_file_of_records_that_is_no_regular_file_has_no_records(tmp_path):
+    (tmp_path / "events.jsonl").mkdir()
+    assert read_events(tmp_path) == []

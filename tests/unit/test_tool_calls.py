@@ -118,6 +118,7 @@ def test_each_format_is_read_and_an_answer_calls_nothing(name):
         (llama, '{"name": "add", "parameters": ', """expected {"name": .., "parameters": {..}} in JSON"""),
         (llama, '{"name": "recall"} and then', "expected nothing after the tool calls, got 'and then'"),
         (glm, "<tool_call>add<arg_key>a</arg_key>2</tool_call>", "expected a name and pairs of <arg_key>"),
+        (glm, "<tool_call>add<arg_key>a</arg_key><arg_key>2</arg_value></tool_call>", "expected a name and pairs"),
         (glm, "<tool_call> </tool_call>", "expected a name and pairs"),
     ],
 )

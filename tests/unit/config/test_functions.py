@@ -99,3 +99,11 @@ def test_a_program_that_ends_within_a_run_does_not_end_with_the_status_of_succes
     monkeypatch.setattr(train, "train", lambda *arguments: sys.exit(0))
     with pytest.raises(ProgramEndError, match="code that this run has called tried to end the program"):
         train.main([f"data.path={data}/problems.jsonl", f"run_dir={tmp_path}/run"])
+
+
+def test_lines_of_an_installed_library_are_shown_as_those_of_a_user():
+    installed: dict = {}
+    place = f"{os.path.dirname(inspect.__file__)}/site-packages/shop/rules.py"
+    exec(compile("def rule():\n    return 1 / 0", place, "exec"), installed)
+    with pytest.raises(ConfigError, match=r"(?s)^a hook failed .*\n  File .*site-packages/shop/rules\.py"):
+        user_code("a hook", ConfigError)(installed["rule"])()

@@ -236,13 +236,14 @@ def test_a_users_own_rule_decides_and_its_failures_are_not_quoted(tmp_path, monk
 
 def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 3, "b": 4}'}}
+    without_arguments = {"id": "2", "type": None, "function": {"name": "sum", "arguments": " "}}
     messages = [
         {
             "role": "user",
             "content": [{"type": "text", "text": "What is"}, {"type": "text", "text": "3+4?"}],
             "name": None,
         },
-        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "assistant", "content": None, "tool_calls": [call, without_arguments]},
         {"role": "tool", "content": "", "tool_call_id": "1"},
         {"role": "assistant", "content": "<think>add</think>\n7", "tool_calls": []},
         {"role": "user", "content": "Thanks"},
@@ -251,6 +252,7 @@ def test_parts_are_joined_nulls_dropped_and_tool_arguments_parsed(tmp_path):
     first, second = log(tmp_path, {"messages": messages, "tools": tools}).turns.problems
     assert first.messages == ({"role": "user", "content": "What is\n3+4?"},)
     assert first.reply.message["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 3, "b": 4}}
+    assert first.reply.message["tool_calls"][1] == {"id": "2", "function": {"name": "sum", "arguments": {}}}
     assert "content" not in first.reply.message and second.messages[2]["content"] == ""
     assert first.solution == "7", "the hint is without the reasoning"
     assert "tool_calls" not in second.reply.message

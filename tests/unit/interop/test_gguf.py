@@ -339,8 +339,8 @@ def renamed(settings: dict[str, Any], architecture: str) -> None:
 
 REFUSED: dict[str, tuple[Changes, str]] = {
     "one of several parts": (
-        lambda settings, _: settings.update({"split.count": 3}),
-        "is one of 3 parts of a model: join",
+        lambda settings, _: settings.update({"split.count": 2}),
+        "is one of 2 parts of a model: join",
     ),
     "no tokenizer": (
         lambda settings, _: [settings.pop(key) for key in list(settings) if key.startswith("tokenizer.")],

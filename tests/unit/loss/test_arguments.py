@@ -181,3 +181,11 @@ def test_a_number_of_items_divides_the_sum_into_a_scalar(count: Any) -> None:
     total = loss.self_distillation_loss(*LOGITS, reduction="sum")
     found = loss.self_distillation_loss(*LOGITS, num_items_in_batch=count)
     assert found.shape == () and found.item() == pytest.approx(total.item() / 6, rel=1e-6)
+
+
+def test_labels_of_the_first_two_tokens_are_no_mask_where_others_are_ignored() -> None:
+    labels = torch.tensor([0, 1, 1, -100])
+    by_mask = GOOD[SELF] | {"labels_or_mask": labels != -100}
+    assert loss.self_distillation_loss(**GOOD[SELF] | {"labels_or_mask": labels}) == loss.self_distillation_loss(
+        **by_mask
+    )
