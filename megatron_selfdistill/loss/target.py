@@ -131,9 +131,9 @@ class Target:
     def __post_init__(self) -> None:
         if self.rule not in TARGET_RULES:
             raise ValueError(f"Target.rule must be one of {', '.join(TARGET_RULES)}; got {self.rule!r}.")
-        if not (math.isfinite(self.teacher_weight) and self.teacher_weight >= 0):
+        if not (isinstance(self.teacher_weight, Real) and 0 <= self.teacher_weight < math.inf):
             raise ValueError(f"Target.teacher_weight must be a finite number >= 0; got {self.teacher_weight}.")
-        if isinstance(self.k_max, str) and self.k_max != "1 + w":
+        if not (self.k_max is None or self.k_max == "1 + w" or isinstance(self.k_max, Real)):
             raise ValueError(f"Target.k_max must be '1 + w', a number or None; got {self.k_max!r}.")
         smallest = self.geometric_k / RANGE
         if self.k_bound is not None and not self.k_bound > smallest:
@@ -141,7 +141,7 @@ class Target:
                 f"Target.k_max must be above (1 + w) / {RANGE:g} = {smallest:g}, or no k is left; "
                 f"got {self.k_bound:g}. Use a larger k_max, or None for no bound."
             )
-        if self.k is not None and not (self.rule in ("fixed", "batch") and math.isfinite(self.k) and self.k > 0):
+        if self.k is not None and not (self.rule in ("fixed", "batch") and _is_above_0(self.k, Real)):
             raise ValueError(f"Target.k must be a finite number > 0 of fixed or batch; got {self.k} with {self.rule}.")
         if self.anchor not in ANCHORS or self.match not in (None, "student", self.anchor):
             raise ValueError(
@@ -403,17 +403,18 @@ class Divergence:
     def __post_init__(self) -> None:
         if self.kind not in DIVERGENCES:
             raise ValueError(f"Divergence.kind must be one of {', '.join(DIVERGENCES)}; got {self.kind!r}.")
-        if not 0 < self.jsd_lambda < 1:
+        if not (isinstance(self.jsd_lambda, Real) and 0 < self.jsd_lambda < 1):
             raise ValueError(
                 f"Divergence.jsd_lambda must lie strictly between 0 and 1; got {self.jsd_lambda}. "
                 "Use reverse_kl or forward_kl instead of 0 or 1, at which the JSD is 0 for every p."
             )
-        if self.forward_above is not None and (self.kind != "reverse_kl" or math.isnan(self.forward_above)):
+        above = self.forward_above
+        if above is not None and not (self.kind == "reverse_kl" and isinstance(above, Real) and above == above):
             raise ValueError(
                 "Divergence.forward_above must be None or a number with the kind reverse_kl, to which it adds forward "
                 f"KL; got {self.forward_above} with {self.kind}."
             )
-        if not 0 < self.order <= MAX_RENYI_ORDER or (
+        if not (isinstance(self.order, Real) and 0 < self.order <= MAX_RENYI_ORDER) or (
             self.is_renyi and (self.kind == "jsd" or self.forward_above is not None)
         ):
             raise ValueError(

@@ -189,3 +189,20 @@ def test_labels_of_the_first_two_tokens_are_no_mask_where_others_are_ignored() -
     assert loss.self_distillation_loss(**GOOD[SELF] | {"labels_or_mask": labels}) == loss.self_distillation_loss(
         **by_mask
     )
+
+
+@pytest.mark.parametrize("value", ["0.5", [0.5], torch.tensor([0.5, 0.6]), complex(1), math.nan])
+@pytest.mark.parametrize(
+    ("kind", "name", "others"),
+    [
+        (Target, "teacher_weight", {}),
+        (Target, "k_max", {}),
+        (Target, "k", {"rule": "fixed"}),
+        (Divergence, "jsd_lambda", {"kind": "jsd"}),
+        (Divergence, "forward_above", {}),
+        (Divergence, "order", {}),
+    ],
+)
+def test_a_setting_that_is_no_number_is_refused_by_its_name(kind: Any, name: str, others: Any, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{kind.__name__}\.{name} must "):
+        kind(**{name: value}, **others)
