@@ -47,7 +47,7 @@ def test_a_kept_base_that_is_missing_is_named(ranks, data, whole, tmp_path):
     run = Path(shutil.copytree(whole, tmp_path / "run"))
     shutil.rmtree(run / "base")
     go_back_to_step(1, run)
-    assert "base is missing, expected the base of the adapters in" in refusal(ranks, arguments(data, run))
+    assert f"{run}/base does not exist" in refusal(ranks, arguments(data, run))
 
 
 @pytest.mark.full

@@ -142,7 +142,7 @@ def test_a_providers_model_is_what_its_config_json_says(ranks, tmp_path):
         ("another model", "hidden_size would be 48 but the model has 32"),
         ("unknown", "which is not known here"),
         ("provider", "name a directory with its Hugging Face config.json in rollout.hf_config"),
-        ("absent", "it does not exist"),
+        ("absent", "nowhere/config.json cannot be read, expected the config.json of a model"),
     ],
 )
 def test_a_config_json_that_cannot_be_the_models_is_one_sentence_on_all_ranks(ranks, tmp_path, fault, expected):

@@ -270,12 +270,13 @@ def test_vllm_learns_where_weights_come_from_and_that_requests_alone_set_the_sam
     [
         ("--adapter-rank=0", None),
         ("--adapter-rank=513", "--adapter-rank 513: vLLM takes adapters up to rank 512; lower it"),
-        ("--adapter-rank=8", "--hf-config: /model is not a Hugging Face directory: it does not exist"),
+        ("--adapter-rank=8", "--hf-config: /model/config.json cannot be read, expected the config.json of a model"),
     ],
 )
 def test_a_config_json_is_read_for_adapters_alone(arguments, message):
     options = serve.parser().parse_args(["--hf-config=/model", arguments])
-    assert serve._why_not_adapted(options, on_cpu=True) == message
+    found = serve._why_not_adapted(options, on_cpu=True)
+    assert found == message if message is None else message in str(found)
 
 
 def test_on_a_cpu_latent_attention_takes_none_of_vllms_kernels_that_compute_it_wrongly(tmp_path):
