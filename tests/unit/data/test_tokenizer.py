@@ -80,6 +80,7 @@ def test_templates_that_models_publish_pass(monkeypatch):
 
 def test_a_template_that_writes_each_message_once_needs_no_trial(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("a child process"))
+    tokenizer._exceeded_limit.cache_clear()  # another test may have tried the same templates
     try_chat_template("DIR", PLAIN, {"eos_token": "</s>"})
     nested = "{% for m in messages %}{% for n in messages %}{{ n.content }}{% endfor %}{% endfor %}"
     for template in (

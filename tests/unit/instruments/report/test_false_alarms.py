@@ -88,6 +88,16 @@ def test_an_accuracy_that_falls_by_the_chance_of_few_problems_is_not_sick(right,
     assert FIGURES["Accuracy"].sick_since(run) == since
 
 
+def test_many_evaluations_of_many_problems_have_a_verdict():
+    rng, problems = random.Random(0), 14_042
+    shares = [rng.randint(7_000, 7_100) / problems for _ in range(500)]
+    curves = {"evaluation__greedy_accuracy": [*range(500)], "evaluation__sampled_accuracy": [*range(500)]}
+    run = run_of(**{key: (steps, shares) for key, steps in curves.items()})
+    assert FIGURES["Accuracy"].sick_since(run) is None and 5_000 < sick_rules._num_problems(run) <= 10_000
+    run = run_of(evaluation__greedy_accuracy=([*range(500)], [*shares[:400], *(share - 0.1 for share in shares[400:])]))
+    assert FIGURES["Accuracy"].sick_since(run) == 400
+
+
 def test_a_loss_whose_noise_hides_its_fall_is_not_called_flat():
     rng = random.Random(0)
     noisy, still = ([1 + rng.gauss(0, spread) for _ in range(60)] for spread in (0.3, 0.02))
