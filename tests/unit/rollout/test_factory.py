@@ -1,0 +1,33 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Every engine chooses among the ids that the tokenizer knows."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.rollout import factory
+from megatron_selfdistill.rollout.vllm import hf_directory
+
+RUN_DATA: Any = SimpleNamespace(stop_token_ids=(1,), vocab_size=128, num_sampled_ids=97, max_length=64)
+
+
+@pytest.mark.parametrize(("placement", "module"), [("server", "ServerSampler"), ("colocated", "ColocatedSampler")])
+def test_vllm_has_rows_for_the_ids_of_the_tokenizer_alone(monkeypatch, placement, module):
+    sizes = {}
+    monkeypatch.setattr(hf_directory, "engine_directory", lambda _, size, *__: sizes.update(directory=size) or ("", []))
+    fake = SimpleNamespace(**{module: lambda *_, vocab_size, **__: sizes.update(sampler=vocab_size)})
+    name = {"server": "server_sampler", "colocated": "colocated"}[placement]
+    monkeypatch.setitem(sys.modules, f"megatron_selfdistill.rollout.vllm.{name}", fake)
+    own = ["rollout.placement=server", "rollout.num_servers=1"] if placement == "server" else []
+    config = load(["rollout.engine=vllm", "run_dir=run", *own])
+    factory.make_sampler(config, RUN_DATA, [], SimpleNamespace())
+    assert sizes == {"directory": 97, "sampler": 97}
+
+
+def test_the_sampler_in_process_gets_the_number_with_its_parameters():
+    assert factory.sampling_params(load([]), RUN_DATA).num_ids == 97
