@@ -125,3 +125,5 @@ def silence_known_warnings() -> None:
     """Silence the known warnings, in a command before it imports Megatron; other warnings stay."""
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=re.escape(message))
+    # A machine with CUDA's compiler and without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

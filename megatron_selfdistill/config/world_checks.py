@@ -27,9 +27,7 @@ def check_files(config: Config) -> None:
     _check_run_dir(config.run_dir)
     replay = config.rollout.replay
     if replay is not None and not os.path.isfile(replay):
-        raise ConfigError(
-            f"rollout.replay={replay}: there is no such file; give a file that rollout.record has written"
-        )
+        raise ConfigError(f"rollout.replay={replay}: there is no such file; give one that rollout.record has written")
 
 
 def _check_run_dir(run_dir: str | None) -> None:
