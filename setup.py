@@ -28,7 +28,7 @@ EXTRAS = {
     # What `selfdistill report` needs, on a machine that trains nothing.
     "report": ["pyyaml>=6,<7"],
     "train": [
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
         "psutil",  # megatron-core needs it to write checkpoints but does not declare it: without it a save hangs
         "numpy<3",
         "transformers>=5,<6",

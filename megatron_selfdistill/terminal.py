@@ -30,6 +30,12 @@ _MESSAGES = (
     "Please use DTensor instead",
     "TypedStorage is deprecated",
     "The .grad attribute of a Tensor that is not a leaf",
+    # Choices of this program: its models, their order of parameters, and Megatron's own writer of checkpoints.
+    "GPTModel IS DEPRECATED",
+    "DistributedDataParallel: full_param_layout not provided",
+    "MCore's async save is deprecated",
+    # What Megatron imports and this program does not use.
+    "MimoModelConfig is experimental",
     # Set in distributed/ranks.py, where it matters.
     "When using async grad allreduce",
     # The converter writes checkpoints from a single process on purpose.
@@ -125,5 +131,7 @@ def silence_known_warnings() -> None:
     """Silence the known warnings, in a command before it imports Megatron; other warnings stay."""
     for message in _MESSAGES:
         warnings.filterwarnings("ignore", message=re.escape(message))
+    if logging.lastResort is not None:
+        logging.lastResort.addFilter(lambda record: not record.getMessage().startswith(_MESSAGES))
     # A machine with CUDA's compiler and without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

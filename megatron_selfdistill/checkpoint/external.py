@@ -46,8 +46,7 @@ from megatron_selfdistill.interop.formats.stored_adapters import (
     require_adapters,
 )
 from megatron_selfdistill.interop.formats.tensor_names import Place, has_numbered_layers, names, shown
-from megatron_selfdistill.interop.formats.torch_dist import CONTENT, TorchDistReader
-from megatron_selfdistill.interop.formats.unpickler import load_pickled
+from megatron_selfdistill.interop.formats.torch_dist import CONTENT, TorchDistReader, read_common
 from megatron_selfdistill.model.adapters import add_adapters
 from megatron_selfdistill.model.build import new_chunks
 
@@ -191,7 +190,7 @@ def load_weights_and_optimizer(
     """
     found = run_on_rank_0(lambda: directory.resolve(path))
     sharded_io.verify_integrity(found, verify)
-    common = run_on_each_rank(lambda: load_pickled(found / "common.pt"))
+    common = run_on_each_rank(lambda: read_common(found))
     content = common.get("content_metadata") or _content_before_core_0_13(common)
     with state.gathered_parameters(chunks):
         model = _wanted(chunks, run_on_rank_0(lambda: set(TorchDistReader(found).shapes)), content)

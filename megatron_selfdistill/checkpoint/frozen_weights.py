@@ -33,8 +33,7 @@ from megatron_selfdistill.interop.formats.stored_adapters import (
     read_stored_adapters,
     weight_files,
 )
-from megatron_selfdistill.interop.formats.torch_dist import CONTENT
-from megatron_selfdistill.interop.formats.unpickler import load_pickled
+from megatron_selfdistill.interop.formats.torch_dist import CONTENT, read_common
 from megatron_selfdistill.terminal import hidden
 
 logger = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ def _id_key(path: Path) -> str:
 
 def _stored_id(path: Path) -> str:
     """Return the id of the stored weights at ``path``; every rank reads the id for itself."""
-    found: str = run_on_each_rank(lambda: load_pickled(path / "common.pt")[_id_key(path)])
+    found: str = run_on_each_rank(lambda: read_common(path)[_id_key(path)])
     return found
 
 

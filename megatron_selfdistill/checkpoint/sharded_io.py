@@ -25,16 +25,17 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import ReadItem
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, is_main_replica
+from megatron.core.dist_checkpointing.dict_utils import merge, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges, is_main_replica
 from megatron.core.dist_checkpointing.serialization import get_default_save_sharded_strategy
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest, _disable_gc
-from megatron.core.dist_checkpointing.strategies.common import TorchCommonLoadStrategy
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from megatron.core.dist_checkpointing.utils import extract_sharded_base, force_all_tensors_to_non_fp8
 
 from megatron_selfdistill.distributed.collectives import error_message, gather_objects, run_on_each_rank, run_on_rank_0
 from megatron_selfdistill.distributed.stop import how_ended
@@ -72,7 +73,7 @@ def begin_write(
     """
     needed = sum(gather_objects(_num_bytes(contents)))
     # Here, because a rank that fails to start its queue inside Megatron's save would leave the other ranks waiting.
-    run_on_each_rank(filesystem_async._get_write_results_queue)
+    run_on_each_rank(filesystem_async.get_write_results_queue)
     temporary = _begin_on_all_ranks(target, needed)
     strategy = get_default_save_sharded_strategy()
     if replicas is not None and replicas.size() > 1:
@@ -85,6 +86,7 @@ def begin_write(
             validate_access_integrity=validate,
             async_sharded_save=True,
             content_metadata=dict(CONTENT),
+            **older_megatron.save_options(),
         )
     except WRITE_ERRORS as error:
         temporary.release()
@@ -127,7 +129,7 @@ def unwritten(what: str, error: BaseException) -> CheckpointError:
 
 def report_death(code: int) -> None:
     """Report as a failed write that this rank's process in the background ended with ``code`` before it reported."""
-    results = filesystem_async._get_write_results_queue()
+    results = filesystem_async.get_write_results_queue()
     try:
         found = results.get_nowait()
     except queue.Empty:
@@ -137,7 +139,7 @@ def report_death(code: int) -> None:
 
 def forget_results() -> None:
     """Drop the results that this rank's writers reported for an abandoned save; the next save would read them."""
-    results = filesystem_async._get_write_results_queue()
+    results = filesystem_async.get_write_results_queue()
     with contextlib.suppress(queue.Empty):
         while True:
             results.get_nowait()
@@ -146,16 +148,18 @@ def forget_results() -> None:
 def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     """Return ``wanted`` with the tensors and sharded objects of the checkpoint, mostly read in place; collective.
 
-    The restricted unpickler reads every pickle (``.metadata``, sharded objects, Transformer Engine's states).  The
-    function does not read common.pt.
+    The restricted unpickler reads every pickle (``.metadata``, sharded objects, Transformer Engine's states).
+    Megatron's ``load`` would also read the state that is no tensor, whose arguments may need classes that are not here.
 
     Raises: `CheckpointError` on all ranks where the checkpoint cannot be read.
     """
     try:
         with _restricted_readers():
-            loaded: dict[str, Any] = dist_checkpointing.load(
-                wanted, str(path), common_strategy=_NothingInCommon(), validate_access_integrity=False
-            )
+            force_all_tensors_to_non_fp8(wanted)
+            sharded, loaded, factories = load_preprocess(wanted)
+            sharded, _ = extract_sharded_base(sharded)
+            merge(loaded, TorchDistLoadShardedStrategy().load(sharded, str(path)))
+            loaded = apply_factory_merges(loaded, factories)
     except CheckpointException as error:  # the failures by rank, equal on all ranks
         first = error.failures[min(error.failures)][0]
         raise CheckpointError(f"{path} could not be read: {error_message(first)}") from None
@@ -275,14 +279,6 @@ def _rewrite_extra_states(loaded: Any) -> None:
             loaded[key] = io.BytesIO()
             torch.save(loads_pickled(value, str(key)), loaded[key])
             loaded[key].seek(0)
-
-
-class _NothingInCommon(TorchCommonLoadStrategy):
-    """A strategy that skips common.pt, whose pickled arguments may need classes that do not exist here."""
-
-    def load_common(self, checkpoint_dir: Any) -> dict[str, Any]:
-        """Return an empty state dict."""
-        return {}
 
 
 def _write_with_checksums(write: functools.partial[None], path: Path, rank: int, buckets: Any, results: Any) -> None:

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Run Megatron Core 0.16 on a CPU over gloo; import this module before ``megatron.core``.
+"""Run Megatron Core on a CPU over gloo; import this module before ``megatron.core``.
 
 Megatron Core names CUDA devices, streams and generators in its code, also where the computation does not need CUDA.
 `install` replaces those names by their CPU counterparts, so that Megatron's own model, schedules, optimizer and
@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils._device import _device_constructors
+
+from megatron_selfdistill.compat import older_megatron
 
 _CPU = torch.device("cpu")
 
@@ -236,13 +238,15 @@ def _replace_megatron_device_code() -> None:
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
 
+    older_megatron.name_results_queue()
+
     # torch_dist saving spawns a Manager for its queue, which imports `__main__` again for seconds per rank.
     def results_in_a_file() -> Any:
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = FileQueue()
         return filesystem_async._results_queue
 
-    filesystem_async._get_write_results_queue = results_in_a_file
+    filesystem_async.get_write_results_queue = results_in_a_file
 
 
 class FileQueue:
@@ -270,6 +274,8 @@ class FileQueue:
             raise queue.Empty from None
 
 
+# Megatron would run git in its directory, and take the commit of a project with this environment for its own version.
+os.environ.setdefault("NO_VCS_VERSION", "1")
 # This comes before torch compiles a function: Megatron's `jit_fuser` is `torch.compile`, which takes seconds each.
 if not torch.cuda.is_available():
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

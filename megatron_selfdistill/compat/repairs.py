@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_selfdistill.compat import cpu  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import cpu, older_megatron  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core import tensor_parallel
 
 
@@ -26,6 +26,7 @@ def apply() -> None:
     if getattr(TopKRouter, "_selfdistill_repaired", False):
         return
     TopKRouter._selfdistill_repaired = True
+    older_megatron.name_results_queue()
     _define_names_missing_without_transformer_engine()
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _load_torch_adam_into_distributed_optimizer(distrib_optimizer.DistributedOptimizer)

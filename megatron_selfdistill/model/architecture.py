@@ -11,6 +11,7 @@ and stays in bf16, so logits and loss are computed as in other runs.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (repairs must come before megatron.core)
+from megatron_selfdistill.compat import cpu, older_megatron, repairs  # isort: skip  (before megatron.core)
 from megatron.core.models.common.embeddings.yarn_rotary_pos_embedding import _yarn_get_concentration_factor_from_config
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.enums import AttnMaskType
@@ -322,8 +323,10 @@ def layer_spec(
     ``transformer_engine``: whether to use Transformer Engine's layers; null uses `uses_transformer_engine`.
     """
     te = uses_transformer_engine() if transformer_engine is None else transformer_engine
+    with_attention = copy.copy(config)
+    with_attention.experimental_attention_variant = None  # whose layers take their places below
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
+        with_attention, use_transformer_engine=te, normalization=config.normalization, vp_stage=vp_stage
     )
     if te and hasattr(config, "latent_layernorm_epsilon"):
         for spec in block.layer_specs:
@@ -372,11 +375,11 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
             "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
             "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
         }
-    experts = getattr(getattr(layer.mlp, "submodules", None), "experts", None)
+    experts = getattr(older_megatron.submodules_of(layer.mlp), "experts", None)
     if experts is None:  # a router also reads the norm
         names["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
     elif config.add_bias_linear:
-        experts.submodules.linear_fc2 = BiasedExpertOutput
+        older_megatron.submodules_of(experts).linear_fc2 = BiasedExpertOutput
     layer.sharded_state_dict_keys_map = names
 
 

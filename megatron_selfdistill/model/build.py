@@ -39,13 +39,17 @@ from megatron_selfdistill.model.architecture import (
 )
 from megatron_selfdistill.model.flash_sinks import refuse_sinks_of_transformer_engine
 
-TESTED_MEGATRON_VERSIONS = ("0.16.1",)
+TESTED_MEGATRON_VERSIONS = ("0.16.1", "0.19.2")
 
 
 def megatron_in_use() -> str:
     """Return the version and the path of the Megatron Core that this process has imported, for the log."""
     version = megatron.core.__version__
-    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (not tested; tested: {TESTED_MEGATRON_VERSIONS[0]})"
+    note = (
+        ""
+        if version in TESTED_MEGATRON_VERSIONS
+        else f" (not tested; tested: {' and '.join(TESTED_MEGATRON_VERSIONS)})"
+    )
     return f"megatron.core {version} from {next(iter(megatron.core.__path__))}{note}"
 
 

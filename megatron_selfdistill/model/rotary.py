@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core.models.common.embeddings import rope_utils
 
 _POSITIONS = "rotary_positions"
@@ -60,17 +60,17 @@ def rotated(
     t: Tensor,
     freqs: Tensor,
     rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
+    mla_rotary_interleaved: bool = False,
     mscale: float = 1.0,
 ) -> Tensor:
     """Return ``t [s, b, n, channels]`` with the rotary embedding of the angles ``freqs [s, 1 or b, 1, d]``.
 
-    The first d channels turn, and the others stay as they are.  With ``multi_latent_attention`` the pairs of ``t`` are
+    The first d channels turn, and the others stay as they are.  With ``mla_rotary_interleaved`` the pairs of ``t`` are
     the channels 2 i and 2 i + 1, and the result has the first channels of all pairs before the second channels.
     """
     width = freqs.size(-1)
     turning = t[..., :width]
-    if multi_latent_attention:
+    if mla_rotary_interleaved:
         turning = turning.unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
     cos, signed_sin = _tables(freqs, t.dtype, rotary_interleaved, mscale)
     if rotary_interleaved:
@@ -92,7 +92,7 @@ def _rotated_packed(
     cu_seqlens: Tensor,
     freqs: Tensor,
     rotary_interleaved: bool = False,
-    multi_latent_attention: bool = False,
+    mla_rotary_interleaved: bool = False,
     mscale: float = 1.0,
     cp_group: Any = None,
 ) -> Tensor:
@@ -104,12 +104,12 @@ def _rotated_packed(
     positions = getattr(cu_seqlens, _POSITIONS, None)
     if positions is None:
         result: Tensor = _megatrons_packed_rotation(
-            t, cu_seqlens, freqs, rotary_interleaved, multi_latent_attention, mscale, cp_group
+            t, cu_seqlens, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, cp_group
         )
         return result
     angles = angles_at(freqs, positions)
-    return rotated(t.unsqueeze(1), angles, rotary_interleaved, multi_latent_attention, mscale).squeeze(1)
+    return rotated(t.unsqueeze(1), angles, rotary_interleaved, mla_rotary_interleaved, mscale).squeeze(1)
 
 
-rope_utils._apply_rotary_pos_emb_bshd = rotated
-rope_utils._apply_rotary_pos_emb_thd = _rotated_packed
+rope_utils._apply_rotary_pos_emb_bshd = older_megatron.with_older_keyword(rotated)
+rope_utils._apply_rotary_pos_emb_thd = older_megatron.with_older_keyword(_rotated_packed)

@@ -21,6 +21,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import ColumnParallelLinear
 
+from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import (
     OptimizerConfig,
     OptimizerConstants,
@@ -247,7 +248,7 @@ class MarkedLinear(ColumnParallelLinear):
 def marked_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
     block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
     for spec in block.layer_specs:
-        spec.submodules.mlp.submodules.linear_fc1 = MarkedLinear
+        submodules_of(spec.submodules.mlp).linear_fc1 = MarkedLinear
     return block
 
 

@@ -141,13 +141,18 @@ def refuse_hugging_face(path: Path) -> None:
 def lacks(path: Path) -> str | None:
     """Return the missing part of a torch_dist checkpoint at ``path`` ("has no metadata.json"), or None.
 
-    The function reads no contents of files.
+    Of the contents of files, the function reads those of metadata.json.
     """
     if not path.is_dir():
         return "does not exist" if not path.exists() else "is not a directory"
-    for name in ("metadata.json", "common.pt", ".metadata"):
+    for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
+    description = (path / "metadata.json").read_text(encoding="utf-8", errors="replace")
+    if '"common_backend"' not in description and not (path / "common.pt").exists():
+        return None  # since version 0.19, Megatron Core stores the same state in the files of the tensors
+    if not (path / "common.pt").is_file():
+        return "has no common.pt"
     return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"
 
 

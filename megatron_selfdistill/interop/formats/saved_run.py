@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_selfdistill.errors import CheckpointError
-from megatron_selfdistill.interop.formats.unpickler import load_pickled
+from megatron_selfdistill.interop.formats.torch_dist import read_common
 
 SECTION = "selfdistill"
-"""The key in common.pt under which this program keeps the state that Megatron-LM does not know."""
+"""The key under which a checkpoint keeps the state that Megatron-LM does not know."""
 
 CONFIGURATION = "configuration"
 """The key of a trainer's state under which a checkpoint keeps the values of the configuration."""
@@ -27,9 +27,9 @@ class SavedRun:
 
     path: Path
     common: dict[str, Any]
-    """The contents of common.pt."""
+    """The state that is no tensor (`torch_dist.read_common`)."""
     own: dict[str, Any]
-    """This program's section of common.pt (`SECTION`)."""
+    """This program's section of that state (`SECTION`)."""
     trainer_state: dict[str, Any]
     """The state of the trainer, with the key ``step``: plain values that `encode` accepts."""
 
@@ -79,7 +79,7 @@ def read_saved_run(path: Path) -> SavedRun:
 
     Raises: CheckpointError where the checkpoint is corrupt, or is not the checkpoint of a run of this program.
     """
-    common = load_pickled(path / "common.pt")
+    common = read_common(path)
     own = common.get(SECTION) if isinstance(common, dict) else None
     if not isinstance(own, dict):
         raise CheckpointError(
@@ -91,10 +91,10 @@ def read_saved_run(path: Path) -> SavedRun:
 def is_selfdistill_checkpoint(path: Path) -> bool:
     """Return whether this program saved the checkpoint in ``path``: of a run, a frozen teacher or a conversion.
 
-    The answer is False for a common.pt that cannot be read: another program saved it, or it is corrupt.
+    The answer is False for state that cannot be read: another program saved it, or it is corrupt.
     """
     try:
-        common = load_pickled(path / "common.pt")
+        common = read_common(path)
     except CheckpointError:
         return False
     return isinstance(common, dict) and SECTION in common
@@ -106,5 +106,5 @@ def _decode(stored: Any, path: Path) -> dict[str, Any]:
         state: dict[str, Any] = json.loads(stored)
         int(state["step"])
     except (TypeError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"{path} has a corrupt trainer_state in its common.pt: {error}") from None
+        raise CheckpointError(f"{path} has a corrupt trainer_state: {error}") from None
     return state

@@ -19,6 +19,7 @@ from megatron_selfdistill.config import Config, ModelConfig, YarnConfig
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop.formats import directory, legacy
 from megatron_selfdistill.interop.formats.directory import find
+from megatron_selfdistill.interop.formats.torch_dist import read_common
 from megatron_selfdistill.interop.formats.unpickler import load_pickled
 from megatron_selfdistill.interop.hf.family import ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
 
@@ -51,10 +52,7 @@ def with_stored_architecture(config: Config, given: Collection[str] | None = Non
 def stored_args(path: Path) -> argparse.Namespace | None:
     """Return the arguments that the checkpoint at ``path`` stores; None if it stores no arguments."""
     found, is_legacy = find(path)
-    if is_legacy:
-        state = load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True)
-    else:
-        state = load_pickled(found / "common.pt")
+    state = load_pickled(min(found.glob(f"mp_rank_*/{legacy.FILE}")), mmap=True) if is_legacy else read_common(found)
     args: argparse.Namespace | None = state.get("args")
     return args
 

@@ -15,12 +15,13 @@ import concurrent.futures
 import contextlib
 import errno
 import io
+import json
 import math
 import mmap
 import os
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +45,12 @@ from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import manifest
 from megatron_selfdistill.interop.formats.manifest import Entry, sync
 from megatron_selfdistill.interop.formats.tensor_names import shown
-from megatron_selfdistill.interop.formats.unpickler import load_metadata, load_pickled
+from megatron_selfdistill.interop.formats.unpickler import load_metadata, load_pickled, loads_pickled
 
 CONTENT = {
     # Whole optimizer tensors under the names of the parameters: the only format that loads in every other layout.
@@ -59,6 +61,8 @@ CONTENT = {
 }
 """Megatron's ``content_metadata``: the way in which Megatron cuts the state into named tensors."""
 
+_COMMON_STATE = "common_state/shard_0_1"
+"""The key of Megatron's object with the state that is no tensor."""
 MAX_FILE_BYTES = 4 * 2**30
 """The size at which the writer starts the next .distcp file: ranks share the reading of files of this size."""
 T = TypeVar("T")
@@ -97,8 +101,9 @@ def write(
     empty_objects: Sequence[str] = (),
     progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Write a torch_dist checkpoint with the tensors of ``pieces``, and with ``common`` in its common.pt.
+    """Write a torch_dist checkpoint with the tensors of ``pieces`` and the state ``common``, which is no tensor.
 
+    ``common`` goes where the installed Megatron Core stores such state (`read_common`).
     The writer makes the pieces in the given order, one at a time.  ``empty_objects``: keys under which Megatron looks
     for an object and finds None.  ``progress`` receives the number of bytes of each piece.  The writer computes the
     checksums on the way and leaves them in a part of the manifest for `manifest.write`.
@@ -106,39 +111,63 @@ def write(
     Raises: the exceptions of ``Piece.make``; OSError where the disk is full or not writable.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    torch.save(common, directory / "common.pt")
+    description: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
+    objects: dict[str, Any] = dict.fromkeys(empty_objects)
+    if older_megatron.stores_common_file():
+        description |= {"common_backend": "torch", "common_backend_version": 1}
+        torch.save(common, directory / "common.pt")
+    else:
+        objects[_COMMON_STATE] = common
     writer = _SerialWriter(directory, progress)
     try:
-        save({}, storage_writer=writer, planner=_PiecePlanner(pieces, empty_objects), no_dist=True)
+        save({}, storage_writer=writer, planner=_PiecePlanner(pieces, objects), no_dist=True)
     except CheckpointException as error:  # wraps the error of each rank; here is one rank
         raise next(iter(error.failures.values()))[0] from None
-    (directory / "metadata.json").write_text(
-        '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
-        '"common_backend": "torch", "common_backend_version": 1}'
-    )
+    (directory / "metadata.json").write_text(json.dumps(description))
     manifest.write_part(directory, "0", [], known=writer.checksums)
-    for name in ("common.pt", "metadata.json"):
-        sync(directory / name)
+    for file in (directory / "metadata.json", *directory.glob("common.pt")):
+        sync(file)
+
+
+def read_common(directory: Path) -> dict[str, Any]:
+    """Return the state of a torch_dist checkpoint that is no tensor, from the restricted unpickler.
+
+    Megatron Core stores it in common.pt, and since 0.19 as an object in the files of the tensors.
+
+    Raises: CheckpointError where the state is missing or corrupt.
+    """
+    if (directory / "common.pt").is_file():
+        common: dict[str, Any] = load_pickled(directory / "common.pt")
+        return common
+    places = load_metadata(directory).storage_data
+    place = next((place for index, place in places.items() if getattr(index, "fqn", None) == _COMMON_STATE), None)
+    if place is None:
+        raise CheckpointError(f"{directory} has neither a common.pt nor an object common_state")
+    try:
+        with (directory / place.relative_path).open("rb") as file:
+            file.seek(place.offset)
+            data = file.read(place.length)
+    except OSError as error:
+        raise CheckpointError(f"{directory} has no readable common_state: {error}") from error
+    found = loads_pickled(data, f"{directory}: common_state")
+    if not isinstance(found, list) or len(found) != 1 or not isinstance(found[0], dict):
+        raise CheckpointError(f"{directory} has a corrupt common_state (it holds a {type(found).__name__})")
+    return found[0]
 
 
 class _PiecePlanner(SavePlanner):
     """A planner that saves the given pieces, and makes a piece when PyTorch asks for its data."""
 
-    def __init__(self, pieces: Iterable[Piece], empty_objects: Iterable[str]) -> None:
+    def __init__(self, pieces: Iterable[Piece], objects: Mapping[str, Any]) -> None:
         self.pieces = {MetadataIndex(piece.key, piece.offset): piece for piece in pieces}
-        self.empty_objects = list(empty_objects)
-        none = io.BytesIO()
-        torch.save([None], none)  # Megatron stores a list with one object per shard
-        self._none = none.getvalue()
+        self.objects = objects
 
     def set_up_planner(self, state_dict: Any, storage_meta: Any = None, is_coordinator: bool = False) -> None:
         pass
 
     def create_local_plan(self) -> SavePlan:
         tensors = [_write_item(index, piece) for index, piece in self.pieces.items()]
-        return SavePlan(
-            [*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.empty_objects)]
-        )
+        return SavePlan([*tensors, *(WriteItem(MetadataIndex(key), WriteItemType.BYTE_IO) for key in self.objects)])
 
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         stored: dict[str, TensorStorageMetadata] = {}
@@ -146,14 +175,16 @@ class _PiecePlanner(SavePlanner):
             properties = TensorProperties(dtype=piece.dtype)
             tensor = stored.setdefault(piece.key, TensorStorageMetadata(properties, torch.Size(piece.shape), []))
             tensor.chunks.append(ChunkStorageMetadata(torch.Size(piece.offset), torch.Size(piece.sizes)))
-        return all_plans, Metadata({**stored, **{key: BytesStorageMetadata() for key in self.empty_objects}})
+        return all_plans, Metadata({**stored, **{key: BytesStorageMetadata() for key in self.objects}})
 
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
         if write_item.type == WriteItemType.BYTE_IO:
-            return io.BytesIO(self._none)
+            data = io.BytesIO()
+            torch.save([self.objects[write_item.index.fqn]], data)  # Megatron stores a list with one object per shard
+            return data
         piece = self.pieces[write_item.index]
         tensor = piece.make().contiguous()
         if tuple(tensor.shape) != piece.sizes or tensor.dtype != piece.dtype:
@@ -301,9 +332,8 @@ class TorchDistReader:
 
     @property
     def common(self) -> dict[str, Any]:
-        """The contents of common.pt, from the restricted unpickler."""
-        common: dict[str, Any] = load_pickled(self.directory / "common.pt")
-        return common
+        """The state that is no tensor (`read_common`)."""
+        return read_common(self.directory)
 
     @property
     def objects(self) -> list[str]:

@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
@@ -591,7 +591,8 @@ class DecodingModel:
                 hidden_states = torch.empty(shape, dtype=self._hidden_dtype, device=tokens.device)
                 dist.recv(hidden_states, src=self._stage_rank(-1), group=self._grid.pp_group)
                 model.set_input_tensor(hidden_states)
-            with chunk.switched_off() if isinstance(chunk, WithoutAdapters) else nullcontext():
+            switched_off = chunk.switched_off() if isinstance(chunk, WithoutAdapters) else nullcontext()
+            with switched_off, older_megatron.inference_pass():
                 output = model(
                     tokens, position_ids, attention_mask, inference_context=context, runtime_gather_output=True
                 )

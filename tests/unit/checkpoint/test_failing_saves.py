@@ -190,7 +190,7 @@ def test_kill_9_in_a_save_leaves_the_one_before(ranks, tmp_path, async_save):
 def test_a_write_that_a_full_disk_cut_is_named_with_what_to_do_and_a_reason_is_kept():
     cut = sharded_io.unwritten("a file", RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64"))
     assert "make room on the disk" in str(cut)
-    results = sharded_io.filesystem_async._get_write_results_queue()
+    results = sharded_io.filesystem_async.get_write_results_queue()
     results.put(OSError("the first reason"))
     sharded_io.report_death(1)
     assert "the first reason" in str(results.get_nowait())

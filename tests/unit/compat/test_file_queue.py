@@ -57,7 +57,7 @@ def test_an_incomplete_object_of_a_killed_writer_is_not_there(missing):
 def test_megatrons_queue_of_write_results_starts_no_process(monkeypatch):
     monkeypatch.setattr(filesystem_async, "_results_queue", None)
     before = multiprocessing.active_children()
-    results = filesystem_async._get_write_results_queue()
+    results = filesystem_async.get_write_results_queue()
     assert isinstance(results, FileQueue)
-    assert filesystem_async._get_write_results_queue() is results
+    assert filesystem_async.get_write_results_queue() is results
     assert multiprocessing.active_children() == before

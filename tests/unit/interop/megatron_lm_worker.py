@@ -41,6 +41,7 @@ def name_layers_as_transformer_engine_does() -> None:
     """Let Megatron-LM's local layer spec use the keys of Transformer Engine's, which no CPU runs."""
     from megatron.core.models.gpt import gpt_layer_specs
 
+    from megatron_selfdistill.compat.older_megatron import submodules_of
     from megatron_selfdistill.model.layers import CoreAttention
 
     local_spec = gpt_layer_specs.get_gpt_layer_local_spec
@@ -55,7 +56,7 @@ def name_layers_as_transformer_engine_does() -> None:
                 "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
             }
             layer.self_attention.submodules.core_attention = CoreAttention  # Megatron's wants values as wide as keys
-        if not hasattr(getattr(layer.mlp, "submodules", None), "experts"):
+        if not hasattr(submodules_of(layer.mlp), "experts"):
             keys["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         layer.sharded_state_dict_keys_map = keys
         return spec

@@ -23,6 +23,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill import learner
+from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
@@ -186,7 +187,7 @@ class Quantised(ColumnParallelLinear):
 def quantised_spec(config: Any, vp_stage: int | None = None, **_: Any) -> Any:
     block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
     for spec in block.layer_specs:
-        spec.submodules.mlp.submodules.linear_fc1 = Quantised
+        submodules_of(spec.submodules.mlp).linear_fc1 = Quantised
     return block
 
 

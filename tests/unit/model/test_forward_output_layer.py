@@ -19,6 +19,7 @@ from tiers import combinations
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.tensor_parallel import layers
 
+from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import OptimizerConfig, OptimizerConstants, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed.ranks import initialize
 from megatron_selfdistill.model import architecture, build, forward
@@ -81,9 +82,9 @@ def engine_spec(config: Any, vp_stage: int | None = None, *, transformer_engine:
     assert transformer_engine
     block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
     for spec in block.layer_specs:
-        mlp = spec.submodules.mlp.submodules
+        mlp = submodules_of(spec.submodules.mlp)
         linear = [spec.submodules.self_attention.submodules]
-        linear.append(mlp.experts.submodules if hasattr(mlp, "experts") else mlp)
+        linear.append(submodules_of(mlp.experts) if hasattr(mlp, "experts") else mlp)
         for submodules in linear:
             for name, module in vars(submodules).items():
                 stand_in = {layers.ColumnParallelLinear: EngineColumn, layers.RowParallelLinear: EngineRow}

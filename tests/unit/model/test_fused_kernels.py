@@ -21,6 +21,7 @@ from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig, load
 from megatron_selfdistill.config.key_list import config_dir
 from megatron_selfdistill.distributed.ranks import initialize
@@ -188,7 +189,7 @@ def mlp_errors() -> dict[str, float]:
         for name in ("CPU", "GPU"):
             config = configured(model, NODES[name])
             torch.manual_seed(0)
-            mlp = MLP(config, get_mlp_module_spec(use_te=False).submodules)
+            mlp = MLP(config, submodules_of(get_mlp_module_spec(use_te=False)))
             for param in mlp.parameters():
                 torch.nn.init.normal_(param, std=0.3)
             x = torch.randn(5, 1, config.hidden_size, requires_grad=True)

@@ -7,6 +7,7 @@ Names in checkpoints and exports, gradients and loaded weights are equal.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import layouts
@@ -27,6 +28,7 @@ from megatron.core.transformer.moe.experts import SequentialMLP, TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 
+from megatron_selfdistill.compat.older_megatron import submodules_of
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.interop.export import export
 from megatron_selfdistill.interop.hf.mapping import FAMILIES, Rule
@@ -126,9 +128,10 @@ def grouped_spec(config: Any, vp_stage: int | None = None, *, transformer_engine
     """Return the local layer spec with Megatron's own ``TEGroupedMLP`` as its experts, over the stand-ins."""
     block = architecture.layer_spec(config, vp_stage, transformer_engine=False)
     for spec in block.layer_specs:
-        spec.submodules.mlp.submodules.experts = ModuleSpec(
-            module=TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=GroupedColumn, linear_fc2=GroupedRow)
-        )
+        experts = {"submodules": MLPSubmodules(linear_fc1=GroupedColumn, linear_fc2=GroupedRow)}
+        mlp = submodules_of(spec.submodules.mlp)
+        is_partial = isinstance(mlp.experts, functools.partial)
+        mlp.experts = functools.partial(TEGroupedMLP, **experts) if is_partial else ModuleSpec(TEGroupedMLP, **experts)
     return block
 
 

@@ -16,7 +16,7 @@ from tiers import combinations
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core.models.common.embeddings import rope_utils
 
 from megatron_selfdistill.data.contexts import ContextPair
@@ -28,6 +28,8 @@ from megatron_selfdistill.model.layers import PackedSequences
 CHANNELS = 12
 WIDTHS = {"all channels": 12, "half of the channels": 6, "one pair": 2}
 MSCALE = 1.25
+LATENT = "mla_rotary_interleaved" if older_megatron.version() >= (0, 19) else "multi_latent_attention"
+"""Megatron's name of the argument for the order of channels in multi-latent attention."""
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +150,7 @@ def test_every_token_of_a_sequence_is_rotated_as_megatron_rotates_it(megatrons, 
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(len(held), 2, 8, generator=generator)
     angles = torch.randn(microbatch.max_seqlen, 1, 1, 8, generator=generator)
-    arguments = {"multi_latent_attention": latent, "mscale": 1.25, "cp_group": group}
+    arguments = {LATENT: latent, "mscale": 1.25, "cp_group": group}
     expected = megatrons._apply_rotary_pos_emb_thd(states, microbatch.cu_seqlens, angles, **arguments)
 
     packed = PackedSequences.of(microbatch, positions, with_segment_batches=False)
