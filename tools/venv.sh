@@ -127,14 +127,17 @@ create() {
     fi
     find_python
     say "making $VENV with $("$FOUND" --version) ($FOUND)"
+    if [ "$("$FOUND" -c 'import sys; print(sys.version_info[:2] < (3, 12))')" = True ]; then
+        say "Python 3.11 gets megatron-core 0.16.1, the last one for it: newer ones need Python 3.12"
+    fi
     "$FOUND" -m venv --clear "$VENV" || fail "$FOUND could not make $VENV; its message stands above"
 }
 
 suitable() { "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null; }
 
-# Sets FOUND to the first Python 3.11 to 3.13 that can make virtual environments: PATH first, then pyenv's.
+# Sets FOUND to the newest Python 3.11 to 3.13 that can make virtual environments: of each version PATH's, then pyenv's.
 find_python() {
-    local candidate without_venv="" seen=""
+    local candidate version without_venv="" seen=""
     if [[ "${PYTHON:-}" =~ ^3\.[0-9]+$ ]]; then
         PYTHON=$(bash tools/find_python.sh "$PYTHON") || fail "found no Python $PYTHON on PATH nor among those of pyenv and uv; install it"
     fi
@@ -142,8 +145,11 @@ find_python() {
         suitable "$PYTHON" || fail "expected Python 3.$OLDEST to 3.13, got PYTHON=$PYTHON ($("$PYTHON" --version 2>&1 || true))"
         set -- "$PYTHON"
     else
-        set -- python3 python3.13 python3.12 python3.11 python /usr/bin/python3 \
-            "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[1-3]*/bin/python3
+        set --
+        for version in 3.13 3.12 3.11; do
+            set -- "$@" "python$version" "${PYENV_ROOT:-$HOME/.pyenv}/versions/$version".*/bin/python3
+        done
+        set -- "$@" python3 python /usr/bin/python3
     fi
     for candidate in "$@"; do
         seen="$seen $candidate"

@@ -170,9 +170,9 @@ def test_the_verifier_is_bound_where_verdicts_decide_what_is_trained():
 
 
 def test_the_checkpoint_holds_the_configuration_and_nothing_but_plain_values(finished):
-    from megatron_selfdistill.interop.formats.unpickler import load_pickled
+    from megatron_selfdistill.interop.formats.torch_dist import read_common
 
-    own = load_pickled(finished / "checkpoints" / "iter_0000006" / "common.pt")["selfdistill"]
+    own = read_common(finished / "checkpoints" / "iter_0000006")["selfdistill"]
     assert isinstance(own["trainer_state"], str)
     state = json.loads(own["trainer_state"])
     assert state["step"] == 6 and state["configuration"]["rollout"]["max_new_tokens"] == 14

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import common_state
 import pytest
 import tiny_run
 from damage import flip_bit
@@ -36,8 +37,7 @@ def flip(path: Path) -> str:
 
 
 def flip_arguments(path: Path) -> str:
-    flip_bit(path / "common.pt", 200, 1)
-    return f"{path.name} has a corrupt common.pt"
+    return f"{path.name} has a corrupt {common_state.flip_bit_in(path)}"
 
 
 def lose_manifest(path: Path) -> str:

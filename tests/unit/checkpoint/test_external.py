@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import checkpointed_run
+import common_state
 import layouts
 import models
 import pytest
@@ -173,9 +174,9 @@ def test_a_checkpoint_without_fitting_optimizer_state_is_refused(ranks, saved, t
     kind, path = saved
     setup = Setup(kind=kind, teacher="current")
     weights_alone = rewritten(path, tmp_path, lambda key, tensor: {key: tensor})
-    common = torch.load(weights_alone / "common.pt")
+    common = common_state.read(weights_alone)
     del common["optimizer"]
-    torch.save(common, weights_alone / "common.pt")
+    common_state.write(weights_alone, common)
     ranks.run(refuse_optimizer, setup, weights_alone, tmp_path / "a", "optimizer.* is missing", world_size=1)
     sgd = OptimizerConfig(
         optimizer="sgd",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpointed_run
+import common_state
 import layouts
 import models
 import pytest
@@ -30,7 +31,7 @@ def save_with_payload(setup: Setup, run_dir: Path) -> dict:
     run = checkpointed_run.start(setup, run_dir, steps=1)
     path = run.save(3)
     if run.grid.rank == 0:
-        torch.save({"args": Payload(run_dir / "executed")}, path / "common.pt")
+        common_state.write(path, {"args": Payload(run_dir / "executed")})
         (path / "manifest.json").unlink()  # as another program would have written it
     return run.weights()
 

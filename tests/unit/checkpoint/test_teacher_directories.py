@@ -27,6 +27,7 @@ from megatron_selfdistill.checkpoint.teacher_directories import (
     teacher_architectures,
     teacher_copies,
 )
+from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import AdapterConfig, Config, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.errors import CheckpointError, ConfigError
@@ -179,6 +180,7 @@ def test_the_digest_and_the_settings_of_a_directory_of_peft_are_those_of_its_con
     assert adapter_teachers(config_of(student, student / "hf")) == {}
 
 
+COMMON = ["common.pt"] * older_megatron.stores_common_file()
 DIGESTED = {
     "peft": {"adapter_config.json", "adapter_model.safetensors"},
     "hf": {"config.json", "model.safetensors"},
@@ -188,8 +190,8 @@ DIGESTED = {
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
     },
-    "megatron": {"common.pt", "metadata.json", ".metadata", "__0_0.distcp"},
-    "adapters": {"adapters.json", "common.pt", "metadata.json", ".metadata", "__0_0.distcp"},
+    "megatron": {*COMMON, "metadata.json", ".metadata", "__0_0.distcp"},
+    "adapters": {"adapters.json", *COMMON, "metadata.json", ".metadata", "__0_0.distcp"},
 }
 """Kind of directory -> the files of which a changed byte changes what the teacher computes."""
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import pickle
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpointed_run
+import common_state
 import models
 import pytest
 import torch
@@ -64,20 +64,19 @@ def checkpoint(run_dir: Path) -> Path:
 
 
 def poison_common(path: Path, mark: Path) -> None:
-    common = torch.load(path / "common.pt", weights_only=False)
-    torch.save(common | {"rerun_state_machine": Payload(mark)}, path / "common.pt")
+    common_state.write(path, common_state.read(path) | {"rerun_state_machine": Payload(mark)})
 
 
 def poison_trainer_state(path: Path, mark: Path) -> None:
-    common = torch.load(path / "common.pt", weights_only=False)
+    common = common_state.read(path)
     common["selfdistill"]["trainer_state"] = pickle.dumps({"step": 1, "guards": Payload(mark)})
-    torch.save(common, path / "common.pt")
+    common_state.write(path, common)
 
 
 def nest_trainer_state(path: Path, mark: Path) -> None:
-    common = torch.load(path / "common.pt", weights_only=False)
+    common = common_state.read(path)
     common["selfdistill"]["trainer_state"] = "[" * 100_000
-    torch.save(common, path / "common.pt")
+    common_state.write(path, common)
 
 
 def poison_metadata(path: Path, mark: Path) -> None:
@@ -88,15 +87,9 @@ def poison_metadata(path: Path, mark: Path) -> None:
 
 def poison_object(path: Path, mark: Path, name: str) -> None:
     """Let an entry of a .distcp file hold the payload."""
-    metadata = pickle.loads((path / ".metadata").read_bytes())
-    index = next(index for index in metadata.storage_data if index.fqn.removeprefix("teacher.").startswith(name))
-    place, data = metadata.storage_data[index], io.BytesIO()
-    torch.save([Payload(mark)], data)
-    file = path / place.relative_path
-    moved = dataclasses.replace(place, offset=file.stat().st_size, length=len(data.getvalue()))
-    file.write_bytes(file.read_bytes() + data.getvalue())
-    metadata.storage_data[index] = moved
-    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    keys = (index.fqn for index in common_state.metadata_of(path).storage_data)
+    key = next(key for key in keys if key.removeprefix("teacher.").startswith(name))
+    common_state.write_object(path, key, Payload(mark))
 
 
 def poison_rng_state(path: Path, mark: Path) -> None:
@@ -121,9 +114,9 @@ def resume(run_dir: Path) -> str:
 REFUSED = ".*its pickle asks for posix.system"
 UNUSABLE = "none of the checkpoints in .* can be used: iter_0000001 has a .metadata that"
 POISONED = {
-    "common.pt": (poison_common, REFUSED),
-    "the trainer's state": (poison_trainer_state, "has a corrupt trainer_state in its common.pt"),  # it is no pickle
-    "the trainer's state, nested deep": (nest_trainer_state, "has a corrupt trainer_state in its common.pt"),
+    "the state that is no tensor": (poison_common, REFUSED),
+    "the trainer's state": (poison_trainer_state, "has a corrupt trainer_state"),  # it is no pickle
+    "the trainer's state, nested deep": (nest_trainer_state, "has a corrupt trainer_state"),
     "the random states": (poison_rng_state, f"rng_state/shard_{REFUSED}"),
     "a layer's extra state": (poison_extra_state, f"_extra_state/shard_{REFUSED}"),
     ".metadata": (poison_metadata, f"{UNUSABLE}{REFUSED}"),
@@ -162,9 +155,9 @@ def start_from(path: Path) -> str:
 def test_starting_from_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, run_dir, mark, poison):
     poison(checkpoint(run_dir), mark)
     (checkpoint(run_dir) / manifest.NAME).unlink()
-    common = torch.load(checkpoint(run_dir) / "common.pt", weights_only=False)
+    common = common_state.read(checkpoint(run_dir))
     del common["selfdistill"]
-    torch.save(common, checkpoint(run_dir) / "common.pt")  # as another program's
+    common_state.write(checkpoint(run_dir), common)  # as another program's
     (message,) = ranks.run(start_from, checkpoint(run_dir), world_size=1)
     assert "posix.system" in message or "posix system" in message, message
     assert not mark.exists()

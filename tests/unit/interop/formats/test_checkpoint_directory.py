@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import checkpointed_run
+import common_state
 import pytest
 from checkpointed_run import Setup
 
@@ -79,6 +80,7 @@ def cut_off_data(path: Path) -> None:
 
 
 def cut_off_common(path: Path) -> None:
+    common_state.reformat(path, in_a_file=True)
     common = path / "common.pt"
     common.write_bytes(common.read_bytes()[:-100])
 

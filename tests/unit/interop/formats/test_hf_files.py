@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from megatron_selfdistill.errors import CheckpointError, ConfigError
 from megatron_selfdistill.interop import conversion
 from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
-from megatron_selfdistill.interop.formats.unpickler import load_pickled
+from megatron_selfdistill.interop.formats.torch_dist import read_common
 from megatron_selfdistill.interop.release import Progress
 
 KIND = "llama2"
@@ -389,7 +389,7 @@ def test_types_that_differ_within_one_tensor_of_megatrons_are_widened_and_report
 def test_half_precision_is_recorded_as_such(directory):
     save(directory, {name: tensor.half() for name, tensor in tensors_of(directory).items()})
     back, _ = there_and_back(directory)
-    args = load_pickled(directory.parent / "megatron" / "release" / "common.pt")["args"]
+    args = read_common(directory.parent / "megatron" / "release")["args"]
     assert (args.fp16, args.bf16, args.params_dtype) == (True, False, torch.float16)
     assert config_of(back)["dtype"] == "float16"
     assert {tensor.dtype for tensor in tensors_of(back).values()} == {torch.float16}

@@ -8,10 +8,10 @@ import shutil
 from pathlib import Path
 
 import checkpointed_run
+import common_state
 import hf_models
 import models
 import pytest
-import torch
 from checkpointed_run import Setup
 
 from megatron_selfdistill import config as configuration
@@ -238,7 +238,7 @@ def test_without_a_record_of_what_was_set_defaults_count_as_not_set(checkpoint):
 def test_a_checkpoint_without_arguments_leaves_the_configuration_alone(checkpoint, tmp_path):
 
     path = Path(shutil.copytree(checkpoint / "iter_0000001", tmp_path / "iter_0000001"))
-    torch.save({"iteration": 1}, path / "common.pt")
+    common_state.write(path, {"iteration": 1})
     (path / "manifest.json").unlink()
     assert loaded(path, "model=tiny").model.normalization == "LayerNorm"
 
