@@ -12,15 +12,13 @@ changes, too.
 
 from __future__ import annotations
 
-import ast
 import functools
-import importlib.util
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-PACKAGE = Path(__file__).resolve().parent.parent / "megatron_selfdistill"
+from package_names import imported_names, installed, lookup
 
 MEMBERS = {
     "vllm.entrypoints.llm": "LLM.generate LLM.collective_rpc LLM.apply_model LLM.reset_prefix_cache LLM.sleep "
@@ -97,19 +95,6 @@ MOVED = {
 }
 
 
-def imported_names(package: Path = PACKAGE) -> list[str]:
-    """Return each name of vLLM that the package imports, as module.name, sorted."""
-    found = set()
-    for path in package.rglob("*.py"):
-        source = path.read_text()
-        for node in ast.walk(ast.parse(source)) if "vllm" in source else ():
-            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vllm":
-                found |= {f"{node.module}.{alias.name}" for alias in node.names}
-            elif isinstance(node, ast.Import):
-                found |= {alias.name for alias in node.names if alias.name.partition(".")[0] == "vllm"}
-    return sorted(found)
-
-
 def missing(root: Path) -> list[str]:
     """Return the names that the vLLM in the directory ``root`` lacks, as they stand in `names`."""
     return [name for name in names() if not has(root, name)]
@@ -119,7 +104,7 @@ def names() -> list[str]:
     """Return every name that is used, each with its kind before a space."""
     members = [f"{module}.{member}" for module, those in MEMBERS.items() for member in those.split()]
     kinds = {
-        "import": [*imported_names(), *MOVED],
+        "import": [*imported_names("vllm"), *MOVED],
         "member": members,
         "sampling": SAMPLING_PARAMETERS.split(),
         "argument": [*ENGINE_ARGUMENTS.split(), *SERVER_ARGUMENTS.split()],
@@ -133,10 +118,10 @@ def has(root: Path, entry: str) -> bool:
     """Return whether the vLLM in the directory ``root`` has an entry of `names`."""
     kind, name = entry.split()
     if kind in ("import", "member"):
-        new = MOVED.get(name)
-        return _resolves(root, name) or (new is not None and _resolves(root, f"{new}.{name.rpartition('.')[2]}"))
+        module, _, last = name.rpartition(".")
+        return any(lookup(root, f"{each}.{last}") for each in (module, MOVED.get(name, module)))
     if kind == "sampling":
-        return _resolves(root, f"vllm.sampling_params.SamplingParams.{name}")
+        return lookup(root, f"vllm.sampling_params.SamplingParams.{name}") is not None
     if kind == "environment":
         return f'"{name}"' in (root / "vllm" / "envs.py").read_text()
     if kind == "route":
@@ -156,79 +141,6 @@ def _arguments(root: Path) -> str:
     return "\n".join(path.read_text() for path in files)
 
 
-def _resolves(root: Path, name: str) -> bool:
-    """Whether a dotted name is a module, something in one, or a member of a class in one."""
-    parts = name.split(".")
-    for cut in range(len(parts), 0, -1):
-        module = ".".join(parts[:cut])
-        tree = _parsed(root, module)
-        if tree is not None:
-            rest = parts[cut:]
-            stars = [
-                node for node in _statements(tree) if isinstance(node, ast.ImportFrom) and node.names[0].name == "*"
-            ]
-            return _defines(tree, rest) or any(
-                _resolves(root, ".".join([f"{module}." * bool(star.level) + (star.module or ""), *rest]))
-                for star in stars
-            )
-    return False
-
-
-@functools.cache
-def _parsed(root: Path, module: str) -> ast.Module | None:
-    path = root.joinpath(*module.split("."))
-    for file in (path / "__init__.py", path.with_name(path.name + ".py")):
-        if file.is_file():
-            return ast.parse(file.read_text())
-    return None
-
-
-def _defines(node: ast.AST, parts: Sequence[str]) -> bool:
-    if not parts:
-        return True
-    return any(
-        len(parts) == 1 or (isinstance(child, ast.ClassDef) and _defines(child, parts[1:]))
-        for name, child in _definitions(node)
-        if name == parts[0]
-    )
-
-
-def _definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Yield (name, statement) of each function, class, assignment and import in a module or a class.
-
-    The names include the attributes that methods set on ``self``, and the names in a module's strings, which the module
-    imports on demand.
-    """
-    for child in _statements(node):
-        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            yield child.name, child
-        elif isinstance(child, (ast.Import, ast.ImportFrom)):
-            yield from ((alias.asname or alias.name, child) for alias in child.names)
-        elif isinstance(child, (ast.Assign, ast.AnnAssign)):
-            yield from ((target.id, child) for target in _targets(child) if isinstance(target, ast.Name))
-            if isinstance(child.value, ast.Dict):
-                keys = (key.value for key in child.value.keys if isinstance(key, ast.Constant))
-                yield from ((key, child) for key in keys if isinstance(key, str))
-    if isinstance(node, ast.ClassDef):
-        for child in ast.walk(node):
-            if isinstance(child, (ast.Assign, ast.AnnAssign)):
-                attributes = (target for target in _targets(child) if isinstance(target, ast.Attribute))
-                yield from ((each.attr, child) for each in attributes if getattr(each.value, "id", "") == "self")
-
-
-def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the statements of a module or a class, including the statements under an if, a try or a with."""
-    for child in ast.iter_child_nodes(node):
-        yield child
-        if isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
-            yield from _statements(child)
-
-
-def _targets(node: ast.Assign | ast.AnnAssign) -> Iterator[ast.expr]:
-    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
-        yield from target.elts if isinstance(target, ast.Tuple) else [target]
-
-
 def version_of(root: Path) -> str:
     """Return the version that the vLLM in the directory ``root`` has, or the directory's name."""
     file = root / "vllm" / "_version.py"
@@ -236,15 +148,9 @@ def version_of(root: Path) -> str:
     return found[1] if found else root.name
 
 
-def installed() -> Path | None:
-    """Return the directory that holds the installed vLLM, which is not imported; None where there is none."""
-    spec = importlib.util.find_spec("vllm")
-    return Path(spec.origin).parent.parent if spec is not None and spec.origin else None
-
-
 def main(arguments: Sequence[str]) -> int:
     """Print the table; return 0 if every version has every name, 1 if a name is missing, 2 without a vLLM."""
-    roots = [Path(argument) for argument in arguments] or [root for root in [installed()] if root is not None]
+    roots = [Path(argument) for argument in arguments] or [root for root in [installed("vllm")] if root is not None]
     if not roots or any(not (root / "vllm").is_dir() for root in roots):
         print(
             f"expected directories that hold the directory vllm, got {', '.join(arguments) or 'none, and no vLLM here'}"

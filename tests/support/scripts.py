@@ -7,13 +7,18 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from unittest import mock
 
 
 def load_script(file: Path) -> ModuleType:
-    """Return the module of a script; each call returns a new module, so that a test may change it."""
+    """Return the module of a script; each call returns a new module, so that a test may change it.
+
+    The script imports what lies beside it, as it does when Python runs it.
+    """
     spec = importlib.util.spec_from_file_location(f"script_{file.stem}", file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look for their module there
-    spec.loader.exec_module(module)
+    with mock.patch.object(sys, "path", [str(file.parent), *sys.path]):
+        spec.loader.exec_module(module)
     return module

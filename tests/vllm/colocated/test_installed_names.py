@@ -15,7 +15,7 @@ from megatron_selfdistill.rollout.vllm.server import serve
 
 def test_every_name_that_is_used_is_there():
     names = load_script(Path(__file__).resolve().parents[3] / "tools" / "vllm_names.py")
-    root = names.installed()
+    root = names.installed("vllm")
     assert root is not None and names.version_of(root) == vllm.__version__
     assert names.missing(root) == []
 

@@ -1,0 +1,229 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The names of another package, found in its files without an import of the package.
+
+A *root* is the directory that holds the package: site-packages, an unpacked wheel or a source tree.  `vllm_names` and
+`megatron_names` ask whether such a package has the names that this project uses.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import importlib.util
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGE = Path(__file__).resolve().parent.parent / "megatron_selfdistill"
+
+
+class Place(NamedTuple):
+    """The statement that defines a name, and the module of the statement."""
+
+    module: str
+    node: ast.AST
+    of_class: bool = False
+    """Whether the statement stands in a class."""
+
+
+def imported_names(package: str, directory: Path = PACKAGE) -> list[str]:
+    """Return each name of ``package`` that the files of ``directory`` import, as module.name, sorted."""
+    found = set()
+    for path in directory.rglob("*.py"):
+        source = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(source)) if package in source else ():
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == package:
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names if alias.name.partition(".")[0] == package}
+    return sorted(found)
+
+
+def installed(package: str) -> Path | None:
+    """Return the directory that holds the installed ``package``, which is not imported; None if there is none."""
+    spec = importlib.util.find_spec(package)
+    places = [*(spec.submodule_search_locations or ())] if spec is not None else []
+    return Path(places[0]).parent if places else None
+
+
+@functools.cache
+def parsed(root: Path, module: str) -> ast.Module | None:
+    """Return the syntax tree of a module or of a package's ``__init__``; None if there is no such file."""
+    path = root.joinpath(*module.split("."))
+    for file in (path / "__init__.py", path.with_name(path.name + ".py")):
+        if file.is_file():
+            return ast.parse(file.read_text(encoding="utf-8"))
+    return None
+
+
+@functools.cache
+def lookup(root: Path, name: str) -> Place | None:
+    """Return where a dotted name is defined: a module, something in a module, or a member of a class; else None.
+
+    The lookup follows imports from module to module, and from a class to its bases.  A name that a module imports from
+    another package is defined by the import.
+    """
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        module = ".".join(parts[:cut])
+        tree = parsed(root, module)
+        if tree is not None:
+            return _within(root, Place(module, tree), parts[cut:])
+    return None
+
+
+def _within(root: Path, place: Place, parts: list[str]) -> Place | None:
+    """Return where the dotted name ``parts`` is defined in a module or in a class and its bases."""
+    if not parts:
+        return place
+    first, rest = parts[0], parts[1:]
+    for name, child in definitions(place.node):
+        found = None
+        if name != first:
+            continue
+        if isinstance(child, ast.ImportFrom | ast.Import):
+            target = _target(root, place.module, child, name)
+            found = lookup(root, ".".join([target, *rest])) if target != f"{place.module}.{name}" else None
+        elif isinstance(child, ast.ClassDef):
+            found = _within(root, Place(place.module, child), rest)
+        if found is None and not rest:
+            found = Place(place.module, child, isinstance(place.node, ast.ClassDef))
+        if found is not None:
+            return found
+    for base in bases(root, place) if isinstance(place.node, ast.ClassDef) else _starred(root, place):
+        found = _within(root, base, parts)
+        if found is not None:
+            return found
+    return None
+
+
+def bases(root: Path, place: Place) -> Iterator[Place]:
+    """Yield the bases of a class that the package itself defines."""
+    assert isinstance(place.node, ast.ClassDef)
+    for base in place.node.bases:
+        name = ast.unparse(base.value if isinstance(base, ast.Subscript) else base)
+        found = lookup(root, f"{place.module}.{name}")
+        if found is not None and isinstance(found.node, ast.ClassDef):
+            yield found
+
+
+def _starred(root: Path, place: Place) -> Iterator[Place]:
+    """Yield the modules of which a module imports every name."""
+    for node in statements(place.node):
+        if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+            module = _origin(root, place.module, node)
+            tree = parsed(root, module)
+            if tree is not None and module != place.module:
+                yield Place(module, tree)
+
+
+def _target(root: Path, module: str, node: ast.Import | ast.ImportFrom, name: str) -> str:
+    """Return the full name of what an import statement in ``module`` calls ``name``."""
+    original = next(alias.name for alias in node.names if name in (alias.asname, alias.name))
+    return original if isinstance(node, ast.Import) else f"{_origin(root, module, node)}.{original}"
+
+
+def _origin(root: Path, module: str, node: ast.ImportFrom) -> str:
+    """Return the module from which a statement in ``module`` imports."""
+    if not node.level:
+        return node.module or ""
+    is_package = root.joinpath(*module.split("."), "__init__.py").is_file()
+    parts = module.split(".")
+    above = parts[: len(parts) - node.level + is_package]
+    return ".".join([*above, *filter(None, [node.module])])
+
+
+def definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
+    """Yield (name, statement) of each function, class, assignment and import in a module or a class.
+
+    The names include the attributes that methods set on ``self``, and the names in a module's strings, which the module
+    imports on demand.
+    """
+    for child in statements(node):
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            yield child.name, child
+        elif isinstance(child, (ast.Import, ast.ImportFrom)):
+            yield from ((alias.asname or alias.name, child) for alias in child.names)
+        elif isinstance(child, (ast.Assign, ast.AnnAssign)):
+            yield from ((target.id, child) for target in _targets(child) if isinstance(target, ast.Name))
+            if isinstance(child.value, ast.Dict):
+                keys = (key.value for key in child.value.keys if isinstance(key, ast.Constant))
+                yield from ((key, child) for key in keys if isinstance(key, str))
+    if isinstance(node, ast.ClassDef):
+        for child in ast.walk(node):
+            if isinstance(child, (ast.Assign, ast.AnnAssign)):
+                attributes = (target for target in _targets(child) if isinstance(target, ast.Attribute))
+                yield from ((each.attr, child) for each in attributes if getattr(each.value, "id", "") == "self")
+
+
+def statements(node: ast.AST) -> Iterator[ast.AST]:
+    """Yield the statements of a module or a class, including the statements under an if, a try or a with."""
+    for child in ast.iter_child_nodes(node):
+        yield child
+        if isinstance(child, (ast.If, ast.Try, ast.With, ast.ExceptHandler)):
+            yield from statements(child)
+
+
+def _targets(node: ast.Assign | ast.AnnAssign) -> Iterator[ast.expr]:
+    for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
+        yield from target.elts if isinstance(target, ast.Tuple) else [target]
+
+
+def signature(root: Path, name: str) -> inspect.Signature | None:
+    """Return the signature of a function, a method or a class; None if the package's files do not show one.
+
+    The first parameter of a method is left out.  The defaults are source code.
+    """
+    place = lookup(root, name)
+    if place is None:
+        return None
+    if isinstance(place.node, ast.ClassDef):
+        if _has_fields(place.node):
+            return inspect.Signature(list(_fields(root, place).values()))
+        place = _within(root, place, ["__init__"])
+    if place is None or not isinstance(place.node, ast.FunctionDef):
+        return None
+    return signature_of(place.node, is_method=place.of_class)
+
+
+def signature_of(function: ast.FunctionDef, *, is_method: bool = False) -> inspect.Signature:
+    """Return the signature of a function's definition; ``is_method``: whether the first parameter is left out."""
+    arguments = function.args
+    kind = inspect.Parameter
+    positional = [*arguments.posonlyargs, *arguments.args]
+    defaults = [None] * (len(positional) - len(arguments.defaults)) + arguments.defaults
+    found = [_parameter(a.arg, kind.POSITIONAL_OR_KEYWORD, d) for a, d in zip(positional, defaults, strict=True)]
+    if is_method and not any(ast.unparse(each) == "staticmethod" for each in function.decorator_list):
+        found = found[1:]
+    if arguments.vararg is not None:
+        found.append(kind(arguments.vararg.arg, kind.VAR_POSITIONAL))
+    for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+        found.append(_parameter(argument.arg, kind.KEYWORD_ONLY, default))
+    if arguments.kwarg is not None:
+        found.append(kind(arguments.kwarg.arg, kind.VAR_KEYWORD))
+    return inspect.Signature(found)
+
+
+def _parameter(name: str, kind: inspect._ParameterKind, default: ast.expr | None) -> inspect.Parameter:
+    source = inspect.Parameter.empty if default is None else ast.unparse(default)
+    return inspect.Parameter(name, kind, default=source)
+
+
+def _has_fields(node: ast.ClassDef) -> bool:
+    """Return whether a class is a dataclass or a named tuple."""
+    marks = [*node.decorator_list, *node.bases]
+    return any(ast.unparse(mark).partition("(")[0].rpartition(".")[2] in ("dataclass", "NamedTuple") for mark in marks)
+
+
+def _fields(root: Path, place: Place) -> dict[str, inspect.Parameter]:
+    """Return the fields of a dataclass or a named tuple, those of its bases first."""
+    assert isinstance(place.node, ast.ClassDef)
+    found: dict[str, inspect.Parameter] = {}
+    for base in reversed(list(bases(root, place))):
+        found |= _fields(root, base)
+    for child in place.node.body:
+        if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
+            # A field without a default may follow one with a default of a base: only keywords name it then.
+            found[child.target.id] = _parameter(child.target.id, inspect.Parameter.KEYWORD_ONLY, child.value)
+    return found
