@@ -18,6 +18,17 @@ from typing import NamedTuple
 PACKAGE = Path(__file__).resolve().parent.parent / "megatron_selfdistill"
 
 
+class Source(str):
+    """The source code of a default, which a printed signature shows without quotes."""
+
+    @classmethod
+    def of(cls, node: ast.expr) -> Source:
+        """Return the code of an expression in one form, whatever its quotes and spaces."""
+        return cls(ast.unparse(node))
+
+    __repr__ = str.__str__
+
+
 class Place(NamedTuple):
     """The statement that defines a name, and the module of the statement."""
 
@@ -62,7 +73,7 @@ def lookup(root: Path, name: str) -> Place | None:
     """Return where a dotted name is defined: a module, something in a module, or a member of a class; else None.
 
     The lookup follows imports from module to module, and from a class to its bases.  A name that a module imports from
-    another package is defined by the import.
+    another package is defined by the import, and so is everything that belongs to the name.
     """
     parts = name.split(".")
     for cut in range(len(parts), 0, -1):
@@ -78,13 +89,13 @@ def _within(root: Path, place: Place, parts: list[str]) -> Place | None:
     if not parts:
         return place
     first, rest = parts[0], parts[1:]
-    for name, child in definitions(place.node):
+    for child in definitions(place.node).get(first, ()):
         found = None
-        if name != first:
-            continue
         if isinstance(child, ast.ImportFrom | ast.Import):
-            target = _target(root, place.module, child, name)
-            found = lookup(root, ".".join([target, *rest])) if target != f"{place.module}.{name}" else None
+            target = _target(root, place.module, child, first)
+            if target.partition(".")[0] != place.module.partition(".")[0]:
+                return Place(place.module, child)
+            found = lookup(root, ".".join([target, *rest])) if target != f"{place.module}.{first}" else None
         elif isinstance(child, ast.ClassDef):
             found = _within(root, Place(place.module, child), rest)
         if found is None and not rest:
@@ -134,12 +145,20 @@ def _origin(root: Path, module: str, node: ast.ImportFrom) -> str:
     return ".".join([*above, *filter(None, [node.module])])
 
 
-def definitions(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
-    """Yield (name, statement) of each function, class, assignment and import in a module or a class.
+@functools.cache
+def definitions(node: ast.AST) -> dict[str, list[ast.AST]]:
+    """Return the statements that define each name of a module or a class: functions, classes, assignments and imports.
 
     The names include the attributes that methods set on ``self``, and the names in a module's strings, which the module
     imports on demand.
     """
+    found: dict[str, list[ast.AST]] = {}
+    for name, child in _defined(node):
+        found.setdefault(name, []).append(child)
+    return found
+
+
+def _defined(node: ast.AST) -> Iterator[tuple[str, ast.AST]]:
     for child in statements(node):
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             yield child.name, child
@@ -180,7 +199,7 @@ def signature(root: Path, name: str) -> inspect.Signature | None:
         return None
     if isinstance(place.node, ast.ClassDef):
         if _has_fields(place.node):
-            return inspect.Signature(list(_fields(root, place).values()))
+            return inspect.Signature(list(_fields(root, place).values()), __validate_parameters__=False)
         place = _within(root, place, ["__init__"])
     if place is None or not isinstance(place.node, ast.FunctionDef):
         return None
@@ -206,12 +225,12 @@ def signature_of(function: ast.FunctionDef, *, is_method: bool = False) -> inspe
 
 
 def _parameter(name: str, kind: inspect._ParameterKind, default: ast.expr | None) -> inspect.Parameter:
-    source = inspect.Parameter.empty if default is None else ast.unparse(default)
-    return inspect.Parameter(name, kind, default=source)
+    return inspect.Parameter(name, kind, default=inspect.Parameter.empty if default is None else Source.of(default))
 
 
-def _has_fields(node: ast.ClassDef) -> bool:
+def _has_fields(node: ast.AST) -> bool:
     """Return whether a class is a dataclass or a named tuple."""
+    assert isinstance(node, ast.ClassDef)
     marks = [*node.decorator_list, *node.bases]
     return any(ast.unparse(mark).partition("(")[0].rpartition(".")[2] in ("dataclass", "NamedTuple") for mark in marks)
 
@@ -221,9 +240,12 @@ def _fields(root: Path, place: Place) -> dict[str, inspect.Parameter]:
     assert isinstance(place.node, ast.ClassDef)
     found: dict[str, inspect.Parameter] = {}
     for base in reversed(list(bases(root, place))):
-        found |= _fields(root, base)
+        if _has_fields(base.node):
+            found |= _fields(root, base)
     for child in place.node.body:
         if isinstance(child, ast.AnnAssign) and isinstance(child.target, ast.Name):
-            # A field without a default may follow one with a default of a base: only keywords name it then.
-            found[child.target.id] = _parameter(child.target.id, inspect.Parameter.KEYWORD_ONLY, child.value)
+            name, value = child.target.id, child.value
+            if isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field"):
+                value = next((word.value for word in value.keywords if word.arg == "default"), value)
+            found[name] = _parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, value)
     return found
