@@ -134,13 +134,14 @@ test-real: venv ## run the tests with a real model, SmolLM2-135M-Instruct (downl
 test-gpu: $(if $(PYTHON_GPU),,venv) ## prove on a GPU what CI cannot (ARGS="--gpus 8"; ARGS="--device cpu" for the same on a CPU)
 	@TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 $(GPU_PYTHON) -m tests.gpu $(ARGS)
 
-check: venv ## format, lint, docstrings, spelling, types, shell scripts, budgets of lines; changes nothing
+check: venv ## format, lint, docstrings, spelling, types, shell scripts, names of Megatron, budgets of lines; changes nothing
 	@echo "[check] ruff format"; $(BIN)/ruff format --check $(PYTHON_DIRECTORIES)
 	@echo "[check] ruff"; $(BIN)/ruff check $(PYTHON_DIRECTORIES)
 	@echo "[check] codespell"; $(BIN)/codespell $(PYTHON_DIRECTORIES) configs docs .ci Makefile $(wildcard *.md)
 	@echo "[check] mypy"; $(BIN)/mypy
 	@echo "[check] shellcheck"; $(BIN)/shellcheck $(SHELL_FILES)
 	@echo "[check] subjects of commits"; $(BIN)/python tools/commit_checks.py history
+	@echo "[check] names of Megatron Core"; $(BIN)/python tools/megatron_names.py --tested --faults
 	@echo "[check] lines per ring"; $(BIN)/python tools/ring_budgets.py
 
 # Plain JavaScript with types in its comments; only this target needs npm, which fetches TypeScript's compiler.
