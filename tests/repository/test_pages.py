@@ -32,6 +32,7 @@ NOT_KEYS = {
     *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
     *("method.right_weight", "loss.self_distillation_loss", "teachers.choose", "teachers.guide", "teachers.join"),
     *("loss.backward", "loss.item", "model.generate", "optimizer.step", "optimizer.zero_grad"),
+    *("optimizer.multi_tensor_applier", "optimizer.multi_tensor_scale_impl"),
     *("model.safetensors", "report.html", "report.png", "target.html", "target.svg"),
 }
 """Words of the form ``section.name`` that are no keys today: removed or renamed keys, Python, a user's key, files, and
