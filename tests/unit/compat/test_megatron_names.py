@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 from pathlib import Path
 
@@ -154,6 +155,15 @@ def test_names_of_some_versions_are_needed_in_these_only(monkeypatch):
     }
     older, every = ["0.16.1", "0.17.0"], ["0.16.1", "0.17.0", "0.19.2"]
     assert list(needed.values()) == [["0.17.0", "0.19.2"], older, older, every]
+
+
+def test_the_tables_name_what_the_files_of_the_package_contain():
+    tables = load_script(TOOL.with_name("megatron_uses.py"))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in tables.PACKAGE.rglob("*.py"))
+    words = set(re.findall(r"\w+", source))
+    members = [name for table in (tables.MEMBERS, tables.ASSIGNED) for text in table.values() for name in text.split()]
+    assert len(members) > 150 and [name for name in members if name not in words] == []
+    assert all(replacement.definition(tables.PACKAGE) for replacement in tables.REPLACED.values())
 
 
 def test_every_name_that_the_package_uses_is_in_the_installed_version():
