@@ -133,7 +133,7 @@ def _replacement_fault(root: Path, name: str, replacement: Replacement) -> str |
         place = named[index] if index < len(named) else None
         if replacement.by_keyword or place is None:
             place = ours.parameters.get(parameter.name)
-        if place is None and takes_more:
+        if place is None and (takes_more or parameter.name in replacement.not_passed):
             continue
         if place is None or place.name not in (parameter.name, replacement.renamed.get(parameter.name)):
             ending = "none" if place is None else place.name

@@ -12,7 +12,7 @@ import ast
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from package_names import PACKAGE, definitions, parsed
 
@@ -31,6 +31,7 @@ _DECODING = "rollout/megatron/decoding.py"
 SINCE = {
     f"{_SAVING}.filesystem_async.get_write_results_queue": "0.17",
     "megatron.core.inference.utils.InferenceMode": "0.18",
+    "megatron.core.dist_checkpointing.save(async_strategy)": "0.17",
     f"{_MOE}.shared_experts.HAVE_TE": "0.17",
 }
 """Name, or function(parameter) -> the first version that must have it; each use stands behind a question of version."""
@@ -139,7 +140,7 @@ CALLS = {
     f"{_GPT}.sharded_state_dict": "*, prefix, metadata",
     f"{_ATTENTION}._adjust_key_value_for_inference": "inference_context, query, key, value, rotary_pos_emb",
     f"{_MOE}.router.TopKRouter._apply_expert_bias": "routing_map, padding_mask",
-    f"{_ROTARY}._apply_rotary_pos_emb_thd": "t, cu_seqlens, freqs, rotary_interleaved, _, mscale, cp_group",
+    f"{_ROTARY}._apply_rotary_pos_emb_thd": "t, cu_seqlens, freqs, rotary_interleaved, _, mscale, *, cp_group",
     f"{_MOE}.router.switch_load_balancing_loss_func": "*, total_num_tokens",
     f"{_SAVING}.filesystem_async.FileSystemWriterAsync.write_preloaded_data": "transform_list, local_proc_idx, "
     "write_bucket, results_queue, count_queue, use_fsync, *, use_msc",
@@ -162,7 +163,9 @@ class Replacement(NamedTuple):
     by_keyword: bool = False
     """Whether Megatron passes every argument by its name, so that places do not matter."""
     renamed: Mapping[str, str] = {}
-    """Megatron's name -> our name, of parameters that Megatron passes by position alone."""
+    """Megatron's name -> our name, of parameters that Megatron passes by position, or that are renamed on the way."""
+    not_passed: tuple[str, ...] = ()
+    """Optional parameters that no code of Megatron passes, and that ours need not have."""
 
     @property
     def where(self) -> str:
@@ -181,10 +184,15 @@ class Replacement(NamedTuple):
         return node
 
 
+_OLDER_KEYWORD: dict[str, Any] = {
+    "renamed": {"multi_latent_attention": "mla_rotary_interleaved"},
+    "not_passed": ("multi_latent_attention",),
+}
+"""The keyword until 0.18, which `older_megatron.with_older_keyword` renames; 0.19 keeps it as an optional one."""
 REPLACED = {
-    f"{_ROTARY}._apply_rotary_pos_emb_bshd": Replacement("model/rotary.py", "rotated"),
-    f"{_ROTARY}._apply_rotary_pos_emb_thd": Replacement("model/rotary.py", "_rotated_packed"),
-    f"{_SAVING}.filesystem_async._get_write_results_queue": Replacement("compat/cpu.py", "results_in_a_file"),
+    f"{_ROTARY}._apply_rotary_pos_emb_bshd": Replacement("model/rotary.py", "rotated", **_OLDER_KEYWORD),
+    f"{_ROTARY}._apply_rotary_pos_emb_thd": Replacement("model/rotary.py", "_rotated_packed", **_OLDER_KEYWORD),
+    f"{_SAVING}.filesystem_async.get_write_results_queue": Replacement("compat/cpu.py", "results_in_a_file"),
     f"{_OPTIMIZER}.sharded_state_dict": Replacement("compat/repairs.py", "sharded_state_dict_with_state", True),
     f"{_OPTIMIZER}.load_state_dict": Replacement("compat/repairs.py", "load_state_dict_with_own_steps", True),
     f"{_OPTIMIZER}._set_main_param_and_optimizer_states": Replacement(
@@ -215,9 +223,6 @@ REPLACED = {
     ),
     "megatron.core.transformer.module.MegatronModule.sharded_state_dict": Replacement(
         "model/adapters.py", "LowRankAdapter.sharded_state_dict", True
-    ),
-    f"{_SAVING}.common.TorchCommonLoadStrategy.load_common": Replacement(
-        "checkpoint/sharded_io.py", "_NothingInCommon.load_common", True
     ),
 }
 """Function or method of Megatron -> ours in its place: assigned, in a subclass, or in a layer spec."""

@@ -43,7 +43,7 @@ from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import directory, manifest
 from megatron_selfdistill.interop.formats.directory import Temporary
 from megatron_selfdistill.interop.formats.full_weights import NOT_BUILT, NOT_WEIGHTS, raise_misfit
-from megatron_selfdistill.interop.formats.torch_dist import CONTENT, TorchDistReader
+from megatron_selfdistill.interop.formats.torch_dist import CONTENT, WRITTEN_WITH, TorchDistReader
 from megatron_selfdistill.interop.formats.unpickler import load_metadata, loads_pickled
 
 WRITE_ERRORS = (Exception, CheckpointException)
@@ -80,7 +80,7 @@ def begin_write(
         strategy = FullyParallelSaveStrategyWrapper(strategy, replicas)
     try:
         request = dist_checkpointing.save(
-            contents,
+            {**contents, WRITTEN_WITH: older_megatron.version_text()},
             str(temporary.path),
             strategy,
             validate_access_integrity=validate,

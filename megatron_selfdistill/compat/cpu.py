@@ -241,7 +241,7 @@ def _replace_megatron_device_code() -> None:
     older_megatron.name_results_queue()
 
     # torch_dist saving spawns a Manager for its queue, which imports `__main__` again for seconds per rank.
-    def results_in_a_file() -> Any:
+    def results_in_a_file(mp_mode: str = "spawn") -> Any:
         if filesystem_async._results_queue is None:
             filesystem_async._results_queue = FileQueue()
         return filesystem_async._results_queue

@@ -16,15 +16,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+NEWEST = (0, 19)
+"""The newest version that this program knows."""
+
 
 @functools.cache
 def version() -> tuple[int, int]:
-    """Return the major and the minor version of the Megatron Core that an import finds; (0, 19) where there is none."""
+    """Return the major and the minor version of the Megatron Core that is installed; `NEWEST` where there is none."""
     spec = importlib.util.find_spec("megatron") and importlib.util.find_spec("megatron.core")
     places = (spec.submodule_search_locations or ()) if spec else ()
     text = "".join((Path(place) / "package_info.py").read_text(encoding="utf-8") for place in places)
     numbers = dict(re.findall(r"^(MAJOR|MINOR) = (\d+)$", text, re.MULTILINE))
-    return int(numbers.get("MAJOR", 0)), int(numbers.get("MINOR", 19))
+    return int(numbers.get("MAJOR", NEWEST[0])), int(numbers.get("MINOR", NEWEST[1]))
+
+
+def version_text() -> str:
+    """Return `version` as a text, such as 0.19."""
+    return ".".join(map(str, version()))
 
 
 def stores_common_file() -> bool:

@@ -104,7 +104,7 @@ def _rotated_packed(
     positions = getattr(cu_seqlens, _POSITIONS, None)
     if positions is None:
         result: Tensor = _megatrons_packed_rotation(
-            t, cu_seqlens, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, cp_group
+            t, cu_seqlens, freqs, rotary_interleaved, mla_rotary_interleaved, mscale, cp_group=cp_group
         )
         return result
     angles = angles_at(freqs, positions)

@@ -61,7 +61,7 @@ def reformat(path: Path, *, in_a_file: bool) -> None:
         torch.save(common, path / "common.pt")
         metadata.storage_data.pop(MetadataIndex(KEY), None)
         metadata.state_dict_metadata.pop(KEY, None)
-        (path / ".metadata").write_bytes(pickle.dumps(metadata))
+        write_metadata(path, metadata)
     else:
         (path / "common.pt").unlink(missing_ok=True)
         write_object(path, KEY, common)
@@ -85,4 +85,9 @@ def write_object(path: Path, key: str, value: Any) -> None:
     places[index] = dataclasses.replace(place, offset=file.stat().st_size, length=len(data.getvalue()))
     metadata.state_dict_metadata.setdefault(key, BytesStorageMetadata())
     file.write_bytes(file.read_bytes() + data.getvalue())
+    write_metadata(path, metadata)
+
+
+def write_metadata(path: Path, metadata: Metadata) -> None:
+    """Replace ``.metadata``."""
     (path / ".metadata").write_bytes(pickle.dumps(metadata))

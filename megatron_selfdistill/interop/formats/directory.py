@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -148,11 +149,17 @@ def lacks(path: Path) -> str | None:
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             return f"has no {name}"
-    description = (path / "metadata.json").read_text(encoding="utf-8", errors="replace")
-    if '"common_backend"' not in description and not (path / "common.pt").exists():
-        return None  # since version 0.19, Megatron Core stores the same state in the files of the tensors
-    if not (path / "common.pt").is_file():
-        return "has no common.pt"
+    try:
+        description = json.loads((path / "metadata.json").read_bytes())
+        written = f"{description['sharded_backend']} {description['sharded_backend_version']}"
+    except (ValueError, TypeError, KeyError) as error:
+        return f"has a corrupt metadata.json ({type(error).__name__}: {error})"
+    if written != "torch_dist 1":
+        return f"was written in the format {written} of another or a newer Megatron Core, expected torch_dist 1"
+    if not (
+        path / "common.pt"
+    ).is_file():  # since 0.19, Megatron Core stores the same state in the files of the tensors
+        return "has no common.pt" if "common_backend" in description else None
     return None if zipfile.is_zipfile(path / "common.pt") else "has a corrupt common.pt"
 
 

@@ -19,6 +19,7 @@ import json
 import math
 import mmap
 import os
+import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -63,6 +64,10 @@ CONTENT = {
 
 _COMMON_STATE = "common_state/shard_0_1"
 """The key of Megatron's object with the state that is no tensor."""
+WRITTEN_WITH = "megatron_core"
+"""The key of that state under which this program names the Megatron Core that wrote the checkpoint, such as 0.19."""
+_CHECKPOINT_VERSION = 3.0
+"""The newest ``checkpoint_version`` of Megatron-LM that is known here."""
 MAX_FILE_BYTES = 4 * 2**30
 """The size at which the writer starts the next .distcp file: ranks share the reading of files of this size."""
 T = TypeVar("T")
@@ -113,6 +118,7 @@ def write(
     directory.mkdir(parents=True, exist_ok=True)
     description: dict[str, Any] = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     objects: dict[str, Any] = dict.fromkeys(empty_objects)
+    common = {**common, WRITTEN_WITH: older_megatron.version_text()}
     if older_megatron.stores_common_file():
         description |= {"common_backend": "torch", "common_backend_version": 1}
         torch.save(common, directory / "common.pt")
@@ -134,11 +140,31 @@ def read_common(directory: Path) -> dict[str, Any]:
 
     Megatron Core stores it in common.pt, and since 0.19 as an object in the files of the tensors.
 
-    Raises: CheckpointError where the state is missing or corrupt.
+    Raises: CheckpointError where the state is missing or corrupt, or where a newer Megatron has written it.
     """
-    if (directory / "common.pt").is_file():
-        common: dict[str, Any] = load_pickled(directory / "common.pt")
-        return common
+    in_a_file = (directory / "common.pt").is_file()
+    common: dict[str, Any] = load_pickled(directory / "common.pt") if in_a_file else _common_object(directory)
+    if isinstance(common, dict):
+        _refuse_newer(directory, common)
+    return common
+
+
+def _refuse_newer(directory: Path, common: dict[str, Any]) -> None:
+    newest = ".".join(map(str, older_megatron.NEWEST))
+    written = re.fullmatch(r"(\d+)\.(\d+)", str(common.get(WRITTEN_WITH)))
+    if written is not None and (int(written[1]), int(written[2])) > older_megatron.NEWEST:
+        raise CheckpointError(
+            f"{directory} was written with Megatron Core {written[0]}, expected at most {newest}: read it with the "
+            "version of this program that wrote it"
+        )
+    if isinstance(version := common.get("checkpoint_version"), int | float) and version > _CHECKPOINT_VERSION:
+        raise CheckpointError(
+            f"{directory} was written by a Megatron-LM whose checkpoint_version is {version}, expected at most "
+            f"{_CHECKPOINT_VERSION}, as in Megatron Core {newest}: convert it with that Megatron-LM"
+        )
+
+
+def _common_object(directory: Path) -> dict[str, Any]:
     places = load_metadata(directory).storage_data
     place = next((place for index, place in places.items() if getattr(index, "fqn", None) == _COMMON_STATE), None)
     if place is None:

@@ -1,0 +1,169 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""Checkpoints in both formats of the state that is no tensor: common.pt, and since Megatron Core 0.19 an object."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import checkpointed_run
+import common_state
+import hf_models
+import layouts
+import models
+import pytest
+import torch
+from checkpointed_run import Setup
+
+from megatron_selfdistill.compat import older_megatron
+from megatron_selfdistill.errors import CheckpointError
+from megatron_selfdistill.interop.conversion import hf_to_megatron, megatron_to_hf
+from megatron_selfdistill.interop.formats import directory, manifest
+from megatron_selfdistill.interop.formats.full_weights import open_weights
+from megatron_selfdistill.interop.formats.saved_run import is_selfdistill_checkpoint, read_saved_run
+from megatron_selfdistill.interop.formats.stored_model import stored_args
+from megatron_selfdistill.interop.formats.torch_dist import WRITTEN_WITH, read_common
+
+SETUP = Setup(teacher="frozen", reference=True)
+FORMATS = {"common.pt": True, "an object": False}
+in_both_formats = pytest.mark.parametrize("in_a_file", FORMATS.values(), ids=FORMATS)
+
+
+def save(run_dir: Path) -> dict[str, Any]:
+    run = checkpointed_run.start(SETUP, run_dir, steps=1)
+    run.save(1, note="kept")
+    return run.weights()
+
+
+def resume(run_dir: Path) -> tuple[dict[str, Any], dict[str, Any], list[float]]:
+    run = checkpointed_run.start(SETUP, run_dir)
+    return run.load_latest(), run.weights(), [float(step) for step in run.adam_steps()]
+
+
+@pytest.fixture(scope="module")
+def saved(ranks, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """Return a run directory with a checkpoint of step 1 and a frozen teacher, and the weights."""
+    run_dir = tmp_path_factory.mktemp("saved")
+    return run_dir, ranks.run(save, run_dir, world_size=1)[0]
+
+
+def reformatted(saved: Path, target: Path, in_a_file: bool) -> Path:
+    """Return a copy of a run directory with all its checkpoints in a format, and with manifests of their own."""
+    shutil.copytree(saved, target)
+    for metadata in list(target.rglob(".metadata")):
+        common_state.reformat(metadata.parent, in_a_file=in_a_file)
+        (metadata.parent / manifest.NAME).unlink()
+        manifest.write(metadata.parent)
+    return target
+
+
+@in_both_formats
+def test_a_run_resumes_from_both_formats(ranks, saved, tmp_path, in_a_file):
+    run_dir = reformatted(saved[0], tmp_path / "run", in_a_file)
+    ((state, weights, steps),) = ranks.run(resume, run_dir, world_size=1)
+    assert (state["step"], state["note"]) == (1, "kept") and set(steps) == {1.0}
+    found, expected = (layouts.join([each]) for each in (weights, saved[1]))
+    assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@in_both_formats
+def test_every_reader_reads_both_formats(saved, tmp_path, in_a_file):
+    path = reformatted(saved[0], tmp_path / "run", in_a_file) / "checkpoints" / "iter_0000001"
+    assert (path / "common.pt").exists() == in_a_file
+    assert directory.incomplete(path) is None and directory.unverifiable(path) is None
+    assert is_selfdistill_checkpoint(path) and read_saved_run(path).trainer_state["note"] == "kept"
+    args = stored_args(path)
+    assert args is not None and args.num_layers == models.model_config(SETUP.kind).num_layers
+    assert open_weights(path).args.hidden_size == args.hidden_size
+
+
+@in_both_formats
+def test_a_conversion_writes_and_reads_both_formats(tmp_path, monkeypatch, in_a_file):
+    monkeypatch.setattr(older_megatron, "stores_common_file", lambda: in_a_file)
+    hf_models.write("qwen3", tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    release = tmp_path / "megatron" / "release"
+    assert (release / "common.pt").exists() == in_a_file and directory.incomplete(release) is None
+    assert ("common_backend" in json.loads((release / "metadata.json").read_text())) == in_a_file
+    megatron_to_hf(tmp_path / "megatron", tmp_path / "back")
+    for file in (tmp_path / "hf").glob("*.safetensors"):
+        assert manifest.checksum(file) == manifest.checksum(tmp_path / "back" / file.name)
+
+
+def common_that_megatron_reads(path: Path) -> dict[str, Any]:
+    from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+    from megatron.core import dist_checkpointing
+
+    found: dict[str, Any] = dist_checkpointing.load_common_state_dict(str(path))
+    return {name: value for name, value in found.items() if isinstance(value, int | float | str)}
+
+
+def test_megatron_itself_reads_what_a_run_and_a_conversion_write(ranks, saved, tmp_path):
+    hf_models.write("qwen3", tmp_path / "hf")
+    hf_to_megatron(tmp_path / "hf", tmp_path / "megatron")
+    for path in (saved[0] / "checkpoints" / "iter_0000001", tmp_path / "megatron" / "release"):
+        (found,) = ranks.run(common_that_megatron_reads, path, world_size=1)
+        assert found["checkpoint_version"] == 3.0 and found[WRITTEN_WITH] == older_megatron.version_text()
+
+
+NEWER = {
+    "Megatron Core": ({WRITTEN_WITH: "0.21"}, "was written with Megatron Core 0.21, expected at most 0.19"),
+    "Megatron-LM": ({"checkpoint_version": 4.0}, "checkpoint_version is 4.0, expected at most 3.0"),
+}
+
+
+@in_both_formats
+@pytest.mark.parametrize("name", NEWER)
+def test_a_checkpoint_of_a_newer_megatron_is_refused_with_the_version(saved, tmp_path, name, in_a_file):
+    path = reformatted(saved[0], tmp_path / "run", in_a_file) / "checkpoints" / "iter_0000001"
+    changes, message = NEWER[name]
+    common_state.write(path, common_state.read(path) | changes)
+    (path / manifest.NAME).unlink()
+    for read in (read_common, read_saved_run, stored_args):
+        with pytest.raises(CheckpointError, match=message):
+            read(path)
+
+
+def test_a_newer_format_of_the_tensors_is_refused_with_its_version(saved, tmp_path):
+    path = reformatted(saved[0], tmp_path / "run", in_a_file=False) / "checkpoints" / "iter_0000001"
+    (path / "metadata.json").write_text('{"sharded_backend": "torch_dist", "sharded_backend_version": 2}')
+    with pytest.raises(CheckpointError, match="was written in the format torch_dist 2 of another or a newer"):
+        directory.resolve(path)
+    (path / "metadata.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"has a corrupt metadata\.json"):
+        directory.resolve(path)
+
+
+DAMAGE = {
+    "no common.pt": (True, lambda path: (path / "common.pt").unlink(), "has no common.pt"),
+    "no object": (False, lambda path: forget_object(path), "has neither a common.pt nor an object common_state"),
+    "zeros": (False, lambda path: fill_object_with_zeros(path), "common_state is corrupt"),
+    "no dictionary": (False, lambda path: common_state.write(path, [1]), "has a corrupt common_state"),
+}
+
+
+def forget_object(path: Path) -> None:
+    metadata = common_state.metadata_of(path)
+    metadata.storage_data = {i: place for i, place in metadata.storage_data.items() if i.fqn != common_state.KEY}
+    common_state.write_metadata(path, metadata)
+
+
+def fill_object_with_zeros(path: Path) -> None:
+    places = common_state.metadata_of(path).storage_data
+    place = next(place for index, place in places.items() if index.fqn == common_state.KEY)
+    with (path / place.relative_path).open("r+b") as file:
+        file.seek(place.offset)
+        file.write(bytes(place.length))
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_state_that_is_missing_or_corrupt_is_one_message(saved, tmp_path, name):
+    in_a_file, damage, message = DAMAGE[name]
+    path = reformatted(saved[0], tmp_path / "run", in_a_file) / "checkpoints" / "iter_0000001"
+    damage(path)
+    (path / manifest.NAME).unlink()
+    with pytest.raises(CheckpointError, match=message):
+        directory.resolve(path)
+        read_common(path)
