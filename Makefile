@@ -5,7 +5,9 @@
 #   ENVIRONMENTS_VENV=DIR where that with TextWorld lies (default .venv-environments)
 #   NEMO_GYM_VENV=DIR where that with NeMo Gym lies (default .venv-nemo-gym)
 #   PYTHON=EXE    which Python it is made with, or its version, as 3.12 (default: the first suitable one found)
-#   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones
+#   NEWEST=1      with the newest versions that the package index serves and setup.py allows, not the tested ones, and with
+#                 the newest Python; fails where a newer version beyond setup.py has waited for more than 30 days
+#   PAST_BOUNDS=  with NEWEST=1: does not look beyond setup.py
 #   VARIANT=NAME  what make test and make test-all compute with: one of VARIANTS below (default native)
 #   TESTS=...     which tests make test and make test-all run (default tests)
 #   WORKERS=N     how many processes run them (default 3: tests that wait leave a core idle)
@@ -14,6 +16,7 @@
 
 PYTHON ?=
 NEWEST ?=
+PAST_BOUNDS ?= $(NEWEST)
 OWN_VENV := .venv$(patsubst %,-%,$(filter 3.%,$(PYTHON)))
 VENV ?= $(OWN_VENV)$(if $(NEWEST),-newest)
 VLLM_VENV ?= .venv-vllm
@@ -40,6 +43,7 @@ help: ## show this list
 
 venv: ## make or refresh the virtual environment only
 	@PYTHON="$(PYTHON)" NEWEST="$(NEWEST)" bash tools/venv.sh "$(VENV)"
+	@$(if $(PAST_BOUNDS),$(BIN)/python tools/newest_versions.py)
 
 lock: ## write the versions of make test NEWEST=1, which has passed, into tools/tested_versions.txt
 	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest"

