@@ -48,7 +48,7 @@ venv: ## make or refresh the virtual environment only
 lock: ## write the versions of make test NEWEST=1, which has passed, into tools/tested_versions.txt
 	@PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest"
 	@for extra in browser trl; do PYTHON="$(PYTHON)" NEWEST=1 bash tools/venv.sh "$(OWN_VENV)-newest" $$extra || exit; done
-	@bash tools/lock.sh "$(OWN_VENV)-newest"
+	@"$(OWN_VENV)-newest/bin/python" tools/lock.py
 
 venv-vllm: ## make or refresh the virtual environment with the real vLLM for a CPU (Linux, x86_64; 2 GB)
 	@PYTHON="$(PYTHON)" bash tools/venv.sh "$(VLLM_VENV)" vllm
