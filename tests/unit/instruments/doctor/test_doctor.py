@@ -74,13 +74,13 @@ def test_a_bare_python_gets_a_report_and_every_fix(tmp_path):
     """No package at all: -I -S leaves only the standard library."""
     report = subprocess.run([sys.executable, "-I", "-S", str(DOCTOR)], capture_output=True, text=True, cwd=tmp_path)
     assert report.returncode == 1 and "Traceback" not in report.stderr
-    assert 'pip install "megatron-core>=0.16.1,<0.17"' in report.stdout
+    assert 'pip install "megatron-core>=0.16.1,<0.20"' in report.stdout
     assert "a run cannot start here: torch, megatron-core, psutil" in report.stdout
 
 
 def test_what_is_needed_is_what_setup_installs(findings):
     required, optional = findings.requirements()
-    assert required["megatron-core"] == ">=0.16.1,<0.17" and "psutil" in required
+    assert required["megatron-core"] == ">=0.16.1,<0.20" and "psutil" in required
     assert set(findings.OPTIONAL) == set(optional)
 
 
@@ -89,9 +89,9 @@ def test_what_is_needed_is_what_setup_installs(findings):
     [
         ("2.13.0+cpu", ">=2.6", True),
         ("2.5.1", ">=2.6", False),
-        ("0.16.1", ">=0.16.1,<0.17", True),
-        ("0.17.0rc1", ">=0.16.1,<0.17", False),
-        ("0.9", ">=0.16.1,<0.17", False),
+        ("0.16.1", ">=0.16.1,<0.20", True),
+        ("0.20.0rc1", ">=0.16.1,<0.20", False),
+        ("0.9", ">=0.16.1,<0.20", False),
         ("5", ">=5,<6", True),
         ("1.3.0.dev2", ">=1.3,<1.4", True),
         ("7.0", "", True),
@@ -103,8 +103,8 @@ def test_versions_are_compared_as_numbers(imports, version, wanted, fits):
 
 def test_a_version_that_setup_does_not_allow_is_a_failure_where_it_is_needed(findings, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.15.0")
-    finding = findings.distribution("megatron-core", ">=0.16.1,<0.17", required=True)
-    assert finding.status == findings.FAILURE and "0.15.0, expected >=0.16.1,<0.17" in finding.found
+    finding = findings.distribution("megatron-core", ">=0.16.1,<0.20", required=True)
+    assert finding.status == findings.FAILURE and "0.15.0, expected >=0.16.1,<0.20" in finding.found
 
 
 @pytest.mark.parametrize(
@@ -112,13 +112,14 @@ def test_a_version_that_setup_does_not_allow_is_a_failure_where_it_is_needed(fin
     [
         ("torch", "2.13.1+cu130", "ok", "2.13.1+cu130"),
         ("torch", "2.15.0", "warning", "2.15.0, newer than tested (2.13)"),  # beyond the bound, as in a lab's container
+        ("torch", "2.14.0", "warning", "2.14.0, newer than tested (2.13)"),  # which setup.py allows
         ("torch", "2.14.0a0+b5d3b5.nv26.1", "warning", "newer than tested (2.13)"),
-        ("torch", "2.5.1", "FAILURE", "2.5.1, expected >=2.6,<2.14"),
+        ("torch", "2.5.1", "FAILURE", "2.5.1, expected >=2.6,<2.15"),
         ("transformers", "5.24.0", "warning", "newer than tested (5.23)"),
         ("transformers", "6.0.0", "FAILURE", "6.0.0, expected >=5,<6"),
         ("rich", "15.9.0", "ok", "15.9.0"),
         ("rich", "16.0.0", "warning", "newer than tested (15)"),
-        ("megatron-core", "0.17.0", "FAILURE", "expected >=0.16.1,<0.17"),
+        ("megatron-core", "0.20.0", "FAILURE", "expected >=0.16.1,<0.20"),
     ],
 )
 def test_a_version_that_is_newer_than_tested_is_a_warning(findings, monkeypatch, name, version, status, words):
@@ -211,7 +212,7 @@ def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failu
     outcome = findings.ImportResult(version="0.32.9", place="/mine")
     assert findings.imported_package("vllm", ">=0.32,<0.33", outcome, required=False).status == findings.OK
     outcome = findings.ImportResult(version="0.16.2", place="/mine")
-    found = findings.imported_package("megatron-core", ">=0.16.1,<0.17", outcome, required=True)
+    found = findings.imported_package("megatron-core", ">=0.16.1,<0.20", outcome, required=True)
     assert found.status == findings.WARNING and found.found == "0.16.2, newer than tested (0.16.1), from /mine"
     assert doctor.brief([found]) == 0
     assert "warnings about megatron-core" in capsys.readouterr().out
@@ -382,7 +383,7 @@ def test_an_import_that_never_returns_is_a_failure_and_goes_on_nowhere(imports, 
 @pytest.mark.parametrize(
     ("version", "recorded", "status", "words"),
     [
-        ("0.12.0", "0.16.1", "FAILURE", "0.12.0, expected >=0.16.1,<0.17, from /mine"),
+        ("0.12.0", "0.16.1", "FAILURE", "0.12.0, expected >=0.16.1,<0.20, from /mine"),
         ("0.16.1", "0.12.0", "ok", "0.16.1, from /mine"),
         ("0.16.1", None, "ok", "0.16.1, from /mine"),  # a checkout of Megatron-LM
         ("", None, "warning", "of no known version"),
@@ -400,16 +401,35 @@ def test_the_megatron_that_a_run_imports_counts_whatever_pip_says(
 
     monkeypatch.setattr(importlib.metadata, "version", known)
     outcome = findings.ImportResult(version=version, place="/mine")
-    found = findings.imported_package("megatron-core", ">=0.16.1,<0.17", outcome, required=True)
+    found = findings.imported_package("megatron-core", ">=0.16.1,<0.20", outcome, required=True)
     assert found.status == status and words in found.found
     if status == "FAILURE":
         assert "pip has 0.16.1, but /mine comes first" in found.fix
 
 
+DECLARED = {
+    "0.16.1": ['transformer-engine[core_cu13,pytorch]<2.12.0,>=2.9.0a0; extra == "dev"'],
+    "0.19.2": ['transformer-engine[core_cu13,pytorch]; extra == "te"'],
+}
+
+
 @pytest.mark.parametrize(
-    ("version", "status"), [("2.9.0", "ok"), ("2.11.3", "ok"), ("2.8.1", "warning"), ("2.12.0", "warning")]
+    ("python", "megatron", "version", "status"),
+    [
+        ("3.11", "0.16.1", "2.9.0", "ok"),
+        ("3.11", "0.16.1", "2.11.3", "ok"),
+        ("3.11", "0.16.1", "2.8.1", "warning"),
+        ("3.11", "0.16.1", "2.12.0", "warning"),
+        ("3.12", "0.16.1", "2.12.0", "warning"),  # the megatron-core that is installed counts
+        ("3.12", "0.19.2", "2.20.2", "ok"),
+        ("3.12", "0.19.2", "2.8.1", "warning"),
+    ],
 )
-def test_a_transformer_engine_that_the_installed_megatron_core_does_not_declare_is_a_warning(findings, version, status):
+def test_a_transformer_engine_that_the_installed_megatron_core_does_not_declare_is_a_warning(
+    findings, monkeypatch, python, megatron, version, status
+):
+    monkeypatch.setattr(findings.platform, "python_version", lambda: f"{python}.1")
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: DECLARED[megatron])
     wanted = findings.requirements()[1]["transformer-engine"]
     outcome = findings.ImportResult(version=version, place="/here")
     found = findings.imported_package("transformer-engine", wanted, outcome, required=False)
@@ -421,17 +441,16 @@ def test_a_transformer_engine_that_the_installed_megatron_core_does_not_declare_
     [
         (['transformer-engine[core_cu13,pytorch] (>=3.0.0a0, <3.2) ; extra == "dev"'], ">=3.0.0a0,<3.2"),
         (["transformer-engine", 'transformer-engine[pytorch]<3.2; extra == "dev"'], "<3.2"),
-        (["transformer-engine~=3.0"], None),  # which the doctor does not read
-        (["torch"], None),
-        (None, None),
+        (["transformer-engine~=3.0"], ">=2.9.0a0,<2.12.0"),  # which the doctor does not read: as in setup.py
+        (["torch"], ">=2.9.0a0,<2.12.0"),
+        (None, ">=2.9.0a0,<2.12.0"),
     ],
 )
 def test_the_doctor_asks_the_installed_megatron_core_which_transformer_engine_it_takes(
     findings, monkeypatch, declared, wanted
 ):
+    monkeypatch.setattr(findings.platform, "python_version", lambda: "3.11.7")
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: declared if name == "megatron-core" else None)
-    if wanted is None:
-        wanted = findings._split(findings._constant("EXTRAS")["te"][0])[1]
     assert findings.requirements()[1]["transformer-engine"] == wanted
 
 
