@@ -208,7 +208,8 @@ def test_the_doctor_reads_every_marker_of_the_lock_as_pip_does(findings, monkeyp
     assert read == wanted
 
 
-def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(findings, capsys):
+def test_an_imported_package_that_is_newer_than_tested_is_a_warning_and_no_failure(findings, on, capsys):
+    on("3.11")
     outcome = findings.ImportResult(version="0.32.9", place="/mine")
     assert findings.imported_package("vllm", ">=0.32,<0.33", outcome, required=False).status == findings.OK
     outcome = findings.ImportResult(version="0.16.2", place="/mine")
