@@ -247,6 +247,10 @@ def _attention_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
             "a gated delta net computes with silu: set model.activation=silu",
         ),
         (
+            config.experimental_attention_variant == "gated_delta_net" and config.context_parallel_size > 1,
+            "Gated delta net does not support context parallelism here: set parallel.context_parallel_size=1",
+        ),
+        (
             config.attention_output_gate and config.num_query_groups % config.tensor_model_parallel_size != 0,
             "attention_output_gate needs whole query groups on each tensor-parallel rank: use a "
             "tensor_model_parallel_size that divides num_query_groups",

@@ -214,6 +214,7 @@ _REPLACED: dict[str, Callable[..., Any]] = {
     "_codecs.encode": _latin1,
     "numpy.dtype": _dtype,
     "torch.storage._load_from_bytes": _storage_of,
+    "megatron.core.safe_globals.safe_load_from_bytes": _storage_of,  # Megatron puts it in the place of torch's function
     "torch._tensor._rebuild_from_type_v2": _tensor_without_attributes,
 }
 

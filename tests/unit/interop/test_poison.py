@@ -153,11 +153,11 @@ def start_from(path: Path) -> str:
 
 @pytest.mark.parametrize("poison", [poison_metadata, poison_weight])
 def test_starting_from_a_poisoned_checkpoint_is_refused_and_nothing_runs(ranks, run_dir, mark, poison):
-    poison(checkpoint(run_dir), mark)
-    (checkpoint(run_dir) / manifest.NAME).unlink()
     common = common_state.read(checkpoint(run_dir))
     del common["selfdistill"]
     common_state.write(checkpoint(run_dir), common)  # as another program's
+    poison(checkpoint(run_dir), mark)
+    (checkpoint(run_dir) / manifest.NAME).unlink()
     (message,) = ranks.run(start_from, checkpoint(run_dir), world_size=1)
     assert "posix.system" in message or "posix system" in message, message
     assert not mark.exists()

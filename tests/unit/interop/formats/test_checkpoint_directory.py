@@ -87,7 +87,7 @@ def cut_off_common(path: Path) -> None:
 
 DAMAGE = {
     "a data file one byte short": cut_off_data,
-    "a data file missing": lambda path: (path / "__0_1.distcp").unlink(),
+    "a data file missing": lambda path: max(path.glob("*.distcp")).unlink(),
     "common.pt cut off": cut_off_common,
     "no metadata.json": lambda path: (path / "metadata.json").unlink(),
     "no .metadata": lambda path: (path / ".metadata").unlink(),

@@ -66,7 +66,7 @@ def test_it_holds_every_file_as_it_is(ranks, saved, tmp_path, async_save):
     entries = manifest.read(path)
     assert entries is not None
     assert set(entries) == {file.name for file in path.iterdir()} - {manifest.NAME}
-    assert {".metadata", "metadata.json"} < set(entries) and len(entries) > 4
+    assert {".metadata", "metadata.json"} < set(entries) and len(entries) > 3
     assert all(manifest.checksum(path / name) == entry for name, entry in entries.items())
 
 

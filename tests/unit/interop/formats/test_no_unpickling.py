@@ -17,6 +17,7 @@ SOURCES = sorted(
     if "site-packages" not in path.parts
 )
 
+STRATEGY = "megatron.core.dist_checkpointing.strategies.torch.TorchDistLoadShardedStrategy"
 # Call -> the argument that makes it safe, where there is one.  A name stands for itself and for what ends in it.
 UNSAFE: dict[str, tuple[str, object] | None] = {
     "pickle.load": None,
@@ -53,6 +54,7 @@ UNSAFE: dict[str, tuple[str, object] | None] = {
     "megatron.core.dist_checkpointing.load_plain_tensors": None,
     "megatron.core.dist_checkpointing.load_tensors_metadata": None,
     "megatron.core.dist_checkpointing.load_sharded_metadata": None,
+    STRATEGY: None,
     "eval": None,
     "exec": None,
 }
@@ -63,7 +65,7 @@ SAFE_BY_DEFAULT = {"numpy.load"}
 ALLOWED = {
     ("interop/formats/unpickler.py", "pickle._Unpickler"): "the restricted unpickler is made of it",
     ("interop/formats/unpickler.py", "torch.load"): "with the restricted unpickler in the place of pickle",
-    ("checkpoint/sharded_io.py", "megatron.core.dist_checkpointing.load"): "with PyTorch's readers restricted",
+    ("checkpoint/sharded_io.py", STRATEGY): "with PyTorch's readers restricted",
     ("rollout/vllm/http/child.py", "pickle.loads"): "what the parent process sends through its own socket, no file",
     ("instruments/selftest/meeting.py", "pickle.loads"): "what ranks of the same launch send each other, no file",
 }
