@@ -156,10 +156,10 @@ def read(wanted: dict[str, Any], path: Path) -> dict[str, Any]:
     try:
         with _restricted_readers():
             force_all_tensors_to_non_fp8(wanted)
-            sharded, loaded, factories = load_preprocess(wanted)
+            sharded, plain, factories = load_preprocess(wanted)
             sharded, _ = extract_sharded_base(sharded)
-            merge(loaded, TorchDistLoadShardedStrategy().load(sharded, str(path)))
-            loaded = apply_factory_merges(loaded, factories)
+            merge(plain, TorchDistLoadShardedStrategy().load(sharded, str(path)))
+            loaded: dict[str, Any] = apply_factory_merges(plain, factories)
     except CheckpointException as error:  # the failures by rank, equal on all ranks
         first = error.failures[min(error.failures)][0]
         raise CheckpointError(f"{path} could not be read: {error_message(first)}") from None

@@ -152,7 +152,7 @@ def _configured_values(
 
 
 def refuse_known_faults(config: TransformerConfig) -> None:
-    """Raise `ConfigError` where Megatron Core 0.16 would compute wrong numbers, hang or crash.
+    """Raise `ConfigError` where Megatron Core would compute wrong numbers, hang or crash.
 
     The message says what to do.
     """
