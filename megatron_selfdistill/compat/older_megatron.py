@@ -79,7 +79,7 @@ def with_older_keyword(rotate: Callable[..., Any]) -> Callable[..., Any]:
         return rotate
 
     @functools.wraps(rotate)
-    def renamed(*args: Any, multi_latent_attention: bool, **kwargs: Any) -> Any:
+    def renamed(*args: Any, multi_latent_attention: bool = False, **kwargs: Any) -> Any:
         return rotate(*args, mla_rotary_interleaved=multi_latent_attention, **kwargs)
 
     return renamed

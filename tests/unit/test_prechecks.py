@@ -58,7 +58,7 @@ def test_every_extra_that_a_message_names_is_one_of_the_installation():
     for overrides, _ in CASES.values():
         for it in needed_packages(load(list(overrides))):
             distribution = {"fla": "flash-linear-attention"}.get(it.module, it.module.replace("_", "-"))
-            assert re.search(rf'^    "{it.extra}": \["{distribution}\b', setup, re.MULTILINE)
+            assert re.search(rf'^    "{it.extra}": \[\s*["\']{distribution}\b', setup, re.MULTILINE)
             assert f"pip install -e '.[{it.extra}]'" in it.remedy
 
 
