@@ -19,6 +19,7 @@ from package_names import PACKAGE, definitions, parsed
 _ROTARY = "megatron.core.models.common.embeddings.rope_utils"
 _SCHEDULES = "megatron.core.pipeline_parallel.schedules"
 _TRANSFORMER = "megatron.core.transformer.transformer_config.TransformerConfig"
+_TRANSFORMER_ROOT = "megatron.core.transformer"
 _DDP = "megatron.core.distributed.DistributedDataParallel"
 _GPT = "megatron.core.models.gpt.GPTModel"
 _LAYERS = "megatron.core.tensor_parallel.layers"
@@ -33,6 +34,8 @@ SINCE = {
     "megatron.core.inference.utils.InferenceMode": "0.18",
     "megatron.core.dist_checkpointing.save(async_strategy)": "0.17",
     f"{_MOE}.shared_experts.HAVE_TE": "0.17",
+    f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver": "0.19",
+    f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver._mla_fused_linear_or_default": "0.19",
 }
 """Name, or function(parameter) -> the first version that must have it; each use stands behind a question of version."""
 UNTIL: dict[str, str] = {}
@@ -212,6 +215,9 @@ REPLACED = {
     ),
     f"{_ATTENTION}._adjust_key_value_for_inference": Replacement(
         _DECODING, "adjust", renamed={"inference_context": "cache"}
+    ),
+    f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver._mla_fused_linear_or_default": Replacement(
+        "compat/repairs.py", "linear_of_the_spec", True
     ),
     f"{_LAYERS}.ColumnParallelLinear.forward": Replacement(_DECODING, "_product", True),
     f"{_LAYERS}.RowParallelLinear.forward": Replacement("model/layers.py", "BiasedExpertOutput.forward", True),

@@ -32,6 +32,8 @@ def apply() -> None:
         _load_torch_adam_into_distributed_optimizer(distrib_optimizer.DistributedOptimizer)
     _mask_padding_in_expert_bias_counts(TopKRouter)
     _balance_no_tokens_without_dividing_by_zero()
+    if older_megatron.version() >= (0, 19):
+        _project_queries_without_a_norm()
 
 
 def have_transformer_engine() -> bool:
@@ -180,6 +182,22 @@ def _balance_no_tokens_without_dividing_by_zero() -> None:
         return loss(*args, total_num_tokens=total_num_tokens, **kwargs)
 
     router.switch_load_balancing_loss_func = loss_of_at_least_one_token
+
+
+def _project_queries_without_a_norm() -> None:
+    """Build the projection of queries that are not compressed as the layer spec names it; since 0.19.
+
+    Version 0.19 puts a norm before it in latent attention with ``qk_layernorm``, which no published model has and
+    checkpoints lack; local layers have no such projection, so that their models are refused.
+    """
+    from megatron.core.transformer.mla_qk_norm_config import QKNormConfigResolver
+
+    linear = QKNormConfigResolver._mla_fused_linear_or_default
+
+    def linear_of_the_spec(self: Any, module_spec: Any, module_name: str) -> Any:
+        return module_spec if module_name == "linear_q_proj" else linear(self, module_spec, module_name)
+
+    QKNormConfigResolver._mla_fused_linear_or_default = linear_of_the_spec
 
 
 apply()

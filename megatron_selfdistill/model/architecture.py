@@ -372,6 +372,8 @@ def _complete_local_layer(spec: ModuleSpec, config: TransformerConfig) -> None:
             if norm is not None and norm is not IdentityOp:
                 of_latent = config.multi_latent_attention
                 setattr(attention.submodules, name, LatentRMSNorm if of_latent else RMSNorm)
+    if config.multi_latent_attention and config.q_lora_rank is None:
+        attention.submodules.q_layernorm = IdentityOp  # of latents, which queries without compression do not have
     # A checkpoint has the names of Transformer Engine's spec, where a norm belongs to the linear layer after it.
     names = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
     if config.multi_latent_attention:  # three linear layers read the input, so its norm keeps its own name
