@@ -61,12 +61,11 @@ def test_the_sampler_has_the_teacher_and_the_student_of_the_loss(ranks, data, tm
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["rollout.engine=vllm"], "rollout.engine=vllm has the trained weights only: set rollout.engine=megatron"),
+        (["rollout.engine=vllm"], "guided rollouts are sampled in process: set rollout.engine=megatron"),
         (
-            ["rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"],
-            "rollout.engine=vllm has the trained weights only: set rollout.engine=megatron",
+            ["rollout.engine=vllm", "adapter.rank=4"],
+            "guided rollouts are sampled in process: set rollout.engine=megatr",
         ),
-        (["rollout.engine=vllm", "adapter.rank=4", "target.match=student"], "has two contexts per token, but"),
         (["method.name=rft"], "which only a method with a teacher has: set method.name=default"),
     ],
 )

@@ -148,6 +148,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "responses that may not be old": (["rollout.max_staleness=0"], "needs rollout.max_staleness of at least 1"),
     "rounds that do not end together": (["rollout.round_tokens=5"], "must divide rollout.max_new_tokens=28"),
     "own solutions": (["method.name=own_solutions"], "method.name=own_solutions needs all responses of a step"),
+    "guidance": (["rollout.guidance=mixed"], "rollout.guidance=mixed needs all responses of a step"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
 }
 

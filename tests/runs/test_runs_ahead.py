@@ -165,7 +165,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     ),
     "younger responses than there are": (["rollout.max_staleness=0"], "needs rollout.max_staleness of at least 1"),
     "own solutions": (["method.name=own_solutions"], "method.name=own_solutions changes the prompts of a step"),
-    "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
+    "guidance": (["rollout.guidance=mixed"], "guided rollouts are sampled in process: set rollout.engine=megatron"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
     "partial batches that cannot come": (
         ["rollout.overlap=stream"],

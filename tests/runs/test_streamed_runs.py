@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "balanced groups": (["method.name=uni_opd"], "method.name=uni_opd looks at all responses of a step"),
     "own solutions": (["method.name=own_solutions"], "method.name=own_solutions looks at all responses of a step"),
     "a mean over responses": (["loss.normalize=sequences"], "divides by the number of responses or problems"),
-    "guidance": (["rollout.guidance=mixed", "target.anchor=student"], "rollout.guidance=mixed gives each server"),
+    "guidance": (["rollout.guidance=mixed"], "guided rollouts are sampled in process: set rollout.engine=megatron"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
 }
 

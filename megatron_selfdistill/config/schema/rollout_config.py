@@ -103,8 +103,7 @@ class RolloutConfig:
     finished problems, a divisor of max_new_tokens; null is about an eighth of max_new_tokens."""
     guidance: Annotated[str, OneOf(GUIDANCES)] = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
-    itself, from all its contexts at once).  Mixed responses are off-policy for the student.  With
-    target.anchor=reference, teacher and reference sample, too, which needs engine=megatron or adapters."""
+    itself, from all its contexts at once; needs engine=megatron).  Mixed responses are off-policy for the student."""
     guide_below: Annotated[float, above(0), at_most(1)] | None = None
     """The recent success rate below which guidance=mixed guides a problem, which needs answers; every fourth visit to
     such a problem samples without guidance, to know its rate.  Null guides all problems."""
@@ -175,6 +174,11 @@ class RolloutConfig:
             self.guidance == "none" or (self.temperature in (0, 1) and self.top_k == 0 and self.top_p == 1),
             "rollout.guidance=mixed samples from the target itself: it needs rollout.temperature=1 (or 0), top_k=0 and "
             f"top_p=1, got {self.temperature}, {self.top_k} and {self.top_p}",
+        )
+        require(
+            self.guidance == "none" or self.engine != "vllm",
+            "rollout.guidance=mixed with rollout.engine=vllm is not possible, since guided rollouts are sampled in "
+            "process: set rollout.engine=megatron without vLLM servers, or rollout.guidance=none",
         )
 
 
@@ -274,6 +278,6 @@ def _needing_all_responses(
         f"environment.name={environment.name}": (environment.exists, "plays episodes turn by turn, all at once"),
         f"rollout.guidance={rollout.guidance}": (
             rollout.guidance != "none",
-            "gives each server its responses at once and needs one version of the weights for each",
+            "needs one version of the weights for each response",
         ),
     }

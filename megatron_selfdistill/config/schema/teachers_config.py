@@ -187,11 +187,6 @@ def _check_guide(teachers: Mapping[str, NamedTeacher], guide: str | None, rollou
         guide is None or guided,
         f"teachers.{GUIDE}={guide} needs rollout.guidance=mixed, got {rollout.guidance}",
     )
-    require(
-        guide is None or teachers[guide].load is None or rollout.engine == "megatron",
-        f"teachers.{GUIDE}={guide} samples with the weights of teachers.{guide}.load, and no teacher enters "
-        f"rollout.engine={rollout.engine}: set rollout.engine=megatron, or a teacher without load",
-    )
 
 
 def _check_weight(key: str, target: TargetConfig) -> None:

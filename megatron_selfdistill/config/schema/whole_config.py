@@ -70,25 +70,12 @@ def check_conversations(
     )
 
 
-def check_reference(has_teacher: bool, rollout: RolloutConfig, target: TargetConfig, *, adapted: bool) -> None:
-    """Raise `ConfigError` where other keys contradict ``target.anchor=reference``; ``adapted``: with adapters."""
-    guided = rollout.guidance != "none"
+def check_reference(has_teacher: bool, rollout: RolloutConfig) -> None:
+    """Raise `ConfigError` where other keys contradict ``target.anchor=reference``."""
     require(
-        not guided or has_teacher,
+        rollout.guidance == "none" or has_teacher,
         "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, which "
         "only a method with a teacher has: set method.name=default, rollout.guidance=none or target.anchor=student",
-    )
-    require(
-        not guided or rollout.engine == "megatron" or adapted,
-        "rollout.guidance=mixed with target.anchor=reference samples from the weights of teacher and reference, "
-        f"but rollout.engine={rollout.engine} has the trained weights only: set rollout.engine=megatron, "
-        "rollout.guidance=none, target.anchor=student, or adapter.rank, whose frozen weights are the reference",
-    )
-    require(
-        not guided or rollout.engine == "megatron" or target.rule != "entropy_matched" or target.match != "student",
-        "rollout.guidance=mixed with rollout.engine=vllm has two contexts per token, but target.match=student with "
-        "target.anchor=reference needs those of student, teacher and reference: set target.match=reference or "
-        "rollout.engine=megatron",
     )
 
 
@@ -198,7 +185,7 @@ class Config:
             samples_responses=sampled,
         )
         if self.target.anchor == "reference":
-            check_reference(self.has_teacher, self.rollout, self.target, adapted=self.adapter.rank > 0)
+            check_reference(self.has_teacher, self.rollout)
         check_guided_tokens(self.has_teacher, self.rollout, self.target, self.loss)
         if self.teachers:
             self._check_teachers()

@@ -38,7 +38,7 @@ class Engines:
     count: int
     """The number of engines."""
     sequences: float
-    """The sequences that one engine generates in a step; a guided response counts as two."""
+    """The sequences that one engine generates in a step."""
     capacity: int
     """The sequences of mean length, half generated, that the KV cache of one engine holds at a time."""
     balance: float
@@ -63,8 +63,7 @@ def engines(
     rollout, data = config.rollout, config.data
     colocated = rollout.placement == "colocated"
     count = num_gpus // rollout.engine_tp if colocated else len(rollout.servers) or rollout.num_servers
-    responses = data.global_batch_size * rollout.num_samples
-    sequences = responses * (2 if rollout.guidance == "mixed" else 1) / count
+    sequences = data.global_batch_size * rollout.num_samples / count
     parameters = sum(stage.model_parameters for stage in built)
     weight_gib = engine_weight_gib(config, parameters)
     if not colocated:

@@ -19,6 +19,10 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 TWO, GUIDED, CURRENT = "rollout.num_samples=2", "rollout.guidance=mixed", "teacher.weights=current"
 SAMPLED = ["method.name=opsd_rl", "method.weight=0", "method.signal=sampled"]
 NAMED = ["method=null"]
+GUIDED_ON_VLLM = (
+    "rollout.guidance=mixed with rollout.engine=vllm is not possible, since guided rollouts are sampled in process: "
+    "set rollout.engine=megatron without vLLM servers, or rollout.guidance=none"
+)
 
 
 def one_message(fail: Callable[[], object]) -> str:
@@ -220,6 +224,8 @@ def test_parallel_sizes_are_checked_without_torch():
         ),
         (["rollout.engine=vllm", "rollout.placement=server", "rollout.servers=[node7:8000]"], "such as http://"),
         (["rollout.guidance=mixed", "rollout.temperature=0.7"], "samples from the target itself"),
+        ([GUIDED, "rollout.engine=vllm"], GUIDED_ON_VLLM),
+        ([GUIDED, "rollout.engine=vllm", "rollout.placement=server", "rollout.num_servers=1"], GUIDED_ON_VLLM),
         (["target.rule=fixed", "target.k_max=2"], "target.k_max=2 bounds the k that target.rule=entropy_matched and"),
         (["target.rule=fixed", "target.k_max=2", "target.k=1"], "but target.rule is fixed: set target.k_max=null"),
         (["target.teacher_weight=3", "target.k_max=0.25"], "(1 + target.teacher_weight) / 16 = 0.25, or no k is left"),

@@ -96,10 +96,6 @@ def test_a_name_is_one_word(name):
         ),
         ([MATH, "teachers.guide=math"], "teachers.guide=math needs rollout.guidance=mixed, got none"),
         (
-            [MATH, "teachers.guide=math", "rollout.guidance=mixed", "rollout.engine=vllm", "target.anchor=student"],
-            "samples with the weights of teachers.math.load, and no teacher enters rollout.engine=vllm: set roll",
-        ),
-        (
             [MATH, "teachers.choose={load: /m}"],
             "teachers.choose must be the dotted path of a function .* no teacher may",
         ),

@@ -87,10 +87,9 @@ def test_too_few_sequences_are_a_warning_and_its_advice_ends_it(overrides):
     assert time_of(*kept, f"data.global_batch_size={batch[1]}").warning is None
 
 
-def test_samples_and_halves_of_guided_pairs_fill_an_engine_too():
+def test_samples_fill_an_engine_too():
     few = ("recipe=qwen3_8b", "data.global_batch_size=64")
     assert engines_of(*few, "rollout.num_samples=4").sequences == 32
-    assert engines_of(*few, "rollout.guidance=mixed", "target.anchor=student").sequences == 16
 
 
 def test_the_plan_prints_how_full_the_engines_are_and_the_warning(capsys):
@@ -149,7 +148,7 @@ def test_where_streams_gain_nothing_or_are_not_possible_the_plan_names_the_step_
 
 
 def test_a_plan_is_silent_where_generation_and_training_must_take_turns():
-    assert overlap_line("rollout.guidance=mixed", "target.anchor=student") is None
+    assert overlap_line("method.name=own_solutions") is None
 
 
 PARTIAL = ("rollout.extra_problems=32", "rollout.max_staleness=1")
@@ -187,4 +186,4 @@ def test_a_plan_with_colocated_engines_names_the_seconds_of_continued_responses(
     assert not any("rollout.overlap" in line or "rollout.ahead" in line for line in lines)
     assert continued_lines(*colocated, *PARTIAL) == []
     assert continued_lines(*SERVERS) == []
-    assert continued_lines("recipe=qwen3_8b", "rollout.guidance=mixed", "target.anchor=student") == []
+    assert continued_lines("recipe=qwen3_8b", "method.name=own_solutions") == []
