@@ -34,7 +34,7 @@ MEMBERS = {
     "vllm.distributed.parallel_state": "GroupCoordinator.destroy destroy_model_parallel _WORLD _NODE_COUNT",
     "vllm.envs": "disable_envs_cache",
     "vllm.outputs": "CompletionOutput.weight_versions CompletionOutput.finish_reason CompletionOutput.logprobs "
-    "CompletionOutput.token_ids RequestOutput.prompt_logprobs RequestOutput.prompt_token_ids",
+    "CompletionOutput.token_ids",
     "vllm.v1.worker.utils": "request_memory",
     "vllm.v1.worker.lora_model_runner_mixin": "LoRAModelRunnerMixin.load_lora_model",
     "vllm.lora.worker_manager": "LRUCacheWorkerLoRAManager._adapter_manager",
@@ -55,33 +55,20 @@ MEMBERS = {
     "vllm.model_executor.layers.fused_moe.fused_moe_method_base": "FusedMoEMethodBase.moe_kernel",
     "vllm.model_executor.model_loader.reload.layerwise": "materialize_layer _layerwise_process",
     "vllm.model_executor.model_loader.reload.types": "LayerReloadingInfo.kernel_tensors",
-    "vllm.v1.worker.gpu_input_batch": "InputBatch.logitsprocs",
-    "vllm.v1.sample.logits_processor.state": "LogitsProcessors.all",
-    "vllm.v1.core.sched.scheduler": "Scheduler.add_request Scheduler.finish_requests Scheduler.shutdown",
-    "vllm.config.vllm": "VllmConfig.use_v2_model_runner VllmConfig.speculative_config",
-    "vllm.config.cache": "CacheConfig.num_gpu_blocks CacheConfig.block_size CacheConfig.enable_prefix_caching",
-    "vllm.config.scheduler": "SchedulerConfig.async_scheduling SchedulerConfig.scheduler_cls "
-    "SchedulerConfig.max_num_seqs SchedulerConfig.max_num_batched_tokens",
+    "vllm.v1.core.sched.scheduler": "Scheduler.shutdown",
 }
 """Module -> what is used of it besides imports: functions, and Class.member, also those that __init__ sets."""
 
-SAMPLING_PARAMETERS = (
-    "max_tokens temperature top_k top_p seed stop_token_ids ignore_eos logprobs detokenize extra_args n min_tokens "
-    "prompt_logprobs allowed_token_ids"
-)
+SAMPLING_PARAMETERS = "max_tokens temperature top_k top_p seed stop_token_ids ignore_eos logprobs detokenize"
 ENGINE_ARGUMENTS = (
     "model skip_tokenizer_init trust_remote_code load_format generation_config enforce_eager disable_log_stats "
     "enable_sleep_mode tensor_parallel_size pipeline_parallel_size data_parallel_size distributed_executor_backend "
     "worker_extension_cls dtype max_model_len kv_cache_memory_bytes gpu_memory_utilization enable_chunked_prefill "
-    "max_num_batched_tokens max_num_seqs logits_processors scheduler_cls async_scheduling enable_prefix_caching "
-    "weight_transfer_config nnodes node_rank master_addr master_port enable_lora max_loras max_cpu_loras max_lora_rank "
-    "lora_target_modules lora_dtype"
+    "max_num_batched_tokens max_num_seqs weight_transfer_config nnodes node_rank master_addr master_port enable_lora "
+    "max_loras max_cpu_loras max_lora_rank lora_target_modules lora_dtype"
 )
 SERVER_ARGUMENTS = "host port tokens_only disable_uvicorn_access_log allowed_origins middleware headless"
-ENVIRONMENT = (
-    "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS VLLM_SERVER_DEV_MODE "
-    "VLLM_USE_V2_MODEL_RUNNER VLLM_HOST_IP"
-)
+ENVIRONMENT = "VLLM_ENABLE_V1_MULTIPROCESSING VLLM_LOGGING_LEVEL VLLM_NO_USAGE_STATS VLLM_SERVER_DEV_MODE VLLM_HOST_IP"
 ROUTES = (
     "/inference/v1/generate /collective_rpc /health /weight_info /get_world_size /v1/models /metrics /pause /resume "
     "/init_weight_transfer_engine /update_weight_version /start_weight_update /update_weights /finish_weight_update "

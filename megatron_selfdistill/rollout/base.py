@@ -130,7 +130,7 @@ def refuse_unguidable(params: SamplingParams, *, has_reference: bool = False) ->
     if params.target.is_anchored and not has_reference:
         raise ValueError(
             "guided responses with target.anchor=reference are sampled from the weights of a reference, which this "
-            "sampler does not hold: set rollout.engine=megatron, or target.anchor=student"
+            "sampler does not hold: set target.anchor=student"
         )
 
 
@@ -267,8 +267,7 @@ class SamplingParams:
     target: Target = field(default_factory=lambda: Target(anchor="student"))
     """Target from which guided responses are sampled: a mix of the logits under both prompts (rollout/base.py)."""
     loss_backend: str | None = None
-    """Implementation that solves for the target in this process (``loss.backend``); vLLM's processes choose their own.
-    """
+    """Implementation that solves for the target of guided responses (``loss.backend``)."""
 
     def __post_init__(self) -> None:
         _require(self.max_new_tokens >= 1, f"max_new_tokens must be at least 1, got {self.max_new_tokens}")

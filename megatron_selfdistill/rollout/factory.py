@@ -26,8 +26,7 @@ def make_sampler(
 ) -> Sampler:
     """Return the sampler of ``config.rollout`` for the ``chunks`` of this rank, as built or as wrapped for training.
 
-    ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses; vLLM
-    has them where they are the frozen weights of a run with adapters.
+    ``role_weights``: the weights of teacher and reference, with which the sampler in process guides responses.
     ``progress``: gets the number of finished responses while the sampler generates.
     A sampler that keeps a copy of the weights has no weights yet: call `Sampler.update_weights` before the first
     response.
@@ -66,7 +65,6 @@ def make_sampler(
             run_dir=Path(config.run_dir),
             progress=progress,
             adapter=config.adapter,
-            bare_roles=bare_roles(config),
         )
     from megatron_selfdistill.rollout.vllm.colocated import ColocatedSampler
 
@@ -80,7 +78,6 @@ def make_sampler(
         max_length=run_data.max_length,
         progress=progress,
         adapter=config.adapter,
-        bare_roles=bare_roles(config),
     )
 
 
@@ -96,14 +93,6 @@ def engines_of(config: Config) -> str | None:
     if rollout.servers:
         return f"the vLLM servers {first_few(rollout.servers, ', ')}"
     return f"the vLLM servers of this run, with logs in {config.run_dir}/servers,"
-
-
-def bare_roles(config: Config) -> tuple[str, ...]:
-    """Return the roles of guided contexts that are read by the frozen weights, without the run's adapters."""
-    if not config.adapter.rank:
-        return ()
-    has_frozen_teacher = config.keeps_teacher and config.teacher.weights == "frozen"
-    return ("teacher", "reference") if has_frozen_teacher else ("reference",)
 
 
 def sampling_params(config: Config, run_data: RunData, batch_k: float | None = None) -> SamplingParams:

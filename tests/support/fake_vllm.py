@@ -11,19 +11,20 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
+from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
 from megatron_selfdistill.rollout.vllm.http.stated_response import MEDIA_TYPE
 from megatron_selfdistill.rollout.vllm.plugin.middleware import compact_body
 from megatron_selfdistill.rollout.vllm.plugin.receivers import Receiver, make_receiver
-from megatron_selfdistill.rollout.vllm.protocol import Layout, PairHalf, PairLog, boot_id, digest, unpack
+from megatron_selfdistill.rollout.vllm.protocol import Layout, boot_id, digest, unpack
 
 
 def tokens_behind(prompt: list[int], count: int, vocab_size: int = 50) -> list[int]:
@@ -65,6 +66,16 @@ def answer_to(
             }
         ]
     }
+
+
+def generated(server: VllmServer, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
+    """Return the outputs of ``requests``, which are at the server at once; if one fails, the others are dropped."""
+    begun = [server.begin(request, lambda output: output) for request in requests]
+    try:
+        return [each.result() for each in begun]
+    except Exception:
+        server.interrupt()
+        raise
 
 
 _KINDS = ("prompt", "generation")
@@ -152,8 +163,6 @@ class FakeVllm(ThreadingHTTPServer):
         self.answered: Counter[str] = Counter()
         self.num_compact = 0
         """The number of responses in the compact form."""
-        self.pair_lengths: dict[str, int] = {}
-        """Name -> the length of the response, of each guided pair whose log has not been taken."""
         self.begun = 0
         self.transfer = ""
         self.receiver: Receiver | None = None
@@ -269,8 +278,6 @@ class _Handler(BaseHTTPRequestHandler):
         with fake.lock:
             fake.answered[json.dumps(body["token_ids"])] += 1
             fake.models[body.get("model")] += 1
-            if half := PairHalf.of(body["sampling_params"].get("extra_args")):
-                fake.pair_lengths[half.pair] = half.max_tokens
         versions = (fake.writes_version or first, fake.writes_version or fake.version)
         aborted = num_aborts < fake.num_aborts
         answer = answer_to(body, versions, fake.vocab_size, fake.ends, aborted, fake.log_prob)
@@ -318,12 +325,6 @@ class _Handler(BaseHTTPRequestHandler):
             return [fake.adapters]
         if method == "frozen_weights":
             return [{"run": fake.frozen_weights}]
-        if method == "guided_limits":
-            return [{"max_model_len": fake.max_model_len, "max_num_batched_tokens": 2**20, "kv_cache_tokens": 2**20}]
-        if method == "pop_pair_logs":
-            lengths = [fake.pair_lengths.pop(name, None) for name in arguments[0]]
-            logs = [None if each is None else PairLog([-1, -1], np.full((each, 3), fake.log_prob)) for each in lengths]
-            return [[None if log is None else log.to_json() for log in logs]]
         if method == "load_factors":
             fake.adapter, fake.frozen_weights = arguments
             return [None]

@@ -17,10 +17,11 @@ import torch
 from trained import FAMILY, MAX_LENGTH, MODEL, Reach, requests, write_config
 
 from megatron_selfdistill.config import AdapterConfig, RolloutConfig
-from megatron_selfdistill.rollout.base import Response, SamplingParams
+from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
+from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 from megatron_selfdistill.rollout.vllm.server.server_process import ServerProcess, start_servers, wait_until_healthy
 
@@ -29,7 +30,7 @@ START_SECONDS = 900.0
 
 @dataclass(frozen=True)
 class Servers:
-    """Servers with one token, for guided requests too."""
+    """Servers with one token."""
 
     processes: list[ServerProcess]
     reach: Reach
@@ -45,7 +46,6 @@ def started(directory: Path, num_servers: int, adapter: EngineAdapter | None = N
         num_servers=num_servers,
         server_python=os.environ["SELFDISTILL_VLLM_PYTHON"],
         kv_cache_gb=0.2,
-        guidance="mixed",
         engine_args={"max_num_seqs": 32},
     )
     processes = start_servers(
@@ -71,7 +71,6 @@ def sampler(
     grid: Any,
     servers: Reach,
     adapter: AdapterConfig | None = None,
-    bare_roles: tuple[str, ...] = (),
     **options: Any,
 ) -> Iterator[Any]:
     """Yield a `ServerSampler` on the servers; ``options`` are fields of `RolloutConfig`."""
@@ -88,7 +87,6 @@ def sampler(
         max_length=MAX_LENGTH,
         run_dir=servers.hf_config,
         adapter=adapter,
-        bare_roles=bare_roles,
     )
     try:
         yield built
@@ -118,14 +116,18 @@ def across_an_update(built: Any, params: SamplingParams, fill: Callable[[int], o
         responses = built.collect(ticket)
         if any(response.weight_spans for response in responses):
             break
-    read = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
-    pairs = list(zip(everything, responses, strict=True))
-    outputs = built._pool.servers[0].generate([EngineRequest([*one.prompt, *r.token_ids], read) for one, r in pairs])
-    return (
-        version,
-        responses,
-        [output.prompt_log_probs[len(one.prompt) - 1 :] for (one, _), output in zip(pairs, outputs, strict=True)],
-    )
+    server = built._pool.servers[0]
+    return version, responses, [_read(server, one, r) for one, r in zip(everything, responses, strict=True)]
+
+
+def _read(server: VllmServer, request: Request, response: Response) -> list[float]:
+    """Return the log-probs of a response under the weights of ``server``, which reads it as a prompt."""
+    prompt = [*request.prompt, *response.token_ids]
+    sampling = {"max_tokens": 1, "temperature": 0.0, "logprobs": 0, "prompt_logprobs": 0, "detokenize": False}
+    body = {"token_ids": prompt, "sampling_params": sampling, "model": server.calls._model, "stream": False}
+    answer = run(server.calls._ask("POST", GENERATE, {key: value for key, value in body.items() if value is not None}))
+    entries = zip(prompt, answer["prompt_logprobs"], strict=True)
+    return [entry[str(token)]["logprob"] for token, entry in list(entries)[len(request.prompt) :]]
 
 
 def assert_new_weights_go_on(version: int, responses: list[Response], read: list[list[float]]) -> None:

@@ -76,27 +76,25 @@ def _measure(arguments: argparse.Namespace, grid: Any) -> dict[str, dict[str, fl
     found = {}
     try:
         sampler.update_weights(0)
-        for name, adapted in {"factors beside the weights": True, "neither": False}.items():
-            found[name] = _compared(sampler, prompts, arguments.tokens, chunks, grid, adapted=adapted)
+        found["factors beside the weights"] = _compared(sampler, prompts, arguments.tokens, chunks, grid)
+        sampler._engine._adapter = None  # from here on requests name no adapter
+        found["neither"] = _compared(sampler, prompts, arguments.tokens, chunks, grid)
         with _merged(chunks):
             sampler._engine.load((pair for bucket in sampler._weights.stream() for pair in bucket), 1)
-        name = "factors merged into the weights"
-        found[name] = _compared(sampler, prompts, arguments.tokens, chunks, grid, adapted=False)
+        found["factors merged into the weights"] = _compared(sampler, prompts, arguments.tokens, chunks, grid)
     finally:
         sampler.close()
     return found
 
 
 def _compared(
-    sampler: Any, prompts: Sequence[list[int]], count: int, chunks: Sequence[Any], grid: Any, *, adapted: bool
+    sampler: Any, prompts: Sequence[list[int]], count: int, chunks: Sequence[Any], grid: Any
 ) -> dict[str, float]:
     """Return what the engine's samples say about its distance from ``chunks``."""
     from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
 
     sampling = {"max_tokens": count, "ignore_eos": True, "logprobs": 0, "detokenize": False}
-    requests = [
-        EngineRequest(prompt, {**sampling, "seed": seed}, adapted=adapted) for seed, prompt in enumerate(prompts)
-    ]
+    requests = [EngineRequest(prompt, {**sampling, "seed": seed}) for seed, prompt in enumerate(prompts)]
     differences = []
     for prompt, output in zip(prompts, sampler._engine.generate(requests), strict=True):
         own = _trainer_log_probs(chunks[0], grid, prompt, output.token_ids)

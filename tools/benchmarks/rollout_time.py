@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure tokens per second of both samplers, plain and guided, and seconds and bytes of a weight sync.
+"""Measure tokens per second of both samplers, guided ones in process, and seconds and bytes of a weight sync.
 
     python tools/benchmarks/rollout_time.py                                  in an environment with vLLM
     torchrun --nproc-per-node 2 tools/benchmarks/rollout_time.py --tp 2 --engine-tp 2
@@ -7,8 +7,8 @@
 
 All samplers have the same random Llama, the same prompts and the same number of new tokens.  Calls of the samplers take
 turns, so that other load on the machine affects all of them, and the medians are compared.  A guided response counts
-once, although the model reads two contexts for it.  The sampler in process also guides with a target that is anchored
-to a reference, for which a second copy of the weights reads two of three contexts.
+once, although the model reads two contexts for it.  The sampler in process, which alone guides, also does so with a
+target that is anchored to a reference, for which a second copy of the weights reads two of three contexts.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     in_process = MegatronSampler(chunks, grid, arguments.vocab, max_length, role_weights=[frozen])
     samplers: dict[str, Any] = {"megatron": in_process}
     if arguments.vllm:
-        rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp, guidance="mixed")
+        rollout = RolloutConfig(engine="vllm", engine_tp=arguments.engine_tp)
         samplers["vllm"] = llama.colocated_sampler(chunks, rollout, max_length)
     for sampler in samplers.values():
         sampler.update_weights(0)
@@ -99,7 +99,7 @@ def _measure(samplers: dict[str, Any], arguments: argparse.Namespace, dp_rank: i
                 seed = sample_seed(repeat, dp_rank, "benchmark", number)
                 requests.append(Request(prompt, seed, prompt + hint if kind else None))
             for name, sampler in samplers.items():
-                if name == "vllm" and sampling.target.is_anchored:
+                if name == "vllm" and kind:
                     continue
                 seconds = seconds_of(lambda s=sampler, r=requests, p=sampling: s.generate(r, p))  # type: ignore[misc]
                 if repeat:  # the first call warms up

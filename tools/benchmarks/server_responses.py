@@ -60,7 +60,7 @@ def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
             server.health()
         threads = _MostThreads()
         http_before, before, began = _children_seconds(), time.process_time(), time.perf_counter()
-        batch = ServerBatch(requests, params, WeightAge(0, 0), servers, {}, (), BusyTime())
+        batch = ServerBatch(requests, params, WeightAge(0, 0), servers, {}, BusyTime())
         batch.finish()
         seconds, wall = time.process_time() - before, time.perf_counter() - began
         http_seconds, most = _children_seconds() - http_before, threads.stop()

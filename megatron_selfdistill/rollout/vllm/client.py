@@ -95,8 +95,6 @@ class VllmServer:
         """Let every request that is under way raise `EngineError`; the server drops the request."""
         self.calls.interrupt()
 
-    generate = _waiting(ServerCalls.generate)
-    call = _waiting(ServerCalls.call)
     described = _waiting(ServerCalls.described)
     health = _waiting(ServerCalls.health)
     weight_version = _waiting(ServerCalls.weight_version)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,6 @@ from megatron_selfdistill.rollout.vllm.engine_weights import EngineWeights
 from megatron_selfdistill.rollout.vllm.exchange import EngineShares, WeightAge, check_requests
 from megatron_selfdistill.rollout.vllm.hf_directory import num_weights
 from megatron_selfdistill.rollout.vllm.in_process import InProcessEngine
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, generate_guided
 
 _GIB = 2**30
 # The defaults of vLLM on a CPU: the sequences of a batch, and the tokens of a block of the KV cache.
@@ -60,16 +59,15 @@ class ColocatedSampler:
         max_length: int,
         progress: Progress = ignore_progress,
         adapter: AdapterConfig | None = None,
-        bare_roles: Collection[str] = (),
     ) -> None:
         """Build the engines of all ranks; their weights are random until `update_weights`.
 
         ``chunks``: the model's chunks on this rank, as built or as wrapped for training; the engines compute in their
         dtype.  ``hf_config``: the directory of the model's config.json, and ``rules`` the model's tensors
         (hf_directory.py).  ``vocab_size``: number of valid columns.  ``max_length``: longest prompt plus response, in
-        tokens.  ``progress``: called with the responses of this rank's engine, at every pass, on every rank; guided
-        responses finish together.  ``adapter``: the adapters of the chunks, which then are all that changes: the
-        engines get the weights once and the factors at each update.  ``bare_roles``: as for `generate_guided`.
+        tokens.  ``progress``: called with the responses of this rank's engine, at every pass, on every rank.
+        ``adapter``: the adapters of the chunks, which then are all that changes: the engines get the weights once and
+        the factors at each update.
 
         On a GPU the engine's share of the memory (vLLM's ``gpu_memory_utilization``) is the memory that the trainer
         leaves free, unless ``rollout.engine_args`` sets the share.
@@ -92,15 +90,14 @@ class ColocatedSampler:
         if adapter is not None and adapter.rank and refusal:
             raise ConfigError(refusal)
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
-        self._engine_tp, self._engine_rank = engine_tp, grid.rank % engine_tp
+        self._engine_tp = engine_tp
         self._num_engines = grid.world_size // engine_tp
-        self._guided, self._bare_roles, self._progress = rollout.guidance != "none", bare_roles, progress
+        self._progress = progress
         self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=int(rollout.bucket_mb * 2**20))
         self._version: int | None = None
         self._holds_weights = False  # whether the engines hold frozen weights
         self._asleep = False
         self._metrics: dict[str, float] = {}
-        self._pair_counts = PairCounts()
         config = unwrapped(chunks[0]).config
         settings = {
             "dtype": config.params_dtype,
@@ -115,7 +112,6 @@ class ColocatedSampler:
             hf_config,
             grid,
             engine_tp=engine_tp,
-            guided=self._guided,
             settings=arguments,
             vocab_size=vocab_size,
             adapter=self._weights.adapter,
@@ -140,14 +136,13 @@ class ColocatedSampler:
                 self._engine.wake("kv_cache")
         self._asleep = False
         self._version = version
-        self._count("sync_seconds", self._reduced(time.perf_counter() - started, dist.ReduceOp.MAX))
+        self._count("sync_seconds", self._most(time.perf_counter() - started))
 
     def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
         """Return one response per request, in order, on every rank of the replica.
 
         ``requests`` are the requests of this data-parallel replica, the same list on each of its ranks; the list may be
-        empty. The call is a collective over the world.  Requests with a teacher's prompt are guided (pairs.py); a call
-        may mix both kinds.
+        empty. The call is a collective over the world.
 
         Raises, on all ranks alike: ValueError for an empty prompt and for a prompt that leaves no room for
         ``max_new_tokens`` within ``max_length``; `EngineError` where an engine fails, returns fewer responses than
@@ -155,7 +150,7 @@ class ColocatedSampler:
         """
         version = self._last_version()
         with raise_on_all_ranks(EngineError):
-            check_requests(requests, params, self._max_length, guided=self._guided, who="the vLLM engines")
+            check_requests(requests, params, self._max_length)
         shares = EngineShares(len(requests), self._grid, self._engine_tp)
         share = shares.distribute(requests)
         if self._asleep:  # the weights have left the device
@@ -171,15 +166,8 @@ class ColocatedSampler:
             self._asleep = True
 
     def metrics(self) -> dict[str, float]:
-        """Return rollout/sync_seconds (of the slowest rank) and rollout/sync_bytes of all updates since the last call.
-
-        The result also has rollout/guided_repairs where guided.
-        """
+        """Return rollout/sync_seconds (slowest rank) and rollout/sync_bytes of all updates since the last call."""
         metrics, self._metrics = self._metrics, {}
-        if self._guided:
-            own = self._pair_counts.repairs if self._engine_rank == 0 else 0
-            metrics["rollout/guided_repairs"] = self._reduced(own, dist.ReduceOp.SUM)
-        self._pair_counts = PairCounts()
         return metrics
 
     def close(self) -> None:
@@ -192,27 +180,15 @@ class ColocatedSampler:
             yield from bucket
 
     def _generate_share(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        guided = [i for i, request in enumerate(requests) if request.teacher_prompt is not None]
-        plain = [i for i, request in enumerate(requests) if request.teacher_prompt is None]
-
         def report(finished: int) -> None:
             self._progress(finished, len(requests), "of this engine" if self._num_engines > 1 else "")
 
         report(0)
-        outputs = self._engine.generate([engine_request(requests[i], params) for i in plain], report)
-        responses = dict(zip(plain, (response_of(output, params) for output in outputs), strict=True))
-        if guided:
-            own = [requests[i] for i in guided]
-            pairs = generate_guided(self._engine, own, params, self._pair_counts, self._bare_roles)
-            responses.update(zip(guided, pairs, strict=True))
-            report(len(requests))
-        self._check_versions(responses.values())
-        return [responses[i] for i in range(len(requests))]
-
-    def _check_versions(self, responses: Iterable[Response]) -> None:
         age = WeightAge(self._last_version(), self._max_staleness)
-        for response in responses:
-            age.require(response.weight_version, self._engine.name)
+        outputs = self._engine.generate([engine_request(request, params) for request in requests], report)
+        for output in outputs:
+            age.require(output.weight_version, self._engine.name)
+        return [response_of(output, params) for output in outputs]
 
     def _last_version(self) -> int:
         if self._version is None:
@@ -223,10 +199,10 @@ class ColocatedSampler:
         key = f"rollout/{name}"
         self._metrics[key] = self._metrics.get(key, 0.0) + value
 
-    def _reduced(self, value: float, how: Any) -> float:
-        """Return ``value`` reduced over all ranks."""
+    def _most(self, value: float) -> float:
+        """Return the largest ``value`` of all ranks."""
         reduced = torch.tensor([value], dtype=torch.float64, device=self._grid.device)
-        dist.all_reduce(reduced, op=how)
+        dist.all_reduce(reduced, op=dist.ReduceOp.MAX)
         return float(reduced.item())
 
 

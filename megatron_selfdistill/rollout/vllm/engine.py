@@ -1,78 +1,18 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""The interface of one vLLM engine, in this process or behind HTTP, and the translation of requests to vLLM's."""
+"""What vLLM engines have in common, in this process or behind HTTP: arguments, and the translation of requests."""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any
 
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest, possible_output
 
 WORKER_EXTENSION = "megatron_selfdistill.rollout.vllm.plugin.worker.WorkerExtension"
-"""Class by which an engine's workers are extended, for `Engine.call`."""
-
-
-class Engine(Protocol):
-    """One vLLM engine: ``engine_tp`` devices that hold the model once."""
-
-    @property
-    def name(self) -> str:
-        """The name of the engine in messages, with its address or its rank."""
-        ...
-
-    def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """Return one output per request, in order.
-
-        Raises `EngineError`, with nothing returned, if an output is missing or cannot be true (`possible_output`).
-        """
-        ...
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call the worker extension's method of that name (plugin/worker.py) and return the result of the first worker.
-
-        Arguments and result are JSON values.
-        """
-        ...
-
-
-class AwaitedEngine(Protocol):
-    """An `Engine` with coroutines in place of functions, so that many of them can work at once in one thread."""
-
-    @property
-    def name(self) -> str:
-        """See `Engine`."""
-        ...
-
-    async def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """See `Engine`."""
-        ...
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """See `Engine`."""
-        ...
-
-
-class AwaitedHere:
-    """An `AwaitedEngine` that does its work in the thread that awaits it."""
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    @property
-    def name(self) -> str:
-        """See `Engine`."""
-        return self._engine.name
-
-    async def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """See `Engine`."""
-        return self._engine.generate(requests)
-
-    async def call(self, method: str, *args: Any) -> Any:
-        """See `Engine`."""
-        return self._engine.call(method, *args)
+"""Class by which an engine's workers are extended, for `ServerCalls.call_all`."""
 
 
 def cpu_engine_args(hf_config: Mapping[str, Any], max_model_len: int | None) -> dict[str, Any]:
@@ -119,20 +59,15 @@ def engine_output(output: Any, request: EngineRequest, vocab_size: int, who: str
     Raises: `EngineError`, which begins with ``who``, for a response that was aborted or that cannot be true.
     """
     completion = output.outputs[0]
-
-    def of_tokens(tokens: Sequence[int], entries: Sequence[Any]) -> list[float]:
-        return [by_token[token].logprob for token, by_token in zip(tokens, entries, strict=True)]
-
-    tokens, entries = list(completion.token_ids), output.prompt_logprobs
+    tokens = list(completion.token_ids)
     return possible_output(
         request,
         vocab_size,
         who,
         token_ids=tokens,
-        log_probs=of_tokens(tokens, completion.logprobs),
+        log_probs=[by_token[token].logprob for token, by_token in zip(tokens, completion.logprobs, strict=True)],
         finish_reason=completion.finish_reason,
         versions=[(span.version, span.start, span.end) for span in completion.weight_versions or ()],
-        prompt_log_probs=of_tokens(output.prompt_token_ids[1:], entries[1:]) if entries else [],
     )
 
 

@@ -4,15 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_selfdistill.choices import FINISH_REASONS
 from megatron_selfdistill.errors import EngineError, first_few
 
-LOG_PROB_ROUNDING = 1e-3
-"""The largest log-prob of a token that an engine may state, in nats: the rounding of a log-softmax in float32, whose
-logits may be some thousands."""
+# The largest log-prob of a token that an engine may state, in nats: the rounding of a log-softmax in float32, whose
+# logits may be some thousands.
+_LOG_PROB_ROUNDING = 1e-3
 _LEAST_LOG_PROB = -9999.0  # what a vLLM server states in place of NaN and of minus infinity
 
 
@@ -24,8 +24,6 @@ class EngineRequest:
     """Token ids of the sequence so far."""
     sampling: Mapping[str, Any]
     """Arguments of vLLM's ``SamplingParams``."""
-    adapted: bool = True
-    """Whether the run's adapters take part, where the engine has any."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +38,6 @@ class EngineOutput:
     """The reason for the end of the sequence: stop or length."""
     weight_version: int | None
     """Version of the oldest weights that generated a token, as the engine reports it; None before the first weights."""
-    prompt_log_probs: list[float] = field(default_factory=list)
-    """Log-probs of the sequence's own tokens but the first, as ``log_probs``; empty without ``prompt_logprobs``."""
     weight_spans: Sequence[tuple[int, int]] = ()
     """Version and number of tokens of each part, as in `Response`."""
 
@@ -80,7 +76,6 @@ def possible_output(
     log_probs: list[float],
     finish_reason: str,
     versions: Iterable[tuple[str, int, int]],
-    prompt_log_probs: list[float],
 ) -> EngineOutput:
     """Return what an engine has stated about ``request`` as its output, if a model can have generated it.
 
@@ -89,7 +84,7 @@ def possible_output(
     Raises: `EngineError`, which begins with ``who``, for an end that ``request`` does not allow, token ids outside of
     the vocabulary, log-probs that are not finite or above 0, and versions of other tokens.
     """
-    output = EngineOutput(token_ids, log_probs, finish_reason, None, prompt_log_probs)
+    output = EngineOutput(token_ids, log_probs, finish_reason, None)
     _require_end(output, request.sampling, who)
     strange = [token for token in token_ids if not 0 <= token < vocab_size]
     if strange:
@@ -97,7 +92,7 @@ def possible_output(
             f"{who} returned the token ids {_shown(strange)}, expected 0 to {vocab_size - 1}: is it an engine of this "
             "run's model and tokenizer?"
         )
-    wrong = [value for value in (*log_probs, *prompt_log_probs) if not _LEAST_LOG_PROB < value <= LOG_PROB_ROUNDING]
+    wrong = [value for value in log_probs if not _LEAST_LOG_PROB < value <= _LOG_PROB_ROUNDING]
     if wrong:
         raise EngineError(
             f"{who} returned the log-probs {_shown(wrong)}, expected numbers of at most 0, above {_LEAST_LOG_PROB:g} "

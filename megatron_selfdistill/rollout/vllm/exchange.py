@@ -204,22 +204,16 @@ def _overlaps(span: range, others: Sequence[range]) -> list[tuple[int, range]]:
     return [(number, indices) for number, indices in enumerate(common) if indices]
 
 
-def check_requests(
-    requests: Sequence[Request], params: SamplingParams, max_length: int, *, guided: bool, who: str
-) -> None:
-    """Raise ValueError if a request cannot be answered by ``who``, the engines of a sampler.
+def check_requests(requests: Sequence[Request], params: SamplingParams, max_length: int) -> None:
+    """Raise ValueError if vLLM engines cannot answer a request.
 
-    Such a request has an empty prompt, a prompt that leaves no room for ``max_new_tokens`` within ``max_length`` or,
-    unless ``guided``, a teacher's prompt.
+    Such a request has an empty prompt, a prompt that leaves no room for ``max_new_tokens`` within ``max_length``, or a
+    teacher's prompt.
     """
-    prompts = [prompt for r in requests for prompt in (r.prompt, r.teacher_prompt) if prompt is not None]
-    lengths = [len(prompt) for prompt in prompts]
+    lengths = [len(request.prompt) for request in requests]
     require_room(min(lengths, default=1), max(lengths, default=0), params.max_new_tokens, max_length)
-    if not guided and any(request.teacher_prompt is not None for request in requests):
-        raise ValueError(
-            f"a request has a teacher's prompt, but {who} were built without guided decoding; set "
-            "rollout.guidance=mixed"
-        )
+    if any(request.teacher_prompt is not None for request in requests):
+        raise ValueError("a request has a teacher's prompt, but guided rollouts are sampled in process, not by vLLM")
 
 
 @dataclass(frozen=True)

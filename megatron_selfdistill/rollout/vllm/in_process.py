@@ -30,7 +30,6 @@ from megatron_selfdistill.interop.formats.hf_files import read_config
 from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, cpu_engine_args, engine_output
 from megatron_selfdistill.rollout.vllm.engine_adapter import ADAPTER_ID, ADAPTER_NAME, ADAPTER_PATH, EngineAdapter
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS, GUIDED_ENVIRONMENT, why_not_guided
 from megatron_selfdistill.rollout.vllm.transfer_buckets import segments_expand, without_expandable_segments
 
 
@@ -39,7 +38,6 @@ def in_process_engine_args(
     device: torch.device,
     *,
     engine_tp: int,
-    guided: bool,
     settings: Mapping[str, Any],
     adapter: EngineAdapter | None,
 ) -> dict[str, Any]:
@@ -63,8 +61,6 @@ def in_process_engine_args(
     }
     if device.type == "cpu":
         arguments |= cpu_engine_args(read_config(directory), settings["max_model_len"])
-    if guided:
-        arguments |= GUIDED_ENGINE_ARGS
     if adapter is not None:
         arguments |= adapter.engine_args(on_cpu=device.type == "cpu")
     _refuse_other_ranks(arguments, settings)
@@ -217,7 +213,6 @@ class InProcessEngine:
         ident: str,
         *,
         engine_tp: int,
-        guided: bool,
         settings: Mapping[str, Any],
         vocab_size: int,
         adapter: EngineAdapter | None = None,
@@ -238,14 +233,12 @@ class InProcessEngine:
         self.rank, self.ident, self._adapter, self._vocab_size = dist.get_rank(), ident, adapter, vocab_size
         # Only CUDA's virtual memory can be freed and allocated again under the same addresses.
         self.can_sleep = device.type == "cuda"
-        arguments = in_process_engine_args(
-            directory, device, engine_tp=engine_tp, guided=guided, settings=settings, adapter=adapter
-        )
+        arguments = in_process_engine_args(directory, device, engine_tp=engine_tp, settings=settings, adapter=adapter)
         environment = {name: os.environ.get(name, value) for name, value in _QUIET.items()} | _ENVIRONMENT
         if self.can_sleep:
             torch.cuda.empty_cache()  # the blocks that torch keeps for reuse may be of expandable segments
-        with trainer_state_kept(environment | (GUIDED_ENVIRONMENT if guided else {})), without_expandable_segments():
-            self._llm = _started(directory, arguments, self.rank, device.index or 0, ident, guided=guided)
+        with trainer_state_kept(environment), without_expandable_segments():
+            self._llm = _started(directory, arguments, self.rank, device.index or 0, ident)
         _live = self
 
     @property
@@ -272,11 +265,10 @@ class InProcessEngine:
             raise EngineError(f"{self.name} has a part of its weights: their update has failed")
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         params = [SamplingParams(**request.sampling) for request in requests]
-        adapters = [self._lora_request(request) for request in requests]
         step = _reporting(llm.llm_engine.step, report)
         with trainer_state_kept(), _replaced(llm.llm_engine, "step", step):
             try:
-                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=adapters)
+                outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=self._lora_request())
             except Exception as error:
                 self._drop_unfinished()
                 raise EngineError(f"{self.name} failed in mid-batch: {_on_one_line(error)}") from error
@@ -284,11 +276,6 @@ class InProcessEngine:
             raise EngineError(f"{self.name} was asked for {len(requests)} responses and gave {len(outputs)}")
         pairs = zip(outputs, requests, strict=True)
         return [engine_output(output, request, self._vocab_size, self.name) for output, request in pairs]
-
-    def call(self, method: str, *args: Any) -> Any:
-        """Call the worker extension's method of that name, as `Engine.call` describes."""
-        with trainer_state_kept():
-            return self._alive().collective_rpc(method, args=args)[0]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Replace the weights by ``tensors``, by Hugging Face names, cast to the engine's dtype.
@@ -373,8 +360,8 @@ class InProcessEngine:
             raise EngineError(f"{self.name} is closed")
         return self._llm
 
-    def _lora_request(self, request: EngineRequest) -> Any:
-        if self._adapter is None or not request.adapted:
+    def _lora_request(self) -> Any:
+        if self._adapter is None:
             return None
         from vllm.lora.request import LoRARequest
 
@@ -387,14 +374,11 @@ class InProcessEngine:
             engine.abort_request(list(engine.output_processor.request_states), internal=True)
 
 
-def _started(
-    directory: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str, *, guided: bool
-) -> Any:
+def _started(directory: Path, arguments: dict[str, Any], rank: int, local_rank: int, ident: str) -> Any:
     """Return a ``vllm.LLM`` on this trainer's ranks; raise each failure as an error with one message."""
     # Silence the message that triton is missing, which comes once for each of vLLM's operators.
     logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
     try:
-        import vllm
         from vllm import LLM
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
     except ImportError as error:
@@ -402,9 +386,6 @@ def _started(
             "rollout.engine=vllm with rollout.placement=colocated needs vLLM in the trainer's own environment "
             f"({error}); install it there, or set rollout.placement=server"
         ) from error
-
-    if guided and (refusal := why_not_guided(vllm.__version__)):
-        raise ConfigError(refusal)
 
     def distributed_args(self: Any) -> tuple[str, int, int]:
         # vLLM's own function reads RANK and LOCAL_RANK, which a plain `python` start does not have.  The default group

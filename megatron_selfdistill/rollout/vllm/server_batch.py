@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,13 +16,12 @@ from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError, first_few
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime
-from megatron_selfdistill.rollout.vllm import coroutines
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
+from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput
 from megatron_selfdistill.rollout.vllm.exchange import GatheredRequests, WeightAge
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded
 from megatron_selfdistill.rollout.vllm.http.http_tasks import MAX_IN_FLIGHT
-from megatron_selfdistill.rollout.vllm.pairs import PairCounts, guided_responses
 
 T = TypeVar("T")
 Task = Callable[[VllmServer], Future[T]]
@@ -132,20 +131,18 @@ class ServerBatch:
         age: WeightAge,
         servers: Sequence[VllmServer],
         known: Mapping[int, Response],
-        bare_roles: Collection[str],
         busy_time: BusyTime,
     ) -> None:
         """Begin the work, which calls no collective.
 
         ``servers``: those with weights of the age; the list is empty where every response is ``known``, by index.
-        ``bare_roles``: as for `generate_guided`.  ``busy_time`` counts the time of the work.
+        ``busy_time`` counts the time of the work.
         """
         self.requests, self.params = requests, params
-        self._age, self._servers, self._bare_roles = age, servers, bare_roles
+        self._age, self._servers = age, servers
         self._todo = [i for i in range(len(requests)) if i not in known]
         self._cancelled = threading.Event()
-        self._pair_counts: list[PairCounts] = []
-        self._dispatched: DispatchResult[list[Response]] | None = None
+        self._dispatched: DispatchResult[Response] | None = None
         self.arrivals = Arrivals(self._answer, known, busy_time)
         """The responses so far."""
 
@@ -164,51 +161,27 @@ class ServerBatch:
 
     @property
     def counts(self) -> dict[str, int]:
-        """The metrics rollout/requests_retried and, where guided, rollout/guided_repairs, once finished."""
-        if self._dispatched is None:
-            return {}
-        counts = {"rollout/requests_retried": self._dispatched.num_retried}
-        if self._pair_counts:
-            counts["rollout/guided_repairs"] = sum(each.repairs for each in self._pair_counts)
-        return counts
+        """The metric rollout/requests_retried, once finished."""
+        return {} if self._dispatched is None else {"rollout/requests_retried": self._dispatched.num_retried}
 
     def _answer(self, arrived: Callable[[Mapping[int, Response]], None]) -> None:
         """Let the servers answer; call ``arrived`` with the responses by index, as they come."""
         if not self._todo:
             return
-        plain = [i for i in self._todo if self.requests[i].teacher_prompt is None]
-        guided = [i for i in self._todo if self.requests[i].teacher_prompt is not None]
-        # The driver of pairs keeps them equally long, so a server gets all its pairs at once.
-        cuts = [len(guided) * i // len(self._servers) for i in range(len(self._servers) + 1)]
-        groups = [[i] for i in plain]
-        groups += [guided[first:behind] for first, behind in pairwise(cuts) if first < behind]
+        tasks = [self._task(self.requests[i]) for i in self._todo]
+        self._dispatched = dispatch(tasks, self._servers, lambda task, response: arrived({self._todo[task]: response}))
 
-        def returned(task: int, responses: list[Response]) -> None:
-            arrived(dict(zip(groups[task], responses, strict=True)))
+    def _task(self, request: Request) -> Task[Response]:
+        """Return the task of one server: the response to ``request``."""
 
-        tasks = [self._task([self.requests[i] for i in group]) for group in groups]
-        self._dispatched = dispatch(tasks, self._servers, returned)
-
-    def _task(self, requests: Sequence[Request]) -> Task[list[Response]]:
-        """Return the task of one server: one plain response, or guided responses that are sampled together."""
-
-        def recent(responses: list[Response], server: VllmServer) -> list[Response]:
-            for response in responses:
-                self._age.require(response.weight_version, server.name)
-            return responses
-
-        async def guided(server: VllmServer) -> list[Response]:
-            own_counts = PairCounts()
-            responses = await guided_responses(server.calls, requests, self.params, own_counts, self._bare_roles)
-            self._pair_counts.append(own_counts)
-            return recent(responses, server)
-
-        def begin(server: VllmServer) -> Future[list[Response]]:
+        def begin(server: VllmServer) -> Future[Response]:
             if self._cancelled.is_set():
                 raise EngineError(f"{server.address}: given up, since the sampler was closed")
-            if requests[0].teacher_prompt is not None:
-                return coroutines.begin(guided(server))
-            request = engine_request(requests[0], self.params)
-            return server.begin(request, lambda output: recent([response_of(output, self.params)], server))
+
+            def response(output: EngineOutput) -> Response:
+                self._age.require(output.weight_version, server.name)
+                return response_of(output, self.params)
+
+            return server.begin(engine_request(request, self.params), response)
 
         return begin

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class ServerCalls:
-    """The calls of one server, as coroutines for `coroutines.begin`; an `AwaitedEngine`.
+    """The calls of one server, as coroutines for `coroutines.begin`.
 
     Any number of threads may use it at once.  Every failure is an `EngineError` with the address and the cause: no
     connection, an answer of another form, an answer that cannot be true (`possible_output`), an error of the server,
@@ -31,7 +31,8 @@ class ServerCalls:
 
     def __init__(self, access: ServerAccess, *, vocab_size: int | None, adapted: bool) -> None:
         """Make the calls of one client; for ``vocab_size`` and ``adapted`` see `VllmServer`."""
-        self._access, self._vocab_size, self._adapted = access, vocab_size, adapted
+        self._access, self._vocab_size = access, vocab_size
+        self._model = ADAPTER_NAME if adapted else None
 
     @property
     def name(self) -> str:
@@ -44,26 +45,12 @@ class ServerCalls:
         The future raises `EngineError` where the request fails, and what ``convert`` raises.
         """
         assert self._vocab_size is not None, "a client that generates needs vocab_size"
-        model = ADAPTER_NAME if self._adapted and request.adapted else None
-        task = Generate(request, model, self._vocab_size)
+        task = Generate(request, self._model, self._vocab_size)
         return http_process().begin(self._access, task, lambda reply: convert(_output(reply)))
 
     def interrupt(self) -> None:
         """Let every request that is under way raise `EngineError`; the server drops the request."""
         http_process().interrupt(self._access)
-
-    async def generate(self, requests: Sequence[EngineRequest]) -> list[EngineOutput]:
-        """Return one output per request, in order.
-
-        Up to `MAX_IN_FLIGHT` requests are at the server at once, neighbours together.  Raises `EngineError`, with
-        nothing returned, if one fails.
-        """
-        outputs = [self.begin(request, lambda output: output) for request in requests]
-        try:
-            return [await result_of(output) for output in outputs]
-        except Exception:
-            self.interrupt()
-            raise
 
     async def call(self, method: str, *args: Any) -> Any:
         """Call the worker extension's method of that name, and return the result of the server's first worker."""
@@ -194,12 +181,11 @@ def _answer(reply: HttpReply) -> HttpAnswer:
 
 
 def _output(reply: HttpReply) -> EngineOutput:
-    head, (tokens, log_probs, prompt_log_probs) = reply.head, reply.parts
+    head, (tokens, log_probs) = reply.head, reply.parts
     return EngineOutput(
         token_ids=tokens_of(tokens),
         log_probs=log_probs_of(log_probs),
         finish_reason=head["finish_reason"],
         weight_version=head["weight_version"],
-        prompt_log_probs=log_probs_of(prompt_log_probs),
         weight_spans=[(version, num_tokens) for version, num_tokens in head["weight_spans"]],
     )

@@ -12,7 +12,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,7 +77,6 @@ class ServerSampler:
         run_dir: Path,
         progress: Progress = ignore_progress,
         adapter: AdapterConfig | None = None,
-        bare_roles: Collection[str] = (),
     ) -> None:
         """Start the servers of ``rollout``, or connect to the servers that it names; return when all are up.
 
@@ -88,14 +87,12 @@ class ServerSampler:
         response, in tokens.
         ``progress``: called on rank 0 alone, with the responses of all replicas, whenever a server has answered.
         ``adapter``: the adapters of the chunks; then a server gets the weights once, and the factors at each update.
-        ``bare_roles``: as for `generate_guided`.
 
         Raises, on all ranks alike: `EngineError` where a server is not up, `ConfigError` where a server was started for
         shorter responses, or has workers that ``rollout.transfer`` does not reach.
         """
         self._grid, self._max_length, self._max_staleness = grid, max_length, rollout.max_staleness
-        self._timeout_s = rollout.timeout_s
-        self._guided, self._bare_roles, self._progress = rollout.guidance != "none", bare_roles, progress
+        self._timeout_s, self._progress = rollout.timeout_s, progress
         bucket_bytes = int(rollout.bucket_mb * 2**20)
         self._weights = EngineWeights(chunks, grid, rules, adapter, bucket_bytes=bucket_bytes, on_ranks=[0])
         self._name = secrets.token_hex(8)  # by which servers know these frozen weights
@@ -183,7 +180,7 @@ class ServerSampler:
         """
         version = self._known_version()
         with raise_on_all_ranks(EngineError):
-            check_requests(requests, params, self._max_length, guided=self._guided, who="the vLLM servers")
+            check_requests(requests, params, self._max_length)
         gathered = gather_requests(requests, self._grid)
 
         def begin() -> ServerBatch:
@@ -194,7 +191,7 @@ class ServerSampler:
             found = {i: recent[key] for i, key in enumerate(keys) if key in recent}
             allowed = self._max_staleness - (used_at - version)
             servers = self._pool.usable(version, allowed) if len(found) < len(everything) else []
-            return ServerBatch(everything, params, age, servers, found, self._bare_roles, self._busy_time)
+            return ServerBatch(everything, params, age, servers, found, self._busy_time)
 
         batch = run_long_on_rank_0(begin, EngineError)
         if batch is not None:
@@ -242,7 +239,7 @@ class ServerSampler:
 
         The others are rollout/generation_seconds (in which servers worked on requests), rollout/waited_seconds (in
         which the trainer waited for responses), rollout/partial_batches where responses stream, rollout/servers_alive,
-        rollout/requests_retried, and rollout/guided_repairs where guided.
+        and rollout/requests_retried.
         """
         self._metrics["rollout/servers_alive"] = self._pool.num_alive
         self._metrics["rollout/generation_seconds"] = self._busy_time.take()

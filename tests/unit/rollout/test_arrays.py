@@ -21,7 +21,7 @@ from megatron_selfdistill.rollout.base import FINISH_REASONS, Request, Response
 
 TOKENS = st.integers(0, 2**31 - 1)
 PROMPTS = st.lists(TOKENS, max_size=4)
-REQUESTS = st.builds(Request, PROMPTS, st.integers(0, 2**64 - 1), st.none() | PROMPTS, st.integers(0, 2**31 - 1))
+REQUESTS = st.builds(Request, PROMPTS, st.integers(0, 2**64 - 1), begun=st.integers(0, 2**31 - 1))
 FLOATS = st.floats(width=32)
 
 
@@ -30,8 +30,7 @@ def responses(draw: st.DrawFn) -> Response:
     tokens = draw(st.lists(TOKENS, max_size=4))
     count = len(tokens)
     log_probs = draw(st.lists(FLOATS, min_size=count, max_size=count))
-    others = st.lists(FLOATS, min_size=count, max_size=count)
-    sampled = draw(others | st.sampled_from([log_probs, [0.0] * count, [-0.0] * count, [math.nan] * count]))
+    sampled = draw(st.sampled_from([log_probs, [0.0] * count, [math.nan] * count]))
     versions = st.integers(0, 2**31 - 1)
     spans = draw(st.lists(st.tuples(versions, versions), max_size=3)) or ()
     return Response(
@@ -39,9 +38,8 @@ def responses(draw: st.DrawFn) -> Response:
         log_probs,
         sampled,
         draw(st.sampled_from(FINISH_REASONS)),
-        draw(st.none() | others),
-        draw(st.none() | versions),
-        spans,
+        weight_version=draw(st.none() | versions),
+        weight_spans=spans,
     )
 
 
@@ -63,27 +61,21 @@ def num_bytes(arrays: list[np.ndarray]) -> int:
 
 def test_a_prompt_travels_once_however_many_requests_have_it():
     prompt = list(range(1000))
-    one, many = (
-        num_bytes(request_arrays([Request(list(prompt), seed, list(prompt)) for seed in range(count)]))
-        for count in (1, 9)
-    )
-    assert one == 4 * 1000 + 4 + 20 and many == one + 8 * 20  # two places, begun and a seed of 8 bytes per request
+    one, many = (num_bytes(request_arrays([Request(list(prompt), seed) for seed in range(count)])) for count in (1, 9))
+    assert one == 4 * 1000 + 4 + 16 and many == one + 8 * 16  # a place, begun and a seed of 8 bytes per request
 
 
-@pytest.mark.parametrize(
-    ("sampled", "teacher", "per_token"),
-    [(-0.5, None, 8), (0.0, None, 8), (math.nan, None, 8), (-0.25, None, 12), (-0.25, -2.0, 16)],
-)
-def test_a_token_takes_4_bytes_and_4_for_each_log_prob_that_is_not_known_otherwise(sampled, teacher, per_token):
+@pytest.mark.parametrize("sampled", [-0.5, 0.0, math.nan])
+def test_a_token_takes_4_bytes_and_its_log_prob_4(sampled):
     short, long = (
-        num_bytes(
-            response_arrays(
-                [Response([7] * n, [-0.5] * n, [sampled] * n, "stop", None if teacher is None else [teacher] * n)]
-            )
-        )
-        for n in (10, 110)
+        num_bytes(response_arrays([Response([7] * n, [-0.5] * n, [sampled] * n, "stop")])) for n in (10, 110)
     )
-    assert long - short == 100 * per_token
+    assert long - short == 100 * 8
+
+
+def test_sampled_log_probs_that_no_engine_states_are_refused_and_not_changed():
+    with pytest.raises(ValueError, match="0 or NaN for those that it was sampled with"):
+        response_arrays([Response([7], [-0.5], [-0.25], "stop")])
 
 
 @pytest.mark.parametrize("request_", [Request([2**31], 1), Request([1], -1), Request([1], 2**64)])

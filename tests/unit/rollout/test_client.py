@@ -18,12 +18,13 @@ from typing import Any
 
 import fake_vllm
 import pytest
-from fake_vllm import FakeVllm, answer_to, fake_servers, tokens_behind
+from fake_vllm import FakeVllm, answer_to, fake_servers, generated, tokens_behind
 
 from megatron_selfdistill.distributed import stop, watchdog
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import SamplingParams
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
+from megatron_selfdistill.rollout.vllm.coroutines import run
 from megatron_selfdistill.rollout.vllm.engine import response_of
 from megatron_selfdistill.rollout.vllm.engine_output import EngineRequest
 from megatron_selfdistill.rollout.vllm.http import http_process
@@ -46,7 +47,7 @@ def request_of(*prompt: int, max_tokens: int = 3) -> EngineRequest:
 
 
 def test_a_response_is_tokens_log_probs_end_and_version(fake):
-    [output] = client(fake.address).generate([request_of(4, 5)])
+    [output] = generated(client(fake.address), [request_of(4, 5)])
     assert output.token_ids == tokens_behind([4, 5], 3)
     assert output.log_probs == [-0.5] * 3
     assert (output.finish_reason, output.weight_version) == ("length", 7)
@@ -55,7 +56,7 @@ def test_a_response_is_tokens_log_probs_end_and_version(fake):
 def test_many_requests_are_in_flight_at_once_and_answers_keep_their_order(fake):
     fake.together = 40
     prompts = [(7 * i % 40, 1) for i in range(40)]
-    outputs = client(fake.address, timeout_s=20).generate([request_of(*prompt) for prompt in prompts])
+    outputs = generated(client(fake.address, timeout_s=20), [request_of(*prompt) for prompt in prompts])
     assert [output.token_ids for output in outputs] == [tokens_behind(list(prompt), 3) for prompt in prompts]
 
 
@@ -89,7 +90,7 @@ OTHER[1]["token_id"] = 60
 def test_half_an_answer_is_an_error(fake, says, why):
     fake.says = says or " "
     with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
-        client(fake.address).generate([request_of(4, 5)])
+        generated(client(fake.address), [request_of(4, 5)])
     assert not isinstance(error.value, RequestRefused)
 
 
@@ -145,7 +146,7 @@ def test_what_no_model_can_have_generated_is_an_error_with_the_address(fake, say
     fake.says = says
     request = EngineRequest([4, 5], {"max_tokens": 3, "stop_token_ids": [3, 4]})
     with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
-        client(fake.address).generate([request])
+        generated(client(fake.address), [request])
     assert not isinstance(error.value, RequestRefused), "another server may do the request"
     assert len(str(error.value)) < 1000
 
@@ -188,14 +189,14 @@ COMPACT = stated()
 def test_a_lie_in_the_compact_form_is_an_error_with_the_address(fake, says, why):
     fake.says_compact = says
     with pytest.raises(EngineError, match=f"{fake.address}.*{why}") as error:
-        client(fake.address, timeout_s=30).generate([request_of(4, 5)])
+        generated(client(fake.address, timeout_s=30), [request_of(4, 5)])
     assert not isinstance(error.value, RequestRefused) and len(str(error.value)) < 1000
 
 
 @pytest.mark.parametrize("compact", [True, False])
 def test_a_server_without_the_plugin_answers_in_json(fake, compact):
     fake.compact, fake.version = compact, "3"
-    [output] = client(fake.address).generate([request_of(4, 5)])
+    [output] = generated(client(fake.address), [request_of(4, 5)])
     assert (output.token_ids, output.log_probs) == (tokens_behind([4, 5], 3), [-0.5] * 3)
     assert (output.finish_reason, output.weight_version, fake.num_compact) == ("length", 3, int(compact))
 
@@ -210,26 +211,14 @@ def test_the_compact_form_takes_eight_bytes_a_token():
 @pytest.mark.parametrize("value", [0, 0.0, -0.0, 5e-4, -9998.0, -7])
 def test_log_probs_are_believed_up_to_their_rounding(fake, value):
     fake.says = changed(logprobs={"content": of_log_probs(value)})
-    [output] = client(fake.address).generate([request_of(4, 5)])
+    [output] = generated(client(fake.address), [request_of(4, 5)])
     assert output.log_probs == [struct.unpack("f", struct.pack("f", value))[0]] * 3, "in float32"
     assert type(output.log_probs[0]) is float
 
 
-def test_log_probs_of_a_prompt_are_as_true_as_those_of_a_response(fake):
-    request = EngineRequest([4, 5], {"max_tokens": 3, "prompt_logprobs": 0})
-    for value, why in ((-1.5, None), (math.nan, "log-probs nan"), (2.0, "log-probs 2.0")):
-        fake.says = json.dumps(json.loads(changed()) | {"prompt_logprobs": [None, {"5": {"logprob": value}}]})
-        if why is None:
-            [output] = client(fake.address).generate([request])
-            assert output.prompt_log_probs == [value]
-        else:
-            with pytest.raises(EngineError, match=f"{fake.address}.*{why}"):
-                client(fake.address).generate([request])
-
-
 def test_a_stop_needs_no_stop_token_if_the_request_has_none(fake):
     fake.says = changed(finish_reason="stop")
-    [output] = client(fake.address).generate([request_of(4, 5)])
+    [output] = generated(client(fake.address), [request_of(4, 5)])
     assert output.finish_reason == "stop"
 
 
@@ -244,7 +233,7 @@ def test_the_version_is_that_of_the_oldest_weights_if_all_have_one(fake, version
             for version, start, end in zip(versions, [0, *ends], ends, strict=False)
         ]
     )
-    [output] = client(fake.address).generate([request_of(4, 5)])
+    [output] = generated(client(fake.address), [request_of(4, 5)])
     assert output.weight_version == known
 
 
@@ -259,7 +248,7 @@ def test_the_version_is_that_of_the_oldest_weights_if_all_have_one(fake, version
 )
 def test_each_version_of_the_weights_has_its_tokens(fake, reported, spans):
     fake.says = changed(weight_versions=[{"version": v, "start": start, "end": end} for v, start, end in reported])
-    [output] = client(fake.address).generate([request_of(4, 5)])
+    [output] = generated(client(fake.address), [request_of(4, 5)])
     assert output.weight_spans == spans
     versions = response_of(output, SamplingParams(max_new_tokens=3)).token_versions
     assert versions == [v for v, count in spans or [(output.weight_version, 3)] for _ in range(count)]
@@ -269,7 +258,7 @@ def test_each_version_of_the_weights_has_its_tokens(fake, reported, spans):
 def test_a_refusal_is_told_from_a_failure(fake, status, kind):
     fake.status, fake.says = status, '{"error": {"message": "too long"}}'
     with pytest.raises(EngineError, match=rf"{fake.address}: .* answered {status}: too long$") as error:
-        client(fake.address).generate([request_of(4)])
+        generated(client(fake.address), [request_of(4)])
     assert type(error.value) is kind
 
 
@@ -283,7 +272,7 @@ def test_a_server_that_is_not_there_is_an_error_with_its_address():
 def test_a_connection_that_ends_without_an_answer_is_an_error(fake):
     fake.die_at = 2
     with pytest.raises(EngineError, match=fake.address):
-        client(fake.address).generate([request_of(i) for i in range(3)])
+        generated(client(fake.address), [request_of(i) for i in range(3)])
 
 
 @pytest.mark.timing
@@ -291,14 +280,14 @@ def test_a_server_that_writes_no_token_is_given_up_in_time(fake):
     fake.hang_at = 1
     started = time.monotonic()
     with pytest.raises(EngineError, match=r"no token within 1 s"):
-        client(fake.address, timeout_s=1.0).generate([request_of(1), request_of(2)])
+        generated(client(fake.address, timeout_s=1.0), [request_of(1), request_of(2)])
     assert 1.0 <= time.monotonic() - started < 30
 
 
 def test_a_slow_server_is_waited_for_while_it_writes_tokens(fake):
     fake.seconds, fake.gets_on = 4.0, True
     before = watchdog._signs.count
-    assert len(client(fake.address, timeout_s=3.0).generate([request_of(1), request_of(2)])) == 2
+    assert len(generated(client(fake.address, timeout_s=3.0), [request_of(1), request_of(2)])) == 2
     assert watchdog._signs.count > before
 
 
@@ -314,7 +303,7 @@ def test_a_slow_server_is_waited_for_while_it_answers_others(fake):
     thread = threading.Thread(target=others)
     thread.start()
     try:
-        assert len(server.generate([request_of(1)])) == 1
+        assert len(generated(server, [request_of(1)])) == 1
     finally:
         done.set()
         thread.join()
@@ -339,7 +328,7 @@ def test_waiting_can_be_interrupted(fake):
     threading.Timer(0.2, server.interrupt).start()
     started = time.monotonic()
     with pytest.raises(EngineError, match="given up"):
-        server.generate([request_of(1)])
+        generated(server, [request_of(1)])
     assert time.monotonic() - started < 10
 
 
@@ -362,14 +351,14 @@ def test_a_run_that_shall_end_does_not_wait_for_a_server_that_has_fallen_silent(
     fake.hangs_at = path
     server, started = client(fake.address, timeout_s=600), time.monotonic()
     with preempted(monkeypatch, 1.0), pytest.raises(EngineError, match="within 1 s, and a signal has asked"):
-        server.generate([request_of(1)]) if "generate" in path else server.update_weights(complete="")
+        generated(server, [request_of(1)]) if "generate" in path else server.update_weights(complete="")
     assert 1.0 < time.monotonic() - started < 60
 
 
 def test_a_run_that_shall_end_waits_for_a_server_that_writes_tokens(fake, monkeypatch):
     fake.seconds, fake.gets_on = 4.5, True
     with preempted(monkeypatch, 3.0):
-        assert len(client(fake.address, timeout_s=600).generate([request_of(1), request_of(2)])) == 2
+        assert len(generated(client(fake.address, timeout_s=600), [request_of(1), request_of(2)])) == 2
 
 
 DEEP = "[" * 100_000
@@ -406,7 +395,7 @@ def test_an_answer_without_an_end_is_read_up_to_a_limit(fake, path):
     fake.endless_at = path
     server = client(fake.address)
     ask = {"/v1/models": server.max_model_len, "/metrics": server.num_tokens}.get(
-        path, lambda: server.generate([request_of(4)])
+        path, lambda: generated(server, [request_of(4)])
     )
     with pytest.raises(EngineError, match=f"^{fake.address}: .*expected an answer of at most [0-9]+ bytes, got a lon"):
         ask()
@@ -426,7 +415,7 @@ def test_headers_that_come_byte_by_byte_are_given_up_in_time(fake, path):
     fake.drips_at, started = path, time.monotonic()
     server = client(fake.address, timeout_s=0.5)
     with pytest.raises(EngineError, match=rf"{fake.address}: .*TimeoutError: no (answer|token) within 0.5 s"):
-        server.generate([request_of(1)]) if "generate" in path else server.max_model_len()
+        generated(server, [request_of(1)]) if "generate" in path else server.max_model_len()
     assert time.monotonic() - started < 20, "the headers take minutes"
 
 
@@ -444,7 +433,7 @@ def longer_than_it_is(handler: Any, name: str, value: str) -> None:
 
 
 def test_the_limit_grows_with_the_response(fake):
-    [output] = client(fake.address).generate([request_of(4, max_tokens=40_000)])
+    [output] = generated(client(fake.address), [request_of(4, max_tokens=40_000)])
     assert len(output.token_ids) == 40_000, "an answer of 3 MB"
 
 
@@ -463,4 +452,4 @@ def test_the_token_is_sent_and_never_shown(fake):
 
 def test_a_method_gets_its_arguments_and_gives_the_first_workers_result(fake):
     server = VllmServer(fake.address)
-    assert server.call("pop", ["a"], 2) == {"method": "pop", "args": [["a"], 2]}
+    assert run(server.calls.call("pop", ["a"], 2)) == {"method": "pop", "args": [["a"], 2]}

@@ -26,9 +26,7 @@ from megatron_selfdistill.rollout.vllm.exchange import (
 def requests_of(replica: int, count: int) -> list[Request]:
     """Return ``count`` requests of a replica; no two requests of any replicas are equal."""
     return [
-        Request(
-            [replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, [7, i][: 3 * i] if (replica + i) % 2 else None
-        )
+        Request([replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, begun=(replica + i) % 2)
         for i in range(count)
     ]
 
@@ -36,14 +34,12 @@ def requests_of(replica: int, count: int) -> list[Request]:
 def response_to(request: Request) -> Response:
     """Return a response from which its request can be recognised."""
     length = len(request.prompt) - 2
-    teacher = request.teacher_prompt
     return Response(
         token_ids=[request.seed % 1000] * length,
         log_probs=[-math.pi] * length,
         sampled_log_probs=[math.nan] * length,
         finish_reason="stop" if length % 2 else "length",
-        teacher_log_probs=None if teacher is None else [-1 / 3] * length,
-        weight_version=None if teacher is None else 12,
+        weight_version=12 if request.begun else None,
     )
 
 
@@ -53,8 +49,8 @@ def own(replica: int, counts: list[int]) -> list[Request]:
 
 def rounded(response: Response) -> Response:
     """Return ``response`` with log-probs as they travel: numbers of float32."""
-    values = {name: getattr(response, name) for name in ("log_probs", "sampled_log_probs", "teacher_log_probs")}
-    return replace(response, **{name: x and np.array(x, np.float32).tolist() for name, x in values.items()})
+    values = {name: getattr(response, name) for name in ("log_probs", "sampled_log_probs")}
+    return replace(response, **{name: np.array(x, np.float32).tolist() for name, x in values.items()})
 
 
 def answer_by_rank_0(requests: list[Request], grid: Any, fault: str) -> tuple[list[Request], dict[int, Response]]:
@@ -174,16 +170,14 @@ PARAMS = SamplingParams(max_new_tokens=10)
 
 
 @pytest.mark.parametrize(
-    ("request_", "guided", "why"),
+    ("request_", "why"),
     [
-        (Request([], 1), True, "empty prompt"),
-        (Request([1] * 21, 1), True, "longest prompt has 21 tokens"),
-        (Request([1], 1, [1] * 21), True, "longest prompt has 21 tokens"),
-        (Request([1], 1, []), True, "empty prompt"),
-        (Request([1], 1, [2]), False, "engines were built without guided"),
+        (Request([], 1), "empty prompt"),
+        (Request([1] * 21, 1), "longest prompt has 21 tokens"),
+        (Request([1], 1, [2]), "guided rollouts are sampled in process, not by vLLM"),
     ],
 )
-def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked(request_, guided, why):
+def test_requests_that_cannot_be_answered_are_refused_before_anybody_is_asked(request_, why):
     with pytest.raises(ValueError, match=why):
-        check_requests([Request([1] * 20, 2), request_], PARAMS, 30, guided=guided, who="the engines")
-    check_requests([Request([1] * 20, 2), Request([1], 3, [2] * 20)], PARAMS, 30, guided=True, who="the engines")
+        check_requests([Request([1] * 20, 2), request_], PARAMS, 30)
+    check_requests([Request([1] * 20, 2), Request([1], 3)], PARAMS, 30)

@@ -17,17 +17,15 @@ from pathlib import Path
 import psutil
 import pytest
 from fake_server_sampler import GREEDY, sampler
-from fake_vllm import FakeVllm, fake_servers, tokens_behind
+from fake_vllm import FakeVllm, fake_servers, generated, tokens_behind
 
 from megatron_selfdistill.errors import EngineError
 from megatron_selfdistill.rollout.base import Request
-from megatron_selfdistill.rollout.streaming import BusyTime
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput, EngineRequest
-from megatron_selfdistill.rollout.vllm.exchange import WeightAge
 from megatron_selfdistill.rollout.vllm.http.http_process import HttpProcessEnded, http_process
 from megatron_selfdistill.rollout.vllm.http.http_tasks import Ask, Messages
-from megatron_selfdistill.rollout.vllm.server_batch import DispatchResult, ServerBatch, Task, dispatch
+from megatron_selfdistill.rollout.vllm.server_batch import DispatchResult, Task, dispatch
 
 HELD = 7
 """The first token of the prompts whose responses the servers hold back."""
@@ -85,26 +83,6 @@ def test_requests_that_a_killed_process_had_are_answered_once_and_no_server_is_b
     [dispatched] = found
     assert [output.token_ids for output in dispatched.results] == [tokens_behind(prompt, 3) for prompt in prompts]
     assert sorted(arrived) == list(range(16)) and dispatched.num_retried == 8 and not dispatched.failures
-    assert http_process().pid != killed
-
-
-def test_guided_pairs_that_a_killed_process_had_are_sampled_again_and_no_server_is_blamed(fakes):
-    servers = [VllmServer(fake.address, timeout_s=60, vocab_size=50) for fake in fakes]
-    for fake in fakes:
-        fake.holds, fake.version = [HELD], "0"
-    # The stand-in's responses depend on the sum of the prompt, so both halves of a pair are equal.
-    requests = [Request([HELD, i], i, [HELD, i - 1, 1]) for i in range(1, 9)]
-    batch = ServerBatch(requests, GREEDY, WeightAge(0, 0), servers, {}, (), BusyTime())
-    wait_until(lambda: sum(fake.begun for fake in fakes) == 16)
-    killed = http_process().pid
-    os.kill(killed, signal.SIGKILL)
-    wait_until(lambda: sum(fake.begun for fake in fakes) == 32)
-    for fake in fakes:
-        fake.holds = []
-    batch.finish()
-    responses = batch.arrivals.so_far()
-    assert [responses[i].token_ids for i in range(8)] == [tokens_behind(each.prompt, 4) for each in requests]
-    assert batch.counts["rollout/requests_retried"] == 2 and not batch.failures, "one group of pairs for each server"
     assert http_process().pid != killed
 
 
@@ -195,7 +173,7 @@ def test_no_shared_memory_and_no_descriptor_is_left_behind(fakes):
     server = VllmServer(fakes[0].address, timeout_s=60, vocab_size=50)
     server.health()
     before = psutil.Process().num_fds(), psutil.Process(http_process().pid).num_fds()
-    outputs = server.generate([EngineRequest([i], {"max_tokens": 50}) for i in range(40)])
+    outputs = generated(server, [EngineRequest([i], {"max_tokens": 50}) for i in range(40)])
     assert len(outputs) == 40
     child = psutil.Process(http_process().pid)
     wait_until(lambda: (psutil.Process().num_fds(), child.num_fds()) <= before)
@@ -224,17 +202,14 @@ def counted_threads() -> Iterator[Callable[[], int]]:
 def most_threads(addresses: list[str], work: str) -> tuple[int, int]:
     """Return the threads of a rank without servers, and the most while all servers do some work."""
     before = threading.active_count()
-    with sampler(addresses, {}, timeout_s=60.0, guidance="mixed" if work == "guided" else "none") as (built, _):
+    with sampler(addresses, {}, timeout_s=60.0) as (built, _):
         if work != "update":
             built.update_weights(0)
-        teacher_prompt = [3, 4] if work == "guided" else None
         with counted_threads() as most:
             if work == "update":
                 built.update_weights(0)
             else:
-                # The stand-in's responses depend on the sum of the prompt, so both halves of a pair are equal.
-                num_requests = 16 * PER_SERVER // (2 if teacher_prompt else 1)
-                requests = [Request([1, 6], i, teacher_prompt) for i in range(num_requests)]
+                requests = [Request([1, 6], i) for i in range(16 * PER_SERVER)]
                 assert len(built.generate(requests, GREEDY)) == len(requests)
             return before, most()
 
@@ -244,8 +219,7 @@ PER_SERVER = 32
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("work", ["guided", "plain"])
-def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks, work):
+def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks):
     with fake_servers(16) as fakes:
         for fake in fakes:
             fake.together = sys.maxsize
@@ -259,7 +233,7 @@ def test_sampling_on_sixteen_servers_takes_a_handful_of_threads(ranks, work):
         with ThreadPoolExecutor(1) as thread:
             released = thread.submit(release)
             addresses = [fake.address for fake in fakes]
-            [(before, most)] = ranks.run(most_threads, addresses, work, world_size=1, timeout=TIMEOUT)
+            [(before, most)] = ranks.run(most_threads, addresses, "plain", world_size=1, timeout=TIMEOUT)
             released.result()  # all requests were in flight at once
     assert most - before <= 4
 

@@ -40,9 +40,7 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Start]:
         transfer_buckets._set_allocator_settings(allocator)
         settings = {"max_model_len": 8, **engine_args}
         device_ = torch.device(device)
-        in_process.InProcessEngine(
-            tmp_path, device_, "x", engine_tp=engine_tp, guided=False, settings=settings, vocab_size=8
-        )
+        in_process.InProcessEngine(tmp_path, device_, "x", engine_tp=engine_tp, settings=settings, vocab_size=8)
         assert transfer_buckets._allocator_settings() == allocator
         return found
 

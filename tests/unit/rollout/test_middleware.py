@@ -127,7 +127,6 @@ def changed(**choice: Any) -> dict[str, Any]:
         (ANSWER, {"path": "/v1/completions"}),
         (ANSWER, {"status": 400}),
         (ANSWER, {"kind": b"text/event-stream"}),
-        ({**ANSWER, "prompt_logprobs": [None, {"5": {"logprob": -1.0}}]}, {}),
         (changed(logprobs=None), {}),
         (changed(token_ids=[9, 10, 12]), {}),
         (changed(token_ids=[9, 10]), {}),

@@ -263,7 +263,7 @@ def refused(addresses: list[str], requests: list[Request], options: dict[str, An
     ("requests", "faults", "wanted_"),
     [
         ([Request([1] * 61, 0)], {}, ("ValueError", "the longest prompt has 61 tokens")),
-        ([Request([1], 0, [2])], {}, ("ValueError", "the vLLM servers were built without guided")),
+        ([Request([1], 0, [2])], {}, ("ValueError", "guided rollouts are sampled in process, not by vLLM")),
         ([Request([1], 0)], {"max_model_len": 63}, ("ConfigError", "--max-model-len 64")),
         ([Request([1], 0)], {"counts": False}, ("ConfigError", "--disable-log-stats")),
         ([Request([1], 0)], {"token": "other"}, ("EngineError", "answered 401")),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import stat
@@ -50,7 +49,6 @@ def started(
             server_env=environment or {},
             engine_tp=2,
             kv_cache_gb=0.5,
-            guidance="mixed",
             engine_args={
                 "max_num_seqs": 8,
                 "enable_prefix_caching": False,
@@ -85,7 +83,7 @@ def test_a_server_gets_all_settings_and_its_command_holds_no_secret(tmp_path, mo
     assert command == (
         f"-m megatron_selfdistill.rollout.vllm.server.serve --port={one.address.rpartition(':')[2]} "
         f"--hf-config={tmp_path} "
-        "--tensor-parallel-size=2 --dtype=bfloat16 --max-model-len=77 --kv-cache-gb=0.5 --guided -- "
+        "--tensor-parallel-size=2 --dtype=bfloat16 --max-model-len=77 --kv-cache-gb=0.5 -- "
         '--max-num-seqs=8 --no-enable-prefix-caching --middleware a b --compilation-config={"level": 0}'
     )
     variables = dict(line.partition("=")[::2] for line in environment)
@@ -250,19 +248,17 @@ def test_a_server_without_a_token_listens_on_loopback_only(host, token, allowed)
 
 
 def test_vllm_learns_where_weights_come_from_and_that_requests_alone_set_the_sampling():
-    options = serve.parser().parse_args(["--hf-config=/model", "--max-model-len=9", "--kv-cache-gb=0.5", "--guided"])
+    options = serve.parser().parse_args(["--hf-config=/model", "--max-model-len=9", "--kv-cache-gb=0.5"])
     arguments = serve.engine_arguments(options, on_cpu=False)
     for argument in (
         "--load-format=dummy",
         "--generation-config=vllm",
         '--weight-transfer-config={"backend": "selfdistill"}',
         "--kv-cache-memory-bytes=536870912",
-        "--no-async-scheduling",
     ):
         assert argument in arguments
     assert "--enforce-eager" not in arguments
-    plain = serve.engine_arguments(argparse.Namespace(**{**vars(options), "guided": False}), on_cpu=True)
-    assert "--enforce-eager" in plain and not any("logits-processors" in argument for argument in plain)
+    assert "--enforce-eager" in serve.engine_arguments(options, on_cpu=True)
 
 
 @pytest.mark.parametrize(

@@ -23,9 +23,7 @@ def test_an_engine_in_the_trainers_process_is_told_whether_to_trust_the_director
     monkeypatch.setattr(in_process, "_started", lambda directory, arguments, *_, **__: started.update(arguments))
     settings = {"max_model_len": 8, **engine_args}
     (tmp_path / "config.json").write_text("{}")
-    in_process.InProcessEngine(
-        tmp_path, torch.device("cpu"), "x", engine_tp=1, guided=False, settings=settings, vocab_size=8
-    )
+    in_process.InProcessEngine(tmp_path, torch.device("cpu"), "x", engine_tp=1, settings=settings, vocab_size=8)
     assert started["trust_remote_code"] is trusted
 
 

@@ -3,21 +3,18 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import replace
 from typing import Any
 
 import models
 import pytest
 from adapted import other_factors
-from colocated import DRAWN, GREEDY, MAX_LENGTH, MODELS, TIMEOUT, requests, sampler
+from colocated import GREEDY, MAX_LENGTH, MODELS, TIMEOUT, requests, sampler
 from responses import own, tokens
 
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
-from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
-from megatron_selfdistill.rollout.base import Request, Response, RoleWeights
+from megatron_selfdistill.model.adapters import add_adapters
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 
 STABILISED = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)
@@ -82,57 +79,6 @@ def test_an_update_sends_the_factors_alone_and_gives_the_trainers_tokens_and_log
             for response, other in zip(batch, expected, strict=True):
                 assert response.log_probs == pytest.approx(other.log_probs, abs=1e-4)
     assert tokens(theirs[0]) != tokens(theirs[1])
-
-
-TARGETS = {
-    "teacher without adapters, anchor with them": (Target(anchor="student"), ("teacher",)),
-    "both without adapters": (Target(anchor="reference"), ("teacher", "reference")),
-    "teacher with adapters, anchor without them": (Target(anchor="reference"), ("reference",)),
-}
-"""Each target of guided responses, and the roles whose contexts are read without adapters."""
-
-
-def pairs() -> list[Request]:
-    """Return guided requests and, in every third place, plain ones."""
-    plain = requests()
-    return [replace(r, teacher_prompt=plain[i - 1].prompt) if i % 3 else r for i, r in enumerate(plain)]
-
-
-def guided_in_process(adapter: AdapterConfig) -> list[list[Response]]:
-    chunks, grid = adapted("gqa", ParallelConfig(), adapter)
-    bare = [WithoutAdapters(chunk) for chunk in chunks]
-    found = []
-    for target, roles in TARGETS.values():
-        others = [RoleWeights(roles, bare, contextlib.nullcontext)]
-        it = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, None, others)
-        found.append(it.generate(pairs(), replace(DRAWN, target=target)))
-    return found
-
-
-def guided_on_vllm(adapter: AdapterConfig) -> list[list[Response]]:
-    chunks, grid = adapted("gqa", ParallelConfig(), adapter)
-    found = []
-    with sampler(MODELS["gqa"], chunks, grid, adapter=adapter, guidance="mixed") as it:
-        it.update_weights(7)
-        for target, roles in TARGETS.values():
-            it._bare_roles = roles
-            found.append(it.generate(pairs(), replace(DRAWN, target=target)))
-    return found
-
-
-def test_guided_responses_come_from_the_frozen_weights_and_the_adapters_in_one_batch(ranks):
-    (theirs,) = ranks.run(guided_in_process, STABILISED, world_size=1)
-    (found,) = ranks.run(guided_on_vllm, STABILISED, world_size=1, timeout=TIMEOUT)
-    texts = []
-    for batch, expected in zip(found, theirs, strict=True):
-        guided = [(mine, other) for mine, other in zip(batch, expected, strict=True) if mine.guided]
-        assert len(guided) == 5
-        texts.append([mine.token_ids for mine, _ in guided])
-        for mine, other in guided:
-            assert mine.token_ids == other.token_ids and mine.weight_version == 7
-            for name in ("log_probs", "teacher_log_probs", "sampled_log_probs"):
-                assert getattr(mine, name) == pytest.approx(getattr(other, name), abs=2e-4), name
-    assert texts[0] != texts[1] != texts[2] != texts[0], "the adapters must matter in each half"
 
 
 def refused() -> str:

@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import models
@@ -13,24 +11,22 @@ import pytest
 from adapted import other_factors
 from real_servers import Across, across_an_update, assert_new_weights_go_on, sampler, started
 from responses import own, tokens
-from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
+from trained import FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, requests
 
 from megatron_selfdistill.config import AdapterConfig
 from megatron_selfdistill.interop.hf.adapter_rules import adapter_rules
-from megatron_selfdistill.loss.target import Target
-from megatron_selfdistill.model.adapters import WithoutAdapters, add_adapters
-from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, SamplingParams
+from megatron_selfdistill.model.adapters import add_adapters
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 
 TIMEOUT = 600.0
 ADAPTER = AdapterConfig(rank=3, alpha=0.5, rank_stabilised=True)
-ANCHORED = Target(anchor="reference")
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Reach]:
-    """Return one server that takes adapters and guided requests."""
+    """Return one server that takes adapters."""
     described = EngineAdapter.of(ADAPTER, adapter_rules(FAMILY.rules(MODEL), ADAPTER))
     with started(tmp_path_factory.mktemp("adapted"), 1, described) as found:
         yield found.reach
@@ -87,28 +83,3 @@ def kept(server: Reach) -> Across:
 
 def test_responses_under_way_go_on_with_new_factors(ranks, server):
     assert_new_weights_go_on(*ranks.run(kept, server, world_size=1, timeout=TIMEOUT)[0])
-
-
-def guided(server: Reach) -> tuple[list[Response], list[Response]]:
-    """Return the responses to guided and plain requests in one call, on the server and in process."""
-    chunks, grid = adapted({})
-    other_factors(chunks, 1)
-    plain = requests(8, longest=40)
-    mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
-    roles = ("teacher", "reference")
-    others = [RoleWeights(roles, [WithoutAdapters(chunk) for chunk in chunks], contextlib.nullcontext)]
-    trainer = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1, others)
-    params = replace(DRAWN, target=ANCHORED)
-    with sampler(chunks, grid, server, adapter=ADAPTER, bare_roles=roles, guidance="mixed") as built:
-        built.update_weights(3)
-        return built.generate(mixed, params), trainer.generate(mixed, params)
-
-
-def test_guided_responses_come_from_the_frozen_weights(ranks, server):
-    [(found, theirs)] = ranks.run(guided, server, world_size=1, timeout=TIMEOUT)
-    pairs = [(mine, other) for mine, other in zip(found, theirs, strict=True) if mine.guided]
-    assert len(pairs) == 4 and {mine.weight_version for mine, _ in pairs} == {3}
-    for mine, other in pairs:
-        assert mine.token_ids == other.token_ids
-        for name in ("log_probs", "teacher_log_probs", "sampled_log_probs"):
-            assert getattr(mine, name) == pytest.approx(getattr(other, name), abs=2e-4), name

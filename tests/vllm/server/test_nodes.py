@@ -22,7 +22,7 @@ from responses import tokens
 from trained import GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests, write_config
 
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import Request, Response
+from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
 
@@ -69,7 +69,6 @@ def server_of_two_nodes(directory: Path) -> Iterator[Server]:
         "--dtype=float32",
         f"--max-model-len={MAX_LENGTH}",
         "--kv-cache-gb=0.1",
-        "--guided",
         "--nnodes=2",
         "--master-addr=127.0.0.1",
         f"--master-port={master_port}",
@@ -105,21 +104,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-def synced(reach: Reach, transfer: str) -> tuple[list[Response], list[Response], list[Response]]:
-    """Return greedy responses with the weights of seed 1, in TP 2, from the server and in process.
-
-    The requests are plain, then plain and guided in turn.
-    """
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-
+def synced(reach: Reach, transfer: str) -> list[Response]:
+    """Return greedy responses of the server with the weights of seed 1, in TP 2."""
     chunks, grid = models.build(MODEL, models.parallel(tp=2), seed=1)
-    plain = requests(12)
-    mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
-    with sampler(chunks, grid, reach, transfer=transfer, guidance="mixed", bucket_mb=0.06) as built:
+    with sampler(chunks, grid, reach, transfer=transfer, bucket_mb=0.06) as built:
         built.update_weights(1)
-        in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
-        in_process.update_weights(1)
-        return built.generate(plain, GREEDY), built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)
+        return built.generate(requests(12), GREEDY)
 
 
 @pytest.mark.parametrize("transfer", ["gloo", None])
@@ -127,10 +117,8 @@ def test_workers_on_all_nodes_have_the_weights(ranks, server, transfer):
     prompts = [request.prompt for request in requests(12)]
     wanted = ranks.run(greedy_by_transformers, prompts, GREEDY.max_new_tokens, 1, world_size=1, timeout=TIMEOUT)[0]
     per_rank = ranks.run(synced, server.reach, transfer, world_size=2, timeout=TIMEOUT)
-    for plain, mixed, in_process in per_rank:
-        assert tokens(plain) == [token_ids for token_ids, _ in wanted]
-        assert [response.guided for response in mixed] == [i % 2 == 1 for i in range(12)]
-        assert tokens(mixed) == tokens(in_process)
+    for responses in per_rank:
+        assert tokens(responses) == [token_ids for token_ids, _ in wanted]
 
 
 def test_workers_say_where_they_are(server):

@@ -28,10 +28,10 @@ from real_servers import (
     sampler,
 )
 from responses import own, tokens
-from trained import DRAWN, FAMILY, GREEDY, MAX_LENGTH, MODEL, Reach, greedy_by_transformers, requests
+from trained import DRAWN, FAMILY, GREEDY, MODEL, Reach, greedy_by_transformers, requests
 
 from megatron_selfdistill.errors import EngineError
-from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
+from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.rollout.vllm.client import VllmServer
 from megatron_selfdistill.rollout.vllm.http.stated_response import GENERATE, MEDIA_TYPE, StatedResponse
 from megatron_selfdistill.rollout.vllm.server.server_names import TOKEN_VARIABLE
@@ -162,26 +162,6 @@ def kept(servers: Reach, params: SamplingParams) -> Across:
 def test_responses_under_way_go_on_with_new_weights_as_if_those_had_read_their_tokens(ranks, servers, greedy):
     params = SamplingParams(max_new_tokens=150, temperature=0.0 if greedy else 1.0)
     assert_new_weights_go_on(*ranks.run(kept, servers.reach, params, world_size=1, timeout=TIMEOUT)[0])
-
-
-def guided(servers: Reach) -> tuple[list[Response], list[Response]]:
-    """Return the responses to the same guided and plain requests in one call, on servers and in process."""
-    from megatron_selfdistill.rollout.megatron.megatron_sampler import MegatronSampler
-
-    chunks, grid = models.build(MODEL, models.parallel())
-    plain = requests(8, longest=40)
-    mixed = [Request(r.prompt, r.seed, r.prompt[:2] + r.prompt if i % 2 else None) for i, r in enumerate(plain)]
-    in_process = MegatronSampler(chunks, grid, models.VOCAB_SIZE, MAX_LENGTH, 0.1)
-    with sampler(chunks, grid, servers, guidance="mixed") as built:
-        built.update_weights(3)
-        in_process.update_weights(3)
-        return built.generate(mixed, GREEDY), in_process.generate(mixed, GREEDY)
-
-
-def test_guided_responses_of_servers_are_those_in_process(ranks, servers):
-    [(on_servers, in_process)] = ranks.run(guided, servers.reach, world_size=1, timeout=TIMEOUT)
-    assert tokens(on_servers) == tokens(in_process)
-    assert [response.guided for response in on_servers] == [i % 2 == 1 for i in range(8)]
 
 
 def drawn_while_disturbed(

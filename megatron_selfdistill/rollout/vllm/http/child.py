@@ -146,7 +146,7 @@ async def _asked(server: _Server, ask: Ask) -> tuple[dict[str, object], bytes]:
     return {"status": answer.status, "media_type": answer.media_type}, answer.body
 
 
-async def _generated(server: _Server, generate: Generate) -> tuple[dict[str, object], bytes, bytes, bytes]:
+async def _generated(server: _Server, generate: Generate) -> tuple[dict[str, object], bytes, bytes]:
     request = generate.request
     body = {"token_ids": request.token_ids, "sampling_params": dict(request.sampling), "stream": False}
     if generate.model is not None:
@@ -161,8 +161,7 @@ async def _generated(server: _Server, generate: Generate) -> tuple[dict[str, obj
             accept=_ACCEPTED,
         )
     output = response_in(answer, request, server.http.address, generate.vocab_size)
-    log_probs, prompt_log_probs = map(log_prob_bytes, (output.log_probs, output.prompt_log_probs))
-    return _said(output), token_bytes(output.token_ids), log_probs, prompt_log_probs
+    return _said(output), token_bytes(output.token_ids), log_prob_bytes(output.log_probs)
 
 
 def _said(output: EngineOutput) -> dict[str, object]:

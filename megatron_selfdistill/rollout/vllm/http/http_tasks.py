@@ -124,7 +124,7 @@ class Generate:
     """A request for a response.
 
     The answer has the fields of `EngineOutput` but the numbers of tokens, which are the parts behind the first: token
-    ids in int32, log-probs in float32, log-probs of the prompt in float32.
+    ids in int32 and log-probs in float32.
     """
 
     request: EngineRequest

@@ -14,7 +14,6 @@ from megatron_selfdistill.rollout.vllm.http.stated_response import (
     NOT_STATED,
     OtherTokensError,
     StatedResponse,
-    number_of,
 )
 from megatron_selfdistill.timed_http import HttpAnswer
 
@@ -29,9 +28,7 @@ class RequestRefused(EngineError):
 
 def max_bytes_of(request: EngineRequest) -> int:
     """Return the greatest length of an answer to ``request``."""
-    longest = request.sampling.get("max_tokens", 0)
-    longest += len(request.token_ids) if "prompt_logprobs" in request.sampling else 0
-    return _FIXED_BYTES + _TOKEN_BYTES * int(longest)
+    return _FIXED_BYTES + _TOKEN_BYTES * int(request.sampling.get("max_tokens", 0))
 
 
 def response_in(answer: HttpAnswer, request: EngineRequest, address: str, vocab_size: int) -> EngineOutput:
@@ -39,11 +36,10 @@ def response_in(answer: HttpAnswer, request: EngineRequest, address: str, vocab_
 
     Raises: `EngineError` with ``address`` if a part of it is missing, wrong or impossible; `RequestRefused`.
     """
-    prompt_log_probs: list[float] = []
     if answer.media_type == MEDIA_TYPE:
         stated = _compact(answer, address)
     else:
-        stated, prompt_log_probs = _of_json(parsed(answer, "POST", GENERATE, address), request, address)
+        stated = _of_json(parsed(answer, "POST", GENERATE, address), address)
     return possible_output(
         request,
         vocab_size,
@@ -52,7 +48,6 @@ def response_in(answer: HttpAnswer, request: EngineRequest, address: str, vocab_
         log_probs=list(stated.log_probs),
         finish_reason=stated.finish_reason,
         versions=stated.weight_versions,
-        prompt_log_probs=prompt_log_probs,
     )
 
 
@@ -92,11 +87,10 @@ def _compact(answer: HttpAnswer, address: str) -> StatedResponse:
         ) from error
 
 
-def _of_json(answer: Any, request: EngineRequest, address: str) -> tuple[StatedResponse, list[float]]:
-    """Return the response in vLLM's JSON, and the log-probs of the request's own tokens."""
+def _of_json(answer: Any, address: str) -> StatedResponse:
+    """Return the response in vLLM's JSON."""
     try:
-        prompt = _prompt_log_probs(answer, request) if "prompt_logprobs" in request.sampling else []
-        return StatedResponse.of_json(answer), prompt
+        return StatedResponse.of_json(answer)
     except OtherTokensError as error:
         raise EngineError(f"{address}: {error}") from error
     except NOT_STATED as error:
@@ -104,13 +98,6 @@ def _of_json(answer: Any, request: EngineRequest, address: str) -> tuple[StatedR
             f"{address}: expected one choice with token_ids, logprobs, weight_versions and finish_reason, got "
             f"{shown(answer)}"
         ) from error
-
-
-def _prompt_log_probs(answer: Any, request: EngineRequest) -> list[float]:
-    """Return the log-probs of the tokens of the request but the first."""
-    entries = answer["prompt_logprobs"][1:]
-    own = zip(request.token_ids[1:], entries, strict=True)
-    return [number_of(entry[str(token)]["logprob"]) for token, entry in own]
 
 
 def _reason(text: str) -> str:

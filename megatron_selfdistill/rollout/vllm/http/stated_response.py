@@ -65,7 +65,7 @@ class StatedResponse:
         token_ids = [_integer(token) for token in choice["token_ids"]]
         content = choice["logprobs"]["content"]
         logged = [_integer(token["token_id"]) for token in content]
-        log_probs = [number_of(token["logprob"]) for token in content]
+        log_probs = [_number_of(token["logprob"]) for token in content]
         spans = [
             (str(span["version"]), _integer(span["start"]), _integer(span["end"]))
             for span in choice["weight_versions"] or []
@@ -131,6 +131,6 @@ def _integer(value: Any) -> int:
     return value
 
 
-def number_of(value: Any) -> float:
+def _number_of(value: Any) -> float:
     """Return a number of JSON as a float; raise TypeError for anything else, and OverflowError if it is too large."""
     return value if type(value) is float else float(_integer(value))

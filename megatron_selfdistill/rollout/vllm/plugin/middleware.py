@@ -77,7 +77,7 @@ class AdapterNamed:
 class CompactResponses:
     """ASGI middleware (``--middleware``) that answers a request for a response in the form that the client accepts.
 
-    Whatever is not a whole response in vLLM's JSON stays as it is: refusals, streams, log-probs of prompts.
+    Whatever is not a whole response in vLLM's JSON stays as it is: refusals and streams.
     """
 
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
@@ -126,9 +126,8 @@ class _Replacing:
 def compact_body(body: bytes) -> bytes | None:
     """Return vLLM's JSON of a response in the compact form, or None if it has parts that the form does not have."""
     try:
-        answer = json.loads(body)
-        return None if answer.get("prompt_logprobs") else StatedResponse.of_json(answer).packed()
-    except (*NOT_STATED, AttributeError):
+        return StatedResponse.of_json(json.loads(body)).packed()
+    except NOT_STATED:
         return None  # the client reads the JSON, and says what is wrong with it
 
 

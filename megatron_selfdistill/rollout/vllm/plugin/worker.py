@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
 from megatron_selfdistill.rollout.vllm.plugin.adapter_loader import adapter_limits, load_adapter
-from megatron_selfdistill.rollout.vllm.plugin.guided_processor import guided_processor
 from megatron_selfdistill.rollout.vllm.plugin.weight_backend import register
 from megatron_selfdistill.rollout.vllm.protocol import boot_id, nccl_version, own_gpu, visible_gpus
 from megatron_selfdistill.rollout.vllm.server.server_names import SERVER_VARIABLE, when_ended
@@ -101,17 +100,3 @@ class WorkerExtension:
         except OSError:
             return {"can_read": False, "host": socket.gethostname()}
         return {"can_read": True, "host": socket.gethostname()}
-
-    def guided_limits(self: Any) -> dict[str, int]:
-        """Return the limits of this engine, in tokens, for the driver of guided requests (rollout/vllm/pairs.py)."""
-        cache, scheduler = self.vllm_config.cache_config, self.vllm_config.scheduler_config
-        return {
-            "max_model_len": self.vllm_config.model_config.max_model_len,
-            "max_num_batched_tokens": scheduler.max_num_batched_tokens,
-            "kv_cache_tokens": cache.num_gpu_blocks * cache.block_size,
-        }
-
-    def pop_pair_logs(self: Any, names: list[str]) -> list[dict[str, Any] | None]:
-        """Return the `PairLog` of each guided pair whose halves have ended, as JSON, and drop the pairs."""
-        logs = guided_processor(self.model_runner.input_batch.logitsprocs.all).pop(names)
-        return [None if log is None else log.to_json() for log in logs]

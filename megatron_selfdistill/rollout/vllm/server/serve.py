@@ -75,15 +75,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     _watch_parent()
 
     import uvloop  # type: ignore[import-not-found]
-    import vllm
     from vllm.entrypoints.launchers.api_server.entry import run_server
     from vllm.platforms import current_platform
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    if options.guided:
-        from megatron_selfdistill.rollout.vllm.pairs import why_not_guided
-
-        _refuse(why_not_guided(vllm.__version__))
     make_arg_parser, validate_parsed_serve_args, cli_env_setup = _command_line_of_vllm()
     cli_env_setup()
     shared = None
@@ -156,7 +151,6 @@ def parser() -> argparse.ArgumentParser:
         default="q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj",
         help="Hugging Face modules with adapters, those of all of adapter.layers by default",
     )
-    parser.add_argument("--guided", action="store_true", help="prepare for rollout.guidance=mixed")
     return parser
 
 
@@ -169,7 +163,6 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
     # Imported here and below, so that a wrong command line is refused before torch is imported.
     from megatron_selfdistill.rollout.vllm.engine import WORKER_EXTENSION, cpu_engine_args
     from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
-    from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENGINE_ARGS
 
     arguments = [
         f"--model={options.hf_config}",
@@ -199,8 +192,6 @@ def engine_arguments(options: argparse.Namespace, on_cpu: bool, shared: DeviceMe
         arguments.append(f"--kv-cache-memory-bytes={_shared_kv_cache_bytes(options, shared)}")
     elif kv_cache_gb is not None:
         arguments.append(f"--kv-cache-memory-bytes={int(kv_cache_gb * _GIB)}")
-    if options.guided:
-        arguments += as_arguments(GUIDED_ENGINE_ARGS)
     if options.adapter_rank:
         adapter = EngineAdapter(options.adapter_rank, 1.0, False, tuple(options.adapter_modules.split(",")))
         arguments += as_arguments(adapter.engine_args(on_cpu=on_cpu))
@@ -317,10 +308,6 @@ def _set_environment(options: argparse.Namespace) -> None:
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # the routes of weights and methods
     os.environ[SERVER_VARIABLE] = str(os.getpid())
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    if options.guided:
-        from megatron_selfdistill.rollout.vllm.pairs import GUIDED_ENVIRONMENT
-
-        os.environ.update(GUIDED_ENVIRONMENT)
     if options.nnodes > 1:
         try:
             network = network_environment(_node(options))

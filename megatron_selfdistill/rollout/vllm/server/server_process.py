@@ -94,7 +94,6 @@ def start_servers(
         f"--max-model-len={max_model_len}",
         *([] if rollout.kv_cache_gb is None else [f"--kv-cache-gb={rollout.kv_cache_gb}"]),
         *([f"--shared-gpu-weights-gb={weights_gb}"] if shares_gpus else []),
-        *(["--guided"] if rollout.guidance != "none" else []),
         *([] if adapter is None else adapter.server_args()),
         "--",
         *as_arguments(rollout.engine_args),
