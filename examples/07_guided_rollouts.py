@@ -5,11 +5,9 @@ The problems are those of 03_hard_problems.py.  When the student alone samples, 
 each token is sampled from the mix of the same model with and without the hint, most responses are right from the first
 step on.  The variants come in pairs that differ only in how responses are sampled; both are evaluated on held-out
 problems, without hints and without guidance.  Guided rollouts are off-policy for the student; only the last variant
-corrects for that, by truncated importance weights.  A vLLM engine holds the trained weights only, and no reference:
-with it, all variants mix the teacher with the student.
+corrects for that, by truncated importance weights.
 
     python examples/07_guided_rollouts.py
-    python examples/07_guided_rollouts.py --engine vllm        vLLM samples all responses (vLLM must be installed)
 """
 
 from __future__ import annotations
@@ -30,48 +28,41 @@ from _lib.pretraining import Base, prepared_base, write_records
 from _lib.variants import Outcome, Variant
 
 GUIDED = "rollout.guidance=mixed"
-STUDENT_MIXES = (variants.STUDENT_MIX, variants.STUDENT_MIX_STRICT, variants.STUDENT_MIX_FORWARD_KL)
-VARIANTS = {
-    "megatron": (variants.SELF_DISTILLATION, variants.SURER_FORWARD_KL, *STUDENT_MIXES),
-    "vllm": STUDENT_MIXES,
-}
-"""The variants that an engine can guide: vLLM holds the trained weights only, and no reference."""
+VARIANTS = (
+    variants.SELF_DISTILLATION,
+    variants.SURER_FORWARD_KL,
+    variants.STUDENT_MIX,
+    variants.STUDENT_MIX_STRICT,
+    variants.STUDENT_MIX_FORWARD_KL,
+)
 CORRECTED = Variant(
     "Mix with the student, guided, corrected", ("target.anchor=student", GUIDED, "loss.rollout_correction=truncated")
 )
-ENGINES = {
-    "megatron": (),
-    "vllm": ("rollout.engine=vllm", "rollout.kv_cache_gb=0.25"),
-}
 NUM_STEPS = 50
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the example with the arguments of the command line; return the exit status."""
-    parser = example_parser(__doc__)
-    parser.add_argument(
-        "--engine", choices=sorted(ENGINES), default="megatron", help="the engine that samples (default: megatron)"
-    )
-    options = parser.parse_args(argv)
+    options = example_parser(__doc__).parse_args(argv)
     prepare_process()
-    directory = options.directory / "guided_rollouts" / options.engine / f"seed{options.seed}"
+    directory = options.directory / "guided_rollouts" / f"seed{options.seed}"
     base = prepared_base(llama_subtraction.TASK, options.seed, options.directory)
     problems = write_records(directory / "train.jsonl", subtraction.hard_training_problems())
     held_out = write_records(directory / "held_out.jsonl", subtraction.hard_held_out_problems())
     base = dataclasses.replace(base, held_out=held_out)
     steps = options.steps or NUM_STEPS
-    settings = (f"num_steps={steps}", "evaluation.num_samples=4", *ENGINES[options.engine])
-    runs = [variant.on(problems) for variant in with_and_without_guidance(options.engine, settings, directory)]
-    _, outcomes = tables.compare(f"Two borrows from a zero, rollouts by {options.engine}", base, runs, directory)
+    settings = (f"num_steps={steps}", "evaluation.num_samples=4")
+    runs = [variant.on(problems) for variant in with_and_without_guidance(settings, directory)]
+    _, outcomes = tables.compare("Two borrows from a zero", base, runs, directory)
     moments = sorted({step for step in (25, 50, 75) if step < steps} | {0, steps})
     console.print(tables.accuracy_by_step("Greedy accuracy on held-out problems by step", outcomes, moments))
     console.print(right_rollouts(outcomes, base))
     return 0
 
 
-def with_and_without_guidance(engine: str, settings: Sequence[str], directory: Path) -> list[Variant]:
-    """Return each variant of an engine, followed by the same variant with guided rollouts; every run records them."""
-    pairs = [(v, Variant(f"{v.title}, guided", (*v.overrides, GUIDED))) for v in VARIANTS[engine]]
+def with_and_without_guidance(settings: Sequence[str], directory: Path) -> list[Variant]:
+    """Return each variant, followed by the same variant with guided rollouts; every run records them."""
+    pairs = [(v, Variant(f"{v.title}, guided", (*v.overrides, GUIDED))) for v in VARIANTS]
     found = []
     for variant in [*itertools.chain(*pairs), CORRECTED]:
         recorded = recording(directory, variant)

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Guided rollouts are right from the first step on, and an engine guides only the targets that it can sample from."""
+"""Guided rollouts are right from the first step on."""
 
 from __future__ import annotations
 
@@ -8,32 +8,23 @@ import pytest
 from _lib import subtraction, variants
 from _lib.command_line import CONFIG_NAME
 from megatron_selfdistill import config as configuration
-from megatron_selfdistill.errors import ConfigError
 
 
-@pytest.mark.parametrize("engine", ["megatron", "vllm"])
-def test_an_engine_can_guide_each_of_its_variants(load_example, tmp_path, engine):
-    example = load_example("07_guided_rollouts")
-    chosen = example.with_and_without_guidance(engine, example.ENGINES[engine], tmp_path)
+def test_each_variant_has_a_guided_one(load_example, tmp_path):
+    chosen = load_example("07_guided_rollouts").with_and_without_guidance((), tmp_path)
     guided = [configuration.load(variant.overrides, CONFIG_NAME) for variant in chosen if "guided" in variant.title]
     assert len(guided) == len(chosen) // 2 + 1 and all(c.rollout.guidance == "mixed" for c in guided)
-    assert {c.target.anchor for c in guided} == ({"student"} if engine == "vllm" else {"student", "reference"})
-
-
-def test_vllm_refuses_to_guide_the_default(load_example):
-    example = load_example("07_guided_rollouts")
-    with pytest.raises(ConfigError, match=r"target\.anchor=student"):
-        configuration.load((*example.ENGINES["vllm"], example.GUIDED), CONFIG_NAME)
+    assert {c.target.anchor for c in guided} == {"student", "reference"}
 
 
 @pytest.mark.full
 def test_guided_rollouts_are_right_where_the_student_never_is(load_example, base, root, monkeypatch):
     example = load_example("07_guided_rollouts")
     monkeypatch.setattr(example, "llama_subtraction", subtraction)  # the base of the other examples
-    monkeypatch.setattr(example, "VARIANTS", {"megatron": (variants.SELF_DISTILLATION,)})
+    monkeypatch.setattr(example, "VARIANTS", (variants.SELF_DISTILLATION,))
     monkeypatch.setattr(subtraction, "NUM_HELD_OUT_HARD", 40)
     assert example.main(["--steps", "2", "--directory", str(root)]) == 0
-    directory = root / "guided_rollouts" / "megatron" / "seed5"
+    directory = root / "guided_rollouts" / "seed5"
     answers = {record["id"]: record["answer"] for record in example.records(directory / "train.jsonl")}
     right = {}
     for title in ("self-distillation", "self-distillation-guided"):
