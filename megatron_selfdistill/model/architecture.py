@@ -152,10 +152,7 @@ def _configured_values(
 
 
 def refuse_known_faults(config: TransformerConfig) -> None:
-    """Raise `ConfigError` where Megatron Core would compute wrong numbers, hang or crash.
-
-    The message says what to do.
-    """
+    """Raise `ConfigError`, which says what to do, where Megatron Core would compute wrong numbers, hang or crash."""
     for found, message in known_faults(config):
         if found:
             raise ConfigError(message)
@@ -277,9 +274,15 @@ def _all_heads_faults(config: TransformerConfig) -> list[_Fault]:
 def _expert_faults(config: TransformerConfig, local: bool) -> list[_Fault]:
     return [
         (
-            config.moe_expert_capacity_factor is not None,
+            config.moe_expert_capacity_factor is not None
+            or getattr(config, "moe_expert_rank_capacity_factor", None) is not None,  # since 0.18
             "moe_expert_capacity_factor drops tokens depending on the rest of the microbatch, so a response's "
-            "gradient would depend on packing: leave it null",
+            "gradient would depend on packing: leave it and moe_expert_rank_capacity_factor null",
+        ),
+        (
+            config.num_moe_experts is not None and getattr(config, "mlp_chunks_for_training", 1) > 1,  # since 0.18
+            "mlp_chunks_for_training routes padding as if it were tokens, and adds a balancing loss for each chunk: "
+            "leave it 1",
         ),
         (
             "global_aux_loss" in _balancing_types(config),
@@ -449,6 +452,10 @@ def refuse_untrainable_precision(config: TransformerConfig, *, transformer_engin
             config.fp8_param,
             "fp8_param keeps the parameters in fp8, which teachers, checkpoints and samplers cannot read: set "
             "model.transformer.fp8_param=false, which keeps the matrix products in fp8",
+        ),
+        (
+            getattr(config, "fp8_output_proj", False),  # since 0.18
+            "fp8_output_proj computes the logits of the loss in fp8, which samplers compute in bf16: leave it false",
         ),
     ]
     for found, message in faults:

@@ -111,6 +111,11 @@ def kernel_faults(config: TransformerConfig, *, transformer_engine: bool) -> lis
             "set model.transformer.bias_activation_fusion=false",
         ),
         (
+            getattr(config, "use_transformer_engine_op_fuser", False)  # since 0.18
+            and (config.activation_func_clamp_value is not None or config.glu_linear_offset != 0.0),
+            "use_transformer_engine_op_fuser ignores activation_func_clamp_value and glu_linear_offset: leave it false",
+        ),
+        (
             not transformer_engine and config.gradient_accumulation_fusion and not layers._grad_accum_fusion_available,
             "gradient_accumulation_fusion needs apex's kernel fused_weight_gradient_mlp_cuda or Transformer Engine's "
             "layers, which this process lacks: do not set model.transformer.gradient_accumulation_fusion",

@@ -474,8 +474,10 @@ def _router_refusals(config: Any, grid: RankGrid) -> list[tuple[bool, str]]:
             "sinkhorn routing trains with other experts than it decodes with: use aux_loss or none",
         ),
         (
-            bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing),
-            "a random router cannot be sampled from: unset moe_input_jitter_eps and moe_router_force_load_balancing",
+            bool(config.moe_input_jitter_eps or config.moe_router_force_load_balancing)
+            or getattr(config, "moe_router_force_biased", None) is not None,  # since 0.17
+            "a random router cannot be sampled from: unset moe_input_jitter_eps, moe_router_force_load_balancing and "
+            "moe_router_force_biased",
         ),
         (
             config.moe_expert_capacity_factor is not None,

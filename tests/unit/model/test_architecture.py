@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from tiers import combinations
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 import megatron.core.models.common.embeddings.rope_utils as rope_utils
 import megatron.core.transformer.transformer_config as megatron_config
 from megatron.core.transformer.moe import fused_a2a
@@ -63,6 +63,9 @@ GATED_DELTA = {"experimental_attention_variant": "gated_delta_net", "linear_atte
 Z_LOSS = {"moe_z_loss_coeff": 0.01}
 YARN = ModelConfig(num_layers=4, position_embedding_type="yarn", yarn=YarnConfig(rotary_scaling_factor=4.0))
 ALL_HEADS = dataclasses.replace(DENSE, qk_layernorm_all_heads=True)
+SINCE_0_18 = older_megatron.version() >= (0, 18)
+FUSER = {"use_transformer_engine_op_fuser": True}
+RANK_CAPACITY = FUSER | {"moe_expert_rank_capacity_factor": 1.0, "moe_flex_dispatcher_backend": "hybridep"}
 # sentence -> ways of meeting it: (model, parallel, model.transformer)
 REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
     "interleaved pipelining over 2 stages with batch_p2p_comm": [(DENSE, PP2_VPP2, {"batch_p2p_comm": True})],
@@ -112,7 +115,15 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         (DENSE, {}, {"hidden_dropout": 0.1}),
         (DENSE, {}, {"attention_dropout": 0.1}),
     ],
-    "moe_expert_capacity_factor drops tokens": [(MOE, {}, {"moe_expert_capacity_factor": 1.0})],
+    "moe_expert_capacity_factor drops tokens": [
+        (MOE, {}, {"moe_expert_capacity_factor": 1.0}),
+        *[(MOE, {}, RANK_CAPACITY)] * SINCE_0_18,
+    ],
+    "mlp_chunks_for_training routes padding": [(MOE, {}, {"mlp_chunks_for_training": 2})] * SINCE_0_18,
+    "use_transformer_engine_op_fuser ignores": [
+        (DENSE, {}, FUSER | {"activation_func_clamp_value": 7.0}),
+        (DENSE, {}, FUSER | {"glu_linear_offset": 1.0}),
+    ][: 2 * SINCE_0_18],
     "moe_router_load_balancing_type=global_aux_loss has a gradient that shrinks": [
         (MOE, {}, {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.01}),
         (
@@ -132,6 +143,7 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         (DENSE, {}, {"multi_latent_attention": True, "experimental_attention_variant": "dsa"}),
     ],
     "a gated delta net computes with silu": [(GELU, {}, GATED_DELTA)],
+    "Gated delta net does not support context parallel": [(DENSE, CP2, GATED_DELTA)],
     "attention_output_gate needs whole query groups": [
         (TWO_GROUPS, {"tensor_model_parallel_size": 4}, {"attention_output_gate": True}),
     ],

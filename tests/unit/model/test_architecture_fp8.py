@@ -23,7 +23,7 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill import learner
-from megatron_selfdistill.compat.older_megatron import submodules_of
+from megatron_selfdistill.compat.older_megatron import submodules_of, version
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.errors import ConfigError
@@ -63,6 +63,10 @@ def test_the_fields_of_megatron_choose_fp8(transformer):
         (False, {"fp8": "hybrid"}, "needs a GPU and Transformer Engine's layers"),
         (True, {"fp8": "hybrid", "fp8_param": True}, "fp8_param keeps the parameters in fp8"),
         (True, {"fp4": "e2m1"}, "fp4 and kitchen's quantisation have never been tried"),
+        pytest.param(
+            *(True, {"fp8": "e4m3", "fp8_recipe": "mxfp8", "fp8_output_proj": True}, "fp8_output_proj computes the"),
+            marks=pytest.mark.skipif(version() < (0, 18), reason="a field of Megatron Core since 0.18"),
+        ),
     ],
 )
 def test_what_cannot_be_trained_in_fp8_is_refused_although_asked_for(te, transformer, words):
