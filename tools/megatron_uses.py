@@ -33,7 +33,6 @@ SINCE = {
     f"{_SAVING}.filesystem_async.get_write_results_queue": "0.17",
     "megatron.core.inference.utils.InferenceMode": "0.18",
     "megatron.core.dist_checkpointing.save(async_strategy)": "0.17",
-    f"{_MOE}.shared_experts.HAVE_TE": "0.17",
     f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver": "0.19",
     f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver._mla_fused_linear_or_default": "0.19",
 }
@@ -78,8 +77,7 @@ MEMBERS = {
     "megatron.core.optimizer.ChainedOptimizer": "chained_optimizers",
     _OPTIMIZER: "sharded_state_dict load_state_dict buffers "
     "model_param_gbuf_map model_param_group_index_map data_parallel_group _get_model_param_range_map "
-    "_get_main_param_and_optimizer_states _set_main_param_and_optimizer_states "
-    "_init_optimizer_states_with_dummy_values sharded_param_state_fully_reshardable "
+    "_get_main_param_and_optimizer_states sharded_param_state_fully_reshardable "
     "load_parameter_state_from_fully_reshardable",
     "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler": "num_steps step state_dict load_state_dict",
     "megatron.core.inference.contexts.StaticInferenceContext": "key_value_memory_dict max_batch_size "
@@ -136,9 +134,7 @@ CALLS = {
     f"{_DDP}.scale_gradients": "scaling_factor",
     f"{_OPTIMIZER}.sharded_state_dict": "model_sharded_state_dict, *, is_loading, metadata",
     f"{_OPTIMIZER}._get_main_param_and_optimizer_states": "model_param",
-    f"{_OPTIMIZER}._set_main_param_and_optimizer_states": "model_param, tensors",
     f"{_OPTIMIZER}._get_model_param_range_map": "param",
-    f"{_OPTIMIZER}._init_optimizer_states_with_dummy_values": "",
     "megatron.core.optimizer_param_scheduler.OptimizerParamScheduler.step": "increment",
     f"{_GPT}.sharded_state_dict": "*, prefix, metadata",
     f"{_ATTENTION}._adjust_key_value_for_inference": "inference_context, query, key, value, rotary_pos_emb",
@@ -196,11 +192,6 @@ REPLACED = {
     f"{_ROTARY}._apply_rotary_pos_emb_bshd": Replacement("model/rotary.py", "rotated", **_OLDER_KEYWORD),
     f"{_ROTARY}._apply_rotary_pos_emb_thd": Replacement("model/rotary.py", "_rotated_packed", **_OLDER_KEYWORD),
     f"{_SAVING}.filesystem_async.get_write_results_queue": Replacement("compat/cpu.py", "results_in_a_file"),
-    f"{_OPTIMIZER}.sharded_state_dict": Replacement("compat/repairs.py", "sharded_state_dict_with_state", True),
-    f"{_OPTIMIZER}.load_state_dict": Replacement("compat/repairs.py", "load_state_dict_with_own_steps", True),
-    f"{_OPTIMIZER}._set_main_param_and_optimizer_states": Replacement(
-        "compat/repairs.py", "set_main_param_and_optimizer_states", True
-    ),
     f"{_OPTIMIZER}.sharded_param_state_fully_reshardable": Replacement(
         "checkpoint/optimizer_shards.py", "parameter_state", True, renamed={"model_sharded_state_dict": "model"}
     ),

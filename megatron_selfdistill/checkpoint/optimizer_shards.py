@@ -117,11 +117,12 @@ def load_parameter_state(optimizer: DistributedOptimizer, loaded: dict[int, dict
             continue
         part, width = one.parts[rank], _row_size(one.param)
         first = part.start // width * width  # the first element of the rows
-        tensors = {}
-        for key in KEYS:
+        group, place = optimizer.model_param_group_index_map[one.param]
+        own = optimizer.optimizer.param_groups[group]["params"][place]
+        state = {"param": own, **optimizer.optimizer.state[own]}
+        for key in KEYS:  # the state of torch's Adam also has a step, which Megatron would look up in a checkpoint
             rows = torch.cat([piece.flatten() for _, piece in sorted(loaded[one.index][key].items())])
-            tensors[key] = rows[part.start - first : part.stop - first]
-        optimizer._set_main_param_and_optimizer_states(one.param, tensors)
+            state[key].copy_(rows[part.start - first : part.stop - first])
 
 
 def _parameters(optimizer: DistributedOptimizer) -> list[_Parameter]:

@@ -56,6 +56,32 @@ def name_results_queue() -> None:
         filesystem_async._get_write_results_queue = lambda: filesystem_async.get_write_results_queue()
 
 
+def name_missing_kernels() -> None:
+    """Define what router and latent attention look up where Transformer Engine is missing; until 0.17."""
+    if version() >= (0, 17):
+        return
+    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    for name in "te_general_gemm fused_permute fused_unpermute fused_sort_chunks_by_index".split():
+        vars(moe_utils).setdefault(name, None)
+    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
+    latent.HAVE_TE = False  # wrongly True, and the code calls isinstance(x, None)
+
+
+def mark_replicated_experts(model: Any) -> None:
+    """Mark weights of experts that several tensor-parallel ranks hold, so that their gradients are added; until 0.19.
+
+    Tensor-parallel ranks send different tokens to experts that are not cut (``expert_tensor_parallel_size`` below
+    ``tensor_model_parallel_size``).  Megatron Core adds the gradients of an expert over the ranks that hold it only
+    where the weight has the mark ``allreduce=False``, which it sets for ``expert_model_parallel_size > 1`` only.
+    """
+    config = None if version() >= (0, 19) else getattr(model, "config", None)
+    if config is None or config.expert_tensor_parallel_size == config.tensor_model_parallel_size:
+        return
+    for name, param in model.named_parameters():
+        if ".experts." in name:
+            param.allreduce = False
+
+
 def inference_pass() -> contextlib.AbstractContextManager[None]:
     """Return the context of a forward pass that samples, in which Megatron projects the last position; until 0.18.
 

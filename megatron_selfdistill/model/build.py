@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import cpu, older_megatron, repairs  # isort: skip  (must come before megatron.core)
 import megatron.core
 from megatron.core import tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -82,7 +82,7 @@ def build_chunks(
         if not cpu.ON_CPU:
             chunk = chunk.cuda(torch.cuda.current_device())
         repairs.mark_weights_for_the_norm(chunk)
-        repairs.mark_replicated_experts(chunk)
+        older_megatron.mark_replicated_experts(chunk)
         for param in chunk.parameters():
             tensor_parallel.set_defaults_if_not_set_tensor_model_parallel_attributes(param)
         built: torch.nn.Module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -153,14 +154,16 @@ def test_a_rank_whose_part_begins_or_ends_within_a_row_reads_whole_rows_and_keep
         assert 3 * first <= part.start and part.stop <= 3 * (first + count) < part.stop + 3
         piece.data.copy_(stored[key][first : first + count])
     loaded = {0: {key: {place: piece.data for place, piece in pieces.items()} for key, pieces in wanted.items()}}
-    optimizer = mock.Mock()
+    own = torch.nn.Parameter(torch.empty(len(part)))
+    state = {"step": torch.tensor(3.0), "exp_avg": torch.empty(len(part)), "exp_avg_sq": torch.empty(len(part))}
+    inner = SimpleNamespace(param_groups=[{"params": [own]}], state={own: state})
+    optimizer = mock.Mock(optimizer=inner, model_param_group_index_map={param: (0, 0)})
     optimizer.data_parallel_group.rank.return_value = 1
     monkeypatch.setattr(optimizer_shards, "_parameters", lambda optimizer: [parameter])
     optimizer_shards.load_parameter_state(optimizer, loaded)
-    ((into, tensors), _) = optimizer._set_main_param_and_optimizer_states.call_args
-    assert into is param
     for key, values in stored.items():
-        assert tensors[key].equal(values.flatten()[part.start : part.stop]), key
+        assert ({"param": own} | state)[key].equal(values.flatten()[part.start : part.stop]), key
+    assert state["step"] == 3.0
 
 
 def test_every_rank_writes_about_as_much_and_only_what_it_has_a_part_of():

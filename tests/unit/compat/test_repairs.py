@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import importlib
 import os
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_selfdistill.compat import cpu, repairs  # isort: skip  (must come before megatron.core)
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer.moe.moe_utils import (
     clear_aux_losses_tracker,
@@ -27,93 +25,12 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from megatron.core.transformer.moe.router import TopKRouter
 
-from megatron_selfdistill.config import OptimizerConfig, ParallelConfig
+from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.model import architecture, build
-from megatron_selfdistill.model.build import build_optimizer, wrap_for_training
 from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.layers import RMSNorm
 
 REPOSITORY = Path(__file__).resolve().parents[3]
-
-
-# -- the distributed optimizer with torch's Adam --------------------------------------------------------------
-
-
-def adam_steps_after_loading(path: str) -> dict:
-    """Three steps, the state through a state dict into a fresh optimizer, and one step more, on one of 2 ranks."""
-    first, student = distributed_optimizer()
-    for step in range(3):
-        take_step(first, step)
-    second, other_student = distributed_optimizer()
-    if path == "sharded_state_dict":
-        # As checkpoints do: describing what will be loaded makes the state first.
-        kind = {"distrib_optim_sharding_type": "fully_reshardable"}
-        kept, template = (
-            optimizer.sharded_state_dict(unwrapped(chunks[0]).sharded_state_dict(), is_loading=loading, metadata=kind)
-            for optimizer, chunks, loading in [(first, student, False), (second, other_student, True)]
-        )
-        assert template.keys() == kept.keys() and inner(second).state
-    second.load_state_dict(copy.deepcopy(first.state_dict()))
-    loaded = [state["step"] for state in inner(second).state.values()]
-    storages = {step.untyped_storage().data_ptr() for step in loaded}
-    values = [float(step) for step in loaded]
-    take_step(second, 3)
-    after = [float(state["step"]) for state in inner(second).state.values()]
-    return {"parameters": len(loaded), "storages": len(storages), "loaded": values, "after": after}
-
-
-def distributed_optimizer():
-    config = OptimizerConfig(precision="bf16", lr=1e-3, use_distributed_optimizer=True)
-    chunks, _ = models.build(models.model_config("shallow"), ParallelConfig(), optimizer=config)
-    student = wrap_for_training(chunks, config)
-    return build_optimizer(student, config, 10)[0], student
-
-
-def distributed(optimizer) -> DistributedOptimizer:
-    (only,) = getattr(optimizer, "chained_optimizers", [optimizer])
-    assert isinstance(only, DistributedOptimizer)
-    return only
-
-
-def inner(optimizer) -> torch.optim.Optimizer:
-    return distributed(optimizer).optimizer
-
-
-def take_step(optimizer, step: int) -> None:
-    generator = torch.Generator().manual_seed(step)
-    for buffer in distributed(optimizer).buffers:
-        buffer.grad_data.copy_(torch.randn(buffer.grad_data.shape, generator=generator))
-    optimizer.step()
-
-
-@pytest.mark.parametrize("path", ["state_dict", "sharded_state_dict"])
-def test_each_parameter_has_its_own_step_after_loading(ranks, path):
-    for rank in ranks.run(adam_steps_after_loading, path, world_size=2):
-        assert rank["parameters"] > 3, "each rank must hold several parameters, or sharing could not show"
-        assert rank["storages"] == rank["parameters"]
-        assert set(rank["loaded"]) == {3.0}
-        assert set(rank["after"]) == {4.0}
-
-
-def parameters_through_a_checkpoint() -> float:
-    """Largest difference of main parameters and moments after they went through per-parameter tensors."""
-    first, _ = distributed_optimizer()
-    take_step(first, 0)
-    second, _ = distributed_optimizer()
-    source, target = distributed(first), distributed(second)
-    target.load_state_dict(copy.deepcopy(source.state_dict()))
-    worst = 0.0
-    for mine, theirs in zip(target.model_param_gbuf_map, source.model_param_gbuf_map, strict=True):
-        tensors = source._get_main_param_and_optimizer_states(theirs)
-        assert tensors["exp_avg"].any(), "a moment that is zero would load from anywhere"
-        target._set_main_param_and_optimizer_states(mine, tensors)
-        for key, value in target._get_main_param_and_optimizer_states(mine).items():
-            worst = max(worst, float((value - tensors[key]).abs().max()))
-    return worst
-
-
-def test_main_parameters_and_moments_load_bit_for_bit(ranks):
-    assert ranks.run(parameters_through_a_checkpoint, world_size=2) == [0.0, 0.0]
 
 
 # -- the router's padding mask --------------------------------------------------------------------------------
