@@ -60,11 +60,12 @@ def name_missing_kernels() -> None:
     """Define what router and latent attention look up where Transformer Engine is missing; until 0.17."""
     if version() >= (0, 17):
         return
-    moe_utils: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
+
     for name in "te_general_gemm fused_permute fused_unpermute fused_sort_chunks_by_index".split():
         vars(moe_utils).setdefault(name, None)
-    latent: Any = importlib.import_module("megatron.core.transformer.multi_latent_attention")
-    latent.HAVE_TE = False  # wrongly True, and the code calls isinstance(x, None)
+    multi_latent_attention.HAVE_TE = False  # wrongly True, and the code calls isinstance(x, None)
 
 
 def mark_replicated_experts(model: Any) -> None:

@@ -205,6 +205,13 @@ def _loss_faults(config: TransformerConfig) -> list[_Fault]:
             "multi-token-prediction layers are not trained: set model.transformer.mtp_num_layers=null",
         ),
         (
+            not config.perform_initialization
+            and config.tensor_model_parallel_size > 1
+            and older_megatron.version() < (0, 18),
+            "perform_initialization=false leaves weights unmarked, so that the norm of the gradient counts the part of "
+            "one tensor-parallel rank: leave it true",
+        ),
+        (
             config.hidden_dropout > 0 or config.attention_dropout > 0,
             "dropout makes the trained student differ from the student that sampled: leave "
             "hidden_dropout and attention_dropout at 0",

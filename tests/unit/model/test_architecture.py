@@ -111,6 +111,9 @@ REFUSED: dict[str, list[tuple[ModelConfig, dict, dict]]] = {
         (DENSE, {}, {"bias_activation_fusion": True, "activation_func_clamp_value": 7.0})
     ],
     "gradient_accumulation_fusion needs apex's kernel": [(DENSE, {}, {"gradient_accumulation_fusion": True})],
+    "perform_initialization=false leaves weights unmarked": [
+        (DENSE, {"tensor_model_parallel_size": 2}, {"perform_initialization": False})
+    ][SINCE_0_18:],
     "dropout makes the trained student differ": [
         (DENSE, {}, {"hidden_dropout": 0.1}),
         (DENSE, {}, {"attention_dropout": 0.1}),
