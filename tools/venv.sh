@@ -211,6 +211,7 @@ install_torch() {
             pip_install "torch $TORCH_VERSION, CPU build (200 MB) from $TORCH_CPU_INDEX" "$cpu" --extra-index-url "$TORCH_CPU_INDEX"
             return
         fi
+        [ "$KIND" != vllm ] || fail "the tests with vLLM need torch's CPU build, which this Python cannot have here; name another one with PYTHON=3.11"
         say "no CPU build of torch $TORCH_VERSION can be had here (tried the configured indexes and $TORCH_CPU_INDEX): taking the CUDA build, several GB"
     fi
     pip_install "torch $TORCH_VERSION" "torch==$TORCH_VERSION"
