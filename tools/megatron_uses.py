@@ -34,6 +34,7 @@ SINCE = {
     "megatron.core.inference.utils.InferenceMode": "0.18",
     "megatron.core.dist_checkpointing.save(async_strategy)": "0.17",
     f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver": "0.19",
+    "megatron.core.tensor_parallel.random._get_share_storage": "0.19",
     f"{_TRANSFORMER_ROOT}.mla_qk_norm_config.QKNormConfigResolver._mla_fused_linear_or_default": "0.19",
 }
 """Name, or function(parameter) -> the first version that must have it; each use stands behind a question of version."""

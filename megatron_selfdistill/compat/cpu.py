@@ -238,6 +238,10 @@ def _replace_megatron_device_code() -> None:
     random._get_cuda_rng_state = lambda *a, **k: torch.get_rng_state()
     random._set_cuda_rng_state = lambda state, *a, **k: torch.set_rng_state(state)
 
+    # Since 0.19, recomputation compiles a C++ function that shares memory; a process that is killed meanwhile leaves a
+    # lock, for which all later processes wait for ever.
+    random._get_share_storage = lambda: _copy_storage
+
     older_megatron.name_results_queue()
 
     # torch_dist saving spawns a Manager for its queue, which imports `__main__` again for seconds per rank.
@@ -247,6 +251,13 @@ def _replace_megatron_device_code() -> None:
         return filesystem_async._results_queue
 
     filesystem_async.get_write_results_queue = results_in_a_file
+
+
+def _copy_storage(dst: torch.Tensor, src: torch.Tensor) -> None:
+    """Give the memory of ``dst``, which all its views share, the size and the contents of that of ``src``."""
+    memory, recomputed = dst.untyped_storage(), src.untyped_storage()
+    memory.resize_(recomputed.nbytes())
+    memory.copy_(recomputed)
 
 
 class FileQueue:
