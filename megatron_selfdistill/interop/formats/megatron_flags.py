@@ -8,7 +8,7 @@
 Megatron-LM's ``--use-checkpoint-args`` does not restore all of them.  Without ``--qk-layernorm`` or ``--norm-epsilon``
 a checkpoint loads without an error, and the model computes other numbers.
 Megatron-LM reads the ``args`` of a checkpoint with ``--use-checkpoint-args``.
-Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of Megatron-LM core_v0.16.1.
+Source: ``megatron/training/arguments.py`` and ``gpt_builders.py`` of core_v0.16.1, and ``argument_utils.py`` of 0.19.0.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, ParallelConfig, ScheduleConfig, YarnConfig
@@ -34,8 +34,8 @@ from megatron_selfdistill.model.forward import unwrapped
 from megatron_selfdistill.model.fused_kernels import activation_name, quick_gelu
 from megatron_selfdistill.model.layers import ALL_HEADS
 
-MEGATRON_LM = "core_v0.16.1"
-"""The tag of Megatron-LM whose flags are listed here."""
+MEGATRON_LM = f"core_v{older_megatron.version_text()}"
+"""The release of Megatron-LM whose flags are listed here: that of the installed Megatron Core."""
 _PRECISIONS = {torch.bfloat16: "--bf16", torch.float16: "--fp16"}
 _SWITCHES = {
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
@@ -48,6 +48,7 @@ _SWITCHES = {
 }
 _VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
 _WITHOUT_FLAG = ("softmax_scale",)
+_SCALES = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 _YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
 
@@ -129,8 +130,21 @@ def _attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     if arch["rope_scaling_factor"] is not None:
         yield ("--use-rope-scaling",)
         yield "--rope-scaling-factor", str(arch["rope_scaling_factor"])
+    if older_megatron.has_flags_of_positions():
+        yield from _positions(arch)
     if arch["multi_latent_attention"]:
         yield from _latent_attention(arch)
+
+
+def _positions(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    factor = arch["seq_len_interpolation_factor"]
+    if factor is not None and factor == int(factor):
+        yield "--rotary-seq-len-interpolation-factor", str(int(factor))
+    if arch["position_embedding_type"] == "yarn":
+        for name in _YARN[:-1]:
+            yield _flag(name.removeprefix("yarn_") if name.endswith(_SCALES) else name), str(arch[name])
+        if not arch["yarn_correction_range_round_to_int"]:
+            yield ("--no-yarn-correction-range-round-to-int",)
 
 
 def _latent_attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -140,7 +154,7 @@ def _latent_attention(arch: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     for name in ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim", "rope_type"):
         yield _flag(name), str(arch[name])
     if arch["rope_type"] == "yarn":
-        for name in ("rotary_scaling_factor", "mscale", "mscale_all_dim"):
+        for name in _SCALES:
             yield _flag(name), str(float(arch[name]))
 
 
@@ -236,13 +250,12 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
 
 
 def _positions_not_expressible(arch: dict[str, Any]) -> Iterator[str]:
-    if arch["position_embedding_type"] == "yarn":
+    has_flags, factor = older_megatron.has_flags_of_positions(), arch["seq_len_interpolation_factor"]
+    if arch["position_embedding_type"] == "yarn" and not has_flags:
         yield "YaRN in ordinary attention: --position-embedding-type has no value for it"
-    if arch["seq_len_interpolation_factor"] is not None:
-        yield (
-            f"positions divided by {arch['seq_len_interpolation_factor']}: pretrain_gpt.py parses "
-            "--rotary-seq-len-interpolation-factor but does not pass it to GPTModel"
-        )
+    if factor is not None and not (has_flags and factor == int(factor)):
+        why = "takes whole numbers only" if has_flags else "is parsed, but does not reach GPTModel"
+        yield f"positions divided by {factor}: --rotary-seq-len-interpolation-factor {why}"
 
 
 def _list(values: Sequence[int]) -> str:
@@ -264,7 +277,7 @@ def megatron_args(chunk: torch.nn.Module, model: ModelConfig) -> argparse.Namesp
     divisor).  The result holds the plain fields of the ``TransformerConfig``, and the fields that Megatron-LM spells
     differently.
 
-    Source: ``load_args_from_checkpoint`` in Megatron-LM's ``megatron/training/checkpointing.py``, core_v0.16.
+    Source: ``load_args_from_checkpoint`` in Megatron-LM's ``megatron/training/checkpointing.py``.
     """
     gpt = unwrapped(chunk)
     return _args(
@@ -334,7 +347,7 @@ def _args(
         "rotary_percent": rotary_percent,
         "use_rope_scaling": rope_scaling,
         "rope_scaling_factor": model.rope_scaling_factor or ROPE_FACTOR,
-        # Ours: Megatron-LM parses an argument of this meaning, but its models do not read it.
+        # Ours: Megatron-LM stores an argument of this meaning, but its models do not read it until 0.18.
         "seq_len_interpolation_factor": seq_len_interpolation_factor,
         # Megatron Core reads YaRN's attributes from the configuration, whose class lacks them as fields.
         **{name: getattr(config, name) for name in _YARN if hasattr(config, name)},

@@ -21,7 +21,7 @@ from megatron_selfdistill.interop.formats import directory, legacy
 from megatron_selfdistill.interop.formats.directory import find
 from megatron_selfdistill.interop.formats.torch_dist import read_common
 from megatron_selfdistill.interop.formats.unpickler import load_pickled
-from megatron_selfdistill.interop.hf.family import ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
+from megatron_selfdistill.interop.hf.family import LATENT_ONLY, ROPE_FACTOR, TRANSFORMER_DEFAULTS, differences
 
 
 def with_stored_architecture(config: Config, given: Collection[str] | None = None) -> Config:
@@ -74,7 +74,7 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
 
     Raises: CheckpointError for arguments that lack a size, or that describe a model that this program cannot build.
     """
-    stored = vars(args)
+    stored, fields = vars(args), dataclasses.fields(YarnConfig)
     _require_known(stored)
     values = {ours: stored[theirs] for ours, theirs in _SAME.items() if stored.get(theirs) is not None}
     missing = [name for name in ("num_layers", "hidden_size", "num_attention_heads") if name not in values]
@@ -94,7 +94,12 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
         values = {name: value for name, value in values.items() if not name.startswith("moe_")}
     if stored.get("use_rope_scaling"):
         values["rope_scaling_factor"] = stored.get("rope_scaling_factor") or ROPE_FACTOR
-    yarn = {f.name: stored.get(f"yarn_{f.name}") for f in dataclasses.fields(YarnConfig)}
+    # Megatron-LM has flags for YaRN of ordinary attention since 0.19, some of them without the prefix, and divides
+    # positions since 0.18 by the argument that it parsed and did not use before.
+    is_yarn = stored.get("position_embedding_type") == "yarn"
+    yarn = {f.name: stored.get(f"yarn_{f.name}", stored.get(f.name) if is_yarn else None) for f in fields}
+    if _NEW in stored and "num_passthrough_mtp_layers" not in stored:
+        values["seq_len_interpolation_factor"] = stored.get("rotary_seq_len_interpolation_factor")
     values["vocab_size"] = stored_vocab_size(args)
     values["transformer"] = _transformer(stored)
     try:
@@ -107,14 +112,14 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
 def stored_vocab_size(args: argparse.Namespace) -> int | None:
     """Return the size of the vocabulary before padding from the stored arguments; None if they lack it.
 
-    Megatron's ``NullTokenizer`` adds an end-of-document token to the stored ``vocab_size``; the result includes the row
-    of that token.
+    Until 0.18, Megatron's ``NullTokenizer`` adds an end-of-document token to the stored ``vocab_size``; the result
+    includes the row of that token.
     """
     size = getattr(args, "vocab_size", None)
     if size is None:
         return None
-    null = str(getattr(args, "tokenizer_type", None) or "").startswith("Null")
-    return int(size) + (1 if null else 0)
+    adds_one = str(getattr(args, "tokenizer_type", None) or "").startswith("Null") and not hasattr(args, _NEW)
+    return int(size) + adds_one
 
 
 def true_vocab_size(args: argparse.Namespace | None, tokenizer_size: int | None, num_rows: int) -> int:
@@ -184,33 +189,14 @@ def fields_set(model: ModelConfig) -> set[str]:
 
 
 # The field of `ModelConfig` -> Megatron-LM's argument.
-_SAME = {
-    "num_layers": "num_layers",
-    "hidden_size": "hidden_size",
-    "ffn_hidden_size": "ffn_hidden_size",
-    "num_attention_heads": "num_attention_heads",
-    "num_query_groups": "num_query_groups",
-    "kv_channels": "kv_channels",
-    "max_position_embeddings": "max_position_embeddings",
-    "position_embedding_type": "position_embedding_type",
-    "rotary_base": "rotary_base",
-    "rotary_percent": "rotary_percent",
-    "seq_len_interpolation_factor": "seq_len_interpolation_factor",
-    "normalization": "normalization",
-    "latent_layernorm_epsilon": "latent_layernorm_epsilon",
-    "add_bias_linear": "add_bias_linear",
-    "add_qkv_bias": "add_qkv_bias",
-    "qk_layernorm": "qk_layernorm",
-    "qk_layernorm_all_heads": "qk_layernorm_all_heads",
-    "init_method_std": "init_method_std",
-    "make_vocab_size_divisible_by": "make_vocab_size_divisible_by",
-    "num_moe_experts": "num_experts",
-    "moe_router_topk": "moe_router_topk",
-    "moe_ffn_hidden_size": "moe_ffn_hidden_size",
-    "moe_router_enable_expert_bias": "moe_router_enable_expert_bias",
-    "moe_router_score_function": "moe_router_score_function",
-    "num_passthrough_mtp_layers": "num_passthrough_mtp_layers",
-}
+_NAMES = (
+    "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels max_position_embeddings "
+    "position_embedding_type rotary_base rotary_percent seq_len_interpolation_factor normalization add_bias_linear "
+    "latent_layernorm_epsilon add_qkv_bias qk_layernorm qk_layernorm_all_heads init_method_std moe_ffn_hidden_size "
+    "make_vocab_size_divisible_by moe_router_topk moe_router_enable_expert_bias moe_router_score_function "
+    "num_passthrough_mtp_layers"
+)
+_SAME = {**{name: name for name in _NAMES.split()}, "num_moe_experts": "num_experts"}
 
 # A field of TransformerConfig -> Megatron-LM's argument.
 _RENAMED = {"layernorm_zero_centered_gamma": "apply_layernorm_1p"}
@@ -220,16 +206,27 @@ _NOT_BUILT = {
     "squared_relu": "a squared ReLU",
     "openai_gelu": "OpenAI's GeLU",
     "heterogeneous_layers_config_path": "heterogeneous layers",
-    "hybrid_override_pattern": "a hybrid of Mamba and attention",
-    "hybrid_layer_pattern": "a hybrid of Mamba and attention",
-    "is_hybrid_model": "a hybrid of Mamba and attention",
+    **dict.fromkeys(
+        ("hybrid_override_pattern", "hybrid_layer_pattern", "is_hybrid_model"), "a hybrid of Mamba and attention"
+    ),
+    "moe_latent_size": "experts of a latent size",
+    "use_mup": "a maximal update parametrisation (--use-mup)",
+    "mla_down_proj_fusion": "fused down projections of multi-latent attention",
+    "moe_mlp_glu_interleave_size": "experts with interleaved gates",
+    "moe_shared_expert_glu_interleave_size": "shared experts with interleaved gates",
 }
+_NEW = "null_tokenizer_eod_id"
+"""An argument that Megatron-LM stores since 0.18."""
+_ROUTINGS_NOT_BUILT = ("sinkhorn", "quantile_balancing")
 
 
 def _require_known(stored: dict[str, Any]) -> None:
     for name, what in _NOT_BUILT.items():
         if stored.get(name):
             raise CheckpointError(f"the checkpoint holds {what} ({name}={stored[name]!r}), which is not built here")
+    balancing = stored.get("moe_router_load_balancing_type") or ""  # a name or a list of names
+    if stored.get("num_experts") and any(name in balancing for name in _ROUTINGS_NOT_BUILT):
+        raise CheckpointError(f"the checkpoint's router chooses experts by {balancing}, which is not built here")
     if stored.get("experimental_attention_variant") and "num_passthrough_mtp_layers" not in stored:
         raise CheckpointError(
             "the checkpoint holds gated delta nets as Megatron-LM stores them (experimental_attention_variant="
@@ -267,7 +264,7 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
         elif value is not None and value != default:
             found[name] = list(value) if isinstance(value, tuple) else value
     if not latent:
-        found = {name: value for name, value in found.items() if name not in _LATENT_ONLY}
+        found = {name: value for name, value in found.items() if name not in LATENT_ONLY}
     if stored.get("num_experts") is None:
         found = {name: value for name, value in found.items() if not name.startswith("moe_")}
     else:
@@ -280,12 +277,6 @@ def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
     if found.get("window_size") is not None:
         found["window_size"] = tuple(found["window_size"])
     return found
-
-
-_LATENT_ONLY = (
-    "q_lora_rank kv_lora_rank qk_head_dim qk_pos_emb_head_dim v_head_dim rope_type rotary_scaling_factor "
-    "original_max_position_embeddings beta_fast beta_slow mscale mscale_all_dim"
-).split()
 
 
 def _may_differ(name: str, stored: ModelConfig) -> bool:

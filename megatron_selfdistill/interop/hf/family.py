@@ -175,6 +175,8 @@ _ANY = {
 }
 ROPE_FACTOR = 8.0
 """The factor of Megatron's ``GPTModel`` with ``rope_scaling``, where none is given."""
+LATENT_ONLY = (*_MLA, *_YARN)
+"""The keys of `TRANSFORMER_DEFAULTS` that multi-latent attention alone has."""
 TRANSFORMER_DEFAULTS = {**_ANY, **_MOE, **_MLA, **_YARN}
 """The keys of ``model.transformer`` that change logits, with Megatron's defaults.
 
@@ -214,7 +216,7 @@ def architecture(model: ModelConfig) -> dict[str, Any]:
         without_effect |= {"kv_channels", "num_query_groups", "rope_scaling_factor", "seq_len_interpolation_factor"}
         values["latent_layernorm_epsilon"] = values["latent_layernorm_epsilon"] or values["layernorm_epsilon"]
     else:
-        without_effect |= _MLA.keys() | _YARN.keys() | {"latent_layernorm_epsilon"}
+        without_effect |= {*LATENT_ONLY, "latent_layernorm_epsilon"}
     if values["rope_type"] != "yarn":
         without_effect |= _YARN.keys()
     if values["position_embedding_type"] != "yarn":

@@ -3,9 +3,10 @@
 
     megatron_lm_worker.py MEGATRON_LM WHAT OUT [flags of pretrain_gpt.py ...]
 
-``megatron.training``, ``gpt_builders.py`` and ``pretrain_gpt.py`` come from the directory MEGATRON_LM, and run as they
-are.  The process provides only what the machine lacks: CUDA's names (`megatron_selfdistill.compat.cpu`), the repairs of
-Megatron Core without Transformer Engine, compiled extensions, and the package ``six``, which a BERT tokenizer imports.
+``pretrain_gpt.py`` comes from the directory MEGATRON_LM and runs as it is.  So do ``megatron.training`` and
+``gpt_builders.py``, except that the wheel of Megatron Core brings ``megatron.training`` since 0.19.  The process
+provides only what the machine lacks: CUDA's names (`megatron_selfdistill.compat.cpu`), the repairs of Megatron Core
+without Transformer Engine, compiled extensions, and the package ``six``, which a BERT tokenizer imports.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from held_state import held
 
-from megatron_selfdistill.compat import cpu, repairs  # noqa: F401  isort: skip  (must come before megatron.core)
+from megatron_selfdistill.compat import cpu, older_megatron, repairs  # noqa: F401  isort: skip  (before megatron.core)
 
 
 def expose(megatron_lm: Path) -> None:
@@ -29,11 +31,14 @@ def expose(megatron_lm: Path) -> None:
     sys.path.append(str(megatron_lm))
     sys.modules.setdefault("six", types.ModuleType("six"))
     torch.cuda.is_available = lambda: True  # after `cpu.install` has replaced what is behind the name
+    torch.accelerator.is_available = lambda: False  # else Adam asks the driver for its stream
     torch.cuda.get_device_properties = lambda *_: types.SimpleNamespace(major=9, minor=0, name="none")
     from megatron.core.datasets import utils
-    from megatron.legacy import fused_kernels
 
-    fused_kernels.load = lambda args: None  # it compiles CUDA kernels of the older models
+    if older_megatron.version() < (0, 19):
+        from megatron.legacy import fused_kernels
+
+        fused_kernels.load = lambda args: None  # it compiles CUDA kernels of the older models
     utils.compile_helpers = lambda: None  # the wheel of Megatron Core has them compiled, and no makefile
 
 
@@ -41,8 +46,9 @@ def name_layers_as_transformer_engine_does() -> None:
     """Let Megatron-LM's local layer spec use the keys of Transformer Engine's, which no CPU runs."""
     from megatron.core.models.gpt import gpt_layer_specs
 
-    from megatron_selfdistill.compat.older_megatron import submodules_of
     from megatron_selfdistill.model.layers import CoreAttention
+
+    submodules_of = older_megatron.submodules_of
 
     local_spec = gpt_layer_specs.get_gpt_layer_local_spec
 
@@ -66,14 +72,25 @@ def name_layers_as_transformer_engine_does() -> None:
 
 def build() -> tuple[Any, Any, Any]:
     """Return model chunks, optimizer and scheduler as ``pretrain`` builds them; the checkpoint of --load is in them."""
-    from gpt_builders import gpt_builder
     from megatron.core.enums import ModelType
+    from megatron.training import arguments
     from megatron.training.initialize import initialize_megatron
     from megatron.training.training import setup_model_and_optimizer
-    from model_provider import model_provider
 
+    if older_megatron.version() < (0, 19):
+        from gpt_builders import gpt_builder
+        from model_provider import model_provider
+
+        initialize_megatron()
+        return setup_model_and_optimizer(partial(model_provider, gpt_builder), ModelType.encoder_or_decoder)
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args, pretrain_cfg_container_from_args
+
+    args = arguments.parse_and_validate_args()
+    config = pretrain_cfg_container_from_args(args, gpt_config_from_args(args))
     initialize_megatron()
-    return setup_model_and_optimizer(partial(model_provider, gpt_builder), ModelType.encoder_or_decoder)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return setup_model_and_optimizer(ModelType.encoder_or_decoder, cfg_container=config, pg_collection=groups)
 
 
 def logits(tokens: torch.Tensor) -> torch.Tensor:
@@ -106,25 +123,29 @@ def state() -> dict[str, Any]:
     from megatron.training import get_args
 
     chunks, optimizer, scheduler = build()
-    inner = [single.optimizer for single in getattr(optimizer, "chained_optimizers", [optimizer])]
-    moments = {
-        f"{index}.{key}": held[key].clone()
-        for one in inner
-        for index, held in enumerate(one.state.values())
-        for key in ("exp_avg", "exp_avg_sq")
-    }
-    counted = [held["step"] for one in inner for held in one.state.values() if "step" in held]
-    counted += [group["step"] for one in inner for group in one.param_groups if "step" in group]
     with get_cuda_rng_tracker().fork():
         tracked = torch.rand(()).item()
-    return {
+    return held(chunks, optimizer) | {
         "iteration": get_args().iteration,
         "scheduler_steps": scheduler.num_steps,
-        "adam_steps": [int(count) for count in counted],
-        "weights": {name: p.detach().clone() for name, p in chunks[0].named_parameters()},
-        "moments": moments,
         "drawn": [random.random(), float(np.random.random()), torch.rand(()).item(), tracked],
     }
+
+
+def pretrain() -> dict[str, Any]:
+    """Run ``pretrain_gpt.py``; return what it holds at its end."""
+    from megatron.training import training
+
+    setup, made = training.setup_model_and_optimizer, []
+
+    def kept(*args: Any, **kwargs: Any) -> Any:
+        made.append(setup(*args, **kwargs))
+        return made[0]
+
+    training.setup_model_and_optimizer = kept
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    chunks, optimizer, _ = made[0]
+    return held(chunks, optimizer)
 
 
 def main() -> None:
@@ -132,11 +153,10 @@ def main() -> None:
     expose(megatron_lm)
     name_layers_as_transformer_engine_does()
     sys.argv = [str(megatron_lm / "pretrain_gpt.py"), *sys.argv[4:]]
-    if what == "pretrain":
-        runpy.run_path(sys.argv[0], run_name="__main__")
-        return
-    given = torch.load(out) if out.exists() else None
-    result = {"logits": logits, "parsed": parsed}[what](given) if given is not None else state()
+    if what in ("logits", "parsed"):
+        result = {"logits": logits, "parsed": parsed}[what](torch.load(out))
+    else:
+        result = {"state": state, "pretrain": pretrain}[what]()
     if os.environ["RANK"] == "0":
         torch.save(result, out)
 
