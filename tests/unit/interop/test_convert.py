@@ -32,6 +32,7 @@ from megatron_selfdistill.interop.convert_command import main
 from megatron_selfdistill.interop.describe import describe
 from megatron_selfdistill.interop.formats.directory import HF_ASSETS
 from megatron_selfdistill.interop.formats.full_weights import open_weights
+from megatron_selfdistill.interop.formats.megatron_flags import MEGATRON_LM
 from megatron_selfdistill.interop.hf.mapping import family_of, text_config
 from megatron_selfdistill.interop.peft_adapters import weight_rules
 from megatron_selfdistill.interop.release import Progress
@@ -160,11 +161,11 @@ def test_the_command_converts_and_describes(hf_directory, tmp_path, capsys, hand
         main(["hf-to-megatron", "--hf", str(hf_directory("mixtral")), "--out", str(megatron), "--dtype", "bf16"]) == 0
     )
     output = capsys.readouterr().out
-    assert f"flags of Megatron-LM core_v0.16.1: --load {megatron} " in output
+    assert f"flags of Megatron-LM {MEGATRON_LM}: --load {megatron} " in output
     assert "--num-experts 4" in output and "--bf16" in output
     assert main(["inspect", str(megatron)]) == 0
     description = capsys.readouterr().out
-    assert output.partition("core_v0.16.1: ")[2].strip() in description
+    assert output.partition(f"{MEGATRON_LM}: ")[2].strip() in description
     for part in (
         "MixtralForCausalLM",
         "101 true rows, 128 with padding",

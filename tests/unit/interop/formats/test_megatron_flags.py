@@ -14,10 +14,11 @@ import hf_models
 import pytest
 import torch
 
+from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import ModelConfig
 from megatron_selfdistill.interop.conversion import hf_to_megatron
 from megatron_selfdistill.interop.describe import describe, megatron_lm_usage
-from megatron_selfdistill.interop.formats.megatron_flags import megatron_flags
+from megatron_selfdistill.interop.formats.megatron_flags import MEGATRON_LM, megatron_flags
 from megatron_selfdistill.interop.formats.stored_model import stored_args
 from megatron_selfdistill.interop.hf.mapping import family_of
 
@@ -176,21 +177,31 @@ EXPECTED = {
     ),
 }
 """kind -> the flags besides `COMMON`, or in the place of a flag of `COMMON`."""
-INEXPRESSIBLE = (
-    "llama_linear",
-    "qwen3_yarn",
-    "deepseek_v3",
-    "moonlight",
-    "olmoe",
-    "minimax_m2",
-    "gpt_oss",
-    "ministral3",
-)
+YARN = {
+    "qwen3_yarn": (
+        "--rotary-scaling-factor 4.0 --yarn-original-max-position-embeddings 16 --yarn-beta-fast 2.0 --yarn-beta-slow "
+        "1.0 --mscale 1.803368801111 --mscale-all-dim 0.0 --no-yarn-correction-range-round-to-int "
+    ),
+    "gpt_oss": (
+        "--rotary-scaling-factor 4.0 --yarn-original-max-position-embeddings 16 --yarn-beta-fast 8.0 --yarn-beta-slow "
+        "1.0 --mscale 1.0 --mscale-all-dim 0.0 --no-yarn-correction-range-round-to-int "
+    ),
+    "ministral3": (
+        "--rotary-scaling-factor 4.0 --yarn-original-max-position-embeddings 64 --yarn-beta-fast 8.0 --yarn-beta-slow "
+        "1.0 --mscale 0.8 --mscale-all-dim 0.6 "
+    ),
+}
+"""kind -> the flags of its YaRN, which Megatron-LM has since 0.19."""
+INEXPRESSIBLE = ("llama_linear", "deepseek_v3", "moonlight", "olmoe", "minimax_m2")
+if older_megatron.has_flags_of_positions():
+    EXPECTED |= {kind: EXPECTED[kind] + flags for kind, flags in YARN.items()}
+else:
+    INEXPRESSIBLE += tuple(YARN)
 NOT_COMMON = {"gpt_oss": ("--disable-bias-linear", "--swiglu")}
 """kind -> the flags of `COMMON` that it lacks."""
 
 
-FLAGS, IMPOSSIBLE = "flags of Megatron-LM core_v0.16.1", "not possible in Megatron-LM core_v0.16.1"
+FLAGS, IMPOSSIBLE = f"flags of Megatron-LM {MEGATRON_LM}", f"not possible in Megatron-LM {MEGATRON_LM}"
 
 
 def pairs(words: list[str]) -> set[tuple[str, ...]]:
@@ -233,10 +244,14 @@ IMPOSSIBLE_MODELS = {
         {"activation": "gelu_tanh", "gated_linear_unit": False},
         "the tanh approximation of gelu without biases",
     ),
-    "divided positions": ({"seq_len_interpolation_factor": 4.0}, "positions divided by 4.0: .* does not pass it"),
-    "YaRN": ({"position_embedding_type": "yarn"}, "--position-embedding-type has no value for it"),
+    "divided positions": ({"seq_len_interpolation_factor": 2.5}, "positions divided by 2.5: .* whole numbers only"),
     "softmax scale": ({"transformer": {"softmax_scale": 0.3}}, "softmax_scale=0.3"),
 }
+if not older_megatron.has_flags_of_positions():
+    IMPOSSIBLE_MODELS |= {
+        "divided positions": ({"seq_len_interpolation_factor": 4.0}, "positions divided by 4.0: .* does not reach"),
+        "YaRN": ({"position_embedding_type": "yarn"}, "--position-embedding-type has no value for it"),
+    }
 
 
 @pytest.mark.parametrize("case", IMPOSSIBLE_MODELS)
@@ -259,6 +274,8 @@ def test_rarer_properties_have_their_flags():
     found = pairs(megatron_flags(ModelConfig(num_moe_experts=4, transformer=transformer)).arguments)
     assert found >= {("--apply-layernorm-1p",), ("--window-size", "7,0"), ("--moe-apply-probs-on-input",)}
     assert not any(name == "--window-attn-skip-freq" for name, *_ in found)
+    divided = pairs(megatron_flags(ModelConfig(seq_len_interpolation_factor=4.0)).arguments)
+    assert (("--rotary-seq-len-interpolation-factor", "4") in divided) is older_megatron.has_flags_of_positions()
     alternating = {"window_size": [7, 0], "window_attn_skip_freq": 2}
     found = pairs(megatron_flags(ModelConfig(num_layers=4, transformer=alternating)).arguments)
     assert found >= {("--window-size", "7,0"), ("--window-attn-skip-freq", "[1,0,1,0]")}

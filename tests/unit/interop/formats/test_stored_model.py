@@ -73,6 +73,11 @@ def test_activation_and_gate_survive_the_arguments(kind, changes):
     assert differences(architecture_from_args(converted_args(model, "fp32")), model) == {}
 
 
+SINCE_0_18 = {"null_tokenizer_eod_id": None}
+"""An argument that every checkpoint of Megatron-LM has since 0.18."""
+YARN_0_19 = {**SINCE_0_18, "rotary_scaling_factor": 4.0, "mscale": 0.5, "mscale_all_dim": 0.0, "yarn_beta_fast": None}
+
+
 @pytest.mark.parametrize(
     "stored, name, value",
     [
@@ -83,6 +88,10 @@ def test_activation_and_gate_survive_the_arguments(kind, changes):
         ({"use_rope_scaling": True}, "rope_scaling_factor", 8.0),
         ({"use_rope_scaling": False, "rope_scaling_factor": 8.0}, "rope_scaling_factor", None),
         ({"yarn_mscale": 0.5, "yarn_beta_fast": 2.0}, "yarn", YarnConfig(mscale=0.5, beta_fast=2.0)),
+        ({**YARN_0_19, "position_embedding_type": "yarn"}, "yarn", YarnConfig(rotary_scaling_factor=4.0, mscale=0.5)),
+        (YARN_0_19, "yarn", YarnConfig()),  # the scale of multi-latent attention
+        ({**SINCE_0_18, "rotary_seq_len_interpolation_factor": 4}, "seq_len_interpolation_factor", 4),
+        ({"rotary_seq_len_interpolation_factor": 4}, "seq_len_interpolation_factor", None),  # its models ignored it
         ({"group_query_attention": False, "num_query_groups": 1}, "num_query_groups", 32),
         ({"swiglu": False, "bias_gelu_fusion": False}, "activation", "gelu"),
         ({"swiglu": False, "bias_gelu_fusion": True, "add_bias_linear": True}, "activation", "gelu_tanh"),
@@ -106,6 +115,14 @@ def test_what_megatron_lm_stores_is_understood(stored, name, value):
         ({"experimental_attention_variant": "gated_delta_net"}, "gated delta nets as Megatron-LM stores them"),
         ({"squared_relu": True}, r"a squared ReLU \(squared_relu=True\)"),
         ({"hybrid_override_pattern": "M-M*"}, "a hybrid of Mamba and attention"),
+        ({"hybrid_layer_pattern": "M-M*"}, "a hybrid of Mamba and attention"),
+        ({"moe_latent_size": 64}, "experts of a latent size"),
+        ({"use_mup": True}, "a maximal update parametrisation"),
+        ({"mla_down_proj_fusion": True}, "fused down projections of multi-latent attention"),
+        ({"moe_mlp_glu_interleave_size": 32}, "experts with interleaved gates"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": "sinkhorn"}, "router chooses experts by sinkhorn"),
+        ({"num_experts": 8, "moe_router_load_balancing_type": ["quantile_balancing"]}, "by .'quantile_balancing'"),
+        ({"num_experts": 8, "moe_router_score_function": "sqrtsoftplus"}, "moe_router_score_function must be one of"),
         ({"num_layers": None}, "arguments have no num_layers"),
         ({"position_embedding_type": "mrope"}, "position_embedding_type must be one of"),
     ],
@@ -118,9 +135,10 @@ def test_what_is_not_built_here_is_refused(stored, message):
 # The vocabulary
 
 
-def test_the_null_tokenizer_has_a_token_more_than_it_says():
+def test_the_null_tokenizer_has_a_token_more_than_it_says_until_megatron_lm_0_18():
     null = args(tokenizer_type="NullTokenizer", vocab_size=999, padded_vocab_size=1024)
     assert stored_vocab_size(null) == 1000 and true_vocab_size(null, None, 1024) == 1000
+    assert stored_vocab_size(args(tokenizer_type="NullTokenizer", vocab_size=1000, **SINCE_0_18)) == 1000
 
 
 @pytest.mark.parametrize(
