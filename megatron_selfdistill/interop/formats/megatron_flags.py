@@ -47,7 +47,6 @@ _SWITCHES = {
     "moe_apply_probs_on_input": "--moe-apply-probs-on-input",
 }
 _VALUES = ("softmax_type", "activation_func_clamp_value", "glu_linear_offset", "no_rope_freq")
-_WITHOUT_FLAG = ("softmax_scale",)
 _SCALES = ("rotary_scaling_factor", "mscale", "mscale_all_dim")
 _YARN_CONSTANTS = ("beta_fast", "beta_slow", "original_max_position_embeddings")
 _PLAIN = (bool, int, float, str, torch.dtype, type(None))
@@ -244,9 +243,8 @@ def _not_expressible(arch: dict[str, Any]) -> Iterator[str]:
             f"experimental_attention_variant={arch['experimental_attention_variant']}: Megatron-LM stores gated delta "
             "nets under other keys, with another order of rows"
         )
-    for name in _WITHOUT_FLAG:
-        if arch[name] != TRANSFORMER_DEFAULTS[name]:
-            yield f"{name}={arch[name]}: there is no flag for it"
+    if arch["softmax_scale"] is not None:
+        yield f"softmax_scale={arch['softmax_scale']}: there is no flag for it"
 
 
 def _positions_not_expressible(arch: dict[str, Any]) -> Iterator[str]:

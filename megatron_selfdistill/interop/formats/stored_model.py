@@ -94,8 +94,7 @@ def architecture_from_args(args: argparse.Namespace) -> ModelConfig:
         values = {name: value for name, value in values.items() if not name.startswith("moe_")}
     if stored.get("use_rope_scaling"):
         values["rope_scaling_factor"] = stored.get("rope_scaling_factor") or ROPE_FACTOR
-    # Megatron-LM has flags for YaRN of ordinary attention since 0.19, some of them without the prefix, and divides
-    # positions since 0.18 by the argument that it parsed and did not use before.
+    # Megatron-LM has flags for this YaRN since 0.19, some without the prefix, and divides positions since 0.18.
     is_yarn = stored.get("position_embedding_type") == "yarn"
     yarn = {f.name: stored.get(f"yarn_{f.name}", stored.get(f.name) if is_yarn else None) for f in fields}
     if _NEW in stored and "num_passthrough_mtp_layers" not in stored:
@@ -244,10 +243,7 @@ def _activation(stored: dict[str, Any]) -> dict[str, Any]:
         return {"activation": "quick_gelu", "gated_linear_unit": True}
     # Megatron-LM's fused gelu is the tanh approximation; it is the default where linear layers have biases.
     fused = stored.get("bias_gelu_fusion") and stored.get("add_bias_linear", True)
-    return {
-        "activation": "gelu_tanh" if fused else "gelu",
-        "gated_linear_unit": bool(stored.get("gated_linear_unit")),
-    }
+    return {"activation": "gelu_tanh" if fused else "gelu", "gated_linear_unit": bool(stored.get("gated_linear_unit"))}
 
 
 def _transformer(stored: dict[str, Any]) -> dict[str, Any]:
