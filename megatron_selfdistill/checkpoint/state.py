@@ -89,6 +89,7 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
     """
     complete = merge(_unsharded(wanted), loaded)
     for single, single_state in _with_states(optimizer, complete):
+        _keep_own_rates(single.optimizer.param_groups, single_state.get("optimizer", single_state))
         if not isinstance(single, DistributedOptimizer):
             # Megatron omits a step of 0 and the state of SGD without momentum, but its loader expects them.
             inner = single_state.get("optimizer", single_state).setdefault("state", {})
@@ -104,6 +105,14 @@ def load_optimizer_state(optimizer: MegatronOptimizer, wanted: Any, loaded: dict
         for group in single.optimizer.param_groups:
             if "step" in group:  # Transformer Engine's and apex's FusedAdam count here
                 group["step"] = _like(group["step"], num_steps)
+
+
+def _keep_own_rates(own: list[dict[str, Any]], stored: dict[str, Any]) -> None:
+    """Give the stored groups of parameters the learning rates of this run, by which Megatron finds them since 0.19."""
+    kinds, rates = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr"), ("max_lr", "min_lr")
+    for group in stored.get("param_groups", []):
+        same = next((one for one in own if all(one.get(kind) == group.get(kind) for kind in kinds)), {})
+        group.update({rate: same[rate] for rate in rates if rate in same})
 
 
 def optimizer_steps(optimizer: MegatronOptimizer) -> int:
@@ -153,7 +162,7 @@ def random_states(grid: RankGrid) -> dict[str, ShardedObject]:
 
     `OWN_RNG_STATE` holds the states of every rank.  `RNG_STATE` holds the states that Megatron-LM stores, in
     Megatron-LM's format, so that ``pretrain_gpt.py`` can continue the run.  Source: ``get_rng_state`` in Megatron-LM's
-    ``megatron/training/checkpointing.py``, core_v0.16.1.
+    ``megatron/training/checkpointing.py``.
     """
     own = _random_state(OWN_RNG_STATE, grid)
     if grid.ep_size > 1:
