@@ -16,6 +16,7 @@ import torch
 from checkpointed_run import Setup
 from tiers import combinations
 
+from megatron_selfdistill.checkpoint.state import _keep_own_rates
 from megatron_selfdistill.config import ModelConfig, OptimizerConfig, OptimizerConstants, ParallelConfig
 from megatron_selfdistill.errors import CheckpointError
 from megatron_selfdistill.interop.formats import torch_dist
@@ -186,3 +187,15 @@ def test_a_checkpoint_without_fitting_optimizer_state_is_refused(ranks, saved, t
     )
     other = dataclasses.replace(setup, optimizer=sgd)
     ranks.run(refuse_optimizer, other, path, tmp_path / "b", "optimizer.* is missing", world_size=1)
+
+
+@pytest.mark.parametrize("stored_rates", [{}, {"max_lr": 1e-3, "min_lr": 1e-4}], ids=["0.16", "0.19"])
+def test_stored_groups_of_parameters_get_the_rates_of_this_run(stored_rates):
+    kinds = [
+        {"wd_mult": decay, "lr_mult": 1.0, "is_expert_parallel": False, "is_decoupled_lr": False}
+        for decay in (1.0, 0.0)
+    ]
+    own = [kind | {"max_lr": 1e-2, "min_lr": 0.0, "params": [index]} for index, kind in enumerate(kinds)]
+    stored = {"param_groups": [kind | stored_rates | {"step": 5} for kind in reversed(kinds)]}
+    _keep_own_rates(own, stored)
+    assert stored["param_groups"] == [kind | {"max_lr": 1e-2, "min_lr": 0.0, "step": 5} for kind in reversed(kinds)]
