@@ -47,7 +47,7 @@ PARTS = {
 }
 """A part of the project, as `gpu_status` names it -> the expression of the names of its checks."""
 LEGEND = (
-    "✅ tested in CI (CPU, gloo, the real megatron-core 0.19.2) · 🟢 tested on a GPU (which, when) ·\n"
+    "✅ tested in CI (CPU, gloo, the real megatron-core) · 🟢 tested on a GPU (which, when) ·\n"
     "🔴 failed on a GPU · ⚪ written, never run · \u2013 not possible on a CPU"
 )
 SHORT_NOTE = "*2 of 4*: two of the four [claims](docs/support.md) of this line"
