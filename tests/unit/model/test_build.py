@@ -229,9 +229,9 @@ def test_the_megatron_core_that_comes_first_on_the_path_is_used(ranks, tmp_path)
         if entry.name not in ("package_info.py", "__pycache__"):
             (newer / entry.name).symlink_to(entry)
     info = (installed / "package_info.py").read_text()
-    (newer / "package_info.py").write_text(re.sub(r"MINOR = \d+", "MINOR = 77", info))
+    (newer / "package_info.py").write_text(re.sub(r"PATCH = \d+", "PATCH = 77", info))
     [found] = ranks.run(megatron_first_on, str(tmp_path), world_size=1, init_process_group=False)
-    assert re.fullmatch(rf"megatron.core 0\.77\.\d from {newer} \(not tested; tested: 0.16.1 and 0.19.2\)", found)
+    assert re.fullmatch(rf"megatron.core 0\.\d+\.77 from {newer} \(not tested; tested: 0.16.1 and 0.19.2\)", found)
 
 
 def stepped(kind: str, cuts: ParallelConfig, config: OptimizerConfig, halves: bool) -> dict[str, Any]:
