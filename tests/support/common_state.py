@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from damage import flip_bit
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
 KEY = "common_state/shard_0_1"
@@ -26,7 +27,7 @@ def read(path: Path) -> Any:
     """Return the state, from an unpickler without restrictions."""
     if stored_in_a_file(path):
         return torch.load(path / "common.pt", weights_only=False)
-    place = metadata_of(path).storage_data[MetadataIndex(KEY)]
+    place = place_of(path)
     with (path / place.relative_path).open("rb") as file:
         file.seek(place.offset)
         return torch.load(io.BytesIO(file.read(place.length)), weights_only=False)[0]
@@ -42,13 +43,11 @@ def write(path: Path, common: Any) -> None:
 
 def flip_bit_in(path: Path) -> str:
     """Change a bit of the state; return the name of the file that holds it."""
-    name, start = "common.pt", 200
+    name, start = "common.pt", 0
     if not stored_in_a_file(path):
-        place = metadata_of(path).storage_data[MetadataIndex(KEY)]
-        name, start = place.relative_path, place.offset + 200
-    content = bytearray((path / name).read_bytes())
-    content[start] ^= 1
-    (path / name).write_bytes(content)
+        place = place_of(path)
+        name, start = place.relative_path, place.offset
+    flip_bit(path / name, start + 200, 1)
     return name
 
 
@@ -66,6 +65,11 @@ def reformat(path: Path, *, in_a_file: bool) -> None:
         (path / "common.pt").unlink(missing_ok=True)
         write_object(path, KEY, common)
     (path / "metadata.json").write_text(json.dumps(description))
+
+
+def place_of(path: Path) -> Any:
+    """Return the file, the offset and the length of the object that holds the state."""
+    return metadata_of(path).storage_data[MetadataIndex(KEY)]
 
 
 def metadata_of(path: Path) -> Metadata:

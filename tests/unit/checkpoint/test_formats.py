@@ -151,8 +151,7 @@ def forget_object(path: Path) -> None:
 
 
 def fill_object_with_zeros(path: Path) -> None:
-    places = common_state.metadata_of(path).storage_data
-    place = next(place for index, place in places.items() if index.fqn == common_state.KEY)
+    place = common_state.place_of(path)
     with (path / place.relative_path).open("r+b") as file:
         file.seek(place.offset)
         file.write(bytes(place.length))
