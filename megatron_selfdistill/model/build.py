@@ -45,11 +45,8 @@ TESTED_MEGATRON_VERSIONS = ("0.16.1", "0.19.2")
 def megatron_in_use() -> str:
     """Return the version and the path of the Megatron Core that this process has imported, for the log."""
     version = megatron.core.__version__
-    note = (
-        ""
-        if version in TESTED_MEGATRON_VERSIONS
-        else f" (not tested; tested: {' and '.join(TESTED_MEGATRON_VERSIONS)})"
-    )
+    tested = " and ".join(TESTED_MEGATRON_VERSIONS)
+    note = "" if version in TESTED_MEGATRON_VERSIONS else f" (not tested; tested: {tested})"
     return f"megatron.core {version} from {next(iter(megatron.core.__path__))}{note}"
 
 
