@@ -2,8 +2,9 @@
 """The seconds of the stages of CI beside the last recorded ones (.ci/stage_seconds.json).
 
     python tools/stage_times.py calibrate                   prints the seconds of a fixed piece of work
+    python tools/stage_times.py expect STAGE CALIBRATION    prints the seconds that a stage takes here; 0 if none are recorded
     python tools/stage_times.py compare FILE CALIBRATION    prints a table; exits with 1 if a stage has grown by half
-    python tools/stage_times.py record FILE CALIBRATION     makes the seconds of FILE the recorded ones
+    python tools/stage_times.py record FILE CALIBRATION     records the seconds of the stages in FILE
 
 FILE has a line for each stage: its name, a tab, its seconds.  CALIBRATION is what `calibrate` has printed.
 
@@ -67,15 +68,20 @@ def read_stages(file: Path) -> dict[str, float]:
     return stages
 
 
-def grown(stages: Mapping[str, float], recorded: Mapping[str, Any], calibration: float) -> dict[str, float]:
-    """Return the expected seconds here of each stage that has grown by half.
+def expected_stages(recorded: Mapping[str, Any], calibration: float) -> dict[str, float]:
+    """Return the seconds that each recorded stage takes here.
 
     ``recorded``: the contents of `RECORDED`.  ``calibration``: the seconds of the fixed work here.
     """
+    return {name: seconds * calibration / recorded["calibration"] for name, seconds in recorded["stages"].items()}
+
+
+def grown(stages: Mapping[str, float], recorded: Mapping[str, Any], calibration: float) -> dict[str, float]:
+    """Return the expected seconds here of each stage that has grown by half; the arguments as in `expected_stages`."""
     found = {}
-    for name, seconds in stages.items():
-        if name in recorded["stages"] and not name.startswith(FETCHING):
-            expected = recorded["stages"][name] * calibration / recorded["calibration"]
+    for name, expected in expected_stages(recorded, calibration).items():
+        if name in stages and not name.startswith(FETCHING):
+            seconds = stages[name]
             if seconds > GROWTH * expected and seconds > expected + SLACK_S:
                 found[name] = expected
     return found
@@ -83,11 +89,10 @@ def grown(stages: Mapping[str, float], recorded: Mapping[str, Any], calibration:
 
 def table(stages: Mapping[str, float], recorded: Mapping[str, Any], calibration: float) -> list[str]:
     """Return one line for each stage: its seconds, and the recorded seconds as this machine would take them."""
-    ratio = calibration / recorded["calibration"] if recorded["stages"] else 1.0
+    expected = expected_stages(recorded, calibration)
     lines = []
     for name, seconds in stages.items():
-        last = recorded["stages"].get(name)
-        beside = "not recorded" if last is None else f"{last * ratio:,.0f} s recorded"
+        beside = f"{expected[name]:,.0f} s recorded" if name in expected else "not recorded"
         lines.append(f"[ci] {name}: {seconds:,.0f} s, {beside}")
     return lines
 
@@ -111,20 +116,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("calibrate")
-    for name in ("compare", "record"):
+    for name, argument in (("expect", "stage"), ("compare", "file"), ("record", "file")):
         command = commands.add_parser(name)
-        command.add_argument("file", type=Path)
+        command.add_argument(argument, type=str if argument == "stage" else Path)
         command.add_argument("calibration", type=float)
     options = parser.parse_args(arguments)
     if options.command == "calibrate":
         print(f"{calibrate():.3f}")
         return 0
-    stages = read_stages(options.file)
-    if options.command == "record":
-        contents = {"calibration": options.calibration, "stages": {name: round(s) for name, s in stages.items()}}
-        RECORDED.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
+    expected = expected_stages(recorded, options.calibration)
+    if options.command == "expect":
+        print(round(expected.get(options.stage, 0.0)))
         return 0
-    sentences = compare(stages, json.loads(RECORDED.read_text(encoding="utf-8")), options.calibration)
+    stages = read_stages(options.file)
+    if options.command == "record":  # a stage for which there was no time keeps its seconds
+        contents = {name: round(seconds) for name, seconds in (expected | stages).items()}
+        text = json.dumps({"calibration": options.calibration, "stages": contents}, indent=2)
+        RECORDED.write_text(text + "\n", encoding="utf-8")
+        return 0
+    sentences = compare(stages, recorded, options.calibration)
     for sentence in sentences:
         print(f"[ci] {sentence}", file=sys.stderr)
     return 1 if sentences else 0

@@ -60,12 +60,35 @@ def test_recorded_seconds_are_those_of_the_next_comparison(files, capsys):
     assert "make test: 650 s, 650 s recorded" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("name", "seconds"), [("make test", "600"), ("Slurm", "30"), ("make new", "0")])
+def test_a_stage_is_expected_to_take_its_recorded_seconds_on_this_machine(files, capsys, name, seconds):
+    assert stage_times.main(["expect", name, "3.0"]) == 0
+    assert capsys.readouterr().out == f"{seconds}\n"
+
+
+def test_a_stage_without_time_keeps_its_seconds_in_the_record(files, capsys):
+    assert stage_times.main(["record", str(files), "3.0"]) == 0
+    stages = json.loads(stage_times.RECORDED.read_text())["stages"]
+    assert stages == {"make test": 650, "make docs": 12, "make new": 3, "Slurm": 30}
+
+
 def test_ci_writes_every_stage_to_the_file_that_it_compares_at_the_end():
     script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
     body = re.search(r"^stage\(\) \{\n(.*?)^\}", script, re.MULTILINE | re.DOTALL)
     assert body is not None and '>>"$times"' in body[1]
     assert "tools/stage_times.py" in script.rpartition("\nfinish\n")[2], "also the stages beside the others"
     assert set(json.loads((REPOSITORY / ".ci" / "stage_seconds.json").read_text())) == {"calibration", "stages"}
+
+
+def test_ci_asks_for_the_seconds_of_stages_that_it_runs():
+    script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
+    in_turn = re.search(r"^IN_TURN=\(\n(.*?)^\)", script, re.MULTILINE | re.DOTALL)
+    assert in_turn is not None
+    lines = [line.strip().strip('"').partition(" ") for line in in_turn[1].splitlines()]
+    recorded = json.loads((REPOSITORY / ".ci" / "stage_seconds.json").read_text())["stages"]
+    assert len(lines) > 4 and {name for _, _, name in lines} <= set(recorded)
+    for function, _, _ in lines:
+        assert re.search(rf"^{function}\(\) \{{", script, re.MULTILINE), function
 
 
 def test_ci_names_tests_that_exist():
