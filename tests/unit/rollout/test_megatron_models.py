@@ -254,7 +254,24 @@ def refuse() -> list[str]:
     refuse_windows_of_other_attention(model, lambda: collect(lambda: sampler_of([model], grid), ConfigError))
     unwrapped(model).position_embedding_type = "mrope"
     collect(lambda: sampler_of([model], grid), ConfigError)
+    [experts], grid = build(model_config("moe"), parallel())
+    config = vars(unwrapped(experts).config)
+    for name, value in ROUTERS:
+        before = dict(config)
+        config[name] = value
+        collect(lambda: sampler_of([experts], grid), ConfigError)
+        config.clear()
+        config.update(before)
     return messages
+
+
+ROUTERS: list[tuple[str, object]] = [
+    ("moe_router_force_biased", 0.5),
+    ("moe_input_jitter_eps", 0.1),
+    ("moe_router_force_load_balancing", True),
+    ("moe_expert_capacity_factor", 1.0),
+]
+"""Settings of a router under which a token's experts are random, or depend on the other tokens of a batch."""
 
 
 def refuse_windows_of_other_attention(model: torch.nn.Module, refuse: Callable[[], None]) -> None:
@@ -279,6 +296,7 @@ def test_what_cannot_be_decoded_is_refused_with_a_message_that_names_it(ranks):
         "sliding windows and attention sinks",
         "sliding windows and attention sinks",
         "mrope",
+        *(name for name, _ in ROUTERS),
     ]
     for message, word in zip(messages, words, strict=True):
         assert word in message
