@@ -42,6 +42,7 @@ EXTRAS = {
         "omegaconf>=2.3,<2.4",
         "pyyaml>=6,<7",
         "httpx>=0.27,<1",
+        "filelock>=3.30,<5",  # the lease of a run directory
         "rich>=13",
         "tensorboard>=2.15",
         "matplotlib>=3.8",
@@ -73,7 +74,6 @@ EXTRAS = {
         'triton>=3.4,<4; platform_system == "Linux" and platform_machine == "x86_64"',
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
-        "filelock>=3",
         "hypothesis>=6.100",
         "wandb>=0.31,<1",
         "peft>=0.21,<0.22",  # the tests load converted adapters with it; it needs accelerate

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -21,7 +20,7 @@ def lose_the_directory_in_mid_save(run_dir: Path, async_save: bool) -> None:
     from megatron_selfdistill.checkpoint import sharded_io
     from megatron_selfdistill.checkpoint.run_lock import RunLock
 
-    lock = RunLock(run_dir, beat_s=1000)
+    lock = RunLock(run_dir)
     lock.acquire()
     run = checkpointed_run.start(Setup(teacher="current"), run_dir, keep_last=1, async_save=async_save, steps=1)
     run.checkpointer.prove_ownership = lock.renew
@@ -29,8 +28,8 @@ def lose_the_directory_in_mid_save(run_dir: Path, async_save: bool) -> None:
     run.checkpointer.finish()
 
     def another_run_takes_the_directory() -> None:
-        shutil.rmtree(run_dir / "lock")
-        other = RunLock(run_dir, beat_s=1000)
+        (run_dir / "lock").unlink(missing_ok=True)
+        other = RunLock(run_dir)
         other.acquire()
 
     write_now = sharded_io.write_now
