@@ -178,12 +178,6 @@ def _consequences(config: Config, saved: SavedRun, forced: bool, same_problems: 
         )
     if not same_problems:
         yield "the data starts from its beginning; success rates and own solutions start empty"
-    under_way = len(saved.trainer_state.get("visits", []))
-    if same_problems and under_way and not config.rollout.extra_problems:
-        yield (
-            f"{saved.path} holds {under_way} problems whose responses are under way: with rollout.extra_problems=0 "
-            "they wait for the next epoch, with 1 or more the run continues them"
-        )
 
 
 def _changed(saved: SavedRun, config: Config, given: Collection[str] | None = None) -> list[KeyDifference]:

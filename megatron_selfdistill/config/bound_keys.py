@@ -66,7 +66,6 @@ RULES: dict[str, str] = {
             "rollout.transfer",
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
             *("rollout.overlap", "rollout.partial_batch_microbatches", "rollout.ahead", "rollout.at_update"),
-            *("rollout.extra_problems", "rollout.round_tokens"),
             *("rollout.kv_cache_gb", "rollout.record"),
             *(f"environment.options.{name}" for name in ("url", "api_key", "timeout_s", "retries", "concurrency")),
             *("environment.limits.seconds", "environment.limits.memory_gb", "environment.limits.concurrency"),

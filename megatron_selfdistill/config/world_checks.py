@@ -88,11 +88,6 @@ def check_ranks(config: Config, world_size: int) -> None:
         f"data.global_batch_size ({config.data.global_batch_size}) must be at least the number of "
         f"data-parallel ranks ({dp})",
     )
-    require(
-        not config.rollout.extra_problems or config.data.global_batch_size % dp == 0,
-        f"rollout.extra_problems needs as many problems of a step on each data-parallel rank: "
-        f"data.global_batch_size ({config.data.global_batch_size}) must be a multiple of {dp}",
-    )
 
 
 def check_world(config: Config, world_size: int, *, teaches_by_experts: bool = False) -> None:

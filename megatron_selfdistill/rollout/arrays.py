@@ -31,7 +31,7 @@ def request_arrays(requests: Sequence[Request]) -> list[_Array]:
     """Return ``requests`` as arrays, from which `requests_from` makes equal requests; an empty list if there are none.
 
     The arrays: the tokens of the different prompts one behind the other, int32, and their lengths, int32; then per
-    request the index of its prompt and ``begun``, int32, and the seeds, uint64.
+    request the index of its prompt, int32, and the seeds, uint64.
     Raises: OverflowError for a token id or a seed that does not fit.
     """
     if not requests:
@@ -41,11 +41,11 @@ def request_arrays(requests: Sequence[Request]) -> list[_Array]:
     def place(prompt: Sequence[int]) -> int:
         return places.setdefault(np.array(prompt, np.int32).tobytes(), len(places))
 
-    numbers = [(place(request.prompt), request.begun) for request in requests]
+    numbers = [place(request.prompt) for request in requests]
     return [
         np.frombuffer(b"".join(places), np.int32),
         np.array([len(prompt) // 4 for prompt in places], np.int32),
-        np.array(numbers, np.int32).flatten(),
+        np.array(numbers, np.int32),
         np.array([request.seed for request in requests], np.uint64),
     ]
 
@@ -56,10 +56,7 @@ def requests_from(arrays: Sequence[_Array]) -> list[Request]:
         return []
     tokens, lengths, numbers, seeds = arrays
     prompts = list(cut(tokens, lengths))
-    return [
-        Request(prompts[place], seed, begun=begun)
-        for (place, begun), seed in zip(numbers.reshape(-1, 2).tolist(), seeds.tolist(), strict=True)
-    ]
+    return [Request(prompts[place], seed) for place, seed in zip(numbers.tolist(), seeds.tolist(), strict=True)]
 
 
 def response_arrays(responses: Sequence[Response]) -> list[_Array]:

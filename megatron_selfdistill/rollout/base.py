@@ -290,8 +290,6 @@ class Request:
     With a teacher's prompt the response is *guided*: every token is sampled from the mix of the distributions that the
     same weights have under both prompts.
     """
-    begun: int = 0
-    """Number of tokens at the end of the prompt that are the response so far, which this request continues."""
     episode: str | None = None
     """Name of the episode that is one sequence, of which this is a turn: the prompt of its next request begins with
     this prompt and its response, so that a sampler may keep what it has read.  None if nothing follows."""
@@ -337,24 +335,6 @@ class Response:
         if not self.weight_spans:
             return [self.weight_version] * len(self.token_ids)
         return [version for version, num_tokens in self.weight_spans for _ in range(num_tokens)]
-
-    def continued_by(self, more: Response) -> Response:
-        """Return this response with the tokens of ``more``, which continues it, behind its own."""
-        spans: list[tuple[int, int]] = []
-        for part in (self, more):
-            version = part.weight_version
-            known = [] if version is None else [(version, len(part.token_ids))]
-            for version, num_tokens in part.weight_spans or known:
-                earlier = spans.pop()[1] if spans and spans[-1][0] == version else 0
-                spans.append((version, earlier + num_tokens))
-        return Response(
-            token_ids=[*self.token_ids, *more.token_ids],
-            log_probs=[*self.log_probs, *more.log_probs],
-            sampled_log_probs=[*self.sampled_log_probs, *more.sampled_log_probs],
-            finish_reason=more.finish_reason,
-            weight_version=min((version for version, _ in spans), default=None),
-            weight_spans=spans if len(spans) > 1 else (),
-        )
 
     @property
     def guided(self) -> bool:
@@ -405,7 +385,7 @@ def request_key(request: Request, params: SamplingParams) -> str:
         *params.stop_token_ids,
     ]
     drawn += [] if params.num_ids is None else [f"ids {params.num_ids}"]
-    name = repr((request.seed, request.prompt, request.teacher_prompt, request.begun, drawn))
+    name = repr((request.seed, request.prompt, request.teacher_prompt, 0, drawn))  # 0: as in checkpoints of before
     return hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
 
 

@@ -38,7 +38,6 @@ from megatron_selfdistill.sources.guidance import Guidance, SuccessRates
 from megatron_selfdistill.sources.judge import Judge
 from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.partial import PartialOnPolicy, PartialOptions
 from megatron_selfdistill.sources.rollouts import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
 
@@ -207,8 +206,6 @@ def configured_source(
         return StreamedOnPolicy(state, options, sampler, ahead, config.num_steps, min_tokens)
     if ahead:
         return AheadOnPolicy(state, options, sampler, ahead, config.num_steps)
-    if config.rollout.extra_problems:
-        return PartialOnPolicy(state, options, _partial_options(config), run_data.problems.problems)
     return OnPolicy(state, options)
 
 
@@ -269,17 +266,6 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     if config.logged and wants_all_turns_read(config, run_data):
         return read_all_turns(config, run_data, grid)
     return run_data
-
-
-def _partial_options(config: Config) -> PartialOptions:
-    return PartialOptions(
-        batch_size=config.data.global_batch_size,
-        extra_problems=config.rollout.extra_problems,
-        max_new_tokens=config.rollout.max_new_tokens,
-        round_tokens=config.rollout.tokens_per_round,
-        max_staleness=config.rollout.max_staleness,
-        num_steps=config.num_steps,
-    )
 
 
 def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes:

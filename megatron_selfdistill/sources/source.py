@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -17,62 +17,6 @@ from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenCoeffici
 from megatron_selfdistill.rollout.base import Response, SamplingParams
 from megatron_selfdistill.sources.guidance import Guidance
 from megatron_selfdistill.sources.method import Method
-from megatron_selfdistill.sources.rollouts import SampleKey
-
-
-@dataclass(frozen=True)
-class Visit:
-    """A problem whose responses are under way or wait for the step that trains on them."""
-
-    step: int
-    """The step in which the responses have begun, which is part of their names."""
-    problem: Problem
-    first_sample: int
-    """The index of the first of its samples."""
-    responses: tuple[Response | None, ...]
-    """The tokens so far of each sample; None if there are none."""
-
-    def key(self, sample: int) -> SampleKey:
-        """Return the name of a sample, counted from 0."""
-        return SampleKey(self.step, self.problem.id, self.first_sample + sample)
-
-    def unfinished(self, max_new_tokens: int) -> list[int]:
-        """Return the samples that are not finished."""
-        return [i for i, one in enumerate(self.responses) if one is None or _goes_on(one, max_new_tokens)]
-
-    def with_response(self, sample: int, more: Response) -> Visit:
-        """Return this visit with the next tokens of a sample."""
-        responses = list(self.responses)
-        before = responses[sample]
-        responses[sample] = more if before is None else before.continued_by(more)
-        return replace(self, responses=tuple(responses))
-
-    def without_odd_lengths(self, max_new_tokens: int, round_tokens: int) -> Visit:
-        """Return this visit without the responses that rounds of this length do not lead to ``max_new_tokens``.
-
-        Those come from a run with other lengths, and begin anew.
-        """
-
-        def is_odd(one: Response) -> bool:
-            return _goes_on(one, max_new_tokens) and len(one.token_ids) % round_tokens != 0
-
-        return replace(self, responses=tuple(None if one is None or is_odd(one) else one for one in self.responses))
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the visit as plain values, with the id of its problem."""
-        responses = [None if one is None else asdict(one) for one in self.responses]
-        return {"step": self.step, "problem_id": self.problem.id, "sample": self.first_sample, "responses": responses}
-
-    @staticmethod
-    def from_json(fields: Mapping[str, Any], problems: Mapping[str, Problem]) -> Visit:
-        """Return the visit that `to_json` has described; ``problems``: those of the data, by id."""
-        responses = tuple(None if one is None else Response(**one) for one in fields["responses"])
-        return Visit(fields["step"], problems[fields["problem_id"]], fields["sample"], responses)
-
-
-def _goes_on(response: Response, max_new_tokens: int) -> bool:
-    """Return whether a response has ended with a round, and not with its last token."""
-    return response.truncated and len(response.token_ids) < max_new_tokens
 
 
 @dataclass(frozen=True)
@@ -85,8 +29,6 @@ class SourceState:
     """The method, with what earlier steps have changed, such as own solutions."""
     guidance: Guidance | None = None
     """The choice of the problems whose responses are guided, with the success rates so far; None guides none."""
-    visits: tuple[Visit, ...] = ()
-    """The visits to problems over all replicas whose responses are under way, the oldest first."""
 
 
 @dataclass(frozen=True)

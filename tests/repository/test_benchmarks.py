@@ -346,15 +346,6 @@ def test_the_ways_of_overlap_train_on_responses_of_their_ages():
 
 
 @pytest.mark.full
-def test_partial_responses_are_measured_beside_whole_ones():
-    sizes = ["--problems=8", "--new-tokens=32", "--layers=1", "--hidden=32", "--steps=2", "--rounds=1"]
-    cells = cells_of(run("partial_time.py", *sizes))
-    assert cells["whole responses"][1] == "0.00" and cells["whole responses"][-2:] == ["1.00", "1.00"]
-    others = [row for way, row in cells.items() if "problems more" in way]
-    assert len(others) == 3 and all(float(row[1]) > 0 for row in others)
-
-
-@pytest.mark.full
 def test_losses_of_one_table_agree_and_a_peer_that_cannot_run_says_so():
     shown = run("loss_peers.py", "--positions=24", "--vocab=600", "--hidden=16", "--repeats=1")
     tables = shown.split("\n\n")[2::2]

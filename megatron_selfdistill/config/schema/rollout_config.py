@@ -1,12 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The section ``rollout`` of the schema: how responses are sampled.
 
-`check_overlap` has the rules for steps that begin without all of their responses: overlap, ahead and extra_problems.
+`check_overlap` has the rules for steps that begin without all of their responses: overlap and ahead.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -94,13 +93,6 @@ class RolloutConfig:
     at_update: Annotated[str, OneOf(UPDATE_MODES)] = "wait"
     """The fate of responses under way when servers get new weights, under ahead: wait (the update waits until they are
     finished) or keep (they go on with the new weights)."""
-    extra_problems: NonNegativeInt = 0
-    """Number of problems beyond data.global_batch_size whose responses are under way.  A step trains on the problems
-    that are finished first, and the others go on in the next step with their tokens kept.  Needs an engine on the
-    trainer's devices, and max_staleness * data.global_batch_size of at least extra_problems."""
-    round_tokens: PositiveInt | None = None
-    """Number of tokens that each response gets under extra_problems before the step looks whether it has enough
-    finished problems, a divisor of max_new_tokens; null is about an eighth of max_new_tokens."""
     guidance: Annotated[str, OneOf(GUIDANCES)] = "none"
     """The model that chooses the tokens: none (the student alone) or mixed (each token is sampled from the target
     itself, from all its contexts at once; needs engine=megatron).  Mixed responses are off-policy for the student."""
@@ -140,15 +132,6 @@ class RolloutConfig:
         )
         self._check_servers()
         self._check_guidance()
-
-    @property
-    def tokens_per_round(self) -> int:
-        """The value of ``round_tokens``, or the least divisor of ``max_new_tokens`` that is an eighth of it or more."""
-        if self.round_tokens is not None:
-            return self.round_tokens
-        return next(
-            n for n in range(-(-self.max_new_tokens // 8), self.max_new_tokens + 1) if self.max_new_tokens % n == 0
-        )
 
     @property
     def is_colocated(self) -> bool:
@@ -198,8 +181,6 @@ def check_overlap(
     """
     streams = rollout.overlap == "stream"
     needs_all = _needing_all_responses(method, needs, rollout, environment)
-    if rollout.extra_problems:
-        _check_partial(data, rollout, needs_all, samples_responses=samples_responses)
     mode = "rollout.overlap=stream" if streams else f"rollout.ahead={rollout.ahead}"
     if not streams and not rollout.ahead:
         return
@@ -237,35 +218,6 @@ def _check_ahead(rollout: RolloutConfig) -> None:
         rollout.overlap == "none" or rollout.at_update == "keep",
         "rollout.at_update=wait has all responses of a step before the step begins, so that none can stream: set "
         "rollout.at_update=keep or rollout.overlap=none",
-    )
-
-
-def _check_partial(
-    data: DataConfig, rollout: RolloutConfig, needs_all: Mapping[str, tuple[bool, str]], *, samples_responses: bool
-) -> None:
-    mode = f"rollout.extra_problems={rollout.extra_problems}"
-    require(
-        samples_responses and rollout.replay is None,
-        f"{mode} lets a step train on the responses that are finished first, but this run samples none: set it to 0",
-    )
-    require(
-        rollout.placement == "colocated" and rollout.overlap == "none" and not rollout.ahead,
-        f"{mode} is for an engine on the trainer's own devices: set rollout.placement=colocated, or use "
-        "rollout.ahead=1 and rollout.at_update=keep with servers",
-    )
-    for key, (is_set, _) in needs_all.items():
-        require(
-            not is_set, f"{key} needs all responses of a step, some of which go on under {mode}: set one of both back"
-        )
-    require(
-        rollout.extra_problems <= rollout.max_staleness * data.global_batch_size,
-        f"{mode} lets responses take more steps than rollout.max_staleness={rollout.max_staleness} allows with "
-        f"data.global_batch_size={data.global_batch_size}: it needs rollout.max_staleness of at least "
-        f"{-(-rollout.extra_problems // data.global_batch_size)}",
-    )
-    require(
-        rollout.max_new_tokens % rollout.tokens_per_round == 0,
-        f"rollout.round_tokens must divide rollout.max_new_tokens={rollout.max_new_tokens}, got {rollout.round_tokens}",
     )
 
 

@@ -75,7 +75,7 @@ def engines(
     balance = RATES[config.cluster.gpu].balance * parameters / active_parameters(transformer, built)
     return Engines(
         count=count,
-        sequences=(1 + rollout.extra_problems / data.global_batch_size) * sequences,
+        sequences=sequences,
         capacity=capacity,
         balance=balance * element_size(config) / 2,
         update_bytes=(load.engine_factors or parameters) * element_size(config),

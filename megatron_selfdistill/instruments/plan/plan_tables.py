@@ -180,7 +180,7 @@ def _how_full(plan: Plan) -> list[str]:
         f"{seconds(rest, 0)} of the rest of a step"
     )
     warning = [plan.time.warning] if plan.time.warning else []
-    return [filled, *warning, *_overlap(plan, plan.time), *_continued(plan, plan.time)]
+    return [filled, *warning, *_overlap(plan, plan.time)]
 
 
 def _overlap(plan: Plan, time: StepTime) -> list[str]:
@@ -209,24 +209,6 @@ def _overlap(plan: Plan, time: StepTime) -> list[str]:
     if goes_ahead:
         ways.append(f"{seconds(longer, 0)} with rollout.ahead=1")
     return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
-
-
-def _continued(plan: Plan, time: StepTime) -> list[str]:
-    """Return the line about the step that does not wait for the longest responses; none where it has to wait."""
-    batch = plan.config.data.global_batch_size
-    extra = batch // 2
-    possible = extra and not plan.config.rollout.extra_problems
-    if not (possible and _is_possible(plan.config, extra_problems=extra, max_staleness=1)):
-        return []
-    generation, training = time.turns
-    shorter, _ = time.with_extra_problems(extra).turns
-    if shorter >= generation:
-        return []
-    before, after = seconds(generation + training, 0), seconds(shorter + training, 0)
-    return [
-        f"by the same arithmetic a step takes {before}, and {after} with rollout.extra_problems={extra} and "
-        "rollout.max_staleness=1, if some tokens of weights that are one step old will do"
-    ]
 
 
 def _is_possible(config: Config, **rollout: Any) -> bool:

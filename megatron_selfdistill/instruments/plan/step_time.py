@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -151,14 +151,6 @@ class StepTime:
             f"data.global_batch_size to {self._enough(self.engines)}, or rollout.num_samples by the same factor"
         )
 
-    def with_extra_problems(self, extra: int) -> StepTime:
-        """Return the time of a step with rollout.extra_problems=``extra``, of a configuration that has none."""
-        assert self.engines is not None and not self.config.rollout.extra_problems
-        rollout = replace(self.config.rollout, extra_problems=extra, max_staleness=1)
-        more = 1 + extra / self.config.data.global_batch_size
-        engines = replace(self.engines, sequences=more * self.engines.sequences)
-        return replace(self, config=replace(self.config, rollout=rollout), engines=engines)
-
     def _enough(self, engines: Engines) -> int:
         """Return the batch at which engines are full or the rollout takes half of the step, as a power of two.
 
@@ -192,15 +184,9 @@ class StepTime:
         return RATES[self.config.cluster.gpu].link if within else NETWORK
 
     def _rollout(self, engines: Engines) -> Iterator[Part]:
-        """Yield the reads of an engine.
-
-        With rollout.extra_problems the longest responses go on in later steps.  Every read adds a token to each
-        response under way, and a step needs as many tokens as it trains on.
-        """
+        """Yield the reads of an engine."""
         config, gpu, tokens = self.config, RATES[self.config.cluster.gpu], self.lengths
-        more = 1 + config.rollout.extra_problems / config.data.global_batch_size
-        reads = tokens.response / more if config.rollout.extra_problems else tokens.longest
-        reads *= max(1.0, engines.sequences / engines.full)
+        reads = tokens.longest * max(1.0, engines.sequences / engines.full)
         weights = engine_weight_gib(config, self.load.model_parameters) * GIB
         layers = self.transformer.num_layers
         of_layer = LAYER_SECONDS + (2 * ALL_REDUCE_SECONDS if config.rollout.engine_tp > 1 else 0)
@@ -211,7 +197,7 @@ class StepTime:
         yield Part("rollout", "weights", reads * weights, "B", gpu.copied, reads * layers * of_layer, note)
         # A response reads its prompt and what it has written, for each of its tokens.
         read = tokens.response * (tokens.student_prompt + tokens.response / 2)
-        work = engines.sequences / more * read * kv_cache_bytes(config, self.transformer)
+        work = engines.sequences * read * kv_cache_bytes(config, self.transformer)
         note = f"{engines.sequences:g} sequences per engine"
         yield Part("rollout", "keys and values", work, "B", gpu.copied, note=note)
 

@@ -134,8 +134,7 @@ def _start(
         end = len(prompt)
         tokens[row, :end] = prompt
         if params.temperature > 0:
-            count = request.begun + params.max_new_tokens
-            uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, count)[request.begun :]
+            uniforms[row, end : end + params.max_new_tokens] = sample_uniforms(request.seed, params.max_new_tokens)
     lengths = torch.tensor(prompt_lengths, device=device)
     return GeneratedBatch(
         tokens=torch.from_numpy(tokens).to(device),

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -36,21 +35,13 @@ def engine_request(request: Request, params: SamplingParams) -> EngineRequest:
         "temperature": params.temperature,
         "top_k": params.top_k,
         "top_p": params.top_p,
-        "seed": _seed(request) % 2**63,  # vLLM's seeds are signed
+        "seed": request.seed % 2**63,  # vLLM's seeds are signed
         "stop_token_ids": list(params.stop_token_ids),
         "ignore_eos": True,  # only the run's own stop tokens end a response
         "logprobs": 0,
         "detokenize": False,
     }
     return EngineRequest(list(request.prompt), sampling)
-
-
-def _seed(request: Request) -> int:
-    """Return the seed of a request; each continuation of a response has another one, and so other random numbers."""
-    if not request.begun:
-        return request.seed
-    name = f"{request.seed}\0{request.begun}".encode()
-    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
 def engine_output(output: Any, request: EngineRequest, vocab_size: int, who: str) -> EngineOutput:

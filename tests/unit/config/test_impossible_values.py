@@ -163,11 +163,6 @@ IMPOSSIBLE_WORLDS = [
         [f"{TP}=4", "parallel.sequence_parallel=true", MOE, "model.moe_ffn_hidden_size=6"],
         "model.moe_ffn_hidden_size (6) must be a multiple of the tensor parallelism inside an expert (4)",
     ),
-    (
-        3,
-        ["rollout.extra_problems=8", "rollout.max_staleness=1"],
-        "data.global_batch_size (32) must be a multiple of 3",
-    ),
     (64, [], "data.global_batch_size (32) must be at least the number of data-parallel ranks (64)"),
 ]
 

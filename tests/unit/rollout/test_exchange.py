@@ -25,10 +25,7 @@ from megatron_selfdistill.rollout.vllm.exchange import (
 
 def requests_of(replica: int, count: int) -> list[Request]:
     """Return ``count`` requests of a replica; no two requests of any replicas are equal."""
-    return [
-        Request([replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i, begun=(replica + i) % 2)
-        for i in range(count)
-    ]
+    return [Request([replica, i, *range(3 * i)], 2**64 - 1 - 10 * replica - i) for i in range(count)]
 
 
 def response_to(request: Request) -> Response:
@@ -39,7 +36,7 @@ def response_to(request: Request) -> Response:
         log_probs=[-math.pi] * length,
         sampled_log_probs=[math.nan] * length,
         finish_reason="stop" if length % 2 else "length",
-        weight_version=12 if request.begun else None,
+        weight_version=12 if sum(request.prompt[:2]) % 2 else None,
     )
 
 

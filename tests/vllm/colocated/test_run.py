@@ -48,20 +48,6 @@ def test_every_step_trains_on_responses_of_its_own_weights(ranks, data, tmp_path
     assert {record["step"] for record in written} == {0, 1, 2}
 
 
-def test_the_parts_of_a_response_have_the_log_probs_of_their_weights(ranks, data, tmp_path):
-    """Without learning, vLLM's log-probs of the parts of several steps are those of the trainer for whole responses."""
-    partial = ["rollout.extra_problems=8", "rollout.max_staleness=1", "rollout.max_new_tokens=28", "optimizer.lr=0"]
-    recorded = tmp_path / "recorded.jsonl"
-    more = [*partial, "rollout.round_tokens=4", "optimizer.min_lr=0", f"rollout.record={recorded}"]
-    train(ranks, overrides(data, tmp_path / "run", *VLLM, *more), 2, timeout=TIMEOUT)
-    lines = reproducible_metrics(tmp_path / "run")
-    assert all(line["sampler/log_prob_max_abs_diff"] < 1e-4 for line in lines)
-    assert max(line["rollout/mixed_share"] for line in lines) > 0
-    assert max(line["rollout/staleness_max"] for line in lines) == 1
-    written = [json.loads(line) for line in recorded.read_text().splitlines()]
-    assert len(written) == 3 * 8 and any(len(record["weight_spans"]) == 2 for record in written)
-
-
 def test_a_run_with_adapters_sends_the_factors_alone(ranks, data, tmp_path):
     recorded = tmp_path / "recorded.jsonl"
     adapters = ["adapter.rank=4", "optimizer.lr=0.1", "optimizer.lr_warmup_steps=0"]
