@@ -8,7 +8,7 @@ it is asked for ahead.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from _lib.pretraining import Base
 from _lib.variants import Variant
 from _lib.watched_runs import Point, watch
+from megatron_selfdistill.rollout.background import NO_RESPONSES
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, request_key
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedBatch, PartialBatchRule
 from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.on_policy import OnPolicy
 from megatron_selfdistill.sources.source import StepBatch
@@ -36,7 +36,7 @@ class Finished:
 
 
 class GeneratesAtOnce:
-    """A `StreamingSampler` around a sampler that cannot generate while the trainer trains.
+    """A `BackgroundSampler` around a sampler that cannot generate while the trainer trains.
 
     `start` returns when all responses are finished, so that they have the weights of the last `update_weights`.
     """
@@ -54,10 +54,6 @@ class GeneratesAtOnce:
         """Return the ticket of ``requests``, whose responses are finished; ``known`` must be empty."""
         assert not known, "the run does not resume"
         return Finished(requests, params, self._inner.generate(requests, params))
-
-    def stream(self, ticket: Finished, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
-        """Yield all responses in one partial batch."""
-        yield ArrivedBatch(dict(enumerate(ticket.responses)), share=1.0, is_last=True)
 
     def collect(self, ticket: Finished) -> list[Response]:
         """Return the responses of ``ticket``."""

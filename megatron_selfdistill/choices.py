@@ -47,9 +47,6 @@ ROUTER_SCORES = ("softmax", "sigmoid")
 POSITION_EMBEDDINGS = ("rope", "yarn", "learned_absolute", "none")
 """Values of model.position_embedding_type."""
 
-OVERLAPS = ("none", "stream")
-"""Values of rollout.overlap, the way in which generation and training share the time of a step."""
-
 UPDATE_MODES = ("wait", "keep")
 """Values of rollout.at_update, the fate of responses under way when servers get new weights."""
 

@@ -168,7 +168,6 @@ class RunData:
         problems = load_problems(_record_source(config, fields), require_solution=required)
         shown = with_solutions_from(data.solutions, problems.problems, config.seed, required=config.reads_solutions)
         problems = replace(problems, problems=shown)
-        _refuse_shares_in_streams(config, shown)
         max_length = longest_context(config)
         problems, counts, looked_at = _fitting_problems(problems, builder, max_length, config)
         if config.environment.one_sequence:
@@ -230,16 +229,6 @@ def _require_bridges(builder: PromptBuilder, problem: Problem, has_teacher: bool
             errors.append(error)
     if len(errors) == len(REPLY_ROLES):
         raise errors[0]
-
-
-def _refuse_shares_in_streams(config: Config, problems: Sequence[Problem]) -> None:
-    """Raise ValueError for a record with several teachers in a step whose number of tokens is not known at once."""
-    several = next((problem for problem in problems if problem.shares), None)
-    if several is not None and config.rollout.overlap == "stream":
-        raise ValueError(
-            f"{several.location}: a record with several teachers needs all responses of a step at once: set "
-            "rollout.overlap=none, or name one teacher per record"
-        )
 
 
 def _record_source(config: Config, fields: Mapping[str, str | None]) -> RecordSource:

@@ -44,7 +44,7 @@ def loop(trainer: Trainer) -> None:
         trainer.evaluate()
     while trainer.step < trainer.config.num_steps and not trainer.stop.agreed():
         step: list[AccumulatedBatch] = []
-        for batch in trainer.batches():  # on-policy responses of the present weights, in partial batches if they stream
+        for batch in trainer.batches():  # on-policy responses of the present weights, those of each teacher apart
             balanced = trainer.balance(batch)  # the same responses, equally much work for every replica
             packed = trainer.pack(balanced)  # the same responses conditioned on two prompts
             step.append(trainer.forward_backward(balanced, packed, step))  # all models in one pipeline schedule

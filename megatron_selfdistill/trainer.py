@@ -152,11 +152,10 @@ class Trainer:
     def batches(self) -> Iterator[StepBatch]:
         """Yield the responses of the next step, sampled with the current weights where anything is sampled.
 
-        They come in one batch, or in partial batches as they arrive (rollout.overlap=stream), each teacher's apart.
+        They come in one batch, or in partial batches, one for each teacher.
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
-        batches = self.source.batches(self.step, self.sampling)
-        return by_teacher(batches, self.learner.teacher_names, self.grid, joins=self.learner.joins_teachers)
+        return by_teacher(self.next_batch(), self.learner.teacher_names, self.grid, joins=self.learner.joins_teachers)
 
     def balance(self, batch: StepBatch) -> StepBatch:
         """Return the batch with contexts moved among replicas to shorten the step.  Collective."""

@@ -65,7 +65,7 @@ RULES: dict[str, str] = {
             *("rollout.servers", "rollout.num_servers", "rollout.server_python", "rollout.server_env"),
             "rollout.transfer",
             *("rollout.transfer_dir", "rollout.bucket_mb", "rollout.timeout_s", "rollout.max_staleness"),
-            *("rollout.overlap", "rollout.partial_batch_microbatches", "rollout.ahead", "rollout.at_update"),
+            *("rollout.ahead", "rollout.at_update"),
             *("rollout.kv_cache_gb", "rollout.record"),
             *(f"environment.options.{name}" for name in ("url", "api_key", "timeout_s", "retries", "concurrency")),
             *("environment.limits.seconds", "environment.limits.memory_gb", "environment.limits.concurrency"),

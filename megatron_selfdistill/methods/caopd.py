@@ -63,7 +63,7 @@ class CaopdSettings(RewardSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(rewards=True, group_size=2, whole_step=True)
+        return Needs(rewards=True, group_size=2)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where edited responses, or the solution that is edited with them, cannot be used."""

@@ -99,7 +99,7 @@ class DapdSettings(MethodSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(whole_step=True, contexts_per_sample=len(TERMS))
+        return Needs(contexts_per_sample=len(TERMS))
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` for records without given solutions, several turns, another mean, or a correction."""

@@ -98,7 +98,7 @@ class DefaultSettings(RewardSettings, SelectSettings):
             TEACHER if self.view == "privileged" else STUDENT,
             MEASURED if self.measured_signals else None,
         )
-        return Needs(samples=samples, log_probs=log_probs, rewards=selects, whole_step=selects)
+        return Needs(samples=samples, log_probs=log_probs, rewards=selects)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where no response is sampled, or log-probs would be measured for nothing."""

@@ -65,7 +65,6 @@ class GrpoSettings(AdvantageSettings, SelectSettings):
             log_probs=SAMPLED,
             rewards=True,
             group_size=2,
-            whole_step=self.select is not None,
         )
 
     def check(self, config: Config) -> None:

@@ -164,7 +164,6 @@ class OpenclawSettings(SignalSettings, ClipSettings, RewardSettings):
         return Needs(
             samples=STUDENT if self.live else None,
             log_probs=MEASURED if measures else None,
-            whole_step=True,
             asks_model=judges,
             hint=LATER,
         )

@@ -58,7 +58,6 @@ class OpsdRlSettings(DistillAndRewardSettings):
             log_probs=self.log_probs,
             rewards=rewards or selects,
             group_size=2 if rewards else 1,
-            whole_step=selects,
         )
 
 

@@ -114,7 +114,7 @@ class OvdSettings(GrpoSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return replace(super().needs, scores=True, whole_step=True)
+        return replace(super().needs, scores=True)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the teacher cannot be shown a response to a problem and its solution."""

@@ -90,7 +90,6 @@ class OwnSolutionsSettings(DistillAndRewardSettings):
             log_probs=self.log_probs,
             rewards=rewards or self.select is not None,
             group_size=2 if rewards else 1,
-            whole_step=True,
             hint=FOUND,
         )
 

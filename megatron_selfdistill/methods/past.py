@@ -128,7 +128,6 @@ class PastSettings(DistillSettings, AdvantageSettings):
         return Needs(
             log_probs=MEASURED if self.adapts else None,
             rewards=True,
-            whole_step=True,
             contexts_per_sample=1 + self.num_retries if self.adapts else 1,
             asks_model=self.adapts,
             hint=FUNCTION,

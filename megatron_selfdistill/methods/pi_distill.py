@@ -72,7 +72,6 @@ class PiDistillSettings(DistillSettings, AdvantageSettings, SelectSettings):
             rewards=True,
             group_size=2,
             contexts_per_sample=2,
-            whole_step=self.select is not None,
         )
 
     def check(self, config: Config) -> None:

@@ -45,7 +45,7 @@ class RftSettings(RewardSettings, SelectSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(teacher_prompt=None, rewards=True, whole_step=self.select is not None)
+        return Needs(teacher_prompt=None, rewards=True)
 
 
 class Rft(SelfDistillation):

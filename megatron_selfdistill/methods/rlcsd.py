@@ -98,7 +98,6 @@ class RlcsdSettings(DistillSettings, AdvantageSettings):
             log_probs=SAMPLED,
             rewards=True,
             group_size=2,
-            whole_step=True,
             scores=True,
             hint=LATER,
         )

@@ -105,7 +105,7 @@ class RltSettings(GrpoSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return replace(super().needs, teacher_prompt=SAME, samples=TEACHER, scores=True, whole_step=True)
+        return replace(super().needs, teacher_prompt=SAME, samples=TEACHER, scores=True)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the frozen weights cannot read what the policy writes."""

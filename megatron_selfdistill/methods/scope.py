@@ -70,7 +70,7 @@ class ScopeSettings(DistillSettings, AdvantageSettings, SelectSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(log_probs=MEASURED, rewards=True, group_size=2, whole_step=self.select is not None)
+        return Needs(log_probs=MEASURED, rewards=True, group_size=2)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where episodes of several turns would be compared."""

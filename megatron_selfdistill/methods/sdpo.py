@@ -102,7 +102,6 @@ class SdpoSettings(DistillAndRewardSettings):
             log_probs=self.log_probs,
             rewards=compares or self.hints != "feedback" or self.select is not None,
             group_size=2 if compares else 1,
-            whole_step=True,
             hint=FUNCTION if is_dotted(self.hints) else LATER,
         )
 

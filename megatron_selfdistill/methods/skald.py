@@ -95,7 +95,7 @@ class SkaldSettings(DistillSettings, AdvantageSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return Needs(log_probs=SAMPLED, rewards=True, group_size=2, whole_step=True, asks_model=True)
+        return Needs(log_probs=SAMPLED, rewards=True, group_size=2, asks_model=True)
 
     @property
     def teacher_template(self) -> str | None:

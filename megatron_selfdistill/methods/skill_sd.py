@@ -127,7 +127,6 @@ class SkillSdSettings(DistillAndRewardSettings):
             log_probs=self.log_probs,
             rewards=True,
             group_size=2 if self.weight > 0 else 1,
-            whole_step=True,
             asks_model=self.summarizer == "model",
             hint=LATER,
         )

@@ -79,7 +79,6 @@ class SodSettings(DistillSettings, AdvantageSettings, SelectSettings):
             log_probs=MEASURED,
             rewards=True,
             group_size=2 if rewards else 1,
-            whole_step=self.select is not None,
         )
 
     def require_start(self, config: Config) -> None:

@@ -71,7 +71,7 @@ class TipSettings(DefaultSettings):
     @property
     def needs(self) -> Needs:
         """What the method needs from the core."""
-        return replace(super().needs, log_probs=MEASURED, whole_step=True)
+        return replace(super().needs, log_probs=MEASURED)
 
 
 class Tip(SelfDistillation):

@@ -74,7 +74,7 @@ class UOpsdSettings(SignalSettings, ClipSettings):
     def needs(self) -> Needs:
         """What the method needs from the core."""
         log_probs = None if self.signal == "full" else MEASURED
-        return Needs(log_probs=log_probs, group_size=2, whole_step=True, hint=LATER)
+        return Needs(log_probs=log_probs, group_size=2, hint=LATER)
 
     def check(self, config: Config) -> None:
         """Raise `ConfigError` where the responses do not answer one problem each."""

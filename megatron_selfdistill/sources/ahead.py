@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.rollout.background import NO_RESPONSES, BackgroundSampler
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, PartialBatchRule, StreamingSampler
-from megatron_selfdistill.sources.judge import reward_metrics
-from megatron_selfdistill.sources.method import Method, prepared
+from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.on_policy import AskedProblems, OnPolicy, OnPolicyOptions
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.sources.rollouts import SampleKey
 from megatron_selfdistill.sources.source import SourceState, StepBatch
 
 
@@ -27,7 +26,7 @@ class AheadOnPolicy(OnPolicy):
     """
 
     def __init__(
-        self, state: SourceState, options: OnPolicyOptions, sampler: StreamingSampler[Any], ahead: int, num_steps: int
+        self, state: SourceState, options: OnPolicyOptions, sampler: BackgroundSampler[Any], ahead: int, num_steps: int
     ) -> None:
         """``sampler``: that of ``options``; ``num_steps``: the steps of the run, which ask for no further batches."""
         super().__init__(state, options)
@@ -86,69 +85,3 @@ class AheadOnPolicy(OnPolicy):
         self._tickets.clear()
         self._asked_of.clear()
         self._known = {key: Response(**fields) for key, fields in state.get("ahead", {}).items()}
-
-
-class StreamedOnPolicy(AheadOnPolicy):
-    """The responses of `AheadOnPolicy`, in partial batches of whole groups in the order in which they arrive.
-
-    What a step does to a response depends on its group alone here: `Config` refuses methods that look at the whole
-    step, and prompts that the responses of a step change.
-    """
-
-    def __init__(
-        self,
-        state: SourceState,
-        options: OnPolicyOptions,
-        sampler: StreamingSampler[Any],
-        ahead: int,
-        num_steps: int,
-        min_tokens: int,
-    ) -> None:
-        """``min_tokens``: as in `PartialBatchRule`; the other arguments are those of `AheadOnPolicy`."""
-        super().__init__(state, options, sampler, ahead, num_steps)
-        self._rule = PartialBatchRule(options.num_samples, min_tokens)
-
-    def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
-        """Yield this replica's share of the next global batch of problems, partial batch by partial batch.
-
-        Raises: `EngineError` on all ranks where responses could not be sampled.
-        """
-        options = self._options
-        method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
-        problem_sampler = self.state.problem_sampler.fork()
-        asked = self._asked(step, problem_sampler.next_batch(), method)
-        partial_batches = self._sampler.stream(self._ticket(step, sampling), self._rule)
-        judged: list[Rollout] = []
-        trained: list[Rollout] = []
-        is_last = False
-        while not is_last:
-            with options.phases("rollout"):
-                partial_batch = next(partial_batches)
-            is_last = partial_batch.is_last
-            of_batch = [self._rollout(asked, index, response) for index, response in partial_batch.responses.items()]
-            rollouts, _ = self._rewarded(method, of_batch)
-            self._record(rollouts)
-            selected, _ = method.select(step, rollouts)
-            kept, _ = method.texts(rollouts, selected)
-            judged, trained = [*judged, *rollouts], trained + kept
-            metrics = dict(found)
-            if is_last:
-                metrics |= self._staleness(step, judged)
-            if is_last and options.judges:
-                metrics |= reward_metrics(judged, trained, options.grid)
-            yield replace(
-                self._batch(step, method, kept, ()),
-                problems=[rollout.problem for rollout in rollouts[:: options.num_samples]],
-                responses=[rollout.response for rollout in rollouts],
-                metrics=metrics,
-                next_state=SourceState(problem_sampler, method) if is_last else None,
-                share=partial_batch.share,
-                ends_step=is_last,
-            )
-
-    def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
-        """Return the responses of all partial batches in one batch, without the coefficients of their tokens.
-
-        Raises: `EngineError` on all ranks where responses could not be sampled.
-        """
-        return StepBatch.joined(list(self.batches(step, sampling)))

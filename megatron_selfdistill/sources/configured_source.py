@@ -19,12 +19,12 @@ from megatron_selfdistill.environments import BUILT_IN, HttpEnvironment, Session
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
+from megatron_selfdistill.rollout.background import NO_RESPONSES, BackgroundSampler
 from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, Sampler, SamplingParams
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
-from megatron_selfdistill.rollout.streaming import NO_RESPONSES, ArrivedBatch, PartialBatchRule, StreamingSampler
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.session_processes import SessionProcesses
-from megatron_selfdistill.sources.ahead import AheadOnPolicy, StreamedOnPolicy
+from megatron_selfdistill.sources.ahead import AheadOnPolicy
 from megatron_selfdistill.sources.episodes import Episodes, EvaluationPlayer, SessionEpisodes, StatelessEpisodes
 from megatron_selfdistill.sources.given_responses import (
     LoggedResponses,
@@ -90,7 +90,7 @@ class SyncedSampler:
     def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False) -> None:
         """``phases``: where the time of a sync is counted, as phase "sync".
 
-        ``settles``: whether new weights wait for the responses under way, for which the inner sampler streams.
+        ``settles``: whether new weights wait for the responses under way of an inner `BackgroundSampler`.
         """
         self.inner, self._phases, self._settles = inner, phases, settles
         self.version: int | None = None
@@ -106,24 +106,20 @@ class SyncedSampler:
         used_at: int,
         known: Mapping[str, Response] = NO_RESPONSES,
     ) -> Any:
-        """Let an inner sampler that streams begin with ``requests``; see `StreamingSampler`.  Collective."""
-        return self._streaming.start(requests, params, used_at, known)
-
-    def stream(self, ticket: Any, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
-        """Yield the responses of ``ticket`` in partial batches, from an inner sampler that streams.  Collective."""
-        return self._streaming.stream(ticket, rule)
+        """Let an inner `BackgroundSampler` begin with ``requests``; see its `start`.  Collective."""
+        return self._background.start(requests, params, used_at, known)
 
     def collect(self, ticket: Any) -> list[Response]:
-        """Return the responses of ``ticket``, from an inner sampler that streams.  Collective."""
-        return self._streaming.collect(ticket)
+        """Return the responses of ``ticket``, from an inner `BackgroundSampler`.  Collective."""
+        return self._background.collect(ticket)
 
     def settle(self) -> None:
-        """Return once an inner sampler that streams has finished all responses under way.  Collective."""
-        self._streaming.settle()
+        """Return once an inner `BackgroundSampler` has finished all responses under way.  Collective."""
+        self._background.settle()
 
     def finished(self, ticket: Any) -> dict[str, Response]:
         """Return the responses of ``ticket`` so far, by `request_key`, on rank 0; no collective."""
-        return self._streaming.finished(ticket)
+        return self._background.finished(ticket)
 
     def update_weights(self, version: int) -> None:
         """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""
@@ -136,8 +132,8 @@ class SyncedSampler:
             self.version = version
 
     @property
-    def _streaming(self) -> StreamingSampler[Any]:
-        return cast(StreamingSampler[Any], self.inner)
+    def _background(self) -> BackgroundSampler[Any]:
+        return cast(BackgroundSampler[Any], self.inner)
 
     def sleep(self) -> None:
         """Give back what only sampling needs."""
@@ -199,13 +195,8 @@ def configured_source(
     )
     if config.rollout.replay:
         return Replay(state, options, Recording(config.rollout.replay))
-    ahead = config.rollout.ahead
-    if config.rollout.overlap == "stream":
-        num_microbatches = config.rollout.partial_batch_microbatches or config.parallel.pipeline_model_parallel_size
-        min_tokens = num_microbatches * config.schedule.max_tokens
-        return StreamedOnPolicy(state, options, sampler, ahead, config.num_steps, min_tokens)
-    if ahead:
-        return AheadOnPolicy(state, options, sampler, ahead, config.num_steps)
+    if config.rollout.ahead:
+        return AheadOnPolicy(state, options, sampler, config.rollout.ahead, config.num_steps)
     return OnPolicy(state, options)
 
 

@@ -144,7 +144,7 @@ class Method(Protocol):
     def select(self, step: int, rollouts: Sequence[Rollout]) -> tuple[list[Rollout], Metrics]:
         """Return the rollouts that are trained on, with the prompts that show their hints, and metrics.
 
-        The rollouts are those of a part of the step, unless `Needs.whole_step` is set.  Collective over the world.
+        Collective over the world.
         """
         ...
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from megatron_selfdistill.data.contexts import PromptPair, build_contexts
-from megatron_selfdistill.data.problems import Problem, ProblemSampler, shard
+from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.environments import Reply
@@ -79,26 +79,9 @@ class OnPolicy(CommittedState):
         method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
         asked = self._opened(self._asked(step, problem_sampler.next_batch(), method), method)
-        rollouts, num_cut = self._rollouts(step, asked, method, sampling)
-        return self._step_batch(step, asked, rollouts, num_cut, method, found, problem_sampler)
-
-    def _step_batch(
-        self,
-        step: int,
-        asked: AskedProblems,
-        rollouts: Sequence[Rollout],
-        num_cut: int,
-        method: Method,
-        found: Mapping[str, float],
-        problem_sampler: ProblemSampler,
-    ) -> StepBatch:
-        """Return the batch of the ``rollouts`` of a step.  Collective.
-
-        ``num_cut``: the number of episodes that end early.  ``found``: metrics of the preparation of ``method``.
-        ``problem_sampler``: the position in the data after this step.
-        """
         options, guidance = self._options, self.state.guidance
-        rollouts, rewarded = self._rewarded(method, rollouts)
+        played, num_cut = self._rollouts(step, asked, method, sampling)
+        rollouts, rewarded = self._rewarded(method, played)
         with options.phases("rollout"):
             self._record(rollouts)
             later = method if method.record is None else method.record(rollouts)

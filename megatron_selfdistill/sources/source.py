@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,8 +39,8 @@ class StepBatch:
     order of ``contexts``, whose responses follow each other; `PackedBatch.response_tokens` has the same order.
     ``problems`` and ``responses`` stay with the replica that asked for them.  ``contexts`` and all that describes them
     or their tokens may go to another replica before the step trains on them (sources/moved_contexts.py).
-    A batch need not hold all responses of its step, and no stage assumes that it does: a step whose responses arrive in
-    partial batches is a sequence of batches, of which the last one carries ``next_state``.
+    A batch need not hold all responses of its step, and no stage assumes that it does: a step with several teachers is
+    a sequence of batches (sources/teacher_groups.py).
     """
 
     problems: Sequence[Problem] = ()
@@ -119,14 +119,6 @@ class ResponseSource(Protocol):
         """
         ...
 
-    def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
-        """Yield the batches of the step: the batch of `next_step`, or its responses in partial batches, as they arrive.
-
-        A batch is trained on before the next one is taken.  Only the last batch has ``ends_step``.
-        Raises: `EngineError` on all ranks where responses could not be sampled.
-        """
-        ...
-
     def metrics(self, batch: StepBatch, output: StepOutput) -> dict[str, float]:
         """Return the metrics of a batch that has been through the schedule, equal on all ranks.  Collective."""
         ...
@@ -158,10 +150,6 @@ class CommittedState(ABC):
     @abstractmethod
     def next_step(self, step: int, sampling: SamplingParams) -> StepBatch:
         """Return the batch of the step; see `ResponseSource.next_step`."""
-
-    def batches(self, step: int, sampling: SamplingParams) -> Iterator[StepBatch]:
-        """Yield the batch of `next_step`: the whole step."""
-        yield self.next_step(step, sampling)
 
     def commit(self, batch: StepBatch) -> None:
         """Take over ``batch.next_state``: the step of this batch is finished."""

@@ -1,8 +1,8 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""A batch as several partial batches of its step, one for each teacher that its contexts name.
+"""The batch of a step as several partial batches, one for each teacher that its contexts name.
 
 The frozen copy on the device has the weights of one teacher at a time, so the schedule runs once per teacher, and the
-gradients add up as those of responses that stream (pipeline/token_losses.py).  The order is that of the names.
+gradients add up (pipeline/token_losses.py).  The order is that of the names.
 
 A response with several teachers is in the batch of each of them.  The loss of its tokens is the sum of the divergences
 from their targets, weighted by the shares s, which add up to 1::
@@ -34,35 +34,30 @@ Reading = tuple[int, TeacherPrompt]
 
 
 def by_teacher(
-    batches: Iterator[StepBatch], teachers: Collection[str], grid: RankGrid, *, joins: bool = False
+    batch: StepBatch, teachers: Collection[str], grid: RankGrid, *, joins: bool = False
 ) -> Iterator[StepBatch]:
-    """Yield the batches of a step, each in one batch per teacher that any replica's contexts name.
+    """Yield the batch of a step in one batch per teacher that any replica's contexts name.
 
-    ``teachers``: the names of all teachers; without any the batches stay as they are.  All ranks yield as many batches;
+    ``teachers``: the names of all teachers; without any the batch stays as it is.  All ranks yield as many batches;
     a replica's batch may have no contexts.  Problems and responses, of which the metrics count all, stay with the first
     one.  A batch without any contexts becomes one of the first teacher.  ``joins``: whether the teachers of a context
     teach as their product; its batch has the name `product_of` theirs.
-    Collectives: one `gather_integers` over the data-parallel ranks per batch, and with ``joins`` one all_gather_object.
+    Collectives: one `gather_integers` over the data-parallel ranks, and with ``joins`` one all_gather_object.
     Raises: ValueError for a context that names no teacher.
     """
-    before = 0.0
-    for batch in batches:
-        names = sorted(teachers)
-        if joins:
-            named = {_product(context) for context in batch.contexts}
-            names = sorted({*names, *(name for part in gather_objects(named, grid.dp_group) for name in part)})
-        yield from _groups(batch, names, before, grid, joins) if teachers else [batch]
-        before = batch.share
+    names = sorted(teachers)
+    if joins:
+        named = {_product(context) for context in batch.contexts}
+        names = sorted({*names, *(name for part in gather_objects(named, grid.dp_group) for name in part)})
+    yield from _groups(batch, names, grid, joins) if teachers else [batch]
 
 
 def _product(context: ContextPair) -> str:
     return product_of(one.teacher for one in context.of_teachers) or context.teacher
 
 
-def _groups(
-    batch: StepBatch, teachers: Sequence[str], before: float, grid: RankGrid, joins: bool
-) -> Iterator[StepBatch]:
-    """Yield the batches of `by_teacher` for one batch; ``before``: the share of the step before this batch."""
+def _groups(batch: StepBatch, teachers: Sequence[str], grid: RankGrid, joins: bool) -> Iterator[StepBatch]:
+    """Yield the batches of `by_teacher` where there are teachers."""
     read = _readings(batch.contexts, teachers, joins)
     tokens = [sum(len(batch.contexts[i].response) for i, _ in readings) for readings in read]
     own = [sum(batch.response_lengths), *map(len, read), *tokens]
@@ -73,14 +68,13 @@ def _groups(
     done = 0
     for index, following in zip(named, [*named[1:], named[0]], strict=True):
         done += num_tokens[index]
-        part = done / (sum(num_tokens) or 1)
         group = _group(batch, read[index], several, grid, joins)
         if index != named[0]:
             group = replace(group, problems=(), responses=())
         is_last = index == named[-1]
-        share = batch.share if is_last else before + (batch.share - before) * part
+        share = 1.0 if is_last else done / (sum(num_tokens) or 1)
         group = replace(group, teacher=teachers[index], next_teacher=teachers[following], share=share)
-        yield replace(group, ends_step=batch.ends_step and is_last)
+        yield replace(group, ends_step=is_last)
 
 
 def _readings(contexts: Sequence[ContextPair], teachers: Sequence[str], joins: bool) -> list[list[Reading]]:

@@ -55,8 +55,8 @@ def outcomes(ranks):
 
 def in_partial_batches(case: Case) -> tuple[Case, Case]:
     """Return the case in partial batches, and with the microbatches of all partial batches in one call."""
-    streamed = dataclasses.replace(case, partial_batches=NUM_PARTIAL_BATCHES)
-    return streamed, dataclasses.replace(streamed, replays_partial_batches=True)
+    divided = dataclasses.replace(case, partial_batches=NUM_PARTIAL_BATCHES)
+    return divided, dataclasses.replace(divided, replays_partial_batches=True)
 
 
 @combinations(name=list(LAYOUTS), quick={"name": ["TP2+SP", "PP2xVPP2"]}, strength=1)
@@ -65,8 +65,8 @@ def test_partial_batches_have_the_gradients_of_one_call(outcomes, name, record_p
     case, world_size = case_of(
         name, model_changes={"transformer": {"moe_aux_loss_coeff": 0.05}} if "moe" in LAYOUTS[name] else {}
     )
-    streamed, replayed = outcomes.of(in_partial_batches(case), world_size)
-    record_property("worst relative difference", compare(streamed, replayed))
+    divided, replayed = outcomes.of(in_partial_batches(case), world_size)
+    record_property("worst relative difference", compare(divided, replayed))
 
 
 @pytest.mark.full
@@ -106,8 +106,8 @@ def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cut
     """The reduction that overlaps with the backward pass begins in the last partial batch only."""
     case = Case(kind="shallow", parallel=cuts, steps=2, optimizer=ADAM)
     cases = [dataclasses.replace(case, optimizer=dataclasses.replace(ADAM, **changes)) for changes in OVERLAPS.values()]
-    streamed = [in_partial_batches(one)[0] for one in cases]
-    *got, expected = outcomes.of([*streamed, in_partial_batches(case)[1]], 2 * cuts.pipeline_model_parallel_size)
+    divided = [in_partial_batches(one)[0] for one in cases]
+    *got, expected = outcomes.of([*divided, in_partial_batches(case)[1]], 2 * cuts.pipeline_model_parallel_size)
     for one in got:
         compare_parameters(one, expected)
 
@@ -118,8 +118,8 @@ def test_data_parallel_optimizers_take_partial_batches_as_one_call(outcomes, cut
 def test_the_comparison_catches(outcomes, name, mutation):
     """Twice reduced over data-parallel ranks is the same as once, and over the ranks of SP it is not."""
     case, world_size = case_of(name)
-    streamed, replayed = in_partial_batches(case)
-    [per_rank] = outcomes.per_rank([dataclasses.replace(streamed, mutation=mutation)], world_size)
+    divided, replayed = in_partial_batches(case)
+    [per_rank] = outcomes.per_rank([dataclasses.replace(divided, mutation=mutation)], world_size)
     with pytest.raises(AssertionError, match=r"differs by|approx"):
         compare(joined(per_rank), outcomes(replayed, world_size))
 

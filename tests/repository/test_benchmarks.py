@@ -338,9 +338,7 @@ def test_the_ways_of_overlap_train_on_responses_of_their_ages():
     sizes = ["--problems=4", "--new-tokens=8", "--layers=1", "--hidden=32", "--steps=2", "--rounds=1"]
     printed, _, ratios = run("overlap_time.py", *sizes).partition("\n\n")
     ages = {way: float(cells[-1]) for way, cells in cells_of(printed).items() if way != "way"}
-    assert ages == {"turns": 0, "stream": 0, "ahead, wait": 1, "ahead, keep": ages["ahead, keep"]} | {
-        "ahead, keep, stream": ages["ahead, keep, stream"]
-    }
+    assert ages == {"turns": 0, "ahead, wait": 1, "ahead, keep": ages["ahead, keep"]}
     assert all(0 <= age <= 1 for age in ages.values())
     assert cells_of(ratios)["turns"][0] == "1.00"
 

@@ -30,6 +30,7 @@ PAGES = [
 ]
 NOT_KEYS = {
     *("loss.solver", "metrics.read_metrics", "metrics.tensorboard", "model.num_carried_mtp_layers"),
+    *("rollout.extra_problems", "rollout.overlap"),
     *("method.right_weight", "loss.self_distillation_loss", "teachers.choose", "teachers.guide", "teachers.join"),
     *("loss.backward", "loss.item", "model.generate", "optimizer.step", "optimizer.zero_grad"),
     *("optimizer.multi_tensor_applier", "optimizer.multi_tensor_scale_impl"),

@@ -67,23 +67,17 @@ def test_each_step_trains_once_on_the_responses_that_it_has_asked_for(ranks, fak
 
 
 @pytest.mark.timing
-@pytest.mark.parametrize(
-    "streams", [pytest.param(False, marks=pytest.mark.full), True], ids=["whole steps", "partial batches"]
-)
-def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path, streams):
-    more = ["rollout.overlap=stream", "rollout.partial_batch_microbatches=1"] if streams else []
+def test_responses_under_way_take_the_new_weights(ranks, fakes, data, tmp_path):
     evaluation = ["evaluation.every=1", f"evaluation.path={data}/problems.jsonl", "evaluation.limit=4"]
     train(ranks, on(fakes, data, tmp_path / "turns"))
     wait_for_new_weights(fakes)
-    train(ranks, on(fakes, data, tmp_path / "keep", *KEEP, *more, *evaluation))
+    train(ranks, on(fakes, data, tmp_path / "keep", *KEEP, *evaluation))
     assert_same_steps(tmp_path / "turns", tmp_path / "keep")
     steps = metrics_of(tmp_path / "keep")
     assert steps[0]["rollout/staleness_max"] == 0 and steps[0]["rollout/mixed_share"] == 0
     # The slow responses of the first two steps begin together, and none is under way when the weights change.
     assert 0 < steps[2]["rollout/mixed_share"] < 1
     assert 0 < steps[2]["rollout/staleness_mean"] < 1 == steps[2]["rollout/staleness_max"]
-    if streams:
-        assert max(step["rollout/partial_batches"] for step in steps) > 1
 
 
 @pytest.mark.timing
@@ -167,10 +161,6 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "own solutions": (["method.name=own_solutions"], "method.name=own_solutions changes the prompts of a step"),
     "guidance": (["rollout.guidance=mixed"], "guided rollouts are sampled in process: set rollout.engine=megatron"),
     "a replay": (["rollout.replay=some.jsonl"], "this run samples none"),
-    "partial batches that cannot come": (
-        ["rollout.overlap=stream"],
-        "rollout.at_update=wait has all responses of a step",
-    ),
 }
 
 

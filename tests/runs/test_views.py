@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import fake_servers
-from served_runs import assert_same_steps, be_slow, on
 from tiers import combinations
 from tiny_run import assert_steps_equal, overrides, recorded, reproducible_metrics, train, with_trainer
 
@@ -98,17 +96,6 @@ def test_every_layout_takes_the_same_steps(ranks, data, start, one, tmp_path, la
     world_size = 2 if layout.endswith("P2") else 1
     train(ranks, arguments(data, tmp_path / "run", start, replay, *LAYOUTS[layout]), world_size)
     assert_steps_equal(one, tmp_path / "run", ("loss/", "entropy/", "tokens/"))
-
-
-@pytest.mark.full
-@pytest.mark.timing
-def test_a_streamed_run_takes_the_steps_of_one_that_waits_for_all_responses(ranks, data, tmp_path):
-    with fake_servers(2) as servers:
-        be_slow(servers, 0.5)
-        train(ranks, on(servers, data, tmp_path / "turns", *VIEWS), 2)
-        stream = ["rollout.overlap=stream", "rollout.partial_batch_microbatches=2"]
-        train(ranks, on(servers, data, tmp_path / "stream", *VIEWS, *stream), 2)
-    assert_same_steps(tmp_path / "turns", tmp_path / "stream")
 
 
 def test_the_published_study_trains_adapters_of_a_tiny_model_with_its_two_views(ranks, data, start, tmp_path):

@@ -541,14 +541,6 @@ def test_a_record_with_several_teachers_has_the_prompt_of_each(directory):
     assert nothing == [], "the prompt of math has 9 tokens"
 
 
-def test_records_with_several_teachers_are_refused_in_a_step_that_streams(directory):
-    config = config_of(directory)
-    stream = {"rollout": replace(config.rollout, overlap="stream", engine="vllm", placement="server", num_servers=1)}
-    with pytest.raises(ConfigError, match=r"taught.jsonl:2: a record with several teachers needs all responses"):
-        taught(directory, ["math", {"math": 1, "code": 1}], **stream)
-    assert len(taught(directory, ["math", "code"], **stream).problems) == 2
-
-
 def test_a_run_ends_responses_where_tokenizer_model_files_checkpoint_and_key_say(directory, tmp_path):
     """A run, an evaluation, one problem and chat logs agree."""
     hf = tmp_path / "hf"

@@ -1,5 +1,5 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Measure the time of a step whose servers generate first, and of steps that train while they generate.
+"""Measure the time of a step whose servers generate first, and of steps whose servers work ahead.
 
     python tools/benchmarks/overlap_time.py                                       servers that only wait
     python tools/benchmarks/overlap_time.py --server-python .venv-vllm/bin/python    one real vLLM server on a CPU
@@ -35,15 +35,11 @@ from measured_steps import measured_steps  # noqa: E402
 from measuring_parser import measuring_parser  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
-STREAM, AHEAD = ["rollout.overlap=stream"], ["rollout.ahead=1", "rollout.max_staleness=1"]
-_AGE = "rollout/staleness_mean"
-KEEP = [*AHEAD, "rollout.at_update=keep"]
+AHEAD = ["rollout.ahead=1", "rollout.max_staleness=1"]
 WAYS: dict[str, list[str]] = {
     "turns": [],
-    "stream": STREAM,
     "ahead, wait": AHEAD,
-    "ahead, keep": KEEP,
-    "ahead, keep, stream": [*KEEP, *STREAM],
+    "ahead, keep": [*AHEAD, "rollout.at_update=keep"],
 }
 
 
@@ -130,13 +126,13 @@ def _print(found: dict[str, list[dict[str, float]]]) -> None:
     def median(way: str, key: str) -> float:
         return statistics.median(step.get(key, 0.0) for step in found[way])
 
-    print("| way | step | generation | training | trainer waited | servers waited | parts | overlap/share | age |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print("| way | step | generation | training | trainer waited | servers waited | overlap/share | age |")
+    print("|---|---|---|---|---|---|---|---|")
     keys = "seconds/step rollout/generation_seconds seconds/train rollout/waited_seconds rollout/servers_waited_seconds"
     for way in found:
         times = " | ".join(f"{median(way, key):.2f} s" for key in keys.split())
-        parts, share, age = (median(way, key) for key in ("rollout/partial_batches", "overlap/share", _AGE))
-        print(f"| {way} | {times} | {parts:.0f} | {share:.2f} | {age:.2f} |")
+        share, age = (median(way, key) for key in ("overlap/share", "rollout/staleness_mean"))
+        print(f"| {way} | {times} | {share:.2f} | {age:.2f} |")
     turns = median("turns", "seconds/step")
     longer = max(median("turns", "rollout/generation_seconds"), median("turns", "seconds/train"))
     print("\n| way | step / turns | step / max(generation, training) |\n|---|---|---|")

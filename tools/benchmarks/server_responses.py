@@ -46,8 +46,8 @@ def main() -> None:
 
 def _measure(arguments: argparse.Namespace, form: str) -> dict[str, float]:
     """Return the seconds and the threads of one batch, whose answers have a ``form``."""
+    from megatron_selfdistill.rollout.background import BusyTime
     from megatron_selfdistill.rollout.base import Request, SamplingParams
-    from megatron_selfdistill.rollout.streaming import BusyTime
     from megatron_selfdistill.rollout.vllm.client import VllmServer
     from megatron_selfdistill.rollout.vllm.exchange import WeightAge
     from megatron_selfdistill.rollout.vllm.server_batch import ServerBatch

@@ -42,8 +42,6 @@ class Needs:
     """Whether every response gets a reward before the step trains."""
     group_size: int = 1
     """The least number of responses to a problem (rollout.num_samples) with which the method works."""
-    whole_step: bool = False
-    """Whether the method looks at all responses of a step at once, so that no part of it can be trained on first."""
     contexts_per_sample: int = 1
     """The greatest number of contexts in which each response is trained on."""
     scores: bool = False

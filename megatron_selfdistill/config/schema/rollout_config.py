@@ -1,7 +1,7 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
 """The section ``rollout`` of the schema: how responses are sampled.
 
-`check_overlap` has the rules for steps that begin without all of their responses: overlap and ahead.
+`check_ahead` has the rules for responses that are generated ahead of their step.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from megatron_selfdistill.choices import ENGINES, GUIDANCES, OVERLAPS, PLACEMENTS, TRANSFERS, UPDATE_MODES
-from megatron_selfdistill.config.schema.data_config import DataConfig, EnvironmentConfig
+from megatron_selfdistill.choices import ENGINES, GUIDANCES, PLACEMENTS, TRANSFERS, UPDATE_MODES
+from megatron_selfdistill.config.schema.data_config import EnvironmentConfig
 from megatron_selfdistill.config.schema.field_checks import check_fields, require, require_address
 from megatron_selfdistill.config.schema.method_config import GIVEN, Needs
 from megatron_selfdistill.config.schema.ranges import (
@@ -30,7 +30,6 @@ from megatron_selfdistill.config.schema.ranges import (
     at_least,
     at_most,
 )
-from megatron_selfdistill.config.schema.target_config import LossConfig
 
 _MIN_TEMPERATURE = 0.01  # vLLM's
 
@@ -79,13 +78,6 @@ class RolloutConfig:
     max_staleness: NonNegativeInt = 0
     """Number of optimizer steps by which the oldest weights that sampled a token of a response may be older than the
     weights that the step trains."""
-    overlap: Annotated[str, OneOf(OVERLAPS)] = "none"
-    """The way in which generation and training share the time of a step: none (the step trains once it has all
-    responses) or stream (the step trains on finished responses while servers generate the others, with the same weights
-    and the same gradient; needs placement=server)."""
-    partial_batch_microbatches: PositiveInt | None = None
-    """Number of full student microbatches per replica from which finished responses are trained on under
-    overlap=stream, while others are missing; null is the number of pipeline stages."""
     ahead: NonNegativeInt = 0
     """Number of steps by which servers work ahead: while the trainer trains on the responses of a step, they generate
     those of this many further steps.  Their weights are up to as many steps old when the trainer trains on them.  Needs
@@ -165,59 +157,31 @@ class RolloutConfig:
         )
 
 
-def check_overlap(
-    method: str,
-    needs: Needs,
-    data: DataConfig,
-    rollout: RolloutConfig,
-    environment: EnvironmentConfig,
-    loss: LossConfig,
-    *,
-    samples_responses: bool,
+def check_ahead(
+    method: str, needs: Needs, rollout: RolloutConfig, environment: EnvironmentConfig, *, samples_responses: bool
 ) -> None:
-    """Raise ValueError where a step needs responses that are not there, while servers still generate them.
+    """Raise ValueError where servers cannot generate the responses of later steps.
 
     ``method``: the name of the method.  ``samples_responses``: whether it samples the responses that it trains on.
     """
-    streams = rollout.overlap == "stream"
-    needs_all = _needing_all_responses(method, needs, rollout, environment)
-    mode = "rollout.overlap=stream" if streams else f"rollout.ahead={rollout.ahead}"
-    if not streams and not rollout.ahead:
+    if not rollout.ahead:
         return
+    mode = f"rollout.ahead={rollout.ahead}"
     require(
         samples_responses and rollout.replay is None,
-        f"{mode} trains on responses while others are being sampled, but this run samples none: set "
-        "rollout.overlap=none and rollout.ahead=0",
+        f"{mode} trains on responses while others are being sampled, but this run samples none: set rollout.ahead=0",
     )
     require(
         rollout.engine == "vllm" and rollout.placement == "server",
         f"{mode} trains while servers generate, and an engine on the trainer's own devices cannot generate meanwhile: "
         f"it needs rollout.engine=vllm and rollout.placement=server, got {rollout.engine} and {rollout.placement}",
     )
-    if streams:
-        needs_all |= {
-            f"method.name={method}": (needs.whole_step or needs.hint != GIVEN, "looks at all responses of a step"),
-            f"loss.normalize={loss.normalize}": (
-                loss.normalize != "tokens",
-                "divides by the number of responses or problems of a step",
-            ),
-        }
-    for key, (is_set, why) in needs_all.items():
+    for key, (is_set, why) in _needing_all_responses(method, needs, rollout, environment).items():
         require(not is_set, f"{key} {why}, which are not all there under {mode}: set one of them back")
-    if rollout.ahead:
-        _check_ahead(rollout)
-
-
-def _check_ahead(rollout: RolloutConfig) -> None:
     require(
         rollout.max_staleness >= rollout.ahead,
-        f"rollout.ahead={rollout.ahead} trains on responses of weights that are up to {rollout.ahead} steps old: it "
-        f"needs rollout.max_staleness of at least {rollout.ahead}, got {rollout.max_staleness}",
-    )
-    require(
-        rollout.overlap == "none" or rollout.at_update == "keep",
-        "rollout.at_update=wait has all responses of a step before the step begins, so that none can stream: set "
-        "rollout.at_update=keep or rollout.overlap=none",
+        f"{mode} trains on responses of weights that are up to {rollout.ahead} steps old: it needs "
+        f"rollout.max_staleness of at least {rollout.ahead}, got {rollout.max_staleness}",
     )
 
 

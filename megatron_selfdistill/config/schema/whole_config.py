@@ -26,7 +26,7 @@ from megatron_selfdistill.config.schema.method_config import (
 )
 from megatron_selfdistill.config.schema.model_config import ModelConfig
 from megatron_selfdistill.config.schema.ranges import FilePath, PositiveInt, Seed
-from megatron_selfdistill.config.schema.rollout_config import RolloutConfig, check_overlap
+from megatron_selfdistill.config.schema.rollout_config import RolloutConfig, check_ahead
 from megatron_selfdistill.config.schema.run_config import (
     CheckpointConfig,
     EvaluationConfig,
@@ -175,15 +175,7 @@ class Config:
         if self.environment.exists:
             self._check_environment()
         sampled = needs.samples is not None and not self.logged
-        check_overlap(
-            self.method.name,
-            needs,
-            self.data,
-            self.rollout,
-            self.environment,
-            self.loss,
-            samples_responses=sampled,
-        )
+        check_ahead(self.method.name, needs, self.rollout, self.environment, samples_responses=sampled)
         if self.target.anchor == "reference":
             check_reference(self.has_teacher, self.rollout)
         check_guided_tokens(self.has_teacher, self.rollout, self.target, self.loss)

@@ -180,35 +180,19 @@ def _how_full(plan: Plan) -> list[str]:
         f"{seconds(rest, 0)} of the rest of a step"
     )
     warning = [plan.time.warning] if plan.time.warning else []
-    return [filled, *warning, *_overlap(plan, plan.time)]
+    return [filled, *warning, *_ahead(plan, plan.time)]
 
 
-def _overlap(plan: Plan, time: StepTime) -> list[str]:
-    """Return the line about the ways in which generation and training can share the time of a step.
-
-    There is none for a run in which both must take turns.
-    """
-    streams = _is_possible(plan.config, overlap="stream", ahead=0, at_update="wait")
-    goes_ahead = _is_possible(plan.config, overlap="none", partial_batch_microbatches=None, ahead=1, max_staleness=1)
-    if not (streams or goes_ahead):
+def _ahead(plan: Plan, time: StepTime) -> list[str]:
+    """Return the line about the step whose servers work ahead; none where generation and training must take turns."""
+    if not _is_possible(plan.config, ahead=1, max_staleness=1):
         return []
     generation, training = time.turns
-    turns, longer = generation + training, max(generation, training)
-    ways = [f"{seconds(turns, 0)} in turns"]
-    choice = "rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old will do"
-    if streams:
-        in_batch = plan.config.rollout.partial_batch_microbatches or plan.config.parallel.pipeline_model_parallel_size
-        last = training * min(1.0, in_batch / max(plan.num_microbatches[0], 1))
-        streamed = seconds(longer + last, 0)
-        ways.append(f"{streamed} with rollout.overlap=stream (the longer of both, and a last partial batch)")
-        if longer + last < turns:
-            choice = (
-                "choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and training both "
-                f"take longer than its last partial batch of {seconds(last, 0)}"
-            )
-    if goes_ahead:
-        ways.append(f"{seconds(longer, 0)} with rollout.ahead=1")
-    return [f"by the same arithmetic a step takes {', '.join(ways)}: {choice}"]
+    return [
+        f"by the same arithmetic a step takes {seconds(generation + training, 0)} in turns, "
+        f"{seconds(max(generation, training), 0)} with rollout.ahead=1: rollout.ahead=1 gains the shorter of both, if "
+        "responses of weights that are one step old will do"
+    ]
 
 
 def _is_possible(config: Config, **rollout: Any) -> bool:
@@ -353,8 +337,7 @@ def shares(time: StepTime) -> str:
     """Return the line about the share of each phase, with the metrics to compare it with."""
     found = [f"{name} {spent / time.seconds:.1%}" for name, spent in time.phases.items()]
     line = f"shares of a step: {', '.join(found)}; a run logs seconds/PHASE of each, and seconds/step"
-    rollout = time.config.rollout
-    if time.engines is not None and (rollout.overlap == "stream" or rollout.ahead):
+    if time.engines is not None and time.config.rollout.ahead:
         line += "; its seconds/rollout are only what training waits for, because generation goes on beside training"
     if time.config.samples and time.engines is None:
         line += "; sampling in process is left out"

@@ -426,7 +426,7 @@ GROUPS: dict[str, list[ReportFigure]] = {
             },
             "seconds",
             "One of both waits is short: the slower side is never idle.",
-            "Both wait: set rollout.overlap=stream, or smaller rollout.partial_batch_microbatches.",
+            "Both wait: set rollout.ahead=1.",
             all_of(
                 *(
                     above_other(key, "seconds/step", ratio=0.25)
@@ -438,9 +438,9 @@ GROUPS: dict[str, list[ReportFigure]] = {
             "Generation and training at the same time",
             {"overlap/share": "of the step"},
             SHARE,
-            "With rollout.overlap=stream, the share is high.",
+            "With rollout.ahead, the share is high.",
             "The share is 0: generation and training take turns.",
-            only_if(lambda run: run.config.get("rollout.overlap") == "stream", never_above("overlap/share", 0)),
+            only_if(lambda run: bool(run.config.get("rollout.ahead")), never_above("overlap/share", 0)),
         ),
         ReportFigure(
             "Memory",

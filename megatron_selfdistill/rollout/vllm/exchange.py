@@ -160,14 +160,12 @@ def return_responses(
     sources: Collection[int],
     grid: RankGrid,
     wanted: Collection[int],
-    *,
-    is_last: bool = True,
 ) -> dict[int, Response]:
     """Return responses to the requests of this rank's replica, by index into its requests, on each of its ranks.
 
     ``answered``: the responses that this rank has, by the first rank of the replica that asked, and by index into the
     requests of that replica.  ``sources``: the ranks whose ``answered`` names the first rank of this replica.
-    ``wanted``: the indices of the requests that wait for a response; all of them get one if ``is_last``.
+    ``wanted``: the indices of the requests that wait for a response; all of them get one.
     Log-probs are rounded to float32 (`response_arrays`).
     Collectives: those of `exchange_parcels`, `broadcast_in_replica` and, twice, of `raise_on_all_ranks`.
     Raises: `EngineError` on all ranks alike if a request that waits has no response or more than one, or if another
@@ -186,7 +184,7 @@ def return_responses(
     with raise_on_all_ranks(EngineError):
         for index in sorted({*wanted, *counts}):
             expected, found = int(index in wanted), counts[index]
-            if found > expected or (is_last and found < expected):
+            if found != expected:
                 raise EngineError(
                     "expected one response to each request of this replica that waits for one, but request "
                     f"{index} {'waits' if expected else 'does not wait'} and has {found}"

@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 from megatron_selfdistill.distributed.watchdog import beat
 from megatron_selfdistill.errors import EngineError, first_few
+from megatron_selfdistill.rollout.background import Arrivals, BusyTime
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
-from megatron_selfdistill.rollout.streaming import Arrivals, BusyTime
 from megatron_selfdistill.rollout.vllm.client import RequestRefused, VllmServer
 from megatron_selfdistill.rollout.vllm.engine import engine_request, response_of
 from megatron_selfdistill.rollout.vllm.engine_output import EngineOutput

@@ -10,9 +10,8 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.interop.hf.rules import Rule
 from megatron_selfdistill.model.forward import unwrapped
+from megatron_selfdistill.rollout.background import NO_RESPONSES, BusyTime
 from megatron_selfdistill.rollout.base import (
     Progress,
     Request,
@@ -37,13 +37,6 @@ from megatron_selfdistill.rollout.base import (
     SamplingParams,
     ignore_progress,
     request_key,
-)
-from megatron_selfdistill.rollout.streaming import (
-    NO_RESPONSES,
-    ArrivedBatch,
-    BusyTime,
-    PartialBatchRule,
-    next_partial_batch,
 )
 from megatron_selfdistill.rollout.vllm.client import ServerPool, VllmServer, failing, on_each
 from megatron_selfdistill.rollout.vllm.engine_adapter import EngineAdapter
@@ -173,7 +166,7 @@ class ServerSampler:
         used_at: int,
         known: Mapping[str, Response] = NO_RESPONSES,
     ) -> Ticket:
-        """Let the servers begin with ``requests``, and return at once; see `StreamingSampler`.
+        """Let the servers begin with ``requests``, and return at once; see `BackgroundSampler`.
 
         A thread of rank 0 speaks with the servers.  Collective over the world.
         Raises: as `generate`; `EngineError` where no server has weights that ``max_staleness`` allows at ``used_at``.
@@ -198,21 +191,24 @@ class ServerSampler:
             self._under_way.append(batch)
         return Ticket(gathered, batch)
 
-    def stream(self, ticket: Ticket, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
-        """Yield the responses to the requests of ``ticket`` in partial batches, while the servers generate others.
-
-        See `StreamingSampler`.  Responses travel between the ranks on the caller's thread.  Collective over the world.
-        Raises: as `generate`.
-        """
-        for partial_batch in self._partial_batches(ticket, rule):
-            self._count("partial_batches", 1)
-            yield partial_batch
-
     def collect(self, ticket: Ticket) -> list[Response]:
         """Return the responses to the requests of ``ticket``, in order; see `generate`.  Collective over the world."""
-        all_of_a_replica = PartialBatchRule(group_size=sys.maxsize, min_tokens=1)
-        [partial_batch] = self._partial_batches(ticket, all_of_a_replica)
-        return [partial_batch.responses[i] for i in range(ticket.gathered.num_own)]
+        gathered, batch = ticket.gathered, ticket.batch
+
+        def is_complete(finished: Mapping[int, Response]) -> bool | None:
+            self._progress(len(finished), len(gathered.requests), "")
+            return len(finished) == len(gathered.requests) or None
+
+        def take() -> dict[int, Response]:
+            assert batch is not None
+            with self._waiting_time:
+                batch.arrivals.wait_for(is_complete)
+                self._finish_batch(batch)
+            return batch.arrivals.so_far()
+
+        answered = gathered.by_replica(run_long_on_rank_0(take, EngineError) or {})
+        own = return_responses(answered, [0], self._grid, range(gathered.num_own))
+        return [own[i] for i in range(gathered.num_own)]
 
     def settle(self) -> None:
         """Return once all responses under way are finished.  Collective over the world; raises as `generate`."""
@@ -238,8 +234,7 @@ class ServerSampler:
         """Return rollout/sync_seconds and rollout/sync_bytes of all updates since the last call, and others.
 
         The others are rollout/generation_seconds (in which servers worked on requests), rollout/waited_seconds (in
-        which the trainer waited for responses), rollout/partial_batches where responses stream, rollout/servers_alive,
-        and rollout/requests_retried.
+        which the trainer waited for responses), rollout/servers_alive, and rollout/requests_retried.
         """
         self._metrics["rollout/servers_alive"] = self._pool.num_alive
         self._metrics["rollout/generation_seconds"] = self._busy_time.take()
@@ -323,34 +318,6 @@ class ServerSampler:
         if self._version is None:
             raise EngineError("the vLLM servers have no weights yet: call update_weights before generate")
         return self._version
-
-    def _partial_batches(self, ticket: Ticket, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
-        gathered, batch = ticket.gathered, ticket.batch
-        waiting = set(range(gathered.num_own))
-        returned: set[int] = set()  # of all replicas, on rank 0
-
-        def chosen(finished: Mapping[int, Response]) -> list[int] | None:
-            self._progress(len(finished), len(gathered.requests), "")
-            return next_partial_batch(gathered.requests, list(gathered.replicas.values()), finished, returned, rule)
-
-        def take() -> dict[int, Response]:
-            assert batch is not None
-            with self._waiting_time:
-                partial_batch = batch.arrivals.wait_for(chosen)
-                returned.update(partial_batch)
-                if len(returned) == len(gathered.requests):
-                    self._finish_batch(batch)
-            return batch.arrivals.of(partial_batch)
-
-        is_last = False
-        while not is_last:
-            generated = run_long_on_rank_0(take, EngineError) or {}
-            share, is_last = broadcast_object(
-                (len(returned) / max(len(gathered.requests), 1), len(returned) == len(gathered.requests))
-            )
-            own = return_responses(gathered.by_replica(generated), [0], self._grid, waiting, is_last=is_last)
-            waiting.difference_update(own)
-            yield ArrivedBatch(own, share, is_last)
 
     def _finish_batch(self, batch: ServerBatch) -> None:
         """Wait for all responses of ``batch`` and, the first time, count what has happened on the way."""

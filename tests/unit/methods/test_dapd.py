@@ -98,7 +98,7 @@ def test_the_recipe_has_the_published_weights_and_one_frozen_teacher():
         "forward_kl",
         "frozen",
     )
-    assert config.needs.contexts_per_sample == 6 and config.needs.whole_step and not config.measures_log_probs
+    assert config.needs.contexts_per_sample == 6 and not config.measures_log_probs
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_a_replica_without_responses_takes_part_in_the_reading():
 
 def test_the_recipe_keeps_a_teacher_that_the_loss_does_not_read():
     config = composed("recipe=rlcsd")
-    assert config.keeps_teacher and not config.has_teacher and config.needs.rewards and config.needs.whole_step
+    assert config.keeps_teacher and not config.has_teacher and config.needs.rewards
     assert made(["recipe=rlcsd"], GIVEN).weighs_tokens
 
 

@@ -144,7 +144,7 @@ def test_the_recipe_tilts_by_a_current_teacher():
     config = composed("recipe=skald")
     assert (config.target.rule, config.target.anchor, config.teacher.weights) == ("fixed", "student", "current")
     assert 1 / config.target.teacher_weight == 1 / config.target.k == pytest.approx(0.4)
-    assert config.loss.divergence == "forward_kl" and config.needs.rewards and config.needs.whole_step
+    assert config.loss.divergence == "forward_kl" and config.needs.rewards
 
 
 @pytest.mark.parametrize(

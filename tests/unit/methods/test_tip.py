@@ -121,7 +121,7 @@ def test_the_weighted_loss_and_its_gradient_are_those_of_the_chosen_rows():
     torch.testing.assert_close(gradient, wanted, rtol=1e-11, atol=1e-14)
 
 
-def test_the_recipe_measures_the_whole_step_and_has_the_published_numbers():
+def test_the_recipe_measures_log_probs_and_has_the_published_numbers():
     config = composed("recipe=tip")
     assert (config.method.share, config.method.score, config.optimizer.lr) == (0.5, "soft_or", 1e-6)
     assert (config.target.rule, config.loss.divergence, config.teacher.weights) == (
@@ -129,7 +129,7 @@ def test_the_recipe_measures_the_whole_step_and_has_the_published_numbers():
         "reverse_kl",
         "frozen",
     )
-    assert config.needs.log_probs == MEASURED and config.needs.whole_step and config.measures_log_probs
+    assert config.needs.log_probs == MEASURED and config.measures_log_probs
     method = made(["recipe=tip"], given_with(Characters()))
     assert method.weighs_tokens and isinstance(method.Settings(), tip.TipSettings)
 

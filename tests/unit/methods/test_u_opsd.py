@@ -108,7 +108,7 @@ def test_a_step_without_responses_selects_none():
 
 def test_the_recipe_needs_no_rewards_and_weighs_tokens_as_the_settings_say():
     config = composed("recipe=u_opsd")
-    assert not config.needs.rewards and config.needs.whole_step and not config.measures_log_probs
+    assert not config.needs.rewards and not config.measures_log_probs
     given = signals([0.0] * 2, lengths=[2, 1], hinted=[True, False], mu=[-1.0] * 3, q=[-0.5, -3.0, 0.0])
     assert not made(["recipe=u_opsd"], GIVEN).weighs_tokens
     method = made(["recipe=u_opsd", "method.distill_weight=2", "method.signal=advantage"], GIVEN)

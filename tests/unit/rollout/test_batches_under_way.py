@@ -169,6 +169,23 @@ def test_requests_never_begin_with_weights_that_will_be_too_old(ranks, fakes):
     assert "none of 2 vLLM servers is alive and has weights of version 3" in message
 
 
+def abandoned(addresses: list[str]) -> float:
+    """Close a sampler while responses are held back; return the seconds that this takes."""
+    with sampler(addresses, {}) as (built, grid):
+        built.update_weights(0)
+        tell_all(addresses, grid, holds=[HELD])
+        wait_for(built.start(requests_of(grid, 1), GREEDY, 0), 6)
+        began = time.monotonic()
+        built.close()
+        return time.monotonic() - began
+
+
+@pytest.mark.timing
+def test_a_sampler_can_be_closed_while_responses_are_under_way(ranks, fakes):
+    [seconds] = ranks.run(abandoned, [fake.address for fake in fakes], world_size=1, timeout=TIMEOUT)
+    assert seconds < 30
+
+
 def test_a_key_names_a_request_with_everything_that_its_response_depends_on():
     request = Request([1, 2], 3)
     others = [

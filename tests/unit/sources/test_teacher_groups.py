@@ -18,15 +18,15 @@ from megatron_selfdistill.sources.teacher_groups import by_teacher
 TEACHERS = {"math": None, "code": None, "never": None, "default": None}
 
 
-def batch_of(*named: tuple[str, int], **more: Any) -> StepBatch:
+def batch_of(*named: tuple[str, int]) -> StepBatch:
     """Return a batch with a context of the teacher and the number of response tokens of each of ``named``."""
     contexts = [
         ContextPair(f"p{i}", [1], [2], [3] * length, False, teacher=name) for i, (name, length) in enumerate(named)
     ]
-    return StepBatch(contexts=contexts, solutions=[it.problem_id for it in contexts], responses=(None,), **more)  # type: ignore[arg-type]
+    return StepBatch(contexts=contexts, solutions=[it.problem_id for it in contexts], responses=(None,))  # type: ignore[arg-type]
 
 
-def groups_of(batches: list[list[StepBatch]], teachers: Any = TEACHERS) -> list[tuple[Any, ...]]:
+def groups_of(batches: list[StepBatch], teachers: Any = TEACHERS) -> list[tuple[Any, ...]]:
     """Return teacher, ids, solutions, share, whether it ends the step, and number of responses of each batch.
 
     ``batches``: those of each replica.
@@ -42,13 +42,13 @@ def groups_of(batches: list[list[StepBatch]], teachers: Any = TEACHERS) -> list[
                 one.ends_step,
                 len(one.responses),
             )
-            for one in by_teacher(iter(batches[grid.dp_rank]), teachers, grid)
+            for one in by_teacher(batches[grid.dp_rank], teachers, grid)
         ]
     finally:
         rank_groups.shutdown()
 
 
-def divided(ranks: Any, *batches: list[StepBatch], **options: Any) -> list[list[tuple[Any, ...]]]:
+def divided(ranks: Any, *batches: StepBatch, **options: Any) -> list[list[tuple[Any, ...]]]:
     found: list[list[tuple[Any, ...]]] = ranks.run(
         groups_of, list(batches), world_size=len(batches), init_process_group=False, **options
     )
@@ -56,8 +56,8 @@ def divided(ranks: Any, *batches: list[StepBatch], **options: Any) -> list[list[
 
 
 def test_all_replicas_have_the_same_teachers_in_the_order_of_the_names_and_some_have_no_contexts(ranks):
-    first = [batch_of(("math", 3), ("default", 1), ("math", 2))]
-    second = [batch_of(("default", 2), ("code", 4))]
+    first = batch_of(("math", 3), ("default", 1), ("math", 2))
+    second = batch_of(("default", 2), ("code", 4))
     one, other = divided(ranks, first, second)
     assert one == [
         ("code", [], [], 4 / 12, False, 1),
@@ -71,24 +71,8 @@ def test_all_replicas_have_the_same_teachers_in_the_order_of_the_names_and_some_
     ]
 
 
-def test_only_the_last_teacher_of_the_last_partial_batch_ends_the_step_and_the_shares_go_on(ranks):
-    parts = [
-        batch_of(("math", 1), ("code", 3), share=0.5, ends_step=False),
-        batch_of(("math", 2), share=0.75, ends_step=False),
-        batch_of(("code", 1), ("math", 1)),
-    ]
-    (found,) = divided(ranks, parts)
-    assert [(teacher, share, ends) for teacher, _, _, share, ends, _ in found] == [
-        ("code", 0.375, False),
-        ("math", 0.5, False),
-        ("math", 0.75, False),
-        ("code", 0.875, False),
-        ("math", 1.0, True),
-    ]
-
-
 def test_a_step_without_contexts_is_one_batch_of_the_first_teacher(ranks):
-    assert divided(ranks, [batch_of()]) == [[("code", [], [], 1.0, True, 1)]]
+    assert divided(ranks, batch_of()) == [[("code", [], [], 1.0, True, 1)]]
 
 
 def coefficients_of(batches: list[StepBatch]) -> list[tuple[str, list[list[int]], list[float]]]:
@@ -96,7 +80,7 @@ def coefficients_of(batches: list[StepBatch]) -> list[tuple[str, list[list[int]]
     grid = rank_groups.initialize(ParallelConfig(), seed=0)
     try:
         found = []
-        for one in by_teacher(iter([batches[grid.dp_rank]]), TEACHERS, grid):
+        for one in by_teacher(batches[grid.dp_rank], TEACHERS, grid):
             assert one.token_coefficients is not None
             log_probs = torch.zeros(sum(one.response_lengths))
             weights = one.token_coefficients(log_probs, torch.arange(len(log_probs))).divergence
@@ -129,7 +113,7 @@ def products_of(batches: list[StepBatch]) -> list[tuple[str, list[str], list[int
                 one.share,
                 one.token_coefficients is None,
             )
-            for one in by_teacher(iter([batches[grid.dp_rank]]), TEACHERS, grid, joins=True)
+            for one in by_teacher(batches[grid.dp_rank], TEACHERS, grid, joins=True)
         ]
     finally:
         rank_groups.shutdown()
@@ -149,11 +133,11 @@ def test_a_response_of_a_product_is_in_one_batch_with_its_teachers_and_has_no_co
     assert [name for name, *_ in other] == ["code", "code+math", "math"] and other[1][1] == []
 
 
-def test_without_teachers_the_batches_stay_the_objects_that_they_are(ranks):
+def test_without_teachers_the_batch_stays_the_object_that_it_is(ranks):
     batch = replace(batch_of(("", 2)), token_coefficients=None)
-    assert list(by_teacher(iter([batch]), {}, None)) == [batch]  # type: ignore[arg-type]
+    assert list(by_teacher(batch, {}, None)) == [batch]  # type: ignore[arg-type]
 
 
 def test_a_context_without_a_known_teacher_is_an_error(ranks):
     with pytest.raises(Exception, match=r"problem 'p0' names the teacher '', expected one of code, default, math, nev"):
-        divided(ranks, [batch_of(("", 2))])
+        divided(ranks, batch_of(("", 2)))

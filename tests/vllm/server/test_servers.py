@@ -129,29 +129,6 @@ def test_half_an_update_is_refused_and_leaves_nothing_behind(ranks, servers, exp
     assert tokens(responses) == [token_ids for token_ids, _ in expected[0]]
 
 
-def streamed(servers: Reach) -> tuple[list[Response], dict[int, Response], list[bool]]:
-    """Return the responses in one batch, in partial batches by request, and whether each of them is the last."""
-    from megatron_selfdistill.rollout.streaming import PartialBatchRule
-
-    chunks, grid = models.build(MODEL, models.parallel())
-    everything = requests(16)
-    with sampler(chunks, grid, servers) as built:
-        built.update_weights(4)
-        whole = built.generate(everything, GREEDY)
-        partial_batches = list(
-            built.stream(built.start(everything, GREEDY, 4), PartialBatchRule(group_size=2, min_tokens=20))
-        )
-    found = {i: response for partial_batch in partial_batches for i, response in partial_batch.responses.items()}
-    return whole, found, [partial_batch.is_last for partial_batch in partial_batches]
-
-
-def test_partial_batches_have_the_responses_of_one_batch(ranks, servers):
-    [(whole, found, last)] = ranks.run(streamed, servers.reach, world_size=1, timeout=TIMEOUT)
-    assert sorted(found) == list(range(16)) and last == [False] * (len(last) - 1) + [True]
-    assert tokens([found[i] for i in range(16)]) == tokens(whole)
-    assert {response.weight_version for response in found.values()} == {4}
-
-
 def kept(servers: Reach, params: SamplingParams) -> Across:
     chunks, grid = models.build(MODEL, models.parallel())
     with sampler(chunks, grid, servers, max_staleness=1) as built:

@@ -113,39 +113,22 @@ def test_without_vllm_there_is_nothing_to_fill(override):
 SERVERS = ("recipe=qwen3_8b", "rollout.placement=server", "rollout.num_servers=8", "data.global_batch_size=64")
 
 
-def overlap_line(*overrides: str) -> str | None:
-    """Return the line of a plan about the ways in which generation and training can share a step."""
+def ahead_line(*overrides: str) -> str | None:
+    """Return the line of a plan about the step whose servers work ahead."""
     lines = summary(dry_run(load([*SERVERS, *overrides])))
     found = [line for line in lines if line.startswith("by the same arithmetic a step takes")]
     return found[0] if found else None
 
 
-def test_a_plan_with_servers_names_the_way_to_choose_all_times_and_the_break_even():
-    """64 sequences on 8 servers; a last partial batch is one of 16 microbatches or more."""
-    plan = dry_run(load(SERVERS))
-    generation, training = plan.time.turns
-    last = training / plan.num_microbatches[0]
-    assert overlap_line() == (
-        f"by the same arithmetic a step takes {generation + training:.0f} s in turns, {generation + last:.0f} s with "
-        f"rollout.overlap=stream (the longer of both, and a last partial batch), {generation:.0f} s with "
-        "rollout.ahead=1: choose rollout.overlap=stream, which stays on-policy, and gains as long as rollout and "
-        f"training both take longer than its last partial batch of {last:.0f} s"
+@pytest.mark.parametrize("overrides", [(), ("method.name=uni_opd", "rollout.num_samples=2")], ids=["plain", "selected"])
+def test_a_plan_with_servers_names_the_times_in_turns_and_ahead(overrides):
+    generation, training = dry_run(load([*SERVERS, *overrides])).time.turns
+    assert ahead_line(*overrides) == (
+        f"by the same arithmetic a step takes {generation + training:.0f} s in turns, {generation:.0f} s with "
+        "rollout.ahead=1: rollout.ahead=1 gains the shorter of both, if responses of weights that are one step old "
+        "will do"
     )
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("rollout.overlap=stream", "rollout.partial_batch_microbatches=10000"),
-        ("method.name=uni_opd", "rollout.num_samples=2"),
-    ],
-    ids=["a partial batch as long as the step", "a selection"],
-)
-def test_where_streams_gain_nothing_or_are_not_possible_the_plan_names_the_step_ahead(overrides):
-    line = overlap_line(*overrides)
-    assert line is not None and line.endswith("if responses of weights that are one step old will do")
-    assert ("rollout.overlap=stream" in line) == (overrides[0] == "rollout.overlap=stream")
-
-
 def test_a_plan_is_silent_where_generation_and_training_must_take_turns():
-    assert overlap_line("method.name=own_solutions") is None
+    assert ahead_line("method.name=own_solutions") is None

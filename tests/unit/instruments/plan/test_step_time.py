@@ -162,7 +162,7 @@ def test_a_run_whose_generation_goes_on_beside_training_is_told_what_its_rollout
     served = (*FEW, "rollout.placement=server", "rollout.num_servers=8")
     waits = "seconds/rollout are only what training waits for"
     assert waits not in shares(time_of(*served))
-    assert waits in shares(time_of(*served, "rollout.overlap=stream"))
+    assert waits in shares(time_of(*served, "rollout.ahead=1", "rollout.max_staleness=1"))
     assert "sampling in process is left out" in shares(time_of(*FEW, "rollout.engine=megatron"))
     assert plan_of("recipe=chat_logs", "cluster.num_gpus=8", "model=qwen3_8b", "parallel=node_of_8").time is None
 

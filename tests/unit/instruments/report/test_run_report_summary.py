@@ -214,7 +214,7 @@ CASES = {
         {"overlap/share": 0.5},
         {"overlap/share": 0.0},
         1,
-        {"rollout__overlap": "stream"},
+        {"rollout__ahead": 1},
     ),
     "Memory": ({"memory/peak_gib": after(4, 10, 50)}, {"memory/rss_gib": lambda step: 10 + step}, 16, {}),
 }

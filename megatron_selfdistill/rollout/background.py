@@ -1,12 +1,11 @@
 # Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
-"""Responses that engines generate while the trainer trains: in partial batches, or ahead of the step."""
+"""Responses that engines generate while the trainer trains."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
@@ -18,30 +17,7 @@ TicketT = TypeVar("TicketT")
 NO_RESPONSES: Mapping[str, Response] = MappingProxyType({})
 
 
-@dataclass(frozen=True)
-class PartialBatchRule:
-    """The rule by which finished responses become a partial batch."""
-
-    group_size: int
-    """Number of neighbouring requests of a replica that come in one partial batch: the samples of one problem."""
-    min_tokens: int
-    """Number of tokens, of prompts and responses, that a partial batch has at least on each replica that still waits
-    for responses, so that no partial batch runs through a nearly empty pipeline."""
-
-
-@dataclass(frozen=True)
-class ArrivedBatch:
-    """The responses of a partial batch to the requests of this replica."""
-
-    responses: Mapping[int, Response]
-    """Whole groups, by index into the requests of this replica; empty where other replicas alone have responses."""
-    share: float
-    """Share of the responses of all replicas that have arrived, this partial batch included."""
-    is_last: bool
-    """Whether all responses of all replicas have arrived."""
-
-
-class StreamingSampler(Sampler, Protocol[TicketT]):
+class BackgroundSampler(Sampler, Protocol[TicketT]):
     """A `Sampler` whose engines generate while the trainer does something else.
 
     Any number of batches may be under way at once.  Each method is a collective over the world unless it says
@@ -63,14 +39,6 @@ class StreamingSampler(Sampler, Protocol[TicketT]):
         """
         ...
 
-    def stream(self, ticket: TicketT, rule: PartialBatchRule) -> Iterator[ArrivedBatch]:
-        """Yield the responses to the requests of ``ticket`` in partial batches, at least one.
-
-        Between two partial batches the caller may call other collectives, also of this sampler.
-        Raises, on all ranks alike, as `generate`, when a partial batch is taken.
-        """
-        ...
-
     def collect(self, ticket: TicketT) -> list[Response]:
         """Return the responses to the requests of ``ticket``, as `generate` returns them."""
         ...
@@ -82,32 +50,6 @@ class StreamingSampler(Sampler, Protocol[TicketT]):
     def finished(self, ticket: TicketT) -> dict[str, Response]:
         """Return the responses of all replicas so far, by `request_key`, on rank 0; no collective."""
         ...
-
-
-def next_partial_batch(
-    requests: Sequence[Request],
-    replicas: Sequence[Sequence[int]],
-    finished: Mapping[int, Response],
-    returned: Collection[int],
-    rule: PartialBatchRule,
-) -> list[int] | None:
-    """Return the indices of the responses of the next partial batch, or None while there are too few.
-
-    A partial batch has every complete group that is not yet returned.  There is one where each replica has a partial
-    batch of at least ``rule.min_tokens`` or waits for no more responses.
-    ``requests``: those of all ``replicas``, each of which has neighbouring indices.  ``finished``: the responses so
-    far, by index.  ``returned``: the indices of the earlier partial batches.
-    """
-    partial_batch: list[int] = []
-    for own in replicas:
-        groups = [own[first : first + rule.group_size] for first in range(0, len(own), rule.group_size)]
-        complete = [group for group in groups if all(i in finished for i in group)]
-        new = [i for group in complete for i in group if i not in returned]
-        num_tokens = sum(len(requests[i].prompt) + len(finished[i].token_ids) for i in new)
-        if len(complete) < len(groups) and num_tokens < max(rule.min_tokens, 1):
-            return None
-        partial_batch += new
-    return partial_batch
 
 
 class BusyTime:
@@ -183,11 +125,6 @@ class Arrivals:
         """Return the finished responses."""
         with self._changed:
             return dict(self._responses)
-
-    def of(self, indices: Sequence[int]) -> dict[int, Response]:
-        """Return the responses of ``indices``, which are finished."""
-        with self._changed:
-            return {i: self._responses[i] for i in indices}
 
     def _run(self, work: Callable[[Callable[[Mapping[int, Response]], None]], None]) -> None:
         try:
