@@ -1,0 +1,157 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""plain.py, the method in one file, and `selfdistill train` have the same losses and the same first gradient."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tiny_run
+
+NUM_STEPS = 10
+TOLERANCE = 1e-6
+SIZES = {"global_batch_size": 8, "max_new_tokens": 14, "max_tokens": 256}
+
+
+class Steps(NamedTuple):
+    """What some steps have computed."""
+
+    losses: list[float]
+    gradients: dict[str, Any]
+    """The gradient of the first step by parameter."""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory, ranks: Any) -> Path:
+    """Return a directory with problems, a tokenizer, a base model, and a run of `selfdistill train` from this model."""
+    directory = tmp_path_factory.mktemp("plain")
+    tiny_run.write_data(directory)
+    first = ("num_steps=1", "optimizer.lr=0.02", "optimizer.lr_warmup_steps=0")
+    base = tiny_run.overrides(directory, directory / "base", *first)
+    tiny_run.train_each(ranks, [base, overrides(directory, "run")])
+    return directory
+
+
+@pytest.fixture(scope="module")
+def expected(files: Path, ranks: Any) -> Steps:
+    """Return what `selfdistill train` computes."""
+    lines = map(json.loads, (files / "run" / "metrics.jsonl").read_text().splitlines())
+    losses = [record["loss/mean"] for record in lines if "loss/mean" in record]
+    (gradients,) = ranks.run(first_gradients, overrides(files, "unstarted"), world_size=1, init_process_group=False)
+    return Steps(losses, gradients)
+
+
+def overrides(directory: Path, run_dir: str) -> list[str]:
+    """Return the arguments of `selfdistill train`."""
+    more = (f"num_steps={NUM_STEPS}", f"checkpoint.load={directory}/base/checkpoints", "checkpoint.save_every=0")
+    return tiny_run.overrides(directory, directory / run_dir, *more)
+
+
+def first_gradients(arguments: list[str]) -> dict[str, Any]:
+    """Return the gradients of the first step of `selfdistill train` by parameter."""
+
+    def of(trainer: Any) -> dict[str, Any]:
+        from megatron_selfdistill.model.forward import unwrapped
+
+        batch = trainer.next_batch()
+        trainer.forward_backward(batch, trainer.pack(batch))
+        named = unwrapped(trainer.learner.chunks[0]).named_parameters()
+        return {name: parameter.main_grad.clone() for name, parameter in named}
+
+    return tiny_run.with_trainer(arguments, of)
+
+
+def numbers(num_steps: int) -> Any:
+    """Return the sizes with which plain.py runs."""
+    from megatron_selfdistill import plain
+
+    return plain.Numbers(num_steps=num_steps, learning_rate=1e-3, warmup_steps=2, seed=0, **SIZES)
+
+
+def plain_steps(directory: Path, num_steps: int, teacher_weight: float = 0.75) -> Steps:
+    """Train with plain.py on this rank."""
+    from transformers import AutoTokenizer
+
+    from megatron_selfdistill import plain
+    from megatron_selfdistill.config import ParallelConfig
+    from megatron_selfdistill.distributed import ranks
+
+    sizes = numbers(num_steps)
+    grid = ranks.initialize(ParallelConfig(), sizes.seed)
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(ranks.shutdown)
+        patch.setattr(plain, "TEACHER_WEIGHT", teacher_weight)
+        tokenizer = AutoTokenizer.from_pretrained(directory / "tokenizer")
+        problems = plain.read_problems(directory / "problems.jsonl", tokenizer, sizes.teacher_template)
+        load = directory / "base" / "checkpoints"
+        student, start = (plain.load_model(load, len(tokenizer), grid) for _ in range(2))
+        steps = Steps([], {})
+        for loss in plain.train(student, start, problems, tokenizer.eos_token_id, sizes, grid):
+            steps.losses.append(loss)
+            if len(steps.losses) == 1:
+                steps.gradients.update((name, it.grad.clone()) for name, it in student.gpt.named_parameters())
+        return steps
+
+
+def test_ten_steps_have_the_losses_and_the_first_gradient_of_selfdistill_train(files, ranks, expected):
+    assert len(expected.losses) == NUM_STEPS and min(expected.losses) > 1e-3, "the teacher must have something to say"
+    (found,) = ranks.run(plain_steps, files, NUM_STEPS, world_size=1, init_process_group=False)
+    assert found.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE)
+    assert found.gradients.keys() == expected.gradients.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.gradients.values())
+    assert largest > 1e-3
+    for name, gradient in expected.gradients.items():
+        assert float((found.gradients[name] - gradient).abs().max()) <= TOLERANCE * largest, name
+
+
+def test_two_data_parallel_ranks_have_the_losses_of_one(files, ranks, expected):
+    for found in ranks.run(plain_steps, files, NUM_STEPS, world_size=2, init_process_group=False):
+        assert found.losses == pytest.approx(expected.losses, rel=0, abs=TOLERANCE)
+
+
+def test_another_teacher_weight_shows_in_the_first_loss(files, ranks, expected):
+    (found,) = ranks.run(plain_steps, files, 1, 0.7, world_size=1, init_process_group=False)
+    assert abs(found.losses[0] - expected.losses[0]) > 100 * TOLERANCE
+
+
+def test_every_epoch_has_each_problem_once_also_where_a_batch_belongs_to_two_epochs():
+    from megatron_selfdistill import plain
+
+    problems = [plain.Problem(str(number), [], [], "") for number in range(3)]
+    batches = plain.batches(problems, 2, seed=1)
+    taken = [problem.id for _ in range(3) for problem in next(batches)]
+    assert sorted(taken[:3]) == sorted(taken[3:]) == ["0", "1", "2"]
+
+
+def printed(arguments: Sequence[str], num_steps: int) -> str:
+    """Return what the command of plain.py prints on this rank."""
+    from megatron_selfdistill import plain
+
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        plain.main(arguments, numbers(num_steps))
+    return output.getvalue()
+
+
+def test_the_command_prints_losses_and_accuracies(files, ranks, expected):
+    paths = [str(files / name) for name in ("base/checkpoints", "tokenizer", "problems.jsonl", "problems.jsonl")]
+    (output,) = ranks.run(printed, paths, 2, world_size=1, init_process_group=False)
+    before, *steps, after = output.splitlines()
+    assert before.startswith("40 held-out problems before: 0.") and after.startswith("40 held-out problems after: 0.")
+    assert steps == [f"step {step}: loss {expected.losses[step - 1]:.4f}" for step in (1, 2)]
+
+
+def test_without_files_the_command_takes_the_newest_base_of_the_quickstart_or_says_how_to_make_one(tmp_path):
+    from megatron_selfdistill import plain
+
+    with pytest.raises(SystemExit, match="run `make quickstart`"):
+        plain.of_the_quickstart(tmp_path)
+    base = tmp_path / "bases" / "subtraction-seed5-0123"
+    base.mkdir(parents=True)
+    problems = tmp_path / "quickstart" / "seed5" / "train.jsonl"
+    wanted = [base / "checkpoints", base / "tokenizer", problems, base / "held_out.jsonl"]
+    assert plain.of_the_quickstart(tmp_path) == wanted
