@@ -2,7 +2,7 @@
 """The seconds of the stages of CI beside the last recorded ones (.ci/stage_seconds.json).
 
     python tools/stage_times.py calibrate                   prints the seconds of a fixed piece of work
-    python tools/stage_times.py expect STAGE CALIBRATION    prints the seconds that a stage takes here; 0 if none are recorded
+    python tools/stage_times.py expect STAGE CALIBRATION    prints the seconds of a stage here; 0 if unknown
     python tools/stage_times.py compare FILE CALIBRATION    prints a table; exits with 1 if a stage has grown by half
     python tools/stage_times.py record FILE CALIBRATION     records the seconds of the stages in FILE
 

@@ -193,7 +193,6 @@ CLAIMS = {
     "memory of NCCL's connections have not been measured": "several GPUs (NCCL)",
     "What exists on GPUs alone has not": "vLLM",
     "This path has not run on a GPU yet": "",
-    "Seconds on a GPU have not been measured": "",
     "unfused attention have not run on a GPU": "",
     "No sync has been timed on a GPU": "several GPUs (NCCL)",
     "No whole run has been timed on a GPU": "",
