@@ -147,6 +147,7 @@ check: venv ## format, lint, docstrings, spelling, types, shell scripts, names o
 	@echo "[check] subjects of commits"; $(BIN)/python tools/commit_checks.py history
 	@echo "[check] names of Megatron Core"; $(BIN)/python tools/megatron_names.py --tested --faults
 	@echo "[check] lines per ring"; $(BIN)/python tools/ring_budgets.py
+	@echo "[check] one step"; $(BIN)/python tools/step_walk.py --figures
 
 # Plain JavaScript with types in its comments; only this target needs npm, which fetches TypeScript's compiler.
 check-pages: ## check the types of the JavaScript in the pages of reports (needs npm)

@@ -3,12 +3,16 @@
 
     python tools/step_walk.py                      the default recipe
     python tools/step_walk.py recipe=grpo ...      other options of `selfdistill train`
+    python tools/step_walk.py --figures            the numbers of the default recipe alone; exits with 1 if one of them
+                                                   is worse than its budget in tools/ring_budgets.toml
 
 The tool trains three steps of a tiny model on one rank on the CPU, and traces the third one, which does not evaluate,
 save or check anything that only a first step checks.  It prints
 
     files       the files of the package whose functions the step calls
     lines       the lines of these files
+    executed    the lines among them that the step executes, outside of compat
+    density     executed / lines: what a reader opens for a step, and needs for it
     jumps back  the calls from a file into another one whose functions the step has called before this file's
     empty calls the functions of another file that run nothing besides one return of a constant or of an argument
 
@@ -22,7 +26,8 @@ import ast
 import functools
 import sys
 import tempfile
-from collections.abc import Sequence
+import tomllib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -37,6 +42,7 @@ import step_walk  # noqa: E402  this file as a module, which the rank imports, t
 import tiny_run  # noqa: E402
 from ranks import RankPool  # noqa: E402
 
+BUDGETS = REPOSITORY / "tools" / "ring_budgets.toml"
 TRACED_STEP = 2
 """The number of steps before the traced one."""
 LOOKED_UP = ("compat", "config", "distributed")
@@ -55,6 +61,17 @@ class Walk:
         """Files of a call into an earlier file -> the function that is called."""
         self.empty: dict[str, str] = {}
         """Function that does nothing -> the file that calls it."""
+        self.executed: set[tuple[str, int]] = set()
+        """File and number of every line that was executed."""
+
+    def trace_lines(self, frame: FrameType, event: str, argument: Any) -> Any:
+        """Note the lines of a function of the package; a function for `sys.settrace`."""
+        path = Path(frame.f_code.co_filename)
+        if not path.is_relative_to(PACKAGE):
+            return None
+        if event == "line":
+            self.executed.add((str(path.relative_to(PACKAGE)), frame.f_lineno))
+        return self.trace_lines
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> None:
         """Note a call; a function for `sys.setprofile`."""
@@ -73,18 +90,58 @@ class Walk:
         if _does_nothing(frame.f_code):
             self.empty.setdefault(name, caller)
 
-    def report(self) -> str:
-        """Return the walk as text: every file, jump and empty call, and the four numbers."""
+    def figures(self) -> dict[str, float]:
+        """Return the numbers of the module's docstring."""
         lines = sum(len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) for file in self.entered)
+        executed = sum(file in self.entered for file, _ in self.executed)
+        return {
+            "files": len(self.entered),
+            "lines": lines,
+            "executed": executed,
+            "density": round(executed / lines, 3),
+            "jumps back": len(self.jumps),
+            "empty calls": len(self.empty),
+        }
+
+    def report(self) -> str:
+        """Return the walk as text: every file, jump and empty call."""
         listed = [f"  {place + 1:3d}. {file}" for file, place in self.entered.items()]
         jumps = [f"  {caller} -> {name}" for (caller, _), name in self.jumps.items()]
         empty = [f"  {caller} -> {name}" for name, caller in self.empty.items()]
-        numbers = f"{len(self.entered)} files, {lines} lines, {len(jumps)} jumps back, {len(empty)} empty calls"
-        return "\n".join(["files:", *listed, "jumps back:", *jumps, "empty calls:", *empty, numbers])
+        return "\n".join(["files:", *listed, "jumps back:", *jumps, "empty calls:", *empty])
 
 
-def main(options: Sequence[str]) -> int:
-    """Train the tiny model with ``options`` and print the walk of its third step."""
+def misses(figures: Mapping[str, float], budgets: Mapping[str, float]) -> list[str]:
+    """Return a sentence for each figure that is worse than its budget: a lower density, or more of anything else."""
+    return [
+        f"{name} of a step: {figures[name]:,} is worse than the budget of {budget:,} in tools/{BUDGETS.name}"
+        for name, budget in budgets.items()
+        if (figures[name] < budget if name == "density" else figures[name] > budget)
+    ]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the command; return 1 if a figure is worse than its budget, else 0."""
+    only_figures = list(arguments) == ["--figures"]
+    walk = walk_of([] if only_figures else arguments)
+    figures = walk.figures()
+    if not only_figures:
+        print(walk.report())
+    print(", ".join(f"{name} {value:,}" for name, value in figures.items()))
+    found = misses(figures, budgets()) if only_figures else []
+    for sentence in found:
+        print(sentence, file=sys.stderr)
+    return 1 if found else 0
+
+
+def budgets() -> dict[str, float]:
+    """Return the budget of each figure."""
+    read: dict[str, float] = tomllib.loads(BUDGETS.read_text(encoding="utf-8"))["step"]
+    return read
+
+
+def walk_of(options: Sequence[str]) -> Walk:
+    """Train the tiny model with ``options`` and return the walk of its third step."""
     with tempfile.TemporaryDirectory(prefix="selfdistill_walk_") as path:
         data, pool = Path(path) / "data", RankPool()
         try:
@@ -93,18 +150,18 @@ def main(options: Sequence[str]) -> int:
             arguments = tiny_run.overrides(
                 data, Path(path) / "run", f"num_steps={NUM_STEPS}", "checkpoint.save_every=0", *options
             )
-            (report,) = pool.run(tiny_run.with_trainer, arguments, step_walk.walked, world_size=1)
-            print(report)
+            (walk,) = pool.run(tiny_run.with_trainer, arguments, step_walk.walked, world_size=1)
         finally:
             pool.close()
-    return 0
+    return walk
 
 
-def walked(trainer: Any) -> str:
-    """Return the report of the walk of the third step; one rank calls it."""
+def walked(trainer: Any) -> Walk:
+    """Return the walk of the third step; one rank calls it."""
     walk = Walk()
     for number in range(TRACED_STEP + 1):
         sys.setprofile(walk.trace if number == TRACED_STEP else None)
+        sys.settrace(walk.trace_lines if number == TRACED_STEP else None)
         try:
             step: list[Any] = []
             for batch in trainer.batches():
@@ -114,7 +171,8 @@ def walked(trainer: Any) -> str:
             trainer.finish_step(step, trainer.update(step))
         finally:
             sys.setprofile(None)
-    return walk.report()
+            sys.settrace(None)
+    return walk
 
 
 def _file_of(code: CodeType) -> str | None:
