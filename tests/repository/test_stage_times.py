@@ -76,7 +76,7 @@ def test_ci_writes_every_stage_to_the_file_that_it_compares_at_the_end():
     script = (REPOSITORY / ".ci" / "run").read_text(encoding="utf-8")
     body = re.search(r"^stage\(\) \{\n(.*?)^\}", script, re.MULTILINE | re.DOTALL)
     assert body is not None and '>>"$times"' in body[1]
-    assert "tools/stage_times.py" in script.rpartition("\nfinish\n")[2], "also the stages beside the others"
+    assert "tools/stage_times.py" in script.rpartition("\nfinish\n")[2], "after the stages beside the others"
     assert set(json.loads((REPOSITORY / ".ci" / "stage_seconds.json").read_text())) == {"calibration", "stages"}
 
 
