@@ -94,7 +94,7 @@ class Numbers:
     """The teacher's wording of a problem; the student reads the problem alone."""
 
 
-class Problem(NamedTuple):
+class PreparedProblem(NamedTuple):
     """One problem, with its solution as a hint, and both prompts as token ids."""
 
     id: str
@@ -127,7 +127,7 @@ def load_model(checkpoint: Path, vocab_size: int, grid: RankGrid) -> Model:
     return Model(gpt, vocab_size)
 
 
-def read_problems(path: Path, tokenizer: Any, teacher_template: str) -> list[Problem]:
+def read_problems(path: Path, tokenizer: Any, teacher_template: str) -> list[PreparedProblem]:
     """Return the problems of a JSONL file, whose records have id, problem, solution and answer."""
 
     def prompt(text: str) -> list[int]:
@@ -139,13 +139,13 @@ def read_problems(path: Path, tokenizer: Any, teacher_template: str) -> list[Pro
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
         hinted = teacher_template.format(problem=record["problem"], solution=record["solution"])
-        problems.append(Problem(record["id"], prompt(record["problem"]), prompt(hinted), record["answer"]))
+        problems.append(PreparedProblem(record["id"], prompt(record["problem"]), prompt(hinted), record["answer"]))
     return problems
 
 
-def batches(problems: Sequence[Problem], batch_size: int, seed: int) -> Iterator[list[Problem]]:
+def batches(problems: Sequence[PreparedProblem], batch_size: int, seed: int) -> Iterator[list[PreparedProblem]]:
     """Yield global batches without end; each epoch has an order of its own, and a batch may belong to two epochs."""
-    epoch, waiting = 0, list[Problem]()
+    epoch, waiting = 0, list[PreparedProblem]()
     while True:
         while len(waiting) < batch_size:
             order = list(problems)
@@ -280,7 +280,7 @@ def reverse_kl(student: Tensor, log_q: Tensor) -> Tensor:
 
 
 def backward(
-    student: Model, start: Model, problems: Sequence[Problem], responses: Sequence[list[int]], max_tokens: int
+    student: Model, start: Model, problems: Sequence[PreparedProblem], responses: Sequence[list[int]], max_tokens: int
 ) -> float:
     """Leave the gradient of the mean loss over the tokens of all ranks in the parameters; return the mean.
 
@@ -310,7 +310,7 @@ def backward(
 
 
 def train(
-    student: Model, start: Model, problems: Sequence[Problem], end: int, numbers: Numbers, grid: RankGrid
+    student: Model, start: Model, problems: Sequence[PreparedProblem], end: int, numbers: Numbers, grid: RankGrid
 ) -> Iterator[float]:
     """Train the student, and yield the loss of each step after its gradient is there and before its update.
 
@@ -331,7 +331,7 @@ def train(
         optimizer.step()
 
 
-def accuracy(model: Model, problems: Sequence[Problem], tokenizer: Any, numbers: Numbers) -> float:
+def accuracy(model: Model, problems: Sequence[PreparedProblem], tokenizer: Any, numbers: Numbers) -> float:
     """Return the share of the problems whose greedy response ends in the answer."""
     end = tokenizer.eos_token_id
     prompts = [problem.student_prompt for problem in problems]
@@ -348,7 +348,7 @@ def main(arguments: Sequence[str], numbers: Numbers) -> None:
     files = [Path(argument) for argument in arguments] or of_the_quickstart(Path("runs"))
     checkpoint, tokenizer_path, problem_file, *held_out_file = files
     grid = ranks.initialize(ParallelConfig(), numbers.seed)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
     problems = read_problems(problem_file, tokenizer, numbers.teacher_template)
     held_out = [it for file in held_out_file for it in read_problems(file, tokenizer, numbers.teacher_template)]
     student, start = (load_model(checkpoint, len(tokenizer), grid) for _ in range(2))

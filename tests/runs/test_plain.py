@@ -122,7 +122,7 @@ def test_another_teacher_weight_shows_in_the_first_loss(files, ranks, expected):
 def test_every_epoch_has_each_problem_once_also_where_a_batch_belongs_to_two_epochs():
     from megatron_selfdistill import plain
 
-    problems = [plain.Problem(str(number), [], [], "") for number in range(3)]
+    problems = [plain.PreparedProblem(str(number), [], [], "") for number in range(3)]
     batches = plain.batches(problems, 2, seed=1)
     taken = [problem.id for _ in range(3) for problem in next(batches)]
     assert sorted(taken[:3]) == sorted(taken[3:]) == ["0", "1", "2"]
