@@ -78,14 +78,18 @@ def bare(wheel, tmp_path_factory) -> Path:
     return environment(tmp_path_factory.mktemp("bare"), wheel)
 
 
-def distributions_of(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
-    """Add to ``found`` the installed distribution ``name`` and all that it requires here, by name."""
-    if name in found:
+def distributions_of(wanted: Requirement, found: dict[str, importlib.metadata.Distribution], seen: set[str]) -> None:
+    """Add to ``found`` the installed distribution that is ``wanted``, and all that it requires here, by name.
+
+    ``seen``: the requirements that have been looked at, with their extras, such as those of torch's build for CUDA.
+    """
+    if str(wanted) in seen:
         return
-    found[name] = importlib.metadata.distribution(name)
-    for requirement in map(Requirement, found[name].requires or []):
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-            distributions_of(requirement.name, found)
+    seen.add(str(wanted))
+    one = found.setdefault(wanted.name, importlib.metadata.distribution(wanted.name))
+    for requirement in map(Requirement, one.requires or []):
+        if any(requirement.marker is None or requirement.marker.evaluate({"extra": it}) for it in ("", *wanted.extras)):
+            distributions_of(requirement, found, seen)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +102,7 @@ def with_torch(wheel, tmp_path_factory) -> Path:
     directory = tmp_path_factory.mktemp("with_torch")
     venv.create(directory, with_pip=False)
     site_packages, linked = next(directory.rglob("site-packages")), {}
-    distributions_of("torch", linked)
+    distributions_of(Requirement("torch"), linked, set())
     for one in linked.values():
         for name in {file.parts[0] for file in one.files or []} - {"..", "__pycache__"}:
             if not (site_packages / name).exists():
