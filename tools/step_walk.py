@@ -150,7 +150,7 @@ def walk_of(options: Sequence[str]) -> Walk:
             arguments = tiny_run.overrides(
                 data, Path(path) / "run", f"num_steps={NUM_STEPS}", "checkpoint.save_every=0", *options
             )
-            (walk,) = pool.run(tiny_run.with_trainer, arguments, step_walk.walked, world_size=1)
+            walk: Walk = pool.run(tiny_run.with_trainer, arguments, step_walk.walked, world_size=1)[0]
         finally:
             pool.close()
     return walk
