@@ -69,6 +69,7 @@ from megatron_selfdistill.interop.formats.stored_model import architecture_from_
 from megatron_selfdistill.model.architecture import transformer_config
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.rollout.base import sample_seed, sample_uniforms
+from megatron_selfdistill.terminal import silence_known_warnings
 
 TEACHER_WEIGHT = 0.75
 """w: the weight of the teacher's logits in the mix; the reference has the weight 1."""
@@ -347,6 +348,7 @@ def main(arguments: Sequence[str], numbers: Numbers) -> None:
     """Train on the files of the command line, or on those of the quickstart, and print losses and accuracies."""
     files = [Path(argument) for argument in arguments] or of_the_quickstart(Path("runs"))
     checkpoint, tokenizer_path, problem_file, *held_out_file = files
+    silence_known_warnings()
     grid = ranks.initialize(ParallelConfig(), numbers.seed)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path, trust_remote_code=False)
     problems = read_problems(problem_file, tokenizer, numbers.teacher_template)
