@@ -321,8 +321,8 @@ def train(
     order = batches(problems, numbers.global_batch_size, numbers.seed)
     for step in range(numbers.num_steps):
         batch = next(order)
-        times = [batch[:place].count(problem) for place, problem in enumerate(batch)]  # it has come before in the batch
-        seeds = [sample_seed(numbers.seed, step, *of) for of in zip([p.id for p in batch], times, strict=True)]
+        # A problem that comes twice in a batch has a seed of its own each time.
+        seeds = [sample_seed(numbers.seed, step, it.id, batch[:place].count(it)) for place, it in enumerate(batch)]
         own, seeds = batch[grid.rank :: grid.world_size], seeds[grid.rank :: grid.world_size]
         responses = sample(student, [problem.student_prompt for problem in own], seeds, numbers, end)
         yield backward(student, start, own, responses, numbers.max_tokens)
