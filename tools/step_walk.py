@@ -41,8 +41,8 @@ for _directory in (REPOSITORY, REPOSITORY / "tests" / "support", REPOSITORY / "t
 import step_walk  # noqa: E402  this file as a module, which the rank imports, too
 import tiny_run  # noqa: E402
 from ranks import RankPool  # noqa: E402
+from ring_budgets import BUDGETS  # noqa: E402
 
-BUDGETS = REPOSITORY / "tools" / "ring_budgets.toml"
 TRACED_STEP = 2
 """The number of steps before the traced one."""
 LOOKED_UP = ("compat", "config", "distributed")
