@@ -27,15 +27,15 @@ AVERAGED = ("teacher.weights=ema", "teacher.ema_decay=0.99")
 def refresh(trainer: Trainer, step: int) -> None:
     """Give the frozen copy the student's weights every `EVERY` steps."""
     if step and step % EVERY == 0:
-        assert trainer.learner.reference is trainer.learner.teacher
-        trainer.learner.teacher.copy_student()
+        assert trainer.learner.teachers.reference is trainer.learner.teachers.start
+        trainer.learner.teachers.start.copy_student()
 
 
 def follow_average(trainer: Trainer, step: int) -> None:
     """Let the averaged teacher serve as reference, too, from the first step on."""
     if step == 0:
-        assert trainer.learner.teacher.weights == "ema"
-        trainer.learner.reference = trainer.learner.teacher
+        assert trainer.learner.teachers.start.weights == "ema"
+        trainer.learner.teachers.reference = trainer.learner.teachers.start
 
 
 def watch_refreshed(variant: Variant, base: Base, run_dir: Path, steps: Sequence[int], num_samples: int) -> list[Point]:

@@ -8,8 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import metadata
 from operator import attrgetter
 from pathlib import Path
@@ -92,7 +91,7 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield f"{_problems(trainer)}; contexts of at most {data.max_length} tokens"
     what = "turns" if data.about_conversations else "problems"
     yield from about_visits(config.num_steps, config.data.global_batch_size, len(data.problems), what)
-    yield from about_teachers(config, data.problems.problems, learner.other_widths)
+    yield from learner.teachers.announced(data.problems.problems)
     yield str(learner.output_layer)
     yield data.ends.about
     if data.about_prompts:
@@ -104,22 +103,6 @@ def _lines(trainer: Trainer) -> Iterator[str]:
     yield from trainer.changes
     if trainer.stop.plan:
         yield trainer.stop.plan
-
-
-def about_teachers(config: Config, problems: Sequence[Problem], widths: Mapping[str, int]) -> Iterator[str]:
-    """Yield a line per teacher of the key ``teachers``: its weights, its view, and how many problems name it.
-
-    ``widths``: the hidden size of each teacher of another architecture than the student's.
-    """
-    taught = Counter(name for problem in problems for name, _ in problem.teacher_shares)
-    for name, teacher in config.named_teachers.items():
-        place, view = (
-            teacher.load or "the weights at the start",
-            "the solutions" if teacher.is_hinted else "no solutions",
-        )
-        unused = "" if taught[name] or teacher.load is None else "; warning: it is loaded, and no record names it"
-        other = f" (another architecture of hidden size {widths[name]})" if name in widths else ""
-        yield f"teachers.{name}: {place}{other}, sees {view}, problems: {taught[name]:,}{unused}"
 
 
 def warning_of_one_hint(problems: Sequence[Problem]) -> str | None:
@@ -233,7 +216,7 @@ def layout(trainer: Trainer) -> str:
     vpp = f" (VPP {grid.virtual_pipeline_model_parallel_size})" if grid.virtual_pipeline_model_parallel_size else ""
     return (
         f"TP {grid.tp_size} x PP {grid.pp_size}{vpp} x CP {grid.cp_size} x DP {grid.dp_size}, EP {grid.ep_size}; "
-        f"pair order {trainer.learner.pair_order}"
+        f"pair order {trainer.learner.packing.pair_order}"
     )
 
 

@@ -148,17 +148,18 @@ def check(config: Config, world_size: int) -> None:
 def _check_and_train(config: Config, given: Collection[str] | None, ranks: RollCall, lock: RunLock) -> int:
     silence_known_warnings()
     from megatron_selfdistill.checkpoint.resumption import finished_run, refuse_another_run
-    from megatron_selfdistill.checkpoint.teacher_directories import require_teachers, teaches_by_experts
     from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
     from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
     from megatron_selfdistill.run_data import RunData
+    from megatron_selfdistill.teacher import Teachers
 
     refuse_another_run(config, given)
     as_given, config = config, with_stored_architecture(config, given)
     require_packages(config)  # of the architecture that a checkpoint states
     require_same_tokenizer(config)
-    require_teachers(config)
-    check_world(config, ranks.world_size, teaches_by_experts=teaches_by_experts(config))
+    teachers = Teachers.of(config)
+    teachers.require(config)
+    check_world(config, ranks.world_size, teaches_by_experts=teachers.has_experts(config))
     patience_s = config.parallel.distributed_timeout_minutes * 60
     finished = finished_run(config, as_given) if ranks.rank == 0 else None
     if checkpoint := ranks.answer("directory", str(finished or ""), patience_s):

@@ -22,7 +22,6 @@ from megatron_selfdistill.checkpoint.resumption import (
     latest_resumption,
     with_warmup,
 )
-from megatron_selfdistill.checkpoint.teacher_directories import DIGESTS, checked_digests
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.bound_keys import stored_values
 from megatron_selfdistill.data.contexts import ContextPair
@@ -38,7 +37,7 @@ from megatron_selfdistill.interop.formats.directory import iteration_name
 from megatron_selfdistill.interop.formats.megatron_flags import megatron_args
 from megatron_selfdistill.interop.formats.saved_run import CONFIGURATION
 from megatron_selfdistill.learner import Learner, loss_backend
-from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics, teacher_metrics
+from megatron_selfdistill.metrics import Phases, configured_log, rollout_metrics
 from megatron_selfdistill.metrics.guards import (
     Guards,
     check_identity,
@@ -68,7 +67,6 @@ from megatron_selfdistill.sources.configured_source import (
 from megatron_selfdistill.sources.method import Method
 from megatron_selfdistill.sources.moved_contexts import moved
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.sources.teacher_groups import by_teacher
 
 
 class AccumulatedBatch(NamedTuple):
@@ -78,6 +76,10 @@ class AccumulatedBatch(NamedTuple):
     packed: PackedBatch
     output: StepOutput | None
     """The statistics of its tokens; None if no replica had a response to train on."""
+
+
+Hook = Callable[["Trainer", Mapping[str, float]], None]
+"""A function of the trainer and the metrics of a finished step, which every rank calls; it may be a collective."""
 
 
 class Trainer:
@@ -106,10 +108,10 @@ class Trainer:
         self.resumed_from = found.saved.path if found is not None else None
         self.changes = found.changes if found is not None else ()  # of configuration and prompts, for the log
         self.run_data = run_data if found is not None else checked_run_data(config, run_data, grid)
-        self.teacher_digests = checked_digests(config, found.saved if found is not None else None)
-        base = adapter_base(config, found.saved if found is not None else None)
-        self.learner = Learner(with_warmup(config, found), self.run_data, grid, resumes=found is not None, base=base)
-        chunks, weights = self.learner.chunks, self.learner.role_weights
+        saved = found.saved if found is not None else None
+        base = adapter_base(config, saved)
+        self.learner = Learner(with_warmup(config, found), self.run_data, grid, saved=saved, base=base)
+        chunks, weights = self.learner.chunks, self.learner.teachers.role_weights
         self.sampler = configured_sampler(config, self.run_data, chunks, grid, self.phases, weights)
         self.source = configured_source(config, self.run_data, grid, self.sampler, self.phases, self.learner)
         falls, samples = config.loss_should_fall, student_samples(config)
@@ -134,8 +136,8 @@ class Trainer:
             self.log.message("metrics.show_samples: no samples, since conversations.show_contents=false")
         self.before_gradients: list[Callable[[Trainer, StepBatch], None]] = []
         """Instruments that read the first batch of a step under the weights that have generated it; collective."""
-        self.after_step: list[Callable[[Trainer], None]] = []
-        """Instruments that look at the run after each step; `train.train` alone fills both lists."""
+        self.after_step: list[Hook] = [warn, check_guards, evaluate_when_due]
+        """What looks at the run after each step, in this order; `train.train` adds instruments to both lists."""
         self.stop = Stop(
             None if config.dry_run else self.run_dir,
             grid,
@@ -155,7 +157,7 @@ class Trainer:
         They come in one batch, or in partial batches, one for each teacher.
         Raises: `EngineError` on all ranks where an engine failed; a checkpoint saved then redoes the step.
         """
-        return by_teacher(self.next_batch(), self.learner.teacher_names, self.grid, joins=self.learner.joins_teachers)
+        return self.learner.teachers.batches(self.next_batch())
 
     def balance(self, batch: StepBatch) -> StepBatch:
         """Return the batch with contexts moved among replicas to shorten the step.  Collective."""
@@ -202,8 +204,7 @@ class Trainer:
         if output is None:
             return {}
         metrics = self.source.metrics(batch, output)
-        if self.learner.teacher_names:
-            metrics |= teacher_metrics([(it.batch.teacher, it.output) for it in step if it.output], self.grid)
+        metrics |= self.learner.teachers.metrics([(it.batch.teacher, it.output) for it in step if it.output])
         if self.config.shows_contents and self.config.metrics.samples_due(self.step + 1):
             self._show_samples(batch, output)
         if not self.checked and self.learner.has_teacher and self.step == 0:
@@ -219,35 +220,35 @@ class Trainer:
         return metrics
 
     def finish_step(self, step: Sequence[AccumulatedBatch], metrics: Mapping[str, float]) -> None:
-        """Count the step, commit its batches; log, check, evaluate and save whenever the configuration says so.
+        """Count the step, commit its batches, log its metrics, call ``after_step``, and save if a checkpoint is due.
 
         Raises: `RunUnhealthy` if a guard fails, `CheckpointError` if the run directory now belongs to another run.
         """
         self.run_directory.require_ownership()
         self.step += 1
-        batch, packs = StepBatch.joined([one.batch for one in step]), [one.packed for one in step]
-        has_teacher = self.learner.has_teacher
+        batch = StepBatch.joined([one.batch for one in step])
         self.source.commit(batch)
+        metrics = self._completed(metrics, batch, [one.packed for one in step])
+        self.log.log(self.step, metrics)
+        for hook in self.after_step:
+            hook(self, metrics)
+        if self.config.saves(self.step):
+            self.save()
+        if self.config.checkpoint.async_save:
+            self.checkpointer.poll()
+
+    def _completed(
+        self, metrics: Mapping[str, float], batch: StepBatch, packs: Sequence[PackedBatch]
+    ) -> dict[str, float]:
+        """Return the ``metrics`` of a step with those of its responses, its tokens and its time.  Collective."""
+        has_teacher = self.learner.has_teacher
         leaks = leaks_of(batch.contexts, self.leak_words, self.run_data.tokenizer, self.grid) if has_teacher else None
         rollout = rollout_metrics(batch.responses, self.grid, packs, leaks)
         metrics = {**metrics, **rollout, **batch.metrics, **self.sampler.metrics()}
         read = tokens_read(packs, metrics, self.grid.dp_size, has_teacher)
         metrics |= {"data/epoch": self.source.state.problem_sampler.epochs, "tokens/read": read}
-        timed = metrics | self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
-        timed |= overlap_metrics(timed) if "rollout/generation_seconds" in timed else {}
-        self.log.log(self.step, timed)
-        warnings = warnings_of(self.config, self.step, metrics, self.source.state.method)
-        for warning in (*warnings, *self.guards.warnings(metrics)):
-            self.log.message(warning)
-        self.guards.check(self.step, metrics)
-        if self.config.evaluation.due(self.step, self.config.num_steps):
-            self.evaluate()
-        if self.config.saves(self.step):
-            self.save()
-        if self.config.checkpoint.async_save:
-            self.checkpointer.poll()
-        for hook in self.after_step:
-            hook(self)
+        metrics |= self.phases.metrics(rollout=metrics["tokens/rollout"], train=read)
+        return metrics | (overlap_metrics(metrics) if "rollout/generation_seconds" in metrics else {})
 
     # -- beside the loop -----------------------------------------------------------------------------------------
 
@@ -290,7 +291,7 @@ class Trainer:
             state = {**self.source.state_dict(), "guards": self.guards.state_dict(), "batch_k": self.learner.batch_k}
             state[CONFIGURATION] = stored_values(self.learner.config)  # with a number for the warm-up
             state[PROMPTS] = self.run_data.prompts_digest
-            state |= {DIGESTS: self.teacher_digests} if self.teacher_digests else {}
+            state |= self.learner.teachers.state_dict()
             args = megatron_args(self.learner.chunks[0], model)
             self.checkpointer.save(self.step, **self.learner.stored_parts, trainer_state=state, args=args)
         self.saved_step = self.step
@@ -329,6 +330,24 @@ class Trainer:
         teachers = self.config.named_teachers if self.learner.has_teacher else None
         hints, count = seen_hints(batch.contexts, batch.solutions, teachers), self.config.metrics.show_samples
         self.log.log_samples(self.step + 1, step_samples(output, hints, count, self.run_data.tokenizer, self.grid))
+
+
+def warn(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Log what the metrics of a step warn of."""
+    of_step = warnings_of(trainer.config, trainer.step, metrics, trainer.source.state.method)
+    for warning in (*of_step, *trainer.guards.warnings(metrics)):
+        trainer.log.message(warning)
+
+
+def check_guards(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Raise `RunUnhealthy` on all ranks if the metrics of a step break a guard."""
+    trainer.guards.check(trainer.step, metrics)
+
+
+def evaluate_when_due(trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    """Evaluate on held-out problems after the steps that the configuration names.  Collective."""
+    if trainer.config.evaluation.due(trainer.step, trainer.config.num_steps):
+        trainer.evaluate()
 
 
 def evaluation_options(

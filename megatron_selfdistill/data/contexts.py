@@ -103,7 +103,7 @@ class ContextPair:
     teacher: str = ""
     """Name of the teacher that reads ``teacher_prompt``; see `Problem.teacher`."""
     of_teachers: tuple[TeacherPrompt, ...] = ()
-    """As in `PromptPair`, until the step is divided by teacher (sources/teacher_groups.py)."""
+    """As in `PromptPair`, until the step is divided by teacher (teachers/teacher_groups.py)."""
     turn: EpisodeTurn | None = None
     """The place of the response in its episode; None if the run has no episodes of several turns."""
 

@@ -28,7 +28,7 @@ from megatron_selfdistill.distributed.host_to_device import to_device_in_one_cop
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.sharded.fused_linear import fused_distillation_loss
-from megatron_selfdistill.loss.sharded.vocab_parallel import Observer, TokenStats, VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target, split_divergence
 from megatron_selfdistill.model.layers import PackedSequences
 
@@ -212,11 +212,8 @@ class FusedLoss:
         response_tokens: Tensor,
         vocab: VocabShard,
         grid: RankGrid,
-        reference_entropy: Tensor | None = None,
         reference: tuple[GPTModel, Tensor] | None = None,
-        teacher_weights: Tensor | None = None,
-        guided: tuple[int, Divergence] | None = None,
-        observe: Observer | None = None,
+        options: TokenOptions = NO_OPTIONS,
     ) -> TokenStats:
         """Return the statistics of the tokens, equal to `project` for both models and `distillation_loss`.
 
@@ -224,8 +221,7 @@ class FusedLoss:
         ``student``, ``teacher``: the models of the last stage, one object where the current weights teach; in place of
         a teacher the output weight ``[v / tp, n h]`` of n teachers, whose states are ``[R, n h / tp]``.
         ``teacher_hidden [R, h / tp]``: this tensor-parallel rank's slice of the width.  ``reference``: the model and
-        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.  ``guided``: the number of tokens
-        at the end with another divergence, and this divergence.  ``observe``: as for `fused_distillation_loss`.
+        the states ``[R, h / tp]`` of a reference whose weights are not the teacher's.
         Collectives over TP: see `fused_distillation_loss`.  With sequence parallelism the hidden states at response
         positions are gathered, and their gradient is reduce-scattered.
         """
@@ -239,16 +235,16 @@ class FusedLoss:
             None if teacher is student else _weight_of(teacher, own),
             response_tokens,
             target=self.target,
-            divergence=split_divergence(self.divergence, len(response_tokens), guided),
+            divergence=split_divergence(self.divergence, len(response_tokens), options.guided),
             vocab=vocab,
-            reference_entropy=reference_entropy,
+            reference_entropy=options.reference_entropy,
             reference=None if reference is None else (reference[1], output_weight(reference[0], own)),
-            teacher_weights=teacher_weights,
+            teacher_weights=options.teacher_weights,
             chunk_tokens=self.fusion.chunk_tokens,
             mode=self.fusion.mode,
             gather_indices=positions.gathered,
             weight_gradient=MainGrad.of(weight, student.output_layer),
-            observe=observe,
+            observe=options.observe,
             backend=self.backend,
         )
 

@@ -30,6 +30,7 @@ from torch import Tensor
 from megatron_selfdistill.compat import repairs  # noqa: F401  isort: skip  (must come before megatron.core)
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_selfdistill.config import Config
 from megatron_selfdistill.data.contexts import ContextPair
 from megatron_selfdistill.data.packing import (
     Microbatch,
@@ -105,6 +106,18 @@ class Packing:
             seq_multiple=token_multiple(config),
             attention_tokens=12 * config.hidden_size,
             joins_turns=joins_turns,
+        )
+
+    @classmethod
+    def configured(cls, config: Config, grid: RankGrid, model: TransformerConfig) -> Packing:
+        """Return the packing of the steps of a run, whose teacher comes first in a pipeline and alternates without."""
+        return cls.of_model(
+            model,
+            max_tokens=config.schedule.max_tokens,
+            pair_order=config.schedule.pair_order or ("teacher_first" if grid.pp_size > 1 else "alternating"),
+            with_teacher=config.has_teacher,
+            with_reference=config.is_anchored,
+            joins_turns=config.environment.one_sequence,
         )
 
     @property

@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,7 @@ from megatron_selfdistill.choices import PAIR_ORDERS
 from megatron_selfdistill.data.packing import PackedBatch
 from megatron_selfdistill.distributed.ranks import RankGrid
 from megatron_selfdistill.distributed.watchdog import beat
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard, vocab_entropy
+from megatron_selfdistill.loss.sharded.vocab_parallel import TokenOptions, TokenStats, VocabShard, vocab_entropy
 from megatron_selfdistill.loss.target import Target, unit_mix
 from megatron_selfdistill.loss.weighting import Coefficients
 from megatron_selfdistill.model.forward import (
@@ -75,9 +75,15 @@ class KeptStates:
     reference_entropy: Tensor | None = None
     """The reference's entropy [R] in nats, float64, where the target matches it."""
 
-    def of_target(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the states of the mix and None; without a mix, those of the teacher and of the reference."""
-        return (self.teacher, self.reference) if self.mix is None else (self.mix, None)
+    @property
+    def of_teacher_logits(self) -> Tensor | None:
+        """The states whose projection the loss takes as the teacher's logits: the mix, or else the teacher's own."""
+        return self.teacher if self.mix is None else self.mix
+
+    @property
+    def unmixed_reference(self) -> Tensor | None:
+        """The reference's states, whose projection is mixed into the teacher's logits; None if the mix holds them."""
+        return self.reference if self.mix is None else None
 
 
 class TeacherHiddenStates:
@@ -98,7 +104,7 @@ class TeacherHiddenStates:
     def __init__(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> None:
         self.batch, self.grid, self.store_bytes = batch, grid, store_bytes
         self.width = hidden_size // grid.tp_size
-        self.shelves: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.num_states]
+        self.parts: list[dict[str, list[_Part]]] = [defaultdict(list) for _ in batch.num_states]
         """The parts of every student microbatch by the field of `KeptStates` that they belong to."""
         self.reference_entropies: dict[int, Tensor] = {}
         self.bytes_on_device = 0
@@ -137,7 +143,7 @@ class TeacherHiddenStates:
             self._keep(index, "reference", theirs)
         if mix_weight is None:
             return
-        teacher = self._take(index, "teacher", theirs.dtype)
+        teacher = self.take_field(index, "teacher", theirs.dtype)
         self._keep(index, "mix", unit_mix(theirs, teacher, mix_weight).to(theirs.dtype))
         if keep_teacher:
             self._keep(index, "teacher", teacher)
@@ -147,21 +153,13 @@ class TeacherHiddenStates:
 
         Raises: RuntimeError where a teacher microbatch with some of its response tokens has not run.
         """
-        kept = set(self.shelves[index])
-        taken = {name: self._take(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})}
+        kept = set(self.parts[index])
+        taken = {name: self.take_field(index, name, dtype) for name in (kept if "mix" in kept else kept | {"teacher"})}
         return KeptStates(**taken, reference_entropy=self.reference_entropies.pop(index, None))
 
-    def at_full_width(self, block: Tensor) -> Tensor:
-        """Return the states ``[R, 1, h]`` of which every tensor-parallel rank holds a slice ``block [R, h / tp]``."""
-        states: Tensor = gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group)
-        return states.unsqueeze(1)
-
-    def _slice(self, states: Tensor) -> Tensor:
-        """Return this rank's slice ``[R, h / tp]`` of the width of ``states [R, 1, h]``."""
-        return states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
-
-    def _take(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
-        size, parts = self.batch.num_states[index], self.shelves[index].pop(name, [])
+    def take_field(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
+        """Return the states ``[R, h / tp]`` of one field of `KeptStates` of a student microbatch, and forget them."""
+        size, parts = self.batch.num_states[index], self.parts[index].pop(name, [])
         self.bytes_on_device -= sum(part.states.nbytes for part in parts if part.on_device)
         if sum(len(part.states) for part in parts) != size:
             raise RuntimeError(f"student microbatch {index} came before the {name}'s microbatches with its responses")
@@ -174,6 +172,15 @@ class TeacherHiddenStates:
             block.index_copy_(0, place, states)
         return block
 
+    def at_full_width(self, block: Tensor) -> Tensor:
+        """Return the states ``[R, 1, h]`` of which every tensor-parallel rank holds a slice ``block [R, h / tp]``."""
+        states: Tensor = gather_from_tensor_model_parallel_region(block, group=self.grid.tp_group)
+        return states.unsqueeze(1)
+
+    def _slice(self, states: Tensor) -> Tensor:
+        """Return this rank's slice ``[R, h / tp]`` of the width of ``states [R, 1, h]``."""
+        return states.squeeze(1).narrow(1, self.grid.tp_rank * self.width, self.width).contiguous()
+
     def _keep(self, index: int, name: str, states: Tensor, place: Tensor | None = None) -> None:
         on_device = self.bytes_on_device + states.nbytes <= self.store_bytes
         if on_device:
@@ -181,7 +188,7 @@ class TeacherHiddenStates:
         else:
             on_host = torch.empty(states.shape, dtype=states.dtype, device="cpu", pin_memory=True)
             states = on_host.copy_(states, non_blocking=True)
-        self.shelves[index][name].append(_Part(states, place, on_device))
+        self.parts[index][name].append(_Part(states, place, on_device))
 
     def _exchange(self, microbatch: TeacherMicrobatch, states: Tensor) -> Tensor:
         received = states.new_empty(sum(microbatch.receive_counts), states.size(1))
@@ -196,49 +203,6 @@ class TeacherHiddenStates:
         return received
 
 
-@dataclass(frozen=True)
-class JoinedTeachers:
-    """The teachers that have read the responses of a batch before, and whose product is the teacher of its tokens.
-
-    The product's logits are ``sum of s_i W_i h_i`` over the teachers i, with the share s_i of the token: up to a
-    constant per token, the weighted mean of their log-probs.  It is one teacher whose hidden states ``s_i h_i`` stand
-    side by side, with an output layer whose columns do.  Where a teacher has a weight w_i of its own, the mix with the
-    reference is ``sum of s_i w_i l_i + r``: a product of the shares s_i w_i / w with the weight w = sum of s_i w_i.
-    """
-
-    states: Sequence[TeacherHiddenStates]
-    """The states of each teacher, in the order of the names."""
-    shares: Tensor
-    """The share of each teacher for each of ``PackedBatch.response_tokens``, [R_total, n], on the device."""
-    token_weights: Tensor | None
-    """The w of each of these tokens, [R_total] float64, on the device; None if all have that of the target."""
-    weight: Tensor | None
-    """The output weights of all teachers, ``[v / tp, sum of h_i]``; None on stages before the last.  The columns have
-    the order of the states of all tensor-parallel ranks: the first slice of the width of every teacher, then the next.
-    """
-
-
-class JoinedHiddenStates(TeacherHiddenStates):
-    """The states of all teachers side by side, ``[R_j, sum of h_i / tp]``, scaled by the shares of the tokens.
-
-    They are rounded to their dtype, and put together when they are taken.  ``store_bytes`` includes what the teachers'
-    own states take.
-    """
-
-    def __init__(
-        self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float, joined: JoinedTeachers
-    ) -> None:
-        super().__init__(batch, grid, hidden_size, store_bytes - sum(one.bytes_on_device for one in joined.states))
-        self.joined = joined
-
-    def _take(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
-        if name != "teacher":
-            return super()._take(index, name, dtype)
-        shares = self.joined.shares[self.batch.student[index].response_ids].unbind(1)
-        taken = [states._take(index, name, dtype) for states in self.joined.states]
-        return torch.cat([(share[:, None] * part).to(dtype) for share, part in zip(shares, taken, strict=True)], 1)
-
-
 class _Part(NamedTuple):
     """The states [n, h / tp] of some or all of a student microbatch's R tokens."""
 
@@ -246,6 +210,59 @@ class _Part(NamedTuple):
     place: Tensor | None
     """The places [n] among the R; None for all in order."""
     on_device: bool
+
+
+class StepTeacher(Protocol):
+    """The protocol of the teacher of one call of the schedule, on one rank."""
+
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]:
+        """The chunks that run the teacher's microbatches, cut like the student's; empty if it has read before."""
+        ...
+
+    @property
+    def output(self) -> GPTModel | Tensor:
+        """The model whose output layer projects the teacher's states, or the output weight, on the last stage."""
+        ...
+
+    def states(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> TeacherHiddenStates:
+        """Return the place of the teacher's states at the response tokens of ``batch``."""
+        ...
+
+    def token_weights(self, response_ids: Tensor) -> Tensor | None:
+        """Return the weight w [R] float64 of each of these tokens; None if all have the weight of the target."""
+        ...
+
+    def after_last_pass(self) -> None:
+        """Note that the layers have made their last forward pass of the call; the output layer is still needed."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScheduledTeacher:
+    """A teacher whose microbatches are in the same schedule as those of the student."""
+
+    chunks: Sequence[torch.nn.Module]
+    """The teacher's chunks on this rank, cut like the student's; the student's own if the current weights teach."""
+    fetch_next: Callable[[], None] | None = None
+    """The function that is called once the layers have made their last forward pass; None calls nothing."""
+
+    @property
+    def output(self) -> GPTModel:
+        """The model whose output layer projects the teacher's states, on the last stage."""
+        return unwrapped(self.chunks[-1])
+
+    def states(self, batch: DeviceBatch, grid: RankGrid, hidden_size: int, store_bytes: float) -> TeacherHiddenStates:
+        """Return an empty place for the teacher's states."""
+        return TeacherHiddenStates(batch, grid, hidden_size, store_bytes)
+
+    def token_weights(self, response_ids: Tensor) -> None:
+        """Return None: all tokens have the weight of the target."""
+
+    def after_last_pass(self) -> None:
+        """Call ``fetch_next``."""
+        if self.fetch_next is not None:
+            self.fetch_next()
 
 
 @dataclass(frozen=True)
@@ -305,7 +322,7 @@ class NoResponseTokens(RuntimeError):
 
 def run(
     student: Sequence[torch.nn.Module],
-    teacher: Sequence[torch.nn.Module] | None,
+    teacher: StepTeacher | None,
     batch: PackedBatch,
     token_loss: TokenLoss | FusedLoss,
     grid: RankGrid,
@@ -319,8 +336,6 @@ def run(
     teacher_store_bytes: float = float("inf"),
     forward_only: bool = False,
     partial_batch: PartialBatch | None = None,
-    joined: JoinedTeachers | None = None,
-    after_teacher: Callable[[], None] | None = None,
 ) -> StepOutput:
     """Run one forward and backward pass of the global batch; leave gradients in ``main_grad``, reduced and finalised.
 
@@ -328,15 +343,13 @@ def run(
     tokens of the global batch, in every layout.  ``token_coefficients`` gives w and a, which are constants; without
     ``token_coefficients`` w is 1 and a is 0.  Coefficients without a policy term cost nothing in the loss.
 
-    ``student``: this rank's chunks (DDP).  ``teacher``: chunks with the same cuts (the student's own for "current"), or
-    None for a loss without a teacher, which ignores ``batch.teacher``.  ``reference``: with a target that is anchored
+    ``student``: this rank's chunks (DDP).  ``teacher``: None for a loss without a teacher, which ignores
+    ``batch.teacher``.  ``reference``: with a target that is anchored
     to a reference, whose chunks run each student microbatch, too, without gradients.  ``guided``: what the tokens of
     guided problems have of their own.  ``measurement``: what the step measures beside its loss.  All ranks of a replica
     hold the same ``batch``; all replicas have the same number of microbatches and ``seq_length``.  ``partial_batch``:
     the place of ``batch`` in a step of several partial batches (pipeline/token_losses.py), of which only the last one
     reduces and finalises the gradients, and N counts the tokens of all; None is a step of one partial batch.
-    ``joined``: the teachers that have read before, in place of ``teacher``.  ``after_teacher``: called once the layers
-    of ``teacher`` have made their last forward pass on this rank; its output layer is still needed.
 
     Collectives: one all-reduce of N over data-parallel ranks, then the collectives of the schedule and of the loss.
     Raises: ValueError for an order that does not fit the microbatches and for a policy term of a token loss whose
@@ -348,19 +361,13 @@ def run(
     accumulated = partial_batch.accumulated(num_response_tokens, num_weighted)
     if accumulated.num_response_tokens == 0 or (num_response_tokens == 0 and not partial_batch.is_last):
         raise NoResponseTokens("the global batch has no response tokens: every context was dropped or empty")
-    order = _order(batch, pair_order, with_teacher=teacher is not None, with_reference=reference is not None)
-    on_device = DeviceBatch.of(
-        batch, grid, with_teacher=teacher is not None, local_attention=uses_local_attention(student)
-    )
+    reads = teacher is not None and bool(teacher.chunks)
+    order = _order(batch, pair_order, with_teacher=reads, with_reference=reference is not None)
+    on_device = DeviceBatch.of(batch, grid, with_teacher=reads, local_attention=uses_local_attention(student))
     hidden_size = unwrapped(student[0]).config.hidden_size
-    bank: TeacherHiddenStates | None = None
-    if joined is not None:
-        bank = JoinedHiddenStates(on_device, grid, hidden_size, teacher_store_bytes, joined)
-    elif teacher is not None:
-        bank = TeacherHiddenStates(on_device, grid, hidden_size, teacher_store_bytes)
     step = _Step(
         student=list(student),
-        teacher=list(teacher or ()),
+        teacher=teacher,
         batch=on_device,
         token_loss=token_loss,
         reference=reference,
@@ -370,9 +377,7 @@ def run(
         grid=grid,
         vocab=vocab,
         loss_scale=len(order) * grid.dp_size / accumulated.divisor,
-        bank=bank,
-        joined=joined,
-        after_teacher=after_teacher,
+        states=None if teacher is None else teacher.states(on_device, grid, hidden_size, teacher_store_bytes),
     )
     # In a step of one partial batch this is len(order) * dp_size / num_weighted: each weighted microbatch counts alike.
     weighted = accumulated.first_microbatches * accumulated.divisor
@@ -403,10 +408,10 @@ def read_states(
     Collectives: those of the schedule.
     """
     on_device = DeviceBatch.of_reader(batch, reading, grid, local_attention=uses_local_attention(student))
-    bank = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
+    states = TeacherHiddenStates(on_device, grid, unwrapped(teacher[0]).config.hidden_size, store_bytes)
     step = _Step(
         student=list(student),
-        teacher=list(teacher),
+        teacher=ScheduledTeacher(teacher),
         batch=on_device,
         token_loss=next_token,
         reference=None,
@@ -416,11 +421,11 @@ def read_states(
         grid=grid,
         vocab=vocab,
         loss_scale=1.0,
-        bank=bank,
+        states=states,
     )
     with weights_unchanged(student):
         step.run([("teacher", i) for i in range(len(on_device.teacher))], reading.seq_length, forward_only=True)
-    return bank
+    return states
 
 
 def _global_counts(batch: PackedBatch, grid: RankGrid) -> tuple[int, int]:
@@ -463,7 +468,7 @@ class _Step:
     """The forward step of one call of the schedule, and the results that its last stage collects."""
 
     student: list[torch.nn.Module]
-    teacher: list[torch.nn.Module]
+    teacher: StepTeacher | None
     batch: DeviceBatch
     token_loss: TokenLoss | FusedLoss
     reference: Reference | None
@@ -473,10 +478,8 @@ class _Step:
     grid: RankGrid
     vocab: VocabShard
     loss_scale: float
-    bank: TeacherHiddenStates | None
-    joined: JoinedTeachers | None = None
-    """The teachers that have read before, in place of ``teacher``."""
-    after_teacher: Callable[[], None] | None = None
+    states: TeacherHiddenStates | None
+    """The states of teacher and reference at the response tokens; None without a teacher."""
     ids: list[Tensor] = field(default_factory=list)
     stats: list[TokenStats] = field(default_factory=list)
     coefficients: list[Coefficients] = field(default_factory=list)
@@ -532,33 +535,29 @@ class _Step:
 
     def _stats(self, index: int, model: GPTModel, hidden: Tensor, microbatch: StudentMicrobatch) -> TokenStats:
         """Return the loss of the microbatch's response tokens; ``hidden [s / cp (/ tp), 1, h]``."""
-        kept = KeptStates() if self.bank is None else self.bank.take(index, model.config.params_dtype)
-        positions, tokens, (block, apart) = microbatch.positions, microbatch.response_tokens, kept.of_target()
-        weights = self._teacher_weights(microbatch)
-        options: dict[str, Any] = {}
-        if weights is not None:
-            options["teacher_weights"] = weights
-        if self.guided.divergence is not None:
-            options["guided"] = (microbatch.num_guided, self.guided.divergence)
-        if kept.reference_entropy is not None:
-            options["reference_entropy"] = kept.reference_entropy
-        measuring = None
+        kept = KeptStates() if self.states is None else self.states.take(index, model.config.params_dtype)
+        positions, tokens, weights = microbatch.positions, microbatch.response_tokens, self._teacher_weights(microbatch)
+        measuring, guided = None, self.guided.divergence
         if self.measurement is not None:
             own_logits = partial(self._own_logits, kept)
             measuring = MeasuringObserver(self.measurement, self.vocab, tokens, own_logits, weights)
-            options["observe"] = measuring
+        options = TokenOptions(
+            reference_entropy=kept.reference_entropy,
+            teacher_weights=weights,
+            guided=None if guided is None else (microbatch.num_guided, guided),
+            observe=measuring,
+        )
+        states, apart = kept.of_teacher_logits, kept.unmixed_reference
         if isinstance(self.token_loss, FusedLoss):
-            if block is None:
+            if states is None:
                 raise ValueError("a fused distillation loss needs a teacher, got none")
-            if apart is not None:
-                assert self.reference is not None
-                options["reference"] = self.reference.last, apart
-            teacher = self._teacher_output
-            stats = self.token_loss(model, teacher, hidden, positions, block, tokens, self.vocab, self.grid, **options)
+            reference = None if apart is None else (self._reference_model, apart)
+            models, place = (model, self._teacher_output), (self.vocab, self.grid)
+            stats = self.token_loss(*models, hidden, positions, states, tokens, *place, reference, options)
         else:
-            teacher_logits = None if block is None else self._target_logits(block, apart, weights)
+            teacher_logits = None if states is None else self._teacher_logits(states, apart, weights)
             student_logits = project(model, states_at(hidden, positions.in_sequence, self.grid))
-            stats = self.token_loss(student_logits, teacher_logits, tokens, self.vocab, **options)
+            stats = self.token_loss(student_logits, teacher_logits, tokens, self.vocab, options)
         if measuring is None:
             return stats
         self.measures.append(TokenMeasures.concatenate(measuring.parts))
@@ -566,49 +565,53 @@ class _Step:
 
     def _own_logits(self, kept: KeptStates, tokens: slice) -> OwnLogits:
         """Return the logits of teacher and reference of some of the tokens, where the step measures them."""
-        if self.reference is None or kept.reference is None:
+        if kept.reference is None:
             return OwnLogits()
         assert kept.teacher is not None, "a step that measures keeps the states of both"
-        reference = project(self.reference.last, self._bank.at_full_width(kept.reference[tokens]))
-        return OwnLogits(self._target_logits(kept.teacher[tokens]), reference)
+        reference = project(self._reference_model, self._kept.at_full_width(kept.reference[tokens]))
+        return OwnLogits(self._teacher_logits(kept.teacher[tokens]), reference)
 
     @torch.no_grad()
-    def _target_logits(
-        self, block: Tensor, reference_block: Tensor | None = None, teacher_weights: Tensor | None = None
+    def _teacher_logits(
+        self, states: Tensor, reference_states: Tensor | None = None, teacher_weights: Tensor | None = None
     ) -> Tensor:
-        """Return the logits [R, v / tp] of ``block``, the states of teacher or mix, with the reference mixed in."""
-        teacher, states = self._teacher_output, self._bank.at_full_width(block)
-        logits = states.squeeze(1) @ teacher.t() if isinstance(teacher, Tensor) else project(teacher, states)
-        if reference_block is not None:
+        """Return the logits [R, v / tp] of ``states``, those of teacher or mix, with the reference mixed in."""
+        teacher, full = self._teacher_output, self._kept.at_full_width(states)
+        logits = full.squeeze(1) @ teacher.t() if isinstance(teacher, Tensor) else project(teacher, full)
+        if reference_states is not None:
             assert self.reference is not None
-            self.reference.mix_into(logits, self._bank.at_full_width(reference_block), teacher_weights)
+            self.reference.mix_into(logits, self._kept.at_full_width(reference_states), teacher_weights)
         return logits
 
     @property
     def _teacher_output(self) -> GPTModel | Tensor:
-        """The model whose output layer projects the teacher's states, or the output weight of `joined`."""
-        if self.joined is None:
-            return unwrapped(self.teacher[-1])
-        assert self.joined.weight is not None, "the last stage has the output layers"
-        return self.joined.weight
+        assert self.teacher is not None, "only a step with a teacher projects the teacher's states"
+        return self.teacher.output
 
     @property
-    def _bank(self) -> TeacherHiddenStates:
-        assert self.bank is not None, "only a step with a teacher has teacher and reference microbatches"
-        return self.bank
+    def _reference_model(self) -> GPTModel:
+        assert self.reference is not None, "only a step with a reference keeps the reference's states"
+        return self.reference.last
+
+    @property
+    def _kept(self) -> TeacherHiddenStates:
+        assert self.states is not None, "only a step with a teacher has teacher and reference microbatches"
+        return self.states
 
     def _teacher_weights(self, microbatch: StudentMicrobatch) -> Tensor | None:
         """Return w [R] of the microbatch's tokens; None if all tokens have the target's, or no reference."""
-        if self.joined is not None and self.joined.token_weights is not None:
-            return self.joined.token_weights[microbatch.response_ids]
-        return None if self.reference is None else self.guided.weights(microbatch, self.reference.target.teacher_weight)
+        own = None if self.teacher is None else self.teacher.token_weights(microbatch.response_ids)
+        if own is not None or self.reference is None:
+            return own
+        return self.guided.weights(microbatch, self.reference.target.teacher_weight)
 
     def _teacher(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        inputs = self.batch.teacher[index].inputs
-        result = self._without_gradient(self.teacher, inputs, chunk, lambda hidden: self._bank.put(index, hidden))
+        assert self.teacher is not None
+        inputs, chunks = self.batch.teacher[index].inputs, self.teacher.chunks
+        result = self._without_gradient(chunks, inputs, chunk, lambda hidden: self._kept.put(index, hidden))
         # Every schedule runs the last microbatch of a rank's last chunk after all others of the same role.
-        if self.after_teacher is not None and chunk is self.student[-1] and index == len(self.batch.teacher) - 1:
-            self.after_teacher()
+        if chunk is self.student[-1] and index == len(self.batch.teacher) - 1:
+            self.teacher.after_last_pass()
         return result
 
     def _reference(self, index: int, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
@@ -619,7 +622,7 @@ class _Step:
 
         def keep(hidden: Tensor) -> None:
             states = states_at(hidden, microbatch.positions.in_sequence, self.grid)
-            self._bank.add_reference(
+            self._kept.add_reference(
                 index,
                 states,
                 reference.entropy(states, self.vocab) if reference.target.needs_reference_entropy else None,

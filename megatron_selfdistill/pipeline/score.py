@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,12 +49,12 @@ from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import PromptBuilder
 from megatron_selfdistill.distributed.collectives import max_over_ranks
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.loss.sharded.vocab_parallel import TokenStats, VocabShard
+from megatron_selfdistill.loss.sharded.vocab_parallel import NO_OPTIONS, TokenOptions, TokenStats, VocabShard
 from megatron_selfdistill.loss.target import Divergence, Target
 from megatron_selfdistill.model.forward import FusedLoss, Fusion, ResponsePositions, unwrapped
 from megatron_selfdistill.pipeline import schedule, token_losses
 from megatron_selfdistill.pipeline.batch import Packing, over_last_stage, pack_everywhere
-from megatron_selfdistill.pipeline.schedule import Reference
+from megatron_selfdistill.pipeline.schedule import Reference, ScheduledTeacher
 from megatron_selfdistill.pipeline.token_losses import StepOutput, TokenMeasurement
 from megatron_selfdistill.rollout.base import Response
 from megatron_selfdistill.run_data import RunData
@@ -185,7 +184,7 @@ def read(contexts: Sequence[ContextPair], models: ScoringModels, want: Want) -> 
     batch = pack_everywhere(contexts, packing, models.grid)
     output = schedule.run(
         models.student,
-        models.teacher,
+        None if models.teacher is None else ScheduledTeacher(models.teacher),
         batch,
         want.loss,
         models.grid,
@@ -332,12 +331,19 @@ def _reading_loss(fusion: Fusion | None, backend: str | None, temperature: float
     target, divergence = Target("teacher_alone", anchor="student"), Divergence()
     if fusion is not None:
         return _FusedAtTemperature(target, divergence, fusion, backend, temperature)
-    loss = token_losses.self_distillation(target, divergence, backend)
+    loss = token_losses.self_distillation_of_logits(target, divergence, backend)
 
-    def at_temperature(student: Tensor, teacher: Tensor, *others: Any, **options: Any) -> TokenStats:
+    def at_temperature(
+        student: Tensor,
+        teacher: Tensor | None,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        options: TokenOptions = NO_OPTIONS,
+    ) -> TokenStats:
+        assert teacher is not None
         if temperature != 1.0:
             student, teacher = student.div_(temperature), teacher.div_(temperature)  # nobody else reads the logits
-        return loss(student, teacher, *others, **options)
+        return loss(student, teacher, response_tokens, vocab, options)
 
     return at_temperature
 
@@ -351,16 +357,21 @@ class _FusedAtTemperature(FusedLoss):
     def __call__(
         self,
         student: GPTModel,
-        teacher: GPTModel,
+        teacher: GPTModel | Tensor,
         hidden: Tensor,
         positions: ResponsePositions,
         teacher_hidden: Tensor,
-        *others: Any,
-        **options: Any,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        grid: RankGrid,
+        reference: tuple[GPTModel, Tensor] | None = None,
+        options: TokenOptions = NO_OPTIONS,
     ) -> TokenStats:
+        """Return the statistics of the tokens at this temperature; see `FusedLoss`."""
         if self.temperature != 1.0:
             hidden, teacher_hidden = hidden / self.temperature, teacher_hidden / self.temperature
-        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *others, **options)
+        rest = response_tokens, vocab, grid, reference, options
+        return super().__call__(student, teacher, hidden, positions, teacher_hidden, *rest)
 
 
 def _scores(log_probs: Tensor, divergences: Tensor) -> Scores:
@@ -414,7 +425,12 @@ class _Candidates:
     """[rows, n] float64 per microbatch."""
 
     def __call__(
-        self, logits: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard
+        self,
+        logits: Tensor,
+        teacher: Tensor | None,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        options: TokenOptions = NO_OPTIONS,
     ) -> TokenStats:
         """Keep the log-probs; the statistics that the schedule asks for are zeros."""
         self.found.append(log_probs_of_columns(logits, self.token_ids, vocab))

@@ -20,7 +20,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
 from megatron_selfdistill.loss.sharded.logit_summary import LogitSummary, summarise_logits
 from megatron_selfdistill.loss.sharded.vocab_parallel import (
-    Observer,
+    NO_OPTIONS,
+    TokenOptions,
     TokenStats,
     VocabShard,
     distillation_loss,
@@ -209,13 +210,25 @@ class MeasuringObserver:
         return found.kl_to_anchor[:, 0]
 
 
-TokenLoss = Callable[..., TokenStats]
-"""(student_logits [R, V/tp], teacher_logits or None, response_tokens [R], vocab) -> TokenStats with a gradient.
+class TokenLoss(Protocol):
+    """The protocol of the losses of response tokens that read logits."""
 
-With a reference whose entropy the target matches, the loss also takes ``reference_entropy [R]``; with `GuidedTokens`
-``teacher_weights [R]`` and ``guided`` = (n, the divergence of the last n tokens); with a `TokenMeasurement`
-``observe``, the `Observer` of the logits.
-"""
+    def __call__(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        response_tokens: Tensor,
+        vocab: VocabShard,
+        options: TokenOptions = NO_OPTIONS,
+        /,
+    ) -> TokenStats:
+        """Return the statistics of R tokens, whose ``loss`` has a gradient to ``student``.
+
+        ``student``, ``teacher``: logits [R, V / tp]; None without a teacher.  ``response_tokens``: [R] int64.
+        """
+        ...
+
+
 TokenCoefficients = Callable[[Tensor, Tensor], Coefficients]
 """(student_log_prob [R], response_ids [R]), both on the device -> the `Coefficients` of a microbatch's tokens.
 
@@ -261,16 +274,18 @@ def self_distillation(
     """
     if fusion is not None:
         return FusedLoss(target, divergence, fusion, backend)
+    return self_distillation_of_logits(target, divergence, backend)
+
+
+def self_distillation_of_logits(target: Target, divergence: Divergence, backend: str | None) -> TokenLoss:
+    """Return the distillation loss that takes logits; the arguments are those of `self_distillation`."""
 
     def loss(
         student: Tensor,
         teacher: Tensor | None,
         response_tokens: Tensor,
         vocab: VocabShard,
-        reference_entropy: Tensor | None = None,
-        teacher_weights: Tensor | None = None,
-        guided: tuple[int, Divergence] | None = None,
-        observe: Observer | None = None,
+        options: TokenOptions = NO_OPTIONS,
     ) -> TokenStats:
         assert teacher is not None
         stats = distillation_loss(
@@ -278,21 +293,27 @@ def self_distillation(
             teacher,
             response_tokens,
             target=target,
-            divergence=split_divergence(divergence, len(response_tokens), guided),
+            divergence=split_divergence(divergence, len(response_tokens), options.guided),
             vocab=vocab,
-            reference_entropy=reference_entropy,
-            teacher_weights=teacher_weights,
+            reference_entropy=options.reference_entropy,
+            teacher_weights=options.teacher_weights,
             inplace_backward=True,
             backend=backend,
         )
-        if observe is not None:
-            observe(slice(0, len(response_tokens)), student, teacher, stats)
+        if options.observe is not None:
+            options.observe(slice(0, len(response_tokens)), student, teacher, stats)
         return stats
 
     return loss
 
 
-def next_token(student: Tensor, teacher: Tensor | None, response_tokens: Tensor, vocab: VocabShard) -> TokenStats:
+def next_token(
+    student: Tensor,
+    teacher: Tensor | None,
+    response_tokens: Tensor,
+    vocab: VocabShard,
+    options: TokenOptions = NO_OPTIONS,
+) -> TokenStats:
     """Return -log p(response token) over the valid vocabulary, in nats, by Megatron's vocab-parallel cross entropy.
 
     ``loss`` and ``student_log_prob``, the same number with the other sign, are differentiable.

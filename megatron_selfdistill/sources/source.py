@@ -40,7 +40,7 @@ class StepBatch:
     ``problems`` and ``responses`` stay with the replica that asked for them.  ``contexts`` and all that describes them
     or their tokens may go to another replica before the step trains on them (sources/moved_contexts.py).
     A batch need not hold all responses of its step, and no stage assumes that it does: a step with several teachers is
-    a sequence of batches (sources/teacher_groups.py).
+    a sequence of batches (teachers/teacher_groups.py).
     """
 
     problems: Sequence[Problem] = ()

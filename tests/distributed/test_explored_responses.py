@@ -44,7 +44,7 @@ def explored(case: Case, apart: bool = False) -> list[ExploredResponse]:
     divergence = Divergence()
     output = schedule.run(
         student,
-        teacher,
+        schedule.ScheduledTeacher(teacher),
         packed(case, grid),
         token_losses.self_distillation(case.target, divergence, fusion=case.fusion),
         grid,

@@ -154,7 +154,7 @@ def measured_masses(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
         patch.setattr(vocab_parallel, "RARE", 0.02)
         output = schedule.run(
             student,
-            teacher,
+            schedule.ScheduledTeacher(teacher),
             packed(case, grid),
             token_losses.self_distillation(case.target, Divergence(), fusion=case.fusion),
             grid,

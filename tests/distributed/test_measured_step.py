@@ -86,7 +86,7 @@ def step(case: Case, measures: bool, apart: bool) -> Measured:
         chunk.zero_grad_buffer()
     output = schedule.run(
         student,
-        teacher.chunks,
+        schedule.ScheduledTeacher(teacher.chunks),
         packed(case, grid),
         token_losses.self_distillation(case.target, Divergence(), fusion=case.fusion),
         grid,

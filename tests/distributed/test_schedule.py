@@ -105,7 +105,9 @@ def gradients_of_plain_autograd() -> tuple[dict, dict]:
         clear(student)
         loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence(), fusion=fusion)
         weight = TruncatedImportance(sampled, cap) if cap is not None else None
-        output = schedule.run(student, teacher, batch, loss_of, grid, vocab, token_coefficients=weight)
+        output = schedule.run(
+            student, schedule.ScheduledTeacher(teacher), batch, loss_of, grid, vocab, token_coefficients=weight
+        )
         if cap is not None:
             assert 0.2 < (output.coefficients.divergence == cap).double().mean() < 0.9, (
                 "some weights are cut and some are not"
@@ -167,7 +169,9 @@ def identities() -> list[tuple[float, float]]:
     for rule in RULES:
         clear(student)
         loss_of = token_losses.self_distillation(Target(rule, anchor="student"), Divergence())
-        output = schedule.run(student, student, batch, loss_of, grid, vocab, pair_order="alternating")
+        output = schedule.run(
+            student, schedule.ScheduledTeacher(student), batch, loss_of, grid, vocab, pair_order="alternating"
+        )
         largest = max(float(gradient.abs().max()) for gradient in main_grads(student).values())
         found.append((float(output.stats.loss.abs().max()), largest))
     return found
@@ -224,7 +228,7 @@ def auxiliary_gradient(
     loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence())
     if not finalize:  # finalizing turns the counts into expert biases
         student[0].config.finalize_model_grads_func = lambda *args, **kwargs: None
-    schedule.run(student, student, joined, loss_of, grid, layouts.vocab_shard(student, grid))
+    schedule.run(student, schedule.ScheduledTeacher(student), joined, loss_of, grid, layouts.vocab_shard(student, grid))
     counts = [
         buffer.clone()
         for chunk in student
@@ -309,7 +313,9 @@ def nothing_to_learn() -> None:
     batch = pad_to_count(pack([], PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=True)), 1, 1)
     loss_of = token_losses.self_distillation(Target(anchor="student"), Divergence())
     with pytest.raises(RuntimeError, match="no response tokens"):
-        schedule.run(student, student, batch, loss_of, grid, layouts.vocab_shard(student, grid))
+        schedule.run(
+            student, schedule.ScheduledTeacher(student), batch, loss_of, grid, layouts.vocab_shard(student, grid)
+        )
 
 
 def test_a_batch_without_response_tokens_is_refused(ranks):

@@ -121,7 +121,16 @@ def run(student: list[Any], teacher: list[Any] | None, token_loss: Any, grid: An
     """Return the output of a step of the contexts."""
     batch = pack(contexts(), PackingRules(max_tokens=layouts.MAX_TOKENS, cp_size=1, tp_size=1, paired=False))
     vocab = layouts.vocab_shard(student, grid)
-    return schedule.run(student, teacher, batch, token_loss, grid, vocab, token_coefficients=coefficients, **options)
+    return schedule.run(
+        student,
+        teacher and schedule.ScheduledTeacher(teacher),
+        batch,
+        token_loss,
+        grid,
+        vocab,
+        token_coefficients=coefficients,
+        **options,
+    )
 
 
 def test_a_step_of_two_terms_has_the_gradient_of_plain_autograd_with_and_without_a_teacher(ranks):

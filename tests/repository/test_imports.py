@@ -19,11 +19,11 @@ PACKAGE = "megatron_selfdistill"
 # A package may import from those before it, never from those after it.  Its files have no order, but no circles.
 ORDER = (
     *("config", "compat", "distributed", "loss", "data", "model", "interop.hf", "interop.formats", "interop"),
-    *("checkpoint", "rollout", "pipeline", "metrics", "evaluation", "sources", "methods", "commands"),
+    *("checkpoint", "rollout", "pipeline", "metrics", "evaluation", "sources", "teachers", "methods", "commands"),
     *("instruments", "instruments.explorer", "instruments.report", "instruments.alignment", "instruments.plan"),
     *("instruments.selftest", "instruments.doctor"),
 )
-NEVER_BY_CORE = ("instruments", "methods")
+NEVER_BY_CORE = ("instruments", "methods", "teachers")
 """Packages that the core does not know."""
 EXCEPTIONS = {
     "train": {"instruments"},  # the loop fills the two hooks with instruments
@@ -104,9 +104,9 @@ def named_modules(source: str, prefix: str) -> list[str]:
 
 
 def ring_of(package: str | None) -> str:
-    """Return instruments, interop, methods or core: the ring of a package, or of the files beside the packages."""
+    """Return the annex of a package, or core: also for the files beside the packages."""
     ring = (package or "").split(".")[0]
-    return ring if ring in ("instruments", "interop", "methods") else "core"
+    return ring if ring in ("instruments", "interop", "methods", "teachers") else "core"
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:

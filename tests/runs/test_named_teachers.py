@@ -104,7 +104,7 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
     """
 
     def use(trainer: Any) -> tuple[set[str], float]:
-        from megatron_selfdistill.checkpoint.teacher_directories import teacher_architectures
+        from megatron_selfdistill.teachers.teacher_directories import teacher_architectures
 
         contexts, found = trained_gradients(trainer)
         vocab_size, target = trainer.run_data.vocab_size, trainer.learner.target
@@ -116,7 +116,7 @@ def step_and_definition(arguments: list[str], places: dict[str, Path]) -> tuple[
         }
         assert all(models[name].config.hidden_size == 48 for name in others)
         own = {name: one.weight for name, one in named.items() if one.weight is not None}
-        if trainer.learner.joins_teachers:
+        if trainer.config.joins_teachers:
             expected = gradients_of_products(contexts, student, reference, models, target, vocab_size, own)
         else:
             weights = {name: own.get(name, target.teacher_weight) for name in named}
@@ -159,8 +159,8 @@ def calls_of_a_step(arguments: list[str]) -> list[str]:
     """Return the passes of a step's microbatches and what moves the weights of teachers, in the order of the calls."""
 
     def use(trainer: Any) -> list[str]:
-        from megatron_selfdistill.named_teachers import NamedTeachers
         from megatron_selfdistill.pipeline.schedule import _Step
+        from megatron_selfdistill.teachers.teacher_copies import NamedTeachers
 
         calls: list[str] = []
         with pytest.MonkeyPatch.context() as patch:

@@ -127,7 +127,7 @@ def attributes(trainer: Any) -> dict[str, Any]:
         "sampler": trainer.sampler,
         "guards": trainer.guards,
         "run_directory": trainer.run_directory,
-        "teacher": trainer.learner.teacher,
+        "teacher": trainer.learner.teachers.start,
     }
     return {f"{name}.{key}": snapshot(value) for name, part in parts.items() for key, value in vars(part).items()}
 
@@ -240,7 +240,7 @@ def who_moves_in_a_step(overrides: Sequence[str]) -> dict[str, bool]:
         return torch.cat([parameter.detach().flatten() for chunk in chunks for parameter in chunk.parameters()])
 
     def use(trainer: Any) -> dict[str, bool]:
-        student, teacher = trainer.learner.chunks, trainer.learner.teacher.chunks
+        student, teacher = trainer.learner.chunks, trainer.learner.teachers.start.chunks
         trainer.run_directory.write()
         before = weights(student), weights(teacher)
         assert before[0].equal(before[1]), "the teacher begins as the student"

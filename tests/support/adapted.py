@@ -62,7 +62,7 @@ def run(job: AdaptedCase) -> layouts.Outcome:
         optimizer.zero_grad()
         output = schedule.run(
             student,
-            frozen,
+            schedule.ScheduledTeacher(frozen),
             batch,
             token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
             grid,

@@ -261,7 +261,7 @@ def run(case: Case) -> Outcome:
             def call(some: PackedBatch, own: list[ContextPair], **options: Any) -> StepOutput:
                 return schedule.run(
                     student,
-                    teacher.chunks,
+                    schedule.ScheduledTeacher(teacher.chunks),
                     some,
                     token_losses.self_distillation(case.target, Divergence(case.divergence), fusion=case.fusion),
                     grid,

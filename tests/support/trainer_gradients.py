@@ -69,7 +69,9 @@ def by_the_pipeline(directory: Path) -> dict[str, Tensor]:
     vocab = VocabShard.from_group(unwrapped(student[-1]).vocab_size, hf_models.VOCAB_SIZE, grid.tp_group)
     loss = token_losses.self_distillation(Target(), Divergence())
     batch = pack_everywhere(contexts, packing, grid)
-    schedule.run(student, frozen, batch, loss, grid, vocab, reference=Reference(Target(), frozen))
+    schedule.run(
+        student, schedule.ScheduledTeacher(frozen), batch, loss, grid, vocab, reference=Reference(Target(), frozen)
+    )
     return _gradients(student, grid, rules)
 
 

@@ -13,7 +13,7 @@ import tiny_run
 
 from megatron_selfdistill import announcement
 from megatron_selfdistill.announcement import about_adapters
-from megatron_selfdistill.config import AdapterConfig, GivenKeys, load
+from megatron_selfdistill.config import AdapterConfig, GivenKeys
 from megatron_selfdistill.config.command_line import parse
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.trainer import Trainer, stopped
@@ -94,22 +94,6 @@ def test_the_lines_before_the_first_step_have_the_warning_if_the_target_has_an_a
     arguments = tiny_run.overrides(data, tmp_path / "run", *given)
     (lines,) = ranks.run(tiny_run.with_trainer, arguments, lines_before_the_first_step, world_size=1)
     assert any("solutions are one text" in line for line in lines) == (anchor == "reference")
-
-
-def test_a_run_says_what_each_teacher_is_and_warns_of_one_that_teaches_nothing():
-    loads = ["teachers.math.load=/math", "teachers.code={load: /code, hint: none}", "teachers.default.hint=given"]
-    messages = ({"role": "user", "content": "1 + 1?"},)
-    problems = [
-        Problem("a", messages, "2", None, "f:1", teacher="math"),
-        Problem("b", messages, "2", None, "f:2", teacher="default", shares=(("default", 0.5), ("math", 0.5))),
-    ]
-    assert list(announcement.about_teachers(load(loads), problems, {"code": 48})) == [
-        "teachers.code: /code (another architecture of hidden size 48), sees no solutions, problems: 0; warning: it is "
-        "loaded, and no record names it",
-        "teachers.default: the weights at the start, sees the solutions, problems: 1",
-        "teachers.math: /math, sees the solutions, problems: 2",
-    ]
-    assert list(announcement.about_teachers(load([]), problems, {})) == []
 
 
 def test_a_run_that_ends_before_its_first_step_has_nothing_that_could_continue():

@@ -135,7 +135,7 @@ class Bench:
         self.optimizer.zero_grad()
         schedule.run(
             self.chunks,
-            self.teacher.chunks,
+            schedule.ScheduledTeacher(self.teacher.chunks),
             self.batch,
             token_losses.self_distillation(self.target, Divergence()),
             self.grid,

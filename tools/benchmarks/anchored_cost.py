@@ -139,34 +139,34 @@ class ProductCount(TorchDispatchMode):
 
 @contextmanager
 def counted_bank() -> Iterator[list[Any]]:
-    """Let the steps of this context count bytes in their banks; yield the banks, with ``kept`` and ``moved``."""
+    """Let the steps of this context count the bytes of kept states; yield what counts, with ``kept`` and ``moved``."""
     from megatron_selfdistill.pipeline import schedule
     from megatron_selfdistill.pipeline.schedule import TeacherHiddenStates
 
     class CountedStates(TeacherHiddenStates):
-        """A bank that counts bytes: the most that it holds, and all that it has written and read."""
+        """States that count bytes: the most that they hold, and all that was written and read."""
 
         kept = moved = 0
 
         def __init__(self, *args: Any) -> None:
             super().__init__(*args)
-            banks.append(self)
+            counted.append(self)
 
         def _keep(self, index: int, name: str, states: Any, place: Any = None) -> None:
             super()._keep(index, name, states, place)
             self.moved += states.nbytes
-            tensors = [part.states for shelf in self.shelves for parts in shelf.values() for part in parts]
+            tensors = [part.states for fields in self.parts for parts in fields.values() for part in parts]
             tensors += self.reference_entropies.values()
             self.kept = max(self.kept, sum(tensor.nbytes for tensor in tensors))
 
-        def _take(self, *args: Any) -> Any:
-            states = super()._take(*args)
+        def take_field(self, *args: Any) -> Any:
+            states = super().take_field(*args)
             self.moved += states.nbytes
             return states
 
-    banks: list[Any] = []
+    counted: list[Any] = []
     with mock.patch.object(schedule, "TeacherHiddenStates", CountedStates):
-        yield banks
+        yield counted
 
 
 @dataclass
@@ -232,7 +232,7 @@ class _Bench:
             reference = Reference(case.target, self.own_weights if case.own_weights else self.teacher)
         schedule.run(
             self.chunks,
-            self.teacher,
+            schedule.ScheduledTeacher(self.teacher),
             self.batch,
             self.losses[case.name],
             self.grid,
@@ -254,9 +254,9 @@ class _Bench:
         from megatron_selfdistill.model.forward import unwrapped
 
         config, num_tokens = unwrapped(self.chunks[-1]).config, len(self.batch.response_tokens)
-        with counted_bank() as banks, ProductCount(self.vocab.size) as products:
+        with counted_bank() as counted, ProductCount(self.vocab.size) as products:
             self.step(case)
-        (bank,) = banks
+        (bank,) = counted
         product = num_tokens * config.hidden_size * self.vocab.size
         state = num_tokens * config.hidden_size * config.params_dtype.itemsize
         return Counts(

@@ -109,7 +109,7 @@ class Bench:
         config = with_stored_architecture(load([*keys, "num_steps=100", "schedule.max_tokens=2048"]))
         vocab_size = AutoConfig.from_pretrained(hf, trust_remote_code=False).vocab_size
         grid = ranks.initialize(config.parallel, seed=0)
-        learner = Learner(config, SimpleNamespace(vocab_size=vocab_size), grid, resumes=False)  # type: ignore[arg-type]
+        learner = Learner(config, SimpleNamespace(vocab_size=vocab_size), grid)  # type: ignore[arg-type]
         student, frozen = (
             AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32, trust_remote_code=False) for _ in range(2)
         )

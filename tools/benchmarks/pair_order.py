@@ -83,7 +83,7 @@ def _stage(rank: int, arguments: argparse.Namespace, results: Any) -> None:
                 chunk.zero_grad_buffer()
             seconds, peak = _measured(
                 lambda order=order: schedule.run(
-                    chunks, teacher.chunks, batch, token_loss, grid, vocab, pair_order=order
+                    chunks, schedule.ScheduledTeacher(teacher.chunks), batch, token_loss, grid, vocab, pair_order=order
                 )
             )
             if repeat:  # the first round warms up

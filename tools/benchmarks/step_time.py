@@ -204,7 +204,7 @@ class _Bench:
         token_loss = self.token_loss if distil else token_losses.next_token
         schedule.run(
             self.chunks,
-            self.teacher.chunks if distil else None,
+            schedule.ScheduledTeacher(self.teacher.chunks) if distil else None,
             batch,
             token_loss,
             self.grid,

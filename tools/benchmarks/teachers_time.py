@@ -42,7 +42,7 @@ from step_parts import now, wait  # noqa: E402
 from taught import write_records_of_teachers  # noqa: E402
 from tiny_run import overrides, write_data  # noqa: E402
 
-from megatron_selfdistill.named_teachers import NamedTeachers  # noqa: E402
+from megatron_selfdistill.teachers.teacher_copies import NamedTeachers  # noqa: E402
 
 SKIPPED_STEPS = 2
 NOTHING_FETCHED = "2 teachers, nothing fetched"

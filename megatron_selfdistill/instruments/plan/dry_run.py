@@ -8,13 +8,6 @@ import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_selfdistill.checkpoint.teacher_directories import (
-    TeacherCopy,
-    about_architecture,
-    adapter_teachers,
-    require_teachers,
-    teacher_copies,
-)
 from megatron_selfdistill.checkpoint.vocabulary import require_same_tokenizer
 from megatron_selfdistill.config import Config
 from megatron_selfdistill.config.world_checks import check_world, longest_context
@@ -37,6 +30,13 @@ from megatron_selfdistill.model.architecture import padded_vocab_size, transform
 from megatron_selfdistill.model.forward import OutputLayer, choose_output_layer
 from megatron_selfdistill.pipeline.batch import raised_to_multiple
 from megatron_selfdistill.run_data import RunData
+from megatron_selfdistill.teachers.teacher_directories import (
+    TeacherCopy,
+    about_architecture,
+    adapter_teachers,
+    require_teachers,
+    teacher_copies,
+)
 
 STUDENT, TEACHER = "student", "teacher"
 

@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -140,7 +140,7 @@ def report_run(trainer: Trainer) -> ReportRefresh:
     config = trainer.config
     report = ReportRefresh(trainer.run_dir, enabled=trainer.events.enabled and config.report.every != 0)
 
-    def refresh(trainer: Trainer) -> None:
+    def refresh(trainer: Trainer, metrics: Mapping[str, float]) -> None:
         evaluated = config.evaluation.due(trainer.step, config.num_steps)
         if config.report.due(trainer.step, evaluated) and trainer.step < config.num_steps:
             report.start()

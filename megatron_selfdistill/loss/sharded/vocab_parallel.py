@@ -163,6 +163,24 @@ The function only reads the logits, which are valid until it returns.
 """
 
 
+@dataclass(frozen=True)
+class TokenOptions:
+    """The inputs of a loss that the R response tokens of some microbatches have beside their logits."""
+
+    reference_entropy: Tensor | None = None
+    """The reference's entropy [R] in nats, float64, if the target matches it."""
+    teacher_weights: Tensor | None = None
+    """The teacher's weight w of each token [R], float64; None is the weight of the target."""
+    guided: tuple[int, Divergence] | None = None
+    """The number of tokens at the end that have another divergence, and this divergence."""
+    observe: Observer | None = None
+    """The function that reads the logits of each chunk of tokens."""
+
+
+NO_OPTIONS = TokenOptions()
+"""The options of tokens that have nothing beside their logits."""
+
+
 def distillation_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,

@@ -399,15 +399,10 @@ def test_the_run_warns_after_its_first_step_only(monkeypatch):
     messages = []
     run = MagicMock(step=0, config=dataclasses.replace(Config(), num_steps=9, optimizer=OptimizerConfig(lr=1e-3)))
     run.log.message = messages.append
-    run.sampler.metrics.return_value = run.phases.metrics.return_value = {}
-    monkeypatch.setattr(module, "rollout_metrics", lambda *_: {"tokens/rollout": 0.0})
-    monkeypatch.setattr(module, "tokens_read", lambda *_: 0.0)
+    metrics = {"loss/reverse_kl": 1e-9, "tokens/response": 8, "response/truncated_share": 0.5}
+    run.after_step, run._completed.return_value = [module.warn], metrics
     for _ in range(3):
-        module.Trainer.finish_step(
-            run,
-            [AccumulatedBatch(StepBatch(), None, None)],
-            {"loss/reverse_kl": 1e-9, "tokens/response": 8, "response/truncated_share": 0.5},
-        )
+        module.Trainer.finish_step(run, [AccumulatedBatch(StepBatch(), None, None)], {})
         silent, cut = messages
         assert silent.startswith("warning: the mean KL of the first step is 1.0e-09")
         assert cut.startswith("warning: 50% of the responses of the first step are cut")

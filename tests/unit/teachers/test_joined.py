@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,11 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_selfdistill import learner
+from megatron_selfdistill.config.schema.teachers_config import NamedTeacher
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
-from megatron_selfdistill.learner import Learner
 from megatron_selfdistill.loss import Target
-from megatron_selfdistill.pipeline import schedule
+from megatron_selfdistill.pipeline.batch import Packing
+from megatron_selfdistill.teachers import configured_teachers
+from megatron_selfdistill.teachers.configured_teachers import ConfiguredTeachers
+from megatron_selfdistill.teachers.joined import JoinedHiddenStates
 
 NAMES = ["code", "default", "math"]
 WIDTHS = {"code": 3, "default": 2, "math": 4}
@@ -52,21 +53,28 @@ class Bank:
     def __init__(self, states: Tensor) -> None:
         self.states = states
 
-    def _take(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
+    def take_field(self, index: int, name: str, dtype: torch.dtype) -> Tensor:
         return self.states
 
 
-def stand_in(weights: dict[str, float]) -> Any:
-    """Return what `Learner._joined` reads of a learner; its teachers are names."""
-    target = Target(teacher_weight=OWN["default"])
-    return SimpleNamespace(
-        **{"target": target, "grid": SimpleNamespace(tp_size=1, device=torch.device("cpu")), "vocab": None},
-        **{"other_widths": WIDTHS, "_width": 9, "chunks": [], "_teacher_store_bytes": 0.0, "_fetch": lambda name: None},
-        target_models=lambda name: contextlib.nullcontext(SimpleNamespace(teacher=[name])),
-        target_of=lambda name: target.with_teacher_weight(weights[name]),
-        _packing_of=lambda config: learner.Packing(1, "alternating", True),
-        _pack_alone=lambda prompts, contexts, packing: list(zip(prompts, contexts, strict=True)),
+def teachers_with(weights: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> ConfiguredTeachers:
+    """Return teachers that are names, with the weight w of each, on one rank."""
+    found = object.__new__(ConfiguredTeachers)
+    found.config = SimpleNamespace(  # type: ignore[assignment]
+        target=Target(teacher_weight=OWN["default"]), schedule=SimpleNamespace(teacher_store_gb=0.0)
     )
+    found.grid = SimpleNamespace(tp_size=1, device=torch.device("cpu"))  # type: ignore[assignment]
+    found.vocab, found.student, found._other_widths, found._width = None, [], WIDTHS, 9  # type: ignore[assignment]
+    found._settings = {name: NamedTeacher(weight=weight) for name, weight in weights.items()}
+    replaced = {
+        "_on_device": lambda name, stack: [name],
+        "_fetch": lambda name: None,
+        "_pack_alone": lambda prompts, contexts, packing: list(zip(prompts, contexts, strict=True)),
+    }
+    for name, function in replaced.items():
+        monkeypatch.setattr(found, name, function)
+    monkeypatch.setattr(configured_teachers.Packing, "configured", lambda *_: Packing(1, "alternating", True))
+    return found
 
 
 @pytest.mark.parametrize("own", [OWN, dict.fromkeys(NAMES, OWN["default"])], ids=["own weights", "one weight"])
@@ -77,15 +85,16 @@ def test_every_teacher_of_a_product_keeps_its_prompt_its_share_its_columns_and_i
     def read_states(known: Any, teacher: list[str], packed: Any, reading: Any, *rest: Any, **options: Any) -> Bank:
         return Bank(torch.cat([states_of(teacher[0], prompt, len(it.response)) for prompt, it in reading]))
 
-    monkeypatch.setattr(schedule, "read_states", read_states)
-    monkeypatch.setattr(learner, "unwrapped", lambda name: SimpleNamespace(name=name, config=None, post_process=True))
-    monkeypatch.setattr(learner, "output_weight", lambda last, empty: weight_of(last.name))
-    joined = Learner._joined(stand_in(own), NAMES, None, contexts, "")  # type: ignore[arg-type]
-    bank = object.__new__(schedule.JoinedHiddenStates)
+    monkeypatch.setattr(configured_teachers, "read_states", read_states)
+    model = SimpleNamespace(config=None, post_process=True)
+    monkeypatch.setattr(configured_teachers, "unwrapped", lambda name: SimpleNamespace(name=name, **vars(model)))
+    monkeypatch.setattr(configured_teachers, "output_weight", lambda last, empty: weight_of(last.name))
+    joined = teachers_with(own, monkeypatch)._joined(NAMES, None, contexts, "")  # type: ignore[arg-type]
+    bank = object.__new__(JoinedHiddenStates)
     bank.joined, bank.batch = joined, SimpleNamespace(student=[SimpleNamespace(response_ids=torch.arange(5))])  # type: ignore[assignment]
-    states, weight = bank._take(0, "teacher", torch.float64), joined.weight
+    states, weight = bank.take_field(0, "teacher", torch.float64), joined.output_weight
     assert weight is not None
-    of_token = own["default"] if joined.token_weights is None else joined.token_weights[:, None]
+    of_token = own["default"] if joined.weights is None else joined.weights[:, None]
     expected = [
         sum(
             one.share
@@ -99,4 +108,4 @@ def test_every_teacher_of_a_product_keeps_its_prompt_its_share_its_columns_and_i
     torch.testing.assert_close(
         of_token * (states @ weight.double().t()), torch.cat(expected).double(), rtol=1e-5, atol=1e-5
     )
-    assert (joined.token_weights is None) == (own is not OWN)
+    assert (joined.weights is None) == (own is not OWN)

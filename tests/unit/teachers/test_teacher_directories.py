@@ -17,16 +17,6 @@ import torch
 from letters import LETTERS, save_tokenizer
 from safetensors.torch import load_file, save_file
 
-from megatron_selfdistill.checkpoint.teacher_directories import (
-    _digest,
-    adapter_teachers,
-    directory_digests,
-    load_teacher,
-    require_teachers,
-    require_unchanged,
-    teacher_architectures,
-    teacher_copies,
-)
 from megatron_selfdistill.compat import older_megatron
 from megatron_selfdistill.config import AdapterConfig, Config, ParallelConfig, from_mapping
 from megatron_selfdistill.distributed import ranks as rank_groups
@@ -36,6 +26,16 @@ from megatron_selfdistill.interop.formats.manifest import NAME as MANIFEST
 from megatron_selfdistill.interop.formats.stored_adapters import StoredAdapters
 from megatron_selfdistill.interop.formats.stored_model import with_stored_architecture
 from megatron_selfdistill.model.build import new_chunks
+from megatron_selfdistill.teachers.teacher_directories import (
+    _digest,
+    adapter_teachers,
+    directory_digests,
+    load_teacher,
+    require_teachers,
+    require_unchanged,
+    teacher_architectures,
+    teacher_copies,
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,13 +16,13 @@ from adapted import merge, other_factors
 from models import parallel
 from tiers import combinations
 
-from megatron_selfdistill import named_teachers
 from megatron_selfdistill.config import AdapterConfig, ParallelConfig
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.model.adapters import WithOtherAdapters, WithoutAdapters, add_adapters
 from megatron_selfdistill.model.build import build_chunks
 from megatron_selfdistill.model.forward import unwrapped
-from megatron_selfdistill.named_teachers import AdapterTeacher, NamedTeachers, require_host_memory
+from megatron_selfdistill.teachers import teacher_copies
+from megatron_selfdistill.teachers.teacher_copies import AdapterTeacher, NamedTeachers, require_host_memory
 
 SEEDS = {"math": 3, "code": 4}
 BIASES = {"moe_router_enable_expert_bias": True, "moe_router_score_function": "sigmoid"}
@@ -105,7 +105,7 @@ def room_for(available: int) -> str:
     """Return the error of a node with so much memory for two teachers of the model, or its two ranks' bytes of one."""
     chunks, _ = models.build(models.model_config("moe"), parallel(ep=2))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(named_teachers.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
+        patch.setattr(teacher_copies.psutil, "virtual_memory", lambda: SimpleNamespace(available=available))
         try:
             require_host_memory(dict.fromkeys(("code", "math"), chunks))
         except ConfigError as error:
@@ -138,7 +138,7 @@ def test_a_node_without_room_for_the_weights_of_all_its_ranks_is_refused_with_bo
 )
 def test_the_limit_of_a_job_bounds_the_memory_that_is_left(tmp_path, monkeypatch, cgroup, files, left):
     """Of 1000 bytes of the node; 50 of those in use are files in the page cache."""
-    monkeypatch.setattr(named_teachers.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    monkeypatch.setattr(teacher_copies.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
     if cgroup is not None:
         (tmp_path / "proc/self").mkdir(parents=True)
         (tmp_path / "proc/self/cgroup").write_text(cgroup + "\n")
@@ -147,7 +147,7 @@ def test_the_limit_of_a_job_bounds_the_memory_that_is_left(tmp_path, monkeypatch
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_text(text + "\n")
         (place.parent / "memory.stat").write_text("anon 3\ninactive_file 50\ntotal_inactive_file 50\n")
-    assert named_teachers.available_memory(tmp_path) == left
+    assert teacher_copies.available_memory(tmp_path) == left
 
 
 def resting(offload: bool) -> int:

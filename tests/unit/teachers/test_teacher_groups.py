@@ -13,7 +13,7 @@ from megatron_selfdistill.config import ParallelConfig
 from megatron_selfdistill.data.contexts import ContextPair, TeacherPrompt
 from megatron_selfdistill.distributed import ranks as rank_groups
 from megatron_selfdistill.sources.source import StepBatch
-from megatron_selfdistill.sources.teacher_groups import by_teacher
+from megatron_selfdistill.teachers.teacher_groups import by_teacher
 
 TEACHERS = {"math": None, "code": None, "never": None, "default": None}
 

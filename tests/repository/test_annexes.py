@@ -1,0 +1,69 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""An annex is one folder: without it, everything else is imported and a default configuration loads."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_selfdistill.annexes import DOORS, door
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "megatron_selfdistill"
+ANNEXES = sorted({place.split(".")[0] for place in DOORS.values()})
+MAY_NAME = {"instruments", "methods"}
+"""Annexes of other options, which know what they describe."""
+
+
+def importers_of(annex: str) -> list[str]:
+    """Return the files outside of ``annex`` that import it."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).parts
+        if parts[0] == annex or parts[0] in MAY_NAME:
+            continue
+        names = [
+            *(f"{node.module}." for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)),
+        ]
+        if any(name.startswith(f"megatron_selfdistill.{annex}.") for name in names):
+            found.append(str(path.relative_to(PACKAGE)))
+    return found
+
+
+@pytest.mark.parametrize("annex", ANNEXES)
+def test_no_file_of_the_main_house_imports_an_annex(annex):
+    assert importers_of(annex) == []
+
+
+@pytest.mark.parametrize("option", DOORS)
+def test_every_door_opens(option):
+    assert callable(door(option))
+
+
+IMPORTS = """
+import importlib, pkgutil, sys
+import megatron_selfdistill
+from megatron_selfdistill.config import load
+load([])
+for module in pkgutil.walk_packages(megatron_selfdistill.__path__, "megatron_selfdistill."):
+    if module.name.split(".")[1] in {may_name!r} or module.name.endswith("__main__") or ".vllm" in module.name:
+        continue
+    importlib.import_module(module.name)
+assert not [name for name in sys.modules if name.startswith("megatron_selfdistill.{annex}")]
+"""
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("annex", ANNEXES)
+def test_the_package_works_without_the_folder_of_an_annex(tmp_path, annex):
+    shutil.copytree(PACKAGE, tmp_path / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(REPOSITORY / "configs", tmp_path / "configs")
+    shutil.rmtree(tmp_path / PACKAGE.name / annex)
+    source = IMPORTS.format(may_name=MAY_NAME, annex=annex)
+    found = subprocess.run([sys.executable, "-c", source], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, text=True)
+    assert found.returncode == 0

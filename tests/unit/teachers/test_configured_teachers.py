@@ -1,0 +1,39 @@
+# Copyright (c) 2026 the megatron_selfdistill authors. Apache-2.0.
+"""The lines about the teachers of a run, and the door that leads to them."""
+
+from __future__ import annotations
+
+import sys
+from subprocess import run as run_process
+
+from megatron_selfdistill.config import load
+from megatron_selfdistill.data.problems import Problem
+from megatron_selfdistill.teachers.configured_teachers import about_teachers
+
+
+def test_a_run_says_what_each_teacher_is_and_warns_of_one_that_teaches_nothing():
+    loads = ["teachers.math.load=/math", "teachers.code={load: /code, hint: none}", "teachers.default.hint=given"]
+    messages = ({"role": "user", "content": "1 + 1?"},)
+    problems = [
+        Problem("a", messages, "2", None, "f:1", teacher="math"),
+        Problem("b", messages, "2", None, "f:2", teacher="default", shares=(("default", 0.5), ("math", 0.5))),
+    ]
+    assert list(about_teachers(load(loads).named_teachers, problems, {"code": 48})) == [
+        "teachers.code: /code (another architecture of hidden size 48), sees no solutions, problems: 0; warning: it is "
+        "loaded, and no record names it",
+        "teachers.default: the weights at the start, sees the solutions, problems: 1",
+        "teachers.math: /math, sees the solutions, problems: 2",
+    ]
+
+
+def test_a_run_without_the_key_teachers_imports_nothing_of_the_annex():
+    source = """
+import sys
+from megatron_selfdistill import learner
+from megatron_selfdistill.config import load
+from megatron_selfdistill.teacher import Teachers
+assert Teachers.of(load([])) is Teachers
+print([name for name in sys.modules if name.startswith("megatron_selfdistill.teachers")])
+"""
+    found = run_process([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert found.stdout.splitlines()[-1] == "[]"
