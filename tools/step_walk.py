@@ -66,11 +66,11 @@ class Walk:
 
     def trace_lines(self, frame: FrameType, event: str, argument: Any) -> Any:
         """Note the lines of a function of the package; a function for `sys.settrace`."""
-        path = Path(frame.f_code.co_filename)
-        if not path.is_relative_to(PACKAGE):
+        file = _file_at(frame.f_code.co_filename)
+        if file is None:
             return None
         if event == "line":
-            self.executed.add((str(path.relative_to(PACKAGE)), frame.f_lineno))
+            self.executed.add((file, frame.f_lineno))
         return self.trace_lines
 
     def trace(self, frame: FrameType, event: str, argument: Any) -> None:
@@ -176,9 +176,13 @@ def walked(trainer: Any) -> Walk:
 
 
 def _file_of(code: CodeType) -> str | None:
-    path = Path(code.co_filename)
-    is_own = path.is_relative_to(PACKAGE) and not code.co_name.startswith("<")
-    return str(path.relative_to(PACKAGE)) if is_own else None
+    return None if code.co_name.startswith("<") else _file_at(code.co_filename)
+
+
+@functools.cache
+def _file_at(place: str) -> str | None:
+    """Return the path of a file of the package relative to it; None for another file."""
+    return str(Path(place).relative_to(PACKAGE)) if Path(place).is_relative_to(PACKAGE) else None
 
 
 def _calling_file(frame: FrameType) -> str | None:
