@@ -112,7 +112,8 @@ def work_ahead(trainer: Trainer, ahead: int) -> None:
     source, sampler = trainer.source, trainer.sampler
     assert isinstance(source, OnPolicy)
     sampler.inner = GeneratesAtOnce(sampler.inner)
-    trainer.source = CheckedAhead(source.state, source._options, sampler, ahead, trainer.config.num_steps)
+    steps = trainer.config.num_steps
+    trainer.source = CheckedAhead(source.state, source._options, sampler.background, ahead, steps)
 
 
 def watch_stale(

@@ -264,7 +264,7 @@ class Ovd(Grpo):
             run_data.builder,
             digit_tokens(run_data.tokenizer),
             run_data.max_length,
-            self.tools.models.candidate_log_probs,
+            lambda prompts, digits: self.tools.models.candidate_log_probs(prompts, digits),
             self.tools.grid,
         )
 

@@ -26,11 +26,11 @@ class AheadOnPolicy(OnPolicy):
     """
 
     def __init__(
-        self, state: SourceState, options: OnPolicyOptions, sampler: BackgroundSampler[Any], ahead: int, num_steps: int
+        self, state: SourceState, options: OnPolicyOptions, engines: BackgroundSampler[Any], ahead: int, num_steps: int
     ) -> None:
-        """``sampler``: that of ``options``; ``num_steps``: the steps of the run, which ask for no further batches."""
+        """``engines``: the sampler within that of ``options``; ``num_steps``: the steps of the run, which ends then."""
         super().__init__(state, options)
-        self._sampler, self._ahead, self._num_steps = sampler, ahead, num_steps
+        self._engines, self._ahead, self._num_steps = engines, ahead, num_steps
         self._tickets: dict[int, Any] = {}  # of the present step and the steps ahead, by step
         self._asked_of: dict[int, AskedProblems] = {}  # their problems, whose prompts are built once
         self._known: Mapping[str, Response] = NO_RESPONSES  # of a checkpoint, until they have tickets
@@ -40,14 +40,14 @@ class AheadOnPolicy(OnPolicy):
 
         Collective over the world.
         """
-        self._sampler.update_weights(step)
+        self._options.sampler.update_weights(step)
         problem_sampler = self.state.problem_sampler.fork()
         for later in range(step, max(step, min(step + self._ahead, self._num_steps - 1)) + 1):
             problems = problem_sampler.next_batch()
             if later not in self._tickets:
                 asked = self._asked(later, problems, self.state.method)
                 requests = [self._request(key, pair, is_guided=False) for key, _, pair in asked.samples]
-                self._tickets[later] = self._sampler.start(requests, sampling, later, self._known)
+                self._tickets[later] = self._engines.start(requests, sampling, later, self._known)
         self._known = NO_RESPONSES
         return self._tickets[step]
 
@@ -63,7 +63,7 @@ class AheadOnPolicy(OnPolicy):
         """Return the responses of the step, which has asked for them now or in an earlier step."""
         ticket = self._ticket(step, sampling)
         with self._options.phases("rollout"):
-            return self._sampler.collect(ticket)
+            return self._engines.collect(ticket)
 
     def commit(self, batch: StepBatch) -> None:
         """Take over ``batch.next_state``, and forget the responses of the step."""
@@ -76,7 +76,7 @@ class AheadOnPolicy(OnPolicy):
         """Return the committed state and, on rank 0, the finished responses of the step under way and those ahead."""
         finished = dict(self._known)
         for ticket in self._tickets.values():
-            finished |= self._sampler.finished(ticket)
+            finished |= self._engines.finished(ticket)
         return {**super().state_dict(), "ahead": {key: asdict(response) for key, response in finished.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

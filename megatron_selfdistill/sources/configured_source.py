@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -19,13 +19,18 @@ from megatron_selfdistill.environments import BUILT_IN, HttpEnvironment, Session
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.evaluation.verify import check_answers, load_verifier
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.rollout.background import NO_RESPONSES, BackgroundSampler
-from megatron_selfdistill.rollout.base import Request, Response, RoleWeights, Sampler, SamplingParams
+from megatron_selfdistill.rollout.base import RoleWeights, Sampler
 from megatron_selfdistill.rollout.factory import make_sampler, sampling_params
 from megatron_selfdistill.run_data import RunData
 from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.ahead import AheadOnPolicy
-from megatron_selfdistill.sources.episodes import Episodes, EvaluationPlayer, SessionEpisodes, StatelessEpisodes
+from megatron_selfdistill.sources.episodes import (
+    Episodes,
+    EvaluationPlayer,
+    SessionEpisodes,
+    StatelessEpisodes,
+    TrainingPlayer,
+)
 from megatron_selfdistill.sources.given_responses import (
     LoggedResponses,
     LoggedTurns,
@@ -40,128 +45,7 @@ from megatron_selfdistill.sources.method import MethodTools, ReadingModels
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Recording
 from megatron_selfdistill.sources.source import ResponseSource, SourceState
-
-
-class OnDemandSampler:
-    """A `Sampler` around another one, which the first `update_weights` or `generate` builds.
-
-    Every rank of the world makes the same calls, so ``build`` may be a collective.  Until it is called, nothing is
-    imported, allocated or started, and `sleep`, `metrics` and `close` do nothing.
-    """
-
-    def __init__(self, build: Callable[[], Sampler]) -> None:
-        self._build = build
-        self._sampler: Sampler | None = None
-
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return one response per request.  Collective."""
-        return self._built().generate(requests, params)
-
-    def update_weights(self, version: int) -> None:
-        """Send the weights of this moment to the inner sampler.  Collective."""
-        self._built().update_weights(version)
-
-    def sleep(self) -> None:
-        """Give back what only sampling needs, where the inner sampler has been built."""
-        if self._sampler is not None:
-            self._sampler.sleep()
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of the inner sampler since the last call; empty before the inner sampler is built."""
-        return self._sampler.metrics() if self._sampler is not None else {}
-
-    def close(self) -> None:
-        """End the engines and processes of the inner sampler, where it has been built."""
-        if self._sampler is not None:
-            self._sampler.close()
-
-    def _built(self) -> Sampler:
-        if self._sampler is None:
-            self._sampler = self._build()
-        return self._sampler
-
-
-class SyncedSampler:
-    """A `Sampler` around another one, which sends each version of the weights only once.
-
-    The only state is ``version``: the version of the weights that the inner sampler has, None before the first sync.
-    """
-
-    def __init__(self, inner: Sampler, phases: Phases, *, settles: bool = False) -> None:
-        """``phases``: where the time of a sync is counted, as phase "sync".
-
-        ``settles``: whether new weights wait for the responses under way of an inner `BackgroundSampler`.
-        """
-        self.inner, self._phases, self._settles = inner, phases, settles
-        self.version: int | None = None
-
-    def generate(self, requests: Sequence[Request], params: SamplingParams) -> list[Response]:
-        """Return one response per request, with the weights of the last `update_weights`.  Collective."""
-        return self.inner.generate(requests, params)
-
-    def start(
-        self,
-        requests: Sequence[Request],
-        params: SamplingParams,
-        used_at: int,
-        known: Mapping[str, Response] = NO_RESPONSES,
-    ) -> Any:
-        """Let an inner `BackgroundSampler` begin with ``requests``; see its `start`.  Collective."""
-        return self._background.start(requests, params, used_at, known)
-
-    def collect(self, ticket: Any) -> list[Response]:
-        """Return the responses of ``ticket``, from an inner `BackgroundSampler`.  Collective."""
-        return self._background.collect(ticket)
-
-    def settle(self) -> None:
-        """Return once an inner `BackgroundSampler` has finished all responses under way.  Collective."""
-        self._background.settle()
-
-    def finished(self, ticket: Any) -> dict[str, Response]:
-        """Return the responses of ``ticket`` so far, by `request_key`, on rank 0; no collective."""
-        return self._background.finished(ticket)
-
-    def update_weights(self, version: int) -> None:
-        """Send the present weights, unless the inner sampler already has the weights of ``version``.  Collective."""
-        if self.version != version:
-            if self._settles:
-                with self._phases("rollout"):
-                    self.settle()
-            with self._phases("sync"):
-                self.inner.update_weights(version)
-            self.version = version
-
-    @property
-    def _background(self) -> BackgroundSampler[Any]:
-        return cast(BackgroundSampler[Any], self.inner)
-
-    def sleep(self) -> None:
-        """Give back what only sampling needs."""
-        self.inner.sleep()
-
-    def metrics(self) -> dict[str, float]:
-        """Return the metrics of the inner sampler since the last call."""
-        return self.inner.metrics()
-
-    def close(self) -> None:
-        """End the engines and processes of the inner sampler."""
-        self.inner.close()
-
-
-class _WhileSamplerSleeps:
-    """The `ReadingModels` of a run; the sampler gives its memory back before they read."""
-
-    def __init__(self, models: ReadingModels, sampler: Sampler) -> None:
-        self._models, self._sampler = models, sampler
-
-    def __getattr__(self, name: str) -> Any:
-        read = getattr(self._models, name)
-
-        def read_while_the_sampler_sleeps(*args: Any, **kwargs: Any) -> Any:
-            self._sampler.sleep()
-            return read(*args, **kwargs)
-
-        return read_while_the_sampler_sleeps
+from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
 
 
 def configured_source(
@@ -169,7 +53,7 @@ def configured_source(
 ) -> ResponseSource:
     """Return the source of ``config``, at the beginning of the data.
 
-    ``models``: the models that score solutions and measure responses; the sampler sleeps while they do.
+    ``models``: the models that score solutions and measure responses.
     Raises: `ConfigError` where answers are needed and missing; ValueError for a recording that cannot be read.
     """
     tools = _method_tools(config, run_data, grid, sampler, phases, models)
@@ -180,6 +64,7 @@ def configured_source(
         return LoggedResponses(state, LoggedTurns(config, run_data, grid), grid, phases)
     if config.needs.samples is None:
         return SolutionsAsResponses(state, run_data.tokenizer, run_data.stop_token_ids[0], grid, phases)
+    recording = Recording(config.rollout.replay) if config.rollout.replay else None
     options = OnPolicyOptions(
         sampler=sampler,
         phases=phases,
@@ -189,14 +74,14 @@ def configured_source(
         judges=config.judges_responses,
         weight_cap=config.loss.rollout_correction_cap,
         samples_teacher=config.needs.samples == TEACHER,
-        episodes=_episodes(config, tools.given, grid) if config.environment.exists else None,
+        player=_player(config, tools.given, grid, phases, recording) if config.environment.exists else None,
         record=config.rollout.record,
         max_staleness=config.rollout.max_staleness,
     )
-    if config.rollout.replay:
-        return Replay(state, options, Recording(config.rollout.replay))
+    if recording is not None:
+        return Replay(state, options, recording)
     if config.rollout.ahead:
-        return AheadOnPolicy(state, options, sampler, config.rollout.ahead, config.num_steps)
+        return AheadOnPolicy(state, options, sampler.background, config.rollout.ahead, config.num_steps)
     return OnPolicy(state, options)
 
 
@@ -211,7 +96,7 @@ def _method_tools(
         phases=phases,
         sampler=sampler,
         sampling=sampling_params(config, run_data),
-        models=_WhileSamplerSleeps(models, sampler),
+        readers=models,
         judge=Judge(verifier, run_data.tokenizer, grid, None, pattern),
         given=given_solutions(config, run_data),
     )
@@ -257,6 +142,12 @@ def checked_run_data(config: Config, run_data: RunData, grid: RankGrid) -> RunDa
     if config.logged and wants_all_turns_read(config, run_data):
         return read_all_turns(config, run_data, grid)
     return run_data
+
+
+def _player(
+    config: Config, given: GivenSolutions, grid: RankGrid, phases: Phases, recording: Recording | None
+) -> TrainingPlayer:
+    return TrainingPlayer(_episodes(config, given, grid), phases, recording)
 
 
 def _episodes(config: Config, given: GivenSolutions, grid: RankGrid) -> Episodes:

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Protocol
 
 from megatron_selfdistill.config import user_code
-from megatron_selfdistill.data.contexts import GivenSolutions, PromptPair
+from megatron_selfdistill.data.contexts import ContextPair, GivenSolutions, PromptPair
 from megatron_selfdistill.data.problems import Problem
 from megatron_selfdistill.data.prompts import reworded_message
 from megatron_selfdistill.distributed.collectives import gather_objects, max_over_ranks, raise_on_all_ranks
@@ -23,10 +23,12 @@ from megatron_selfdistill.environments import Environment, Reply
 from megatron_selfdistill.errors import ConfigError, EngineError
 from megatron_selfdistill.evaluation.held_out import Played
 from megatron_selfdistill.evaluation.verify import judged_in_order
+from megatron_selfdistill.metrics import Phases
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams, response_text
 from megatron_selfdistill.session_processes import SessionProcesses
 from megatron_selfdistill.sources.judge import over_replicas
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey
+from megatron_selfdistill.sources.on_policy import Generate
+from megatron_selfdistill.sources.rollouts import Recording, Rollout, Sample, SampleKey
 from megatron_selfdistill.terminal import hidden, visible
 
 logger = logging.getLogger(__name__)
@@ -47,11 +49,6 @@ class ShowsSolutions(Protocol):
 Episode = list[Rollout]
 """The responses of one conversation, turn by turn."""
 
-Sample = tuple[SampleKey, Problem, PromptPair]
-"""The name of a sample, its problem and the problem's prompts."""
-
-Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
-"""A function that samples one response per key after its prompts.  Collective over the world."""
 GetReplies = Callable[[Sequence[Episode]], list[Reply]]
 """A function that returns the reply to the last response of each episode, whose reply is None.  Collective."""
 
@@ -343,6 +340,52 @@ def _warn_of_failures(replies: Mapping[SampleKey, Reply]) -> None:
 def _reply(turn: Rollout) -> Reply:
     assert turn.reply is not None, "the environment has replied"
     return turn.reply
+
+
+@dataclass(frozen=True)
+class TrainingPlayer:
+    """What plays the episodes of the steps of a run: an `EpisodePlayer` of sources/on_policy.py."""
+
+    episodes: Episodes
+    phases: Phases
+    recording: Recording | None
+    """The recording that has the environment's replies of each step; None asks the environment."""
+
+    def opened(self, samples: Sequence[Sample], method: ShowsSolutions) -> tuple[list[Sample], list[Reply | None]]:
+        """Return the samples with the texts that the environment shows before the first responses.  Collective."""
+        if self.recording is not None:
+            openings = self.recording.openings([key for key, _, _ in samples])
+        else:
+            with self.phases("environment"):
+                openings = self.episodes.openings(samples)
+        shown = [self.episodes.opened(*pair, method) for pair in zip(samples, openings, strict=True)]
+        return [sample for sample, _ in shown], [opening for _, opening in shown]
+
+    def played(self, first: Sequence[Rollout], method: ShowsSolutions, generate: Generate) -> tuple[list[Rollout], int]:
+        """Return all turns, episode by episode, and how many episodes end early; see `Episodes.played`."""
+        return self.episodes.played(first, method, generate, self._replies)
+
+    def name(self, key: SampleKey) -> str | None:
+        """Return the name of an episode whose turns are one sequence of tokens, for the sampler's cache."""
+        return str(key._replace(turn=0)) if self.episodes.one_sequence else None
+
+    def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
+        """Return the contexts with their turns, if an episode may have several."""
+        if self.episodes.max_turns == 1:
+            return [*contexts]
+        turns = [rollout.episode_turn(self.episodes.has_teacher) for rollout in rollouts]
+        return [replace(context, turn=turn) for context, turn in zip(contexts, turns, strict=True)]
+
+    def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> dict[str, float]:
+        """Return the `episode_metrics` of all replicas.  Collective."""
+        return episode_metrics(rollouts, num_cut, self.episodes.grid)
+
+    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
+        """Return the reply to the last response of each episode, of the environment or as it was recorded."""
+        if self.recording is not None:
+            return self.recording.replies([key for episode in episodes if (key := episode[-1].key) is not None])
+        with self.phases("environment"):
+            return self.episodes.replies(episodes)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from megatron_selfdistill.distributed import watchdog
 from megatron_selfdistill.distributed.collectives import gather_items, gather_objects, max_over_ranks
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.errors import ConfigError
 from megatron_selfdistill.loss.weighting import LikelyTurns
 from megatron_selfdistill.metrics import Phases, step_metrics
@@ -36,7 +35,6 @@ from megatron_selfdistill.pipeline.batch import over_last_stage
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, SamplingParams
 from megatron_selfdistill.run_data import RunData, turn_reader
-from megatron_selfdistill.sources.episodes import Episode, Sample
 from megatron_selfdistill.sources.on_policy import OnPolicy, OnPolicyOptions
 from megatron_selfdistill.sources.rollouts import Recording, Rollout, SampleKey
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
@@ -347,12 +345,3 @@ class Replay(OnPolicy):
         """Return the recorded responses of ``keys``.  Raises: ValueError for a key that was not recorded."""
         with self._options.phases("rollout"):
             return self._recording.responses(keys)
-
-    def _openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
-        """Return the recorded replies before the first responses."""
-        return self._recording.openings([key for key, _, _ in samples])
-
-    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
-        """Return the recorded replies.  Raises: ValueError for a reply that was not recorded."""
-        keys = [episode[-1].key for episode in episodes]
-        return self._recording.replies([key for key in keys if key is not None])

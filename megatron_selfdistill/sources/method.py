@@ -59,12 +59,18 @@ class MethodTools:
     """The sampler of the run, which begins with the weights of its last `Sampler.update_weights`."""
     sampling: SamplingParams
     """How responses are sampled."""
-    models: ReadingModels
-    """The models as readers; the sampler sleeps while they read."""
+    readers: ReadingModels
+    """The models as readers, for which the sampler must have given its memory back."""
     judge: Judge
     """The verifier of the run, with the reward function of the method, if it has one."""
     given: GivenSolutions
     """The prompts that show a solution."""
+
+    @property
+    def models(self) -> ReadingModels:
+        """The models as readers; the sampler, which needs memory on the same device, sleeps from now on."""
+        self.sampler.sleep()
+        return self.readers
 
     def generate(self, step: int, requests: Sequence[Request]) -> list[Response]:
         """Return one response per request of this replica, sampled with the student's weights of ``step``.

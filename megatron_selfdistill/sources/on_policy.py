@@ -5,25 +5,57 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from megatron_selfdistill.data.contexts import PromptPair, build_contexts
+from megatron_selfdistill.data.contexts import ContextPair, PromptPair, build_contexts
 from megatron_selfdistill.data.problems import Problem, shard
 from megatron_selfdistill.distributed.host_to_device import to_device_in_one_copy
 from megatron_selfdistill.distributed.ranks import RankGrid
-from megatron_selfdistill.environments import Reply
 from megatron_selfdistill.metrics import Phases, step_metrics
 from megatron_selfdistill.metrics.step import staleness_metrics
 from megatron_selfdistill.pipeline.token_losses import StepOutput
 from megatron_selfdistill.rollout.base import Request, Response, Sampler, SamplingParams
-from megatron_selfdistill.sources.episodes import Episode, Episodes, Sample, episode_metrics
 from megatron_selfdistill.sources.judge import reward_metrics
 from megatron_selfdistill.sources.method import Method, prepared
-from megatron_selfdistill.sources.rollouts import Rollout, SampleKey, record
+from megatron_selfdistill.sources.rollouts import Rollout, Sample, SampleKey, record
 from megatron_selfdistill.sources.source import CommittedState, SourceState, StepBatch
+
+if TYPE_CHECKING:
+    from megatron_selfdistill.environments import Reply
+
+Generate = Callable[[Sequence[SampleKey], Sequence[PromptPair]], list[Response]]
+"""A function that samples one response per key after its prompts.  Collective over the world."""
+
+
+class EpisodePlayer(Protocol):
+    """The protocol of what replies to responses, so that each becomes an episode of several turns.
+
+    Every rank of the world makes the same calls in the same order.
+    """
+
+    def opened(self, samples: Sequence[Sample], method: Method) -> tuple[list[Sample], Sequence[Reply | None]]:
+        """Return the samples with what is shown before the first responses, and the replies that show it."""
+        ...
+
+    def played(self, first: Sequence[Rollout], method: Method, generate: Generate) -> tuple[list[Rollout], int]:
+        """Return all turns, episode by episode, and how many episodes end early since a prompt does not fit."""
+        ...
+
+    def name(self, key: SampleKey) -> str | None:
+        """Return the name of a response's episode for the sampler, which may keep its state; None without any."""
+        ...
+
+    def with_turns(self, contexts: Sequence[ContextPair], rollouts: Sequence[Rollout]) -> list[ContextPair]:
+        """Return the contexts of the rollouts with their turns."""
+        ...
+
+    def metrics(self, rollouts: Sequence[Rollout], num_cut: int) -> Mapping[str, float]:
+        """Return metrics of the episodes of all replicas; ``num_cut``: the second result of `played`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -43,8 +75,8 @@ class OnPolicyOptions:
     """The largest importance weight of the difference between student and sampler, for the metrics."""
     samples_teacher: bool
     """Whether responses are sampled after the teacher's prompt."""
-    episodes: Episodes | None
-    """The rules by which responses become episodes with an environment; None if nothing replies."""
+    player: EpisodePlayer | None
+    """The player of episodes with an environment; None if nothing replies."""
     record: str | None
     """The file to which the responses of all steps are appended; None records nothing."""
     max_staleness: int
@@ -78,8 +110,11 @@ class OnPolicy(CommittedState):
         """
         method, found = prepared(self.state.method, step, sampling, self.state.problem_sampler)
         problem_sampler = self.state.problem_sampler.fork()
-        asked = self._opened(self._asked(step, problem_sampler.next_batch(), method), method)
+        asked = self._asked(step, problem_sampler.next_batch(), method)
         options, guidance = self._options, self.state.guidance
+        if options.player is not None:
+            samples, openings = options.player.opened(asked.samples, method)
+            asked = replace(asked, samples=samples, openings=openings)
         played, num_cut = self._rollouts(step, asked, method, sampling)
         rollouts, rewarded = self._rewarded(method, played)
         with options.phases("rollout"):
@@ -90,8 +125,8 @@ class OnPolicy(CommittedState):
         with options.phases("pack"):
             if options.judges:
                 rewarded = {**rewarded, **reward_metrics(rollouts, selected, options.grid)}
-            if options.episodes is not None:
-                rewarded = {**rewarded, **episode_metrics(rollouts, num_cut, options.grid)}
+            if options.player is not None:
+                rewarded = {**rewarded, **options.player.metrics(rollouts, num_cut)}
             trained, added = method.texts(rollouts, selected)
             guided = {one.id for one in asked.problems if guidance is not None and guidance.is_guided(one, method)}
         return replace(
@@ -128,13 +163,11 @@ class OnPolicy(CommittedState):
 
         ``guided``: the ids of the problems whose tokens have a weight and a divergence of their own.  Collective.
         """
-        episodes = self._options.episodes
+        player = self._options.player
         with self._options.phases("pack"):
             responses = [rollout.response for rollout in trained]
             contexts = build_contexts([rollout.prompts for rollout in trained], responses, guided)
-            if episodes is not None and episodes.max_turns > 1:
-                turns = [rollout.episode_turn(episodes.has_teacher) for rollout in trained]
-                contexts = [replace(context, turn=turn) for context, turn in zip(contexts, turns, strict=True)]
+            contexts = contexts if player is None else player.with_turns(contexts, trained)
         coefficients = method.coefficients(step, trained, contexts)
         return StepBatch(
             contexts=contexts,
@@ -154,21 +187,10 @@ class OnPolicy(CommittedState):
             samples += [(SampleKey(step, problem.id, start + i), problem, pair) for i in range(num_samples)]
         return AskedProblems(problems, guided, samples)
 
-    def _opened(self, asked: AskedProblems, method: Method) -> AskedProblems:
-        """Return ``asked`` with the texts that the environment shows before the first responses.  Collective."""
-        if self._options.episodes is None:
-            return asked
-        openings = self._openings(asked.samples)
-        shown = [
-            self._options.episodes.opened(sample, opening, method)
-            for sample, opening in zip(asked.samples, openings, strict=True)
-        ]
-        return replace(asked, samples=[sample for sample, _ in shown], openings=[opening for _, opening in shown])
-
     def _rollouts(
         self, step: int, asked: AskedProblems, method: Method, sampling: SamplingParams
     ) -> tuple[list[Rollout], int]:
-        """Return the rollouts of all episodes, and how many episodes end early; see `Episodes.played`."""
+        """Return the rollouts of all episodes, and how many episodes end early; see `EpisodePlayer`."""
 
         def generate(
             keys: Sequence[SampleKey], pairs: Sequence[PromptPair], guided: Collection[str] = ()
@@ -180,9 +202,8 @@ class OnPolicy(CommittedState):
 
         responses = generate([key for key, _, _ in asked.samples], [pair for _, _, pair in asked.samples], asked.guided)
         first = [self._rollout(asked, i, response) for i, response in enumerate(responses)]
-        if self._options.episodes is None:
-            return first, 0
-        return self._options.episodes.played(first, method, generate, self._replies)
+        player = self._options.player
+        return (first, 0) if player is None else player.played(first, method, generate)
 
     def _rollout(self, asked: AskedProblems, index: int, response: Response) -> Rollout:
         """Return the rollout of the response to ``asked.samples[index]``."""
@@ -192,8 +213,7 @@ class OnPolicy(CommittedState):
 
     def _request(self, key: SampleKey, pair: PromptPair, is_guided: bool) -> Request:
         prompt = pair.teacher_prompt if self._options.samples_teacher else pair.student_prompt
-        episodes = self._options.episodes
-        name = str(key._replace(turn=0)) if episodes is not None and episodes.one_sequence else None
+        name = None if self._options.player is None else self._options.player.name(key)
         return Request(prompt, key.seed(self._options.seed), pair.teacher_prompt if is_guided else None, episode=name)
 
     def _responses(
@@ -203,18 +223,6 @@ class OnPolicy(CommittedState):
         self._options.sampler.update_weights(step)
         with self._options.phases("rollout"):
             return self._options.sampler.generate(requests, sampling)
-
-    def _openings(self, samples: Sequence[Sample]) -> list[Reply | None]:
-        """Return the environment's reply before the response of each sample; None where it has no session."""
-        assert self._options.episodes is not None
-        with self._options.phases("environment"):
-            return self._options.episodes.openings(samples)
-
-    def _replies(self, episodes: Sequence[Episode]) -> list[Reply]:
-        """Return the environment's reply to the last response of each episode."""
-        assert self._options.episodes is not None
-        with self._options.phases("environment"):
-            return self._options.episodes.replies(episodes)
 
     def _on_device(self, log_probs: Iterable[Sequence[float]]) -> torch.Tensor:
         """Return ``log_probs``, one sequence per response, as [R_total] float64 on the device, without a wait."""

@@ -41,6 +41,10 @@ class SampleKey(NamedTuple):
         return f"step {self.step} to problem {self.problem_id!r}, sample {self.sample_index}{turn}"
 
 
+Sample = tuple[SampleKey, Problem, PromptPair]
+"""The name of a sample, its problem and the problem's prompts."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A text that is trained on, the problem that it answers, and the two prompts that it is conditioned on."""

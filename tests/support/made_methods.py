@@ -57,9 +57,9 @@ def method_tools(
         ends=EndTokens((STOP,), "", None),
     )
     values: dict[str, Any] = {
-        "sampler": None,
+        "sampler": SimpleNamespace(sleep=lambda: None),
         "sampling": SamplingParams(given.max_new_tokens),
-        "models": None,
+        "readers": None,
         "judge": Judge(exact_match, given.builder.tokenizer, grid, None, config.evaluation.confidence_pattern),
     }
     return MethodTools(config=config, run_data=run_data, grid=grid, phases=Phases(), given=given, **(values | parts))

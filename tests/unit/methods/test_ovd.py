@@ -79,7 +79,7 @@ def scorer(max_length: int = 100) -> VerbalScorer:
 def method_with(*overrides: str, max_length: int = 100, sampler: Any = None) -> Any:
     wanted = ["recipe=ovd", f"seed={SEED}", f"method.template='{TEMPLATE}'", *overrides]
     models = SimpleNamespace(candidate_log_probs=Teacher())
-    return made(wanted, given_with(Characters(), max_length=max_length), models=models, sampler=sampler)
+    return made(wanted, given_with(Characters(), max_length=max_length), readers=models, sampler=sampler or Sampler())
 
 
 def test_the_teacher_sees_problem_solution_and_response():
@@ -109,6 +109,9 @@ class Sampler:
 
     def update_weights(self, step: int) -> None:
         assert step == STEP
+
+    def sleep(self) -> None:
+        """Give back nothing."""
 
     def generate(self, requests: Sequence[Request], params: Any) -> list[Response]:
         self.requests += requests

@@ -135,7 +135,7 @@ def shown(context: ContextPair) -> str:
 
 def test_the_terms_read_every_response_after_its_hints_and_scale_both_means():
     models = Models()
-    method = made(["recipe=rlcsd", "method.scale=1", "method.advantage_std=none"], GIVEN, models=models)
+    method = made(["recipe=rlcsd", "method.scale=1", "method.advantage_std=none"], GIVEN, readers=models)
     rollouts = [rollout("8$", 1.0), rollout("hm</think>9$", 0.0), rollout("6$", 0.0), rollout("12$", 1.0, 1)]
     selected, metrics = method.select(0, rollouts)
     assert selected == rollouts and metrics == {"hints/share": pytest.approx(2 / 4)}
@@ -160,7 +160,7 @@ def test_the_terms_read_every_response_after_its_hints_and_scale_both_means():
 
 def test_a_hint_that_does_not_fit_is_left_out():
     models = Models()
-    method = made(["recipe=rlcsd"], given_with(Characters(), max_length=20), models=models)
+    method = made(["recipe=rlcsd"], given_with(Characters(), max_length=20), readers=models)
     rollouts = [rollout("8$", 1.0), rollout("9" * 30 + "$", 0.0), rollout("6$", 0.0), rollout("7$", 1.0)]
     method.terms(0, rollouts, signals_of(rollouts))
     hints = [(shown(one)[0], len(one.response)) for one in models.calls[0]]
@@ -169,7 +169,7 @@ def test_a_hint_that_does_not_fit_is_left_out():
 
 def test_a_replica_without_responses_takes_part_in_the_reading():
     models = Models()
-    method = made(["recipe=rlcsd"], GIVEN, models=models)
+    method = made(["recipe=rlcsd"], GIVEN, readers=models)
     assert method.select(0, [])[1] == {"hints/share": 0}
     assert method.terms(0, [], signals_of([])).advantage.tolist() == [] and models.calls == [[]]
 

@@ -95,7 +95,7 @@ def rewards(monkeypatch: pytest.MonkeyPatch, *texts: str, **settings: Any) -> tu
     monkeypatch.setattr(dist, "all_reduce", lambda tensor, group=None: tensor)
     reading = Reading()
     overrides = [f"method.{name}={value}" for name, value in settings.items()]
-    method = made(["recipe=rlt", "method.closing_tag='</t>'", *overrides], GIVEN, models=reading)
+    method = made(["recipe=rlt", "method.closing_tag='</t>'", *overrides], GIVEN, readers=reading)
     rewarded, metrics = method.rewarded(rollouts(*texts))
     return [one.reward for one in rewarded], metrics, reading
 

@@ -60,7 +60,7 @@ def turns(*episodes: Sequence[tuple[str, float]]) -> list[Rollout]:
 
 def method_with(*overrides: str, max_length: int = 60) -> Any:
     models = SimpleNamespace(token_signals=lambda contexts: pytest.fail("nothing is measured"))
-    return made(["recipe=rltf_sd", ENVIRONMENT, *overrides], given(max_length), models=models)
+    return made(["recipe=rltf_sd", ENVIRONMENT, *overrides], given(max_length), readers=models)
 
 
 def added(played: Sequence[Rollout], *overrides: str, max_length: int = 60):

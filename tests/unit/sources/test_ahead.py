@@ -50,7 +50,8 @@ def source(monkeypatch) -> AheadOnPolicy:
     """Return the source of a run that asks for nothing by itself."""
     monkeypatch.setattr(AheadOnPolicy, "_asked", lambda self, *_: SimpleNamespace(samples=[]))
     state = SourceState(ProblemSampler(ProblemSet(PROBLEMS), batch_size=1, seed=1), cast(Any, Stateless()))
-    return AheadOnPolicy(state, cast(Any, SimpleNamespace()), Engines(), ahead=1, num_steps=6)
+    engines = Engines()
+    return AheadOnPolicy(state, cast(Any, SimpleNamespace(sampler=engines)), engines, ahead=1, num_steps=6)
 
 
 def stored(source: AheadOnPolicy) -> dict[str, Any]:

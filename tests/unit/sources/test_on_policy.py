@@ -68,7 +68,7 @@ def source_on(
         judges=method.tools.config.judges_responses,
         weight_cap=2.0,
         samples_teacher=False,
-        episodes=None,
+        player=None,
         record=None,
         max_staleness=0,
     )

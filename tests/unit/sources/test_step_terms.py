@@ -58,7 +58,7 @@ def coefficients(
         return {name: torch.tensor(values, dtype=torch.float64) for name, values in SIGNALS.items()}
 
     models = SimpleNamespace(token_signals=measure)
-    method = made([SAMPLES, *overrides], given_with(Characters()), models=models, problems=[PROBLEM])
+    method = made([SAMPLES, *overrides], given_with(Characters()), readers=models, problems=[PROBLEM])
     terms = method.coefficients(0, given, [])
     return terms(torch.tensor(MEASURED, dtype=torch.float64), torch.arange(5))
 

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 import torch
 
 from megatron_selfdistill.metrics import Phases
-from megatron_selfdistill.sources.configured_source import OnDemandSampler, SyncedSampler
+from megatron_selfdistill.sources.synced_sampler import OnDemandSampler, SyncedSampler
 
 
 def test_each_version_of_the_weights_is_sent_once_and_its_time_is_counted():
